@@ -1,0 +1,75 @@
+"""Configuration of one engine replica: frozen, resolved once, never mutated.
+
+Torch-free: `rollout` reads it too. Fields documented here are the help text of the
+command line, which `tyro` builds from these classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+LoadFormat = Literal["auto", "safetensors", "gguf", "random"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda"]
+AttentionBackendName = Literal["auto", "torch_native", "triton"]
+KernelBackend = Literal["torch", "triton"]
+QueuePolicy = Literal["fcfs", "longest_prefix"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """The KV pool and the prefix cache."""
+
+    page_size: int = 16
+    """Tokens a KV page holds."""
+    num_pages: int | None = None
+    """KV pages to allocate; None sizes the pool from `memory_bytes` or `memory_fraction`."""
+    memory_bytes: int | None = None
+    """Bytes for the KV pool; None takes `memory_fraction` of what is free."""
+    memory_fraction: float = 0.85
+    """Share of free GPU memory for the KV pool (on CPU: a quarter of this share)."""
+    prefix_cache: bool = True
+    """Reuse the KV of shared prefixes through the radix tree."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """What the scheduler may put into one step and how it orders the waiting queue."""
+
+    max_running: int = 256
+    """Most sequences running at once; each holds one slot of the device tables."""
+    max_step_tokens: int = 8192
+    """Most tokens computed in one step, prefill and decode together."""
+    max_chunk_tokens: int = 2048
+    """Longest piece of one prompt computed in one step."""
+    max_waiting: int = 65536
+    """Most requests in the waiting queue; one more is refused."""
+    policy: QueuePolicy = "longest_prefix"
+    """Order of the waiting queue: arrival, or longest cached prefix first."""
+    starvation_steps: int = 64
+    """Plans that may pass a waiting request over before it goes first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Everything a replica is built from."""
+
+    model: str
+    """Hugging Face folder, GGUF file, or a config.json (with load_format 'random')."""
+    load_format: LoadFormat = "auto"
+    """Where the weights come from; 'random' needs only a config.json."""
+    device: Device = "auto"
+    """'auto' takes a GPU when torch sees one."""
+    dtype: DType = "auto"
+    """Weights and KV; 'auto' is bfloat16 where the device computes it fast, else float32."""
+    context_length: int | None = None
+    """Most tokens of a sequence; None takes the model's own, at most 32768."""
+    attention: AttentionBackendName = "auto"
+    """Attention back end; 'auto' asks engine.attention.select."""
+    seed: int = 0
+    """Seed of random weights, and of requests that bring none."""
+    weight_version: int = 0
+    """Version the loaded weights are served as."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)

@@ -1,0 +1,133 @@
+"""The one exception tree of Slipstream.
+
+::
+
+    SlipstreamError
+    ├── InvalidRequest (ValueError)    the caller's mistake; names the field
+    │   ├── ContextTooLong             prompt does not fit the context
+    │   └── UnsupportedOption          a known wire field this engine does not serve
+    ├── UnknownRequest (KeyError)      no such request id
+    ├── QueueFull                      the waiting queue is at its limit; try later
+    ├── ModelError                     a model cannot be loaded
+    │   ├── ModelNotFound
+    │   ├── UnknownArchitecture
+    │   └── CheckpointError            files are there but do not describe the model
+    ├── WeightUpdateError              an update failed; the message says what serves now
+    │   ├── UpdateOrder                a command of the update came out of order
+    │   └── ManifestMismatch           unknown, missing, duplicate or misshapen tensor
+    ├── OutOfMemory                    the memory planner refuses, with numbers
+    └── EngineDead                     a rank died or missed its deadline
+
+Callers' mistakes are `InvalidRequest`; our own are plain `assert`. Every error
+carries the name of the field, tensor or rank it speaks of, so that a structured
+reply can be made from it without parsing the message.
+"""
+
+from __future__ import annotations
+
+
+class SlipstreamError(Exception):
+    """Base of every error the project raises on purpose.
+
+    `field` names what the error is about: a request field, a tensor, a rank.
+    """
+
+    status = 500
+
+    def __init__(self, message: str, *, field: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+
+    def __str__(self) -> str:
+        return self.message
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (type(self), self.message, self.field))
+
+
+def _rebuild(kind: type[SlipstreamError], message: str, field: str) -> SlipstreamError:
+    return kind(message, field=field)
+
+
+class InvalidRequest(SlipstreamError, ValueError):
+    """A request that can never be served as it stands."""
+
+    status = 400
+
+
+class ContextTooLong(InvalidRequest):
+    """The prompt, or prompt plus requested tokens, exceeds the context."""
+
+
+class UnsupportedOption(InvalidRequest):
+    """A field of the wire dialect that this engine knows but does not serve."""
+
+
+class UnknownRequest(SlipstreamError, KeyError):
+    """No request with that id is waiting or running."""
+
+    status = 404
+
+
+class QueueFull(SlipstreamError):
+    """The waiting queue is at its limit; nothing was lost, send it again later."""
+
+    status = 503
+
+
+class ModelError(SlipstreamError):
+    """A model could not be loaded."""
+
+    status = 400
+
+
+class ModelNotFound(ModelError):
+    """No model at that path."""
+
+
+class UnknownArchitecture(ModelError):
+    """The configuration names an architecture the registry does not have."""
+
+
+class CheckpointError(ModelError):
+    """The files exist but do not describe the model: a bad header, a missing tensor."""
+
+
+class WeightUpdateError(SlipstreamError):
+    """An update failed. The message says which version keeps serving, or that none does."""
+
+    status = 409
+
+
+class UpdateOrder(WeightUpdateError):
+    """A command of an update that does not fit its state: a commit before a begin, say."""
+
+
+class ManifestMismatch(WeightUpdateError):
+    """The tensors received are not the tensors the model has."""
+
+    status = 400
+
+
+class OutOfMemory(SlipstreamError):
+    """The memory planner refuses; the message holds its arithmetic."""
+
+    status = 507
+
+
+class EngineDead(SlipstreamError):
+    """A rank died or did not answer within its deadline."""
+
+    status = 503
+
+
+def by_name(kind: str, message: str, field: str = "") -> SlipstreamError:
+    """Rebuild an error that crossed a process boundary as (`kind`, `message`, `field`)."""
+    pending = [SlipstreamError]
+    while pending:
+        cls = pending.pop()
+        if cls.__name__ == kind:
+            return cls(message, field=field)
+        pending.extend(cls.__subclasses__())
+    return SlipstreamError(f"{kind}: {message}", field=field)
