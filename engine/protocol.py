@@ -315,6 +315,22 @@ class Reply(Struct, frozen=True, kw_only=True, tag="reply"):
 # --- leader -> ranks -------------------------------------------------------------------
 
 
+class EngineFacts(Struct, frozen=True, kw_only=True):
+    """What the ranks resolved at start-up; constant for the life of the replica."""
+
+    model: str
+    num_pages: int
+    page_size: int
+    context_length: int
+    vocab_size: int
+    eos_ids: list[int]
+    dtype: str
+    device: str
+    attention: str
+    num_parameters: int = 0
+    load_seconds: float = 0.0
+
+
 class RowSampling(Struct, frozen=True, kw_only=True):
     """Sampling state a rank keeps for one slot. `banned_ids` cannot be drawn while fewer
     than `min_new_tokens` were."""

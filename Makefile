@@ -1,0 +1,51 @@
+# The verbs of the project. `make grpo` and `make test` need nothing set up before.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+MODEL  := .models/SmolLM2-135M-Instruct.Q4_1.gguf
+
+# A machine with a GPU takes the CUDA pins, every other the CPU pins.
+CONSTRAINTS := $(if $(shell command -v nvidia-smi),constraints/gpu.txt,constraints/cpu.txt)
+EXTRAS      := $(if $(shell command -v nvidia-smi),dev$(comma)gpu,dev)
+comma       := ,
+STAMP       := $(VENV)/.installed
+
+.PHONY: setup grpo test test-fast gpu-test check format clean help
+
+help:            ## list these verbs
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+setup: $(STAMP) $(MODEL)   ## create .venv with pinned versions and bring the default model
+
+$(STAMP): pyproject.toml $(CONSTRAINTS) scripts/make_venv.sh
+	PYTHON=$(PYTHON) sh scripts/make_venv.sh $(VENV) $(CONSTRAINTS) "$(EXTRAS)"
+	@touch $@
+
+$(MODEL): | $(STAMP)
+	$(BIN)/python scripts/get_model.py $@
+
+grpo: setup      ## watch the default model learn by GRPO; ARGS="--task addition" passes flags on
+	$(BIN)/python recipes/grpo.py $(ARGS)
+
+test: setup      ## the whole CPU suite, slow tests included
+	$(BIN)/python -m pytest
+
+test-fast: setup ## the suite without the slow tests
+	$(BIN)/python -m pytest -m "not slow"
+
+gpu-test: setup  ## tests that need a GPU; skipped without one
+	$(BIN)/python -m pytest -m "gpu or multi_gpu" -rs
+
+check: setup     ## format, lint, types, architecture
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_architecture.py
+
+format: setup    ## rewrite the sources in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:           ## remove the environment, the model and caches
+	rm -rf $(VENV) .models .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

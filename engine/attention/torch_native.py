@@ -1,0 +1,263 @@
+"""Attention in plain torch: what a CPU runs, and the reference on a GPU.
+
+Legend: T tokens, R rows, B rows of one bucket, Q padded queries of a row, H query heads,
+K kv heads, M = H // K query heads of one kv head, D head dim, L padded KV length, G page size.
+
+Every query attends to up to a few disjoint runs of KV: the pages its row shares with its
+neighbours (one dense product for all of them, `engine.attention.sharing`) and the pages of
+its own. Partial results are merged by their log-sum-exp, as in FlashAttention's split-KV
+(Dao et al., arXiv 2205.14135, and "Flash-Decoding").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from engine.attention.base import AttentionBatch
+from engine.attention.sharing import Segment, find_shared_prefixes
+from engine.kv.pool import KVPool
+from kernels.kv_copy import write_kv
+
+# Rows are padded together while the longest is at most this many times the shortest.
+MAX_PADDING = 2
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Rows whose own KV is attended in one padded call.
+
+    token_BQ: int64 [B, Q], tokens of each row (padding repeats its last token).
+    pages: int64 [B * P] own pages, padding repeats page 0 of the pool. bias_BQL: additive
+    mask, 0 or -inf, in the query dtype. flat: the rows' tokens are one unpadded run
+    [start, stop), so queries and outputs are views.
+    """
+
+    token_BQ: torch.Tensor
+    valid_BQ: torch.Tensor
+    pages: torch.Tensor
+    bias_BQL: torch.Tensor
+    flat: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class SharedRun:
+    """Tokens [start, stop) of the step all attend to every position of `pages`."""
+
+    start: int
+    stop: int
+    pages: torch.Tensor
+
+
+class TorchNativeBackend:
+    """Back end over scaled dot products of torch; any device and dtype."""
+
+    name = "torch_native"
+
+    def __init__(self, pool: KVPool, *, scale: float, share_prefixes: bool = True) -> None:
+        self._pool = pool
+        self._scale = scale
+        self._share = share_prefixes
+
+    def prepare(self, batch: AttentionBatch) -> TorchNativeStep:
+        """Find shared runs and pad the rest into few buckets; equal for all layers."""
+        pages_RP = batch.host_pages[batch.slots_R]
+        own_start_R = np.zeros(len(batch.slots_R), dtype=np.int64)
+        segments: list[Segment] = []
+        if self._share:
+            computed = batch.kv_lens_R - batch.query_lens_R
+            found = find_shared_prefixes(pages_RP, computed, batch.page_size)
+            segments, own_start_R = found.segments, found.own_start_R
+        dtype = self._pool.k_LNGKD.dtype
+        return TorchNativeStep(
+            pool=self._pool,
+            scale=self._scale,
+            write_slots_T=batch.write_slots_T,
+            buckets=[
+                _bucket(batch, pages_RP, own_start_R, rows, dtype) for rows in _group_rows(batch)
+            ],
+            runs=[_shared_run(batch, pages_RP, segment) for segment in segments],
+        )
+
+
+@dataclass(frozen=True)
+class TorchNativeStep:
+    """One prepared step."""
+
+    pool: KVPool
+    scale: float
+    write_slots_T: torch.Tensor
+    buckets: list[Bucket]
+    runs: list[SharedRun]
+
+    def attend(
+        self, layer_index: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
+    ) -> torch.Tensor:
+        """Write this step's KV of the layer, then attend. Returns [T, H, D]."""
+        k_NGKD, v_NGKD = self.pool.layer(layer_index)
+        write_kv(k_TKD, v_TKD, k_NGKD, v_NGKD, self.write_slots_T, backend="torch")
+        out_THD = torch.empty_like(q_THD)
+        lse_TH = q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32) if self.runs else None
+        for bucket in self.buckets:
+            self._own(bucket, q_THD, k_NGKD, v_NGKD, out_THD, lse_TH)
+        for run in self.runs:
+            assert lse_TH is not None
+            self._shared(run, q_THD, k_NGKD, v_NGKD, out_THD, lse_TH)
+        return out_THD
+
+    def _own(
+        self,
+        bucket: Bucket,
+        q_THD: torch.Tensor,
+        k_NGKD: torch.Tensor,
+        v_NGKD: torch.Tensor,
+        out_THD: torch.Tensor,
+        lse_TH: torch.Tensor | None,
+    ) -> None:
+        size, queries = bucket.token_BQ.shape
+        k_BKLD = _gather(k_NGKD, bucket.pages, size)
+        v_BKLD = _gather(v_NGKD, bucket.pages, size)
+        if bucket.flat is not None:
+            start, stop = bucket.flat
+            q_BQHD = q_THD[start:stop].view(size, queries, *q_THD.shape[1:])
+        else:
+            q_BQHD = q_THD[bucket.token_BQ]
+        out_BQHD, lse_BQH = _attend(q_BQHD, k_BKLD, v_BKLD, bucket.bias_BQL, self.scale)
+        if bucket.flat is not None:
+            start, stop = bucket.flat
+            out_THD[start:stop] = out_BQHD.reshape(stop - start, *q_THD.shape[1:])
+            if lse_TH is not None:
+                lse_TH[start:stop] = lse_BQH.reshape(stop - start, -1)
+            return
+        tokens = bucket.token_BQ[bucket.valid_BQ]
+        out_THD[tokens] = out_BQHD[bucket.valid_BQ]
+        if lse_TH is not None:
+            lse_TH[tokens] = lse_BQH[bucket.valid_BQ]
+
+    def _shared(
+        self,
+        run: SharedRun,
+        q_THD: torch.Tensor,
+        k_NGKD: torch.Tensor,
+        v_NGKD: torch.Tensor,
+        out_THD: torch.Tensor,
+        lse_TH: torch.Tensor,
+    ) -> None:
+        k_BKLD, v_BKLD = _gather(k_NGKD, run.pages, 1), _gather(v_NGKD, run.pages, 1)
+        rows = slice(run.start, run.stop)
+        out_BQHD, lse_BQH = _attend(q_THD[rows].unsqueeze(0), k_BKLD, v_BKLD, None, self.scale)
+        merged = torch.logaddexp(lse_TH[rows], lse_BQH[0])
+        own = torch.exp(lse_TH[rows] - merged).unsqueeze(-1)
+        shared = torch.exp(lse_BQH[0] - merged).unsqueeze(-1)
+        out_THD[rows] = (out_THD[rows] * own + out_BQHD[0] * shared).to(out_THD.dtype)
+        lse_TH[rows] = merged
+
+
+def _attend(
+    q_BQHD: torch.Tensor,
+    k_BKLD: torch.Tensor,
+    v_BKLD: torch.Tensor,
+    bias_BQL: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dense attention with its log-sum-exp. Returns ([B, Q, H, D], float32 [B, Q, H]).
+
+    The query heads of one kv head are stacked as further queries of it, so K and V are never
+    repeated in memory.
+    """
+    size, queries, num_heads, head_dim = q_BQHD.shape
+    kv_heads = k_BKLD.shape[1]
+    group = num_heads // kv_heads
+    q = q_BQHD.view(size, queries, kv_heads, group, head_dim).transpose(1, 2)
+    q = q.reshape(size, kv_heads, queries * group, head_dim)
+    bias = None
+    if bias_BQL is not None:
+        bias = bias_BQL.repeat_interleave(group, dim=1).unsqueeze(1)
+    out, lse = _dense(q, k_BKLD, v_BKLD, bias, scale)
+    out = out.view(size, kv_heads, queries, group, head_dim).transpose(1, 2)
+    lse = lse.view(size, kv_heads, queries, group).transpose(1, 2)
+    return out.reshape(size, queries, num_heads, head_dim), lse.reshape(size, queries, num_heads)
+
+
+def _dense(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if q.device.type == "cpu":
+        attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = attention(q, k, v, 0.0, False, attn_mask=bias, scale=scale)
+        return out, lse
+    scores = torch.matmul(q.float(), k.float().transpose(-1, -2)) * scale
+    if bias is not None:
+        scores = scores + bias.float()
+    return torch.matmul(scores.softmax(-1), v.float()).to(q.dtype), scores.logsumexp(-1)
+
+
+def _gather(pages_NGKD: torch.Tensor, pages: torch.Tensor, size: int) -> torch.Tensor:
+    """[B * P] page ids -> [B, K, L, D] of their contents."""
+    taken = pages_NGKD.index_select(0, pages)
+    return taken.view(size, -1, *pages_NGKD.shape[2:]).transpose(1, 2)
+
+
+def _group_rows(batch: AttentionBatch) -> list[np.ndarray]:
+    """Split the rows into few runs of similar query length, so that padding stays small."""
+    lens = batch.query_lens_R
+    order = np.argsort(lens, kind="stable")
+    groups: list[np.ndarray] = []
+    start = 0
+    for i in range(1, len(order) + 1):
+        if i == len(order) or _worth_a_cut(lens[order[start]], lens[order[i]]):
+            groups.append(np.sort(order[start:i]))
+            start = i
+    return groups
+
+
+def _worth_a_cut(shortest: int, longest: int) -> bool:
+    return bool(longest > max(MAX_PADDING * shortest, 1))
+
+
+def _bucket(
+    batch: AttentionBatch,
+    pages_RP: np.ndarray,
+    own_start_R: np.ndarray,
+    rows: np.ndarray,
+    dtype: torch.dtype,
+) -> Bucket:
+    lens = batch.query_lens_R[rows]
+    kv_lens = batch.kv_lens_R[rows]
+    first_column = own_start_R[rows]
+    columns = -(-kv_lens // batch.page_size) - first_column
+    column_BP = first_column[:, None] + np.arange(columns.max())
+    inside = np.arange(columns.max()) < columns[:, None]
+    column_BP = np.minimum(column_BP, pages_RP.shape[1] - 1)
+    pages = np.where(inside, pages_RP[rows[:, None], column_BP], 0)
+
+    queries = np.arange(lens.max())
+    valid_BQ = queries < lens[:, None]
+    token_BQ = batch.query_start_R1[rows][:, None] + np.minimum(queries, lens[:, None] - 1)
+    last_seen_BQ = np.minimum(kv_lens[:, None] - lens[:, None] + queries, kv_lens[:, None] - 1)
+    kv_position_BL = (first_column * batch.page_size)[:, None] + np.arange(
+        columns.max() * batch.page_size
+    )
+    visible_BQL = kv_position_BL[:, None, :] <= last_seen_BQ[:, :, None]
+    bias = torch.zeros(visible_BQL.shape, dtype=dtype)
+    bias.masked_fill_(~torch.from_numpy(visible_BQL), float("-inf"))
+    tokens = token_BQ[valid_BQ]
+    contiguous = bool(valid_BQ.all() and np.all(np.diff(tokens) == 1))
+    return Bucket(
+        token_BQ=torch.from_numpy(token_BQ).to(batch.device),
+        valid_BQ=torch.from_numpy(valid_BQ).to(batch.device),
+        pages=torch.from_numpy(pages.reshape(-1).astype(np.int64)).to(batch.device),
+        bias_BQL=bias.to(batch.device),
+        flat=(int(tokens[0]), int(tokens[-1]) + 1) if contiguous else None,
+    )
+
+
+def _shared_run(batch: AttentionBatch, pages_RP: np.ndarray, segment: Segment) -> SharedRun:
+    ids = pages_RP[segment.row_start, segment.page_start : segment.page_stop].astype(np.int64)
+    return SharedRun(
+        start=int(batch.query_start_R1[segment.row_start]),
+        stop=int(batch.query_start_R1[segment.row_stop]),
+        pages=torch.from_numpy(ids).to(batch.device),
+    )

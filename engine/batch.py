@@ -1,0 +1,139 @@
+"""From a `StepPlan` to tensors: the request tables of a rank, and the batch of one step.
+
+Legend: R rows of the batch, T tokens computed in the step, S rows that sample,
+P page columns, G tokens of a page.
+
+The tables live on the device and are changed by the small deltas of each plan, so a steady
+decode step sends no token, page or sampling parameter from the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from engine.attention.base import AttentionBackend, AttentionBatch, AttentionStep
+from engine.protocol import NewRow, StepPlan
+
+
+class RequestTable:
+    """Tokens and pages of every slot, on the device.
+
+    token_ids: int32 [slots, context]. page_table: int32 [slots, P]; on a CPU both share
+    memory with the numpy views `host_pages`, so reading them costs nothing. On a GPU
+    `host_pages` is the host's copy: what the attention planner reads without a device sync.
+    """
+
+    def __init__(
+        self, *, num_slots: int, context_length: int, page_size: int, device: torch.device
+    ) -> None:
+        columns = -(-context_length // page_size)
+        self.page_size = page_size
+        self.device = device
+        self.host_pages = np.zeros((num_slots, columns), dtype=np.int32)
+        self.token_ids = torch.zeros((num_slots, context_length), dtype=torch.int32, device=device)
+        on_cpu = device.type == "cpu"
+        pages = torch.from_numpy(self.host_pages)
+        self.page_table = pages if on_cpu else pages.to(device)
+
+    def enter(self, rows: Sequence[NewRow]) -> None:
+        """Write the known tokens of the sequences that enter a slot."""
+        for row in rows:
+            ids = torch.from_numpy(np.array(row.token_ids, dtype=np.int32))
+            self.token_ids[row.slot, : len(row.token_ids)] = ids.to(self.device, non_blocking=True)
+
+    def set_pages(self, plan: StepPlan) -> None:
+        """Apply the page-table delta of a plan."""
+        if len(plan.page_ids) == 0:
+            return
+        self.host_pages[plan.page_slots, plan.page_columns] = plan.page_ids
+        if self.device.type != "cpu":
+            packed = np.stack([plan.page_slots, plan.page_columns, plan.page_ids])
+            slots, columns, ids = torch.from_numpy(packed).to(self.device).unbind(0)
+            self.page_table[slots.long(), columns.long()] = ids
+
+    def append(self, slots_S: torch.Tensor, at_S: torch.Tensor, token_S: torch.Tensor) -> None:
+        """Store sampled tokens at index `at` of their sequence (dropped past the context)."""
+        fits = at_S < self.token_ids.shape[1]
+        at_S = at_S.clamp(max=self.token_ids.shape[1] - 1)
+        kept = torch.where(fits, token_S.to(torch.int32), self.token_ids[slots_S, at_S])
+        self.token_ids[slots_S, at_S] = kept
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One step's tensors. `attend` is what the model's attention layers call.
+
+    input_ids_T, positions_T: int64 [T]. last_T_of_S: int64 [S], index into T of each sampling
+    row's last token. slots_S, kv_lens_S: int64 [S].
+    """
+
+    input_ids_T: torch.Tensor
+    positions_T: torch.Tensor
+    last_T_of_S: torch.Tensor
+    slots_S: torch.Tensor
+    kv_lens_S: torch.Tensor
+    query_start_R1: np.ndarray
+    step: AttentionStep
+
+    def attend(
+        self, layer_index: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
+    ) -> torch.Tensor:
+        """Write this step's K and V of a layer into the pool, then attend. Returns [T, H, D]."""
+        return self.step.attend(layer_index, q_THD, k_TKD, v_TKD)
+
+
+def token_layout(plan: StepPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Flatten a plan's rows into tokens: (slot_T, position_T, query_start_R1), all int64."""
+    lens = plan.query_lens.astype(np.int64)
+    starts = np.zeros(len(lens) + 1, dtype=np.int64)
+    np.cumsum(lens, out=starts[1:])
+    first = plan.kv_lens.astype(np.int64) - lens
+    slot_T = np.repeat(plan.slots.astype(np.int64), lens)
+    position_T = np.arange(starts[-1]) + np.repeat(first - starts[:-1], lens)
+    return slot_T, position_T, starts
+
+
+def build_batch(plan: StepPlan, table: RequestTable, attention: AttentionBackend) -> StepBatch:
+    """Gather the tensors of one step from the tables; one host-to-device copy for all of it."""
+    slot_T, position_T, starts = token_layout(plan)
+    sampling = np.flatnonzero(plan.samples)
+    num_tokens, num_samples = len(slot_T), len(sampling)
+    packed = torch.from_numpy(
+        np.concatenate(
+            [
+                slot_T,
+                position_T,
+                starts[1:][sampling] - 1,
+                plan.slots[sampling].astype(np.int64),
+                plan.kv_lens[sampling].astype(np.int64),
+            ]
+        )
+    ).to(table.device)
+    slots, positions, last, slots_S, kv_lens_S = packed.split(
+        [num_tokens, num_tokens, num_samples, num_samples, num_samples]
+    )
+    page = table.page_table[slots, positions // table.page_size]
+    write_slots_T = page.long() * table.page_size + positions % table.page_size
+    batch = AttentionBatch(
+        query_start_R1=starts,
+        kv_lens_R=plan.kv_lens.astype(np.int64),
+        slots_R=plan.slots.astype(np.int64),
+        host_pages=table.host_pages,
+        page_table=table.page_table,
+        write_slots_T=write_slots_T,
+        page_size=table.page_size,
+        device=table.device,
+    )
+    return StepBatch(
+        input_ids_T=table.token_ids[slots, positions].long(),
+        positions_T=positions,
+        last_T_of_S=last,
+        slots_S=slots_S,
+        kv_lens_S=kv_lens_S,
+        query_start_R1=starts,
+        step=attention.prepare(batch),
+    )

@@ -1,0 +1,66 @@
+"""The leader's side of the ranks: send plans and commands in order, collect results.
+
+One rank lives in the leader's own process, so `execute` is a call. Further ranks will get
+the same structs over `rollout.ipc`; nothing above this file knows how many there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+from engine.config import EngineConfig
+from engine.protocol import EngineFacts, Reply, StepPlan, StepResult, WeightCommand
+
+
+class Executor(Protocol):
+    """Executes step plans and weight commands strictly in the order given."""
+
+    facts: EngineFacts
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one step."""
+        ...
+
+    def handle(self, command: WeightCommand) -> Reply:
+        """Run one command of a weight update; raises `engine.errors.WeightUpdateError`."""
+        ...
+
+    def receive(self, tensors: Iterable[tuple[str, Any]]) -> None:
+        """Feed the open update with (Hugging Face name, torch.Tensor) of this process."""
+        ...
+
+    def close(self) -> None:
+        """Free what the ranks hold."""
+        ...
+
+
+class LocalExecutor:
+    """One rank in this process."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        from engine.worker import Worker
+
+        self._worker = Worker(config)
+        self.facts = self._worker.facts
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one step to its end."""
+        return self._worker.step(plan)
+
+    def handle(self, command: WeightCommand) -> Reply:
+        """Run one command of a weight update."""
+        return self._worker.handle(command)
+
+    def receive(self, tensors: Iterable[tuple[str, Any]]) -> None:
+        """Feed the open update."""
+        self._worker.receive(tensors)
+
+    def close(self) -> None:
+        """Drop the rank; its memory goes with it."""
+        del self._worker
+
+
+def build_executor(config: EngineConfig) -> Executor:
+    """Build the ranks of one replica. Raises ModelError and OutOfMemory."""
+    return LocalExecutor(config)

@@ -1,0 +1,1 @@
+"""KV storage of one rank, addressed by page."""

@@ -1,0 +1,1 @@
+"""Layers: sharded parameters and the modules that models are made of."""

@@ -1,0 +1,60 @@
+"""Token embedding and the head that turns hidden states into logits.
+
+Legend: T tokens, S rows to sample, E hidden size, V vocabulary rows of this rank.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from engine.layers.parameter import ShardedParameter, sliced, uneven_shard
+from engine.layers.runtime import LayerRuntime
+
+
+def _vocab_parameter(vocab_size: int, hidden_size: int, runtime: LayerRuntime) -> ShardedParameter:
+    shard = uneven_shard(vocab_size, runtime.mesh)
+    storage = torch.empty(shard.length, hidden_size, dtype=runtime.dtype, device=runtime.device)
+    return ShardedParameter(storage, sliced((vocab_size, hidden_size), 0, shard))
+
+
+class VocabEmbedding(nn.Module):
+    """Rows of the vocabulary; ranks divide them, and each returns its summand."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, *, runtime: LayerRuntime) -> None:
+        super().__init__()
+        self.shard = uneven_shard(vocab_size, runtime.mesh)
+        self.is_sharded = runtime.mesh.tp_size > 1
+        self.weight = _vocab_parameter(vocab_size, hidden_size, runtime)
+
+    def forward(self, ids_T: torch.Tensor) -> torch.Tensor:
+        """Token ids int [T] -> [T, E]; rows of other ranks come out as zeros."""
+        if not self.is_sharded:
+            return F.embedding(ids_T, self.weight)
+        local_T = ids_T - self.shard.start
+        is_mine_T = (local_T >= 0) & (local_T < self.shard.length)
+        rows_TE = F.embedding(local_T.where(is_mine_T, 0), self.weight)
+        return rows_TE.where(is_mine_T[:, None], 0)
+
+
+class LMHead(nn.Module):
+    """Hidden states to logits over this rank's rows of the vocabulary."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        *,
+        runtime: LayerRuntime,
+        tied_to: VocabEmbedding | None = None,
+    ) -> None:
+        super().__init__()
+        if tied_to is None:
+            self.weight = _vocab_parameter(vocab_size, hidden_size, runtime)
+        else:
+            self.weight = tied_to.weight
+
+    def forward(self, hidden_SE: torch.Tensor) -> torch.Tensor:
+        """[S, E] -> float32 [S, V]: multiplied in the model's dtype, then widened."""
+        return F.linear(hidden_SE, self.weight).float()

@@ -1,0 +1,116 @@
+"""Linear layers: column-sharded ones that merge several matrices, and row-sharded ones.
+
+Legend: O output features, I input features of this rank; `...` any leading dims.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from engine.layers.parameter import (
+    Part,
+    Shard,
+    ShardedParameter,
+    even_shard,
+    kv_head_shard,
+    sliced,
+    whole,
+)
+from engine.layers.runtime import LayerRuntime
+from engine.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Output:
+    """One of the matrices merged into a layer.
+
+    name: its module name in the Hugging Face model ("q_proj").
+    size: its output features; `shard`: those this rank holds.
+    """
+
+    name: str
+    size: int
+    shard: Shard
+
+
+def qkv_outputs(num_heads: int, num_kv_heads: int, head_dim: int, mesh: Mesh) -> list[Output]:
+    """Query, key and value projections of whole heads, KV heads repeated over ranks."""
+    heads = even_shard(num_heads, mesh, "num_attention_heads")
+    kv_heads = kv_head_shard(num_kv_heads, mesh)
+    rows = Shard(heads.start * head_dim, heads.length * head_dim)
+    kv_rows = Shard(kv_heads.start * head_dim, kv_heads.length * head_dim)
+    return [
+        Output("q_proj", num_heads * head_dim, rows),
+        Output("k_proj", num_kv_heads * head_dim, kv_rows),
+        Output("v_proj", num_kv_heads * head_dim, kv_rows),
+    ]
+
+
+def gate_up_outputs(intermediate_size: int, mesh: Mesh) -> list[Output]:
+    """Gate and up projections of a gated MLP."""
+    shard = even_shard(intermediate_size, mesh, "intermediate_size")
+    return [
+        Output("gate_proj", intermediate_size, shard),
+        Output("up_proj", intermediate_size, shard),
+    ]
+
+
+def _stack(outputs: Sequence[Output], trailing: tuple[int, ...]) -> dict[str, Part]:
+    parts: dict[str, Part] = {}
+    start = 0
+    for output in outputs:
+        shape = (output.size, *trailing)
+        parts[output.name] = Part(full_shape=shape, dim=0, shard=output.shard, start=start)
+        start += output.shard.length
+    return parts
+
+
+class MergedLinear(nn.Module):
+    """Several matrices over one input, stacked along their outputs, which ranks divide."""
+
+    def __init__(
+        self, in_features: int, outputs: Sequence[Output], *, bias: bool, runtime: LayerRuntime
+    ) -> None:
+        super().__init__()
+        self.method = runtime.linear
+        self.sizes = [output.shard.length for output in outputs]
+        rows = sum(self.sizes)
+        weight = self.method.empty_weight(rows, in_features, runtime.dtype, runtime.device)
+        self.weight = ShardedParameter(weight, _stack(outputs, (in_features,)))
+        self.bias: ShardedParameter | None = None
+        if bias:
+            storage = torch.empty(rows, dtype=runtime.dtype, device=runtime.device)
+            self.bias = ShardedParameter(storage, _stack(outputs, ()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., I] -> [..., O], the merged outputs of this rank side by side."""
+        return self.method.apply(x, self.weight, self.bias)
+
+
+class RowLinear(nn.Module):
+    """One matrix whose inputs the ranks divide; each rank returns its summand.
+
+    The sum over ranks is the layer's output: rank 0 alone adds the bias.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool, runtime: LayerRuntime, what: str
+    ) -> None:
+        super().__init__()
+        self.method = runtime.linear
+        shard = even_shard(in_features, runtime.mesh, what)
+        weight = self.method.empty_weight(out_features, shard.length, runtime.dtype, runtime.device)
+        self.weight = ShardedParameter(weight, sliced((out_features, in_features), 1, shard))
+        self.bias: ShardedParameter | None = None
+        self.adds_bias = bias and runtime.mesh.tp_rank == 0
+        if bias:
+            storage = torch.empty(out_features, dtype=runtime.dtype, device=runtime.device)
+            self.bias = ShardedParameter(storage, whole((out_features,)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., I] -> [..., O]."""
+        return self.method.apply(x, self.weight, self.bias if self.adds_bias else None)

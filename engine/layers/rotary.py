@@ -1,0 +1,100 @@
+"""Rotary position embeddings (Su et al. 2021, arXiv:2104.09864) with context extension.
+
+Legend: T tokens, H query heads, K KV heads, D head dim, M positions of the table.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from engine.config import KernelBackend
+from engine.layers.rope_config import RopeConfig
+from kernels.rotary import apply_rotary
+
+
+def _base_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    return 1.0 / (rope.theta**exponents)
+
+
+def _llama3_frequencies(rope: RopeConfig, base: torch.Tensor) -> torch.Tensor:
+    """Llama 3.1: long wavelengths divided by `factor`, short ones kept, a ramp between."""
+    turns = rope.original_max_position * base / (2 * math.pi)
+    ramp = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    ramp = ramp.clamp(0, 1)
+    return (1 - ramp) * base / rope.factor + ramp * base
+
+
+def _yarn_frequencies(rope: RopeConfig, base: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """YaRN (Peng et al. 2023, arXiv:2309.00071): interpolate only the slow dimensions."""
+
+    def dimension_of(turns: float) -> float:
+        context = rope.original_max_position
+        return head_dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = dimension_of(rope.beta_fast), dimension_of(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    # Equal bounds would divide by zero; the ramp then becomes a step.
+    width = high - low if high != low else 0.001
+    dims = torch.arange(head_dim // 2, dtype=torch.float32)
+    interpolated = ((dims - low) / width).clamp(0, 1)
+    return base / rope.factor * interpolated + base * (1 - interpolated)
+
+
+def _yarn_attention_factor(rope: RopeConfig) -> float:
+    def mscale(weight: float) -> float:
+        return 1.0 if rope.factor <= 1 else 0.1 * weight * math.log(rope.factor) + 1.0
+
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.mscale and rope.mscale_all_dim:
+        return mscale(rope.mscale) / mscale(rope.mscale_all_dim)
+    return mscale(1.0)
+
+
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[torch.Tensor, float]:
+    """Angle per position of each dimension pair, float32 [D/2], and the scale of cos and sin."""
+    frequencies = _base_frequencies(rope, head_dim)
+    scale = 1.0
+    if rope.rope_type == "linear":
+        frequencies = frequencies / rope.factor
+    elif rope.rope_type == "llama3":
+        frequencies = _llama3_frequencies(rope, frequencies)
+    elif rope.rope_type == "yarn":
+        frequencies = _yarn_frequencies(rope, frequencies, head_dim)
+        scale = _yarn_attention_factor(rope)
+    if rope.frequency_divisors is not None:
+        frequencies = frequencies / torch.tensor(rope.frequency_divisors, dtype=torch.float32)
+    return frequencies, scale
+
+
+class Rotary:
+    """The cos/sin table of a model, one for all its layers.
+
+    cos_sin_MD: float32 [M, D], cosines in the first half of D and sines in the second.
+    """
+
+    def __init__(
+        self,
+        rope: RopeConfig,
+        head_dim: int,
+        max_position: int,
+        *,
+        device: torch.device,
+        backend: KernelBackend,
+    ) -> None:
+        self.backend = backend
+        frequencies, scale = inverse_frequencies(rope, head_dim)
+        angles = torch.outer(torch.arange(max_position, dtype=torch.float32), frequencies)
+        table = torch.cat([angles.cos(), angles.sin()], dim=-1) * scale
+        self.cos_sin_MD = table.to(device)
+
+    def __call__(
+        self, q_THD: torch.Tensor, k_TKD: torch.Tensor, positions_T: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotate queries [T, H, D] and keys [T, K, D] by their positions, int [T]."""
+        return apply_rotary(q_THD, k_TKD, positions_T, self.cos_sin_MD, backend=self.backend)

@@ -1,0 +1,27 @@
+"""What every layer is told when it is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from engine.config import KernelBackend
+from engine.parallel.mesh import Mesh
+from engine.quant.base import LinearMethod, Unquantized
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRuntime:
+    """Where a layer lives and how it computes.
+
+    backend: implementation of the kernels the layer calls.
+    mesh: which shard of each parameter this rank holds.
+    linear: how linear layers store and apply their weights.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    backend: KernelBackend
+    mesh: Mesh = field(default_factory=Mesh)
+    linear: LinearMethod = field(default_factory=Unquantized)

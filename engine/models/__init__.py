@@ -1,0 +1,1 @@
+"""Architectures: configuration files in, modules with Hugging Face names out."""

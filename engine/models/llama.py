@@ -1,0 +1,18 @@
+"""Llama 1 to 3, and models of its shape such as SmolLM2: the plain decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from engine.models.options import Options
+
+
+def options(source: Mapping[str, Any]) -> Options:
+    """`attention_bias` sets all four attention biases, `mlp_bias` those of the MLP."""
+    attention_bias = bool(source.get("attention_bias", False))
+    return Options(
+        qkv_bias=attention_bias,
+        o_bias=attention_bias,
+        mlp_bias=bool(source.get("mlp_bias", False)),
+    )

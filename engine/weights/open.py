@@ -1,0 +1,26 @@
+"""From a kind of files to the tensors in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from engine.weights.load import Loadable
+from engine.weights.sources import gguf, random, safetensors
+
+
+def open_source(
+    kind: Literal["safetensors", "gguf", "random"], path: Path, model: Loadable, seed: int
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(Hugging Face name, full tensor) pairs of the weights at `path`.
+
+    kind 'random' reads nothing and draws for the tensors of `model` from `seed`.
+    """
+    if kind == "gguf":
+        return gguf.tensors(path)
+    if kind == "safetensors":
+        return safetensors.tensors(path)
+    return random.tensors(model.weight_index(), seed)

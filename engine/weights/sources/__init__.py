@@ -1,0 +1,1 @@
+"""Sources of weights: each an iterator of (Hugging Face name, full tensor)."""

@@ -1,0 +1,61 @@
+"""Causal attention over a paged KV cache, grouped-query heads, variable lengths.
+
+Shapes: T query tokens, H query heads, K kv heads, D head dim, N pages, G tokens of a page,
+R rows (sequences), P page columns. The Triton kernels follow FlashAttention's online
+softmax (Dao et al., 2022) and, for decode, Flash-Decoding's split over the KV length
+(Dao et al., 2023), on the paged layout of PagedAttention (Kwon et al., 2023).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.attention import reference
+from kernels.attention.merge import merge_states
+from kernels.backend import KernelBackend, unknown_backend
+
+__all__ = ["merge_states", "paged_attention"]
+
+
+def paged_attention(
+    q_THD: torch.Tensor,
+    k_pages_NGKD: torch.Tensor,
+    v_pages_NGKD: torch.Tensor,
+    page_table_RP: torch.Tensor,
+    query_start_R1: torch.Tensor,
+    kv_len_R: torch.Tensor,
+    *,
+    scale: float,
+    max_query_len: int,
+    backend: KernelBackend,
+) -> torch.Tensor:
+    """Attend the last tokens of each row to the whole row; returns out_THD, dtype of q.
+
+    page_table_RP: int32, page ids; position p of row r lies in page_table[r, p // G], and
+    columns past the row's length are never read.
+    query_start_R1: int32 [R + 1]; row r owns queries [query_start[r], query_start[r + 1]).
+    kv_len_R: int32, tokens of the row in the cache, its queries included. Query i of n sees
+    positions <= kv_len - n + i. A row without queries (n = 0) is allowed.
+    Query head h reads kv head h // (H // K); scores are multiplied by `scale`.
+    max_query_len: host-side upper bound of the rows' query counts; 1 takes the decode kernel.
+    Softmax and sums are float32. With "triton", what a row gets does not depend on the other
+    rows of the batch. Raises ValueError on an unknown backend.
+    """
+    if backend == "torch":
+        return reference.paged_attention(
+            q_THD, k_pages_NGKD, v_pages_NGKD, page_table_RP, query_start_R1, kv_len_R, scale
+        )
+    if backend == "triton":
+        from kernels.attention import triton
+
+        return triton.paged_attention(
+            q_THD,
+            k_pages_NGKD,
+            v_pages_NGKD,
+            page_table_RP,
+            query_start_R1,
+            kv_len_R,
+            scale,
+            max_query_len,
+        )
+    raise unknown_backend(backend)

@@ -1,0 +1,177 @@
+"""Decode attention on GPU: rows of one query, their KV split among programs, then merged.
+
+Shapes: R rows, H query heads, K kv heads, U = H / K heads of a group padded to M, D head dim
+padded to DP, N pages, G page size, P page columns, B KV positions of a block, Z splits.
+
+How a row is split follows from its own KV length alone, so that its result does not depend
+on the batch. Scores are kept in base 2: exp2 is what the hardware has.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+MAX_SPLITS = 16
+MIN_SPLIT = 256
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _split_size(
+    kv_len: tl.tensor, B: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr
+) -> tl.tensor:
+    return tl.maximum(tl.cdiv(tl.cdiv(kv_len, SPLITS), B) * B, LEAST)
+
+
+@triton.jit
+def _decode_split_kernel(
+    q_ptr: tl.tensor,
+    k_ptr: tl.tensor,
+    v_ptr: tl.tensor,
+    table_ptr: tl.tensor,
+    query_start_ptr: tl.tensor,
+    kv_len_ptr: tl.tensor,
+    part_ptr: tl.tensor,
+    lse_ptr: tl.tensor,
+    scale: tl.float32,
+    q_stride_t: tl.int64,
+    kv_stride_n: tl.int64,
+    kv_stride_g: tl.int64,
+    kv_stride_k: tl.int64,
+    table_stride: tl.int64,
+    U: tl.constexpr,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    G: tl.constexpr,
+    B: tl.constexpr,
+    SPLITS: tl.constexpr,
+    LEAST: tl.constexpr,
+) -> None:
+    row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    query = tl.load(query_start_ptr + row).to(tl.int64)
+    if tl.load(query_start_ptr + row + 1) - query != 1:
+        return
+    kv_len = tl.load(kv_len_ptr + row)
+    size = _split_size(kv_len, B, SPLITS, LEAST)
+    begin = split * size
+    if begin >= kv_len:
+        return
+    end = tl.minimum(begin + size, kv_len)
+
+    head_M, dim_D = tl.arange(0, M), tl.arange(0, DP)
+    inside_MD = (head_M[:, None] < U) & (dim_D[None, :] < D)
+    head_offset_MD = (kv_head * U + head_M[:, None]) * D + dim_D[None, :]
+    q_MD = tl.load(q_ptr + query * q_stride_t + head_offset_MD, mask=inside_MD, other=0.0)
+    max_M = tl.full([M], float("-inf"), tl.float32)
+    sum_M = tl.zeros([M], tl.float32)
+    acc_MD = tl.zeros([M, DP], tl.float32)
+    for block in range(begin, end, B):
+        position_B = block + tl.arange(0, B)
+        seen_B = position_B < end
+        page_B = tl.load(table_ptr + row * table_stride + position_B // G, mask=seen_B, other=0).to(
+            tl.int64
+        )
+        base_B = page_B * kv_stride_n + (position_B % G) * kv_stride_g + kv_head * kv_stride_k
+        offset_BD = base_B[:, None] + dim_D[None, :]
+        inside_BD = seen_B[:, None] & (dim_D[None, :] < D)
+        k_BD = tl.load(k_ptr + offset_BD, mask=inside_BD, other=0.0)
+        v_BD = tl.load(v_ptr + offset_BD, mask=inside_BD, other=0.0)
+        score_MB = tl.dot(q_MD, tl.trans(k_BD), input_precision="ieee") * scale
+        score_MB = tl.where(seen_B[None, :], score_MB, float("-inf"))
+        new_max_M = tl.maximum(max_M, tl.max(score_MB, axis=1))
+        shrink_M = tl.exp2(max_M - new_max_M)
+        prob_MB = tl.exp2(score_MB - new_max_M[:, None])
+        sum_M = sum_M * shrink_M + tl.sum(prob_MB, axis=1)
+        acc_MD = acc_MD * shrink_M[:, None]
+        acc_MD = tl.dot(prob_MB.to(v_BD.dtype), v_BD, acc_MD, input_precision="ieee")
+        max_M = new_max_M
+
+    slot_M = (row * tl.num_programs(1) * U + kv_head * U + head_M) * tl.num_programs(2) + split
+    part_offset_MD = slot_M[:, None] * D + dim_D[None, :]
+    tl.store(part_ptr + part_offset_MD, acc_MD / sum_M[:, None], mask=inside_MD)
+    tl.store(lse_ptr + slot_M, max_M + tl.log2(sum_M), mask=head_M < U)
+
+
+@triton.jit
+def _decode_merge_kernel(
+    part_ptr: tl.tensor,
+    lse_ptr: tl.tensor,
+    query_start_ptr: tl.tensor,
+    kv_len_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    num_splits: tl.int32,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    B: tl.constexpr,
+    SPLITS: tl.constexpr,
+    LEAST: tl.constexpr,
+) -> None:
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    query = tl.load(query_start_ptr + row).to(tl.int64)
+    if tl.load(query_start_ptr + row + 1) - query != 1:
+        return
+    kv_len = tl.load(kv_len_ptr + row)
+    used = tl.cdiv(kv_len, _split_size(kv_len, B, SPLITS, LEAST))
+    split_Z, dim_D = tl.arange(0, SPLITS), tl.arange(0, DP)
+    slot_Z = (row * tl.num_programs(1) + head) * num_splits + split_Z
+    lse_Z = tl.load(lse_ptr + slot_Z, mask=split_Z < used, other=float("-inf"))
+    part_ZD = tl.load(
+        part_ptr + slot_Z[:, None] * D + dim_D[None, :],
+        mask=(split_Z[:, None] < used) & (dim_D[None, :] < D),
+        other=0.0,
+    )
+    # A row without KV (padding of a captured batch) has no finite lse; it gets zeros.
+    lse_max = tl.max(lse_Z, axis=0)
+    share_Z = tl.exp2(lse_Z - tl.where(lse_max == float("-inf"), 0.0, lse_max))
+    total = tl.sum(share_Z, axis=0)
+    mixed_D = tl.sum(part_ZD * share_Z[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
+    out_offset_D = (query * tl.num_programs(1) + head) * D + dim_D
+    tl.store(out_ptr + out_offset_D, mixed_D.to(out_ptr.dtype.element_ty), mask=dim_D < D)
+
+
+def decode_attention(
+    q_THD: torch.Tensor,
+    k_pages_NGKD: torch.Tensor,
+    v_pages_NGKD: torch.Tensor,
+    page_table_RP: torch.Tensor,
+    query_start_R1: torch.Tensor,
+    kv_len_R: torch.Tensor,
+    scale: float,
+    out_THD: torch.Tensor,
+) -> None:
+    """Fill `out_THD` for the rows that have exactly one query; other rows are left alone."""
+    num_rows, columns = page_table_RP.shape
+    num_heads, head_dim = q_THD.shape[1:]
+    page_size, num_kv_heads = k_pages_NGKD.shape[1:3]
+    group, padded_dim = num_heads // num_kv_heads, max(triton.next_power_of_2(head_dim), 16)
+    splits = max(min(MAX_SPLITS, triton.cdiv(columns * page_size, MIN_SPLIT)), 1)
+    part_RHZD = q_THD.new_empty(num_rows, num_heads, splits, head_dim, dtype=torch.float32)
+    lse_RHZ = part_RHZD.new_empty(num_rows, num_heads, splits)
+    block = 32 if q_THD.dtype == torch.float32 or padded_dim > 128 else 64
+    shape = {"D": head_dim, "DP": padded_dim, "B": block, "SPLITS": MAX_SPLITS, "LEAST": MIN_SPLIT}
+    _decode_split_kernel[(num_rows, num_kv_heads, splits)](
+        q_THD,
+        k_pages_NGKD,
+        v_pages_NGKD,
+        page_table_RP,
+        query_start_R1,
+        kv_len_R,
+        part_RHZD,
+        lse_RHZ,
+        scale * LOG2_E,
+        q_THD.stride(0),
+        *k_pages_NGKD.stride()[:3],
+        page_table_RP.stride(0),
+        U=group,
+        M=max(triton.next_power_of_2(group), 16),
+        G=page_size,
+        **shape,
+        num_warps=4,
+        num_stages=3,
+    )
+    _decode_merge_kernel[(num_rows, num_heads)](
+        part_RHZD, lse_RHZ, query_start_R1, kv_len_R, out_THD, splits, **shape, num_warps=4
+    )

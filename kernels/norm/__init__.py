@@ -1,0 +1,48 @@
+"""Root-mean-square layer norm (Zhang and Sennrich, 2019), plain and with a residual add."""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.backend import KernelBackend, unknown_backend
+from kernels.norm import reference
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, *, backend: KernelBackend
+) -> torch.Tensor:
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension.
+
+    x: [..., D], float32, bfloat16 or float16; weight: [D], the same dtype. The result has
+    the shape and dtype of x. Normalised in float32, rounded to the dtype of x, then scaled:
+    the order of Hugging Face's Llama. Raises ValueError on an unknown backend.
+    """
+    if backend == "torch":
+        return reference.rms_norm(x, weight, eps)
+    if backend == "triton":
+        from kernels.norm import triton
+
+        return triton.rms_norm(x, weight, eps)
+    raise unknown_backend(backend)
+
+
+def add_rms_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    backend: KernelBackend,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add a residual, then `rms_norm`: returns (normed, x + residual).
+
+    x and residual: [..., D] of one dtype; the sum is rounded to that dtype before it is
+    normalised. Neither argument is changed. Raises ValueError on an unknown backend.
+    """
+    if backend == "torch":
+        return reference.add_rms_norm(x, residual, weight, eps)
+    if backend == "triton":
+        from kernels.norm import triton
+
+        return triton.add_rms_norm(x, residual, weight, eps)
+    raise unknown_backend(backend)

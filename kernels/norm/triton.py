@@ -1,0 +1,91 @@
+"""RMSNorm on GPU: one program a row. D: width, BLOCK: D padded to a power of two."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x_ptr: tl.tensor,
+    residual_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    total_ptr: tl.tensor,
+    x_stride: tl.int64,
+    residual_stride: tl.int64,
+    eps: tl.float32,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    offset_D = tl.arange(0, BLOCK)
+    inside_D = offset_D < D
+    x_D = tl.load(x_ptr + row * x_stride + offset_D, mask=inside_D, other=0.0)
+    if ADD:
+        residual_D = tl.load(
+            residual_ptr + row * residual_stride + offset_D, mask=inside_D, other=0.0
+        )
+        x_D = (x_D.to(tl.float32) + residual_D.to(tl.float32)).to(x_D.dtype)
+        tl.store(total_ptr + row * D + offset_D, x_D, mask=inside_D)
+    wide_D = x_D.to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(wide_D * wide_D, axis=0) / D + eps)
+    normed_D = (wide_D * scale).to(x_D.dtype).to(tl.float32)
+    weight_D = tl.load(weight_ptr + offset_D, mask=inside_D, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * D + offset_D, (normed_D * weight_D).to(x_D.dtype), mask=inside_D)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """See `kernels.norm.rms_norm`."""
+    rows = _rows(x)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch(rows, rows, weight, out, out, eps, add=False)
+    return out
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `kernels.norm.add_rms_norm`."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = torch.empty_like(out)
+    _launch(_rows(x), _rows(residual), weight, out, total, eps, add=True)
+    return out, total
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _launch(
+    rows: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    total: torch.Tensor,
+    eps: float,
+    *,
+    add: bool,
+) -> None:
+    num_rows, width = rows.shape
+    if num_rows == 0:
+        return
+    block = triton.next_power_of_2(width)
+    _rms_norm_kernel[(num_rows,)](
+        rows,
+        residual,
+        weight,
+        out,
+        total,
+        rows.stride(0),
+        residual.stride(0),
+        eps,
+        D=width,
+        BLOCK=block,
+        ADD=add,
+        num_warps=min(max(block // 512, 1), 16),
+    )

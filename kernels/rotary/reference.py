@@ -1,0 +1,21 @@
+"""Rotary embedding in plain torch. T tokens, H heads, D head dim, E = D / 2, M positions."""
+
+from __future__ import annotations
+
+import torch
+
+
+def apply_rotary(
+    q_THD: torch.Tensor, k_TKD: torch.Tensor, positions_T: torch.Tensor, cos_sin_MD: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `kernels.rotary.apply_rotary`."""
+    cos_sin_T1D = cos_sin_MD[positions_T].to(q_THD.dtype).unsqueeze(1)
+    cos_T1E, sin_T1E = cos_sin_T1D.chunk(2, dim=-1)
+    return _rotate(q_THD, cos_T1E, sin_T1E), _rotate(k_TKD, cos_T1E, sin_T1E)
+
+
+def _rotate(x_THD: torch.Tensor, cos_T1E: torch.Tensor, sin_T1E: torch.Tensor) -> torch.Tensor:
+    low_THE, high_THE = x_THD.chunk(2, dim=-1)
+    low = low_THE * cos_T1E - high_THE * sin_T1E
+    high = high_THE * cos_T1E + low_THE * sin_T1E
+    return torch.cat((low, high), dim=-1)

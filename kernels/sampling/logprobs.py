@@ -1,0 +1,35 @@
+"""Logprobs of given or likeliest tokens. S rows, V vocabulary, k tokens."""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.sampling.reference import split_temperature
+
+
+def token_logprobs(
+    logits_SV: torch.Tensor, token_S: torch.Tensor, temperature_S: torch.Tensor
+) -> torch.Tensor:
+    """log_softmax(logits / temperature)[token], float32 [S].
+
+    token_S: int32 or int64; temperature_S: float32, below 1e-6 counts as 1. The float32
+    copies of the logits take 2 * 4 * S * V bytes: callers with many rows go in pieces.
+    """
+    scaled_SV = _scaled(logits_SV, temperature_S)
+    chosen_S = scaled_SV.gather(1, token_S.long().unsqueeze(1)).squeeze(1)
+    return chosen_S - scaled_SV.logsumexp(-1)
+
+
+def top_logprobs(
+    logits_SV: torch.Tensor, temperature_S: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k likeliest tokens of each row, likeliest first: int32 ids and float32 logprobs
+    [S, k]. Logprobs as in `token_logprobs`."""
+    scaled_SV = _scaled(logits_SV, temperature_S)
+    values_Sk, ids_Sk = scaled_SV.topk(k, dim=-1)
+    return ids_Sk.int(), values_Sk - scaled_SV.logsumexp(-1, keepdim=True)
+
+
+def _scaled(logits_SV: torch.Tensor, temperature_S: torch.Tensor) -> torch.Tensor:
+    _, divisor_S = split_temperature(temperature_S)
+    return logits_SV.float() / divisor_S.unsqueeze(1)

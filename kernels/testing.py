@@ -1,0 +1,52 @@
+"""What "equal" means for a kernel: one tolerance table, and a comparison that says where.
+
+Used by tests and by the bench table only.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
+    torch.float64: (1e-12, 1e-12),
+    torch.float32: (2e-5, 2e-5),
+    torch.float16: (2e-3, 4e-3),
+    torch.bfloat16: (1e-2, 2e-2),
+}
+"""(absolute, relative): about 2 units in the last place of values near 1, after a reduction."""
+
+
+def assert_close(name: str, got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raise AssertionError naming the first element that differs beyond `dtype`'s tolerance.
+
+    NaN equals nothing, so that poisoned memory left unwritten shows. Integers compare
+    exactly.
+    """
+    assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(want.shape)}"
+    assert got.dtype == want.dtype, f"{name}: dtype {got.dtype}, not {want.dtype}"
+    absolute, relative = TOLERANCES[dtype] if want.is_floating_point() else (0.0, 0.0)
+    wide_got, wide_want = got.double(), want.double()
+    error = (wide_got - wide_want).abs()
+    # Equal infinities have a NaN difference.
+    fine = (error <= absolute + relative * wide_want.abs()) | (wide_got == wide_want)
+    if bool(fine.all()):
+        return
+    where = tuple((~fine).nonzero()[0].tolist())
+    raise AssertionError(
+        f"{name}: {int((~fine).sum())} of {fine.numel()} elements differ; first at {where}: "
+        f"got {wide_got[where].item():.9g}, want {wide_want[where].item():.9g}"
+    )
+
+
+def poison(tensor: torch.Tensor) -> torch.Tensor:
+    """Fill with NaN (integers: the least value), in place: whoever reads it is found out."""
+    if tensor.is_floating_point():
+        return tensor.fill_(float("nan"))
+    return tensor.fill_(torch.iinfo(tensor.dtype).min)
+
+
+def triton_device() -> str:
+    """Where Triton kernels run: "cuda", or "cpu" under Triton's interpreter."""
+    return "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"

@@ -1,0 +1,1 @@
+"""Training recipes: one page an algorithm, and the parts those pages are made of."""

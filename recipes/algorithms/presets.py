@@ -1,0 +1,120 @@
+"""The algorithms by name, each a row of choices, and the options that override a row."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from recipes.algorithms.advantages import AdvantageEstimator
+from recipes.algorithms.aggregation import LossAggregation
+from recipes.algorithms.importance import ImportanceLevel, ImportanceMode
+from recipes.algorithms.kl import KLEstimator
+
+PolicyLoss = Literal["clip", "sequence_clip", "cispo"]
+AlgorithmName = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlgorithmOptions:
+    """Which algorithm, and what to change of it. None takes the algorithm's own choice."""
+
+    algorithm: PolicyLoss = Literal["clip", "sequence_clip", "cispo"]
+AlgorithmName = "grpo"
+    """GRPO, Dr.GRPO, DAPO, GSPO, CISPO or RLOO: sets the defaults of the options below."""
+    clip_low: float | None = None
+    """Lower clip range of the probability ratio (clips below 1 - clip_low)."""
+    clip_high: float | None = None
+    """Upper clip range of the probability ratio (clips above 1 + clip_high)."""
+    loss_aggregation: LossAggregation | None = None
+    """How token losses are averaged; verl's names."""
+    dynamic_sampling: bool | None = None
+    """Drop groups whose rewards are all equal and sample others in their place (DAPO)."""
+    max_resamples: int = 3
+    """Most extra rounds of generation a step for dynamic sampling."""
+    overlong_buffer: int | None = None
+    """Last tokens before the length limit over which a penalty grows from 0 to 1; 0 is off."""
+    num_iterations: int = 1
+    """Epochs over each batch (GRPO's mu); above 1 the ratio is clipped for real."""
+    num_minibatches: int = 1
+    """Optimizer updates each epoch is cut into."""
+    kl_coef: float = 0.0
+    """Weight of the KL to the initial model; above 0 a frozen copy of it is kept."""
+    kl_estimator: KLEstimator = "k3"
+    """Estimator of that KL."""
+    is_level: ImportanceLevel = "none"
+    """Correct the train/rollout mismatch by importance weights: per token or per sequence."""
+    is_mode: ImportanceMode = "truncate"
+    """What happens to a weight beyond the cap: cut to it, or its tokens masked out."""
+    is_cap: float = 2.0
+    """Largest importance weight (and 1/cap the smallest, for 'mask')."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Algorithm:
+    """An algorithm with every choice made; see `AlgorithmOptions` for the fields."""
+
+    advantage: AdvantageEstimator
+    policy_loss: PolicyLoss
+    clip_low: float
+    clip_high: float
+    loss_aggregation: LossAggregation
+    dynamic_sampling: bool = False
+    max_resamples: int = 3
+    overlong_buffer: int = 0
+    num_iterations: int = 1
+    num_minibatches: int = 1
+    kl_coef: float = 0.0
+    kl_estimator: KLEstimator = "k3"
+    is_level: ImportanceLevel = "none"
+    is_mode: ImportanceMode = "truncate"
+    is_cap: float = 2.0
+
+
+def preset(name: AlgorithmName, max_new_tokens: int) -> Algorithm:
+    """The published choices of an algorithm; the papers are cited at the losses.
+
+    DAPO's buffer is a fifth of the longest reply, as in its paper. CISPO bounds the ratio only
+    from above, at 5 (ScaleRL, arXiv 2510.13786).
+    """
+    grpo = Algorithm(
+        advantage="group_norm",
+        policy_loss="clip",
+        clip_low=0.2,
+        clip_high=0.2,
+        loss_aggregation="seq-mean-token-mean",
+    )
+    change = dataclasses.replace
+    if name == "grpo":
+        return grpo
+    if name == "dr_grpo":
+        return change(
+            grpo, advantage="group_mean", loss_aggregation="seq-mean-token-sum-norm"
+        )
+    if name == "dapo":
+        return change(
+            grpo,
+            clip_high=0.28,
+            loss_aggregation="token-mean",
+            dynamic_sampling=True,
+            overlong_buffer=max_new_tokens // 5,
+        )
+    if name == "gspo":
+        return change(grpo, policy_loss="sequence_clip", clip_low=3e-4, clip_high=4e-4)
+    if name == "cispo":
+        return change(
+            grpo, policy_loss="cispo", clip_low=1.0, clip_high=4.0, loss_aggregation="token-mean"
+        )
+    if name == "rloo":
+        return change(grpo, advantage="leave_one_out", loss_aggregation="seq-mean-token-sum")
+    raise ValueError(f"unknown algorithm {name!r}")
+
+
+def resolve(options: AlgorithmOptions, max_new_tokens: int) -> Algorithm:
+    """The preset with every option that was given put over it."""
+    given = {
+        field.name: value
+        for field in dataclasses.fields(options)
+        if field.name != "algorithm" and (value := getattr(options, field.name)) is not None
+    }
+    return dataclasses.replace(preset(options.algorithm, max_new_tokens), **given)

@@ -1,0 +1,1 @@
+"""Tasks: procedural prompts with answers that can be verified."""

@@ -1,0 +1,80 @@
+"""The interface of a task, and how problems are drawn and divided.
+
+A problem is held out or for training by a hash of its canonical key, so the two sets are disjoint
+by construction, whatever the seed and however many are drawn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from typing import Literal, Protocol
+
+from recipes.types import Message, Problem
+
+Split = Literal["train", "heldout"]
+
+MAX_DRAWS = 10_000
+"""Draws in a row without a new problem of the wanted split, before the task counts as empty."""
+
+
+class Environment(Protocol):
+    """A task: problems by index, a prompt for each, a reward for a reply."""
+
+    name: str
+    max_new_tokens: int
+    """Reply length this task needs, unless the user says otherwise."""
+    heldout_one_in: int
+    """One key in so many is held out."""
+
+    def draw(self, rng: random.Random) -> Problem:
+        """Any problem of the task, of either split."""
+        ...
+
+    def messages(self, problem: Problem) -> list[Message]:
+        """The chat that asks the problem, worked examples first."""
+        ...
+
+    def verify(self, reply: str, problem: Problem) -> float:
+        """Reward of a reply, 1.0 for a right one."""
+        ...
+
+
+def split_of(key: str, heldout_one_in: int) -> Split:
+    """The split a canonical key belongs to, on every machine and in every run."""
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return "heldout" if int.from_bytes(digest, "big") % heldout_one_in == 0 else "train"
+
+
+def problem_at(environment: Environment, split: Split, seed: int, index: int) -> Problem:
+    """The problem at a position of the endless stream of a split: a function of its arguments."""
+    rng = random.Random(f"{environment.name}/{split}/{seed}/{index}")
+    for _ in range(MAX_DRAWS):
+        problem = environment.draw(rng)
+        if split_of(problem.key, environment.heldout_one_in) == split:
+            return problem
+    raise ValueError(f"task {environment.name} has no {split} problem in {MAX_DRAWS} draws")
+
+
+def heldout_problems(environment: Environment, num: int) -> list[Problem]:
+    """Up to `num` held-out problems with different keys; fewer where the task has no more.
+
+    They depend on the task alone, so that every run and seed is measured on the same set.
+    """
+    return list(_distinct(environment, num))
+
+
+def _distinct(environment: Environment, num: int) -> Iterator[Problem]:
+    rng = random.Random(f"{environment.name}/heldout")
+    seen: set[str] = set()
+    misses = 0
+    while len(seen) < num and misses < MAX_DRAWS:
+        problem = environment.draw(rng)
+        is_heldout = split_of(problem.key, environment.heldout_one_in) == "heldout"
+        if not is_heldout or problem.key in seen:
+            misses += 1
+            continue
+        misses = 0
+        seen.add(problem.key)
+        yield problem

@@ -1,0 +1,1 @@
+"""Reward functions: text in, number out."""

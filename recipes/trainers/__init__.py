@@ -1,0 +1,1 @@
+"""Trainers: a causal LM, its optimizer, and how a batch is packed for it."""

@@ -1,0 +1,79 @@
+"""Sums of per-token figures over micro-batches and updates of one step.
+
+Legend: K response tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from recipes.algorithms.kl import k3
+from recipes.algorithms.losses import LossInputs, LossOutput
+
+
+@dataclass(slots=True)
+class TokenMetrics:
+    """Accumulates what the losses report; `result()` gives the names that are logged."""
+
+    num_tokens: int = 0
+    computed_tokens: int = 0
+    loss: float = 0.0
+    entropy: float = 0.0
+    clip_low: float = 0.0
+    clip_high: float = 0.0
+    difference: float = 0.0
+    difference_max: float = 0.0
+    mismatch_kl: float = 0.0
+    mismatch_k3: float = 0.0
+    importance: float = 0.0
+    importance_min: float = float("inf")
+    importance_max: float = 0.0
+    reference_kl: float | None = None
+
+    def add(
+        self, inputs: LossInputs, output: LossOutput, entropy_K: torch.Tensor, num_nodes: int
+    ) -> None:
+        """Take in one micro-batch; `num_nodes` tokens were computed for it."""
+        difference_K = (inputs.old - inputs.rollout).abs()
+        self.num_tokens += len(difference_K)
+        self.computed_tokens += num_nodes
+        self.loss += float(output.loss.detach())
+        self.entropy += float(entropy_K.sum())
+        self.clip_low += float(output.clipped_low.sum())
+        self.clip_high += float(output.clipped_high.sum())
+        self.difference += float(difference_K.sum())
+        self.difference_max = max(self.difference_max, float(difference_K.max()))
+        self.mismatch_kl += float((inputs.rollout - inputs.old).sum())
+        self.mismatch_k3 += float(k3(inputs.rollout, inputs.old).sum())
+        self.importance += float(output.importance.sum())
+        self.importance_min = min(self.importance_min, float(output.importance.min()))
+        self.importance_max = max(self.importance_max, float(output.importance.max()))
+        if output.kl is not None:
+            self.reference_kl = (self.reference_kl or 0.0) + float(output.kl.sum())
+
+    def result(self) -> dict[str, float]:
+        """Means over tokens under the names TRL and verl log; empty before the first `add`."""
+        if not self.num_tokens:
+            return {}
+        num = self.num_tokens
+        named = {
+            "loss": self.loss,
+            "entropy": self.entropy / num,
+            "clip_ratio/low_mean": self.clip_low / num,
+            "clip_ratio/high_mean": self.clip_high / num,
+            "clip_ratio/region_mean": (self.clip_low + self.clip_high) / num,
+            "sampling/sampling_logp_difference/mean": self.difference / num,
+            "sampling/sampling_logp_difference/max": self.difference_max,
+            "sampling/importance_sampling_ratio/min": self.importance_min,
+            "sampling/importance_sampling_ratio/mean": self.importance / num,
+            "sampling/importance_sampling_ratio/max": self.importance_max,
+            "rollout_corr/kl": self.mismatch_kl / num,
+            "rollout_corr/k3_kl": self.mismatch_k3 / num,
+            "perf/trained_response_tokens": float(num),
+            "perf/trainer_computed_tokens": float(self.computed_tokens),
+        }
+        if self.reference_kl is not None:
+            named["kl"] = self.reference_kl / num
+        return named

@@ -1,0 +1,100 @@
+"""What flows through a recipe: a problem, its sampled replies, and the batch to train on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from engine.protocol import FloatArray, IntArray, VersionSpan
+
+Message = dict[str, Any]
+"""One chat message: {"role": ..., "content": ...}."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """One task instance, e.g. Problem(question="Largest of 3, 17, 5?", answer="17", key="3 5 17").
+
+    key: canonical form; problems with equal keys are the same problem in other words, and the
+    key alone decides whether a problem is for training or held out.
+    """
+
+    question: str
+    answer: str
+    key: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trajectory:
+    """One sampled reply, token by token, never re-tokenised.
+
+    prompt_ids: int32 [prompt_len]; the same object for all samples of a group.
+    response_ids: int32 [response_len], the stop token included if one was sampled.
+    rollout_logprobs: float32 [response_len], log_softmax(logits / temperature) in the engine.
+    spans: weight versions that sampled the response.
+    truncated: the reply was cut by the token limit.
+    """
+
+    prompt_ids: IntArray
+    response_ids: IntArray
+    rollout_logprobs: FloatArray
+    spans: tuple[VersionSpan, ...]
+    text: str
+    truncated: bool
+    reward: float
+    correct: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """The samples of one problem; their rewards are compared with each other."""
+
+    problem: Problem
+    trajectories: tuple[Trajectory, ...]
+
+    @property
+    def rewards(self) -> FloatArray:
+        """float32 [S], one reward a sample."""
+        return np.array([t.reward for t in self.trajectories], dtype=np.float32)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the rewards differ: a group without spread has zero advantage."""
+        rewards = self.rewards
+        return bool(rewards.max() > rewards.min())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Sequences of one optimizer update.
+
+    advantages: float32 [N].
+    weights: float32 [N], weight of each token of a sequence in the loss. They are computed
+        over the whole update, so the gradient does not depend on how it is cut into
+        micro-batches.
+    old_logprobs: N arrays float32 [response_len] of the policy before the first update on this
+        data, or None when this is the first and only update (old is then the current policy).
+    reference_logprobs: as `old_logprobs`, of the frozen reference model, or None without KL.
+    """
+
+    trajectories: tuple[Trajectory, ...]
+    advantages: FloatArray
+    weights: FloatArray
+    old_logprobs: tuple[FloatArray, ...] | None = None
+    reference_logprobs: tuple[FloatArray, ...] | None = None
+
+    def select(self, indices: list[int]) -> Batch:
+        """The sub-batch of these sequences, weights unchanged."""
+
+        def pick(arrays: tuple[FloatArray, ...] | None) -> tuple[FloatArray, ...] | None:
+            return None if arrays is None else tuple(arrays[i] for i in indices)
+
+        return Batch(
+            trajectories=tuple(self.trajectories[i] for i in indices),
+            advantages=self.advantages[indices],
+            weights=self.weights[indices],
+            old_logprobs=pick(self.old_logprobs),
+            reference_logprobs=pick(self.reference_logprobs),
+        )

@@ -1,0 +1,189 @@
+"""KV pages and the prefixes they hold, for the scheduler: match, acquire, allocate, commit,
+release.
+
+A sequence holds one reference to each of its pages and one lock on the deepest tree node
+whose pages are its own; so a page in the tree that a sequence uses is never evicted, and an
+unlocked node's pages have no holder but the tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from engine.errors import SlipstreamError
+from engine.protocol import IntArray
+from rollout.cache.pages import PagePool
+from rollout.cache.radix_tree import EMPTY_PAGES, Match, Node, RadixTree
+
+
+class CacheManager:
+    """The KV pages of one replica and the tree of cached prefixes over them."""
+
+    def __init__(self, num_pages: int, page_size: int, *, prefix_cache: bool = True) -> None:
+        """num_pages: pages of the pool; page_size: tokens a page holds; prefix_cache: False
+        makes every match empty and every release free its pages."""
+        if page_size < 1:
+            raise ValueError(f"page_size is {page_size}, need at least 1")
+        self.page_size = page_size
+        self.prefix_cache = prefix_cache
+        self.pool = PagePool(num_pages)
+        self.tree = RadixTree(page_size)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the pool."""
+        return self.pool.num_pages
+
+    @property
+    def num_free(self) -> int:
+        """Pages nobody holds."""
+        return self.pool.num_free
+
+    @property
+    def num_cached(self) -> int:
+        """Pages the tree holds, shared with running sequences or not."""
+        return self.tree.num_pages
+
+    @property
+    def num_available(self) -> int:
+        """Pages that `allocate` could hand out now."""
+        return self.pool.num_free + self.tree.num_evictable
+
+    def pages_for(self, num_tokens: int) -> int:
+        """Pages that hold `num_tokens` tokens."""
+        return -(-num_tokens // self.page_size)
+
+    def match(
+        self, tokens: IntArray, limit: int, *, version: int, salt: str, step: int
+    ) -> Match | None:
+        """Longest prefix of int32 `tokens` with KV of `version`, at most `limit` tokens.
+
+        step: the step being planned; pages written by it may be shared but not copied.
+        Valid until the next call that changes the cache; `acquire` makes it lasting.
+        None without a prefix cache.
+        """
+        if not self.prefix_cache:
+            return None
+        return self.tree.match(self.tree.root(version, salt), tokens, limit, step)
+
+    def match_length(self, tokens: IntArray, limit: int, *, version: int, salt: str) -> int:
+        """Tokens of full pages that `match` would find; changes nothing."""
+        if not self.prefix_cache:
+            return 0
+        return self.tree.match_length(self.tree.root(version, salt), tokens, limit)
+
+    def acquire(self, match: Match) -> None:
+        """Hold what was matched: a reference to each page, a lock on the node and source."""
+        self.tree.lock(match.node)
+        if match.source is not None:
+            self.tree.lock(match.source)
+        self.pool.retain(match.pages)
+
+    def release_source(self, match: Match) -> None:
+        """Let go of the page to copy from, once the copy is planned or given up."""
+        if match.source is not None:
+            self.tree.unlock(match.source)
+
+    def allocate(self, count: int) -> IntArray | None:
+        """`count` fresh pages (int32), evicting cached prefixes as needed; None if that
+        does not suffice, and then nothing was evicted."""
+        missing = count - self.pool.num_free
+        if missing > self.tree.num_evictable:
+            return None
+        if missing > 0:
+            self.pool.release(self.tree.evict(missing))
+        return self.pool.allocate(count)
+
+    def commit(
+        self,
+        tokens: IntArray,
+        pages: IntArray,
+        node: Node | None,
+        *,
+        version: int,
+        salt: str,
+        step: int,
+    ) -> Node | None:
+        """Share a running sequence's prefix, whose KV `step` completes.
+
+        tokens: int32 [n]; pages: int32 [ceil(n / page_size)], its own. node: its lock so
+        far; returns its lock from now on. A partly filled last page is shared for copying.
+        """
+        if not self.prefix_cache:
+            return None
+        root = self.tree.root(version, salt)
+        deepest, adopted = self.tree.insert(root, tokens, pages, step, own=True)
+        self.pool.retain(adopted)
+        self.tree.lock(deepest)
+        if node is not None:
+            self.tree.unlock(node)
+        return deepest
+
+    def release(
+        self,
+        pages: IntArray,
+        node: Node | None,
+        *,
+        tokens: IntArray | None = None,
+        version: int = 0,
+        salt: str = "",
+        step: int = 0,
+    ) -> None:
+        """Give up a sequence's pages and its lock.
+
+        tokens: int32, the tokens whose KV is worth keeping: their full pages go to the
+        tree. None keeps nothing beyond what was committed before.
+        """
+        if node is not None:
+            self.tree.unlock(node)
+        if tokens is not None and self.prefix_cache:
+            num_full = len(tokens) // self.page_size
+            root = self.tree.root(version, salt)
+            _, adopted = self.tree.insert(
+                root, tokens[: num_full * self.page_size], pages[:num_full], step, own=False
+            )
+            self.pool.retain(adopted)
+        self.pool.release(pages)
+
+    def keep_version(self, version: int) -> None:
+        """Forget every prefix of other versions. Sequences keep the pages they hold."""
+        self.pool.release(self.tree.drop(keep_version=version))
+
+    def clear(self) -> None:
+        """Forget every prefix. Sequences keep the pages they hold."""
+        self.pool.release(self.tree.drop())
+
+    def flush(self) -> None:
+        """Forget every prefix and have all pages free; raises while a sequence holds any."""
+        held = self.num_pages - self.num_free - self.tree.num_evictable
+        if held:
+            raise SlipstreamError(
+                f"flush refused: running requests hold {held} of {self.num_pages} KV pages; "
+                "wait for them, abort them or pause with mode 'retract'",
+                field="flush_cache",
+            )
+        self.clear()
+
+    def check_integrity(self, held: Iterable[IntArray] = ()) -> None:
+        """Assert free + held + cached = total, given the pages each sequence holds."""
+        self.pool.check_integrity()
+        self.tree.check_integrity()
+        expected = np.zeros(self.num_pages, np.int32)
+        for pages in (*held, *(node.pages for node in self.tree.nodes())):
+            expected[pages] += 1
+        wrong = np.flatnonzero(expected != self.pool.refcounts)
+        assert len(wrong) == 0, (
+            f"page {wrong[0]}: {expected[wrong[0]]} holders, "
+            f"refcount {self.pool.refcounts[wrong[0]]} ({len(wrong)} pages differ)"
+        )
+        in_use = int((expected > 0).sum())
+        assert in_use + self.num_free == self.num_pages, (
+            f"{in_use} pages in use + {self.num_free} free != {self.num_pages}"
+        )
+
+
+def no_match(page_size: int) -> Match:
+    """The match of nothing, held by nobody."""
+    return Match(Node(None, EMPTY_PAGES, EMPTY_PAGES, -1), EMPTY_PAGES, page_size)

@@ -1,0 +1,60 @@
+"""The pool of KV pages: a stack of free page ids and one reference count per page."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engine.errors import OutOfMemory
+from engine.protocol import IntArray
+
+
+class PagePool:
+    """Hands out page ids 0..num_pages-1 and takes them back at their last release.
+
+    Holders are counted, not named: a sequence and the prefix tree each hold one reference
+    to a page they share. All arrays of page ids are int32 [n] without duplicates.
+    """
+
+    def __init__(self, num_pages: int) -> None:
+        if num_pages < 1:
+            raise ValueError(f"num_pages is {num_pages}, need at least 1")
+        self.num_pages = num_pages
+        self.num_free = num_pages
+        self.refcounts: IntArray = np.zeros(num_pages, np.int32)
+        self._free: IntArray = np.arange(num_pages - 1, -1, -1, dtype=np.int32)
+
+    def allocate(self, count: int) -> IntArray:
+        """Take `count` pages, each with one reference; raises OutOfMemory and takes none."""
+        if count > self.num_free:
+            raise OutOfMemory(
+                f"{count} KV pages asked, {self.num_free} of {self.num_pages} are free",
+                field="num_pages",
+            )
+        left = self.num_free - count
+        pages: IntArray = self._free[left : self.num_free].copy()
+        self.refcounts[pages] = 1
+        self.num_free = left
+        return pages
+
+    def retain(self, pages: IntArray) -> None:
+        """Add one reference to each of `pages`, which must be in use."""
+        assert (self.refcounts[pages] > 0).all(), "retained a free page"
+        self.refcounts[pages] += 1
+
+    def release(self, pages: IntArray) -> None:
+        """Drop one reference of each of `pages`; those without any left become free."""
+        counts = self.refcounts[pages] - 1
+        assert (counts >= 0).all(), "released a free page"
+        self.refcounts[pages] = counts
+        freed = pages[counts == 0]
+        self._free[self.num_free : self.num_free + len(freed)] = freed
+        self.num_free += len(freed)
+
+    def check_integrity(self) -> None:
+        """Assert that the free stack and the reference counts tell the same story."""
+        free = self._free[: self.num_free]
+        unused = np.flatnonzero(self.refcounts == 0)
+        assert (self.refcounts >= 0).all(), f"negative refcount: {self.refcounts.min()}"
+        assert np.array_equal(np.sort(free), unused), (
+            f"{len(free)} pages on the free stack, {len(unused)} pages without a holder"
+        )

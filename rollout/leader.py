@@ -1,0 +1,226 @@
+"""The leader: one scheduler and one executor, driven a step at a time.
+
+Every replica, inline or spawned, runs this class; commands reach it in one order, and
+none of them falls inside a step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+from engine.config import EngineConfig
+from engine.errors import SlipstreamError, WeightUpdateError
+from engine.protocol import (
+    Abort,
+    AbortUpdate,
+    BeginUpdate,
+    CommitUpdate,
+    Control,
+    EngineFacts,
+    ErrorInfo,
+    FlushCache,
+    GetState,
+    LoadFromDisk,
+    Pause,
+    Reply,
+    ReplicaState,
+    Request,
+    RequestOutput,
+    Resume,
+    Shutdown,
+    StepPlan,
+    StepResult,
+    Stop,
+    UpdateReport,
+    WeightCommand,
+)
+from rollout.cache.manager import CacheManager
+from rollout.outputs import refused
+from rollout.scheduler.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+_MAX_EMPTY_PLANS = 1000
+
+
+class StepExecutor(Protocol):
+    """What the leader needs of the ranks; `engine.executor` has the real one."""
+
+    facts: EngineFacts
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one step to its end."""
+        ...
+
+    def handle(self, command: WeightCommand) -> Reply:
+        """Run one command of a weight update; raises WeightUpdateError."""
+        ...
+
+    def receive(self, tensors: Iterable[tuple[str, Any]]) -> None:
+        """Feed the open update from tensors of this process."""
+        ...
+
+    def close(self) -> None:
+        """Free what the ranks hold."""
+        ...
+
+
+class Leader:
+    """Takes requests and commands, steps, and returns outputs."""
+
+    def __init__(self, config: EngineConfig, executor: StepExecutor) -> None:
+        facts = executor.facts
+        cache = CacheManager(
+            num_pages=facts.num_pages,
+            page_size=facts.page_size,
+            prefix_cache=config.cache.prefix_cache,
+        )
+        self._config = config
+        self._executor = executor
+        self._scheduler = Scheduler(
+            config.scheduler,
+            cache,
+            context_length=facts.context_length,
+            vocab_size=facts.vocab_size,
+            version=config.weight_version,
+        )
+        self._outputs: list[RequestOutput] = []
+        self._num_empty_plans = 0
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue requests; one that is refused comes back from `step` as an abort."""
+        for request in requests:
+            try:
+                self._scheduler.add(request)
+            except SlipstreamError as error:
+                self._outputs.append(refused(request, error))
+
+    def handle(self, command: Control) -> Reply:
+        """Run one control command; raises the typed error of a command that failed."""
+        match command:
+            case Abort():
+                self._outputs += self._scheduler.abort(
+                    command.rid_prefix, command.all, command.message
+                )
+            case Stop():
+                output = self._scheduler.stop(command.rid, command.num_tokens, command.matched)
+                self._outputs += [] if output is None else [output]
+            case Pause():
+                self._outputs += self._scheduler.pause(command.mode)
+            case Resume():
+                self._scheduler.resume()
+            case FlushCache():
+                self._scheduler.flush_cache()
+            case GetState():
+                return Reply(state=self.state())
+            case BeginUpdate() | LoadFromDisk() | CommitUpdate() | AbortUpdate():
+                return self._update(command)
+            case Shutdown():
+                pass
+        return Reply()
+
+    def step(self) -> list[RequestOutput]:
+        """Run at most one step; every output since the last call, those of commands too."""
+        plan = self._scheduler.plan()
+        if plan is not None:
+            self._num_empty_plans = 0
+            self._outputs += self._execute(plan)
+            if not self._scheduler.has_work():
+                self._scheduler.check_integrity()
+        elif self.can_step():
+            self._num_empty_plans += 1
+            assert self._num_empty_plans < _MAX_EMPTY_PLANS, "work waits but nothing is planned"
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def can_step(self) -> bool:
+        """Whether `step` would do something: outputs wait, or work does and may run."""
+        if self._outputs:
+            return True
+        return self._scheduler.has_work() and not self._scheduler.stats().paused
+
+    def idle(self) -> bool:
+        """Whether nothing runs, waits or has yet to be returned."""
+        return not self._outputs and not self._scheduler.has_work()
+
+    def state(self) -> ReplicaState:
+        """What the replica is and does right now."""
+        facts, stats = self._executor.facts, self._scheduler.stats()
+        return ReplicaState(
+            version=stats.version,
+            paused=stats.paused,
+            num_running=stats.num_running,
+            num_waiting=stats.num_waiting,
+            free_pages=stats.free_pages,
+            cached_pages=stats.cached_pages,
+            total_pages=facts.num_pages,
+            page_size=facts.page_size,
+            context_length=facts.context_length,
+            vocab_size=facts.vocab_size,
+            eos_ids=facts.eos_ids,
+            model=facts.model,
+            dtype=facts.dtype,
+            device=facts.device,
+            attention=facts.attention,
+            max_running=self._config.scheduler.max_running,
+            num_retractions=stats.num_retractions,
+            num_prompt_tokens=stats.num_prompt_tokens,
+            num_cached_tokens=stats.num_cached_tokens,
+            num_output_tokens=stats.num_output_tokens,
+            num_steps=stats.num_steps,
+        )
+
+    def update_weights_inproc(
+        self, begin: BeginUpdate, tensors: Iterable[tuple[str, Any]]
+    ) -> UpdateReport:
+        """One whole update from tensors of this process: begin, receive, commit.
+
+        Whatever goes wrong in between, also in `tensors` itself, aborts the update, and
+        the error is raised on.
+        """
+        self._update(begin)
+        committed = False
+        try:
+            self._executor.receive(tensors)
+            reply = self._update(CommitUpdate(version=begin.version))
+            committed = True
+        finally:
+            if not committed:
+                self._abandon(begin.version)
+        assert reply.report is not None, "a commit must report what it moved"
+        return reply.report
+
+    def close(self) -> None:
+        """Free the executor."""
+        self._executor.close()
+
+    def _execute(self, plan: StepPlan) -> list[RequestOutput]:
+        try:
+            result = self._executor.execute(plan)
+        except SlipstreamError as error:
+            logger.error("step %d failed: %s", plan.step, error)
+            outputs = self._scheduler.fail_all(error_info(error))
+            # Prefixes this plan promised were never written.
+            self._scheduler.flush_cache()
+            return outputs
+        return self._scheduler.apply(result)
+
+    def _update(self, command: WeightCommand) -> Reply:
+        reply = self._executor.handle(command)
+        if isinstance(command, CommitUpdate):
+            self._scheduler.set_version(command.version)
+        return reply
+
+    def _abandon(self, version: int) -> None:
+        try:
+            self._update(AbortUpdate(version=version))
+        except WeightUpdateError as error:
+            # A failed commit may have closed the update itself; the first error is raised.
+            logger.warning("update %d could not be aborted: %s", version, error)
+
+
+def error_info(error: SlipstreamError) -> ErrorInfo:
+    """The error as it crosses a process boundary."""
+    return ErrorInfo(kind=type(error).__name__, message=error.message, field=error.field)

@@ -1,0 +1,110 @@
+"""Outputs of requests, gathered: chunks of a stream into one, errors into a finish."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+
+from engine.errors import SlipstreamError
+from engine.protocol import (
+    FinishReason,
+    Request,
+    RequestOutput,
+    TopLogprobs,
+    VersionSpan,
+)
+from rollout.text.detokenizer import Detokenizer, StopMatch
+
+
+def refused(request: Request, error: SlipstreamError) -> RequestOutput:
+    """The final output of a request that was never queued."""
+    return RequestOutput(
+        rid=request.rid,
+        start=0,
+        token_ids=np.zeros(0, np.int32),
+        logprobs=np.zeros(0, np.float32),
+        prompt_tokens=len(request.prompt_ids),
+        finish=FinishReason(type="abort", message=error.message, error=type(error).__name__),
+    )
+
+
+class Gathered:
+    """The outputs of one request, joined and cut at its stop string.
+
+    The engine runs ahead of the text: tokens that come after a match are dropped here,
+    and how the engine itself ended the request no longer matters.
+    """
+
+    def __init__(self, detokenizer: Detokenizer | None) -> None:
+        self._detokenizer = detokenizer
+        self._chunks: list[RequestOutput] = []
+        self.stop: StopMatch | None = None
+
+    def add(self, output: RequestOutput) -> StopMatch | None:
+        """Take the next output; the stop string it completes, once."""
+        self._chunks.append(output)
+        if self._detokenizer is None or self.stop is not None:
+            return None
+        self.stop = self._detokenizer.feed(output.token_ids.tolist()).stop
+        return self.stop
+
+    def result(self) -> RequestOutput:
+        """The whole output, once the last chunk has its finish."""
+        whole = _join(self._chunks)
+        if self._detokenizer is not None and self.stop is None:
+            self.stop = self._detokenizer.finish().stop
+        return whole if self.stop is None else _cut(whole, self.stop)
+
+
+def _join(chunks: list[RequestOutput]) -> RequestOutput:
+    first, last = chunks[0], chunks[-1]
+    if len(chunks) == 1:
+        return first
+    tops = [chunk.top for chunk in chunks if chunk.top is not None]
+    return msgspec.structs.replace(
+        last,
+        start=0,
+        token_ids=np.concatenate([chunk.token_ids for chunk in chunks]),
+        logprobs=np.concatenate([chunk.logprobs for chunk in chunks]),
+        spans=_join_spans([span for chunk in chunks for span in chunk.spans]),
+        top=_join_tops(tops),
+        prompt_logprobs=first.prompt_logprobs,
+        prompt_top=first.prompt_top,
+        cached_tokens=first.cached_tokens,
+    )
+
+
+def _join_tops(tops: list[TopLogprobs]) -> TopLogprobs | None:
+    if not tops:
+        return None
+    return TopLogprobs(
+        ids=np.concatenate([top.ids for top in tops]),
+        logprobs=np.concatenate([top.logprobs for top in tops]),
+    )
+
+
+def _join_spans(spans: list[VersionSpan]) -> list[VersionSpan]:
+    joined: list[VersionSpan] = []
+    for span in spans:
+        if joined and joined[-1].version == span.version:
+            joined[-1] = VersionSpan(span.version, joined[-1].start, span.end)
+        elif span.end > span.start:
+            joined.append(span)
+    return joined
+
+
+def _cut(output: RequestOutput, stop: StopMatch) -> RequestOutput:
+    end = stop.num_tokens
+    top = output.top
+    return msgspec.structs.replace(
+        output,
+        token_ids=output.token_ids[:end],
+        logprobs=output.logprobs[:end],
+        top=None if top is None else TopLogprobs(top.ids[:end], top.logprobs[:end]),
+        spans=[
+            VersionSpan(span.version, span.start, min(span.end, end))
+            for span in output.spans
+            if span.start < end
+        ],
+        finish=FinishReason(type="stop", matched=stop.matched),
+    )

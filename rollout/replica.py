@@ -1,0 +1,118 @@
+"""A replica: the engine behind one small interface, in this process or in a spawned one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from engine.config import EngineConfig
+from engine.protocol import (
+    BeginUpdate,
+    Control,
+    GetState,
+    Reply,
+    ReplicaState,
+    Request,
+    RequestOutput,
+    UpdateReport,
+)
+from rollout.leader import Leader, StepExecutor
+
+
+class Replica(Protocol):
+    """One engine. Commands take effect in the order they are given, between steps."""
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue requests. One that is refused comes back from `step` as a final output with
+        finish type "abort", the error's class name and its message; it touches no other."""
+        ...
+
+    def step(self) -> list[RequestOutput]:
+        """Advance, and return the outputs there are; may be empty."""
+        ...
+
+    def send(self, command: Control) -> Reply:
+        """Run a control command. Raises the typed error of a command that failed, and
+        EngineDead if the engine is gone or misses its deadline."""
+        ...
+
+    def state(self) -> ReplicaState:
+        """What the replica is and does right now."""
+        ...
+
+    def idle(self) -> bool:
+        """Whether every request submitted has had its final output."""
+        ...
+
+    def update_weights_inproc(
+        self, begin: BeginUpdate, tensors: Iterable[tuple[str, Any]]
+    ) -> UpdateReport:
+        """Update the weights from tensors of this process, as one transaction."""
+        ...
+
+    def close(self) -> None:
+        """Free everything. Idempotent."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+class InlineReplica:
+    """The engine in this process and thread: nothing happens outside `step` and `send`."""
+
+    def __init__(self, config: EngineConfig, executor: StepExecutor) -> None:
+        self._leader = Leader(config, executor)
+        self._closed = False
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue requests; refusals come back from `step`."""
+        self._leader.submit(requests)
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step of the engine."""
+        return self._leader.step()
+
+    def send(self, command: Control) -> Reply:
+        """Run a control command now; raises its typed error."""
+        return self._leader.handle(command)
+
+    def state(self) -> ReplicaState:
+        """What the replica is and does right now."""
+        reply = self._leader.handle(GetState())
+        assert reply.state is not None
+        return reply.state
+
+    def idle(self) -> bool:
+        """Whether nothing runs, waits or has yet to be returned."""
+        return self._leader.idle()
+
+    def update_weights_inproc(
+        self, begin: BeginUpdate, tensors: Iterable[tuple[str, Any]]
+    ) -> UpdateReport:
+        """Begin, receive and commit; an error aborts the update and is raised."""
+        return self._leader.update_weights_inproc(begin, tensors)
+
+    def close(self) -> None:
+        """Free the engine. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self._leader.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

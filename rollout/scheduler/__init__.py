@@ -1,0 +1,1 @@
+"""Which sequence computes what, step by step."""

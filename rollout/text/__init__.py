@@ -1,0 +1,1 @@
+"""Text at the edges of an engine that speaks token ids. Imports nothing heavy."""

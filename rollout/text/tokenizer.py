@@ -1,0 +1,144 @@
+"""Text to ids and back, over the tokenizers library: transformers would bring torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from engine.errors import InvalidRequest, ModelNotFound
+from rollout.text.chat_template import ChatTemplate, Message
+from rollout.text.gguf_metadata import read_gguf_metadata
+from rollout.text.gguf_tokenizer import build_gguf_tokenizer
+from rollout.text.hf_folder import read_hf_folder
+from rollout.text.special_tokens import SpecialTokens
+
+
+class Tokenizer:
+    """A tokenizer with its special tokens and chat template.
+
+    eos_ids: every id that ends a sequence. bos_id: None where the model has no BOS.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special: SpecialTokens,
+        chat_template: str | None = None,
+    ) -> None:
+        backend.no_padding()
+        backend.no_truncation()
+        self._backend = backend
+        self._special = special
+        self.chat_template = chat_template
+        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self.eos_ids = list(special.eos_ids)
+        self.bos_id = None if special.bos is None else backend.token_to_id(special.bos)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Ids of `text`; with special tokens, what the model's post-processor adds (a BOS
+        for models trained with one)."""
+        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(
+        self,
+        ids: Sequence[int] | np.ndarray[Any, Any],
+        *,
+        skip_special_tokens: bool = True,
+    ) -> str:
+        """Text of `ids`, exactly what they say: no cleaning of spaces afterwards. Bytes
+        that are no UTF-8 become U+FFFD; ids beyond the vocabulary give nothing."""
+        if isinstance(ids, np.ndarray):
+            ids = ids.tolist()
+        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def special_token_id(self, text: str) -> int | None:
+        """Id of the special token that is written `text`; None if it is not one."""
+        return self._special_ids.get(text)
+
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> str:
+        """The conversation as the model's chat template writes it.
+
+        Raises InvalidRequest if the model has no template, or the messages do not fit it.
+        """
+        return self._template.render(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables
+        )
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> list[int]:
+        """Ids of `render_chat`: the template writes every special token itself."""
+        text = self.render_chat(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables
+        )
+        return self.encode(text, add_special_tokens=False)
+
+    def write_hf(self, folder: str | Path) -> None:
+        """Save a Hugging Face tokenizer that `AutoTokenizer.from_pretrained` loads."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._backend.save(str(folder / "tokenizer.json"), pretty=False)
+        roles = self._special.as_dict()
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            **roles,
+        }
+        _write_json(folder / "tokenizer_config.json", config)
+        _write_json(folder / "special_tokens_map.json", roles)
+        if self.chat_template is not None:
+            (folder / "chat_template.jinja").write_text(self.chat_template, "utf-8")
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        if self.chat_template is None:
+            raise InvalidRequest(
+                "this model has no chat template; send a plain prompt", field="messages"
+            )
+        return ChatTemplate(self.chat_template, self._special.as_dict())
+
+    @cached_property
+    def _special_ids(self) -> dict[str, int]:
+        added = self._backend.get_added_tokens_decoder()
+        return {token.content: index for index, token in added.items() if token.special}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def load_tokenizer(model: str | Path) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder, a GGUF file, or the folder of a config.json.
+
+    Raises ModelNotFound if nothing is there, ModelError if it cannot be rebuilt.
+    """
+    path = Path(model)
+    if path.is_dir() or path.suffix == ".json":
+        parts = read_hf_folder(path if path.is_dir() else path.parent)
+        return Tokenizer(parts.backend, parts.special, parts.chat_template)
+    if path.suffix == ".gguf":
+        metadata = read_gguf_metadata(path)
+        backend, special = build_gguf_tokenizer(metadata)
+        return Tokenizer(backend, special, metadata.get("tokenizer.chat_template"))
+    raise ModelNotFound(
+        f"no model at {path}: give a Hugging Face folder, a GGUF file or a config.json",
+        field="model",
+    )

@@ -1,0 +1,42 @@
+"""What every test gets: GPU tests are skipped without one, torch errors are loud."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# One intra-op thread each: two torch processes with default threads on two cores stall.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+DEFAULT_MODEL = (
+    Path(__file__).resolve().parent.parent / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+)
+
+
+def _num_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests of the GPU where there is none (`make gpu-test` runs them where there is)."""
+    marked = [i for i in items if i.get_closest_marker("gpu") or i.get_closest_marker("multi_gpu")]
+    if not marked:
+        return
+    num_gpus = _num_gpus()
+    for item in marked:
+        needed = 2 if item.get_closest_marker("multi_gpu") else 1
+        if num_gpus < needed:
+            item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPU(s), found {num_gpus}"))
+
+
+@pytest.fixture(scope="session")
+def default_model() -> str:
+    """Path of SmolLM2-135M-Instruct; `make setup` brings it."""
+    if not DEFAULT_MODEL.exists():
+        pytest.fail(f"{DEFAULT_MODEL} is missing; run `make setup`")
+    return str(DEFAULT_MODEL)

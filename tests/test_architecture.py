@@ -1,0 +1,137 @@
+"""The import rules of the five packages, read from the source with `ast`."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("rollout", "engine", "kernels", "trainer_bridge", "recipes")
+CONTRACTS = {"engine.protocol", "engine.config", "engine.errors"}
+
+# What each module prefix may import of ours; the longest matching prefix decides.
+ALLOWED: dict[str, set[str]] = {
+    "kernels": {"kernels"},
+    "engine": {"engine", "kernels"},
+    "engine.protocol": set(),
+    "engine.config": set(),
+    "engine.errors": set(),
+    "engine.layers": {
+        "engine.layers",
+        "engine.quant",
+        "engine.parallel",
+        "engine.errors",
+        "engine.config",
+        "kernels",
+    },
+    "engine.models": {
+        "engine.models",
+        "engine.layers",
+        "engine.parallel",
+        "engine.errors",
+        "engine.config",
+        "engine.protocol",
+        "kernels",
+    },
+    "rollout": {"rollout", *CONTRACTS},
+    "rollout.launch": {"rollout", *CONTRACTS, "engine.worker", "engine.executor"},
+    "rollout.replica": {"rollout", *CONTRACTS, "engine.worker", "engine.executor"},
+    "trainer_bridge": {"trainer_bridge", "engine.protocol", "engine.errors"},
+    "recipes": {
+        "recipes",
+        "trainer_bridge",
+        "rollout.client",
+        "rollout.offline",
+        "rollout.replica",
+        "rollout.launch",
+        "engine.protocol",
+        "engine.config",
+        "engine.errors",
+    },
+}
+# Torch may not be imported here, not even lazily.
+TORCH_FREE = ("rollout", "engine.protocol", "engine.config", "engine.errors")
+HEAVY = {"torch", "transformers", "deepspeed", "triton", "flashinfer"}
+
+
+def modules() -> list[tuple[str, Path]]:
+    found = []
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+            found.append((name, path))
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Every module a file imports, at any depth; `from a import b` gives a and a.b."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def within(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def rule_for(module: str) -> set[str]:
+    longest = max((p for p in ALLOWED if within(module, p)), key=len)
+    return ALLOWED[longest]
+
+
+@pytest.mark.parametrize("module,path", modules(), ids=[name for name, _ in modules()])
+def test_imports_follow_the_rules(module: str, path: Path) -> None:
+    allowed = rule_for(module)
+    for name in imports(path):
+        if name.split(".")[0] in PACKAGES:
+            assert any(within(name, prefix) for prefix in allowed), f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("module,path", modules(), ids=[name for name, _ in modules()])
+def test_the_deciding_side_never_names_torch(module: str, path: Path) -> None:
+    if any(within(module, prefix) for prefix in TORCH_FREE):
+        heavy = {name.split(".")[0] for name in imports(path)} & HEAVY
+        assert not heavy, f"{module} imports {heavy}"
+
+
+def test_importing_rollout_leaves_torch_out() -> None:
+    names = [
+        name
+        for name, _ in modules()
+        if any(within(name, prefix) for prefix in TORCH_FREE) and not name.endswith("__main__")
+    ]
+    code = (
+        "import importlib, sys\n"
+        f"for name in {names!r}: importlib.import_module(name)\n"
+        f"heavy = {HEAVY!r} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_package_roots_import_nothing() -> None:
+    for package in PACKAGES:
+        if package in ("kernels", "trainer_bridge"):
+            continue
+        tree = ast.parse((ROOT / package / "__init__.py").read_text())
+        found = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
+        assert not found, f"{package}/__init__.py imports something"
+
+
+def test_files_stay_small() -> None:
+    """The cap of the style guide: 500 lines a file."""
+    for name, path in modules():
+        lines = len(path.read_text().splitlines())
+        assert lines <= 500, f"{name} has {lines} lines"

@@ -1,0 +1,1 @@
+"""How each kind of trainer yields its weights: full tensors under Hugging Face names."""

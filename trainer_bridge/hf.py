@@ -1,0 +1,58 @@
+"""A transformers model with the weights the engine itself would load.
+
+transformers reads safetensors folders; GGUF files it reads slowly and only into models that
+refuse to be saved. Here the model is built from its configuration and filled from any source
+of (Hugging Face name, tensor), the same that the engine loads from, so that trainer and
+engine start from equal numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from engine.errors import CheckpointError
+
+
+def load_causal_lm(
+    hf_config: dict[str, Any],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> torch.nn.Module:
+    """Build a transformers causal LM from a config.json's contents and named tensors.
+
+    Raises CheckpointError, naming the tensor, for one that is unknown, missing or misshapen.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = {key: value for key, value in hf_config.items() if key != "model_type"}
+    config = AutoConfig.for_model(hf_config["model_type"], **values)
+    model: torch.nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    _fill(model, tensors)
+    return model.to(device)
+
+
+@torch.no_grad()
+def _fill(model: torch.nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    filled: set[int] = set()
+    for name, tensor in tensors:
+        if name not in parameters:
+            raise CheckpointError(f"the model has no tensor {name!r}", field=name)
+        target = parameters[name]
+        if target.shape != tensor.shape:
+            raise CheckpointError(
+                f"{name!r} has shape {list(tensor.shape)}, the model {list(target.shape)}",
+                field=name,
+            )
+        target.copy_(tensor)
+        filled.add(id(target))
+    missing = [name for name, target in parameters.items() if id(target) not in filled]
+    if missing:
+        raise CheckpointError(
+            f"no tensor for {missing[0]!r} ({len(missing)} missing)", field=missing[0]
+        )
