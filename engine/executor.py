@@ -7,10 +7,13 @@ the same structs over `rollout.ipc`; nothing above this file knows how many ther
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, LoadFormat
 from engine.protocol import EngineFacts, Reply, StepPlan, StepResult, WeightCommand
+
+if TYPE_CHECKING:
+    from engine.weights.checkpoint import Checkpoint
 
 
 class Executor(Protocol):
@@ -64,3 +67,10 @@ class LocalExecutor:
 def build_executor(config: EngineConfig) -> Executor:
     """Build the ranks of one replica. Raises ModelError and OutOfMemory."""
     return LocalExecutor(config)
+
+
+def read_checkpoint(model: str, load_format: LoadFormat = "auto", seed: int = 0) -> Checkpoint:
+    """What an engine would load, for a trainer that starts from the same weights."""
+    from engine.weights import checkpoint
+
+    return checkpoint.read_checkpoint(model, load_format, seed)

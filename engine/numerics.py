@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from engine.config import Device, DType
+from engine.config import Device, DType, KernelBackend
 from engine.errors import InvalidRequest
 
 DTYPES = {
@@ -51,7 +51,7 @@ def _cpu_is_fast_in_bf16(cpu_info: str | None) -> bool:
     return "amx_bf16" in words or ("avx512_bf16" in words and "AuthenticAMD" in words)
 
 
-def kernel_backend(device: torch.device) -> str:
+def kernel_backend(device: torch.device) -> KernelBackend:
     """Back end of the pointwise kernels: Triton on a GPU, plain torch on a CPU."""
     return "triton" if device.type == "cuda" else "torch"
 

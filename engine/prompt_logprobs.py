@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.batch import StepBatch
-from engine.models.base import CausalLM
+from engine.models.decoder import CausalLM
 from engine.protocol import NewRow, PromptLogprobs, StepPlan
 from engine.sampling import Sampler, to_top
 from kernels.sampling import token_logprobs, top_logprobs

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,9 +16,12 @@ import torch
 from engine.attention.select import select
 from engine.batch import RequestTable, StepBatch, build_batch
 from engine.config import EngineConfig
+from engine.errors import InvalidRequest
 from engine.kv.pool import KVPool
+from engine.layers.runtime import LayerRuntime
 from engine.memory import plan_memory
-from engine.models.registry import build_model
+from engine.models.build import build_model
+from engine.models.locate import locate
 from engine.numerics import dtype_name, kernel_backend, resolve_device, resolve_dtype
 from engine.prompt_logprobs import PromptScorer
 from engine.protocol import (
@@ -32,9 +36,9 @@ from engine.protocol import (
     WeightCommand,
 )
 from engine.sampling import Sampler, to_top
-from engine.weights.locate import locate
+from engine.weights.open import open_source
 from engine.weights.session import UpdateSession
-from engine.weights.sources import open_source
+from engine.weights.sources import safetensors
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +55,12 @@ class Worker:
         files = locate(config.model, config.load_format)
         backend = kernel_backend(device)
         self._device = device
-        self._model = build_model(files.config, device=device, dtype=dtype, backend=backend)
+        context = _context_length(config, files.config.max_position)
+        runtime = LayerRuntime(device=device, dtype=dtype, backend=backend)
+        self._model = build_model(files.config, runtime=runtime, max_position=context)
         self._session = UpdateSession(self._model, version=config.weight_version)
-        self._session.load_initial(open_source(files, seed=config.seed))
-        context = self._context_length(config)
+        source = open_source(files.kind, files.path, self._model, config.seed)
+        self._session.load_initial(source)
         self._pool = self._build_pool(config, context, dtype)
         head_dim = files.config.head_dim
         choice = select(config.attention, self._pool, scale=head_dim**-0.5, device=device)
@@ -105,8 +111,7 @@ class Worker:
                 self._session.begin(command)
                 return Reply()
             case LoadFromDisk():
-                files = locate(command.path, "safetensors")
-                self._session.receive(open_source(files, seed=0))
+                self._session.receive(safetensors.tensors(Path(command.path)))
                 return Reply()
             case CommitUpdate():
                 return Reply(report=self._session.commit(command.version))
@@ -141,19 +146,6 @@ class Worker:
     def _to_device(self, ids: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(ids.astype(np.int64)).to(self._device)
 
-    def _context_length(self, config: EngineConfig) -> int:
-        longest = self._model.config.max_position
-        if config.context_length is None:
-            return min(longest, DEFAULT_CONTEXT_LIMIT)
-        if config.context_length > longest:
-            from engine.errors import InvalidRequest
-
-            raise InvalidRequest(
-                f"{config.context_length} exceeds the model's {longest} positions",
-                field="context_length",
-            )
-        return config.context_length
-
     def _build_pool(self, config: EngineConfig, context: int, dtype: torch.dtype) -> KVPool:
         model = self._model.config
         page_bytes = KVPool.page_bytes(
@@ -184,3 +176,14 @@ class Worker:
             dtype=dtype,
             device=self._device,
         )
+
+
+def _context_length(config: EngineConfig, longest: int) -> int:
+    if config.context_length is None:
+        return min(longest, DEFAULT_CONTEXT_LIMIT)
+    if not 0 < config.context_length <= longest:
+        raise InvalidRequest(
+            f"{config.context_length} is not within the model's {longest} positions",
+            field="context_length",
+        )
+    return config.context_length

@@ -6,6 +6,9 @@ Used by tests and by the bench table only.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from unittest import mock
 
 import torch
 
@@ -45,6 +48,21 @@ def poison(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_floating_point():
         return tensor.fill_(float("nan"))
     return tensor.fill_(torch.iinfo(tensor.dtype).min)
+
+
+@contextmanager
+def poisoned_allocations() -> Iterator[None]:
+    """Within it, `torch.empty` and its kin hand out poisoned memory."""
+    owners = [(torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")]
+    with ExitStack() as stack:
+        for owner, name in owners:
+            allocate = _poisoning(getattr(owner, name))
+            stack.enter_context(mock.patch.object(owner, name, allocate))
+        yield
+
+
+def _poisoning(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    return lambda *args, **kwargs: poison(allocate(*args, **kwargs))
 
 
 def triton_device() -> str:

@@ -10,10 +10,11 @@ from engine.protocol import (
     FinishReason,
     Request,
     RequestOutput,
+    SamplingParams,
     TopLogprobs,
     VersionSpan,
 )
-from rollout.text.detokenizer import Detokenizer, StopMatch
+from rollout.text.detokenizer import Detokenizer, StopMatch, trim_stop_token
 
 
 def refused(request: Request, error: SlipstreamError) -> RequestOutput:
@@ -35,7 +36,8 @@ class Gathered:
     and how the engine itself ended the request no longer matters.
     """
 
-    def __init__(self, detokenizer: Detokenizer | None) -> None:
+    def __init__(self, sampling: SamplingParams, detokenizer: Detokenizer | None) -> None:
+        self._sampling = sampling
         self._detokenizer = detokenizer
         self._chunks: list[RequestOutput] = []
         self.stop: StopMatch | None = None
@@ -45,7 +47,8 @@ class Gathered:
         self._chunks.append(output)
         if self._detokenizer is None or self.stop is not None:
             return None
-        self.stop = self._detokenizer.feed(output.token_ids.tolist()).stop
+        visible = trim_stop_token(output.token_ids.tolist(), output.finish, self._sampling)
+        self.stop = self._detokenizer.feed(visible).stop
         return self.stop
 
     def result(self) -> RequestOutput:

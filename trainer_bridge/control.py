@@ -17,7 +17,7 @@ class UpdateTarget(Protocol):
         """Run one control command; raises the typed error of a refusal."""
         ...
 
-    def update_weights(
+    def update_weights_inproc(
         self, begin: BeginUpdate, tensors: Iterable[tuple[str, torch.Tensor]]
     ) -> UpdateReport:
         """One whole update from tensors of this process."""

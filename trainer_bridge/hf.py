@@ -27,11 +27,12 @@ def load_causal_lm(
 
     Raises CheckpointError, naming the tensor, for one that is unknown, missing or misshapen.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
+    architecture = getattr(transformers, hf_config["architectures"][0])
     values = {key: value for key, value in hf_config.items() if key != "model_type"}
-    config = AutoConfig.for_model(hf_config["model_type"], **values)
-    model: torch.nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    config = architecture.config_class(**values)
+    model: torch.nn.Module = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     _fill(model, tensors)
     return model.to(device)
 

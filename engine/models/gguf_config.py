@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -93,7 +94,10 @@ def _rope(file: GGUFFile, architecture: str) -> dict[str, Any]:
     rope["factor"] = own.get("scaling.factor", own.get("scale_linear"))
     if "scaling.original_context_length" in own:
         rope["original_max_position_embeddings"] = own["scaling.original_context_length"]
-    rope["attention_factor"] = own.get("scaling.attn_factor")
+    if "scaling.attn_factor" in own:
+        # llama.cpp multiplies YaRN's own factor by it; config.json replaces that factor.
+        own_factor = 0.1 * math.log(max(rope["factor"], 1.0)) + 1.0
+        rope["attention_factor"] = own["scaling.attn_factor"] * own_factor
     rope["beta_fast"] = own.get("scaling.yarn_beta_fast")
     rope["beta_slow"] = own.get("scaling.yarn_beta_slow")
     return rope

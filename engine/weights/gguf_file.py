@@ -161,7 +161,9 @@ class GGUFFile:
                 f"{self.path}: {name} has {tensor.type_name}, which cannot be dequantised",
                 field=name,
             ) from None
-        return np.array(values, dtype=np.float32).reshape(tensor.shape)
+        # An F32 tensor comes back as a view of the read-only file.
+        owned = values if values.flags.writeable else values.copy()
+        return owned.astype(np.float32, copy=False).reshape(tensor.shape)
 
     def _bytes_of(self, tensor: GGUFTensor, kind: Any) -> np.ndarray[Any, Any]:
         block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]

@@ -19,8 +19,7 @@ AlgorithmName = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"]
 class AlgorithmOptions:
     """Which algorithm, and what to change of it. None takes the algorithm's own choice."""
 
-    algorithm: PolicyLoss = Literal["clip", "sequence_clip", "cispo"]
-AlgorithmName = "grpo"
+    algorithm: AlgorithmName = "grpo"
     """GRPO, Dr.GRPO, DAPO, GSPO, CISPO or RLOO: sets the defaults of the options below."""
     clip_low: float | None = None
     """Lower clip range of the probability ratio (clips below 1 - clip_low)."""

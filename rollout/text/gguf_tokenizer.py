@@ -121,9 +121,7 @@ def _sentencepiece_bpe(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer
     merges = _merges_from_scores(vocab, _require(metadata, "scores"))
     unknown = tokens[metadata.get("tokenizer.ggml.unknown_token_id", 0)]
     backend = Tokenizer(
-        models.BPE(
-            vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True
-        )
+        models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
     prefixed = metadata.get("tokenizer.ggml.add_space_prefix", True)
     spaces: list[normalizers.Normalizer] = [normalizers.Prepend("▁")] if prefixed else []

@@ -16,4 +16,4 @@ def send(
     begin: BeginUpdate, tensors: list[tuple[str, torch.Tensor]], target: UpdateTarget
 ) -> UpdateReport:
     """Publish `tensors`; they must not change until this returns."""
-    return target.update_weights(begin, tensors)
+    return target.update_weights_inproc(begin, tensors)

@@ -1,0 +1,102 @@
+"""Rollouts and rewards: problems in, groups of scored trajectories out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from engine.protocol import Request, RequestOutput, SamplingParams
+from recipes.actor import Actor
+from recipes.prompts import Prompts
+from recipes.rewards.shaping import overlong_penalty
+from recipes.types import Group, Problem, Trajectory
+from rollout.seeds import derive_seed
+
+
+def rollout(
+    actor: Actor,
+    prompts: Prompts,
+    problems: Sequence[Problem],
+    sampling: SamplingParams,
+    *,
+    samples: int,
+    seed: int,
+) -> list[tuple[Request, RequestOutput]]:
+    """Sample replies to each problem; `samples` pairs a problem, in the order of the problems.
+
+    seed: of this call; every sample's own is derived from it and its place.
+    """
+    requests = []
+    for index, problem in enumerate(problems):
+        prompt_ids = prompts.prompt_ids(problem)
+        requests += [
+            Request(
+                rid=f"{seed:x}-{index}-{sample}",
+                prompt_ids=prompt_ids,
+                sampling=sampling,
+                seed=derive_seed(seed, index, sample),
+                group=f"{seed:x}-{index}",
+                stop_ids=prompts.stop_ids,
+            )
+            for sample in range(samples)
+        ]
+    return list(zip(requests, actor.generate(requests), strict=True))
+
+
+def score(
+    prompts: Prompts,
+    problems: Sequence[Problem],
+    replies: Sequence[tuple[Request, RequestOutput]],
+    *,
+    overlong_buffer: int = 0,
+) -> list[Group]:
+    """Verify replies and put them in groups, `len(replies) // len(problems)` a problem."""
+    samples = len(replies) // len(problems)
+    return [
+        Group(
+            problem=problem,
+            trajectories=tuple(
+                _trajectory(prompts, problem, request, output, overlong_buffer)
+                for request, output in replies[index * samples : (index + 1) * samples]
+            ),
+        )
+        for index, problem in enumerate(problems)
+    ]
+
+
+def evaluate(
+    actor: Actor, prompts: Prompts, problems: Sequence[Problem], max_new_tokens: int
+) -> float:
+    """Mean reward of the greedy replies to held-out problems.
+
+    Leaves no cached prefix behind: training goes on as if no evaluation had been.
+    """
+    sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
+    replies = rollout(actor, prompts, problems, sampling, samples=1, seed=0)
+    actor.flush()
+    groups = score(prompts, problems, replies)
+    return sum(group.trajectories[0].correct for group in groups) / len(groups)
+
+
+def _trajectory(
+    prompts: Prompts,
+    problem: Problem,
+    request: Request,
+    output: RequestOutput,
+    overlong_buffer: int,
+) -> Trajectory:
+    assert output.finish is not None and len(output.token_ids) > 0
+    text = prompts.reply_text(output.token_ids)
+    correct = prompts.environment.verify(text, problem)
+    penalty = overlong_penalty(
+        len(output.token_ids), request.sampling.max_new_tokens, overlong_buffer
+    )
+    return Trajectory(
+        prompt_ids=request.prompt_ids,
+        response_ids=output.token_ids,
+        rollout_logprobs=output.logprobs,
+        spans=tuple(output.spans),
+        text=text,
+        truncated=output.finish.type == "length",
+        reward=correct + penalty,
+        correct=correct,
+    )

@@ -1,0 +1,80 @@
+"""Everything a run can be told, as flags (`--help`), as a TOML file, and in config.json."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from engine.config import Device, LoadFormat
+from recipes.algorithms.presets import AlgorithmOptions
+from recipes.trainers.options import OptimizerOptions
+
+DEFAULT_MODEL = Path(__file__).parent.parent / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+WandbMode = Literal["off", "offline", "online"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutOptions:
+    """How replies are sampled."""
+
+    prompts_per_step: int = 8
+    """Problems sampled each step: groups of the batch."""
+    samples: int = 8
+    """Replies to each problem."""
+    temperature: float = 1.0
+    """Sampling temperature of training rollouts; evaluation is greedy."""
+    max_new_tokens: int | None = None
+    """Longest reply in tokens; None takes the task's own."""
+    kv_memory_gb: float = 1.0
+    """Memory of the engine's KV cache, GiB."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Train a language model by GRPO, or one of its relatives, on a task with verifiable rewards.
+
+    Rollouts come from the Slipstream engine, which takes the new weights in place each step.
+    """
+
+    task: str = "largest"
+    """largest, sorting, addition, letter_count, a .jsonl file of prompts and answers, or
+    gym:<name> for a reasoning-gym task."""
+    seed: int = 0
+    """Seed of the problems and of the sampling."""
+    steps: int = 34
+    """Optimizer steps of the run."""
+    minutes: float | None = None
+    """Stop before the first step that begins after so many minutes; None never does."""
+    out: str | None = None
+    """Run folder; None makes runs/<time>-<task>."""
+    model: str = str(DEFAULT_MODEL)
+    """Hugging Face folder, GGUF file, or a config.json (with --load-format random)."""
+    load_format: LoadFormat = "auto"
+    """Where the weights come from; 'random' needs only a config.json."""
+    device: Device = "auto"
+    """'auto' takes a GPU when torch sees one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Engine weights and the trainer's autocast; the trainer's own weights are float32."""
+    resume: str | None = None
+    """Run folder to continue from its last complete checkpoint."""
+    wandb: WandbMode = "off"
+    """Also log to Weights & Biases: to local files, or to the service."""
+    eval_every: int = 10
+    """Steps between held-out evaluations; 0 evaluates only before and after."""
+    eval_prompts: int = 256
+    """Held-out problems of an evaluation."""
+    checkpoint_every: int = 20
+    """Steps between checkpoints; 0 writes none."""
+    config: str | None = None
+    """TOML file with defaults for these options, named as here with _ for -."""
+    rollout: tyro.conf.OmitArgPrefixes[RolloutOptions] = field(default_factory=RolloutOptions)
+    optimizer: tyro.conf.OmitArgPrefixes[OptimizerOptions] = field(
+        default_factory=OptimizerOptions
+    )
+    algorithm: tyro.conf.OmitArgPrefixes[AlgorithmOptions] = field(
+        default_factory=AlgorithmOptions
+    )

@@ -1,0 +1,72 @@
+"""From problems to token ids, and from reply ids to text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from engine.protocol import IntArray
+from recipes.environments.base import Environment
+from recipes.types import Message, Problem
+
+
+class Tokenizer(Protocol):
+    """What prompts need of a tokenizer; `rollout.offline.load_tokenizer` returns one."""
+
+    chat_template: str | None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text."""
+        ...
+
+    def decode(self, ids: Any) -> str:
+        """Text of ids, special tokens left out."""
+        ...
+
+    def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a chat that ends where the assistant's reply begins."""
+        ...
+
+
+class Prompts:
+    """Writes the problems of a task for one model.
+
+    A model with a chat template gets a chat; any other gets plain text, a line a turn, and its
+    reply ends at the end of the line.
+    eos_ids: tokens that end a reply of this model.
+    """
+
+    def __init__(
+        self, environment: Environment, tokenizer: Tokenizer, eos_ids: Sequence[int]
+    ) -> None:
+        self.environment = environment
+        self.tokenizer = tokenizer
+        self.is_chat = tokenizer.chat_template is not None
+        newline = () if self.is_chat else (tokenizer.encode("\n")[-1],)
+        self.stop_ids = sorted({*eos_ids, *newline})
+
+    def prompt_ids(self, problem: Problem) -> IntArray:
+        """int32 [prompt_len]."""
+        messages = self.environment.messages(problem)
+        if self.is_chat:
+            ids = self.tokenizer.apply_chat_template(messages)
+        else:
+            ids = self.tokenizer.encode(_plain_text(messages))
+        return np.asarray(ids, dtype=np.int32)
+
+    def reply_text(self, response_ids: IntArray) -> str:
+        """What the model said, without the token that ended it."""
+        if len(response_ids) and int(response_ids[-1]) in self.stop_ids:
+            response_ids = response_ids[:-1]
+        return self.tokenizer.decode(response_ids)
+
+
+def _plain_text(messages: Sequence[Message]) -> str:
+    """Each answer on the line of its question; the last question is left open."""
+    text = ""
+    for message in messages:
+        ends_line = message["role"] != "user"
+        text += str(message["content"]) + ("\n" if ends_line else " ")
+    return text.rstrip(" ")

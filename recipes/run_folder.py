@@ -1,0 +1,121 @@
+"""The folder a run leaves behind.
+
+::
+
+    config.json       every option
+    metrics.jsonl     one object a step
+    samples.jsonl     a few rollouts of each step, as text
+    summary.json      the result
+    reward.png        reward and held-out accuracy over steps
+    checkpoints/      the last complete checkpoint
+    model/            the final model, Hugging Face format
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from recipes.types import Group
+
+SAMPLES_A_STEP = 2
+
+
+class RunFolder:
+    """Writes a run's files. Lines of metrics and samples carry their step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics_path = path / "metrics.jsonl"
+        self.samples_path = path / "samples.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.model = path / "model"
+        path.mkdir(parents=True, exist_ok=True)
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        """Write config.json."""
+        self._write_json("config.json", config)
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write summary.json."""
+        self._write_json("summary.json", summary)
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        """Add the row of a step."""
+        _append(self.metrics_path, [row])
+
+    def append_samples(self, step: int, groups: Sequence[Group]) -> None:
+        """Add the first replies of the first groups of a step."""
+        rows = [
+            {
+                "step": step,
+                "question": group.problem.question,
+                "answer": group.problem.answer,
+                "replies": [t.text for t in group.trajectories],
+                "rewards": [t.reward for t in group.trajectories],
+            }
+            for group in groups[:SAMPLES_A_STEP]
+        ]
+        _append(self.samples_path, rows)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The rows of the steps so far."""
+        return _read(self.metrics_path)
+
+    def truncate(self, last_step: int) -> None:
+        """Drop the lines of steps after `last_step`: they will be taken again."""
+        for path in (self.metrics_path, self.samples_path):
+            kept = [row for row in _read(path) if row["step"] <= last_step]
+            _replace(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def draw_curve(self, title: str, eval_before: float) -> None:
+        """Write reward.png from the metrics so far."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib.figure import Figure
+
+        rows = self.read_metrics()
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot([r["step"] for r in rows], [r["reward"] for r in rows], label="training reward")
+        measured = [(0, eval_before)] + [
+            (r["step"], r["eval/accuracy"]) for r in rows if "eval/accuracy" in r
+        ]
+        axes.plot(*zip(*measured, strict=True), marker="o", label="held-out accuracy, greedy")
+        axes.set(xlabel="step", ylim=(-0.02, 1.02), title=title)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(self.path / "reward.png", dpi=120)
+
+    def _write_json(self, name: str, value: dict[str, Any]) -> None:
+        _replace(self.path / name, json.dumps(value, indent=2) + "\n")
+
+
+def default_path(task: str) -> Path:
+    """runs/<time>-<task>, the task's name made fit for a folder."""
+    name = Path(task).stem.replace(":", "-")
+    return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+
+
+def _append(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """Whole lines only: a process killed while it wrote may have left half of one."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

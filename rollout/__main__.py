@@ -1,0 +1,140 @@
+"""The command line: `python -m rollout COMMAND`, also installed as `slipstream`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from engine.config import (
+    AttentionBackendName,
+    CacheConfig,
+    Device,
+    DType,
+    EngineConfig,
+    LoadFormat,
+    SchedulerConfig,
+)
+from engine.errors import ModelNotFound, SlipstreamError
+from rollout.launch import launch
+from rollout.offline import load_tokenizer, run_file
+from rollout.progress import ProgressDisplay
+from rollout.text.tokenizer import Tokenizer
+
+logger = logging.getLogger("rollout")
+
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offline:
+    """Answer a jsonl file of native /generate objects, without a server."""
+
+    model: str
+    """Hugging Face folder, GGUF file, or a config.json (with --load-format random)."""
+    input: str
+    """Input file: one /generate object a line, with text or input_ids."""
+    output: str
+    """Output file: one reply a line, in input order; a bad line gets an error object."""
+    load_format: LoadFormat = "auto"
+    """Where the weights come from; 'random' needs only a config.json."""
+    device: Device = "auto"
+    """'auto' takes a GPU when there is one."""
+    dtype: DType = "auto"
+    """Weights and KV; 'auto' is bfloat16 where the device computes it fast, else float32."""
+    context_length: int | None = None
+    """Most tokens of a sequence; by default the model's own, at most 32768."""
+    attention: AttentionBackendName = "auto"
+    """Attention back end."""
+    max_running: int = 256
+    """Most sequences running at once."""
+    kv_memory: float | None = None
+    """GiB for the KV cache; by default a share of the free memory."""
+    page_size: int = 16
+    """Tokens a KV page holds."""
+    prefix_cache: bool = True
+    """Reuse the KV of shared prefixes."""
+    seed: int = 0
+    """Seed of requests that bring none, and of random weights."""
+    spawn: bool = False
+    """Run the engine in a process of its own."""
+
+
+def engine_config(args: Offline) -> EngineConfig:
+    """The replica's configuration that the options describe."""
+    memory_bytes = None if args.kv_memory is None else int(args.kv_memory * _GIB)
+    return EngineConfig(
+        model=args.model,
+        load_format=args.load_format,
+        device=args.device,
+        dtype=args.dtype,
+        context_length=args.context_length,
+        attention=args.attention,
+        seed=args.seed,
+        cache=CacheConfig(
+            page_size=args.page_size, memory_bytes=memory_bytes, prefix_cache=args.prefix_cache
+        ),
+        scheduler=SchedulerConfig(max_running=args.max_running),
+    )
+
+
+def run_offline(args: Offline) -> None:
+    """`offline`: load the model, answer the file, say what was done."""
+    tokenizer = _tokenizer(args)
+    with (
+        launch(engine_config(args), process=args.spawn) as replica,
+        ProgressDisplay(replica) as display,
+    ):
+        report = run_file(
+            replica, tokenizer, args.input, args.output, seed=args.seed, on_progress=display
+        )
+    logger.info(
+        "%d lines (%d errors), %d prompt tokens, %d output tokens -> %s",
+        report.num_lines,
+        report.num_errors,
+        report.num_prompt_tokens,
+        report.num_output_tokens,
+        args.output,
+    )
+
+
+def _tokenizer(args: Offline) -> Tokenizer | None:
+    """Random weights need no tokenizer: such a model is asked in ids."""
+    try:
+        return load_tokenizer(args.model)
+    except ModelNotFound:
+        if not args.model.endswith(".json"):
+            raise
+        logger.warning("no tokenizer beside %s: only input_ids are served", args.model)
+        return None
+
+
+def parse(argv: Sequence[str] | None = None) -> Offline:
+    """The command that the arguments name; exits with help or a usage error."""
+    command = Annotated[Offline, tyro.conf.subcommand("offline")]
+    return tyro.extras.subcommand_cli_from_dict(
+        {"offline": command}, args=argv, prog="slipstream", description=__doc__
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command. Exits with 2 after one line on an error of Slipstream's own."""
+    args = parse(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        run_offline(args)
+    except SlipstreamError as error:
+        named = f" ({error.field})" if error.field else ""
+        sys.stderr.write(f"{type(error).__name__}{named}: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

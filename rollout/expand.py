@@ -1,0 +1,138 @@
+"""From one wire request to the sequences the engine samples."""
+
+from __future__ import annotations
+
+import uuid
+
+import msgspec
+import numpy as np
+
+from engine.errors import InvalidRequest
+from engine.protocol import GenerateRequest, IntArray, ReplicaState, Request, SamplingParams
+from rollout.scheduler.validate import Limits, check_request
+from rollout.seeds import derive_seed
+from rollout.text.detokenizer import stop_strings
+from rollout.text.tokenizer import Tokenizer
+
+
+def expand(
+    wire: GenerateRequest,
+    tokenizer: Tokenizer | None,
+    state: ReplicaState,
+    default_seed: int,
+) -> list[Request]:
+    """The `n` requests that `wire` asks for, checked against what the replica can do.
+
+    rid: the wire's, or a fresh one; "-0", "-1", ... follow it when n > 1.
+    Seeds: sample i has `derive_seed(base, i)` with the wire's `sampling_seed` as base, or
+    `default_seed`; two requests without a seed need two default seeds to differ.
+    Stop tokens are the model's EOS ids unless `ignore_eos`, `stop_token_ids`, and stop
+    strings that are written exactly as a special token.
+
+    tokenizer: None serves ids only. Raises InvalidRequest (or ContextTooLong) naming the
+    field.
+    """
+    sampling = wire.sampling_params
+    if sampling.n < 1:
+        raise InvalidRequest(f"n is {sampling.n}; it must be at least 1", field="n")
+    prompt_ids = _prompt_ids(wire, tokenizer)
+    stop_ids, strings = _stops(sampling, tokenizer, state)
+    base = default_seed if sampling.sampling_seed is None else sampling.sampling_seed
+    group = wire.rid if wire.rid is not None else uuid.uuid4().hex
+    first = Request(
+        rid=group if sampling.n == 1 else f"{group}-0",
+        prompt_ids=prompt_ids,
+        sampling=msgspec.structs.replace(sampling, n=1, stop=strings or None),
+        seed=derive_seed(base, 0),
+        group=group,
+        stop_ids=stop_ids,
+        priority=wire.priority,
+        salt=_salt(wire),
+        top_logprobs=wire.top_logprobs_num if wire.return_logprob else 0,
+        prompt_logprob_start=wire.logprob_start_len if wire.return_logprob else -1,
+        stream=wire.stream or bool(strings),
+    )
+    _check(wire, first, state)
+    others = (
+        msgspec.structs.replace(first, rid=f"{group}-{i}", seed=derive_seed(base, i))
+        for i in range(1, sampling.n)
+    )
+    return [first, *others]
+
+
+def _check(wire: GenerateRequest, request: Request, state: ReplicaState) -> None:
+    """The engine's own checks, with the names that the wire gives the fields."""
+    limits = Limits(
+        context_length=state.context_length,
+        vocab_size=state.vocab_size,
+        kv_tokens=state.total_pages * state.page_size,
+    )
+    names = {
+        "prompt_ids": "text" if wire.input_ids is None else "input_ids",
+        "top_logprobs": "top_logprobs_num",
+        "prompt_logprob_start": "logprob_start_len",
+    }
+    try:
+        check_request(request, limits)
+    except InvalidRequest as error:
+        name = names.get(error.field, error.field)
+        message = error.message.replace(error.field, name) if error.field else error.message
+        raise type(error)(message, field=name) from error
+
+
+def _salt(wire: GenerateRequest) -> str:
+    """One cache key of both; the lengths keep ("a", "bc") and ("ab", "c") apart."""
+    if not wire.extra_key:
+        return wire.cache_salt
+    return f"{len(wire.cache_salt)}:{wire.cache_salt}{wire.extra_key}"
+
+
+def _prompt_ids(wire: GenerateRequest, tokenizer: Tokenizer | None) -> IntArray:
+    if (wire.text is None) == (wire.input_ids is None):
+        found = "neither" if wire.text is None else "both"
+        raise InvalidRequest(
+            f"send exactly one of text and input_ids; {found} came", field="text, input_ids"
+        )
+    if wire.input_ids is not None:
+        return _as_int32(wire.input_ids)
+    if tokenizer is None:
+        raise InvalidRequest(
+            "this model came without a tokenizer; send input_ids instead of text", field="text"
+        )
+    assert wire.text is not None
+    ids = tokenizer.encode(wire.text)
+    if not ids:
+        raise InvalidRequest("text has no tokens; send a prompt", field="text")
+    return np.array(ids, dtype=np.int32)
+
+
+def _as_int32(ids: list[int]) -> IntArray:
+    try:
+        return np.array(ids, dtype=np.int32)
+    except OverflowError as error:
+        raise InvalidRequest(f"input_ids: {error}", field="input_ids") from error
+
+
+def _stops(
+    sampling: SamplingParams, tokenizer: Tokenizer | None, state: ReplicaState
+) -> tuple[list[int], list[str]]:
+    """Stop ids, and the stop strings that have to be looked for in the text."""
+    ids = list(sampling.stop_token_ids or [])
+    if not sampling.ignore_eos:
+        known = state.eos_ids if tokenizer is None else [*state.eos_ids, *tokenizer.eos_ids]
+        ids += [token for token in known if token < state.vocab_size]
+    strings: list[str] = []
+    for stop in stop_strings(sampling):
+        if not stop:
+            raise InvalidRequest("a stop string is empty", field="stop")
+        if tokenizer is None:
+            raise InvalidRequest(
+                "stop strings need a tokenizer, which this model has not; use stop_token_ids",
+                field="stop",
+            )
+        token_id = tokenizer.special_token_id(stop)
+        if token_id is None:
+            strings.append(stop)
+        else:
+            ids.append(token_id)
+    return list(dict.fromkeys(ids)), strings

@@ -1,0 +1,68 @@
+"""Typed messages between two processes of one host: ZMQ carries MessagePack.
+
+The only file that imports zmq. A frame is a list of protocol structs; every wait has a
+deadline, and what a missed one means is the caller's to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import zmq
+
+from engine.errors import EngineDead
+from engine.protocol import decode, encode
+
+
+class Channel:
+    """One end of a two-way, ordered channel; made by `listen` or `connect`.
+
+    receive: type of the structs that arrive, a struct or a tagged union of them.
+    """
+
+    def __init__(self, receive: Any) -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.PAIR)
+        self._socket.set_hwm(0)
+        self._receive_type = list[receive]
+
+    @classmethod
+    def listen(cls, endpoint: str, receive: Any) -> Channel:
+        """The end that makes `endpoint`, such as "ipc:///tmp/x/leader"."""
+        channel = cls(receive)
+        channel._socket.bind(endpoint)
+        return channel
+
+    @classmethod
+    def connect(cls, endpoint: str, receive: Any) -> Channel:
+        """The other end; it may connect before the first listens."""
+        channel = cls(receive)
+        channel._socket.connect(endpoint)
+        return channel
+
+    def send(self, messages: Sequence[msgspec.Struct], *, timeout_s: float) -> None:
+        """Send one frame. Raises EngineDead if nobody takes it in time."""
+        if not self._socket.poll(timeout_s * 1000, zmq.POLLOUT):
+            raise EngineDead(f"no peer took a message within {timeout_s:g} s", field="channel")
+        self._socket.send(encode(list(messages)), zmq.NOBLOCK)
+
+    def receive(self, *, timeout_s: float) -> list[Any]:
+        """The next frame's structs; empty if none comes in time. Raises EngineDead on bytes
+        that are not the protocol."""
+        if not self._socket.poll(timeout_s * 1000, zmq.POLLIN):
+            return []
+        data = self._socket.recv(zmq.NOBLOCK)
+        try:
+            messages: list[Any] = decode(data, self._receive_type)
+        except msgspec.DecodeError as error:
+            raise EngineDead(
+                f"a message is not of the protocol: {error}", field="channel"
+            ) from error
+        return messages
+
+    def close(self, *, linger_s: float = 0.0) -> None:
+        """Close; frames not yet sent get `linger_s` to leave. Idempotent."""
+        self._socket.close(linger=int(linger_s * 1000))
+        self._context.term()

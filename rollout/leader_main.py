@@ -1,0 +1,94 @@
+"""The spawned leader: `python -m rollout.leader_main ENDPOINT CONFIG FACTORY PARENT`.
+
+`rollout.process_replica` starts it. CONFIG is an `EngineConfig` as a JSON file, FACTORY
+the "module:function" that builds the executor from it, PARENT the process to outlive by
+no more than `_IDLE_S`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Callable
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from engine.config import EngineConfig
+from engine.errors import SlipstreamError
+from engine.protocol import Command, Control, Reply, Request, Shutdown
+from rollout.ipc import Channel
+from rollout.leader import Leader, StepExecutor, error_info
+
+logger = logging.getLogger(__name__)
+
+_IDLE_S = 1.0
+_SEND_S = 30.0
+
+
+def main(argv: list[str]) -> int:
+    """Build the engine, say so, and serve until told to stop or orphaned."""
+    endpoint, config_path, factory, parent = argv
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s leader %(name)s: %(message)s")
+    channel = Channel.connect(endpoint, Command)
+    try:
+        config = msgspec.json.decode(Path(config_path).read_bytes(), type=EngineConfig)
+        leader = Leader(config, _resolve(factory)(config))
+    except SlipstreamError as error:
+        channel.send([Reply(error=error_info(error))], timeout_s=_SEND_S)
+        channel.close(linger_s=_SEND_S)
+        return 1
+    channel.send([Reply(state=leader.state())], timeout_s=_SEND_S)
+    _serve(leader, channel, parent_pid=int(parent))
+    leader.close()
+    channel.close(linger_s=_SEND_S)
+    return 0
+
+
+def _resolve(factory: str) -> Callable[[EngineConfig], StepExecutor]:
+    module, _, name = factory.partition(":")
+    build: Callable[[EngineConfig], StepExecutor] = getattr(importlib.import_module(module), name)
+    return build
+
+
+def _serve(leader: Leader, channel: Channel, *, parent_pid: int) -> None:
+    """Commands first, then one step: so a command waits for one step at most."""
+    while os.getppid() == parent_pid:
+        commands = channel.receive(timeout_s=0.0 if leader.can_step() else _IDLE_S)
+        replies, leaving = _obey(leader, commands)
+        if replies:
+            channel.send(replies, timeout_s=_SEND_S)
+        if leaving:
+            return
+        if leader.can_step():
+            outputs = leader.step()
+            if outputs:
+                channel.send(outputs, timeout_s=_SEND_S)
+    logger.warning("process %d is gone; leaving", parent_pid)
+
+
+def _obey(leader: Leader, commands: list[Any]) -> tuple[list[Reply], bool]:
+    replies: list[Reply] = []
+    for kind, group in groupby(commands, key=type):
+        if kind is Request:
+            leader.submit(list(group))
+            continue
+        replies += [_answer(leader, command) for command in group]
+        if kind is Shutdown:
+            return replies, True
+    return replies, False
+
+
+def _answer(leader: Leader, command: Control) -> Reply:
+    try:
+        return leader.handle(command)
+    except SlipstreamError as error:
+        return Reply(error=error_info(error))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,195 @@
+"""Batches without a server: lists of requests, and files of native `/generate` objects.
+
+What recipes use is here by name: `generate`, `load_tokenizer`, `expand`, `respond`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+import msgspec
+
+from engine.errors import InvalidRequest, SlipstreamError
+from engine.protocol import ErrorInfo, GenerateRequest, ReplicaState, Request, RequestOutput
+from rollout.expand import expand
+from rollout.generate import OnProgress, Progress, generate, run
+from rollout.replica import Replica
+from rollout.respond import respond
+from rollout.seeds import derive_seed
+from rollout.text.tokenizer import Tokenizer, load_tokenizer
+from rollout.wire import parse_request
+
+__all__ = [
+    "OnProgress",
+    "Progress",
+    "Tokenizer",
+    "expand",
+    "generate",
+    "load_tokenizer",
+    "respond",
+    "run",
+    "run_file",
+]
+
+_REFUSED = {"InvalidRequest", "ContextTooLong", "UnsupportedOption", "QueueFull"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileReport:
+    """What `run_file` did. num_errors: lines whose output line is an error."""
+
+    num_lines: int
+    num_errors: int
+    num_prompt_tokens: int
+    num_output_tokens: int
+
+
+@dataclass(kw_only=True)
+class _Line:
+    wire: GenerateRequest | None = None
+    error: ErrorInfo | None = None
+    requests: list[Request] = field(default_factory=list)
+    outputs: dict[str, RequestOutput] = field(default_factory=dict)
+
+    def done(self) -> bool:
+        if self.error is not None:
+            return True
+        return bool(self.requests) and len(self.outputs) == len(self.requests)
+
+    def num_sequences(self) -> int:
+        return 0 if self.wire is None else max(self.wire.sampling_params.n, 0)
+
+
+def run_file(
+    replica: Replica,
+    tokenizer: Tokenizer | None,
+    input_path: str | Path,
+    output_path: str | Path,
+    *,
+    seed: int = 0,
+    on_progress: OnProgress | None = None,
+) -> FileReport:
+    """Answer every line of a jsonl file of native `/generate` objects, in input order.
+
+    A line asking for n > 1 samples gets a list of replies with `index` set. A line that
+    cannot be served gets `{"error": {"kind", "message", "field"}}`, and the others go on.
+    Output lines are written as soon as every line before them is. Lines without a
+    `sampling_seed` get seeds derived from `seed` and the line number.
+
+    Raises InvalidRequest (`input`) if there is no input file, EngineDead if the replica
+    dies; what was finished is on disk then.
+    """
+    source = Path(input_path)
+    if not source.is_file():
+        raise InvalidRequest(f"no input file at {source}", field="input")
+    lines = [_parse(line) for line in source.read_bytes().splitlines() if line.strip()]
+    job = _FileJob(lines, tokenizer, replica.state(), seed)
+    total = sum(line.num_sequences() for line in lines)
+    with Path(output_path).open("w", encoding="utf-8") as out:
+        outputs = run(
+            replica, job.requests(), total=total, tokenizer=tokenizer, on_progress=on_progress
+        )
+        with closing(outputs):
+            for output in outputs:
+                job.take(output)
+                job.write_ready(out)
+        job.write_ready(out)
+    return job.report()
+
+
+def _parse(data: bytes) -> _Line:
+    try:
+        return _Line(wire=parse_request(data))
+    except SlipstreamError as error:
+        return _Line(error=_info(error))
+
+
+def _info(error: SlipstreamError) -> ErrorInfo:
+    return ErrorInfo(kind=type(error).__name__, message=error.message, field=error.field)
+
+
+class _FileJob:
+    """The lines of one file on their way through the replica."""
+
+    def __init__(
+        self,
+        lines: list[_Line],
+        tokenizer: Tokenizer | None,
+        state: ReplicaState,
+        seed: int,
+    ) -> None:
+        self._lines = lines
+        self._tokenizer = tokenizer
+        self._state = state
+        self._seed = seed
+        self._line_of: dict[str, _Line] = {}
+        self._num_written = 0
+        self._num_errors = 0
+        self._num_prompt_tokens = 0
+        self._num_output_tokens = 0
+
+    def requests(self) -> Iterator[Request]:
+        """Requests of the good lines; a bad one keeps its error for the output."""
+        for number, line in enumerate(self._lines):
+            if line.wire is None:
+                continue
+            try:
+                line.requests = self._expand(number, line.wire)
+            except SlipstreamError as error:
+                line.error = _info(error)
+            yield from line.requests
+
+    def take(self, output: RequestOutput) -> None:
+        """Keep a finished sequence with its line."""
+        line = self._line_of[output.rid]
+        line.outputs[output.rid] = output
+        finish = output.finish
+        if finish is not None and finish.error in _REFUSED:
+            line.error = ErrorInfo(kind=finish.error or "", message=finish.message or "")
+
+    def write_ready(self, out: TextIO) -> None:
+        """Write every line that is done and has no unfinished line before it."""
+        while self._num_written < len(self._lines) and self._lines[self._num_written].done():
+            line = self._lines[self._num_written]
+            out.write(msgspec.json.encode(self._answer(line)).decode() + "\n")
+            self._num_written += 1
+            line.wire, line.requests, line.outputs = None, [], {}
+        out.flush()
+
+    def report(self) -> FileReport:
+        """Totals, once every line is written."""
+        assert self._num_written == len(self._lines), "a line was left without an answer"
+        return FileReport(
+            num_lines=len(self._lines),
+            num_errors=self._num_errors,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_output_tokens=self._num_output_tokens,
+        )
+
+    def _expand(self, number: int, wire: GenerateRequest) -> list[Request]:
+        line = self._lines[number]
+        requests = expand(wire, self._tokenizer, self._state, derive_seed(self._seed, number))
+        for request in requests:
+            if request.rid in self._line_of:
+                raise InvalidRequest(f"rid {request.rid!r} was used by another line", field="rid")
+        self._line_of.update((request.rid, line) for request in requests)
+        return requests
+
+    def _answer(self, line: _Line) -> object:
+        if line.error is not None or line.wire is None:
+            self._num_errors += 1
+            return {"error": line.error}
+        many = line.wire.sampling_params.n > 1
+        replies = []
+        for index, request in enumerate(line.requests):
+            output = line.outputs[request.rid]
+            self._num_prompt_tokens += len(request.prompt_ids)
+            self._num_output_tokens += len(output.token_ids)
+            replies.append(
+                respond(line.wire, request, output, self._tokenizer, index=index if many else None)
+            )
+        return replies if many else replies[0]

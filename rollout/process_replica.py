@@ -1,0 +1,221 @@
+"""A replica in a spawned process: the same leader, behind a ZMQ channel."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+
+from engine.config import EngineConfig
+from engine.errors import EngineDead, SlipstreamError, UnsupportedOption, by_name
+from engine.protocol import (
+    BeginUpdate,
+    CommitUpdate,
+    Control,
+    GetState,
+    LoadFromDisk,
+    ReplicaState,
+    Reply,
+    Request,
+    RequestOutput,
+    Shutdown,
+    UpdateReport,
+)
+from rollout.ipc import Channel
+
+_POLL_S = 0.1
+_LEAVE_S = 10.0
+_LOG_TAIL = 2000
+
+
+class ProcessReplica:
+    """Spawns the leader and talks to it; `step` only collects, the leader steps by itself.
+
+    factory: "module:function" that builds the executor in the leader's process.
+    start_s: deadline for loading the model. reply_s: deadline for the leader to answer; a
+    weight command gets `start_s`. A leader that misses one is killed, and every later call
+    raises the same EngineDead.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        factory: str = "engine.executor:build_executor",
+        start_s: float = 600.0,
+        reply_s: float = 120.0,
+    ) -> None:
+        self._start_s = start_s
+        self._reply_s = reply_s
+        self._open: set[str] = set()
+        self._outputs: list[RequestOutput] = []
+        self._replies: list[Reply] = []
+        self._dead: EngineDead | None = None
+        self._closed = False
+        self._folder = Path(tempfile.mkdtemp(prefix="slipstream-"))
+        endpoint = f"ipc://{self._folder}/leader"
+        self._channel = Channel.listen(endpoint, RequestOutput | Reply)
+        self._process = self._spawn(config, endpoint, factory)
+        self._heard_at = time.monotonic()
+        try:
+            self._await_reply(start_s, "start")
+        except SlipstreamError:
+            self.close()
+            raise
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue requests; refusals come back from `step`."""
+        self._send(list(requests))
+        self._open.update(request.rid for request in requests)
+
+    def step(self) -> list[RequestOutput]:
+        """Outputs that arrived; waits a moment for the first. Raises EngineDead."""
+        if not self._outputs:
+            self._receive(_POLL_S)
+        if self._open and time.monotonic() - self._heard_at > self._reply_s:
+            self.state()
+        outputs, self._outputs = self._outputs, []
+        self._open.difference_update(o.rid for o in outputs if o.finish is not None)
+        return outputs
+
+    def send(self, command: Control) -> Reply:
+        """Run a control command and wait for its answer. Raises its typed error."""
+        slow = isinstance(command, BeginUpdate | LoadFromDisk | CommitUpdate)
+        self._send([command])
+        return self._await_reply(self._start_s if slow else self._reply_s, _name(command))
+
+    def state(self) -> ReplicaState:
+        """What the replica is and does right now."""
+        reply = self.send(GetState())
+        assert reply.state is not None
+        return reply.state
+
+    def idle(self) -> bool:
+        """Whether every request submitted has had its final output."""
+        return not self._open and not self._outputs
+
+    def update_weights_inproc(
+        self, begin: BeginUpdate, tensors: Iterable[tuple[str, Any]]
+    ) -> UpdateReport:
+        """Refused: tensors of this process do not reach another one."""
+        raise UnsupportedOption(
+            "a spawned replica cannot read this process's tensors; write safetensors files "
+            "and send BeginUpdate, LoadFromDisk, CommitUpdate (the 'disk' transport)",
+            field="transport",
+        )
+
+    def close(self) -> None:
+        """Tell the leader to leave, kill it if it does not, and clean up. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if self._dead is None and self._process.poll() is None:
+                self._channel.send([Shutdown()], timeout_s=1.0)
+                self._process.wait(_LEAVE_S)
+        except (EngineDead, subprocess.TimeoutExpired):
+            pass
+        finally:
+            if self._process.poll() is None:
+                self._process.kill()
+                self._process.wait()
+            self._channel.close()
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _spawn(self, config: EngineConfig, endpoint: str, factory: str) -> subprocess.Popen[bytes]:
+        config_path = self._folder / "config.json"
+        config_path.write_bytes(msgspec.json.encode(config))
+        command = [sys.executable, "-m", "rollout.leader_main", endpoint, str(config_path)]
+        command += [factory, str(os.getpid())]
+        # The child finds the modules this process finds, and a Ctrl-C here is not one there.
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        with self._log_path().open("wb") as log:
+            return subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def _send(self, messages: Sequence[Any]) -> None:
+        self._require_alive()
+        try:
+            self._channel.send(messages, timeout_s=self._reply_s)
+        except EngineDead as error:
+            raise self._die(error.message) from error
+
+    def _receive(self, timeout_s: float) -> None:
+        """Sort what arrives within `timeout_s`; notice a leader that left."""
+        self._require_alive()
+        # Asked before receiving: what a dying leader sent last is still delivered.
+        exit_code = self._process.poll()
+        messages = self._channel.receive(timeout_s=timeout_s if exit_code is None else 0.0)
+        if messages:
+            self._heard_at = time.monotonic()
+        elif exit_code is not None:
+            raise self._die(_exit_text(exit_code))
+        for message in messages:
+            if isinstance(message, Reply):
+                self._replies.append(message)
+            else:
+                self._outputs.append(message)
+
+    def _await_reply(self, timeout_s: float, what: str) -> Reply:
+        deadline = time.monotonic() + timeout_s
+        while not self._replies:
+            if time.monotonic() > deadline:
+                raise self._die(f"did not answer '{what}' within {timeout_s:g} s")
+            self._receive(_POLL_S)
+        reply = self._replies.pop(0)
+        if reply.error is not None:
+            raise by_name(reply.error.kind, reply.error.message, reply.error.field)
+        return reply
+
+    def _require_alive(self) -> None:
+        if self._dead is not None:
+            raise EngineDead(self._dead.message, field=self._dead.field)
+        if self._closed:
+            raise EngineDead("the replica is closed", field="leader")
+
+    def _die(self, why: str) -> EngineDead:
+        """Kill the leader: its answers could no longer be told apart."""
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        tail = self._log_path().read_bytes()[-_LOG_TAIL:].decode(errors="replace").strip()
+        message = f"leader process {self._process.pid} {why}"
+        self._dead = EngineDead(f"{message}\n{tail}" if tail else message, field="leader")
+        return self._dead
+
+    def _log_path(self) -> Path:
+        return self._folder / "leader.log"
+
+
+def _name(command: Control) -> str:
+    return str(command.__struct_config__.tag)
+
+
+def _exit_text(code: int) -> str:
+    return f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"

@@ -1,0 +1,131 @@
+"""From a finished sequence to the native `/generate` reply (keys of SGLang's meta_info)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine.protocol import (
+    FinishReason,
+    FloatArray,
+    GenerateRequest,
+    GenerateResponse,
+    IntArray,
+    Request,
+    RequestOutput,
+    TopLogprobs,
+)
+from rollout.text.detokenizer import final_text
+from rollout.text.tokenizer import Tokenizer
+
+LogprobEntry = list[Any]
+
+
+def respond(
+    wire: GenerateRequest,
+    request: Request,
+    output: RequestOutput,
+    tokenizer: Tokenizer | None,
+    *,
+    index: int | None = None,
+) -> GenerateResponse:
+    """The reply to one of the sequences of `wire`; `text` is None without a tokenizer.
+
+    index: which of the `n` samples it is; None when one was asked for.
+    """
+    ids = output.token_ids.tolist()
+    sampling = wire.sampling_params
+    return GenerateResponse(
+        text=None if tokenizer is None else final_text(tokenizer, ids, output.finish, sampling),
+        output_ids=ids,
+        meta_info=_meta_info(wire, request, output, tokenizer),
+        prompt_token_ids=request.prompt_ids.tolist() if wire.return_prompt_token_ids else None,
+        index=index,
+    )
+
+
+def _meta_info(
+    wire: GenerateRequest,
+    request: Request,
+    output: RequestOutput,
+    tokenizer: Tokenizer | None,
+) -> dict[str, Any]:
+    assert output.finish is not None, f"request {output.rid} has not finished"
+    meta: dict[str, Any] = {
+        "id": output.rid,
+        "finish_reason": _finish_reason(output.finish, len(output.token_ids)),
+        "prompt_tokens": len(request.prompt_ids),
+        "completion_tokens": len(output.token_ids),
+        "cached_tokens": output.cached_tokens,
+        "num_retractions": output.num_retractions,
+        "weight_version": str(output.spans[-1].version) if output.spans else None,
+        "weight_versions": [
+            {"version": str(span.version), "start": span.start, "end": span.end}
+            for span in output.spans
+        ],
+    }
+    if wire.return_logprob:
+        texts = tokenizer if wire.return_text_in_logprobs else None
+        meta |= _output_logprobs(output, texts, wire.top_logprobs_num)
+        if wire.logprob_start_len >= 0:
+            meta |= _input_logprobs(request, output, texts, wire.top_logprobs_num)
+    return meta
+
+
+def _finish_reason(finish: FinishReason, length: int) -> dict[str, Any]:
+    if finish.type == "stop":
+        return {"type": "stop", "matched": finish.matched}
+    if finish.type == "length":
+        return {"type": "length", "length": length if finish.length is None else finish.length}
+    reason: dict[str, Any] = {"type": "abort", "message": finish.message}
+    return reason if finish.error is None else {**reason, "error": finish.error}
+
+
+def _output_logprobs(
+    output: RequestOutput, texts: Tokenizer | None, top_num: int
+) -> dict[str, Any]:
+    entries = _entries(output.logprobs, output.token_ids, texts)
+    found: dict[str, Any] = {
+        "output_token_logprobs": entries,
+        "output_token_logprobs_length": len(entries),
+    }
+    if top_num > 0:
+        found["output_top_logprobs"] = _top_entries(output.top, texts, top_num)
+    return found
+
+
+def _input_logprobs(
+    request: Request, output: RequestOutput, texts: Tokenizer | None, top_num: int
+) -> dict[str, Any]:
+    """Entries for prompt positions from the start asked for; position 0 has no logprob."""
+    start = request.prompt_logprob_start
+    first_scored = max(start, 1)
+    ids = request.prompt_ids
+    unscored: list[Any] = [[None, int(ids[0]), _text(int(ids[0]), texts)]] if start == 0 else []
+    scored = []
+    if output.prompt_logprobs is not None:
+        scored = _entries(output.prompt_logprobs, ids[first_scored:], texts)
+    found: dict[str, Any] = {"input_token_logprobs": unscored + scored}
+    if top_num > 0:
+        nothing = [None] * len(unscored)
+        found["input_top_logprobs"] = nothing + _top_entries(output.prompt_top, texts, top_num)
+    return found
+
+
+def _entries(logprobs: FloatArray, ids: IntArray, texts: Tokenizer | None) -> list[LogprobEntry]:
+    pairs = zip(logprobs.tolist(), ids.tolist(), strict=True)
+    return [[logprob, token_id, _text(token_id, texts)] for logprob, token_id in pairs]
+
+
+def _top_entries(
+    top: TopLogprobs | None, texts: Tokenizer | None, top_num: int
+) -> list[list[LogprobEntry]]:
+    if top is None:
+        return []
+    return [
+        _entries(logprobs[:top_num], ids[:top_num], texts)
+        for logprobs, ids in zip(top.logprobs, top.ids, strict=True)
+    ]
+
+
+def _text(token_id: int, texts: Tokenizer | None) -> str | None:
+    return None if texts is None else texts.decode([token_id], skip_special_tokens=False)

@@ -1,0 +1,143 @@
+"""Gathers what one step changes and computes, and turns it into a `StepPlan`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from engine.protocol import IntArray, NewRow, StepPlan
+from rollout.scheduler.running import RunningSet
+from rollout.scheduler.sequence import Sequence
+
+NO_INTS: IntArray = np.empty(0, np.int32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InFlight:
+    """A planned step whose result has not come.
+
+    version: weights it runs under. slots, uids: [S], the rows that sample, in row order;
+    a row whose slot has another uid by then left meanwhile, and its token is dropped.
+    row_slots, row_uids: [R], all rows. scored: slots that end without sampling.
+    """
+
+    step: int
+    version: int
+    slots: IntArray
+    uids: np.ndarray[tuple[int], np.dtype[np.int64]]
+    row_slots: IntArray
+    row_uids: np.ndarray[tuple[int], np.dtype[np.int64]]
+    scored: list[int] = field(default_factory=list)
+
+
+class PlanBuilder:
+    """One step being planned. Decode rows come in batch order; others in any."""
+
+    def __init__(self, step: int, running: RunningSet) -> None:
+        self.step = step
+        self._running = running
+        self._decode: IntArray = NO_INTS
+        self._rows: list[tuple[int, int, bool]] = []
+        self._new_rows: list[NewRow] = []
+        self._page_slots: list[IntArray] = []
+        self._page_columns: list[IntArray] = []
+        self._page_ids: list[IntArray] = []
+        self._copies: list[tuple[int, int]] = []
+        self._scored: list[int] = []
+
+    @property
+    def empty(self) -> bool:
+        """Whether no row was added."""
+        return len(self._decode) == 0 and not self._rows
+
+    def set_decode(self, slots: IntArray) -> None:
+        """Rows that compute their newest token and sample the next; int32."""
+        self._decode = slots
+
+    def add_prefill(self, slot: int, num_tokens: int, *, sample: bool, last: bool) -> None:
+        """A row that computes its next `num_tokens` known tokens."""
+        self._rows.append((slot, num_tokens, sample))
+        if last and not sample:
+            self._scored.append(slot)
+
+    def add_new_row(self, sequence: Sequence) -> None:
+        """A sequence that took its slot in this plan."""
+        slot = sequence.slot
+        self._new_rows.append(
+            NewRow(
+                slot=slot,
+                token_ids=sequence.tokens,
+                prompt_len=sequence.prompt_len,
+                sampling=sequence.row_sampling(),
+                prompt_logprob_start=sequence.prompt_logprob_start,
+            )
+        )
+
+    def add_pages(self, slot: int, column: int, pages: IntArray) -> None:
+        """page_table[slot, column:] = pages."""
+        count = len(pages)
+        self._page_slots.append(np.full(count, slot, np.int32))
+        self._page_columns.append(np.arange(column, column + count, dtype=np.int32))
+        self._page_ids.append(pages)
+
+    def add_page_column(self, slots: IntArray, columns: IntArray, pages: IntArray) -> None:
+        """page_table[slots, columns] = pages, one page for each slot."""
+        self._page_slots.append(slots)
+        self._page_columns.append(columns)
+        self._page_ids.append(pages)
+
+    def add_copy(self, source: int, target: int) -> None:
+        """Page `target` begins as a copy of page `source`."""
+        self._copies.append((source, target))
+
+    def build(self, ones: IntArray) -> tuple[StepPlan, InFlight]:
+        """The plan. ones: int32, at least as long as the decode rows, not to be written."""
+        slots, lens, samples = self._ordered(ones)
+        table = self._running.table
+        copies = np.array(self._copies, np.int32).reshape(-1, 2)
+        plan = StepPlan(
+            step=self.step,
+            new_rows=self._new_rows,
+            page_slots=_join(self._page_slots),
+            page_columns=_join(self._page_columns),
+            page_ids=_join(self._page_ids),
+            copy_src=np.ascontiguousarray(copies[:, 0]),
+            copy_dst=np.ascontiguousarray(copies[:, 1]),
+            slots=slots,
+            query_lens=lens,
+            kv_lens=table.num_computed[slots],
+            samples=samples,
+        )
+        return plan, self._in_flight(slots, samples)
+
+    def _ordered(self, ones: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+        count = len(self._decode)
+        samples = np.ones(count, np.bool_)
+        if not self._rows:
+            return self._decode, ones[:count], samples
+        rows = np.array(self._rows, np.int32).reshape(-1, 3)
+        slots = np.concatenate((self._decode, rows[:, 0]))
+        lens = np.concatenate((ones[:count], rows[:, 1]))
+        samples = np.concatenate((samples, rows[:, 2].astype(np.bool_)))
+        order = self._running.batch_order(slots)
+        return slots[order], lens[order], samples[order]
+
+    def _in_flight(self, slots: IntArray, samples: IntArray) -> InFlight:
+        uids = self._running.table.uid[slots]
+        all_sample = bool(samples.all())
+        return InFlight(
+            step=self.step,
+            version=self._running.version,
+            slots=slots if all_sample else slots[samples],
+            uids=uids if all_sample else uids[samples],
+            row_slots=slots,
+            row_uids=uids,
+            scored=self._scored,
+        )
+
+
+def _join(parts: list[IntArray]) -> IntArray:
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate(parts) if parts else NO_INTS

@@ -1,0 +1,145 @@
+"""The running sequences: slots, their pages, and how a sequence enters and leaves."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engine.protocol import IntArray
+from rollout.cache.manager import CacheManager
+from rollout.cache.radix_tree import Match
+from rollout.scheduler.sequence import Sequence
+from rollout.scheduler.table import DECODING, PREFILLING, SlotTable
+
+
+class RunningSet:
+    """Owns the slot table; every page a sequence holds is taken and given back here."""
+
+    def __init__(self, table: SlotTable, cache: CacheManager, version: int) -> None:
+        self.table = table
+        self.cache = cache
+        self.version = version
+        self.prefilling: dict[int, Sequence] = {}
+        """By slot, oldest admission first."""
+        self._by_slot: dict[int, Sequence] = {}
+        self._free_slots = list(range(table.num_slots - 1, -1, -1))
+        self._decode_slots: IntArray | None = None
+
+    def __len__(self) -> int:
+        return len(self._by_slot)
+
+    def __getitem__(self, slot: int) -> Sequence:
+        return self._by_slot[slot]
+
+    @property
+    def num_free_slots(self) -> int:
+        """Slots a new sequence may take."""
+        return len(self._free_slots)
+
+    def sequences(self) -> list[Sequence]:
+        """Every running sequence, in order of arrival."""
+        return sorted(self._by_slot.values(), key=lambda sequence: sequence.arrival)
+
+    def slots(self) -> IntArray:
+        """Slots in use, int32, in no particular order."""
+        return np.fromiter(self._by_slot, np.int32, len(self._by_slot))
+
+    def decode_slots(self) -> IntArray:
+        """Slots past their prefill, int32, in batch order; the same array until that
+        changes."""
+        if self._decode_slots is None:
+            slots = np.flatnonzero(self.table.phase == DECODING).astype(np.int32)
+            self._decode_slots = self.in_batch_order(slots)
+        return self._decode_slots
+
+    def in_batch_order(self, slots: IntArray) -> IntArray:
+        """`slots` sorted so that the samples of a group are adjacent."""
+        order = self.batch_order(slots)
+        result: IntArray = slots[order]
+        return result
+
+    def batch_order(self, slots: IntArray) -> IntArray:
+        """The permutation that `in_batch_order` applies."""
+        keys = (self.table.arrival[slots], self.table.group_order[slots])
+        return np.lexsort(keys).astype(np.int32)
+
+    def start(self, sequence: Sequence, match: Match | None) -> int:
+        """Give a waiting sequence a slot and the pages it shares; returns the slot."""
+        slot = self._free_slots.pop()
+        kv_tokens = self.cache.num_pages * self.cache.page_size
+        self.table.load(slot, sequence, kv_tokens)
+        sequence.slot, sequence.pure = slot, True
+        if match is not None:
+            sequence.node = match.node
+            self.table.add_pages(slot, match.pages)
+            self.table.num_computed[slot] = match.num_tokens
+        self._by_slot[slot] = sequence
+        self.prefilling[slot] = sequence
+        return slot
+
+    def finish_prefill(self, sequence: Sequence) -> None:
+        """Its whole prompt is planned; it decodes from the next plan on."""
+        self.table.phase[sequence.slot] = DECODING
+        del self.prefilling[sequence.slot]
+        self._decode_slots = None
+
+    def share(self, sequence: Sequence, num_tokens: int, step: int) -> None:
+        """Let others use the first `num_tokens` tokens, whose KV `step` completes."""
+        if not sequence.pure:
+            return
+        slot = sequence.slot
+        sequence.node = self.cache.commit(
+            self.table.tokens[slot, :num_tokens],
+            self.table.pages(slot)[: self.cache.pages_for(num_tokens)],
+            sequence.node,
+            version=self.version,
+            salt=sequence.request.salt,
+            step=step,
+        )
+
+    def stop(self, sequence: Sequence, *, step: int, keep_kv: bool = True) -> None:
+        """Take a sequence out of its slot; its tokens and logprobs stay with it.
+
+        step: the step being planned, or the next one. keep_kv: leave what it computed to
+        the prefix cache.
+        """
+        slot, table = sequence.slot, self.table
+        size = int(table.num_tokens[slot])
+        sequence.tokens = table.tokens[slot, :size].copy()
+        sequence.logprobs = table.logprobs[slot, sequence.prompt_len : size].copy()
+        computed = min(int(table.num_computed[slot]), size)
+        keep = keep_kv and sequence.pure
+        self.cache.release(
+            table.pages(slot),
+            sequence.node,
+            tokens=sequence.tokens[:computed] if keep else None,
+            version=self.version,
+            salt=sequence.request.salt,
+            step=step - 1,
+        )
+        table.clear(slot)
+        del self._by_slot[slot]
+        self.prefilling.pop(slot, None)
+        self._free_slots.append(slot)
+        self._decode_slots = None
+        sequence.slot, sequence.node = -1, None
+
+    def set_version(self, version: int) -> None:
+        """New weights serve: running sequences go on, but their KV is no longer shared."""
+        self.version = version
+        for sequence in self._by_slot.values():
+            sequence.pure = sequence.pure and self.table.num_computed[sequence.slot] == 0
+        self.cache.keep_version(version)
+
+    def check_integrity(self) -> None:
+        """Assert that slots, phases and page counts agree, and the cache with them."""
+        table = self.table
+        assert len(self._by_slot) + len(self._free_slots) == table.num_slots, "a slot is lost"
+        assert set(self._by_slot) == set(np.flatnonzero(table.phase).tolist()), "phase differs"
+        prefilling = set(np.flatnonzero(table.phase == PREFILLING).tolist())
+        assert set(self.prefilling) == prefilling, "prefilling sequences differ"
+        for slot, sequence in self._by_slot.items():
+            assert sequence.slot == slot, f"slot {slot} holds a sequence of {sequence.slot}"
+            held = int(table.num_pages[slot])
+            need = self.cache.pages_for(int(table.num_computed[slot]))
+            assert held == need, f"slot {slot} holds {held} pages, its KV takes {need}"
+        self.cache.check_integrity([table.pages(slot) for slot in self._by_slot])

@@ -1,0 +1,137 @@
+"""One request on its way through the scheduler.
+
+While a sequence runs, its tokens and counters live in the slot table; this object holds what
+the steps in between do not need, and everything while it waits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from engine.protocol import (
+    FloatArray,
+    IntArray,
+    PromptLogprobs,
+    Request,
+    RowSampling,
+    TopLogprobs,
+    VersionSpan,
+)
+from rollout.cache.radix_tree import Node
+
+NO_LOGPROBS: FloatArray = np.empty(0, np.float32)
+
+
+@dataclass(eq=False, kw_only=True)
+class Sequence:
+    """Owned by the scheduler; `slot` is -1 while it waits.
+
+    arrival: rank among all requests ever added. group_order: arrival of its group's first.
+    max_new_tokens: as requested, at most what the context leaves.
+    tokens: int32, prompt and outputs as of the last time it entered the queue.
+    logprobs: float32, those of the outputs in `tokens`.
+    span_start, span_version: the span of output tokens still open; -1 before the first.
+    num_emitted: output tokens already returned by a stream.
+    """
+
+    request: Request
+    arrival: int
+    group_order: int
+    max_new_tokens: int
+    tokens: IntArray
+    logprobs: FloatArray = field(default_factory=lambda: NO_LOGPROBS)
+    slot: int = -1
+    node: Node | None = None
+    pure: bool = True
+    """Whether all its KV was computed by the version that serves."""
+    admitted: bool = False
+    cached_tokens: int = 0
+    num_retractions: int = 0
+    num_emitted: int = 0
+    spans: list[VersionSpan] = field(default_factory=list)
+    span_start: int = 0
+    span_version: int = -1
+    top: list[tuple[IntArray, FloatArray]] = field(default_factory=list)
+    prompt_parts: list[PromptLogprobs] = field(default_factory=list)
+    prompt_emitted: bool = False
+    peeked: tuple[int, int, int] = (-1, -1, 0)
+    """Cached prefix length as (cache generation, version, tokens)."""
+
+    @property
+    def prompt_len(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt_ids)
+
+    @property
+    def prompt_logprob_start(self) -> int:
+        """First prompt position whose logprob is still to be computed; -1 for none.
+
+        Position 0 has no logprob: nothing comes before it.
+        """
+        start = self.request.prompt_logprob_start
+        if start < 0:
+            return -1
+        start = max(start, 1)
+        if self.prompt_parts:
+            start = self.prompt_parts[-1].start + len(self.prompt_parts[-1].logprobs)
+        return start if start < self.prompt_len else -1
+
+    @property
+    def match_limit(self) -> int:
+        """Most tokens that may come from the cache: logits of the rest are needed."""
+        limit = len(self.tokens) - 1
+        start = self.prompt_logprob_start
+        return limit if start < 0 else min(limit, start - 1)
+
+    def close_span(self, end: int, version: int) -> None:
+        """Output tokens before `end` belong to the open span; later ones to `version`."""
+        if end > self.span_start:
+            self.spans.append(VersionSpan(self.span_version, self.span_start, end))
+        self.span_start, self.span_version = end, version
+
+    def spans_between(self, start: int, end: int) -> list[VersionSpan]:
+        """The spans of output tokens [start, end)."""
+        found = [*self.spans, VersionSpan(self.span_version, self.span_start, end)]
+        clipped = [VersionSpan(s.version, max(s.start, start), min(s.end, end)) for s in found]
+        return _merge([span for span in clipped if span.start < span.end])
+
+    def top_between(self, start: int, end: int) -> TopLogprobs | None:
+        """The top logprobs of output tokens [start, end); None if not asked for."""
+        count = self.request.top_logprobs
+        if count == 0:
+            return None
+        rows = self.top[start:end]
+        if not rows:
+            return TopLogprobs(np.empty((0, count), np.int32), np.empty((0, count), np.float32))
+        return TopLogprobs(np.stack([ids for ids, _ in rows]), np.stack([lps for _, lps in rows]))
+
+    def row_sampling(self) -> RowSampling:
+        """What the ranks need to sample this sequence."""
+        sampling = self.request.sampling
+        return RowSampling(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            frequency_penalty=sampling.frequency_penalty,
+            presence_penalty=sampling.presence_penalty,
+            repetition_penalty=sampling.repetition_penalty,
+            logit_bias=sampling.logit_bias,
+            seed=self.request.seed,
+            min_new_tokens=sampling.min_new_tokens,
+            banned_ids=list(self.request.stop_ids) if sampling.min_new_tokens > 0 else [],
+            top_logprobs=self.request.top_logprobs,
+        )
+
+
+def _merge(spans: list[VersionSpan]) -> list[VersionSpan]:
+    """Join neighbours of one version: an update may repeat a version number."""
+    merged: list[VersionSpan] = []
+    for span in spans:
+        if merged and merged[-1].version == span.version:
+            merged[-1] = VersionSpan(span.version, merged[-1].start, span.end)
+        else:
+            merged.append(span)
+    return merged

@@ -1,0 +1,103 @@
+"""What every step reads and writes of each running sequence: one numpy column per fact.
+
+A steady decode step touches only these arrays, never a Python object per sequence.
+The two large tables come from `np.zeros`, whose pages the system commits when written.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engine.protocol import IntArray
+from rollout.scheduler.sequence import Sequence
+
+FREE, PREFILLING, DECODING = 0, 1, 2
+
+
+class SlotTable:
+    """Columns by slot. S slots, C context length, K stop ids of the request with most.
+
+    phase: FREE, PREFILLING or DECODING.
+    uid: int64 [S], a number no other stay in a slot has.
+    num_tokens: prompt and outputs known. num_computed: of these, with KV once every planned
+        step is done. target: tokens known at admission, that prefill must compute.
+    max_tokens: `num_tokens` at which the sequence ends.
+    tokens: int32 [S, C]. logprobs: float32 [S, C], by position; those of outputs only.
+    page_table: int32 [S, ceil(C / page_size)]; the first `num_pages` are valid.
+    stop_ids: int32 [S, K], padded with -1.
+    """
+
+    def __init__(self, num_slots: int, context_length: int, page_size: int) -> None:
+        self.num_slots = num_slots
+        num_columns = -(-context_length // page_size)
+        self.phase = np.zeros(num_slots, np.int8)
+        self.uid = np.zeros(num_slots, np.int64)
+        self.num_tokens = np.zeros(num_slots, np.int32)
+        self.prompt_len = np.zeros(num_slots, np.int32)
+        self.num_computed = np.zeros(num_slots, np.int32)
+        self.target = np.zeros(num_slots, np.int32)
+        self.max_tokens = np.zeros(num_slots, np.int32)
+        self.min_tokens = np.zeros(num_slots, np.int32)
+        self.num_pages = np.zeros(num_slots, np.int32)
+        self.priority = np.zeros(num_slots, np.int64)
+        self.arrival = np.zeros(num_slots, np.int64)
+        self.group_order = np.zeros(num_slots, np.int64)
+        self.version = np.zeros(num_slots, np.int64)
+        self.stream = np.zeros(num_slots, np.bool_)
+        self.top_logprobs = np.zeros(num_slots, np.int32)
+        self.stop_ids = np.full((num_slots, 1), -1, np.int32)
+        self.tokens = np.zeros((num_slots, context_length), np.int32)
+        self.logprobs = np.zeros((num_slots, context_length), np.float32)
+        self.page_table = np.zeros((num_slots, num_columns), np.int32)
+        self._next_uid = 1
+
+    def load(self, slot: int, sequence: Sequence, kv_tokens: int) -> None:
+        """Put `sequence` into a free slot; kv_tokens: what the whole KV pool holds."""
+        request, size = sequence.request, len(sequence.tokens)
+        prompt_len = sequence.prompt_len
+        self.phase[slot] = PREFILLING
+        self.uid[slot] = self._next_uid
+        self._next_uid += 1
+        self.num_tokens[slot] = self.target[slot] = size
+        self.prompt_len[slot] = prompt_len
+        self.num_computed[slot] = self.num_pages[slot] = 0
+        # A token's KV is written one step after it was sampled, so the last needs no room.
+        self.max_tokens[slot] = min(prompt_len + sequence.max_new_tokens, kv_tokens + 1)
+        self.min_tokens[slot] = prompt_len + request.sampling.min_new_tokens
+        self.priority[slot] = request.priority
+        self.arrival[slot] = sequence.arrival
+        self.group_order[slot] = sequence.group_order
+        self.version[slot] = sequence.span_version
+        self.stream[slot] = request.stream
+        self.top_logprobs[slot] = request.top_logprobs
+        self.tokens[slot, :size] = sequence.tokens
+        self.logprobs[slot, prompt_len:size] = sequence.logprobs
+        self._set_stop_ids(slot, request.stop_ids)
+
+    def pages(self, slot: int) -> IntArray:
+        """The pages of a slot, int32; a view."""
+        return self.page_table[slot, : self.num_pages[slot]]
+
+    def add_pages(self, slot: int, pages: IntArray) -> int:
+        """Append pages to a slot; returns the column of the first."""
+        column = int(self.num_pages[slot])
+        self.page_table[slot, column : column + len(pages)] = pages
+        self.num_pages[slot] = column + len(pages)
+        return column
+
+    def clear(self, slot: int) -> None:
+        """Make a slot free."""
+        self.phase[slot] = FREE
+        self.uid[slot] = 0
+        self.num_pages[slot] = 0
+        self.stop_ids[slot] = -1
+        self.stream[slot] = False
+        self.top_logprobs[slot] = 0
+
+    def _set_stop_ids(self, slot: int, stop_ids: list[int]) -> None:
+        missing = len(stop_ids) - self.stop_ids.shape[1]
+        if missing > 0:
+            wider = np.full((self.num_slots, missing), -1, np.int32)
+            self.stop_ids = np.concatenate((self.stop_ids, wider), axis=1)
+        self.stop_ids[slot] = -1
+        self.stop_ids[slot, : len(stop_ids)] = stop_ids

@@ -1,0 +1,116 @@
+"""Checks of one request before anything is spent on it. Pure functions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.errors import ContextTooLong, InvalidRequest
+from engine.protocol import Request, SamplingParams
+
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a replica can serve at all. kv_tokens: tokens its whole KV pool holds."""
+
+    context_length: int
+    vocab_size: int
+    kv_tokens: int
+
+
+def check_request(request: Request, limits: Limits) -> None:
+    """Raise InvalidRequest or ContextTooLong, naming the field, unless it can be served."""
+    _check_prompt(request, limits)
+    check_sampling(request.sampling, limits.vocab_size)
+    _check_ids("stop_ids", request.stop_ids, limits.vocab_size)
+    prompt_len = len(request.prompt_ids)
+    if not -1 <= request.prompt_logprob_start < prompt_len:
+        _refuse(
+            "prompt_logprob_start",
+            f"is {request.prompt_logprob_start}; give a position in [0, {prompt_len}) or -1",
+        )
+    if request.sampling.max_new_tokens == 0 and request.prompt_logprob_start < 0:
+        _refuse("max_new_tokens", "may be 0 only when prompt logprobs are asked for")
+    if not 0 <= request.top_logprobs <= limits.vocab_size:
+        _refuse("top_logprobs", f"is {request.top_logprobs}; give 0 to {limits.vocab_size}")
+    if not 0 <= request.seed <= MAX_SEED:
+        _refuse("seed", f"is {request.seed}; give 0 to 2**63 - 1")
+
+
+def check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
+    """Raise InvalidRequest, naming the field, for sampling parameters without a meaning."""
+    _check_lengths(sampling)
+    if not 0 <= sampling.temperature < math.inf:
+        _refuse("temperature", f"is {sampling.temperature}; give a finite number >= 0")
+    if not 0 < sampling.top_p <= 1:
+        _refuse("top_p", f"is {sampling.top_p}; give a number in (0, 1]")
+    if not 0 <= sampling.min_p <= 1:
+        _refuse("min_p", f"is {sampling.min_p}; give a number in [0, 1]")
+    if sampling.top_k < -1 or sampling.top_k == 0:
+        _refuse("top_k", f"is {sampling.top_k}; give a count >= 1, or -1 to turn it off")
+    if not 0 < sampling.repetition_penalty < math.inf:
+        _refuse("repetition_penalty", f"is {sampling.repetition_penalty}; give a number > 0")
+    for field in ("frequency_penalty", "presence_penalty"):
+        value = getattr(sampling, field)
+        if not math.isfinite(value):
+            _refuse(field, f"is {value}; give a finite number")
+    _check_bias(sampling.logit_bias, vocab_size)
+    _check_ids("stop_token_ids", sampling.stop_token_ids or [], vocab_size)
+
+
+def _check_prompt(request: Request, limits: Limits) -> None:
+    prompt = request.prompt_ids
+    if not isinstance(prompt, np.ndarray) or prompt.ndim != 1 or prompt.dtype.kind not in "iu":
+        _refuse("prompt_ids", "must be a one-dimensional array of integers")
+    if len(prompt) == 0:
+        _refuse("prompt_ids", "is empty; give at least one token")
+    wrong = np.flatnonzero((prompt < 0) | (prompt >= limits.vocab_size))
+    if len(wrong):
+        _refuse(
+            "prompt_ids",
+            f"[{wrong[0]}] is {prompt[wrong[0]]}; ids must lie in [0, {limits.vocab_size})",
+        )
+    if len(prompt) >= limits.context_length:
+        _refuse_length(len(prompt), f"a context of {limits.context_length}")
+    if len(prompt) > limits.kv_tokens:
+        _refuse_length(len(prompt), f"a KV pool of {limits.kv_tokens} tokens")
+
+
+def _check_lengths(sampling: SamplingParams) -> None:
+    if sampling.max_new_tokens < 0:
+        _refuse("max_new_tokens", f"is {sampling.max_new_tokens}; give at least 1")
+    if sampling.min_new_tokens < 0:
+        _refuse("min_new_tokens", f"is {sampling.min_new_tokens}; give at least 0")
+    if sampling.min_new_tokens > sampling.max_new_tokens:
+        _refuse(
+            "min_new_tokens",
+            f"is {sampling.min_new_tokens}, above max_new_tokens {sampling.max_new_tokens}",
+        )
+
+
+def _check_bias(logit_bias: dict[int, float], vocab_size: int) -> None:
+    _check_ids("logit_bias", list(logit_bias), vocab_size)
+    for token, bias in logit_bias.items():
+        if not bias < math.inf:
+            _refuse("logit_bias", f"of token {token} is {bias}; give a finite number or -inf")
+
+
+def _check_ids(field: str, ids: list[int], vocab_size: int) -> None:
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            _refuse(field, f"holds token {token}; ids must lie in [0, {vocab_size})")
+
+
+def _refuse(field: str, problem: str) -> None:
+    raise InvalidRequest(f"{field} {problem}", field=field)
+
+
+def _refuse_length(length: int, room: str) -> None:
+    raise ContextTooLong(
+        f"prompt_ids has {length} tokens, too many for {room}; shorten the prompt",
+        field="prompt_ids",
+    )

@@ -1,0 +1,72 @@
+"""Parse native `/generate` objects: one JSON object into a `GenerateRequest`."""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+from engine.errors import InvalidRequest, UnsupportedOption
+from engine.protocol import GenerateRequest
+
+# Fields of the native dialect that mean something this engine does not do.
+_NOT_SERVED = frozenset(
+    [
+        "input_embeds",
+        "image_data",
+        "video_data",
+        "audio_data",
+        "session_params",
+        "session_id",
+        "lora_path",
+        "lora_id",
+        "token_ids_logprob",
+        "custom_logit_processor",
+        "require_reasoning",
+        "max_thinking_tokens",
+        "return_hidden_states",
+        "return_routed_experts",
+        "routed_experts_start_len",
+        "return_indexer_topk",
+        "return_sampling_mask",
+        "return_entropy",
+        "return_bytes",
+        "bootstrap_host",
+        "bootstrap_port",
+        "bootstrap_room",
+        "json_schema",
+        "regex",
+        "ebnf",
+        "structural_tag",
+        "stop_regex",
+        "beam_width",
+        "custom_params",
+        "watermark",
+    ]
+)
+_UNKNOWN = re.compile(r"contains unknown field `([^`]+)`")
+_PATH = re.compile(r"at `\$\.?([^`]*)`$")
+
+
+def parse_request(data: bytes | str) -> GenerateRequest:
+    """Raises InvalidRequest naming the field, UnsupportedOption for one that the dialect
+    has and this engine does not serve."""
+    try:
+        return msgspec.json.decode(data, type=GenerateRequest)
+    except msgspec.ValidationError as error:
+        raise _explain(str(error)) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"not a JSON object: {error}") from error
+
+
+def _explain(message: str) -> InvalidRequest:
+    unknown = _UNKNOWN.search(message)
+    path = _PATH.search(message)
+    parent = path.group(1) if path else ""
+    if unknown is None:
+        return InvalidRequest(message, field=parent)
+    name = unknown.group(1)
+    field = f"{parent}.{name}" if parent else name
+    if name in _NOT_SERVED:
+        return UnsupportedOption(f"{field} is not served by this engine; leave it out", field=field)
+    return InvalidRequest(f"{field} is not a field of a generate request", field=field)

@@ -1,0 +1,134 @@
+"""The torch back end against the one-row-at-a-time reference of `kernels.attention`."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from engine.attention import sharing
+from engine.attention.base import AttentionBatch
+from engine.attention.torch_native import TorchNativeBackend
+from engine.kv.pool import KVPool
+from kernels.attention import paged_attention
+
+PAGE, HEADS, KV_HEADS, DIM = 4, 6, 2, 16
+SCALE = DIM**-0.5
+
+
+def make_pool(dtype: torch.dtype = torch.float32) -> KVPool:
+    pool = KVPool(
+        num_layers=2,
+        num_pages=64,
+        page_size=PAGE,
+        num_kv_heads=KV_HEADS,
+        head_dim=DIM,
+        dtype=dtype,
+        device=torch.device("cpu"),
+    )
+    pool.k_LNGKD.copy_(torch.randn_like(pool.k_LNGKD))
+    pool.v_LNGKD.copy_(torch.randn_like(pool.v_LNGKD))
+    return pool
+
+
+def make_batch(pages: list[list[int]], query_lens: list[int], kv_lens: list[int]) -> AttentionBatch:
+    columns = max(len(p) for p in pages)
+    table = np.array([p + [0] * (columns - len(p)) for p in pages], dtype=np.int32)
+    starts = np.concatenate([[0], np.cumsum(query_lens)]).astype(np.int64)
+    slots = [
+        pages[row][position // PAGE] * PAGE + position % PAGE
+        for row, (n, kv) in enumerate(zip(query_lens, kv_lens, strict=True))
+        for position in range(kv - n, kv)
+    ]
+    return AttentionBatch(
+        query_start_R1=starts,
+        kv_lens_R=np.array(kv_lens, dtype=np.int64),
+        slots_R=np.arange(len(pages), dtype=np.int64),
+        host_pages=table,
+        page_table=torch.from_numpy(table),
+        write_slots_T=torch.tensor(slots),
+        page_size=PAGE,
+        device=torch.device("cpu"),
+    )
+
+
+def compare(batch: AttentionBatch, pool: KVPool, *, tolerance: float) -> None:
+    num_tokens = int(batch.query_start_R1[-1])
+    dtype = pool.k_LNGKD.dtype
+    q = torch.randn(num_tokens, HEADS, DIM).to(dtype)
+    k = torch.randn(num_tokens, KV_HEADS, DIM).to(dtype)
+    v = torch.randn(num_tokens, KV_HEADS, DIM).to(dtype)
+    step = TorchNativeBackend(pool, scale=SCALE).prepare(batch)
+    got = step.attend(1, q, k, v)
+    want = paged_attention(
+        q,
+        *pool.layer(1),
+        batch.page_table,
+        torch.from_numpy(batch.query_start_R1.astype(np.int32)),
+        torch.from_numpy(batch.kv_lens_R.astype(np.int32)),
+        scale=SCALE,
+        max_query_len=int(batch.query_lens_R.max()),
+        backend="torch",
+    )
+    torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
+    written = pool.k_LNGKD[1].view(-1, KV_HEADS, DIM)[batch.write_slots_T]
+    assert torch.equal(written, k)
+
+
+SHARED = [1, 2, 3, 4, 5, 6]
+CASES = {
+    "decode": ([[1, 2], [3], [4, 5, 6]], [1, 1, 1], [7, 3, 9]),
+    "prefill": ([[1, 2, 3], [4, 5]], [9, 5], [9, 5]),
+    "prefill with a cached prefix": ([[1, 2, 3], [4, 5]], [3, 2], [11, 8]),
+    "mixed": ([[1, 2, 3], [4, 5, 7], [8]], [1, 6, 1], [10, 11, 1]),
+    "group decode": ([[*SHARED, 10 + i] for i in range(5)], [1] * 5, [25, 26, 27, 28, 25]),
+    "group decode beside others": (
+        [[20, 21], *[[*SHARED, 10 + i] for i in range(5)], [22]],
+        [1] * 7,
+        [8, 25, 26, 27, 28, 25, 2],
+    ),
+    "group prefill of own tails": (
+        [[*SHARED, 10 + i, 20 + i] for i in range(5)],
+        [3, 1, 5, 2, 1],
+        [27, 26, 30, 27, 25],
+    ),
+    "leader writes the pages its group reads": (
+        [[*SHARED, 10 + i] for i in range(5)],
+        [26, 1, 1, 1, 2],
+        [26, 25, 25, 25, 26],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_reference(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    compare(make_batch(*CASES[case]), make_pool(), tolerance=2e-5)
+
+
+@pytest.mark.parametrize("case", ["group decode", "mixed"])
+def test_bfloat16(case: str) -> None:
+    torch.manual_seed(0)
+    compare(make_batch(*CASES[case]), make_pool(torch.bfloat16), tolerance=3e-2)
+
+
+def test_the_group_case_does_share() -> None:
+    """Else the cases above would not test the merge."""
+    batch = make_batch(*CASES["group decode"])
+    step = TorchNativeBackend(make_pool(), scale=SCALE).prepare(batch)
+    assert len(step.runs) == 1
+    assert sharing.MIN_PAGES_SAVED <= 4 * len(SHARED)
+
+
+def test_sharing_changes_nothing_beyond_rounding() -> None:
+    torch.manual_seed(0)
+    batch, pool = make_batch(*CASES["group decode"]), make_pool()
+    q = torch.randn(5, HEADS, DIM)
+    k, v = torch.randn(2, 5, KV_HEADS, DIM).unbind(0)
+    shared = TorchNativeBackend(pool, scale=SCALE).prepare(batch).attend(0, q, k, v)
+    apart = (
+        TorchNativeBackend(pool, scale=SCALE, share_prefixes=False)
+        .prepare(batch)
+        .attend(0, q, k, v)
+    )
+    torch.testing.assert_close(shared, apart, atol=1e-6, rtol=1e-5)

@@ -1,0 +1,83 @@
+"""Logits of every architecture and option against transformers, float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers.dense_context import dense_logits
+from tests.helpers.load_tiny import load_path
+from tests.helpers.tiny_models import write_tiny
+
+TOLERANCE = 1e-4
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("llama", {"tie_word_embeddings": True}),
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("llama", {"head_dim": 24}),
+    ("llama", {"num_key_value_heads": 4}),
+    ("llama", {"num_key_value_heads": 1}),
+    ("llama", {"rope_parameters": LINEAR}),
+    ("llama", {"rope_parameters": LLAMA3}),
+    ("llama", {"rope_parameters": YARN}),
+    ("mistral", {}),
+    ("qwen2", {}),
+    ("qwen2", {"tie_word_embeddings": True, "rope_parameters": YARN}),
+    ("qwen3", {}),
+    ("qwen3", {"tie_word_embeddings": True, "attention_bias": True}),
+]
+
+
+def _largest_difference(reference: Any, path: Path) -> float:
+    ids_T = torch.randint(0, 100, (63,), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected_TV = reference(ids_T[None]).logits[0]
+    got_TV = dense_logits(load_path(path), ids_T)
+    assert got_TV.dtype == torch.float32
+    return float((got_TV - expected_TV).abs().max())
+
+
+@pytest.mark.parametrize(("arch", "overrides"), CASES)
+def test_logits_equal_transformers(arch: str, overrides: dict[str, Any], tmp_path: Path) -> None:
+    reference = write_tiny(tmp_path, arch, **overrides)
+    assert _largest_difference(reference, tmp_path) <= TOLERANCE
+
+
+def test_sharded_checkpoint_equals_transformers(tmp_path: Path) -> None:
+    reference = write_tiny(tmp_path, "llama", max_shard_size=60_000)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert _largest_difference(reference, tmp_path) <= TOLERANCE
+
+
+def test_other_weights_give_other_logits(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "a", "llama", seed=0)
+    other = write_tiny(tmp_path / "b", "llama", seed=1)
+    assert _largest_difference(other, tmp_path / "a") > 100 * TOLERANCE
+
+
+def test_bfloat16_is_close_to_transformers(tmp_path: Path) -> None:
+    reference = write_tiny(tmp_path, "llama", dtype=torch.bfloat16)
+    ids_T = torch.arange(63)
+    with torch.inference_mode():
+        expected_TV = reference(ids_T[None]).logits[0].float()
+    got_TV = dense_logits(load_path(tmp_path, dtype=torch.bfloat16), ids_T)
+    assert float((got_TV - expected_TV).abs().mean()) <= 0.02 * float(expected_TV.abs().mean())

@@ -1,0 +1,32 @@
+"""Run a model on one sequence without the engine."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.models.decoder import CausalLM
+
+
+class DenseContext:
+    """Causal attention over one whole sequence, in plain torch, keeping no KV."""
+
+    def __init__(self, num_tokens: int, device: torch.device | str = "cpu") -> None:
+        self.positions_T = torch.arange(num_tokens, device=device)
+
+    def attend(
+        self, layer_index: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
+    ) -> torch.Tensor:
+        """Softmax attention, [T, H, D]; query head h reads KV head h // (H / K)."""
+        repeats = q_THD.shape[1] // k_TKD.shape[1]
+        k_THD, v_THD = (x.repeat_interleave(repeats, dim=1) for x in (k_TKD, v_TKD))
+        scores_HTT = torch.einsum("thd,shd->hts", q_THD, k_THD) * q_THD.shape[-1] ** -0.5
+        future_TT = self.positions_T[:, None] < self.positions_T[None, :]
+        weights_HTT = scores_HTT.masked_fill(future_TT, float("-inf")).softmax(-1)
+        return torch.einsum("hts,shd->thd", weights_HTT, v_THD)
+
+
+@torch.inference_mode()
+def dense_logits(model: CausalLM, ids_T: torch.Tensor) -> torch.Tensor:
+    """float32 logits [T, V] of every position of one sequence."""
+    context = DenseContext(len(ids_T), ids_T.device)
+    return model.compute_logits(model(ids_T, context))
