@@ -31,9 +31,9 @@ def assert_close(name: str, got: torch.Tensor, want: torch.Tensor, dtype: torch.
     assert got.dtype == want.dtype, f"{name}: dtype {got.dtype}, not {want.dtype}"
     absolute, relative = TOLERANCES[dtype] if want.is_floating_point() else (0.0, 0.0)
     wide_got, wide_want = got.double(), want.double()
-    error = (wide_got - wide_want).abs()
-    # Equal infinities have a NaN difference.
-    fine = (error <= absolute + relative * wide_want.abs()) | (wide_got == wide_want)
+    near = (wide_got - wide_want).abs() <= absolute + relative * wide_want.abs()
+    # An infinity is near everything by a relative bound: it must be the same one.
+    fine = torch.where(wide_want.isinf(), wide_got == wide_want, near)
     if bool(fine.all()):
         return
     where = tuple((~fine).nonzero()[0].tolist())

@@ -9,7 +9,7 @@ from recipes.actor import Actor
 from recipes.prompts import Prompts
 from recipes.rewards.shaping import overlong_penalty
 from recipes.types import Group, Problem, Trajectory
-from rollout.seeds import derive_seed
+from rollout.offline import derive_seed
 
 
 def rollout(

@@ -22,7 +22,17 @@ from recipes.options import Options
 GROUPS = ("rollout", "optimizer", "algorithm")
 
 CHANGEABLE = frozenset(
-    "steps minutes out resume wandb eval_every checkpoint_every config kv_memory_gb".split()
+    {
+        "steps",
+        "minutes",
+        "out",
+        "resume",
+        "wandb",
+        "eval_every",
+        "checkpoint_every",
+        "config",
+        "kv_memory_gb",
+    }
 )
 """Options a resumed run may be given anew: none of them changes a step that both runs take."""
 
@@ -39,7 +49,7 @@ def parse(argv: Sequence[str]) -> Options:
     toml = _peek(argv, "--config")
     if toml is not None:
         defaults = with_values(defaults, read_toml(Path(toml)))
-    options: Options = tyro.cli(Options, default=defaults, args=list(argv), prog="grpo.py")
+    options = tyro.cli(Options, default=defaults, args=list(argv), prog="grpo.py")
     if saved is not None:
         check_unchanged(saved, options)
     check_options(options)
@@ -71,18 +81,16 @@ def with_values(options: Options, values: dict[str, Any]) -> Options:
             raise InvalidRequest(
                 f"{key} is not an option; see --help (names have _ for -)", field=key
             )
-    replaced: dict[str, Any] = {}
-    for group in GROUPS:
-        replaced[group] = _replace(getattr(options, group), values)
-    return _replace(dataclasses.replace(options, **replaced), values)
+    replaced = {group: _replace(getattr(options, group), values) for group in GROUPS}
+    result = _replace(dataclasses.replace(options, **replaced), values)
+    assert isinstance(result, Options)
+    return result
 
 
 def _replace(target: Any, values: dict[str, Any]) -> Any:
     names = {f.name for f in dataclasses.fields(target)} - set(GROUPS)
     hints = get_type_hints(type(target))
-    mine = {
-        key: _typed(key, value, hints[key]) for key, value in values.items() if key in names
-    }
+    mine = {key: _typed(key, value, hints[key]) for key, value in values.items() if key in names}
     return dataclasses.replace(target, **mine)
 
 

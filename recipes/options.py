@@ -72,9 +72,5 @@ class Options:
     config: str | None = None
     """TOML file with defaults for these options, named as here with _ for -."""
     rollout: tyro.conf.OmitArgPrefixes[RolloutOptions] = field(default_factory=RolloutOptions)
-    optimizer: tyro.conf.OmitArgPrefixes[OptimizerOptions] = field(
-        default_factory=OptimizerOptions
-    )
-    algorithm: tyro.conf.OmitArgPrefixes[AlgorithmOptions] = field(
-        default_factory=AlgorithmOptions
-    )
+    optimizer: tyro.conf.OmitArgPrefixes[OptimizerOptions] = field(default_factory=OptimizerOptions)
+    algorithm: tyro.conf.OmitArgPrefixes[AlgorithmOptions] = field(default_factory=AlgorithmOptions)

@@ -74,9 +74,6 @@ class RunFolder:
 
     def draw_curve(self, title: str, eval_before: float) -> None:
         """Write reward.png from the metrics so far."""
-        import matplotlib
-
-        matplotlib.use("Agg")
         from matplotlib.figure import Figure
 
         rows = self.read_metrics()

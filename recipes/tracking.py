@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from engine.errors import InvalidRequest
 from recipes.options import WandbMode
-
-Log = Callable[[dict[str, Any]], None]
 
 
 class Tracker:
@@ -41,5 +38,9 @@ def _start(mode: WandbMode, folder: Path, config: dict[str, Any]) -> Any:
             field="wandb",
         ) from error
     return wandb.init(
-        project="slipstream", name=folder.name, dir=str(folder), config=config, mode=mode
+        project="slipstream",
+        name=folder.name,
+        dir=str(folder),
+        config=config,
+        mode="offline" if mode == "offline" else "online",
     )

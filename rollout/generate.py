@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -66,7 +66,7 @@ def run(
     total: int,
     tokenizer: Tokenizer | None = None,
     on_progress: OnProgress | None = None,
-) -> Iterator[RequestOutput]:
+) -> Generator[RequestOutput, None, None]:
     """Final outputs as they come. `requests` is read as fast as the replica works, so it
     may be long; `total` is its length, for progress. Closing the iterator early aborts
     what still runs. Errors as in `generate`."""

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-import zmq
+from zmq.constants import Flag, PollEvent, SocketType
+from zmq.sugar.context import Context
 
 from engine.errors import EngineDead
 from engine.protocol import decode, encode
@@ -23,8 +24,8 @@ class Channel:
     """
 
     def __init__(self, receive: Any) -> None:
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.PAIR)
+        self._context = Context()
+        self._socket = self._context.socket(SocketType.PAIR)
         self._socket.set_hwm(0)
         self._receive_type = list[receive]
 
@@ -44,16 +45,16 @@ class Channel:
 
     def send(self, messages: Sequence[msgspec.Struct], *, timeout_s: float) -> None:
         """Send one frame. Raises EngineDead if nobody takes it in time."""
-        if not self._socket.poll(timeout_s * 1000, zmq.POLLOUT):
+        if not self._socket.poll(timeout_s * 1000, PollEvent.POLLOUT):
             raise EngineDead(f"no peer took a message within {timeout_s:g} s", field="channel")
-        self._socket.send(encode(list(messages)), zmq.NOBLOCK)
+        self._socket.send(encode(list(messages)), Flag.NOBLOCK)
 
     def receive(self, *, timeout_s: float) -> list[Any]:
         """The next frame's structs; empty if none comes in time. Raises EngineDead on bytes
         that are not the protocol."""
-        if not self._socket.poll(timeout_s * 1000, zmq.POLLIN):
+        if not self._socket.poll(timeout_s * 1000, PollEvent.POLLIN):
             return []
-        data = self._socket.recv(zmq.NOBLOCK)
+        data = self._socket.recv(Flag.NOBLOCK)
         try:
             messages: list[Any] = decode(data, self._receive_type)
         except msgspec.DecodeError as error:

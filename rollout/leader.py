@@ -126,10 +126,10 @@ class Leader:
         plan = self._scheduler.plan()
         if plan is not None:
             self._num_empty_plans = 0
-            self._outputs += self._execute(plan)
+            self._execute(plan)
             if not self._scheduler.has_work():
                 self._scheduler.check_integrity()
-        elif self.can_step():
+        elif self._may_plan():
             self._num_empty_plans += 1
             assert self._num_empty_plans < _MAX_EMPTY_PLANS, "work waits but nothing is planned"
         outputs, self._outputs = self._outputs, []
@@ -137,9 +137,7 @@ class Leader:
 
     def can_step(self) -> bool:
         """Whether `step` would do something: outputs wait, or work does and may run."""
-        if self._outputs:
-            return True
-        return self._scheduler.has_work() and not self._scheduler.stats().paused
+        return bool(self._outputs) or self._may_plan()
 
     def idle(self) -> bool:
         """Whether nothing runs, waits or has yet to be returned."""
@@ -196,16 +194,26 @@ class Leader:
         """Free the executor."""
         self._executor.close()
 
-    def _execute(self, plan: StepPlan) -> list[RequestOutput]:
+    def _may_plan(self) -> bool:
+        return self._scheduler.has_work() and not self._scheduler.stats().paused
+
+    def _execute(self, plan: StepPlan) -> None:
+        """Run the plan. If it fails every request ends with the error, since the KV that
+        was promised may not be there; an error that is not ours is raised on as well."""
+        failure: ErrorInfo | None = ErrorInfo(
+            kind="EngineDead", message=f"step {plan.step} was interrupted"
+        )
         try:
             result = self._executor.execute(plan)
+            failure = None
         except SlipstreamError as error:
             logger.error("step %d failed: %s", plan.step, error)
-            outputs = self._scheduler.fail_all(error_info(error))
-            # Prefixes this plan promised were never written.
-            self._scheduler.flush_cache()
-            return outputs
-        return self._scheduler.apply(result)
+            failure = error_info(error)
+        finally:
+            if failure is not None:
+                self._outputs += self._scheduler.fail_all(failure)
+        if failure is None:
+            self._outputs += self._scheduler.apply(result)
 
     def _update(self, command: WeightCommand) -> Reply:
         reply = self._executor.handle(command)

@@ -27,6 +27,7 @@ __all__ = [
     "OnProgress",
     "Progress",
     "Tokenizer",
+    "derive_seed",
     "expand",
     "generate",
     "load_tokenizer",

@@ -103,7 +103,9 @@ def _input_logprobs(
     unscored: list[Any] = [[None, int(ids[0]), _text(int(ids[0]), texts)]] if start == 0 else []
     scored = []
     if output.prompt_logprobs is not None:
-        scored = _entries(output.prompt_logprobs, ids[first_scored:], texts)
+        # An abort may come before the whole prompt was scored.
+        end = first_scored + len(output.prompt_logprobs)
+        scored = _entries(output.prompt_logprobs, ids[first_scored:end], texts)
     found: dict[str, Any] = {"input_token_logprobs": unscored + scored}
     if top_num > 0:
         nothing = [None] * len(unscored)

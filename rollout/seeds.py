@@ -6,6 +6,7 @@ import hashlib
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
+_MULTIPLIER = 0xD1342543DE82EF95
 
 
 def _splitmix64(state: int) -> int:
@@ -33,5 +34,6 @@ def derive_seed(base: int, *parts: int | str) -> int:
     """
     state = _splitmix64(base & _MASK)
     for part in parts:
-        state = _splitmix64(state ^ _splitmix64(_word(part)))
+        # The multiplier keeps base and part apart: f(a, b) must not be f(b, a).
+        state = _splitmix64((state * _MULTIPLIER + _splitmix64(_word(part))) & _MASK)
     return state >> 1

@@ -11,7 +11,7 @@ from engine.protocol import GenerateRequest
 
 # Fields of the native dialect that mean something this engine does not do.
 _NOT_SERVED = frozenset(
-    [
+    {
         "input_embeds",
         "image_data",
         "video_data",
@@ -42,7 +42,7 @@ _NOT_SERVED = frozenset(
         "beam_width",
         "custom_params",
         "watermark",
-    ]
+    }
 )
 _UNKNOWN = re.compile(r"contains unknown field `([^`]+)`")
 _PATH = re.compile(r"at `\$\.?([^`]*)`$")

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from engine.errors import CheckpointError, UnknownArchitecture
-from engine.weights.gguf_file import GGUFFile
+from engine.models.gguf_file import GGUFFile
 
 _ARCHITECTURES: Mapping[str, str] = MappingProxyType(
     {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -36,7 +36,7 @@ def gguf_config(file: GGUFFile) -> dict[str, Any]:
     naming the key for metadata that is missing.
     """
     metadata = file.metadata
-    architecture = metadata.get("general.architecture")
+    architecture = str(metadata.get("general.architecture"))
     if architecture not in _ARCHITECTURES:
         raise UnknownArchitecture(
             f"GGUF architecture {architecture!r} is not served; known: {', '.join(_ARCHITECTURES)}",

@@ -11,7 +11,7 @@ from engine.config import LoadFormat
 from engine.errors import CheckpointError, ModelNotFound
 from engine.models.config import ModelConfig, read_config
 from engine.models.gguf_config import gguf_config
-from engine.weights.gguf_file import GGUFFile
+from engine.models.gguf_file import GGUFFile
 
 FileKind = Literal["safetensors", "gguf", "random"]
 

@@ -18,9 +18,7 @@ LossAggregation = Literal[
 ]
 
 
-def token_weights(
-    lengths: list[int], aggregation: LossAggregation, max_length: int
-) -> FloatArray:
+def token_weights(lengths: list[int], aggregation: LossAggregation, max_length: int) -> FloatArray:
     """Weight of a token of each sequence, float32 [N].
 
     token-mean: 1 / total tokens (DAPO, arXiv 2503.14476).

@@ -87,9 +87,7 @@ def preset(name: AlgorithmName, max_new_tokens: int) -> Algorithm:
     if name == "grpo":
         return grpo
     if name == "dr_grpo":
-        return change(
-            grpo, advantage="group_mean", loss_aggregation="seq-mean-token-sum-norm"
-        )
+        return change(grpo, advantage="group_mean", loss_aggregation="seq-mean-token-sum-norm")
     if name == "dapo":
         return change(
             grpo,

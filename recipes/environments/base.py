@@ -22,11 +22,20 @@ MAX_DRAWS = 10_000
 class Environment(Protocol):
     """A task: problems by index, a prompt for each, a reward for a reply."""
 
-    name: str
-    max_new_tokens: int
-    """Reply length this task needs, unless the user says otherwise."""
-    heldout_one_in: int
-    """One key in so many is held out."""
+    @property
+    def name(self) -> str:
+        """What it is called in a run folder."""
+        ...
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Reply length this task needs, unless the user says otherwise."""
+        ...
+
+    @property
+    def heldout_one_in(self) -> int:
+        """One key in so many is held out."""
+        ...
 
     def draw(self, rng: random.Random) -> Problem:
         """Any problem of the task, of either split."""

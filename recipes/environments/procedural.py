@@ -17,7 +17,7 @@ WORDS = (
     "balloon blanket cabinet candle carpet chimney compass curtain diamond drawer engine feather "
     "hammer kettle ladder lantern mirror needle pillow pocket ribbon saddle scissors shovel "
     "trumpet umbrella violin wagon whistle zipper"
-).split()
+)
 
 
 def _numbers_key(numbers: Sequence[int]) -> str:
@@ -50,7 +50,7 @@ def _count(letter: str, word: str) -> Problem:
 
 
 def _draw_count(rng: random.Random) -> Problem:
-    word = rng.choice(WORDS)
+    word = rng.choice(WORDS.split())
     letters = word if rng.random() < 0.75 else "abcdefghijklmnopqrstuvwxyz"
     return _count(rng.choice(letters), word)
 

@@ -17,6 +17,7 @@ from recipes.algorithms.losses import LossInputs, LossOutput
 class TokenMetrics:
     """Accumulates what the losses report; `result()` gives the names that are logged."""
 
+    num_updates: int = 0
     num_tokens: int = 0
     computed_tokens: int = 0
     loss: float = 0.0
@@ -59,7 +60,7 @@ class TokenMetrics:
             return {}
         num = self.num_tokens
         named = {
-            "loss": self.loss,
+            "loss": self.loss / max(self.num_updates, 1),
             "entropy": self.entropy / num,
             "clip_ratio/low_mean": self.clip_low / num,
             "clip_ratio/high_mean": self.clip_high / num,

@@ -6,6 +6,7 @@ Legend: K response tokens of a micro-batch, N its sequences.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,13 +15,14 @@ import torch
 from transformers import PreTrainedModel
 
 from engine.protocol import FloatArray
-from recipes.algorithms.losses import LossInputs, policy_loss
-from recipes.algorithms.presets import Algorithm
+from recipes.algorithms.losses import LossInputs, LossOutput
 from recipes.trainers.forward import TokenScores, score_tree
 from recipes.trainers.metrics import TokenMetrics
 from recipes.trainers.options import OptimizerOptions
 from recipes.trainers.prefix_tree import PromptResponse, build_tree, pack
 from recipes.types import Batch, Trajectory
+
+Loss = Callable[[LossInputs], LossOutput]
 
 
 class Trainer:
@@ -57,14 +59,28 @@ class Trainer:
             fused=True,
         )
 
-    def accumulate(self, batch: Batch, algorithm: Algorithm, metrics: TokenMetrics) -> None:
-        """Add the gradient of the batch's loss, micro-batch by micro-batch."""
+    def accumulate(self, batch: Batch, loss: Loss, metrics: TokenMetrics) -> bool:
+        """Add the gradient of the batch's loss, micro-batch by micro-batch.
+
+        Sequences without advantage have no gradient, unless there is a KL term: they are only
+        measured. Returns whether there is any gradient; if not, do not `step`.
+        """
+        learns = (batch.advantages != 0) | (batch.reference_logprobs is not None)
+        metrics.num_updates += 1
+        for with_grad in (True, False):
+            part = batch.select(np.flatnonzero(learns == with_grad).tolist())
+            with torch.set_grad_enabled(with_grad):
+                self._run_microbatches(part, loss, metrics)
+        return bool(learns.any())
+
+    def _run_microbatches(self, batch: Batch, loss: Loss, metrics: TokenMetrics) -> None:
         for indices in self._microbatches(batch.trajectories):
             part = batch.select(indices)
             scores, num_nodes = self._score(self.model, part.trajectories)
             inputs = _loss_inputs(part, scores.logprobs, self.device)
-            output = policy_loss(inputs, algorithm)
-            output.loss.backward()
+            output = loss(inputs)
+            if output.loss.requires_grad:
+                output.loss.backward()
             metrics.add(inputs, output, scores.entropy, num_nodes)
 
     def step(self, lr: float) -> float:
@@ -105,9 +121,7 @@ class Trainer:
             with torch.no_grad():
                 scores, _ = self._score(model, part)
             ends = np.cumsum([len(t.response_ids) for t in part])[:-1]
-            arrays.update(
-                zip(indices, np.split(scores.logprobs.cpu().numpy(), ends), strict=True)
-            )
+            arrays.update(zip(indices, np.split(scores.logprobs.cpu().numpy(), ends), strict=True))
         return tuple(arrays[i] for i in range(len(trajectories)))
 
     def _score(
@@ -130,9 +144,7 @@ class Trainer:
 
 
 def _sequence(trajectory: Trajectory) -> PromptResponse:
-    return PromptResponse(
-        prompt_ids=trajectory.prompt_ids, response_ids=trajectory.response_ids
-    )
+    return PromptResponse(prompt_ids=trajectory.prompt_ids, response_ids=trajectory.response_ids)
 
 
 def _loss_inputs(batch: Batch, logprobs_K: torch.Tensor, device: torch.device) -> LossInputs:

@@ -15,7 +15,7 @@ import numpy as np
 from engine.errors import SlipstreamError
 from engine.protocol import IntArray
 from rollout.cache.pages import PagePool
-from rollout.cache.radix_tree import EMPTY_PAGES, Match, Node, RadixTree
+from rollout.cache.radix_tree import Match, Node, RadixTree
 
 
 class CacheManager:
@@ -182,8 +182,3 @@ class CacheManager:
         assert in_use + self.num_free == self.num_pages, (
             f"{in_use} pages in use + {self.num_free} free != {self.num_pages}"
         )
-
-
-def no_match(page_size: int) -> Match:
-    """The match of nothing, held by nobody."""
-    return Match(Node(None, EMPTY_PAGES, EMPTY_PAGES, -1), EMPTY_PAGES, page_size)

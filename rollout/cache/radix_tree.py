@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -27,8 +27,11 @@ COPY_CANDIDATES = 32
 def common_prefix(left: IntArray, right: IntArray) -> int:
     """Number of equal leading tokens of two int32 arrays."""
     size = min(len(left), len(right))
-    differ = np.flatnonzero(left[:size] != right[:size])
-    return int(differ[0]) if len(differ) else size
+    if size == 0:
+        return 0
+    differ = left[:size] != right[:size]
+    first = int(differ.argmax())
+    return first if differ[first] else size
 
 
 class Node:
@@ -83,6 +86,10 @@ class Match:
     def num_tokens(self) -> int:
         """Tokens that need not be computed."""
         return len(self.pages) * self.page_size + self.num_copied
+
+    def without_copy(self) -> Match:
+        """The same match, shared pages only."""
+        return replace(self, source=None, num_copied=0)
 
 
 class RadixTree:

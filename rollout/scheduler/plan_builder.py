@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from engine.protocol import IntArray, NewRow, StepPlan
+from rollout.cache.radix_tree import Match
 from rollout.scheduler.running import RunningSet
 from rollout.scheduler.sequence import Sequence
 
+BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
+UidArray = np.ndarray[Any, np.dtype[np.int64]]
 NO_INTS: IntArray = np.empty(0, np.int32)
 
 
@@ -25,9 +29,9 @@ class InFlight:
     step: int
     version: int
     slots: IntArray
-    uids: np.ndarray[tuple[int], np.dtype[np.int64]]
+    uids: UidArray
     row_slots: IntArray
-    row_uids: np.ndarray[tuple[int], np.dtype[np.int64]]
+    row_uids: UidArray
     scored: list[int] = field(default_factory=list)
 
 
@@ -44,6 +48,7 @@ class PlanBuilder:
         self._page_columns: list[IntArray] = []
         self._page_ids: list[IntArray] = []
         self._copies: list[tuple[int, int]] = []
+        self._copied: list[Match] = []
         self._scored: list[int] = []
 
     @property
@@ -87,12 +92,19 @@ class PlanBuilder:
         self._page_columns.append(columns)
         self._page_ids.append(pages)
 
-    def add_copy(self, source: int, target: int) -> None:
-        """Page `target` begins as a copy of page `source`."""
-        self._copies.append((source, target))
+    def add_copy(self, match: Match, target: int) -> None:
+        """Page `target` begins as a copy of the page `match` copies from.
+
+        That page stays locked until the plan is built, lest this plan give it away.
+        """
+        assert match.source is not None
+        self._copies.append((int(match.source.pages[0]), target))
+        self._copied.append(match)
 
     def build(self, ones: IntArray) -> tuple[StepPlan, InFlight]:
         """The plan. ones: int32, at least as long as the decode rows, not to be written."""
+        for match in self._copied:
+            self._running.cache.release_source(match)
         slots, lens, samples = self._ordered(ones)
         table = self._running.table
         copies = np.array(self._copies, np.int32).reshape(-1, 2)
@@ -111,9 +123,9 @@ class PlanBuilder:
         )
         return plan, self._in_flight(slots, samples)
 
-    def _ordered(self, ones: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+    def _ordered(self, ones: IntArray) -> tuple[IntArray, IntArray, BoolArray]:
         count = len(self._decode)
-        samples = np.ones(count, np.bool_)
+        samples: BoolArray = np.ones(count, np.bool_)
         if not self._rows:
             return self._decode, ones[:count], samples
         rows = np.array(self._rows, np.int32).reshape(-1, 3)
@@ -123,7 +135,7 @@ class PlanBuilder:
         order = self._running.batch_order(slots)
         return slots[order], lens[order], samples[order]
 
-    def _in_flight(self, slots: IntArray, samples: IntArray) -> InFlight:
+    def _in_flight(self, slots: IntArray, samples: BoolArray) -> InFlight:
         uids = self._running.table.uid[slots]
         all_sample = bool(samples.all())
         return InFlight(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+
 from engine.config import SchedulerConfig
 from rollout.cache.radix_tree import Match, common_prefix
 from rollout.scheduler.budget import PageReserve
@@ -35,6 +37,8 @@ class PrefillPlanner:
         self._queue = queue
         self._reserve = reserve
         self._on_admit = on_admit
+        self._peeked: dict[str, int] = {}
+        self._peeked_at = (-1, -1)
 
     def plan(self, builder: PlanBuilder, budget: int) -> None:
         """Add prompt chunks of at most `budget` tokens in all."""
@@ -63,7 +67,8 @@ class PrefillPlanner:
                 break
             latest = max(latest, sequence.arrival)
             budget -= self._plan_chunk(builder, sequence, budget)
-            reserved = self._reserve.pages_for(self._running.table, self._running.slots())
+            own = np.array([sequence.slot], np.int32)
+            reserved += self._reserve.pages_for(self._running.table, own)
         if latest >= 0:
             self._queue.admitted(latest)
 
@@ -93,7 +98,8 @@ class PrefillPlanner:
         cache = self._running.cache
         if match is None:
             return None
-        for attempt in (match, match.without_copy()):
+        attempts = (match,) if match.source is None else (match, match.without_copy())
+        for attempt in attempts:
             cache.acquire(attempt)
             if needed - len(attempt.pages) <= cache.num_available:
                 return attempt
@@ -108,8 +114,7 @@ class PrefillPlanner:
         pages = cache.allocate(1)
         assert pages is not None, "a sequence was admitted without pages for it"
         builder.add_pages(slot, self._running.table.add_pages(slot, pages), pages)
-        builder.add_copy(int(match.source.pages[0]), int(pages[0]))
-        builder.hold_until_built(match)
+        builder.add_copy(match, int(pages[0]))
 
     def _plan_chunk(self, builder: PlanBuilder, sequence: Sequence, budget: int) -> int:
         """Add the next chunk of a prompt; returns its tokens, 0 if pages or budget lack."""
@@ -165,14 +170,18 @@ class PrefillPlanner:
         return False
 
     def _cached_tokens(self, sequence: Sequence) -> int:
+        """Cached prefix of `sequence` or of another sample of its group: same prompt."""
         cache, version = self._running.cache, self._running.version
-        generation, of_version, tokens = sequence.peeked
-        if (generation, of_version) != (cache.tree.generation, version):
-            tokens = cache.match_length(
+        state = (cache.tree.generation, version)
+        if self._peeked_at != state:
+            self._peeked_at = state
+            self._peeked.clear()
+        key = sequence.request.group or sequence.request.rid
+        if key not in self._peeked:
+            self._peeked[key] = cache.match_length(
                 sequence.tokens,
                 sequence.match_limit,
                 version=version,
                 salt=sequence.request.salt,
             )
-            sequence.peeked = (cache.tree.generation, version, tokens)
-        return tokens
+        return self._peeked[key]

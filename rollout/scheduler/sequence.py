@@ -56,8 +56,6 @@ class Sequence:
     top: list[tuple[IntArray, FloatArray]] = field(default_factory=list)
     prompt_parts: list[PromptLogprobs] = field(default_factory=list)
     prompt_emitted: bool = False
-    peeked: tuple[int, int, int] = (-1, -1, 0)
-    """Cached prefix length as (cache generation, version, tokens)."""
 
     @property
     def prompt_len(self) -> int:

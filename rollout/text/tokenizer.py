@@ -53,9 +53,8 @@ class Tokenizer:
     ) -> str:
         """Text of `ids`, exactly what they say: no cleaning of spaces afterwards. Bytes
         that are no UTF-8 become U+FFFD; ids beyond the vocabulary give nothing."""
-        if isinstance(ids, np.ndarray):
-            ids = ids.tolist()
-        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        plain: Sequence[int] = ids.tolist() if isinstance(ids, np.ndarray) else ids
+        return self._backend.decode(plain, skip_special_tokens=skip_special_tokens)
 
     def special_token_id(self, text: str) -> int | None:
         """Id of the special token that is written `text`; None if it is not one."""

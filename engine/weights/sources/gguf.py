@@ -10,7 +10,7 @@ from types import MappingProxyType
 import torch
 
 from engine.errors import CheckpointError
-from engine.weights.gguf_file import GGUFFile
+from engine.models.gguf_file import GGUFFile
 
 _GLOBAL_NAMES: Mapping[str, str] = MappingProxyType(
     {

@@ -57,7 +57,7 @@ class _Cursor:
 
     def __init__(self, data: np.memmap[Any, Any], position: int) -> None:
         self.data = data
-        self.buffer = memoryview(data)
+        self.buffer = data.data
         self.position = position
 
     def number(self, code: str) -> int:
@@ -156,14 +156,14 @@ class GGUFFile:
         try:
             kind = gguf.GGMLQuantizationType(tensor.type_id)
             values = gguf.quants.dequantize(self._bytes_of(tensor, kind), kind)
+            # An F32 tensor comes back as a view of the read-only file.
+            owned = values if values.flags.writeable else values.copy()
+            return owned.astype(np.float32, copy=False).reshape(tensor.shape)
         except (ValueError, NotImplementedError):
             raise CheckpointError(
                 f"{self.path}: {name} has {tensor.type_name}, which cannot be dequantised",
                 field=name,
             ) from None
-        # An F32 tensor comes back as a view of the read-only file.
-        owned = values if values.flags.writeable else values.copy()
-        return owned.astype(np.float32, copy=False).reshape(tensor.shape)
 
     def _bytes_of(self, tensor: GGUFTensor, kind: Any) -> np.ndarray[Any, Any]:
         block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]

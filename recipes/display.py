@@ -1,0 +1,114 @@
+"""What a person watches: a live table in a terminal, one line a step anywhere else."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+logger = logging.getLogger(__name__)
+
+VISIBLE_ROWS = 24
+
+Row = dict[str, Any]
+
+COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("step", "step", "{:.0f}".format),
+    ("reward", "reward", "{:.3f}".format),
+    ("held-out", "eval/accuracy", "{:.3f}".format),
+    ("entropy", "entropy", "{:.2f}".format),
+    ("clip", "clip_ratio/region_mean", "{:.3f}".format),
+    ("Δlogp", "sampling/sampling_logp_difference/mean", "{:.1e}".format),
+    ("max", "sampling/sampling_logp_difference/max", "{:.1e}".format),
+    ("k3", "rollout_corr/k3_kl", "{:.1e}".format),
+    ("grad", "grad_norm", "{:.2f}".format),
+    ("length", "completions/mean_length", "{:.1f}".format),
+    ("tok/s", "perf/rollout_tokens_per_s", "{:.0f}".format),
+    ("generate s", "timing_s/generate", "{:.2f}".format),
+    ("score s", "timing_s/score", "{:.2f}".format),
+    ("train s", "timing_s/train", "{:.2f}".format),
+    ("push s", "timing_s/push", "{:.2f}".format),
+    ("other s", "timing_s/other", "{:.2f}".format),
+    ("step s", "timing_s/step", "{:.2f}".format),
+)
+
+
+def cells(row: Row) -> list[str]:
+    """The row as text, one cell a column, "-" where it has no such figure."""
+    return [form(row[key]) if key in row else "-" for _, key, form in COLUMNS]
+
+
+class Display:
+    """Shows rows as they come. Use as a context manager around the run.
+
+    console: where to; a live table if it is a terminal, else log lines.
+    """
+
+    def __init__(self, title: str, total_steps: int, console: Console | None = None) -> None:
+        console = Console(stderr=True) if console is None else console
+        self._title = title
+        self._rows: list[Row] = []
+        self._note = "loading the model"
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self._bar.add_task(self._note, total=total_steps)
+        self._live: Live | None = None
+        if console.is_terminal:
+            self._live = Live(console=console, refresh_per_second=2, get_renderable=self._render)
+
+    def note(self, text: str) -> None:
+        """Say what is going on now."""
+        self._note = text
+        self._bar.update(self._task, description=text)
+        if self._live is None:
+            logger.info("%s", text)
+
+    def show(self, row: Row) -> None:
+        """Show the figures of one finished step."""
+        self._rows.append(row)
+        self._bar.update(self._task, completed=row["step"], description="training")
+        if self._live is None:
+            named = zip(COLUMNS, cells(row), strict=True)
+            logger.info("  ".join(f"{title} {cell}" for (title, _, _), cell in named))
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def _render(self) -> Group:
+        table = Table(title=self._title, expand=False, pad_edge=False)
+        for title, _, _ in COLUMNS:
+            table.add_column(title, justify="right", no_wrap=True)
+        for row in self._rows[-VISIBLE_ROWS:]:
+            table.add_row(*cells(row))
+        return Group(table, self._bar)

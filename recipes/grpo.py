@@ -1,0 +1,117 @@
+"""GRPO: a language model learns a task from its own graded replies.
+
+    python recipes/grpo.py --help
+
+Each step, the engine samples several replies to each of a few problems; the task grades them; a
+reply's advantage is how much better it did than the other replies to its problem; one optimizer
+step makes better replies likelier; the engine takes the new weights in place.
+DeepSeekMath, arXiv 2402.03300. The relatives of GRPO are rows of `algorithms/presets.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import sys
+from collections.abc import Sequence
+
+from engine.errors import SlipstreamError
+from recipes.algorithms.losses import policy_loss
+from recipes.batching import make_batch, minibatches
+from recipes.collect import rollout, score
+from recipes.command_line import parse
+from recipes.ledger import Ledger
+from recipes.report import Collected
+from recipes.run import Run, open_run
+from recipes.trainers.metrics import TokenMetrics
+from recipes.types import Batch
+from rollout.offline import derive_seed
+
+
+def train(run: Run) -> None:
+    """The loop: rollout -> reward -> advantage -> loss -> step -> push."""
+    while run.goes_on():
+        collected = collect(run)
+        with run.ledger.phase("train"):
+            batch = make_batch(collected.groups, run.algorithm, run.max_new_tokens)
+            figures = update(run, batch)
+        with run.ledger.phase("push"):
+            pushed = run.actor.push(
+                run.trainer.model,
+                version=run.progress.step + 1,
+                measure_memcpy=run.progress.step == 0,
+            )
+        run.finish_step(collected, figures, pushed)
+
+
+def collect(run: Run) -> Collected:
+    """Rollout and reward. With dynamic sampling, groups without spread are replaced."""
+    algorithm, wanted = run.algorithm, run.options.rollout.prompts_per_step
+    result = Collected(groups=[], sampled=[])
+    for _ in range(1 + algorithm.max_resamples * algorithm.dynamic_sampling):
+        seed = derive_seed(run.options.seed, "rollout", run.progress.position)
+        problems = run.next_problems()
+        with run.ledger.phase("generate"):
+            replies = rollout(
+                run.actor,
+                run.prompts,
+                problems,
+                run.sampling,
+                samples=run.options.rollout.samples,
+                seed=seed,
+            )
+        with run.ledger.phase("score"):
+            groups = score(
+                run.prompts, problems, replies, overlong_buffer=algorithm.overlong_buffer
+            )
+        result.sampled.extend(groups)
+        result.groups.extend(g for g in groups if g.mixed or not algorithm.dynamic_sampling)
+        if len(result.groups) >= wanted:
+            break
+    return dataclasses.replace(result, groups=result.groups[:wanted] or result.sampled[:wanted])
+
+
+def update(run: Run, batch: Batch) -> dict[str, float]:
+    """Loss and optimizer steps: one, or `num_iterations` epochs of `num_minibatches`."""
+    algorithm, trainer, metrics = run.algorithm, run.trainer, TokenMetrics()
+    loss = functools.partial(policy_loss, algorithm=algorithm)
+    lr, grad_norm = run.learning_rate(), 0.0
+    if algorithm.num_iterations * algorithm.num_minibatches > 1:
+        batch = dataclasses.replace(batch, old_logprobs=trainer.logprobs(batch.trajectories))
+    if algorithm.kl_coef > 0:
+        reference = trainer.reference_logprobs(batch.trajectories)
+        batch = dataclasses.replace(batch, reference_logprobs=reference)
+    for epoch in range(algorithm.num_iterations):
+        seed = derive_seed(run.options.seed, "minibatches", run.progress.step, epoch)
+        for part in minibatches(batch, algorithm, run.max_new_tokens, seed=seed):
+            if trainer.accumulate(part, loss, metrics):
+                grad_norm = trainer.step(lr)
+    return {**metrics.result(), "grad_norm": grad_norm, "learning_rate": lr}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the recipe. Returns the exit code: 2 for a mistake, which is explained."""
+    ledger = Ledger()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
+    try:
+        options = parse(sys.argv[1:] if argv is None else argv)
+        run = open_run(options, ledger)
+        with run.display:
+            run.begin()
+            train(run)
+            summary = run.finish()
+        run.actor.close()
+    except SlipstreamError as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        return 2
+    logging.getLogger(__name__).info(
+        "held-out accuracy %.3f -> %.3f in %d steps, %.0f s; see %s",
+        *(summary[key] for key in ("eval_before", "eval_after", "steps", "seconds")),
+        run.folder.path,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""The model that learns: a transformers causal LM with the engine's starting weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from recipes.actor import Actor
+from recipes.options import Options
+from recipes.trainers.plain import Trainer
+from rollout.offline import Tokenizer
+from trainer_bridge import load_causal_lm
+
+
+def load_trainer(options: Options, actor: Actor) -> Trainer:
+    """A trainer on the engine's device, with autocast in the engine's dtype."""
+    state = actor.state()
+    model = load_causal_lm(
+        options.model, options.load_format, dtype=torch.float32, seed=options.seed
+    )
+    return Trainer(
+        model,
+        options.optimizer,
+        device=torch.device(state.device),
+        autocast_dtype=engine_dtype(actor),
+        temperature=options.rollout.temperature,
+        keep_reference=options.algorithm.kl_coef > 0,
+    )
+
+
+def engine_dtype(actor: Actor) -> torch.dtype:
+    """The dtype the engine serves in."""
+    dtype = getattr(torch, actor.state().dtype.removeprefix("torch."))
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def save_model(
+    model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype
+) -> None:
+    """Write model and tokenizer in Hugging Face format, the weights in `dtype`.
+
+    The model itself is cast: call this when training is over.
+    """
+    model.to(dtype=dtype).save_pretrained(folder)
+    tokenizer.write_hf(folder)

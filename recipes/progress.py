@@ -1,0 +1,50 @@
+"""How far a run has come: what a checkpoint keeps beside tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """Changes as the run goes on.
+
+    step: optimizer steps taken; also the weight version the engine serves.
+    position: next problem of the training stream.
+    eval_before, accuracy: held-out accuracy before training, and the last one measured.
+    accuracy_step: when that was. best_accuracy, best_step: the highest so far.
+    seconds: time spent by phase since the run began, over all its processes.
+    """
+
+    step: int = 0
+    position: int = 0
+    eval_before: float | None = None
+    accuracy: float | None = None
+    accuracy_step: int = -1
+    best_accuracy: float = 0.0
+    best_step: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def measured(self, accuracy: float) -> None:
+        """Note a held-out accuracy at the current step."""
+        if self.eval_before is None:
+            self.eval_before = accuracy
+        self.accuracy, self.accuracy_step = accuracy, self.step
+        if accuracy > self.best_accuracy:
+            self.best_accuracy, self.best_step = accuracy, self.step
+
+    def spent(self, seconds: dict[str, float]) -> None:
+        """Add a reading of the ledger."""
+        for phase, value in seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + value
+
+    @property
+    def total_seconds(self) -> float:
+        """Wall time of the run so far; the phases add up to it."""
+        return sum(self.seconds.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; `Progress(**d)` is the inverse."""
+        return dataclasses.asdict(self)

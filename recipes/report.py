@@ -1,0 +1,56 @@
+"""One step as a row of named figures. Names follow TRL's and verl's where those exist."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from recipes.types import Group
+from trainer_bridge import PushReport
+
+PHASES = ("generate", "score", "train", "push", "other")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collected:
+    """Rollouts of one step. `sampled`: every group; `groups`: those to train on."""
+
+    groups: list[Group]
+    sampled: list[Group]
+
+
+def rollout_figures(sampled: Sequence[Group], seconds: dict[str, float]) -> dict[str, float]:
+    """Rewards, lengths and speed of the rollouts of one step."""
+    trajectories = [t for group in sampled for t in group.trajectories]
+    lengths = np.array([len(t.response_ids) for t in trajectories])
+    rewards_GS = np.stack([group.rewards for group in sampled])
+    return {
+        "reward": float(rewards_GS.mean()),
+        "reward_std": float(rewards_GS.std(axis=1, ddof=1).mean()),
+        "frac_reward_zero_std": float(np.mean([not group.mixed for group in sampled])),
+        "completions/mean_length": float(lengths.mean()),
+        "completions/max_length": float(lengths.max()),
+        "completions/clipped_ratio": float(np.mean([t.truncated for t in trajectories])),
+        "perf/rollout_tokens": float(lengths.sum()),
+        "perf/rollout_tokens_per_s": float(lengths.sum() / max(seconds["generate"], 1e-9)),
+    }
+
+
+def push_figures(report: PushReport) -> dict[str, float]:
+    """What publishing the weights cost, beside a plain copy of the same bytes if measured."""
+    figures = {
+        "weight_version": float(report.version),
+        "push/seconds": report.seconds,
+        "push/num_bytes": float(report.num_bytes),
+    }
+    if report.memcpy_seconds is not None:
+        figures["push/memcpy_seconds"] = report.memcpy_seconds
+    return figures
+
+
+def time_figures(seconds: dict[str, float]) -> dict[str, float]:
+    """The ledger of one step: the phases, and their sum, which is its wall time."""
+    figures = {f"timing_s/{phase}": seconds.get(phase, 0.0) for phase in PHASES}
+    return {**figures, "timing_s/step": sum(seconds.values())}

@@ -1,0 +1,72 @@
+"""Builds what a sequence returns: pieces of a stream, or all of it at its end."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engine.protocol import (
+    FinishReason,
+    FloatArray,
+    IntArray,
+    RequestOutput,
+    TopLogprobs,
+)
+from rollout.scheduler.sequence import Sequence
+
+
+def make_output(
+    sequence: Sequence,
+    token_ids: IntArray,
+    logprobs: FloatArray,
+    finish: FinishReason | None,
+) -> RequestOutput:
+    """The outputs not yet returned, given all of them so far.
+
+    token_ids: int32 [n], logprobs: float32 [n], from the first output token on. Spans are
+    those of the tokens returned here, in positions of the whole output.
+    """
+    size = len(token_ids)
+    start = min(sequence.num_emitted, size)
+    with_prompt = not sequence.prompt_emitted
+    sequence.num_emitted, sequence.prompt_emitted = size, True
+    return RequestOutput(
+        rid=sequence.request.rid,
+        start=start,
+        token_ids=token_ids[start:].copy(),
+        logprobs=logprobs[start:].copy(),
+        finish=finish,
+        prompt_tokens=sequence.prompt_len,
+        cached_tokens=sequence.cached_tokens,
+        num_retractions=sequence.num_retractions,
+        spans=sequence.spans_between(start, size),
+        top=sequence.top_between(start, size),
+        prompt_logprobs=_prompt_logprobs(sequence) if with_prompt else None,
+        prompt_top=_prompt_top(sequence) if with_prompt else None,
+    )
+
+
+def final_output(sequence: Sequence, finish: FinishReason) -> RequestOutput:
+    """The last output of a sequence that holds no slot (any more)."""
+    outputs = sequence.tokens[sequence.prompt_len :]
+    return make_output(sequence, outputs, sequence.logprobs, finish)
+
+
+def _prompt_logprobs(sequence: Sequence) -> FloatArray | None:
+    """float32, positions [max(prompt_logprob_start, 1), prompt_len); fewer if aborted."""
+    if sequence.request.prompt_logprob_start < 0:
+        return None
+    parts = [part.logprobs for part in sequence.prompt_parts]
+    return np.concatenate(parts) if parts else np.empty(0, np.float32)
+
+
+def _prompt_top(sequence: Sequence) -> TopLogprobs | None:
+    count = sequence.request.top_logprobs
+    if sequence.request.prompt_logprob_start < 0 or count == 0:
+        return None
+    parts = [part.top for part in sequence.prompt_parts if part.top is not None]
+    if not parts:
+        return TopLogprobs(np.empty((0, count), np.int32), np.empty((0, count), np.float32))
+    return TopLogprobs(
+        np.concatenate([part.ids[:, :count] for part in parts]),
+        np.concatenate([part.logprobs[:, :count] for part in parts]),
+    )

@@ -1,0 +1,314 @@
+"""The scheduler: what the next step computes, and what came of the last.
+
+`plan` and `apply` are called in step order. `plan` advances its own idea of what is computed,
+so another plan may be made before the result of the last one is applied; sequences that ended
+meanwhile have their surplus token dropped.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+
+from engine.config import SchedulerConfig
+from engine.errors import InvalidRequest, QueueFull
+from engine.protocol import (
+    ErrorInfo,
+    FinishReason,
+    PauseMode,
+    Request,
+    RequestOutput,
+    StepPlan,
+    StepResult,
+)
+from rollout.cache.manager import CacheManager
+from rollout.scheduler.budget import PageReserve
+from rollout.scheduler.decode import DecodePlanner
+from rollout.scheduler.outputs import final_output, make_output
+from rollout.scheduler.plan_builder import InFlight, PlanBuilder
+from rollout.scheduler.preempt import Preemption
+from rollout.scheduler.prefill import PrefillPlanner
+from rollout.scheduler.queue import WaitingQueue
+from rollout.scheduler.results import ResultWriter
+from rollout.scheduler.running import RunningSet
+from rollout.scheduler.sequence import Sequence
+from rollout.scheduler.stats import Counters, SchedulerStats
+from rollout.scheduler.table import SlotTable
+from rollout.scheduler.validate import Limits, check_request
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill over a paged KV pool with prefix reuse.
+
+    Not thread-safe. Arrays in plans are not to be written; some are handed out again.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        cache: CacheManager,
+        *,
+        context_length: int,
+        vocab_size: int,
+        version: int = 0,
+    ) -> None:
+        # Every running sequence must be able to decode in one step.
+        num_slots = min(config.max_running, config.max_step_tokens)
+        if num_slots < 1:
+            raise ValueError("max_running and max_step_tokens must be at least 1")
+        self._config = config
+        self._cache = cache
+        self._limits = Limits(
+            context_length=context_length,
+            vocab_size=vocab_size,
+            kv_tokens=cache.num_pages * cache.page_size,
+        )
+        self._running = RunningSet(
+            SlotTable(num_slots, context_length, cache.page_size), cache, version
+        )
+        self._queue = WaitingQueue(config.policy, config.starvation_steps)
+        self._reserve = PageReserve(cache.page_size)
+        self._preemption = Preemption(self._running, self._queue, self._reserve)
+        self._decode = DecodePlanner(self._running)
+        self._prefill = PrefillPlanner(
+            config, self._running, self._queue, self._reserve, self._admitted
+        )
+        self._results = ResultWriter(self._running)
+        self._requests: dict[str, Sequence] = {}
+        self._groups: dict[str, list[int]] = {}
+        self._in_flight: deque[InFlight] = deque()
+        self._ones = np.ones(num_slots, np.int32)
+        self._counters = Counters()
+        self._next_step = 0
+        self._next_arrival = 0
+        self._paused = False
+
+    def add(self, request: Request) -> None:
+        """Queue one request.
+
+        Raises InvalidRequest or ContextTooLong, naming the field, for one that can never be
+        served, and QueueFull when too many wait.
+        """
+        check_request(request, self._limits)
+        if request.rid in self._requests:
+            raise InvalidRequest(f"rid {request.rid!r} is already in use", field="rid")
+        if len(self._queue) >= self._config.max_waiting:
+            raise QueueFull(
+                f"{len(self._queue)} requests wait, the limit; send it again later",
+                field="max_waiting",
+            )
+        sequence = self._make_sequence(request)
+        self._requests[request.rid] = sequence
+        self._queue.push(sequence)
+
+    def abort(
+        self, rid_prefix: str = "", all: bool = False, message: str = "aborted by the client"
+    ) -> list[RequestOutput]:
+        """End requests whose id starts with `rid_prefix` (every one if `all`).
+
+        Returns what each produced so far, in order of arrival. An empty prefix names none.
+        """
+        finish = FinishReason(type="abort", message=message)
+        return [
+            self._finish(sequence, finish)
+            for rid, sequence in list(self._requests.items())
+            if all or (rid_prefix and rid.startswith(rid_prefix))
+        ]
+
+    def stop(self, rid: str, num_tokens: int, matched: str) -> RequestOutput | None:
+        """End one request at `num_tokens` output tokens, a stop string having been seen.
+
+        None if the request is already gone. A stream that returned more tokens than that
+        gets an empty output whose `start` is `num_tokens`.
+        """
+        sequence = self._requests.get(rid)
+        if sequence is None:
+            return None
+        self._truncate(sequence, num_tokens)
+        return self._finish(sequence, FinishReason(type="stop", matched=matched))
+
+    def pause(self, mode: PauseMode = "keep") -> list[RequestOutput]:
+        """Plan nothing until `resume`. Returns what 'abort' ended; else nothing."""
+        self._paused = True
+        if mode == "abort":
+            return self.abort(all=True, message="aborted by a pause")
+        if mode == "retract":
+            for sequence in self._running.sequences():
+                self._preemption.retract(sequence, self._next_step, keep_kv=False)
+        return []
+
+    def resume(self) -> None:
+        """Undo `pause`."""
+        self._paused = False
+
+    def set_version(self, version: int) -> None:
+        """Weights `version` serve every step planned from now on.
+
+        Cached prefixes are dropped. Running sequences go on with the KV they have, which
+        is then never shared; their later tokens carry the new version.
+        """
+        self._running.set_version(version)
+
+    def flush_cache(self) -> None:
+        """Drop every cached prefix; raises SlipstreamError while sequences hold pages."""
+        self._cache.flush()
+
+    def plan(self) -> StepPlan | None:
+        """The next step, or None if there is nothing to compute or steps are paused."""
+        if self._paused or not self._requests:
+            return None
+        builder = PlanBuilder(self._next_step, self._running)
+        self._make_room()
+        self._fill(builder)
+        while builder.empty and len(self._running) > 1 and self._running.prefilling:
+            self._preemption.retract_one(self._next_step)
+            self._fill(builder)
+        if builder.empty:
+            return None
+        plan, flight = builder.build(self._ones)
+        self._in_flight.append(flight)
+        self._next_step += 1
+        self._counters.num_steps += 1
+        return plan
+
+    def apply(self, result: StepResult) -> list[RequestOutput]:
+        """Take in the result of the oldest step in flight.
+
+        Returns the final output of each sequence that ended, and one output for each
+        streaming sequence that got a token.
+        """
+        flight = self._in_flight.popleft()
+        assert result.step == flight.step, f"result of step {result.step}, not {flight.step}"
+        appended = self._results.append(flight, result)
+        self._counters.num_output_tokens += appended.num_tokens
+        outputs = [self._stream(self._running[slot]) for slot in appended.streaming.tolist()]
+        ended = zip(appended.ended.tolist(), appended.matched.tolist(), strict=True)
+        for slot, matched in ended:
+            sequence = self._running[slot]
+            outputs.append(self._finish(sequence, self._reason(sequence, matched)))
+        for slot in self._results.scored(flight):
+            finish = FinishReason(type="length", length=0)
+            outputs.append(self._finish(self._running[slot], finish))
+        return outputs
+
+    def has_work(self) -> bool:
+        """Whether any request is waiting or running, paused or not."""
+        return bool(self._requests)
+
+    def stats(self) -> SchedulerStats:
+        """Counts now and totals since the start."""
+        return SchedulerStats(
+            version=self._running.version,
+            paused=self._paused,
+            num_running=len(self._running),
+            num_waiting=len(self._queue),
+            free_pages=self._cache.num_free,
+            cached_pages=self._cache.num_cached,
+            total_pages=self._cache.num_pages,
+            num_retractions=self._preemption.num_retractions,
+            num_prompt_tokens=self._counters.num_prompt_tokens,
+            num_cached_tokens=self._counters.num_cached_tokens,
+            num_output_tokens=self._counters.num_output_tokens,
+            num_steps=self._counters.num_steps,
+        )
+
+    def check_integrity(self) -> None:
+        """Assert that no request, slot or page is lost or held twice."""
+        self._queue.check_integrity()
+        self._running.check_integrity()
+        held = {sequence.request.rid for sequence in (*self._queue, *self._running.sequences())}
+        assert held == set(self._requests), "a request is neither waiting nor running"
+        count = len(self._queue) + len(self._running)
+        assert count == len(held), f"{count} sequences for {len(held)} requests"
+        members = sum(count for _, count in self._groups.values())
+        assert members == sum(bool(s.request.group) for s in self._requests.values())
+
+    def fail_all(self, error: ErrorInfo) -> list[RequestOutput]:
+        """The executor died: end every request with `error`, and trust no KV."""
+        self._in_flight.clear()
+        finish = FinishReason(type="abort", message=error.message, error=error.kind)
+        outputs = [self._finish(sequence, finish) for sequence in list(self._requests.values())]
+        self._cache.clear()
+        return outputs
+
+    def _fill(self, builder: PlanBuilder) -> None:
+        num_decode = self._decode.plan(builder)
+        self._prefill.plan(builder, self._config.max_step_tokens - num_decode)
+
+    def _make_room(self) -> None:
+        """Retract until every decoding sequence can have its next page."""
+        if self._decode.num_missing_pages() <= 0:
+            self._reserve.decay()
+            return
+        while self._decode.num_missing_pages() > 0:
+            self._preemption.retract_one(self._next_step)
+
+    def _make_sequence(self, request: Request) -> Sequence:
+        arrival = self._next_arrival
+        self._next_arrival += 1
+        order = arrival
+        if request.group:
+            entry = self._groups.setdefault(request.group, [arrival, 0])
+            entry[1] += 1
+            order = entry[0]
+        room = self._limits.context_length - len(request.prompt_ids)
+        return Sequence(
+            request=request,
+            arrival=arrival,
+            group_order=order,
+            max_new_tokens=min(request.sampling.max_new_tokens, room),
+            tokens=request.prompt_ids.astype(np.int32),
+        )
+
+    def _admitted(self, sequence: Sequence) -> None:
+        if sequence.admitted:
+            return
+        sequence.admitted = True
+        sequence.cached_tokens = int(self._running.table.num_computed[sequence.slot])
+        self._counters.num_prompt_tokens += sequence.prompt_len
+        self._counters.num_cached_tokens += sequence.cached_tokens
+
+    def _truncate(self, sequence: Sequence, num_tokens: int) -> None:
+        size = sequence.prompt_len + max(0, num_tokens)
+        if sequence.slot >= 0:
+            table, slot = self._running.table, sequence.slot
+            table.num_tokens[slot] = min(size, int(table.num_tokens[slot]))
+        sequence.tokens = sequence.tokens[:size]
+        sequence.logprobs = sequence.logprobs[: size - sequence.prompt_len]
+
+    def _stream(self, sequence: Sequence) -> RequestOutput:
+        table, slot = self._running.table, sequence.slot
+        outputs = slice(sequence.prompt_len, int(table.num_tokens[slot]))
+        return make_output(
+            sequence, table.tokens[slot, outputs], table.logprobs[slot, outputs], None
+        )
+
+    def _reason(self, sequence: Sequence, matched: int) -> FinishReason:
+        if matched >= 0:
+            return FinishReason(type="stop", matched=matched)
+        length = int(self._running.table.num_tokens[sequence.slot]) - sequence.prompt_len
+        if length >= sequence.max_new_tokens:
+            return FinishReason(type="length", length=length)
+        return FinishReason(
+            type="abort",
+            message=f"the sequence fills the whole KV pool of {self._limits.kv_tokens} tokens",
+            error="OutOfMemory",
+        )
+
+    def _finish(self, sequence: Sequence, finish: FinishReason) -> RequestOutput:
+        if sequence.slot >= 0:
+            self._running.stop(sequence, step=self._next_step)
+        else:
+            self._queue.remove(sequence)
+        del self._requests[sequence.request.rid]
+        self._leave_group(sequence.request.group)
+        return final_output(sequence, finish)
+
+    def _leave_group(self, group: str) -> None:
+        if not group:
+            return
+        entry = self._groups[group]
+        entry[1] -= 1
+        if entry[1] == 0:
+            del self._groups[group]

@@ -1,0 +1,127 @@
+"""Per-slot sampling state, and the edits of logits before a draw."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from engine.batch import RequestTable
+from engine.protocol import NewRow, RowSampling
+from engine.sampling import Sampler, edit_logits
+
+PLAIN = RowSampling(
+    temperature=1.0,
+    top_k=-1,
+    top_p=1.0,
+    min_p=0.0,
+    frequency_penalty=0.0,
+    presence_penalty=0.0,
+    repetition_penalty=1.0,
+    logit_bias={},
+    seed=1,
+    min_new_tokens=0,
+    banned_ids=[],
+    top_logprobs=0,
+)
+
+
+def changed(**fields) -> RowSampling:
+    values = {name: getattr(PLAIN, name) for name in PLAIN.__struct_fields__}
+    return RowSampling(**{**values, **fields})
+
+
+KNOWN = torch.tensor([3, 4, 4, 5, 4])  # two prompt tokens, then 4, 5, 4
+PROMPT = 2
+
+
+def edited(params: RowSampling, logits: list[float] | None = None) -> list[float]:
+    values = torch.tensor(logits or [1.0] * 8)
+    edit_logits(values, KNOWN, PROMPT, params)
+    return values.tolist()
+
+
+def test_frequency_counts_occurrences_in_the_output() -> None:
+    assert edited(changed(frequency_penalty=0.5)) == [1, 1, 1, 1, 0, 0.5, 1, 1]
+
+
+def test_presence_counts_once() -> None:
+    assert edited(changed(presence_penalty=0.5)) == [1, 1, 1, 1, 0.5, 0.5, 1, 1]
+
+
+def test_repetition_scales_by_sign_and_sees_the_prompt() -> None:
+    logits = [1.0, 1, 1, 2, -2, 4, 1, 1]
+    got = edited(changed(repetition_penalty=2.0), logits)
+    assert got == [1, 1, 1, 1, -4, 2, 1, 1]
+
+
+def test_bias_adds() -> None:
+    assert edited(changed(logit_bias={0: -2.0, 7: 3.0})) == [-1, 1, 1, 1, 1, 1, 1, 4]
+
+
+@pytest.mark.parametrize("minimum,banned", [(3, False), (4, True)])
+def test_bans_hold_until_enough_tokens_were_produced(minimum: int, banned: bool) -> None:
+    got = edited(changed(min_new_tokens=minimum, banned_ids=[6]))
+    assert (got[6] == float("-inf")) is banned
+
+
+class Batch:
+    """The two vectors of a `StepBatch` that a draw reads."""
+
+    def __init__(self, slots: list[int], lengths: list[int]) -> None:
+        self.slots_S = torch.tensor(slots)
+        self.kv_lens_S = torch.tensor(lengths)
+
+
+def make(rows: list[NewRow]) -> tuple[Sampler, RequestTable]:
+    device = torch.device("cpu")
+    sampler = Sampler(num_slots=4, device=device, backend="torch")
+    table = RequestTable(num_slots=4, context_length=16, page_size=4, device=device)
+    table.enter(rows)
+    sampler.enter(rows)
+    return sampler, table
+
+
+def row(slot: int, sampling: RowSampling, ids: list[int] | None = None) -> NewRow:
+    token_ids = np.array(ids or [1, 2, 3], dtype=np.int32)
+    return NewRow(slot=slot, token_ids=token_ids, prompt_len=len(token_ids), sampling=sampling)
+
+
+def draw(sampler, table, slots, lengths, logits):
+    return sampler.draw(logits.clone(), Batch(slots, lengths), np.array(slots), table)
+
+
+def test_a_row_draws_the_same_alone_and_in_company() -> None:
+    rows = [row(s, changed(seed=s + 5, top_k=s or -1, temperature=0.5 + s)) for s in range(3)]
+    sampler, table = make(rows)
+    logits = torch.randn(3, 100)
+    together, logprobs, _ = draw(sampler, table, [0, 1, 2], [3, 3, 3], logits)
+    for slot in range(3):
+        alone, logprob, _ = draw(sampler, table, [slot], [3], logits[slot : slot + 1])
+        assert alone[0] == together[slot]
+        assert logprob[0] == pytest.approx(logprobs[slot].item(), abs=1e-6)
+
+
+def test_a_slot_forgets_its_former_tenant() -> None:
+    sampler, table = make([row(0, changed(logit_bias={9: 100.0}, top_logprobs=3))])
+    logits = torch.zeros(1, 16)
+    token, _, top = draw(sampler, table, [0], [3], logits)
+    assert token[0] == 9 and top is not None and top[0].shape == (1, 3)
+    sampler.enter([row(0, changed(temperature=0.0))])
+    token, _, top = draw(sampler, table, [0], [3], logits)
+    assert token[0] == 0 and top is None
+
+
+def test_seeds_of_any_size_are_taken() -> None:
+    sampler, table = make([row(0, changed(seed=2**64 - 1)), row(1, changed(seed=-1))])
+    logits = torch.randn(1, 50)
+    first, _, _ = draw(sampler, table, [0], [3], logits)
+    second, _, _ = draw(sampler, table, [1], [3], logits)
+    assert first[0] == second[0]
+
+
+def test_the_table_keeps_sampled_tokens_within_the_context() -> None:
+    _, table = make([row(0, PLAIN)])
+    table.append(torch.tensor([0, 0]), torch.tensor([3, 16]), torch.tensor([7, 8]))
+    assert table.token_ids[0, :4].tolist() == [1, 2, 3, 7]
+    assert 8 not in table.token_ids[0].tolist()

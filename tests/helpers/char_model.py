@@ -1,0 +1,73 @@
+"""A character-level model and its task: two-digit addition, "12+34=" -> "46"."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+import torch
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from recipes.rewards.exact import exact_match
+from recipes.types import Message, Problem
+from rollout.text.special_tokens import SpecialTokens
+from rollout.text.tokenizer import Tokenizer
+
+CHARACTERS = "0123456789+= \n"
+EOS = "<eos>"
+VOCAB = {EOS: 0, **{c: i + 1 for i, c in enumerate(CHARACTERS)}}
+
+
+@dataclass(frozen=True)
+class CharAddition:
+    """a + b for two numbers of two digits; an `Environment`."""
+
+    name: str = "char_addition"
+    max_new_tokens: int = 5
+    heldout_one_in: int = 16
+
+    def draw(self, rng: random.Random) -> Problem:
+        a, b = rng.randrange(10, 100), rng.randrange(10, 100)
+        return Problem(question=f"{a}+{b}=", answer=str(a + b), key=f"{a}+{b}")
+
+    def messages(self, problem: Problem) -> list[Message]:
+        return [{"role": "user", "content": problem.question}]
+
+    def verify(self, reply: str, problem: Problem) -> float:
+        return exact_match(reply, problem.answer)
+
+
+def char_tokenizer() -> Tokenizer:
+    """One token a character, no chat template."""
+    backend = tokenizers.Tokenizer(models.WordLevel(VOCAB, unk_token=EOS))
+    backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens([tokenizers.AddedToken(EOS, special=True)])
+    return Tokenizer(backend, SpecialTokens(eos=EOS, eos_ids=[0]))
+
+
+def char_model(hidden: int = 128, layers: int = 3, *, seed: int = 0) -> LlamaForCausalLM:
+    """A Llama with random weights; 0.6M parameters by default."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(VOCAB),
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=64,
+        bos_token_id=None,
+        eos_token_id=0,
+        tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(config).float().eval()
+
+
+def write_char_model(folder: Path, model: LlamaForCausalLM) -> None:
+    """Write model and tokenizer as a Hugging Face folder."""
+    model.save_pretrained(folder)
+    char_tokenizer().write_hf(folder)

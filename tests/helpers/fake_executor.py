@@ -1,0 +1,175 @@
+"""An executor without a model: the next token is a fixed function of the tokens before it.
+
+Greedy and seedless, so that any test can say beforehand what must come out
+(`expected_tokens`). Its weights are one number per version, added to every token, and its
+updates obey the order of the real ones.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from engine.config import EngineConfig
+from engine.errors import ManifestMismatch, ModelNotFound, OutOfMemory, UpdateOrder
+from engine.protocol import (
+    AbortUpdate,
+    BeginUpdate,
+    CommitUpdate,
+    EngineFacts,
+    LoadFromDisk,
+    PromptLogprobs,
+    Reply,
+    StepPlan,
+    StepResult,
+    TopLogprobs,
+    UpdateReport,
+    WeightCommand,
+)
+
+VOCAB_SIZE = 300
+EOS_ID = 299
+NUM_PRINTABLE = 94
+POISON = 77
+"""A prompt whose first token is POISON makes its step raise OutOfMemory."""
+
+
+def next_token(tokens: list[int], shift: int = 0) -> int:
+    """The token after `tokens`: in tests.helpers.tiny_tokenizer, a printable character."""
+    return (31 * tokens[-1] + 7 * len(tokens) + shift) % NUM_PRINTABLE
+
+
+def expected_tokens(prompt: list[int], count: int, shift: int = 0) -> list[int]:
+    """The first `count` output tokens after `prompt`."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens, shift))
+    return tokens[len(prompt) :]
+
+
+class FakeExecutor:
+    """See the module. `model` "missing" is not found, "exit" leaves the process while it
+    loads, "hang" sleeps in its first step, "die" leaves in it."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        if config.model == "missing":
+            raise ModelNotFound("no model at missing", field="model")
+        if config.model == "exit":
+            os._exit(3)
+        self.facts = EngineFacts(
+            model=config.model,
+            num_pages=config.cache.num_pages or 256,
+            page_size=config.cache.page_size,
+            context_length=config.context_length or 512,
+            vocab_size=VOCAB_SIZE,
+            eos_ids=[EOS_ID],
+            dtype="float32",
+            device="cpu",
+            attention="fake",
+        )
+        self.closed = False
+        self._rows: dict[int, list[int]] = {}
+        self._prompts: dict[int, tuple[int, int]] = {}
+        self._top: dict[int, int] = {}
+        self._shift = 0
+        self._open: BeginUpdate | None = None
+        self._staged = 0
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Append one token to each row that samples."""
+        for row in plan.new_rows:
+            self._rows[row.slot] = row.token_ids.tolist()
+            self._prompts[row.slot] = (row.prompt_logprob_start, row.prompt_len)
+            self._top[row.slot] = row.sampling.top_logprobs
+        self._misbehave(plan)
+        tokens = []
+        for slot in plan.slots[plan.samples].tolist():
+            self._rows[slot].append(next_token(self._rows[slot], self._shift))
+            tokens.append(self._rows[slot][-1])
+        token_ids = np.array(tokens, np.int32)
+        return StepResult(
+            step=plan.step,
+            token_ids=token_ids,
+            logprobs=_logprobs(token_ids),
+            top=self._top_of(plan, token_ids),
+            prompt=self._prompt_logprobs(plan),
+        )
+
+    def handle(self, command: WeightCommand) -> Reply:
+        """The update protocol over one number."""
+        match command:
+            case BeginUpdate():
+                if self._open is not None:
+                    raise UpdateOrder("an update is open", field="version")
+                self._open = command
+            case LoadFromDisk():
+                self.receive([("shift", int(command.path))])
+            case CommitUpdate():
+                if self._open is None:
+                    raise UpdateOrder("no update is open", field="version")
+                self._open, self._shift = None, self._staged
+                report = UpdateReport(
+                    version=command.version, num_tensors=1, num_bytes=8, seconds=0.0
+                )
+                return Reply(report=report)
+            case AbortUpdate():
+                self._open = None
+        return Reply()
+
+    def receive(self, tensors: Iterable[tuple[str, Any]]) -> None:
+        """Takes one tensor, named "shift"."""
+        for name, value in tensors:
+            if name != "shift":
+                raise ManifestMismatch(f"unknown tensor {name}", field=name)
+            self._staged = int(value)
+
+    def close(self) -> None:
+        """Note that it was called."""
+        self.closed = True
+
+    def _misbehave(self, plan: StepPlan) -> None:
+        if self.facts.model == "hang":
+            time.sleep(600)
+        if self.facts.model == "die":
+            os._exit(5)
+        if any(self._rows[slot][0] == POISON for slot in plan.slots.tolist()):
+            raise OutOfMemory("no room for the logits", field="rank 0")
+
+    def _top_of(self, plan: StepPlan, token_ids: np.ndarray) -> TopLogprobs | None:
+        slots = plan.slots[plan.samples].tolist()
+        k = max((self._top[slot] for slot in slots), default=0)
+        return _top(token_ids, k)
+
+    def _prompt_logprobs(self, plan: StepPlan) -> list[PromptLogprobs]:
+        found = []
+        rows = zip(plan.slots.tolist(), plan.query_lens, plan.kv_lens, strict=True)
+        for row, (slot, query_len, kv_len) in enumerate(rows):
+            start, prompt_len = self._prompts[slot]
+            first = max(start, 1, int(kv_len - query_len) + 1)
+            end = min(prompt_len, int(kv_len) + 1)
+            if start < 0 or first >= end:
+                continue
+            ids = np.array(self._rows[slot][first:end], np.int32)
+            top = _top(ids, self._top[slot])
+            found.append(PromptLogprobs(row, first, _logprobs(ids), top))
+        return found
+
+
+def _logprobs(ids: np.ndarray) -> np.ndarray:
+    return (-ids / 100).astype(np.float32)
+
+
+def _top(ids: np.ndarray, k: int) -> TopLogprobs | None:
+    if k == 0:
+        return None
+    ids_NK = (ids[:, None] + np.arange(k, dtype=np.int32)[None]) % VOCAB_SIZE
+    return TopLogprobs(ids_NK.astype(np.int32), _logprobs(ids_NK))
+
+
+def build(config: EngineConfig) -> FakeExecutor:
+    """The factory a spawned leader is given by name."""
+    return FakeExecutor(config)

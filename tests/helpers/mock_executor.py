@@ -1,0 +1,211 @@
+"""An executor without a model that knows what every KV slot should hold.
+
+It keeps, for each page and offset, a hash of the token prefix written there and the weight
+version that wrote it, and asserts before each "attention" that a row would read exactly its
+own prefix. Tokens and logprobs are functions of (seed, position, prefix), so a request must
+come out the same however it was scheduled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from engine.protocol import (
+    NewRow,
+    PromptLogprobs,
+    RowSampling,
+    StepPlan,
+    StepResult,
+    TopLogprobs,
+)
+
+MASK = (1 << 61) - 1
+
+
+def mix(*values: int) -> int:
+    """A deterministic 61-bit hash of integers."""
+    state = 0x9E3779B97F4A7C15
+    for value in values:
+        state = ((state ^ (value + 0x7F4A7C15)) * 0xBF58476D1CE4E5B9) & ((1 << 64) - 1)
+        state ^= state >> 29
+    return state & MASK
+
+
+def prefix_hashes(tokens: list[int]) -> list[int]:
+    """The hash of tokens[:i+1] for each i."""
+    hashes, state = [], 1
+    for token in tokens:
+        state = mix(state, token)
+        hashes.append(state)
+    return hashes
+
+
+def logprob(prefix: int, token: int) -> float:
+    """The logprob this model gives `token` after a prefix."""
+    return float(np.float32(-(mix(prefix, token, 3) % 4096) / 1024))
+
+
+def sample(prefix: int, position: int, sampling: RowSampling, vocab: int, num_output: int) -> int:
+    """The token this model draws at `position` after a prefix."""
+    token = mix(prefix, position, sampling.seed) % vocab
+    while num_output < sampling.min_new_tokens and token in sampling.banned_ids:
+        token = (token + 1) % vocab
+    return token
+
+
+def top_of(prefix: int, count: int, vocab: int) -> tuple[list[int], list[float]]:
+    """`count` token ids and logprobs, as if they were the likeliest."""
+    ids = [mix(prefix, rank, 5) % vocab for rank in range(count)]
+    return ids, [logprob(prefix, token) for token in ids]
+
+
+def generate_alone(
+    prompt: list[int], sampling: RowSampling, stop_ids: list[int], max_new: int, vocab: int
+) -> tuple[list[int], list[float]]:
+    """Tokens and logprobs of a request that has the machine for itself."""
+    tokens, logprobs = list(prompt), []
+    state = prefix_hashes(tokens)[-1]
+    for count in range(max_new):
+        token = sample(state, len(tokens), sampling, vocab, count)
+        logprobs.append(logprob(state, token))
+        tokens.append(token)
+        state = mix(state, token)
+        if token in stop_ids and count >= sampling.min_new_tokens:
+            break
+    return tokens[len(prompt) :], logprobs
+
+
+@dataclass
+class Row:
+    """What a rank's tables hold for one slot."""
+
+    new: NewRow
+    version: int
+    tokens: list[int]
+    hashes: list[int]
+    prompt_logprob_start: int
+    pages: dict[int, int] = field(default_factory=dict)
+
+
+class MockExecutor:
+    """`step` runs one plan; raises AssertionError where a real one would compute nonsense."""
+
+    def __init__(self, *, num_pages: int, page_size: int, vocab_size: int = 97) -> None:
+        self.page_size = page_size
+        self.vocab_size = vocab_size
+        self.version = 0
+        self.num_computed = 0
+        self.num_copies = 0
+        self.batches: list[list[int]] = []
+        self._kv = np.full((num_pages, page_size, 2), -1, np.int64)
+        self._rows: dict[int, Row] = {}
+        self._next_step = 0
+
+    def step(self, plan: StepPlan) -> StepResult:
+        """New rows, page table, copies, KV writes of all rows, reads of all rows, sampling."""
+        assert plan.step == self._next_step
+        self._next_step += 1
+        self._check_shapes(plan)
+        for new in plan.new_rows:
+            self._rows[new.slot] = self._new_row(new)
+        updates = zip(plan.page_slots, plan.page_columns, plan.page_ids, strict=True)
+        for slot, column, page in updates:
+            self._rows[int(slot)].pages[int(column)] = int(page)
+        self._copy(plan)
+        self._write(plan)
+        for slot, kv_len in zip(plan.slots.tolist(), plan.kv_lens.tolist(), strict=True):
+            self._read(self._rows[slot], kv_len)
+        self.num_computed += int(plan.query_lens.sum())
+        self.batches.append(plan.slots.tolist())
+        prompt = self._prompt_logprobs(plan)
+        return self._sample(plan, prompt)
+
+    def _new_row(self, new: NewRow) -> Row:
+        tokens = new.token_ids.tolist()
+        return Row(new, self.version, tokens, prefix_hashes(tokens), new.prompt_logprob_start)
+
+    def _check_shapes(self, plan: StepPlan) -> None:
+        rows = len(plan.slots)
+        assert rows > 0, "an empty step"
+        assert len(set(plan.slots.tolist())) == rows, "a slot twice in one step"
+        assert len(plan.query_lens) == len(plan.kv_lens) == len(plan.samples) == rows
+        assert (plan.query_lens > 0).all() and (plan.query_lens <= plan.kv_lens).all()
+        for array in (plan.slots, plan.query_lens, plan.kv_lens, plan.page_ids, plan.copy_src):
+            assert array.dtype == np.int32
+        assert plan.samples.dtype == np.bool_
+
+    def _copy(self, plan: StepPlan) -> None:
+        assert not set(plan.copy_src.tolist()) & set(plan.copy_dst.tolist())
+        assert len(set(plan.copy_dst.tolist())) == len(plan.copy_dst)
+        self._kv[plan.copy_dst] = self._kv[plan.copy_src]
+        self.num_copies += len(plan.copy_src)
+
+    def _write(self, plan: StepPlan) -> None:
+        written: set[tuple[int, int]] = set()
+        rows = zip(
+            plan.slots.tolist(), plan.query_lens.tolist(), plan.kv_lens.tolist(), strict=True
+        )
+        for slot, query_len, kv_len in rows:
+            row = self._rows[slot]
+            assert kv_len <= len(row.tokens), "computes a token nobody knows"
+            for position in range(kv_len - query_len, kv_len):
+                place = (row.pages[position // self.page_size], position % self.page_size)
+                assert place not in written, f"two rows write page and offset {place}"
+                written.add(place)
+                self._kv[place] = (row.hashes[position], self.version)
+
+    def _read(self, row: Row, kv_len: int) -> None:
+        for position in range(kv_len):
+            place = (row.pages[position // self.page_size], position % self.page_size)
+            found, version = self._kv[place].tolist()
+            assert found == row.hashes[position], f"wrong KV at position {position}, {place}"
+            assert version >= row.version, f"KV of version {version} at position {position}"
+
+    def _prompt_logprobs(self, plan: StepPlan) -> list[PromptLogprobs]:
+        parts = []
+        for index, slot in enumerate(plan.slots.tolist()):
+            row = self._rows[slot]
+            if row.prompt_logprob_start < 0:
+                continue
+            first = max(
+                row.prompt_logprob_start, int(plan.kv_lens[index] - plan.query_lens[index]) + 1
+            )
+            end = min(int(plan.kv_lens[index]) + 1, row.new.prompt_len)
+            if first >= end:
+                continue
+            before = [row.hashes[p - 1] for p in range(first, end)]
+            values = [logprob(b, row.tokens[first + i]) for i, b in enumerate(before)]
+            count = row.new.sampling.top_logprobs
+            top = self._top(before, count) if count else None
+            parts.append(PromptLogprobs(index, first, np.array(values, np.float32), top))
+        return parts
+
+    def _top(self, prefixes: list[int], count: int) -> TopLogprobs:
+        tops = [top_of(prefix, count, self.vocab_size) for prefix in prefixes]
+        ids = np.array([ids for ids, _ in tops], np.int32).reshape(len(tops), count)
+        values = np.array([lps for _, lps in tops], np.float32).reshape(len(tops), count)
+        return TopLogprobs(ids, values)
+
+    def _sample(self, plan: StepPlan, prompt: list[PromptLogprobs]) -> StepResult:
+        tokens, logprobs, prefixes, count = [], [], [], 0
+        for index in np.flatnonzero(plan.samples).tolist():
+            row, kv_len = self._rows[int(plan.slots[index])], int(plan.kv_lens[index])
+            assert kv_len == len(row.tokens), "samples after a token that is not the last"
+            prefix = row.hashes[-1]
+            num_output = kv_len - row.new.prompt_len
+            token = sample(prefix, kv_len, row.new.sampling, self.vocab_size, num_output)
+            tokens.append(token)
+            logprobs.append(logprob(prefix, token))
+            prefixes.append(prefix)
+            count = max(count, row.new.sampling.top_logprobs)
+            row.tokens.append(token)
+            row.hashes.append(mix(prefix, token))
+        return StepResult(
+            step=plan.step,
+            token_ids=np.array(tokens, np.int32),
+            logprobs=np.array(logprobs, np.float32),
+            top=self._top(prefixes, count) if count else None,
+            prompt=prompt,
+        )

@@ -1,0 +1,44 @@
+"""Replicas over the fake executor, and requests for them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engine.config import CacheConfig, EngineConfig, SchedulerConfig
+from engine.protocol import Request, SamplingParams
+from rollout.process_replica import ProcessReplica
+from rollout.replica import InlineReplica
+from tests.helpers.fake_executor import EOS_ID, FakeExecutor
+
+FACTORY = "tests.helpers.fake_executor:build"
+
+
+def fake_config(
+    model: str = "fake", *, max_waiting: int = 1000, num_pages: int = 256
+) -> EngineConfig:
+    """A small replica of the fake model."""
+    return EngineConfig(
+        model=model,
+        cache=CacheConfig(page_size=4, num_pages=num_pages),
+        scheduler=SchedulerConfig(max_running=32, max_step_tokens=64, max_waiting=max_waiting),
+    )
+
+
+def inline(model: str = "fake", **options: int) -> InlineReplica:
+    """The fake engine in this process."""
+    config = fake_config(model, **options)
+    return InlineReplica(config, FakeExecutor(config))
+
+
+def spawned(model: str = "fake", *, reply_s: float = 60.0, **options: int) -> ProcessReplica:
+    """The fake engine in its own process."""
+    config = fake_config(model, **options)
+    return ProcessReplica(config, factory=FACTORY, start_s=60.0, reply_s=reply_s)
+
+
+def make_request(rid: str, prompt: list[int], **sampling: object) -> Request:
+    """A request for ids; sampling fields by name."""
+    sampling.setdefault("max_new_tokens", 8)
+    params = SamplingParams(**sampling)
+    ids = np.array(prompt, np.int32)
+    return Request(rid=rid, prompt_ids=ids, sampling=params, seed=1, stop_ids=[EOS_ID])

@@ -1,0 +1,52 @@
+"""Importance weights by level and mode."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from recipes.algorithms.importance import ImportanceLevel, ImportanceMode, importance_weights
+
+ROLLOUT = torch.zeros(4)
+OLD = torch.log(torch.tensor([1.5, 3.0, 0.2, 1.0]))
+SEQUENCE = torch.tensor([0, 0, 1, 1])
+
+
+def weights(level: ImportanceLevel, mode: ImportanceMode) -> list[float]:
+    got = importance_weights(OLD, ROLLOUT, SEQUENCE, 2, level=level, mode=mode, cap=2.0)
+    return got.tolist()
+
+
+def test_no_correction_is_one() -> None:
+    assert weights("none", "truncate") == [1.0] * 4
+
+
+def test_token_level() -> None:
+    assert weights("token", "truncate") == pytest.approx([1.5, 2.0, 0.2, 1.0])
+    assert weights("token", "mask") == pytest.approx([1.5, 0.0, 0.0, 1.0])
+
+
+def test_sequence_level_is_the_product() -> None:
+    assert weights("sequence", "truncate") == pytest.approx([2.0, 2.0, 0.2, 0.2])
+    assert weights("sequence", "mask") == [0.0] * 4
+
+
+def test_weights_carry_no_gradient_and_stay_finite() -> None:
+    old = torch.full((100,), 5.0, requires_grad=True)
+    got = importance_weights(
+        old,
+        torch.zeros(100),
+        torch.zeros(100, dtype=torch.int64),
+        1,
+        level="sequence",
+        mode="truncate",
+        cap=math.inf,
+    )
+    assert not got.requires_grad and torch.isfinite(got).all()
+
+
+def test_unknown_mode_is_refused() -> None:
+    with pytest.raises(ValueError, match="drop"):
+        weights("token", "drop")  # type: ignore[arg-type]

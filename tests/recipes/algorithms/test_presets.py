@@ -1,0 +1,32 @@
+"""Algorithms by name, and options over them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import get_args
+
+import pytest
+
+from recipes.algorithms.presets import AlgorithmName, AlgorithmOptions, preset, resolve
+
+
+@pytest.mark.parametrize("name", get_args(AlgorithmName))
+def test_every_name_has_a_preset(name: AlgorithmName) -> None:
+    assert resolve(AlgorithmOptions(algorithm=name), 10) == preset(name, 10)
+
+
+def test_given_options_win_over_the_preset() -> None:
+    got = resolve(AlgorithmOptions(algorithm="dapo", clip_high=0.5, dynamic_sampling=False), 10)
+    expected = dataclasses.replace(preset("dapo", 10), clip_high=0.5, dynamic_sampling=False)
+    assert got == expected
+
+
+def test_dapo_sets_clip_higher_and_a_buffer() -> None:
+    dapo = preset("dapo", 20)
+    assert dapo.clip_high > dapo.clip_low
+    assert dapo.dynamic_sampling and dapo.overlong_buffer == 4
+
+
+def test_unknown_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="ppo"):
+        preset("ppo", 8)  # type: ignore[arg-type]

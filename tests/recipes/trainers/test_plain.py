@@ -1,0 +1,203 @@
+"""The trainer on a prefix tree against plain forward passes, a sequence at a time."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from recipes.algorithms.losses import LossInputs, LossOutput, policy_loss
+from recipes.algorithms.presets import preset
+from recipes.trainers.metrics import TokenMetrics
+from recipes.trainers.options import OptimizerOptions
+from recipes.trainers.plain import Trainer
+from recipes.types import Batch
+from tests.helpers.tiny_models import tiny_hf
+from tests.helpers.trajectories import random_batch
+
+VOCAB = 20
+TEMPERATURE = 0.7
+LOSS = functools.partial(policy_loss, algorithm=preset("grpo", 8))
+
+
+def trainer_of(arch: str = "llama", budget: int = 4096, **options: Any) -> Trainer:
+    return Trainer(
+        tiny_hf(arch, vocab_size=VOCAB, hidden_size=32, head_dim=8),
+        OptimizerOptions(max_tokens_per_microbatch=budget, **options),
+        device=torch.device("cpu"),
+        autocast_dtype=torch.float32,
+        temperature=TEMPERATURE,
+        keep_reference=True,
+    )
+
+
+def plain_logprobs(model: Any, batch: Batch) -> list[torch.Tensor]:
+    """The reference: one forward pass over each whole sequence."""
+    scored = []
+    for t in batch.trajectories:
+        ids = torch.from_numpy(np.concatenate([t.prompt_ids, t.response_ids])).long()
+        logits = model(ids[None]).logits[0].float() / TEMPERATURE
+        logprobs = logits.log_softmax(-1)[len(t.prompt_ids) - 1 : -1]
+        scored.append(logprobs.gather(1, ids[len(t.prompt_ids) :, None])[:, 0])
+    return scored
+
+
+def plain_gradient(model: Any, batch: Batch) -> list[torch.Tensor]:
+    """Gradient of the on-policy loss, sum of -weight * advantage * logprob."""
+    model.zero_grad()
+    logprobs = plain_logprobs(model, batch)
+    coefficients = torch.from_numpy(batch.advantages * batch.weights)
+    loss = -sum(c * lp.sum() for c, lp in zip(coefficients, logprobs, strict=True))
+    return list(torch.autograd.grad(loss, list(model.parameters())))
+
+
+def tree_gradient(trainer: Trainer, batch: Batch) -> list[torch.Tensor]:
+    assert trainer.accumulate(batch, LOSS, TokenMetrics())
+    return [p.grad for p in trainer.model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
+def test_logprobs_are_those_of_plain_forward_passes(arch: str) -> None:
+    trainer, batch = trainer_of(arch), random_batch(3, 4, vocab=VOCAB)
+    with torch.no_grad():
+        expected = plain_logprobs(trainer.model, batch)
+    for got, want in zip(trainer.logprobs(batch.trajectories), expected, strict=True):
+        torch.testing.assert_close(torch.from_numpy(got), want, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("budget", [4096, 30, 1])
+def test_gradients_are_exact_for_every_microbatch_size(budget: int) -> None:
+    trainer, batch = trainer_of(budget=budget), random_batch(3, 4, vocab=VOCAB)
+    expected = plain_gradient(trainer.model, batch)
+    got = tree_gradient(trainer, batch)
+    assert len(got) == len(expected)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
+def test_metrics_do_not_depend_on_the_microbatch_size() -> None:
+    batch = random_batch(3, 4, vocab=VOCAB)
+    results = []
+    for budget in (4096, 30):
+        metrics = TokenMetrics()
+        trainer_of(budget=budget).accumulate(batch, LOSS, metrics)
+        results.append(metrics.result())
+    computed = [result.pop("perf/trainer_computed_tokens") for result in results]
+    assert computed[1] > computed[0]
+    assert results[0] == pytest.approx(results[1], rel=1e-4, abs=1e-6)
+
+
+def test_sequences_without_advantage_are_measured_but_not_trained() -> None:
+    batch = random_batch(3, 4, vocab=VOCAB)
+    batch.advantages[:4] = 0
+    trainer, metrics = trainer_of(), TokenMetrics()
+    expected = plain_gradient(trainer.model, batch)
+    trainer.accumulate(batch, LOSS, metrics)
+    assert metrics.num_tokens == sum(len(t.response_ids) for t in batch.trajectories)
+    for parameter, want in zip(trainer.model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, want, atol=2e-5, rtol=1e-4)
+
+
+def test_a_batch_without_any_advantage_has_no_gradient() -> None:
+    batch = random_batch(2, 2, vocab=VOCAB)
+    batch.advantages[:] = 0
+    trainer, metrics = trainer_of(), TokenMetrics()
+    assert not trainer.accumulate(batch, LOSS, metrics)
+    assert all(p.grad is None for p in trainer.model.parameters())
+    assert metrics.num_tokens > 0
+
+
+def test_mismatch_figures_are_those_of_the_logprobs() -> None:
+    trainer, batch = trainer_of(), random_batch(2, 3, vocab=VOCAB)
+    metrics = TokenMetrics()
+    trainer.accumulate(batch, LOSS, metrics)
+    ours = np.concatenate(trainer.logprobs(batch.trajectories))
+    rollout = np.concatenate([t.rollout_logprobs for t in batch.trajectories])
+    got = metrics.result()
+    prefix = "sampling/sampling_logp_difference"
+    assert got[f"{prefix}/mean"] == pytest.approx(np.abs(ours - rollout).mean(), rel=1e-4)
+    assert got[f"{prefix}/max"] == pytest.approx(np.abs(ours - rollout).max(), rel=1e-4)
+    ratio = ours - rollout
+    assert got["rollout_corr/k3_kl"] == pytest.approx(
+        float((np.expm1(ratio) - ratio).mean()), rel=1e-3
+    )
+
+
+def test_entropy_is_that_of_the_tempered_distribution() -> None:
+    trainer, batch = trainer_of(), random_batch(1, 1, vocab=VOCAB)
+    metrics = TokenMetrics()
+    trainer.accumulate(batch, LOSS, metrics)
+    (t,) = batch.trajectories
+    ids = torch.from_numpy(np.concatenate([t.prompt_ids, t.response_ids])).long()
+    with torch.no_grad():
+        logits = trainer.model(ids[None]).logits[0, len(t.prompt_ids) - 1 : -1] / TEMPERATURE
+    expected = torch.distributions.Categorical(logits=logits).entropy().mean()
+    assert metrics.result()["entropy"] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_a_step_clips_the_gradient_and_uses_the_rate() -> None:
+    batch = random_batch(2, 3, vocab=VOCAB)
+    trainer = trainer_of(max_grad_norm=1e-3)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    norm = torch.stack([g.norm() for g in plain_gradient(trainer.model, batch)]).norm()
+    trainer.accumulate(batch, LOSS, TokenMetrics())
+    assert trainer.step(lr=1e-2) == pytest.approx(float(norm), rel=1e-3)
+    moved = max(
+        float((p.detach() - b).abs().max())
+        for p, b in zip(trainer.model.parameters(), before, strict=True)
+    )
+    assert moved == pytest.approx(1e-2, rel=0.05)
+    assert all(p.grad is None for p in trainer.model.parameters())
+
+
+def test_the_reference_stays_where_the_model_was() -> None:
+    trainer, batch = trainer_of(), random_batch(2, 3, vocab=VOCAB)
+    before = trainer.logprobs(batch.trajectories)
+    trainer.accumulate(batch, LOSS, TokenMetrics())
+    trainer.step(lr=1e-1)
+    after = trainer.logprobs(batch.trajectories)
+    reference = trainer.reference_logprobs(batch.trajectories)
+    for b, r, a in zip(before, reference, after, strict=True):
+        assert np.array_equal(b, r)
+        assert not np.allclose(a, r)
+
+
+def test_bfloat16_autocast_stays_close() -> None:
+    batch = random_batch(2, 3, vocab=VOCAB)
+    exact = trainer_of()
+    rounded = Trainer(
+        tiny_hf("llama", vocab_size=VOCAB, hidden_size=32, head_dim=8),
+        OptimizerOptions(),
+        device=torch.device("cpu"),
+        autocast_dtype=torch.bfloat16,
+        temperature=TEMPERATURE,
+    )
+    pairs = zip(
+        exact.logprobs(batch.trajectories), rounded.logprobs(batch.trajectories), strict=True
+    )
+    differences = np.concatenate([np.abs(a - b) for a, b in pairs])
+    assert 0 < differences.max() < 0.2
+    assert all(p.dtype == torch.float32 for p in rounded.model.parameters())
+
+
+def test_every_loss_input_is_aligned_with_its_token() -> None:
+    trainer, batch = trainer_of(budget=30), random_batch(3, 3, vocab=VOCAB)
+    seen: list[LossInputs] = []
+
+    def watch(inputs: LossInputs) -> LossOutput:
+        seen.append(inputs)
+        return LOSS(inputs)
+
+    trainer.accumulate(batch, watch, TokenMetrics())
+    lengths = [len(t.response_ids) for t in batch.trajectories]
+    flat = {
+        "advantages": np.repeat(batch.advantages, lengths),
+        "weights": np.repeat(batch.weights, lengths),
+        "rollout": np.concatenate([t.rollout_logprobs for t in batch.trajectories]),
+    }
+    for name, expected in flat.items():
+        got = np.concatenate([getattr(inputs, name).numpy() for inputs in seen])
+        assert np.array_equal(got, expected), name
