@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -147,8 +148,8 @@ def main() -> int:
     write(f"{torch.cuda.get_device_name()}, {DTYPE}, torch {torch.__version__}\n")
     write(f"{'op':<24}{'us':>10}{'GB/s':>10}{'torch / triton':>16}\n")
     for case in cases():
-        kernel_us = time_us(lambda run=case.run: run("triton"), graph=True)
-        reference_us = time_us(lambda run=case.run: run("torch"), graph=False)
+        kernel_us = time_us(partial(case.run, "triton"), graph=True)
+        reference_us = time_us(partial(case.run, "torch"), graph=False)
         rate, ratio = case.moved / kernel_us / 1e3, reference_us / kernel_us
         write(f"{case.name:<24}{kernel_us:>10.1f}{rate:>10.0f}{ratio:>16.1f}\n")
     return 0

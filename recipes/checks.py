@@ -11,7 +11,7 @@ from recipes.options import DEFAULT_MODEL, Options
 
 def check_options(options: Options) -> None:
     """Raises InvalidRequest, its `field` an option's name; ModelNotFound for the model."""
-    rollout, optimizer, algorithm = options.rollout, options.optimizer, options.algorithm
+    rollout, optimizer, algorithm = options.rollout, options.optimizer, options.objective
     _at_least("steps", options.steps, 0)
     _at_least("eval_every", options.eval_every, 0)
     _at_least("eval_prompts", options.eval_prompts, 1)

@@ -19,7 +19,7 @@ from engine.errors import InvalidRequest
 from recipes.checks import check_options
 from recipes.options import Options
 
-GROUPS = ("rollout", "optimizer", "algorithm")
+GROUPS = ("rollout", "optimizer", "objective")
 
 CHANGEABLE = frozenset(
     {

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from engine.executor import read_checkpoint
 from recipes.actor import Actor
 from recipes.options import Options
 from recipes.trainers.plain import Trainer
@@ -17,16 +18,16 @@ from trainer_bridge import load_causal_lm
 def load_trainer(options: Options, actor: Actor) -> Trainer:
     """A trainer on the engine's device, with autocast in the engine's dtype."""
     state = actor.state()
-    model = load_causal_lm(
-        options.model, options.load_format, dtype=torch.float32, seed=options.seed
-    )
+    checkpoint = read_checkpoint(options.model, options.load_format, options.seed)
+    model = load_causal_lm(checkpoint.hf_config, checkpoint.tensors)
+    assert isinstance(model, PreTrainedModel)
     return Trainer(
         model,
         options.optimizer,
         device=torch.device(state.device),
         autocast_dtype=engine_dtype(actor),
         temperature=options.rollout.temperature,
-        keep_reference=options.algorithm.kl_coef > 0,
+        keep_reference=options.objective.kl_coef > 0,
     )
 
 

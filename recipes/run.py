@@ -133,7 +133,7 @@ class Run:
         dtype = engine_dtype(self.actor)
         save_model(self.trainer.model, self.tokenizer, self.folder.model, dtype)
         assert self.progress.eval_before is not None and self.progress.accuracy is not None
-        title = f"{self.environment.name}, {self.options.algorithm.algorithm}"
+        title = f"{self.environment.name}, {self.options.objective.algorithm}"
         self.folder.draw_curve(title, self.progress.eval_before)
         self._spend("save")
         summary = self._summary(dtype)
@@ -153,7 +153,7 @@ class Run:
             "model": self.options.model,
             "device": self.actor.state().device,
             "dtype": str(dtype).removeprefix("torch."),
-            "algorithm": self.options.algorithm.algorithm,
+            "algorithm": self.options.objective.algorithm,
             "best": {"accuracy": progress.best_accuracy, "step": progress.best_step},
             "eval_prompts": len(self.heldout),
             "seconds_by_phase": progress.seconds,
@@ -210,7 +210,7 @@ def assemble(
     max_new_tokens = options.rollout.max_new_tokens or environment.max_new_tokens
     return Run(
         options=options,
-        algorithm=resolve(options.algorithm, max_new_tokens),
+        algorithm=resolve(options.objective, max_new_tokens),
         environment=environment,
         sampling=SamplingParams(
             max_new_tokens=max_new_tokens, temperature=options.rollout.temperature

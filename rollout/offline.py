@@ -81,8 +81,8 @@ def run_file(
     Output lines are written as soon as every line before them is. Lines without a
     `sampling_seed` get seeds derived from `seed` and the line number.
 
-    Raises InvalidRequest (`input`) if there is no input file, EngineDead if the replica
-    dies; what was finished is on disk then.
+    Raises InvalidRequest naming `input` or `output` if that file cannot be opened, and
+    EngineDead if the replica dies; what was finished is on disk then.
     """
     source = Path(input_path)
     if not source.is_file():
@@ -90,7 +90,8 @@ def run_file(
     lines = [_parse(line) for line in source.read_bytes().splitlines() if line.strip()]
     job = _FileJob(lines, tokenizer, replica.state(), seed)
     total = sum(line.num_sequences() for line in lines)
-    with Path(output_path).open("w", encoding="utf-8") as out:
+    with _create(Path(output_path)) as out:
+        job.write_ready(out)
         outputs = run(
             replica, job.requests(), total=total, tokenizer=tokenizer, on_progress=on_progress
         )
@@ -100,6 +101,13 @@ def run_file(
                 job.write_ready(out)
         job.write_ready(out)
     return job.report()
+
+
+def _create(path: Path) -> TextIO:
+    try:
+        return path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise InvalidRequest(f"cannot write {path}: {error.strerror}", field="output") from error
 
 
 def _parse(data: bytes) -> _Line:

@@ -97,6 +97,7 @@ class TorchNativeStep:
     ) -> torch.Tensor:
         """Write this step's KV of the layer, then attend. Returns [T, H, D]."""
         k_NGKD, v_NGKD = self.pool.layer(layer_index)
+        k_TKD, v_TKD = _finite(k_TKD), _finite(v_TKD)
         write_kv(k_TKD, v_TKD, k_NGKD, v_NGKD, self.write_slots_T, backend="torch")
         out_THD = torch.empty_like(q_THD)
         lse_TH = q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32) if self.runs else None
@@ -192,6 +193,16 @@ def _dense(
     if bias is not None:
         scores = scores + bias.float()
     return torch.matmul(scores.softmax(-1), v.float()).to(q.dtype), scores.logsumexp(-1)
+
+
+def _finite(values: torch.Tensor) -> torch.Tensor:
+    """NaN and infinities as zero.
+
+    Pages outlive the request that filled them, and the next one reads their tails under a mask:
+    one request gone to NaN, or one bad update, must not reach others. The request itself
+    keeps its NaN through its queries and its residual stream.
+    """
+    return torch.where(values.isfinite(), values, 0)
 
 
 def _gather(pages_NGKD: torch.Tensor, pages: torch.Tensor, size: int) -> torch.Tensor:

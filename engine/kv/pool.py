@@ -29,8 +29,10 @@ class KVPool:
     ) -> None:
         shape = (num_layers, num_pages, page_size, num_kv_heads, head_dim)
         self.page_size = page_size
-        self.k_LNGKD = torch.empty(shape, dtype=dtype, device=device)
-        self.v_LNGKD = torch.empty(shape, dtype=dtype, device=device)
+        # Zeros, not garbage: masked positions of a page are multiplied by a weight of zero,
+        # which a NaN would survive. On a CPU untouched zeros take no memory.
+        self.k_LNGKD = torch.zeros(shape, dtype=dtype, device=device)
+        self.v_LNGKD = torch.zeros(shape, dtype=dtype, device=device)
 
     @staticmethod
     def page_bytes(

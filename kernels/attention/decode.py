@@ -150,7 +150,8 @@ def decode_attention(
     splits = max(min(MAX_SPLITS, triton.cdiv(columns * page_size, MIN_SPLIT)), 1)
     part_RHZD = q_THD.new_empty(num_rows, num_heads, splits, head_dim, dtype=torch.float32)
     lse_RHZ = part_RHZD.new_empty(num_rows, num_heads, splits)
-    block = 32 if q_THD.dtype == torch.float32 or padded_dim > 128 else 64
+    wide = q_THD.dtype == torch.float32 or padded_dim > 128
+    block = 32 if wide else 64
     shape = {"D": head_dim, "DP": padded_dim, "B": block, "SPLITS": MAX_SPLITS, "LEAST": MIN_SPLIT}
     _decode_split_kernel[(num_rows, num_kv_heads, splits)](
         q_THD,
@@ -170,7 +171,7 @@ def decode_attention(
         G=page_size,
         **shape,
         num_warps=4,
-        num_stages=3,
+        num_stages=2 if wide else 3,
     )
     _decode_merge_kernel[(num_rows, num_heads)](
         part_RHZD, lse_RHZ, query_start_R1, kv_len_R, out_THD, splits, **shape, num_warps=4

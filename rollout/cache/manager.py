@@ -147,10 +147,6 @@ class CacheManager:
             self.pool.retain(adopted)
         self.pool.release(pages)
 
-    def keep_version(self, version: int) -> None:
-        """Forget every prefix of other versions. Sequences keep the pages they hold."""
-        self.pool.release(self.tree.drop(keep_version=version))
-
     def clear(self) -> None:
         """Forget every prefix. Sequences keep the pages they hold."""
         self.pool.release(self.tree.drop())

@@ -221,13 +221,14 @@ class RadixTree:
             count -= len(taken)
         return np.concatenate(freed) if freed else EMPTY_PAGES
 
-    def drop(self, keep_version: int | None = None) -> IntArray:
-        """Forget everything but `keep_version`, locked or not; returns the pages held."""
+    def drop(self) -> IntArray:
+        """Forget everything, locked or not; returns the pages held."""
         freed: list[IntArray] = []
-        for key in [key for key in self._roots if key[0] != keep_version]:
-            for node in list(_descendants(self._roots.pop(key))):
-                freed.append(node.pages)
-                self._forget(node)
+        for node in list(self.nodes()):
+            freed.append(node.pages)
+            self._forget(node)
+        self._roots.clear()
+        self._heap.clear()
         return np.concatenate(freed) if freed else EMPTY_PAGES
 
     def nodes(self) -> Iterator[Node]:

@@ -128,7 +128,7 @@ class RunningSet:
         self.version = version
         for sequence in self._by_slot.values():
             sequence.pure = sequence.pure and self.table.num_computed[sequence.slot] == 0
-        self.cache.keep_version(version)
+        self.cache.clear()
 
     def check_integrity(self) -> None:
         """Assert that slots, phases and page counts agree, and the cache with them."""

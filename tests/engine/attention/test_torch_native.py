@@ -132,3 +132,18 @@ def test_sharing_changes_nothing_beyond_rounding() -> None:
         .attend(0, q, k, v)
     )
     torch.testing.assert_close(shared, apart, atol=1e-6, rtol=1e-5)
+
+
+def test_a_row_of_nan_does_not_reach_the_next_tenant_of_its_page() -> None:
+    """The next row's last page keeps a stale tail, which only the mask hides."""
+    pool = make_pool()
+    pool.k_LNGKD.zero_()
+    pool.v_LNGKD.zero_()
+    backend = TorchNativeBackend(pool, scale=SCALE)
+    bad = torch.full((4, HEADS, DIM), float("nan"))
+    bad_kv = torch.full((4, KV_HEADS, DIM), float("inf"))
+    step = backend.prepare(make_batch([[1]], [4], [4]))
+    assert step.attend(0, bad, bad_kv, bad_kv).isnan().all()
+    good = backend.prepare(make_batch([[1]], [1], [1]))
+    q, kv = torch.randn(1, HEADS, DIM), torch.randn(1, KV_HEADS, DIM)
+    assert good.attend(0, q, kv, kv).isfinite().all()

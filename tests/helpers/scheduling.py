@@ -1,0 +1,175 @@
+"""A scheduler on a mock executor, and what its requests must come out as."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+import numpy as np
+
+from engine.config import SchedulerConfig
+from engine.protocol import Request, RequestOutput, SamplingParams, StepPlan, StepResult
+from rollout.cache.manager import CacheManager
+from rollout.scheduler.scheduler import Scheduler
+from rollout.scheduler.sequence import Sequence
+from tests.helpers.mock_executor import MockExecutor, generate_alone, logprob, prefix_hashes
+
+VOCAB = 97
+
+
+def make_request(
+    rid: str, prompt: Iterable[int], *, max_new: int = 8, seed: int | None = None, **fields: object
+) -> Request:
+    """A request; keywords that `SamplingParams` has go there, the rest to `Request`."""
+    names = set(SamplingParams.__struct_fields__)
+    sampling = {name: value for name, value in fields.items() if name in names}
+    rest = {name: value for name, value in fields.items() if name not in names}
+    return Request(
+        rid=rid,
+        prompt_ids=np.array(list(prompt), np.int32),
+        sampling=SamplingParams(max_new_tokens=max_new, **sampling),
+        seed=sum(rid.encode()) if seed is None else seed,
+        **rest,
+    )
+
+
+class Bench:
+    """A scheduler, its executor, and every output so far by request id.
+
+    overlap: plan a step before the result of the one before it is applied.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_pages: int = 256,
+        page_size: int = 4,
+        prefix_cache: bool = True,
+        context_length: int = 128,
+        overlap: bool = False,
+        **config: object,
+    ) -> None:
+        self.cache = CacheManager(num_pages, page_size, prefix_cache=prefix_cache)
+        settings = {"max_running": 16, "max_step_tokens": 64, "max_chunk_tokens": 32, **config}
+        self.scheduler = Scheduler(
+            SchedulerConfig(**settings),
+            self.cache,
+            context_length=context_length,
+            vocab_size=VOCAB,
+        )
+        self.executor = MockExecutor(num_pages=num_pages, page_size=page_size, vocab_size=VOCAB)
+        self.plans: list[StepPlan] = []
+        self.outputs: dict[str, list[RequestOutput]] = {}
+        self._depth = 1 if overlap else 0
+        self._results: deque[StepResult] = deque()
+
+    def add(self, *requests: Request) -> None:
+        """Queue requests."""
+        for request in requests:
+            self.scheduler.add(request)
+
+    def keep(self, outputs: list[RequestOutput]) -> list[RequestOutput]:
+        """File outputs that came from a command."""
+        for output in outputs:
+            self.outputs.setdefault(output.rid, []).append(output)
+        return outputs
+
+    def step(self) -> StepPlan | None:
+        """Plan, execute and apply one step, the last with a delay when overlapped."""
+        plan = self.scheduler.plan()
+        if plan is not None:
+            self.plans.append(plan)
+            self._results.append(self.executor.step(plan))
+        if len(self._results) > (self._depth if plan is not None else 0):
+            self.keep(self.scheduler.apply(self._results.popleft()))
+        self.scheduler.check_integrity()
+        return plan
+
+    def run(self, limit: int = 5000) -> dict[str, RequestOutput]:
+        """Step until nothing is left; the final output of each request, streams joined."""
+        for _ in range(limit):
+            if not self.scheduler.has_work() and not self._results:
+                break
+            before = len(self._results)
+            assert self.step() is not None or before, "work is left but nothing is planned"
+        assert not self.scheduler.has_work(), "did not finish"
+        self.check_empty()
+        return {rid: joined(outputs) for rid, outputs in self.outputs.items()}
+
+    def check_empty(self) -> None:
+        """Nothing may be held once nothing runs: every page is free or cached."""
+        self.scheduler.check_integrity()
+        stats = self.scheduler.stats()
+        assert stats.num_running == stats.num_waiting == 0
+        assert stats.free_pages + stats.cached_pages == stats.total_pages
+        assert self.cache.num_available == stats.total_pages, "a lock leaked"
+
+    def set_version(self, version: int) -> None:
+        """New weights, on both sides."""
+        self.executor.version = version
+        self.scheduler.set_version(version)
+
+
+def joined(outputs: list[RequestOutput]) -> RequestOutput:
+    """The pieces of a stream as one output; checks that they fit together."""
+    size = 0
+    for output in outputs:
+        assert output.start == size, f"{output.rid}: piece starts at {output.start}, not {size}"
+        size += len(output.token_ids)
+    assert outputs[-1].finish is not None
+    assert all(output.finish is None for output in outputs[:-1])
+    assert all(output.prompt_logprobs is None for output in outputs[1:])
+    return RequestOutput(
+        rid=outputs[0].rid,
+        start=0,
+        token_ids=np.concatenate([output.token_ids for output in outputs]),
+        logprobs=np.concatenate([output.logprobs for output in outputs]),
+        finish=outputs[-1].finish,
+        prompt_tokens=outputs[0].prompt_tokens,
+        cached_tokens=outputs[0].cached_tokens,
+        num_retractions=outputs[-1].num_retractions,
+        spans=[span for output in outputs for span in output.spans],
+        prompt_logprobs=outputs[0].prompt_logprobs,
+        prompt_top=outputs[0].prompt_top,
+        top=outputs[-1].top if len(outputs) == 1 else None,
+    )
+
+
+def expected(request: Request) -> tuple[list[int], list[float]]:
+    """Tokens and logprobs of `request` were it alone."""
+    size = request.sampling.max_new_tokens
+    tokens = request.prompt_ids
+    sequence = Sequence(
+        request=request, arrival=0, group_order=0, max_new_tokens=size, tokens=tokens
+    )
+    return generate_alone(tokens.tolist(), sequence.row_sampling(), request.stop_ids, size, VOCAB)
+
+
+def expected_prompt_logprobs(request: Request) -> list[float]:
+    """Logprobs of positions [max(prompt_logprob_start, 1), prompt_len)."""
+    tokens = request.prompt_ids.tolist()
+    hashes = prefix_hashes(tokens)
+    start = max(request.prompt_logprob_start, 1)
+    return [logprob(hashes[p - 1], tokens[p]) for p in range(start, len(tokens))]
+
+
+def check_output(request: Request, output: RequestOutput) -> None:
+    """`output` is that of a request which ran to its own end."""
+    tokens, logprobs = expected(request)
+    assert output.token_ids.tolist() == tokens, request.rid
+    assert output.logprobs.tolist() == logprobs, request.rid
+    assert output.finish is not None and output.finish.type in ("stop", "length")
+    check_spans(output)
+    if request.prompt_logprob_start >= 0:
+        assert output.prompt_logprobs is not None
+        assert output.prompt_logprobs.tolist() == expected_prompt_logprobs(request)
+
+
+def check_spans(output: RequestOutput) -> None:
+    """Spans cover the output tokens without gap or overlap, versions rising."""
+    position, version = 0, -1
+    for span in output.spans:
+        assert span.start == position and span.end > span.start
+        assert span.version >= version
+        position, version = span.end, span.version
+    assert position == len(output.token_ids)

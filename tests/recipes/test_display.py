@@ -1,0 +1,36 @@
+"""What a person sees: a table in a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+import io
+import logging
+
+import pytest
+from rich.console import Console
+
+from recipes.display import COLUMNS, Display, cells
+
+ROW = {"step": 3, "reward": 0.5, "timing_s/generate": 1.25, "eval/accuracy": 0.75}
+
+
+def test_cells_show_what_the_row_has() -> None:
+    shown = dict(zip([title for title, _, _ in COLUMNS], cells(ROW), strict=True))
+    assert (shown["step"], shown["reward"], shown["held-out"]) == ("3", "0.500", "0.750")
+    assert shown["entropy"] == "-"
+
+
+def test_lines_where_there_is_no_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    console = Console(file=io.StringIO(), force_terminal=False)
+    with caplog.at_level(logging.INFO), Display("run", 5, console) as display:
+        display.note("evaluating")
+        display.show(ROW)
+    assert "evaluating" in caplog.text
+    assert "reward 0.500" in caplog.text
+
+
+def test_a_table_in_a_terminal() -> None:
+    out = io.StringIO()
+    with Display("my run", 5, Console(file=out, force_terminal=True, width=200)) as display:
+        display.show(ROW)
+    assert "my run" in out.getvalue() and "0.750" in out.getvalue()
+    assert "3/5" in out.getvalue()

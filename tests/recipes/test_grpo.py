@@ -1,0 +1,199 @@
+"""The whole loop with a tiny model and the fake engine: it learns, it resumes, it adds up."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from engine.errors import InvalidRequest
+from recipes.algorithms.presets import AlgorithmOptions
+from recipes.grpo import main, train
+from recipes.ledger import Ledger
+from recipes.options import Options, RolloutOptions
+from recipes.run import Run, assemble
+from recipes.trainers.options import OptimizerOptions
+from recipes.trainers.plain import Trainer
+from tests.helpers.char_model import CharAddition, char_model, char_tokenizer
+from tests.helpers.fake_actor import FakeActor
+
+
+class LeadingDigit(CharAddition):
+    """A reward that a random model can find: the reply begins with a digit."""
+
+    def verify(self, reply: str, problem: Any) -> float:
+        return float(reply[:1].isdigit())
+
+
+def make_options(tmp_path: Path, **changes: Any) -> Options:
+    options = Options(
+        out=str(tmp_path / "run"),
+        steps=4,
+        eval_every=2,
+        eval_prompts=4,
+        checkpoint_every=2,
+        rollout=RolloutOptions(prompts_per_step=3, samples=4, max_new_tokens=3),
+        optimizer=OptimizerOptions(lr=1e-2),
+    )
+    return dataclasses.replace(options, **changes)
+
+
+def make_run(options: Options, noise: float = 0.0) -> Run:
+    model = char_model(16, 1)
+    return assemble(
+        options,
+        Ledger(),
+        environment=LeadingDigit(),
+        actor=FakeActor(model, [0], noise),
+        tokenizer=char_tokenizer(),
+        trainer=Trainer(
+            model,
+            options.optimizer,
+            device=torch.device("cpu"),
+            autocast_dtype=torch.float32,
+            temperature=options.rollout.temperature,
+            keep_reference=options.objective.kl_coef > 0,
+        ),
+    )
+
+
+def go(options: Options, noise: float = 0.0) -> tuple[Run, dict[str, Any]]:
+    run = make_run(options, noise)
+    with run.display:
+        run.begin()
+        train(run)
+        return run, run.finish()
+
+
+def rows(run: Run) -> list[dict[str, Any]]:
+    return run.folder.read_metrics()
+
+
+def untimed(row: dict[str, Any]) -> dict[str, Any]:
+    timed = ("timing_s/", "perf/rollout_tokens_per_s", "push/")
+    return {key: value for key, value in row.items() if not key.startswith(timed)}
+
+
+def test_the_reward_goes_up_and_the_folder_is_complete(tmp_path: Path) -> None:
+    run, summary = go(make_options(tmp_path, steps=12, checkpoint_every=0))
+    rewards = [row["reward"] for row in rows(run)]
+    assert sum(rewards[-3:]) > sum(rewards[:3])
+    assert summary["eval_after"] == 1.0
+    on_disk = json.loads((run.folder.path / "summary.json").read_text())
+    assert on_disk == summary
+    assert {"task", "seed", "steps", "seconds", "eval_before", "eval_after", "model", "device"} <= (
+        on_disk.keys()
+    )
+    for name in ("config.json", "metrics.jsonl", "samples.jsonl", "reward.png", "model"):
+        assert (run.folder.path / name).exists(), name
+
+
+def test_the_saved_model_is_the_trained_one(tmp_path: Path) -> None:
+    run, _ = go(make_options(tmp_path, steps=2))
+    loaded = AutoModelForCausalLM.from_pretrained(run.folder.model)
+    for (name, a), b in zip(loaded.named_parameters(), run.trainer.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    tokenizer = AutoTokenizer.from_pretrained(run.folder.model)
+    assert tokenizer.encode("12+34=") == char_tokenizer().encode("12+34=")
+
+
+def test_every_row_has_its_figures_and_its_times_add_up(tmp_path: Path) -> None:
+    run, summary = go(make_options(tmp_path, objective=AlgorithmOptions(kl_coef=0.1)), noise=0.01)
+    assert [row["step"] for row in rows(run)] == [1, 2, 3, 4]
+    for row in rows(run):
+        phases = [row[f"timing_s/{p}"] for p in ("generate", "score", "train", "push", "other")]
+        assert sum(phases) == pytest.approx(row["timing_s/step"], rel=1e-9)
+        assert row["weight_version"] == row["step"]
+        assert ("eval/accuracy" in row) == (row["step"] % 2 == 0)
+        difference = row["sampling/sampling_logp_difference/mean"]
+        assert difference == pytest.approx(0.01, rel=0.05)
+        for name in ("entropy", "kl", "grad_norm", "learning_rate", "frac_reward_zero_std"):
+            assert name in row
+    assert "push/memcpy_seconds" in rows(run)[0]
+    assert summary["seconds"] == pytest.approx(sum(summary["seconds_by_phase"].values()))
+
+
+def test_killed_and_resumed_equals_unbroken(tmp_path: Path) -> None:
+    unbroken, expected = go(make_options(tmp_path / "a", steps=7))
+    options = make_options(tmp_path / "b", steps=7)
+    killed = make_run(options)
+    killed.begin()
+    push, pushes = killed.actor.push, 0
+
+    def dying_push(*args: Any, **kwargs: Any) -> Any:
+        nonlocal pushes
+        pushes += 1
+        if pushes == 6:
+            raise KeyboardInterrupt
+        return push(*args, **kwargs)
+
+    killed.actor.push = dying_push  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        train(killed)
+    assert len(rows(killed)) == 5
+
+    resumed, summary = go(dataclasses.replace(options, resume=options.out))
+    assert [untimed(r) for r in rows(resumed)] == [untimed(r) for r in rows(unbroken)]
+    for key in ("steps", "eval_before", "eval_after", "best"):
+        assert summary[key] == expected[key]
+    for a, b in zip(
+        resumed.trainer.model.parameters(), unbroken.trainer.model.parameters(), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def test_killed_before_the_first_checkpoint_starts_again(tmp_path: Path) -> None:
+    unbroken, _ = go(make_options(tmp_path / "a", steps=2, checkpoint_every=0))
+    options = make_options(tmp_path / "b", steps=1, checkpoint_every=0)
+    go(options)
+    resumed, _ = go(dataclasses.replace(options, resume=options.out, steps=2))
+    assert [untimed(r) for r in rows(resumed)] == [untimed(r) for r in rows(unbroken)]
+
+
+def test_a_folder_with_a_run_is_not_overwritten(tmp_path: Path) -> None:
+    options = make_options(tmp_path, steps=0)
+    go(options)
+    with pytest.raises(InvalidRequest, match="--resume"):
+        make_run(options)
+
+
+def test_dynamic_sampling_trains_on_mixed_groups_only(tmp_path: Path) -> None:
+    options = make_options(tmp_path, objective=AlgorithmOptions(algorithm="dapo"))
+    run = make_run(options)
+    run.begin()
+    from recipes.grpo import collect
+
+    got = collect(run)
+    assert all(group.mixed for group in got.groups)
+    assert len(got.sampled) % 3 == 0
+    assert run.progress.position == len(got.sampled)
+
+
+@pytest.mark.parametrize("name", ["dr_grpo", "dapo", "gspo", "cispo", "rloo"])
+def test_every_algorithm_runs(tmp_path: Path, name: Any) -> None:
+    algorithm = AlgorithmOptions(algorithm=name, is_level="sequence")
+    run, _ = go(make_options(tmp_path, steps=1, objective=algorithm, checkpoint_every=0))
+    assert rows(run)[0]["grad_norm"] >= 0
+
+
+def test_several_updates_on_one_batch_clip_against_the_first_policy(tmp_path: Path) -> None:
+    algorithm = AlgorithmOptions(num_iterations=3, num_minibatches=2, clip_low=0.01, clip_high=0.01)
+    run, _ = go(make_options(tmp_path, steps=2, objective=algorithm, checkpoint_every=0))
+    assert max(row["clip_ratio/region_mean"] for row in rows(run)) > 0
+    for row in rows(run):
+        assert row["sampling/sampling_logp_difference/max"] < 1e-4
+
+
+def test_minutes_end_a_run_between_steps(tmp_path: Path) -> None:
+    _, summary = go(make_options(tmp_path, steps=10_000, minutes=1e-6))
+    assert summary["steps"] == 0
+
+
+def test_a_mistake_is_one_line_and_exit_code_two(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--steps", "-3"]) == 2
+    assert capsys.readouterr().err == "InvalidRequest: steps must be at least 0, not -3\n"

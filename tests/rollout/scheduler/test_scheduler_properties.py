@@ -1,0 +1,161 @@
+"""Whatever happens to a request on its way, its tokens are those of a request alone.
+
+A state machine adds, aborts, stops, pauses, updates and steps in any order, on pools small
+enough to run out. The mock executor asserts that every row reads its own KV.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from engine.errors import InvalidRequest, SlipstreamError
+from engine.protocol import Request, RequestOutput
+from tests.helpers.scheduling import (
+    Bench,
+    check_spans,
+    expected,
+    expected_prompt_logprobs,
+    joined,
+    make_request,
+)
+
+CONTEXT = 40
+PROMPTS = st.lists(st.integers(0, 1), min_size=1, max_size=24)
+FIELDS = st.fixed_dictionaries(
+    {"max_new": st.integers(1, 14)},
+    optional={
+        "stop_ids": st.just(list(range(0, 97, 9))),
+        "min_new_tokens": st.integers(0, 1),
+        "priority": st.integers(-1, 1),
+        "prompt_logprob_start": st.integers(0, 0),
+        "top_logprobs": st.integers(1, 2),
+        "stream": st.booleans(),
+        "salt": st.sampled_from(["", "s"]),
+    },
+)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Commands in any order; `requests` are all ever added, `ended_early` those cut off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requests: dict[str, Request] = {}
+        self.ended_early: set[str] = set()
+        self.version = 0
+
+    @initialize(
+        num_pages=st.integers(6, 60),
+        page_size=st.integers(1, 5),
+        prefix_cache=st.booleans(),
+        overlap=st.booleans(),
+        max_running=st.integers(1, 8),
+        max_step_tokens=st.integers(1, 40),
+        max_chunk_tokens=st.integers(1, 16),
+        policy=st.sampled_from(["fcfs", "longest_prefix"]),
+        starvation_steps=st.integers(1, 4),
+    )
+    def start(self, **config: object) -> None:
+        self.bench = Bench(context_length=CONTEXT, **config)
+
+    @rule(prompt=PROMPTS, samples=st.integers(1, 4), fields=FIELDS)
+    def add(self, prompt: list[int], samples: int, fields: dict[str, object]) -> None:
+        group = f"g{len(self.requests)}" if samples > 1 else ""
+        for _ in range(samples):
+            rid = f"r{len(self.requests)}."
+            request = make_request(rid, prompt, group=group, **fields)
+            with suppress(InvalidRequest):
+                self.bench.add(request)
+                self.requests[rid] = request
+
+    @rule(count=st.integers(1, 8))
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.bench.step()
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        rid = data.draw(st.sampled_from(sorted(self.requests)))
+        self._cut(self.bench.keep(self.bench.scheduler.abort(rid)))
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), num_tokens=st.integers(0, 10))
+    def stop(self, data: st.DataObject, num_tokens: int) -> None:
+        rid = data.draw(st.sampled_from(sorted(self.requests)))
+        if self.requests[rid].stream:
+            return
+        output = self.bench.scheduler.stop(rid, num_tokens, "END")
+        self._cut(self.bench.keep([] if output is None else [output]))
+
+    @rule(mode=st.sampled_from(["keep", "keep", "retract", "abort"]))
+    def pause(self, mode: str) -> None:
+        self._cut(self.bench.keep(self.bench.scheduler.pause(mode)))
+
+    @rule()
+    def resume(self) -> None:
+        self.bench.scheduler.resume()
+
+    @rule()
+    def update(self) -> None:
+        self.version += 1
+        self.bench.set_version(self.version)
+
+    @rule()
+    def flush(self) -> None:
+        with suppress(SlipstreamError):
+            self.bench.scheduler.flush_cache()
+
+    @invariant()
+    def holds_together(self) -> None:
+        if hasattr(self, "bench"):
+            self.bench.scheduler.check_integrity()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "bench"):
+            return
+        self.bench.scheduler.resume()
+        outputs = self.bench.run()
+        assert set(outputs) == set(self.requests)
+        for rid, request in self.requests.items():
+            self._check(request, joined(self.bench.outputs[rid]))
+
+    def _cut(self, outputs: list[RequestOutput]) -> None:
+        self.ended_early.update(output.rid for output in outputs)
+
+    def _check(self, request: Request, output: RequestOutput) -> None:
+        tokens, logprobs = expected(request)
+        size = len(output.token_ids)
+        assert output.token_ids.tolist() == tokens[:size]
+        assert output.logprobs.tolist() == logprobs[:size]
+        assert len(output.logprobs) == size
+        check_spans(output)
+        if output.top is not None:
+            assert output.top.ids.shape == (size, request.top_logprobs)
+        if request.rid in self.ended_early:
+            return
+        assert size == self._full_size(request, len(tokens))
+        if request.prompt_logprob_start >= 0:
+            assert output.prompt_logprobs is not None
+            assert output.prompt_logprobs.tolist() == expected_prompt_logprobs(request)
+
+    def _full_size(self, request: Request, size: int) -> int:
+        """Output tokens of a request that nobody cut off: context and pool may."""
+        prompt_len = len(request.prompt_ids)
+        pool = self.bench.cache.num_pages * self.bench.cache.page_size
+        return int(np.minimum(size, min(CONTEXT, pool + 1) - prompt_len))
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(max_examples=60, stateful_step_count=20, deadline=None)

@@ -1,0 +1,104 @@
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rollout.__main__ as cli
+from engine.config import EngineConfig
+from rollout.replica import Replica
+from tests.helpers.fake_executor import expected_tokens
+from tests.helpers.replicas import inline
+from tests.helpers.tiny_tokenizer import ids_of, tiny_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+REQUIRED = ["offline", "--model", "m", "--input", "i", "--output", "o"]
+
+
+def test_the_options_are_these() -> None:
+    names = [field.name for field in dataclasses.fields(cli.Offline)]
+    assert names == [
+        "model", "input", "output", "load_format", "device", "dtype", "context_length",
+        "attention", "max_running", "kv_memory", "page_size", "prefix_cache", "seed", "spawn",
+    ]  # fmt: skip
+
+
+def test_options_reach_the_configuration() -> None:
+    args = cli.parse([*REQUIRED, "--kv-memory", "0.5", "--max-running", "7", "--device", "cpu"])
+    config = cli.engine_config(args)
+    assert config.model == "m"
+    assert config.device == "cpu"
+    assert config.cache.memory_bytes == 1 << 29
+    assert config.scheduler.max_running == 7
+    assert not args.spawn
+    assert cli.engine_config(cli.parse(REQUIRED)) == EngineConfig(model="m")
+
+
+def test_help_explains_each_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["offline", "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(cli.Offline):
+        assert f"--{field.name.replace('_', '-')}" in text
+
+
+def test_help_without_torch() -> None:
+    code = (
+        "import sys, rollout.__main__ as cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "offline" in done.stdout
+
+
+def test_offline_answers_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake_launch(config: EngineConfig, *, process: bool) -> Replica:
+        assert (config.seed, process) == (3, False)
+        return inline()
+
+    monkeypatch.setattr(cli, "launch", fake_launch)
+    tiny_tokenizer().write_hf(tmp_path)
+    (tmp_path / "in").write_text('{"text": "abc", "sampling_params": {"max_new_tokens": 4}}\n')
+    cli.main(
+        ["offline", "--model", str(tmp_path), "--input", str(tmp_path / "in"), "--output",
+         str(tmp_path / "out"), "--seed", "3"]
+    )  # fmt: skip
+    reply = json.loads((tmp_path / "out").read_text())
+    assert reply["output_ids"] == expected_tokens(ids_of("abc"), 4)
+
+
+def test_a_missing_model_is_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["offline", "--model", str(tmp_path / "absent"), "--input", "i", "--output", "o"]
+    with pytest.raises(SystemExit) as caught:
+        cli.main(args)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("ModelNotFound (model): no model at")
+    assert error.count("\n") == 1
+
+
+def test_an_interrupt_is_quiet(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run_offline", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(REQUIRED)
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_config_alone_needs_no_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    args = cli.parse(["offline", "--model", str(tmp_path / "config.json"), *REQUIRED[3:]])
+    assert cli._tokenizer(args) is None
