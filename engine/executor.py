@@ -13,7 +13,7 @@ from engine.config import EngineConfig, LoadFormat
 from engine.protocol import EngineFacts, Reply, StepPlan, StepResult, WeightCommand
 
 if TYPE_CHECKING:
-    from engine.weights.checkpoint import Checkpoint
+    from engine.weights.checkpoint import Checkpoint as Checkpoint
 
 
 class Executor(Protocol):

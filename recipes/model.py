@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from engine.executor import read_checkpoint
 from recipes.actor import Actor
 from recipes.options import Options
 from recipes.trainers.plain import Trainer
+from rollout.launch import read_checkpoint
 from rollout.offline import Tokenizer
 from trainer_bridge import load_causal_lm
 

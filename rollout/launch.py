@@ -1,10 +1,15 @@
-"""Build a replica from its configuration."""
+"""Build a replica from its configuration, or read what one would load."""
 
 from __future__ import annotations
 
-from engine.config import EngineConfig
+from typing import TYPE_CHECKING
+
+from engine.config import EngineConfig, LoadFormat
 from rollout.process_replica import ProcessReplica
 from rollout.replica import InlineReplica, Replica
+
+if TYPE_CHECKING:
+    from engine.executor import Checkpoint
 
 
 def launch(config: EngineConfig, *, process: bool = False) -> Replica:
@@ -20,3 +25,11 @@ def launch(config: EngineConfig, *, process: bool = False) -> Replica:
     from engine.executor import build_executor
 
     return InlineReplica(config, build_executor(config))
+
+
+def read_checkpoint(model: str, load_format: LoadFormat = "auto", seed: int = 0) -> Checkpoint:
+    """Configuration and tensors that an engine of the same arguments loads, for a trainer that
+    is to start from equal weights. Raises ModelError."""
+    from engine import executor
+
+    return executor.read_checkpoint(model, load_format, seed)

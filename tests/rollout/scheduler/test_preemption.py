@@ -78,15 +78,14 @@ def test_reserve_ratio_falls_and_rises():
     assert reserve.ratio == 1.0
 
 
-def test_prompts_stuck_for_pages_make_way_for_one():
+def test_prompts_stuck_for_pages_make_way_for_one(monkeypatch: pytest.MonkeyPatch):
     bench = Bench(num_pages=10, page_size=4, max_chunk_tokens=8, max_step_tokens=16)
     first = make_request("a", range(40), max_new=1)
     second = make_request("b", range(50, 88), max_new=1)
     bench.add(first)
     bench.step()
     # Past the admission check, as if its pages had been there a moment ago.
-    bench.scheduler._reserve._ratio = 0.0
-    bench.scheduler._prefill._reserve.pages_for = lambda table, slots: -100
+    monkeypatch.setattr(bench.scheduler._reserve, "pages_for", lambda table, slots: -100)
     bench.add(second)
     outputs = bench.run()
     check_output(first, outputs["a"])

@@ -31,7 +31,12 @@ from tests.helpers.scheduling import (
 )
 
 CONTEXT = 40
-PROMPTS = st.lists(st.integers(0, 1), min_size=1, max_size=24)
+FEW_SHOT = [0, 1, 1, 0, 2, 2, 0, 1, 0, 0, 1, 2, 1, 1, 2, 0, 2, 1, 0, 1, 2, 2]
+PROMPTS = st.builds(
+    lambda size, tail: FEW_SHOT[:size] + tail,
+    st.integers(0, len(FEW_SHOT)),
+    st.lists(st.integers(0, 2), min_size=1, max_size=3),
+)
 FIELDS = st.fixed_dictionaries(
     {"max_new": st.integers(1, 14)},
     optional={
@@ -56,7 +61,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.version = 0
 
     @initialize(
-        num_pages=st.integers(6, 60),
+        num_pages=st.integers(5, 40),
         page_size=st.integers(1, 5),
         prefix_cache=st.booleans(),
         overlap=st.booleans(),
