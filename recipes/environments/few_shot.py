@@ -16,6 +16,7 @@ class FewShot:
 
     generate: draws one problem. examples: worked problems shown before each question; they are
     fixed, so that every prompt of the task shares its prefix, and are never drawn.
+    instruction: system message; empty leaves the chat template its own default.
     """
 
     name: str
@@ -23,7 +24,7 @@ class FewShot:
     heldout_one_in: int
     generate: Callable[[random.Random], Problem]
     examples: tuple[Problem, ...]
-    instruction: str
+    instruction: str = ""
 
     def draw(self, rng: random.Random) -> Problem:
         """A problem other than the worked examples."""
@@ -34,8 +35,10 @@ class FewShot:
                 return problem
 
     def messages(self, problem: Problem) -> list[Message]:
-        """System instruction, worked examples as turns of the chat, then the question."""
-        chat: list[Message] = [{"role": "system", "content": self.instruction}]
+        """System instruction if any, worked examples as turns of the chat, the question."""
+        chat: list[Message] = []
+        if self.instruction:
+            chat.append({"role": "system", "content": self.instruction})
         for example in self.examples:
             chat.append({"role": "user", "content": example.question})
             chat.append({"role": "assistant", "content": example.answer})

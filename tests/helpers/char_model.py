@@ -11,6 +11,7 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from recipes.environments.base import problem_at
 from recipes.rewards.exact import exact_match
 from recipes.types import Message, Problem
 from rollout.text.special_tokens import SpecialTokens
@@ -71,3 +72,23 @@ def write_char_model(folder: Path, model: LlamaForCausalLM) -> None:
     """Write model and tokenizer as a Hugging Face folder."""
     model.save_pretrained(folder)
     char_tokenizer().write_hf(folder)
+
+
+def fine_tune(model: LlamaForCausalLM, steps: int, *, batch: int = 256, lr: float = 1e-3) -> None:
+    """Supervised steps on random training problems; loss on answer and line end alone."""
+    environment, tokenizer = CharAddition(), char_tokenizer()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    index = 0
+    for _ in range(steps):
+        rows = []
+        for _ in range(batch):
+            problem = problem_at(environment, "train", -1, index)
+            index += 1
+            rows.append(tokenizer.encode(f"{problem.question}{problem.answer}\n".ljust(10)))
+        ids = torch.tensor(rows)
+        targets = ids[:, 6:].masked_fill(ids[:, 6:] == VOCAB[" "], -100)
+        logits = model(ids[:, :-1]).logits[:, 5:]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()

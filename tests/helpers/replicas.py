@@ -14,7 +14,7 @@ FACTORY = "tests.helpers.fake_executor:build"
 
 
 def fake_config(
-    model: str = "fake", *, max_waiting: int = 1000, num_pages: int = 256
+    model: str = "fake", *, max_waiting: int = 2000, num_pages: int = 256
 ) -> EngineConfig:
     """A small replica of the fake model."""
     return EngineConfig(

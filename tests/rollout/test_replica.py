@@ -266,7 +266,7 @@ def test_a_leader_that_hangs_misses_its_deadline_and_is_killed() -> None:
 
 
 def test_the_dead_leaders_log_is_in_the_error() -> None:
-    with pytest.raises(EngineDead, match="No module named 'tests.helpers.absent'"):
+    with pytest.raises(EngineDead, match=r"No module named 'tests\.helpers\.absent'"):
         ProcessReplica(fake_config(), factory="tests.helpers.absent:build", start_s=60.0)
 
 

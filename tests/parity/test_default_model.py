@@ -1,0 +1,60 @@
+"""SmolLM2-135M-Instruct, the model `make setup` brings, against transformers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from rollout.launch import read_checkpoint
+from rollout.offline import generate, load_tokenizer
+from tests.helpers.engines import exact_logprobs, make_replica, request
+from trainer_bridge import load_causal_lm
+
+QUESTIONS = [
+    "What is the capital of France?",
+    "Write one sentence about the sea.",
+    "What is 3 + 4?",
+    "Name three colours.",
+    "Who wrote Hamlet?",
+    "Explain rain to a child.",
+    "List the first five even numbers.",
+    "Say hello in Spanish.",
+]
+NEW_TOKENS = 64
+
+
+@pytest.mark.slow
+def test_greedy_text_and_logprobs_equal_transformers(default_model: str) -> None:
+    tokenizer = load_tokenizer(default_model)
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True
+        )
+        for question in QUESTIONS
+    ]
+    checkpoint = read_checkpoint(default_model)
+    model = load_causal_lm(checkpoint.hf_config, checkpoint.tensors).eval()
+    with make_replica(default_model, page_size=16, context_length=1024) as replica:
+        outputs = generate(
+            replica,
+            [
+                request(str(i), ids, temperature=0.0, max_new_tokens=NEW_TOKENS)
+                for i, ids in enumerate(prompts)
+            ],
+        )
+    for prompt, output in zip(prompts, outputs, strict=True):
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            want = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                min_new_tokens=NEW_TOKENS,
+                max_new_tokens=NEW_TOKENS,
+                pad_token_id=0,
+                eos_token_id=None,
+            )[0, len(prompt) :]
+        assert tokenizer.decode(output.token_ids.tolist()) == tokenizer.decode(want.tolist())
+        exact = exact_logprobs(model, prompt, output.token_ids)
+        np.testing.assert_allclose(output.logprobs, exact, atol=1e-3)

@@ -1,0 +1,70 @@
+"""A trainer's model starts from the very weights the engine loads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.errors import CheckpointError
+from rollout.launch import read_checkpoint
+from tests.helpers.tiny_models import write_tiny, write_tiny_gguf
+from trainer_bridge import load_causal_lm
+from trainer_bridge.adapters.plain import named_tensors
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
+def test_a_folder(arch: str, tmp_path) -> None:
+    original = write_tiny(tmp_path, arch)
+    checkpoint = read_checkpoint(str(tmp_path))
+    model = load_causal_lm(checkpoint.hf_config, checkpoint.tensors)
+    ids = torch.arange(20).unsqueeze(0)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, original(ids).logits)
+
+
+def test_a_gguf_file_can_be_saved_again(tmp_path) -> None:
+    write_tiny_gguf(tmp_path / "m.gguf", "llama", quant="F32")
+    checkpoint = read_checkpoint(str(tmp_path / "m.gguf"))
+    model = load_causal_lm(checkpoint.hf_config, checkpoint.tensors)
+    model.save_pretrained(tmp_path / "saved")
+    again = read_checkpoint(str(tmp_path / "saved"))
+    saved = dict(again.tensors)
+    for name, value in named_tensors(model):
+        torch.testing.assert_close(saved[name], value)
+
+
+def test_random_weights_are_the_engines(tmp_path) -> None:
+    write_tiny(tmp_path, "llama")
+    first = dict(read_checkpoint(str(tmp_path / "config.json"), "random", seed=3).tensors)
+    second = dict(read_checkpoint(str(tmp_path / "config.json"), "random", seed=3).tensors)
+    other = dict(read_checkpoint(str(tmp_path / "config.json"), "random", seed=4).tensors)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(first[name], second[name])
+    assert not torch.equal(first[name], other[name])
+
+
+@pytest.mark.parametrize("how", ["unknown", "missing", "shape"])
+def test_tensors_that_do_not_fit_are_named(how: str, tmp_path) -> None:
+    write_tiny(tmp_path, "llama")
+    checkpoint = read_checkpoint(str(tmp_path))
+    tensors = dict(checkpoint.tensors)
+    name = "model.norm.weight"
+    if how == "unknown":
+        tensors["strange"] = tensors[name]
+    elif how == "missing":
+        del tensors[name]
+    else:
+        tensors[name] = tensors[name][:-1]
+    with pytest.raises(CheckpointError) as refusal:
+        load_causal_lm(checkpoint.hf_config, tensors.items())
+    assert refusal.value.field == ("strange" if how == "unknown" else name)
+
+
+def test_names_of_wrapped_models_are_bare() -> None:
+    inner = torch.nn.Linear(2, 2)
+    compiled = torch.nn.Module()
+    compiled._orig_mod = inner
+    assert [name for name, _ in named_tensors(compiled)] == ["weight", "bias"]
+    parallel = torch.nn.Module()
+    parallel.module = inner
+    assert [name for name, _ in named_tensors(parallel)] == ["weight", "bias"]
