@@ -59,7 +59,7 @@ class Channel:
             messages: list[Any] = decode(data, self._receive_type)
         except msgspec.DecodeError as error:
             raise EngineDead(
-                f"a message is not of the protocol: {error}", field="channel"
+                f"message outside the protocol: {error}", field="channel"
             ) from error
         return messages
 

@@ -76,7 +76,7 @@ class PrefillPlanner:
         self, builder: PlanBuilder, sequence: Sequence, match: Match | None, reserved: int
     ) -> bool:
         """Move `sequence` from the queue to a slot; False if pages are short."""
-        cache, reserved = self._running.cache, reserved if len(self._running) else 0
+        cache = self._running.cache
         needed = cache.pages_for(len(sequence.tokens)) + reserved
         held = self._hold(match, needed)
         if held is None and match is not None:

@@ -109,12 +109,12 @@ class Scheduler:
 
         Returns what each produced so far, in order of arrival. An empty prefix names none.
         """
-        finish = FinishReason(type="abort", message=message)
-        return [
-            self._finish(sequence, finish)
-            for rid, sequence in list(self._requests.items())
+        named = [
+            sequence
+            for rid, sequence in self._requests.items()
             if all or (rid_prefix and rid.startswith(rid_prefix))
         ]
+        return self._finish_each(named, FinishReason(type="abort", message=message))
 
     def stop(self, rid: str, num_tokens: int, matched: str) -> RequestOutput | None:
         """End one request at `num_tokens` output tokens, a stop string having been seen.
@@ -228,7 +228,7 @@ class Scheduler:
         """The executor died: end every request with `error`, and trust no KV."""
         self._in_flight.clear()
         finish = FinishReason(type="abort", message=error.message, error=error.kind)
-        outputs = [self._finish(sequence, finish) for sequence in list(self._requests.values())]
+        outputs = self._finish_each(list(self._requests.values()), finish)
         self._cache.clear()
         return outputs
 
@@ -295,6 +295,10 @@ class Scheduler:
             message=f"the sequence fills the whole KV pool of {self._limits.kv_tokens} tokens",
             error="OutOfMemory",
         )
+
+    def _finish_each(self, sequences: list[Sequence], finish: FinishReason) -> list[RequestOutput]:
+        # From the back: taking from the front of a long queue moves all of it.
+        return [self._finish(sequence, finish) for sequence in reversed(sequences)][::-1]
 
     def _finish(self, sequence: Sequence, finish: FinishReason) -> RequestOutput:
         if sequence.slot >= 0:

@@ -59,6 +59,19 @@ def test_samples_wait_while_their_leader_is_still_in_prefill():
     assert prefill_tokens(bench.plans, 5) == [16, 16, 16, 2, 3 + 1]
 
 
+def test_nobody_waits_for_a_prefix_that_will_not_be_shared():
+    bench = Bench(max_step_tokens=32, max_chunk_tokens=16, policy="fcfs")
+    bench.add(make_request("a", range(60), salt="x"), make_request("b", range(60), salt="y"))
+    bench.step()
+    assert bench.plans[0].query_lens.tolist() == [16, 16], "salts keep prefixes apart"
+    bench.scheduler.abort("b")
+    bench.set_version(1)
+    bench.add(make_request("c", range(60), salt="x"))
+    bench.step()
+    assert bench.plans[1].query_lens.tolist() == [16, 16], "the old version's KV is of no use"
+    bench.run()
+
+
 def test_groups_share_a_few_shot_prefix_inside_one_step():
     shared = list(range(32))
     prompts = [[*shared, 50 + 2 * g, 51 + 2 * g] for g in range(5)]

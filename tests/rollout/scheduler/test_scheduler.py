@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from engine.errors import InvalidRequest, QueueFull, SlipstreamError
-from engine.protocol import ErrorInfo
+from engine.protocol import ErrorInfo, StepResult
 from tests.helpers.mock_executor import top_of
 from tests.helpers.scheduling import Bench, check_output, expected, joined, make_request
 
@@ -62,6 +62,19 @@ def test_min_new_tokens_bans_stop_tokens_until_then():
     check_output(request, output)
     assert not set(output.token_ids[:7].tolist()) & set(stop_ids)
     assert len(output.token_ids) > 7
+
+
+def test_stop_token_drawn_too_early_does_not_end():
+    bench = Bench()
+    bench.add(make_request("a", range(5), max_new=4, min_new_tokens=2, stop_ids=[50]))
+    for count in range(3):
+        plan = bench.scheduler.plan()
+        drawn = np.array([50], np.int32)
+        result = StepResult(step=plan.step, token_ids=drawn, logprobs=np.zeros(1, np.float32))
+        outputs = bench.scheduler.apply(result)
+        assert bool(outputs) == (count == 2)
+    assert outputs[0].finish.type == "stop"
+    bench.check_empty()
 
 
 def test_output_is_clipped_to_the_context():

@@ -1,0 +1,84 @@
+"""The GPU engine (Triton back end and kernels) against the CPU engine and a plain forward."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.helpers.engines import drain, exact_logprobs, make_replica, request
+from tests.helpers.tiny_models import tiny_hf, write_tiny
+from trainer_bridge import push
+
+pytestmark = pytest.mark.gpu
+
+PROMPT = list(range(5, 60))
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
+def tiny(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    return folder, write_tiny(folder, request.param, head_dim=64, max_position_embeddings=256)
+
+
+def probes() -> list:
+    common = {"max_new_tokens": 40}
+    return [
+        *[request(f"group-{i}", PROMPT, seed=i, group="g", **common) for i in range(6)],
+        request("greedy", PROMPT[:31], temperature=0.0, **common),
+        request("cold", PROMPT[:7], seed=8, temperature=0.5, **common),
+        request("filtered", PROMPT[:20], seed=9, top_k=10, top_p=0.9, **common),
+        request("penalised", PROMPT[:20], seed=10, frequency_penalty=0.5, **common),
+    ]
+
+
+def run(folder, device: str, **options):
+    with make_replica(folder, device=device, **options) as replica:
+        replica.submit(probes())
+        return drain(replica), replica.state()
+
+
+def test_float32_gives_the_tokens_of_the_cpu(tiny) -> None:
+    on_cpu, _ = run(tiny[0], "cpu")
+    on_gpu, state = run(tiny[0], "cuda")
+    assert state.attention == "triton"
+    for rid, want in on_cpu.items():
+        assert on_gpu[rid].token_ids.tolist() == want.token_ids.tolist(), rid
+        np.testing.assert_allclose(on_gpu[rid].logprobs, want.logprobs, atol=1e-4, err_msg=rid)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prefix_cache": False},
+        {"max_chunk_tokens": 16, "max_step_tokens": 48},
+        {"num_pages": 40, "prefix_cache": False},
+    ],
+    ids=["no prefix cache", "chunks", "retraction"],
+)
+def test_float32_does_not_depend_on_how_it_was_scheduled(tiny, options) -> None:
+    plain, _ = run(tiny[0], "cuda")
+    other, _ = run(tiny[0], "cuda", **options)
+    for rid, want in plain.items():
+        assert other[rid].token_ids.tolist() == want.token_ids.tolist(), rid
+        np.testing.assert_allclose(other[rid].logprobs, want.logprobs, atol=1e-4, err_msg=rid)
+
+
+def test_bfloat16_logprobs_are_close_to_float32(tiny) -> None:
+    outputs, _ = run(tiny[0], "cuda", dtype="bfloat16")
+    for rid in ("group-0", "greedy"):
+        output = outputs[rid]
+        prompt = PROMPT if rid == "group-0" else PROMPT[:31]
+        want = exact_logprobs(tiny[1], prompt, output.token_ids)
+        np.testing.assert_allclose(output.logprobs, want, atol=0.3, err_msg=rid)
+        assert np.abs(output.logprobs - want).mean() < 0.05
+
+
+def test_a_push_from_gpu_tensors_is_served(tiny) -> None:
+    arch = tiny[1].config.model_type
+    new = tiny_hf(arch, seed=1, head_dim=64, max_position_embeddings=256)
+    with make_replica(tiny[0], device="cuda") as replica:
+        push(new.cuda(), 1, replica)
+        replica.submit([request("after", PROMPT, seed=3)])
+        output = drain(replica)["after"]
+    want = exact_logprobs(new.cpu(), PROMPT, output.token_ids)
+    np.testing.assert_allclose(output.logprobs, want, atol=1e-3)
