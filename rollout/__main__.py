@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
 
 import tyro
 
@@ -19,7 +19,7 @@ from engine.config import (
     LoadFormat,
     SchedulerConfig,
 )
-from engine.errors import ModelNotFound, SlipstreamError
+from engine.errors import InvalidRequest, ModelNotFound, SlipstreamError
 from rollout.launch import launch
 from rollout.offline import load_tokenizer, run_file
 from rollout.progress import ProgressDisplay
@@ -65,7 +65,11 @@ class Offline:
 
 
 def engine_config(args: Offline) -> EngineConfig:
-    """The replica's configuration that the options describe."""
+    """The replica's configuration that the options describe.
+
+    Raises InvalidRequest naming an option whose value has no meaning.
+    """
+    _require_positive(args)
     memory_bytes = None if args.kv_memory is None else int(args.kv_memory * _GIB)
     return EngineConfig(
         model=args.model,
@@ -82,11 +86,25 @@ def engine_config(args: Offline) -> EngineConfig:
     )
 
 
+def _require_positive(args: Offline) -> None:
+    for name in ("max_running", "kv_memory", "page_size", "context_length"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise InvalidRequest(f"is {value}; give a number above 0", field=_option(name))
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def run_offline(args: Offline) -> None:
     """`offline`: load the model, answer the file, say what was done."""
+    config = engine_config(args)
+    if not Path(args.input).is_file():
+        raise InvalidRequest(f"no file at {args.input}", field="--input")
     tokenizer = _tokenizer(args)
     with (
-        launch(engine_config(args), process=args.spawn) as replica,
+        launch(config, process=args.spawn) as replica,
         ProgressDisplay(replica) as display,
     ):
         report = run_file(
@@ -115,9 +133,8 @@ def _tokenizer(args: Offline) -> Tokenizer | None:
 
 def parse(argv: Sequence[str] | None = None) -> Offline:
     """The command that the arguments name; exits with help or a usage error."""
-    command = Annotated[Offline, tyro.conf.subcommand("offline")]
     return tyro.extras.subcommand_cli_from_dict(
-        {"offline": command}, args=argv, prog="slipstream", description=__doc__
+        {"offline": Offline}, args=argv, prog="slipstream", description=__doc__
     )
 
 

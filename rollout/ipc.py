@@ -27,6 +27,8 @@ class Channel:
         self._context = Context()
         self._socket = self._context.socket(SocketType.PAIR)
         self._socket.set_hwm(0)
+        # An end that is dropped without `close` must not keep its process from leaving.
+        self._socket.linger = 0
         self._receive_type = list[receive]
 
     @classmethod
@@ -58,9 +60,7 @@ class Channel:
         try:
             messages: list[Any] = decode(data, self._receive_type)
         except msgspec.DecodeError as error:
-            raise EngineDead(
-                f"message outside the protocol: {error}", field="channel"
-            ) from error
+            raise EngineDead(f"message outside the protocol: {error}", field="channel") from error
         return messages
 
     def close(self, *, linger_s: float = 0.0) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -18,7 +18,7 @@ from engine.protocol import ErrorInfo, GenerateRequest, ReplicaState, Request, R
 from rollout.expand import expand
 from rollout.generate import OnProgress, Progress, generate, run
 from rollout.replica import Replica
-from rollout.respond import respond
+from rollout.respond import respond, to_wire
 from rollout.seeds import derive_seed
 from rollout.text.tokenizer import Tokenizer, load_tokenizer
 from rollout.wire import parse_request
@@ -89,12 +89,14 @@ def run_file(
         raise InvalidRequest(f"no input file at {source}", field="input")
     lines = [_parse(line) for line in source.read_bytes().splitlines() if line.strip()]
     job = _FileJob(lines, tokenizer, replica.state(), seed)
-    total = sum(line.num_sequences() for line in lines)
+
+    def show(progress: Progress) -> None:
+        if on_progress is not None:
+            on_progress(replace(progress, num_requests=job.num_sequences))
+
     with _create(Path(output_path)) as out:
         job.write_ready(out)
-        outputs = run(
-            replica, job.requests(), total=total, tokenizer=tokenizer, on_progress=on_progress
-        )
+        outputs = run(replica, job.requests(), total=0, tokenizer=tokenizer, on_progress=show)
         with closing(outputs):
             for output in outputs:
                 job.take(output)
@@ -122,7 +124,10 @@ def _info(error: SlipstreamError) -> ErrorInfo:
 
 
 class _FileJob:
-    """The lines of one file on their way through the replica."""
+    """The lines of one file on their way through the replica.
+
+    num_sequences: those that the lines ask for, less the lines found to be bad so far.
+    """
 
     def __init__(
         self,
@@ -136,6 +141,7 @@ class _FileJob:
         self._state = state
         self._seed = seed
         self._line_of: dict[str, _Line] = {}
+        self.num_sequences = sum(line.num_sequences() for line in lines)
         self._num_written = 0
         self._num_errors = 0
         self._num_prompt_tokens = 0
@@ -150,6 +156,7 @@ class _FileJob:
                 line.requests = self._expand(number, line.wire)
             except SlipstreamError as error:
                 line.error = _info(error)
+                self.num_sequences -= line.num_sequences()
             yield from line.requests
 
     def take(self, output: RequestOutput) -> None:
@@ -198,7 +205,8 @@ class _FileJob:
             output = line.outputs[request.rid]
             self._num_prompt_tokens += len(request.prompt_ids)
             self._num_output_tokens += len(output.token_ids)
-            replies.append(
-                respond(line.wire, request, output, self._tokenizer, index=index if many else None)
+            response = respond(
+                line.wire, request, output, self._tokenizer, index=index if many else None
             )
+            replies.append(to_wire(response))
         return replies if many else replies[0]

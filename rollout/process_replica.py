@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -65,6 +66,8 @@ class ProcessReplica:
         endpoint = f"ipc://{self._folder}/leader"
         self._channel = Channel.listen(endpoint, RequestOutput | Reply)
         self._process = self._spawn(config, endpoint, factory)
+        # Also runs at exit, for a replica that nobody closed.
+        self._remove = weakref.finalize(self, _remove, self._process, self._folder)
         self._heard_at = time.monotonic()
         try:
             self._await_reply(start_s, "start")
@@ -125,11 +128,8 @@ class ProcessReplica:
         except (EngineDead, subprocess.TimeoutExpired):
             pass
         finally:
-            if self._process.poll() is None:
-                self._process.kill()
-                self._process.wait()
             self._channel.close()
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._remove()
 
     def __enter__(self) -> Self:
         return self
@@ -211,6 +211,13 @@ class ProcessReplica:
 
     def _log_path(self) -> Path:
         return self._folder / "leader.log"
+
+
+def _remove(process: subprocess.Popen[bytes], folder: Path) -> None:
+    if process.poll() is None:
+        process.kill()
+        process.wait()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _name(command: Control) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from engine.protocol import (
     FinishReason,
     FloatArray,
@@ -41,6 +43,12 @@ def respond(
         prompt_token_ids=request.prompt_ids.tolist() if wire.return_prompt_token_ids else None,
         index=index,
     )
+
+
+def to_wire(response: GenerateResponse) -> dict[str, Any]:
+    """The reply as an object to encode: `output_ids` also when empty, no absent fields."""
+    found: dict[str, Any] = msgspec.to_builtins(response)
+    return {"output_ids": [], **found}
 
 
 def _meta_info(

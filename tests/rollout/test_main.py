@@ -76,13 +76,36 @@ def test_offline_answers_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_missing_model_is_one_line_and_exit_code_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    args = ["offline", "--model", str(tmp_path / "absent"), "--input", "i", "--output", "o"]
+    (tmp_path / "in").touch()
+    args = ["offline", "--model", str(tmp_path / "absent")]
+    args += ["--input", str(tmp_path / "in"), "--output", "o"]
     with pytest.raises(SystemExit) as caught:
         cli.main(args)
     assert caught.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("ModelNotFound (model): no model at")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "option", ["--max-running", "--kv-memory", "--page-size", "--context-length"]
+)
+def test_a_value_without_a_meaning_names_its_option(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*REQUIRED, option, "0"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith(f"InvalidRequest ({option}): is 0")
+
+
+def test_a_missing_input_is_noticed_before_the_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delattr(cli, "launch")
+    with pytest.raises(SystemExit):
+        cli.main(REQUIRED)
+    assert "InvalidRequest (--input)" in capsys.readouterr().err
 
 
 def test_an_interrupt_is_quiet(

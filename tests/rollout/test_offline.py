@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from engine.errors import EngineDead, InvalidRequest
-from rollout.offline import FileReport, run_file
+from rollout.offline import FileReport, Progress, run_file
 from rollout.replica import Replica
 from rollout.text.tokenizer import Tokenizer
 from tests.helpers.fake_executor import POISON, expected_tokens
@@ -175,6 +175,22 @@ def test_a_model_without_a_tokenizer_answers_in_ids(tmp_path: Path) -> None:
     assert "text" not in reply
     assert reply["output_ids"] == expected_tokens([1], 6)
     assert refusal["error"]["field"] == "text"
+
+
+def test_progress_ends_at_the_sequences_that_could_run(tmp_path: Path) -> None:
+    lines = [{"text": "a", "sampling_params": {**GREEDY, "n": n}} for n in (1, 3)]
+    lines.append({"text": "x" * 600, "sampling_params": {"n": 5}})
+    (tmp_path / "in.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    seen: list[Progress] = []
+    with inline() as replica:
+        run_file(
+            replica,
+            TOKENIZER,
+            tmp_path / "in.jsonl",
+            tmp_path / "out.jsonl",
+            on_progress=seen.append,
+        )
+    assert seen[-1] == Progress(num_done=4, num_requests=4, num_tokens=24)
 
 
 def test_an_empty_file(tmp_path: Path) -> None:

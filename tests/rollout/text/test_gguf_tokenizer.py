@@ -5,6 +5,8 @@ import pytest
 from tokenizers import pre_tokenizers
 
 from engine.errors import CheckpointError, ModelError, ModelNotFound
+from engine.protocol import SamplingParams
+from rollout.text.detokenizer import Detokenizer
 from rollout.text.gguf_metadata import read_gguf_metadata
 from rollout.text.tokenizer import load_tokenizer
 from tests.helpers.gguf_writer import write_gguf_metadata
@@ -114,6 +116,14 @@ def test_sentencepiece_falls_back_to_bytes(tmp_path: Path) -> None:
     ids = tokenizer.encode("é", add_special_tokens=False)
     assert ids[1:] == [3 + 0xC3, 3 + 0xA9]
     assert tokenizer.decode(ids) == "é"
+
+
+def test_sentencepiece_text_comes_whole_from_the_detokenizer(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(write_gguf_metadata(tmp_path / "m.gguf", sentencepiece()))
+    ids = tokenizer.encode("ab c é bc  a🎉")
+    detokenizer = Detokenizer(tokenizer, SamplingParams())
+    texts = [detokenizer.feed([token]).text for token in ids]
+    assert "".join(texts) + detokenizer.finish().text == tokenizer.decode(ids)
 
 
 def test_sentencepiece_without_the_space_prefix(tmp_path: Path) -> None:
