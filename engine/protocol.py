@@ -118,9 +118,10 @@ class Request(Struct, frozen=True, kw_only=True, tag="request"):
 
 
 class Abort(Struct, frozen=True, kw_only=True, tag="abort"):
-    """End requests whose id starts with `rid_prefix` (every one if `all`); partial output
-    comes back as their final `RequestOutput`."""
+    """End the request `rid`, those whose id starts with `rid_prefix`, or `all`; what they
+    produced comes back as their final `RequestOutput`. An id nobody has is no error."""
 
+    rid: str = ""
     rid_prefix: str = ""
     all: bool = False
     message: str = "aborted by the client"

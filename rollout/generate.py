@@ -120,7 +120,7 @@ class _Batch:
         """Abort what is still open; nobody will read it."""
         for rid in self._open:
             with suppress(SlipstreamError):
-                self._replica.send(Abort(rid_prefix=rid, message="the caller left"))
+                self._replica.send(Abort(rid=rid, message="the caller left"))
         self._open.clear()
 
     def _open_one(self, request: Request) -> Request | None:

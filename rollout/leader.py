@@ -102,7 +102,7 @@ class Leader:
         match command:
             case Abort():
                 self._outputs += self._scheduler.abort(
-                    command.rid_prefix, command.all, command.message
+                    command.rid_prefix, command.all, command.message, rid=command.rid
                 )
             case Stop():
                 output = self._scheduler.stop(command.rid, command.num_tokens, command.matched)

@@ -103,16 +103,21 @@ class Scheduler:
         self._queue.push(sequence)
 
     def abort(
-        self, rid_prefix: str = "", all: bool = False, message: str = "aborted by the client"
+        self,
+        rid_prefix: str = "",
+        all: bool = False,
+        message: str = "aborted by the client",
+        *,
+        rid: str = "",
     ) -> list[RequestOutput]:
-        """End requests whose id starts with `rid_prefix` (every one if `all`).
+        """End the request `rid`, those whose id starts with `rid_prefix`, or `all`.
 
-        Returns what each produced so far, in order of arrival. An empty prefix names none.
+        Returns what each produced so far, in order of arrival. Empty names nothing.
         """
         named = [
             sequence
-            for rid, sequence in self._requests.items()
-            if all or (rid_prefix and rid.startswith(rid_prefix))
+            for own, sequence in self._requests.items()
+            if all or own == rid or (rid_prefix and own.startswith(rid_prefix))
         ]
         return self._finish_each(named, FinishReason(type="abort", message=message))
 

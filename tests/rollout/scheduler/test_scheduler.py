@@ -206,6 +206,15 @@ def test_abort_by_prefix_and_all():
     bench.check_empty()
 
 
+def test_abort_by_exact_id_leaves_longer_ids_alone():
+    bench = Bench()
+    bench.add(*(make_request(rid, range(4), max_new=9) for rid in ("a-1", "a-10")))
+    bench.step()
+    assert [output.rid for output in bench.scheduler.abort(rid="a-1")] == ["a-1"]
+    assert [output.rid for output in bench.scheduler.abort(rid="a-10")] == ["a-10"]
+    bench.check_empty()
+
+
 def test_rid_may_be_used_again_once_gone():
     bench = Bench()
     bench.add(make_request("a", range(4)))
