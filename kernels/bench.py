@@ -7,9 +7,11 @@ torch reference takes. Inputs are larger than the cache where the op's real ones
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -139,12 +141,13 @@ def cases() -> Iterator[Case]:
     yield _sample_case(256, 151936)
 
 
-def main() -> int:
-    """Print the table; 1 if there is no GPU to time."""
+def main(argv: Sequence[str] = ()) -> int:
+    """Print the table, and write it as JSON with `--json FILE`; 1 if there is no GPU to time."""
     write = sys.stdout.write
     if not torch.cuda.is_available():
         write("kernels.bench times GPU kernels and needs a CUDA GPU; torch sees none.\n")
         return 1
+    rows = []
     write(f"{torch.cuda.get_device_name()}, {DTYPE}, torch {torch.__version__}\n")
     write(f"{'op':<24}{'us':>10}{'GB/s':>10}{'torch / triton':>16}\n")
     for case in cases():
@@ -152,8 +155,13 @@ def main() -> int:
         reference_us = time_us(partial(case.run, "torch"), graph=False)
         rate, ratio = case.moved / kernel_us / 1e3, reference_us / kernel_us
         write(f"{case.name:<24}{kernel_us:>10.1f}{rate:>10.0f}{ratio:>16.1f}\n")
+        rows.append({"op": case.name, "us": kernel_us, "gb_per_s": rate, "torch_ratio": ratio})
+    if len(argv) == 2 and argv[0] == "--json":
+        machine = {"machine": torch.cuda.get_device_name(), "torch": torch.__version__}
+        text = json.dumps({**machine, "dtype": str(DTYPE), "rows": rows}, indent=2)
+        Path(argv[1]).write_text(text + "\n")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

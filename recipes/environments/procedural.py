@@ -27,7 +27,9 @@ def _numbers_key(numbers: Sequence[int]) -> str:
 def _largest(numbers: Sequence[int]) -> Problem:
     listed = ", ".join(str(number) for number in numbers)
     return Problem(
-        question=f"Largest of {listed}?", answer=str(max(numbers)), key=_numbers_key(numbers)
+        question=f"Which is the largest number: {listed}?",
+        answer=str(max(numbers)),
+        key=_numbers_key(numbers),
     )
 
 
@@ -58,15 +60,16 @@ def _draw_count(rng: random.Random) -> Problem:
 def largest() -> FewShot:
     """The largest of three different numbers from 1 to 99: 99 * 98 * 97 = 941,094 questions.
 
-    The key is the sorted triple, so a held-out triple is not trained on in any order.
+    The key is the sorted triple, so a held-out triple is not trained on in any order. The
+    answers of the two examples stand in different places: a small model copies the place, and
+    where all of its samples come from one place there is nothing to learn from.
     """
     return FewShot(
         name="largest",
         max_new_tokens=8,
         heldout_one_in=16,
         generate=lambda rng: _largest(rng.sample(range(1, 100), 3)),
-        examples=(_largest((14, 62, 37)), _largest((85, 9, 51))),
-        instruction="Reply with the number only.",
+        examples=(_largest((62, 14, 37)), _largest((9, 85, 51))),
     )
 
 

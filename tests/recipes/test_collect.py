@@ -45,7 +45,7 @@ def test_examples_become_lines_without_a_chat_template() -> None:
 
     task = largest()
     text = _plain_text(task.messages(task.examples[0]))
-    assert text.endswith("Largest of 85, 9, 51? 85\nLargest of 14, 62, 37?")
+    assert text.endswith("largest number: 9, 85, 51? 85\nWhich is the largest number: 62, 14, 37?")
 
 
 def test_samples_of_a_problem_share_prompt_and_group_but_not_seed() -> None:
