@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from recipes.environments.base import problem_at
+from recipes.environments.base import heldout_problems, problem_at
 from recipes.rewards.exact import exact_match
 from recipes.types import Message, Problem
 from rollout.text.special_tokens import SpecialTokens
@@ -74,21 +75,43 @@ def write_char_model(folder: Path, model: LlamaForCausalLM) -> None:
     char_tokenizer().write_hf(folder)
 
 
-def fine_tune(model: LlamaForCausalLM, steps: int, *, batch: int = 256, lr: float = 1e-3) -> None:
-    """Supervised steps on random training problems; loss on answer and line end alone."""
-    environment, tokenizer = CharAddition(), char_tokenizer()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-    index = 0
-    for _ in range(steps):
-        rows = []
-        for _ in range(batch):
-            problem = problem_at(environment, "train", -1, index)
-            index += 1
-            rows.append(tokenizer.encode(f"{problem.question}{problem.answer}\n".ljust(10)))
-        ids = torch.tensor(rows)
+def fine_tune(
+    model: LlamaForCausalLM, accuracy: float, *, max_steps: int = 1000, batch: int = 128
+) -> float:
+    """Supervised steps on random training problems until the greedy held-out accuracy is
+    reached, looked at every 20 steps; returns it. Loss on answer and line end alone."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    heldout = heldout_problems(CharAddition(), 128)
+    reached = 0.0
+    for step in range(max_steps):
+        ids = _worked(range(step * batch, (step + 1) * batch))
         targets = ids[:, 6:].masked_fill(ids[:, 6:] == VOCAB[" "], -100)
         logits = model(ids[:, :-1]).logits[:, 5:]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        loss.backward()
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
         optimizer.step()
         optimizer.zero_grad()
+        if step % 20 == 19:
+            reached = greedy_accuracy(model, heldout)
+        if reached >= accuracy:
+            break
+    return reached
+
+
+@torch.no_grad()
+def greedy_accuracy(model: LlamaForCausalLM, problems: Sequence[Problem]) -> float:
+    """Share of problems whose likeliest continuation is the answer and the end of the line."""
+    tokenizer = char_tokenizer()
+    ids = torch.tensor([tokenizer.encode(p.question) for p in problems])
+    for _ in range(4):
+        ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    replies = [tokenizer.decode(row).split("\n")[0] for row in ids[:, 6:].tolist()]
+    right = [reply == p.answer for reply, p in zip(replies, problems, strict=True)]
+    return sum(right) / len(right)
+
+
+def _worked(indices: range) -> torch.Tensor:
+    """Problems of the training stream with their answers, padded with blanks to one length."""
+    problems = [problem_at(CharAddition(), "train", -1, i) for i in indices]
+    texts = [f"{p.question}{p.answer}\n".ljust(10) for p in problems]
+    tokenizer = char_tokenizer()
+    return torch.tensor([tokenizer.encode(text) for text in texts])
