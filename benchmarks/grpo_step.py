@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 import tyro
+from grpo_baseline import Baseline
 
-from benchmarks.grpo_baseline import Baseline
 from engine.executor import read_checkpoint
 from recipes.environments.base import problem_at
 from recipes.environments.select import select_environment
