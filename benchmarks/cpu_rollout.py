@@ -142,7 +142,7 @@ def measure(options: Options) -> dict[str, object]:
     medians = {name: statistics.median(values) for name, values in rates.items()}
     return {
         "options": asdict(options),
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "tokens_per_s": medians,
         "all": rates,

@@ -19,6 +19,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from recipes.actor import Generation
+
 logger = logging.getLogger(__name__)
 
 VISIBLE_ROWS = 24
@@ -66,12 +68,13 @@ class Display:
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
+            TextColumn("{task.fields[generation]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
         )
-        self._task = self._bar.add_task(self._note, total=total_steps)
+        self._task = self._bar.add_task(self._note, total=total_steps, generation="")
         self._live: Live | None = None
         if console.is_terminal:
             self._live = Live(console=console, refresh_per_second=2, get_renderable=self._render)
@@ -82,6 +85,14 @@ class Display:
         self._bar.update(self._task, description=text)
         if self._live is None:
             logger.info("%s", text)
+
+    def generating(self, now: Generation) -> None:
+        """Show how the rollout under way goes; in a terminal only."""
+        self._bar.update(
+            self._task,
+            generation=f"{now.num_done}/{now.num_requests} replies, "
+            f"{now.tokens_per_s:,.0f} tok/s, KV {now.kv_use:.0%}",
+        )
 
     def show(self, row: Row) -> None:
         """Show the figures of one finished step."""

@@ -45,7 +45,7 @@ class Options:
     gym:<name> for a reasoning-gym task."""
     seed: int = 0
     """Seed of the problems and of the sampling."""
-    steps: int = 34
+    steps: int = 80
     """Optimizer steps of the run."""
     minutes: float | None = None
     """Stop before the first step that begins after so many minutes; None never does."""
@@ -63,7 +63,7 @@ class Options:
     """Run folder to continue from its last complete checkpoint."""
     wandb: WandbMode = "off"
     """Also log to Weights & Biases: to local files, or to the service."""
-    eval_every: int = 10
+    eval_every: int = 20
     """Steps between held-out evaluations; 0 evaluates only before and after."""
     eval_prompts: int = 256
     """Held-out problems of an evaluation."""

@@ -122,6 +122,8 @@ class Run:
         self.folder.append_samples(step, collected.sampled)
         self.tracker.log(row)
         self.display.show(row)
+        if pushed.memcpy_seconds is not None:
+            self.display.note(f"push of {pushed}")
         if _due(step, self.options.checkpoint_every):
             self._checkpoint()
 
@@ -207,6 +209,8 @@ def assemble(
     """A run of these parts, whatever task and model the options name."""
     folder = open_folder(options)
     folder.write_config(flatten(options))
+    display = Display(f"{environment.name} -> {folder.path}", options.steps)
+    actor.watch(display.generating)
     max_new_tokens = options.rollout.max_new_tokens or environment.max_new_tokens
     return Run(
         options=options,
@@ -222,7 +226,7 @@ def assemble(
         trainer=trainer,
         folder=folder,
         ledger=ledger,
-        display=Display(f"{environment.name} -> {folder.path}", options.steps),
+        display=display,
         tracker=Tracker(options.wandb, folder.path, flatten(options)),
         progress=Progress(),
     )

@@ -44,11 +44,14 @@ class Bucket:
 
 @dataclass(frozen=True)
 class SharedRun:
-    """Tokens [start, stop) of the step all attend to every position of `pages`."""
+    """Tokens [start, stop) of the step all attend to every position of `pages`.
+
+    pages: int64 [P], or the slice of the pool they are when their ids are consecutive.
+    """
 
     start: int
     stop: int
-    pages: torch.Tensor
+    pages: torch.Tensor | slice
 
 
 class TorchNativeBackend:
@@ -202,12 +205,15 @@ def _finite(values: torch.Tensor) -> torch.Tensor:
     one request gone to NaN, or one bad update, must not reach others. The request itself
     keeps its NaN through its queries and its residual stream.
     """
-    return torch.where(values.isfinite(), values, 0)
+    return torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def _gather(pages_NGKD: torch.Tensor, pages: torch.Tensor, size: int) -> torch.Tensor:
-    """[B * P] page ids -> [B, K, L, D] of their contents."""
-    taken = pages_NGKD.index_select(0, pages)
+def _gather(pages_NGKD: torch.Tensor, pages: torch.Tensor | slice, size: int) -> torch.Tensor:
+    """[B * P] page ids, or a slice of the pool -> [B, K, L, D] of their contents."""
+    if isinstance(pages, slice):
+        taken = pages_NGKD[pages]
+    else:
+        taken = pages_NGKD.index_select(0, pages)
     return taken.view(size, -1, *pages_NGKD.shape[2:]).transpose(1, 2)
 
 
@@ -267,8 +273,11 @@ def _bucket(
 
 def _shared_run(batch: AttentionBatch, pages_RP: np.ndarray, segment: Segment) -> SharedRun:
     ids = pages_RP[segment.row_start, segment.page_start : segment.page_stop].astype(np.int64)
+    pages: torch.Tensor | slice = slice(int(ids[0]), int(ids[-1]) + 1)
+    if not np.all(np.diff(ids) == 1):
+        pages = torch.from_numpy(ids).to(batch.device)
     return SharedRun(
         start=int(batch.query_start_R1[segment.row_start]),
         stop=int(batch.query_start_R1[segment.row_stop]),
-        pages=torch.from_numpy(ids).to(batch.device),
+        pages=pages,
     )

@@ -15,7 +15,9 @@ def apply_rotary(
 
 
 def _rotate(x_THD: torch.Tensor, cos_T1E: torch.Tensor, sin_T1E: torch.Tensor) -> torch.Tensor:
+    out_THD = torch.empty_like(x_THD, memory_format=torch.contiguous_format)
     low_THE, high_THE = x_THD.chunk(2, dim=-1)
-    low = low_THE * cos_T1E - high_THE * sin_T1E
-    high = high_THE * cos_T1E + low_THE * sin_T1E
-    return torch.cat((low, high), dim=-1)
+    out_low_THE, out_high_THE = out_THD.chunk(2, dim=-1)
+    torch.sub(low_THE * cos_T1E, high_THE * sin_T1E, out=out_low_THE)
+    torch.add(high_THE * cos_T1E, low_THE * sin_T1E, out=out_high_THE)
+    return out_THD

@@ -31,7 +31,8 @@ class PagePool:
                 field="num_pages",
             )
         left = self.num_free - count
-        pages: IntArray = self._free[left : self.num_free].copy()
+        # Ascending where the stack allows: a run of consecutive pages is read without a gather.
+        pages: IntArray = self._free[left : self.num_free][::-1].copy()
         self.refcounts[pages] = 1
         self.num_free = left
         return pages

@@ -63,11 +63,11 @@ def learn(model: str, out: Path, *, lr: float, steps: int) -> dict[str, Any]:
 
 
 def test_grpo_teaches_addition(model: str, tmp_path: Path) -> None:
-    summary = learn(model, tmp_path / "run", lr=5e-5, steps=250)
-    assert summary["eval_after"] >= summary["eval_before"] + 0.1
+    summary = learn(model, tmp_path / "run", lr=5e-5, steps=700)
+    assert summary["eval_after"] >= summary["eval_before"] + 0.15
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    assert [row["weight_version"] for row in rows] == list(range(1, 251))
+    assert [row["weight_version"] for row in rows] == list(range(1, 701))
     assert max(row["sampling/sampling_logp_difference/mean"] for row in rows) < 1e-4
 
 

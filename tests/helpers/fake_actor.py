@@ -29,6 +29,9 @@ class FakeActor:
         self.num_flushes = 0
         self.closed = False
 
+    def watch(self, watcher: Any) -> None:
+        self.watcher = watcher
+
     def generate(self, requests: Sequence[Request]) -> list[RequestOutput]:
         self.num_requests += len(requests)
         return [self._generate(request) for request in requests]

@@ -8,6 +8,7 @@ import logging
 import pytest
 from rich.console import Console
 
+from recipes.actor import Generation
 from recipes.display import COLUMNS, Display, cells
 
 ROW = {"step": 3, "reward": 0.5, "timing_s/generate": 1.25, "eval/accuracy": 0.75}
@@ -26,6 +27,14 @@ def test_lines_where_there_is_no_terminal(caplog: pytest.LogCaptureFixture) -> N
         display.show(ROW)
     assert "evaluating" in caplog.text
     assert "reward 0.500" in caplog.text
+
+
+def test_a_rollout_under_way_in_a_terminal() -> None:
+    out = io.StringIO()
+    now = Generation(num_done=12, num_requests=64, tokens_per_s=1234.5, kv_use=0.25)
+    with Display("my run", 5, Console(file=out, force_terminal=True, width=200)) as display:
+        display.generating(now)
+    assert "12/64 replies, 1,234 tok/s, KV 25%" in out.getvalue()
 
 
 def test_a_table_in_a_terminal() -> None:
