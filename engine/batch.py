@@ -17,6 +17,7 @@ import torch
 
 from engine.attention.base import AttentionBackend, AttentionBatch, AttentionStep
 from engine.protocol import NewRow, StepPlan
+from engine.transfer import to_device
 
 
 class RequestTable:
@@ -40,10 +41,13 @@ class RequestTable:
         self.page_table = pages if on_cpu else pages.to(device)
 
     def enter(self, rows: Sequence[NewRow]) -> None:
-        """Write the known tokens of the sequences that enter a slot."""
-        for row in rows:
-            ids = torch.from_numpy(np.array(row.token_ids, dtype=np.int32))
-            self.token_ids[row.slot, : len(row.token_ids)] = ids.to(self.device, non_blocking=True)
+        """Write the known tokens of the sequences that enter a slot; one copy for all."""
+        if not rows:
+            return
+        ids = to_device(np.concatenate([row.token_ids for row in rows]), self.device)
+        parts = ids.split([len(row.token_ids) for row in rows])
+        for row, part in zip(rows, parts, strict=True):
+            self.token_ids[row.slot, : len(part)] = part
 
     def set_pages(self, plan: StepPlan) -> None:
         """Apply the page-table delta of a plan."""
@@ -52,7 +56,7 @@ class RequestTable:
         self.host_pages[plan.page_slots, plan.page_columns] = plan.page_ids
         if self.device.type != "cpu":
             packed = np.stack([plan.page_slots, plan.page_columns, plan.page_ids])
-            slots, columns, ids = torch.from_numpy(packed).to(self.device).unbind(0)
+            slots, columns, ids = to_device(packed, self.device).unbind(0)
             self.page_table[slots.long(), columns.long()] = ids
 
     def append(self, slots_S: torch.Tensor, at_S: torch.Tensor, token_S: torch.Tensor) -> None:
@@ -102,7 +106,7 @@ def build_batch(plan: StepPlan, table: RequestTable, attention: AttentionBackend
     slot_T, position_T, starts = token_layout(plan)
     sampling = np.flatnonzero(plan.samples)
     num_tokens, num_samples = len(slot_T), len(sampling)
-    packed = torch.from_numpy(
+    packed = to_device(
         np.concatenate(
             [
                 slot_T,
@@ -111,8 +115,9 @@ def build_batch(plan: StepPlan, table: RequestTable, attention: AttentionBackend
                 plan.slots[sampling].astype(np.int64),
                 plan.kv_lens[sampling].astype(np.int64),
             ]
-        )
-    ).to(table.device)
+        ),
+        table.device,
+    )
     slots, positions, last, slots_S, kv_lens_S = packed.split(
         [num_tokens, num_tokens, num_samples, num_samples, num_samples]
     )

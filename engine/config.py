@@ -49,6 +49,8 @@ class SchedulerConfig:
     """Order of the waiting queue: arrival, or longest cached prefix first."""
     starvation_steps: int = 64
     """Plans that may pass a waiting request over before it goes first."""
+    overlap: bool | None = None
+    """Plan a step while the one before it runs; None does so on a GPU. Same outputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,8 @@ class EngineConfig:
     """Most tokens of a sequence; None takes the model's own, at most 32768."""
     attention: AttentionBackendName = "auto"
     """Attention back end; 'auto' asks engine.attention.select."""
+    cuda_graphs: bool = True
+    """On a GPU, replay decode steps as CUDA graphs; off runs every step kernel by kernel."""
     seed: int = 0
     """Seed of random weights, and of requests that bring none."""
     weight_version: int = 0

@@ -13,6 +13,7 @@ from engine.config import EngineConfig, LoadFormat
 from engine.protocol import EngineFacts, Reply, StepPlan, StepResult, WeightCommand
 
 if TYPE_CHECKING:
+    from engine.pending import PendingStep
     from engine.weights.checkpoint import Checkpoint as Checkpoint
 
 
@@ -23,6 +24,10 @@ class Executor(Protocol):
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step."""
+        ...
+
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Queue one step; its `result` waits for it. Later steps may be queued before."""
         ...
 
     def handle(self, command: WeightCommand) -> Reply:
@@ -49,7 +54,11 @@ class LocalExecutor:
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step to its end."""
-        return self._worker.step(plan)
+        return self._worker.launch(plan).result()
+
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Queue one step."""
+        return self._worker.launch(plan)
 
     def handle(self, command: WeightCommand) -> Reply:
         """Run one command of a weight update."""

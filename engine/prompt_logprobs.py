@@ -47,6 +47,16 @@ class PromptScorer:
                 start = max(row.prompt_logprob_start, 1)
                 self._wanted[row.slot] = _Wanted(start, ids, row.sampling.top_logprobs)
 
+    def wants(self, plan: StepPlan) -> bool:
+        """Whether the step makes any prompt token scorable that somebody asked for."""
+        if not self._wanted:
+            return False
+        rows = zip(plan.slots.tolist(), plan.query_lens, plan.kv_lens, strict=True)
+        return any(
+            slot in self._wanted and kv_len - query_len + 1 < len(self._wanted[slot].token_ids)
+            for slot, query_len, kv_len in rows
+        )
+
     def score(
         self, plan: StepPlan, batch: StepBatch, hidden_TH: torch.Tensor
     ) -> list[PromptLogprobs]:

@@ -17,6 +17,7 @@ import torch
 from engine.batch import RequestTable, StepBatch
 from engine.config import KernelBackend
 from engine.protocol import NewRow, RowSampling, TopLogprobs
+from engine.transfer import to_device
 from kernels.sampling import sample, top_logprobs
 
 
@@ -41,7 +42,7 @@ class Sampler:
         if not rows:
             return
         params = [row.sampling for row in rows]
-        slots = torch.tensor([row.slot for row in rows], device=self._device)
+        slots = to_device(np.array([row.slot for row in rows]), self._device)
         self._set(self._temperature, slots, [p.temperature for p in params])
         self._set(self._top_k, slots, [p.top_k for p in params])
         self._set(self._top_p, slots, [p.top_p for p in params])
@@ -59,13 +60,38 @@ class Sampler:
         """Temperatures of some slots, float32 [S]."""
         return self._temperature[slots_S]
 
+    def is_plain(self, slots: np.ndarray) -> bool:
+        """Whether these rows need temperature only: no filter, edit or top logprobs."""
+        if self._filtered[slots].any() or self._top_logprobs[slots].any():
+            return False
+        return not self.edits(slots)
+
+    def edits(self, slots: np.ndarray) -> bool:
+        """Whether the logits of any of these rows are changed before the draw."""
+        return bool(self._edited) and not self._edited.keys().isdisjoint(slots.tolist())
+
+    def draw_plain(
+        self, logits_SV: torch.Tensor, slots_S: torch.Tensor, position_S: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`draw` for rows that `is_plain`; never asks the device, so it can be captured.
+
+        position_S: index of the new token in its sequence, int64.
+        """
+        return sample(
+            logits_SV,
+            self._temperature[slots_S],
+            self._seed[slots_S],
+            position_S,
+            backend=self._backend,
+        )
+
     def draw(
         self, logits_SV: torch.Tensor, batch: StepBatch, slots: np.ndarray, table: RequestTable
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
         """Sample one token a row. `slots` is `batch.slots_S` on the host.
 
-        logits_SV: float32, changed in place by penalties, bias and bans. The random number of
-        a row is drawn from (seed, index of the new token in its sequence).
+        logits_SV: float32 where `edits` is true: penalties, bias and bans change it in place.
+        The random number of a row is drawn from (seed, index of the new token in its sequence).
         Returns (token int64 [S], logprob float32 [S], top (ids, logprobs) [S, k] or None).
         """
         self._edit(logits_SV, batch, slots, table)
@@ -92,7 +118,8 @@ class Sampler:
         return tokens, logprobs, top
 
     def _set(self, state: torch.Tensor, slots: torch.Tensor, values: Sequence[float]) -> None:
-        state[slots] = torch.tensor(values, dtype=state.dtype, device=self._device)
+        wide = np.int64 if state.dtype == torch.int64 else np.float32
+        state[slots] = to_device(np.array(values, dtype=wide), self._device)
 
     def _edit(
         self, logits_SV: torch.Tensor, batch: StepBatch, slots: np.ndarray, table: RequestTable

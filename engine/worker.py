@@ -14,15 +14,18 @@ import numpy as np
 import torch
 
 from engine.attention.select import select
+from engine.attention.triton import TritonBackend
 from engine.batch import RequestTable, StepBatch, build_batch
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest
+from engine.graphs import DecodeGraphs
 from engine.kv.pool import KVPool
 from engine.layers.runtime import LayerRuntime
 from engine.memory import plan_memory
 from engine.models.build import build_model
 from engine.models.locate import locate
 from engine.numerics import dtype_name, kernel_backend, resolve_device, resolve_dtype
+from engine.pending import PendingStep, pack_sampled
 from engine.prompt_logprobs import PromptScorer
 from engine.protocol import (
     AbortUpdate,
@@ -32,10 +35,10 @@ from engine.protocol import (
     LoadFromDisk,
     Reply,
     StepPlan,
-    StepResult,
     WeightCommand,
 )
-from engine.sampling import Sampler, to_top
+from engine.sampling import Sampler
+from engine.transfer import Fetch, to_device
 from engine.weights.open import open_source
 from engine.weights.session import UpdateSession
 from engine.weights.sources import safetensors
@@ -46,7 +49,7 @@ DEFAULT_CONTEXT_LIMIT = 32768
 
 
 class Worker:
-    """Executes what the leader plans: `step` for step plans, `handle` for weight commands."""
+    """Executes what the leader plans: `launch` for step plans, `handle` for weight commands."""
 
     def __init__(self, config: EngineConfig) -> None:
         started = time.perf_counter()
@@ -61,23 +64,27 @@ class Worker:
         self._session = UpdateSession(self._model, version=config.weight_version)
         source = open_source(files.kind, files.path, self._model, config.seed)
         self._session.load_initial(source)
-        self._pool = self._build_pool(config, context, dtype)
+        # A graph pads its batch with rows that need a slot and a page of nobody's.
+        num_scratch = int(config.cuda_graphs and device.type == "cuda")
+        self._pool = self._build_pool(config, context, dtype, num_scratch)
+        num_pages = self._pool.k_LNGKD.shape[1] - num_scratch
         head_dim = files.config.head_dim
         choice = select(config.attention, self._pool, scale=head_dim**-0.5, device=device)
         logger.info("attention back end %s (%s)", choice.backend.name, choice.reason)
         self._attention = choice.backend
         num_slots = config.scheduler.max_running
         self._table = RequestTable(
-            num_slots=num_slots,
+            num_slots=num_slots + num_scratch,
             context_length=context,
             page_size=config.cache.page_size,
             device=device,
         )
-        self._sampler = Sampler(num_slots=num_slots, device=device, backend=backend)
+        self._sampler = Sampler(num_slots=num_slots + num_scratch, device=device, backend=backend)
         self._scorer = PromptScorer(self._model, self._sampler)
+        self._graphs = self._build_graphs(num_slots, num_pages) if num_scratch else None
         self.facts = EngineFacts(
             model=config.model,
-            num_pages=self._pool.k_LNGKD.shape[1],
+            num_pages=num_pages,
             page_size=config.cache.page_size,
             context_length=context,
             vocab_size=files.config.vocab_size,
@@ -90,15 +97,20 @@ class Worker:
         )
 
     @torch.inference_mode()
-    def step(self, plan: StepPlan) -> StepResult:
-        """Run one step plan to its result. Blocks until the tokens are on the host."""
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Queue one step plan. On a GPU this returns before the step ran; the next one may
+        be queued behind it at once, since tokens go from step to step on the device."""
         self._session.require_servable()
         self._table.enter(plan.new_rows)
         self._sampler.enter(plan.new_rows)
         self._scorer.enter(plan.new_rows)
         self._table.set_pages(plan)
         if len(plan.copy_src):
-            self._pool.copy(self._to_device(plan.copy_src), self._to_device(plan.copy_dst))
+            copies = np.stack([plan.copy_src, plan.copy_dst]).astype(np.int64)
+            self._pool.copy(*to_device(copies, self._device))
+        if self._graphs is not None and self._is_plain_decode(plan):
+            sampled = self._graphs.run(plan.slots, plan.kv_lens)
+            return PendingStep(plan.step, Fetch(sampled), num_rows=len(plan.slots))
         batch = build_batch(plan, self._table, self._attention)
         hidden_TH = self._model(batch.input_ids_T, batch)
         prompt = self._scorer.score(plan, batch, hidden_TH)
@@ -125,28 +137,40 @@ class Worker:
 
     def _sample(
         self, plan: StepPlan, batch: StepBatch, hidden_TH: torch.Tensor, prompt: list
-    ) -> StepResult:
+    ) -> PendingStep:
         slots = plan.slots[plan.samples]
         if len(slots) == 0:
-            empty = np.zeros(0, dtype=np.int32)
-            return StepResult(
-                step=plan.step, token_ids=empty, logprobs=empty.astype(np.float32), prompt=prompt
-            )
-        logits_SV = self._model.compute_logits(hidden_TH[batch.last_T_of_S])
+            return PendingStep(plan.step, prompt=prompt)
+        # As wide as in a captured step unless the logits change: both then sum alike.
+        widen = self._device.type == "cpu" or self._sampler.edits(slots)
+        logits_SV = self._model.compute_logits(hidden_TH[batch.last_T_of_S], widen=widen)
         tokens, logprobs, top = self._sampler.draw(logits_SV, batch, slots, self._table)
         self._table.append(batch.slots_S, batch.kv_lens_S, tokens)
-        return StepResult(
-            step=plan.step,
-            token_ids=tokens.to(torch.int32).cpu().numpy(),
-            logprobs=logprobs.cpu().numpy(),
-            top=to_top(top) if top is not None else None,
-            prompt=prompt,
+        fetch = Fetch(pack_sampled(tokens, logprobs))
+        return PendingStep(plan.step, fetch, num_rows=len(slots), top=top, prompt=prompt)
+
+    def _is_plain_decode(self, plan: StepPlan) -> bool:
+        if plan.query_lens.max() > 1 or not plan.samples.all():
+            return False
+        return self._sampler.is_plain(plan.slots) and not self._scorer.wants(plan)
+
+    def _build_graphs(self, max_rows: int, scratch_page: int) -> DecodeGraphs | None:
+        if not isinstance(self._attention, TritonBackend):
+            return None
+        self._table.host_pages[max_rows] = scratch_page
+        self._table.page_table[max_rows] = scratch_page
+        return DecodeGraphs(
+            self._model,
+            self._table,
+            self._sampler,
+            self._attention,
+            max_rows=max_rows,
+            scratch_slot=max_rows,
         )
 
-    def _to_device(self, ids: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(ids.astype(np.int64)).to(self._device)
-
-    def _build_pool(self, config: EngineConfig, context: int, dtype: torch.dtype) -> KVPool:
+    def _build_pool(
+        self, config: EngineConfig, context: int, dtype: torch.dtype, num_scratch: int
+    ) -> KVPool:
         model = self._model.config
         page_bytes = KVPool.page_bytes(
             num_layers=model.num_layers,
@@ -169,7 +193,7 @@ class Worker:
         logger.info("%s", plan.describe())
         return KVPool(
             num_layers=model.num_layers,
-            num_pages=plan.num_pages,
+            num_pages=plan.num_pages + num_scratch,
             page_size=config.cache.page_size,
             num_kv_heads=model.num_kv_heads,
             head_dim=model.head_dim,

@@ -55,6 +55,10 @@ class LMHead(nn.Module):
         else:
             self.weight = tied_to.weight
 
-    def forward(self, hidden_SE: torch.Tensor) -> torch.Tensor:
-        """[S, E] -> float32 [S, V]: multiplied in the model's dtype, then widened."""
-        return F.linear(hidden_SE, self.weight).float()
+    def forward(self, hidden_SE: torch.Tensor, *, widen: bool = True) -> torch.Tensor:
+        """[S, E] -> [S, V]: multiplied in the model's dtype, then widened to float32.
+
+        widen: False returns the product as it is, the same values in half the bytes.
+        """
+        logits_SV = F.linear(hidden_SE, self.weight)
+        return logits_SV.float() if widen else logits_SV

@@ -111,9 +111,9 @@ class CausalLM(nn.Module):
         """Token ids int [T] -> hidden states after the final norm [T, E]."""
         return self.model(ids_T, context)
 
-    def compute_logits(self, hidden_SE: torch.Tensor) -> torch.Tensor:
-        """Hidden states [S, E] -> float32 logits [S, V]."""
-        return self.lm_head(hidden_SE)
+    def compute_logits(self, hidden_SE: torch.Tensor, *, widen: bool = True) -> torch.Tensor:
+        """Hidden states [S, E] -> logits [S, V], float32 unless `widen` is off."""
+        return self.lm_head(hidden_SE, widen=widen)
 
     def weight_index(self) -> dict[str, Target]:
         """Every full tensor by its Hugging Face name, and where it goes; a tied head is not

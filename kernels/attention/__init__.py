@@ -27,6 +27,8 @@ def paged_attention(
     *,
     scale: float,
     max_query_len: int,
+    table_rows_R: torch.Tensor | None = None,
+    max_kv_len: int | None = None,
     backend: KernelBackend,
 ) -> torch.Tensor:
     """Attend the last tokens of each row to the whole row; returns out_THD, dtype of q.
@@ -38,10 +40,16 @@ def paged_attention(
     positions <= kv_len - n + i. A row without queries (n = 0) is allowed.
     Query head h reads kv head h // (H // K); scores are multiplied by `scale`.
     max_query_len: host-side upper bound of the rows' query counts; 1 takes the decode kernel.
+    table_rows_R: int32; row r's pages are page_table[table_rows[r]] instead, so that a batch
+    reads a table of all requests in place.
+    max_kv_len: host-side upper bound of `kv_len`; None takes what the table could hold. What
+    a row gets does not depend on it.
     Softmax and sums are float32. With "triton", what a row gets does not depend on the other
     rows of the batch. Raises ValueError on an unknown backend.
     """
     if backend == "torch":
+        if table_rows_R is not None:
+            page_table_RP = page_table_RP[table_rows_R.long()]
         return reference.paged_attention(
             q_THD, k_pages_NGKD, v_pages_NGKD, page_table_RP, query_start_R1, kv_len_R, scale
         )
@@ -57,5 +65,7 @@ def paged_attention(
             kv_len_R,
             scale,
             max_query_len,
+            table_rows_R,
+            max_kv_len,
         )
     raise unknown_backend(backend)

@@ -31,6 +31,7 @@ def _decode_split_kernel(
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,
     table_ptr: tl.tensor,
+    table_rows_ptr: tl.tensor,
     query_start_ptr: tl.tensor,
     kv_len_ptr: tl.tensor,
     part_ptr: tl.tensor,
@@ -49,6 +50,7 @@ def _decode_split_kernel(
     B: tl.constexpr,
     SPLITS: tl.constexpr,
     LEAST: tl.constexpr,
+    INDIRECT: tl.constexpr,
 ) -> None:
     row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     query = tl.load(query_start_ptr + row).to(tl.int64)
@@ -60,6 +62,8 @@ def _decode_split_kernel(
     if begin >= kv_len:
         return
     end = tl.minimum(begin + size, kv_len)
+    table_row = tl.load(table_rows_ptr + row).to(tl.int64) if INDIRECT else row
+    pages_ptr = table_ptr + table_row * table_stride
 
     head_M, dim_D = tl.arange(0, M), tl.arange(0, DP)
     inside_MD = (head_M[:, None] < U) & (dim_D[None, :] < D)
@@ -71,9 +75,7 @@ def _decode_split_kernel(
     for block in range(begin, end, B):
         position_B = block + tl.arange(0, B)
         seen_B = position_B < end
-        page_B = tl.load(table_ptr + row * table_stride + position_B // G, mask=seen_B, other=0).to(
-            tl.int64
-        )
+        page_B = tl.load(pages_ptr + position_B // G, mask=seen_B, other=0).to(tl.int64)
         base_B = page_B * kv_stride_n + (position_B % G) * kv_stride_g + kv_head * kv_stride_k
         offset_BD = base_B[:, None] + dim_D[None, :]
         inside_BD = seen_B[:, None] & (dim_D[None, :] < D)
@@ -141,13 +143,19 @@ def decode_attention(
     kv_len_R: torch.Tensor,
     scale: float,
     out_THD: torch.Tensor,
+    table_rows_R: torch.Tensor | None = None,
+    max_kv_len: int | None = None,
 ) -> None:
-    """Fill `out_THD` for the rows that have exactly one query; other rows are left alone."""
-    num_rows, columns = page_table_RP.shape
+    """Fill `out_THD` for the rows that have exactly one query; other rows are left alone.
+
+    table_rows_R, max_kv_len: see `kernels.attention.paged_attention`.
+    """
+    num_rows = kv_len_R.shape[0]
     num_heads, head_dim = q_THD.shape[1:]
     page_size, num_kv_heads = k_pages_NGKD.shape[1:3]
     group, padded_dim = num_heads // num_kv_heads, max(triton.next_power_of_2(head_dim), 16)
-    splits = max(min(MAX_SPLITS, triton.cdiv(columns * page_size, MIN_SPLIT)), 1)
+    longest = page_table_RP.shape[1] * page_size if max_kv_len is None else max_kv_len
+    splits = max(min(MAX_SPLITS, triton.cdiv(longest, MIN_SPLIT)), 1)
     part_RHZD = q_THD.new_empty(num_rows, num_heads, splits, head_dim, dtype=torch.float32)
     lse_RHZ = part_RHZD.new_empty(num_rows, num_heads, splits)
     wide = q_THD.dtype == torch.float32 or padded_dim > 128
@@ -158,6 +166,7 @@ def decode_attention(
         k_pages_NGKD,
         v_pages_NGKD,
         page_table_RP,
+        kv_len_R if table_rows_R is None else table_rows_R,
         query_start_R1,
         kv_len_R,
         part_RHZD,
@@ -169,6 +178,7 @@ def decode_attention(
         U=group,
         M=max(triton.next_power_of_2(group), 16),
         G=page_size,
+        INDIRECT=table_rows_R is not None,
         **shape,
         num_warps=4,
         num_stages=2 if wide else 3,

@@ -21,6 +21,8 @@ def paged_attention(
     kv_len_R: torch.Tensor,
     scale: float,
     max_query_len: int,
+    table_rows_R: torch.Tensor | None = None,
+    max_kv_len: int | None = None,
 ) -> torch.Tensor:
     """See `kernels.attention.paged_attention`."""
     assert k_pages_NGKD.stride() == v_pages_NGKD.stride() and k_pages_NGKD.stride(3) == 1
@@ -30,8 +32,10 @@ def paged_attention(
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     if kv_len_R.shape[0] == 0 or q_THD.shape[0] == 0:
         return out_THD
+    if table_rows_R is not None and max_query_len > 1:
+        page_table_RP, table_rows_R = page_table_RP[table_rows_R.long()], None
     batch = (q_THD, k_pages_NGKD, v_pages_NGKD, page_table_RP, query_start_R1, kv_len_R, scale)
-    decode_attention(*batch, out_THD)
+    decode_attention(*batch, out_THD, table_rows_R, max_kv_len)
     if max_query_len > 1:
         extend_attention(*batch, max_query_len, out_THD)
     return out_THD

@@ -170,3 +170,34 @@ def test_triton_result_does_not_depend_on_the_chunk() -> None:
         q=whole.q[35:], query_start=torch.tensor([0, 5], dtype=torch.int32, device=device)
     )
     assert torch.equal(tail.run("triton"), whole.run("triton")[35:])
+
+
+def indirect(case: Case, max_kv_len: int | None, backend: str) -> torch.Tensor:
+    """The same rows, their pages in a larger table at rows of another order."""
+    rows = len(case.kv_len)
+    order = torch.randperm(rows + 3)[:rows].to(case.table.device)
+    table = case.table.new_full((rows + 3, case.table.shape[1]), 10**6)
+    table[order] = case.table
+    return paged_attention(
+        *case._replace(table=table),
+        scale=case.q.shape[-1] ** -0.5,
+        max_query_len=int(case.query_start.diff().max()),
+        table_rows_R=order.int(),
+        max_kv_len=max_kv_len,
+        backend=backend,
+    )
+
+
+def test_table_rows_of_the_reference() -> None:
+    case = make(ROWS)
+    assert torch.equal(indirect(case, None, "torch"), case.run("torch"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [ROWS, [(1, 1), (1, 700), (1, 2049), (1, 16)]])
+def test_triton_with_table_rows_and_a_bound_is_bit_equal(rows: list[tuple[int, int]]) -> None:
+    case = make(rows, page_size=16, device=triton_device())
+    want = case.run("triton")
+    for bound in (None, max(kv_len for _, kv_len in rows), 8192):
+        with poisoned_allocations():
+            assert torch.equal(indirect(case, bound, "triton"), want)

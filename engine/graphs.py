@@ -1,0 +1,154 @@
+"""Decode steps as CUDA-graph replays: one launch from the host in place of some hundreds.
+
+Legend: R rows of a bucket, V vocabulary.
+
+A graph is captured for a bucket of rows and a bound on the KV length, when a step first needs
+it. It reads slots and KV lengths from one static buffer and everything else (token ids, pages,
+sampling parameters) from the device tables, so that a replay needs no other input. All graphs
+allocate from one memory pool: they never run at the same time. Weights change in place, so
+graphs survive updates.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from engine.attention.triton import TritonBackend, TritonStep
+from engine.batch import RequestTable
+from engine.models.decoder import CausalLM
+from engine.sampling import Sampler
+from engine.transfer import to_device
+
+logger = logging.getLogger(__name__)
+
+_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896)
+_SHORTEST_BOUND = 1024
+
+
+def row_buckets(max_rows: int) -> list[int]:
+    """Batch sizes that graphs are captured for, ascending; the last is `max_rows`.
+
+    Above 1024 rows they grow by 256: what padding costs there is below a seventh.
+    """
+    sizes = [*_BUCKETS, *range(1024, max_rows, 256)]
+    return [size for size in sizes if size < max_rows] + [max_rows]
+
+
+def kv_bound(longest: int, context_length: int) -> int:
+    """The bound on the KV length that a graph for rows up to `longest` tokens is captured
+    with: a power of two from 1024 on, cut at the context."""
+    bound = max(_SHORTEST_BOUND, 1 << (longest - 1).bit_length())
+    return min(bound, context_length)
+
+
+@dataclass(frozen=True)
+class _DecodeBatch:
+    """The step context of a captured forward pass: one token a row."""
+
+    positions_T: torch.Tensor
+    step: TritonStep
+
+    def attend(
+        self, layer_index: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
+    ) -> torch.Tensor:
+        return self.step.attend(layer_index, q_THD, k_TKD, v_TKD)
+
+
+class DecodeGraphs:
+    """Captures and replays the decode step of plain rows.
+
+    scratch_slot: a row of the tables that no request takes; its pages are of nobody. Rows
+    that pad a bucket run on it.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        table: RequestTable,
+        sampler: Sampler,
+        attention: TritonBackend,
+        *,
+        max_rows: int,
+        scratch_slot: int,
+    ) -> None:
+        self._model = model
+        self._table = table
+        self._sampler = sampler
+        self._attention = attention
+        self._buckets = np.array(row_buckets(max_rows))
+        self._scratch_slot = scratch_slot
+        self._device = table.device
+        self._inputs = torch.zeros(2 * max_rows, dtype=torch.int32, device=table.device)
+        self._outputs = torch.zeros(2 * max_rows, dtype=torch.int32, device=table.device)
+        self._query_start = torch.arange(max_rows + 1, dtype=torch.int32, device=table.device)
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(table.device)
+
+    def run(self, slots: np.ndarray, kv_lens: np.ndarray) -> torch.Tensor:
+        """Queue one decode step over `slots`; `kv_lens` as in `StepPlan`.
+
+        Returns int32 [2, R] as `engine.pending.pack_sampled` lays it out, R the bucket. The
+        next call overwrites it.
+        """
+        rows = int(self._buckets[np.searchsorted(self._buckets, len(slots))])
+        bound = kv_bound(int(kv_lens.max()), self._table.token_ids.shape[1])
+        graph = self._graphs.get((rows, bound))
+        if graph is None:
+            graph = self._graphs[rows, bound] = self._capture(rows, bound)
+        self._fill(rows, slots, kv_lens)
+        graph.replay()
+        return self._outputs[: 2 * rows].view(2, rows)
+
+    def _fill(self, rows: int, slots: np.ndarray, kv_lens: np.ndarray) -> None:
+        packed = np.empty((2, rows), dtype=np.int32)
+        packed[0, : len(slots)], packed[0, len(slots) :] = slots, self._scratch_slot
+        packed[1, : len(slots)], packed[1, len(slots) :] = kv_lens, 1
+        self._inputs[: 2 * rows].copy_(to_device(packed.reshape(-1), self._device))
+
+    def _capture(self, rows: int, bound: int) -> torch.cuda.CUDAGraph:
+        started = time.perf_counter()
+        nobody = np.zeros(0, dtype=np.int32)
+        self._fill(rows, nobody, nobody)
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            # Kernels are compiled and loaded by a plain run: a capture allows neither.
+            self._forward(rows, bound)
+            self._stream.synchronize()
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                self._forward(rows, bound)
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        seconds = time.perf_counter() - started
+        logger.info("captured %d rows, KV up to %d, in %.2f s", rows, bound, seconds)
+        return graph
+
+    def _forward(self, rows: int, bound: int) -> None:
+        table, page_size = self._table, self._table.page_size
+        kv_lens_R = self._inputs[rows : 2 * rows]
+        slots_R, at_R = self._inputs[: 2 * rows].long().view(2, rows)
+        positions_R = at_R - 1
+        pages_R = table.page_table[slots_R, positions_R // page_size].long()
+        step = self._attention.prepare_decode(
+            slots_R=self._inputs[:rows],
+            kv_lens_R=kv_lens_R,
+            page_table=table.page_table,
+            write_slots_R=pages_R * page_size + positions_R % page_size,
+            query_start_R1=self._query_start[: rows + 1],
+            max_kv_len=bound,
+        )
+        batch = _DecodeBatch(positions_R, step)
+        hidden_RE = self._model(table.token_ids[slots_R, positions_R], batch)
+        logits_RV = self._model.compute_logits(hidden_RE, widen=False)
+        tokens_R, logprobs_R = self._sampler.draw_plain(logits_RV, slots_R, at_R)
+        table.append(slots_R, at_R, tokens_R)
+        self._outputs[:rows].copy_(tokens_R)
+        self._outputs[rows : 2 * rows].view(torch.float32).copy_(logprobs_R)

@@ -1,0 +1,100 @@
+"""Decode steps as graph replays against the same steps run kernel by kernel."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from engine.graphs import kv_bound, row_buckets
+from tests.helpers.engines import drain, exact_logprobs, make_replica, request
+from tests.helpers.tiny_models import tiny_hf, write_tiny
+from trainer_bridge import push
+
+PROMPT = list(range(5, 45))
+
+
+@pytest.mark.parametrize("max_rows", [1, 3, 16, 256, 1024, 3000])
+def test_buckets_cover_every_batch(max_rows: int) -> None:
+    buckets = row_buckets(max_rows)
+    assert buckets == sorted(set(buckets)) and buckets[-1] == max_rows
+    assert buckets[0] == 1
+
+
+def test_the_bound_holds_the_longest_row() -> None:
+    for longest in (1, 1023, 1024, 1025, 2048, 2049, 5000):
+        bound = kv_bound(longest, 5000)
+        assert longest <= bound <= 5000
+    assert kv_bound(7, 32768) == kv_bound(1024, 32768)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny-graphs")
+    return folder, write_tiny(folder, "qwen2", head_dim=64, max_position_embeddings=2048)
+
+
+def outputs_of(folder, requests, **options):
+    with make_replica(folder, device="cuda", **options) as replica:
+        replica.submit(requests)
+        return drain(replica)
+
+
+def assert_equal(got, want) -> None:
+    assert got.keys() == want.keys()
+    for rid, output in want.items():
+        assert got[rid].token_ids.tolist() == output.token_ids.tolist(), rid
+        np.testing.assert_array_equal(got[rid].logprobs, output.logprobs, err_msg=rid)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, 8, 64])
+def test_a_full_bucket_is_bit_equal_to_eager(tiny, rows: int, dtype: str) -> None:
+    requests = [
+        request(f"{i}", PROMPT, seed=i, max_new_tokens=50, temperature=0.0 if i % 2 else 1.0)
+        for i in range(rows)
+    ]
+    # Room for all: a batch that shrinks would be padded, and products of other sizes round
+    # in another order.
+    options = {"dtype": dtype, "num_pages": 1500}
+    graphs = outputs_of(tiny[0], requests, **options)
+    assert_equal(graphs, outputs_of(tiny[0], requests, cuda_graphs=False, **options))
+
+
+@pytest.mark.gpu
+def test_padded_buckets_and_long_rows_give_the_same_tokens(tiny) -> None:
+    requests = [
+        request(f"{i}", PROMPT[: 5 + i], seed=i, max_new_tokens=20 + 11 * i) for i in range(11)
+    ]
+    requests.append(request("long", PROMPT * 25, seed=50, max_new_tokens=80))
+    graphs = outputs_of(tiny[0], requests, max_running=12)
+    eager = outputs_of(tiny[0], requests, max_running=12, cuda_graphs=False)
+    for rid, want in eager.items():
+        assert graphs[rid].token_ids.tolist() == want.token_ids.tolist(), rid
+        np.testing.assert_allclose(graphs[rid].logprobs, want.logprobs, atol=1e-4, err_msg=rid)
+
+
+@pytest.mark.gpu
+def test_rows_that_need_more_leave_the_graph_and_plain_rows_come_back(tiny) -> None:
+    requests = [
+        request("plain", PROMPT, seed=1, max_new_tokens=40),
+        request("filtered", PROMPT, seed=2, max_new_tokens=10, top_k=5),
+        request("penalised", PROMPT, seed=3, max_new_tokens=15, presence_penalty=0.5),
+    ]
+    graphs = outputs_of(tiny[0], requests)
+    eager = outputs_of(tiny[0], requests, cuda_graphs=False)
+    for rid, want in eager.items():
+        assert graphs[rid].token_ids.tolist() == want.token_ids.tolist(), rid
+
+
+@pytest.mark.gpu
+def test_graphs_serve_new_weights(tiny) -> None:
+    new = tiny_hf("qwen2", seed=1, head_dim=64, max_position_embeddings=2048)
+    with make_replica(tiny[0], device="cuda") as replica:
+        replica.submit([request("before", PROMPT, seed=3)])
+        drain(replica)
+        push(new.cuda(), 1, replica)
+        replica.submit([request("after", PROMPT, seed=3, max_new_tokens=30)])
+        output = drain(replica)["after"]
+    want = exact_logprobs(new.cpu(), PROMPT, output.token_ids)
+    np.testing.assert_allclose(output.logprobs, want, atol=1e-3)
