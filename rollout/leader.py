@@ -7,8 +7,9 @@ none of them falls inside a step.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol, TypeVar
 
 from engine.config import EngineConfig
 from engine.errors import SlipstreamError, WeightUpdateError
@@ -42,7 +43,17 @@ from rollout.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _MAX_EMPTY_PLANS = 1000
+
+
+class PendingStep(Protocol):
+    """A step that was launched."""
+
+    def result(self) -> StepResult:
+        """Wait for the step."""
+        ...
 
 
 class StepExecutor(Protocol):
@@ -52,6 +63,10 @@ class StepExecutor(Protocol):
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step to its end."""
+        ...
+
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Queue one step; more may be queued before its result is asked for."""
         ...
 
     def handle(self, command: WeightCommand) -> Reply:
@@ -68,7 +83,13 @@ class StepExecutor(Protocol):
 
 
 class Leader:
-    """Takes requests and commands, steps, and returns outputs."""
+    """Takes requests and commands, steps, and returns outputs.
+
+    With `overlap`, a step is planned and launched before the result of the one before it is
+    asked for, so the ranks never wait for the host; outputs come one step later and are the
+    same. Without it every step is planned, run and applied in turn: the reference. A control
+    command finds no step in flight either way.
+    """
 
     def __init__(self, config: EngineConfig, executor: StepExecutor) -> None:
         facts = executor.facts
@@ -86,6 +107,9 @@ class Leader:
             vocab_size=facts.vocab_size,
             version=config.weight_version,
         )
+        overlap = config.scheduler.overlap
+        self._overlap = facts.device == "cuda" if overlap is None else overlap
+        self._in_flight: deque[tuple[StepPlan, PendingStep]] = deque()
         self._outputs: list[RequestOutput] = []
         self._num_empty_plans = 0
 
@@ -99,6 +123,8 @@ class Leader:
 
     def handle(self, command: Control) -> Reply:
         """Run one control command; raises the typed error of a command that failed."""
+        if not isinstance(command, GetState):
+            self._drain()
         match command:
             case Abort():
                 self._outputs += self._scheduler.abort(
@@ -124,11 +150,9 @@ class Leader:
     def step(self) -> list[RequestOutput]:
         """Run at most one step; every output since the last call, those of commands too."""
         plan = self._scheduler.plan()
-        if plan is not None:
+        if plan is not None or self._in_flight:
             self._num_empty_plans = 0
-            self._execute(plan)
-            if not self._scheduler.has_work():
-                self._scheduler.check_integrity()
+            self._advance(plan)
         elif self._may_plan():
             self._num_empty_plans += 1
             assert self._num_empty_plans < _MAX_EMPTY_PLANS, "work waits but nothing is planned"
@@ -137,11 +161,11 @@ class Leader:
 
     def can_step(self) -> bool:
         """Whether `step` would do something: outputs wait, or work does and may run."""
-        return bool(self._outputs) or self._may_plan()
+        return bool(self._outputs or self._in_flight) or self._may_plan()
 
     def idle(self) -> bool:
         """Whether nothing runs, waits or has yet to be returned."""
-        return not self._outputs and not self._scheduler.has_work()
+        return not (self._outputs or self._in_flight or self._scheduler.has_work())
 
     def state(self) -> ReplicaState:
         """What the replica is and does right now."""
@@ -178,6 +202,7 @@ class Leader:
         Whatever goes wrong in between, also in `tensors` itself, aborts the update, and
         the error is raised on.
         """
+        self._drain()
         self._update(begin)
         committed = False
         try:
@@ -197,23 +222,51 @@ class Leader:
     def _may_plan(self) -> bool:
         return self._scheduler.has_work() and not self._scheduler.stats().paused
 
-    def _execute(self, plan: StepPlan) -> None:
-        """Run the plan. If it fails every request ends with the error, since the KV that
-        was promised may not be there; an error that is not ours is raised on as well."""
+    def _advance(self, plan: StepPlan | None) -> None:
+        """Launch the plan, if any, and take in the results that are due."""
+        if plan is not None and self._overlap:
+            pending = self._guarded(plan, lambda: self._executor.launch(plan))
+            if pending is not None:
+                self._in_flight.append((plan, pending))
+        elif plan is not None:
+            self._apply(self._guarded(plan, lambda: self._executor.execute(plan)))
+        while len(self._in_flight) > (0 if plan is None else 1):
+            self._collect()
+        if not self._in_flight and not self._scheduler.has_work():
+            self._scheduler.check_integrity()
+
+    def _collect(self) -> None:
+        plan, pending = self._in_flight.popleft()
+        self._apply(self._guarded(plan, pending.result))
+
+    def _drain(self) -> None:
+        """Wait for the steps in flight: what follows must not fall between them."""
+        while self._in_flight:
+            self._collect()
+
+    def _apply(self, result: StepResult | None) -> None:
+        if result is not None:
+            self._outputs += self._scheduler.apply(result)
+
+    def _guarded(self, plan: StepPlan, run: Callable[[], T]) -> T | None:
+        """Run a part of the plan. If it fails, None: every request ends with the error, since
+        the KV that was promised may not be there, and steps in flight are forgotten. An error
+        that is not ours is raised on as well."""
         failure: ErrorInfo | None = ErrorInfo(
             kind="EngineDead", message=f"step {plan.step} was interrupted"
         )
         try:
-            result = self._executor.execute(plan)
+            done = run()
             failure = None
+            return done
         except SlipstreamError as error:
             logger.error("step %d failed: %s", plan.step, error)
             failure = error_info(error)
+            return None
         finally:
             if failure is not None:
+                self._in_flight.clear()
                 self._outputs += self._scheduler.fail_all(failure)
-        if failure is None:
-            self._outputs += self._scheduler.apply(result)
 
     def _update(self, command: WeightCommand) -> Reply:
         reply = self._executor.handle(command)

@@ -26,6 +26,8 @@ def make_replica(
     context_length: int | None = None,
     dtype: str = "float32",
     device: str = "cpu",
+    cuda_graphs: bool = True,
+    overlap: bool | None = None,
 ) -> InlineReplica:
     """An inline replica over the checkpoint at `model`."""
     replica = launch(
@@ -34,11 +36,13 @@ def make_replica(
             dtype=dtype,
             device=device,
             context_length=context_length,
+            cuda_graphs=cuda_graphs,
             cache=CacheConfig(num_pages=num_pages, page_size=page_size, prefix_cache=prefix_cache),
             scheduler=SchedulerConfig(
                 max_running=max_running,
                 max_step_tokens=max_step_tokens,
                 max_chunk_tokens=max_chunk_tokens,
+                overlap=overlap,
             ),
         )
     )

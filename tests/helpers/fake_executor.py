@@ -10,12 +10,19 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from engine.config import EngineConfig
-from engine.errors import ManifestMismatch, ModelNotFound, OutOfMemory, UpdateOrder
+from engine.errors import (
+    ManifestMismatch,
+    ModelNotFound,
+    OutOfMemory,
+    SlipstreamError,
+    UpdateOrder,
+)
 from engine.protocol import (
     AbortUpdate,
     BeginUpdate,
@@ -49,6 +56,19 @@ def expected_tokens(prompt: list[int], count: int, shift: int = 0) -> list[int]:
     for _ in range(count):
         tokens.append(next_token(tokens, shift))
     return tokens[len(prompt) :]
+
+
+@dataclass(frozen=True)
+class FakePending:
+    """A launched step: its result or its error."""
+
+    outcome: StepResult | SlipstreamError
+
+    def result(self) -> StepResult:
+        """The result; raises the error."""
+        if isinstance(self.outcome, SlipstreamError):
+            raise self.outcome
+        return self.outcome
 
 
 class FakeExecutor:
@@ -98,6 +118,13 @@ class FakeExecutor:
             top=self._top_of(plan, token_ids),
             prompt=self._prompt_logprobs(plan),
         )
+
+    def launch(self, plan: StepPlan) -> FakePending:
+        """Run the step at once; an error comes where it would from a GPU, with the result."""
+        try:
+            return FakePending(self.execute(plan))
+        except SlipstreamError as error:
+            return FakePending(error)
 
     def handle(self, command: WeightCommand) -> Reply:
         """The update protocol over one number."""

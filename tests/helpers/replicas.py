@@ -14,13 +14,19 @@ FACTORY = "tests.helpers.fake_executor:build"
 
 
 def fake_config(
-    model: str = "fake", *, max_waiting: int = 2000, num_pages: int = 256
+    model: str = "fake",
+    *,
+    max_waiting: int = 2000,
+    num_pages: int = 256,
+    overlap: bool | None = None,
 ) -> EngineConfig:
     """A small replica of the fake model."""
     return EngineConfig(
         model=model,
         cache=CacheConfig(page_size=4, num_pages=num_pages),
-        scheduler=SchedulerConfig(max_running=32, max_step_tokens=64, max_waiting=max_waiting),
+        scheduler=SchedulerConfig(
+            max_running=32, max_step_tokens=64, max_waiting=max_waiting, overlap=overlap
+        ),
     )
 
 
@@ -28,6 +34,11 @@ def inline(model: str = "fake", **options: int) -> InlineReplica:
     """The fake engine in this process."""
     config = fake_config(model, **options)
     return InlineReplica(config, FakeExecutor(config))
+
+
+def overlapped(model: str = "fake", **options: int) -> InlineReplica:
+    """The fake engine in this process, planning a step while the one before runs."""
+    return inline(model, overlap=True, **options)
 
 
 def spawned(model: str = "fake", *, reply_s: float = 60.0, **options: int) -> ProcessReplica:

@@ -29,12 +29,12 @@ from engine.protocol import (
 from rollout.process_replica import ProcessReplica
 from rollout.replica import InlineReplica, Replica
 from tests.helpers.fake_executor import POISON, expected_tokens
-from tests.helpers.replicas import fake_config, inline, make_request, spawned
+from tests.helpers.replicas import fake_config, inline, make_request, overlapped, spawned
 
 Make = Callable[..., Replica]
 
 
-@pytest.fixture(params=[inline, spawned], ids=["inline", "spawned"])
+@pytest.fixture(params=[inline, overlapped, spawned], ids=["inline", "overlapped", "spawned"])
 def replica(request: pytest.FixtureRequest) -> Iterator[Replica]:
     make: Make = request.param
     with make() as made:
