@@ -27,7 +27,7 @@ from engine.transfer import to_device
 logger = logging.getLogger(__name__)
 
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896)
-_SHORTEST_BOUND = 1024
+_SHORTEST_BOUND, _LONGEST_BOUND = 1024, 4096
 
 
 def row_buckets(max_rows: int) -> list[int]:
@@ -41,7 +41,9 @@ def row_buckets(max_rows: int) -> list[int]:
 
 def kv_bound(longest: int, context_length: int) -> int:
     """The bound on the KV length that a graph for rows up to `longest` tokens is captured
-    with: a power of two from 1024 on, cut at the context."""
+    with: 1024, 2048, 4096 or the whole context. Attention has as many splits as it can use."""
+    if longest > _LONGEST_BOUND:
+        return context_length
     bound = max(_SHORTEST_BOUND, 1 << (longest - 1).bit_length())
     return min(bound, context_length)
 

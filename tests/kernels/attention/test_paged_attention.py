@@ -201,3 +201,22 @@ def test_triton_with_table_rows_and_a_bound_is_bit_equal(rows: list[tuple[int, i
     for bound in (None, max(kv_len for _, kv_len in rows), 8192):
         with poisoned_allocations():
             assert torch.equal(indirect(case, bound, "triton"), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_triton_whole_rows_are_bit_equal_to_merged_splits(
+    head_dim: int, dtype: torch.dtype
+) -> None:
+    from kernels.attention.decode import decode_attention
+
+    rows = [(1, kv_len) for kv_len in (1, 64, 127, 128, 129, 700, 1024, 4097, 9000, 0)]
+    rows[-1] = (0, 0)
+    case = make(rows, (12, 2), head_dim, 16, dtype, triton_device())
+    scale = head_dim**-0.5
+    outs = [poison(torch.empty_like(case.q)) for _ in range(2)]
+    for out, whole in zip(outs, (True, False), strict=True):
+        decode_attention(*case, scale, out, whole=whole)
+    assert torch.equal(*outs)
+    assert_close("paged_attention", outs[0], case.run("torch"), dtype)
