@@ -296,10 +296,10 @@ def decode_attention(
     page_size, num_kv_heads = k_pages_NGKD.shape[1:3]
     group, padded_dim = num_heads // num_kv_heads, max(triton.next_power_of_2(head_dim), 16)
     wide = q_THD.dtype == torch.float32 or padded_dim > 128
-    block = 32 if wide else 64
+    block = 32 if wide else 128
     shape = {"D": head_dim, "DP": padded_dim, "B": block, "SPLITS": MAX_SPLITS, "LEAST": MIN_SPLIT}
     layout = {"U": group, "M": max(triton.next_power_of_2(group), 16), "G": page_size}
-    launch = {"num_warps": 4, "num_stages": 2 if wide else 3}
+    launch = {"num_warps": 4, "num_stages": 2}
     rows_R = kv_len_R if table_rows_R is None else table_rows_R
     pages = (k_pages_NGKD, v_pages_NGKD, page_table_RP, rows_R)
     inputs = (q_THD, *pages, query_start_R1, kv_len_R)
