@@ -15,20 +15,24 @@ def _rms_norm_kernel(
     out_ptr: tl.tensor,
     total_ptr: tl.tensor,
     x_stride: tl.int64,
+    x_inner_stride: tl.int64,
     residual_stride: tl.int64,
+    residual_inner_stride: tl.int64,
     eps: tl.float32,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
+    INNER: tl.constexpr,
     ADD: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
+    outer, inner = row // INNER, row % INNER
+    x_row_ptr = x_ptr + outer * x_stride + inner * x_inner_stride
     offset_D = tl.arange(0, BLOCK)
     inside_D = offset_D < D
-    x_D = tl.load(x_ptr + row * x_stride + offset_D, mask=inside_D, other=0.0)
+    x_D = tl.load(x_row_ptr + offset_D, mask=inside_D, other=0.0)
     if ADD:
-        residual_D = tl.load(
-            residual_ptr + row * residual_stride + offset_D, mask=inside_D, other=0.0
-        )
+        residual_row_ptr = residual_ptr + outer * residual_stride + inner * residual_inner_stride
+        residual_D = tl.load(residual_row_ptr + offset_D, mask=inside_D, other=0.0)
         x_D = (x_D.to(tl.float32) + residual_D.to(tl.float32)).to(x_D.dtype)
         tl.store(total_ptr + row * D + offset_D, x_D, mask=inside_D)
     wide_D = x_D.to(tl.float32)
@@ -57,8 +61,10 @@ def add_rms_norm(
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+    """[outer, inner, D] without a copy where three dimensions reach, as for the heads of a
+    slice of fused QKV."""
+    rows = x if x.dim() == 3 else x.reshape(-1, 1, x.shape[-1])
+    return rows if rows.stride(2) == 1 else rows.contiguous()
 
 
 def _launch(
@@ -71,21 +77,22 @@ def _launch(
     *,
     add: bool,
 ) -> None:
-    num_rows, width = rows.shape
-    if num_rows == 0:
+    outer, inner, width = rows.shape
+    if outer * inner == 0:
         return
     block = triton.next_power_of_2(width)
-    _rms_norm_kernel[(num_rows,)](
+    _rms_norm_kernel[(outer * inner,)](
         rows,
         residual,
         weight,
         out,
         total,
-        rows.stride(0),
-        residual.stride(0),
+        *rows.stride()[:2],
+        *residual.stride()[:2],
         eps,
         D=width,
         BLOCK=block,
+        INNER=inner,
         ADD=add,
         num_warps=min(max(block // 512, 1), 16),
     )

@@ -65,3 +65,22 @@ def test_triton_takes_rows_that_are_slices() -> None:
     wide = torch.cat((x, x), dim=-1)
     got = rms_norm(wide[:, :64], weight, EPS, backend="triton")
     assert_close("rms_norm", got, rms_norm(x, weight, EPS, backend="torch"), x.dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [(4, 2), (1, 1)])
+def test_triton_takes_the_heads_of_fused_qkv(heads: tuple[int, int]) -> None:
+    num_heads, num_kv_heads = heads
+    size = (num_heads + 2 * num_kv_heads) * 16
+    fused, other, _ = make((5, size), torch.float32, triton_device())
+    weight = torch.rand(16, device=fused.device)
+    q_size, k_size = num_heads * 16, num_kv_heads * 16
+    for part in (slice(0, q_size), slice(q_size, q_size + k_size)):
+        x, residual = (t[:, part].unflatten(-1, (-1, 16)) for t in (fused, other.contiguous()))
+        with poisoned_allocations():
+            normed = rms_norm(x, weight, EPS, backend="triton")
+            both = add_rms_norm(x, residual, weight, EPS, backend="triton")
+        assert_close("rms_norm", normed, rms_norm(x, weight, EPS, backend="torch"), x.dtype)
+        want = add_rms_norm(x, residual, weight, EPS, backend="torch")
+        assert torch.equal(both[1], want[1])
+        assert_close("add_rms_norm", both[0], want[0], x.dtype)
