@@ -10,7 +10,6 @@ ratio are printed.
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
+from machine import describe
 
 from engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from engine.protocol import FlushCache, Request, SamplingParams
@@ -141,8 +141,9 @@ def measure(options: Options) -> dict[str, object]:
                 rates[name].append(rate)
     medians = {name: statistics.median(values) for name, values in rates.items()}
     return {
-        "options": asdict(options),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "options": {**asdict(options), "model": Path(options.model).name, "json": None},
+        "machine": describe(),
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "tokens_per_s": medians,
         "all": rates,

@@ -9,7 +9,6 @@ each, and fails if any gains less than 0.30 absolute.
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import describe
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (0, 1, 2)
@@ -45,17 +45,6 @@ def run_seed(seed: int, flags: list[str], folder: Path) -> dict[str, Any]:
     return summary
 
 
-def machine() -> str:
-    """The GPU's name, or what the processor says it is."""
-    if torch.cuda.is_available():
-        return str(torch.cuda.get_device_name())
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor()
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
 def main(argv: list[str]) -> int:
     """Run every seed; 1 if one gained too little."""
     own, flags = (
@@ -72,7 +61,7 @@ def main(argv: list[str]) -> int:
                 f"logprob difference {row['logprob_difference_mean']:.1e}",
                 flush=True,
             )
-    result = {"machine": machine(), "torch": torch.__version__, "flags": flags, "runs": rows}
+    result = {"machine": describe(), "torch": torch.__version__, "flags": flags, "runs": rows}
     if own[:1] == ["--json"]:
         Path(own[1]).write_text(json.dumps(result, indent=2) + "\n")
     gains = [row["eval_after"] - row["eval_before"] for row in rows]

@@ -9,7 +9,6 @@ learning rate and dtype. The first step of each warms up and is not counted; med
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import tempfile
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 import tyro
 from grpo_baseline import Baseline
+from machine import describe
 
 from engine.executor import read_checkpoint
 from recipes.environments.base import problem_at
@@ -134,8 +134,8 @@ def measure(bench: Bench) -> dict[str, Any]:
     their_rows = run_baseline(bench, getattr(torch, baseline_dtype))
     ours, theirs = medians(our_rows), medians(their_rows)
     return {
-        "options": asdict(bench),
-        "machine": platform.processor() or platform.machine(),
+        "options": {**asdict(bench), "model": Path(bench.model).name, "json": None},
+        "machine": describe(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "dtype": {"slipstream": dtype, "baseline": baseline_dtype},

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from machine import processor
 
 from engine.config import SchedulerConfig
 from engine.protocol import Request, SamplingParams, StepPlan, StepResult
@@ -153,7 +154,7 @@ def main() -> None:
         )
     if options.json:
         record = {
-            "processor": platform.processor() or platform.machine(),
+            "processor": processor(),
             "python": platform.python_version(),
             "numpy": np.__version__,
             "timings": [asdict(timing) for timing in timings],

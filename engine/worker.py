@@ -69,7 +69,13 @@ class Worker:
         self._pool = self._build_pool(config, context, dtype, num_scratch)
         num_pages = self._pool.k_LNGKD.shape[1] - num_scratch
         head_dim = files.config.head_dim
-        choice = select(config.attention, self._pool, scale=head_dim**-0.5, device=device)
+        choice = select(
+            config.attention,
+            self._pool,
+            num_heads=files.config.num_heads,
+            scale=head_dim**-0.5,
+            device=device,
+        )
         logger.info("attention back end %s (%s)", choice.backend.name, choice.reason)
         self._attention = choice.backend
         num_slots = config.scheduler.max_running

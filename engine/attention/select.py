@@ -21,7 +21,12 @@ class Choice:
 
 
 def select(
-    name: AttentionBackendName, pool: KVPool, *, scale: float, device: torch.device
+    name: AttentionBackendName,
+    pool: KVPool,
+    *,
+    num_heads: int,
+    scale: float,
+    device: torch.device,
 ) -> Choice:
     """Build the back end `name`; 'auto' takes Triton on a GPU and torch on a CPU.
 
@@ -42,4 +47,4 @@ def select(
         return Choice(TritonBackend(pool, scale=scale), reason)
     from engine.attention.torch_native import TorchNativeBackend
 
-    return Choice(TorchNativeBackend(pool, scale=scale), reason)
+    return Choice(TorchNativeBackend(pool, num_heads=num_heads, scale=scale), reason)

@@ -30,15 +30,15 @@ class Bucket:
     """Rows whose own KV is attended in one padded call.
 
     token_BQ: int64 [B, Q], tokens of each row (padding repeats its last token).
-    pages: int64 [B * P] own pages, padding repeats page 0 of the pool. bias_BQL: additive
-    mask, 0 or -inf, in the query dtype. flat: the rows' tokens are one unpadded run
-    [start, stop), so queries and outputs are views.
+    pages: int64 [B * P] own pages, padding repeats page 0 of the pool. bias_B1NL: additive
+    mask, 0 or -inf, in the query dtype, for the N = Q * M queries of one kv head. flat: the
+    rows' tokens are one unpadded run [start, stop), so queries and outputs are views.
     """
 
     token_BQ: torch.Tensor
     valid_BQ: torch.Tensor
     pages: torch.Tensor
-    bias_BQL: torch.Tensor
+    bias_B1NL: torch.Tensor
     flat: tuple[int, int] | None
 
 
@@ -59,8 +59,11 @@ class TorchNativeBackend:
 
     name = "torch_native"
 
-    def __init__(self, pool: KVPool, *, scale: float, share_prefixes: bool = True) -> None:
+    def __init__(
+        self, pool: KVPool, *, num_heads: int, scale: float, share_prefixes: bool = True
+    ) -> None:
         self._pool = pool
+        self._group = num_heads // pool.k_LNGKD.shape[3]
         self._scale = scale
         self._share = share_prefixes
 
@@ -74,13 +77,16 @@ class TorchNativeBackend:
             found = find_shared_prefixes(pages_RP, computed, batch.page_size)
             segments, own_start_R = found.segments, found.own_start_R
         dtype = self._pool.k_LNGKD.dtype
+        buckets = [
+            _bucket(batch, pages_RP, own_start_R, rows, dtype, self._group)
+            for rows in _group_rows(batch)
+        ]
         return TorchNativeStep(
             pool=self._pool,
             scale=self._scale,
             write_slots_T=batch.write_slots_T,
-            buckets=[
-                _bucket(batch, pages_RP, own_start_R, rows, dtype) for rows in _group_rows(batch)
-            ],
+            buckets=buckets,
+            order_T=_token_order(buckets),
             runs=[_shared_run(batch, pages_RP, segment) for segment in segments],
         )
 
@@ -93,6 +99,7 @@ class TorchNativeStep:
     scale: float
     write_slots_T: torch.Tensor
     buckets: list[Bucket]
+    order_T: torch.Tensor | None
     runs: list[SharedRun]
 
     def attend(
@@ -102,24 +109,22 @@ class TorchNativeStep:
         k_NGKD, v_NGKD = self.pool.layer(layer_index)
         k_TKD, v_TKD = _finite(k_TKD), _finite(v_TKD)
         write_kv(k_TKD, v_TKD, k_NGKD, v_NGKD, self.write_slots_T, backend="torch")
-        out_THD = torch.empty_like(q_THD)
-        lse_TH = q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32) if self.runs else None
-        for bucket in self.buckets:
-            self._own(bucket, q_THD, k_NGKD, v_NGKD, out_THD, lse_TH)
-        for run in self.runs:
-            assert lse_TH is not None
-            self._shared(run, q_THD, k_NGKD, v_NGKD, out_THD, lse_TH)
+        partial = [self._own(bucket, q_THD, k_NGKD, v_NGKD) for bucket in self.buckets]
+        out_THD, lse_TH = partial[0]
+        if self.order_T is not None:
+            out_THD = torch.cat([out for out, _ in partial])[self.order_T]
+            lse_TH = torch.cat([lse for _, lse in partial])[self.order_T]
+        for index, run in enumerate(self.runs):
+            rows = slice(run.start, run.stop)
+            out, lse = self._shared(run, q_THD[rows], k_NGKD, v_NGKD)
+            last = index + 1 == len(self.runs)
+            _merge_into(out_THD[rows], lse_TH[rows], out, lse, need_lse=not last)
         return out_THD
 
     def _own(
-        self,
-        bucket: Bucket,
-        q_THD: torch.Tensor,
-        k_NGKD: torch.Tensor,
-        v_NGKD: torch.Tensor,
-        out_THD: torch.Tensor,
-        lse_TH: torch.Tensor | None,
-    ) -> None:
+        self, bucket: Bucket, q_THD: torch.Tensor, k_NGKD: torch.Tensor, v_NGKD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A bucket's rows over their own pages: ([B * Q, H, D], float32 [B * Q, H])."""
         size, queries = bucket.token_BQ.shape
         k_BKLD = _gather(k_NGKD, bucket.pages, size)
         v_BKLD = _gather(v_NGKD, bucket.pages, size)
@@ -128,45 +133,51 @@ class TorchNativeStep:
             q_BQHD = q_THD[start:stop].view(size, queries, *q_THD.shape[1:])
         else:
             q_BQHD = q_THD[bucket.token_BQ]
-        out_BQHD, lse_BQH = _attend(q_BQHD, k_BKLD, v_BKLD, bucket.bias_BQL, self.scale)
-        if bucket.flat is not None:
-            start, stop = bucket.flat
-            out_THD[start:stop] = out_BQHD.reshape(stop - start, *q_THD.shape[1:])
-            if lse_TH is not None:
-                lse_TH[start:stop] = lse_BQH.reshape(stop - start, -1)
-            return
-        tokens = bucket.token_BQ[bucket.valid_BQ]
-        out_THD[tokens] = out_BQHD[bucket.valid_BQ]
-        if lse_TH is not None:
-            lse_TH[tokens] = lse_BQH[bucket.valid_BQ]
+        return _attend(q_BQHD, k_BKLD, v_BKLD, bucket.bias_B1NL, self.scale)
 
     def _shared(
-        self,
-        run: SharedRun,
-        q_THD: torch.Tensor,
-        k_NGKD: torch.Tensor,
-        v_NGKD: torch.Tensor,
-        out_THD: torch.Tensor,
-        lse_TH: torch.Tensor,
-    ) -> None:
+        self, run: SharedRun, q_THD: torch.Tensor, k_NGKD: torch.Tensor, v_NGKD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Some tokens over pages that all of them read: ([T, H, D], float32 [T, H])."""
         k_BKLD, v_BKLD = _gather(k_NGKD, run.pages, 1), _gather(v_NGKD, run.pages, 1)
-        rows = slice(run.start, run.stop)
-        out_BQHD, lse_BQH = _attend(q_THD[rows].unsqueeze(0), k_BKLD, v_BKLD, None, self.scale)
-        merged = torch.logaddexp(lse_TH[rows], lse_BQH[0])
-        own = torch.exp(lse_TH[rows] - merged).unsqueeze(-1)
-        shared = torch.exp(lse_BQH[0] - merged).unsqueeze(-1)
-        out_THD[rows] = (out_THD[rows] * own + out_BQHD[0] * shared).to(out_THD.dtype)
-        lse_TH[rows] = merged
+        return _attend(q_THD.unsqueeze(0), k_BKLD, v_BKLD, None, self.scale)
+
+
+def _token_order(buckets: list[Bucket]) -> torch.Tensor | None:
+    """Where each token of the step is among the padded rows of all buckets; None where they
+    are the tokens in order already. int64 [T]."""
+    if len(buckets) == 1 and buckets[0].flat is not None:
+        return None
+    tokens = torch.cat([bucket.token_BQ.flatten() for bucket in buckets])
+    valid = torch.cat([bucket.valid_BQ.flatten() for bucket in buckets])
+    places = valid.nonzero().squeeze(1)
+    return places[tokens[places].argsort()]
+
+
+def _merge_into(
+    out_THD: torch.Tensor,
+    lse_TH: torch.Tensor,
+    other_THD: torch.Tensor,
+    other_lse_TH: torch.Tensor,
+    *,
+    need_lse: bool,
+) -> None:
+    """Merge another partial result into `out` and, if needed again, `lse`; in place."""
+    share_TH1 = torch.sigmoid(other_lse_TH - lse_TH).unsqueeze(-1)
+    merged = torch.lerp(out_THD.float(), other_THD.float(), share_TH1)
+    out_THD.copy_(merged)
+    if need_lse:
+        torch.logaddexp(lse_TH, other_lse_TH, out=lse_TH)
 
 
 def _attend(
     q_BQHD: torch.Tensor,
     k_BKLD: torch.Tensor,
     v_BKLD: torch.Tensor,
-    bias_BQL: torch.Tensor | None,
+    bias_B1NL: torch.Tensor | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dense attention with its log-sum-exp. Returns ([B, Q, H, D], float32 [B, Q, H]).
+    """Dense attention with its log-sum-exp. Returns ([B * Q, H, D], float32 [B * Q, H]).
 
     The query heads of one kv head are stacked as further queries of it, so K and V are never
     repeated in memory.
@@ -176,13 +187,11 @@ def _attend(
     group = num_heads // kv_heads
     q = q_BQHD.view(size, queries, kv_heads, group, head_dim).transpose(1, 2)
     q = q.reshape(size, kv_heads, queries * group, head_dim)
-    bias = None
-    if bias_BQL is not None:
-        bias = bias_BQL.repeat_interleave(group, dim=1).unsqueeze(1)
-    out, lse = _dense(q, k_BKLD, v_BKLD, bias, scale)
+    out, lse = _dense(q, k_BKLD, v_BKLD, bias_B1NL, scale)
     out = out.view(size, kv_heads, queries, group, head_dim).transpose(1, 2)
     lse = lse.view(size, kv_heads, queries, group).transpose(1, 2)
-    return out.reshape(size, queries, num_heads, head_dim), lse.reshape(size, queries, num_heads)
+    tokens = size * queries
+    return out.reshape(tokens, num_heads, head_dim), lse.reshape(tokens, num_heads)
 
 
 def _dense(
@@ -210,10 +219,7 @@ def _finite(values: torch.Tensor) -> torch.Tensor:
 
 def _gather(pages_NGKD: torch.Tensor, pages: torch.Tensor | slice, size: int) -> torch.Tensor:
     """[B * P] page ids, or a slice of the pool -> [B, K, L, D] of their contents."""
-    if isinstance(pages, slice):
-        taken = pages_NGKD[pages]
-    else:
-        taken = pages_NGKD.index_select(0, pages)
+    taken = pages_NGKD[pages] if isinstance(pages, slice) else pages_NGKD.index_select(0, pages)
     return taken.view(size, -1, *pages_NGKD.shape[2:]).transpose(1, 2)
 
 
@@ -240,6 +246,7 @@ def _bucket(
     own_start_R: np.ndarray,
     rows: np.ndarray,
     dtype: torch.dtype,
+    group: int,
 ) -> Bucket:
     lens = batch.query_lens_R[rows]
     kv_lens = batch.kv_lens_R[rows]
@@ -266,7 +273,7 @@ def _bucket(
         token_BQ=torch.from_numpy(token_BQ).to(batch.device),
         valid_BQ=torch.from_numpy(valid_BQ).to(batch.device),
         pages=torch.from_numpy(pages.reshape(-1).astype(np.int64)).to(batch.device),
-        bias_BQL=bias.to(batch.device),
+        bias_B1NL=bias.repeat_interleave(group, dim=1).unsqueeze(1).to(batch.device),
         flat=(int(tokens[0]), int(tokens[-1]) + 1) if contiguous else None,
     )
 

@@ -54,9 +54,12 @@ def exp_weights(
     width = -(-vocab // CHUNK) * CHUNK
     weights_SW = torch.empty(num_rows, width, dtype=torch.float32, device=logits_SV.device)
     weights_SW[:, vocab:] = float("-inf")
-    torch.div(logits_SV, divisor_S.unsqueeze(1), out=weights_SW[:, :vocab])
-    max_S = weights_SW.amax(-1)
-    return weights_SW.sub_(max_S.unsqueeze(1)).exp_(), max_S
+    max_S = logits_SV.amax(-1).float()
+    torch.sub(logits_SV, max_S.unsqueeze(1), out=weights_SW[:, :vocab])
+    # One pass less where it would change nothing; on a GPU the look would cost more.
+    if logits_SV.is_cuda or bool((divisor_S != 1).any()):
+        weights_SW.div_(divisor_S.unsqueeze(1))
+    return weights_SW.exp_(), max_S / divisor_S
 
 
 def inverse_cdf(

@@ -58,7 +58,7 @@ def compare(batch: AttentionBatch, pool: KVPool, *, tolerance: float) -> None:
     q = torch.randn(num_tokens, HEADS, DIM).to(dtype)
     k = torch.randn(num_tokens, KV_HEADS, DIM).to(dtype)
     v = torch.randn(num_tokens, KV_HEADS, DIM).to(dtype)
-    step = TorchNativeBackend(pool, scale=SCALE).prepare(batch)
+    step = TorchNativeBackend(pool, num_heads=HEADS, scale=SCALE).prepare(batch)
     got = step.attend(1, q, k, v)
     want = paged_attention(
         q,
@@ -115,7 +115,7 @@ def test_bfloat16(case: str) -> None:
 def test_the_group_case_does_share() -> None:
     """Else the cases above would not test the merge."""
     batch = make_batch(*CASES["group decode"])
-    step = TorchNativeBackend(make_pool(), scale=SCALE).prepare(batch)
+    step = TorchNativeBackend(make_pool(), num_heads=HEADS, scale=SCALE).prepare(batch)
     assert len(step.runs) == 1
     assert 4 * len(SHARED) >= sharing.MIN_PAGES_SAVED
 
@@ -125,9 +125,11 @@ def test_sharing_changes_nothing_beyond_rounding() -> None:
     batch, pool = make_batch(*CASES["group decode"]), make_pool()
     q = torch.randn(5, HEADS, DIM)
     k, v = torch.randn(2, 5, KV_HEADS, DIM).unbind(0)
-    shared = TorchNativeBackend(pool, scale=SCALE).prepare(batch).attend(0, q, k, v)
+    shared = (
+        TorchNativeBackend(pool, num_heads=HEADS, scale=SCALE).prepare(batch).attend(0, q, k, v)
+    )
     apart = (
-        TorchNativeBackend(pool, scale=SCALE, share_prefixes=False)
+        TorchNativeBackend(pool, num_heads=HEADS, scale=SCALE, share_prefixes=False)
         .prepare(batch)
         .attend(0, q, k, v)
     )
@@ -139,7 +141,7 @@ def test_a_row_of_nan_does_not_reach_the_next_tenant_of_its_page() -> None:
     pool = make_pool()
     pool.k_LNGKD.zero_()
     pool.v_LNGKD.zero_()
-    backend = TorchNativeBackend(pool, scale=SCALE)
+    backend = TorchNativeBackend(pool, num_heads=HEADS, scale=SCALE)
     bad = torch.full((4, HEADS, DIM), float("nan"))
     bad_kv = torch.full((4, KV_HEADS, DIM), float("inf"))
     step = backend.prepare(make_batch([[1]], [4], [4]))
