@@ -22,6 +22,7 @@ import torch
 import tyro
 from gpu_rollout_profile import StepProfile, profile_steps
 from gpu_rollout_workloads import ModelBytes, Workload, floor_seconds, make_workload
+from machine import describe
 
 from engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from engine.executor import Executor, build_executor
@@ -257,7 +258,7 @@ def main() -> None:
     facts = bench.executor.facts
     model = model_bytes(options.model, facts.num_parameters)
     print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}: copy "
+        f"{describe()}, torch {torch.__version__}: copy "
         f"{machine['copy_bytes_per_s'] / 1e9:,.0f} GB/s, bf16 product "
         f"{machine['gemm_flop_per_s'] / 1e12:,.0f} TFLOP/s\n{options.model}: first token "
         f"{first_token_s:.1f} s after the start of the process (load {facts.load_seconds:.1f} s)"
@@ -268,9 +269,9 @@ def main() -> None:
         show(name, results[name], with_kernels=options.profile)
     if options.json:
         report = {
-            "machine": torch.cuda.get_device_name(),
+            "machine": describe(),
             "torch": torch.__version__,
-            "options": asdict(options),
+            "options": {k: v for k, v in asdict(options).items() if k != "json"},
             "ceilings": machine,
             "first_token_s": first_token_s,
             "load_s": facts.load_seconds,

@@ -125,3 +125,24 @@ def test_the_table_keeps_sampled_tokens_within_the_context() -> None:
     table.append(torch.tensor([0, 0]), torch.tensor([3, 16]), torch.tensor([7, 8]))
     assert table.token_ids[0, :4].tolist() == [1, 2, 3, 7]
     assert 8 not in table.token_ids[0].tolist()
+
+
+def test_rows_that_need_more_than_temperature_are_not_plain() -> None:
+    sampler = Sampler(num_slots=6, device=torch.device("cpu"), backend="torch")
+    special = [
+        changed(top_k=3),
+        changed(min_p=0.1),
+        changed(presence_penalty=0.5),
+        changed(top_logprobs=2),
+    ]
+    ids = np.array([1, 2], dtype=np.int32)
+    rows = [
+        NewRow(slot=slot, token_ids=ids, prompt_len=2, sampling=sampling)
+        for slot, sampling in enumerate([PLAIN, *special])
+    ]
+    sampler.enter(rows)
+    assert sampler.is_plain(np.array([0, 5]))
+    for slot in range(1, 5):
+        assert not sampler.is_plain(np.array([0, slot]))
+    sampler.enter([NewRow(slot=3, token_ids=ids, prompt_len=2, sampling=PLAIN)])
+    assert sampler.is_plain(np.array([0, 3]))
