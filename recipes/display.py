@@ -39,18 +39,37 @@ COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("grad", "grad_norm", "{:.2f}".format),
     ("length", "completions/mean_length", "{:.1f}".format),
     ("tok/s", "perf/rollout_tokens_per_s", "{:.0f}".format),
-    ("generate s", "timing_s/generate", "{:.2f}".format),
-    ("score s", "timing_s/score", "{:.2f}".format),
-    ("train s", "timing_s/train", "{:.2f}".format),
-    ("push s", "timing_s/push", "{:.2f}".format),
-    ("other s", "timing_s/other", "{:.2f}".format),
+    ("generate", "timing_s/generate", "{:.2f}".format),
+    ("score", "timing_s/score", "{:.2f}".format),
+    ("train", "timing_s/train", "{:.2f}".format),
+    ("push", "timing_s/push", "{:.2f}".format),
+    ("other", "timing_s/other", "{:.2f}".format),
     ("step s", "timing_s/step", "{:.2f}".format),
 )
+
+# Dropped from the right where a terminal is too narrow for all; the log lines have them.
+BY_IMPORTANCE = (
+    *("step", "reward", "held-out", "step s", "generate", "train", "push", "score", "other"),
+    *("tok/s", "Δlogp", "entropy", "length", "clip", "grad", "k3", "max"),
+)
+CELL_WIDTH = 7
+"""Of the widest figures, such as 1.3e-05."""
 
 
 def cells(row: Row) -> list[str]:
     """The row as text, one cell a column, "-" where it has no such figure."""
     return [form(row[key]) if key in row else "-" for _, key, form in COLUMNS]
+
+
+def fitting(width: int) -> set[str]:
+    """Titles of the most important columns that a line of `width` characters has room for."""
+    shown: set[str] = set()
+    for title in BY_IMPORTANCE:
+        width -= max(len(title), CELL_WIDTH if title in ("Δlogp", "max", "k3") else 5) + 1
+        if width < 0:
+            break
+        shown.add(title)
+    return shown
 
 
 class Display:
@@ -117,9 +136,12 @@ class Display:
             self._live.stop()
 
     def _render(self) -> Group:
-        table = Table(title=self._title, expand=False, pad_edge=False)
+        shown = fitting(self._bar.console.width)
+        table = Table(title=self._title, box=None, pad_edge=False, padding=(0, 1, 0, 0))
         for title, _, _ in COLUMNS:
-            table.add_column(title, justify="right", no_wrap=True)
+            if title in shown:
+                table.add_column(title, justify="right", no_wrap=True)
         for row in self._rows[-VISIBLE_ROWS:]:
-            table.add_row(*cells(row))
+            named = zip(COLUMNS, cells(row), strict=True)
+            table.add_row(*(cell for (title, _, _), cell in named if title in shown))
         return Group(table, self._bar)

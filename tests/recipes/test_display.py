@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from recipes.actor import Generation
-from recipes.display import COLUMNS, Display, cells
+from recipes.display import COLUMNS, Display, cells, fitting
 
 ROW = {"step": 3, "reward": 0.5, "timing_s/generate": 1.25, "eval/accuracy": 0.75}
 
@@ -27,6 +27,18 @@ def test_lines_where_there_is_no_terminal(caplog: pytest.LogCaptureFixture) -> N
         display.show(ROW)
     assert "evaluating" in caplog.text
     assert "reward 0.500" in caplog.text
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 200])
+def test_a_narrow_terminal_drops_columns_and_cuts_no_figure(width: int) -> None:
+    out = io.StringIO()
+    row = {key: 12.5 if key.startswith("timing_s") else 1.25e-5 for _, key, _ in COLUMNS}
+    with Display("run", 5, Console(file=out, force_terminal=True, width=width)) as display:
+        display.show({**row, "step": 3})
+    table = [line for line in out.getvalue().splitlines() if "\u2501" not in line]
+    assert "\u2026" not in "".join(table), "a cell was cut"
+    assert fitting(width) <= fitting(200) == {title for title, _, _ in COLUMNS}
+    assert {"step", "reward", "held-out", "step s"} <= fitting(width)
 
 
 def test_a_rollout_under_way_in_a_terminal() -> None:
