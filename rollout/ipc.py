@@ -33,7 +33,7 @@ class Channel:
 
     @classmethod
     def listen(cls, endpoint: str, receive: Any) -> Channel:
-        """The end that makes `endpoint`, such as "ipc:///tmp/x/leader"."""
+        """The end that makes `endpoint`, such as "ipc:///run/slipstream/leader"."""
         channel = cls(receive)
         channel._socket.bind(endpoint)
         return channel
