@@ -34,7 +34,7 @@ def _start(mode: WandbMode, folder: Path, config: dict[str, Any]) -> Any:
         import wandb
     except ImportError as error:
         raise InvalidRequest(
-            f"wandb: --wandb {mode} needs the wandb package: pip install 'slipstream[wandb]'",
+            f"wandb: --wandb {mode} needs the wandb package: pip install -e '.[wandb]'",
             field="wandb",
         ) from error
     return wandb.init(

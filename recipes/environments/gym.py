@@ -49,7 +49,7 @@ def load_gym(task: str) -> Gym:
         import reasoning_gym
     except ImportError as error:
         raise InvalidRequest(
-            f"task: gym:{task} needs the reasoning-gym package: pip install 'slipstream[gym]'",
+            f"task: gym:{task} needs the reasoning-gym package: pip install -e '.[gym]'",
             field="task",
         ) from error
     try:
