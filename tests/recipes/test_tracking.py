@@ -61,5 +61,5 @@ def test_without_the_library_the_extra_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(InvalidRequest, match=r"slipstream\[wandb\]"):
+    with pytest.raises(InvalidRequest, match=r"\.\[wandb\]"):
         Tracker("online", tmp_path, {})

@@ -87,5 +87,5 @@ def test_gym_tasks_keep_the_items_they_hand_out(monkeypatch: pytest.MonkeyPatch)
 
 def test_gym_without_the_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(InvalidRequest, match=r"slipstream\[gym\]"):
+    with pytest.raises(InvalidRequest, match=r"\.\[gym\]"):
         select_environment("gym:chain_sum")
