@@ -71,6 +71,9 @@ class PromptScorer:
             kv_len, query_len = int(plan.kv_lens[row]), int(plan.query_lens[row])
             start = max(wanted.start, kv_len - query_len + 1)
             stop = min(len(wanted.token_ids), kv_len + 1)
+            if stop == len(wanted.token_ids):
+                # Nothing is left to score: later decode steps need not look at their rows.
+                del self._wanted[slot]
             if start < stop:
                 first = int(batch.query_start_R1[row]) + start - 1 - (kv_len - query_len)
                 hidden = hidden_TH[first : first + stop - start]
