@@ -54,6 +54,33 @@ class SchedulerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How many ranks a replica has and how long they wait for each other."""
+
+    tp_size: int = 1
+    """Tensor-parallel ranks, one GPU each; 1, 2, 4 or 8."""
+    base_gpu: int = 0
+    """First GPU of the replica, among those visible."""
+    timeout_s: float = 60.0
+    """Deadline of a collective; a rank that misses it ends the replica with EngineDead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """Giving GPU memory back between rollouts, and sharing it with a trainer."""
+
+    saver: bool = False
+    """Allocate weights and KV so that release and resume work; on a GPU this takes
+    torch-memory-saver."""
+    cpu_backup: bool = False
+    """Keep released weights in pinned host memory, and bring them back on resume."""
+    trainer_bytes: int = 0
+    """GPU memory per rank that a trainer beside the engine needs while the engine is awake."""
+    reserve_shadow: bool = False
+    """Leave room for a second copy of the weights, so that updates never write in place."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Everything a replica is built from."""
 
@@ -77,3 +104,5 @@ class EngineConfig:
     """Version the loaded weights are served as."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)

@@ -14,7 +14,13 @@
     │   └── CheckpointError            files are there but do not describe the model
     ├── WeightUpdateError              an update failed; the message says what serves now
     │   ├── UpdateOrder                a command of the update came out of order
-    │   └── ManifestMismatch           unknown, missing, duplicate or misshapen tensor
+    │   ├── ManifestMismatch           unknown, missing, duplicate or misshapen tensor
+    │   ├── ChecksumMismatch           a tensor's bits are not the sender's
+    │   ├── GroupError                 a process group that cannot be joined or broke
+    │   └── UpdateTimeout              a sender or rank missed its deadline
+    ├── MemoryReleased                 what the command needs was given back; resume it first
+    ├── Unauthorized                   no key, or a wrong one
+    ├── Forbidden                      a route that this address does not serve
     ├── OutOfMemory                    the memory planner refuses, with numbers
     └── EngineDead                     a rank died or missed its deadline
 
@@ -108,6 +114,42 @@ class ManifestMismatch(WeightUpdateError):
     """The tensors received are not the tensors the model has."""
 
     status = 400
+
+
+class ChecksumMismatch(WeightUpdateError):
+    """A tensor arrived with other bits than its sender announced."""
+
+    status = 400
+
+
+class GroupError(WeightUpdateError):
+    """A process group could not be formed, or a member of it is gone; names the rank."""
+
+    status = 400
+
+
+class UpdateTimeout(WeightUpdateError):
+    """A rank or the sender missed the deadline of an update; names the rank or tensor."""
+
+    status = 408
+
+
+class MemoryReleased(SlipstreamError):
+    """Memory that the command needs is released; the message says what to resume, in order."""
+
+    status = 409
+
+
+class Unauthorized(SlipstreamError):
+    """The request has no API key, or not the right one."""
+
+    status = 401
+
+
+class Forbidden(SlipstreamError):
+    """The route is not served to this caller; the message says which option opens it."""
+
+    status = 403
 
 
 class OutOfMemory(SlipstreamError):

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from engine.config import EngineConfig, LoadFormat
-from engine.protocol import EngineFacts, Reply, StepPlan, StepResult, WeightCommand
+from engine.protocol import EngineCommand, EngineFacts, Reply, StepPlan, StepResult
 
 if TYPE_CHECKING:
     from engine.pending import PendingStep
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Executor(Protocol):
-    """Executes step plans and weight commands strictly in the order given."""
+    """Executes step plans and commands strictly in the order given."""
 
     facts: EngineFacts
 
@@ -30,8 +30,8 @@ class Executor(Protocol):
         """Queue one step; its `result` waits for it. Later steps may be queued before."""
         ...
 
-    def handle(self, command: WeightCommand) -> Reply:
-        """Run one command of a weight update; raises `engine.errors.WeightUpdateError`."""
+    def handle(self, command: EngineCommand) -> Reply:
+        """Run one command that is no step; raises its typed error."""
         ...
 
     def receive(self, tensors: Iterable[tuple[str, Any]]) -> None:
@@ -60,8 +60,8 @@ class LocalExecutor:
         """Queue one step."""
         return self._worker.launch(plan)
 
-    def handle(self, command: WeightCommand) -> Reply:
-        """Run one command of a weight update."""
+    def handle(self, command: EngineCommand) -> Reply:
+        """Run one command that is no step."""
         return self._worker.handle(command)
 
     def receive(self, tensors: Iterable[tuple[str, Any]]) -> None:

@@ -22,6 +22,12 @@ IntArray = np.ndarray[Any, np.dtype[np.int32]]
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]
 
 PauseMode = Literal["abort", "retract", "keep"]
+KvPolicy = Literal["keep", "recompute", "fresh"]
+MemoryTag = Literal["weights", "kv_cache", "cuda_graph"]
+Rendezvous = Literal["torch", "vllm"]
+BroadcastLayout = Literal["tensors", "flat", "buckets", "chunks"]
+StagingMode = Literal["auto", "shadow", "in_place"]
+CheckAction = Literal["checksum", "snapshot", "reset_tensors", "compare"]
 FinishType = Literal["stop", "length", "abort"]
 
 
@@ -77,6 +83,7 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     priority: int = 0
     cache_salt: str = ""
     extra_key: str = ""
+    kv_policy: KvPolicy = "keep"
 
 
 class GenerateResponse(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -102,6 +109,10 @@ class Request(Struct, frozen=True, kw_only=True, tag="request"):
     stop_ids: tokens that end the sequence, the model's EOS ids included unless ignore_eos.
     prompt_logprob_start: first prompt position whose logprob is wanted; -1 for none.
     stream: outputs are wanted after every step, not only at the end.
+    kv_policy: what a weight update does to it while it runs. keep: it goes on with the KV the
+        old weights computed, which its output records; recompute: its KV is computed again
+        by the new weights, its tokens stay; fresh: it starts again from its prompt, so that
+        one version samples all of it (a stream, which cannot take tokens back, ends).
     """
 
     rid: str
@@ -115,6 +126,7 @@ class Request(Struct, frozen=True, kw_only=True, tag="request"):
     top_logprobs: int = 0
     prompt_logprob_start: int = -1
     stream: bool = False
+    kv_policy: KvPolicy = "keep"
 
 
 class Abort(Struct, frozen=True, kw_only=True, tag="abort"):
@@ -150,12 +162,27 @@ class FlushCache(Struct, frozen=True, kw_only=True, tag="flush_cache"):
     """Drop every cached prefix. Refused while requests hold pages."""
 
 
-class TensorSpec(Struct, frozen=True):
-    """One tensor of an update: Hugging Face name, torch dtype name ('bfloat16'), shape."""
+class TensorSpec(Struct, frozen=True, omit_defaults=True):
+    """One tensor of an update: Hugging Face name, torch dtype name ('bfloat16'), shape.
+
+    checksum: `engine.weights.checksum` of the full tensor, verified before the commit.
+    """
 
     name: str
     dtype: str
     shape: list[int]
+    checksum: int | None = None
+
+
+class TensorPiece(Struct, frozen=True, omit_defaults=True):
+    """A tensor on the wire, or elements [start, stop) of it laid out flat, where each trainer
+    rank sends what it holds. stop -1 stands for the whole tensor."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    start: int = 0
+    stop: int = -1
 
 
 class BeginUpdate(Struct, frozen=True, kw_only=True, tag="begin_update"):
@@ -163,15 +190,82 @@ class BeginUpdate(Struct, frozen=True, kw_only=True, tag="begin_update"):
 
     An empty manifest announces nothing: the update must then cover the whole model.
     partial: tensors of the model that the manifest leaves out keep their values.
+    mode: shadow holds what arrives until the commit, so that a failed update changes nothing;
+        in_place writes it into the live weights at once, and a failed update leaves an engine
+        that refuses to generate until a whole version was published; auto takes a shadow if
+        there is memory for it.
+    timeout_s: an update not committed within this time is aborted.
     """
 
     version: int
     manifest: list[TensorSpec] = msgspec.field(default_factory=list)
     partial: bool = False
+    mode: StagingMode = "auto"
+    timeout_s: float = 600.0
+
+
+class JoinGroup(Struct, frozen=True, kw_only=True, tag="join_group"):
+    """Join a process group of the trainer: engine rank r becomes rank `rank_offset` + r.
+
+    The trainer's rank 0 listens at `address`:`port`. torch: a `torch.distributed` group behind
+    `PrefixStore(name)`, as SGLang's dialect has it. vllm: a TCPStore and a raw NCCL
+    communicator, or `unique_id` (128 bytes) in place of the store. Blocks until the world is
+    complete, `timeout_s` at most. Joining again by the same arguments is no error.
+    """
+
+    name: str
+    address: str
+    port: int
+    rank_offset: int
+    world_size: int
+    backend: Literal["nccl", "gloo"] = "nccl"
+    rendezvous: Rendezvous = "torch"
+    unique_id: bytes = b""
+    timeout_s: float = 300.0
+
+
+class LeaveGroup(Struct, frozen=True, kw_only=True, tag="leave_group"):
+    """Leave and forget the group `name`; no error when there is none."""
+
+    name: str
+
+
+class ReceiveBroadcast(Struct, frozen=True, kw_only=True, tag="receive_broadcast"):
+    """Feed the open update by broadcasts of rank `source` of `group`, in list order.
+
+    tensors: one broadcast a tensor, in its own dtype. flat: one uint8 broadcast of all, one
+    behind the other. buckets: pieces packed as uint8 up to `bucket_bytes`, each aligned to 16
+    bytes, one broadcast a bucket; a larger piece has a bucket of its own. chunks: vLLM's packed
+    stream, where the tensor that exceeds `bucket_bytes` still belongs to the chunk.
+    """
+
+    group: str
+    tensors: list[TensorPiece]
+    layout: BroadcastLayout = "buckets"
+    bucket_bytes: int = 256 << 20
+    source: int = 0
+    timeout_s: float = 300.0
+
+
+class ReceiveIpc(Struct, frozen=True, kw_only=True, tag="receive_ipc"):
+    """Feed the open update from memory of another process on the same GPU.
+
+    payloads: one a rank (or one for all). native: a msgpack'd handle of
+    `trainer_bridge.transports.cuda_ipc`; sglang, vllm: pickles, read by an allow-list. With
+    `borrow`, tensors are read in place and only at the commit, so that the sender must leave
+    them alone until it has the reply to that; else the reply comes once they are copied.
+    """
+
+    payloads: list[bytes]
+    format: Literal["native", "sglang", "sglang_bucket", "vllm"] = "native"
+    borrow: bool = False
 
 
 class LoadFromDisk(Struct, frozen=True, kw_only=True, tag="load_from_disk"):
-    """Feed the open update from a folder of safetensors files (or one file)."""
+    """Feed the open update from a folder of safetensors files (or one file).
+
+    A folder with `delta.json` holds changed tensors only, against the version it names.
+    """
 
     path: str
 
@@ -188,6 +282,42 @@ class AbortUpdate(Struct, frozen=True, kw_only=True, tag="abort_update"):
     version: int
 
 
+class SetVersion(Struct, frozen=True, kw_only=True, tag="set_version"):
+    """Call the weights that serve `version`, which may not go backwards; cached prefixes are
+    dropped, since the caller says that the weights are others."""
+
+    version: int
+
+
+class CheckWeights(Struct, frozen=True, kw_only=True, tag="check_weights"):
+    """Compare weights across time or machines. checksum: of every parameter as it is stored;
+    snapshot: keep a copy on the host; reset_tensors: overwrite the weights with noise, so that
+    an update that misses one shows; compare: name the tensors that differ from the snapshot."""
+
+    action: CheckAction = "checksum"
+
+
+class GetWeight(Struct, frozen=True, kw_only=True, tag="get_weight"):
+    """The first `count` elements of a tensor by Hugging Face name, of this engine's shard."""
+
+    name: str
+    count: int = 100
+
+
+class ReleaseMemory(Struct, frozen=True, kw_only=True, tag="release_memory"):
+    """Give GPU memory back: weights, KV pool, CUDA graphs; empty tags mean all. Refused while
+    requests hold KV pages. `kv_cache` drops every cached prefix. Idempotent."""
+
+    tags: list[MemoryTag] = msgspec.field(default_factory=list)
+
+
+class ResumeMemory(Struct, frozen=True, kw_only=True, tag="resume_memory"):
+    """Take memory back, at the addresses it had; empty tags mean all. Weights come back with
+    their values where a CPU backup is kept, else a whole update must follow. Idempotent."""
+
+    tags: list[MemoryTag] = msgspec.field(default_factory=list)
+
+
 class GetState(Struct, frozen=True, kw_only=True, tag="get_state"):
     """Ask for `ReplicaState`."""
 
@@ -196,7 +326,19 @@ class Shutdown(Struct, frozen=True, kw_only=True, tag="shutdown"):
     """Finish and leave."""
 
 
-WeightCommand = BeginUpdate | LoadFromDisk | CommitUpdate | AbortUpdate
+WeightCommand = (
+    BeginUpdate
+    | JoinGroup
+    | LeaveGroup
+    | ReceiveBroadcast
+    | ReceiveIpc
+    | LoadFromDisk
+    | CommitUpdate
+    | AbortUpdate
+)
+"""What a rank does for an update."""
+EngineCommand = WeightCommand | CheckWeights | GetWeight | ReleaseMemory | ResumeMemory
+"""What a rank does beside stepping."""
 Control = (
     Abort
     | Stop
@@ -204,9 +346,18 @@ Control = (
     | Resume
     | FlushCache
     | BeginUpdate
+    | JoinGroup
+    | LeaveGroup
+    | ReceiveBroadcast
+    | ReceiveIpc
     | LoadFromDisk
     | CommitUpdate
     | AbortUpdate
+    | SetVersion
+    | CheckWeights
+    | GetWeight
+    | ReleaseMemory
+    | ResumeMemory
     | GetState
     | Shutdown
 )
@@ -246,6 +397,8 @@ class RequestOutput(Struct, frozen=True, kw_only=True, tag="output"):
     logprobs: float32 [len(token_ids)].
     prompt_logprobs: float32 [prompt_len - start position], in the first output only.
     finish: None while the sequence runs.
+    kv_spans: which version computed the KV of tokens [start, end), prompt included, in the
+        final output; more than one span says that stale KV was attended to.
     """
 
     rid: str
@@ -256,7 +409,9 @@ class RequestOutput(Struct, frozen=True, kw_only=True, tag="output"):
     prompt_tokens: int = 0
     cached_tokens: int = 0
     num_retractions: int = 0
+    num_restarts: int = 0
     spans: list[VersionSpan] = msgspec.field(default_factory=list)
+    kv_spans: list[VersionSpan] = msgspec.field(default_factory=list)
     top: TopLogprobs | None = None
     prompt_logprobs: FloatArray | None = None
     prompt_top: TopLogprobs | None = None
@@ -294,6 +449,14 @@ class ReplicaState(Struct, frozen=True, kw_only=True, tag="state"):
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
     num_steps: int = 0
+    tp_size: int = 1
+    pause_mode: PauseMode | None = None
+    released: list[MemoryTag] = msgspec.field(default_factory=list)
+    open_update: int | None = None
+    """Version of the update between its begin and its commit."""
+    refusal: str = ""
+    """Why no step may run, if so: weights are released, or an in-place update failed."""
+    groups: list[str] = msgspec.field(default_factory=list)
 
 
 class UpdateReport(Struct, frozen=True, kw_only=True, tag="update_report"):
@@ -305,12 +468,35 @@ class UpdateReport(Struct, frozen=True, kw_only=True, tag="update_report"):
     seconds: float
 
 
+class MemoryReport(Struct, frozen=True, kw_only=True):
+    """What a release or resume moved on one rank: bytes given back or taken (by tag), bytes of
+    the device still in use by this process, seconds."""
+
+    tags: dict[str, int]
+    used_bytes: int
+    seconds: float
+
+
+class WeightsReport(Struct, frozen=True, kw_only=True):
+    """Answer of one rank to `CheckWeights` or `GetWeight`.
+
+    checksums: by parameter name. differing: names that `compare` found. values: elements.
+    """
+
+    rank: int = 0
+    checksums: dict[str, int] = msgspec.field(default_factory=dict)
+    differing: list[str] = msgspec.field(default_factory=list)
+    values: list[float] = msgspec.field(default_factory=list)
+
+
 class Reply(Struct, frozen=True, kw_only=True, tag="reply"):
-    """Answer to one control command."""
+    """Answer to one control command; the lists have one entry a rank."""
 
     error: ErrorInfo | None = None
     state: ReplicaState | None = None
     report: UpdateReport | None = None
+    memory: list[MemoryReport] = msgspec.field(default_factory=list)
+    weights: list[WeightsReport] = msgspec.field(default_factory=list)
 
 
 # --- leader -> ranks -------------------------------------------------------------------
@@ -330,6 +516,7 @@ class EngineFacts(Struct, frozen=True, kw_only=True):
     attention: str
     num_parameters: int = 0
     load_seconds: float = 0.0
+    tp_size: int = 1
 
 
 class RowSampling(Struct, frozen=True, kw_only=True):

@@ -17,7 +17,7 @@ from engine.attention.select import select
 from engine.attention.triton import TritonBackend
 from engine.batch import RequestTable, StepBatch, build_batch
 from engine.config import EngineConfig
-from engine.errors import InvalidRequest
+from engine.errors import InvalidRequest, UnsupportedOption
 from engine.graphs import DecodeGraphs
 from engine.kv.pool import KVPool
 from engine.layers.runtime import LayerRuntime
@@ -31,11 +31,11 @@ from engine.protocol import (
     AbortUpdate,
     BeginUpdate,
     CommitUpdate,
+    EngineCommand,
     EngineFacts,
     LoadFromDisk,
     Reply,
     StepPlan,
-    WeightCommand,
 )
 from engine.sampling import Sampler
 from engine.transfer import Fetch, to_device
@@ -122,8 +122,8 @@ class Worker:
         prompt = self._scorer.score(plan, batch, hidden_TH)
         return self._sample(plan, batch, hidden_TH, prompt)
 
-    def handle(self, command: WeightCommand) -> Reply:
-        """Run one command of a weight update; raises WeightUpdateError subclasses."""
+    def handle(self, command: EngineCommand) -> Reply:
+        """Run one command that is no step; raises its typed error."""
         match command:
             case BeginUpdate():
                 self._session.begin(command)
@@ -136,6 +136,9 @@ class Worker:
             case AbortUpdate():
                 self._session.abort(command.version)
                 return Reply()
+            case _:
+                kind = type(command).__name__
+                raise UnsupportedOption(f"{kind} is not served by this engine", field=kind)
 
     def receive(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Feed the open update from tensors of this process, which stay theirs until commit."""

@@ -19,6 +19,7 @@ from engine.protocol import (
     BeginUpdate,
     CommitUpdate,
     Control,
+    EngineCommand,
     EngineFacts,
     ErrorInfo,
     FlushCache,
@@ -30,6 +31,7 @@ from engine.protocol import (
     Request,
     RequestOutput,
     Resume,
+    SetVersion,
     Shutdown,
     StepPlan,
     StepResult,
@@ -69,8 +71,8 @@ class StepExecutor(Protocol):
         """Queue one step; more may be queued before its result is asked for."""
         ...
 
-    def handle(self, command: WeightCommand) -> Reply:
-        """Run one command of a weight update; raises WeightUpdateError."""
+    def handle(self, command: EngineCommand) -> Reply:
+        """Run one command that is no step; raises its typed error."""
         ...
 
     def receive(self, tensors: Iterable[tuple[str, Any]]) -> None:
@@ -143,8 +145,12 @@ class Leader:
                 return Reply(state=self.state())
             case BeginUpdate() | LoadFromDisk() | CommitUpdate() | AbortUpdate():
                 return self._update(command)
+            case SetVersion():
+                self._scheduler.set_version(command.version)
             case Shutdown():
                 pass
+            case _:
+                return self._executor.handle(command)
         return Reply()
 
     def step(self) -> list[RequestOutput]:
