@@ -12,6 +12,8 @@ the structs travel as they are, without a copy.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -247,13 +249,46 @@ class ReceiveBroadcast(Struct, frozen=True, kw_only=True, tag="receive_broadcast
     timeout_s: float = 300.0
 
 
+class IpcBuffer(Struct, frozen=True, omit_defaults=True):
+    """Memory of another process. cuda: what torch's `UntypedStorage._share_cuda_` returns, the
+    device by its UUID; shm: `name` of a POSIX shared memory block. size and offset in bytes."""
+
+    kind: Literal["cuda", "shm"]
+    size: int
+    name: str = ""
+    device: str = ""
+    handle: bytes = b""
+    offset: int = 0
+    ref_handle: bytes = b""
+    ref_offset: int = 0
+    event: bytes = b""
+    event_sync: bool = False
+
+
+class IpcTensor(Struct, frozen=True):
+    """A contiguous tensor `offset` bytes into buffer number `buffer`."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    buffer: int
+    offset: int
+
+
+class IpcPayload(Struct, frozen=True):
+    """What `ReceiveIpc` carries in its native format, as `encode` writes it."""
+
+    buffers: list[IpcBuffer]
+    tensors: list[IpcTensor]
+
+
 class ReceiveIpc(Struct, frozen=True, kw_only=True, tag="receive_ipc"):
     """Feed the open update from memory of another process on the same GPU.
 
-    payloads: one a rank (or one for all). native: a msgpack'd handle of
-    `trainer_bridge.transports.cuda_ipc`; sglang, vllm: pickles, read by an allow-list. With
-    `borrow`, tensors are read in place and only at the commit, so that the sender must leave
-    them alone until it has the reply to that; else the reply comes once they are copied.
+    payloads: one a rank (or one for all). native: an encoded `IpcPayload`; sglang, vllm:
+    pickles, read by an allow-list. With `borrow`, tensors are read in place and only at the
+    commit, so that the sender must leave them alone until it has the reply to that; else the
+    reply comes once they are copied.
     """
 
     payloads: list[bytes]
@@ -598,6 +633,65 @@ class StepResult(Struct, frozen=True, kw_only=True, tag="step_result"):
     logprobs: FloatArray
     top: TopLogprobs | None = None
     prompt: list[PromptLogprobs] = msgspec.field(default_factory=list)
+
+
+# --- buckets ---------------------------------------------------------------------------
+
+BUCKET_ALIGNMENT = 16
+"""Bytes that the pieces of a bucket are aligned to."""
+
+ITEM_BYTES = {
+    "float64": 8,
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "uint8": 1,
+}
+"""Bytes of an element by torch dtype name."""
+
+
+class Placement(Struct, frozen=True):
+    """A piece at [offset, offset + num_bytes) of its bucket."""
+
+    piece: TensorPiece
+    offset: int
+    num_bytes: int
+
+
+class Bucket(Struct, frozen=True):
+    """What one broadcast carries: `num_bytes` of uint8, the padding between pieces included."""
+
+    placements: list[Placement]
+    num_bytes: int
+
+
+def piece_bytes(piece: TensorPiece) -> int:
+    """Bytes of a piece. Raises KeyError on a dtype that is not in `ITEM_BYTES`."""
+    stop = math.prod(piece.shape) if piece.stop < 0 else piece.stop
+    return (stop - piece.start) * ITEM_BYTES[piece.dtype]
+
+
+def plan_buckets(pieces: Sequence[TensorPiece], bucket_bytes: int) -> list[Bucket]:
+    """The layout "buckets" of `ReceiveBroadcast`: sender and receiver both compute it.
+
+    Pieces keep their order; a bucket ends before the piece that would exceed `bucket_bytes`.
+    """
+    buckets: list[Bucket] = []
+    placements: list[Placement] = []
+    end = 0
+    for piece in pieces:
+        size = piece_bytes(piece)
+        offset = -(-end // BUCKET_ALIGNMENT) * BUCKET_ALIGNMENT
+        if placements and offset + size > bucket_bytes:
+            buckets.append(Bucket(placements, end))
+            placements, offset = [], 0
+        placements.append(Placement(piece, offset, size))
+        end = offset + size
+    if placements:
+        buckets.append(Bucket(placements, end))
+    return buckets
 
 
 # --- bytes -----------------------------------------------------------------------------
