@@ -1,24 +1,33 @@
 """`push`: publish a trainer's weights as version v, in place.
 
-docs/weight_update.md follows one push file by file.
+docs/weight_update.md follows one push file by file. `push` makes its connection for one
+update; a `Publisher` keeps it, which is what transports with a process group or mapped memory
+want.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 
-from engine.protocol import BeginUpdate, TensorSpec
-from trainer_bridge.adapters.plain import named_tensors
-from trainer_bridge.control import UpdateTarget
+from engine.errors import UnsupportedOption
+from engine.protocol import BeginUpdate, StagingMode, TensorSpec, UpdateReport
+from trainer_bridge.adapters.base import WeightSource, spec_of
+from trainer_bridge.adapters.plain import PlainSource
+from trainer_bridge.checksum import with_checksums
+from trainer_bridge.control import LocalTarget, UpdateTarget
 from trainer_bridge.transports import disk, inproc
+from trainer_bridge.transports.base import Carrier, publish
+from trainer_bridge.transports.cuda_ipc import IpcCarrier
+from trainer_bridge.transports.nccl import NcclCarrier
 
-Transport = Literal["inproc", "disk"]
+Transport = Literal["inproc", "disk", "delta", "nccl", "cuda_ipc"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +55,139 @@ class PushReport:
         return f"{text}; memcpy {self.memcpy_seconds * 1e3:.0f} ms, ratio {ratio:.2f}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class PushOptions:
+    """How a publisher reaches its engines.
+
+    folder: of 'disk' and 'delta'; a temporary one if None. address, port: where the trainer
+    listens for 'nccl' (gloo on a CPU); port 0 takes a free one. checksums: have the engines
+    verify every tensor's bits. mode: see `BeginUpdate`. timeout_s: for one update.
+    """
+
+    transport: Transport = "inproc"
+    folder: str | Path | None = None
+    address: str = "127.0.0.1"
+    port: int = 0
+    group: str = "slipstream"
+    bucket_bytes: int = 256 << 20
+    checksums: bool = False
+    mode: StagingMode = "auto"
+    timeout_s: float = 300.0
+
+
+class Publisher:
+    """Publishes one trainer's weights to the same engines, update after update.
+
+    model: a transformers model or any module whose parameter names are the Hugging Face ones,
+    or a `WeightSource`. targets: replicas of this process, or `HttpTarget`s.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module | WeightSource,
+        targets: Sequence[UpdateTarget],
+        options: PushOptions | None = None,
+    ) -> None:
+        self.options = options or PushOptions()
+        self._source = PlainSource(model) if isinstance(model, torch.nn.Module) else model
+        self._targets = targets
+        self._carrier: Carrier | None = None
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+
+    def push(self, version: int, *, measure_memcpy: bool = False) -> PushReport:
+        """Publish the weights as they are now.
+
+        version: greater than the version that serves now.
+
+        Requests in flight continue across the push; their tokens carry the version that sampled
+        each. Raises ManifestMismatch, naming the tensor, when the trainer's parameters are not
+        the engine's, and another WeightUpdateError otherwise; the old version then keeps serving
+        (after an in-place update, none does until a whole one was published).
+        """
+        started = time.perf_counter()
+        report = self._publish(self._begin(version))
+        seconds = time.perf_counter() - started
+        return PushReport(
+            version=version,
+            num_tensors=report.num_tensors,
+            num_bytes=report.num_bytes,
+            seconds=seconds,
+            memcpy_seconds=memcpy_seconds(list(self._source.tensors())) if measure_memcpy else None,
+        )
+
+    def close(self) -> None:
+        """Leave the engines. Idempotent."""
+        carrier, self._carrier = self._carrier, None
+        if carrier is not None:
+            carrier.close()
+        if self._scratch is not None:
+            self._scratch.cleanup()
+            self._scratch = None
+
+    def __enter__(self) -> Publisher:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _begin(self, version: int) -> BeginUpdate:
+        specs = self._source.specs()
+        if self.options.checksums:
+            specs = with_checksums(specs, self._source.tensors())
+        return BeginUpdate(
+            version=version,
+            manifest=specs,
+            mode=self.options.mode,
+            timeout_s=self.options.timeout_s,
+        )
+
+    def _publish(self, begin: BeginUpdate) -> UpdateReport:
+        if self.options.transport == "inproc":
+            return self._publish_inproc(begin)
+        if self._carrier is None:
+            self._carrier = self._make_carrier()
+        return publish(self._carrier, begin, self._source)
+
+    def _publish_inproc(self, begin: BeginUpdate) -> UpdateReport:
+        if len(self._targets) != 1:
+            raise UnsupportedOption(
+                "'inproc' reaches one engine of this process; use 'cuda_ipc' or 'nccl'",
+                field="transport",
+            )
+        target = cast(LocalTarget, self._targets[0])
+        return inproc.send(begin, self._source, target)
+
+    def _make_carrier(self) -> Carrier:
+        options = self.options
+        if options.transport == "nccl":
+            return NcclCarrier(
+                self._targets,
+                device=self._device(),
+                address=options.address,
+                port=options.port,
+                name=options.group,
+                bucket_bytes=options.bucket_bytes,
+                timeout_s=options.timeout_s,
+            )
+        if options.transport == "cuda_ipc":
+            return IpcCarrier(
+                self._targets, device=self._device(), bucket_bytes=options.bucket_bytes
+            )
+        return disk.DiskCarrier(self._targets, self._folder(), delta=options.transport == "delta")
+
+    def _folder(self) -> Path:
+        if self.options.folder is not None:
+            return Path(self.options.folder)
+        self._scratch = tempfile.TemporaryDirectory(prefix="weights-")
+        return Path(self._scratch.name)
+
+    def _device(self) -> torch.device:
+        _, first = next(iter(self._source.tensors()))
+        return first.device
+
+
 def push(
-    model: torch.nn.Module,
+    model: torch.nn.Module | WeightSource,
     version: int,
     replica: UpdateTarget,
     *,
@@ -55,46 +195,22 @@ def push(
     folder: str | Path | None = None,
     measure_memcpy: bool = False,
 ) -> PushReport:
-    """Publish every parameter of `model` to `replica` as `version`.
+    """Publish every parameter of `model` to one engine as `version`: see `Publisher.push`.
 
-    model: a transformers model or any module whose parameter names are the Hugging Face ones.
-    version: greater than the version that serves now.
-    transport: 'inproc' for an engine of this process, 'disk' for any; `folder` is where
-        'disk' writes (a temporary folder if None).
-
-    Requests in flight continue across the push; their tokens carry the version that sampled
-    each. Raises ManifestMismatch, naming the tensor, when the model's parameters are not the
-    engine's, and another WeightUpdateError otherwise; the old version then keeps serving.
+    transport: 'inproc' for an engine of this process, 'cuda_ipc' for one on the same GPU,
+        'nccl' for one on another, 'disk' for any that sees `folder`.
     """
-    started = time.perf_counter()
-    tensors = list(named_tensors(model))
-    begin = BeginUpdate(version=version, manifest=manifest(tensors))
-    if transport == "inproc":
-        report = inproc.send(begin, tensors, replica)
-    elif folder is not None:
-        report = disk.send(begin, tensors, replica, Path(folder))
-    else:
-        with tempfile.TemporaryDirectory(prefix="weights-") as scratch:
-            report = disk.send(begin, tensors, replica, Path(scratch))
-    seconds = time.perf_counter() - started
-    return PushReport(
-        version=version,
-        num_tensors=report.num_tensors,
-        num_bytes=report.num_bytes,
-        seconds=seconds,
-        memcpy_seconds=memcpy_seconds(tensors) if measure_memcpy else None,
-    )
+    options = PushOptions(transport=transport, folder=folder)
+    with Publisher(model, [replica], options) as publisher:
+        return publisher.push(version, measure_memcpy=measure_memcpy)
 
 
-def manifest(tensors: list[tuple[str, torch.Tensor]]) -> list[TensorSpec]:
+def manifest(tensors: Sequence[tuple[str, torch.Tensor]]) -> list[TensorSpec]:
     """Names, dtypes and shapes of the tensors that will come."""
-    return [
-        TensorSpec(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
-        for name, tensor in tensors
-    ]
+    return [spec_of(name, tensor) for name, tensor in tensors]
 
 
-def memcpy_seconds(tensors: list[tuple[str, torch.Tensor]]) -> float:
+def memcpy_seconds(tensors: Sequence[tuple[str, torch.Tensor]]) -> float:
     """Seconds to copy the same bytes into memory that is already mapped: the floor of a push."""
     copies = [torch.empty_like(tensor) for _, tensor in tensors]
     for copy, (_, tensor) in zip(copies, tensors, strict=True):
@@ -107,6 +223,6 @@ def memcpy_seconds(tensors: list[tuple[str, torch.Tensor]]) -> float:
     return time.perf_counter() - started
 
 
-def _synchronize(tensors: list[tuple[str, torch.Tensor]]) -> None:
+def _synchronize(tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
     if tensors and tensors[0][1].is_cuda:
         torch.cuda.synchronize(tensors[0][1].device)

@@ -1,0 +1,61 @@
+"""What a trainer is to the bridge: a source of full tensors, or of this rank's pieces of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+
+from engine.protocol import TensorPiece, TensorSpec
+
+
+class WeightSource(Protocol):
+    """The weights of one trainer under their Hugging Face names.
+
+    On a sharded trainer `tensors` is collective: every rank iterates it, in the same order, and
+    the full tensors exist a few at a time. `shards` is not: it yields what this rank holds.
+    """
+
+    is_resident: bool
+    """Whether the tensors that `tensors` yields are the trainer's own and keep their addresses,
+    so that a receiver may read them in place until the update is committed."""
+
+    def specs(self) -> list[TensorSpec]:
+        """Name, dtype and full shape of every tensor, in the order of `tensors`."""
+        ...
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each full tensor once; valid until the next is asked for unless `is_resident`."""
+        ...
+
+    def shards(self) -> Iterator[tuple[TensorPiece, torch.Tensor]]:
+        """This rank's pieces, each with its elements as a flat tensor [stop - start].
+
+        The pieces of all ranks together cover every tensor once. Raises UnsupportedOption
+        where the trainer's layout has no such pieces.
+        """
+        ...
+
+
+def spec_of(name: str, tensor: torch.Tensor) -> TensorSpec:
+    """The announcement of a full tensor."""
+    return TensorSpec(name, dtype_name(tensor.dtype), list(tensor.shape))
+
+
+def whole_piece(spec: TensorSpec) -> TensorPiece:
+    """The piece that is all of a tensor."""
+    return TensorPiece(spec.name, spec.dtype, spec.shape)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch.bfloat16 -> 'bfloat16'."""
+    return str(dtype).removeprefix("torch.")
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """'bfloat16' -> torch.bfloat16. Raises KeyError for what is no dtype."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise KeyError(name)
+    return dtype

@@ -1,0 +1,193 @@
+"""Weights by broadcast: NCCL between GPUs, gloo between CPUs.
+
+One sender: trainer rank 0 sends everything. Several: every trainer rank has a group with all
+engine ranks and sends its own pieces, so that nothing funnels through rank 0.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from engine.errors import GroupError, SlipstreamError
+from engine.protocol import (
+    BeginUpdate,
+    JoinGroup,
+    LeaveGroup,
+    ReceiveBroadcast,
+    TensorPiece,
+)
+from trainer_bridge.adapters.base import WeightSource, whole_piece
+from trainer_bridge.control import UpdateTarget, state_of, try_send
+from trainer_bridge.packing import BucketPacker
+from trainer_bridge.process_group import Backend, SenderGroup
+from trainer_bridge.transports.base import Carrier
+
+BUCKET_BYTES = 256 << 20
+
+
+class Broadcaster:
+    """The sending end of one group: packs pieces into buckets and broadcasts them."""
+
+    def __init__(
+        self, group: SenderGroup, device: torch.device, *, bucket_bytes: int = BUCKET_BYTES
+    ) -> None:
+        self.group = group
+        self._packer = BucketPacker(device, bucket_bytes)
+
+    @property
+    def bucket_bytes(self) -> int:
+        """Most bytes of a bucket, unless one piece is larger."""
+        return self._packer.bucket_bytes
+
+    def send(
+        self,
+        pieces: list[TensorPiece],
+        flats: Any,
+        *,
+        deadline: float,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Broadcast `flats`, the flat elements of `pieces` in order, until `deadline`.
+
+        check: called between buckets; raises when the receivers have given up.
+        """
+
+        def broadcast(packed: torch.Tensor) -> Any:
+            check()
+            return self.group.broadcast(packed)
+
+        self._packer.send(pieces, flats, broadcast, lambda work: self._wait(work, deadline, check))
+
+    def _wait(self, work: Any, deadline: float, check: Callable[[], None]) -> None:
+        try:
+            self.group.wait(work, deadline)
+        except SlipstreamError:
+            # A receiver that refused says more than the broadcast that it left.
+            check()
+            raise
+
+
+class NcclCarrier(Carrier):
+    """All tensors from this process to every rank of every target, in one group.
+
+    The group is formed at the first update, and again after one that broke it. device: where
+    the trainer's tensors are. port: 0 takes a free one. timeout_s: for the members to come, and
+    for one update to be received.
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[UpdateTarget],
+        *,
+        device: torch.device,
+        address: str = "127.0.0.1",
+        port: int = 0,
+        name: str = "slipstream",
+        bucket_bytes: int = BUCKET_BYTES,
+        timeout_s: float = 300.0,
+    ) -> None:
+        self.targets = targets
+        self._device = device
+        self._address = address
+        self._port = port
+        self._name = name
+        self._bucket_bytes = bucket_bytes
+        self._timeout_s = timeout_s
+        self._sender: Broadcaster | None = None
+
+    def carry(self, begin: BeginUpdate, source: WeightSource) -> None:
+        """See `Carrier`."""
+        sender = self._connected()
+        pieces = [whole_piece(spec) for spec in begin.manifest]
+        command = ReceiveBroadcast(
+            group=self._name,
+            tensors=pieces,
+            bucket_bytes=sender.bucket_bytes,
+            timeout_s=self._timeout_s,
+        )
+        flats = (tensor.reshape(-1) for _, tensor in source.tensors())
+        deadline = time.monotonic() + self._timeout_s
+        with ThreadPoolExecutor(len(self.targets)) as pool:
+            received = [pool.submit(target.send, command) for target in self.targets]
+            try:
+                sender.send(pieces, flats, deadline=deadline, check=lambda: check(received))
+            except SlipstreamError:
+                sender.group.abort()
+                raise
+        check(received, wait=True)
+
+    def close(self) -> None:
+        """See `Carrier`."""
+        sender, self._sender = self._sender, None
+        if sender is not None:
+            for target in self.targets:
+                try_send(target, LeaveGroup(name=self._name))
+            sender.group.close()
+
+    def _connected(self) -> Broadcaster:
+        if self._sender is not None and self._sender.group.is_open:
+            return self._sender
+        backend: Backend = "nccl" if self._device.type == "cuda" else "gloo"
+        sizes = [state_of(target).tp_size for target in self.targets]
+        group = SenderGroup(
+            self._name,
+            world_size=1 + sum(sizes),
+            backend=backend,
+            address=self._address,
+            port=self._port,
+            timeout_s=self._timeout_s,
+        )
+        connect(group, self.targets, sizes)
+        self._sender = Broadcaster(group, self._device, bucket_bytes=self._bucket_bytes)
+        return self._sender
+
+
+def connect(group: SenderGroup, targets: Sequence[UpdateTarget], sizes: Sequence[int]) -> None:
+    """Have every rank of every target join `group`. sizes: ranks of each target.
+
+    Raises GroupError naming the ranks that did not come, or the error of one that refused.
+    """
+    joins = join_commands(group, sizes)
+    with ThreadPoolExecutor(len(targets)) as pool:
+        joined = []
+        for target, join in zip(targets, joins, strict=True):
+            try_send(target, LeaveGroup(name=group.name))
+            joined.append(pool.submit(target.send, join))
+        try:
+            group.connect()
+        except GroupError:
+            check(joined)
+            raise
+    check(joined, wait=True)
+
+
+def join_commands(group: SenderGroup, sizes: Sequence[int]) -> list[JoinGroup]:
+    """What each target is to do: its ranks follow those of the targets before it."""
+    commands = []
+    offset = 1
+    for size in sizes:
+        commands.append(
+            JoinGroup(
+                name=group.name,
+                address=group.address,
+                port=group.port,
+                rank_offset=offset,
+                world_size=group.world_size,
+                backend=group.backend,
+                timeout_s=group.timeout_s,
+            )
+        )
+        offset += size
+    return commands
+
+
+def check(futures: Sequence[Future[Any]], *, wait: bool = False) -> None:
+    """Raise the error of the first call that failed; `wait` for those that run."""
+    for future in futures:
+        if wait or future.done():
+            future.result()
