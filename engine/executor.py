@@ -1,7 +1,7 @@
 """The leader's side of the ranks: send plans and commands in order, collect results.
 
-One rank lives in the leader's own process, so `execute` is a call. Further ranks will get
-the same structs over `rollout.ipc`; nothing above this file knows how many there are.
+One rank lives in the leader's own process, so `execute` is a call; each further rank has a
+process of its own, which `rollout.ranks` starts and sends the same structs to.
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ class Executor(Protocol):
         """Feed the open update with (Hugging Face name, torch.Tensor) of this process."""
         ...
 
+    def abort(self) -> None:
+        """Give up on the other ranks: a call that waits for them ends. From any thread."""
+        ...
+
     def close(self) -> None:
         """Free what the ranks hold."""
         ...
@@ -46,10 +50,10 @@ class Executor(Protocol):
 class LocalExecutor:
     """One rank in this process."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, *, rank: int = 0, meeting_place: str = "") -> None:
         from engine.worker import Worker
 
-        self._worker = Worker(config)
+        self._worker = Worker(config, rank=rank, meeting_place=meeting_place)
         self.facts = self._worker.facts
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -68,14 +72,23 @@ class LocalExecutor:
         """Feed the open update."""
         self._worker.receive(tensors)
 
+    def abort(self) -> None:
+        """Give up on the other ranks."""
+        self._worker.abort()
+
     def close(self) -> None:
         """Drop the rank; its memory goes with it."""
+        self._worker.close()
         del self._worker
 
 
-def build_executor(config: EngineConfig) -> Executor:
-    """Build the ranks of one replica. Raises ModelError and OutOfMemory."""
-    return LocalExecutor(config)
+def build_executor(config: EngineConfig, *, rank: int = 0, meeting_place: str = "") -> Executor:
+    """Build one rank of a replica: the only one, unless `config.parallel` says otherwise.
+
+    meeting_place: path of a file that the ranks of this replica meet at, and no others.
+    Raises ModelError, OutOfMemory, and EngineDead when another rank does not come.
+    """
+    return LocalExecutor(config, rank=rank, meeting_place=meeting_place)
 
 
 def read_checkpoint(model: str, load_format: LoadFormat = "auto", seed: int = 0) -> Checkpoint:

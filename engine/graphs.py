@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,7 +67,7 @@ class DecodeGraphs:
     """Captures and replays the decode step of plain rows.
 
     scratch_slot: a row of the tables that no request takes; its pages are of nobody. Rows
-    that pad a bucket run on it.
+    that pad a bucket run on it. region: what a capture allocates belongs to it.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class DecodeGraphs:
         *,
         max_rows: int,
         scratch_slot: int,
+        region: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._model = model
         self._table = table
@@ -84,6 +87,7 @@ class DecodeGraphs:
         self._attention = attention
         self._buckets = np.array(row_buckets(max_rows))
         self._scratch_slot = scratch_slot
+        self._region = region
         self._device = table.device
         self._inputs = torch.zeros(2 * max_rows, dtype=torch.int32, device=table.device)
         self._outputs = torch.zeros(2 * max_rows, dtype=torch.int32, device=table.device)
@@ -119,7 +123,7 @@ class DecodeGraphs:
         self._fill(rows, nobody, nobody)
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
+        with self._region(), torch.cuda.stream(self._stream):
             # Kernels are compiled and loaded by a plain run: a capture allows neither.
             self._forward(rows, bound)
             self._stream.synchronize()

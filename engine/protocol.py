@@ -525,13 +525,18 @@ class WeightsReport(Struct, frozen=True, kw_only=True):
 
 
 class Reply(Struct, frozen=True, kw_only=True, tag="reply"):
-    """Answer to one control command; the lists have one entry a rank."""
+    """Answer to one control command; the lists have one entry a rank.
+
+    in_place: the update that was begun writes into the live weights, so no step may run until
+    it is committed.
+    """
 
     error: ErrorInfo | None = None
     state: ReplicaState | None = None
     report: UpdateReport | None = None
     memory: list[MemoryReport] = msgspec.field(default_factory=list)
     weights: list[WeightsReport] = msgspec.field(default_factory=list)
+    in_place: bool = False
 
 
 # --- leader -> ranks -------------------------------------------------------------------

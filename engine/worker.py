@@ -6,42 +6,45 @@ Legend: T tokens of the step, S rows that sample, V vocabulary.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterable
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import torch
 
+from engine.allocation import allocate_model, parameter_bytes
 from engine.attention.select import select
 from engine.attention.triton import TritonBackend
 from engine.batch import RequestTable, StepBatch, build_batch
 from engine.config import EngineConfig
-from engine.errors import InvalidRequest, UnsupportedOption
-from engine.graphs import DecodeGraphs
+from engine.errors import InvalidRequest
+from engine.graphs import DecodeGraphs, row_buckets
 from engine.kv.pool import KVPool
+from engine.layers.parameter import kv_head_shard
 from engine.layers.runtime import LayerRuntime
-from engine.memory import plan_memory
-from engine.models.build import build_model
+from engine.memory import Needs, graph_bytes, plan_memory, step_bytes
+from engine.models.decoder import CausalLM
 from engine.models.locate import locate
 from engine.numerics import dtype_name, kernel_backend, resolve_device, resolve_dtype
+from engine.occupancy import Occupancy
+from engine.parallel.connect import connect, rank_device
+from engine.parallel.mesh import Mesh
 from engine.pending import PendingStep, pack_sampled
 from engine.prompt_logprobs import PromptScorer
 from engine.protocol import (
-    AbortUpdate,
-    BeginUpdate,
-    CommitUpdate,
     EngineCommand,
     EngineFacts,
-    LoadFromDisk,
+    ReleaseMemory,
     Reply,
+    ResumeMemory,
     StepPlan,
 )
 from engine.sampling import Sampler
 from engine.transfer import Fetch, to_device
 from engine.weights.open import open_source
-from engine.weights.session import UpdateSession
-from engine.weights.sources import safetensors
+from engine.weights.service import WeightService
 
 logger = logging.getLogger(__name__)
 
@@ -51,19 +54,43 @@ DEFAULT_CONTEXT_LIMIT = 32768
 class Worker:
     """Executes what the leader plans: `launch` for step plans, `handle` for weight commands."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, *, rank: int = 0, meeting_place: str = "") -> None:
+        """rank, meeting_place: as in `engine.executor.build_executor`."""
         started = time.perf_counter()
-        device = resolve_device(config.device)
+        self._mesh = Mesh(tp_rank=rank, tp_size=config.parallel.tp_size)
+        device = rank_device(resolve_device(config.device), config.parallel, self._mesh)
         dtype = resolve_dtype(config.dtype, device)
         files = locate(config.model, config.load_format)
         backend = kernel_backend(device)
         self._device = device
         context = _context_length(config, files.config.max_position)
-        runtime = LayerRuntime(device=device, dtype=dtype, backend=backend)
-        self._model = build_model(files.config, runtime=runtime, max_position=context)
-        self._session = UpdateSession(self._model, version=config.weight_version)
+        self._collectives = connect(
+            self._mesh,
+            device,
+            meeting_place=meeting_place,
+            timeout_s=config.parallel.timeout_s,
+        )
+        runtime = LayerRuntime(
+            device=device,
+            dtype=dtype,
+            backend=backend,
+            mesh=self._mesh,
+            collectives=self._collectives,
+        )
+        self._occupancy = Occupancy(config.memory, device)
+        self._model = allocate_model(
+            files.config, runtime=runtime, max_position=context, occupancy=self._occupancy
+        )
+        self._weights = WeightService(
+            self._model,
+            version=config.weight_version,
+            device=device,
+            mesh=self._mesh,
+            agree=self._collectives.minimum,
+            require_weights=partial(self._occupancy.require, "weights"),
+        )
         source = open_source(files.kind, files.path, self._model, config.seed)
-        self._session.load_initial(source)
+        self._weights.session.load_initial(source)
         # A graph pads its batch with rows that need a slot and a page of nobody's.
         num_scratch = int(config.cuda_graphs and device.type == "cuda")
         self._pool = self._build_pool(config, context, dtype, num_scratch)
@@ -72,7 +99,7 @@ class Worker:
         choice = select(
             config.attention,
             self._pool,
-            num_heads=files.config.num_heads,
+            num_heads=files.config.num_heads // self._mesh.tp_size,
             scale=head_dim**-0.5,
             device=device,
         )
@@ -98,15 +125,17 @@ class Worker:
             dtype=dtype_name(dtype),
             device=device.type,
             attention=choice.backend.name,
-            num_parameters=sum(p.numel() for p in self._model.parameters()),
+            num_parameters=_num_parameters(self._model),
             load_seconds=time.perf_counter() - started,
+            tp_size=self._mesh.tp_size,
         )
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:
         """Queue one step plan. On a GPU this returns before the step ran; the next one may
         be queued behind it at once, since tokens go from step to step on the device."""
-        self._session.require_servable()
+        self._occupancy.require_all()
+        self._weights.session.require_servable()
         self._table.enter(plan.new_rows)
         self._sampler.enter(plan.new_rows)
         self._scorer.enter(plan.new_rows)
@@ -125,24 +154,27 @@ class Worker:
     def handle(self, command: EngineCommand) -> Reply:
         """Run one command that is no step; raises its typed error."""
         match command:
-            case BeginUpdate():
-                self._session.begin(command)
-                return Reply()
-            case LoadFromDisk():
-                self._session.receive(safetensors.tensors(Path(command.path)))
-                return Reply()
-            case CommitUpdate():
-                return Reply(report=self._session.commit(command.version))
-            case AbortUpdate():
-                self._session.abort(command.version)
-                return Reply()
+            case ReleaseMemory():
+                return Reply(memory=[self._occupancy.release(command.tags)])
+            case ResumeMemory():
+                return Reply(memory=[self._occupancy.resume(command.tags)])
             case _:
-                kind = type(command).__name__
-                raise UnsupportedOption(f"{kind} is not served by this engine", field=kind)
+                return self._weights.handle(command)
 
     def receive(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Feed the open update from tensors of this process, which stay theirs until commit."""
-        self._session.receive(tensors)
+        self._weights.session.receive(tensors)
+
+    def abort(self) -> None:
+        """Give up on the other ranks: what waits for them ends. From any thread."""
+        self._collectives.abort()
+
+    def close(self) -> None:
+        """Leave the other ranks. Graphs go first: a group waits for those that captured it."""
+        self._graphs = None
+        self._weights.close()
+        self._collectives.close()
+        self._occupancy.close()
 
     def _sample(
         self, plan: StepPlan, batch: StepBatch, hidden_TH: torch.Tensor, prompt: list
@@ -175,40 +207,68 @@ class Worker:
             self._attention,
             max_rows=max_rows,
             scratch_slot=max_rows,
+            region=partial(self._occupancy.region, "cuda_graph"),
         )
 
     def _build_pool(
         self, config: EngineConfig, context: int, dtype: torch.dtype, num_scratch: int
     ) -> KVPool:
         model = self._model.config
+        num_kv_heads = kv_head_shard(model.num_kv_heads, self._mesh).length
         page_bytes = KVPool.page_bytes(
             num_layers=model.num_layers,
             page_size=config.cache.page_size,
-            num_kv_heads=model.num_kv_heads,
+            num_kv_heads=num_kv_heads,
             head_dim=model.head_dim,
             dtype=dtype,
         )
-        # Per token of the largest step: hidden states, MLP and a slice of the logits.
-        per_token = 4 * (8 * model.hidden_size + 3 * model.intermediate_size)
-        logits = 3 * 4 * config.scheduler.max_running * model.vocab_size
         plan = plan_memory(
             config.cache,
             page_bytes=page_bytes,
-            workspace_bytes=config.scheduler.max_step_tokens * per_token + logits,
+            needs=self._needs(config, num_graphs=num_scratch),
             device=self._device,
             context_length=context,
             max_running=config.scheduler.max_running,
         )
         logger.info("%s", plan.describe())
-        return KVPool(
-            num_layers=model.num_layers,
-            num_pages=plan.num_pages + num_scratch,
-            page_size=config.cache.page_size,
-            num_kv_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
-            dtype=dtype,
-            device=self._device,
+        # One plan goes to every rank, so every rank has the pages that the fullest has.
+        num_pages = self._collectives.minimum(plan.num_pages) + num_scratch
+        with self._occupancy.region("kv_cache"):
+            pool = KVPool(
+                num_layers=model.num_layers,
+                num_pages=num_pages,
+                page_size=config.cache.page_size,
+                num_kv_heads=num_kv_heads,
+                head_dim=model.head_dim,
+                dtype=dtype,
+                device=self._device,
+            )
+        self._occupancy.hold("kv_cache", (pool.k_LNGKD, pool.v_LNGKD))
+        return pool
+
+    def _needs(self, config: EngineConfig, *, num_graphs: int) -> Needs:
+        """What memory goes to beside the KV pool. num_graphs: 0 if none are captured."""
+        model, max_rows = self._model.config, config.scheduler.max_running
+        sizes = {
+            "hidden_size": model.hidden_size,
+            "intermediate_size": model.intermediate_size,
+            "vocab_size": model.vocab_size,
+        }
+        weights = parameter_bytes(self._model)
+        buckets = len(row_buckets(max_rows)) * num_graphs
+        return Needs(
+            weights=weights,
+            workspace=step_bytes(config.scheduler, **sizes),
+            graphs=graph_bytes(buckets, max_rows, **sizes) if buckets else 0,
+            trainer=config.memory.trainer_bytes,
+            shadow=weights if config.memory.reserve_shadow else 0,
         )
+
+
+def _num_parameters(model: CausalLM) -> int:
+    """Elements of the full tensors, whatever share of them this rank holds."""
+    index = model.weight_index().values()
+    return sum(math.prod(parameter.parts[key].full_shape) for parameter, key in index)
 
 
 def _context_length(config: EngineConfig, longest: int) -> int:

@@ -9,16 +9,26 @@ from typing import Protocol
 
 import torch
 
-from engine.config import CacheConfig, EngineConfig
 from engine.errors import SlipstreamError, by_name
-from engine.protocol import FlushCache, ReplicaState, Request, RequestOutput
-from recipes.options import Options
-from rollout.launch import launch
+from engine.protocol import (
+    FlushCache,
+    MemoryTag,
+    ReleaseMemory,
+    ReplicaState,
+    Request,
+    RequestOutput,
+    ResumeMemory,
+)
 from rollout.offline import OnProgress, Progress, generate
 from rollout.replica import Replica
 from trainer_bridge import PushReport, push
+from trainer_bridge.adapters.base import WeightSource
 
 WATCH_PERIOD_S = 0.5
+BESIDE_WEIGHTS: tuple[MemoryTag, ...] = ("kv_cache", "cuda_graph")
+
+Weights = torch.nn.Module | WeightSource
+"""What a trainer publishes: a module of this process, or a source of its tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +56,13 @@ class Actor(Protocol):
         a request that the engine refused or gave up."""
         ...
 
-    def push(self, model: torch.nn.Module, version: int, *, measure_memcpy: bool) -> PushReport:
-        """Publish the model's weights as `version`."""
+    def sleep(self) -> None:
+        """Nothing is generated until the next `push`: leave the memory to the trainer, where
+        the two share it."""
+        ...
+
+    def push(self, model: Weights, version: int, *, measure_memcpy: bool) -> PushReport:
+        """Publish the model's weights as `version`; all processes of the run call it."""
         ...
 
     def flush(self) -> None:
@@ -64,10 +79,15 @@ class Actor(Protocol):
 
 
 class InlineActor:
-    """An `Actor` over a replica in this process."""
+    """An `Actor` over a replica in this process.
 
-    def __init__(self, replica: Replica) -> None:
+    sleeps: release the engine's memory in `sleep`; it was built with `memory.saver` then.
+    """
+
+    def __init__(self, replica: Replica, *, sleeps: bool = False) -> None:
         self.replica = replica
+        self._sleeps = sleeps
+        self._asleep = False
         self._watcher: Watcher | None = None
 
     def watch(self, watcher: Watcher) -> None:
@@ -78,7 +98,7 @@ class InlineActor:
         """See `Actor`."""
         outputs = generate(self.replica, requests, on_progress=self._on_progress())
         for output in outputs:
-            _raise_if_failed(output)
+            raise_if_failed(output)
         return outputs
 
     def _on_progress(self) -> OnProgress | None:
@@ -107,9 +127,23 @@ class InlineActor:
 
         return on_progress
 
-    def push(self, model: torch.nn.Module, version: int, *, measure_memcpy: bool) -> PushReport:
+    def sleep(self) -> None:
         """See `Actor`."""
-        return push(model, version, self.replica, measure_memcpy=measure_memcpy)
+        if self._sleeps and not self._asleep:
+            self.replica.send(ReleaseMemory())
+            self._asleep = True
+
+    def push(self, model: Weights, version: int, *, measure_memcpy: bool) -> PushReport:
+        """See `Actor`. Wakes in two parts, so that the KV cache takes its memory only when
+        what the update needed is free again."""
+        if self._asleep:
+            self.replica.send(ResumeMemory(tags=["weights"]))
+        is_whole = isinstance(model, torch.nn.Module)
+        report = push(model, version, self.replica, measure_memcpy=measure_memcpy and is_whole)
+        if self._asleep:
+            self.replica.send(ResumeMemory(tags=list(BESIDE_WEIGHTS)))
+            self._asleep = False
+        return report
 
     def flush(self) -> None:
         """See `Actor`."""
@@ -124,20 +158,8 @@ class InlineActor:
         self.replica.close()
 
 
-def launch_actor(options: Options) -> InlineActor:
-    """Start an engine in this process with the model of the options."""
-    config = EngineConfig(
-        model=options.model,
-        load_format=options.load_format,
-        device=options.device,
-        dtype=options.dtype,
-        seed=options.seed,
-        cache=CacheConfig(memory_bytes=int(options.rollout.kv_memory_gb * 2**30)),
-    )
-    return InlineActor(launch(config))
-
-
-def _raise_if_failed(output: RequestOutput) -> None:
+def raise_if_failed(output: RequestOutput) -> None:
+    """Raise the error of a request that the engine refused or gave up."""
     finish = output.finish
     assert finish is not None
     if finish.type != "abort":

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from engine.errors import InvalidRequest, ModelNotFound
-from recipes.options import DEFAULT_MODEL, Options
+from recipes.options import DEFAULT_MODEL, Options, PlacementOptions
 
 
 def check_options(options: Options) -> None:
@@ -35,6 +35,7 @@ def check_options(options: Options) -> None:
     _at_least("clip_high", algorithm.clip_high, 0)
     _at_least("overlong_buffer", algorithm.overlong_buffer, 0)
     _at_least("max_new_tokens", rollout.max_new_tokens, 1)
+    _check_placement(options.placement)
     _below_one("beta1", optimizer.beta1)
     _below_one("beta2", optimizer.beta2)
     if algorithm.num_minibatches > rollout.prompts_per_step:
@@ -44,6 +45,22 @@ def check_options(options: Options) -> None:
             field="num_minibatches",
         )
     _check_model(options.model)
+
+
+def _check_placement(placement: PlacementOptions) -> None:
+    _at_least("rollout_gpus", placement.rollout_gpus, 0)
+    if placement.zero is not None and placement.trainer != "deepspeed":
+        raise InvalidRequest(
+            f"zero: stage {placement.zero} is one of --trainer deepspeed, not of "
+            f"{placement.trainer}; add --trainer deepspeed, or leave --zero out",
+            field="zero",
+        )
+    if placement.sleep and placement.rollout_gpus:
+        raise InvalidRequest(
+            "sleep: engines on GPUs of their own (--rollout-gpus) share no memory with the "
+            "trainer; leave one of the two out",
+            field="sleep",
+        )
 
 
 def _check_model(model: str) -> None:

@@ -9,6 +9,7 @@ from recipes.actor import Actor
 from recipes.prompts import Prompts
 from recipes.rewards.shaping import overlong_penalty
 from recipes.types import Group, Problem, Trajectory
+from recipes.world import World
 from rollout.offline import derive_seed
 
 
@@ -20,13 +21,15 @@ def rollout(
     *,
     samples: int,
     seed: int,
+    first: int = 0,
 ) -> list[tuple[Request, RequestOutput]]:
     """Sample replies to each problem; `samples` pairs a problem, in the order of the problems.
 
-    seed: of this call; every sample's own is derived from it and its place.
+    seed: of this call; every sample's own is derived from it and its place. first: place of the
+    first problem among those that several processes share out.
     """
     requests = []
-    for index, problem in enumerate(problems):
+    for index, problem in enumerate(problems, start=first):
         prompt_ids = prompts.prompt_ids(problem)
         requests += [
             Request(
@@ -50,7 +53,7 @@ def score(
     overlong_buffer: int = 0,
 ) -> list[Group]:
     """Verify replies and put them in groups, `len(replies) // len(problems)` a problem."""
-    samples = len(replies) // len(problems)
+    samples = len(replies) // max(len(problems), 1)
     return [
         Group(
             problem=problem,
@@ -64,17 +67,25 @@ def score(
 
 
 def evaluate(
-    actor: Actor, prompts: Prompts, problems: Sequence[Problem], max_new_tokens: int
+    actor: Actor,
+    prompts: Prompts,
+    problems: Sequence[Problem],
+    max_new_tokens: int,
+    world: World | None = None,
 ) -> float:
-    """Mean reward of the greedy replies to held-out problems.
+    """Mean reward of the greedy replies to held-out problems; collective.
 
     Leaves no cached prefix behind: training goes on as if no evaluation had been.
     """
     sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
-    replies = rollout(actor, prompts, problems, sampling, samples=1, seed=0)
+    world = world or World()
+    share = world.share(len(problems))
+    mine = problems[share.start : share.stop]
+    replies = rollout(actor, prompts, mine, sampling, samples=1, seed=0, first=share.start)
     actor.flush()
-    groups = score(prompts, problems, replies)
-    return sum(group.trajectories[0].correct for group in groups) / len(groups)
+    groups = score(prompts, mine, replies)
+    rewards = world.gather([group.trajectories[0].correct for group in groups])
+    return sum(rewards) / len(rewards)
 
 
 def _trajectory(

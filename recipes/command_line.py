@@ -19,7 +19,7 @@ from engine.errors import InvalidRequest
 from recipes.checks import check_options
 from recipes.options import Options
 
-GROUPS = ("rollout", "optimizer", "objective")
+GROUPS = ("rollout", "optimizer", "placement", "objective")
 
 CHANGEABLE = frozenset(
     {
@@ -32,6 +32,8 @@ CHANGEABLE = frozenset(
         "checkpoint_every",
         "config",
         "kv_memory_gb",
+        "rollout_gpus",
+        "sleep",
     }
 )
 """Options a resumed run may be given anew: none of them changes a step that both runs take."""

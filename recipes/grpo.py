@@ -1,6 +1,7 @@
 """GRPO: a language model learns a task from its own graded replies.
 
     python recipes/grpo.py --help
+    torchrun --nproc-per-node 4 recipes/grpo.py --trainer deepspeed --zero 3
 
 Each step, the engine samples several replies to each of a few problems; the task grades them; a
 reply's advantage is how much better it did than the other replies to its problem; one optimizer
@@ -15,6 +16,7 @@ import functools
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from engine.errors import SlipstreamError
 from recipes.algorithms.losses import policy_loss
@@ -24,8 +26,9 @@ from recipes.command_line import parse
 from recipes.ledger import Ledger
 from recipes.report import Collected
 from recipes.run import Run, open_run
-from recipes.trainers.metrics import TokenMetrics
+from recipes.trainers.metrics import TokenMetrics, merge
 from recipes.types import Batch
+from recipes.world import launched_rank
 from rollout.offline import derive_seed
 
 
@@ -33,12 +36,14 @@ def train(run: Run) -> None:
     """The loop: rollout -> reward -> advantage -> loss -> step -> push."""
     while run.goes_on():
         collected = collect(run)
+        with run.ledger.phase("sleep"):
+            run.actor.sleep()
         with run.ledger.phase("train"):
             batch = make_batch(collected.groups, run.algorithm, run.max_new_tokens)
             figures = update(run, batch)
         with run.ledger.phase("push"):
             pushed = run.actor.push(
-                run.trainer.model,
+                run.trainer.weights,
                 version=run.progress.step + 1,
                 measure_memcpy=run.progress.step == 0,
             )
@@ -51,7 +56,7 @@ def collect(run: Run) -> Collected:
     result = Collected(groups=[], sampled=[])
     for _ in range(1 + algorithm.max_resamples * algorithm.dynamic_sampling):
         seed = derive_seed(run.options.seed, "rollout", run.progress.position)
-        problems = run.next_problems()
+        problems, first = run.next_problems()
         with run.ledger.phase("generate"):
             replies = rollout(
                 run.actor,
@@ -60,10 +65,12 @@ def collect(run: Run) -> Collected:
                 run.sampling,
                 samples=run.options.rollout.samples,
                 seed=seed,
+                first=first,
             )
+            run.world.barrier()
         with run.ledger.phase("score"):
-            groups = score(
-                run.prompts, problems, replies, overlong_buffer=algorithm.overlong_buffer
+            groups = run.world.gather(
+                score(run.prompts, problems, replies, overlong_buffer=algorithm.overlong_buffer)
             )
         result.sampled.extend(groups)
         result.groups.extend(g for g in groups if g.mixed or not algorithm.dynamic_sampling)
@@ -87,21 +94,21 @@ def update(run: Run, batch: Batch) -> dict[str, float]:
         for part in minibatches(batch, algorithm, run.max_new_tokens, seed=seed):
             if trainer.accumulate(part, loss, metrics):
                 grad_norm = trainer.step(lr)
+    metrics = merge(run.world.gather([metrics]))
     return {**metrics.result(), "grad_norm": grad_norm, "learning_rate": lr}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the recipe. Returns the exit code: 2 for a mistake, which is explained."""
     ledger = Ledger()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
+    level = logging.WARNING if launched_rank() else logging.INFO
+    logging.basicConfig(level=level, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
     try:
         options = parse(sys.argv[1:] if argv is None else argv)
-        run = open_run(options, ledger)
-        with run.display:
+        with open_run(options, ledger) as run:
             run.begin()
             train(run)
             summary = run.finish()
-        run.actor.close()
     except SlipstreamError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return 2
@@ -114,4 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Spawned engines inherit the path, where `types` of this folder would hide Python's own.
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() != here]
     sys.exit(main())

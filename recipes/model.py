@@ -2,33 +2,57 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from transformers import PreTrainedModel
 
+from engine.errors import InvalidRequest
 from recipes.actor import Actor
 from recipes.options import Options
+from recipes.trainers.base import Learner
 from recipes.trainers.plain import Trainer
+from recipes.trainers.sharded import Backend, ShardedTrainer
+from recipes.world import World, uses_gpu
 from rollout.launch import read_checkpoint
-from rollout.offline import Tokenizer
 from trainer_bridge import load_causal_lm
 
 
-def load_trainer(options: Options, actor: Actor) -> Trainer:
-    """A trainer on the engine's device, with autocast in the engine's dtype."""
-    state = actor.state()
+def load_trainer(options: Options, actor: Actor, world: World | None = None) -> Learner:
+    """The trainer that the options name, computing in the engine's dtype; collective.
+
+    Raises InvalidRequest for several processes of a trainer of one, and for a trainer whose
+    library is missing.
+    """
+    world = world or World()
+    name = options.placement.trainer
+    if name == "plain" and world.size > 1:
+        raise InvalidRequest(
+            f"trainer: plain is one process, and torchrun started {world.size}; add --trainer "
+            "deepspeed or --trainer fsdp",
+            field="trainer",
+        )
     checkpoint = read_checkpoint(options.model, options.load_format, options.seed)
     model = load_causal_lm(checkpoint.hf_config, checkpoint.tensors)
     assert isinstance(model, PreTrainedModel)
-    return Trainer(
-        model,
-        options.optimizer,
-        device=torch.device(state.device),
-        autocast_dtype=engine_dtype(actor),
-        temperature=options.rollout.temperature,
-        keep_reference=options.objective.kl_coef > 0,
-    )
+    device, dtype = trainer_device(options, world), engine_dtype(actor)
+    temperature = options.rollout.temperature
+    if name == "plain":
+        return Trainer(
+            model,
+            options.optimizer,
+            device=device,
+            autocast_dtype=dtype,
+            temperature=temperature,
+            keep_reference=_keeps_reference(options),
+        )
+    backend = _backend(options, model, world, device, dtype)
+    return ShardedTrainer(backend, options.optimizer, world, temperature=temperature)
+
+
+def trainer_device(options: Options, world: World) -> torch.device:
+    """Where this process trains."""
+    if uses_gpu(options.device):
+        return torch.device("cuda", world.local_rank)
+    return torch.device("cpu")
 
 
 def engine_dtype(actor: Actor) -> torch.dtype:
@@ -38,12 +62,37 @@ def engine_dtype(actor: Actor) -> torch.dtype:
     return dtype
 
 
-def save_model(
-    model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype
-) -> None:
-    """Write model and tokenizer in Hugging Face format, the weights in `dtype`.
+def _keeps_reference(options: Options) -> bool:
+    return options.objective.kl_coef > 0
 
-    The model itself is cast: call this when training is over.
-    """
-    model.to(dtype=dtype).save_pretrained(folder)
-    tokenizer.write_hf(folder)
+
+def _backend(
+    options: Options,
+    model: PreTrainedModel,
+    world: World,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Backend:
+    keep_reference = _keeps_reference(options)
+    if options.placement.trainer == "fsdp":
+        from recipes.trainers.fsdp import FsdpBackend
+
+        return FsdpBackend(
+            model,
+            options.optimizer,
+            num_processes=world.size,
+            device=device,
+            dtype=dtype,
+            keep_reference=keep_reference,
+        )
+    from recipes.trainers.deepspeed import DeepSpeedBackend
+
+    stage = options.placement.zero
+    return DeepSpeedBackend(
+        model,
+        options.optimizer,
+        stage=2 if stage is None else stage,
+        device=device,
+        dtype=dtype,
+        keep_reference=keep_reference,
+    )

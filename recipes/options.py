@@ -15,6 +15,8 @@ from recipes.trainers.options import OptimizerOptions
 DEFAULT_MODEL = Path(__file__).parent.parent / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 WandbMode = Literal["off", "offline", "online"]
+TrainerName = Literal["plain", "deepspeed", "fsdp"]
+ZeroStage = Literal[0, 1, 2, 3]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,21 @@ class RolloutOptions:
     """Longest reply in tokens; None takes the task's own."""
     kv_memory_gb: float = 1.0
     """Memory of the engine's KV cache, GiB."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacementOptions:
+    """Which trainer learns, and where it and the engines are."""
+
+    trainer: TrainerName = "plain"
+    """plain (one process), deepspeed or fsdp; with several processes, start by torchrun."""
+    zero: ZeroStage | None = None
+    """ZeRO stage of the DeepSpeed trainer; None takes 2."""
+    rollout_gpus: int = 0
+    """Give the last GPUs to engines of their own; 0 has every trainer process roll out too."""
+    sleep: bool | None = None
+    """Release the engine's memory while training; None does so on a GPU with
+    torch-memory-saver, where they share it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,4 +90,5 @@ class Options:
     """TOML file with defaults for these options, named as here with _ for -."""
     rollout: tyro.conf.OmitArgPrefixes[RolloutOptions] = field(default_factory=RolloutOptions)
     optimizer: tyro.conf.OmitArgPrefixes[OptimizerOptions] = field(default_factory=OptimizerOptions)
+    placement: tyro.conf.OmitArgPrefixes[PlacementOptions] = field(default_factory=PlacementOptions)
     objective: tyro.conf.OmitArgPrefixes[AlgorithmOptions] = field(default_factory=AlgorithmOptions)

@@ -10,7 +10,7 @@ import numpy as np
 from recipes.types import Group
 from trainer_bridge import PushReport
 
-PHASES = ("generate", "score", "train", "push", "other")
+PHASES = ("generate", "score", "sleep", "train", "push", "other")
 
 
 @dataclass(frozen=True, kw_only=True)

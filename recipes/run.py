@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import torch
+from rich.console import Console
 
 from engine.errors import InvalidRequest
 from engine.protocol import SamplingParams
-from recipes.actor import Actor, launch_actor
+from recipes.actor import Actor
 from recipes.algorithms.presets import Algorithm, resolve
 from recipes.collect import evaluate
 from recipes.command_line import flatten
 from recipes.display import Display
 from recipes.environments.base import Environment, heldout_problems, problem_at
 from recipes.environments.select import select_environment
+from recipes.launch import launch_actor
 from recipes.ledger import Ledger
-from recipes.model import engine_dtype, load_trainer, save_model
+from recipes.model import engine_dtype, load_trainer
 from recipes.options import Options
 from recipes.progress import Progress
 from recipes.prompts import Prompts
 from recipes.report import Collected, push_figures, rollout_figures, time_figures
 from recipes.run_folder import RunFolder, default_path
 from recipes.tracking import Tracker
+from recipes.trainers.base import Learner
 from recipes.trainers.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from recipes.trainers.plain import Trainer
 from recipes.trainers.schedule import learning_rate
 from recipes.types import Problem
+from recipes.world import World, open_world
 from rollout.offline import Tokenizer, load_tokenizer
 from trainer_bridge import PushReport
 
@@ -37,7 +43,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class Run:
-    """Everything the loop works with; see `open_run`."""
+    """Everything the loop works with; see `open_run`. Used as a context manager around the loop,
+    it shows the display, and frees the engine and leaves the other processes at the end."""
 
     options: Options
     algorithm: Algorithm
@@ -47,7 +54,8 @@ class Run:
     tokenizer: Tokenizer
     heldout: list[Problem]
     actor: Actor
-    trainer: Trainer
+    trainer: Learner
+    world: World
     folder: RunFolder
     ledger: Ledger
     display: Display
@@ -59,20 +67,39 @@ class Run:
         """Longest reply, in tokens."""
         return self.sampling.max_new_tokens
 
+    def __enter__(self) -> Self:
+        self.display.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.display.__exit__(kind, error, trace)
+        self.actor.close()
+        self.world.close()
+
     def goes_on(self) -> bool:
-        """Whether another step is to be taken."""
-        minutes = self.options.minutes
-        in_time = minutes is None or self.progress.total_seconds < 60 * minutes
+        """Whether another step is to be taken; the same in all processes."""
+        in_time = True
+        if self.options.minutes is not None:
+            spent = self.world.from_main(self.progress.total_seconds)
+            in_time = spent < 60 * self.options.minutes
         return self.progress.step < self.options.steps and in_time
 
-    def next_problems(self) -> list[Problem]:
-        """The next problems of the training stream, which depends on the seed alone."""
-        first = self.progress.position
-        self.progress.position += self.options.rollout.prompts_per_step
-        return [
-            problem_at(self.environment, "train", self.options.seed, index)
-            for index in range(first, self.progress.position)
+    def next_problems(self) -> tuple[list[Problem], int]:
+        """This process's share of the next problems of the training stream, which depends on
+        the seed alone, and the place of the first of them among those of the step."""
+        position, num = self.progress.position, self.options.rollout.prompts_per_step
+        self.progress.position += num
+        share = self.world.share(num)
+        problems = [
+            problem_at(self.environment, "train", self.options.seed, position + index)
+            for index in share
         ]
+        return problems, share.start
 
     def learning_rate(self) -> float:
         """The rate of the current step."""
@@ -89,11 +116,10 @@ class Run:
         """Continue from the last checkpoint, or measure the model before it learns."""
         checkpoint = latest_checkpoint(self.folder.checkpoints)
         if checkpoint is not None:
-            trainer_state, progress = load_checkpoint(checkpoint)
-            self.trainer.load_state_dict(trainer_state)
+            progress = load_checkpoint(checkpoint, self.trainer.load, self.world)
             self.progress = Progress(**progress)
             version = self.progress.step
-            self.actor.push(self.trainer.model, version, measure_memcpy=False)
+            self.actor.push(self.trainer.weights, version, measure_memcpy=False)
             self.display.note(f"continuing after step {version}")
         self.folder.truncate(self.progress.step)
         self._spend("startup")
@@ -133,7 +159,9 @@ class Run:
             self._evaluate()
         self.display.note("saving the model")
         dtype = engine_dtype(self.actor)
-        save_model(self.trainer.model, self.tokenizer, self.folder.model, dtype)
+        self.trainer.write_model(self.folder.model, dtype)
+        if self.world.is_main:
+            self.tokenizer.write_hf(self.folder.model)
         assert self.progress.eval_before is not None and self.progress.accuracy is not None
         title = f"{self.environment.name}, {self.options.objective.algorithm}"
         self.folder.draw_curve(title, self.progress.eval_before)
@@ -156,6 +184,8 @@ class Run:
             "device": self.actor.state().device,
             "dtype": str(dtype).removeprefix("torch."),
             "algorithm": self.options.objective.algorithm,
+            "trainer": self.options.placement.trainer,
+            "trainer_processes": self.world.size,
             "best": {"accuracy": progress.best_accuracy, "step": progress.best_step},
             "eval_prompts": len(self.heldout),
             "seconds_by_phase": progress.seconds,
@@ -164,16 +194,18 @@ class Run:
     def _evaluate(self) -> float:
         self.display.note(f"evaluating {len(self.heldout)} held-out problems")
         with self.ledger.phase("eval"):
-            accuracy = evaluate(self.actor, self.prompts, self.heldout, self.max_new_tokens)
+            accuracy = evaluate(
+                self.actor, self.prompts, self.heldout, self.max_new_tokens, self.world
+            )
         self.progress.measured(accuracy)
         self.display.note(f"held-out accuracy {accuracy:.3f} after step {self.progress.step}")
         return self._spend("eval")
 
     def _checkpoint(self) -> None:
         """The time it takes is not in its own record: it is not over when that is written."""
-        state = self.trainer.state_dict()
         progress = self.progress.as_dict()
-        save_checkpoint(self.folder.checkpoints, self.progress.step, state, progress)
+        step, save = self.progress.step, self.trainer.save
+        save_checkpoint(self.folder.checkpoints, step, save, progress, self.world)
         self._spend("checkpoint")
 
     def _spend(self, phase: str) -> float:
@@ -184,17 +216,29 @@ class Run:
 
 
 def open_run(options: Options, ledger: Ledger) -> Run:
-    """Load everything the options name."""
+    """Load everything the options name, with the other processes of the run if there are any."""
     environment = select_environment(options.task)
-    actor = launch_actor(options)
-    return assemble(
-        options,
-        ledger,
-        environment=environment,
-        actor=actor,
-        tokenizer=load_tokenizer(options.model),
-        trainer=load_trainer(options, actor),
-    )
+    placement = options.placement
+    with ExitStack() as on_failure:
+        world = open_world(
+            device=options.device,
+            needs_group=placement.trainer != "plain",
+            colocated=placement.rollout_gpus == 0,
+        )
+        on_failure.callback(world.close)
+        actor = launch_actor(options, world)
+        on_failure.callback(actor.close)
+        run = assemble(
+            options,
+            ledger,
+            environment=environment,
+            actor=actor,
+            tokenizer=load_tokenizer(options.model),
+            trainer=load_trainer(options, actor, world),
+            world=world,
+        )
+        on_failure.pop_all()
+    return run
 
 
 def assemble(
@@ -204,13 +248,17 @@ def assemble(
     environment: Environment,
     actor: Actor,
     tokenizer: Tokenizer,
-    trainer: Trainer,
+    trainer: Learner,
+    world: World | None = None,
 ) -> Run:
     """A run of these parts, whatever task and model the options name."""
-    folder = open_folder(options)
+    world = world or World()
+    folder = open_folder(options, world)
     folder.write_config(flatten(options))
-    display = Display(f"{environment.name} -> {folder.path}", options.steps)
-    actor.watch(display.generating)
+    console = None if world.is_main else Console(quiet=True)
+    display = Display(f"{environment.name} -> {folder.path}", options.steps, console)
+    if world.is_main:
+        actor.watch(display.generating)
     max_new_tokens = options.rollout.max_new_tokens or environment.max_new_tokens
     return Run(
         options=options,
@@ -224,27 +272,30 @@ def assemble(
         heldout=heldout_problems(environment, options.eval_prompts),
         actor=actor,
         trainer=trainer,
+        world=world,
         folder=folder,
         ledger=ledger,
         display=display,
-        tracker=Tracker(options.wandb, folder.path, flatten(options)),
+        tracker=Tracker(options.wandb if world.is_main else "off", folder.path, flatten(options)),
         progress=Progress(),
     )
 
 
-def open_folder(options: Options) -> RunFolder:
-    """The run folder: the one to resume, the one asked for, or a new one.
+def open_folder(options: Options, world: World | None = None) -> RunFolder:
+    """The run folder: the one to resume, the one asked for, or a new one; collective.
 
     Raises InvalidRequest if `out` already holds a run.
     """
+    world = world or World()
     if options.resume is not None:
-        return RunFolder(Path(options.resume))
-    path = Path(options.out) if options.out else default_path(options.task)
-    if (path / "config.json").exists():
+        return RunFolder(Path(options.resume), active=world.is_main)
+    path = world.from_main(Path(options.out) if options.out else default_path(options.task))
+    holds_a_run = world.from_main((path / "config.json").exists())
+    if holds_a_run:
         raise InvalidRequest(
             f"out: {path} already holds a run; continue it with --resume {path}", field="out"
         )
-    return RunFolder(path)
+    return RunFolder(path, active=world.is_main)
 
 
 def _due(step: int, every: int) -> bool:

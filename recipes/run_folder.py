@@ -26,15 +26,20 @@ SAMPLES_A_STEP = 2
 
 
 class RunFolder:
-    """Writes a run's files. Lines of metrics and samples carry their step."""
+    """Writes a run's files. Lines of metrics and samples carry their step.
 
-    def __init__(self, path: Path) -> None:
+    active: false in the processes of a run that leave the writing to the first.
+    """
+
+    def __init__(self, path: Path, *, active: bool = True) -> None:
         self.path = path
+        self._active = active
         self.metrics_path = path / "metrics.jsonl"
         self.samples_path = path / "samples.jsonl"
         self.checkpoints = path / "checkpoints"
         self.model = path / "model"
-        path.mkdir(parents=True, exist_ok=True)
+        if active:
+            path.mkdir(parents=True, exist_ok=True)
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Write config.json."""
@@ -46,10 +51,13 @@ class RunFolder:
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add the row of a step."""
-        _append(self.metrics_path, [row])
+        if self._active:
+            _append(self.metrics_path, [row])
 
     def append_samples(self, step: int, groups: Sequence[Group]) -> None:
         """Add the first replies of the first groups of a step."""
+        if not self._active:
+            return
         rows = [
             {
                 "step": step,
@@ -68,12 +76,16 @@ class RunFolder:
 
     def truncate(self, last_step: int) -> None:
         """Drop the lines of steps after `last_step`: they will be taken again."""
+        if not self._active:
+            return
         for path in (self.metrics_path, self.samples_path):
             kept = [row for row in _read(path) if row["step"] <= last_step]
             _replace(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def draw_curve(self, title: str, eval_before: float) -> None:
         """Write reward.png from the metrics so far."""
+        if not self._active:
+            return
         from matplotlib.figure import Figure
 
         rows = self.read_metrics()
@@ -90,7 +102,8 @@ class RunFolder:
         figure.savefig(self.path / "reward.png", dpi=120)
 
     def _write_json(self, name: str, value: dict[str, Any]) -> None:
-        _replace(self.path / name, json.dumps(value, indent=2) + "\n")
+        if self._active:
+            _replace(self.path / name, json.dumps(value, indent=2) + "\n")
 
 
 def default_path(task: str) -> Path:

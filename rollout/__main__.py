@@ -20,6 +20,7 @@ from engine.config import (
     SchedulerConfig,
 )
 from engine.errors import InvalidRequest, ModelNotFound, SlipstreamError
+from rollout.http.options import Serve, serve_config
 from rollout.launch import launch
 from rollout.offline import load_tokenizer, run_file
 from rollout.progress import ProgressDisplay
@@ -131,11 +132,20 @@ def _tokenizer(args: Offline) -> Tokenizer | None:
         return None
 
 
-def parse(argv: Sequence[str] | None = None) -> Offline:
+def run_serve(args: Serve) -> None:
+    """`serve`: load the model and serve it until told to stop."""
+    # Only a server needs the HTTP stack.
+    from rollout.http.server import serve
+
+    serve(serve_config(args))
+
+
+def parse(argv: Sequence[str] | None = None) -> Offline | Serve:
     """The command that the arguments name; exits with help or a usage error."""
-    return tyro.extras.subcommand_cli_from_dict(
-        {"offline": Offline}, args=argv, prog="slipstream", description=__doc__
+    args: Offline | Serve = tyro.extras.subcommand_cli_from_dict(
+        {"offline": Offline, "serve": Serve}, args=argv, prog="slipstream", description=__doc__
     )
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -143,7 +153,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        run_offline(args)
+        if isinstance(args, Serve):
+            run_serve(args)
+        else:
+            run_offline(args)
     except SlipstreamError as error:
         named = f" ({error.field})" if error.field else ""
         sys.stderr.write(f"{type(error).__name__}{named}: {error}\n")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-from zmq.constants import Flag, PollEvent, SocketType
+from zmq.constants import Flag, PollEvent, SocketOption, SocketType
 from zmq.sugar.context import Context
 
 from engine.errors import EngineDead
@@ -47,9 +47,17 @@ class Channel:
 
     def send(self, messages: Sequence[msgspec.Struct], *, timeout_s: float) -> None:
         """Send one frame. Raises EngineDead if nobody takes it in time."""
-        if not self._socket.poll(timeout_s * 1000, PollEvent.POLLOUT):
+        self.send_frame(encode(list(messages)), timeout_s=timeout_s)
+
+    def send_frame(self, frame: bytes, *, timeout_s: float) -> None:
+        """`send` of a list that is encoded already, for several peers to get."""
+        if not self.can_send(timeout_s=timeout_s):
             raise EngineDead(f"no peer took a message within {timeout_s:g} s", field="channel")
-        self._socket.send(encode(list(messages)), Flag.NOBLOCK)
+        self._socket.send(frame, Flag.NOBLOCK)
+
+    def can_send(self, *, timeout_s: float) -> bool:
+        """Whether a peer takes a frame, or does so in time."""
+        return bool(self._socket.poll(timeout_s * 1000, PollEvent.POLLOUT))
 
     def receive(self, *, timeout_s: float) -> list[Any]:
         """The next frame's structs; empty if none comes in time. Raises EngineDead on bytes
@@ -62,6 +70,11 @@ class Channel:
         except msgspec.DecodeError as error:
             raise EngineDead(f"message outside the protocol: {error}", field="channel") from error
         return messages
+
+    def fileno(self) -> int:
+        """A descriptor that turns readable when something may have arrived, for an event loop.
+        It says so once: the reader has to call `receive` until nothing comes."""
+        return int(self._socket.get(SocketOption.FD))
 
     def close(self, *, linger_s: float = 0.0) -> None:
         """Close; frames not yet sent get `linger_s` to leave. Idempotent."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from engine.config import EngineConfig, LoadFormat
 from rollout.process_replica import ProcessReplica
+from rollout.ranks import build_executor
 from rollout.replica import InlineReplica, Replica
 
 if TYPE_CHECKING:
@@ -15,15 +16,13 @@ if TYPE_CHECKING:
 def launch(config: EngineConfig, *, process: bool = False) -> Replica:
     """Load the model and return a replica that can step.
 
-    process: run it in a spawned process instead of this one.
+    process: run it in a spawned process instead of this one. With several tensor-parallel
+    ranks, the further ones have a process each either way.
 
     Raises ModelError if the model cannot be loaded, OutOfMemory if it does not fit.
     """
     if process:
         return ProcessReplica(config)
-    # Torch comes with the executor, and only a process that steps should pay for it.
-    from engine.executor import build_executor
-
     return InlineReplica(config, build_executor(config))
 
 

@@ -11,12 +11,15 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
+from msgspec.structs import replace
+
 from engine.config import EngineConfig
-from engine.errors import SlipstreamError, WeightUpdateError
+from engine.errors import SlipstreamError, UpdateOrder, WeightUpdateError
 from engine.protocol import (
     Abort,
     AbortUpdate,
     BeginUpdate,
+    CheckWeights,
     CommitUpdate,
     Control,
     EngineCommand,
@@ -24,13 +27,17 @@ from engine.protocol import (
     ErrorInfo,
     FlushCache,
     GetState,
-    LoadFromDisk,
+    GetWeight,
+    JoinGroup,
+    LeaveGroup,
     Pause,
+    ReleaseMemory,
     ReplicaState,
     Reply,
     Request,
     RequestOutput,
     Resume,
+    ResumeMemory,
     SetVersion,
     Shutdown,
     StepPlan,
@@ -41,6 +48,7 @@ from engine.protocol import (
 )
 from rollout.cache.manager import CacheManager
 from rollout.outputs import refused
+from rollout.scheduler.readiness import ALL_TAGS, Readiness
 from rollout.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -109,6 +117,9 @@ class Leader:
             vocab_size=facts.vocab_size,
             version=config.weight_version,
         )
+        self._readiness = Readiness(
+            version=config.weight_version, keeps_weights=config.memory.cpu_backup
+        )
         overlap = config.scheduler.overlap
         self._overlap = facts.device == "cuda" if overlap is None else overlap
         self._in_flight: deque[tuple[StepPlan, PendingStep]] = deque()
@@ -143,19 +154,24 @@ class Leader:
                 self._scheduler.flush_cache()
             case GetState():
                 return Reply(state=self.state())
-            case BeginUpdate() | LoadFromDisk() | CommitUpdate() | AbortUpdate():
-                return self._update(command)
             case SetVersion():
-                self._scheduler.set_version(command.version)
+                self._set_version(command.version)
+            case ReleaseMemory():
+                return self._release(command)
+            case ResumeMemory():
+                return self._resume(command)
+            case CheckWeights() | GetWeight():
+                self._readiness.check_weights(type(command).__name__)
+                return self._executor.handle(command)
             case Shutdown():
                 pass
             case _:
-                return self._executor.handle(command)
+                return self._update(command)
         return Reply()
 
     def step(self) -> list[RequestOutput]:
         """Run at most one step; every output since the last call, those of commands too."""
-        plan = self._scheduler.plan()
+        plan = None if self._readiness.hold else self._scheduler.plan()
         if plan is not None or self._in_flight:
             self._num_empty_plans = 0
             self._advance(plan)
@@ -179,6 +195,11 @@ class Leader:
         return ReplicaState(
             version=stats.version,
             paused=stats.paused,
+            pause_mode=stats.pause_mode,
+            released=self._readiness.released,
+            open_update=self._readiness.open_update,
+            refusal=self._readiness.refusal,
+            groups=self._readiness.groups,
             num_running=stats.num_running,
             num_waiting=stats.num_waiting,
             free_pages=stats.free_pages,
@@ -198,6 +219,7 @@ class Leader:
             num_cached_tokens=stats.num_cached_tokens,
             num_output_tokens=stats.num_output_tokens,
             num_steps=stats.num_steps,
+            tp_size=facts.tp_size,
         )
 
     def update_weights_inproc(
@@ -226,7 +248,9 @@ class Leader:
         self._executor.close()
 
     def _may_plan(self) -> bool:
-        return self._scheduler.has_work() and not self._scheduler.stats().paused
+        if self._readiness.hold or not self._scheduler.has_work():
+            return False
+        return not self._scheduler.stats().paused
 
     def _advance(self, plan: StepPlan | None) -> None:
         """Launch the plan, if any, and take in the results that are due."""
@@ -268,6 +292,8 @@ class Leader:
         except SlipstreamError as error:
             logger.error("step %d failed: %s", plan.step, error)
             failure = error_info(error)
+            if isinstance(error, WeightUpdateError):
+                self._readiness.died(error.message)
             return None
         finally:
             if failure is not None:
@@ -275,9 +301,47 @@ class Leader:
                 self._outputs += self._scheduler.fail_all(failure)
 
     def _update(self, command: WeightCommand) -> Reply:
+        ready = self._readiness
+        if not isinstance(command, JoinGroup | LeaveGroup | AbortUpdate):
+            ready.check_weights(type(command).__name__)
+        if isinstance(command, BeginUpdate):
+            ready.check_begin(command, self._scheduler.version)
         reply = self._executor.handle(command)
-        if isinstance(command, CommitUpdate):
-            self._scheduler.set_version(command.version)
+        match command:
+            case JoinGroup():
+                ready.joined(command.name)
+            case LeaveGroup():
+                ready.left(command.name)
+            case BeginUpdate():
+                # "auto" was decided by the ranks, who know what memory there is.
+                ready.begun(replace(command, mode="in_place") if reply.in_place else command)
+            case AbortUpdate():
+                ready.aborted()
+            case CommitUpdate() if ready.committed(command.version):
+                self._outputs += self._scheduler.set_version(command.version)
+        return reply
+
+    def _set_version(self, version: int) -> None:
+        serving = self._scheduler.version
+        if version < serving:
+            raise UpdateOrder(
+                f"version {version} goes back: {serving} serves now; give {serving} or more",
+                field="version",
+            )
+        self._outputs += self._scheduler.set_version(version)
+
+    def _release(self, command: ReleaseMemory) -> Reply:
+        tags = command.tags or ALL_TAGS
+        self._readiness.check_release(tags, self._scheduler.stats())
+        if "kv_cache" in tags:
+            self._scheduler.flush_cache()
+        reply = self._executor.handle(command)
+        self._readiness.release(tags)
+        return reply
+
+    def _resume(self, command: ResumeMemory) -> Reply:
+        reply = self._executor.handle(command)
+        self._readiness.resume(command.tags or ALL_TAGS)
         return reply
 
     def _abandon(self, version: int) -> None:

@@ -1,17 +1,15 @@
 """The spawned leader: `python -m rollout.leader_main ENDPOINT CONFIG FACTORY PARENT`.
 
 `rollout.process_replica` starts it. CONFIG is an `EngineConfig` as a JSON file, FACTORY
-the "module:function" that builds the executor from it, PARENT the process to outlive by
+the "module:function" that builds a rank from it, PARENT the process to outlive by
 no more than `_IDLE_S`.
 """
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import sys
-from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,8 @@ from engine.config import EngineConfig
 from engine.errors import SlipstreamError
 from engine.protocol import Command, Control, Reply, Request, Shutdown
 from rollout.ipc import Channel
-from rollout.leader import Leader, StepExecutor, error_info
+from rollout.leader import Leader, error_info
+from rollout.ranks import RankedExecutor, build_executor
 
 logger = logging.getLogger(__name__)
 
@@ -37,27 +36,33 @@ def main(argv: list[str]) -> int:
     channel = Channel.connect(endpoint, Command)
     try:
         config = msgspec.json.decode(Path(config_path).read_bytes(), type=EngineConfig)
-        leader = Leader(config, _resolve(factory)(config))
+        executor = build_executor(config, factory, folder=Path(config_path).parent)
+        leader = Leader(config, executor)
     except SlipstreamError as error:
         channel.send([Reply(error=error_info(error))], timeout_s=_SEND_S)
         channel.close(linger_s=_SEND_S)
         return 1
     channel.send([Reply(state=leader.state())], timeout_s=_SEND_S)
-    _serve(leader, channel, parent_pid=int(parent))
-    leader.close()
-    channel.close(linger_s=_SEND_S)
-    return 0
+    ranks = executor if isinstance(executor, RankedExecutor) else None
+    try:
+        _serve(leader, channel, ranks, parent_pid=int(parent))
+    finally:
+        leader.close()
+        channel.close(linger_s=_SEND_S)
+    return int(ranks is not None and ranks.failure is not None)
 
 
-def _resolve(factory: str) -> Callable[[EngineConfig], StepExecutor]:
-    module, _, name = factory.partition(":")
-    build: Callable[[EngineConfig], StepExecutor] = getattr(importlib.import_module(module), name)
-    return build
+def _serve(
+    leader: Leader, channel: Channel, ranks: RankedExecutor | None, *, parent_pid: int
+) -> None:
+    """Commands first, then one step: so a command waits for one step at most.
 
-
-def _serve(leader: Leader, channel: Channel, *, parent_pid: int) -> None:
-    """Commands first, then one step: so a command waits for one step at most."""
+    A leader whose ranks are gone leaves as soon as it has said so.
+    """
     while os.getppid() == parent_pid:
+        if ranks is not None and ranks.failure is not None and not leader.can_step():
+            logger.error("%s", ranks.failure)
+            return
         commands = channel.receive(timeout_s=0.0 if leader.can_step() else _IDLE_S)
         replies, leaving = _obey(leader, commands)
         if replies:

@@ -20,10 +20,11 @@ from engine.config import EngineConfig
 from engine.errors import EngineDead, SlipstreamError, UnsupportedOption, by_name
 from engine.protocol import (
     BeginUpdate,
-    CommitUpdate,
     Control,
+    EngineCommand,
     GetState,
-    LoadFromDisk,
+    JoinGroup,
+    ReceiveBroadcast,
     ReplicaState,
     Reply,
     Request,
@@ -36,6 +37,9 @@ from rollout.ipc import Channel
 _POLL_S = 0.1
 _LEAVE_S = 10.0
 _LOG_TAIL = 2000
+_MARGIN_S = 30.0
+# The channel has no limit, so that only a leader that is gone takes nothing.
+_POST_S = 1.0
 
 
 class ProcessReplica:
@@ -92,9 +96,27 @@ class ProcessReplica:
 
     def send(self, command: Control) -> Reply:
         """Run a control command and wait for its answer. Raises its typed error."""
-        slow = isinstance(command, BeginUpdate | LoadFromDisk | CommitUpdate)
         self._send([command])
-        return self._await_reply(self._start_s if slow else self._reply_s, _name(command))
+        deadline_s = reply_deadline_s(command, reply_s=self._reply_s, slow_s=self._start_s)
+        return self._await_reply(deadline_s, command_name(command))
+
+    def post(self, messages: Sequence[Request | Control]) -> None:
+        """Queue messages in this order and return at once; what comes of them is read by
+        `collect`. For a caller with an event loop, in place of the calls above."""
+        self._send(messages, timeout_s=_POST_S)
+
+    def collect(self) -> list[RequestOutput | Reply]:
+        """The next messages that have arrived, in order; replies come in the order of the
+        commands posted. Does not wait: empty when nothing is left. Raises EngineDead."""
+        return self._take(0.0)
+
+    def fileno(self) -> int:
+        """A descriptor to watch before `collect`; see `Channel.fileno`."""
+        return self._channel.fileno()
+
+    def fail(self, why: str) -> EngineDead:
+        """Kill the leader, because it `why`; the error that every later call raises."""
+        return self._dead if self._dead is not None else self._die(why)
 
     def state(self) -> ReplicaState:
         """What the replica is and does right now."""
@@ -159,15 +181,32 @@ class ProcessReplica:
                 start_new_session=True,
             )
 
-    def _send(self, messages: Sequence[Any]) -> None:
+    def _send(self, messages: Sequence[Any], *, timeout_s: float | None = None) -> None:
         self._require_alive()
+        timeout_s = self._reply_s if timeout_s is None else timeout_s
+        deadline = time.monotonic() + timeout_s
+        while not self._channel.can_send(timeout_s=min(_POLL_S, timeout_s)):
+            # A leader that has just left takes nothing; that is the better reason.
+            code = self._process.poll()
+            if code is not None:
+                raise self._die(_exit_text(code))
+            if time.monotonic() > deadline:
+                raise self._die(f"took no message within {timeout_s:g} s")
         try:
-            self._channel.send(messages, timeout_s=self._reply_s)
+            self._channel.send(messages, timeout_s=_POLL_S)
         except EngineDead as error:
             raise self._die(error.message) from error
 
     def _receive(self, timeout_s: float) -> None:
-        """Sort what arrives within `timeout_s`; notice a leader that left."""
+        """Sort what arrives within `timeout_s`."""
+        for message in self._take(timeout_s):
+            if isinstance(message, Reply):
+                self._replies.append(message)
+            else:
+                self._outputs.append(message)
+
+    def _take(self, timeout_s: float) -> list[RequestOutput | Reply]:
+        """What arrives within `timeout_s`; notices a leader that left."""
         self._require_alive()
         # Asked before receiving: what a dying leader sent last is still delivered.
         exit_code = self._process.poll()
@@ -176,11 +215,7 @@ class ProcessReplica:
             self._heard_at = time.monotonic()
         elif exit_code is not None:
             raise self._die(_exit_text(exit_code))
-        for message in messages:
-            if isinstance(message, Reply):
-                self._replies.append(message)
-            else:
-                self._outputs.append(message)
+        return messages
 
     def _await_reply(self, timeout_s: float, what: str) -> Reply:
         deadline = time.monotonic() + timeout_s
@@ -220,8 +255,18 @@ def _remove(process: subprocess.Popen[bytes], folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _name(command: Control) -> str:
+def command_name(command: Control) -> str:
+    """The tag of a command, as errors name it."""
     return str(command.__struct_config__.tag)
+
+
+def reply_deadline_s(command: Control, *, reply_s: float, slow_s: float) -> float:
+    """How long the leader may take to answer: `slow_s` for what touches weights or memory, and
+    longer than the command's own deadline, so that its typed error comes first."""
+    own_s = 0.0
+    if isinstance(command, JoinGroup | ReceiveBroadcast):
+        own_s = command.timeout_s + _MARGIN_S
+    return max(slow_s if isinstance(command, EngineCommand) else reply_s, own_s)
 
 
 def _exit_text(code: int) -> str:

@@ -15,6 +15,7 @@ from engine.protocol import (
     Request,
     RequestOutput,
     TopLogprobs,
+    VersionSpan,
 )
 from rollout.text.detokenizer import final_text
 from rollout.text.tokenizer import Tokenizer
@@ -65,11 +66,11 @@ def _meta_info(
         "completion_tokens": len(output.token_ids),
         "cached_tokens": output.cached_tokens,
         "num_retractions": output.num_retractions,
+        "num_restarts": output.num_restarts,
         "weight_version": str(output.spans[-1].version) if output.spans else None,
-        "weight_versions": [
-            {"version": str(span.version), "start": span.start, "end": span.end}
-            for span in output.spans
-        ],
+        "weight_versions": _versions(output.spans, len(output.token_ids)),
+        # Positions of prompt and output together: which weights computed the KV.
+        "kv_versions": _versions(output.kv_spans, len(request.prompt_ids) + len(output.token_ids)),
     }
     if wire.return_logprob:
         texts = tokenizer if wire.return_text_in_logprobs else None
@@ -77,6 +78,15 @@ def _meta_info(
         if wire.logprob_start_len >= 0:
             meta |= _input_logprobs(request, output, texts, wire.top_logprobs_num)
     return meta
+
+
+def _versions(spans: list[VersionSpan], size: int) -> list[dict[str, Any]]:
+    """Spans of the first `size` tokens; a stop string may have cut off what came after."""
+    return [
+        {"version": str(span.version), "start": span.start, "end": min(span.end, size)}
+        for span in spans
+        if span.start < size
+    ]
 
 
 def _finish_reason(finish: FinishReason, length: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Token embedding and the head that turns hidden states into logits.
 
-Legend: T tokens, S rows to sample, E hidden size, V vocabulary rows of this rank.
+Legend: T tokens, S rows to sample, E hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,6 +11,13 @@ from torch import nn
 
 from engine.layers.parameter import ShardedParameter, sliced, uneven_shard
 from engine.layers.runtime import LayerRuntime
+from engine.parallel.mesh import Mesh
+
+
+def vocab_sizes(vocab_size: int, mesh: Mesh) -> list[int]:
+    """Rows of the vocabulary that each rank holds."""
+    places = [Mesh(tp_rank=rank, tp_size=mesh.tp_size) for rank in range(mesh.tp_size)]
+    return [uneven_shard(vocab_size, place).length for place in places]
 
 
 def _vocab_parameter(vocab_size: int, hidden_size: int, runtime: LayerRuntime) -> ShardedParameter:
@@ -20,26 +27,27 @@ def _vocab_parameter(vocab_size: int, hidden_size: int, runtime: LayerRuntime) -
 
 
 class VocabEmbedding(nn.Module):
-    """Rows of the vocabulary; ranks divide them, and each returns its summand."""
+    """Rows of the vocabulary, which ranks divide; a token's row is on one of them."""
 
     def __init__(self, vocab_size: int, hidden_size: int, *, runtime: LayerRuntime) -> None:
         super().__init__()
         self.shard = uneven_shard(vocab_size, runtime.mesh)
         self.is_sharded = runtime.mesh.tp_size > 1
+        self.collectives = runtime.collectives
         self.weight = _vocab_parameter(vocab_size, hidden_size, runtime)
 
     def forward(self, ids_T: torch.Tensor) -> torch.Tensor:
-        """Token ids int [T] -> [T, E]; rows of other ranks come out as zeros."""
+        """Token ids int [T] -> [T, E]; each rank adds zeros for the rows of others."""
         if not self.is_sharded:
             return F.embedding(ids_T, self.weight)
         local_T = ids_T - self.shard.start
         is_mine_T = (local_T >= 0) & (local_T < self.shard.length)
         rows_TE = F.embedding(local_T.where(is_mine_T, 0), self.weight)
-        return rows_TE.where(is_mine_T[:, None], 0)
+        return self.collectives.all_reduce(rows_TE.where(is_mine_T[:, None], 0))
 
 
 class LMHead(nn.Module):
-    """Hidden states to logits over this rank's rows of the vocabulary."""
+    """Hidden states to logits, each rank computing those of its rows of the vocabulary."""
 
     def __init__(
         self,
@@ -50,6 +58,8 @@ class LMHead(nn.Module):
         tied_to: VocabEmbedding | None = None,
     ) -> None:
         super().__init__()
+        self.collectives = runtime.collectives
+        self.sizes = vocab_sizes(vocab_size, runtime.mesh)
         if tied_to is None:
             self.weight = _vocab_parameter(vocab_size, hidden_size, runtime)
         else:
@@ -60,5 +70,6 @@ class LMHead(nn.Module):
 
         widen: False returns the product as it is, the same values in half the bytes.
         """
-        logits_SV = F.linear(hidden_SE, self.weight)
+        own = F.linear(hidden_SE, self.weight)
+        logits_SV = self.collectives.all_gather_last(own, self.sizes)
         return logits_SV.float() if widen else logits_SV

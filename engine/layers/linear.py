@@ -92,9 +92,9 @@ class MergedLinear(nn.Module):
 
 
 class RowLinear(nn.Module):
-    """One matrix whose inputs the ranks divide; each rank returns its summand.
+    """One matrix whose inputs the ranks divide; their summands add up to the output.
 
-    The sum over ranks is the layer's output: rank 0 alone adds the bias.
+    Rank 0 alone adds the bias.
     """
 
     def __init__(
@@ -102,6 +102,7 @@ class RowLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.method = runtime.linear
+        self.collectives = runtime.collectives
         shard = even_shard(in_features, runtime.mesh, what)
         weight = self.method.empty_weight(out_features, shard.length, runtime.dtype, runtime.device)
         self.weight = ShardedParameter(weight, sliced((out_features, in_features), 1, shard))
@@ -112,5 +113,6 @@ class RowLinear(nn.Module):
             self.bias = ShardedParameter(storage, whole((out_features,)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., I] -> [..., O]."""
-        return self.method.apply(x, self.weight, self.bias if self.adds_bias else None)
+        """x [..., I] -> [..., O], the sum over ranks."""
+        bias = self.bias if self.adds_bias else None
+        return self.collectives.all_reduce(self.method.apply(x, self.weight, bias))

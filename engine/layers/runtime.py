@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from engine.config import KernelBackend
+from engine.parallel.collectives import Collectives, NoCollectives
 from engine.parallel.mesh import Mesh
 from engine.quant.base import LinearMethod, Unquantized
 
@@ -17,6 +18,8 @@ class LayerRuntime:
 
     backend: implementation of the kernels the layer calls.
     mesh: which shard of each parameter this rank holds.
+    collectives: how it reaches the ranks that hold the others; without, layers return what
+        this rank has computed.
     linear: how linear layers store and apply their weights.
     """
 
@@ -24,4 +27,5 @@ class LayerRuntime:
     dtype: torch.dtype
     backend: KernelBackend
     mesh: Mesh = field(default_factory=Mesh)
+    collectives: Collectives = field(default_factory=NoCollectives)
     linear: LinearMethod = field(default_factory=Unquantized)

@@ -2,7 +2,7 @@
 
 Module names are Hugging Face's, so a parameter's path is the name of its full tensor.
 
-Legend: T tokens, S rows to sample, E hidden size, V vocabulary rows of this rank.
+Legend: T tokens, S rows to sample, E hidden size, V vocabulary.
 """
 
 from __future__ import annotations

@@ -1,47 +1,54 @@
 """A 64-bit checksum of a tensor's bits, computed where the tensor lives.
 
-The elements' bit patterns x_i, shifted to be non-zero, are weighted by odd multipliers
-m(i) of their position and summed modulo 2^64. Exact integer arithmetic: the value is the
-same on every device. m is SplitMix64 (Steele, Lea and Flood 2014), so that moved, swapped
-and changed elements all show. It guards against accidents, not against forgery.
+`kernels.checksum` defines it. It guards against accidents, not against forgery.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
-_CHUNK = 1 << 20
+from kernels.checksum import checksum_into
+
 _MASK = (1 << 64) - 1
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >> 63 else value
+class Checksums:
+    """Checksums of named tensors, queued on their device; `values` waits for it once."""
 
+    def __init__(self) -> None:
+        self._totals: dict[str, torch.Tensor] = {}
 
-def _shifted(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical right shift of int64, whose own shift repeats the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Queue the checksum of a tensor, which may be overwritten by whatever is queued later."""
+        total = torch.zeros(1, dtype=torch.int64, device=tensor.device)
+        checksum_into(total, tensor.detach(), backend="triton" if tensor.is_cuda else "torch")
+        self._totals[name] = total
 
-
-def _multipliers(start: int, count: int, device: torch.device) -> torch.Tensor:
-    z = torch.arange(start + 1, start + count + 1, dtype=torch.int64, device=device)
-    z = z * _signed(0x9E3779B97F4A7C15)
-    z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)
-    return (z ^ _shifted(z, 31)) | 1
+    def values(self) -> dict[str, int]:
+        """Every checksum by name, in [0, 2^64)."""
+        by_device: dict[torch.device, list[str]] = {}
+        for name, total in self._totals.items():
+            by_device.setdefault(total.device, []).append(name)
+        values: dict[str, int] = {}
+        for names in by_device.values():
+            totals = torch.cat([self._totals[name] for name in names]).tolist()
+            values.update({n: t & _MASK for n, t in zip(names, totals, strict=True)})
+        return {name: values[name] for name in self._totals}
 
 
 def checksum(tensor: torch.Tensor) -> int:
     """The checksum of a tensor of any dtype, shape and device, in [0, 2^64).
 
-    Depends on the elements' bits and order, not on the shape. Needs memory for a chunk of
-    2^20 elements; waits for the device once.
+    Depends on the elements' bits and order, not on the shape. Waits for the device.
     """
-    flat = tensor.detach().reshape(-1)
-    words = flat.view(_BITS[flat.element_size()])
-    total = torch.zeros((), dtype=torch.int64, device=words.device)
-    for start in range(0, words.numel(), _CHUNK):
-        chunk = words[start : start + _CHUNK].to(torch.int64) + (1 << 33)
-        total = total + (chunk * _multipliers(start, chunk.numel(), words.device)).sum()
-    return int(total) & _MASK
+    return checksums([("", tensor)])[""]
+
+
+def checksums(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, int]:
+    """The checksum of each named tensor; waits for the device once."""
+    sums = Checksums()
+    for name, tensor in tensors:
+        sums.add(name, tensor)
+    return sums.values()

@@ -56,17 +56,6 @@ class Placer:
         """Tensors of the model that have not come, by name, in the model's order."""
         return [name for name in self._index if name not in self._placed]
 
-    def is_ignored(self, name: str) -> bool:
-        """Whether `name` is accepted without being placed."""
-        return name in self._ignored
-
-    def check(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raise ManifestMismatch unless the model has a tensor `name` of this full shape."""
-        if self.is_ignored(name):
-            return
-        parameter, part = self._target(name)
-        parameter.check(shape, part, name=name)
-
     def place(self, name: str, tensor: torch.Tensor) -> None:
         """Write a full tensor into the model.
 
@@ -75,7 +64,7 @@ class Placer:
         """
         if name in self._seen:
             raise ManifestMismatch(f"{name} came twice", field=name)
-        if self.is_ignored(name):
+        if name in self._ignored:
             self._seen.add(name)
             return
         parameter, part = self._target(name)

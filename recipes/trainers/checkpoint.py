@@ -11,44 +11,67 @@ import logging
 import os
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from engine.errors import InvalidRequest
+from recipes.world import World
+
 logger = logging.getLogger(__name__)
 
 PREFIX = "step_"
-TENSORS = "trainer.pt"
+RNG = "rng.pt"
 STATE = "state.json"
 
 
 def save_checkpoint(
-    folder: Path, step: int, trainer_state: dict[str, Any], progress: dict[str, Any]
+    folder: Path,
+    step: int,
+    save: Callable[[Path], None],
+    progress: dict[str, Any],
+    world: World | None = None,
 ) -> Path:
-    """Write `folder/step_<step>` and remove the checkpoints before it.
+    """Write `folder/step_<step>` and remove the checkpoints before it; collective.
 
-    trainer_state: tensors (`Trainer.state_dict`). progress: what JSON can hold.
+    save: writes the trainer into a folder (`Learner.save`). progress: what JSON can hold.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    world = world or World()
     final = folder / f"{PREFIX}{step:06d}"
     temporary = folder / f".writing_{final.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    torch.save({"trainer": trainer_state, "rng": _torch_rng()}, temporary / TENSORS)
-    state = {"progress": progress, "rng": _host_rng()}
+    if world.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    world.barrier()
+    save(temporary)
+    world.barrier()
+    if world.is_main:
+        _complete_folder(temporary, progress, world.size)
+        _put_in_place(temporary, final)
+    world.barrier()
+    return final
+
+
+def _complete_folder(temporary: Path, progress: dict[str, Any], num_processes: int) -> None:
+    """Add what the trainer does not know, and have everything on the disk."""
+    torch.save(_torch_rng(), temporary / RNG)
+    state = {"progress": progress, "rng": _host_rng(), "num_processes": num_processes}
     (temporary / STATE).write_text(json.dumps(state), encoding="utf-8")
-    for path in (temporary / TENSORS, temporary / STATE, temporary):
+    for path in (*sorted(temporary.rglob("*")), temporary):
         _sync(path)
+
+
+def _put_in_place(temporary: Path, final: Path) -> None:
     if final.exists():
         _remove(final)
     temporary.rename(final)
-    _sync(folder)
-    for old in _complete(folder):
+    _sync(final.parent)
+    for old in _complete(final.parent):
         if old != final:
             _remove(old)
-    return final
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -57,12 +80,26 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def load_checkpoint(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(trainer_state, progress) as they were saved; also restores the global RNGs."""
-    tensors = torch.load(checkpoint / TENSORS, map_location="cpu", weights_only=True)
+def load_checkpoint(
+    checkpoint: Path, load: Callable[[Path], None], world: World | None = None
+) -> dict[str, Any]:
+    """The progress as it was saved; also restores the trainer and the global RNGs.
+
+    load: `Learner.load`. Raises InvalidRequest when the run had another number of processes.
+    """
+    world = world or World()
     state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    _restore_rng(tensors["rng"], state["rng"])
-    return tensors["trainer"], state["progress"]
+    if state["num_processes"] != world.size:
+        raise InvalidRequest(
+            f"resume: the run had {state['num_processes']} trainer processes and has "
+            f"{world.size} now; start it with --nproc-per-node {state['num_processes']}",
+            field="resume",
+        )
+    load(checkpoint)
+    rng = torch.load(checkpoint / RNG, map_location="cpu", weights_only=True)
+    _restore_rng(rng, state["rng"])
+    progress: dict[str, Any] = state["progress"]
+    return progress
 
 
 def _complete(folder: Path) -> list[Path]:

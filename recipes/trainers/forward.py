@@ -6,9 +6,9 @@ Legend: T nodes, P predicting nodes, K response tokens, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from recipes.trainers.prefix_tree import PrefixTree
 
@@ -24,15 +24,16 @@ class TokenScores:
     entropy: torch.Tensor
 
 
-def score_tree(model: PreTrainedModel, tree: PrefixTree, temperature: float) -> TokenScores:
+def score_tree(model: Any, tree: PrefixTree, temperature: float) -> TokenScores:
     """log_softmax(logits / temperature)[token] of every response token of the tree.
 
-    Logits are computed at the predicting nodes alone. The softmax is in float32, whatever the
-    dtype of the model. The model must attend by SDPA, which takes a boolean [1, 1, T, T] mask.
+    model: a transformers causal LM, or a wrapper that is called like one and has its `device`.
+    It is called once, as a whole, which is what sharded models need; logits are computed at
+    the predicting nodes alone. The softmax is in float32, whatever the dtype of the model. The
+    model must attend by SDPA, which takes a boolean [1, 1, T, T] mask.
     """
     device = model.device
-    hidden_PD = _hidden(model, tree, device)
-    logits_PV = model.get_output_embeddings()(hidden_PD).float() / temperature
+    logits_PV = _logits(model, tree, device).float() / temperature
     logsumexp_P = logits_PV.logsumexp(dim=-1)
     rows_K = torch.from_numpy(tree.rows).to(device)
     targets_K = torch.from_numpy(tree.targets).to(device)
@@ -43,13 +44,14 @@ def score_tree(model: PreTrainedModel, tree: PrefixTree, temperature: float) -> 
     return TokenScores(logprobs=logprobs_K, entropy=entropy_P[rows_K])
 
 
-def _hidden(model: PreTrainedModel, tree: PrefixTree, device: torch.device) -> torch.Tensor:
+def _logits(model: Any, tree: PrefixTree, device: torch.device) -> torch.Tensor:
     mask_TT = torch.from_numpy(tree.ancestor_mask()).to(device)
-    output = model.base_model(
+    output = model(
         input_ids=torch.from_numpy(tree.token_ids).to(device)[None],
         position_ids=torch.from_numpy(tree.depths).to(device)[None],
         attention_mask=mask_TT[None, None],
         use_cache=False,
+        logits_to_keep=torch.from_numpy(tree.predicting).to(device),
     )
-    hidden_TD = output.last_hidden_state[0]
-    return hidden_TD[torch.from_numpy(tree.predicting).to(device)]
+    logits_PV: torch.Tensor = output.logits[0]
+    return logits_PV

@@ -5,6 +5,8 @@ Legend: K response tokens.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,3 +80,16 @@ class TokenMetrics:
         if self.reference_kl is not None:
             named["kl"] = self.reference_kl / num
         return named
+
+
+def merge(parts: Sequence[TokenMetrics]) -> TokenMetrics:
+    """The figures of one step of which each process saw a part."""
+    smallest, largest = {"importance_min"}, {"difference_max", "importance_max"}
+    merged = TokenMetrics(num_updates=parts[0].num_updates)
+    for field in dataclasses.fields(TokenMetrics):
+        values = [v for v in (getattr(part, field.name) for part in parts) if v is not None]
+        if field.name == "num_updates" or not values:
+            continue
+        join = min if field.name in smallest else max if field.name in largest else sum
+        setattr(merged, field.name, join(values))
+    return merged

@@ -27,3 +27,5 @@ class OptimizerOptions:
     """Gradients with a larger norm are scaled down to it."""
     max_tokens_per_microbatch: int = 4096
     """Distinct prefix tokens computed at once; more is faster and takes more memory."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: far less memory, a third more time."""

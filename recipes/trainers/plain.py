@@ -6,8 +6,9 @@ Legend: K response tokens of a micro-batch, N its sequences.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,18 +16,19 @@ import torch
 from transformers import PreTrainedModel
 
 from engine.protocol import FloatArray
-from recipes.algorithms.losses import LossInputs, LossOutput
-from recipes.trainers.forward import TokenScores, score_tree
+from recipes.trainers.base import Logprobs, Loss
+from recipes.trainers.forward import TokenScores
+from recipes.trainers.memory import recompute_layers
 from recipes.trainers.metrics import TokenMetrics
+from recipes.trainers.microbatch import by_sequence, loss_inputs, microbatches, score
 from recipes.trainers.options import OptimizerOptions
-from recipes.trainers.prefix_tree import PromptResponse, build_tree, pack
 from recipes.types import Batch, Trajectory
 
-Loss = Callable[[LossInputs], LossOutput]
+TENSORS = "trainer.pt"
 
 
 class Trainer:
-    """Owns the model that learns, its optimizer, and the frozen reference where KL is asked.
+    """A `Learner` of one process: the model, its optimizer, and the reference where KL is asked.
 
     model: moved to `device` in float32. autocast_dtype: bfloat16 runs the forward pass under
     autocast; float32 runs it as it is. temperature: that of the rollouts.
@@ -44,6 +46,8 @@ class Trainer:
     ) -> None:
         self.model: PreTrainedModel = model.to(device=device, dtype=torch.float32).eval()
         self.model.set_attn_implementation("sdpa")
+        if options.gradient_checkpointing:
+            recompute_layers(self.model)
         self.options = options
         self.device = device
         self.autocast_dtype = autocast_dtype
@@ -77,7 +81,7 @@ class Trainer:
         for indices in self._microbatches(batch.trajectories):
             part = batch.select(indices)
             scores, num_nodes = self._score(self.model, part.trajectories)
-            inputs = _loss_inputs(part, scores.logprobs, self.device)
+            inputs = loss_inputs(part, scores.logprobs, self.device)
             output = loss(inputs)
             if output.loss.requires_grad:
                 output.loss.backward()
@@ -94,46 +98,52 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
-    def logprobs(self, trajectories: tuple[Trajectory, ...]) -> tuple[FloatArray, ...]:
+    def logprobs(self, trajectories: tuple[Trajectory, ...]) -> Logprobs:
         """Per sequence, float32 [response_len] under the current weights, without gradient."""
         return self._logprobs(self.model, trajectories)
 
-    def reference_logprobs(self, trajectories: tuple[Trajectory, ...]) -> tuple[FloatArray, ...]:
+    def reference_logprobs(self, trajectories: tuple[Trajectory, ...]) -> Logprobs:
         """As `logprobs`, under the initial weights."""
         assert self.reference is not None
         return self._logprobs(self.reference, trajectories)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Model and optimizer, for a checkpoint."""
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+    @property
+    def weights(self) -> PreTrainedModel:
+        """The model itself: an engine of this process reads it in place."""
+        return self.model
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`. The reference keeps the weights it was made from."""
+    def save(self, folder: Path) -> None:
+        """Write model and optimizer into a checkpoint's folder."""
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        torch.save(state, folder / TENSORS)
+
+    def load(self, folder: Path) -> None:
+        """Inverse of `save`. The reference keeps the weights it was made from."""
+        state = torch.load(folder / TENSORS, map_location="cpu", weights_only=True)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
 
-    def _logprobs(
-        self, model: PreTrainedModel, trajectories: tuple[Trajectory, ...]
-    ) -> tuple[FloatArray, ...]:
+    def write_model(self, folder: Path, dtype: torch.dtype) -> None:
+        """Write the model in Hugging Face format; it is cast itself."""
+        self.model.to(dtype=dtype).save_pretrained(folder)
+
+    def _logprobs(self, model: PreTrainedModel, trajectories: tuple[Trajectory, ...]) -> Logprobs:
         arrays: dict[int, FloatArray] = {}
         for indices in self._microbatches(trajectories):
-            part = tuple(trajectories[i] for i in indices)
+            part = [trajectories[i] for i in indices]
             with torch.no_grad():
                 scores, _ = self._score(model, part)
-            ends = np.cumsum([len(t.response_ids) for t in part])[:-1]
-            arrays.update(zip(indices, np.split(scores.logprobs.cpu().numpy(), ends), strict=True))
+            arrays.update(zip(indices, by_sequence(scores.logprobs, part), strict=True))
         return tuple(arrays[i] for i in range(len(trajectories)))
 
     def _score(
-        self, model: PreTrainedModel, trajectories: tuple[Trajectory, ...]
+        self, model: PreTrainedModel, trajectories: Sequence[Trajectory]
     ) -> tuple[TokenScores, int]:
-        tree = build_tree([_sequence(t) for t in trajectories])
         with self._autocast():
-            return score_tree(model, tree, self.temperature), len(tree.token_ids)
+            return score(model, trajectories, self.temperature)
 
-    def _microbatches(self, trajectories: tuple[Trajectory, ...]) -> list[list[int]]:
-        sequences = [_sequence(t) for t in trajectories]
-        return pack(sequences, self.options.max_tokens_per_microbatch)
+    def _microbatches(self, trajectories: Sequence[Trajectory]) -> list[list[int]]:
+        return microbatches(trajectories, self.options.max_tokens_per_microbatch)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(
@@ -141,29 +151,3 @@ class Trainer:
             dtype=torch.bfloat16,
             enabled=self.autocast_dtype == torch.bfloat16,
         )
-
-
-def _sequence(trajectory: Trajectory) -> PromptResponse:
-    return PromptResponse(prompt_ids=trajectory.prompt_ids, response_ids=trajectory.response_ids)
-
-
-def _loss_inputs(batch: Batch, logprobs_K: torch.Tensor, device: torch.device) -> LossInputs:
-    lengths_N = np.array([len(t.response_ids) for t in batch.trajectories])
-
-    def tokens(values: np.ndarray[Any, Any]) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(device)
-
-    def flat(arrays: tuple[FloatArray, ...] | None) -> torch.Tensor | None:
-        return None if arrays is None else tokens(np.concatenate(arrays))
-
-    old_K = flat(batch.old_logprobs)
-    return LossInputs(
-        logprobs=logprobs_K,
-        old=logprobs_K.detach() if old_K is None else old_K,
-        rollout=tokens(np.concatenate([t.rollout_logprobs for t in batch.trajectories])),
-        reference=flat(batch.reference_logprobs),
-        advantages=tokens(np.repeat(batch.advantages, lengths_N)),
-        weights=tokens(np.repeat(batch.weights, lengths_N)),
-        sequence=tokens(np.repeat(np.arange(len(lengths_N)), lengths_N)),
-        num_sequences=len(lengths_N),
-    )

@@ -8,7 +8,7 @@ unlocked node's pages have no holder but the tree.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -146,6 +146,14 @@ class CacheManager:
             )
             self.pool.retain(adopted)
         self.pool.release(pages)
+
+    def release_many(self, pages: Sequence[IntArray], nodes: Iterable[Node | None]) -> None:
+        """Give up the pages and locks of many sequences, keeping nothing."""
+        for node in nodes:
+            if node is not None:
+                self.tree.unlock(node)
+        if pages:
+            self.pool.release_many(np.concatenate(pages))
 
     def clear(self) -> None:
         """Forget every prefix. Sequences keep the pages they hold."""

@@ -51,6 +51,15 @@ class PagePool:
         self._free[self.num_free : self.num_free + len(freed)] = freed
         self.num_free += len(freed)
 
+    def release_many(self, pages: IntArray) -> None:
+        """As `release`, where a page may be named as often as it is held."""
+        counts = self.refcounts - np.bincount(pages, minlength=self.num_pages).astype(np.int32)
+        assert (counts >= 0).all(), "released a free page"
+        freed = np.flatnonzero((counts == 0) & (self.refcounts > 0)).astype(np.int32)
+        self.refcounts[:] = counts
+        self._free[self.num_free : self.num_free + len(freed)] = freed
+        self.num_free += len(freed)
+
     def check_integrity(self) -> None:
         """Assert that the free stack and the reference counts tell the same story."""
         free = self._free[: self.num_free]

@@ -38,7 +38,10 @@ def make_output(
         prompt_tokens=sequence.prompt_len,
         cached_tokens=sequence.cached_tokens,
         num_retractions=sequence.num_retractions,
+        num_restarts=sequence.num_restarts,
         spans=sequence.spans_between(start, size),
+        # No token was sampled with the KV of the last one.
+        kv_spans=[] if finish is None else sequence.kv_spans_before(sequence.prompt_len + size - 1),
         top=sequence.top_between(start, size),
         prompt_logprobs=_prompt_logprobs(sequence) if with_prompt else None,
         prompt_top=_prompt_top(sequence) if with_prompt else None,

@@ -32,6 +32,7 @@ class Preemption:
     def retract(self, sequence: Sequence, step: int, *, keep_kv: bool) -> None:
         """Send one running sequence back to the front of the queue."""
         self._running.stop(sequence, step=step, keep_kv=keep_kv)
+        sequence.drop_kv()
         sequence.num_retractions += 1
         self.num_retractions += 1
         self._queue.push(sequence)

@@ -52,6 +52,18 @@ class WaitingQueue:
         del self._ordered[bisect_left(self._ordered, _key(sequence))]
         del self._arrivals[bisect_left(self._arrivals, sequence.arrival)]
 
+    def remove_many(self, sequences: list[Sequence]) -> None:
+        """Take out sequences that are waiting; all of them costs no more than some."""
+        gone = {sequence.arrival for sequence in sequences}
+        if len(gone) < len(self._arrivals) // 8:
+            for sequence in sequences:
+                self.remove(sequence)
+            return
+        self._ordered = [key for key in self._ordered if key[2] not in gone]
+        self._arrivals = [arrival for arrival in self._arrivals if arrival not in gone]
+        for arrival in gone:
+            del self._by_arrival[arrival]
+
     def candidates(self, cached_tokens: Callable[[Sequence], int]) -> Iterator[Sequence]:
         """The waiting sequences in the order to try them; the queue may shrink meanwhile.
 

@@ -68,6 +68,7 @@ class RunningSet:
         kv_tokens = self.cache.num_pages * self.cache.page_size
         self.table.load(slot, sequence, kv_tokens)
         sequence.slot, sequence.pure = slot, True
+        sequence.drop_kv()
         if match is not None:
             sequence.node = match.node
             self.table.add_pages(slot, match.pages)
@@ -103,10 +104,7 @@ class RunningSet:
         the prefix cache.
         """
         slot, table = sequence.slot, self.table
-        size = int(table.num_tokens[slot])
-        sequence.tokens = table.tokens[slot, :size].copy()
-        sequence.logprobs = table.logprobs[slot, sequence.prompt_len : size].copy()
-        computed = min(int(table.num_computed[slot]), size)
+        computed = self._take_results(sequence)
         keep = keep_kv and sequence.pure
         self.cache.release(
             table.pages(slot),
@@ -117,18 +115,45 @@ class RunningSet:
             step=step - 1,
         )
         table.clear(slot)
+        self._free_slot(sequence)
+
+    def stop_many(self, sequences: list[Sequence]) -> None:
+        """As `stop` for each of `sequences`, leaving nothing to the prefix cache."""
+        for sequence in sequences:
+            self._take_results(sequence)
+        slots = np.array([sequence.slot for sequence in sequences], np.int32)
+        pages = [self.table.pages(slot) for slot in slots.tolist()]
+        self.cache.release_many(pages, [sequence.node for sequence in sequences])
+        self.table.clear(slots)
+        for sequence in sequences:
+            self._free_slot(sequence)
+
+    def set_version(self, version: int) -> None:
+        """New weights serve: running sequences go on, but their KV is no longer shared."""
+        for slot, sequence in self._by_slot.items():
+            computed = int(self.table.num_computed[slot])
+            sequence.close_kv(computed, self.version)
+            sequence.pure = sequence.pure and computed == 0
+        self.version = version
+        self.cache.clear()
+
+    def _take_results(self, sequence: Sequence) -> int:
+        """Copy what the table knows of a sequence into it; returns its tokens with KV."""
+        slot, table = sequence.slot, self.table
+        size = int(table.num_tokens[slot])
+        sequence.tokens = table.tokens[slot, :size].copy()
+        sequence.logprobs = table.logprobs[slot, sequence.prompt_len : size].copy()
+        computed = min(int(table.num_computed[slot]), size)
+        sequence.close_kv(computed, self.version)
+        return computed
+
+    def _free_slot(self, sequence: Sequence) -> None:
+        slot = sequence.slot
         del self._by_slot[slot]
         self.prefilling.pop(slot, None)
         self._free_slots.append(slot)
         self._decode_slots = None
         sequence.slot, sequence.node = -1, None
-
-    def set_version(self, version: int) -> None:
-        """New weights serve: running sequences go on, but their KV is no longer shared."""
-        self.version = version
-        for sequence in self._by_slot.values():
-            sequence.pure = sequence.pure and self.table.num_computed[sequence.slot] == 0
-        self.cache.clear()
 
     def check_integrity(self) -> None:
         """Assert that slots, phases and page counts agree, and the cache with them."""

@@ -25,6 +25,7 @@ from engine.protocol import (
 from rollout.cache.manager import CacheManager
 from rollout.scheduler.budget import PageReserve
 from rollout.scheduler.decode import DecodePlanner
+from rollout.scheduler.kv_policy import CANNOT_RESTART, KvPolicies
 from rollout.scheduler.outputs import final_output, make_output
 from rollout.scheduler.plan_builder import InFlight, PlanBuilder
 from rollout.scheduler.preempt import Preemption
@@ -70,6 +71,7 @@ class Scheduler:
         self._queue = WaitingQueue(config.policy, config.starvation_steps)
         self._reserve = PageReserve(cache.page_size)
         self._preemption = Preemption(self._running, self._queue, self._reserve)
+        self._policies = KvPolicies(self._running, self._queue, self._preemption)
         self._decode = DecodePlanner(self._running)
         self._prefill = PrefillPlanner(
             config, self._running, self._queue, self._reserve, self._admitted
@@ -82,7 +84,12 @@ class Scheduler:
         self._counters = Counters()
         self._next_step = 0
         self._next_arrival = 0
-        self._paused = False
+        self._pause_mode: PauseMode | None = None
+
+    @property
+    def version(self) -> int:
+        """The version that new tokens carry."""
+        return self._running.version
 
     def add(self, request: Request) -> None:
         """Queue one request.
@@ -112,14 +119,16 @@ class Scheduler:
     ) -> list[RequestOutput]:
         """End the request `rid`, those whose id starts with `rid_prefix`, or `all`.
 
-        Returns what each produced so far, in order of arrival. Empty names nothing.
+        Returns what each produced so far, in order of arrival. Empty names nothing. The KV of
+        those named stays cached; with `all` it does not, since most often an update follows.
         """
         named = [
             sequence
             for own, sequence in self._requests.items()
             if all or own == rid or (rid_prefix and own.startswith(rid_prefix))
         ]
-        return self._finish_each(named, FinishReason(type="abort", message=message))
+        finish = FinishReason(type="abort", message=message)
+        return self._finish_each(named, finish, keep_kv=not all)
 
     def stop(self, rid: str, num_tokens: int, matched: str) -> RequestOutput | None:
         """End one request at `num_tokens` output tokens, a stop string having been seen.
@@ -135,7 +144,7 @@ class Scheduler:
 
     def pause(self, mode: PauseMode = "keep") -> list[RequestOutput]:
         """Plan nothing until `resume`. Returns what 'abort' ended; else nothing."""
-        self._paused = True
+        self._pause_mode = mode
         if mode == "abort":
             return self.abort(all=True, message="aborted by a pause")
         if mode == "retract":
@@ -145,15 +154,22 @@ class Scheduler:
 
     def resume(self) -> None:
         """Undo `pause`."""
-        self._paused = False
+        self._pause_mode = None
 
-    def set_version(self, version: int) -> None:
+    def set_version(self, version: int) -> list[RequestOutput]:
         """Weights `version` serve every step planned from now on.
 
-        Cached prefixes are dropped. Running sequences go on with the KV they have, which
-        is then never shared; their later tokens carry the new version.
+        Cached prefixes are dropped, and each request is treated as its `kv_policy` says: it
+        goes on with the KV it has, which is then never shared; or its KV is computed again; or
+        it starts again. Later tokens carry the new version. Returns the last output of streams
+        that would have to start again and cannot.
         """
+        treated = self._policies.apply(list(self._requests.values()), self._next_step)
+        for sequence in treated.restarted:
+            self._requests[sequence.request.rid] = sequence
+        outputs = self._finish_each(treated.stuck, CANNOT_RESTART)
         self._running.set_version(version)
+        return outputs
 
     def flush_cache(self) -> None:
         """Drop every cached prefix; raises SlipstreamError while sequences hold pages."""
@@ -161,7 +177,7 @@ class Scheduler:
 
     def plan(self) -> StepPlan | None:
         """The next step, or None if there is nothing to compute or steps are paused."""
-        if self._paused or not self._requests:
+        if self._pause_mode is not None or not self._requests:
             return None
         builder = PlanBuilder(self._next_step, self._running)
         self._make_room()
@@ -205,7 +221,8 @@ class Scheduler:
         """Counts now and totals since the start."""
         return SchedulerStats(
             version=self._running.version,
-            paused=self._paused,
+            paused=self._pause_mode is not None,
+            pause_mode=self._pause_mode,
             num_running=len(self._running),
             num_waiting=len(self._queue),
             free_pages=self._cache.num_free,
@@ -301,7 +318,15 @@ class Scheduler:
             error="OutOfMemory",
         )
 
-    def _finish_each(self, sequences: list[Sequence], finish: FinishReason) -> list[RequestOutput]:
+    def _finish_each(
+        self, sequences: list[Sequence], finish: FinishReason, *, keep_kv: bool = True
+    ) -> list[RequestOutput]:
+        if not keep_kv:
+            running = [sequence for sequence in sequences if sequence.slot >= 0]
+            waiting = [sequence for sequence in sequences if sequence.slot < 0]
+            self._running.stop_many(running)
+            self._queue.remove_many(waiting)
+            return [self._close(sequence, finish) for sequence in sequences]
         # From the back: taking from the front of a long queue moves all of it.
         return [self._finish(sequence, finish) for sequence in reversed(sequences)][::-1]
 
@@ -310,6 +335,10 @@ class Scheduler:
             self._running.stop(sequence, step=self._next_step)
         else:
             self._queue.remove(sequence)
+        return self._close(sequence, finish)
+
+    def _close(self, sequence: Sequence, finish: FinishReason) -> RequestOutput:
+        """Forget a sequence that neither runs nor waits any more; its last output."""
         del self._requests[sequence.request.rid]
         self._leave_group(sequence.request.group)
         return final_output(sequence, finish)

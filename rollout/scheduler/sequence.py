@@ -34,6 +34,8 @@ class Sequence:
     logprobs: float32, those of the outputs in `tokens`.
     span_start, span_version: the span of output tokens still open; -1 before the first.
     num_emitted: output tokens already returned by a stream.
+    kv_spans, kv_end: which version computed the KV of tokens before `kv_end`; that of later
+        ones is by the version that serves. Empty while it has no KV.
     """
 
     request: Request
@@ -49,6 +51,7 @@ class Sequence:
     admitted: bool = False
     cached_tokens: int = 0
     num_retractions: int = 0
+    num_restarts: int = 0
     num_emitted: int = 0
     spans: list[VersionSpan] = field(default_factory=list)
     span_start: int = 0
@@ -56,6 +59,8 @@ class Sequence:
     top: list[tuple[IntArray, FloatArray]] = field(default_factory=list)
     prompt_parts: list[PromptLogprobs] = field(default_factory=list)
     prompt_emitted: bool = False
+    kv_spans: list[VersionSpan] = field(default_factory=list)
+    kv_end: int = 0
 
     @property
     def prompt_len(self) -> int:
@@ -94,6 +99,35 @@ class Sequence:
         found = [*self.spans, VersionSpan(self.span_version, self.span_start, end)]
         clipped = [VersionSpan(s.version, max(s.start, start), min(s.end, end)) for s in found]
         return _merge([span for span in clipped if span.start < span.end])
+
+    def close_kv(self, end: int, version: int) -> None:
+        """The KV of tokens before `end` is there, the part since `kv_end` by `version`."""
+        if end > self.kv_end:
+            self.kv_spans.append(VersionSpan(version, self.kv_end, end))
+            self.kv_end = end
+
+    def drop_kv(self) -> None:
+        """Forget which version computed which KV: there is none any more."""
+        self.kv_spans, self.kv_end = [], 0
+
+    def kv_spans_before(self, end: int) -> list[VersionSpan]:
+        """The KV versions of tokens [0, end), as far as they were computed."""
+        clipped = [VersionSpan(s.version, s.start, min(s.end, end)) for s in self.kv_spans]
+        return _merge([span for span in clipped if span.start < span.end])
+
+    def restarted(self) -> Sequence:
+        """The same request with nothing sampled yet; only what was counted is carried over."""
+        return Sequence(
+            request=self.request,
+            arrival=self.arrival,
+            group_order=self.group_order,
+            max_new_tokens=self.max_new_tokens,
+            tokens=self.tokens[: self.prompt_len],
+            admitted=self.admitted,
+            cached_tokens=self.cached_tokens,
+            num_retractions=self.num_retractions,
+            num_restarts=self.num_restarts + 1,
+        )
 
     def top_between(self, start: int, end: int) -> TopLogprobs | None:
         """The top logprobs of output tokens [start, end); None if not asked for."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine.protocol import PauseMode
+
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerStats:
@@ -14,6 +16,7 @@ class SchedulerStats:
 
     version: int
     paused: bool
+    pause_mode: PauseMode | None
     num_running: int
     num_waiting: int
     free_pages: int

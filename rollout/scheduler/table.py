@@ -85,8 +85,8 @@ class SlotTable:
         self.num_pages[slot] = column + len(pages)
         return column
 
-    def clear(self, slot: int) -> None:
-        """Make a slot free."""
+    def clear(self, slot: int | IntArray) -> None:
+        """Make one slot or several free."""
         self.phase[slot] = FREE
         self.uid[slot] = 0
         self.num_pages[slot] = 0

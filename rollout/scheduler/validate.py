@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 
 from engine.errors import ContextTooLong, InvalidRequest
-from engine.protocol import Request, SamplingParams
+from engine.protocol import KvPolicy, Request, SamplingParams
 
 MAX_SEED = 2**63 - 1
+KV_POLICIES: tuple[str, ...] = get_args(KvPolicy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,8 @@ def check_request(request: Request, limits: Limits) -> None:
         _refuse("max_new_tokens", "may be 0 only when prompt logprobs are asked for")
     if not 0 <= request.top_logprobs <= limits.vocab_size:
         _refuse("top_logprobs", f"is {request.top_logprobs}; give 0 to {limits.vocab_size}")
+    if request.kv_policy not in KV_POLICIES:
+        _refuse("kv_policy", f"is {request.kv_policy!r}; give one of {', '.join(KV_POLICIES)}")
     if not 0 <= request.seed <= MAX_SEED:
         _refuse("seed", f"is {request.seed}; give 0 to 2**63 - 1")
 

@@ -56,6 +56,12 @@ class Tokenizer:
         plain: Sequence[int] = ids.tolist() if isinstance(ids, np.ndarray) else ids
         return self._backend.decode(plain, skip_special_tokens=skip_special_tokens)
 
+    def with_template(self, source: str) -> Tokenizer:
+        """This tokenizer with another chat template; itself if it is the same."""
+        if source == self.chat_template:
+            return self
+        return Tokenizer(self._backend, self._special, source)
+
     def special_token_id(self, text: str) -> int | None:
         """Id of the special token that is written `text`; None if it is not one."""
         return self._special_ids.get(text)

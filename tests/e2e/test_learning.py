@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from recipes.actor import launch_actor
 from recipes.grpo import train
+from recipes.launch import launch_actor
 from recipes.ledger import Ledger
 from recipes.model import load_trainer
 from recipes.options import Options, RolloutOptions

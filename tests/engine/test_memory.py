@@ -12,12 +12,19 @@ from engine.errors import OutOfMemory
 GIB = 1 << 30
 
 
-def plan(cache: CacheConfig, monkeypatch: pytest.MonkeyPatch, *, free: int, device: str = "cuda"):
+def plan(
+    cache: CacheConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    free: int,
+    device: str = "cuda",
+    **needs: int,
+) -> memory.MemoryPlan:
     monkeypatch.setattr(memory, "free_bytes", lambda _: free)
     return memory.plan_memory(
         cache,
         page_bytes=1 << 20,
-        workspace_bytes=GIB,
+        needs=memory.Needs(workspace=GIB, **needs),
         device=torch.device(device),
         context_length=32768,
         max_running=64,
@@ -57,6 +64,26 @@ def test_refuses_with_numbers(cache: CacheConfig, field: str, monkeypatch) -> No
     with pytest.raises(OutOfMemory, match=r"free 9\.00 GiB") as refusal:
         plan(cache, monkeypatch, free=9 * GIB)
     assert refusal.value.field == field
+
+
+def test_what_others_need_is_kept_free(monkeypatch) -> None:
+    needs = {"graphs": GIB, "trainer": 2 * GIB, "shadow": 3 * GIB}
+    found = plan(CacheConfig(memory_fraction=0.5), monkeypatch, free=11 * GIB, **needs)
+    assert found.kv_bytes == 2 * GIB
+    assert "2.00 GiB for the trainer, 3.00 GiB for a shadow" in found.describe()
+
+
+def test_an_explicit_pool_that_leaves_the_trainer_too_little_is_refused(monkeypatch) -> None:
+    with pytest.raises(OutOfMemory, match=r"6\.00 GiB for the trainer") as refusal:
+        plan(CacheConfig(memory_bytes=3 * GIB), monkeypatch, free=9 * GIB, trainer=6 * GIB)
+    assert refusal.value.field == "cache.memory_bytes"
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_allocated(monkeypatch) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 9 * GIB)
+    memory.require_room(9 * GIB, torch.device("cuda"))
+    with pytest.raises(OutOfMemory, match=r"take 10\.00 GiB, and 9\.00 GiB"):
+        memory.require_room(10 * GIB, torch.device("cuda"))
 
 
 def test_free_memory_of_this_machine_is_positive() -> None:

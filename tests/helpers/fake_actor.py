@@ -36,6 +36,9 @@ class FakeActor:
         self.num_requests += len(requests)
         return [self._generate(request) for request in requests]
 
+    def sleep(self) -> None:
+        pass
+
     def push(self, model: torch.nn.Module, version: int, *, measure_memcpy: bool) -> PushReport:
         assert version > self.version
         self.model.load_state_dict(model.state_dict())

@@ -99,6 +99,8 @@ class MockExecutor:
         self.num_computed = 0
         self.num_copies = 0
         self.batches: list[list[int]] = []
+        self.kv_versions: dict[int, list[int]] = {}
+        """By seed of a request: the version of each KV entry its last step read."""
         self._kv = np.full((num_pages, page_size, 2), -1, np.int64)
         self._rows: dict[int, Row] = {}
         self._next_step = 0
@@ -157,11 +159,14 @@ class MockExecutor:
                 self._kv[place] = (row.hashes[position], self.version)
 
     def _read(self, row: Row, kv_len: int) -> None:
+        versions: list[int] = []
         for position in range(kv_len):
             place = (row.pages[position // self.page_size], position % self.page_size)
             found, version = self._kv[place].tolist()
             assert found == row.hashes[position], f"wrong KV at position {position}, {place}"
             assert version >= row.version, f"KV of version {version} at position {position}"
+            versions.append(version)
+        self.kv_versions[row.new.sampling.seed] = versions
 
     def _prompt_logprobs(self, plan: StepPlan) -> list[PromptLogprobs]:
         parts = []

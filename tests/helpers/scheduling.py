@@ -104,10 +104,24 @@ class Bench:
         assert stats.free_pages + stats.cached_pages == stats.total_pages
         assert self.cache.num_available == stats.total_pages, "a lock leaked"
 
-    def set_version(self, version: int) -> None:
-        """New weights, on both sides."""
+    def set_version(self, version: int) -> list[RequestOutput]:
+        """New weights, on both sides; the outputs of requests that this ended."""
         self.executor.version = version
-        self.scheduler.set_version(version)
+        return self.keep(self.scheduler.set_version(version))
+
+    def check_kv_spans(self, request: Request, output: RequestOutput) -> None:
+        """The KV spans of a final output say what the executor found in the KV."""
+        said = [span.version for span in output.kv_spans for _ in range(span.start, span.end)]
+        position = 0
+        for span in output.kv_spans:
+            assert span.start == position < span.end
+            position = span.end
+        assert said == self.executor.kv_versions.get(request.seed, [])[:position]
+        if request.kv_policy != "keep":
+            assert len(output.kv_spans) <= 1, f"{request.rid}: KV of two versions"
+        if request.kv_policy == "fresh":
+            versions = {span.version for span in (*output.spans, *output.kv_spans)}
+            assert len(versions) <= 1, f"{request.rid}: sampled by versions {versions}"
 
 
 def joined(outputs: list[RequestOutput]) -> RequestOutput:
@@ -128,6 +142,8 @@ def joined(outputs: list[RequestOutput]) -> RequestOutput:
         prompt_tokens=outputs[0].prompt_tokens,
         cached_tokens=outputs[0].cached_tokens,
         num_retractions=outputs[-1].num_retractions,
+        num_restarts=outputs[-1].num_restarts,
+        kv_spans=outputs[-1].kv_spans,
         spans=[span for output in outputs for span in output.spans],
         prompt_logprobs=outputs[0].prompt_logprobs,
         prompt_top=outputs[0].prompt_top,

@@ -16,6 +16,7 @@ from recipes.algorithms.presets import AlgorithmOptions
 from recipes.grpo import main, train
 from recipes.ledger import Ledger
 from recipes.options import Options, RolloutOptions
+from recipes.report import PHASES
 from recipes.run import Run, assemble
 from recipes.trainers.options import OptimizerOptions
 from recipes.trainers.plain import Trainer
@@ -106,7 +107,7 @@ def test_every_row_has_its_figures_and_its_times_add_up(tmp_path: Path) -> None:
     run, summary = go(make_options(tmp_path, objective=AlgorithmOptions(kl_coef=0.1)), noise=0.01)
     assert [row["step"] for row in rows(run)] == [1, 2, 3, 4]
     for row in rows(run):
-        phases = [row[f"timing_s/{p}"] for p in ("generate", "score", "train", "push", "other")]
+        phases = [row[f"timing_s/{p}"] for p in PHASES]
         assert sum(phases) == pytest.approx(row["timing_s/step"], rel=1e-9)
         assert row["weight_version"] == row["step"]
         assert ("eval/accuracy" in row) == (row["step"] % 2 == 0)

@@ -83,6 +83,11 @@ def test_logprob_fields_count_only_when_asked_for(state: ReplicaState) -> None:
     assert (request.top_logprobs, request.prompt_logprob_start) == (3, 1)
 
 
+def test_every_sample_has_the_kv_policy_asked_for(state: ReplicaState) -> None:
+    wire = GenerateRequest(input_ids=[1], sampling_params=SamplingParams(n=2), kv_policy="fresh")
+    assert [r.kv_policy for r in expand(wire, None, state, 0)] == ["fresh", "fresh"]
+
+
 def test_salt_and_extra_key_keep_callers_apart(state: ReplicaState) -> None:
     def salt(cache_salt: str, extra_key: str) -> str:
         request = wire(cache_salt=cache_salt, extra_key=extra_key)

@@ -8,6 +8,8 @@ import pytest
 
 import rollout.__main__ as cli
 from engine.config import EngineConfig
+from rollout.http.config import ServeConfig
+from rollout.http.options import Serve, serve_config
 from rollout.replica import Replica
 from tests.helpers.fake_executor import expected_tokens
 from tests.helpers.replicas import inline
@@ -23,6 +25,44 @@ def test_the_options_are_these() -> None:
         "model", "input", "output", "load_format", "device", "dtype", "context_length",
         "attention", "max_running", "kv_memory", "page_size", "prefix_cache", "seed", "spawn",
     ]  # fmt: skip
+
+
+def test_the_options_of_serve_are_these() -> None:
+    names = [field.name for field in dataclasses.fields(Serve)]
+    assert names == [
+        "model", "tp", "host", "port", "served_model_name", "api_key", "admin_api_key",
+        "load_format", "device", "dtype", "context_length", "attention", "cuda_graphs",
+        "max_running", "max_waiting", "kv_memory", "mem_fraction", "page_size", "prefix_cache",
+        "enable_memory_saver", "enable_weights_cpu_backup", "trainer_memory", "reserve_shadow",
+        "base_gpu", "weight_version", "seed", "incremental_streaming_output", "max_body_mib",
+        "max_control_body_mib",
+    ]  # fmt: skip
+
+
+def test_options_of_serve_reach_the_configuration() -> None:
+    assert serve_config(Serve(model="m")) == ServeConfig(engine=EngineConfig(model="m"))
+    args = cli.parse(
+        ["serve", "--model", "m", "--tp", "2", "--kv-memory", "0.5", "--enable-memory-saver",
+         "--admin-api-key", "a", "--max-body-mib", "1", "--trainer-memory", "2"]
+    )  # fmt: skip
+    assert isinstance(args, Serve)
+    config = serve_config(args)
+    assert config.engine.parallel.tp_size == 2
+    assert config.engine.cache.memory_bytes == 1 << 29
+    assert config.engine.memory.saver
+    assert config.engine.memory.trainer_bytes == 2 << 30
+    assert (config.admin_api_key, config.max_body_bytes) == ("a", 1 << 20)
+    assert config.model_name == "m"
+
+
+@pytest.mark.parametrize("option,value", [("--tp", "0"), ("--port", "70000"), ("--kv-memory", "0")])
+def test_a_value_of_serve_without_a_meaning_names_its_option(
+    option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["serve", "--model", "m", option, value])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith(f"InvalidRequest ({option}): is {value}")
 
 
 def test_options_reach_the_configuration() -> None:

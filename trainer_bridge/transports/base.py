@@ -61,8 +61,8 @@ def on_each(targets: Sequence[UpdateTarget], call: Callable[[UpdateTarget], T]) 
 
     Waits for all, then raises the first error, if any.
     """
-    if len(targets) == 1:
-        return [call(targets[0])]
+    if len(targets) < 2:
+        return [call(target) for target in targets]
     with ThreadPoolExecutor(len(targets)) as pool:
         futures = [pool.submit(call, target) for target in targets]
     return [future.result() for future in futures]

@@ -12,7 +12,7 @@ import torch
 from engine.errors import ManifestMismatch
 from engine.models.decoder import CausalLM
 from engine.models.locate import locate
-from engine.weights.load import Placer, load
+from engine.weights.load import load
 from engine.weights.sources import inproc
 from tests.helpers.dense_context import dense_logits
 from tests.helpers.load_tiny import poisoned
@@ -89,17 +89,6 @@ def test_a_wrong_shape_fails(tmp_path: Path) -> None:
     with pytest.raises(ManifestMismatch, match=r"\[64, 63\].*\[64, 64\]") as caught:
         load(model, inproc.tensors(state))
     assert caught.value.field == Q_PROJ
-
-
-def test_check_says_the_same_without_writing(tmp_path: Path) -> None:
-    model, _ = setup(tmp_path)
-    placer = Placer(model)
-    placer.check(Q_PROJ, (64, 64))
-    with pytest.raises(ManifestMismatch, match="expects"):
-        placer.check(Q_PROJ, (64, 63))
-    with pytest.raises(ManifestMismatch, match="no tensor"):
-        placer.check("nonsense", (1,))
-    assert model.weight_index()[Q_PROJ][0].isnan().all()
 
 
 @pytest.mark.parametrize("names", [[EMBED], [HEAD], [EMBED, HEAD], [HEAD, EMBED]])

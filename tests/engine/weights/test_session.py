@@ -10,7 +10,6 @@ from engine.layers.runtime import LayerRuntime
 from engine.models.build import build_model
 from engine.models.config import read_config
 from engine.protocol import BeginUpdate, TensorSpec
-from engine.weights import session as session_module
 from engine.weights.session import UpdateSession
 from engine.weights.sources import random
 
@@ -201,7 +200,7 @@ def test_a_commit_that_dies_while_writing_refuses_to_serve(monkeypatch) -> None:
     def dies(*_args, **_kwargs):
         raise MemoryError
 
-    monkeypatch.setattr(session_module, "load", dies)
+    monkeypatch.setattr(session.catalog, "place", dies)
     with pytest.raises(MemoryError):
         session.commit(4)
     with pytest.raises(WeightUpdateError, match="mixture"):

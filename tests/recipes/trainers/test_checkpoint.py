@@ -9,8 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from engine.errors import InvalidRequest
 from recipes.trainers import checkpoint
 from recipes.trainers.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from recipes.world import World
+
+
+def write(folder: Path) -> None:
+    (folder / "t").write_text("weights")
 
 
 def draw() -> tuple[float, float, float]:
@@ -18,20 +24,27 @@ def draw() -> tuple[float, float, float]:
 
 
 def test_round_trip_restores_tensors_progress_and_generators(tmp_path: Path) -> None:
-    weights = {"model": {"w": torch.arange(3.0)}, "optimizer": {"state": {0: torch.ones(2)}}}
-    saved = save_checkpoint(tmp_path, 3, weights, {"position": 24})
+    saved = save_checkpoint(tmp_path, 3, write, {"position": 24})
     expected = draw()
     draw()
-    trainer_state, progress = load_checkpoint(saved)
+    read: list[str] = []
+    progress = load_checkpoint(saved, lambda folder: read.append((folder / "t").read_text()))
     assert draw() == expected
     assert progress == {"position": 24}
-    assert torch.equal(trainer_state["model"]["w"], torch.arange(3.0))
+    assert read == ["weights"]
+
+
+def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
+    saved = save_checkpoint(tmp_path, 3, write, {})
+    with pytest.raises(InvalidRequest, match="--nproc-per-node 1") as caught:
+        load_checkpoint(saved, write, World(rank=0, size=2))
+    assert caught.value.field == "resume"
 
 
 def test_only_the_last_one_is_kept(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path / "none") is None
     for step in (1, 2, 10):
-        last = save_checkpoint(tmp_path, step, {}, {"step": step})
+        last = save_checkpoint(tmp_path, step, write, {"step": step})
     assert latest_checkpoint(tmp_path) == last
     assert [p.name for p in tmp_path.iterdir()] == ["step_000010"]
 
@@ -39,16 +52,16 @@ def test_only_the_last_one_is_kept(tmp_path: Path) -> None:
 def test_a_kill_while_writing_leaves_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = save_checkpoint(tmp_path, 1, {}, {"step": 1})
+    first = save_checkpoint(tmp_path, 1, write, {"step": 1})
 
     def killed(path: Path) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoint, "_sync", killed)
     with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(tmp_path, 2, {}, {"step": 2})
+        save_checkpoint(tmp_path, 2, write, {"step": 2})
     assert latest_checkpoint(tmp_path) == first
     monkeypatch.undo()
-    second = save_checkpoint(tmp_path, 2, {}, {"step": 2})
+    second = save_checkpoint(tmp_path, 2, write, {"step": 2})
     assert latest_checkpoint(tmp_path) == second
-    assert load_checkpoint(second)[1] == {"step": 2}
+    assert load_checkpoint(second, lambda folder: None) == {"step": 2}

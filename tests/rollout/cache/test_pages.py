@@ -31,6 +31,18 @@ def test_page_is_free_only_after_its_last_release():
     assert pool.num_free == 2
 
 
+def test_releasing_many_counts_a_page_as_often_as_it_is_named():
+    pool = PagePool(6)
+    pages = pool.allocate(4)
+    pool.retain(pages[:2])
+    pool.release_many(np.concatenate((pages[:1], pages[:1], pages[1:3])))
+    assert pool.refcounts[pages].tolist() == [0, 1, 0, 1]
+    pool.check_integrity()
+    assert set(pool.allocate(4).tolist()) == {0, 1, 2, 3, 4, 5} - {pages[1], pages[3]}
+    with pytest.raises(AssertionError, match="released a free page"):
+        pool.release_many(np.array([pages[1], pages[1]], np.int32))
+
+
 def test_misuse_is_caught():
     pool = PagePool(2)
     page = pool.allocate(1)

@@ -138,3 +138,17 @@ def test_update_to_the_same_version_still_drops_the_cache():
     assert bench.scheduler.stats().cached_pages == 0
     outputs = bench.run()
     assert outputs["0"].spans == [VersionSpan(0, 0, 12)]
+
+
+def test_aborting_all_leaves_nothing_cached_and_aborting_one_does():
+    bench, _ = started()
+    bench.keep(bench.scheduler.abort(rid="0"))
+    assert bench.scheduler.stats().cached_pages > 0
+    bench, requests = started()
+    outputs = bench.keep(bench.scheduler.abort(all=True))
+    assert [output.rid for output in outputs] == ["0", "1", "2"]
+    assert [output.kv_spans[-1].end if output.kv_spans else 0 for output in outputs] == [12, 12, 0]
+    bench.check_empty()
+    bench.add(requests[0])
+    bench.outputs.clear()
+    check_output(requests[0], bench.run()["0"])

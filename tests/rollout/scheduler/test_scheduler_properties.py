@@ -47,6 +47,7 @@ FIELDS = st.fixed_dictionaries(
         "top_logprobs": st.integers(1, 2),
         "stream": st.booleans(),
         "salt": st.sampled_from(["", "s"]),
+        "kv_policy": st.sampled_from(["keep", "recompute", "fresh"]),
     },
 )
 
@@ -79,7 +80,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         group = f"g{len(self.requests)}" if samples > 1 else ""
         for _ in range(samples):
             rid = f"r{len(self.requests)}."
-            request = make_request(rid, prompt, group=group, **fields)
+            seed = len(self.requests)
+            request = make_request(rid, prompt, group=group, seed=seed, **fields)
             with suppress(InvalidRequest):
                 self.bench.add(request)
                 self.requests[rid] = request
@@ -115,7 +117,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def update(self) -> None:
         self.version += 1
-        self.bench.set_version(self.version)
+        self._cut(self.bench.set_version(self.version))
 
     @rule()
     def flush(self) -> None:
@@ -146,11 +148,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert output.logprobs.tolist() == logprobs[:size]
         assert len(output.logprobs) == size
         check_spans(output)
+        self.bench.check_kv_spans(request, output)
         if output.top is not None:
             assert output.top.ids.shape == (size, request.top_logprobs)
         if request.rid in self.ended_early:
             return
         assert size == self._full_size(request, len(tokens))
+        if size:
+            assert output.kv_spans[-1].end == len(request.prompt_ids) + size - 1 or size == 1
         if request.prompt_logprob_start >= 0:
             assert output.prompt_logprobs is not None
             assert output.prompt_logprobs.tolist() == expected_prompt_logprobs(request)

@@ -94,3 +94,15 @@ def test_remove_while_iterating():
         seen.append(candidate.arrival)
     assert seen == list(range(6)) and len(queue) == 0
     queue.check_integrity()
+
+
+def test_many_are_removed_as_one_by_one():
+    for gone in ([3], [0, 5, 7, 19], list(range(20))):
+        sequences = [sequence(i, priority=i % 3, retractions=i % 2) for i in range(20)]
+        queue = fill(WaitingQueue("fcfs", 4), *sequences)
+        slow = fill(WaitingQueue("fcfs", 4), *sequences)
+        queue.remove_many([sequences[i] for i in gone])
+        for i in gone:
+            slow.remove(sequences[i])
+        assert order(queue) == order(slow)
+        assert len(queue) == 20 - len(gone)

@@ -1,0 +1,75 @@
+"""Collectives over the host: what ranks on a CPU compute with, and how ranks on GPUs agree
+while they start.
+
+Legend: N ranks; `...` any dims.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch._C._distributed_c10d import AllgatherOptions
+
+from engine.errors import EngineDead
+from engine.parallel.collectives import gather_last
+
+_AGREE_S = 1800.0
+"""Deadline of `minimum`, which ranks reach when they have loaded weights: some much sooner than
+others. One whose process ends does not keep them that long."""
+
+
+class GlooCollectives:
+    """Collectives of one rank in a gloo group.
+
+    timeout_s: after which a collective that a rank does not join raises EngineDead.
+    """
+
+    def __init__(self, group: Any, timeout_s: float) -> None:
+        self._group: Any = group
+        self._size = group.size()
+        self._timeout_s = timeout_s
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks, added in rank order and float32 at least.
+
+        A ring would add each chunk of x in another order, so that a row's bits would depend on
+        the batch it is in.
+        """
+        pieces = self._gather(x.contiguous(), self._timeout_s).unbind(0)
+        total = pieces[0].to(torch.promote_types(x.dtype, torch.float32))
+        for piece in pieces[1:]:
+            total = total + piece
+        return total.to(x.dtype)
+
+    def all_gather_last(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        """Every rank's x [..., sizes[rank]] side by side."""
+        return gather_last(x, sizes, lambda padded: self._gather(padded, self._timeout_s))
+
+    def minimum(self, value: int) -> int:
+        """The least of every rank's value."""
+        return int(self._gather(torch.tensor([value]), _AGREE_S).min())
+
+    def abort(self) -> None:
+        """Nothing: a call that waits ends when the others' connections do, or in time."""
+
+    def close(self) -> None:
+        """Leave the group."""
+        self._group = None
+
+    def _gather(self, x: torch.Tensor, timeout_s: float) -> torch.Tensor:
+        """Contiguous x [...] -> [N, ...]; as bytes, since gloo does not know every dtype."""
+        assert self._group is not None, "a collective after the group was left"
+        out = x.new_empty((self._size, *x.shape))
+        options = AllgatherOptions()
+        options.timeout = timedelta(seconds=timeout_s)
+        source, target = x.reshape(-1).view(torch.uint8), out.view(-1).view(torch.uint8)
+        try:
+            self._group._allgather_base(target, source, options).wait()
+        except RuntimeError as error:
+            raise EngineDead(
+                f"a rank left or missed a collective: {error}", field="ranks"
+            ) from error
+        return out

@@ -1,0 +1,84 @@
+"""Collectives between GPUs, which CUDA graphs can capture.
+
+Legend: N ranks; `...` any dims.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch._C._distributed_c10d import AllgatherOptions, AllreduceOptions
+
+from engine.errors import EngineDead
+from engine.parallel.collectives import gather_last
+from engine.parallel.gloo import GlooCollectives
+
+_ABORT_S = 5.0
+
+
+class NcclCollectives:
+    """Collectives of one rank in an NCCL group, queued on the current stream.
+
+    host: the same ranks over gloo, for what is agreed while they start.
+    """
+
+    def __init__(self, group: Any, host: GlooCollectives) -> None:
+        self._group: Any = group
+        self._host = host
+        self._size = group.size()
+        # Queued on the caller's stream, not on one of the group's: a captured collective is
+        # then a node between its neighbours, and no memory is held for another stream.
+        self._sum = AllreduceOptions()
+        self._sum.asyncOp = False
+        self._side_by_side = AllgatherOptions()
+        self._side_by_side.asyncOp = False
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks, in place."""
+        _join(self._joined().allreduce([x], self._sum))
+        return x
+
+    def all_gather_last(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        """Every rank's x [..., sizes[rank]] side by side."""
+        return gather_last(x, sizes, self._gather)
+
+    def minimum(self, value: int) -> int:
+        """The least of every rank's value."""
+        return self._host.minimum(value)
+
+    def abort(self) -> None:
+        """Break the communicator: kernels that wait for other ranks end, replayed ones too."""
+        group, self._group = self._group, None
+        if group is not None:
+            # The kernels end at once, but NCCL then waits for graphs that captured the group,
+            # which may be the caller's to drop.
+            breaking = threading.Thread(target=group.abort, name="nccl-abort", daemon=True)
+            breaking.start()
+            breaking.join(_ABORT_S)
+
+    def close(self) -> None:
+        """Leave the group. Not `shutdown`, which waits for the other ranks."""
+        self.abort()
+        self._host.close()
+
+    def _gather(self, x: torch.Tensor) -> torch.Tensor:
+        """Contiguous x [...] -> [N, ...]."""
+        out = x.new_empty((self._size, *x.shape))
+        _join(self._joined()._allgather_base(out, x, self._side_by_side))
+        return out
+
+    def _joined(self) -> Any:
+        group = self._group
+        if group is None:
+            raise EngineDead("the ranks were given up", field="ranks")
+        return group
+
+
+def _join(work: Any) -> None:
+    """Order what follows on this stream behind the collective, where that is not so already:
+    torch returns no handle for one queued on the current stream."""
+    if work is not None:
+        work.wait()

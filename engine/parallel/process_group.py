@@ -1,0 +1,63 @@
+"""Process groups of a replica's own ranks.
+
+They are built from torch's back ends directly: the default group may be a trainer's that
+lives in the same process, and it is neither needed nor touched. All ranks of a replica are on
+one host, so they meet at a file, which takes no port. torch types little of a back end's own
+interface, hence `Any`.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore, PrefixStore, Store
+
+from engine.errors import EngineDead
+from engine.parallel.mesh import Mesh
+
+LOOPBACK = "127.0.0.1"
+CONNECT_S = 300.0
+"""Time for every rank to come; ranks that import torch at once on few cores need it."""
+
+
+def meeting_point(path: str, mesh: Mesh) -> Store:
+    """The store at a file that no other group has used; the first rank makes it."""
+    store = FileStore(path, mesh.tp_size)
+    store.set_timeout(timedelta(seconds=CONNECT_S))
+    return store
+
+
+def gloo_group(store: Store, mesh: Mesh) -> Any:
+    """A connected group over loopback; a rank whose process ends breaks it at once.
+
+    Raises EngineDead if a rank does not come in `CONNECT_S`.
+    """
+    gloo: Any = dist.ProcessGroupGloo
+    options = gloo._Options()
+    options._devices = [gloo.create_device(hostname=LOOPBACK)]
+    options._timeout = timedelta(seconds=CONNECT_S)
+    place = PrefixStore("gloo", store)
+    try:
+        return gloo(place, mesh.tp_rank, mesh.tp_size, options)
+    except RuntimeError as error:
+        raise EngineDead(
+            f"{mesh.tp_size} ranks did not meet within {CONNECT_S:g} s: {error}", field="ranks"
+        ) from error
+
+
+def nccl_group(store: Store, mesh: Mesh, timeout_s: float, device: torch.device) -> Any:
+    """A group on `device`, its communicator built.
+
+    timeout_s: after which torch's own watchdog ends the process; replays of captured
+    collectives are not among those it sees.
+    """
+    nccl: Any = dist.ProcessGroupNCCL
+    options = nccl.Options()
+    options._timeout = timedelta(seconds=timeout_s)
+    place = PrefixStore("nccl", store)
+    group = nccl(place, mesh.tp_rank, mesh.tp_size, options)
+    group.eager_connect_single_device(device)
+    return group

@@ -1,0 +1,195 @@
+"""Tensors from memory of another process: our own payloads, and the pickles of SGLang's
+trainers.
+
+Lent tensors are read in place, once, by the commit. Everything else is copied before the
+reply, since the sender may overwrite it as soon as it has that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import msgspec
+import torch
+
+from engine.errors import (
+    InvalidRequest,
+    ManifestMismatch,
+    SlipstreamError,
+    UnsupportedOption,
+)
+from engine.parallel.mesh import Mesh
+from engine.protocol import (
+    IpcPayload,
+    IpcTensor,
+    ReceiveIpc,
+    TensorPiece,
+    decode,
+    piece_bytes,
+)
+from engine.weights import layouts
+from engine.weights.mapping import MappedBuffers
+from engine.weights.session import UpdateSession
+from engine.weights.unpickle import FlattenedTensorMetadata, restricted_loads
+
+Named = tuple[str, torch.Tensor]
+
+
+class IpcReceiver:
+    """Runs `ReceiveIpc` for one rank, and keeps what it has mapped."""
+
+    def __init__(self, session: UpdateSession, device: torch.device, mesh: Mesh) -> None:
+        self._session = session
+        self._mesh = mesh
+        self._buffers = MappedBuffers(device)
+        self._last: tuple[bytes, list[Named], list[TensorPiece]] | None = None
+
+    def receive(self, command: ReceiveIpc) -> None:
+        """Take in the tensors of this rank's payload.
+
+        Raises InvalidRequest for a payload that cannot be read, ManifestMismatch for tensors
+        that may not come, WeightUpdateError for memory that cannot be mapped; no rank has
+        received anything then.
+        """
+        tensors: list[Named] = []
+        pieces: list[TensorPiece] = []
+        refusal: SlipstreamError | None = None
+        try:
+            update = self._session.require_open("receive")
+            tensors, pieces = self._read(command, update.version)
+            self._session.expect(pieces)
+        except SlipstreamError as error:
+            refusal = error
+        if command.borrow and command.format == "native":
+            self._session.lend(tensors, refusal)
+            return
+        with self._session.receiving(pieces, refusal):
+            for piece, (_, tensor) in zip(pieces, tensors, strict=True):
+                self._session.feed(piece, tensor.reshape(-1), lasting=False)
+            _synchronize(tensors)
+
+    def close(self) -> None:
+        """Unmap what trainers lent. Idempotent."""
+        self._last = None
+        self._buffers.close()
+
+    def _read(self, command: ReceiveIpc, version: int) -> tuple[list[Named], list[TensorPiece]]:
+        data = self._mine(command.payloads)
+        match command.format:
+            case "native":
+                return self._read_native(data, version)
+            case "sglang":
+                tensors = _read_named(data, self._mesh.tp_rank)
+            case "sglang_bucket":
+                tensors = _read_bucket(data)
+            case _:
+                raise UnsupportedOption(
+                    f"IPC payloads of format {command.format!r} are not served; use NCCL",
+                    field="format",
+                )
+        return tensors, [_piece(name, tensor) for name, tensor in tensors]
+
+    def _mine(self, payloads: Sequence[bytes]) -> bytes:
+        if len(payloads) not in (1, self._mesh.tp_size):
+            raise InvalidRequest(
+                f"{len(payloads)} payloads for {self._mesh.tp_size} rank(s): send one a rank, or "
+                "one for all",
+                field="payloads",
+            )
+        return payloads[self._mesh.tp_rank if len(payloads) > 1 else 0]
+
+    def _read_native(self, data: bytes, version: int) -> tuple[list[Named], list[TensorPiece]]:
+        try:
+            payload: IpcPayload = decode(data, IpcPayload)
+        except msgspec.DecodeError as error:
+            raise InvalidRequest(f"no IPC payload: {error}", field="payloads") from error
+        buffers = self._buffers.open(payload.buffers, version)
+        # A trainer that lends its tensors sends one payload every time.
+        if self._last is not None and self._last[0] == data:
+            return self._last[1], self._last[2]
+        tensors = [(tensor.name, _view(tensor, buffers)) for tensor in payload.tensors]
+        pieces = [_piece(name, tensor) for name, tensor in tensors]
+        are_views = all(
+            tensor.data_ptr() == buffers[entry.buffer].data_ptr() + entry.offset
+            for entry, (_, tensor) in zip(payload.tensors, tensors, strict=True)
+        )
+        self._last = (data, tensors, pieces) if are_views else None
+        return tensors, pieces
+
+
+def _piece(name: str, tensor: torch.Tensor) -> TensorPiece:
+    return TensorPiece(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
+
+
+def _view(tensor: IpcTensor, buffers: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A tensor inside its buffer; a copy where it does not start at a multiple of its element."""
+    dtype = layouts.torch_dtype(tensor.dtype, tensor.name)
+    size = piece_bytes(TensorPiece(tensor.name, tensor.dtype, tensor.shape))
+    if not 0 <= tensor.buffer < len(buffers):
+        raise ManifestMismatch(
+            f"{tensor.name} lies in buffer {tensor.buffer} of {len(buffers)}", field=tensor.name
+        )
+    held = buffers[tensor.buffer]
+    if not 0 <= tensor.offset <= held.numel() - size:
+        raise ManifestMismatch(
+            f"{tensor.name} ends beyond its buffer of {held.numel()} bytes", field=tensor.name
+        )
+    part = held[tensor.offset : tensor.offset + size]
+    if tensor.offset % dtype.itemsize:
+        part = part.clone()
+    return part.view(dtype).view(tensor.shape)
+
+
+def _read_named(data: bytes, rank: int) -> list[Named]:
+    """SGLang's default payload: pickled (name, tensor) pairs, or per-rank pickles of tensors."""
+    pairs = restricted_loads(data)
+    if not isinstance(pairs, Iterable):
+        raise InvalidRequest("the payload is no list of (name, tensor)", field="payloads")
+    tensors = []
+    for pair in pairs:
+        if not (isinstance(pair, Sequence) and len(pair) == 2):
+            raise InvalidRequest("the payload is no list of (name, tensor)", field="payloads")
+        name, value = pair
+        per_rank = getattr(value, "values", None)
+        if isinstance(per_rank, Sequence):
+            value = restricted_loads(per_rank[rank])
+        tensors.append((str(name), _as_tensor(str(name), value)))
+    return tensors
+
+
+def _read_bucket(data: bytes) -> list[Named]:
+    """SGLang's flattened bucket: one uint8 tensor, and where in it each tensor lies."""
+    bucket = restricted_loads(data)
+    if not isinstance(bucket, dict) or not {"flattened_tensor", "metadata"} <= bucket.keys():
+        raise InvalidRequest("the payload is no flattened bucket", field="payloads")
+    flat = _as_tensor("flattened_tensor", bucket["flattened_tensor"]).reshape(-1)
+    unit = flat.element_size()
+    entries = bucket["metadata"]
+    if not all(isinstance(entry, FlattenedTensorMetadata) for entry in entries):
+        raise InvalidRequest("the bucket's metadata is none", field="payloads")
+    return [_slice(flat.view(torch.uint8), unit, entry) for entry in entries]
+
+
+def _slice(flat: torch.Tensor, unit: int, entry: FlattenedTensorMetadata) -> Named:
+    """The tensor that `entry` describes; its `start_idx` counts elements of `unit` bytes."""
+    name, dtype, shape = entry.name, entry.dtype, list(entry.shape)
+    start, size = entry.start_idx * unit, math.prod(shape) * dtype.itemsize
+    if not 0 <= start <= flat.numel() - size:
+        raise ManifestMismatch(f"{name} ends beyond its bucket", field=name)
+    part = flat[start : start + size]
+    if part.data_ptr() % dtype.itemsize:
+        part = part.clone()
+    return name, part.view(dtype).view(shape)
+
+
+def _as_tensor(name: str, value: object) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor):
+        raise InvalidRequest(f"{name} is a {type(value).__name__}, no tensor", field="payloads")
+    return value.detach()
+
+
+def _synchronize(tensors: Sequence[Named]) -> None:
+    """Wait for the copies: the sender may overwrite its memory once it has the reply."""
+    for device in {tensor.device for _, tensor in tensors if tensor.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()

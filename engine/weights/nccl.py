@@ -1,0 +1,214 @@
+"""NCCL itself, by ctypes: communicators whose every wait has a deadline.
+
+torch's NCCL process group ends the process when a peer is lost, and a trainer of vLLM's
+dialect has no such group at all. A raw communicator pairs with both: what matters on the wire
+is the unique id and the order of operations. Communicators are non-blocking (NCCL user guide,
+"Fault Tolerance"): a call that would wait returns at once and is polled.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import threading
+import time
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+UNIQUE_ID_BYTES = 128
+
+_SUCCESS, _IN_PROGRESS = 0, 7
+_UINT8, _FLOAT32, _SUM = 1, 7, 0
+_UNDEFINED = -(1 << 31)
+_CONFIG_MAGIC, _CONFIG_VERSION = 0xCAFEBEEF, 21800
+_POLLS_WITHOUT_SLEEP = 20
+_POLL_S = 0.00005
+_ABORT_S = 20.0
+
+
+class NcclError(RuntimeError):
+    """A call that NCCL refused, or a communicator that broke."""
+
+
+class UniqueId(ctypes.Structure):
+    """ncclUniqueId: where the ranks of a communicator find each other."""
+
+    _fields_ = [("internal", ctypes.c_byte * UNIQUE_ID_BYTES)]
+
+
+class _Config(ctypes.Structure):
+    """ncclConfig_t as of NCCL 2.18; later versions read the version and default the rest."""
+
+    _fields_ = [
+        ("size", ctypes.c_size_t),
+        ("magic", ctypes.c_uint),
+        ("version", ctypes.c_uint),
+        ("blocking", ctypes.c_int),
+        ("cga_cluster_size", ctypes.c_int),
+        ("min_ctas", ctypes.c_int),
+        ("max_ctas", ctypes.c_int),
+        ("net_name", ctypes.c_char_p),
+        ("split_share", ctypes.c_int),
+    ]
+
+
+def _nonblocking_config() -> _Config:
+    return _Config(
+        ctypes.sizeof(_Config),
+        _CONFIG_MAGIC,
+        _CONFIG_VERSION,
+        0,
+        _UNDEFINED,
+        _UNDEFINED,
+        _UNDEFINED,
+        None,
+        _UNDEFINED,
+    )
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL:
+    """The NCCL that torch has loaded, or that of the nvidia wheel. Raises NcclError without one."""
+    tried = []
+    for path in ("libnccl.so.2", *_wheel_paths()):
+        try:
+            loaded = ctypes.CDLL(path)
+        except OSError as error:
+            tried.append(str(error))
+            continue
+        _declare(loaded)
+        return loaded
+    raise NcclError(f"no libnccl.so.2 can be loaded: {'; '.join(tried)}")
+
+
+def _wheel_paths() -> list[str]:
+    spec = importlib.util.find_spec("nvidia")
+    roots = [] if spec is None else list(spec.submodule_search_locations or [])
+    found = [Path(root) / "nccl" / "lib" / "libnccl.so.2" for root in roots]
+    return [str(path) for path in found if path.is_file()]
+
+
+def _declare(loaded: ctypes.CDLL) -> None:
+    pointer, size, integer = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    signatures: dict[str, list[Any]] = {
+        "ncclGetVersion": [ctypes.POINTER(integer)],
+        "ncclGetUniqueId": [ctypes.POINTER(UniqueId)],
+        "ncclCommInitRankConfig": [
+            ctypes.POINTER(pointer),
+            integer,
+            UniqueId,
+            integer,
+            ctypes.POINTER(_Config),
+        ],
+        "ncclBroadcast": [pointer, pointer, size, integer, integer, pointer, pointer],
+        "ncclAllReduce": [pointer, pointer, size, integer, integer, pointer, pointer],
+        "ncclCommGetAsyncError": [pointer, ctypes.POINTER(integer)],
+        "ncclCommAbort": [pointer],
+    }
+    for name, arguments in signatures.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = arguments, integer
+    loaded.ncclGetErrorString.argtypes = [integer]
+    loaded.ncclGetErrorString.restype = ctypes.c_char_p
+    loaded.ncclGetLastError.argtypes = [pointer]
+    loaded.ncclGetLastError.restype = ctypes.c_char_p
+
+
+def new_unique_id() -> bytes:
+    """A fresh unique id; the rank that makes it must take part in the communicator."""
+    unique_id = UniqueId()
+    _check(library().ncclGetUniqueId(ctypes.byref(unique_id)), None)
+    return bytes(unique_id)
+
+
+def _check(result: int, comm: ctypes.c_void_p | None) -> None:
+    if result in (_SUCCESS, _IN_PROGRESS):
+        return
+    name = library().ncclGetErrorString(result).decode()
+    detail = library().ncclGetLastError(comm).decode(errors="replace").strip()
+    raise NcclError(f"NCCL: {name}{f' ({detail})' if detail else ''}")
+
+
+class Communicator:
+    """One rank of a non-blocking NCCL communicator.
+
+    Built by all ranks at once; every method raises NcclError when it broke and TimeoutError
+    past its deadline (of time.monotonic), after which only `abort` may be called.
+    """
+
+    def __init__(
+        self, unique_id: bytes, *, rank: int, world_size: int, device: torch.device, deadline: float
+    ) -> None:
+        if len(unique_id) != UNIQUE_ID_BYTES:
+            raise NcclError(f"a unique id has {UNIQUE_ID_BYTES} bytes, not {len(unique_id)}")
+        self._device = device
+        self._comm = ctypes.c_void_p()
+        self._config = _nonblocking_config()
+        with torch.cuda.device(device):
+            result = library().ncclCommInitRankConfig(
+                ctypes.byref(self._comm),
+                world_size,
+                UniqueId.from_buffer_copy(unique_id),
+                rank,
+                ctypes.byref(self._config),
+            )
+        self._settle(result, deadline)
+
+    def broadcast(
+        self, tensor: torch.Tensor, root: int, stream: torch.cuda.Stream, deadline: float
+    ) -> None:
+        """Queue the broadcast of a contiguous uint8 tensor from rank `root` on `stream`."""
+        pointer = ctypes.c_void_p(tensor.data_ptr())
+        handle = ctypes.c_void_p(stream.cuda_stream)
+        with torch.cuda.device(self._device):
+            result = library().ncclBroadcast(
+                pointer, pointer, tensor.numel(), _UINT8, root, self._comm, handle
+            )
+        self._settle(result, deadline)
+
+    def sum_one(self, value: torch.Tensor, stream: torch.cuda.Stream, deadline: float) -> None:
+        """Queue an all-reduce of float32 [1] on `stream`, in place."""
+        pointer = ctypes.c_void_p(value.data_ptr())
+        handle = ctypes.c_void_p(stream.cuda_stream)
+        with torch.cuda.device(self._device):
+            result = library().ncclAllReduce(
+                pointer, pointer, 1, _FLOAT32, _SUM, self._comm, handle
+            )
+        self._settle(result, deadline)
+
+    def poll(self) -> bool:
+        """Whether nothing is being set up. Raises NcclError when a peer was lost."""
+        state = ctypes.c_int()
+        _check(library().ncclCommGetAsyncError(self._comm, ctypes.byref(state)), self._comm)
+        _check(state.value, self._comm)
+        return state.value == _SUCCESS
+
+    def abort(self) -> None:
+        """End what is queued and free the communicator. Idempotent.
+
+        Should NCCL hang here, it is left to itself after a while: the thread holds no lock.
+        """
+        comm, self._comm = self._comm, ctypes.c_void_p()
+        if comm:
+            thread = threading.Thread(target=_abort, args=(comm, self._device), daemon=True)
+            thread.start()
+            thread.join(_ABORT_S)
+
+    def _settle(self, result: int, deadline: float) -> None:
+        """Wait until a call has done its part; on a stream, that is until it is queued."""
+        _check(result, self._comm)
+        for attempt in range(1 << 62):
+            if self.poll():
+                return
+            if time.monotonic() > deadline:
+                raise TimeoutError
+            if attempt > _POLLS_WITHOUT_SLEEP:
+                time.sleep(_POLL_S)
+
+
+def _abort(comm: ctypes.c_void_p, device: torch.device) -> None:
+    with torch.cuda.device(device):
+        library().ncclCommAbort(comm)

@@ -1,0 +1,154 @@
+"""A group on GPU memory: one NCCL communicator with a stream of its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch._C._distributed_c10d import PrefixStore, Store
+
+from engine.errors import GroupError, UpdateTimeout, WeightUpdateError
+from engine.protocol import JoinGroup
+from engine.weights import rendezvous
+from engine.weights.nccl import Communicator, NcclError
+
+_POLL_S = 0.00005
+_LIVENESS_S = 2.0
+
+
+@dataclass(frozen=True)
+class _Ticket:
+    done: torch.cuda.Event
+    source: int
+    tensor: str
+
+
+class NcclGroup:
+    """This rank's end of a communicator with a trainer.
+
+    unique_id: returns the 128 bytes that rank 0 made, by the deadline given. It is asked for
+    at the first broadcast, since torch's process group makes them then.
+    """
+
+    def __init__(
+        self,
+        command: JoinGroup,
+        rank: int,
+        device: torch.device,
+        unique_id: Callable[[float], bytes],
+        store: Store | None = None,
+    ) -> None:
+        self.name = command.name
+        self._command = command
+        self._rank = rank
+        self._device = device
+        self._unique_id = unique_id
+        self._store = store
+        self._comm: Communicator | None = None
+        self._stream = torch.cuda.Stream(device)
+
+    @classmethod
+    def behind_store(
+        cls,
+        store: Store,
+        command: JoinGroup,
+        rank: int,
+        device: torch.device,
+        deadline: float,
+    ) -> NcclGroup:
+        """A group whose rank 0 is a `torch.distributed` NCCL process group, which publishes the
+        unique id of its first communicator under the key "0" of its device."""
+        keys = PrefixStore(command.name, store)
+        rendezvous.announce_and_await(keys, command, rank, deadline)
+        backend_keys = PrefixStore("cuda/", PrefixStore(f"{command.name}/", keys))
+
+        def unique_id(deadline: float) -> bytes:
+            return rendezvous.await_key(backend_keys, "0", command, deadline)
+
+        return cls(command, rank, device, unique_id, store)
+
+    def connect(self, deadline: float) -> Communicator:
+        """The communicator; built by all ranks at once, here if it was not yet."""
+        if self._comm is None:
+            self._comm = Communicator(
+                self._unique_id(deadline),
+                rank=self._rank,
+                world_size=self._command.world_size,
+                device=self._device,
+                deadline=deadline,
+            )
+        return self._comm
+
+    def warm_up(self, deadline: float) -> None:
+        """The all-reduce of one zero that vLLM's trainers expect of every rank that joined."""
+        try:
+            with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+                zero = torch.zeros(1, dtype=torch.float32, device=self._device)
+                self.connect(deadline).sum_one(zero, self._stream, deadline)
+            self.wait(_Ticket(self._stream.record_event(), 0, "the warm-up all-reduce"), deadline)
+        except (NcclError, TimeoutError) as error:
+            self.abort()
+            raise GroupError(
+                f"group {self.name!r} of {self._command.world_size} ranks could not be formed: "
+                f"{error or 'a rank did not come in time'}",
+                field="world_size",
+            ) from error
+
+    def empty(self, num_bytes: int) -> torch.Tensor:
+        """See `Group`."""
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+
+    def broadcast(self, buffer: torch.Tensor, source: int, deadline: float, tensor: str) -> _Ticket:
+        """See `Group`."""
+        try:
+            comm = self.connect(deadline)
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            comm.broadcast(buffer, source, self._stream, deadline)
+        except (NcclError, TimeoutError) as error:
+            raise self._broken(source, tensor, error) from error
+        return _Ticket(self._stream.record_event(), source, tensor)
+
+    def wait(self, ticket: _Ticket, deadline: float) -> None:
+        """See `Group`."""
+        next_look = time.monotonic() + _LIVENESS_S
+        while not ticket.done.query():
+            now = time.monotonic()
+            try:
+                if now > deadline:
+                    raise TimeoutError
+                if now > next_look:
+                    self._look_for_peers()
+                    next_look = time.monotonic() + _LIVENESS_S
+            except (NcclError, TimeoutError) as error:
+                raise self._broken(ticket.source, ticket.tensor, error) from error
+            time.sleep(_POLL_S)
+
+    def is_alive(self) -> bool:
+        """See `Group`."""
+        return self._store is None or rendezvous.answers(self._store)
+
+    def abort(self) -> None:
+        """See `Group`."""
+        comm, self._comm = self._comm, None
+        if comm is not None:
+            comm.abort()
+
+    def _look_for_peers(self) -> None:
+        """A kernel that waits for a dead process over NVLink waits for ever: ask elsewhere."""
+        if self._comm is not None:
+            self._comm.poll()
+        if self._store is not None and not rendezvous.is_listening(self._command):
+            raise NcclError("its store no longer answers")
+
+    def _broken(self, source: int, tensor: str, error: Exception) -> WeightUpdateError:
+        if isinstance(error, TimeoutError):
+            return UpdateTimeout(
+                f"{tensor} did not come from rank {source} of group {self.name!r} in time",
+                field=tensor,
+            )
+        return GroupError(
+            f"rank {source} of group {self.name!r} is gone; {tensor} did not come ({error})",
+            field=tensor,
+        )

@@ -1,0 +1,144 @@
+"""What an open update has received so far.
+
+shadow: complete tensors wait here for the commit. in_place: a complete tensor is written into
+the live weights as it arrives, and only its name and checksum are kept. Tensors lent by a
+trainer cost no memory and wait for the commit in either mode.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from engine.errors import ManifestMismatch
+from engine.protocol import BeginUpdate, TensorPiece, TensorSpec
+from engine.weights.catalog import Catalog
+from engine.weights.checksum import Checksums
+from engine.weights.coverage import Coverage
+
+
+@dataclass
+class _Part:
+    """A tensor of which some elements came."""
+
+    elements: torch.Tensor
+    coverage: Coverage
+
+
+@dataclass
+class OpenUpdate:
+    """An update between begin and commit. Times of time.monotonic."""
+
+    begin: BeginUpdate
+    announced: dict[str, TensorSpec]
+    in_place: bool
+    started: float
+    expires: float
+    staged: dict[str, torch.Tensor] = field(default_factory=dict)
+    placed: dict[str, str] = field(default_factory=dict)
+    """In-place mode: names by canonical name."""
+    placed_bytes: int = 0
+    sums: Checksums = field(default_factory=Checksums)
+    _parts: dict[str, _Part] = field(default_factory=dict)
+
+    @property
+    def version(self) -> int:
+        """The version this update leads to."""
+        return self.begin.version
+
+    @property
+    def names(self) -> set[str]:
+        """Tensors that came completely."""
+        return {*self.staged, *self.placed.values()}
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing came yet."""
+        return not (self.staged or self.placed or self._parts)
+
+    def unfinished(self) -> tuple[str, tuple[int, int]] | None:
+        """A tensor of which some elements came, and the first range that did not."""
+        for name, part in self._parts.items():
+            missing = part.coverage.missing
+            assert missing is not None, "complete tensors are no parts"
+            return name, missing
+        return None
+
+    def check(self, piece: TensorPiece) -> None:
+        """Raise ManifestMismatch for a piece that was not announced like this or came before."""
+        name = piece.name
+        if name in self.staged or name in self.placed.values():
+            raise ManifestMismatch(f"{name} came twice", field=name)
+        spec = self.announced.get(name)
+        if self.announced and spec is None:
+            raise ManifestMismatch(f"{name} was not announced in the manifest", field=name)
+        if spec is not None and (spec.dtype != piece.dtype or list(spec.shape) != piece.shape):
+            raise ManifestMismatch(
+                f"{name} came as {piece.dtype} {piece.shape}, announced was "
+                f"{spec.dtype} {list(spec.shape)}",
+                field=name,
+            )
+        if name in self._parts:
+            self._parts[name].coverage.check(*bounds(piece))
+
+    def add(
+        self, piece: TensorPiece, flat: torch.Tensor, catalog: Catalog, *, lasting: bool
+    ) -> None:
+        """Take in a piece that passed `check`.
+
+        flat: its elements [stop - start]. lasting: that memory stays as it is until the commit;
+        else it is read before this returns, in the order of the current stream.
+        """
+        start, stop = bounds(piece)
+        size = math.prod(piece.shape)
+        if stop - start == size and piece.name not in self._parts:
+            copy = not (lasting or self.in_place)
+            whole = flat.clone() if copy else flat
+        else:
+            part = self._part_of(piece, flat, size)
+            part.coverage.add(start, stop)
+            part.elements[start:stop].copy_(flat, non_blocking=True)
+            if not part.coverage.complete:
+                return
+            del self._parts[piece.name]
+            whole = part.elements
+        self._complete(piece.name, whole.view(piece.shape), catalog)
+
+    def lend(self, name: str, tensor: torch.Tensor) -> None:
+        """Take in a whole tensor that stays as it is until the commit, without reading it."""
+        self.staged[name] = tensor
+
+    def _part_of(self, piece: TensorPiece, flat: torch.Tensor, size: int) -> _Part:
+        if piece.name not in self._parts:
+            elements = torch.empty(size, dtype=flat.dtype, device=flat.device)
+            self._parts[piece.name] = _Part(elements, Coverage(piece.name, size))
+        return self._parts[piece.name]
+
+    def _complete(self, name: str, tensor: torch.Tensor, catalog: Catalog) -> None:
+        if not self.in_place:
+            self.staged[name] = tensor
+            return
+        spec = self.announced.get(name)
+        if spec is not None and spec.checksum is not None:
+            self.sums.add(name, tensor)
+        canonical = catalog.canonical(name)
+        twin = self.placed.get(canonical)
+        if twin is None:
+            self.placed_bytes += catalog.place({name: tensor})
+            self.placed[canonical] = name
+            return
+        if not catalog.holds(name, tensor):
+            raise tied_differ(name, twin)
+        self.placed[name] = name
+
+
+def bounds(piece: TensorPiece) -> tuple[int, int]:
+    """[start, stop) of a piece's elements in the flattened tensor."""
+    return piece.start, math.prod(piece.shape) if piece.stop < 0 else piece.stop
+
+
+def tied_differ(name: str, twin: str) -> ManifestMismatch:
+    """The error of two names of one tensor that came with different values."""
+    return ManifestMismatch(f"{name} differs from {twin}: this model ties the two", field=name)

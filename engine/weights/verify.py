@@ -1,0 +1,98 @@
+"""What must hold before an update is placed. Only names, full shapes and full tensors decide,
+so that every rank of a replica comes to the same answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from engine.errors import ChecksumMismatch, ManifestMismatch
+from engine.protocol import TensorSpec
+from engine.weights.catalog import Catalog
+from engine.weights.checksum import Checksums
+from engine.weights.staging import OpenUpdate, tied_differ
+
+
+def announced_tensors(
+    manifest: Sequence[TensorSpec], catalog: Catalog, *, partial: bool
+) -> dict[str, TensorSpec]:
+    """The manifest by name. Raises ManifestMismatch when it is not of this model."""
+    announced = {spec.name: spec for spec in manifest}
+    if len(announced) < len(manifest):
+        seen: set[str] = set()
+        for spec in manifest:
+            if spec.name in seen:
+                raise ManifestMismatch(f"{spec.name} is announced twice", field=spec.name)
+            seen.add(spec.name)
+    for spec in manifest:
+        catalog.check(spec.name, spec.shape)
+    if announced and not partial:
+        require_all(announced, catalog)
+    return announced
+
+
+def require_all(names: Iterable[str], catalog: Catalog) -> None:
+    """Raise ManifestMismatch unless `names` are all tensors of the model."""
+    missing = catalog.missing(names)
+    if missing:
+        raise ManifestMismatch(
+            f"{and_more(missing)} missing; send every tensor, or begin with partial=True",
+            field=missing[0],
+        )
+
+
+def require_complete(update: OpenUpdate, catalog: Catalog, torn: Mapping[str, int]) -> None:
+    """Raise ManifestMismatch when a tensor is missing, half here, or unlike its second name.
+
+    torn: tensors that failed in-place updates left half-written, and their versions.
+    """
+    unfinished = update.unfinished()
+    if unfinished is not None:
+        name, (start, stop) = unfinished
+        raise ManifestMismatch(f"elements [{start}, {stop}) of {name} did not come", field=name)
+    names = update.names
+    if update.announced.keys() - names:
+        name = next(name for name in update.announced if name not in names)
+        raise ManifestMismatch(f"{name} was announced and did not come", field=name)
+    if not update.begin.partial:
+        require_all(names, catalog)
+    left = sorted(torn.keys() - catalog.covered(names)) if torn else []
+    if left:
+        raise ManifestMismatch(
+            f"{and_more(left)} half-written by the failed update to version {torn[left[0]]}; "
+            "this update must bring them too",
+            field=left[0],
+        )
+    _compare_tied(update, catalog)
+
+
+def require_checksums(update: OpenUpdate, device: torch.device) -> None:
+    """Raise ChecksumMismatch naming a tensor whose bits are not those announced.
+
+    Everything is computed on `device`, which is waited for once.
+    """
+    sums: Checksums = update.sums
+    for name, tensor in update.staged.items():
+        spec = update.announced.get(name)
+        if spec is not None and spec.checksum is not None:
+            sums.add(name, tensor.to(device, non_blocking=True))
+    for name, value in sums.values().items():
+        expected = update.announced[name].checksum
+        if value != expected:
+            raise ChecksumMismatch(
+                f"{name} arrived with checksum {value:#018x}, announced was {expected:#018x}",
+                field=name,
+            )
+
+
+def and_more(names: Sequence[str]) -> str:
+    """'a and 3 more'."""
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
+
+
+def _compare_tied(update: OpenUpdate, catalog: Catalog) -> None:
+    for alias, name in catalog.aliases.items():
+        one, other = update.staged.get(alias), update.staged.get(name)
+        if one is not None and other is not None and not torch.equal(one, other.to(one.device)):
+            raise tied_differ(alias, name)

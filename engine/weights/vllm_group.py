@@ -1,0 +1,58 @@
+"""Joining a trainer of vLLM's native RL dialect: a raw NCCL communicator behind a TCPStore.
+
+As vLLM's `StatelessProcessGroup` and `PyNcclCommunicator` do it: rank 0 puts a pickled
+ncclUniqueId under `broadcast_from/0/0`, everybody builds the communicator, and an all-reduce
+of one float32 completes the handshake.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch._C._distributed_c10d import Store
+
+from engine.errors import GroupError
+from engine.protocol import JoinGroup
+from engine.weights import rendezvous
+from engine.weights.nccl import UNIQUE_ID_BYTES
+from engine.weights.nccl_group import NcclGroup
+from engine.weights.unpickle import restricted_loads
+
+_ID_KEY = "broadcast_from/0/0"
+
+
+def join(command: JoinGroup, rank: int, device: torch.device, deadline: float) -> NcclGroup:
+    """Become `rank` of the trainer's communicator, complete when this returns.
+
+    Raises GroupError when the trainer, or another rank, does not come by `deadline`.
+    """
+    if command.backend != "nccl":
+        raise GroupError("the 'vllm' rendezvous has NCCL only", field="backend")
+    if command.unique_id:
+        unique_id, store = command.unique_id, None
+    else:
+        store = rendezvous.connect(command, deadline, use_libuv=False)
+        unique_id = _id_bytes(_published(store, command, deadline))
+    group = NcclGroup(command, rank, device, lambda _deadline: unique_id, store)
+    group.warm_up(deadline)
+    return group
+
+
+def _published(store: Store, command: JoinGroup, deadline: float) -> object:
+    try:
+        return restricted_loads(rendezvous.await_key(store, _ID_KEY, command, deadline))
+    except TimeoutError as error:
+        raise GroupError(
+            f"rank 0 (trainer) of group {command.name!r} did not publish a NCCL id in time",
+            field="rank 0",
+        ) from error
+
+
+def _id_bytes(unpickled: object) -> bytes:
+    raw = getattr(unpickled, "internal", unpickled)
+    try:
+        unique_id = bytes(raw)  # type: ignore[call-overload]
+    except TypeError:
+        unique_id = b""
+    if len(unique_id) != UNIQUE_ID_BYTES:
+        raise GroupError(f"the store holds no NCCL id under {_ID_KEY!r}", field="rank 0")
+    return unique_id

@@ -1,0 +1,57 @@
+"""What the loop needs of a trainer, however many processes it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from engine.protocol import FloatArray
+from recipes.algorithms.losses import LossInputs, LossOutput
+from recipes.trainers.metrics import TokenMetrics
+from recipes.types import Batch, Trajectory
+from trainer_bridge.adapters.base import WeightSource
+
+Loss = Callable[[LossInputs], LossOutput]
+Logprobs = tuple[FloatArray, ...]
+
+
+class Learner(Protocol):
+    """A model that learns. Every call is made by all processes of the run, with equal arguments;
+    each computes its share."""
+
+    @property
+    def weights(self) -> torch.nn.Module | WeightSource:
+        """What is published to engines."""
+        ...
+
+    def accumulate(self, batch: Batch, loss: Loss, metrics: TokenMetrics) -> bool:
+        """Add the gradient of the batch's loss. Returns whether there is any; if not, do not
+        `step`. metrics: takes in the figures of this process's share."""
+        ...
+
+    def step(self, lr: float) -> float:
+        """One clipped update with the accumulated gradient; returns its norm before."""
+        ...
+
+    def logprobs(self, trajectories: tuple[Trajectory, ...]) -> Logprobs:
+        """Per sequence, float32 [response_len] under the current weights, without gradient."""
+        ...
+
+    def reference_logprobs(self, trajectories: tuple[Trajectory, ...]) -> Logprobs:
+        """As `logprobs`, under the initial weights."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write model and optimizer into an existing folder."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Inverse of `save`."""
+        ...
+
+    def write_model(self, folder: Path, dtype: torch.dtype) -> None:
+        """Write the model in Hugging Face format, in `dtype`. Call this when training is over."""
+        ...

@@ -1,0 +1,111 @@
+"""FSDP2 (`fully_shard`) as a back end of the sharded trainer (arXiv 2304.11277)."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from recipes.trainers.memory import recompute_layers
+from recipes.trainers.options import OptimizerOptions
+from recipes.trainers.sharded import write_hf_config
+from trainer_bridge.adapters.fsdp import FsdpSource
+
+FOLDER = "fsdp"
+
+
+class FsdpBackend:
+    """A `Backend` over all processes of the default group; parameters stay float32 shards.
+
+    dtype: bfloat16 gathers and computes in it, and reduces gradients in float32.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        options: OptimizerOptions,
+        *,
+        num_processes: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        keep_reference: bool = False,
+    ) -> None:
+        mesh = init_device_mesh(device.type, (num_processes,))
+        model = model.float().eval()
+        model.set_attn_implementation("sdpa")
+        reference = copy.deepcopy(model).requires_grad_(False) if keep_reference else None
+        if options.gradient_checkpointing:
+            recompute_layers(model)
+        self.model: Any = _shard(model, mesh, dtype)
+        self.reference = None if reference is None else _shard(reference, mesh, dtype)
+        self.weights = FsdpSource(self.model, dtype=dtype)
+        self._max_grad_norm = options.max_grad_norm
+        self._optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=options.lr,
+            betas=(options.beta1, options.beta2),
+            weight_decay=options.weight_decay,
+        )
+
+    def backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
+        """See `Backend`."""
+        loss.backward()
+
+    def step(self, lr: float) -> float:
+        """See `Backend`."""
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._max_grad_norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def save(self, folder: Path) -> None:
+        """See `Backend`. May be loaded by any number of processes."""
+        model, optimizer = get_state_dict(self.model, self._optimizer)
+        dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=folder / FOLDER)
+
+    def load(self, folder: Path) -> None:
+        """See `Backend`."""
+        model, optimizer = get_state_dict(self.model, self._optimizer)
+        state = {"model": model, "optimizer": optimizer}
+        dcp.load(state, checkpoint_id=folder / FOLDER)
+        set_state_dict(
+            self.model,
+            self._optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
+
+    def write_config(self, folder: Path, dtype: torch.dtype) -> None:
+        """See `Backend`."""
+        write_hf_config(self.model, folder, dtype)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The mixed precision policy casts what each module takes in."""
+        return nullcontext()
+
+
+def _shard(model: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype) -> Any:
+    """One group a decoder layer, and one for the rest.
+
+    The root is resharded after its forward pass as well: a step between that and the next
+    would otherwise not be seen.
+    """
+    policy = MixedPrecisionPolicy()
+    if dtype == torch.bfloat16:
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    layers = set(model._no_split_modules or ())
+    for module in model.modules():
+        if type(module).__name__ in layers:
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)

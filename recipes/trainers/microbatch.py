@@ -1,0 +1,64 @@
+"""From trajectories to what a forward pass and a loss take in.
+
+Legend: K response tokens of a micro-batch, N its sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.protocol import FloatArray
+from recipes.algorithms.losses import LossInputs
+from recipes.trainers.forward import TokenScores, score_tree
+from recipes.trainers.prefix_tree import PromptResponse, build_tree, pack
+from recipes.types import Batch, Trajectory
+
+
+def microbatches(trajectories: Sequence[Trajectory], max_tokens: int) -> list[list[int]]:
+    """Indices of the trajectories of each micro-batch; see `prefix_tree.pack`."""
+    return pack([_sequence(t) for t in trajectories], max_tokens)
+
+
+def score(
+    model: Any, trajectories: Sequence[Trajectory], temperature: float
+) -> tuple[TokenScores, int]:
+    """Scores of all response tokens, end to end, and how many tokens were computed for them."""
+    tree = build_tree([_sequence(t) for t in trajectories])
+    return score_tree(model, tree, temperature), len(tree.token_ids)
+
+
+def by_sequence(values_K: torch.Tensor, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+    """Values of response tokens laid end to end, cut into one array a sequence."""
+    ends = np.cumsum([len(t.response_ids) for t in trajectories])[:-1]
+    return np.split(values_K.detach().cpu().numpy(), ends)
+
+
+def loss_inputs(batch: Batch, logprobs_K: torch.Tensor, device: torch.device) -> LossInputs:
+    """What the losses take in, on `device`."""
+    lengths_N = np.array([len(t.response_ids) for t in batch.trajectories])
+
+    def tokens(values: np.ndarray[Any, Any]) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(device)
+
+    def flat(arrays: tuple[FloatArray, ...] | None) -> torch.Tensor | None:
+        return None if arrays is None else tokens(np.concatenate(arrays))
+
+    old_K = flat(batch.old_logprobs)
+    return LossInputs(
+        logprobs=logprobs_K,
+        old=logprobs_K.detach() if old_K is None else old_K,
+        rollout=tokens(np.concatenate([t.rollout_logprobs for t in batch.trajectories])),
+        reference=flat(batch.reference_logprobs),
+        advantages=tokens(np.repeat(batch.advantages, lengths_N)),
+        weights=tokens(np.repeat(batch.weights, lengths_N)),
+        sequence=tokens(np.repeat(np.arange(len(lengths_N)), lengths_N)),
+        num_sequences=len(lengths_N),
+    )
+
+
+def _sequence(trajectory: Trajectory) -> PromptResponse:
+    return PromptResponse(prompt_ids=trajectory.prompt_ids, response_ids=trajectory.response_ids)

@@ -1,0 +1,194 @@
+"""A typed client of the server, over httpx: generate, stream, and control commands."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+import msgspec
+
+from engine.errors import EngineDead, InvalidRequest, SlipstreamError, by_name
+from engine.protocol import (
+    Control,
+    GenerateRequest,
+    GenerateResponse,
+    GetState,
+    ReplicaState,
+    Reply,
+)
+
+_POLL_S = 0.1
+_CONNECT_S = 10.0
+
+
+class Client:
+    """One server at `url`, such as "http://127.0.0.1:30000".
+
+    generate_s: deadline of a generation. control_s: deadline of a control command; weight
+    commands end by their own before. Every method raises the typed error the server answers
+    with, and EngineDead if the server cannot be reached or misses the deadline.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str = "",
+        admin_api_key: str = "",
+        generate_s: float = 3600.0,
+        control_s: float = 1800.0,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self._url = url
+        self._key = api_key
+        self._admin_key = admin_api_key or api_key
+        self._generate_s = httpx.Timeout(generate_s, connect=_CONNECT_S)
+        self._control_s = httpx.Timeout(control_s, connect=_CONNECT_S)
+        self._http = httpx.Client(base_url=url, transport=transport)
+
+    def generate(
+        self, requests: GenerateRequest | Sequence[GenerateRequest]
+    ) -> list[GenerateResponse]:
+        """Replies to a request or a batch, prompt-major; `n` replies a request. The prompts of
+        a batch are all text or all ids."""
+        if isinstance(requests, GenerateRequest):
+            body = msgspec.json.encode(requests)
+        else:
+            body = _batch_body(list(requests))
+        data = self._post("/generate", body, self._key, self._generate_s)
+        if data.lstrip().startswith(b"["):
+            return msgspec.json.decode(data, type=list[GenerateResponse])
+        return [msgspec.json.decode(data, type=GenerateResponse)]
+
+    def stream(self, request: GenerateRequest) -> Iterator[GenerateResponse]:
+        """Replies as the output grows; each holds everything so far unless the server streams
+        increments. Closing the iterator aborts the request."""
+        body = msgspec.json.encode(msgspec.structs.replace(request, stream=True))
+        try:
+            with self._http.stream(
+                "POST",
+                "/generate",
+                content=body,
+                headers=_headers(self._key),
+                timeout=self._generate_s,
+            ) as response:
+                if response.status_code != 200:
+                    raise _error(response.read(), response.status_code)
+                yield from _replies(response.iter_lines())
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+
+    def send(self, command: Control) -> Reply:
+        """Run a control command of the protocol."""
+        body = msgspec.json.encode(command)
+        data = self._post("/command", body, self._admin_key, self._control_s)
+        return msgspec.json.decode(data, type=Reply)
+
+    def state(self) -> ReplicaState:
+        """What the engine is and does right now."""
+        reply = self.send(GetState())
+        assert reply.state is not None
+        return reply.state
+
+    def call(self, path: str, body: Any = None) -> Any:
+        """POST a JSON object to a control route of any dialect; its reply as objects, or as
+        text where the route answers text. Without a body, GET."""
+        method, data = ("GET", b"") if body is None else ("POST", msgspec.json.encode(body))
+        response = self._request(method, path, data, self._admin_key, self._control_s)
+        plain = not response.headers.get("content-type", "").startswith("application/json")
+        return response.text if plain else msgspec.json.decode(response.content)
+
+    def wait_ready(self, timeout_s: float = 600.0) -> None:
+        """Return once the server is healthy. Raises EngineDead if it is not in time."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                self._request("GET", "/health", b"", "", httpx.Timeout(_CONNECT_S))
+                return
+            except EngineDead:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(_POLL_S)
+
+    def close(self) -> None:
+        """Close the connections. Idempotent."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _post(self, path: str, body: bytes, key: str, timeout: httpx.Timeout) -> bytes:
+        return self._request("POST", path, body, key, timeout).content
+
+    def _request(
+        self, method: str, path: str, body: bytes, key: str, timeout: httpx.Timeout
+    ) -> httpx.Response:
+        try:
+            response = self._http.request(
+                method, path, content=body, headers=_headers(key), timeout=timeout
+            )
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+        if response.status_code != 200:
+            raise _error(response.content, response.status_code)
+        return response
+
+    def _unreachable(self, error: httpx.HTTPError) -> EngineDead:
+        reason = str(error) or type(error).__name__
+        return EngineDead(f"no answer from {self._url}: {reason}", field="server")
+
+
+def _headers(key: str) -> dict[str, str]:
+    headers = {"content-type": "application/json"}
+    return {**headers, "authorization": f"Bearer {key}"} if key else headers
+
+
+def _batch_body(requests: list[GenerateRequest]) -> bytes:
+    """The lists of the native dialect: a value an item for every field that is set."""
+    if not requests:
+        raise InvalidRequest("the batch is empty; send at least one request", field="requests")
+    kinds = {request.text is None for request in requests}
+    if len(kinds) > 1:
+        raise InvalidRequest("a batch is all text or all input_ids", field="text, input_ids")
+    unset = GenerateRequest()
+    body: dict[str, Any] = {}
+    for name in GenerateRequest.__struct_fields__:
+        values = [getattr(request, name) for request in requests]
+        if any(value != getattr(unset, name) for value in values):
+            body[name] = values
+    if "stream" in body:
+        raise InvalidRequest("a batch does not stream here; use `stream`", field="stream")
+    return msgspec.json.encode(body)
+
+
+def _replies(lines: Iterator[str]) -> Iterator[GenerateResponse]:
+    for line in lines:
+        data = line.removeprefix("data: ")
+        if not data:
+            continue
+        if data == "[DONE]":
+            return
+        if data.startswith('{"error"'):
+            raise _error(data.encode(), 500)
+        yield msgspec.json.decode(data, type=GenerateResponse)
+
+
+def _error(data: bytes, status: int) -> SlipstreamError:
+    """The typed error of a reply in the server's one shape."""
+    try:
+        found = msgspec.json.decode(data)["error"]
+        return by_name(str(found["type"]), str(found["message"]), str(found["field"]))
+    except (msgspec.DecodeError, KeyError, TypeError):
+        text = data[:500].decode(errors="replace")
+        return SlipstreamError(f"status {status}: {text}", field="server")

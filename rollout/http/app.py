@@ -1,0 +1,56 @@
+"""The ASGI application: every route of the server, and what stands before them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+from fastapi import APIRouter, FastAPI
+from starlette.routing import Route
+
+from rollout.http import command, errors, health, info, native
+from rollout.http.dialects import (
+    chat,
+    completions,
+    sglang_control,
+    sglang_info,
+    sglang_weights,
+    vllm_control,
+    vllm_weights,
+)
+from rollout.http.guard import Guard
+from rollout.http.services import Services
+
+
+def build_app(services: Services) -> FastAPI:
+    """The application of one server; its shutdown closes the engine."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            await services.engine.close()
+
+    app = FastAPI(title="Slipstream", lifespan=lifespan)
+    errors.install(app)
+    control = [
+        command.router(services),
+        sglang_weights.router(services),
+        sglang_control.router(services),
+        vllm_weights.router(services),
+        vllm_control.router(services),
+    ]
+    for router in (native, health, info, sglang_info, completions, chat):
+        app.include_router(router.router(services))
+    for routes in control:
+        app.include_router(routes)
+    app.add_middleware(Guard, config=services.config, control_paths=_paths(control))
+    return app
+
+
+def _paths(routers: Sequence[APIRouter]) -> frozenset[str]:
+    found = [
+        route.path for router in routers for route in router.routes if isinstance(route, Route)
+    ]
+    return frozenset(found)

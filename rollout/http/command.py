@@ -1,0 +1,38 @@
+"""POST /command: one control struct of the protocol in, its `Reply` out, both as JSON.
+
+What a trainer that speaks the protocol itself uses. Byte fields are base64, as msgspec has
+them. An answer may take minutes: a command ends by its own deadline, not by this route's.
+"""
+
+from __future__ import annotations
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+
+from engine.errors import InvalidRequest
+from engine.protocol import Control, Shutdown
+from rollout.http.errors import json_response
+from rollout.http.services import Services
+
+
+def router(services: Services) -> APIRouter:
+    """The protocol's own control route."""
+    routes = APIRouter()
+
+    async def command(request: Request) -> Response:
+        parsed = parse_command(await request.body())
+        return json_response(await services.control.forward(parsed))
+
+    routes.add_api_route("/command", command, methods=["POST"])
+    return routes
+
+
+def parse_command(body: bytes) -> Control:
+    """The command a body holds. Raises InvalidRequest naming the field."""
+    try:
+        command: Control = msgspec.json.decode(body, type=Control)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"not a command of the protocol: {error}", field="body") from error
+    if isinstance(command, Shutdown):
+        raise InvalidRequest("a server is stopped by its process: send SIGTERM", field="type")
+    return command

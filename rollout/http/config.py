@@ -1,0 +1,40 @@
+"""Configuration of one server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.config import EngineConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """One HTTP server and the engine behind it."""
+
+    engine: EngineConfig
+    """What the engine is built from."""
+    host: str = "127.0.0.1"
+    """Address to bind; on any other than loopback, control routes need an admin key."""
+    port: int = 30000
+    """Port to bind; 0 takes a free one."""
+    served_model_name: str = ""
+    """Name that /v1/models gives; the model's path if empty."""
+    api_key: str = ""
+    """Bearer key of every route but /health; no key if empty."""
+    admin_api_key: str = ""
+    """Bearer key of the control routes in place of `api_key`."""
+    max_body_bytes: int = 64 << 20
+    """Largest request body."""
+    max_control_body_bytes: int = 256 << 20
+    """Largest body of a control route, which may carry tensors as base64."""
+    incremental_streaming_output: bool = False
+    """Native streams send what is new instead of everything so far."""
+    reply_s: float = 120.0
+    """Deadline for the engine to answer a command that touches no weights."""
+    start_s: float = 900.0
+    """Deadline for loading the model, and for commands that touch weights or memory."""
+
+    @property
+    def model_name(self) -> str:
+        """Name of the model in replies."""
+        return self.served_model_name or self.engine.model

@@ -1,0 +1,1 @@
+"""Dialects of external trainers: each file translates, `rollout.http.control` decides."""

@@ -1,0 +1,80 @@
+"""Read bodies and query strings of dialects into structs, and pieces both dialects share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, TypeVar, get_args, get_origin
+
+import msgspec
+from fastapi import Request
+
+from engine.errors import InvalidRequest
+from engine.protocol import ITEM_BYTES, TensorPiece
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+_PATH = re.compile(r"at `\$\.?([^`]*)`$")
+
+
+async def read_body(request: Request, kind: type[T]) -> T:
+    """The JSON body as `kind`; an empty body as an empty object. Fields that `kind` has not
+    are passed over: clients of one dialect differ in them. Raises InvalidRequest."""
+    data = await request.body() or b"{}"
+    try:
+        return msgspec.json.decode(data, type=kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise _misfit(error) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"the body is not a JSON object: {error}", field="body") from error
+
+
+async def read_body_or_query(request: Request, kind: type[T]) -> T:
+    """The body of a POST, the query of a GET; a name that comes several times is a list."""
+    if request.method == "POST" and await request.body():
+        return await read_body(request, kind)
+    return read_query(request, kind)
+
+
+def read_query(request: Request, kind: type[T]) -> T:
+    """The query string as `kind`. Raises InvalidRequest naming the parameter."""
+    query = request.query_params
+    lists = {field.name for field in msgspec.structs.fields(kind) if _is_list(field.type)}
+    values = {name: query.getlist(name) if name in lists else query[name] for name in query}
+    try:
+        return msgspec.convert(values, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise _misfit(error) from error
+
+
+def _misfit(error: msgspec.ValidationError) -> InvalidRequest:
+    path = _PATH.search(str(error))
+    return InvalidRequest(str(error), field=path.group(1) if path else "")
+
+
+def _is_list(kind: Any) -> bool:
+    return get_origin(kind) is list or any(get_origin(option) is list for option in get_args(kind))
+
+
+def pieces(
+    names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Sequence[int]]
+) -> list[TensorPiece]:
+    """The announced tensors. Raises InvalidRequest if the lists do not match each other or a
+    dtype is unknown."""
+    if not names:
+        raise InvalidRequest("names is empty; announce the tensors that will come", field="names")
+    for field, values in (("dtypes", dtypes), ("shapes", shapes)):
+        if len(values) != len(names):
+            raise InvalidRequest(
+                f"{field} has {len(values)} entries for {len(names)} names", field=field
+            )
+    found = []
+    for index, (name, dtype, shape) in enumerate(zip(names, dtypes, shapes, strict=True)):
+        plain = dtype.removeprefix("torch.")
+        if plain not in ITEM_BYTES:
+            raise InvalidRequest(
+                f"dtypes[{index}] of {name} is {dtype!r}; known are {', '.join(ITEM_BYTES)}",
+                field=f"dtypes[{index}]",
+            )
+        found.append(TensorPiece(name, plain, list(shape)))
+    return found

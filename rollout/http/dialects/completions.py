@@ -1,0 +1,156 @@
+"""POST /v1/completions, with the fields that TRL reads (WIRE.md D1.7)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+
+from engine.errors import InvalidRequest
+from engine.protocol import GenerateRequest, RequestOutput
+from rollout.http.dialects.openai_bodies import (
+    CompletionBody,
+    base_request,
+    prompts_of,
+    read_openai,
+)
+from rollout.http.dialects.openai_logprobs import TokenText, completion_logprobs, prompt_logprobs
+from rollout.http.dialects.openai_run import (
+    OpenAICall,
+    finish_fields,
+    start,
+    usage,
+    version_fields,
+)
+from rollout.http.errors import json_response
+from rollout.http.sample import Delta, Sample
+from rollout.http.services import Services
+from rollout.http.sse import EventStream, answer
+
+_DEFAULT_TOKENS = 16
+
+
+def router(services: Services) -> APIRouter:
+    """The route."""
+    routes = APIRouter()
+
+    async def completions(request: Request) -> Response:
+        body = await read_openai(request, CompletionBody)
+        items = _items(services, body)
+        call = await start(services, body, items, prefix="cmpl", object_name="text_completion")
+        writer = _Choices(call, body)
+        if body.stream:
+            return EventStream(writer.frames())
+        return await answer(request, writer.reply())
+
+    routes.add_api_route("/v1/completions", completions, methods=["POST"])
+    return routes
+
+
+def _items(services: Services, body: CompletionBody) -> list[GenerateRequest]:
+    base = base_request(
+        body,
+        max_tokens=_DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens,
+        top_logprobs=body.logprobs,
+        vocab_size=services.engine.facts.vocab_size,
+    )
+    return [
+        msgspec.structs.replace(base, text=text, input_ids=ids)
+        for text, ids in _texts_and_ids(services, body)
+    ]
+
+
+def _texts_and_ids(
+    services: Services, body: CompletionBody
+) -> Sequence[tuple[str | None, list[int] | None]]:
+    tokenizer = services.tokenizer
+    pairs: list[tuple[str | None, list[int] | None]] = []
+    for prompt in prompts_of(body.prompt):
+        if not isinstance(prompt, str):
+            pairs.append((None, prompt))
+        elif body.add_special_tokens:
+            pairs.append((prompt, None))
+        elif tokenizer is None:
+            raise InvalidRequest("this model has no tokenizer; send ids", field="prompt")
+        else:
+            pairs.append((None, tokenizer.encode(prompt, add_special_tokens=False)))
+    return pairs
+
+
+class _Choices:
+    """Writes the choices of one call."""
+
+    def __init__(self, call: OpenAICall, body: CompletionBody) -> None:
+        self._call = call
+        self._body = body
+        self._services = call.services
+        as_ids = bool(body.return_tokens_as_token_ids)
+        self._text = TokenText(tokenizer=call.services.tokenizer, as_ids=as_ids)
+
+    async def reply(self) -> Response:
+        """Run to the end; choices prompt-major."""
+        call = self._call
+        await self._services.generator.finish(call.samples, call.call.prefix)
+        choices = [self._whole(index, sample) for index, sample in enumerate(call.samples)]
+        return json_response(call.envelope(choices, usage=usage(call.samples)))
+
+    async def frames(self) -> AsyncGenerator[dict[str, Any], None]:
+        """A frame for every output."""
+        call = self._call
+        position = {id(sample): index for index, sample in enumerate(call.samples)}
+        offsets: defaultdict[int, int] = defaultdict(int)
+        async for sample, delta in self._services.generator.run(call.samples, call.call.prefix):
+            index = position[id(sample)]
+            yield call.envelope([self._part(index, sample, delta, offsets[index])])
+            offsets[index] += len(delta.text)
+        for frame in call.usage_frame():
+            yield frame
+
+    def _whole(self, index: int, sample: Sample) -> dict[str, Any]:
+        response = sample.response()
+        return {
+            "index": index,
+            "text": response.text or "",
+            **self._scores(sample.output, 0),
+            **finish_fields(sample.finish, self._body),
+            **self._ids(sample, sample.output, prompt=True),
+            **self._prompt_scores(sample),
+            **version_fields(sample, self._services.labels),
+        }
+
+    def _part(self, index: int, sample: Sample, delta: Delta, offset: int) -> dict[str, Any]:
+        finish = sample.finish if delta.finished else None
+        choice = {
+            "index": index,
+            "text": delta.text,
+            **self._scores(delta.output, offset),
+            **finish_fields(finish, self._body),
+            **self._ids(sample, delta.output, prompt=delta.output.start == 0),
+        }
+        if delta.finished:
+            choice |= version_fields(sample, self._services.labels)
+        return choice
+
+    def _scores(self, output: RequestOutput, offset: int) -> dict[str, Any]:
+        if self._body.logprobs is None:
+            return {"logprobs": None}
+        count = self._body.logprobs
+        count = self._services.engine.facts.vocab_size if count < 0 else count
+        return {"logprobs": completion_logprobs(output, count, self._text, offset)}
+
+    def _prompt_scores(self, sample: Sample) -> dict[str, Any]:
+        count = self._body.prompt_logprobs
+        if count is None:
+            return {"prompt_logprobs": None}
+        count = self._services.engine.facts.vocab_size if count < 0 else count
+        ids, tokenizer = sample.request.prompt_ids, self._services.tokenizer
+        return {"prompt_logprobs": prompt_logprobs(ids, sample.output, count, tokenizer)}
+
+    def _ids(self, sample: Sample, output: RequestOutput, *, prompt: bool) -> dict[str, Any]:
+        if not self._body.return_token_ids:
+            return {}
+        prompt_ids = sample.request.prompt_ids.tolist() if prompt else None
+        return {"prompt_token_ids": prompt_ids, "token_ids": output.token_ids.tolist()}

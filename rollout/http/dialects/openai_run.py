@@ -1,0 +1,106 @@
+"""What completions and chat share: ids, usage, finish reasons, and running a call."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from engine.errors import InvalidRequest
+from engine.protocol import FinishReason, GenerateRequest
+from rollout.http.dialects.openai_bodies import ChatBody, CompletionBody, renamed
+from rollout.http.requests import GenerateCall
+from rollout.http.sample import Sample
+from rollout.http.services import Services
+from rollout.http.versions import VersionLabels
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenAICall:
+    """One POST of either route, on its way."""
+
+    services: Services
+    body: CompletionBody | ChatBody
+    call: GenerateCall
+    samples: list[Sample]
+    object: str
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def envelope(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        """The reply, or a frame of it, around its choices."""
+        return {
+            "id": self.call.prefix,
+            "object": self.object,
+            "created": self.created,
+            "model": self.services.config.model_name,
+            "choices": choices,
+            **more,
+        }
+
+    def usage_frame(self) -> list[dict[str, Any]]:
+        """The last frame of a stream, if it was asked for."""
+        options = self.body.stream_options
+        if options is None or not options.include_usage:
+            return []
+        return [self.envelope([], usage=usage(self.samples))]
+
+
+async def start(
+    services: Services,
+    body: CompletionBody | ChatBody,
+    items: Sequence[GenerateRequest],
+    *,
+    prefix: str,
+    object_name: str,
+) -> OpenAICall:
+    """Expand the items of a call into samples, prompt-major. Raises InvalidRequest with this
+    dialect's names of the fields."""
+    rid = body.request_id or f"{prefix}-{uuid.uuid4().hex}"
+    named = [
+        msgspec.structs.replace(item, rid=f"{rid}-{number}") for number, item in enumerate(items)
+    ]
+    call = GenerateCall(items=named, batch=len(named) > 1, stream=body.stream, prefix=rid)
+    try:
+        samples = await services.generator.samples(call)
+    except InvalidRequest as error:
+        raise renamed(error) from error
+    return OpenAICall(services=services, body=body, call=call, samples=samples, object=object_name)
+
+
+def usage(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Counts of tokens; a prompt counts once, however many samples it has."""
+    prompts = {sample.request.group: len(sample.request.prompt_ids) for sample in samples}
+    num_prompt = sum(prompts.values())
+    num_output = sum(len(sample.output.token_ids) for sample in samples)
+    cached = sum(sample.output.cached_tokens for sample in samples)
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_output,
+        "total_tokens": num_prompt + num_output,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+def finish_fields(finish: FinishReason | None, body: CompletionBody | ChatBody) -> dict[str, Any]:
+    """`finish_reason`, and vLLM's `stop_reason`: the stop string or asked-for token, no EOS."""
+    if finish is None:
+        return {"finish_reason": None, "stop_reason": None}
+    matched = finish.matched
+    asked = isinstance(matched, str) or matched in (body.stop_token_ids or [])
+    return {"finish_reason": finish.type, "stop_reason": matched if asked else None}
+
+
+def version_fields(sample: Sample, labels: VersionLabels) -> dict[str, Any]:
+    """Which weights sampled a finished sequence, beside what the dialect has."""
+    spans = sample.output.spans
+    return {
+        "weight_version": labels.text(spans[-1].version) if spans else None,
+        "weight_versions": [
+            {"version": labels.text(span.version), "start": span.start, "end": span.end}
+            for span in spans
+        ],
+    }

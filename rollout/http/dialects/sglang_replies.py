@@ -1,0 +1,32 @@
+"""Control replies of SGLang's dialect: {"success", "message"}, 200 or 400."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import Request, Response
+
+from engine.errors import EngineDead, SlipstreamError
+from rollout.http.errors import error_body, json_response
+
+Handler = Callable[[Request], Awaitable[dict[str, Any]]]
+Route = Callable[[Request], Awaitable[Response]]
+
+
+def admin(handler: Handler) -> Route:
+    """A route that answers what `handler` returns beside success, or the error it raises.
+
+    Failures are 400, as callers of the dialect expect; a dead engine is 503 here too.
+    """
+
+    async def route(request: Request) -> Response:
+        try:
+            found = await handler(request)
+        except SlipstreamError as error:
+            status = error.status if isinstance(error, EngineDead) else 400
+            body = {"success": False, "message": error.message, **error_body(error)}
+            return json_response(body, status)
+        return json_response({"success": True, "message": "ok", **found})
+
+    return route

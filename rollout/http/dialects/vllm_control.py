@@ -1,0 +1,117 @@
+"""vLLM's routes for pausing, sleeping, aborting and the prefix cache (WIRE.md D1)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+
+from engine.errors import EngineDead, SlipstreamError
+from engine.protocol import Abort, MemoryTag
+from rollout.http.dialects.bodies import read_body, read_query
+from rollout.http.errors import json_response
+from rollout.http.services import Services
+
+Mode = Literal["abort", "wait", "keep"]
+
+
+class _Pause(msgspec.Struct):
+    mode: Mode = "abort"
+    clear_cache: bool = True
+    wait_for_inflight_requests: bool = False
+
+
+class _Sleep(msgspec.Struct):
+    level: Literal[0, 1, 2] = 1
+    mode: Mode = "abort"
+
+
+class _WakeUp(msgspec.Struct):
+    tags: list[Literal["weights", "kv_cache", "cuda_graph", "scheduling"]] | None = None
+
+
+class _AbortRequests(msgspec.Struct):
+    request_ids: list[str]
+
+
+class _Generation:
+    """The handlers."""
+
+    def __init__(self, services: Services) -> None:
+        self._control = services.control
+        self._engine = services.engine
+
+    async def pause(self, request: Request) -> Response:
+        query = read_query(request, _Pause)
+        mode: Mode = "wait" if query.wait_for_inflight_requests else query.mode
+        await self._control.pause(mode, clear_cache=query.clear_cache)
+        return json_response({"status": "paused"})
+
+    async def resume(self, _: Request) -> Response:
+        await self._control.resume()
+        return json_response({"status": "resumed"})
+
+    async def is_paused(self, _: Request) -> Response:
+        state = await self._engine.state(max_age_s=0.0)
+        return json_response({"is_paused": state.paused})
+
+    async def sleep(self, request: Request) -> Response:
+        """Level 0 pauses; 1 and 2 also give memory back. Whether weights are kept on the host
+        is the server's option, not the level's."""
+        query = read_query(request, _Sleep)
+        await self._control.pause(query.mode)
+        if query.level > 0:
+            await self._control.release_memory([])
+        return json_response({"status": "asleep"})
+
+    async def wake_up(self, request: Request) -> Response:
+        """Take memory back, and step again once all of it is there."""
+        asked = read_query(request, _WakeUp).tags or []
+        tags: list[MemoryTag] = [tag for tag in asked if tag != "scheduling"]
+        if tags or not asked:
+            await self._control.resume_memory(tags)
+        state = await self._engine.state(max_age_s=0.0)
+        if not state.released:
+            await self._control.resume()
+        return json_response({"status": "awake" if not state.released else "asleep"})
+
+    async def is_sleeping(self, _: Request) -> Response:
+        state = await self._engine.state(max_age_s=0.0)
+        return json_response({"is_sleeping": bool(state.released)})
+
+    async def reset_prefix_cache(self, _: Request) -> Response:
+        try:
+            await self._control.flush()
+        except EngineDead:
+            raise
+        except SlipstreamError as error:
+            return json_response({"success": False, "message": error.message})
+        return json_response({"success": True})
+
+    async def abort_requests(self, request: Request) -> Response:
+        body = await read_body(request, _AbortRequests)
+        replies = self._engine.post([Abort(rid_prefix=rid) for rid in body.request_ids if rid])
+        for reply in replies:
+            await reply
+        return json_response({"status": "ok"})
+
+
+def router(services: Services) -> APIRouter:
+    """The routes of the dialect that steer generation and memory."""
+    routes, generation = APIRouter(), _Generation(services)
+    for path, handler in {
+        "/pause": generation.pause,
+        "/resume": generation.resume,
+        "/sleep": generation.sleep,
+        "/wake_up": generation.wake_up,
+        "/reset_prefix_cache": generation.reset_prefix_cache,
+        "/abort_requests": generation.abort_requests,
+    }.items():
+        routes.add_api_route(path, handler, methods=["POST"])
+    for path, handler in {
+        "/is_paused": generation.is_paused,
+        "/is_sleeping": generation.is_sleeping,
+    }.items():
+        routes.add_api_route(path, handler, methods=["GET"])
+    return routes

@@ -1,0 +1,200 @@
+"""vLLM's native weight-transfer routes (WIRE.md D1), and prime-rl's call of the same path (D3)."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from typing import Any, Literal
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+
+from engine.errors import InvalidRequest, UnsupportedOption
+from engine.protocol import CheckAction, CheckWeights, JoinGroup, LeaveGroup, ReceiveBroadcast
+from rollout.http.dialects.bodies import pieces, read_body
+from rollout.http.dialects.sglang_weights import check_summary
+from rollout.http.errors import json_response
+from rollout.http.services import Services
+
+GROUP = "vllm"
+
+_CHUNK_BYTES = 1 << 30
+_ACTIONS: dict[str, CheckAction] = {
+    "checksum": "checksum",
+    "snapshot": "snapshot",
+    "reset": "reset_tensors",
+    "reset_tensors": "reset_tensors",
+    "compare": "compare",
+}
+
+
+class _InitInfo(msgspec.Struct):
+    world_size: int
+    master_address: str = ""
+    master_port: int = 0
+    rank_offset: int = 1
+    packed: bool = False
+    nccl_unique_id_b64: str | None = None
+    backend: Literal["nccl", "gloo"] = "nccl"
+    timeout_s: float = 300.0
+
+
+class _Init(msgspec.Struct):
+    init_info: _InitInfo
+
+
+class _Start(msgspec.Struct):
+    is_checkpoint_format: bool = True
+
+
+class _UpdateInfo(msgspec.Struct):
+    names: list[str] = []
+    dtype_names: list[str] = []
+    shapes: list[list[int]] = []
+    packed: bool | None = None
+    packed_buffer_size_bytes: int = _CHUNK_BYTES
+    timeout_s: float = 300.0
+
+
+class _Update(msgspec.Struct):
+    update_info: _UpdateInfo | None = None
+    weight_dir: str | None = None
+
+
+class _Finish(msgspec.Struct):
+    weight_version: str | int | None = None
+
+
+class _Check(msgspec.Struct):
+    action: Literal["checksum", "snapshot", "reset", "reset_tensors", "compare"] = "checksum"
+
+
+class _Transfer:
+    """The handlers, and what one call of the dialect leaves for the next: whether the stream
+    is packed, and the tensors announced last."""
+
+    def __init__(self, services: Services) -> None:
+        self._control = services.control
+        self._engine = services.engine
+        self._labels = services.labels
+        self._packed = False
+        self._announced = _UpdateInfo()
+
+    async def world_size(self, _: Request) -> Response:
+        return json_response({"world_size": self._engine.facts.tp_size})
+
+    async def init(self, request: Request) -> Response:
+        info = (await read_body(request, _Init)).init_info
+        command = JoinGroup(
+            name=GROUP,
+            address=info.master_address,
+            port=info.master_port,
+            rank_offset=info.rank_offset,
+            world_size=info.world_size,
+            backend=info.backend,
+            rendezvous="vllm",
+            unique_id=_unique_id(info.nccl_unique_id_b64),
+            timeout_s=info.timeout_s,
+        )
+        await self._control.send(command)
+        self._packed = info.packed
+        return _message("Weight transfer initialized")
+
+    async def shutdown(self, _: Request) -> Response:
+        await self._control.send(LeaveGroup(name=GROUP))
+        return _message("Weight transfer shut down")
+
+    async def start(self, request: Request) -> Response:
+        body = await read_body(request, _Start)
+        if not body.is_checkpoint_format:
+            raise UnsupportedOption(
+                "weights come under their Hugging Face names; leave is_checkpoint_format true",
+                field="is_checkpoint_format",
+            )
+        await self._control.begin()
+        return _message("Weight update started")
+
+    async def update(self, request: Request) -> Response:
+        body = await read_body(request, _Update)
+        if body.update_info is not None:
+            await self._control.feed(self._broadcast(body.update_info))
+        elif body.weight_dir is not None:
+            await self._control.load(body.weight_dir)
+        else:
+            raise InvalidRequest(
+                "send update_info with names, dtype_names and shapes, or weight_dir, a folder of "
+                "safetensors files; prime-rl's NCCL broadcaster is not served",
+                field="update_info, weight_dir",
+            )
+        return _message("Weights updated")
+
+    async def finish(self, request: Request) -> Response:
+        body = await read_body(request, _Finish)
+        label = None if body.weight_version is None else str(body.weight_version)
+        await self._control.commit(label)
+        return _message("Weight update finished")
+
+    async def info(self, _: Request) -> Response:
+        state = await self._engine.state(max_age_s=0.0)
+        return json_response(
+            {
+                "weight_version": self._labels.text(state.version),
+                "updating": state.open_update is not None,
+                "group": GROUP if GROUP in state.groups else None,
+            }
+        )
+
+    async def check(self, request: Request) -> Response:
+        body = await read_body(request, _Check)
+        reply = await self._control.send(CheckWeights(action=_ACTIONS[body.action]))
+        differing = sorted({name for report in reply.weights for name in report.differing})
+        found = {"success": not differing, "differing": differing, **check_summary(reply)}
+        return json_response(found)
+
+    def _broadcast(self, info: _UpdateInfo) -> ReceiveBroadcast:
+        if info.names:
+            self._announced = info
+        elif not self._announced.names:
+            raise InvalidRequest("names is empty and none were sent before", field="names")
+        announced = self._announced
+        packed = self._packed if info.packed is None else info.packed
+        return ReceiveBroadcast(
+            group=GROUP,
+            tensors=pieces(announced.names, announced.dtype_names, announced.shapes),
+            layout="chunks" if packed else "tensors",
+            bucket_bytes=info.packed_buffer_size_bytes,
+            timeout_s=info.timeout_s,
+        )
+
+
+def router(services: Services) -> APIRouter:
+    """The weight routes of the dialect."""
+    routes, transfer = APIRouter(), _Transfer(services)
+    for path, handler in {
+        "/init_weight_transfer_engine": transfer.init,
+        "/shutdown_weight_transfer_engine": transfer.shutdown,
+        "/start_weight_update": transfer.start,
+        "/update_weights": transfer.update,
+        "/finish_weight_update": transfer.finish,
+        "/weight_checker": transfer.check,
+    }.items():
+        routes.add_api_route(path, handler, methods=["POST"])
+    routes.add_api_route("/get_world_size", transfer.world_size, methods=["GET"])
+    routes.add_api_route("/weight_info", transfer.info, methods=["GET"])
+    return routes
+
+
+def _unique_id(text: str | None) -> bytes:
+    if text is None:
+        return b""
+    try:
+        return base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise InvalidRequest(
+            f"nccl_unique_id_b64 is not base64: {error}", field="init_info.nccl_unique_id_b64"
+        ) from error
+
+
+def _message(text: str) -> Response:
+    body: dict[str, Any] = {"message": text}
+    return json_response(body)

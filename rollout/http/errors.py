@@ -1,0 +1,60 @@
+"""One shape for every error: {"error": {"type", "message", "field", "code"}}."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+
+from engine.errors import InvalidRequest, SlipstreamError
+
+
+class BodyTooLarge(InvalidRequest):
+    """The body exceeds the server's limit; the message names the option that raises it."""
+
+    status = 413
+
+
+def json_response(value: Any, status: int = 200) -> Response:
+    """A JSON reply, encoded by msgspec: structs and plain objects alike."""
+    return Response(msgspec.json.encode(value), status, media_type="application/json")
+
+
+def error_body(error: SlipstreamError) -> dict[str, Any]:
+    """The error as an object of the one shape."""
+    return _body(type(error).__name__, error.message, error.field, error.status)
+
+
+def error_response(error: SlipstreamError) -> Response:
+    """The error as a reply."""
+    return json_response(error_body(error), error.status)
+
+
+def install(app: FastAPI) -> None:
+    """Answer typed errors, and routes or methods that do not exist, in the one shape."""
+
+    async def typed(_: Request, error: Exception) -> Response:
+        assert isinstance(error, SlipstreamError)
+        return error_response(error)
+
+    async def http(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        name = HTTPStatus(error.status_code).phrase.replace(" ", "")
+        body = _body(name, str(error.detail), "", error.status_code)
+        return json_response(body, error.status_code)
+
+    async def unexpected(_: Request, error: Exception) -> Response:
+        return json_response(
+            _body("InternalError", f"{type(error).__name__}: {error}", "", 500), 500
+        )
+
+    app.add_exception_handler(SlipstreamError, typed)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(Exception, unexpected)
+
+
+def _body(kind: str, message: str, field: str, code: int) -> dict[str, Any]:
+    return {"error": {"type": kind, "message": message, "field": field, "code": code}}

@@ -1,0 +1,122 @@
+"""Run the sequences of one HTTP call on the engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from itertools import count
+
+from engine.errors import InvalidRequest, by_name
+from engine.protocol import GenerateRequest, Request, Stop
+from rollout.expand import expand
+from rollout.http.engine_client import AsyncEngine
+from rollout.http.requests import GenerateCall, in_item
+from rollout.http.sample import Delta, Sample
+from rollout.metrics import Metrics
+from rollout.seeds import derive_seed
+from rollout.text.tokenizer import Tokenizer
+
+REFUSED = frozenset({"InvalidRequest", "ContextTooLong", "UnsupportedOption", "QueueFull"})
+
+_INLINE_ITEMS = 8
+_INLINE_CHARS = 20_000
+
+
+class Generator:
+    """Expands calls into samples and drives them.
+
+    seed: requests without a `sampling_seed` get seeds derived from it and their number.
+    """
+
+    def __init__(
+        self, engine: AsyncEngine, tokenizer: Tokenizer | None, metrics: Metrics, *, seed: int
+    ) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self._metrics = metrics
+        self._seed = seed
+        self._numbers = count()
+
+    async def samples(self, call: GenerateCall) -> list[Sample]:
+        """The sequences of a call, prompt-major. Raises InvalidRequest, naming the item of a
+        batch; nothing is submitted yet."""
+        small = len(call.items) <= _INLINE_ITEMS
+        if small and all(len(item.text or "") < _INLINE_CHARS for item in call.items):
+            return self._expand(call)
+        return await asyncio.to_thread(self._expand, call)
+
+    async def run(
+        self, samples: Sequence[Sample], prefix: str = ""
+    ) -> AsyncGenerator[tuple[Sample, Delta], None]:
+        """Submit the samples and yield what each output added, until all have finished.
+
+        Closing the generator early aborts what still runs; `prefix` is what all ids begin
+        with, if they do. Raises the typed error of a request that the engine refused.
+        """
+        open_samples = {sample.request.rid: sample for sample in samples}
+        mailbox = self.engine.submit([sample.request for sample in samples])
+        try:
+            while open_samples:
+                for output in await mailbox.take():
+                    sample = open_samples[output.rid]
+                    stopped = sample.stop is not None
+                    delta = sample.take(output)
+                    if delta.finished:
+                        del open_samples[output.rid]
+                        self._finished(sample)
+                    elif sample.stop is not None and not stopped:
+                        self._post_stop(sample)
+                    yield sample, delta
+        finally:
+            self.engine.discard(mailbox, prefix=prefix)
+
+    async def finish(self, samples: Sequence[Sample], prefix: str = "") -> None:
+        """Run the samples to their end."""
+        async for _ in self.run(samples, prefix):
+            pass
+
+    def _expand(self, call: GenerateCall) -> list[Sample]:
+        samples: list[Sample] = []
+        many = call.batch or call.items[0].sampling_params.n > 1
+        for number, item in enumerate(call.items):
+            try:
+                requests = self._requests(item)
+            except InvalidRequest as error:
+                if not call.batch:
+                    raise
+                raise in_item(error, number) from error
+            for request in requests:
+                index = len(samples) if many else None
+                samples.append(
+                    Sample(item, request, self.tokenizer, index=index, stream=call.stream)
+                )
+        return samples
+
+    def _requests(self, item: GenerateRequest) -> list[Request]:
+        seed = derive_seed(self._seed, next(self._numbers))
+        return expand(item, self.tokenizer, self.engine.facts, seed)
+
+    def _post_stop(self, sample: Sample) -> None:
+        assert sample.stop is not None
+        self.engine.post(
+            [
+                Stop(
+                    rid=sample.request.rid,
+                    num_tokens=sample.stop.num_tokens,
+                    matched=sample.stop.matched,
+                )
+            ]
+        )
+
+    def _finished(self, sample: Sample) -> None:
+        finish = sample.output.finish
+        assert finish is not None
+        self._metrics.finished(
+            finish.type,
+            started_at=sample.started_at,
+            first_at=sample.first_at,
+            num_prompt=len(sample.request.prompt_ids),
+            num_output=len(sample.output.token_ids),
+        )
+        if finish.error in REFUSED:
+            raise by_name(finish.error or "", finish.message or "")

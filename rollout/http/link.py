@@ -1,0 +1,98 @@
+"""How the server reaches its engine: messages out, messages in, on one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from engine.errors import EngineDead
+from engine.protocol import Control, Reply, Request, RequestOutput
+from rollout.process_replica import ProcessReplica
+
+Message = RequestOutput | Reply
+Deliver = Callable[[Sequence[Message]], None]
+Fail = Callable[[EngineDead], None]
+
+_LOOK_S = 0.25
+
+
+class EngineLink(Protocol):
+    """An ordered, two-way stream to one engine. All calls come from one event loop."""
+
+    def start(self, deliver: Deliver, fail: Fail) -> None:
+        """Call `deliver` with what arrives and, once, `fail` when the engine is gone."""
+        ...
+
+    def post(self, messages: Sequence[Request | Control]) -> None:
+        """Queue messages in order, without waiting. Raises EngineDead."""
+        ...
+
+    def kill(self, why: str) -> EngineDead:
+        """End an engine that missed its deadline; returns the error that says so."""
+        ...
+
+    def stop(self) -> None:
+        """Deliver nothing more. Idempotent."""
+        ...
+
+    def close(self) -> None:
+        """After `stop`: tell the engine to leave and wait until it has. Blocks; idempotent, and
+        may be called from another thread."""
+        ...
+
+
+class ProcessLink:
+    """A link to a spawned replica, woken by its socket; a look every `_LOOK_S` notices a
+    leader that left without a word."""
+
+    def __init__(self, replica: ProcessReplica) -> None:
+        self._replica = replica
+        self._timer: asyncio.TimerHandle | None = None
+        self._deliver: Deliver | None = None
+        self._fail: Fail | None = None
+
+    def start(self, deliver: Deliver, fail: Fail) -> None:
+        """See `EngineLink`."""
+        self._deliver, self._fail = deliver, fail
+        asyncio.get_running_loop().add_reader(self._replica.fileno(), self._drain)
+        self._look()
+
+    def post(self, messages: Sequence[Request | Control]) -> None:
+        """See `EngineLink`."""
+        self._replica.post(messages)
+        # Sending may use up the one notice that the socket gives of something to read.
+        asyncio.get_running_loop().call_soon(self._drain)
+
+    def kill(self, why: str) -> EngineDead:
+        """See `EngineLink`."""
+        return self._replica.fail(why)
+
+    def close(self) -> None:
+        """See `EngineLink`."""
+        self._replica.close()
+
+    def stop(self) -> None:
+        """See `EngineLink`."""
+        if self._deliver is None:
+            return
+        self._deliver = self._fail = None
+        asyncio.get_running_loop().remove_reader(self._replica.fileno())
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _look(self) -> None:
+        self._drain()
+        if self._deliver is not None:
+            self._timer = asyncio.get_running_loop().call_later(_LOOK_S, self._look)
+
+    def _drain(self) -> None:
+        if self._deliver is None or self._fail is None:
+            return
+        try:
+            while self._deliver is not None and (messages := self._replica.collect()):
+                self._deliver(messages)
+        except EngineDead as error:
+            fail = self._fail
+            self.stop()
+            fail(error)

@@ -1,0 +1,57 @@
+"""POST /generate: the native dialect, alone, in batches and as a stream."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from engine.protocol import GenerateResponse
+from rollout.http.errors import json_response
+from rollout.http.requests import GenerateCall, parse_call
+from rollout.http.sample import Sample
+from rollout.http.services import Services
+from rollout.http.sse import EventStream, answer
+from rollout.respond import to_wire
+
+
+def router(services: Services) -> APIRouter:
+    """The route of the native dialect."""
+    routes = APIRouter()
+
+    async def generate(request: Request) -> Response:
+        call = parse_call(await request.body())
+        samples = await services.generator.samples(call)
+        if call.stream:
+            return EventStream(_frames(services, call, samples))
+        return await answer(request, _reply(services, call, samples))
+
+    routes.add_api_route("/generate", generate, methods=["POST", "PUT"])
+    return routes
+
+
+async def _reply(services: Services, call: GenerateCall, samples: Sequence[Sample]) -> Response:
+    # Built as each finishes, so that the last one finds little left to do.
+    replies: dict[int, dict[str, Any]] = {}
+    position = {id(sample): number for number, sample in enumerate(samples)}
+    async for sample, delta in services.generator.run(samples, call.prefix):
+        if delta.finished:
+            replies[position[id(sample)]] = _object(services, sample.response())
+    found = [replies[number] for number in range(len(samples))]
+    return json_response(found if samples[0].index is not None else found[0])
+
+
+async def _frames(
+    services: Services, call: GenerateCall, samples: Sequence[Sample]
+) -> AsyncGenerator[dict[str, Any], None]:
+    incremental = services.config.incremental_streaming_output
+    async for sample, delta in services.generator.run(samples, call.prefix):
+        reply = sample.increment(delta) if incremental else sample.partial()
+        yield _object(services, reply)
+
+
+def _object(services: Services, response: GenerateResponse) -> dict[str, Any]:
+    found = to_wire(response)
+    services.labels.relabel(found["meta_info"])
+    return found

@@ -1,0 +1,152 @@
+"""The command line of `serve`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.config import (
+    AttentionBackendName,
+    CacheConfig,
+    Device,
+    DType,
+    EngineConfig,
+    LoadFormat,
+    MemoryConfig,
+    ParallelConfig,
+    SchedulerConfig,
+)
+from engine.errors import InvalidRequest
+from rollout.http.config import ServeConfig
+
+_GIB = 1 << 30
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serve:
+    """Serve a model over HTTP: /generate, OpenAI's completions, and two RL dialects."""
+
+    model: str
+    """Hugging Face folder, GGUF file, or a config.json (with --load-format random)."""
+    tp: int = 1
+    """Tensor-parallel ranks, one GPU each."""
+    host: str = "127.0.0.1"
+    """Address to bind; beyond loopback, control routes need --admin-api-key."""
+    port: int = 30000
+    """Port to bind; 0 takes a free one."""
+    served_model_name: str = ""
+    """Name that /v1/models gives; by default the model's path."""
+    api_key: str = ""
+    """Bearer key of every route but /health."""
+    admin_api_key: str = ""
+    """Bearer key of the control routes, in place of --api-key."""
+    load_format: LoadFormat = "auto"
+    """Where the weights come from; 'random' needs only a config.json."""
+    device: Device = "auto"
+    """'auto' takes a GPU when there is one."""
+    dtype: DType = "auto"
+    """Weights and KV; 'auto' is bfloat16 where the device computes it fast, else float32."""
+    context_length: int | None = None
+    """Most tokens of a sequence; by default the model's own, at most 32768."""
+    attention: AttentionBackendName = "auto"
+    """Attention back end."""
+    cuda_graphs: bool = True
+    """On a GPU, replay decode steps as CUDA graphs."""
+    max_running: int = 256
+    """Most sequences running at once."""
+    max_waiting: int = 65536
+    """Most requests in the waiting queue; one more gets 503."""
+    kv_memory: float | None = None
+    """GiB for the KV cache; by default a share of the free memory."""
+    mem_fraction: float = 0.85
+    """Share of free GPU memory for the KV cache, where --kv-memory is not given."""
+    page_size: int = 16
+    """Tokens a KV page holds."""
+    prefix_cache: bool = True
+    """Reuse the KV of shared prefixes."""
+    enable_memory_saver: bool = False
+    """Make release and resume of GPU memory work."""
+    enable_weights_cpu_backup: bool = False
+    """Keep released weights in host memory, and bring them back on resume."""
+    trainer_memory: float = 0.0
+    """GiB per GPU that a trainer beside the engine needs while the engine is awake."""
+    reserve_shadow: bool = False
+    """Leave room for a second copy of the weights, so that updates never write in place."""
+    base_gpu: int = 0
+    """First GPU of the replica, among those visible."""
+    weight_version: int = 0
+    """Version that the loaded weights are served as."""
+    seed: int = 0
+    """Seed of requests that bring none, and of random weights."""
+    incremental_streaming_output: bool = False
+    """Native streams send what is new instead of everything so far."""
+    max_body_mib: int = 64
+    """Largest request body, MiB."""
+    max_control_body_mib: int = 256
+    """Largest body of a control route, MiB; it may carry tensors as base64."""
+
+
+def serve_config(args: Serve) -> ServeConfig:
+    """The server that the options describe.
+
+    Raises InvalidRequest naming an option whose value has no meaning.
+    """
+    _check(args)
+    return ServeConfig(
+        engine=_engine_config(args),
+        host=args.host,
+        port=args.port,
+        served_model_name=args.served_model_name,
+        api_key=args.api_key,
+        admin_api_key=args.admin_api_key,
+        max_body_bytes=args.max_body_mib * _MIB,
+        max_control_body_bytes=args.max_control_body_mib * _MIB,
+        incremental_streaming_output=args.incremental_streaming_output,
+    )
+
+
+def _engine_config(args: Serve) -> EngineConfig:
+    return EngineConfig(
+        model=args.model,
+        load_format=args.load_format,
+        device=args.device,
+        dtype=args.dtype,
+        context_length=args.context_length,
+        attention=args.attention,
+        cuda_graphs=args.cuda_graphs,
+        seed=args.seed,
+        weight_version=args.weight_version,
+        cache=CacheConfig(
+            page_size=args.page_size,
+            memory_bytes=None if args.kv_memory is None else int(args.kv_memory * _GIB),
+            memory_fraction=args.mem_fraction,
+            prefix_cache=args.prefix_cache,
+        ),
+        scheduler=SchedulerConfig(max_running=args.max_running, max_waiting=args.max_waiting),
+        parallel=ParallelConfig(tp_size=args.tp, base_gpu=args.base_gpu),
+        memory=MemoryConfig(
+            saver=args.enable_memory_saver,
+            cpu_backup=args.enable_weights_cpu_backup,
+            trainer_bytes=int(args.trainer_memory * _GIB),
+            reserve_shadow=args.reserve_shadow,
+        ),
+    )
+
+
+def _check(args: Serve) -> None:
+    positive = {
+        "--tp": args.tp,
+        "--max-running": args.max_running,
+        "--max-waiting": args.max_waiting,
+        "--kv-memory": args.kv_memory,
+        "--mem-fraction": args.mem_fraction,
+        "--page-size": args.page_size,
+        "--context-length": args.context_length,
+        "--max-body-mib": args.max_body_mib,
+        "--max-control-body-mib": args.max_control_body_mib,
+    }
+    for option, value in positive.items():
+        if value is not None and value <= 0:
+            raise InvalidRequest(f"is {value}; give a number above 0", field=option)
+    if not 0 <= args.port < 1 << 16:
+        raise InvalidRequest(f"is {args.port}; give a port from 0 to 65535", field="--port")

@@ -1,0 +1,163 @@
+"""The body of POST /generate: one native object, or a batch in the lists of its fields."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import msgspec
+from msgspec import Raw
+
+from engine.errors import InvalidRequest
+from engine.protocol import GenerateRequest, SamplingParams
+from rollout.wire import parse_request
+
+Fields = dict[str, Raw]
+
+# Accepted and without effect: hints to routers, logs and schedulers of other servers.
+_HINTS = frozenset(
+    {
+        "background",
+        "conversation_id",
+        "custom_labels",
+        "data_parallel_rank",
+        "external_trace_header",
+        "kv_hints",
+        "log_metrics",
+        "modalities",
+        "no_logs",
+        "received_time",
+        "routed_dp_rank",
+        "routed_experts_start_len",
+        "routing_key",
+        "stream_interval",
+    }
+)
+_INERT = frozenset({b"null", b"false", b'""', b"[]", b"{}"})
+_OWN = frozenset(GenerateRequest.__struct_fields__)
+_OWN_SAMPLING = frozenset(SamplingParams.__struct_fields__)
+# A list here is a list an item; in `text` and `input_ids` it decides that there are items.
+_PER_ITEM = _OWN - {"text", "input_ids", "stream"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateCall:
+    """One POST. prefix: what every id of the call begins with, if the server made them."""
+
+    items: list[GenerateRequest]
+    batch: bool
+    stream: bool
+    prefix: str = ""
+
+
+def parse_call(body: bytes) -> GenerateCall:
+    """Read a body of the native dialect (WIRE.md C1).
+
+    Fields that the dialect has and this engine does not serve pass while they ask for nothing
+    (null, false, empty), since clients send their defaults. Raises InvalidRequest naming the
+    field, and the item for a batch.
+    """
+    fields = _known(_decode(body), _OWN)
+    prompts = _prompts(fields)
+    if prompts is None:
+        wire = parse_request(_encode(_cleaned(fields)))
+        wire, prefix = _with_rid(wire)
+        return GenerateCall(items=[wire], batch=False, stream=wire.stream, prefix=prefix)
+    name, values = prompts
+    return _parse_batch({k: v for k, v in fields.items() if k != name}, name, values)
+
+
+def _parse_batch(shared: Fields, name: str, values: list[Raw]) -> GenerateCall:
+    if not values:
+        raise InvalidRequest(f"{name} is an empty batch; send at least one prompt", field=name)
+    lists = _lists(shared, len(values))
+    prefix = "" if "rid" in shared else f"{uuid.uuid4().hex}-"
+    common = _cleaned({key: value for key, value in shared.items() if key not in lists})
+    if "rid" in common:
+        raise InvalidRequest("rid must be a list with one id an item in a batch", field="rid")
+    items = []
+    for index, value in enumerate(values):
+        own = {key: column[index] for key, column in lists.items()}
+        item = {**common, **_cleaned(own), name: value}
+        if prefix:
+            item["rid"] = Raw(f'"{prefix}{index}"'.encode())
+        items.append(_parse_item(item, index))
+    return GenerateCall(items=items, batch=True, stream=items[0].stream, prefix=prefix)
+
+
+def _parse_item(item: Fields, index: int) -> GenerateRequest:
+    try:
+        return parse_request(_encode(item))
+    except InvalidRequest as error:
+        raise in_item(error, index) from error
+
+
+def in_item(error: InvalidRequest, index: int) -> InvalidRequest:
+    """The error as one of item `index` of a batch."""
+    return type(error)(f"item {index}: {error.message}", field=f"[{index}].{error.field}")
+
+
+def _prompts(fields: Fields) -> tuple[str, list[Raw]] | None:
+    """Field and values of the items of a batch; None for a single prompt."""
+    for name in ("text", "input_ids"):
+        raw = bytes(fields.get(name, b""))[:64].lstrip()
+        if not raw.startswith(b"["):
+            continue
+        if name == "input_ids" and not raw[1:].lstrip().startswith(b"["):
+            continue
+        return name, msgspec.json.decode(fields[name], type=list[Raw])
+    return None
+
+
+def _lists(shared: Fields, count: int) -> dict[str, list[Raw]]:
+    """Fields of `shared` that have a value an item."""
+    found = {}
+    for name in _PER_ITEM & shared.keys():
+        if bytes(shared[name])[:1] != b"[":
+            continue
+        column = msgspec.json.decode(shared[name], type=list[Raw])
+        if len(column) != count:
+            raise InvalidRequest(f"{name} has {len(column)} entries for {count} items", field=name)
+        found[name] = column
+    return found
+
+
+def _cleaned(fields: Fields) -> Fields:
+    """`fields` with sampling parameters that ask for nothing left out."""
+    raw = fields.get("sampling_params")
+    if raw is None or bytes(raw)[:1] != b"{":
+        return fields
+    known = _known(_decode(raw), _OWN_SAMPLING)
+    return {**fields, "sampling_params": Raw(_encode(known))}
+
+
+def _known(fields: Fields, own: frozenset[str]) -> Fields:
+    """Without nulls, hints, and fields of others that ask for nothing."""
+    return {
+        name: value
+        for name, value in fields.items()
+        if not (_is_null(value) if name in own else name in _HINTS or bytes(value) in _INERT)
+    }
+
+
+def _is_null(value: Raw) -> bool:
+    return bytes(value) == b"null"
+
+
+def _decode(body: bytes | Raw) -> Fields:
+    try:
+        return msgspec.json.decode(body, type=Fields)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"the body is not a JSON object: {error}", field="body") from error
+
+
+def _encode(fields: Mapping[str, Raw]) -> bytes:
+    return msgspec.json.encode(fields)
+
+
+def _with_rid(wire: GenerateRequest) -> tuple[GenerateRequest, str]:
+    if wire.rid is not None:
+        return wire, ""
+    rid = uuid.uuid4().hex
+    return msgspec.structs.replace(wire, rid=rid), rid

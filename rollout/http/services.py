@@ -1,0 +1,42 @@
+"""What the routes share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rollout.http.config import ServeConfig
+from rollout.http.control import Controller
+from rollout.http.engine_client import AsyncEngine
+from rollout.http.generation import Generator
+from rollout.http.versions import VersionLabels
+from rollout.metrics import Metrics
+from rollout.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Services:
+    """One server's parts; each route function takes this and nothing global."""
+
+    config: ServeConfig
+    engine: AsyncEngine
+    generator: Generator
+    control: Controller
+    labels: VersionLabels
+    metrics: Metrics
+    tokenizer: Tokenizer | None
+
+
+def make_services(
+    config: ServeConfig, engine: AsyncEngine, tokenizer: Tokenizer | None
+) -> Services:
+    """The parts of a server in front of `engine`."""
+    metrics, labels = Metrics(), VersionLabels()
+    return Services(
+        config=config,
+        engine=engine,
+        generator=Generator(engine, tokenizer, metrics, seed=config.engine.seed),
+        control=Controller(engine, labels, metrics, keeps_weights=config.engine.memory.cpu_backup),
+        labels=labels,
+        metrics=metrics,
+        tokenizer=tokenizer,
+    )

@@ -1,0 +1,96 @@
+"""Server-sent events, and calls that end when their client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Coroutine
+from typing import Any, TypeVar
+
+import msgspec
+from fastapi import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from engine.errors import SlipstreamError
+from rollout.http.errors import error_body
+
+T = TypeVar("T")
+
+DONE = b"data: [DONE]\n\n"
+
+
+class ClientGone(Exception):
+    """The client closed its connection before the reply; nobody is left to tell."""
+
+
+class EventStream(Response):
+    """A stream of `data:` frames that closes its source when the client leaves.
+
+    source: yields objects to encode. An error after the first frame becomes a frame of its
+    own, since the status is sent; the stream ends with `[DONE]` in any case.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, source: AsyncGenerator[Any, None]) -> None:
+        super().__init__()
+        del self.headers["content-length"]
+        self.headers["cache-control"] = "no-cache"
+        self._source = source
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send frames until the source ends or the client does."""
+        headers = self.raw_headers
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        with contextlib.suppress(ClientGone):
+            await until_gone(self._send_frames(send), receive)
+
+    async def _send_frames(self, send: Send) -> None:
+        async with contextlib.aclosing(self._source) as source:
+            try:
+                async for value in source:
+                    await _send_body(send, frame(value), more=True)
+            except SlipstreamError as error:
+                await _send_body(send, frame(error_body(error)), more=True)
+        await _send_body(send, DONE, more=False)
+
+
+def frame(value: Any) -> bytes:
+    """One event."""
+    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+
+
+async def until_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
+    """Result of `work`, which is cancelled when the client leaves. Raises ClientGone then.
+
+    receive: of the ASGI protocol, the body having been read.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone
+    finally:
+        for future in (task, gone):
+            future.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def answer(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+    """The reply of `work`, or an empty one that nobody reads if the client left before."""
+    try:
+        return await until_gone(work, request.receive)
+    except ClientGone:
+        return Response(status_code=499)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _send_body(send: Send, body: bytes, *, more: bool) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": more})

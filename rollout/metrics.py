@@ -1,0 +1,92 @@
+"""What Prometheus is told: requests as the server sees them, the engine's own counts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from engine.protocol import ReplicaState
+
+_SECONDS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_TOKENS = (1, 16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+_GAUGES = {
+    "version": "Version of the weights that serve",
+    "paused": "1 while the engine takes no steps",
+    "num_running": "Sequences that are being decoded or prefilled",
+    "num_waiting": "Sequences in the waiting queue",
+    "free_pages": "KV pages that hold nothing",
+    "cached_pages": "KV pages that hold only cached prefixes",
+    "total_pages": "KV pages of the pool",
+}
+_COUNTERS = {
+    "num_prompt_tokens": "Prompt tokens admitted",
+    "num_cached_tokens": "Prompt tokens found in the prefix cache",
+    "num_output_tokens": "Tokens sampled",
+    "num_retractions": "Sequences sent back to the waiting queue",
+    "num_steps": "Steps of the engine",
+}
+
+
+class _StateCollector(Collector):
+    """The last `ReplicaState` as metrics."""
+
+    def __init__(self) -> None:
+        self.state: ReplicaState | None = None
+
+    def collect(self) -> Iterator[Metric]:
+        """Called by the registry for every scrape, and once when it is registered."""
+        if self.state is None:
+            return
+        for name, text in _GAUGES.items():
+            value = float(getattr(self.state, name))
+            yield GaugeMetricFamily(f"slipstream_{name}", text, value)
+        for name, text in _COUNTERS.items():
+            total = getattr(self.state, name)
+            yield CounterMetricFamily(f"slipstream_{name.removeprefix('num_')}", text, total)
+        prompt = self.state.num_prompt_tokens
+        rate = self.state.num_cached_tokens / prompt if prompt else 0.0
+        yield GaugeMetricFamily("slipstream_cache_hit_rate", "Cached share of prompt tokens", rate)
+
+
+class Metrics:
+    """One server's metrics, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._state = _StateCollector()
+        self._registry.register(self._state)
+        self._requests = Counter(
+            "slipstream_requests", "Finished sequences", ["reason"], registry=self._registry
+        )
+        self._latency = self._histogram("request_seconds", "Submit to the last token", _SECONDS)
+        self._first = self._histogram("first_token_seconds", "Submit to the first token", _SECONDS)
+        self._prompt = self._histogram("request_prompt_tokens", "Prompt length", _TOKENS)
+        self._output = self._histogram("request_output_tokens", "Output length", _TOKENS)
+        self._updates = self._histogram("update_seconds", "Begin to commit", _SECONDS)
+
+    def finished(
+        self, reason: str, *, started_at: float, first_at: float, num_prompt: int, num_output: int
+    ) -> None:
+        """Count a sequence. Times are of `time.monotonic`; first_at 0 if it had no token."""
+        self._requests.labels(reason).inc()
+        self._latency.observe(time.monotonic() - started_at)
+        if first_at:
+            self._first.observe(first_at - started_at)
+        self._prompt.observe(num_prompt)
+        self._output.observe(num_output)
+
+    def updated(self, seconds: float) -> None:
+        """Count a committed weight update."""
+        self._updates.observe(seconds)
+
+    def render(self, state: ReplicaState) -> bytes:
+        """The text format, with the engine's counts from `state`."""
+        self._state.state = state
+        return generate_latest(self._registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"slipstream_{name}", text, buckets=buckets, registry=self._registry)

@@ -1,0 +1,101 @@
+"""A further rank: `python -m rollout.rank_main ENDPOINT FOLDER FACTORY RANK PARENT`.
+
+`rollout.rank_process` starts it. FOLDER holds what `RankFiles` names, FACTORY is the
+"module:function" that builds a rank, PARENT the process to outlive by no more than a moment.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import msgspec
+
+from engine.config import EngineConfig
+from engine.errors import SlipstreamError
+from engine.protocol import EngineCommand, Reply, Shutdown, StepPlan
+from rollout.ipc import Channel
+from rollout.leader import error_info
+from rollout.rank_board import StepBoard
+from rollout.rank_process import RankFiles
+from rollout.ranks import RankExecutor, resolve
+
+logger = logging.getLogger(__name__)
+
+_IDLE_S = 1.0
+_SEND_S = 30.0
+_PARENT_POLL_S = 0.5
+_ORPHANED = 4
+
+
+def main(argv: list[str]) -> int:
+    """Build the rank and execute what comes until told to leave."""
+    endpoint, folder, factory, number, parent = argv
+    rank, files = int(number), RankFiles(folder=Path(folder))
+    form = f"%(asctime)s rank {rank} %(name)s: %(message)s"
+    logging.basicConfig(level=logging.INFO, format=form)
+    _leave_with(int(parent))
+    channel = Channel.connect(endpoint, EngineCommand | StepPlan | Shutdown)
+    config = msgspec.json.decode(files.config.read_bytes(), type=EngineConfig)
+    board = StepBoard(files.board, config.parallel.tp_size)
+    build = resolve(factory)
+    channel.send([Reply()], timeout_s=_SEND_S)
+    try:
+        executor: RankExecutor = build(config, rank=rank, meeting_place=str(files.meeting_place))
+    except SlipstreamError as error:
+        channel.send([Reply(error=error_info(error))], timeout_s=_SEND_S)
+        channel.close(linger_s=_SEND_S)
+        return 1
+    channel.send([Reply()], timeout_s=_SEND_S)
+    _serve(executor, channel, board, rank)
+    executor.close()
+    channel.close(linger_s=_SEND_S)
+    return 0
+
+
+def _leave_with(parent: int) -> None:
+    """End this process, whatever it waits for, once `parent` is gone."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_PARENT_POLL_S)
+        os._exit(_ORPHANED)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def _serve(executor: RankExecutor, channel: Channel, board: StepBoard, rank: int) -> None:
+    while True:
+        for message in channel.receive(timeout_s=_IDLE_S):
+            match message:
+                case Shutdown():
+                    return
+                case StepPlan():
+                    _launch(executor, message, board, rank)
+                case _:
+                    channel.send([_answer(executor, message)], timeout_s=_SEND_S)
+
+
+def _launch(executor: RankExecutor, plan: StepPlan, board: StepBoard, rank: int) -> None:
+    """Queue the step; its result is rank 0's to return. A refusal is every rank's alike."""
+    try:
+        executor.launch(plan)
+    except SlipstreamError as error:
+        logger.error("step %d refused: %s", plan.step, error)
+        return
+    board.note(rank, plan.step)
+
+
+def _answer(executor: RankExecutor, command: EngineCommand) -> Reply:
+    try:
+        return executor.handle(command)
+    except SlipstreamError as error:
+        return Reply(error=error_info(error))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,271 @@
+"""The ranks of a replica as one executor: rank 0 in this process, each other in its own.
+
+Every rank gets the same plans and commands in the same order, so that their collectives
+match; they sample the same tokens from the same bits, so only rank 0 returns any.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from engine.config import EngineConfig
+from engine.errors import EngineDead, InvalidRequest, SlipstreamError, UnsupportedOption, by_name
+from engine.protocol import (
+    CommitUpdate,
+    EngineCommand,
+    EngineFacts,
+    Reply,
+    Shutdown,
+    StepPlan,
+    StepResult,
+    encode,
+)
+from rollout.leader import PendingStep, StepExecutor, error_info
+from rollout.rank_board import StepBoard
+from rollout.rank_monitor import RankMonitor
+from rollout.rank_process import RankFiles, RankProcess
+from rollout.rank_replies import merge
+
+logger = logging.getLogger(__name__)
+
+_SLOW_S = 600.0
+_LAUNCH_S = 300.0
+"""Least deadline of a launch, which compiles kernels and captures graphs where they are new."""
+_LEAVE_S = 10.0
+_LAST_WORDS_S = 5.0
+
+
+class RankExecutor(StepExecutor, Protocol):
+    """An executor of one rank among several."""
+
+    def abort(self) -> None:
+        """Give up on the other ranks: a call that waits for them ends. From any thread."""
+        ...
+
+
+def resolve(factory: str) -> Callable[..., Any]:
+    """The function that "module:function" names."""
+    module, _, name = factory.partition(":")
+    build: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return build
+
+
+def build_executor(
+    config: EngineConfig,
+    factory: str = "engine.executor:build_executor",
+    *,
+    folder: Path | None = None,
+) -> StepExecutor:
+    """All ranks of one replica, as `config.parallel` has them.
+
+    factory: "module:function" that builds one rank: `function(config)`, and with several
+    ranks `function(config, rank=..., meeting_place=...)`.
+    folder: an empty one for the ranks' files, which the caller removes; None makes one.
+
+    Raises the typed error of a rank that could not be built.
+    """
+    if config.parallel.tp_size < 1:
+        raise InvalidRequest("takes at least one rank", field="parallel.tp_size")
+    if config.parallel.tp_size == 1:
+        executor: StepExecutor = resolve(factory)(config)
+        return executor
+    return RankedExecutor(config, factory, folder=folder)
+
+
+@dataclass(frozen=True)
+class RankedStep:
+    """A step that every rank was sent."""
+
+    plan: StepPlan
+    local: PendingStep
+    monitor: RankMonitor
+    timeout_s: float
+
+    def result(self) -> StepResult:
+        """Wait for it. Raises EngineDead, naming the rank that is missing."""
+        step = self.plan.step
+        return self.monitor.guard(
+            f"step {step}", self.local.result, timeout_s=self.timeout_s, step=step
+        )
+
+
+class RankedExecutor:
+    """Executes plans and commands on every rank. See `build_executor`.
+
+    start_s: deadline for a rank to be built.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        factory: str = "engine.executor:build_executor",
+        *,
+        folder: Path | None = None,
+        start_s: float = _SLOW_S,
+    ) -> None:
+        self._timeout_s = config.parallel.timeout_s
+        self._closed = False
+        files = RankFiles(folder=folder or Path(tempfile.mkdtemp(prefix="slipstream-ranks-")))
+        self._remove: Callable[[], Any] | None = None
+        if folder is None:
+            self._remove = weakref.finalize(self, shutil.rmtree, files.folder, ignore_errors=True)
+        files.config.write_bytes(msgspec.json.encode(config))
+        size = config.parallel.tp_size
+        board = StepBoard(files.board, size, create=True)
+        self._ranks = [RankProcess(rank, size, files, factory) for rank in range(1, size)]
+        built = False
+        try:
+            self._local: RankExecutor = self._build(config, files, factory, start_s)
+            built = True
+        finally:
+            if not built:
+                self._end_ranks(0.0)
+                if self._remove is not None:
+                    self._remove()
+        self.facts: EngineFacts = self._local.facts
+        self._board = board
+        self._monitor = RankMonitor(self._ranks, board, self._local.abort)
+
+    @property
+    def failure(self) -> EngineDead | None:
+        """What the replica ended with, if it has."""
+        return self._monitor.failure
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one step to its end."""
+        return self.launch(plan).result()
+
+    def launch(self, plan: StepPlan) -> RankedStep:
+        """Queue one step on every rank. Raises EngineDead, naming a rank that is missing."""
+
+        def run() -> PendingStep:
+            self._post([plan])
+            pending = self._local.launch(plan)
+            self._board.note(0, plan.step)
+            return pending
+
+        what = f"step {plan.step}"
+        timeout_s = max(self._timeout_s, _LAUNCH_S)
+        pending = self._monitor.guard(what, run, timeout_s=timeout_s, step=plan.step)
+        return RankedStep(plan, pending, self._monitor, self._timeout_s)
+
+    def handle(self, command: EngineCommand) -> Reply:
+        """Run one command on every rank. The reply's lists have an entry a rank.
+
+        Raises the error of the first rank that failed, with those of the others. A commit
+        that only some ranks made ends the replica: it would serve a mixture.
+        """
+        what = str(command.__struct_config__.tag)
+        timeout_s = max(_SLOW_S, self._timeout_s, getattr(command, "timeout_s", 0.0))
+        replies = self._monitor.guard(
+            what,
+            lambda: self._ask(command, what, timeout_s),
+            timeout_s=2 * timeout_s,
+        )
+        failed = [reply.error is not None for reply in replies]
+        if isinstance(command, CommitUpdate) and any(failed) and not all(failed):
+            named = [f"rank {rank}" for rank, was in enumerate(failed) if was]
+            raise self._monitor.fail(
+                EngineDead(
+                    f"version {command.version} was committed, but not by {', '.join(named)}: the "
+                    "replica would serve a mixture. Start it again",
+                    field=named[0],
+                )
+            )
+        return merge(replies)
+
+    def receive(self, tensors: Iterable[tuple[str, Any]]) -> None:
+        """Refused: tensors of this process do not reach the other ranks."""
+        raise UnsupportedOption(
+            f"{len(self._ranks) + 1} ranks in as many processes cannot read this process's "
+            "tensors; use the transport 'nccl', 'cuda_ipc' or 'disk'",
+            field="transport",
+        )
+
+    def close(self) -> None:
+        """Tell the ranks to leave, end those that do not, and clean up. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._monitor.stop()
+        try:
+            if self._monitor.failure is None:
+                self._post([Shutdown()])
+        except EngineDead as error:
+            logger.warning("%s", error)
+        finally:
+            self._local.close()
+            self._end_ranks(_LEAVE_S)
+            if self._remove is not None:
+                self._remove()
+
+    def _build(
+        self, config: EngineConfig, files: RankFiles, factory: str, start_s: float
+    ) -> RankExecutor:
+        """Rank 0, once every other rank is built too."""
+        build = resolve(factory)
+        # A rank answers first when it can run at all, and then when it is built: by the
+        # first, rank 0 knows that somebody will come to the place where it waits.
+        for rank in self._ranks:
+            rank.reply(start_s, "start")
+        try:
+            local: RankExecutor = build(config, rank=0, meeting_place=str(files.meeting_place))
+        except EngineDead as error:
+            raise self._first_cause(error) from error
+        built = False
+        try:
+            merge([Reply(), *(rank.reply(start_s, "build") for rank in self._ranks)])
+            built = True
+        finally:
+            if not built:
+                local.close()
+        return local
+
+    def _first_cause(self, error: EngineDead) -> SlipstreamError:
+        """Why rank 0 was left alone: what another rank died of, not that others miss it."""
+        causes: list[SlipstreamError] = []
+        for rank in self._ranks:
+            try:
+                said = rank.reply(_LAST_WORDS_S, "build").error
+            except EngineDead as silent:
+                causes.append(silent)
+                continue
+            if said is not None and said.kind != EngineDead.__name__:
+                return by_name(said.kind, said.message, said.field)
+        return causes[0] if causes else error
+
+    def _ask(self, command: EngineCommand, what: str, timeout_s: float) -> list[Reply]:
+        self._post([command])
+        replies = [self._own(command)]
+        deadline = time.monotonic() + timeout_s
+        for rank in self._ranks:
+            left = max(deadline - time.monotonic(), 0.0)
+            replies.append(rank.reply(left, what))
+        return replies
+
+    def _own(self, command: EngineCommand) -> Reply:
+        try:
+            return self._local.handle(command)
+        except SlipstreamError as error:
+            return Reply(error=error_info(error))
+
+    def _post(self, messages: Sequence[msgspec.Struct]) -> None:
+        frame = encode(list(messages))
+        for rank in self._ranks:
+            rank.post(frame)
+
+    def _end_ranks(self, leave_s: float) -> None:
+        deadline = time.monotonic() + leave_s
+        for rank in self._ranks:
+            rank.close(max(deadline - time.monotonic(), 0.0))

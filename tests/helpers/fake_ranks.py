@@ -1,0 +1,111 @@
+"""Ranks of the fake executor, whose faults are named by the model, such as "leave 1".
+
+    KIND RANK: the rank does KIND at its first step (or while it is built, or at a command).
+
+Where a rank does not come along, the result of rank 0's step waits until `abort`, as a
+collective would. `CheckWeights` returns what a rank was given, in order, as names.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+
+from engine.config import EngineConfig
+from engine.errors import EngineDead, OutOfMemory, WeightUpdateError
+from engine.protocol import (
+    BeginUpdate,
+    CheckWeights,
+    CommitUpdate,
+    EngineCommand,
+    MemoryReport,
+    Reply,
+    StepPlan,
+    StepResult,
+    WeightsReport,
+)
+from tests.helpers.fake_executor import FakeExecutor, FakePending
+
+_LONG_S = 120.0
+
+
+@dataclass(frozen=True)
+class WaitingStep:
+    """A step of rank 0 that another rank does not join: it ends when it is given up."""
+
+    queued: FakePending
+    released: threading.Event
+
+    def result(self) -> StepResult:
+        """Whatever an aborted step leaves."""
+        assert self.released.wait(_LONG_S), "nobody freed rank 0"
+        return self.queued.result()
+
+
+class FakeRank(FakeExecutor):
+    """One rank. See the module."""
+
+    def __init__(self, config: EngineConfig, rank: int, meeting_place: str) -> None:
+        kind, _, which = config.model.partition(" ")
+        self._kind, self._which, self._rank = kind, int(which or -1), rank
+        self._is_bad = rank == self._which
+        self._released = threading.Event()
+        self._trace: list[str] = []
+        self._build_fault()
+        super().__init__(replace(config, model="fake"))
+        self.facts = msgspec.structs.replace(self.facts, tp_size=config.parallel.tp_size)
+
+    def _build_fault(self) -> None:
+        if self._kind == "crash":
+            if self._is_bad:
+                os._exit(7)
+            time.sleep(0.2)
+            raise EngineDead("a rank left", field="ranks")
+        if self._kind == "full" and self._is_bad:
+            raise OutOfMemory("no room for a KV cache", field="cache.memory_bytes")
+        if self._kind == "full" and self._rank == 0:
+            raise EngineDead("a rank left", field="ranks")
+
+    def launch(self, plan: StepPlan) -> FakePending | WaitingStep:
+        """Misbehave, or queue the step. As on a GPU, rank 0 waits for its result only."""
+        self._trace.append(f"step {plan.step}")
+        if self._kind == "refuse":
+            raise WeightUpdateError("the weights are a mixture", field="version")
+        if self._kind == "leave" and self._is_bad:
+            os._exit(5)
+        if self._kind == "stall" and self._is_bad:
+            time.sleep(_LONG_S)
+        if self._kind == "broken" and self._is_bad:
+            raise ZeroDivisionError("not an error of ours")
+        queued = super().launch(plan)
+        waits = self._rank == 0 and self._kind in ("leave", "stall", "broken")
+        return WaitingStep(queued, self._released) if waits else queued
+
+    def handle(self, command: EngineCommand) -> Reply:
+        """The fake's updates; `CheckWeights` returns the trace."""
+        if isinstance(command, CheckWeights):
+            names = {f"{at} {what}": 0 for at, what in enumerate(self._trace)}
+            memory = MemoryReport(tags={}, used_bytes=self._rank, seconds=0.0)
+            return Reply(weights=[WeightsReport(checksums=names)], memory=[memory])
+        self._trace.append(str(command.__struct_config__.tag))
+        if isinstance(command, CommitUpdate) and self._kind == "uncommitted" and self._is_bad:
+            raise WeightUpdateError("a bit fell over", field="w")
+        if isinstance(command, BeginUpdate) and self._kind == "mute" and self._is_bad:
+            time.sleep(_LONG_S)
+        if isinstance(command, BeginUpdate) and self._kind == "begins" and self._is_bad:
+            raise WeightUpdateError("cannot begin", field="w")
+        return super().handle(command)
+
+    def abort(self) -> None:
+        """Free a rank 0 that waits."""
+        self._released.set()
+
+
+def build(config: EngineConfig, *, rank: int = 0, meeting_place: str = "") -> Any:
+    """The factory of every rank."""
+    return FakeRank(config, rank, meeting_place)

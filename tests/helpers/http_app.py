@@ -1,0 +1,175 @@
+"""The server's application over an engine of this process, and an HTTP client for it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from engine.config import EngineConfig
+from engine.errors import EngineDead, SlipstreamError
+from engine.protocol import Control, GetState, Reply, Request, Shutdown
+from rollout.http.app import build_app
+from rollout.http.config import ServeConfig
+from rollout.http.engine_client import AsyncEngine
+from rollout.http.link import Deliver, Fail
+from rollout.http.services import make_services
+from rollout.leader import Leader, error_info
+from rollout.text.tokenizer import Tokenizer
+from tests.helpers.fake_executor import FakeExecutor
+from tests.helpers.replicas import fake_config
+from tests.helpers.tiny_tokenizer import tiny_tokenizer
+
+Answer = Callable[[Any], Reply | None]
+
+
+class InlineLink:
+    """The leader of a fake engine, stepped by the event loop; notes what it was sent.
+
+    answers: by type of command, what answers instead of the leader: a function that returns a
+    reply, None to fall through to the leader, or raises a typed error.
+    silent: commands are noted and never answered.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.leader = Leader(config, FakeExecutor(config))
+        self.commands: list[Control] = []
+        self.requests: list[Request] = []
+        self.answers: dict[type, Answer] = {}
+        self.silent = False
+        self.killed = ""
+        self.closed = False
+        self._inbox: list[Request | Control] = []
+        self._deliver: Deliver | None = None
+        self._fail: Fail | None = None
+        self._scheduled = False
+
+    def start(self, deliver: Deliver, fail: Fail) -> None:
+        self._deliver, self._fail = deliver, fail
+
+    def post(self, messages: Sequence[Request | Control]) -> None:
+        for message in messages:
+            if isinstance(message, Request):
+                self.requests.append(message)
+            elif not isinstance(message, GetState):
+                self.commands.append(message)
+        self._inbox += messages
+        self._schedule()
+
+    def kill(self, why: str) -> EngineDead:
+        self.killed = why
+        return EngineDead(f"fake engine {why}", field="leader")
+
+    def die(self) -> None:
+        """The engine leaves by itself."""
+        assert self._fail is not None
+        fail = self._fail
+        self.stop()
+        fail(EngineDead("fake engine was killed by signal 9", field="leader"))
+
+    def stop(self) -> None:
+        self._deliver = None
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _schedule(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def _pump(self) -> None:
+        self._scheduled = False
+        if self._deliver is None or self.silent:
+            return
+        inbox, self._inbox = self._inbox, []
+        for message in inbox:
+            if isinstance(message, Request):
+                self.leader.submit([message])
+            else:
+                self._deliver([self._answer(message)])
+        if self.leader.can_step():
+            outputs = self.leader.step()
+            if outputs:
+                self._deliver(outputs)
+        if self.leader.can_step():
+            self._schedule()
+
+    def _answer(self, command: Control) -> Reply:
+        assert not isinstance(command, Shutdown)
+        try:
+            answer = self.answers.get(type(command))
+            reply = None if answer is None else answer(command)
+            return self.leader.handle(command) if reply is None else reply
+        except SlipstreamError as error:
+            return Reply(error=error_info(error))
+
+
+@dataclass(kw_only=True)
+class Server:
+    """A running application. http: a client of it; base address http://server."""
+
+    http: httpx.AsyncClient
+    link: InlineLink
+    engine: AsyncEngine
+    app: Any
+
+    def commands(self) -> list[Control]:
+        """Commands the engine got since the last call, `GetState` aside."""
+        found, self.link.commands = self.link.commands, []
+        return found
+
+    async def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:
+        return await self.http.post(path, json={} if body is None else body, **options)
+
+    async def get(self, path: str, **options: Any) -> httpx.Response:
+        return await self.http.get(path, **options)
+
+
+@asynccontextmanager
+async def serving(
+    *,
+    engine: EngineConfig | None = None,
+    tokenizer: Tokenizer | None = None,
+    ids_only: bool = False,
+    reply_s: float = 60.0,
+    slow_s: float = 60.0,
+    **options: Any,
+) -> AsyncIterator[Server]:
+    """A server over the fake engine; `options` go to its `ServeConfig`."""
+    config = ServeConfig(engine=engine or fake_config(max_waiting=4000), **options)
+    link = InlineLink(config.engine)
+    client = AsyncEngine(link, reply_s=reply_s, slow_s=slow_s)
+    await client.start()
+    known = None if ids_only else tokenizer or tiny_tokenizer()
+    app = build_app(make_services(config, client, known))
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(
+        transport=transport, base_url="http://server", timeout=30.0
+    ) as http:
+        try:
+            yield Server(http=http, link=link, engine=client, app=app)
+        finally:
+            await client.close()
+
+
+def run(test: Callable[[], Any]) -> None:
+    """Run a coroutine function to its end, within a minute."""
+
+    async def limited() -> None:
+        await asyncio.wait_for(test(), 60)
+
+    asyncio.run(limited())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for a condition, ten seconds at most."""
+    for turn in range(4000):
+        if condition():
+            return
+        await asyncio.sleep(0 if turn < 2000 else 0.005)
+    raise AssertionError("the condition never came true")

@@ -1,0 +1,131 @@
+"""DeepSpeed and FSDP2 on one and two processes learn what the plain trainer learns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from recipes.trainers.metrics import TokenMetrics, merge
+from recipes.trainers.sharded import even_by_length
+from recipes.world import World
+from tests.helpers import trainer_ranks as ranks
+from tests.helpers.rank_processes import run_ranks
+
+pytestmark = pytest.mark.slow
+SIZES = (1, 2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[str, Any]:
+    return ranks.figures(ranks.plain(), World())
+
+
+@pytest.fixture(scope="module")
+def deepspeed(folder: Path) -> dict[int, list[dict[str, Any]]]:
+    pytest.importorskip("deepspeed", exc_type=ImportError)
+    return {size: run_ranks(ranks.deepspeed_ranks, size, folder / f"ds{size}") for size in SIZES}
+
+
+@pytest.fixture(scope="module")
+def fsdp(folder: Path) -> dict[int, list[dict[str, Any]]]:
+    return {size: run_ranks(ranks.fsdp_ranks, size, folder / f"fsdp{size}") for size in SIZES}
+
+
+def assert_same(got: dict[str, Any], want: dict[str, Any], atol: float = 2e-5) -> None:
+    """Logprobs, losses, norms and figures of every step."""
+    for key in ("before", "after", "reference"):
+        for ours, theirs in zip(got[key], want[key], strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=atol)
+    assert len(got["rows"]) == len(want["rows"]) == ranks.STEPS
+    for ours, theirs in zip(got["rows"], want["rows"], strict=True):
+        # Another cut into micro-batches shares other prefixes.
+        drop = {"perf/trainer_computed_tokens"}
+        assert ours.keys() == theirs.keys()
+        ours = {key: value for key, value in ours.items() if key not in drop}
+        theirs = {key: value for key, value in theirs.items() if key not in drop}
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=atol)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("stage", range(4))
+def test_every_zero_stage_learns_what_plain_does(
+    deepspeed: dict[int, Any], plain: dict[str, Any], size: int, stage: int
+) -> None:
+    for rank in deepspeed[size]:
+        assert_same(rank[f"zero{stage}"], plain)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_fsdp_learns_what_plain_does(
+    fsdp: dict[int, Any], plain: dict[str, Any], size: int
+) -> None:
+    for rank in fsdp[size]:
+        assert_same(rank["fsdp"], plain)
+
+
+def test_bfloat16_stays_close(fsdp: dict[int, Any], plain: dict[str, Any]) -> None:
+    got = np.concatenate(fsdp[2][0]["bfloat16"]["after"])
+    differences = np.abs(got - np.concatenate(plain["after"]))
+    assert 0 < differences.mean() < 0.1
+
+
+@pytest.mark.parametrize("kind", ["deepspeed", "fsdp"])
+def test_a_resumed_trainer_goes_on_as_if_nothing_had_been(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    for rank in request.getfixturevalue(kind)[2]:
+        (unbroken, resumed) = rank["resumed"]["rows"]
+        assert resumed == unbroken
+        assert np.array_equal(*rank["resumed"]["logprobs"])
+
+
+@pytest.mark.parametrize("kind", ["deepspeed", "fsdp"])
+def test_a_batch_without_any_advantage_has_no_gradient(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    assert [rank["no gradient"] for rank in request.getfixturevalue(kind)[2]] == [False, False]
+
+
+@pytest.mark.parametrize("kind,name", [("deepspeed", "ds2"), ("fsdp", "fsdp2")])
+def test_the_written_model_is_the_trained_one(
+    kind: str, name: str, folder: Path, request: pytest.FixtureRequest
+) -> None:
+    figures = request.getfixturevalue(kind)[2][0]
+    after = figures["zero3" if kind == "deepspeed" else "fsdp"]["after"]
+    loaded = AutoModelForCausalLM.from_pretrained(folder / name / "model", dtype=torch.float32)
+    trainer = ranks.plain()
+    trainer.model.load_state_dict(loaded.state_dict())
+    for ours, theirs in zip(trainer.logprobs(ranks.batch(0).trajectories), after, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+def test_shares_are_even_in_length_and_cover_everything() -> None:
+    assert even_by_length([], 2) == [range(0), range(0)]
+    assert even_by_length([5], 2) in ([range(1), range(1, 1)], [range(0), range(1)])
+    assert even_by_length([9, 1, 1, 1, 9, 3], 2) == [range(4), range(4, 6)]
+    for num in (1, 2, 3, 5):
+        shares = even_by_length([3, 1, 4, 1, 5, 9, 2, 6], num)
+        assert [index for share in shares for index in share] == list(range(8))
+
+
+def test_merged_metrics_are_those_of_one_process() -> None:
+    whole, halves = TokenMetrics(), [TokenMetrics(), TokenMetrics()]
+    trainer = ranks.plain()
+    batch = ranks.batch(0)
+    trainer.accumulate(batch, ranks.LOSS, whole)
+    for half, rows in zip(halves, ([0, 1, 2, 3], [4, 5, 6, 7, 8]), strict=True):
+        trainer.accumulate(batch.select(rows), ranks.LOSS, half)
+    merged = merge(halves).result()
+    drop = "perf/trainer_computed_tokens"
+    assert merged.pop(drop) >= whole.computed_tokens
+    assert merged == pytest.approx({k: v for k, v in whole.result().items() if k != drop}, rel=1e-4)

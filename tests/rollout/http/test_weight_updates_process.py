@@ -1,0 +1,174 @@
+"""Weights into a spawned server over HTTP, by every way that needs no GPU."""
+
+import base64
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from engine.errors import GroupError, SlipstreamError, UpdateTimeout
+from engine.protocol import GenerateRequest, SamplingParams
+from rollout.client import Client
+from tests.helpers.engines import drain, make_replica, request
+from tests.helpers.foreign_classes import flattened_bucket, foreign_classes
+from tests.helpers.foreign_trainer import ForeignTrainer, free_port
+from tests.helpers.serve_process import ServerProcess
+from tests.helpers.tiny_models import tiny_hf, write_tiny
+
+pytestmark = pytest.mark.slow
+
+PROMPT = [3, 14, 15, 92, 65]
+SIZES = {"tie_word_embeddings": True, "eos_token_id": 99}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    folder = tmp_path_factory.mktemp("model")
+    write_tiny(folder, "qwen3", seed=0, **SIZES)
+    options = ["--model", str(folder / "config.json"), "--load-format", "random", "--port", "0"]
+    options += ["--device", "cpu", "--dtype", "float32", "--kv-memory", "0.02"]
+    with ServerProcess(["-m", "rollout", "serve", *options]) as found:
+        yield found
+
+
+@pytest.fixture
+def client(server: ServerProcess) -> Iterator[Client]:
+    with server.client() as found:
+        found.call("/continue_generation", {})
+        yield found
+
+
+def weights(seed: int) -> list[tuple[str, torch.Tensor]]:
+    """The model of this seed, under its Hugging Face names."""
+    model = tiny_hf("qwen3", seed, **SIZES)
+    return [(name, p.detach()) for name, p in model.named_parameters()]
+
+
+def greedy(client: Client) -> tuple[list[int], str]:
+    sampling = SamplingParams(max_new_tokens=12, temperature=0.0, ignore_eos=True)
+    (reply,) = client.generate(GenerateRequest(input_ids=PROMPT, sampling_params=sampling))
+    return reply.output_ids, reply.meta_info["weight_version"]
+
+
+def expected(seed: int, folder: Path) -> list[int]:
+    """What an engine that loaded the model of this seed generates."""
+    write_tiny(folder / str(seed), "qwen3", seed=seed, **SIZES)
+    with make_replica(folder / str(seed)) as replica:
+        options: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0.0, "ignore_eos": True}
+        replica.submit([request("r", PROMPT, **options)])
+        return drain(replica)["r"].token_ids.tolist()
+
+
+@pytest.mark.parametrize("load_format", [None, "flattened_bucket"])
+def test_broadcasts_of_a_foreign_trainer(
+    client: Client, tmp_path: Path, load_format: str | None
+) -> None:
+    seed = 11 if load_format is None else 12
+    tensors = weights(seed)
+    half = len(tensors) // 2
+    options = {"load_format": load_format, "flush_cache": False, "weight_version": f"v{seed}"}
+    with ForeignTrainer(client, f"group-{seed}") as trainer:
+        trainer.join()
+        client.call("/pause_generation", {})
+        client.call("/flush_cache")
+        trainer.send(tensors[:half], **options)
+        trainer.send(tensors[half:], **options)
+        client.call("/continue_generation", {})
+        assert greedy(client) == (expected(seed, tmp_path), f"v{seed}")
+        client.call("/destroy_weights_update_group", {"group_name": f"group-{seed}"})
+
+
+def test_a_bucket_of_pickled_tensors(client: Client, tmp_path: Path) -> None:
+    tensors = weights(13)
+    payload = base64.b64encode(pickle.dumps(tensors)).decode()
+    body = {"serialized_named_tensors": [payload], "weight_version": "thirteen"}
+    assert client.call("/update_weights_from_tensor", body)["success"]
+    assert greedy(client) == (expected(13, tmp_path), "thirteen")
+
+
+def test_a_flattened_bucket_with_class_paths_of_its_trainer(client: Client, tmp_path: Path) -> None:
+    with foreign_classes() as classes:
+        payload = base64.b64encode(pickle.dumps(flattened_bucket(classes, weights(16)))).decode()
+    body = {"serialized_named_tensors": [payload], "load_format": "flattened_bucket"}
+    assert client.call("/update_weights_from_tensor", body)["success"]
+    assert greedy(client)[0] == expected(16, tmp_path)
+
+
+def test_a_folder(client: Client, tmp_path: Path) -> None:
+    ids = expected(14, tmp_path)
+    folder = str(tmp_path / "14")
+    assert client.call("/update_weights_from_disk", {"model_path": folder})["success"]
+    found, version = greedy(client)
+    assert found == ids
+    assert int(version) > 0
+    assert client.call("/update_weights", {"weight_dir": folder})["message"] == "Weights updated"
+    assert greedy(client)[0] == ids
+
+
+def test_a_failed_update_leaves_the_old_weights_and_says_why(client: Client) -> None:
+    before = greedy(client)
+    odd = [("model.norm.weight", torch.ones(3))]
+    payload = base64.b64encode(pickle.dumps(odd)).decode()
+    with pytest.raises(SlipstreamError, match=r"model\.norm\.weight") as caught:
+        client.call("/update_weights_from_tensor", {"serialized_named_tensors": [payload]})
+    assert type(caught.value).__name__ == "ManifestMismatch"
+    harmful = base64.b64encode(pickle.dumps(print)).decode()
+    with pytest.raises(SlipstreamError, match=r"builtins\.print"):
+        client.call("/update_weights_from_tensor", {"serialized_named_tensors": [harmful]})
+    with pytest.raises(SlipstreamError, match="absent"):
+        client.call("/update_weights_from_disk", {"model_path": "/absent"})
+    assert greedy(client) == before
+
+
+def test_a_group_that_nobody_hosts_or_fills_fails_in_time_and_by_name(client: Client) -> None:
+    body = {"master_address": "127.0.0.1", "rank_offset": 1, "backend": "gloo", "timeout_s": 1.0}
+    body |= {"group_name": "absent", "master_port": free_port(), "world_size": 2}
+    with pytest.raises(GroupError, match=f"127.0.0.1:{body['master_port']}"):
+        client.call("/init_weights_update_group", body)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    body |= {"group_name": "short", "master_port": store.port, "world_size": 3}
+    with pytest.raises(GroupError, match="rank"):
+        client.call("/init_weights_update_group", body)
+    del store
+
+
+def test_a_trainer_that_stops_sending_costs_its_update_and_nothing_else(
+    client: Client, tmp_path: Path
+) -> None:
+    before = greedy(client)
+    tensors = weights(15)
+    with ForeignTrainer(client, "stopping") as trainer:
+        trainer.join()
+        trainer.send(tensors[:2], flush_cache=False)
+        names = [name for name, _ in tensors[2:]]
+        body = {
+            "names": names,
+            "dtypes": ["float32"] * len(names),
+            "shapes": [list(tensor.shape) for _, tensor in tensors[2:]],
+            "group_name": "stopping",
+            "timeout_s": 1.0,
+        }
+        with pytest.raises(SlipstreamError, match=r"stopping|model\.") as caught:
+            client.call("/update_weights_from_distributed", body)
+        assert isinstance(caught.value, GroupError | UpdateTimeout)
+    client.call("/continue_generation", {})
+    assert greedy(client) == before
+    with ForeignTrainer(client, "stopping") as trainer:
+        trainer.join()
+        trainer.send(tensors, weight_version="after")
+        assert greedy(client) == (expected(15, tmp_path), "after")
+        client.call("/destroy_weights_update_group", {"group_name": "stopping"})
+
+
+def test_checks_of_the_weights_that_serve(client: Client) -> None:
+    one = client.call("/weights_checker", {"action": "checksum"})
+    two = client.call("/weights_checker", {"action": "checksum"})
+    assert one["success"]
+    assert one["per_engine_checksum"] == two["per_engine_checksum"]
+    assert len(one["ranks"][0]["checksums"]) > 10
+    values = client.call("/get_weights_by_name?name=model.norm.weight&truncate_size=4")
+    assert len(values) == 4
