@@ -35,7 +35,14 @@ from weight_update_trainer import RawGroup, TensorList, TrainerJob, free_port, r
 
 from engine.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
 from engine.errors import SlipstreamError
-from engine.protocol import BeginUpdate, CommitUpdate, Request, SamplingParams
+from engine.protocol import (
+    BeginUpdate,
+    CommitUpdate,
+    JoinGroup,
+    LeaveGroup,
+    Request,
+    SamplingParams,
+)
 from rollout.launch import launch
 
 
@@ -84,7 +91,9 @@ class Engine:
             )
         )
         self.busy: list[float] = []
+        self.commands: list[list[tuple[str, float]]] = []
         self.stalls: list[float] = []
+        self.used_before = 0
         self.step_s: list[float] = []
         self._last_step = time.perf_counter()
         self._updating = False
@@ -120,7 +129,10 @@ class Engine:
             self.replica.submit([self._request() for _ in range(self.options.rows)])
         self.replica.step()
         now = time.perf_counter()
-        (self.stalls if self._updating else self.step_s).append(now - self._last_step)
+        if self._updating:
+            self.stalls[-1] = max(self.stalls[-1], now - self._last_step)
+        else:
+            self.step_s.append(now - self._last_step)
         self._last_step = now
 
     def _obey(self, command: Any) -> Any:
@@ -129,14 +141,21 @@ class Engine:
         if isinstance(command, BeginUpdate):
             self._updating = True
             self.busy.append(0.0)
+            self.stalls.append(0.0)
+            self.commands.append([])
+            if len(self.busy) == self.options.updates + 3:
+                self.used_before = self.used_bytes()
         started = time.perf_counter()
         try:
             reply: Any = self.replica.send(command)
         except SlipstreamError as error:
             reply = error
         self.synchronize()
+        spent = time.perf_counter() - started
         if self.busy:
-            self.busy[-1] += time.perf_counter() - started
+            self.commands[-1].append((type(command).__name__, spent))
+            if not isinstance(command, JoinGroup | LeaveGroup):
+                self.busy[-1] += spent
         if isinstance(command, CommitUpdate) and self.options.rows:
             self._step()
             self._updating = False
@@ -225,9 +244,8 @@ def measure(options: Options) -> dict[str, Any]:
         if options.transport == "nccl":
             with RawGroup(1, raw_port, engine.device) as group:
                 floor = group.measure(num_bytes)
-        before = engine.used_bytes()
         theirs_report = engine.serve(pipe)
-        after = engine.used_bytes()
+        memory = (engine.used_before, engine.used_bytes())
     finally:
         for process in processes:
             process.join(30)
@@ -235,7 +253,7 @@ def measure(options: Options) -> dict[str, Any]:
     if options.transport != "nccl":
         floor = copy_seconds(num_bytes, engine.device)
     engine.replica.close()
-    return figures(options, engine, theirs_report, num_bytes, floor, (before, after))
+    return figures(options, engine, theirs_report, num_bytes, floor, memory)
 
 
 def figures(
@@ -257,7 +275,10 @@ def figures(
         "push_over_floor": push / floor,
         "busy_over_floor": busy / floor,
         "step_s": statistics.median(engine.step_s) if engine.step_s else None,
-        "stall_s": max(engine.stalls, default=None),
+        "stall_s": max(engine.stalls[timed]) if options.rows else None,
+        "first_stall_s": engine.stalls[0] if options.rows else None,
+        "first_commands": engine.commands[0],
+        "commands": engine.commands[1 + options.updates],
         "pushes_s": report["push_s"][timed],
         "first_push_s": report["push_s"][0],
         "engine_memory": memory,
@@ -280,6 +301,9 @@ def show(options: Options, result: dict[str, Any]) -> None:
             f"  decode step {1e3 * result['step_s']:.2f} ms, longest between results during an "
             f"update {1e3 * result['stall_s']:.2f} ms"
         )
+    for key in ("first_commands", "commands"):
+        spent = ", ".join(f"{name} {1e3 * seconds:.2f}" for name, seconds in result[key])
+        print(f"  {key.replace('_', ' ')}, ms: {spent}")
     if options.cycles:
         for side in ("engine_memory", "trainer_memory"):
             before, after = result[side]

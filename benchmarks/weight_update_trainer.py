@@ -142,7 +142,7 @@ def run_trainer(job: TrainerJob, pipe: Connection | None) -> None:
     if job.transport == "nccl" and job.rank == 0:
         with RawGroup(0, job.raw_port, device) as group:
             group.measure(TensorList.num_bytes_of(job.tensors))
-    push = _sharded(job, source, pipe) if job.world_size > 1 else _single(job, source, pipe)
+    push, close = _sharded(job, source, pipe) if job.world_size > 1 else _single(job, source, pipe)
     seconds = []
     memory = [0, 0]
     for index in range(job.updates + job.cycles):
@@ -154,17 +154,19 @@ def run_trainer(job: TrainerJob, pipe: Connection | None) -> None:
         if pipe is not None and index < job.updates:
             time.sleep(0.05)
     memory[1] = _used_bytes(device)
+    close()
     if pipe is not None:
         pipe.send(("done", {"push_s": seconds, "memory": memory}))
 
 
-def _single(job: TrainerJob, source: TensorList, pipe: Connection | None) -> Any:
+def _single(job: TrainerJob, source: TensorList, pipe: Connection | None) -> tuple[Any, Any]:
     assert pipe is not None
     options = PushOptions(transport=job.transport, checksums=job.checksums)  # type: ignore[arg-type]
-    return Publisher(source, [PipeTarget(pipe)], options).push
+    publisher = Publisher(source, [PipeTarget(pipe)], options)
+    return publisher.push, publisher.close
 
 
-def _sharded(job: TrainerJob, source: TensorList, pipe: Connection | None) -> Any:
+def _sharded(job: TrainerJob, source: TensorList, pipe: Connection | None) -> tuple[Any, Any]:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job.port))
     dist.init_process_group("gloo", rank=job.rank, world_size=job.world_size)
     targets = [] if pipe is None else [PipeTarget(pipe)]
@@ -174,7 +176,7 @@ def _sharded(job: TrainerJob, source: TensorList, pipe: Connection | None) -> An
         dist.barrier()
         carrier.publish(BeginUpdate(version=version, manifest=source.specs()), source)
 
-    return push
+    return push, carrier.close
 
 
 def _used_bytes(device: torch.device) -> int:

@@ -34,15 +34,17 @@ class BucketPacker:
         """Pack `flats`, the flattened elements of `pieces` in order, and broadcast each bucket.
 
         broadcast: queues a uint8 tensor and returns its work. wait: waits for a work on the
-        host. Returns when every bucket was sent.
+        host. On a GPU everything is queued at once, ordered by streams, and only the end is
+        waited for. Returns when every bucket was sent.
         """
         buckets = plan_buckets(pieces, self.bucket_bytes)
         self._grow(max((bucket.num_bytes for bucket in buckets), default=0))
         works: list[Any] = []
         for index, bucket in enumerate(buckets):
-            if index >= 2:
-                wait(works[index - 2])
-            packed = self._pack(self._buffers[index % 2], bucket, flats)
+            before = works[index - 2] if index >= 2 else None
+            if before is not None and self._stream is None:
+                wait(before)
+            packed = self._pack(self._buffers[index % 2], bucket, flats, before)
             works.append(broadcast(packed))
         for work in works[-2:]:
             wait(work)
@@ -54,14 +56,18 @@ class BucketPacker:
             ]
 
     def _pack(
-        self, buffer: torch.Tensor, bucket: Bucket, flats: Iterator[torch.Tensor]
+        self, buffer: torch.Tensor, bucket: Bucket, flats: Iterator[torch.Tensor], before: Any
     ) -> torch.Tensor:
+        """Copy into `buffer`; `before` is the broadcast that reads it until then."""
         if self._stream is None:
             self._copy(buffer, bucket, flats)
         else:
             current = torch.cuda.current_stream(self._device)
             self._stream.wait_stream(current)
             with torch.cuda.stream(self._stream):
+                if before is not None:
+                    # Has this stream wait, not the host: `wait` of an NCCL work does.
+                    before.wait()
                 self._copy(buffer, bucket, flats)
             current.wait_stream(self._stream)
         return buffer[: bucket.num_bytes]
