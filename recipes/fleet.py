@@ -31,7 +31,9 @@ class FleetActor:
     def __init__(self, replicas: Sequence[Replica], world: World, *, device: torch.device) -> None:
         """Collective."""
         self._replicas = replicas
-        self._initial: ReplicaState = world.from_main(replicas[0].state() if replicas else None)
+        initial = world.from_main(replicas[0].state() if replicas else None)
+        assert initial is not None, "the main process has an engine"
+        self._initial: ReplicaState = initial
         self._sharded: ShardedCarrier | None = None
         self._single: NcclCarrier | None = None
         if world.size > 1:

@@ -116,7 +116,7 @@ class Run:
         """Continue from the last checkpoint, or measure the model before it learns."""
         checkpoint = latest_checkpoint(self.folder.checkpoints)
         if checkpoint is not None:
-            progress = load_checkpoint(checkpoint, self.trainer.load, self.world)
+            progress = load_checkpoint(checkpoint, self.trainer.load)
             self.progress = Progress(**progress)
             version = self.progress.step
             self.actor.push(self.trainer.weights, version, measure_memcpy=False)

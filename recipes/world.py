@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from engine.config import Device
 from engine.errors import InvalidRequest
@@ -115,7 +116,7 @@ def uses_gpu(device: Device) -> bool:
 def _join(backend: str, *, alone: bool) -> None:
     timeout = timedelta(seconds=TIMEOUT_S)
     if alone:
-        store = dist.HashStore()
+        store = HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout)

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.errors import InvalidRequest
 from recipes.world import World
 
 logger = logging.getLogger(__name__)
@@ -49,16 +48,16 @@ def save_checkpoint(
     save(temporary)
     world.barrier()
     if world.is_main:
-        _complete_folder(temporary, progress, world.size)
+        _complete_folder(temporary, progress)
         _put_in_place(temporary, final)
     world.barrier()
     return final
 
 
-def _complete_folder(temporary: Path, progress: dict[str, Any], num_processes: int) -> None:
+def _complete_folder(temporary: Path, progress: dict[str, Any]) -> None:
     """Add what the trainer does not know, and have everything on the disk."""
     torch.save(_torch_rng(), temporary / RNG)
-    state = {"progress": progress, "rng": _host_rng(), "num_processes": num_processes}
+    state = {"progress": progress, "rng": _host_rng()}
     (temporary / STATE).write_text(json.dumps(state), encoding="utf-8")
     for path in (*sorted(temporary.rglob("*")), temporary):
         _sync(path)
@@ -80,21 +79,10 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def load_checkpoint(
-    checkpoint: Path, load: Callable[[Path], None], world: World | None = None
-) -> dict[str, Any]:
-    """The progress as it was saved; also restores the trainer and the global RNGs.
-
-    load: `Learner.load`. Raises InvalidRequest when the run had another number of processes.
-    """
-    world = world or World()
+def load_checkpoint(checkpoint: Path, load: Callable[[Path], None]) -> dict[str, Any]:
+    """The progress as it was saved; also restores the trainer, by `load` (`Learner.load`), and
+    the global RNGs."""
     state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    if state["num_processes"] != world.size:
-        raise InvalidRequest(
-            f"resume: the run had {state['num_processes']} trainer processes and has "
-            f"{world.size} now; start it with --nproc-per-node {state['num_processes']}",
-            field="resume",
-        )
     load(checkpoint)
     rng = torch.load(checkpoint / RNG, map_location="cpu", weights_only=True)
     _restore_rng(rng, state["rng"])

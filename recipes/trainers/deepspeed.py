@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -10,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from engine.errors import InvalidRequest
 from recipes.trainers.memory import recompute_layers
 from recipes.trainers.options import OptimizerOptions
 from recipes.trainers.sharded import write_hf_config
+from trainer_bridge.adapters.base import WeightSource
 from trainer_bridge.adapters.deepspeed import DeepSpeedSource
 
 TAG = "deepspeed"
@@ -54,7 +57,7 @@ class DeepSpeedBackend:
         self.reference = None
         if reference is not None:
             self.reference = _frozen(library, reference, config, stage, device, dtype)
-        self.weights = DeepSpeedSource(engine)
+        self.weights: WeightSource = DeepSpeedSource(engine)
         self._stage = stage
 
     def backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
@@ -77,7 +80,14 @@ class DeepSpeedBackend:
         self.model.save_checkpoint(str(folder), tag=TAG, save_latest=False)
 
     def load(self, folder: Path) -> None:
-        """See `Backend`."""
+        """See `Backend`. Raises InvalidRequest for the shards of another number of processes."""
+        num, size = len(list((folder / TAG).glob("*optim_states.pt"))), dist.get_world_size()
+        if num not in (0, size):
+            raise InvalidRequest(
+                f"resume: the run had {num} trainer processes and has {size} now; start it with "
+                f"--nproc-per-node {num}",
+                field="resume",
+            )
         self.model.load_checkpoint(str(folder), tag=TAG)
 
     def write_config(self, folder: Path, dtype: torch.dtype) -> None:
@@ -94,7 +104,7 @@ def _import(device: torch.device) -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", "0")
     try:
-        import deepspeed
+        library: Any = importlib.import_module("deepspeed")
     except ImportError as error:
         raise InvalidRequest(
             f"trainer: deepspeed cannot be imported ({error}); pip install 'slipstream[train]', "
@@ -103,8 +113,8 @@ def _import(device: torch.device) -> Any:
         ) from error
     # Its CPU collectives through shared memory are compiled for a minute at their first use,
     # and wait without a deadline for a rank that is gone; gloo does neither.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
+    library.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return library
 
 
 def _config(options: OptimizerOptions, stage: int, dtype: torch.dtype) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from recipes.trainers.memory import recompute_layers
 from recipes.trainers.options import OptimizerOptions
 from recipes.trainers.sharded import write_hf_config
+from trainer_bridge.adapters.base import WeightSource
 from trainer_bridge.adapters.fsdp import FsdpSource
 
 FOLDER = "fsdp"
@@ -47,7 +48,7 @@ class FsdpBackend:
             recompute_layers(model)
         self.model: Any = _shard(model, mesh, dtype)
         self.reference = None if reference is None else _shard(reference, mesh, dtype)
-        self.weights = FsdpSource(self.model, dtype=dtype)
+        self.weights: WeightSource = FsdpSource(self.model, dtype=dtype)
         self._max_grad_norm = options.max_grad_norm
         self._optimizer = torch.optim.AdamW(
             self.model.parameters(),
@@ -72,13 +73,14 @@ class FsdpBackend:
     def save(self, folder: Path) -> None:
         """See `Backend`. May be loaded by any number of processes."""
         model, optimizer = get_state_dict(self.model, self._optimizer)
-        dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=folder / FOLDER)
+        state: dict[str, Any] = {"model": model, "optimizer": optimizer}
+        state_dict_saver.save(state, checkpoint_id=folder / FOLDER)
 
     def load(self, folder: Path) -> None:
         """See `Backend`."""
         model, optimizer = get_state_dict(self.model, self._optimizer)
-        state = {"model": model, "optimizer": optimizer}
-        dcp.load(state, checkpoint_id=folder / FOLDER)
+        state: dict[str, Any] = {"model": model, "optimizer": optimizer}
+        state_dict_loader.load(state, checkpoint_id=folder / FOLDER)
         set_state_dict(
             self.model,
             self._optimizer,

@@ -32,7 +32,7 @@ def build_app(services: Services) -> FastAPI:
         finally:
             await services.engine.close()
 
-    app = FastAPI(title="Slipstream", lifespan=lifespan)
+    app = FastAPI(title="Slipstream", lifespan=lifespan, openapi_url=None)
     errors.install(app)
     control = [
         command.router(services),

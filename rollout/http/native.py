@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Request, Response
 
 from engine.protocol import GenerateResponse
@@ -32,12 +33,13 @@ def router(services: Services) -> APIRouter:
 
 
 async def _reply(services: Services, call: GenerateCall, samples: Sequence[Sample]) -> Response:
-    # Built as each finishes, so that the last one finds little left to do.
-    replies: dict[int, dict[str, Any]] = {}
+    # Encoded as each finishes: a large batch would hold up the event loop at its end.
+    replies: dict[int, msgspec.Raw] = {}
     position = {id(sample): number for number, sample in enumerate(samples)}
     async for sample, delta in services.generator.run(samples, call.prefix):
         if delta.finished:
-            replies[position[id(sample)]] = _object(services, sample.response())
+            reply = msgspec.json.encode(_object(services, sample.response()))
+            replies[position[id(sample)]] = msgspec.Raw(reply)
     found = [replies[number] for number in range(len(samples))]
     return json_response(found if samples[0].index is not None else found[0])
 

@@ -81,7 +81,7 @@ class Sample:
         self._tap = _TextTap(tokenizer, sampling) if wants_text and tokenizer else None
         self._gathered = Gathered(sampling, self._tap)
         self._stream = stream
-        self._so_far: RequestOutput | None = None
+        self._so_far: list[RequestOutput] = []
         self._final: RequestOutput | None = None
         self._num_sent = 0
         self.stop: StopMatch | None = None
@@ -108,8 +108,12 @@ class Sample:
         """The reply with everything so far; `finish_reason` is null while the sequence runs."""
         if self._final is not None:
             return self.response()
-        assert self._so_far is not None, "a partial reply needs an output, and `stream`"
-        return self._unfinished(self._so_far)
+        assert self._so_far, "a partial reply needs an output, and `stream`"
+        joined = Gathered(self.request.sampling, None)
+        for part in self._so_far:
+            joined.add(part)
+        self._so_far = [joined.result()]
+        return self._unfinished(self._so_far[0])
 
     def increment(self, delta: Delta) -> GenerateResponse:
         """The reply with what `delta` added; counts of tokens are of everything so far."""
@@ -144,11 +148,7 @@ class Sample:
         new = _head(output, max(0, limit - output.start))
         self._num_sent = max(self._num_sent, limit)
         if self._stream:
-            gathered = Gathered(self.request.sampling, None)
-            for part in (self._so_far, new):
-                if part is not None:
-                    gathered.add(part)
-            self._so_far = gathered.result()
+            self._so_far.append(new)
         return new
 
 

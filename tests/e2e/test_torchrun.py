@@ -30,6 +30,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pairs = [(a, b) for a in range(10) for b in range(10)]
     lines = [json.dumps({"prompt": f"{a}+{b}=", "answer": (a + b) % 10}) for a, b in pairs]
     (folder / "task.jsonl").write_text("\n".join(lines))
+    # GPU kernels want heads of a usual size.
+    write_char_model(folder / "model-gpu", char_model(hidden=256, layers=2))
     return folder
 
 
@@ -43,11 +45,11 @@ def reference(folder: Path) -> Path:
     return out
 
 
-def flags(folder: Path, out: Path) -> list[str]:
+def flags(folder: Path, out: Path, *, device: str = "cpu", model: str = "model") -> list[str]:
     text = f"--steps {STEPS} --lr 1e-2 --max-new-tokens 1 --prompts-per-step 7 --samples 8"
-    text += " --dtype float32 --device cpu --kv-memory-gb 0.05 --eval-every 2 --eval-prompts 5"
-    text += " --checkpoint-every 2"
-    paths = ["--model", str(folder / "model"), "--task", str(folder / "task.jsonl")]
+    text += f" --dtype float32 --device {device} --kv-memory-gb 0.05"
+    text += " --eval-every 2 --eval-prompts 5 --checkpoint-every 2"
+    paths = ["--model", str(folder / model), "--task", str(folder / "task.jsonl")]
     return [*text.split(), *paths, "--out", str(out)]
 
 
@@ -148,3 +150,38 @@ def test_the_plain_trainer_is_one_process(folder: Path) -> None:
     done = torchrun(2, *flags(folder, folder / "none"))
     assert done.returncode != 0
     assert "InvalidRequest: trainer: plain is one process" in done.stderr
+
+
+def run_on_gpu(folder: Path, name: str, num: int, *words: str) -> list[dict[str, Any]]:
+    """Rows of a run on GPUs in bfloat16, whose weights reached the engine."""
+    out = folder / name
+    given = flags(folder, out, device="cuda", model="model-gpu")
+    done = torchrun(num, *given, "--dtype", "bfloat16", "--lr", "1e-4", *words)
+    assert done.returncode == 0, done.stderr[-4000:]
+    measured = rows(out)
+    assert [row["weight_version"] for row in measured] == list(range(1, STEPS + 1))
+    assert all(row["sampling/sampling_logp_difference/mean"] < 0.05 for row in measured)
+    assert any(row["grad_norm"] > 0 for row in measured)
+    return measured
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("words", [("fsdp",), ("deepspeed", "--zero", "3")])
+def test_one_gpu(folder: Path, words: tuple[str, ...]) -> None:
+    pytest.importorskip(words[0] if words[0] == "deepspeed" else "torch", exc_type=ImportError)
+    pytest.importorskip("torch_memory_saver", exc_type=ImportError)
+    measured = run_on_gpu(folder, f"gpu-{words[0]}", 1, "--trainer", *words)
+    assert max(row["timing_s/sleep"] for row in measured) > 1e-4
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("trainer", ["fsdp", "deepspeed"])
+def test_two_gpus_colocated(folder: Path, trainer: str) -> None:
+    if trainer == "deepspeed":
+        pytest.importorskip("deepspeed", exc_type=ImportError)
+    run_on_gpu(folder, f"two-{trainer}", 2, "--trainer", trainer)
+
+
+@pytest.mark.multi_gpu
+def test_the_last_gpu_rolls_out(folder: Path) -> None:
+    run_on_gpu(folder, "last", 1, "--trainer", "fsdp", "--rollout-gpus", "1")

@@ -6,6 +6,7 @@ parts, the last one padded: ranks either gather a bucket of them at a time, or e
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -36,13 +37,9 @@ class DeepSpeedSource:
         self._model = engine
         self._dtype = dtype
         self._bucket_bytes = bucket_bytes
-
-    @property
-    def is_resident(self) -> bool:
-        """See `WeightSource`: only whole parameters that are sent as they are."""
-        return not any(
-            _is_partitioned(p) or (self._dtype is not None and p.dtype != self._dtype)
-            for p in self._model.parameters()
+        self.is_resident = not any(
+            _is_partitioned(p) or (dtype is not None and p.dtype != dtype)
+            for p in engine.parameters()
         )
 
     def specs(self) -> list[TensorSpec]:
@@ -95,9 +92,8 @@ def _gathered(parameters: list[Any]) -> AbstractContextManager[Any]:
     """Context in which these parameters are whole on every rank; none may be changed."""
     if not any(_is_partitioned(parameter) for parameter in parameters):
         return nullcontext()
-    import deepspeed
-
-    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters)
+    library: Any = importlib.import_module("deepspeed")
+    gathered: AbstractContextManager[Any] = library.zero.GatheredParameters(parameters)
     return gathered
 
 

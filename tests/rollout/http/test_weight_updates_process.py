@@ -18,6 +18,8 @@ from tests.helpers.foreign_classes import flattened_bucket, foreign_classes
 from tests.helpers.foreign_trainer import ForeignTrainer, free_port
 from tests.helpers.serve_process import ServerProcess
 from tests.helpers.tiny_models import tiny_hf, write_tiny
+from trainer_bridge.bridge import Publisher, PushOptions
+from trainer_bridge.http_target import HttpTarget
 
 pytestmark = pytest.mark.slow
 
@@ -107,6 +109,20 @@ def test_a_folder(client: Client, tmp_path: Path) -> None:
     assert int(version) > 0
     assert client.call("/update_weights", {"weight_dir": folder})["message"] == "Weights updated"
     assert greedy(client)[0] == ids
+
+
+@pytest.mark.parametrize("transport", ["nccl", "cuda_ipc", "disk"])
+def test_our_own_publisher_over_http(
+    client: Client, server: ServerProcess, tmp_path: Path, transport: Any
+) -> None:
+    seed = 20 + len(transport)
+    model = tiny_hf("qwen3", seed, **SIZES)
+    version = client.state().version + 1
+    options = PushOptions(transport=transport, folder=tmp_path / "published")
+    with Publisher(model, [HttpTarget(server.url)], options) as publisher:
+        publisher.push(version)
+        publisher.push(version + 1)
+    assert greedy(client) == (expected(seed, tmp_path), str(version + 1))
 
 
 def test_a_failed_update_leaves_the_old_weights_and_says_why(client: Client) -> None:
