@@ -60,8 +60,10 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """One native `/generate` object: exactly one of `text` and `input_ids`.
 
     `logprob_start_len` >= 0 asks for the logprobs of prompt tokens from that position
-    (position 0 has none: nothing comes before it). `cache_salt` and `extra_key` keep the
-    prefix cache of callers apart. Samples of `n` > 1 get seeds derived from one seed.
+    (position 0 has none: nothing comes before it). `return_entropy` asks for the entropy of
+    the distribution that each output token was drawn from, filters aside. `cache_salt` and
+    `extra_key` keep the prefix cache of callers apart. Samples of `n` > 1 get seeds derived
+    from one seed.
     """
 
     text: str | None = None
@@ -73,6 +75,7 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     top_logprobs_num: int = 0
     return_text_in_logprobs: bool = False
     return_prompt_token_ids: bool = False
+    return_entropy: bool = False
     stream: bool = False
     priority: int = 0
     cache_salt: str = ""
@@ -102,6 +105,7 @@ class Request(Struct, frozen=True, kw_only=True, tag="request"):
     stop_ids: tokens that end the sequence, the model's EOS ids included unless ignore_eos.
     prompt_logprob_start: first prompt position whose logprob is wanted; -1 for none.
     stream: outputs are wanted after every step, not only at the end.
+    entropy: the entropy behind every output token is wanted.
     """
 
     rid: str
@@ -115,6 +119,7 @@ class Request(Struct, frozen=True, kw_only=True, tag="request"):
     top_logprobs: int = 0
     prompt_logprob_start: int = -1
     stream: bool = False
+    entropy: bool = False
 
 
 class Abort(Struct, frozen=True, kw_only=True, tag="abort"):
@@ -244,6 +249,8 @@ class RequestOutput(Struct, frozen=True, kw_only=True, tag="output"):
 
     start: index of the first token of `token_ids` in the whole output.
     logprobs: float32 [len(token_ids)].
+    entropies: float32 [len(token_ids)], nats, of softmax(logits / temperature) over the whole
+        vocabulary (temperature 1 where greedy); None unless asked for.
     prompt_logprobs: float32 [prompt_len - start position], in the first output only.
     finish: None while the sequence runs.
     """
@@ -260,6 +267,7 @@ class RequestOutput(Struct, frozen=True, kw_only=True, tag="output"):
     top: TopLogprobs | None = None
     prompt_logprobs: FloatArray | None = None
     prompt_top: TopLogprobs | None = None
+    entropies: FloatArray | None = None
 
 
 class ErrorInfo(Struct, frozen=True, kw_only=True):
@@ -348,6 +356,7 @@ class RowSampling(Struct, frozen=True, kw_only=True):
     min_new_tokens: int
     banned_ids: list[int]
     top_logprobs: int
+    entropy: bool = False
 
 
 class NewRow(Struct, frozen=True, kw_only=True):
@@ -404,6 +413,7 @@ class StepResult(Struct, frozen=True, kw_only=True, tag="step_result"):
 
     token_ids: int32 [S]; logprobs: float32 [S].
     top: int32 and float32 [S, k] with k the largest `top_logprobs` among the S rows.
+    entropies: float32 [S], of rows that did not ask too; None if none of the S rows asked.
     """
 
     step: int
@@ -411,6 +421,7 @@ class StepResult(Struct, frozen=True, kw_only=True, tag="step_result"):
     logprobs: FloatArray
     top: TopLogprobs | None = None
     prompt: list[PromptLogprobs] = msgspec.field(default_factory=list)
+    entropies: FloatArray | None = None
 
 
 # --- bytes -----------------------------------------------------------------------------

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from engine.attention.base import CapturableBackend
 from engine.attention.select import select
-from engine.attention.triton import TritonBackend
 from engine.batch import RequestTable, StepBatch, build_batch
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest
@@ -150,10 +150,10 @@ class Worker:
         # As wide as in a captured step unless the logits change: both then sum alike.
         widen = self._device.type == "cpu" or self._sampler.edits(slots)
         logits_SV = self._model.compute_logits(hidden_TH[batch.last_T_of_S], widen=widen)
-        tokens, logprobs, top = self._sampler.draw(logits_SV, batch, slots, self._table)
-        self._table.append(batch.slots_S, batch.kv_lens_S, tokens)
-        fetch = Fetch(pack_sampled(tokens, logprobs))
-        return PendingStep(plan.step, fetch, num_rows=len(slots), top=top, prompt=prompt)
+        drawn = self._sampler.draw(logits_SV, batch, slots, self._table)
+        self._table.append(batch.slots_S, batch.kv_lens_S, drawn.token_S)
+        fetch = Fetch(pack_sampled(drawn.token_S, drawn.logprob_S, drawn.entropy_S))
+        return PendingStep(plan.step, fetch, num_rows=len(slots), top=drawn.top, prompt=prompt)
 
     def _is_plain_decode(self, plan: StepPlan) -> bool:
         if plan.query_lens.max() > 1 or not plan.samples.all():
@@ -161,7 +161,7 @@ class Worker:
         return self._sampler.is_plain(plan.slots) and not self._scorer.wants(plan)
 
     def _build_graphs(self, max_rows: int, scratch_page: int) -> DecodeGraphs | None:
-        if not isinstance(self._attention, TritonBackend):
+        if not isinstance(self._attention, CapturableBackend):
             return None
         self._table.host_pages[max_rows] = scratch_page
         self._table.page_table[max_rows] = scratch_page

@@ -51,6 +51,7 @@ def expand(
         top_logprobs=wire.top_logprobs_num if wire.return_logprob else 0,
         prompt_logprob_start=wire.logprob_start_len if wire.return_logprob else -1,
         stream=wire.stream or bool(strings),
+        entropy=wire.return_entropy,
     )
     _check(wire, first, state)
     others = (

@@ -9,6 +9,7 @@ import torch
 from engine.config import KernelBackend
 from engine.parallel.mesh import Mesh
 from engine.quant.base import LinearMethod, Unquantized
+from kernels.linear.plan import MAX_ROWS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,7 @@ class LayerRuntime:
     backend: implementation of the kernels the layer calls.
     mesh: which shard of each parameter this rank holds.
     linear: how linear layers store and apply their weights.
+    overlap: launch the kernels of few rows early, as `kernels.pdl` describes.
     """
 
     device: torch.device
@@ -25,3 +27,15 @@ class LayerRuntime:
     backend: KernelBackend
     mesh: Mesh = field(default_factory=Mesh)
     linear: LinearMethod = field(default_factory=Unquantized)
+    overlap: bool = False
+
+    @property
+    def few_rows(self) -> int:
+        """Steps of up to this many tokens run through `kernels.linear.fused_linear`, which
+        carries the whole residual stream from layer to layer; 0 for none.
+
+        One rank only: between ranks, a layer's output is a summand of the residual stream.
+        """
+        fuses = self.backend == "triton" and self.dtype.itemsize == 2
+        plain = isinstance(self.linear, Unquantized) and self.mesh.tp_size == 1
+        return MAX_ROWS if fuses and plain else 0

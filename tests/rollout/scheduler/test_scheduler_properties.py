@@ -23,6 +23,7 @@ from engine.errors import InvalidRequest, SlipstreamError
 from engine.protocol import Request, RequestOutput
 from tests.helpers.scheduling import (
     Bench,
+    check_entropies,
     check_spans,
     expected,
     expected_prompt_logprobs,
@@ -46,6 +47,7 @@ FIELDS = st.fixed_dictionaries(
         "prompt_logprob_start": st.integers(0, 0),
         "top_logprobs": st.integers(1, 2),
         "stream": st.booleans(),
+        "entropy": st.booleans(),
         "salt": st.sampled_from(["", "s"]),
     },
 )
@@ -145,6 +147,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert output.token_ids.tolist() == tokens[:size]
         assert output.logprobs.tolist() == logprobs[:size]
         assert len(output.logprobs) == size
+        check_entropies(request, output)
         check_spans(output)
         if output.top is not None:
             assert output.top.ids.shape == (size, request.top_logprobs)
