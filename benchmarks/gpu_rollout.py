@@ -1,33 +1,44 @@
 """Rollout throughput on random weights: tokens per second, and the share of the machine's floor.
 
-    python benchmarks/gpu_rollout.py --model config.json --workloads group single
+    python benchmarks/gpu_rollout.py --model benchmarks/shapes/qwen2.5-1.5b.json \
+        --workloads group single --peer transformers
 
 The engine is started first, since the time from the start of this process to the first token is
 one of the figures; then the machine's own copy bandwidth and bf16 matrix rate are measured, from
 which the floor follows. Every workload warms up on shortened lengths, then runs once. Logprobs
-are returned with every token. `--profile` prints the kernels of one decode step.
+are returned with every token. `--previous` compares with earlier results, `--profile` prints the
+kernels of one decode step, `--logprob-cost` runs each workload with and without logprobs in the
+reply, `--replay` compares steps of the loop with bare replays of their graphs, and `--peer` runs
+the workloads on other engines once this one has freed the GPU.
+
+`cpu_rollout.py` is its counterpart for a machine without a GPU, where the floor is another.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
+import sys
 import time
-from collections.abc import Iterable
+import traceback
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import tyro
-from gpu_rollout_profile import StepProfile, profile_steps
-from gpu_rollout_workloads import ModelBytes, Workload, floor_seconds, make_workload
+from gpu_rollout_engine import Bench
+from gpu_rollout_logprobs import logprob_cost
+from gpu_rollout_previous import model_name, previous_figures
+from gpu_rollout_replay import replay_ratio
+from gpu_rollout_workloads import ModelBytes, WorkloadName, floor_seconds, make_workload
 from machine import describe
+from rollout_peers import PeerName, PeerOptions, run_in_process
 
-from engine.config import CacheConfig, EngineConfig, SchedulerConfig
-from engine.executor import Executor, build_executor
-from engine.protocol import Abort, FlushCache, StepPlan, StepResult, WeightCommand
-from rollout.replica import InlineReplica
+from engine.config import AttentionBackendName, CacheConfig, EngineConfig, SchedulerConfig
+
+RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -36,10 +47,12 @@ class Options:
 
     model: str
     """A config.json, or a model with its weights (then set --load-format auto)."""
-    workloads: tuple[Literal["group", "group8", "single", "tail"], ...] = ("group", "single")
+    workloads: tuple[WorkloadName, ...] = ("group", "single")
     """Workloads, in order."""
     load_format: Literal["auto", "random"] = "random"
     """Where the weights come from."""
+    attention: AttentionBackendName = "auto"
+    """Attention back end."""
     max_running: int = 1024
     """Most sequences running at once."""
     max_step_tokens: int = 8192
@@ -52,121 +65,40 @@ class Options:
     """Divide output lengths by this, for a quick look."""
     profile: bool = False
     """Print the kernel table of one decode step."""
+    logprob_cost: bool = False
+    """Run each workload with and without logprobs in the reply, twice each."""
+    replay: tuple[int, ...] = ()
+    """Batch sizes at which to compare steps with bare graph replays."""
+    peer: tuple[PeerName, ...] = ()
+    """Other engines to run the workloads on, each in a process of its own."""
+    peer_shorten: int = 1
+    """Divide the output lengths of peers by this, for the slow ones."""
+    peer_max_rows: int = 1024
+    """Most sequences that a peer may run at once."""
+    peer_timeout_s: float = 1200.0
+    """Longest that one peer may take for one workload, start-up included."""
+    previous: str | None = None
+    """File or folder of earlier results to print beside the new ones; None takes the results
+    beside this script."""
     json: str | None = None
     """Write the figures to this file."""
 
 
-class TimedExecutor:
-    """An executor that adds up how long its callers wait for results."""
-
-    def __init__(self, inner: Executor) -> None:
-        self._inner = inner
-        self.facts = inner.facts
-        self.waited_s = 0.0
-        self.decode_only = False
-
-    def execute(self, plan: StepPlan) -> StepResult:
-        return self.launch(plan).result()
-
-    def launch(self, plan: StepPlan) -> TimedStep:
-        self.decode_only = bool(plan.query_lens.max() == 1)
-        return TimedStep(self, self._inner.launch(plan))
-
-    def handle(self, command: WeightCommand) -> Any:
-        return self._inner.handle(command)
-
-    def receive(self, tensors: Iterable[tuple[str, Any]]) -> None:
-        self._inner.receive(tensors)
-
-    def close(self) -> None:
-        self._inner.close()
-
-
-@dataclass(frozen=True)
-class TimedStep:
-    """A pending step whose wait is counted."""
-
-    executor: TimedExecutor
-    inner: Any
-
-    def result(self) -> StepResult:
-        started = time.perf_counter()
-        result: StepResult = self.inner.result()
-        self.executor.waited_s += time.perf_counter() - started
-        return result
-
-
-class Bench:
-    """One engine and the figures taken on it."""
-
-    def __init__(self, options: Options) -> None:
-        self.options = options
-        config = EngineConfig(
-            model=options.model,
-            load_format=options.load_format,
-            cuda_graphs=options.cuda_graphs,
-            context_length=8192,
-            cache=CacheConfig(),
-            scheduler=SchedulerConfig(
-                max_running=options.max_running,
-                max_step_tokens=options.max_step_tokens,
-                overlap=options.overlap,
-            ),
-        )
-        self.executor = TimedExecutor(build_executor(config))
-        self.replica = InlineReplica(config, self.executor)
-        self._seed = 0
-
-    def start(self, work: Workload, shorten: int = 1) -> int:
-        """Submit the workload with fresh prompts; returns its output tokens."""
-        self._seed += 1
-        self.replica.send(FlushCache())
-        vocab = self.executor.facts.vocab_size
-        requests = work.requests(vocab, seed=self._seed, shorten=shorten)
-        self.replica.submit(requests)
-        return sum(request.sampling.max_new_tokens for request in requests)
-
-    def finish(self) -> None:
-        """Step until nothing is left."""
-        while not self.replica.idle():
-            self.replica.step()
-
-    def measure(self, work: Workload) -> dict[str, float]:
-        """Warm up, then run the workload once, timing every decode step."""
-        self.start(work, shorten=16 * self.options.shorten)
-        self.finish()
-        num_tokens = self.start(work, self.options.shorten)
-        walls, hosts = [], []
-        started = time.perf_counter()
-        while not self.replica.idle():
-            waited, before = self.executor.waited_s, time.perf_counter()
-            self.replica.step()
-            wall = time.perf_counter() - before
-            if self.executor.decode_only:
-                walls.append(wall)
-                hosts.append(wall - (self.executor.waited_s - waited))
-        seconds = time.perf_counter() - started
-        return {
-            "tokens": num_tokens,
-            "seconds": seconds,
-            "tokens_per_s": num_tokens / seconds,
-            "decode_steps": len(walls),
-            "decode_seconds": sum(walls),
-            "step_ms": 1e3 * statistics.median(walls),
-            "host_ms": 1e3 * statistics.median(hosts),
-        }
-
-    def profile(self, work: Workload, after: int = 40, count: int = 10) -> StepProfile:
-        """Kernel times of `count` decode steps, the first `after` some time into the run."""
-        self.start(work)
-        steps = 0
-        while steps < after:
-            self.replica.step()
-            steps += self.executor.decode_only
-        profile = profile_steps(self.replica.step, count)
-        self.replica.send(Abort(all=True))
-        self.finish()
-        return profile
+def engine_config(options: Options) -> EngineConfig:
+    """The engine that is measured."""
+    return EngineConfig(
+        model=options.model,
+        load_format=options.load_format,
+        attention=options.attention,
+        cuda_graphs=options.cuda_graphs,
+        context_length=8192,
+        cache=CacheConfig(),
+        scheduler=SchedulerConfig(
+            max_running=options.max_running,
+            max_step_tokens=options.max_step_tokens,
+            overlap=options.overlap,
+        ),
+    )
 
 
 def process_age_s() -> float:
@@ -207,7 +139,7 @@ def model_bytes(model: str, num_parameters: int) -> ModelBytes:
 
 
 def run_workload(
-    bench: Bench, name: str, model: ModelBytes, machine: dict[str, float]
+    bench: Bench, name: WorkloadName, model: ModelBytes, machine: dict[str, float]
 ) -> dict[str, Any]:
     """All figures of one workload."""
     work = make_workload(name)
@@ -244,41 +176,151 @@ def show(name: str, figures: dict[str, Any], *, with_kernels: bool) -> None:
             print(f"  {spent:9.1f} us {calls:7.1f} x  {kernel[:100]}")
 
 
-def main() -> None:
-    """Measure and print."""
-    options = tyro.cli(Options)
-    bench = Bench(options)
-    bench.start(make_workload("single"), shorten=256)
+def show_previous(options: Options, name: str, figures: dict[str, Any]) -> None:
+    """Print what an earlier run of this machine and model had."""
+    source = RESULTS if options.previous is None else Path(options.previous)
+    found = previous_figures(source, machine=describe(), model=options.model, workload=name)
+    if found is None:
+        print("  previous: none on this machine")
+        return
+    file, before = found
+    change = figures["tokens_per_s"] / before["tokens_per_s"] - 1
+    print(f"  previous: {before['tokens_per_s']:,.0f} tok/s ({file}), now {100 * change:+.1f}%")
+
+
+def first_token_s(bench: Bench) -> float:
+    """Seconds from the start of this process to its first token."""
+    bench.submit(bench.requests(make_workload("single"), shorten=256))
     while not bench.executor.decode_only:
         bench.replica.step()
-    first_token_s = process_age_s()
+    age = process_age_s()
     bench.finish()
+    return age
+
+
+def start(options: Options) -> tuple[Bench, dict[str, Any]]:
+    """Bring up the engine and measure the machine; prints both."""
+    bench = Bench(engine_config(options), options.shorten)
+    first_s = first_token_s(bench)
     machine = ceilings()
     torch.cuda.empty_cache()
     facts = bench.executor.facts
-    model = model_bytes(options.model, facts.num_parameters)
     print(
         f"{describe()}, torch {torch.__version__}: copy "
         f"{machine['copy_bytes_per_s'] / 1e9:,.0f} GB/s, bf16 product "
-        f"{machine['gemm_flop_per_s'] / 1e12:,.0f} TFLOP/s\n{options.model}: first token "
-        f"{first_token_s:.1f} s after the start of the process (load {facts.load_seconds:.1f} s)"
+        f"{machine['gemm_flop_per_s'] / 1e12:,.0f} TFLOP/s\n{model_name(options.model)}: first "
+        f"token {first_s:.1f} s after the start of the process (load {facts.load_seconds:.1f} s), "
+        f"attention {facts.attention}"
     )
-    results = {}
+    left_out = ("json", "previous", "model")
+    return bench, {
+        "date": datetime.now(UTC).isoformat(timespec="minutes"),
+        "machine": describe(),
+        "torch": torch.__version__,
+        "options": {"model": model_name(options.model)}
+        | {k: v for k, v in asdict(options).items() if k not in left_out},
+        "attention": facts.attention,
+        "ceilings": machine,
+        "first_token_s": first_s,
+        "load_s": facts.load_seconds,
+    }
+
+
+def run_ours(options: Options, bench: Bench, report: dict[str, Any]) -> list[str]:
+    """Fill `report` with all that is measured on our engine; what failed."""
+    report["workloads"], report["replay"] = {}, []
+    failed = []
     for name in options.workloads:
-        results[name] = run_workload(bench, name, model, machine)
-        show(name, results[name], with_kernels=options.profile)
+        failed += attempt(name, lambda n=name: measure(options, bench, report, n), bench)
+    for rows in options.replay:
+        failed += attempt(f"replay {rows}", lambda r=rows: replay(bench, report, r), bench)
+    return failed
+
+
+def attempt(part: str, run: Callable[[], None], bench: Bench) -> list[str]:
+    """Run a part. If it raises, print why, empty the engine, and return its name."""
+    try:
+        run()
+        return []
+    except Exception:
+        traceback.print_exc()
+        bench.abandon()
+        return [part]
+
+
+def measure(options: Options, bench: Bench, report: dict[str, Any], name: WorkloadName) -> None:
+    """One workload and what it cost to return its logprobs."""
+    model = model_bytes(options.model, bench.executor.facts.num_parameters)
+    figures = run_workload(bench, name, model, report["ceilings"])
+    report["workloads"][name] = figures
+    show(name, figures, with_kernels=options.profile)
+    show_previous(options, name, figures)
+    if options.logprob_cost:
+        cost = logprob_cost(bench, make_workload(name), shorten=options.shorten)
+        figures["logprob_cost"] = cost
+        print(
+            f"  with logprobs / without: {cost['ratio']:.4f} (replies took "
+            f"{cost['reply_s_with']:.2f} and {cost['reply_s_without']:.2f} s)"
+        )
+
+
+def replay(bench: Bench, report: dict[str, Any], rows: int) -> None:
+    """Steps of the loop against bare replays."""
+    row = replay_ratio(bench, rows)
+    report["replay"].append(row)
+    print(
+        f"replay, {rows} rows: step {row['loop_ms']:.3f} ms, bare graph {row['bare_ms']:.3f} ms, "
+        f"ratio {row['ratio']:.3f}, gap {row['gap_us']:.0f} us"
+    )
+
+
+def run_peers(options: Options, report: dict[str, Any]) -> list[str]:
+    """Run the workloads on other engines; what failed."""
+    report["peers"] = {}
+    failed = []
+    for peer in options.peer:
+        for name in options.workloads:
+            asked = PeerOptions(
+                peer=peer,
+                model=options.model,
+                workload=name,
+                shorten=options.shorten * options.peer_shorten,
+                max_rows=options.peer_max_rows,
+                timeout_s=options.peer_timeout_s,
+            )
+            found = run_in_process(asked)
+            report["peers"].setdefault(peer, {})[name] = found
+            if "error" in found:
+                failed.append(f"{peer} {name}")
+                print(f"{peer}, {name}: failed: {found['error']}")
+            else:
+                show_peer(asked, found, report["workloads"].get(name))
+    return failed
+
+
+def show_peer(asked: PeerOptions, found: dict[str, Any], ours: dict[str, Any] | None) -> None:
+    """Print a peer's figure, and ours over it if there is one."""
+    lengths = "" if asked.shorten == 1 else f", output lengths / {asked.shorten}"
+    line = f"{asked.peer} {found['version']}, {asked.workload}: {found['tokens_per_s']:,.0f} tok/s"
+    if ours is not None:
+        found["ratio"] = ours["tokens_per_s"] / found["tokens_per_s"]
+        line += f"; ours is {found['ratio']:.2f} times as fast"
+    print(line + lengths)
+
+
+def main() -> int:
+    """Measure and print; 1 if a part failed."""
+    options = tyro.cli(Options)
+    bench, report = start(options)
+    failed = run_ours(options, bench, report)
+    bench.close()
+    failed += run_peers(options, report)
     if options.json:
-        report = {
-            "machine": describe(),
-            "torch": torch.__version__,
-            "options": {k: v for k, v in asdict(options).items() if k != "json"},
-            "ceilings": machine,
-            "first_token_s": first_token_s,
-            "load_s": facts.load_seconds,
-            "workloads": results,
-        }
         Path(options.json).write_text(json.dumps(report, indent=2) + "\n")
+    if failed:
+        print(f"failed: {', '.join(failed)}")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

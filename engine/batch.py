@@ -16,8 +16,10 @@ import numpy as np
 import torch
 
 from engine.attention.base import AttentionBackend, AttentionBatch, AttentionStep
+from engine.attention.stored import attend_stored, kv_target
 from engine.protocol import NewRow, StepPlan
 from engine.transfer import to_device
+from kernels.rotary import KVTarget
 
 
 class RequestTable:
@@ -88,6 +90,14 @@ class StepBatch:
     ) -> torch.Tensor:
         """Write this step's K and V of a layer into the pool, then attend. Returns [T, H, D]."""
         return self.step.attend(layer_index, q_THD, k_TKD, v_TKD)
+
+    def kv_target(self, layer_index: int) -> KVTarget | None:
+        """Where a fused kernel may write K and V in place of `attend`; None if none may."""
+        return kv_target(self.step, layer_index)
+
+    def attend_stored(self, layer_index: int, q_THD: torch.Tensor) -> torch.Tensor:
+        """`attend`, K and V being in `kv_target` already. Returns [T, H, D]."""
+        return attend_stored(self.step, layer_index, q_THD)
 
 
 def token_layout(plan: StepPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ from typing import Literal
 LoadFormat = Literal["auto", "safetensors", "gguf", "random"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
-AttentionBackendName = Literal["auto", "torch_native", "triton"]
+AttentionBackendName = Literal["auto", "torch_native", "triton", "flashinfer", "split"]
 KernelBackend = Literal["torch", "triton"]
 QueuePolicy = Literal["fcfs", "longest_prefix"]
 
@@ -95,7 +95,8 @@ class EngineConfig:
     context_length: int | None = None
     """Most tokens of a sequence; None takes the model's own, at most 32768."""
     attention: AttentionBackendName = "auto"
-    """Attention back end; 'auto' asks engine.attention.select."""
+    """Attention back end: 'triton' and 'flashinfer' need a GPU, 'split' takes prefill from
+    flashinfer and decode from triton; 'auto' asks engine.attention.select."""
     cuda_graphs: bool = True
     """On a GPU, replay decode steps as CUDA graphs; off runs every step kernel by kernel."""
     seed: int = 0

@@ -2,11 +2,11 @@
 
 Legend: R rows of a bucket, V vocabulary.
 
-A graph is captured for a bucket of rows and a bound on the KV length, when a step first needs
-it. It reads slots and KV lengths from one static buffer and everything else (token ids, pages,
-sampling parameters) from the device tables, so that a replay needs no other input. All graphs
-allocate from one memory pool: they never run at the same time. Weights change in place, so
-graphs survive updates.
+A graph is captured when a step first needs it: for a bucket of rows and what attention depends
+on, such as a bound on the KV length. It reads slots and KV lengths from one static buffer and
+everything else (token ids, pages, sampling parameters) from the device tables, so that a replay
+needs no other input. All graphs allocate from one memory pool: they never run at the same time.
+Weights change in place, so graphs survive updates.
 """
 
 from __future__ import annotations
@@ -20,16 +20,22 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from engine.attention.triton import TritonBackend, TritonStep
+from engine.attention.base import (
+    AttentionStep,
+    CapturableBackend,
+    CapturedDecode,
+    DecodeLayout,
+)
+from engine.attention.stored import attend_stored, kv_target
 from engine.batch import RequestTable
 from engine.models.decoder import CausalLM
-from engine.sampling import Sampler
+from engine.sampling import PLAIN, DrawOptions, Sampler
 from engine.transfer import to_device
+from kernels.rotary import KVTarget
 
 logger = logging.getLogger(__name__)
 
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896)
-_SHORTEST_BOUND, _LONGEST_BOUND = 1024, 4096
 
 
 def row_buckets(max_rows: int) -> list[int]:
@@ -41,26 +47,31 @@ def row_buckets(max_rows: int) -> list[int]:
     return [size for size in sizes if size < max_rows] + [max_rows]
 
 
-def kv_bound(longest: int, context_length: int) -> int:
-    """The bound on the KV length that a graph for rows up to `longest` tokens is captured
-    with: 1024, 2048, 4096 or the whole context. Attention has as many splits as it can use."""
-    if longest > _LONGEST_BOUND:
-        return context_length
-    bound = max(_SHORTEST_BOUND, 1 << (longest - 1).bit_length())
-    return min(bound, context_length)
-
-
 @dataclass(frozen=True)
 class _DecodeBatch:
     """The step context of a captured forward pass: one token a row."""
 
     positions_T: torch.Tensor
-    step: TritonStep
+    step: AttentionStep
 
     def attend(
         self, layer_index: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
     ) -> torch.Tensor:
         return self.step.attend(layer_index, q_THD, k_TKD, v_TKD)
+
+    def kv_target(self, layer_index: int) -> KVTarget | None:
+        return kv_target(self.step, layer_index)
+
+    def attend_stored(self, layer_index: int, q_THD: torch.Tensor) -> torch.Tensor:
+        return attend_stored(self.step, layer_index, q_THD)
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """A graph and the attention that it holds."""
+
+    graph: torch.cuda.CUDAGraph
+    step: AttentionStep
 
 
 class DecodeGraphs:
@@ -75,7 +86,7 @@ class DecodeGraphs:
         model: CausalLM,
         table: RequestTable,
         sampler: Sampler,
-        attention: TritonBackend,
+        attention: CapturableBackend,
         *,
         max_rows: int,
         scratch_slot: int,
@@ -90,34 +101,49 @@ class DecodeGraphs:
         self._region = region
         self._device = table.device
         self._inputs = torch.zeros(2 * max_rows, dtype=torch.int32, device=table.device)
-        self._outputs = torch.zeros(2 * max_rows, dtype=torch.int32, device=table.device)
+        self._write_slots = torch.zeros(max_rows, dtype=torch.int64, device=table.device)
+        self._outputs = torch.zeros(3 * max_rows, dtype=torch.int32, device=table.device)
         self._query_start = torch.arange(max_rows + 1, dtype=torch.int32, device=table.device)
-        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self._attentions: dict[tuple[int, int], CapturedDecode] = {}
+        self._graphs: dict[tuple[int, DrawOptions], _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(table.device)
 
-    def run(self, slots: np.ndarray, kv_lens: np.ndarray) -> torch.Tensor:
+    def run(
+        self, slots: np.ndarray, kv_lens: np.ndarray, options: DrawOptions = PLAIN
+    ) -> torch.Tensor:
         """Queue one decode step over `slots`; `kv_lens` as in `StepPlan`.
 
-        Returns int32 [2, R] as `engine.pending.pack_sampled` lays it out, R the bucket. The
-        next call overwrites it.
+        options: what the rows' draws need; see `Sampler.options`. Returns int32 [2 or 3, R] as
+        `engine.pending.pack_sampled` lays it out, R the bucket. The next call overwrites it.
         """
         rows = int(self._buckets[np.searchsorted(self._buckets, len(slots))])
-        bound = kv_bound(int(kv_lens.max()), self._table.token_ids.shape[1])
-        graph = self._graphs.get((rows, bound))
-        if graph is None:
-            graph = self._graphs[rows, bound] = self._capture(rows, bound)
-        self._fill(rows, slots, kv_lens)
-        graph.replay()
-        return self._outputs[: 2 * rows].view(2, rows)
+        bound = self._attention.bound(rows, int(kv_lens.max()))
+        bound = min(bound, self._table.token_ids.shape[1])
+        attention = self._attentions.get((rows, bound))
+        if attention is None:
+            attention = self._attention.capture_decode(self._layout(rows, bound))
+            self._attentions[rows, bound] = attention
+        attention.refresh(*self._fill(rows, slots, kv_lens))
+        key = id(attention.step), options
+        captured = self._graphs.get(key)
+        if captured is None:
+            captured = self._graphs[key] = self._capture(rows, attention.step, options)
+            self._fill(rows, slots, kv_lens)
+        captured.graph.replay()
+        num_outputs = 3 if options.entropy else 2
+        return self._outputs[: num_outputs * rows].view(num_outputs, rows)
 
-    def _fill(self, rows: int, slots: np.ndarray, kv_lens: np.ndarray) -> None:
+    def _fill(self, rows: int, slots: np.ndarray, kv_lens: np.ndarray) -> np.ndarray:
+        """Send the rows of the next replay, padded to the bucket: int32 [2, R]."""
         packed = np.empty((2, rows), dtype=np.int32)
         packed[0, : len(slots)], packed[0, len(slots) :] = slots, self._scratch_slot
         packed[1, : len(slots)], packed[1, len(slots) :] = kv_lens, 1
         self._inputs[: 2 * rows].copy_(to_device(packed.reshape(-1), self._device))
+        return packed
 
-    def _capture(self, rows: int, bound: int) -> torch.cuda.CUDAGraph:
+    def _capture(self, rows: int, step: AttentionStep, options: DrawOptions) -> _Captured:
+        """Record a step; what it runs over meanwhile are rows of nobody."""
         started = time.perf_counter()
         nobody = np.zeros(0, dtype=np.int32)
         self._fill(rows, nobody, nobody)
@@ -125,36 +151,46 @@ class DecodeGraphs:
         self._stream.wait_stream(torch.cuda.current_stream())
         with self._region(), torch.cuda.stream(self._stream):
             # Kernels are compiled and loaded by a plain run: a capture allows neither.
-            self._forward(rows, bound)
+            self._forward(rows, step, options)
             self._stream.synchronize()
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                self._forward(rows, bound)
+                self._forward(rows, step, options)
             finally:
                 graph.capture_end()
         torch.cuda.current_stream().wait_stream(self._stream)
-        seconds = time.perf_counter() - started
-        logger.info("captured %d rows, KV up to %d, in %.2f s", rows, bound, seconds)
-        return graph
+        logger.info("captured %d rows in %.2f s", rows, time.perf_counter() - started)
+        return _Captured(graph, step)
 
-    def _forward(self, rows: int, bound: int) -> None:
+    def _layout(self, rows: int, bound: int) -> DecodeLayout:
+        return DecodeLayout(
+            rows=rows,
+            slots_R=self._inputs[:rows],
+            kv_lens_R=self._inputs[rows : 2 * rows],
+            write_slots_R=self._write_slots[:rows],
+            query_start_R1=self._query_start[: rows + 1],
+            page_table=self._table.page_table,
+            host_pages=self._table.host_pages,
+            max_kv_len=bound,
+            page_size=self._table.page_size,
+            scratch_slot=self._scratch_slot,
+        )
+
+    def _forward(self, rows: int, step: AttentionStep, options: DrawOptions) -> None:
         table, page_size = self._table, self._table.page_size
-        kv_lens_R = self._inputs[rows : 2 * rows]
         slots_R, at_R = self._inputs[: 2 * rows].long().view(2, rows)
         positions_R = at_R - 1
         pages_R = table.page_table[slots_R, positions_R // page_size].long()
-        step = self._attention.prepare_decode(
-            slots_R=self._inputs[:rows],
-            kv_lens_R=kv_lens_R,
-            page_table=table.page_table,
-            write_slots_R=pages_R * page_size + positions_R % page_size,
-            query_start_R1=self._query_start[: rows + 1],
-            max_kv_len=bound,
-        )
+        first_R, offset_R = pages_R * page_size, positions_R % page_size
+        torch.add(first_R, offset_R, out=self._write_slots[:rows])
         batch = _DecodeBatch(positions_R, step)
         hidden_RE = self._model(table.token_ids[slots_R, positions_R], batch)
         logits_RV = self._model.compute_logits(hidden_RE, widen=False)
-        tokens_R, logprobs_R = self._sampler.draw_plain(logits_RV, slots_R, at_R)
+        outputs_3R = self._outputs[: 3 * rows].view(3, rows)
+        entropy_R = outputs_3R[2].view(torch.float32) if options.entropy else None
+        tokens_R, logprobs_R = self._sampler.draw_plain(
+            logits_RV, slots_R, at_R, options, entropy_R
+        )
         table.append(slots_R, at_R, tokens_R)
-        self._outputs[:rows].copy_(tokens_R)
-        self._outputs[rows : 2 * rows].view(torch.float32).copy_(logprobs_R)
+        outputs_3R[0].copy_(tokens_R)
+        outputs_3R[1].view(torch.float32).copy_(logprobs_R)

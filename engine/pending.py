@@ -17,8 +17,8 @@ from engine.transfer import Fetch
 
 @dataclass(frozen=True)
 class PendingStep:
-    """sampled: int32 [2, >= S], token ids and the bits of their float32 logprobs; None where
-    no row samples. num_rows: S. top: (ids, logprobs) [S, k] on the device."""
+    """sampled: int32 [2 or 3, >= S] as `pack_sampled` lays it out; None where no row samples.
+    num_rows: S. top: (ids, logprobs) [S, k] on the device."""
 
     step: int
     sampled: Fetch | None = None
@@ -29,19 +29,24 @@ class PendingStep:
     def result(self) -> StepResult:
         """Wait for the step and return what it sampled."""
         if self.sampled is None:
-            tokens, logprobs = np.zeros(0, np.int32), np.zeros(0, np.float32)
+            sampled = np.zeros((2, 0), np.int32)
         else:
-            tokens, bits = self.sampled.numpy()[:, : self.num_rows]
-            logprobs = bits.view(np.float32)
+            sampled = self.sampled.numpy()[:, : self.num_rows]
+        values = sampled[1:].view(np.float32)
         return StepResult(
             step=self.step,
-            token_ids=tokens,
-            logprobs=logprobs,
+            token_ids=sampled[0],
+            logprobs=values[0],
+            entropies=values[1] if len(values) > 1 else None,
             top=to_top(self.top) if self.top is not None else None,
             prompt=self.prompt,
         )
 
 
-def pack_sampled(token_S: torch.Tensor, logprob_S: torch.Tensor) -> torch.Tensor:
-    """Token ids and logprobs as one int32 [2, S], so that one copy brings both."""
-    return torch.stack([token_S.to(torch.int32), logprob_S.view(torch.int32)])
+def pack_sampled(
+    token_S: torch.Tensor, logprob_S: torch.Tensor, entropy_S: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Token ids and the bits of float32 logprobs and, if given, entropies: int32 [2, S] or
+    [3, S], so that one copy brings all."""
+    values = [logprob_S] if entropy_S is None else [logprob_S, entropy_S]
+    return torch.stack([token_S.to(torch.int32), *(value.view(torch.int32) for value in values)])

@@ -10,6 +10,7 @@ kernel without asking the device.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,6 +20,29 @@ from engine.config import KernelBackend
 from engine.protocol import NewRow, RowSampling, TopLogprobs
 from engine.transfer import to_device
 from kernels.sampling import sample, top_logprobs
+
+
+@dataclass(frozen=True)
+class DrawOptions:
+    """What the rows of a step ask of the draw, beyond temperature: steps that ask the same
+    can be served by one captured graph."""
+
+    filtered: bool = False
+    entropy: bool = False
+
+
+PLAIN = DrawOptions()
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One token a row: int64 [S], its logprob float32 [S], and on request the entropies
+    float32 [S] and the k likeliest tokens (ids, logprobs) [S, k]."""
+
+    token_S: torch.Tensor
+    logprob_S: torch.Tensor
+    entropy_S: torch.Tensor | None = None
+    top: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class Sampler:
@@ -33,6 +57,7 @@ class Sampler:
         self._min_p = torch.zeros(num_slots, device=device)
         self._seed = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self._filtered = np.zeros(num_slots, dtype=np.bool_)
+        self._entropy = np.zeros(num_slots, dtype=np.bool_)
         self._top_logprobs = np.zeros(num_slots, dtype=np.int32)
         # Rows whose logits are changed before the draw; few, and handled one by one.
         self._edited: dict[int, tuple[RowSampling, int]] = {}
@@ -50,6 +75,7 @@ class Sampler:
         self._set(self._seed, slots, [_as_int64(p.seed) for p in params])
         for row, p in zip(rows, params, strict=True):
             self._filtered[row.slot] = p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0
+            self._entropy[row.slot] = p.entropy
             self._top_logprobs[row.slot] = p.top_logprobs
             if _edits_logits(p):
                 self._edited[row.slot] = (p, row.prompt_len)
@@ -61,61 +87,72 @@ class Sampler:
         return self._temperature[slots_S]
 
     def is_plain(self, slots: np.ndarray) -> bool:
-        """Whether these rows need temperature only: no filter, edit or top logprobs."""
-        if self._filtered[slots].any() or self._top_logprobs[slots].any():
-            return False
-        return not self.edits(slots)
+        """Whether these rows need temperature only: `draw_plain` without options."""
+        return self.is_capturable(slots) and self.options(slots) == PLAIN
+
+    def is_capturable(self, slots: np.ndarray) -> bool:
+        """Whether `draw_plain` serves these rows: no edit and no top logprobs."""
+        return not self._top_logprobs[slots].any() and not self.edits(slots)
+
+    def options(self, slots: np.ndarray) -> DrawOptions:
+        """What `draw_plain` has to be told for these rows."""
+        return DrawOptions(
+            filtered=bool(self._filtered[slots].any()), entropy=bool(self._entropy[slots].any())
+        )
 
     def edits(self, slots: np.ndarray) -> bool:
         """Whether the logits of any of these rows are changed before the draw."""
         return bool(self._edited) and not self._edited.keys().isdisjoint(slots.tolist())
 
     def draw_plain(
-        self, logits_SV: torch.Tensor, slots_S: torch.Tensor, position_S: torch.Tensor
+        self,
+        logits_SV: torch.Tensor,
+        slots_S: torch.Tensor,
+        position_S: torch.Tensor,
+        options: DrawOptions = PLAIN,
+        entropy_S: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`draw` for rows that `is_plain`; never asks the device, so it can be captured.
+        """`draw` for rows that are `is_capturable`: on a GPU it never asks the device.
 
-        position_S: index of the new token in its sequence, int64.
+        position_S: index of the new token in its sequence, int64. options: at least what the
+        rows need. entropy_S: float32 [S], filled in place; needed where `options.entropy`.
         """
         return sample(
             logits_SV,
             self._temperature[slots_S],
             self._seed[slots_S],
             position_S,
+            entropy_S=entropy_S,
             backend=self._backend,
+            **(self._filters(slots_S) if options.filtered else {}),
         )
 
     def draw(
         self, logits_SV: torch.Tensor, batch: StepBatch, slots: np.ndarray, table: RequestTable
-    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+    ) -> Drawn:
         """Sample one token a row. `slots` is `batch.slots_S` on the host.
 
         logits_SV: float32 where `edits` is true: penalties, bias and bans change it in place.
         The random number of a row is drawn from (seed, index of the new token in its sequence).
-        Returns (token int64 [S], logprob float32 [S], top (ids, logprobs) [S, k] or None).
         """
         self._edit(logits_SV, batch, slots, table)
-        temperature_S = self._temperature[batch.slots_S]
-        filters: dict[str, torch.Tensor] = {}
-        if self._filtered[slots].any():
-            filters = {
-                "top_k_S": self._top_k[batch.slots_S],
-                "top_p_S": self._top_p[batch.slots_S],
-                "min_p_S": self._min_p[batch.slots_S],
-            }
-        tokens, logprobs = sample(
-            logits_SV,
-            temperature_S,
-            self._seed[batch.slots_S],
-            batch.kv_lens_S,
-            backend=self._backend,
-            **filters,
+        options, entropy_S, top = self.options(slots), None, None
+        if options.entropy:
+            entropy_S = torch.empty(len(slots), dtype=torch.float32, device=self._device)
+        tokens, logprobs = self.draw_plain(
+            logits_SV, batch.slots_S, batch.kv_lens_S, options, entropy_S
         )
-        top = None
         most = int(self._top_logprobs[slots].max(initial=0))
         if most > 0:
-            top = top_logprobs(logits_SV, temperature_S, most)
-        return tokens, logprobs, top
+            top = top_logprobs(logits_SV, self._temperature[batch.slots_S], most)
+        return Drawn(tokens, logprobs, entropy_S, top)
+
+    def _filters(self, slots_S: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {
+            "top_k_S": self._top_k[slots_S],
+            "top_p_S": self._top_p[slots_S],
+            "min_p_S": self._min_p[slots_S],
+        }
 
     def _set(self, state: torch.Tensor, slots: torch.Tensor, values: Sequence[float]) -> None:
         wide = np.int64 if state.dtype == torch.int64 else np.float32

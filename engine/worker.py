@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from engine.allocation import allocate_model, parameter_bytes
+from engine.attention.base import CapturableBackend
 from engine.attention.select import select
-from engine.attention.triton import TritonBackend
 from engine.batch import RequestTable, StepBatch, build_batch
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest
@@ -143,8 +143,9 @@ class Worker:
         if len(plan.copy_src):
             copies = np.stack([plan.copy_src, plan.copy_dst]).astype(np.int64)
             self._pool.copy(*to_device(copies, self._device))
-        if self._graphs is not None and self._is_plain_decode(plan):
-            sampled = self._graphs.run(plan.slots, plan.kv_lens)
+        if self._graphs is not None and self._is_capturable(plan):
+            options = self._sampler.options(plan.slots)
+            sampled = self._graphs.run(plan.slots, plan.kv_lens, options)
             return PendingStep(plan.step, Fetch(sampled), num_rows=len(plan.slots))
         batch = build_batch(plan, self._table, self._attention)
         hidden_TH = self._model(batch.input_ids_T, batch)
@@ -185,18 +186,18 @@ class Worker:
         # As wide as in a captured step unless the logits change: both then sum alike.
         widen = self._device.type == "cpu" or self._sampler.edits(slots)
         logits_SV = self._model.compute_logits(hidden_TH[batch.last_T_of_S], widen=widen)
-        tokens, logprobs, top = self._sampler.draw(logits_SV, batch, slots, self._table)
-        self._table.append(batch.slots_S, batch.kv_lens_S, tokens)
-        fetch = Fetch(pack_sampled(tokens, logprobs))
-        return PendingStep(plan.step, fetch, num_rows=len(slots), top=top, prompt=prompt)
+        drawn = self._sampler.draw(logits_SV, batch, slots, self._table)
+        self._table.append(batch.slots_S, batch.kv_lens_S, drawn.token_S)
+        fetch = Fetch(pack_sampled(drawn.token_S, drawn.logprob_S, drawn.entropy_S))
+        return PendingStep(plan.step, fetch, num_rows=len(slots), top=drawn.top, prompt=prompt)
 
-    def _is_plain_decode(self, plan: StepPlan) -> bool:
+    def _is_capturable(self, plan: StepPlan) -> bool:
         if plan.query_lens.max() > 1 or not plan.samples.all():
             return False
-        return self._sampler.is_plain(plan.slots) and not self._scorer.wants(plan)
+        return self._sampler.is_capturable(plan.slots) and not self._scorer.wants(plan)
 
     def _build_graphs(self, max_rows: int, scratch_page: int) -> DecodeGraphs | None:
-        if not isinstance(self._attention, TritonBackend):
+        if not isinstance(self._attention, CapturableBackend):
             return None
         self._table.host_pages[max_rows] = scratch_page
         self._table.page_table[max_rows] = scratch_page

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kernels.activation import silu_mul
-from kernels.attention import paged_attention
+from kernels.attention import SharedTiles, paged_attention
 from kernels.backend import KernelBackend
 from kernels.kv_copy import write_kv
 from kernels.norm import add_rms_norm, rms_norm
@@ -119,6 +119,40 @@ def _attention_case(name: str, rows: int, queries: int, kv_len: int) -> Case:
     return Case(name, run, _size(k_pages, v_pages) + 2 * _size(q))
 
 
+def _grouped_case(name: str, groups: int, samples: int, shared: int, own: int) -> Case:
+    """Decode of `samples` rows a prompt of `shared` tokens, `own` more each."""
+    pages, columns = shared // 16, (shared + own) // 16
+    rows = groups * samples
+    k_pages, v_pages = _randn(rows * columns, 16, 8, 128), _randn(rows * columns, 16, 8, 128)
+    table = torch.randperm(rows * columns, device="cuda").int().view(groups, samples, columns)
+    table[:, :, :pages] = table[:, :1, :pages]
+    first = torch.arange(groups, device="cuda", dtype=torch.int32) * samples
+    tiles = SharedTiles(
+        torch.stack((first, torch.full_like(first, samples), torch.full_like(first, shared)), 1),
+        torch.full((rows,), shared, device="cuda", dtype=torch.int32),
+    )
+    query_start = torch.arange(rows + 1, device="cuda", dtype=torch.int32)
+    kv_lens = torch.full((rows,), shared + own, device="cuda", dtype=torch.int32)
+    q = _randn(rows, 32, 128)
+
+    def run(backend: KernelBackend) -> torch.Tensor:
+        return paged_attention(
+            q,
+            k_pages,
+            v_pages,
+            table.view(rows, columns),
+            query_start,
+            kv_lens,
+            scale=128**-0.5,
+            max_query_len=1,
+            shared=tiles,
+            backend=backend,
+        )
+
+    read = _size(k_pages, v_pages) * (groups * pages + rows * (columns - pages))
+    return Case(name, run, read // (rows * columns) + 2 * _size(q))
+
+
 def _sample_case(rows: int, vocab: int) -> Case:
     logits, temperature = _randn(rows, vocab), torch.ones(rows, device="cuda")
     seed, position = torch.randint(2**60, (2, rows), device="cuda")
@@ -135,6 +169,7 @@ def cases() -> Iterator[Case]:
     yield _attention_case("decode 64 x 4096", 64, 1, 4096)
     yield _attention_case("decode 256 x 1024", 256, 1, 1024)
     yield _attention_case("decode 1 x 32768", 1, 1, 32768)
+    yield _grouped_case("decode 16 x 16, 512 shared", 16, 16, 512, 256)
     yield _attention_case("prefill 4 x 2048", 4, 2048, 2048)
     yield _attention_case("extend 8 x 256 of 4096", 8, 256, 4096)
     yield _sample_case(64, 49152)
@@ -149,12 +184,12 @@ def main(argv: Sequence[str] = ()) -> int:
         return 1
     rows = []
     write(f"{torch.cuda.get_device_name()}, {DTYPE}, torch {torch.__version__}\n")
-    write(f"{'op':<24}{'us':>10}{'GB/s':>10}{'torch / triton':>16}\n")
+    write(f"{'op':<28}{'us':>10}{'GB/s':>10}{'torch / triton':>16}\n")
     for case in cases():
         kernel_us = time_us(partial(case.run, "triton"), graph=True)
         reference_us = time_us(partial(case.run, "torch"), graph=False)
         rate, ratio = case.moved / kernel_us / 1e3, reference_us / kernel_us
-        write(f"{case.name:<24}{kernel_us:>10.1f}{rate:>10.0f}{ratio:>16.1f}\n")
+        write(f"{case.name:<28}{kernel_us:>10.1f}{rate:>10.0f}{ratio:>16.1f}\n")
         rows.append({"op": case.name, "us": kernel_us, "gb_per_s": rate, "torch_ratio": ratio})
     if len(argv) == 2 and argv[0] == "--json":
         machine = {"machine": torch.cuda.get_device_name(), "torch": torch.__version__}

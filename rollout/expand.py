@@ -52,6 +52,7 @@ def expand(
         prompt_logprob_start=wire.logprob_start_len if wire.return_logprob else -1,
         stream=wire.stream or bool(strings),
         kv_policy=wire.kv_policy,
+        entropy=wire.return_entropy,
     )
     _check(wire, first, state)
     others = (

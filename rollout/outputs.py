@@ -64,6 +64,7 @@ def _join(chunks: list[RequestOutput]) -> RequestOutput:
     if len(chunks) == 1:
         return first
     tops = [chunk.top for chunk in chunks if chunk.top is not None]
+    entropies = [chunk.entropies for chunk in chunks if chunk.entropies is not None]
     return msgspec.structs.replace(
         last,
         start=0,
@@ -71,6 +72,7 @@ def _join(chunks: list[RequestOutput]) -> RequestOutput:
         logprobs=np.concatenate([chunk.logprobs for chunk in chunks]),
         spans=_join_spans([span for chunk in chunks for span in chunk.spans]),
         top=_join_tops(tops),
+        entropies=np.concatenate(entropies) if entropies else None,
         prompt_logprobs=first.prompt_logprobs,
         prompt_top=first.prompt_top,
         cached_tokens=first.cached_tokens,
@@ -98,12 +100,13 @@ def _join_spans(spans: list[VersionSpan]) -> list[VersionSpan]:
 
 def _cut(output: RequestOutput, stop: StopMatch) -> RequestOutput:
     end = stop.num_tokens
-    top = output.top
+    top, entropies = output.top, output.entropies
     return msgspec.structs.replace(
         output,
         token_ids=output.token_ids[:end],
         logprobs=output.logprobs[:end],
         top=None if top is None else TopLogprobs(top.ids[:end], top.logprobs[:end]),
+        entropies=None if entropies is None else entropies[:end],
         spans=[
             VersionSpan(span.version, span.start, min(span.end, end))
             for span in output.spans

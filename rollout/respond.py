@@ -77,6 +77,8 @@ def _meta_info(
         meta |= _output_logprobs(output, texts, wire.top_logprobs_num)
         if wire.logprob_start_len >= 0:
             meta |= _input_logprobs(request, output, texts, wire.top_logprobs_num)
+    if output.entropies is not None:
+        meta["output_token_entropy"] = output.entropies.tolist()
     return meta
 
 

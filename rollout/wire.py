@@ -29,7 +29,6 @@ _NOT_SERVED = frozenset(
         "routed_experts_start_len",
         "return_indexer_topk",
         "return_sampling_mask",
-        "return_entropy",
         "return_bytes",
         "bootstrap_host",
         "bootstrap_port",

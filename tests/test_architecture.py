@@ -17,7 +17,7 @@ CONTRACTS = {"engine.protocol", "engine.config", "engine.errors"}
 ALLOWED: dict[str, set[str]] = {
     "kernels": {"kernels"},
     "engine": {"engine", "kernels"},
-    "engine.protocol": set(),
+    "engine.protocol": {"engine.protocol"},
     "engine.config": set(),
     "engine.errors": set(),
     "engine.layers": {

@@ -1,15 +1,18 @@
 """What an attention back end is: it prepares one step once, then attends layer by layer.
 
-Legend: T tokens of the step, R rows, H query heads, K kv heads, D head dim.
+Legend: T tokens of the step, R rows, H query heads, K kv heads, D head dim, P page columns.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
+
+ANY_LENGTH = 2**31 - 1
+"""The bound of a captured step that serves rows of any KV length."""
 
 
 @dataclass(frozen=True)
@@ -53,4 +56,65 @@ class AttentionBackend(Protocol):
 
     def prepare(self, batch: AttentionBatch) -> AttentionStep:
         """Everything that is equal for all layers of a step."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeLayout:
+    """Where a captured step of one token a row finds its rows, for as long as its graph lives.
+
+    The tensors are static: their addresses stay, their contents are those of the step that is
+    replayed, written before attention runs. slots_R, kv_lens_R: int32 [R]; rows past the
+    batch hold `scratch_slot` and length 1. write_slots_R: int64 [R], as in `AttentionBatch`.
+    query_start_R1: int32, 0 to R. page_table: int32 [slots, P]; host_pages: the same on the
+    host, current whenever a step is refreshed. max_kv_len: no row of this graph is longer.
+    """
+
+    rows: int
+    slots_R: torch.Tensor
+    kv_lens_R: torch.Tensor
+    write_slots_R: torch.Tensor
+    query_start_R1: torch.Tensor
+    page_table: torch.Tensor
+    host_pages: np.ndarray
+    max_kv_len: int
+    page_size: int
+    scratch_slot: int
+
+
+class CapturedDecode(Protocol):
+    """Attention of the CUDA graphs of one layout."""
+
+    @property
+    def step(self) -> AttentionStep:
+        """What the captured forward pass calls; every replay runs the same kernels on whatever
+        the buffers hold by then.
+
+        A back end with more than one way to serve the layout may name another step after a
+        refresh: each is captured once, and the one named is replayed.
+        """
+        ...
+
+    def refresh(self, slots: np.ndarray, kv_lens: np.ndarray) -> None:
+        """Queue what the captured step reads beside its layout: called once before a capture
+        and before each replay, on the stream that replays.
+
+        slots, kv_lens: int32 [R] on the host, padded as the layout's tensors are. They may be
+        kept: nobody writes to them later.
+        """
+        ...
+
+
+@runtime_checkable
+class CapturableBackend(AttentionBackend, Protocol):
+    """A back end whose decode step can be captured."""
+
+    def capture_decode(self, layout: DecodeLayout) -> CapturedDecode:
+        """Buffers and kernels of one graph; called outside of the capture."""
+        ...
+
+    def bound(self, rows: int, longest: int) -> int:
+        """Which KV bound a graph for `rows` rows up to `longest` tokens is captured with, at
+        least `longest`: the fewer there are, the fewer graphs. Capped at the context length
+        by the caller; ANY_LENGTH where the length does not matter."""
         ...

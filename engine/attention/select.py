@@ -1,12 +1,22 @@
-"""Which attention back end serves, and why."""
+"""Which attention back end serves, and why.
+
+The rule of 'auto': torch on a CPU, Triton on a GPU, and 'split' on a Hopper GPU with FlashInfer
+installed whose kernels fit the model. Decode stays with Triton: there what a row gets does not
+depend on its batch, and the prompt of a group is read once for all its samples. Prefill is bound
+by matrix products, for which FlashInfer has kernels written for Hopper; those do not cut a row's
+KV either, unlike the ones it has for other GPUs.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 
 from engine.attention.base import AttentionBackend
+from engine.attention.flashinfer import DTYPES, HEAD_DIMS, FlashInferBackend
+from engine.attention.split import SplitBackend
 from engine.config import AttentionBackendName
 from engine.errors import InvalidRequest
 from engine.kv.pool import KVPool
@@ -28,23 +38,73 @@ def select(
     scale: float,
     device: torch.device,
 ) -> Choice:
-    """Build the back end `name`; 'auto' takes Triton on a GPU and torch on a CPU.
+    """Build the back end `name`; 'auto' as at the top of this file.
 
-    Raises InvalidRequest when the back end cannot run on `device`.
+    Raises InvalidRequest when the back end cannot run this model on `device`, or needs a package
+    that is not there.
     """
-    if name == "auto":
-        found = "triton" if device.type == "cuda" else "torch_native"
-        reason = f"auto: {device.type} device"
-    else:
-        found, reason = name, "asked for"
-    if found == "triton":
-        if device.type != "cuda":
-            raise InvalidRequest(
-                "'triton' needs a GPU; use 'torch_native' or 'auto' on a CPU", field="attention"
-            )
-        from engine.attention.triton import TritonBackend
+    dtype, head_dim = pool.k_LNGKD.dtype, pool.k_LNGKD.shape[-1]
+    refusal = flashinfer_refusal(device.type, dtype, head_dim, installed=flashinfer_installed())
+    found, reason = (name, "asked for") if name != "auto" else _automatic(device, refusal)
+    if found != "torch_native" and device.type != "cuda":
+        raise InvalidRequest(
+            f"{found!r} needs a GPU; use 'torch_native' or 'auto' on a CPU", field="attention"
+        )
+    if found in ("flashinfer", "split") and refusal:
+        raise InvalidRequest(
+            f"{found!r} cannot serve: {refusal}; use 'triton' or 'auto'", field="attention"
+        )
+    return Choice(_build(found, pool, num_heads=num_heads, scale=scale), reason)
 
-        return Choice(TritonBackend(pool, scale=scale), reason)
-    from engine.attention.torch_native import TorchNativeBackend
 
-    return Choice(TorchNativeBackend(pool, num_heads=num_heads, scale=scale), reason)
+def flashinfer_installed() -> bool:
+    """Whether FlashInfer and what it loads its kernels with are there; imports neither."""
+    return find_spec("flashinfer") is not None and find_spec("tvm_ffi") is not None
+
+
+def flashinfer_refusal(
+    device_type: str, dtype: torch.dtype, head_dim: int, *, installed: bool
+) -> str:
+    """Why FlashInfer cannot serve; empty if it can."""
+    if device_type != "cuda":
+        return "FlashInfer needs a GPU"
+    if dtype not in DTYPES:
+        return f"FlashInfer has no kernels for {str(dtype).removeprefix('torch.')}"
+    if head_dim not in HEAD_DIMS:
+        return f"FlashInfer has no kernels for heads of {head_dim}, only of {HEAD_DIMS}"
+    if not installed:
+        return "FlashInfer is not installed (pip install flashinfer-python)"
+    return ""
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether FlashInfer has its FA3 kernels for this GPU."""
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _automatic(device: torch.device, refusal: str) -> tuple[AttentionBackendName, str]:
+    if device.type != "cuda":
+        return "torch_native", f"auto: {device.type} device"
+    if refusal:
+        return "triton", f"auto: {refusal}"
+    if not is_hopper(device):
+        return "triton", "auto: FlashInfer's batch-invariant prefill needs a Hopper GPU"
+    return "split", "auto: FlashInfer's prefill, Triton's grouped and batch-invariant decode"
+
+
+def _build(
+    name: AttentionBackendName, pool: KVPool, *, num_heads: int, scale: float
+) -> AttentionBackend:
+    if name == "torch_native":
+        from engine.attention.torch_native import TorchNativeBackend
+
+        return TorchNativeBackend(pool, num_heads=num_heads, scale=scale)
+    if name == "flashinfer":
+        return FlashInferBackend(pool, num_heads=num_heads, scale=scale)
+    from engine.attention.triton import TritonBackend
+
+    triton = TritonBackend(pool, scale=scale)
+    if name == "triton":
+        return triton
+    flashinfer = FlashInferBackend(pool, num_heads=num_heads, scale=scale, long_queries=0)
+    return SplitBackend(pool, prefill=flashinfer, decode=triton)

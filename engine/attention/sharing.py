@@ -52,7 +52,7 @@ def find_shared_prefixes(
     segments: list[Segment] = []
     if num_rows < 2:
         return SharedPrefixes(segments, own_start)
-    common = _common_pages(page_table_RP, computed_R // page_size)
+    common = common_pages(page_table_RP, computed_R // page_size)
     pending = [(0, num_rows, 0)]
     while pending:
         start, stop, depth = pending.pop()
@@ -69,7 +69,7 @@ def find_shared_prefixes(
     return SharedPrefixes(segments, own_start)
 
 
-def _common_pages(page_table_RP: np.ndarray, full_pages_R: np.ndarray) -> np.ndarray:
+def common_pages(page_table_RP: np.ndarray, full_pages_R: np.ndarray) -> np.ndarray:
     """Leading pages that row r and row r + 1 have in common, both fully computed: [R - 1]."""
     most = int(full_pages_R.max(initial=0))
     limit = np.minimum(full_pages_R[1:], full_pages_R[:-1])

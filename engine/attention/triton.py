@@ -1,20 +1,46 @@
 """Attention by our Triton kernels: paged decode and paged prefill on a GPU.
 
-Legend: T tokens, R rows, H query heads, K kv heads, D head dim.
+Legend: T tokens, R rows, H query heads, K kv heads, D head dim, P page columns.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from engine.attention.base import AttentionBatch
+from engine.attention.base import ANY_LENGTH, AttentionBatch, DecodeLayout
+from engine.attention.groups import GroupRule, GroupTracker, most_tiles, tile_groups
 from engine.kv.pool import KVPool
 from engine.transfer import to_device
-from kernels.attention import paged_attention
+from kernels.attention import SharedTiles, paged_attention, takes_whole_rows
+from kernels.attention.tiles import MAX_SPLITS, MIN_SPLIT, TILE_ROWS
 from kernels.kv_copy import write_kv
+from kernels.rotary import KVTarget
+
+_SHORTEST_BOUND, _LONGEST_BOUND = 1024, 4096
+SAVED_BYTES = 256e6
+PROGRAMS = 64
+
+
+def group_rule(num_kv_heads: int, head_dim: int, itemsize: int) -> GroupRule:
+    """From when shared pages are read once for a tile of rows.
+
+    A tile costs a launch and its own walk over the shared tokens, 10 us and 3.6 us for every
+    128 tokens of a layer, while a row that reads them again finds them in the L2 cache, in the
+    shadow of what it reads from memory. So a batch must save much, and fill the GPU with tiles.
+    """
+    position_bytes = 2 * num_kv_heads * head_dim * itemsize
+    return GroupRule(
+        unit=MIN_SPLIT,
+        min_rows=4,
+        min_tokens=2 * MIN_SPLIT,
+        tile_rows=TILE_ROWS,
+        max_kv_len=MAX_SPLITS * MIN_SPLIT,
+        min_saved=int(SAVED_BYTES / position_bytes),
+        min_tiles=-(-PROGRAMS // num_kv_heads),
+    )
 
 
 class TritonBackend:
@@ -22,9 +48,16 @@ class TritonBackend:
 
     name = "triton"
 
-    def __init__(self, pool: KVPool, *, scale: float) -> None:
+    def __init__(self, pool: KVPool, *, scale: float, share_prefixes: bool = True) -> None:
         self._pool = pool
         self._scale = scale
+        self._tracker: GroupTracker | None = None
+        num_kv_heads, head_dim = pool.k_LNGKD.shape[3:]
+        itemsize = pool.k_LNGKD.dtype.itemsize
+        # Tiles of wider elements or heads hold too few rows to gain anything.
+        if share_prefixes and itemsize == 2 and head_dim <= 128:
+            rule = group_rule(num_kv_heads, head_dim, itemsize)
+            self._tracker = GroupTracker(pool.page_size, rule)
 
     def prepare(self, batch: AttentionBatch) -> TritonStep:
         """Bring the row layout to the device in one copy."""
@@ -33,58 +66,57 @@ class TritonBackend:
         query_start, kv_lens, rows = to_device(packed.astype("int32"), batch.device).split(
             [starts, lens, lens]
         )
-        columns = -(-int(batch.kv_lens_R.max()) // batch.page_size)
         return TritonStep(
             pool=self._pool,
             scale=self._scale,
             write_slots_T=batch.write_slots_T,
-            page_table_RP=batch.page_table[rows.long(), :columns].contiguous(),
+            page_table=batch.page_table,
+            table_rows_R=rows,
             query_start_R1=query_start,
             kv_lens_R=kv_lens,
             max_query_len=int(batch.query_lens_R.max()),
+            max_kv_len=int(batch.kv_lens_R.max()),
         )
 
-    def prepare_decode(
-        self,
-        *,
-        slots_R: torch.Tensor,
-        kv_lens_R: torch.Tensor,
-        page_table: torch.Tensor,
-        write_slots_R: torch.Tensor,
-        query_start_R1: torch.Tensor,
-        max_kv_len: int,
-    ) -> TritonStep:
-        """A step of one token a row whose layout is on the device already, all int32.
-
-        page_table: that of all slots, [slots, P], read in place. query_start_R1: 0 to R.
-        max_kv_len: bound on `kv_lens_R`, whatever these hold when the step runs.
-        """
-        return TritonStep(
+    def capture_decode(self, layout: DecodeLayout) -> TritonDecode:
+        """See `CapturableBackend`: the kernels read the layout's tensors in place."""
+        plain = TritonStep(
             pool=self._pool,
             scale=self._scale,
-            write_slots_T=write_slots_R,
-            page_table_RP=page_table,
-            query_start_R1=query_start_R1,
-            kv_lens_R=kv_lens_R,
+            write_slots_T=layout.write_slots_R,
+            page_table=layout.page_table,
+            table_rows_R=layout.slots_R,
+            query_start_R1=layout.query_start_R1,
+            kv_lens_R=layout.kv_lens_R,
             max_query_len=1,
-            table_rows_R=slots_R,
-            max_kv_len=max_kv_len,
+            max_kv_len=layout.max_kv_len,
         )
+        tracker = self._tracker
+        if tracker is not None and layout.rows < tracker.rule.min_tiles * tracker.rule.min_rows:
+            tracker = None
+        return TritonDecode(plain, layout, tracker)
+
+    def bound(self, rows: int, longest: int) -> int:
+        """See `CapturableBackend`. Only the number of splits of a small batch depends on it."""
+        if takes_whole_rows(rows, self._pool.k_LNGKD.shape[3]) or longest > _LONGEST_BOUND:
+            return ANY_LENGTH
+        return max(_SHORTEST_BOUND, 1 << (longest - 1).bit_length())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TritonStep:
-    """One prepared step."""
+    """One prepared step. table_rows_R: where each row's pages are in `page_table`."""
 
     pool: KVPool
     scale: float
     write_slots_T: torch.Tensor
-    page_table_RP: torch.Tensor
+    page_table: torch.Tensor
+    table_rows_R: torch.Tensor
     query_start_R1: torch.Tensor
     kv_lens_R: torch.Tensor
     max_query_len: int
-    table_rows_R: torch.Tensor | None = None
-    max_kv_len: int | None = None
+    max_kv_len: int
+    shared: SharedTiles | None = None
 
     def attend(
         self, layer_index: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
@@ -92,16 +124,57 @@ class TritonStep:
         """Write this step's KV of the layer, then attend. Returns [T, H, D]."""
         k_NGKD, v_NGKD = self.pool.layer(layer_index)
         write_kv(k_TKD, v_TKD, k_NGKD, v_NGKD, self.write_slots_T, backend="triton")
+        return self.attend_stored(layer_index, q_THD)
+
+    def kv_target(self, layer_index: int) -> KVTarget:
+        """See `StoredStep`."""
+        return KVTarget(*self.pool.layer(layer_index), self.write_slots_T)
+
+    def attend_stored(self, layer_index: int, q_THD: torch.Tensor) -> torch.Tensor:
+        """Attend to KV that is written already. Returns [T, H, D]."""
+        k_NGKD, v_NGKD = self.pool.layer(layer_index)
         return paged_attention(
             q_THD,
             k_NGKD,
             v_NGKD,
-            self.page_table_RP,
+            self.page_table,
             self.query_start_R1,
             self.kv_lens_R,
             scale=self.scale,
             max_query_len=self.max_query_len,
             table_rows_R=self.table_rows_R,
             max_kv_len=self.max_kv_len,
+            shared=self.shared,
             backend="triton",
         )
+
+
+class TritonDecode:
+    """Attention of the graphs of one layout: `step` reads shared pages once where some rows
+    share enough, and launches nothing for it where none do."""
+
+    def __init__(
+        self, plain: TritonStep, layout: DecodeLayout, tracker: GroupTracker | None
+    ) -> None:
+        self.step = plain
+        self._plain = self._grouped = plain
+        self._layout = layout
+        self._tracker = tracker
+        self._version = 0
+        tiles = 0 if tracker is None else most_tiles(layout.rows, tracker.rule)
+        self._sent = layout.slots_R.new_zeros(3 * tiles + layout.rows)
+        if tracker is not None:
+            tile_T3 = self._sent[: 3 * tiles].view(tiles, 3)
+            self._grouped = replace(plain, shared=SharedTiles(tile_T3, self._sent[3 * tiles :]))
+
+    def refresh(self, slots: np.ndarray, kv_lens: np.ndarray) -> None:
+        """See `CapturedDecode`. Sends the groups when they are others than last time."""
+        if self._tracker is None:
+            return
+        self._tracker.update(slots, kv_lens, self._layout.host_pages)
+        groups = self._tracker.groups
+        self.step = self._grouped if groups else self._plain
+        if groups and self._tracker.version != self._version:
+            packed = tile_groups(groups, self._layout.rows, self._tracker.rule)
+            self._sent.copy_(to_device(packed, self._sent.device))
+            self._version = self._tracker.version

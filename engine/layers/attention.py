@@ -1,6 +1,7 @@
 """Self-attention of a decoder layer: projections, head norms, rotary; KV is the batch's.
 
-Legend: T tokens, E hidden size, H query heads, K KV heads, D head dim.
+Legend: T tokens, E hidden size, H query heads, K KV heads, D head dim, C columns of the fused
+query, key and value projection.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from engine.layers.linear import MergedLinear, RowLinear, qkv_outputs
 from engine.layers.norm import RMSNorm
 from engine.layers.rotary import Rotary
 from engine.layers.runtime import LayerRuntime
+from kernels.rotary import HeadNorms, KVTarget
 
 
 class StepContext(Protocol):
@@ -32,6 +34,15 @@ class StepContext(Protocol):
 
         Scores are scaled by D ** -0.5.
         """
+        ...
+
+    def kv_target(self, layer_index: int) -> KVTarget | None:
+        """Where the new keys and values of a layer may be written by someone else, who then
+        calls `attend_stored` in place of `attend`; None if nowhere."""
+        ...
+
+    def attend_stored(self, layer_index: int, q_THD: torch.Tensor) -> torch.Tensor:
+        """`attend`, the new keys and values being in `kv_target` already."""
         ...
 
 
@@ -80,10 +91,27 @@ class Attention(nn.Module):
 
     def forward(self, hidden_TE: torch.Tensor, context: StepContext) -> torch.Tensor:
         """[T, E] -> [T, E], this rank's summand."""
-        parts = self.qkv_proj(hidden_TE).split(self.qkv_proj.sizes, dim=-1)
+        return self.o_proj(self._attend(self.qkv_proj(hidden_TE), context))
+
+    def add_to(self, total_TE: torch.Tensor, norm: RMSNorm, context: StepContext) -> torch.Tensor:
+        """`total + forward(norm(total))` for the few rows of `LayerRuntime.few_rows`: [T, E]."""
+        qkv_TC = self.qkv_proj.after(norm, total_TE)
+        return self.o_proj.add_to(total_TE, self._attend(qkv_TC, context))
+
+    def _attend(self, qkv_TC: torch.Tensor, context: StepContext) -> torch.Tensor:
+        """Fused projection [T, C] -> [T, H * D]."""
+        target = context.kv_target(self.layer_index)
+        if target is not None:
+            q_THD = self.rotary.store(qkv_TC, context.positions_T, target, self._head_norms())
+            return context.attend_stored(self.layer_index, q_THD).flatten(1)
+        parts = qkv_TC.split(self.qkv_proj.sizes, dim=-1)
         q_THD, k_TKD, v_TKD = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         if self.q_norm is not None and self.k_norm is not None:
             q_THD, k_TKD = self.q_norm(q_THD), self.k_norm(k_TKD)
         q_THD, k_TKD = self.rotary(q_THD, k_TKD, context.positions_T)
-        out_THD = context.attend(self.layer_index, q_THD, k_TKD, v_TKD)
-        return self.o_proj(out_THD.flatten(1))
+        return context.attend(self.layer_index, q_THD, k_TKD, v_TKD).flatten(1)
+
+    def _head_norms(self) -> HeadNorms | None:
+        if self.q_norm is None or self.k_norm is None:
+            return None
+        return HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)

@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from engine.layers.norm import RMSNorm
 from engine.layers.parameter import ShardedParameter, sliced, uneven_shard
 from engine.layers.runtime import LayerRuntime
 from engine.parallel.mesh import Mesh
+from kernels.embedding import embed_rms_norm
+from kernels.linear import Options, fused_linear
 
 
 def vocab_sizes(vocab_size: int, mesh: Mesh) -> list[int]:
@@ -34,6 +37,7 @@ class VocabEmbedding(nn.Module):
         self.shard = uneven_shard(vocab_size, runtime.mesh)
         self.is_sharded = runtime.mesh.tp_size > 1
         self.collectives = runtime.collectives
+        self.backend = runtime.backend
         self.weight = _vocab_parameter(vocab_size, hidden_size, runtime)
 
     def forward(self, ids_T: torch.Tensor) -> torch.Tensor:
@@ -44,6 +48,13 @@ class VocabEmbedding(nn.Module):
         is_mine_T = (local_T >= 0) & (local_T < self.shard.length)
         rows_TE = F.embedding(local_T.where(is_mine_T, 0), self.weight)
         return self.collectives.all_reduce(rows_TE.where(is_mine_T[:, None], 0))
+
+    def normed(self, ids_T: torch.Tensor, norm: RMSNorm) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids int [T] -> (norm of their rows, their rows), both [T, E]."""
+        if self.is_sharded:
+            rows_TE = self(ids_T)
+            return norm(rows_TE), rows_TE
+        return embed_rms_norm(ids_T, self.weight, norm.weight, norm.eps, backend=self.backend)
 
 
 class LMHead(nn.Module):
@@ -60,6 +71,8 @@ class LMHead(nn.Module):
         super().__init__()
         self.collectives = runtime.collectives
         self.sizes = vocab_sizes(vocab_size, runtime.mesh)
+        self.backend, self.few_rows = runtime.backend, runtime.few_rows
+        self.options = Options(overlap=runtime.overlap)
         if tied_to is None:
             self.weight = _vocab_parameter(vocab_size, hidden_size, runtime)
         else:
@@ -70,6 +83,9 @@ class LMHead(nn.Module):
 
         widen: False returns the product as it is, the same values in half the bytes.
         """
-        own = F.linear(hidden_SE, self.weight)
+        if len(hidden_SE) <= self.few_rows:
+            own = fused_linear(hidden_SE, self.weight, self.options, backend=self.backend)
+        else:
+            own = F.linear(hidden_SE, self.weight)
         logits_SV = self.collectives.all_gather_last(own, self.sizes)
         return logits_SV.float() if widen else logits_SV

@@ -1,6 +1,6 @@
 """Linear layers: column-sharded ones that merge several matrices, and row-sharded ones.
 
-Legend: O output features, I input features of this rank; `...` any leading dims.
+Legend: O output features, I input features of this rank; R rows; `...` any leading dims.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from engine.layers.norm import RMSNorm
 from engine.layers.parameter import (
     Part,
     Shard,
@@ -22,6 +23,7 @@ from engine.layers.parameter import (
 )
 from engine.layers.runtime import LayerRuntime
 from engine.parallel.mesh import Mesh
+from kernels.linear import Options, fused_linear, new_counters
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,34 @@ def _stack(outputs: Sequence[Output], trailing: tuple[int, ...]) -> dict[str, Pa
     return parts
 
 
+class Fusion:
+    """How one linear layer calls the fused products of few rows."""
+
+    def __init__(self, runtime: LayerRuntime) -> None:
+        self.backend = runtime.backend
+        self.overlap = runtime.overlap
+        self.counters = new_counters(runtime.device) if runtime.few_rows else None
+
+    def options(
+        self,
+        bias_O: torch.Tensor | None,
+        *,
+        norm: RMSNorm | None = None,
+        gated: bool = False,
+        residual_RO: torch.Tensor | None = None,
+    ) -> Options:
+        """What surrounds the product; see `kernels.linear.Options`."""
+        return Options(
+            bias_O=bias_O,
+            norm_weight_I=None if norm is None else norm.weight,
+            eps=0.0 if norm is None else norm.eps,
+            gated=gated,
+            residual_RO=residual_RO,
+            counters=self.counters,
+            overlap=self.overlap,
+        )
+
+
 class MergedLinear(nn.Module):
     """Several matrices over one input, stacked along their outputs, which ranks divide."""
 
@@ -77,6 +107,7 @@ class MergedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.method = runtime.linear
+        self.fusion = Fusion(runtime)
         self.sizes = [output.shard.length for output in outputs]
         rows = sum(self.sizes)
         weight = self.method.empty_weight(rows, in_features, runtime.dtype, runtime.device)
@@ -89,6 +120,11 @@ class MergedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., I] -> [..., O], the merged outputs of this rank side by side."""
         return self.method.apply(x, self.weight, self.bias)
+
+    def after(self, norm: RMSNorm, x_RI: torch.Tensor, *, gated: bool = False) -> torch.Tensor:
+        """Few rows x [R, I] -> forward(norm(x)) [R, O], or silu(gate) * up of its halves."""
+        options = self.fusion.options(self.bias, norm=norm, gated=gated)
+        return fused_linear(x_RI, self.weight, options, backend=self.fusion.backend)
 
 
 class RowLinear(nn.Module):
@@ -103,6 +139,7 @@ class RowLinear(nn.Module):
         super().__init__()
         self.method = runtime.linear
         self.collectives = runtime.collectives
+        self.fusion = Fusion(runtime)
         shard = even_shard(in_features, runtime.mesh, what)
         weight = self.method.empty_weight(out_features, shard.length, runtime.dtype, runtime.device)
         self.weight = ShardedParameter(weight, sliced((out_features, in_features), 1, shard))
@@ -116,3 +153,8 @@ class RowLinear(nn.Module):
         """x [..., I] -> [..., O], the sum over ranks."""
         bias = self.bias if self.adds_bias else None
         return self.collectives.all_reduce(self.method.apply(x, self.weight, bias))
+
+    def add_to(self, total_RO: torch.Tensor, x_RI: torch.Tensor) -> torch.Tensor:
+        """Few rows x [R, I], on a rank that holds all inputs -> total + forward(x) [R, O]."""
+        options = self.fusion.options(self.bias, residual_RO=total_RO)
+        return fused_linear(x_RI, self.weight, options, backend=self.fusion.backend)

@@ -10,6 +10,7 @@ from torch import nn
 
 from engine.layers.activation import SiluMul
 from engine.layers.linear import MergedLinear, RowLinear, gate_up_outputs
+from engine.layers.norm import RMSNorm
 from engine.layers.runtime import LayerRuntime
 
 
@@ -30,3 +31,7 @@ class GatedMLP(nn.Module):
     def forward(self, hidden_TE: torch.Tensor) -> torch.Tensor:
         """[T, E] -> [T, E], this rank's summand."""
         return self.down_proj(self.act(self.gate_up_proj(hidden_TE)))
+
+    def add_to(self, total_TE: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """`total + forward(norm(total))` for the few rows of `LayerRuntime.few_rows`: [T, E]."""
+        return self.down_proj.add_to(total_TE, self.gate_up_proj.after(norm, total_TE, gated=True))

@@ -1,6 +1,7 @@
 """Rotary position embeddings (Su et al. 2021, arXiv:2104.09864) with context extension.
 
-Legend: T tokens, H query heads, K KV heads, D head dim, M positions of the table.
+Legend: T tokens, H query heads, K KV heads, D head dim, M positions of the table, C columns of
+a fused query, key and value projection.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 
 from engine.config import KernelBackend
 from engine.layers.rope_config import RopeConfig
-from kernels.rotary import apply_rotary
+from kernels.rotary import HeadNorms, KVTarget, apply_rotary, rotate_and_store
 
 
 def _base_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
@@ -86,8 +87,10 @@ class Rotary:
         *,
         device: torch.device,
         backend: KernelBackend,
+        overlap: bool = False,
     ) -> None:
         self.backend = backend
+        self.overlap = overlap
         frequencies, scale = inverse_frequencies(rope, head_dim)
         angles = torch.outer(torch.arange(max_position, dtype=torch.float32), frequencies)
         table = torch.cat([angles.cos(), angles.sin()], dim=-1) * scale
@@ -98,3 +101,22 @@ class Rotary:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotate queries [T, H, D] and keys [T, K, D] by their positions, int [T]."""
         return apply_rotary(q_THD, k_TKD, positions_T, self.cos_sin_MD, backend=self.backend)
+
+    def store(
+        self,
+        qkv_TC: torch.Tensor,
+        positions_T: torch.Tensor,
+        target: KVTarget,
+        norms: HeadNorms | None,
+    ) -> torch.Tensor:
+        """Normalise and rotate the heads of a fused projection and write its K and V to their
+        pages, in one kernel; returns the queries [T, H, D]."""
+        return rotate_and_store(
+            qkv_TC,
+            positions_T,
+            self.cos_sin_MD,
+            target,
+            norms=norms,
+            overlap=self.overlap,
+            backend=self.backend,
+        )

@@ -10,6 +10,7 @@ from engine.config import KernelBackend
 from engine.parallel.collectives import Collectives, NoCollectives
 from engine.parallel.mesh import Mesh
 from engine.quant.base import LinearMethod, Unquantized
+from kernels.linear.plan import MAX_ROWS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,7 @@ class LayerRuntime:
     collectives: how it reaches the ranks that hold the others; without, layers return what
         this rank has computed.
     linear: how linear layers store and apply their weights.
+    overlap: launch the kernels of few rows early, as `kernels.pdl` describes.
     """
 
     device: torch.device
@@ -29,3 +31,15 @@ class LayerRuntime:
     mesh: Mesh = field(default_factory=Mesh)
     collectives: Collectives = field(default_factory=NoCollectives)
     linear: LinearMethod = field(default_factory=Unquantized)
+    overlap: bool = False
+
+    @property
+    def few_rows(self) -> int:
+        """Steps of up to this many tokens run through `kernels.linear.fused_linear`, which
+        carries the whole residual stream from layer to layer; 0 for none.
+
+        One rank only: between ranks, a layer's output is a summand of the residual stream.
+        """
+        fuses = self.backend == "triton" and self.dtype.itemsize == 2
+        plain = isinstance(self.linear, Unquantized) and self.mesh.tp_size == 1
+        return MAX_ROWS if fuses and plain else 0

@@ -7,6 +7,8 @@ Legend: T tokens, S rows to sample, E hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -49,17 +51,24 @@ class DecoderLayer(nn.Module):
         self.mlp = GatedMLP(size, config.intermediate_size, bias=config.mlp_bias, runtime=runtime)
 
     def forward(
-        self, hidden_TE: torch.Tensor, residual_TE: torch.Tensor | None, context: StepContext
+        self, hidden_TE: torch.Tensor, residual_TE: torch.Tensor, context: StepContext
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The layer's output as (last summand, residual it is still to be added to)."""
-        if residual_TE is None:
-            residual_TE = hidden_TE
-            hidden_TE = self.input_layernorm(hidden_TE)
-        else:
-            hidden_TE, residual_TE = self.input_layernorm.add(hidden_TE, residual_TE)
-        hidden_TE = self.self_attn(hidden_TE, context)
+        normed_TE, residual_TE = self.input_layernorm.add(hidden_TE, residual_TE)
+        return self.after_norm(normed_TE, residual_TE, context)
+
+    def after_norm(
+        self, normed_TE: torch.Tensor, residual_TE: torch.Tensor, context: StepContext
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer from its first norm on; `forward` for the rest."""
+        hidden_TE = self.self_attn(normed_TE, context)
         hidden_TE, residual_TE = self.post_attention_layernorm.add(hidden_TE, residual_TE)
         return self.mlp(hidden_TE), residual_TE
+
+    def add_to(self, total_TE: torch.Tensor, context: StepContext) -> torch.Tensor:
+        """The residual stream after the layer, for the few rows of `LayerRuntime.few_rows`."""
+        total_TE = self.self_attn.add_to(total_TE, self.input_layernorm, context)
+        return self.mlp.add_to(total_TE, self.post_attention_layernorm)
 
 
 class Decoder(nn.Module):
@@ -73,7 +82,9 @@ class Decoder(nn.Module):
             max_position,
             device=runtime.device,
             backend=runtime.backend,
+            overlap=runtime.overlap,
         )
+        self.few_rows = runtime.few_rows
         self.embed_tokens = VocabEmbedding(config.vocab_size, config.hidden_size, runtime=runtime)
         self.layers = nn.ModuleList(
             DecoderLayer(index, config, rotary, runtime=runtime)
@@ -83,10 +94,16 @@ class Decoder(nn.Module):
 
     def forward(self, ids_T: torch.Tensor, context: StepContext) -> torch.Tensor:
         """Token ids int [T] -> hidden states after the final norm [T, E]."""
-        hidden_TE, residual_TE = self.embed_tokens(ids_T), None
-        for layer in self.layers:
+        first, *rest = (cast(DecoderLayer, layer) for layer in self.layers)
+        if len(ids_T) <= self.few_rows:
+            total_TE = self.embed_tokens(ids_T)
+            for layer in (first, *rest):
+                total_TE = layer.add_to(total_TE, context)
+            return self.norm(total_TE)
+        normed_TE, residual_TE = self.embed_tokens.normed(ids_T, first.input_layernorm)
+        hidden_TE, residual_TE = first.after_norm(normed_TE, residual_TE, context)
+        for layer in rest:
             hidden_TE, residual_TE = layer(hidden_TE, residual_TE, context)
-        assert residual_TE is not None, "a decoder has at least one layer"
         return self.norm.add(hidden_TE, residual_TE)[0]
 
 

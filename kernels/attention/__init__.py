@@ -12,9 +12,10 @@ import torch
 
 from kernels.attention import reference
 from kernels.attention.merge import merge_states
+from kernels.attention.tiles import SharedTiles, takes_whole_rows
 from kernels.backend import KernelBackend, unknown_backend
 
-__all__ = ["merge_states", "paged_attention"]
+__all__ = ["SharedTiles", "merge_states", "paged_attention", "takes_whole_rows"]
 
 
 def paged_attention(
@@ -29,6 +30,7 @@ def paged_attention(
     max_query_len: int,
     table_rows_R: torch.Tensor | None = None,
     max_kv_len: int | None = None,
+    shared: SharedTiles | None = None,
     backend: KernelBackend,
 ) -> torch.Tensor:
     """Attend the last tokens of each row to the whole row; returns out_THD, dtype of q.
@@ -38,12 +40,14 @@ def paged_attention(
     query_start_R1: int32 [R + 1]; row r owns queries [query_start[r], query_start[r + 1]).
     kv_len_R: int32, tokens of the row in the cache, its queries included. Query i of n sees
     positions <= kv_len - n + i. A row without queries (n = 0) is allowed.
-    Query head h reads kv head h // (H // K); scores are multiplied by `scale`.
+    Query head h reads kv head h // (H // K); scores are multiplied by `scale`, above zero.
     max_query_len: host-side upper bound of the rows' query counts; 1 takes the decode kernel.
     table_rows_R: int32; row r's pages are page_table[table_rows[r]] instead, so that a batch
     reads a table of all requests in place.
     max_kv_len: host-side upper bound of `kv_len`; None takes what the table could hold. What
     a row gets does not depend on it.
+    shared: rows of one query that hold the same pages in front; "triton" reads those once for
+    a tile of rows. What a row gets does not depend on it.
     Softmax and sums are float32. With "triton", what a row gets does not depend on the other
     rows of the batch. Raises ValueError on an unknown backend.
     """
@@ -67,5 +71,6 @@ def paged_attention(
             max_query_len,
             table_rows_R,
             max_kv_len,
+            shared,
         )
     raise unknown_backend(backend)

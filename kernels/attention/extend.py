@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention.decode import LOG2_E
+from kernels.attention.blocks import LOG2_E
 
 
 @triton.jit
@@ -23,6 +23,7 @@ def _extend_kernel(
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,
     table_ptr: tl.tensor,
+    table_rows_ptr: tl.tensor,
     query_start_ptr: tl.tensor,
     kv_len_ptr: tl.tensor,
     out_ptr: tl.tensor,
@@ -38,6 +39,7 @@ def _extend_kernel(
     DP: tl.constexpr,
     G: tl.constexpr,
     B: tl.constexpr,
+    INDIRECT: tl.constexpr,
 ) -> None:
     # Late tiles see the most KV: started first, they do not trail at the end.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -47,6 +49,8 @@ def _extend_kernel(
     first = tile * (M // U)
     if num_queries < 2 or first >= num_queries:
         return
+    table_row = tl.load(table_rows_ptr + row).to(tl.int64) if INDIRECT else row
+    pages_ptr = table_ptr + table_row * table_stride
     seen_before = tl.load(kv_len_ptr + row) - num_queries
     tile_row_M, dim_D = tl.arange(0, M), tl.arange(0, DP)
     query_M = first + tile_row_M // U
@@ -65,9 +69,7 @@ def _extend_kernel(
     for block in range(0, end, B):
         position_B = block + tl.arange(0, B)
         seen_B = position_B < end
-        page_B = tl.load(table_ptr + row * table_stride + position_B // G, mask=seen_B, other=0).to(
-            tl.int64
-        )
+        page_B = tl.load(pages_ptr + position_B // G, mask=seen_B, other=0).to(tl.int64)
         base_B = page_B * kv_stride_n + (position_B % G) * kv_stride_g + kv_head * kv_stride_k
         kv_offset_BD = base_B[:, None] + dim_D[None, :]
         inside_BD = seen_B[:, None] & (dim_D[None, :] < D)
@@ -98,8 +100,12 @@ def extend_attention(
     scale: float,
     max_query_len: int,
     out_THD: torch.Tensor,
+    table_rows_R: torch.Tensor | None = None,
 ) -> None:
-    """Fill `out_THD` for the rows that have two or more queries; others are left alone."""
+    """Fill `out_THD` for the rows that have two or more queries; others are left alone.
+
+    table_rows_R: see `kernels.attention.paged_attention`.
+    """
     num_heads, head_dim = q_THD.shape[1:]
     page_size, num_kv_heads = k_pages_NGKD.shape[1:3]
     group, padded_dim = num_heads // num_kv_heads, max(triton.next_power_of_2(head_dim), 16)
@@ -111,6 +117,7 @@ def extend_attention(
         k_pages_NGKD,
         v_pages_NGKD,
         page_table_RP,
+        kv_len_R if table_rows_R is None else table_rows_R,
         query_start_R1,
         kv_len_R,
         out_THD,
@@ -124,6 +131,7 @@ def extend_attention(
         DP=padded_dim,
         G=page_size,
         B=32 if wide else 64,
+        INDIRECT=table_rows_R is not None,
         num_warps=4,
         num_stages=2,
     )

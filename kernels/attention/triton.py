@@ -10,6 +10,7 @@ import torch
 
 from kernels.attention.decode import decode_attention
 from kernels.attention.extend import extend_attention
+from kernels.attention.tiles import SharedTiles
 
 
 def paged_attention(
@@ -23,6 +24,7 @@ def paged_attention(
     max_query_len: int,
     table_rows_R: torch.Tensor | None = None,
     max_kv_len: int | None = None,
+    shared: SharedTiles | None = None,
 ) -> torch.Tensor:
     """See `kernels.attention.paged_attention`."""
     assert k_pages_NGKD.stride() == v_pages_NGKD.stride() and k_pages_NGKD.stride(3) == 1
@@ -32,10 +34,8 @@ def paged_attention(
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     if kv_len_R.shape[0] == 0 or q_THD.shape[0] == 0:
         return out_THD
-    if table_rows_R is not None and max_query_len > 1:
-        page_table_RP, table_rows_R = page_table_RP[table_rows_R.long()], None
     batch = (q_THD, k_pages_NGKD, v_pages_NGKD, page_table_RP, query_start_R1, kv_len_R, scale)
-    decode_attention(*batch, out_THD, table_rows_R, max_kv_len)
+    decode_attention(*batch, out_THD, table_rows_R, max_kv_len, shared)
     if max_query_len > 1:
-        extend_attention(*batch, max_query_len, out_THD)
+        extend_attention(*batch, max_query_len, out_THD, table_rows_R)
     return out_THD

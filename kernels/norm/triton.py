@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.pdl import await_previous, release_next
+
 
 @triton.jit
 def _rms_norm_kernel(
@@ -23,7 +25,11 @@ def _rms_norm_kernel(
     BLOCK: tl.constexpr,
     INNER: tl.constexpr,
     ADD: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
+    if PDL:
+        release_next()
+        await_previous()
     row = tl.program_id(0).to(tl.int64)
     outer, inner = row // INNER, row % INNER
     x_row_ptr = x_ptr + outer * x_stride + inner * x_inner_stride
@@ -42,11 +48,13 @@ def _rms_norm_kernel(
     tl.store(out_ptr + row * D + offset_D, (normed_D * weight_D).to(x_D.dtype), mask=inside_D)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """See `kernels.norm.rms_norm`."""
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, *, overlap: bool = False
+) -> torch.Tensor:
+    """See `kernels.norm.rms_norm`. overlap: launch as `kernels.pdl` describes."""
     rows = _rows(x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch(rows, rows, weight, out, out, eps, add=False)
+    _launch(rows, rows, weight, out, out, eps, add=False, overlap=overlap)
     return out
 
 
@@ -56,7 +64,7 @@ def add_rms_norm(
     """See `kernels.norm.add_rms_norm`."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = torch.empty_like(out)
-    _launch(_rows(x), _rows(residual), weight, out, total, eps, add=True)
+    _launch(_rows(x), _rows(residual), weight, out, total, eps, add=True, overlap=False)
     return out, total
 
 
@@ -76,6 +84,7 @@ def _launch(
     eps: float,
     *,
     add: bool,
+    overlap: bool,
 ) -> None:
     outer, inner, width = rows.shape
     if outer * inner == 0:
@@ -94,5 +103,7 @@ def _launch(
         BLOCK=block,
         INNER=inner,
         ADD=add,
+        PDL=overlap,
         num_warps=min(max(block // 512, 1), 16),
+        **({"launch_pdl": True} if overlap else {}),
     )

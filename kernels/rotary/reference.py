@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from kernels.kv_copy import reference as kv_copy
+from kernels.norm import reference as norm
+from kernels.rotary.types import HeadNorms, KVTarget
+
 
 def apply_rotary(
     q_THD: torch.Tensor, k_TKD: torch.Tensor, positions_T: torch.Tensor, cos_sin_MD: torch.Tensor
@@ -21,3 +25,23 @@ def _rotate(x_THD: torch.Tensor, cos_T1E: torch.Tensor, sin_T1E: torch.Tensor) -
     torch.sub(low_THE * cos_T1E, high_THE * sin_T1E, out=out_low_THE)
     torch.add(high_THE * cos_T1E, low_THE * sin_T1E, out=out_high_THE)
     return out_THD
+
+
+def rotate_and_store(
+    qkv_TC: torch.Tensor,
+    positions_T: torch.Tensor,
+    cos_sin_MD: torch.Tensor,
+    target: KVTarget,
+    norms: HeadNorms | None,
+) -> torch.Tensor:
+    """See `kernels.rotary.rotate_and_store`."""
+    kv_heads, head_dim = target.k_pages_NGKD.shape[2:]
+    heads_TCD = qkv_TC.unflatten(-1, (-1, head_dim))
+    num_heads = heads_TCD.shape[1] - 2 * kv_heads
+    q_THD, k_TKD, v_TKD = heads_TCD.split([num_heads, kv_heads, kv_heads], dim=1)
+    if norms is not None:
+        q_THD = norm.rms_norm(q_THD, norms.q_weight_D, norms.eps)
+        k_TKD = norm.rms_norm(k_TKD, norms.k_weight_D, norms.eps)
+    q_THD, k_TKD = apply_rotary(q_THD, k_TKD, positions_T, cos_sin_MD)
+    kv_copy.write_kv(k_TKD, v_TKD, target.k_pages_NGKD, target.v_pages_NGKD, target.slots_T)
+    return q_THD

@@ -29,6 +29,7 @@ def sample(
     top_k_S: torch.Tensor | None = None,
     top_p_S: torch.Tensor | None = None,
     min_p_S: torch.Tensor | None = None,
+    entropy_S: torch.Tensor | None = None,
     backend: KernelBackend,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw one token a row; returns (token_S int64, logprob_S float32).
@@ -40,8 +41,11 @@ def sample(
     with its logprob at temperature 1.
     seed_S, position_S: int64, any value; equal pairs draw from the same uniform.
     top_k_S (int, off when <= 0), top_p_S (float, off when >= 1), min_p_S (float, off when
-    <= 0) restrict what may be drawn; see `kernels.sampling.filters`. Pass None where no row
-    uses a filter: with a tensor, the rows that do are looked up on the host.
+    <= 0) restrict what may be drawn; see `kernels.sampling.filters`. Pass None where no row uses a
+    filter: a tensor costs another kernel (and, by the torch back end, a look at its
+    values on the host).
+    entropy_S: float32 [S], contiguous, filled in place if given: entropy in nats of
+    softmax(logits / temperature) over the whole vocabulary, at temperature 1 in greedy rows.
 
     The logprob is log_softmax(logits / temperature)[token] in float32 over the whole
     vocabulary, whatever the filters. A token of probability 0, banned or filtered is never
@@ -49,9 +53,9 @@ def sample(
     """
     filters = (top_k_S, top_p_S, min_p_S)
     if backend == "torch":
-        return reference.sample(logits_SV, temperature_S, seed_S, position_S, filters)
+        return reference.sample(logits_SV, temperature_S, seed_S, position_S, filters, entropy_S)
     if backend == "triton":
         from kernels.sampling import triton
 
-        return triton.sample(logits_SV, temperature_S, seed_S, position_S, filters)
+        return triton.sample(logits_SV, temperature_S, seed_S, position_S, filters, entropy_S)
     raise unknown_backend(backend)

@@ -23,6 +23,7 @@ def sample(
     seed_S: torch.Tensor,
     position_S: torch.Tensor,
     filters: Filters,
+    entropy_S: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `kernels.sampling.sample`."""
     greedy_S, divisor_S = split_temperature(temperature_S)
@@ -35,9 +36,12 @@ def sample(
         token_S[rows_F] = draw_filtered(logits_SV, divisor_S, uniform_S, filters, rows_F)
     if logits_SV.is_cuda or bool(greedy_S.any()):
         token_S = torch.where(greedy_S, logits_SV.argmax(-1), token_S)
-    chosen_S = logits_SV.gather(1, token_S.unsqueeze(1)).squeeze(1).float() / divisor_S
-    log_total_S = chunk_sum_SN.double().sum(-1).log()
-    return token_S, (chosen_S.double() - max_S.double() - log_total_S).float()
+    chosen_S = logits_SV.gather(1, token_S.unsqueeze(1)).squeeze(1).double()
+    total_S = chunk_sum_SN.double().sum(-1)
+    if entropy_S is not None:
+        entropy_S.copy_(entropy(weights_SW, total_S))
+    # The difference first: at low temperature a quotient has no digits left for it.
+    return token_S, ((chosen_S - max_S.double()) / divisor_S.double() - total_S.log()).float()
 
 
 def split_temperature(temperature_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,7 +53,7 @@ def split_temperature(temperature_S: torch.Tensor) -> tuple[torch.Tensor, torch.
 def exp_weights(
     logits_SV: torch.Tensor, divisor_S: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """exp(logits / divisor - max) as float32 [S, W], 0 in the padding, and that max [S]."""
+    """exp((logits - max) / divisor) as float32 [S, W], 0 in the padding, and that max [S]."""
     num_rows, vocab = logits_SV.shape
     width = -(-vocab // CHUNK) * CHUNK
     weights_SW = torch.empty(num_rows, width, dtype=torch.float32, device=logits_SV.device)
@@ -59,7 +63,17 @@ def exp_weights(
     # One pass less where it would change nothing; on a GPU the look would cost more.
     if logits_SV.is_cuda or bool((divisor_S != 1).any()):
         weights_SW.div_(divisor_S.unsqueeze(1))
-    return weights_SW.exp_(), max_S / divisor_S
+    return weights_SW.exp_(), max_S
+
+
+def entropy(weights_SW: torch.Tensor, total_S: torch.Tensor) -> torch.Tensor:
+    """Nats, float64 [S], of the distribution that weights over their total make.
+
+    log(total) - sum(w log w) / total: a token of weight 0 adds nothing.
+    """
+    inner_SN = torch.special.entr(weights_SW).unflatten(1, (-1, CHUNK)).sum(-1)
+    # Rounding may leave a sure token a little less than nothing.
+    return (total_S.log() + inner_SN.double().sum(-1) / total_S).clamp(min=0)
 
 
 def inverse_cdf(

@@ -18,12 +18,14 @@ def make_output(
     sequence: Sequence,
     token_ids: IntArray,
     logprobs: FloatArray,
+    entropies: FloatArray,
     finish: FinishReason | None,
 ) -> RequestOutput:
     """The outputs not yet returned, given all of them so far.
 
-    token_ids: int32 [n], logprobs: float32 [n], from the first output token on. Spans are
-    those of the tokens returned here, in positions of the whole output.
+    token_ids: int32 [n], logprobs: float32 [n], from the first output token on; entropies:
+    float32 [n], not looked at unless the request wants them. Spans are those of the tokens
+    returned here, in positions of the whole output.
     """
     size = len(token_ids)
     start = min(sequence.num_emitted, size)
@@ -34,6 +36,7 @@ def make_output(
         start=start,
         token_ids=token_ids[start:].copy(),
         logprobs=logprobs[start:].copy(),
+        entropies=entropies[start:].copy() if sequence.request.entropy else None,
         finish=finish,
         prompt_tokens=sequence.prompt_len,
         cached_tokens=sequence.cached_tokens,
@@ -51,7 +54,7 @@ def make_output(
 def final_output(sequence: Sequence, finish: FinishReason) -> RequestOutput:
     """The last output of a sequence that holds no slot (any more)."""
     outputs = sequence.tokens[sequence.prompt_len :]
-    return make_output(sequence, outputs, sequence.logprobs, finish)
+    return make_output(sequence, outputs, sequence.logprobs, sequence.entropies, finish)
 
 
 def _prompt_logprobs(sequence: Sequence) -> FloatArray | None:

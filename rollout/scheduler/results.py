@@ -37,17 +37,20 @@ class ResultWriter:
         self._collect_prompt(flight, result.prompt)
         slots, ids, logprobs = flight.slots, result.token_ids, result.logprobs
         assert len(ids) == len(slots), f"{len(ids)} tokens came for {len(slots)} rows"
-        top, table = result.top, self._running.table
+        top, entropies, table = result.top, result.entropies, self._running.table
         alive = table.uid[slots] == flight.uids
         if not alive.all():
             slots, ids, logprobs = slots[alive], ids[alive], logprobs[alive]
             top = top and TopLogprobs(top.ids[alive], top.logprobs[alive])
+            entropies = None if entropies is None else entropies[alive]
         position = table.num_tokens[slots]
         self._stamp(slots, position, flight.version)
         if top is not None:
             self._collect_top(slots, top)
         table.tokens[slots, position] = ids
         table.logprobs[slots, position] = logprobs
+        if entropies is not None:
+            table.entropies[slots, position] = entropies
         return self._ends(slots, ids, position)
 
     def scored(self, flight: InFlight) -> list[int]:

@@ -143,6 +143,8 @@ class RunningSet:
         size = int(table.num_tokens[slot])
         sequence.tokens = table.tokens[slot, :size].copy()
         sequence.logprobs = table.logprobs[slot, sequence.prompt_len : size].copy()
+        if sequence.request.entropy:
+            sequence.entropies = table.entropies[slot, sequence.prompt_len : size].copy()
         computed = min(int(table.num_computed[slot]), size)
         sequence.close_kv(computed, self.version)
         return computed

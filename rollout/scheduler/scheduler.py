@@ -298,12 +298,17 @@ class Scheduler:
             table.num_tokens[slot] = min(size, int(table.num_tokens[slot]))
         sequence.tokens = sequence.tokens[:size]
         sequence.logprobs = sequence.logprobs[: size - sequence.prompt_len]
+        sequence.entropies = sequence.entropies[: size - sequence.prompt_len]
 
     def _stream(self, sequence: Sequence) -> RequestOutput:
         table, slot = self._running.table, sequence.slot
         outputs = slice(sequence.prompt_len, int(table.num_tokens[slot]))
         return make_output(
-            sequence, table.tokens[slot, outputs], table.logprobs[slot, outputs], None
+            sequence,
+            table.tokens[slot, outputs],
+            table.logprobs[slot, outputs],
+            table.entropies[slot, outputs],
+            None,
         )
 
     def _reason(self, sequence: Sequence, matched: int) -> FinishReason:

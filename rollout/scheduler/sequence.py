@@ -31,7 +31,7 @@ class Sequence:
     arrival: rank among all requests ever added. group_order: arrival of its group's first.
     max_new_tokens: as requested, at most what the context leaves.
     tokens: int32, prompt and outputs as of the last time it entered the queue.
-    logprobs: float32, those of the outputs in `tokens`.
+    logprobs: float32, those of the outputs in `tokens`. entropies: the same, if wanted.
     span_start, span_version: the span of output tokens still open; -1 before the first.
     num_emitted: output tokens already returned by a stream.
     kv_spans, kv_end: which version computed the KV of tokens before `kv_end`; that of later
@@ -44,6 +44,7 @@ class Sequence:
     max_new_tokens: int
     tokens: IntArray
     logprobs: FloatArray = field(default_factory=lambda: NO_LOGPROBS)
+    entropies: FloatArray = field(default_factory=lambda: NO_LOGPROBS)
     slot: int = -1
     node: Node | None = None
     pure: bool = True
@@ -155,6 +156,7 @@ class Sequence:
             min_new_tokens=sampling.min_new_tokens,
             banned_ids=list(self.request.stop_ids) if sampling.min_new_tokens > 0 else [],
             top_logprobs=self.request.top_logprobs,
+            entropy=self.request.entropy,
         )
 
 

@@ -1,7 +1,7 @@
 """What every step reads and writes of each running sequence: one numpy column per fact.
 
 A steady decode step touches only these arrays, never a Python object per sequence.
-The two large tables come from `np.zeros`, whose pages the system commits when written.
+The large tables come from `np.zeros`, whose pages the system commits when written.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ class SlotTable:
         step is done. target: tokens known at admission, that prefill must compute.
     max_tokens: `num_tokens` at which the sequence ends.
     tokens: int32 [S, C]. logprobs: float32 [S, C], by position; those of outputs only.
+    entropies: float32 [S, C], as `logprobs`; written only for requests that want them.
     page_table: int32 [S, ceil(C / page_size)]; the first `num_pages` are valid.
     stop_ids: int32 [S, K], padded with -1.
     """
@@ -48,6 +49,7 @@ class SlotTable:
         self.stop_ids = np.full((num_slots, 1), -1, np.int32)
         self.tokens = np.zeros((num_slots, context_length), np.int32)
         self.logprobs = np.zeros((num_slots, context_length), np.float32)
+        self.entropies = np.zeros((num_slots, context_length), np.float32)
         self.page_table = np.zeros((num_slots, num_columns), np.int32)
         self._next_uid = 1
 
@@ -72,6 +74,8 @@ class SlotTable:
         self.top_logprobs[slot] = request.top_logprobs
         self.tokens[slot, :size] = sequence.tokens
         self.logprobs[slot, prompt_len:size] = sequence.logprobs
+        if request.entropy:
+            self.entropies[slot, prompt_len:size] = sequence.entropies
         self._set_stop_ids(slot, request.stop_ids)
 
     def pages(self, slot: int) -> IntArray:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engine.graphs import kv_bound, row_buckets
+from engine.attention import triton
+from engine.attention.triton import TritonDecode
+from engine.graphs import row_buckets
 from tests.helpers.engines import drain, exact_logprobs, make_replica, request
 from tests.helpers.tiny_models import tiny_hf, write_tiny
 from trainer_bridge import push
@@ -18,13 +20,6 @@ def test_buckets_cover_every_batch(max_rows: int) -> None:
     buckets = row_buckets(max_rows)
     assert buckets == sorted(set(buckets)) and buckets[-1] == max_rows
     assert buckets[0] == 1
-
-
-def test_the_bound_holds_the_longest_row() -> None:
-    for longest in (1, 1023, 1024, 1025, 2048, 2049, 5000):
-        bound = kv_bound(longest, 5000)
-        assert longest <= bound <= 5000
-    assert kv_bound(7, 32768) == kv_bound(1024, 32768)
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +93,29 @@ def test_graphs_serve_new_weights(tiny) -> None:
         output = drain(replica)["after"]
     want = exact_logprobs(new.cpu(), PROMPT, output.token_ids)
     np.testing.assert_allclose(output.logprobs, want, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_a_prompt_group_is_bit_equal_to_the_same_rows_without_tiles(tiny, monkeypatch) -> None:
+    """Sixteen samples of each of five prompts: their shared pages read once, or row by row."""
+    prompts = [[(7 * i + 13 * n) % 90 + 5 for i in range(300)] for n in range(5)]
+    requests = [
+        request(f"{n}-{i}", prompts[n], seed=100 * n + i, group=f"{n}", max_new_tokens=20 + i)
+        for n in range(5)
+        for i in range(16)
+    ]
+    options = {"dtype": "bfloat16", "num_pages": 3000, "max_running": 96, "max_step_tokens": 2048}
+    seen = []
+    refresh = TritonDecode.refresh
+
+    def watch(self, slots, kv_lens) -> None:
+        refresh(self, slots, kv_lens)
+        seen.append(self.step.shared is not None)
+
+    monkeypatch.setattr(triton, "SAVED_BYTES", 1)
+    monkeypatch.setattr(triton, "PROGRAMS", 1)
+    monkeypatch.setattr(TritonDecode, "refresh", watch)
+    grouped = outputs_of(tiny[0], requests, **options)
+    assert any(seen), "no step had a group"
+    monkeypatch.setattr(TritonDecode, "refresh", lambda self, slots, kv_lens: None)
+    assert_equal(grouped, outputs_of(tiny[0], requests, **options))

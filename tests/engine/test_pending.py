@@ -21,9 +21,21 @@ def test_packed_tokens_and_logprobs_come_back_whole() -> None:
     np.testing.assert_array_equal(result.logprobs, np.float32([-0.25, -1e30]))
 
 
+def test_entropies_ride_along_where_somebody_asked() -> None:
+    tokens, logprobs = torch.tensor([5, 6, 7]), torch.tensor([-0.25, -1.0, -2.0])
+    packed = pack_sampled(tokens, logprobs, torch.tensor([0.5, 11.9, 0.0]))
+    result = PendingStep(1, Fetch(packed), num_rows=2).result()
+    assert result.entropies is not None and result.entropies.dtype == np.float32
+    np.testing.assert_array_equal(result.entropies, np.float32([0.5, 11.9]))
+    np.testing.assert_array_equal(result.logprobs, np.float32([-0.25, -1.0]))
+    without = PendingStep(1, Fetch(pack_sampled(tokens, logprobs)), num_rows=2).result()
+    assert without.entropies is None
+
+
 def test_a_step_that_samples_nothing_has_an_empty_result() -> None:
     result = PendingStep(1).result()
     assert len(result.token_ids) == len(result.logprobs) == 0
+    assert result.entropies is None
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ import torch
 
 from engine.batch import RequestTable
 from engine.protocol import NewRow, RowSampling
-from engine.sampling import Sampler, edit_logits
+from engine.sampling import DrawOptions, Sampler, edit_logits
 
 PLAIN = RowSampling(
     temperature=1.0,
@@ -95,29 +95,30 @@ def test_a_row_draws_the_same_alone_and_in_company() -> None:
     rows = [row(s, changed(seed=s + 5, top_k=s or -1, temperature=0.5 + s)) for s in range(3)]
     sampler, table = make(rows)
     logits = torch.randn(3, 100)
-    together, logprobs, _ = draw(sampler, table, [0, 1, 2], [3, 3, 3], logits)
+    together = draw(sampler, table, [0, 1, 2], [3, 3, 3], logits)
     for slot in range(3):
-        alone, logprob, _ = draw(sampler, table, [slot], [3], logits[slot : slot + 1])
-        assert alone[0] == together[slot]
-        assert logprob[0] == pytest.approx(logprobs[slot].item(), abs=1e-6)
+        alone = draw(sampler, table, [slot], [3], logits[slot : slot + 1])
+        assert alone.token_S[0] == together.token_S[slot]
+        assert alone.logprob_S[0] == pytest.approx(together.logprob_S[slot].item(), abs=1e-6)
 
 
 def test_a_slot_forgets_its_former_tenant() -> None:
-    sampler, table = make([row(0, changed(logit_bias={9: 100.0}, top_logprobs=3))])
+    sampler, table = make([row(0, changed(logit_bias={9: 100.0}, top_logprobs=3, entropy=True))])
     logits = torch.zeros(1, 16)
-    token, _, top = draw(sampler, table, [0], [3], logits)
-    assert token[0] == 9 and top is not None and top[0].shape == (1, 3)
+    drawn = draw(sampler, table, [0], [3], logits)
+    assert drawn.token_S[0] == 9 and drawn.entropy_S is not None
+    assert drawn.top is not None and drawn.top[0].shape == (1, 3)
     sampler.enter([row(0, changed(temperature=0.0))])
-    token, _, top = draw(sampler, table, [0], [3], logits)
-    assert token[0] == 0 and top is None
+    drawn = draw(sampler, table, [0], [3], logits)
+    assert drawn.token_S[0] == 0 and drawn.top is None and drawn.entropy_S is None
 
 
 def test_seeds_of_any_size_are_taken() -> None:
     sampler, table = make([row(0, changed(seed=2**64 - 1)), row(1, changed(seed=-1))])
     logits = torch.randn(1, 50)
-    first, _, _ = draw(sampler, table, [0], [3], logits)
-    second, _, _ = draw(sampler, table, [1], [3], logits)
-    assert first[0] == second[0]
+    first = draw(sampler, table, [0], [3], logits)
+    second = draw(sampler, table, [1], [3], logits)
+    assert first.token_S[0] == second.token_S[0]
 
 
 def test_the_table_keeps_sampled_tokens_within_the_context() -> None:
@@ -128,12 +129,13 @@ def test_the_table_keeps_sampled_tokens_within_the_context() -> None:
 
 
 def test_rows_that_need_more_than_temperature_are_not_plain() -> None:
-    sampler = Sampler(num_slots=6, device=torch.device("cpu"), backend="torch")
+    sampler = Sampler(num_slots=7, device=torch.device("cpu"), backend="torch")
     special = [
         changed(top_k=3),
         changed(min_p=0.1),
         changed(presence_penalty=0.5),
         changed(top_logprobs=2),
+        changed(entropy=True),
     ]
     ids = np.array([1, 2], dtype=np.int32)
     rows = [
@@ -141,8 +143,30 @@ def test_rows_that_need_more_than_temperature_are_not_plain() -> None:
         for slot, sampling in enumerate([PLAIN, *special])
     ]
     sampler.enter(rows)
-    assert sampler.is_plain(np.array([0, 5]))
-    for slot in range(1, 5):
+    assert sampler.is_plain(np.array([0, 6]))
+    for slot in range(1, 6):
         assert not sampler.is_plain(np.array([0, slot]))
     sampler.enter([NewRow(slot=3, token_ids=ids, prompt_len=2, sampling=PLAIN)])
     assert sampler.is_plain(np.array([0, 3]))
+
+
+def test_filters_and_entropy_can_be_captured_and_edits_cannot() -> None:
+    rows = [PLAIN, changed(top_p=0.5), changed(entropy=True), changed(presence_penalty=0.5)]
+    sampler, _ = make([row(slot, sampling) for slot, sampling in enumerate(rows)])
+    assert sampler.is_capturable(np.array([0, 1, 2]))
+    assert not sampler.is_capturable(np.array([0, 3]))
+    assert sampler.options(np.array([0])) == DrawOptions()
+    assert sampler.options(np.array([0, 1])) == DrawOptions(filtered=True)
+    assert sampler.options(np.array([1, 2])) == DrawOptions(filtered=True, entropy=True)
+
+
+def test_more_options_than_the_rows_need_change_nothing() -> None:
+    """A graph for filtered rows may serve rows without a filter."""
+    sampler, _ = make([row(slot, changed(seed=slot)) for slot in range(3)])
+    logits, slots, positions = torch.randn(3, 400), torch.arange(3), torch.full((3,), 5)
+    want = sampler.draw_plain(logits, slots, positions)
+    entropy = torch.empty(3)
+    options = DrawOptions(filtered=True, entropy=True)
+    got = sampler.draw_plain(logits, slots, positions, options, entropy)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    torch.testing.assert_close(entropy, torch.special.entr(logits.softmax(-1)).sum(-1))

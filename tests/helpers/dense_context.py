@@ -13,6 +13,13 @@ class DenseContext:
     def __init__(self, num_tokens: int, device: torch.device | str = "cpu") -> None:
         self.positions_T = torch.arange(num_tokens, device=device)
 
+    def kv_target(self, layer_index: int) -> None:
+        """There are no pages to write to."""
+
+    def attend_stored(self, layer_index: int, q_THD: torch.Tensor) -> torch.Tensor:
+        """Not reached: `kv_target` names no place."""
+        raise AssertionError
+
     def attend(
         self, layer_index: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
     ) -> torch.Tensor:

@@ -95,6 +95,7 @@ class FakeExecutor:
         self._rows: dict[int, list[int]] = {}
         self._prompts: dict[int, tuple[int, int]] = {}
         self._top: dict[int, int] = {}
+        self._entropy: dict[int, bool] = {}
         self._shift = 0
         self._open: BeginUpdate | None = None
         self._staged = 0
@@ -105,6 +106,7 @@ class FakeExecutor:
             self._rows[row.slot] = row.token_ids.tolist()
             self._prompts[row.slot] = (row.prompt_logprob_start, row.prompt_len)
             self._top[row.slot] = row.sampling.top_logprobs
+            self._entropy[row.slot] = row.sampling.entropy
         self._misbehave(plan)
         tokens = []
         for slot in plan.slots[plan.samples].tolist():
@@ -117,6 +119,7 @@ class FakeExecutor:
             logprobs=_logprobs(token_ids),
             top=self._top_of(plan, token_ids),
             prompt=self._prompt_logprobs(plan),
+            entropies=self._entropies(plan, token_ids),
         )
 
     def launch(self, plan: StepPlan) -> FakePending:
@@ -170,6 +173,10 @@ class FakeExecutor:
         slots = plan.slots[plan.samples].tolist()
         k = max((self._top[slot] for slot in slots), default=0)
         return _top(token_ids, k)
+
+    def _entropies(self, plan: StepPlan, token_ids: np.ndarray) -> np.ndarray | None:
+        wanted = any(self._entropy[slot] for slot in plan.slots[plan.samples].tolist())
+        return (token_ids / 50).astype(np.float32) if wanted else None
 
     def _prompt_logprobs(self, plan: StepPlan) -> list[PromptLogprobs]:
         found = []

@@ -47,6 +47,11 @@ def logprob(prefix: int, token: int) -> float:
     return float(np.float32(-(mix(prefix, token, 3) % 4096) / 1024))
 
 
+def entropy(prefix: int) -> float:
+    """The entropy of this model's distribution after a prefix."""
+    return float(np.float32(mix(prefix, 7) % 4096 / 1024))
+
+
 def sample(prefix: int, position: int, sampling: RowSampling, vocab: int, num_output: int) -> int:
     """The token this model draws at `position` after a prefix."""
     token = mix(prefix, position, sampling.seed) % vocab
@@ -194,7 +199,7 @@ class MockExecutor:
         return TopLogprobs(ids, values)
 
     def _sample(self, plan: StepPlan, prompt: list[PromptLogprobs]) -> StepResult:
-        tokens, logprobs, prefixes, count = [], [], [], 0
+        tokens, logprobs, prefixes, count, with_entropy = [], [], [], 0, False
         for index in np.flatnonzero(plan.samples).tolist():
             row, kv_len = self._rows[int(plan.slots[index])], int(plan.kv_lens[index])
             assert kv_len == len(row.tokens), "samples after a token that is not the last"
@@ -205,6 +210,7 @@ class MockExecutor:
             logprobs.append(logprob(prefix, token))
             prefixes.append(prefix)
             count = max(count, row.new.sampling.top_logprobs)
+            with_entropy |= row.new.sampling.entropy
             row.tokens.append(token)
             row.hashes.append(mix(prefix, token))
         return StepResult(
@@ -213,4 +219,9 @@ class MockExecutor:
             logprobs=np.array(logprobs, np.float32),
             top=self._top(prefixes, count) if count else None,
             prompt=prompt,
+            entropies=_entropies(prefixes) if with_entropy else None,
         )
+
+
+def _entropies(prefixes: list[int]) -> np.ndarray:
+    return np.array([entropy(prefix) for prefix in prefixes], np.float32)

@@ -12,7 +12,13 @@ from engine.protocol import Request, RequestOutput, SamplingParams, StepPlan, St
 from rollout.cache.manager import CacheManager
 from rollout.scheduler.scheduler import Scheduler
 from rollout.scheduler.sequence import Sequence
-from tests.helpers.mock_executor import MockExecutor, generate_alone, logprob, prefix_hashes
+from tests.helpers.mock_executor import (
+    MockExecutor,
+    entropy,
+    generate_alone,
+    logprob,
+    prefix_hashes,
+)
 
 VOCAB = 97
 
@@ -148,7 +154,14 @@ def joined(outputs: list[RequestOutput]) -> RequestOutput:
         prompt_logprobs=outputs[0].prompt_logprobs,
         prompt_top=outputs[0].prompt_top,
         top=outputs[-1].top if len(outputs) == 1 else None,
+        entropies=_joined_entropies(outputs),
     )
+
+
+def _joined_entropies(outputs: list[RequestOutput]) -> np.ndarray | None:
+    parts = [output.entropies for output in outputs if output.entropies is not None]
+    assert len(parts) in (0, len(outputs)), "some pieces have entropies, others have not"
+    return np.concatenate(parts) if parts else None
 
 
 def expected(request: Request) -> tuple[list[int], list[float]]:
@@ -169,11 +182,28 @@ def expected_prompt_logprobs(request: Request) -> list[float]:
     return [logprob(hashes[p - 1], tokens[p]) for p in range(start, len(tokens))]
 
 
+def expected_entropies(request: Request, token_ids: list[int]) -> list[float]:
+    """Entropies of the distributions that `token_ids` were drawn from."""
+    hashes = prefix_hashes([*request.prompt_ids.tolist(), *token_ids])
+    start = len(request.prompt_ids) - 1
+    return [entropy(before) for before in hashes[start : start + len(token_ids)]]
+
+
+def check_entropies(request: Request, output: RequestOutput) -> None:
+    """Those of the tokens returned if the request wants them, else none."""
+    assert (output.entropies is not None) == request.entropy
+    if output.entropies is not None:
+        assert output.entropies.dtype == np.float32
+        tokens = output.token_ids.tolist()
+        assert output.entropies.tolist() == expected_entropies(request, tokens), request.rid
+
+
 def check_output(request: Request, output: RequestOutput) -> None:
     """`output` is that of a request which ran to its own end."""
     tokens, logprobs = expected(request)
     assert output.token_ids.tolist() == tokens, request.rid
     assert output.logprobs.tolist() == logprobs, request.rid
+    check_entropies(request, output)
     assert output.finish is not None and output.finish.type in ("stop", "length")
     check_spans(output)
     if request.prompt_logprob_start >= 0:

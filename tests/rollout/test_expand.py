@@ -88,6 +88,12 @@ def test_every_sample_has_the_kv_policy_asked_for(state: ReplicaState) -> None:
     assert [r.kv_policy for r in expand(wire, None, state, 0)] == ["fresh", "fresh"]
 
 
+def test_entropy_is_asked_for_apart_from_logprobs(state: ReplicaState) -> None:
+    requests = expand(wire({"n": 2}, return_entropy=True), TOKENIZER, state, 1)
+    assert [request.entropy for request in requests] == [True, True]
+    assert not expand(wire(return_logprob=True), TOKENIZER, state, 1)[0].entropy
+
+
 def test_salt_and_extra_key_keep_callers_apart(state: ReplicaState) -> None:
     def salt(cache_salt: str, extra_key: str) -> str:
         request = wire(cache_salt=cache_salt, extra_key=extra_key)

@@ -80,6 +80,23 @@ def test_prompt_logprobs_from_a_later_position(tmp_path: Path) -> None:
     assert all(entry[0] is not None for entry in entries)
 
 
+def test_entropies_of_a_whole_reply_and_of_one_cut_at_a_stop_string(tmp_path: Path) -> None:
+    ids = expected_tokens(ids_of("abc"), 6)
+    stop = TOKENIZER.decode(ids)[2:4]
+    line = {"text": "abc", "sampling_params": GREEDY, "return_entropy": True}
+    lines = [
+        line,
+        {**line, "sampling_params": {**GREEDY, "stop": [stop]}},
+        {**line, "return_entropy": False},
+    ]
+    (whole, cut, without), _ = answer(tmp_path, lines)
+    want = pytest.approx([token / 50 for token in ids])
+    assert whole["meta_info"]["output_token_entropy"] == want
+    want = pytest.approx([token / 50 for token in ids[:4]])
+    assert cut["meta_info"]["output_token_entropy"] == want
+    assert "output_token_entropy" not in without["meta_info"]
+
+
 def test_samples_come_as_a_list(tmp_path: Path) -> None:
     line = {"text": "abc", "sampling_params": {**GREEDY, "n": 3}, "rid": "g"}
     (replies,), report = answer(tmp_path, [line])

@@ -7,11 +7,13 @@ from rollout.wire import parse_request
 def test_a_full_object_is_read() -> None:
     wire = parse_request(
         b'{"input_ids": [1, 2], "rid": "x", "return_logprob": true, "logprob_start_len": 0,'
+        b' "return_entropy": true,'
         b' "sampling_params": {"n": 2, "stop": ["a"], "logit_bias": {"5": -1.5}}}'
     )
     assert wire.input_ids == [1, 2]
     assert wire.sampling_params.logit_bias == {5: -1.5}
     assert wire.sampling_params.max_new_tokens == 128
+    assert wire.return_entropy
 
 
 @pytest.mark.parametrize(

@@ -44,8 +44,8 @@ def chi_square(tokens: torch.Tensor, probs: torch.Tensor) -> float:
     return (score - degrees) / (2 * degrees) ** 0.5  # about standard normal
 
 
-def rows_of_interpreter(backend: str) -> int:
-    return 1500 if backend == "triton" and triton_device() == "cpu" else 20000
+def num_draws(backend: str, *, interpreted: int) -> int:
+    return interpreted if backend == "triton" and triton_device() == "cpu" else 20000
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -53,7 +53,7 @@ def rows_of_interpreter(backend: str) -> int:
 def test_draws_follow_the_distribution(backend: str, temperature: float) -> None:
     logits = torch.randn(50, generator=torch.Generator().manual_seed(1)) * 2
     logits[[3, 20]] = float("-inf")
-    tokens, _ = draw(backend, logits.expand(rows_of_interpreter(backend), -1), temperature)
+    tokens, _ = draw(backend, logits.expand(num_draws(backend, interpreted=1500), -1), temperature)
     assert abs(chi_square(tokens, (logits / temperature).softmax(-1))) < 4.5
 
 
@@ -78,7 +78,7 @@ def test_filtered_draws_follow_the_renormalised_distribution(
         ranked[ranked < filters["min_p_S"] * ranked[0]] = 0
     want = torch.zeros_like(probs)
     want[order] = ranked / ranked.sum()
-    batch = logits.expand(rows_of_interpreter(backend), -1)
+    batch = logits.expand(num_draws(backend, interpreted=40), -1)
     tokens, logprobs = draw(backend, batch, 1.0, **filters)
     assert abs(chi_square(tokens, want)) < 4.5
     full = probs.log().float()
@@ -184,6 +184,22 @@ def test_triton_draws_what_the_reference_draws(dtype: torch.dtype) -> None:
         # A uniform within rounding of a boundary may fall to the neighbour.
         assert (~same).sum() <= rows // 100
         assert_close("logprob", logprobs.cpu()[same], want[1][same], torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [0.0, 1e-5, 0.05, 1.0, 3.0, 1e6])
+def test_logprob_against_float64(temperature: float, dtype: torch.dtype) -> None:
+    """A whole vocabulary, rows from flat to certain, half of it banned in every other row."""
+    rows, vocab = (2, 3001) if triton_device() == "cpu" else (24, 151_936)
+    logits = torch.randn(rows, vocab) * torch.logspace(-2, 1.5, rows)[:, None]
+    logits[::2, torch.randperm(vocab)[: vocab // 2]] = float("-inf")
+    logits = logits.to(dtype)
+    tokens, logprobs = draw("triton", logits, temperature)
+    scaled = logits.double() / (temperature or 1.0)
+    want = scaled.log_softmax(-1).gather(1, tokens.cpu()[:, None]).squeeze(1)
+    assert want.isfinite().all()
+    assert_close("logprob", logprobs.cpu(), want.float(), torch.float32)
 
 
 def test_token_and_top_logprobs() -> None:

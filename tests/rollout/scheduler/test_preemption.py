@@ -15,7 +15,10 @@ def test_retracted_requests_come_out_the_same(prefix_cache: bool, overlap: bool)
         num_pages=14, page_size=4, prefix_cache=prefix_cache, overlap=overlap, max_running=6
     )
     bench.scheduler._reserve._ratio = 0.0
-    requests = [make_request(str(i), range(10 * i, 10 * i + 5), max_new=24) for i in range(6)]
+    requests = [
+        make_request(str(i), range(10 * i, 10 * i + 5), max_new=24, entropy=i % 2 == 0)
+        for i in range(6)
+    ]
     bench.add(*requests)
     outputs = bench.run()
     for request in requests:

@@ -8,7 +8,14 @@ import pytest
 from engine.errors import InvalidRequest, QueueFull, SlipstreamError
 from engine.protocol import ErrorInfo, StepResult
 from tests.helpers.mock_executor import top_of
-from tests.helpers.scheduling import Bench, check_output, expected, joined, make_request
+from tests.helpers.scheduling import (
+    Bench,
+    check_entropies,
+    check_output,
+    expected,
+    joined,
+    make_request,
+)
 
 
 def test_one_request_alone():
@@ -173,6 +180,32 @@ def test_top_logprobs_only_for_who_asked():
     ids, values = top_of(prompt.hashes[5], 3, 97)
     assert outputs["a"].top.ids[0].tolist() == ids
     assert outputs["a"].top.logprobs[0].tolist() == values
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_entropies_only_for_who_asked(overlap: bool):
+    bench = Bench(overlap=overlap)
+    requests = [
+        make_request("a", range(6), max_new=9, entropy=True),
+        make_request("b", range(7), max_new=4),
+        make_request("c", range(8), max_new=7, entropy=True, stream=True),
+    ]
+    bench.add(*requests)
+    outputs = bench.run()
+    for request in requests:
+        check_output(request, outputs[request.rid])
+    assert len(bench.outputs["c"]) == 7
+
+
+def test_entropies_are_cut_with_the_tokens():
+    bench = Bench()
+    request = make_request("a", range(6), max_new=20, entropy=True)
+    bench.add(request)
+    for _ in range(9):
+        bench.step()
+    output = bench.scheduler.stop("a", 3, "x")
+    assert len(output.token_ids) == 3
+    check_entropies(request, output)
 
 
 def test_abort_returns_partial_tokens_and_frees():

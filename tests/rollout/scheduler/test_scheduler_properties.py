@@ -23,6 +23,7 @@ from engine.errors import InvalidRequest, SlipstreamError
 from engine.protocol import Request, RequestOutput
 from tests.helpers.scheduling import (
     Bench,
+    check_entropies,
     check_spans,
     expected,
     expected_prompt_logprobs,
@@ -46,6 +47,7 @@ FIELDS = st.fixed_dictionaries(
         "prompt_logprob_start": st.integers(0, 0),
         "top_logprobs": st.integers(1, 2),
         "stream": st.booleans(),
+        "entropy": st.booleans(),
         "salt": st.sampled_from(["", "s"]),
         "kv_policy": st.sampled_from(["keep", "recompute", "fresh"]),
     },
@@ -147,6 +149,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert output.token_ids.tolist() == tokens[:size]
         assert output.logprobs.tolist() == logprobs[:size]
         assert len(output.logprobs) == size
+        check_entropies(request, output)
         check_spans(output)
         self.bench.check_kv_spans(request, output)
         if output.top is not None:

@@ -1,0 +1,107 @@
+"""Prefill by one back end and decode by another.
+
+Legend: T tokens of the step, R rows, H query heads, K kv heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from engine.attention.base import (
+    AttentionBackend,
+    AttentionBatch,
+    AttentionStep,
+    CapturableBackend,
+    CapturedDecode,
+    DecodeLayout,
+)
+from engine.kv.pool import KVPool
+from engine.numerics import kernel_backend
+from engine.transfer import to_device
+from kernels.backend import KernelBackend
+from kernels.kv_copy import write_kv
+
+
+class SplitBackend:
+    """Rows of one query go to `decode`, all others to `prefill`.
+
+    A row's own query count decides, so which kernels serve it does not depend on its batch.
+    """
+
+    def __init__(
+        self, pool: KVPool, *, prefill: AttentionBackend, decode: CapturableBackend
+    ) -> None:
+        self.name = f"{prefill.name}+{decode.name}"
+        self._pool = pool
+        self._prefill = prefill
+        self._decode = decode
+
+    def prepare(self, batch: AttentionBatch) -> AttentionStep:
+        """Plan a step; only one with rows of both kinds is taken apart."""
+        single_R = batch.query_lens_R == 1
+        if single_R.all():
+            return self._decode.prepare(batch)
+        if not single_R.any():
+            return self._prefill.prepare(batch)
+        return SplitStep(
+            pool=self._pool,
+            write_slots_T=batch.write_slots_T,
+            parts=[
+                _part(batch, np.flatnonzero(single_R), self._decode),
+                _part(batch, np.flatnonzero(~single_R), self._prefill),
+            ],
+            kernels=kernel_backend(batch.device),
+        )
+
+    def capture_decode(self, layout: DecodeLayout) -> CapturedDecode:
+        """Captured steps are decode steps."""
+        return self._decode.capture_decode(layout)
+
+    def bound(self, rows: int, longest: int) -> int:
+        """That of the decode back end."""
+        return self._decode.bound(rows, longest)
+
+
+@dataclass(frozen=True)
+class SplitStep:
+    """A prepared step of two parts: (tokens, int64 on the device; step of their rows)."""
+
+    pool: KVPool
+    write_slots_T: torch.Tensor
+    parts: list[tuple[torch.Tensor, AttentionStep]]
+    kernels: KernelBackend
+
+    def attend(
+        self, layer_index: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
+    ) -> torch.Tensor:
+        """Write this step's KV of the layer, then attend. Returns [T, H, D]."""
+        # Of all tokens first: a row may read a page that one of the other part fills. The
+        # parts then write their own again, the same values.
+        k_NGKD, v_NGKD = self.pool.layer(layer_index)
+        write_kv(k_TKD, v_TKD, k_NGKD, v_NGKD, self.write_slots_T, backend=self.kernels)
+        out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
+        for tokens, step in self.parts:
+            out_THD[tokens] = step.attend(layer_index, q_THD[tokens], k_TKD[tokens], v_TKD[tokens])
+        return out_THD
+
+
+def _part(
+    batch: AttentionBatch, rows: np.ndarray, backend: AttentionBackend
+) -> tuple[torch.Tensor, AttentionStep]:
+    """The tokens of some rows, and the step of these rows alone."""
+    lens = batch.query_lens_R[rows]
+    starts = np.zeros(len(rows) + 1, dtype=np.int64)
+    np.cumsum(lens, out=starts[1:])
+    first = np.repeat(batch.query_start_R1[rows] - starts[:-1], lens)
+    tokens = to_device(first + np.arange(starts[-1]), batch.device)
+    part = replace(
+        batch,
+        query_start_R1=starts,
+        kv_lens_R=batch.kv_lens_R[rows],
+        slots_R=batch.slots_R[rows],
+        write_slots_T=batch.write_slots_T[tokens],
+    )
+    return tokens, backend.prepare(part)

@@ -1,0 +1,172 @@
+"""Commands beside requests and updates, the unions of all commands, and their replies."""
+
+from __future__ import annotations
+
+import msgspec
+from msgspec import Struct
+
+from engine.protocol.requests import Abort, FlushCache, Pause, Request, Resume, Stop
+from engine.protocol.types import CheckAction, MemoryTag, PauseMode
+from engine.protocol.updates import (
+    AbortUpdate,
+    BeginUpdate,
+    CommitUpdate,
+    JoinGroup,
+    LeaveGroup,
+    LoadFromDisk,
+    ReceiveBroadcast,
+    ReceiveIpc,
+    UpdateReport,
+    WeightCommand,
+)
+
+
+class SetVersion(Struct, frozen=True, kw_only=True, tag="set_version"):
+    """Call the weights that serve `version`, which may not go backwards; cached prefixes are
+    dropped, since the caller says that the weights are others."""
+
+    version: int
+
+
+class CheckWeights(Struct, frozen=True, kw_only=True, tag="check_weights"):
+    """Compare weights across time or machines. checksum: of every parameter as it is stored;
+    snapshot: keep a copy on the host; reset_tensors: overwrite the weights with noise, so that
+    an update that misses one shows; compare: name the tensors that differ from the snapshot."""
+
+    action: CheckAction = "checksum"
+
+
+class GetWeight(Struct, frozen=True, kw_only=True, tag="get_weight"):
+    """The first `count` elements of a tensor by Hugging Face name, of this engine's shard."""
+
+    name: str
+    count: int = 100
+
+
+class ReleaseMemory(Struct, frozen=True, kw_only=True, tag="release_memory"):
+    """Give GPU memory back: weights, KV pool, CUDA graphs; empty tags mean all. Refused while
+    requests hold KV pages. `kv_cache` drops every cached prefix. Idempotent."""
+
+    tags: list[MemoryTag] = msgspec.field(default_factory=list)
+
+
+class ResumeMemory(Struct, frozen=True, kw_only=True, tag="resume_memory"):
+    """Take memory back, at the addresses it had; empty tags mean all. Weights come back with
+    their values where a CPU backup is kept, else a whole update must follow. Idempotent."""
+
+    tags: list[MemoryTag] = msgspec.field(default_factory=list)
+
+
+class GetState(Struct, frozen=True, kw_only=True, tag="get_state"):
+    """Ask for `ReplicaState`."""
+
+
+class Shutdown(Struct, frozen=True, kw_only=True, tag="shutdown"):
+    """Finish and leave."""
+
+
+EngineCommand = WeightCommand | CheckWeights | GetWeight | ReleaseMemory | ResumeMemory
+"""What a rank does beside stepping."""
+
+Control = (
+    Abort
+    | Stop
+    | Pause
+    | Resume
+    | FlushCache
+    | BeginUpdate
+    | JoinGroup
+    | LeaveGroup
+    | ReceiveBroadcast
+    | ReceiveIpc
+    | LoadFromDisk
+    | CommitUpdate
+    | AbortUpdate
+    | SetVersion
+    | CheckWeights
+    | GetWeight
+    | ReleaseMemory
+    | ResumeMemory
+    | GetState
+    | Shutdown
+)
+
+Command = Request | Control
+
+
+class ErrorInfo(Struct, frozen=True, kw_only=True):
+    """One error, structured: class name in `engine.errors`, field it names, message."""
+
+    kind: str
+    message: str
+    field: str = ""
+
+
+class ReplicaState(Struct, frozen=True, kw_only=True, tag="state"):
+    """What a replica is and does right now. Times in seconds, memory in pages."""
+
+    version: int
+    paused: bool
+    num_running: int
+    num_waiting: int
+    free_pages: int
+    cached_pages: int
+    total_pages: int
+    page_size: int
+    context_length: int
+    vocab_size: int
+    eos_ids: list[int]
+    model: str
+    dtype: str
+    device: str
+    attention: str
+    max_running: int
+    num_retractions: int = 0
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_output_tokens: int = 0
+    num_steps: int = 0
+    tp_size: int = 1
+    pause_mode: PauseMode | None = None
+    released: list[MemoryTag] = msgspec.field(default_factory=list)
+    open_update: int | None = None
+    """Version of the update between its begin and its commit."""
+    refusal: str = ""
+    """Why no step may run, if so: weights are released, or an in-place update failed."""
+    groups: list[str] = msgspec.field(default_factory=list)
+
+
+class MemoryReport(Struct, frozen=True, kw_only=True):
+    """What a release or resume moved on one rank: bytes given back or taken (by tag), bytes of
+    the device still in use by this process, seconds."""
+
+    tags: dict[str, int]
+    used_bytes: int
+    seconds: float
+
+
+class WeightsReport(Struct, frozen=True, kw_only=True):
+    """Answer of one rank to `CheckWeights` or `GetWeight`.
+
+    checksums: by parameter name. differing: names that `compare` found. values: elements.
+    """
+
+    rank: int = 0
+    checksums: dict[str, int] = msgspec.field(default_factory=dict)
+    differing: list[str] = msgspec.field(default_factory=list)
+    values: list[float] = msgspec.field(default_factory=list)
+
+
+class Reply(Struct, frozen=True, kw_only=True, tag="reply"):
+    """Answer to one control command; the lists have one entry a rank.
+
+    in_place: the update that was begun writes into the live weights, so no step may run until
+    it is committed.
+    """
+
+    error: ErrorInfo | None = None
+    state: ReplicaState | None = None
+    report: UpdateReport | None = None
+    memory: list[MemoryReport] = msgspec.field(default_factory=list)
+    weights: list[WeightsReport] = msgspec.field(default_factory=list)
+    in_place: bool = False

@@ -1,0 +1,130 @@
+"""A request on its way to a replica, what may be done to it, and what comes back."""
+
+from __future__ import annotations
+
+import msgspec
+from msgspec import Struct
+
+from engine.protocol.types import FinishType, FloatArray, IntArray, KvPolicy, PauseMode
+from engine.protocol.wire import SamplingParams
+
+
+class Request(Struct, frozen=True, kw_only=True, tag="request"):
+    """One sequence to sample: ids in, one seed, `sampling.n` already expanded.
+
+    rid: unique id of this sequence.
+    prompt_ids: int32 [prompt_len], not empty.
+    seed: counter-based random numbers are drawn from (seed, position).
+    group: equal for the samples of one prompt; they are kept adjacent in the batch.
+    stop_ids: tokens that end the sequence, the model's EOS ids included unless ignore_eos.
+    prompt_logprob_start: first prompt position whose logprob is wanted; -1 for none.
+    stream: outputs are wanted after every step, not only at the end.
+    kv_policy: what a weight update does to it while it runs. keep: it goes on with the KV the
+        old weights computed, which its output records; recompute: its KV is computed again
+        by the new weights, its tokens stay; fresh: it starts again from its prompt, so that
+        one version samples all of it (a stream, which cannot take tokens back, ends).
+    entropy: the entropy behind every output token is wanted.
+    """
+
+    rid: str
+    prompt_ids: IntArray
+    sampling: SamplingParams
+    seed: int
+    group: str = ""
+    stop_ids: list[int] = msgspec.field(default_factory=list)
+    priority: int = 0
+    salt: str = ""
+    top_logprobs: int = 0
+    prompt_logprob_start: int = -1
+    stream: bool = False
+    kv_policy: KvPolicy = "keep"
+    entropy: bool = False
+
+
+class Abort(Struct, frozen=True, kw_only=True, tag="abort"):
+    """End the request `rid`, those whose id starts with `rid_prefix`, or `all`; what they
+    produced comes back as their final `RequestOutput`. An id nobody has is no error."""
+
+    rid: str = ""
+    rid_prefix: str = ""
+    all: bool = False
+    message: str = "aborted by the client"
+
+
+class Stop(Struct, frozen=True, kw_only=True, tag="stop"):
+    """End one request at `num_tokens` output tokens: a stop string was seen in its text."""
+
+    rid: str
+    num_tokens: int
+    matched: str
+
+
+class Pause(Struct, frozen=True, kw_only=True, tag="pause"):
+    """Stop stepping. abort: end everything; retract: running requests wait again, their KV
+    freed; keep: nothing moves. New requests wait. Idempotent."""
+
+    mode: PauseMode = "keep"
+
+
+class Resume(Struct, frozen=True, kw_only=True, tag="resume"):
+    """Undo `Pause`. Idempotent."""
+
+
+class FlushCache(Struct, frozen=True, kw_only=True, tag="flush_cache"):
+    """Drop every cached prefix. Refused while requests hold pages."""
+
+
+class FinishReason(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Why a sequence ended: a stop token or string, its length, or an abort."""
+
+    type: FinishType
+    matched: int | str | None = None
+    length: int | None = None
+    message: str | None = None
+    error: str | None = None
+    """Class name of the error for an abort the engine decided on."""
+
+
+class VersionSpan(Struct, frozen=True):
+    """Output tokens [start, end) were sampled by weights `version`."""
+
+    version: int
+    start: int
+    end: int
+
+
+class TopLogprobs(Struct, frozen=True):
+    """The k likeliest tokens of n positions: int32 [n, k] and float32 [n, k]."""
+
+    ids: IntArray
+    logprobs: FloatArray
+
+
+class RequestOutput(Struct, frozen=True, kw_only=True, tag="output"):
+    """What a sequence produced: since the last output if it streams, else all of it.
+
+    start: index of the first token of `token_ids` in the whole output.
+    logprobs: float32 [len(token_ids)].
+    entropies: float32 [len(token_ids)], nats, of softmax(logits / temperature) over the whole
+        vocabulary (temperature 1 where greedy); None unless asked for.
+    prompt_logprobs: float32 [prompt_len - start position], in the first output only.
+    finish: None while the sequence runs.
+    kv_spans: which version computed the KV of tokens [start, end), prompt included, in the
+        final output; more than one span says that stale KV was attended to.
+    """
+
+    rid: str
+    start: int
+    token_ids: IntArray
+    logprobs: FloatArray
+    finish: FinishReason | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    num_retractions: int = 0
+    num_restarts: int = 0
+    spans: list[VersionSpan] = msgspec.field(default_factory=list)
+    kv_spans: list[VersionSpan] = msgspec.field(default_factory=list)
+    top: TopLogprobs | None = None
+    prompt_logprobs: FloatArray | None = None
+    prompt_top: TopLogprobs | None = None
+    entropies: FloatArray | None = None

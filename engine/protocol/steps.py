@@ -1,0 +1,113 @@
+"""Leader to ranks: one step as changes to device tables, and its result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+
+from engine.protocol.requests import TopLogprobs
+from engine.protocol.types import FloatArray, IntArray
+
+
+class EngineFacts(Struct, frozen=True, kw_only=True):
+    """What the ranks resolved at start-up; constant for the life of the replica."""
+
+    model: str
+    num_pages: int
+    page_size: int
+    context_length: int
+    vocab_size: int
+    eos_ids: list[int]
+    dtype: str
+    device: str
+    attention: str
+    num_parameters: int = 0
+    load_seconds: float = 0.0
+    tp_size: int = 1
+
+
+class RowSampling(Struct, frozen=True, kw_only=True):
+    """Sampling state a rank keeps for one slot. `banned_ids` cannot be drawn while fewer
+    than `min_new_tokens` were."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    frequency_penalty: float
+    presence_penalty: float
+    repetition_penalty: float
+    logit_bias: dict[int, float]
+    seed: int
+    min_new_tokens: int
+    banned_ids: list[int]
+    top_logprobs: int
+    entropy: bool = False
+
+
+class NewRow(Struct, frozen=True, kw_only=True):
+    """A sequence enters `slot`. token_ids: int32, every token known so far (prompt, and
+    outputs already sampled if it was retracted before); `prompt_len` of them are prompt.
+    prompt_logprob_start: as in `Request`; -1 once they were returned."""
+
+    slot: int
+    token_ids: IntArray
+    prompt_len: int
+    sampling: RowSampling
+    prompt_logprob_start: int = -1
+
+
+class StepPlan(Struct, frozen=True, kw_only=True, tag="step"):
+    """One step, as changes to the ranks' tables. Applied in this order: `new_rows`, page
+    table writes, page copies, then the forward pass over `slots`.
+
+    page_slots, page_columns, page_ids: int32 [U]; page_table[slot, column] = page id.
+    copy_src, copy_dst: int32 [C]; copy-on-write of partly filled pages.
+    slots: int32 [R], rows of the batch in order; samples of a group are adjacent.
+    query_lens: int32 [R], tokens of each row computed in this step.
+    kv_lens: int32 [R], tokens of each row in the KV cache once the step is done; so a row
+        computes its tokens [kv_len - query_len, kv_len).
+    samples: bool [R], rows whose last token's logits give a new token.
+    """
+
+    step: int
+    new_rows: list[NewRow]
+    page_slots: IntArray
+    page_columns: IntArray
+    page_ids: IntArray
+    copy_src: IntArray
+    copy_dst: IntArray
+    slots: IntArray
+    query_lens: IntArray
+    kv_lens: IntArray
+    samples: np.ndarray[Any, np.dtype[np.bool_]]
+
+
+class PromptLogprobs(Struct, frozen=True):
+    """Logprobs of a row's prompt tokens [start, start + n) computed in one step.
+
+    logprobs: float32 [n]; top: the k likeliest at each of these positions, if asked."""
+
+    row: int
+    start: int
+    logprobs: FloatArray
+    top: TopLogprobs | None = None
+
+
+class StepResult(Struct, frozen=True, kw_only=True, tag="step_result"):
+    """What one step sampled, for the S rows of the plan with `samples` set, in row order.
+
+    token_ids: int32 [S]; logprobs: float32 [S].
+    top: int32 and float32 [S, k] with k the largest `top_logprobs` among the S rows.
+    entropies: float32 [S], of rows that did not ask too; None if none of the S rows asked.
+    """
+
+    step: int
+    token_ids: IntArray
+    logprobs: FloatArray
+    top: TopLogprobs | None = None
+    prompt: list[PromptLogprobs] = msgspec.field(default_factory=list)
+    entropies: FloatArray | None = None

@@ -1,0 +1,185 @@
+"""Commands of a weight update, from begin to commit, and what they carry."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+from msgspec import Struct
+
+from engine.protocol.types import BroadcastLayout, Rendezvous, StagingMode
+
+
+class TensorSpec(Struct, frozen=True, omit_defaults=True):
+    """One tensor of an update: Hugging Face name, torch dtype name ('bfloat16'), shape.
+
+    checksum: `engine.weights.checksum` of the full tensor, verified before the commit.
+    """
+
+    name: str
+    dtype: str
+    shape: list[int]
+    checksum: int | None = None
+
+
+class TensorPiece(Struct, frozen=True, omit_defaults=True):
+    """A tensor on the wire, or elements [start, stop) of it laid out flat, where each trainer
+    rank sends what it holds. stop -1 stands for the whole tensor."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    start: int = 0
+    stop: int = -1
+
+
+class BeginUpdate(Struct, frozen=True, kw_only=True, tag="begin_update"):
+    """Open the update to `version`; `manifest` lists every tensor that will come.
+
+    An empty manifest announces nothing: the update must then cover the whole model.
+    partial: tensors of the model that the manifest leaves out keep their values.
+    mode: shadow holds what arrives until the commit, so that a failed update changes nothing;
+        in_place writes it into the live weights at once, and a failed update leaves an engine
+        that refuses to generate until a whole version was published; auto takes a shadow if
+        there is memory for it.
+    timeout_s: an update not committed within this time is aborted.
+    """
+
+    version: int
+    manifest: list[TensorSpec] = msgspec.field(default_factory=list)
+    partial: bool = False
+    mode: StagingMode = "auto"
+    timeout_s: float = 600.0
+
+
+class JoinGroup(Struct, frozen=True, kw_only=True, tag="join_group"):
+    """Join a process group of the trainer: engine rank r becomes rank `rank_offset` + r.
+
+    The trainer's rank 0 listens at `address`:`port`. torch: a `torch.distributed` group behind
+    `PrefixStore(name)`, as SGLang's dialect has it. vllm: a TCPStore and a raw NCCL
+    communicator, or `unique_id` (128 bytes) in place of the store. Blocks until the world is
+    complete, `timeout_s` at most. Joining again by the same arguments is no error.
+    """
+
+    name: str
+    address: str
+    port: int
+    rank_offset: int
+    world_size: int
+    backend: Literal["nccl", "gloo"] = "nccl"
+    rendezvous: Rendezvous = "torch"
+    unique_id: bytes = b""
+    timeout_s: float = 300.0
+
+
+class LeaveGroup(Struct, frozen=True, kw_only=True, tag="leave_group"):
+    """Leave and forget the group `name`; no error when there is none."""
+
+    name: str
+
+
+class ReceiveBroadcast(Struct, frozen=True, kw_only=True, tag="receive_broadcast"):
+    """Feed the open update by broadcasts of rank `source` of `group`, in list order.
+
+    tensors: one broadcast a tensor, in its own dtype. flat: one uint8 broadcast of all, one
+    behind the other. buckets: pieces packed as uint8 up to `bucket_bytes`, each aligned to 16
+    bytes, one broadcast a bucket; a larger piece has a bucket of its own. chunks: vLLM's packed
+    stream, where the tensor that exceeds `bucket_bytes` still belongs to the chunk.
+    """
+
+    group: str
+    tensors: list[TensorPiece]
+    layout: BroadcastLayout = "buckets"
+    bucket_bytes: int = 256 << 20
+    source: int = 0
+    timeout_s: float = 300.0
+
+
+class IpcBuffer(Struct, frozen=True, omit_defaults=True):
+    """Memory of another process. cuda: what torch's `UntypedStorage._share_cuda_` returns, the
+    device by its UUID; shm: `name` of a POSIX shared memory block. size and offset in bytes."""
+
+    kind: Literal["cuda", "shm"]
+    size: int
+    name: str = ""
+    device: str = ""
+    handle: bytes = b""
+    offset: int = 0
+    ref_handle: bytes = b""
+    ref_offset: int = 0
+    event: bytes = b""
+    event_sync: bool = False
+
+
+class IpcTensor(Struct, frozen=True):
+    """A contiguous tensor `offset` bytes into buffer number `buffer`."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    buffer: int
+    offset: int
+
+
+class IpcPayload(Struct, frozen=True):
+    """What `ReceiveIpc` carries in its native format, as `encode` writes it."""
+
+    buffers: list[IpcBuffer]
+    tensors: list[IpcTensor]
+
+
+class ReceiveIpc(Struct, frozen=True, kw_only=True, tag="receive_ipc"):
+    """Feed the open update from memory of another process on the same GPU.
+
+    payloads: one a rank (or one for all). native: an encoded `IpcPayload`; sglang, vllm:
+    pickles, read by an allow-list. With `borrow`, tensors are read in place and only at the
+    commit, so that the sender must leave them alone until it has the reply to that; else the
+    reply comes once they are copied.
+    """
+
+    payloads: list[bytes]
+    format: Literal["native", "sglang", "sglang_bucket", "vllm"] = "native"
+    borrow: bool = False
+
+
+class LoadFromDisk(Struct, frozen=True, kw_only=True, tag="load_from_disk"):
+    """Feed the open update from a folder of safetensors files (or one file).
+
+    A folder with `delta.json` holds changed tensors only, against the version it names.
+    """
+
+    path: str
+
+
+class CommitUpdate(Struct, frozen=True, kw_only=True, tag="commit_update"):
+    """Verify the open update and make its version the one that serves."""
+
+    version: int
+
+
+class AbortUpdate(Struct, frozen=True, kw_only=True, tag="abort_update"):
+    """Drop the open update; the old version keeps serving."""
+
+    version: int
+
+
+WeightCommand = (
+    BeginUpdate
+    | JoinGroup
+    | LeaveGroup
+    | ReceiveBroadcast
+    | ReceiveIpc
+    | LoadFromDisk
+    | CommitUpdate
+    | AbortUpdate
+)
+"""What a rank does for an update."""
+
+
+class UpdateReport(Struct, frozen=True, kw_only=True, tag="update_report"):
+    """What one update moved: bytes placed, tensors, and seconds it took."""
+
+    version: int
+    num_tensors: int
+    num_bytes: int
+    seconds: float

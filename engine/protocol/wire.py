@@ -1,0 +1,78 @@
+"""The wire: SGLang's native `/generate`, as typed structs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from engine.protocol.types import KvPolicy
+
+
+class SamplingParams(
+    Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """How one request is sampled; names and defaults of SGLang's native API.
+
+    `temperature` below 1e-6 is greedy (its logprobs are at temperature 1). `top_k` -1 is
+    off. Penalties and `logit_bias` change the logits before temperature, so the returned
+    logprob is that of the changed distribution; `top_k`, `top_p` and `min_p` only restrict
+    which tokens may be drawn and do not renormalise the logprob (DESIGN, decision 9).
+    """
+
+    max_new_tokens: int = 128
+    min_new_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    no_stop_trim: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    n: int = 1
+    sampling_seed: int | None = None
+
+
+class GenerateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One native `/generate` object: exactly one of `text` and `input_ids`.
+
+    `logprob_start_len` >= 0 asks for the logprobs of prompt tokens from that position
+    (position 0 has none: nothing comes before it). `return_entropy` asks for the entropy of
+    the distribution that each output token was drawn from, filters aside. `cache_salt` and
+    `extra_key` keep the prefix cache of callers apart. Samples of `n` > 1 get seeds derived
+    from one seed.
+    """
+
+    text: str | None = None
+    input_ids: list[int] | None = None
+    sampling_params: SamplingParams = SamplingParams()
+    rid: str | None = None
+    return_logprob: bool = False
+    logprob_start_len: int = -1
+    top_logprobs_num: int = 0
+    return_text_in_logprobs: bool = False
+    return_prompt_token_ids: bool = False
+    return_entropy: bool = False
+    stream: bool = False
+    priority: int = 0
+    cache_salt: str = ""
+    extra_key: str = ""
+    kv_policy: KvPolicy = "keep"
+
+
+class GenerateResponse(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One native `/generate` reply. `meta_info` holds the keys WIRE.md C2 lists."""
+
+    text: str | None = None
+    output_ids: list[int] = msgspec.field(default_factory=list)
+    meta_info: dict[str, Any] = msgspec.field(default_factory=dict)
+    prompt_token_ids: list[int] | None = None
+    index: int | None = None

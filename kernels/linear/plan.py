@@ -1,0 +1,101 @@
+"""Which kernel multiplies which shape, and how it is cut.
+
+R rows, O output features of the result (half of a gated weight's), I input features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+MAX_ROWS = 16
+"""Rows from which on cuBLAS multiplies."""
+
+
+@dataclass(frozen=True)
+class Gemv:
+    """One row: a program takes `block_o` features, `warps` times 256 inputs a pass.
+
+    stages: turns of the loop in flight through shared memory; 1 loads into registers.
+    unroll: passes of a turn, all of whose loads are in flight together.
+    prefetch: first ask the L2 cache for the program's whole share of the weight, as a kernel
+        launched early does in any case.
+    """
+
+    block_o: int
+    warps: int
+    stages: int = 1
+    unroll: int = 1
+    prefetch: bool = False
+
+    @property
+    def block_i(self) -> int:
+        """Eight elements of 16 bits a thread: x and a row of the weight are then laid out
+        alike, and no value passes through shared memory on its way to a product."""
+        return 256 * self.warps
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Up to 16 rows: tiles of `block_o` x `block_i`, inputs divided over `splits` programs.
+
+    prefetch: as in `Gemv`.
+    """
+
+    block_o: int
+    block_i: int
+    warps: int
+    stages: int
+    splits: int = 1
+    prefetch: bool = False
+
+
+Config = Gemv | Tiles
+
+MEASURED: Mapping[tuple[int, int, bool, bool], Config | None] = MappingProxyType({})
+"""The fastest configuration by (outputs, inputs, gated, one row); None is cuBLAS.
+
+From `benchmarks/small_kernels.py --tune`, which prints the lines.
+"""
+
+_PROCESSORS = 132
+"""Of an H100 and an H200; the guesses below aim at filling them."""
+
+
+def choose(rows: int, outs: int, ins: int, *, gated: bool, can_split: bool) -> Config | None:
+    """The configuration for a product of 16-bit numbers; None where cuBLAS is left to it.
+
+    can_split: whether a product may be split over its inputs.
+    """
+    if not 0 < rows <= MAX_ROWS:
+        return None
+    key = (outs, ins, gated, rows == 1)
+    config = MEASURED[key] if key in MEASURED else guess(*key)
+    if isinstance(config, Tiles) and config.splits > 1 and not can_split:
+        return replace(config, splits=1)
+    return config
+
+
+def guess(outs: int, ins: int, gated: bool, one_row: bool) -> Config:
+    """A configuration for a shape that nobody has measured."""
+    return _gemv(outs, ins) if one_row else _tiles(outs, ins, gated)
+
+
+def _gemv(outs: int, ins: int) -> Gemv:
+    """Passes that come out even, and about 16 warps on every processor."""
+    warps = next((w for w in (4, 2) if ins % (256 * w) == 0), 1)
+    passes = -(-ins // (256 * warps))
+    unroll = max(n for n in range(1, 9) if passes % n == 0)
+    wanted = max(1, min(4, outs * warps // (16 * _PROCESSORS)))
+    return Gemv(1 << (wanted.bit_length() - 1), warps, unroll=unroll)
+
+
+def _tiles(outs: int, ins: int, gated: bool) -> Tiles:
+    """Two programs on every processor, by splits that come out even."""
+    if gated:
+        return Tiles(block_o=32, block_i=128, warps=4, stages=3)
+    passes, tiles = -(-ins // 128), -(-outs // 64)
+    most = min(8, -(-2 * _PROCESSORS // tiles))
+    splits = max(n for n in range(1, most + 1) if passes % n == 0)
+    return Tiles(block_o=64, block_i=128, warps=4, stages=4, splits=splits)

@@ -1,0 +1,140 @@
+"""Fused products on GPU: the kernel for few rows, or cuBLAS between separate kernels.
+
+R rows, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+
+from kernels.activation.triton import silu_mul
+from kernels.linear.gemv import gemv_kernel
+from kernels.linear.options import Options
+from kernels.linear.plan import Config, Gemv, Tiles, choose
+from kernels.linear.tiles import tiles_kernel
+from kernels.norm.triton import rms_norm
+
+_ROW_BLOCK = 16
+
+
+def fused_linear(x_RI: torch.Tensor, weight_OI: torch.Tensor, options: Options) -> torch.Tensor:
+    """See `kernels.linear.fused_linear`."""
+    features, ins = weight_OI.shape
+    outs = features // 2 if options.gated else features
+    config = None
+    if x_RI.dtype.itemsize == 2:
+        can_split = options.counters is not None
+        config = choose(len(x_RI), outs, ins, gated=options.gated, can_split=can_split)
+    return with_config(x_RI, weight_OI, options, config)
+
+
+def with_config(
+    x_RI: torch.Tensor, weight_OI: torch.Tensor, options: Options, config: Config | None
+) -> torch.Tensor:
+    """`fused_linear` by a given configuration; None composes separate kernels."""
+    assert weight_OI.is_contiguous()
+    if isinstance(config, Gemv):
+        return _one_row(x_RI, weight_OI, options, config)
+    if options.norm_weight_I is not None:
+        x_RI = rms_norm(x_RI, options.norm_weight_I, options.eps, overlap=options.overlap)
+    if config is None:
+        return _composed(x_RI, weight_OI, options)
+    return _few_rows(x_RI, weight_OI, options, config)
+
+
+def _composed(x_RI: torch.Tensor, weight_OI: torch.Tensor, options: Options) -> torch.Tensor:
+    out_RO = F.linear(x_RI, weight_OI, options.bias_O)
+    if options.gated:
+        return silu_mul(out_RO)
+    return out_RO if options.residual_RO is None else options.residual_RO + out_RO
+
+
+def _one_row(
+    x_RI: torch.Tensor, weight_OI: torch.Tensor, options: Options, config: Gemv
+) -> torch.Tensor:
+    assert len(x_RI) == 1 and x_RI.stride(1) == 1
+    features, ins = weight_OI.shape
+    outs = features // 2 if options.gated else features
+    out_RO = x_RI.new_empty(1, outs)
+    gemv_kernel[(triton.cdiv(outs, config.block_o),)](
+        x_RI,
+        weight_OI,
+        _or(options.bias_O, x_RI),
+        _or(options.norm_weight_I, x_RI),
+        _or(options.residual_RO, x_RI),
+        out_RO,
+        options.eps,
+        OUT=outs,
+        IN=ins,
+        LINES=triton.next_power_of_2(triton.cdiv(ins, 64)),
+        BLOCK_O=config.block_o,
+        BLOCK_I=config.block_i,
+        STAGES=config.stages,
+        UNROLL=config.unroll,
+        PREFETCH=config.prefetch or options.overlap,
+        BIAS=options.bias_O is not None,
+        NORM=options.norm_weight_I is not None,
+        GATED=options.gated,
+        RESIDUAL=options.residual_RO is not None,
+        PDL=options.overlap,
+        num_warps=config.warps,
+        **_launch_options(options),
+    )
+    return out_RO
+
+
+def _few_rows(
+    x_RI: torch.Tensor, weight_OI: torch.Tensor, options: Options, config: Tiles
+) -> torch.Tensor:
+    rows = len(x_RI)
+    assert rows <= _ROW_BLOCK and x_RI.stride(1) == 1
+    features, ins = weight_OI.shape
+    outs = features // 2 if options.gated else features
+    out_RO = x_RI.new_empty(rows, outs)
+    residual = _or(options.residual_RO, x_RI)
+    partial, counters, tiles = out_RO, x_RI, triton.cdiv(outs, config.block_o)
+    if config.splits > 1:
+        assert options.counters is not None and tiles <= len(options.counters)
+        assert not options.gated
+        partial = x_RI.new_empty(config.splits, rows, outs, dtype=torch.float32)
+        counters = options.counters
+    share = triton.cdiv(triton.cdiv(ins, config.block_i), config.splits) * config.block_i
+    tiles_kernel[(tiles, config.splits)](
+        x_RI,
+        weight_OI,
+        _or(options.bias_O, x_RI),
+        residual,
+        out_RO,
+        partial,
+        counters,
+        x_RI.stride(0),
+        residual.stride(0),
+        rows,
+        OUT=outs,
+        IN=ins,
+        LINES=triton.next_power_of_2(triton.cdiv(share, 64)),
+        BLOCK_O=config.block_o,
+        BLOCK_I=config.block_i,
+        BLOCK_R=_ROW_BLOCK,
+        SPLITS=config.splits,
+        STAGES=config.stages,
+        PREFETCH=config.prefetch or options.overlap,
+        BIAS=options.bias_O is not None,
+        GATED=options.gated,
+        RESIDUAL=options.residual_RO is not None,
+        PDL=options.overlap,
+        num_warps=config.warps,
+        **_launch_options(options),
+    )
+    return out_RO
+
+
+def _or(tensor: torch.Tensor | None, unused: torch.Tensor) -> torch.Tensor:
+    """A pointer that the kernel does not follow where there is no tensor."""
+    return unused if tensor is None else tensor
+
+
+def _launch_options(options: Options) -> dict[str, bool]:
+    return {"launch_pdl": True} if options.overlap else {}

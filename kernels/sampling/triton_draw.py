@@ -1,0 +1,196 @@
+"""The two kernels every row takes: sums of its chunks, then the search for its token.
+
+Shapes: V vocabulary, N chunks of C tokens (C as in the reference, so that both search the
+same partial sums).
+
+The first kernel reads the logits once and leaves, for each chunk, its largest logit m, the sum
+of the weights w = exp((logit - m) / temperature) and, where entropy is wanted, the sum of
+w log2(w). The second one works on these few numbers and one chunk of logits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels.sampling.reference import GREEDY_BELOW
+from kernels.sampling.triton_philox import uniform
+
+_GREEDY_BELOW = tl.constexpr(GREEDY_BELOW)
+
+
+@triton.jit
+def is_greedy(temperature: tl.tensor) -> tl.tensor:
+    """Whether a row takes its likeliest token."""
+    return temperature < _GREEDY_BELOW
+
+
+@triton.jit
+def divisor_of(temperature: tl.tensor) -> tl.tensor:
+    """What logits are divided by: 1 in a greedy row."""
+    return tl.where(is_greedy(temperature), 1.0, temperature)
+
+
+@triton.jit
+def scale_of(divisor: tl.tensor) -> tl.tensor:
+    """What a difference of logits is multiplied by to give the log2 of their weights' ratio."""
+    scale = 1.4426950408889634 / divisor
+    # At the highest temperatures it vanishes, and a banned token's -inf * 0 is no weight.
+    return tl.where(scale > 1e-37, scale, 1e-37)
+
+
+@triton.jit
+def weight_of(logits: tl.tensor, maximum: tl.tensor, scale: tl.tensor) -> tl.tensor:
+    """exp((logits - maximum) / temperature), float32: differences lose nothing to a division."""
+    return tl.exp2((logits - maximum) * scale)
+
+
+@triton.jit
+def logprob_of(
+    logit: tl.tensor, maximum: tl.tensor, divisor: tl.tensor, total: tl.tensor
+) -> tl.tensor:
+    """Log of a token's share of the total weight; one division, in float64."""
+    above = logit.to(tl.float64) - maximum.to(tl.float64)
+    return (above / divisor.to(tl.float64) - tl.log(total)).to(tl.float32)
+
+
+@triton.jit
+def first_above(
+    cumulative_X: tl.tensor, weights_X: tl.tensor, target: tl.tensor, X: tl.constexpr
+) -> tl.tensor:
+    """`kernels.sampling.reference.first_above` of one row."""
+    index_X = tl.arange(0, X)
+    above_X = (weights_X > 0) & (cumulative_X > target)
+    first = tl.min(tl.where(above_X, index_X, X), axis=0)
+    last = tl.max(tl.where(weights_X > 0, index_X, 0), axis=0)
+    return tl.minimum(first, last)
+
+
+@triton.jit
+def _first_equal(values_X: tl.tensor, value: tl.tensor, X: tl.constexpr) -> tl.tensor:
+    found = tl.min(tl.where(values_X == value, tl.arange(0, X), X), axis=0)
+    return tl.where(found == X, 0, found)
+
+
+@triton.jit
+def chunk_weights(
+    chunk_max_ptr: tl.tensor,
+    chunk_sum_ptr: tl.tensor,
+    scale: tl.tensor,
+    num_chunks: tl.int32,
+    N: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Of one row: largest logit of each chunk, the row's largest, and the weight of each
+    chunk, float64, relative to the row's largest logit."""
+    index_N = tl.arange(0, N)
+    inside_N = index_N < num_chunks
+    max_N = tl.load(chunk_max_ptr + index_N, mask=inside_N, other=float("-inf"))
+    sum_N = tl.load(chunk_sum_ptr + index_N, mask=inside_N, other=0.0)
+    maximum = tl.max(max_N, axis=0)
+    return max_N, maximum, (sum_N * weight_of(max_N, maximum, scale)).to(tl.float64)
+
+
+@triton.jit
+def chunk_kernel(
+    logits_ptr: tl.tensor,
+    temperature_ptr: tl.tensor,
+    chunk_max_ptr: tl.tensor,
+    chunk_sum_ptr: tl.tensor,
+    chunk_moment_ptr: tl.tensor,
+    row_stride: tl.int64,
+    vocab: tl.int32,
+    num_chunks: tl.int32,
+    C: tl.constexpr,
+    CHUNKS: tl.constexpr,
+) -> None:
+    """chunk_moment_ptr: None where no entropy is wanted."""
+    row = tl.program_id(0).to(tl.int64)
+    chunk_N = tl.program_id(1) * CHUNKS + tl.arange(0, CHUNKS)
+    token_NC = chunk_N[:, None] * C + tl.arange(0, C)[None, :]
+    logits_NC = tl.load(
+        logits_ptr + row * row_stride + token_NC, mask=token_NC < vocab, other=float("-inf")
+    ).to(tl.float32)
+    scale = scale_of(divisor_of(tl.load(temperature_ptr + row)))
+    max_N = tl.max(logits_NC, axis=1)
+    # A chunk of banned tokens would give exp(-inf + inf).
+    finite_max_N = tl.where(max_N == float("-inf"), 0.0, max_N)
+    exponent_NC = (logits_NC - finite_max_N[:, None]) * scale
+    weight_NC = tl.exp2(exponent_NC)
+    offset_N, inside_N = row * num_chunks + chunk_N, chunk_N < num_chunks
+    tl.store(chunk_max_ptr + offset_N, max_N, mask=inside_N)
+    tl.store(chunk_sum_ptr + offset_N, tl.sum(weight_NC, axis=1), mask=inside_N)
+    if chunk_moment_ptr is not None:
+        # 2^-200 is 0 in float32; the -inf of a banned token would make 0 * -inf.
+        moment_NC = weight_NC * tl.where(exponent_NC > -200.0, exponent_NC, -200.0)
+        tl.store(chunk_moment_ptr + offset_N, tl.sum(moment_NC, axis=1), mask=inside_N)
+
+
+@triton.jit
+def _entropy(
+    chunk_moment_ptr: tl.tensor,
+    exponent_N: tl.tensor,
+    weight_N: tl.tensor,
+    total: tl.tensor,
+    num_chunks: tl.int32,
+    N: tl.constexpr,
+) -> tl.tensor:
+    """log Z - sum(p log w), in nats; exponent_N: log2 of the weight of a chunk's likeliest."""
+    index_N = tl.arange(0, N)
+    moment_N = tl.load(chunk_moment_ptr + index_N, mask=index_N < num_chunks, other=0.0)
+    exponent_N = tl.where(weight_N > 0, exponent_N, 0.0)
+    inner_N = (moment_N * tl.exp2(exponent_N)).to(tl.float64)
+    outer_N = weight_N * exponent_N.to(tl.float64)
+    log2_mean = tl.sum(tl.where(weight_N > 0, inner_N + outer_N, 0.0), axis=0) / total
+    entropy = tl.log(total) - log2_mean * 0.6931471805599453
+    # Rounding may leave a sure token a little less than nothing. A NaN stays one.
+    return tl.where(entropy < 0, 0.0, entropy)
+
+
+@triton.jit
+def search_kernel(
+    logits_ptr: tl.tensor,
+    temperature_ptr: tl.tensor,
+    seed_ptr: tl.tensor,
+    position_ptr: tl.tensor,
+    chunk_max_ptr: tl.tensor,
+    chunk_sum_ptr: tl.tensor,
+    chunk_moment_ptr: tl.tensor,
+    token_ptr: tl.tensor,
+    logprob_ptr: tl.tensor,
+    entropy_ptr: tl.tensor,
+    row_stride: tl.int64,
+    vocab: tl.int32,
+    num_chunks: tl.int32,
+    C: tl.constexpr,
+    N: tl.constexpr,
+) -> None:
+    """Token, logprob and (unless entropy_ptr is None) entropy of a row without filters."""
+    row = tl.program_id(0).to(tl.int64)
+    temperature = tl.load(temperature_ptr + row)
+    greedy, divisor = is_greedy(temperature), divisor_of(temperature)
+    scale, at = scale_of(divisor), row * num_chunks
+    max_N, maximum, weight_N = chunk_weights(
+        chunk_max_ptr + at, chunk_sum_ptr + at, scale, num_chunks, N
+    )
+    cumulative_N = tl.cumsum(weight_N, axis=0)
+    total = tl.sum(weight_N, axis=0)
+    target = uniform(tl.load(seed_ptr + row), tl.load(position_ptr + row)) * total
+    drawn_chunk = first_above(cumulative_N, weight_N, target, N)
+    chunk = tl.where(greedy, _first_equal(max_N, maximum, N), drawn_chunk)
+    before = tl.sum(tl.where(tl.arange(0, N) == chunk - 1, cumulative_N, 0.0), axis=0)
+
+    token_C = chunk * C + tl.arange(0, C)
+    logits_C = tl.load(
+        logits_ptr + row * row_stride + token_C, mask=token_C < vocab, other=float("-inf")
+    ).to(tl.float32)
+    weight_C = weight_of(logits_C, maximum, scale)
+    cumulative_C = tl.cumsum(weight_C.to(tl.float64), axis=0)
+    drawn_offset = first_above(cumulative_C, weight_C, target - before, C)
+    offset = tl.where(greedy, _first_equal(logits_C, maximum, C), drawn_offset)
+    chosen = tl.sum(tl.where(tl.arange(0, C) == offset, logits_C, 0.0), axis=0)
+    tl.store(token_ptr + row, (chunk * C + offset).to(tl.int64))
+    tl.store(logprob_ptr + row, logprob_of(chosen, maximum, divisor, total))
+    if entropy_ptr is not None:
+        exponent_N = (max_N - maximum) * scale
+        entropy = _entropy(chunk_moment_ptr + at, exponent_N, weight_N, total, num_chunks, N)
+        tl.store(entropy_ptr + row, entropy.to(tl.float32))
