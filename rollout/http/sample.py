@@ -24,6 +24,7 @@ from rollout.text.detokenizer import Detokenizer, StopMatch, TextDelta
 from rollout.text.tokenizer import Tokenizer
 
 _RUNNING = FinishReason(type="length")
+_AT_THE_END = ("finish_reason", "weight_versions", "kv_versions", "num_retractions")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +122,7 @@ class Sample:
         meta = {**reply.meta_info, "completion_tokens": self._num_sent}
         if self._final is not None:
             whole = self.response().meta_info
-            meta |= {key: whole[key] for key in ("finish_reason", "weight_versions")}
+            meta |= {key: whole[key] for key in _AT_THE_END if key in whole}
         return msgspec.structs.replace(reply, text=self._text(delta.text), meta_info=meta)
 
     @property

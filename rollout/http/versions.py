@@ -39,5 +39,6 @@ class VersionLabels:
             return
         if meta_info.get("weight_version") is not None:
             meta_info["weight_version"] = self.text(int(meta_info["weight_version"]))
-        for span in meta_info.get("weight_versions", []):
-            span["version"] = self.text(int(span["version"]))
+        for key in ("weight_versions", "kv_versions"):
+            for span in meta_info.get(key, []):
+                span["version"] = self.text(int(span["version"]))

@@ -127,6 +127,15 @@ def fsdp_ranks(rank: int, size: int, folder: Path) -> Results:
     return results
 
 
+def fsdp_of_two(rank: int, size: int, folder: Path) -> Any:
+    """Go on from the checkpoint that two processes wrote beside this folder."""
+    world = World(rank=rank, size=size, rollout_ranks=size)
+    trainer = fsdp(world)
+    trainer.load(folder.parent / "fsdp2" / "checkpoint")
+    learn(trainer, world, STEPS - 1)
+    return np.concatenate(trainer.logprobs(batch(0).trajectories))
+
+
 def resumed(build: Any, world: World, folder: Path) -> Results:
     """The rows of a run that was saved after two steps, and of one that loaded that."""
     folder.mkdir(exist_ok=True)

@@ -89,6 +89,11 @@ def test_a_resumed_trainer_goes_on_as_if_nothing_had_been(
         assert np.array_equal(*rank["resumed"]["logprobs"])
 
 
+def test_fsdp_goes_on_with_another_number_of_processes(fsdp: dict[int, Any], folder: Path) -> None:
+    (alone,) = run_ranks(ranks.fsdp_of_two, 1, folder / "alone")
+    np.testing.assert_allclose(alone, fsdp[2][0]["resumed"]["logprobs"][0], atol=2e-5)
+
+
 @pytest.mark.parametrize("kind", ["deepspeed", "fsdp"])
 def test_a_batch_without_any_advantage_has_no_gradient(
     kind: str, request: pytest.FixtureRequest

@@ -20,10 +20,12 @@ def test_replies_are_relabelled() -> None:
     meta = {
         "weight_version": "5",
         "weight_versions": [{"version": "4", "start": 0, "end": 1}, {"version": "5", "start": 1}],
+        "kv_versions": [{"version": "5", "start": 0, "end": 9}],
     }
     labels.relabel(meta)
     assert meta["weight_version"] == "five"
     assert [span["version"] for span in meta["weight_versions"]] == ["4", "five"]  # type: ignore[index]
+    assert meta["kv_versions"][0]["version"] == "five"  # type: ignore[index]
     labels.relabel({"weight_version": None})
     assert labels.text(6) == "6"
 
