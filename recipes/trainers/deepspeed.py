@@ -29,7 +29,8 @@ class DeepSpeedBackend:
     """A `Backend`. The default process group must be there.
 
     stage: 0 (plain data parallel), 1 (optimizer state sharded), 2 (gradients too), 3
-    (parameters too). dtype: bfloat16 computes in it, with float32 masters inside the optimizer.
+    (parameters too). dtype: bfloat16 computes in it, with float32 masters inside the optimizer
+    (stage 0: by autocast).
     Raises InvalidRequest, with how to install it, when DeepSpeed is missing.
     """
 
@@ -59,6 +60,8 @@ class DeepSpeedBackend:
             self.reference = _frozen(library, reference, config, stage, device, dtype)
         self.weights: WeightSource = DeepSpeedSource(engine)
         self._stage = stage
+        self._device = device
+        self._dtype = dtype
 
     def backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
         """See `Backend`."""
@@ -95,8 +98,10 @@ class DeepSpeedBackend:
         write_hf_config(self.model.module, folder, dtype)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The module itself is in the dtype it computes in."""
-        return nullcontext()
+        """From stage 1 on the module itself is in the dtype it computes in."""
+        if self._stage > 0 or self._dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self._device.type, dtype=self._dtype)
 
 
 def _import(device: torch.device) -> Any:
@@ -136,7 +141,10 @@ def _config(options: OptimizerOptions, stage: int, dtype: torch.dtype) -> dict[s
             },
         },
     }
-    if dtype == torch.bfloat16:
+    if dtype == torch.bfloat16 and stage == 0:
+        # DeepSpeed's bfloat16 has float32 masters only from stage 1 on.
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    elif dtype == torch.bfloat16:
         config["bf16"] = {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
@@ -152,7 +160,7 @@ def _frozen(
 ) -> Any:
     """The reference: whole on every process, or sharded like the model under stage 3."""
     if stage < 3:
-        return model.to(device=device, dtype=dtype)
+        return model.to(device=device, dtype=dtype if stage > 0 else None)
     config = {key: value for key, value in config.items() if key != "optimizer"}
     engine, *_ = library.initialize(model=model, config=config)
     engine.eval()

@@ -52,14 +52,20 @@ def plain() -> Trainer:
     )
 
 
-def deepspeed(world: World, stage: int, *, checkpointing: bool = False) -> ShardedTrainer:
+def deepspeed(
+    world: World,
+    stage: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    checkpointing: bool = False,
+) -> ShardedTrainer:
     from recipes.trainers.deepspeed import DeepSpeedBackend
 
     options = OptimizerOptions(
         lr=1e-2, max_tokens_per_microbatch=14, gradient_checkpointing=checkpointing
     )
     backend = DeepSpeedBackend(
-        model(), options, stage=stage, device=CPU, dtype=torch.float32, keep_reference=True
+        model(), options, stage=stage, device=CPU, dtype=dtype, keep_reference=True
     )
     return ShardedTrainer(backend, options, world, temperature=TEMPERATURE)
 
@@ -109,6 +115,8 @@ def deepspeed_ranks(rank: int, size: int, folder: Path) -> Results:
     for stage in (0, 1, 2, 3):
         trainer = deepspeed(world, stage, checkpointing=stage == 2)
         results[f"zero{stage}"] = figures(trainer, world)
+        rounded = deepspeed(world, stage, torch.bfloat16)
+        results[f"zero{stage}-bfloat16"] = figures(rounded, world)
     results["no gradient"] = no_gradient(trainer)
     trainer.write_model(folder / "model", torch.float32)
     results["resumed"] = resumed(
@@ -123,7 +131,7 @@ def fsdp_ranks(rank: int, size: int, folder: Path) -> Results:
     results = {"fsdp": figures(trainer, world), "no gradient": no_gradient(trainer)}
     trainer.write_model(folder / "model", torch.float32)
     results["resumed"] = resumed(functools.partial(fsdp, world), world, folder / "checkpoint")
-    results["bfloat16"] = figures(fsdp(world, torch.bfloat16), world)
+    results["fsdp-bfloat16"] = figures(fsdp(world, torch.bfloat16), world)
     return results
 
 

@@ -73,10 +73,14 @@ def test_fsdp_learns_what_plain_does(
         assert_same(rank["fsdp"], plain)
 
 
-def test_bfloat16_stays_close(fsdp: dict[int, Any], plain: dict[str, Any]) -> None:
-    got = np.concatenate(fsdp[2][0]["bfloat16"]["after"])
-    differences = np.abs(got - np.concatenate(plain["after"]))
-    assert 0 < differences.mean() < 0.1
+@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3", "fsdp"])
+def test_bfloat16_stays_close(
+    name: str, plain: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
+    """Closer than steps taken without float32 masters would be, which are off by 0.2."""
+    ranks = request.getfixturevalue("fsdp" if name == "fsdp" else "deepspeed")[2]
+    got = np.concatenate(ranks[0][f"{name}-bfloat16"]["after"])
+    assert 0 < np.abs(got - np.concatenate(plain["after"])).mean() < 0.12
 
 
 @pytest.mark.parametrize("kind", ["deepspeed", "fsdp"])

@@ -32,7 +32,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     folder = tmp_path_factory.mktemp("model")
     write_tiny(folder, "qwen3", seed=0, **SIZES)
     options = ["--model", str(folder / "config.json"), "--load-format", "random", "--port", "0"]
-    options += ["--device", "cpu", "--dtype", "float32", "--kv-memory", "0.02"]
+    options += [
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--kv-memory",
+        "0.02",
+        "--enable-memory-saver",
+    ]
     with ServerProcess(["-m", "rollout", "serve", *options]) as found:
         yield found
 
@@ -109,6 +117,25 @@ def test_a_folder(client: Client, tmp_path: Path) -> None:
     assert int(version) > 0
     assert client.call("/update_weights", {"weight_dir": folder})["message"] == "Weights updated"
     assert greedy(client)[0] == ids
+
+
+def test_a_colocated_step_releases_updates_and_resumes(client: Client, tmp_path: Path) -> None:
+    client.call("/flush_cache")
+    client.call("/release_memory_occupation", {})
+    assert client.state().released == ["weights", "kv_cache", "cuda_graph"]
+    with pytest.raises(SlipstreamError, match="released: weights"):
+        client.call("/ready")
+    with pytest.raises(SlipstreamError, match="weights"):
+        client.call("/resume_memory_occupation", {"tags": ["kv_cache"]})
+    client.call("/resume_memory_occupation", {"tags": ["weights"]})
+    tensors = weights(17)
+    for part in (tensors[:5], tensors[5:]):
+        payload = base64.b64encode(pickle.dumps(part)).decode()
+        body = {"serialized_named_tensors": [payload], "flush_cache": False}
+        client.call("/update_weights_from_tensor", {**body, "weight_version": "slept"})
+    client.call("/resume_memory_occupation", {"tags": ["kv_cache", "cuda_graph"]})
+    assert client.state().refusal == ""
+    assert greedy(client) == (expected(17, tmp_path), "slept")
 
 
 @pytest.mark.parametrize("transport", ["nccl", "cuda_ipc", "disk"])
