@@ -7,7 +7,7 @@ MODEL  := .models/SmolLM2-135M-Instruct.Q4_1.gguf
 
 # A machine with a GPU takes the CUDA pins, every other the CPU pins.
 CONSTRAINTS := $(if $(shell command -v nvidia-smi),constraints/gpu.txt,constraints/cpu.txt)
-EXTRAS      := dev
+EXTRAS      := dev,train
 STAMP       := $(VENV)/.installed
 
 .PHONY: setup grpo test test-fast gpu-test check format clean help

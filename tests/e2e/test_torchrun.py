@@ -7,6 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from tests.helpers.char_model import char_model, write_char_model
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEADLINE_S = 240
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 STEPS = 3
 # Times, and what depends on how the rows were cut into micro-batches.
 NOT_COMPARED = ("timing_s/", "push/", "perf/")
@@ -54,28 +58,42 @@ def flags(folder: Path, out: Path, *, device: str = "cpu", model: str = "model")
 
 
 def torchrun(num: int, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return execute([*command, "--nproc-per-node", str(num), "recipes/grpo.py", *words])
+    return execute([*TORCHRUN, "--nproc-per-node", str(num), "recipes/grpo.py", *words])
 
 
 def execute(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run to the end, in a process group of its own that is killed as a whole when late."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    """Run to the end."""
+    with started(command) as process:
+        out, err = process.communicate(timeout=DEADLINE_S)
+        return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+@contextmanager
+def started(command: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """A process in a session of its own; whatever is left of that at the end is killed."""
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
     try:
-        out, err = process.communicate(timeout=DEADLINE_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        pytest.fail(f"no end after {DEADLINE_S} s: {process.communicate()[1][-2000:]}")
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_for(done: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + DEADLINE_S
+    while not done():
+        assert process.poll() is None, f"it ended by itself with {process.returncode}"
+        assert time.monotonic() < until, "it makes no progress"
+        time.sleep(0.05)
 
 
 def run(folder: Path, name: str, num: int, *words: str) -> Path:
@@ -143,6 +161,20 @@ def test_a_resumed_run_ends_like_an_unbroken_one(folder: Path, reference: Path) 
     done = torchrun(2, "--resume", str(out), "--steps", str(STEPS))
     assert done.returncode == 0, done.stderr[-4000:]
     assert_same_run(out, reference)
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_run(folder: Path) -> None:
+    out = folder / "killed"
+    words = [*flags(folder, out), "--trainer", "fsdp", "--steps", "100000"]
+    with started([*TORCHRUN, "--nproc-per-node", "2", "recipes/grpo.py", *words]) as process:
+        wait_for(lambda: (out / "metrics.jsonl").exists(), process)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(children) >= 2
+        os.kill(int(children[-1]), signal.SIGKILL)
+        assert process.wait(60) != 0
+        for child in children:
+            assert not Path(f"/proc/{child}").exists(), "a process was left behind"
 
 
 @pytest.mark.slow
