@@ -84,7 +84,7 @@ class Setup:
             dtype=DTYPE,
             device=DEVICE,
         )
-        for pages in (self.pool.k_LNGKD, self.pool.v_LNGKD):
+        for pages in self.pool.tensors():
             pages.normal_()
         self.page_table = torch.from_numpy(self.table).to(DEVICE)
         self.write_slots = self._write_slots()

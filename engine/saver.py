@@ -22,6 +22,7 @@ import torch
 from engine.errors import UnsupportedOption
 from engine.protocol import MemoryTag
 
+_BLOCK_BYTES = 4 << 30
 _ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
@@ -100,10 +101,11 @@ class TorchMemorySaver:
         name = self._name(tag)
         self._active.add(name)
         with torch.cuda.device(self._device), self._library.region(tag=name):
-            if num_bytes:
-                # Freed at once, this leaves one large block for all that follows: a release
-                # takes time by the piece.
-                torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+            # Freed at once, these leave a few large blocks for all that follows: a release
+            # takes time by the piece, and mapping again takes longer for very large ones.
+            sizes = [min(_BLOCK_BYTES, num_bytes - at) for at in range(0, num_bytes, _BLOCK_BYTES)]
+            blocks = [torch.empty(n, dtype=torch.uint8, device=self._device) for n in sizes]
+            del blocks
             yield
 
     def release(self, tag: MemoryTag, tensors: Sequence[torch.Tensor]) -> None:

@@ -94,7 +94,7 @@ class Worker:
         # A graph pads its batch with rows that need a slot and a page of nobody's.
         num_scratch = int(config.cuda_graphs and device.type == "cuda")
         self._pool = self._build_pool(config, context, dtype, num_scratch)
-        num_pages = self._pool.k_LNGKD.shape[1] - num_scratch
+        num_pages = self._pool.num_pages - num_scratch
         head_dim = files.config.head_dim
         choice = select(
             config.attention,
@@ -244,7 +244,7 @@ class Worker:
                 dtype=dtype,
                 device=self._device,
             )
-        self._occupancy.hold("kv_cache", (pool.k_LNGKD, pool.v_LNGKD))
+        self._occupancy.hold("kv_cache", pool.tensors())
         return pool
 
     def _needs(self, config: EngineConfig, *, num_graphs: int) -> Needs:

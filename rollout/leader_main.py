@@ -21,6 +21,7 @@ from engine.errors import SlipstreamError
 from engine.protocol import Command, Control, Reply, Request, Shutdown
 from rollout.ipc import Channel
 from rollout.leader import Leader, error_info
+from rollout.leave import run_and_leave
 from rollout.ranks import RankedExecutor, build_executor
 
 logger = logging.getLogger(__name__)
@@ -96,4 +97,4 @@ def _answer(leader: Leader, command: Control) -> Reply:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_and_leave(main, sys.argv[1:])

@@ -20,6 +20,7 @@ from engine.errors import SlipstreamError
 from engine.protocol import EngineCommand, Reply, Shutdown, StepPlan
 from rollout.ipc import Channel
 from rollout.leader import error_info
+from rollout.leave import run_and_leave
 from rollout.rank_board import StepBoard
 from rollout.rank_process import RankFiles
 from rollout.ranks import RankExecutor, resolve
@@ -40,6 +41,13 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format=form)
     _leave_with(int(parent))
     channel = Channel.connect(endpoint, EngineCommand | StepPlan | Shutdown)
+    try:
+        return _build_and_serve(channel, files, factory, rank)
+    finally:
+        channel.close(linger_s=_SEND_S)
+
+
+def _build_and_serve(channel: Channel, files: RankFiles, factory: str, rank: int) -> int:
     config = msgspec.json.decode(files.config.read_bytes(), type=EngineConfig)
     board = StepBoard(files.board, config.parallel.tp_size)
     build = resolve(factory)
@@ -48,12 +56,10 @@ def main(argv: list[str]) -> int:
         executor: RankExecutor = build(config, rank=rank, meeting_place=str(files.meeting_place))
     except SlipstreamError as error:
         channel.send([Reply(error=error_info(error))], timeout_s=_SEND_S)
-        channel.close(linger_s=_SEND_S)
         return 1
     channel.send([Reply()], timeout_s=_SEND_S)
     _serve(executor, channel, board, rank)
     executor.close()
-    channel.close(linger_s=_SEND_S)
     return 0
 
 
@@ -98,4 +104,4 @@ def _answer(executor: RankExecutor, command: EngineCommand) -> Reply:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_and_leave(main, sys.argv[1:])

@@ -169,7 +169,7 @@ class FlashInferBackend:
 
     @property
     def _device(self) -> torch.device:
-        return self._pool.k_LNGKD.device
+        return self._pool.device
 
     def _step(self, wrapper: Any, write_slots_T: torch.Tensor) -> FlashInferStep:
         return FlashInferStep(pool=self._pool, wrapper=wrapper, write_slots_T=write_slots_T)
@@ -179,8 +179,8 @@ class FlashInferBackend:
         if self._workspace is None:
             size = workspace_bytes(
                 num_heads=self._num_heads,
-                num_kv_heads=self._pool.k_LNGKD.shape[3],
-                head_dim=self._pool.k_LNGKD.shape[4],
+                num_kv_heads=self._pool.num_kv_heads,
+                head_dim=self._pool.head_dim,
                 max_rows=max_rows,
                 num_sms=torch.cuda.get_device_properties(self._device).multi_processor_count,
             )
@@ -192,18 +192,18 @@ class FlashInferBackend:
             wrapper = self._library.BatchPrefillWithPagedKVCacheWrapper(
                 self._floats(max_rows), backend=kernels
             )
-            options = self._shape() | {"head_dim_qk": self._pool.k_LNGKD.shape[4], "causal": True}
+            options = self._shape() | {"head_dim_qk": self._pool.head_dim, "causal": True}
             self._prefill[kernels] = _Prefill(wrapper, options)
         return self._prefill[kernels]
 
     def _decode_options(self) -> dict[str, Any]:
-        return self._shape() | {"head_dim": self._pool.k_LNGKD.shape[4]}
+        return self._shape() | {"head_dim": self._pool.head_dim}
 
     def _shape(self) -> dict[str, Any]:
-        dtype = self._pool.k_LNGKD.dtype
+        dtype = self._pool.dtype
         return {
             "num_qo_heads": self._num_heads,
-            "num_kv_heads": self._pool.k_LNGKD.shape[3],
+            "num_kv_heads": self._pool.num_kv_heads,
             "page_size": self._pool.page_size,
             "q_data_type": dtype,
             "kv_data_type": dtype,

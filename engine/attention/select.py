@@ -1,20 +1,29 @@
 """Which attention back end serves, and why.
 
-The rule of 'auto': torch on a CPU, Triton on a GPU, and 'split' on a Hopper GPU with FlashInfer
-installed whose kernels fit the model. Decode stays with Triton: there what a row gets does not
-depend on its batch, and the prompt of a group is read once for all its samples. Prefill is bound
-by matrix products, for which FlashInfer has kernels written for Hopper; those do not cut a row's
-KV either, unlike the ones it has for other GPUs.
+The rule of 'auto': torch on a CPU, Triton on a GPU, and 'split' on a Hopper GPU where FlashInfer
+has kernels that fit the model and has compiled them already: that takes about 95 s, which only
+who asks for 'split' waits for. Decode stays with Triton: there what a row gets does not depend on
+its batch, and the prompt of a group is read once for all its samples. Prefill is bound by matrix
+products, for which FlashInfer has kernels written for Hopper; those do not cut a row's KV either,
+unlike the ones it has for other GPUs.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
 from engine.attention.base import AttentionBackend
+from engine.attention.fa3_cache import (
+    cache_folders,
+    holds_fa3_prefill,
+    installed_release,
+    prebuilt_folders,
+)
 from engine.attention.flashinfer import DTYPES, HEAD_DIMS, FlashInferBackend
 from engine.attention.split import SplitBackend
 from engine.config import AttentionBackendName
@@ -43,9 +52,11 @@ def select(
     Raises InvalidRequest when the back end cannot run this model on `device`, or needs a package
     that is not there.
     """
-    dtype, head_dim = pool.k_LNGKD.dtype, pool.k_LNGKD.shape[-1]
+    dtype, head_dim = pool.dtype, pool.head_dim
     refusal = flashinfer_refusal(device.type, dtype, head_dim, installed=flashinfer_installed())
-    found, reason = (name, "asked for") if name != "auto" else _automatic(device, refusal)
+    found, reason = name, "asked for"
+    if name == "auto":
+        found, reason = _automatic(device, dtype, head_dim, refusal)
     if found != "torch_native" and device.type != "cuda":
         raise InvalidRequest(
             f"{found!r} needs a GPU; use 'torch_native' or 'auto' on a CPU", field="attention"
@@ -82,13 +93,26 @@ def is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
-def _automatic(device: torch.device, refusal: str) -> tuple[AttentionBackendName, str]:
+def is_prefill_compiled(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether FlashInfer has its FA3 prefill kernels ready, in its cache or in a package."""
+    cached = cache_folders(os.environ, Path.home(), installed_release())
+    return holds_fa3_prefill([*cached, *prebuilt_folders()], dtype, head_dim)
+
+
+def _automatic(
+    device: torch.device, dtype: torch.dtype, head_dim: int, refusal: str
+) -> tuple[AttentionBackendName, str]:
     if device.type != "cuda":
         return "torch_native", f"auto: {device.type} device"
     if refusal:
         return "triton", f"auto: {refusal}"
     if not is_hopper(device):
         return "triton", "auto: FlashInfer's batch-invariant prefill needs a Hopper GPU"
+    if not is_prefill_compiled(dtype, head_dim):
+        return "triton", (
+            "auto: FlashInfer's prefill kernels for this model are not compiled yet; "
+            "attention='split' compiles them once, in about 95 s; then 'auto' takes them"
+        )
     return "split", "auto: FlashInfer's prefill, Triton's grouped and batch-invariant decode"
 
 

@@ -63,7 +63,7 @@ class TorchNativeBackend:
         self, pool: KVPool, *, num_heads: int, scale: float, share_prefixes: bool = True
     ) -> None:
         self._pool = pool
-        self._group = num_heads // pool.k_LNGKD.shape[3]
+        self._group = num_heads // pool.num_kv_heads
         self._scale = scale
         self._share = share_prefixes
 
@@ -76,7 +76,7 @@ class TorchNativeBackend:
             computed = batch.kv_lens_R - batch.query_lens_R
             found = find_shared_prefixes(pages_RP, computed, batch.page_size)
             segments, own_start_R = found.segments, found.own_start_R
-        dtype = self._pool.k_LNGKD.dtype
+        dtype = self._pool.dtype
         buckets = [
             _bucket(batch, pages_RP, own_start_R, rows, dtype, self._group)
             for rows in _group_rows(batch)

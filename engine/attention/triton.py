@@ -62,8 +62,8 @@ class TritonBackend:
         self._pool = pool
         self._scale = scale
         self._tracker: GroupTracker | None = None
-        num_kv_heads, head_dim = pool.k_LNGKD.shape[3:]
-        itemsize = pool.k_LNGKD.dtype.itemsize
+        num_kv_heads, head_dim = pool.num_kv_heads, pool.head_dim
+        itemsize = pool.dtype.itemsize
         # Tiles of wider elements or heads hold too few rows to gain anything.
         if share_prefixes and itemsize == 2 and head_dim <= 128:
             rule = group_rule(num_kv_heads, head_dim, itemsize)
@@ -108,7 +108,7 @@ class TritonBackend:
 
     def bound(self, rows: int, longest: int) -> int:
         """See `CapturableBackend`. Only the number of splits of a small batch depends on it."""
-        if takes_whole_rows(rows, self._pool.k_LNGKD.shape[3]) or longest > _LONGEST_BOUND:
+        if takes_whole_rows(rows, self._pool.num_kv_heads) or longest > _LONGEST_BOUND:
             return ANY_LENGTH
         return max(_SHORTEST_BOUND, 1 << (longest - 1).bit_length())
 

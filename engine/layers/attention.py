@@ -90,7 +90,7 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(shape.head_dim, shape.norm_eps, runtime=runtime)
 
     def forward(self, hidden_TE: torch.Tensor, context: StepContext) -> torch.Tensor:
-        """[T, E] -> [T, E], this rank's summand."""
+        """[T, E] -> [T, E], the sum over ranks."""
         return self.o_proj(self._attend(self.qkv_proj(hidden_TE), context))
 
     def add_to(self, total_TE: torch.Tensor, norm: RMSNorm, context: StepContext) -> torch.Tensor:

@@ -29,7 +29,7 @@ class GatedMLP(nn.Module):
         )
 
     def forward(self, hidden_TE: torch.Tensor) -> torch.Tensor:
-        """[T, E] -> [T, E], this rank's summand."""
+        """[T, E] -> [T, E], the sum over ranks."""
         return self.down_proj(self.act(self.gate_up_proj(hidden_TE)))
 
     def add_to(self, total_TE: torch.Tensor, norm: RMSNorm) -> torch.Tensor:

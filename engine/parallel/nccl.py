@@ -5,6 +5,8 @@ Legend: N ranks; `...` any dims.
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -27,6 +29,8 @@ class NcclCollectives:
 
     def __init__(self, group: Any, host: GlooCollectives) -> None:
         self._group: Any = group
+        self._breaking: threading.Thread | None = None
+        self._lock = threading.Lock()
         self._host = host
         self._size = group.size()
         # Queued on the caller's stream, not on one of the group's: a captured collective is
@@ -50,17 +54,21 @@ class NcclCollectives:
         return self._host.minimum(value)
 
     def abort(self) -> None:
-        """Break the communicator: kernels that wait for other ranks end, replayed ones too."""
-        group, self._group = self._group, None
-        if group is not None:
-            # The kernels end at once, but NCCL then waits for graphs that captured the group,
-            # which may be the caller's to drop.
-            breaking = threading.Thread(target=group.abort, name="nccl-abort", daemon=True)
-            breaking.start()
-            breaking.join(_ABORT_S)
+        """Break the communicator: kernels that wait for other ranks end, replayed ones too.
+
+        Returns when it is broken, or after `_ABORT_S`: the kernels end at once, but NCCL then
+        waits for graphs that captured the group, which may be the caller's to drop.
+        """
+        with self._lock:
+            group, self._group = self._group, None
+            if group is not None:
+                self._breaking = _break(group)
+        if self._breaking is not None:
+            self._breaking.join(_ABORT_S)
 
     def close(self) -> None:
-        """Leave the group. Not `shutdown`, which waits for the other ranks."""
+        """Leave the group, or wait again for one given up before: the graphs are gone by now.
+        Not `shutdown`, which waits for the other ranks."""
         self.abort()
         self._host.close()
 
@@ -75,6 +83,18 @@ class NcclCollectives:
         if group is None:
             raise EngineDead("the ranks were given up", field="ranks")
         return group
+
+
+def _break(group: Any) -> threading.Thread:
+    """Abort `group` in a thread that may never return, with both in nobody's way at exit."""
+    # One reference that nobody drops: the thread, and torch's own behind it, may still be in
+    # the group when the interpreter ends, and a group destructed under them ends the process.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+    thread = threading.Thread(target=group.abort, name="nccl-abort", daemon=True)
+    thread.start()
+    # So does a thread that comes back from C++ to an interpreter that has ended.
+    atexit.register(thread.join, _ABORT_S)
+    return thread
 
 
 def _join(work: Any) -> None:

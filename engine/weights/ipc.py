@@ -159,25 +159,42 @@ def _read_named(data: bytes, rank: int) -> list[Named]:
 
 
 def _read_bucket(data: bytes) -> list[Named]:
-    """SGLang's flattened bucket: one uint8 tensor, and where in it each tensor lies."""
+    """SGLang's flattened bucket: one tensor, and where in it each of its tensors lies.
+
+    The tensor is uint8, unless the trainer is of a time before that: then it holds the values
+    of all of them one after the other, in the dtype that `torch.cat` promoted them to.
+    """
     bucket = restricted_loads(data)
     if not isinstance(bucket, dict) or not {"flattened_tensor", "metadata"} <= bucket.keys():
         raise InvalidRequest("the payload is no flattened bucket", field="payloads")
     flat = _as_tensor("flattened_tensor", bucket["flattened_tensor"]).reshape(-1)
-    unit = flat.element_size()
     entries = bucket["metadata"]
     if not all(isinstance(entry, FlattenedTensorMetadata) for entry in entries):
         raise InvalidRequest("the bucket's metadata is none", field="payloads")
-    return [_slice(flat.view(torch.uint8), unit, entry) for entry in entries]
+    return [_slice(flat, entry) for entry in entries]
 
 
-def _slice(flat: torch.Tensor, unit: int, entry: FlattenedTensorMetadata) -> Named:
-    """The tensor that `entry` describes; its `start_idx` counts elements of `unit` bytes."""
+def _slice(flat: torch.Tensor, entry: FlattenedTensorMetadata) -> Named:
+    """The tensor that `entry` describes: its bytes, or its values in a wider float dtype.
+
+    Raises ManifestMismatch for a slice that is neither.
+    """
     name, dtype, shape = entry.name, entry.dtype, list(entry.shape)
-    start, size = entry.start_idx * unit, math.prod(shape) * dtype.itemsize
-    if not 0 <= start <= flat.numel() - size:
+    start, end, count = entry.start_idx, entry.end_idx, math.prod(shape)
+    if not 0 <= start <= end <= flat.numel():
         raise ManifestMismatch(f"{name} ends beyond its bucket", field=name)
-    part = flat[start : start + size]
+    part = flat[start:end]
+    promoted = dtype != flat.dtype and flat.is_floating_point() and end - start == count
+    if promoted and dtype.is_floating_point:
+        return name, part.to(dtype).view(shape)
+    # Integers that became floats may have been rounded, whatever their bytes add up to.
+    if promoted or part.nbytes != count * dtype.itemsize:
+        raise ManifestMismatch(
+            f"{name} has {end - start} elements of {flat.dtype} in its bucket, which are not "
+            f"{shape} of {dtype}: flatten the tensors as bytes, or a bucket per dtype",
+            field=name,
+        )
+    part = part.view(torch.uint8)
     if part.data_ptr() % dtype.itemsize:
         part = part.clone()
     return name, part.view(dtype).view(shape)

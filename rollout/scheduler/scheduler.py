@@ -122,11 +122,18 @@ class Scheduler:
         Returns what each produced so far, in order of arrival. Empty names nothing. The KV of
         those named stays cached; with `all` it does not, since most often an update follows.
         """
-        named = [
-            sequence
-            for own, sequence in self._requests.items()
-            if all or own == rid or (rid_prefix and own.startswith(rid_prefix))
-        ]
+        if all:
+            named = list(self._requests.values())
+        elif rid_prefix:
+            named = [
+                sequence
+                for own, sequence in self._requests.items()
+                if own == rid or own.startswith(rid_prefix)
+            ]
+        else:
+            # A client that leaves ends one of thousands: no scan for that.
+            found = self._requests.get(rid)
+            named = [found] if found is not None else []
         finish = FinishReason(type="abort", message=message)
         return self._finish_each(named, finish, keep_kv=not all)
 

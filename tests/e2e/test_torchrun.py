@@ -17,8 +17,8 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.helpers.char_model import char_model, write_char_model
+from tests.helpers.children import ROOT, child_environment
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 DEADLINE_S = 240
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 STEPS = 3
@@ -74,7 +74,7 @@ def started(command: list[str]) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env=child_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

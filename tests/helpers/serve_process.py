@@ -15,8 +15,8 @@ from types import TracebackType
 from typing import Self
 
 from rollout.client import Client
+from tests.helpers.children import ROOT, child_environment
 
-ROOT = Path(__file__).resolve().parents[2]
 _ADDRESS = re.compile(r"serving .* at (http://\S+)")
 
 FAKE = """
@@ -42,11 +42,10 @@ class ServerProcess:
     """`python ARGUMENTS` in a process, killed at the end. url: where it serves."""
 
     def __init__(self, arguments: Sequence[str], *, start_s: float = 120.0) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             [sys.executable, *arguments],
             cwd=ROOT,
-            env=environment,
+            env=child_environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

@@ -36,6 +36,7 @@ from rollout.rank_board import StepBoard
 from rollout.rank_replies import merge
 from rollout.ranks import RankedExecutor, build_executor
 from rollout.replica import InlineReplica, Replica
+from tests.helpers.children import ROOT, child_environment
 from tests.helpers.fake_executor import expected_tokens
 from tests.helpers.replicas import fake_config, make_request
 
@@ -236,14 +237,13 @@ def test_ranks_leave_when_the_leader_is_killed(tmp_path: Path) -> None:
         "print(processes(replica)[0].pid, flush=True)\n"
         "sys.stdin.read()\n"
     )
-    root = Path(__file__).resolve().parents[2]
     leader = subprocess.Popen(
         [sys.executable, "-c", code],
-        cwd=root,
+        cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(root), "TMPDIR": str(tmp_path)},
+        env=child_environment(TMPDIR=str(tmp_path)),
     )
     with leader:
         assert leader.stdout is not None

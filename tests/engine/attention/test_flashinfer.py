@@ -106,7 +106,7 @@ class Rows:
     def _fill(self) -> None:
         """NaN in pages of nobody, large numbers in tails: the pool is finite where rows are."""
         owned = torch.from_numpy(np.unique(self.table)).long().to(self.device)
-        for pages in (self.pool.k_LNGKD, self.pool.v_LNGKD):
+        for pages in self.pool.tensors():
             poison(pages)
             pages[:, owned] = 1e4
             for row, kv_len in enumerate(self.kv_lens):

@@ -37,6 +37,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace())
     monkeypatch.setattr(module, "flashinfer_installed", lambda: True)
     monkeypatch.setattr(module, "is_hopper", lambda device: True)
+    monkeypatch.setattr(module, "is_prefill_compiled", lambda dtype, head_dim: True)
 
 
 @pytest.fixture
@@ -60,6 +61,23 @@ def test_a_gpu_with_flashinfer_takes_prefill_from_it(installed: None) -> None:
     assert choice.backend.name == "flashinfer+triton"
     assert "FlashInfer" in choice.reason
     assert isinstance(choice.backend, CapturableBackend)
+
+
+def test_kernels_that_would_have_to_be_compiled_are_left_until_asked_for(
+    installed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[torch.dtype, int]] = []
+
+    def compiled(dtype: torch.dtype, head_dim: int) -> bool:
+        asked.append((dtype, head_dim))
+        return False
+
+    monkeypatch.setattr(module, "is_prefill_compiled", compiled)
+    choice = choose("auto", "cuda", make_pool(head_dim=64))
+    assert choice.backend.name == "triton"
+    assert "attention='split' compiles them" in choice.reason
+    assert asked == [(torch.bfloat16, 64)]
+    assert choose("split", "cuda").backend.name == "flashinfer+triton"
 
 
 def test_another_gpu_keeps_prefill_batch_invariant(

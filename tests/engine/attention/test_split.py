@@ -60,8 +60,8 @@ def make_pool() -> KVPool:
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
-    pool.k_LNGKD.copy_(torch.randn_like(pool.k_LNGKD))
-    pool.v_LNGKD.copy_(torch.randn_like(pool.v_LNGKD))
+    for pages in pool.tensors():
+        pages.normal_()
     return pool
 
 

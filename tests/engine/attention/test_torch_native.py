@@ -26,8 +26,8 @@ def make_pool(dtype: torch.dtype = torch.float32) -> KVPool:
         dtype=dtype,
         device=torch.device("cpu"),
     )
-    pool.k_LNGKD.copy_(torch.randn_like(pool.k_LNGKD))
-    pool.v_LNGKD.copy_(torch.randn_like(pool.v_LNGKD))
+    for pages in pool.tensors():
+        pages.normal_()
     return pool
 
 
@@ -54,7 +54,7 @@ def make_batch(pages: list[list[int]], query_lens: list[int], kv_lens: list[int]
 
 def compare(batch: AttentionBatch, pool: KVPool, *, tolerance: float) -> None:
     num_tokens = int(batch.query_start_R1[-1])
-    dtype = pool.k_LNGKD.dtype
+    dtype = pool.dtype
     q = torch.randn(num_tokens, HEADS, DIM).to(dtype)
     k = torch.randn(num_tokens, KV_HEADS, DIM).to(dtype)
     v = torch.randn(num_tokens, KV_HEADS, DIM).to(dtype)
@@ -71,7 +71,7 @@ def compare(batch: AttentionBatch, pool: KVPool, *, tolerance: float) -> None:
         backend="torch",
     )
     torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
-    written = pool.k_LNGKD[1].view(-1, KV_HEADS, DIM)[batch.write_slots_T]
+    written = pool.layer(1)[0].view(-1, KV_HEADS, DIM)[batch.write_slots_T]
     assert torch.equal(written, k)
 
 
@@ -139,8 +139,8 @@ def test_sharing_changes_nothing_beyond_rounding() -> None:
 def test_a_row_of_nan_does_not_reach_the_next_tenant_of_its_page() -> None:
     """The next row's last page keeps a stale tail, which only the mask hides."""
     pool = make_pool()
-    pool.k_LNGKD.zero_()
-    pool.v_LNGKD.zero_()
+    for pages in pool.tensors():
+        pages.zero_()
     backend = TorchNativeBackend(pool, num_heads=HEADS, scale=SCALE)
     bad = torch.full((4, HEADS, DIM), float("nan"))
     bad_kv = torch.full((4, KV_HEADS, DIM), float("inf"))

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import subprocess
+import sys
+import threading
+import weakref
 from typing import Any
 
 import pytest
 import torch
 
 from engine.errors import EngineDead
+from engine.parallel import nccl
 from engine.parallel.nccl import NcclCollectives
+from tests.helpers.children import ROOT, child_environment
 
 
 class StandIn:
@@ -72,3 +79,69 @@ def test_a_group_that_was_given_up_is_broken_once_and_not_used_again() -> None:
     assert host.closed
     with pytest.raises(EngineDead, match="given up"):
         collectives.all_reduce(torch.ones(1))
+
+
+class Stuck(StandIn):
+    """As NCCL is while captured graphs hold it: an abort ends when they are dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.graphs_dropped = threading.Event()
+        self.ended = threading.Event()
+
+    def abort(self) -> None:
+        super().abort()
+        assert self.graphs_dropped.wait(30)
+        self.ended.set()
+
+
+def test_closing_waits_for_an_abort_that_had_to_be_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nccl, "_ABORT_S", 0.05)
+    group, host = Stuck(), Host()
+    collectives = NcclCollectives(group, host)
+    collectives.abort()
+    assert not group.ended.is_set()
+    monkeypatch.setattr(nccl, "_ABORT_S", 30.0)
+    threading.Timer(0.1, group.graphs_dropped.set).start()
+    collectives.close()
+    assert group.ended.is_set()
+    assert (group.num_aborts, host.closed) == (1, True)
+
+
+def test_a_group_that_was_given_up_is_never_destructed() -> None:
+    group = StandIn()
+    seen = weakref.ref(group)
+    NcclCollectives(group, Host()).abort()
+    del group
+    gc.collect()
+    assert seen() is not None
+
+
+AT_EXIT = """
+import time
+from tests.engine.parallel.test_nccl_collectives import Host, NcclCollectives, StandIn, nccl
+
+class Late(StandIn):
+    def abort(self):
+        time.sleep(1.5)
+        print("back", flush=True)
+
+    def __del__(self):
+        print("destructed", flush=True)
+
+nccl._ABORT_S = 1.0
+NcclCollectives(Late(), Host()).abort()
+print("leaving", flush=True)
+"""
+
+
+def test_the_interpreter_waits_for_an_abort_before_it_ends() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", AT_EXIT],
+        cwd=ROOT,
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (0, "leaving\nback\n"), done.stderr

@@ -220,6 +220,67 @@ def bucket(tensors: dict[str, torch.Tensor]) -> dict:
     return {"flattened_tensor": flat, "metadata": entries}
 
 
+def bucket_of_values(tensors: dict[str, torch.Tensor]) -> dict:
+    """As trainers flattened before they flattened bytes: one `torch.cat`, which promotes."""
+    flat = torch.cat([t.reshape(-1) for t in tensors.values()])
+    entries, start = [], 0
+    for name, tensor in tensors.items():
+        stop = start + tensor.numel()
+        entries.append(
+            FlattenedTensorMetadata(name, tensor.shape, tensor.dtype, start, stop, tensor.numel())
+        )
+        start = stop
+    return {"flattened_tensor": flat, "metadata": entries}
+
+
+def receive_bucket(rank, value: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ipc_module, "restricted_loads", lambda data: value)
+    rank.handle(ReceiveIpc(payloads=[b""], format="sglang_bucket"))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_bucket_of_promoted_values_is_placed(mixed: bool, monkeypatch) -> None:
+    model, rank = make_rank()
+    new = {name: t.bfloat16() for name, t in fresh(model).items()}
+    if mixed:
+        new[NORM] = fresh(model)[NORM]
+    value = bucket_of_values(new)
+    assert value["flattened_tensor"].dtype == (torch.float32 if mixed else torch.bfloat16)
+    rank.handle(BeginUpdate(version=4))
+    receive_bucket(rank, value, monkeypatch)
+    rank.handle(CommitUpdate(version=4))
+    assert_holds(model, {name: t.float() for name, t in new.items()})
+    rank.close()
+
+
+@pytest.mark.parametrize("how", ["short", "long", "rounded", "beyond", "backwards"])
+def test_a_slice_that_is_not_its_tensor_is_refused_by_name(how: str, monkeypatch) -> None:
+    model, rank = make_rank()
+    before, new = contents(model), fresh(model)
+    if how == "rounded":
+        value = bucket_of_values({**new, NORM: torch.arange(new[NORM].numel(), dtype=torch.int32)})
+    else:
+        value = bucket(new)
+    entry = next(each for each in value["metadata"] if each.name == NORM)
+    match how:
+        case "short":
+            entry.end_idx -= 4
+        case "long":
+            entry.start_idx -= 4
+        case "beyond":
+            entry.start_idx += value["flattened_tensor"].numel()
+            entry.end_idx += value["flattened_tensor"].numel()
+        case "backwards":
+            entry.start_idx, entry.end_idx = entry.end_idx, entry.start_idx
+    rank.handle(BeginUpdate(version=4, mode="in_place"))
+    with pytest.raises(ManifestMismatch, match=NORM) as caught:
+        receive_bucket(rank, value, monkeypatch)
+    assert caught.value.field == NORM
+    rank.session.require_servable()
+    assert_holds(model, before)
+    rank.close()
+
+
 @pytest.mark.parametrize("kind", ["sglang", "sglang_bucket", "per_rank"])
 def test_what_sglang_trainers_pickle_is_placed(kind: str, monkeypatch) -> None:
     """The objects that the allow-list unpickler returns; its own tests cover the bytes."""

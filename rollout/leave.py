@@ -1,0 +1,38 @@
+"""How a spawned process of the engine ends."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+_FAILED = 1
+
+
+def run_and_leave(main: Callable[[list[str]], int], arguments: Sequence[str]) -> NoReturn:
+    """Exit with what `main` returns; with 1 and a traceback if it raises.
+
+    After a failure the interpreter is not torn down: what it would destruct, such as a process
+    group whose other ranks are gone, may still be in use by threads that cannot be stopped,
+    and would replace the exit code by a crash. So `main` must have sent its last messages, and
+    finalizers that run at exit do not.
+    """
+    code = _FAILED
+    try:
+        code = main(list(arguments))
+    finally:
+        if code != 0:
+            _leave_at_once(code)
+    sys.exit(0)
+
+
+def _leave_at_once(code: int) -> NoReturn:
+    error = sys.exception()
+    if error is not None:
+        sys.excepthook(type(error), error, error.__traceback__)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

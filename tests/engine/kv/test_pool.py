@@ -1,0 +1,52 @@
+"""The KV pool in one piece and in several: the same pages under every layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.kv.pool import KVPool
+
+LAYER_BYTES = 6 * 4 * 2 * 8 * 4
+
+
+def make(piece_bytes: int) -> KVPool:
+    return KVPool(
+        num_layers=5,
+        num_pages=6,
+        page_size=4,
+        num_kv_heads=2,
+        head_dim=8,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        piece_bytes=piece_bytes,
+    )
+
+
+@pytest.mark.parametrize(
+    ("piece_bytes", "sizes"),
+    [
+        (1, [1, 1, 1, 1, 1]),
+        (2 * LAYER_BYTES, [2, 2, 1]),
+        (3 * LAYER_BYTES - 1, [2, 2, 1]),
+        (100 * LAYER_BYTES, [5]),
+    ],
+)
+def test_pieces_hold_whole_layers(piece_bytes: int, sizes: list[int]) -> None:
+    pool = make(piece_bytes)
+    assert [len(k) for k, _ in pool.pieces] == sizes
+    assert all(k.shape[1:] == (6, 4, 2, 8) and v.shape == k.shape for k, v in pool.pieces)
+    assert not any(tensor.any() for tensor in pool.tensors())
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 2 * LAYER_BYTES, 100 * LAYER_BYTES])
+def test_layers_are_apart_and_copied_alike(piece_bytes: int) -> None:
+    pool = make(piece_bytes)
+    for index in range(5):
+        for part, pages in enumerate(pool.layer(index)):
+            pages[1] = 10 * index + part + 1
+    pool.copy(torch.tensor([1]), torch.tensor([4]))
+    for index in range(5):
+        for part, pages in enumerate(pool.layer(index)):
+            assert (pages[4] == 10 * index + part + 1).all()
+            assert not pages[[0, 2, 3, 5]].any()
