@@ -99,6 +99,8 @@ class EngineConfig:
     flashinfer and decode from triton; 'auto' asks engine.attention.select."""
     cuda_graphs: bool = True
     """On a GPU, replay decode steps as CUDA graphs; off runs every step kernel by kernel."""
+    capture_at_start: bool = False
+    """Capture the graphs of every batch size at start-up, not when a step first needs one."""
     seed: int = 0
     """Seed of random weights, and of requests that bring none."""
     weight_version: int = 0

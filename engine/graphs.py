@@ -36,6 +36,8 @@ from kernels.rotary import KVTarget
 logger = logging.getLogger(__name__)
 
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896)
+_LENGTHS = (1024, 2048, 4096)
+"""KV lengths at which a back end may want another graph."""
 
 
 def row_buckets(max_rows: int) -> list[int]:
@@ -133,6 +135,24 @@ class DecodeGraphs:
         captured.graph.replay()
         num_outputs = 3 if options.entropy else 2
         return self._outputs[: num_outputs * rows].view(num_outputs, rows)
+
+    def capture_all(self) -> None:
+        """Capture every bucket, for each KV bound that attention tells apart, on rows of nobody.
+
+        Variants that only some steps ask for (shared prompts, filters, entropy) stay lazy.
+        """
+        context_length = self._table.token_ids.shape[1]
+        for rows in self._buckets.tolist():
+            slots = np.full(rows, self._scratch_slot, dtype=np.int32)
+            seen: set[int] = set()
+            for longest in (1, *_LENGTHS, context_length - 1):
+                bound = min(self._attention.bound(rows, longest), context_length)
+                if longest < context_length and bound not in seen:
+                    seen.add(bound)
+                    # One long row is enough; more of the same pages would look like a group.
+                    kv_lens = np.ones(rows, dtype=np.int32)
+                    kv_lens[0] = longest
+                    self.run(slots, kv_lens)
 
     def _fill(self, rows: int, slots: np.ndarray, kv_lens: np.ndarray) -> np.ndarray:
         """Send the rows of the next replay, padded to the bucket: int32 [2, R]."""

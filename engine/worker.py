@@ -115,6 +115,9 @@ class Worker:
         self._sampler = Sampler(num_slots=num_slots + num_scratch, device=device, backend=backend)
         self._scorer = PromptScorer(self._model, self._sampler)
         self._graphs = self._build_graphs(num_slots, num_pages) if num_scratch else None
+        if self._graphs is not None and config.capture_at_start:
+            with torch.inference_mode():
+                self._graphs.capture_all()
         self.facts = EngineFacts(
             model=config.model,
             num_pages=num_pages,

@@ -7,7 +7,9 @@ import pytest
 
 from engine.attention import triton
 from engine.attention.triton import TritonDecode
+from engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from engine.graphs import row_buckets
+from rollout.launch import launch
 from tests.helpers.engines import drain, exact_logprobs, make_replica, request
 from tests.helpers.tiny_models import tiny_hf, write_tiny
 from trainer_bridge import push
@@ -54,6 +56,27 @@ def test_a_full_bucket_is_bit_equal_to_eager(tiny, rows: int, dtype: str) -> Non
     options = {"dtype": dtype, "num_pages": 1500, "prefix_cache": False, "max_step_tokens": 4096}
     graphs = outputs_of(tiny[0], requests, **options)
     assert_equal(graphs, outputs_of(tiny[0], requests, cuda_graphs=False, **options))
+
+
+@pytest.mark.gpu
+def test_graphs_captured_at_start_are_those_a_step_needs(tiny) -> None:
+    requests = [request(f"{i}", PROMPT, seed=i, max_new_tokens=20) for i in range(5)]
+    config = EngineConfig(
+        model=str(tiny[0]),
+        device="cuda",
+        dtype="float32",
+        capture_at_start=True,
+        cache=CacheConfig(num_pages=300, page_size=8),
+        scheduler=SchedulerConfig(max_running=8),
+    )
+    with launch(config) as replica:
+        graphs = replica._leader._executor._worker._graphs._graphs
+        captured = len(graphs)
+        assert captured >= len(row_buckets(8))
+        replica.submit(requests)
+        early = drain(replica)
+        assert len(graphs) == captured, "a step captured what start-up had not"
+    assert_equal(early, outputs_of(tiny[0], requests, num_pages=300, max_running=8))
 
 
 @pytest.mark.gpu
