@@ -116,13 +116,15 @@ def test_a_world_size_that_only_one_side_has(client: Client) -> None:
     assert time.monotonic() - started < 10
 
 
-@pytest.mark.parametrize("dialect", JOINS)
-def test_a_rank_that_never_joins(client: Client, dialect: str) -> None:
-    path, wrapped = JOINS[dialect]
+def test_a_rank_that_never_joins(client: Client) -> None:
     port = free_port()
+    sender = SenderGroup("g", world_size=3, backend="gloo")
     started = time.monotonic()
     with pytest.raises(GroupError, match=f"127.0.0.1:{port} within 1 s"):
-        client.call(path, wrapped(join_body(port, 2)))
+        client.call(JOINS["sglang"][0], join_body(port, 2))
+    with pytest.raises(GroupError, match="rank 2 of 3 did not join") as caught:
+        client.call(JOINS["sglang"][0], join_body(sender.port, 3))
+    assert caught.value.field == "rank 2"
     assert time.monotonic() - started < 10
 
 
