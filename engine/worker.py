@@ -69,6 +69,7 @@ class Worker:
             device,
             meeting_place=meeting_place,
             timeout_s=config.parallel.timeout_s,
+            releasable=config.memory.saver,
         )
         runtime = LayerRuntime(
             device=device,

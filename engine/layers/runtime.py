@@ -38,7 +38,7 @@ class LayerRuntime:
         """Steps of up to this many tokens run through `kernels.linear.fused_linear`, which
         carries the whole residual stream from layer to layer; 0 for none.
 
-        One rank only: between ranks, a layer's output is a summand of the residual stream.
+        One rank only: with more, a sum over ranks comes between a product and its residual.
         """
         fuses = self.backend == "triton" and self.dtype.itemsize == 2
         plain = isinstance(self.linear, Unquantized) and self.mesh.tp_size == 1

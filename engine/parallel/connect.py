@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from engine.config import ParallelConfig
@@ -36,11 +38,17 @@ def rank_device(device: torch.device, config: ParallelConfig, mesh: Mesh) -> tor
 
 
 def connect(
-    mesh: Mesh, device: torch.device, *, meeting_place: str, timeout_s: float
+    mesh: Mesh,
+    device: torch.device,
+    *,
+    meeting_place: str,
+    timeout_s: float,
+    releasable: bool = False,
 ) -> Collectives:
     """Meet the other ranks of `mesh` at the file `meeting_place`, which is this group's alone.
 
-    timeout_s: deadline of a collective. Raises InvalidRequest if there are other ranks but no
+    timeout_s: deadline of a collective. releasable: memory that collectives use will be released
+    and resumed at its addresses. Raises InvalidRequest if there are other ranks but no
     place to meet them, EngineDead if one does not come.
     """
     if mesh.tp_size == 1:
@@ -55,5 +63,9 @@ def connect(
     host = GlooCollectives(gloo_group(store, mesh), timeout_s)
     if device.type != "cuda":
         return host
+    if releasable:
+        # Buffers that NCCL registers for a captured collective are not the same memory after a
+        # release, and replays then hang.
+        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     # The replica's own deadline comes first: it can name the rank, the watchdog cannot.
     return NcclCollectives(nccl_group(store, mesh, timeout_s + _WATCHDOG_MARGIN_S, device), host)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 
 from engine.config import ParallelConfig
 from engine.errors import EngineDead, InvalidRequest
+from engine.parallel import process_group
 from engine.parallel.collectives import Collectives, NoCollectives
 from engine.parallel.connect import connect, rank_device
 from engine.parallel.mesh import Mesh
@@ -78,6 +80,22 @@ def test_a_rank_that_misses_a_collective_ends_it_for_the_others() -> None:
         return caught.value.field
 
     assert with_collectives(2, run, timeout_s=0.5)[0] == "ranks"
+
+
+def test_a_rank_that_never_comes_ends_the_wait_of_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(process_group, "CONNECT_S", 0.5)
+    started = time.monotonic()
+    with pytest.raises(EngineDead, match=r"2 ranks did not meet within 0\.5 s") as caught:
+        connect(
+            Mesh(tp_rank=0, tp_size=2),
+            torch.device("cpu"),
+            meeting_place=str(tmp_path / "meeting"),
+            timeout_s=1.0,
+        )
+    assert caught.value.field == "ranks"
+    assert time.monotonic() - started < 10
 
 
 def test_ranks_without_a_place_to_meet_are_refused() -> None:

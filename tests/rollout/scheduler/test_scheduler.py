@@ -248,6 +248,26 @@ def test_abort_by_exact_id_leaves_longer_ids_alone():
     bench.check_empty()
 
 
+class Unscanned(dict):
+    """Requests of which one may be asked for, but not all."""
+
+    def _refuse(self) -> None:
+        raise AssertionError("all requests were looked at for one")
+
+    __iter__ = keys = values = items = _refuse
+
+
+def test_abort_by_exact_id_looks_at_no_other_request():
+    bench = Bench()
+    bench.add(*(make_request(rid, range(4), max_new=9) for rid in ("a", "b")))
+    requests = bench.scheduler._requests
+    bench.scheduler._requests = Unscanned(requests)
+    assert [output.rid for output in bench.scheduler.abort(rid="a")] == ["a"]
+    assert bench.scheduler.abort(rid="a") == bench.scheduler.abort() == []
+    bench.scheduler._requests = dict(dict.items(bench.scheduler._requests))
+    assert set(bench.run()) == {"b"}
+
+
 def test_rid_may_be_used_again_once_gone():
     bench = Bench()
     bench.add(make_request("a", range(4)))
