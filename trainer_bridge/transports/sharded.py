@@ -8,8 +8,8 @@ of its own with all engine ranks, so that no tensor passes through another train
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -24,8 +24,6 @@ from engine.protocol import (
     ReceiveBroadcast,
     TensorPiece,
     UpdateReport,
-    decode,
-    encode,
 )
 from trainer_bridge.adapters.base import WeightSource
 from trainer_bridge.control import UpdateTarget, state_of, try_send
@@ -72,9 +70,11 @@ class ShardedCarrier:
         """
         committed = False
         try:
-            self._agree(self._prepare, begin, source)
+            connected = self._agree(self._begin, begin)
+            if not all(connected):
+                self._connect(source)
             self._agree(self._carry, source)
-            report: UpdateReport = self._agree(self._commit, begin)
+            report: UpdateReport = self._agree(self._commit, begin)[0]
             committed = True
         finally:
             if not committed:
@@ -90,35 +90,47 @@ class ShardedCarrier:
                     try_send(target, LeaveGroup(name=self._group_of(rank)))
             sender.group.close()
 
-    def _agree(self, act: Any, *args: Any) -> Any:
-        """Run a stage on every trainer rank; if one fails, all raise. Returns rank 0's result."""
+    def _agree(self, act: Callable[..., Any], *args: Any) -> list[Any]:
+        """Run a stage on every trainer rank; returns all results, or raises on all ranks.
+
+        A stage makes no collective call of its own: one that failed alone would leave the
+        others waiting in it.
+        """
         result: Any = None
         failure: SlipstreamError | None = None
         try:
             result = act(*args)
         except SlipstreamError as error:
             failure = error
-        outcomes: list[Any] = [None] * dist.get_world_size(self._trainers)
         text = None if failure is None else f"{type(failure).__name__}: {failure}"
+        outcomes: list[Any] = [None] * dist.get_world_size(self._trainers)
         dist.all_gather_object(outcomes, (text, result), group=self._trainers)
         if failure is not None:
             raise failure
         for rank, (other, _) in enumerate(outcomes):
             if other is not None:
                 raise GroupError(f"trainer rank {rank} failed: {other}", field=f"rank {rank}")
-        return outcomes[0][1]
+        return [result for _, result in outcomes]
 
-    def _prepare(self, begin: BeginUpdate, source: WeightSource) -> None:
+    def _begin(self, begin: BeginUpdate) -> bool:
+        """Open the update; returns whether this rank still has its group."""
         on_each(self.targets, lambda target: target.send(begin))
-        if self._sender is None or not self._sender.group.is_open:
-            self._connect()
-        if not self._pieces:
-            self._pieces = self._gather_pieces(source)
+        return self._sender is not None and self._sender.group.is_open
 
-    def _connect(self) -> None:
+    def _connect(self, source: WeightSource) -> None:
         """Every rank listens, rank 0 has the engines join all groups, every rank completes."""
+        sizes = self._agree(self._target_sizes)[0]
+        joins = self._agree(self._listen, sizes)
+        self._agree(self._complete, joins)
+        # Fixed by the trainer's layout, so asked for with the connection.
+        self._pieces = self._agree(lambda: [piece for piece, _ in source.shards()])
+
+    def _target_sizes(self) -> list[int]:
+        return [state_of(target).tp_size for target in self.targets]
+
+    def _listen(self, sizes: list[int]) -> list[JoinGroup]:
+        """Open this rank's group; returns what each target is to do to join it."""
         backend: Backend = "nccl" if self._device.type == "cuda" else "gloo"
-        sizes = self._share([state_of(target).tp_size for target in self.targets])
         group = SenderGroup(
             self._group_of(self._rank),
             world_size=1 + sum(sizes),
@@ -126,37 +138,36 @@ class ShardedCarrier:
             address=self._address,
             timeout_s=self._timeout_s,
         )
-        joins = self._gather(join_commands(group, sizes))
+        self._sender = Broadcaster(group, self._device, bucket_bytes=self._bucket_bytes)
+        return join_commands(group, sizes)
+
+    def _complete(self, joins: list[list[JoinGroup]]) -> None:
+        assert self._sender is not None, "complete before listen"
         with ThreadPoolExecutor(max(len(self.targets), 1)) as pool:
             joined = [
                 pool.submit(_join_all, target, [commands[index] for commands in joins])
                 for index, target in enumerate(self.targets)
             ]
             try:
-                group.connect()
+                self._sender.group.connect()
             except GroupError:
                 check(joined)
                 raise
         check(joined, wait=True)
-        self._sender = Broadcaster(group, self._device, bucket_bytes=self._bucket_bytes)
 
     def _carry(self, source: WeightSource) -> None:
-        assert self._sender is not None, "carry before prepare"
+        assert self._sender is not None, "carry before connect"
         deadline = time.monotonic() + self._timeout_s
+        pieces = self._pieces[self._rank]
         flats = (flat for _, flat in source.shards())
         with ThreadPoolExecutor(max(len(self.targets), 1)) as pool:
             received = [pool.submit(self._receive_all, target) for target in self.targets]
             try:
-                self._send(flats, deadline, received)
+                self._sender.send(pieces, flats, deadline=deadline, check=lambda: check(received))
             except SlipstreamError:
                 self._sender.group.abort()
                 raise
         check(received, wait=True)
-
-    def _send(self, flats: Any, deadline: float, received: list[Future[None]]) -> None:
-        assert self._sender is not None
-        pieces = self._pieces[self._rank]
-        self._sender.send(pieces, flats, deadline=deadline, check=lambda: check(received))
 
     def _receive_all(self, target: UpdateTarget) -> None:
         """Have one engine receive from every trainer rank in turn."""
@@ -170,31 +181,14 @@ class ShardedCarrier:
                 )
             )
 
-    def _group_of(self, rank: int) -> str:
-        return f"{self._name}-{rank}"
-
     def _commit(self, begin: BeginUpdate) -> UpdateReport | None:
         if not self.targets:
             return None
         commit = CommitUpdate(version=begin.version)
         return report_of(on_each(self.targets, lambda target: target.send(commit)))
 
-    def _gather_pieces(self, source: WeightSource) -> list[list[TensorPiece]]:
-        """What each rank sends; fixed by the trainer's layout, so it is asked for once."""
-        return self._gather([piece for piece, _ in source.shards()])
-
-    def _gather(self, mine: list[Any]) -> list[list[Any]]:
-        gathered: list[Any] = [None] * dist.get_world_size(self._trainers)
-        kind = type(mine[0]) if mine else TensorPiece
-        dist.all_gather_object(gathered, encode(mine), group=self._trainers)
-        return [decode(data, list[kind]) for data in gathered]  # type: ignore[valid-type]
-
-    def _share(self, mine: list[int]) -> list[int]:
-        """Rank 0's list, on every rank."""
-        box: list[Any] = [mine]
-        dist.broadcast_object_list(box, group=self._trainers, group_src=0)
-        shared: list[int] = box[0]
-        return shared
+    def _group_of(self, rank: int) -> str:
+        return f"{self._name}-{rank}"
 
 
 def _join_all(target: UpdateTarget, joins: Sequence[JoinGroup]) -> None:
