@@ -76,6 +76,10 @@ class MemoryConfig:
     """Keep released weights in pinned host memory, and bring them back on resume."""
     trainer_bytes: int = 0
     """GPU memory per rank that a trainer beside the engine needs while the engine is awake."""
+    trainer_training_bytes: int = 0
+    """GPU memory per rank that the trainer needs at the peak of its step, the engine asleep."""
+    trainer_publishing_bytes: int = 0
+    """GPU memory per rank that the trainer needs while it publishes, its buckets included."""
     reserve_shadow: bool = False
     """Leave room for a second copy of the weights, so that updates never write in place."""
 

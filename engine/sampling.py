@@ -86,10 +86,6 @@ class Sampler:
         """Temperatures of some slots, float32 [S]."""
         return self._temperature[slots_S]
 
-    def is_plain(self, slots: np.ndarray) -> bool:
-        """Whether these rows need temperature only: `draw_plain` without options."""
-        return self.is_capturable(slots) and self.options(slots) == PLAIN
-
     def is_capturable(self, slots: np.ndarray) -> bool:
         """Whether `draw_plain` serves these rows: no edit and no top logprobs."""
         return not self._top_logprobs[slots].any() and not self.edits(slots)

@@ -32,6 +32,7 @@ from engine.occupancy import Occupancy
 from engine.parallel.connect import connect, rank_device
 from engine.parallel.mesh import Mesh
 from engine.pending import PendingStep, pack_sampled
+from engine.phases import check_phases
 from engine.prompt_logprobs import PromptScorer
 from engine.protocol import (
     EngineCommand,
@@ -79,6 +80,7 @@ class Worker:
             collectives=self._collectives,
         )
         self._occupancy = Occupancy(config.memory, device)
+        self._keeps_weights = config.memory.cpu_backup
         self._model = allocate_model(
             files.config, runtime=runtime, max_position=context, occupancy=self._occupancy
         )
@@ -162,7 +164,12 @@ class Worker:
             case ReleaseMemory():
                 return Reply(memory=[self._occupancy.release(command.tags)])
             case ResumeMemory():
-                return Reply(memory=[self._occupancy.resume(command.tags)])
+                report = self._occupancy.resume(command.tags)
+                if "weights" in report.tags and not self._keeps_weights:
+                    self._weights.session.invalidate(
+                        "the weights were released without a backup; publish a whole version"
+                    )
+                return Reply(memory=[report])
             case _:
                 return self._weights.handle(command)
 
@@ -227,15 +234,19 @@ class Worker:
             head_dim=model.head_dim,
             dtype=dtype,
         )
+        needs = self._needs(config, num_graphs=num_scratch)
         plan = plan_memory(
             config.cache,
             page_bytes=page_bytes,
-            needs=self._needs(config, num_graphs=num_scratch),
+            needs=needs,
             device=self._device,
             context_length=context,
             max_running=config.scheduler.max_running,
         )
         logger.info("%s", plan.describe())
+        if self._device.type == "cuda":
+            device_bytes = torch.cuda.get_device_properties(self._device).total_memory
+            check_phases(config.memory, needs, kv_bytes=plan.kv_bytes, device_bytes=device_bytes)
         # One plan goes to every rank, so every rank has the pages that the fullest has.
         num_pages = self._collectives.minimum(plan.num_pages) + num_scratch
         with self._occupancy.region("kv_cache"):

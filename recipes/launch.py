@@ -46,7 +46,10 @@ def engine_config(options: Options, *, gpu: int = 0, saver: bool = False) -> Eng
         seed=options.seed,
         cache=CacheConfig(memory_bytes=int(options.rollout.kv_memory_gb * 2**30)),
         parallel=ParallelConfig(base_gpu=gpu),
-        memory=MemoryConfig(saver=saver),
+        memory=MemoryConfig(
+            saver=saver,
+            trainer_training_bytes=int(options.placement.trainer_memory_gb * 2**30),
+        ),
     )
 
 

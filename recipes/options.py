@@ -48,6 +48,9 @@ class PlacementOptions:
     sleep: bool | None = None
     """Release the engine's memory while training; None does so on a GPU with
     torch-memory-saver, where they share it."""
+    trainer_memory_gb: float = 0.0
+    """GPU memory of one trainer process at the peak of its step, GiB, where it shares a GPU with
+    an engine: the run is refused, with numbers, if a phase does not fit. 0 plans nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from engine.config import MemoryConfig
 from engine.errors import OutOfMemory
 from engine.memory import Needs
-from engine.phases import TrainerNeeds, plan_phases
+from engine.phases import TrainerNeeds, check_phases, plan_phases
 
 GIB = 1 << 30
 ENGINE = Needs(weights=15 * GIB, workspace=2 * GIB, graphs=GIB, shadow=15 * GIB)
@@ -52,3 +53,20 @@ def test_every_phase_that_does_not_fit_is_named() -> None:
     for name in ("rollout", "train", "resume"):
         assert f"{name}: " in refusal.value.message
     assert "update: " not in refusal.value.message
+
+
+def test_a_trainer_of_which_nothing_is_said_plans_nothing() -> None:
+    assert check_phases(MemoryConfig(saver=True), ENGINE, kv_bytes=1 << 50, device_bytes=1) == []
+
+
+def test_the_configuration_says_what_the_trainer_needs(caplog: pytest.LogCaptureFixture) -> None:
+    memory = MemoryConfig(
+        trainer_bytes=2 * GIB, trainer_training_bytes=60 * GIB, trainer_publishing_bytes=5 * GIB
+    )
+    with caplog.at_level("INFO"):
+        phases = check_phases(memory, ENGINE, kv_bytes=10 * GIB, device_bytes=80 * GIB)
+    trainer = {phase.name: phase.parts["trainer"] // GIB for phase in phases}
+    assert trainer == {"rollout": 2, "train": 60, "update": 5, "resume": 2}
+    assert "train: engine residue" in caplog.text
+    with pytest.raises(OutOfMemory, match="train: "):
+        check_phases(memory, ENGINE, kv_bytes=10 * GIB, device_bytes=50 * GIB)

@@ -18,7 +18,7 @@ eval_every eval_prompts gradient_checkpointing is_cap is_level is_mode kl_coef k
 kv_memory_gb load_format loss_aggregation lr max_grad_norm max_new_tokens max_resamples
 max_tokens_per_microbatch minutes model num_iterations num_minibatches out overlong_buffer
 prompts_per_step resume rollout_gpus samples schedule seed sleep steps task temperature trainer
-wandb warmup_steps weight_decay zero
+trainer_memory_gb wandb warmup_steps weight_decay zero
 """
 
 
