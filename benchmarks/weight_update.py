@@ -2,7 +2,7 @@
 
     python benchmarks/weight_update.py --model shapes/qwen2.5-7b.json --transport cuda_ipc
     python benchmarks/weight_update.py --model ... --transport nccl              (two GPUs)
-    python benchmarks/weight_update.py --model ... --transport nccl --trainers 2 --tp 2   (four)
+    python benchmarks/weight_update.py --model ... --transport nccl --trainers 2 --tp 2 --zero3
 
 The engine runs in this process and decodes `--rows` requests all the while; trainer ranks are
 processes of their own (`weight_update_trainer.py`), on the GPUs behind the engine's, or on the
@@ -56,6 +56,8 @@ class Options:
     """How the weights travel; on a CPU gloo and shared memory take the place of NCCL and IPC."""
     trainers: int = 1
     """Trainer ranks; more than one sends shards, each rank its own."""
+    zero3: bool = False
+    """Trainer ranks hold a module that DeepSpeed partitioned, not plain tensors."""
     tp: int = 1
     """Tensor-parallel ranks of the engine."""
     updates: int = 8
@@ -218,6 +220,7 @@ def trainer_jobs(options: Options, engine: Engine, device: str, raw_port: int) -
             updates=options.updates + 2,
             cycles=options.cycles,
             checksums=options.checksums,
+            zero3=options.zero3,
         )
         for rank in range(options.trainers)
     ]

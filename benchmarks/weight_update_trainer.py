@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
 from engine.protocol import BeginUpdate, Control, Reply, TensorPiece, TensorSpec
+from trainer_bridge.adapters.base import WeightSource
+from trainer_bridge.adapters.deepspeed import DeepSpeedSource
 from trainer_bridge.bridge import Publisher, PushOptions
 from trainer_bridge.transports.sharded import ShardedCarrier
 
@@ -41,6 +43,7 @@ class TrainerJob:
     updates: int
     cycles: int
     checksums: bool
+    zero3: bool
 
     def torch_device(self) -> torch.device:
         """Where the weights are."""
@@ -81,6 +84,38 @@ class TensorList:
             if start < stop:
                 piece = TensorPiece(name, spec.dtype, spec.shape, start, stop)
                 yield piece, tensor.view(-1)[start:stop]
+
+
+class Tree(torch.nn.Module):
+    """Parameters under dotted names, and nothing that computes."""
+
+    def add(self, path: list[str], parameter: torch.nn.Parameter) -> None:
+        if len(path) == 1:
+            self.register_parameter(path[0], parameter)
+            return
+        if path[0] not in self._modules:
+            self.add_module(path[0], Tree())
+        child = self.get_submodule(path[0])
+        assert isinstance(child, Tree)
+        child.add(path[1:], parameter)
+
+
+def zero3_source(job: TrainerJob) -> WeightSource:
+    """The same tensors as the parameters of a module that DeepSpeed has partitioned."""
+    import deepspeed
+
+    # Its collective for CPU ranks is compiled at first use; gloo needs no compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    tree = Tree()
+    for name, tensor in TensorList(job).tensors():
+        tree.add(name.split("."), torch.nn.Parameter(tensor, requires_grad=False))
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3},
+        "bf16": {"enabled": job.device == "cuda"},
+    }
+    engine, *_ = deepspeed.initialize(model=tree, config=config)
+    return DeepSpeedSource(engine)
 
 
 class PipeTarget:
@@ -138,7 +173,9 @@ def run_trainer(job: TrainerJob, pipe: Connection | None) -> None:
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(1)
-    source = TensorList(job)
+    if job.world_size > 1:
+        _join_trainers(job)
+    source = zero3_source(job) if job.zero3 else TensorList(job)
     if job.transport == "nccl" and job.rank == 0:
         with RawGroup(0, job.raw_port, device) as group:
             group.measure(TensorList.num_bytes_of(job.tensors))
@@ -159,21 +196,31 @@ def run_trainer(job: TrainerJob, pipe: Connection | None) -> None:
         pipe.send(("done", {"push_s": seconds, "memory": memory}))
 
 
-def _single(job: TrainerJob, source: TensorList, pipe: Connection | None) -> tuple[Any, Any]:
+def _join_trainers(job: TrainerJob) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(job.port),
+        RANK=str(job.rank),
+        WORLD_SIZE=str(job.world_size),
+        LOCAL_RANK=str(job.gpu),
+        LOCAL_WORLD_SIZE=str(job.world_size),
+    )
+    dist.init_process_group("cpu:gloo,cuda:nccl" if job.device == "cuda" else "gloo")
+
+
+def _single(job: TrainerJob, source: WeightSource, pipe: Connection | None) -> tuple[Any, Any]:
     assert pipe is not None
     options = PushOptions(transport=job.transport, checksums=job.checksums)  # type: ignore[arg-type]
     publisher = Publisher(source, [PipeTarget(pipe)], options)
     return publisher.push, publisher.close
 
 
-def _sharded(job: TrainerJob, source: TensorList, pipe: Connection | None) -> tuple[Any, Any]:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job.port))
-    dist.init_process_group("gloo", rank=job.rank, world_size=job.world_size)
+def _sharded(job: TrainerJob, source: WeightSource, pipe: Connection | None) -> tuple[Any, Any]:
     targets = [] if pipe is None else [PipeTarget(pipe)]
     carrier = ShardedCarrier(targets, device=job.torch_device())
 
     def push(version: int) -> None:
-        dist.barrier()
+        dist.all_gather_object([None] * job.world_size, version)
         carrier.publish(BeginUpdate(version=version, manifest=source.specs()), source)
 
     return push, carrier.close
