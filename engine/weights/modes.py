@@ -43,7 +43,8 @@ def choose_mode(
             "can be used; begin with mode 'in_place', or give the KV pool less",
             field="mode",
         )
-    logger.info(
+    logger.log(
+        logging.DEBUG if fits else logging.INFO,
         "update to version %d: %s (%d bytes to come, %d usable)",
         command.version,
         "shadow" if fits else "in place",
