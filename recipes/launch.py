@@ -6,7 +6,13 @@ import importlib.util
 
 import torch
 
-from engine.config import CacheConfig, EngineConfig, MemoryConfig, ParallelConfig
+from engine.config import (
+    CacheConfig,
+    EngineConfig,
+    MemoryConfig,
+    ParallelConfig,
+    SchedulerConfig,
+)
 from engine.errors import InvalidRequest
 from recipes.actor import Actor, InlineActor
 from recipes.fleet import FleetActor
@@ -14,6 +20,9 @@ from recipes.options import Options
 from recipes.world import World, uses_gpu
 from rollout.launch import launch
 from rollout.replica import Replica
+
+MOST_RUNNING = 1024
+"""Sequences of one engine that run at once, at most."""
 
 
 def launch_actor(options: Options, world: World | None = None) -> Actor:
@@ -45,12 +54,20 @@ def engine_config(options: Options, *, gpu: int = 0, saver: bool = False) -> Eng
         dtype=options.dtype,
         seed=options.seed,
         cache=CacheConfig(memory_bytes=int(options.rollout.kv_memory_gb * 2**30)),
+        scheduler=SchedulerConfig(max_running=_max_running(options)),
         parallel=ParallelConfig(base_gpu=gpu),
         memory=MemoryConfig(
             saver=saver,
             trainer_training_bytes=int(options.placement.trainer_memory_gb * 2**30),
         ),
     )
+
+
+def _max_running(options: Options) -> int:
+    """A step's samples at once where that is reasonable: waves of fewer would leave the last
+    one half empty."""
+    wanted = options.rollout.prompts_per_step * options.rollout.samples
+    return min(max(wanted, SchedulerConfig().max_running), MOST_RUNNING)
 
 
 def _sleeps(options: Options) -> bool:

@@ -52,6 +52,8 @@ class Serve:
     """Attention back end."""
     cuda_graphs: bool = True
     """On a GPU, replay decode steps as CUDA graphs."""
+    capture_at_start: bool = False
+    """Capture the graphs before the first request, not when a step first needs one."""
     max_running: int = 256
     """Most sequences running at once."""
     max_waiting: int = 65536
@@ -70,6 +72,8 @@ class Serve:
     """Keep released weights in host memory, and bring them back on resume."""
     trainer_memory: float = 0.0
     """GiB per GPU that a trainer beside the engine needs while the engine is awake."""
+    trainer_training_memory: float = 0.0
+    """GiB per GPU that it needs while the engine sleeps; what does not fit is refused at start."""
     reserve_shadow: bool = False
     """Leave room for a second copy of the weights, so that updates never write in place."""
     base_gpu: int = 0
@@ -114,6 +118,7 @@ def _engine_config(args: Serve) -> EngineConfig:
         context_length=args.context_length,
         attention=args.attention,
         cuda_graphs=args.cuda_graphs,
+        capture_at_start=args.capture_at_start,
         seed=args.seed,
         weight_version=args.weight_version,
         cache=CacheConfig(
@@ -128,6 +133,7 @@ def _engine_config(args: Serve) -> EngineConfig:
             saver=args.enable_memory_saver,
             cpu_backup=args.enable_weights_cpu_backup,
             trainer_bytes=int(args.trainer_memory * _GIB),
+            trainer_training_bytes=int(args.trainer_training_memory * _GIB),
             reserve_shadow=args.reserve_shadow,
         ),
     )

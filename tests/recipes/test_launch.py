@@ -119,3 +119,19 @@ def test_missing_deepspeed_says_how_to_get_it(model: str, monkeypatch: pytest.Mo
     ):
         load_trainer(asked, actor)
     assert caught.value.field == "trainer"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "samples", "wanted"), [(8, 8, 256), (64, 8, 512), (64, 16, 1024), (512, 16, 1024)]
+)
+def test_a_step_runs_in_one_wave_where_that_is_reasonable(
+    prompts: int, samples: int, wanted: int
+) -> None:
+    rollout = RolloutOptions(prompts_per_step=prompts, samples=samples)
+    assert engine_config(Options(rollout=rollout)).scheduler.max_running == wanted
+
+
+def test_the_trainers_memory_is_planned_for() -> None:
+    placement = PlacementOptions(trainer_memory_gb=1.5)
+    memory = engine_config(Options(placement=placement)).memory
+    assert memory.trainer_training_bytes == 3 << 29
