@@ -32,9 +32,11 @@ def test_the_options_of_serve_are_these() -> None:
     assert names == [
         "model", "tp", "host", "port", "served_model_name", "api_key", "admin_api_key",
         "load_format", "device", "dtype", "context_length", "attention", "cuda_graphs",
-        "capture_at_start", "max_running", "max_waiting", "kv_memory", "mem_fraction", "page_size", "prefix_cache",
+        "capture_at_start",
+        "max_running", "max_waiting", "kv_memory", "mem_fraction", "page_size", "prefix_cache",
         "enable_memory_saver", "enable_weights_cpu_backup", "trainer_memory",
-        "trainer_training_memory", "reserve_shadow", "base_gpu", "weight_version", "seed", "incremental_streaming_output", "max_body_mib",
+        "trainer_training_memory", "reserve_shadow",
+        "base_gpu", "weight_version", "seed", "incremental_streaming_output", "max_body_mib",
         "max_control_body_mib",
     ]  # fmt: skip
 
