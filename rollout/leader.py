@@ -250,7 +250,7 @@ class Leader:
     def _may_plan(self) -> bool:
         if self._readiness.hold or not self._scheduler.has_work():
             return False
-        return not self._scheduler.stats().paused
+        return not self._scheduler.paused
 
     def _advance(self, plan: StepPlan | None) -> None:
         """Launch the plan, if any, and take in the results that are due."""

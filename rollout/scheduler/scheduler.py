@@ -91,6 +91,11 @@ class Scheduler:
         """The version that new tokens carry."""
         return self._running.version
 
+    @property
+    def paused(self) -> bool:
+        """Whether `plan` plans nothing until `resume`."""
+        return self._pause_mode is not None
+
     def add(self, request: Request) -> None:
         """Queue one request.
 
@@ -184,7 +189,7 @@ class Scheduler:
 
     def plan(self) -> StepPlan | None:
         """The next step, or None if there is nothing to compute or steps are paused."""
-        if self._pause_mode is not None or not self._requests:
+        if self.paused or not self._requests:
             return None
         builder = PlanBuilder(self._next_step, self._running)
         self._make_room()
@@ -228,7 +233,7 @@ class Scheduler:
         """Counts now and totals since the start."""
         return SchedulerStats(
             version=self._running.version,
-            paused=self._pause_mode is not None,
+            paused=self.paused,
             pause_mode=self._pause_mode,
             num_running=len(self._running),
             num_waiting=len(self._queue),
