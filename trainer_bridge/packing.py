@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from engine.protocol import Bucket, TensorPiece, plan_buckets
+from engine.protocol import Bucket, Placement, TensorPiece, plan_buckets
 
 
 class BucketPacker:
@@ -30,23 +30,32 @@ class BucketPacker:
         flats: Iterator[torch.Tensor],
         broadcast: Callable[[torch.Tensor], Any],
         wait: Callable[[Any], None],
+        *,
+        resident: bool = False,
     ) -> None:
         """Pack `flats`, the flattened elements of `pieces` in order, and broadcast each bucket.
 
         broadcast: queues a uint8 tensor and returns its work. wait: waits for a work on the
-        host. On a GPU everything is queued at once, ordered by streams, and only the end is
-        waited for. Returns when every bucket was sent.
+        host. resident: the flats keep their memory until this returns, so that one with a
+        bucket of its own is sent from where it is. On a GPU everything is queued at once,
+        ordered by streams, and only the end is waited for. Returns when every bucket was sent.
         """
         buckets = plan_buckets(pieces, self.bucket_bytes)
         self._grow(max((bucket.num_bytes for bucket in buckets), default=0))
-        works: list[Any] = []
-        for index, bucket in enumerate(buckets):
-            before = works[index - 2] if index >= 2 else None
+        pending: list[Any] = []
+        packed: list[Any] = []
+        for bucket in buckets:
+            if resident and len(bucket.placements) == 1:
+                pending.append(broadcast(self._on_device(next(flats), bucket.placements[0])))
+                continue
+            before = packed[-2] if len(packed) >= 2 else None
             if before is not None and self._stream is None:
+                pending.remove(before)
                 wait(before)
-            packed = self._pack(self._buffers[index % 2], bucket, flats, before)
-            works.append(broadcast(packed))
-        for work in works[-2:]:
+            buffer = self._buffers[len(packed) % 2]
+            packed.append(broadcast(self._pack(buffer, bucket, flats, before)))
+            pending.append(packed[-1])
+        for work in pending:
             wait(work)
 
     def _grow(self, num_bytes: int) -> None:
@@ -66,15 +75,24 @@ class BucketPacker:
             self._stream.wait_stream(current)
             with torch.cuda.stream(self._stream):
                 if before is not None:
-                    # Has this stream wait, not the host: `wait` of an NCCL work does.
+                    # Has this stream wait, not the host: see `Link.broadcast`.
                     before.wait()
                 self._copy(buffer, bucket, flats)
             current.wait_stream(self._stream)
         return buffer[: bucket.num_bytes]
 
+    def _on_device(self, flat: torch.Tensor, placement: Placement) -> torch.Tensor:
+        return _bytes(flat, placement).to(self._device)
+
     def _copy(self, buffer: torch.Tensor, bucket: Bucket, flats: Iterator[torch.Tensor]) -> None:
         for placement in bucket.placements:
-            flat = next(flats).contiguous().view(torch.uint8)
             end = placement.offset + placement.num_bytes
-            assert flat.numel() == placement.num_bytes, f"{placement.piece.name} is not as planned"
-            buffer[placement.offset : end].copy_(flat, non_blocking=True)
+            data = _bytes(next(flats), placement)
+            buffer[placement.offset : end].copy_(data, non_blocking=True)
+
+
+def _bytes(flat: torch.Tensor, placement: Placement) -> torch.Tensor:
+    """The elements of a piece as uint8, where they are if they are contiguous."""
+    data = flat.contiguous().view(torch.uint8)
+    assert data.numel() == placement.num_bytes, f"{placement.piece.name} is not as planned"
+    return data

@@ -1,9 +1,8 @@
 """A process group between one trainer rank and the ranks of engines, beside any other group.
 
 The sender is rank 0, hosts the store and is known by (address, port); everybody else joins by
-`JoinGroup`. The store keys are those that torch's own helper derives for a group of this name
-behind `PrefixStore(name)`, as OpenRLHF, slime and SGLang form it, so that either side may be
-theirs; the back end is built directly, so that no default group is needed or changed.
+`JoinGroup`. The store's keys are `engine.protocol.rendezvous`'s, so either side may be another
+project's.
 """
 
 from __future__ import annotations
@@ -17,14 +16,11 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from engine.errors import GroupError, UpdateTimeout
+from engine.protocol.rendezvous import backend_prefix, joined_key
+from trainer_bridge.links import Check, Link, connect
 
 Backend = Literal["nccl", "gloo"]
 _POLL_S = 0.00005
-
-
-def joined_key(rank: int) -> str:
-    """The key that a member of ours sets when it comes, so that an absent one can be named."""
-    return f"slipstream/joined/{rank}"
 
 
 class SenderGroup:
@@ -49,7 +45,7 @@ class SenderGroup:
         self.world_size = world_size
         self.backend = backend
         self.timeout_s = timeout_s
-        self._group: Any = None
+        self._link: Link | None = None
         store = _listen(name, address, port, timeout_s)
         self.port = int(store.port)
         self._keys = PrefixStore(name, store)
@@ -57,63 +53,59 @@ class SenderGroup:
     @property
     def is_open(self) -> bool:
         """Whether every rank came and none was lost."""
-        return self._group is not None
+        return self._link is not None
 
     def connect(self) -> None:
         """Wait until every rank came. Raises GroupError naming those that did not."""
         self._keys.set(joined_key(0), "1")
         self._await_members()
-        timeout = timedelta(seconds=self.timeout_s)
         device = "cuda" if self.backend == "nccl" else "cpu"
-        keys = PrefixStore(f"{device}/", PrefixStore(f"{self.name}/", self._keys))
-        if self.backend == "nccl":
-            options = dist.ProcessGroupNCCL.Options()
-            options._timeout = timeout
-            self._group = dist.ProcessGroupNCCL(keys, 0, self.world_size, options)
-        else:
-            self._group = dist.ProcessGroupGloo(keys, 0, self.world_size, timeout)
+        keys = PrefixStore(backend_prefix(self.name, device), self._keys)
+        try:
+            self._link = connect(self.backend, keys, self.world_size, self.timeout_s)
+        except RuntimeError as error:
+            raise self._broken(error) from error
 
-    def broadcast(self, tensor: torch.Tensor) -> Any:
-        """Queue the broadcast of a contiguous tensor to all; returns its work handle."""
-        assert self._group is not None, "broadcast before connect"
-        return self._group.broadcast([tensor], dist.BroadcastOptions())
+    def broadcast(self, tensor: torch.Tensor, check: Check = lambda: None) -> Any:
+        """Queue the broadcast of a contiguous tensor to all; returns its work: see `Link`.
 
-    def wait(self, work: Any, deadline: float) -> None:
+        Raises as `wait` does.
+        """
+        assert self._link is not None, "broadcast before connect"
+        try:
+            return self._link.broadcast(tensor, check)
+        except (TimeoutError, RuntimeError) as error:
+            raise self._broken(error) from error
+
+    def wait(self, work: Any, deadline: float, check: Check = lambda: None) -> None:
         """Wait for a broadcast on the host, until `deadline` (of time.monotonic) at most.
 
         Raises UpdateTimeout past it and GroupError when a member is gone, having torn the
-        group down either way.
+        group down either way; and what `check` raises, which is called now and then.
         """
+        assert self._link is not None, "wait after the group was dropped"
         try:
-            if self.backend == "gloo":
-                work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
-                return
-            while not work.is_completed():
-                if time.monotonic() > deadline:
-                    raise TimeoutError
-                time.sleep(_POLL_S)
+            self._link.wait(work, deadline, check)
         except (TimeoutError, RuntimeError) as error:
-            self.abort()
-            if time.monotonic() >= deadline:
-                raise UpdateTimeout(
-                    f"a broadcast in group {self.name!r} was not received in time",
-                    field=self.name,
-                ) from error
-            raise GroupError(
-                f"a member of group {self.name!r} is gone: {error}", field=self.name
-            ) from error
+            raise self._broken(error, late=time.monotonic() >= deadline) from error
 
     def abort(self) -> None:
         """Drop the group at once, whatever is queued on it. Idempotent."""
-        group, self._group = self._group, None
-        if group is not None and self.backend == "nccl":
-            group.abort()
+        link, self._link = self._link, None
+        if link is not None:
+            link.abort()
 
     def close(self) -> None:
-        """Leave the group, and stop listening. Idempotent."""
-        group, self._group = self._group, None
-        if group is not None and self.backend == "nccl":
-            group.shutdown()
+        """Leave the group; every broadcast was waited for. Idempotent."""
+        self.abort()
+
+    def _broken(self, error: Exception, *, late: bool = False) -> GroupError | UpdateTimeout:
+        self.abort()
+        if late or isinstance(error, TimeoutError):
+            return UpdateTimeout(
+                f"a broadcast in group {self.name!r} was not received in time", field=self.name
+            )
+        return GroupError(f"a member of group {self.name!r} is gone: {error}", field=self.name)
 
     def _await_members(self) -> None:
         """Look for the keys of our engines' ranks; the back ends would wait without a name."""

@@ -12,6 +12,9 @@ from engine.protocol.updates import TensorPiece
 BUCKET_ALIGNMENT = 16
 """Bytes that the pieces of a bucket are aligned to."""
 
+ALONE_BYTES = 32 << 20
+"""A piece of this size has a bucket of its own, which is sent from where it is."""
+
 ITEM_BYTES = {
     "float64": 8,
     "float32": 4,
@@ -48,19 +51,21 @@ def piece_bytes(piece: TensorPiece) -> int:
 def plan_buckets(pieces: Sequence[TensorPiece], bucket_bytes: int) -> list[Bucket]:
     """The layout "buckets" of `ReceiveBroadcast`: sender and receiver both compute it.
 
-    Pieces keep their order; a bucket ends before the piece that would exceed `bucket_bytes`.
+    Pieces keep their order; a bucket ends before the piece that would exceed `bucket_bytes`, and
+    one of `ALONE_BYTES` or more shares its bucket with none.
     """
     buckets: list[Bucket] = []
     placements: list[Placement] = []
-    end = 0
+    end, full = 0, False
     for piece in pieces:
         size = piece_bytes(piece)
         offset = -(-end // BUCKET_ALIGNMENT) * BUCKET_ALIGNMENT
-        if placements and offset + size > bucket_bytes:
+        alone = size >= ALONE_BYTES
+        if placements and (alone or full or offset + size > bucket_bytes):
             buckets.append(Bucket(placements, end))
             placements, offset = [], 0
         placements.append(Placement(piece, offset, size))
-        end = offset + size
+        end, full = offset + size, alone
     if placements:
         buckets.append(Bucket(placements, end))
     return buckets

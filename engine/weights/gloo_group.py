@@ -13,6 +13,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 
 from engine.errors import GroupError, UpdateTimeout, WeightUpdateError
 from engine.protocol import JoinGroup
+from engine.protocol.rendezvous import backend_prefix
 from engine.weights import rendezvous
 from engine.weights.group import seconds_left
 
@@ -36,7 +37,7 @@ class GlooGroup:
         self._store = store
         keys = PrefixStore(command.name, store)
         rendezvous.announce_and_await(keys, command, rank, deadline)
-        backend_keys = PrefixStore("cpu/", PrefixStore(f"{command.name}/", keys))
+        backend_keys = PrefixStore(backend_prefix(command.name, "cpu"), keys)
         timeout = timedelta(seconds=seconds_left(deadline))
         try:
             self._group: Any = dist.ProcessGroupGloo(

@@ -11,8 +11,9 @@ from torch._C._distributed_c10d import PrefixStore, Store
 
 from engine.errors import GroupError, UpdateTimeout, WeightUpdateError
 from engine.protocol import JoinGroup
+from engine.protocol.nccl import Communicator, NcclError
+from engine.protocol.rendezvous import NCCL_ID_KEY, backend_prefix
 from engine.weights import rendezvous
-from engine.weights.nccl import Communicator, NcclError
 
 _POLL_S = 0.00005
 _LIVENESS_S = 2.0
@@ -47,7 +48,8 @@ class NcclGroup:
         self._unique_id = unique_id
         self._store = store
         self._comm: Communicator | None = None
-        self._stream = torch.cuda.Stream(device)
+        # Before copies out of the buffers, which would take every processor first.
+        self._stream = torch.cuda.Stream(device, priority=-1)
 
     @classmethod
     def behind_store(
@@ -62,23 +64,24 @@ class NcclGroup:
         unique id of its first communicator under the key "0" of its device."""
         keys = PrefixStore(command.name, store)
         rendezvous.announce_and_await(keys, command, rank, deadline)
-        backend_keys = PrefixStore("cuda/", PrefixStore(f"{command.name}/", keys))
+        backend_keys = PrefixStore(backend_prefix(command.name, "cuda"), keys)
 
         def unique_id(deadline: float) -> bytes:
-            return rendezvous.await_key(backend_keys, "0", command, deadline)
+            return rendezvous.await_key(backend_keys, NCCL_ID_KEY, command, deadline)
 
         return cls(command, rank, device, unique_id, store)
 
     def connect(self, deadline: float) -> Communicator:
         """The communicator; built by all ranks at once, here if it was not yet."""
         if self._comm is None:
-            self._comm = Communicator(
-                self._unique_id(deadline),
-                rank=self._rank,
-                world_size=self._command.world_size,
-                device=self._device,
-                deadline=deadline,
-            )
+            unique_id = self._unique_id(deadline)
+            with torch.cuda.device(self._device):
+                self._comm = Communicator(
+                    unique_id,
+                    rank=self._rank,
+                    world_size=self._command.world_size,
+                    deadline=deadline,
+                )
         return self._comm
 
     def warm_up(self, deadline: float) -> None:
@@ -86,7 +89,8 @@ class NcclGroup:
         try:
             with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
                 zero = torch.zeros(1, dtype=torch.float32, device=self._device)
-                self.connect(deadline).sum_one(zero, self._stream, deadline)
+                comm = self.connect(deadline)
+                comm.sum_one(zero.data_ptr(), stream=self._stream.cuda_stream, deadline=deadline)
             self.wait(_Ticket(self._stream.record_event(), 0, "the warm-up all-reduce"), deadline)
         except (NcclError, TimeoutError) as error:
             self.abort()
@@ -105,7 +109,14 @@ class NcclGroup:
         try:
             comm = self.connect(deadline)
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
-            comm.broadcast(buffer, source, self._stream, deadline)
+            with torch.cuda.device(self._device):
+                comm.broadcast(
+                    buffer.data_ptr(),
+                    buffer.numel(),
+                    root=source,
+                    stream=self._stream.cuda_stream,
+                    deadline=deadline,
+                )
         except (NcclError, TimeoutError) as error:
             raise self._broken(source, tensor, error) from error
         return _Ticket(self._stream.record_event(), source, tensor)

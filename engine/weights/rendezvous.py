@@ -17,14 +17,10 @@ from torch._C._distributed_c10d import Store, TCPStore
 
 from engine.errors import GroupError
 from engine.protocol import JoinGroup
+from engine.protocol.rendezvous import joined_key
 from engine.weights.group import seconds_left
 
 _POLL_S = 0.001
-
-
-def joined_key(rank: int) -> str:
-    """The key that rank `rank` sets when it comes."""
-    return f"slipstream/joined/{rank}"
 
 
 def connect(command: JoinGroup, deadline: float, *, use_libuv: bool = True) -> TCPStore:

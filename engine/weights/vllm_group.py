@@ -12,8 +12,8 @@ from torch._C._distributed_c10d import Store
 
 from engine.errors import GroupError
 from engine.protocol import JoinGroup
+from engine.protocol.nccl import UNIQUE_ID_BYTES
 from engine.weights import rendezvous
-from engine.weights.nccl import UNIQUE_ID_BYTES
 from engine.weights.nccl_group import NcclGroup
 from engine.weights.unpickle import restricted_loads
 

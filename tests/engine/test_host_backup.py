@@ -41,9 +41,9 @@ def test_values_come_back_to_a_gpu() -> None:
 
 @pytest.mark.gpu
 def test_the_buffer_is_pinned() -> None:
-    """`is_pinned` knows only memory that torch allocated; the driver refuses to pin it again."""
+    """`is_pinned` knows only memory that torch allocated; the driver gives back what it pinned."""
     backup = HostBackup([torch.zeros(8, device="cuda")])
-    buffer = backup._buffer
-    again = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)
-    assert int(again) != 0
-    torch.cuda.synchronize()
+    address, runtime = backup._buffer.data_ptr(), torch.cuda.cudart()
+    assert int(runtime.cudaHostUnregister(address)) == 0
+    # As it was, for the backup's own end.
+    assert int(runtime.cudaHostRegister(address, backup._buffer.nbytes, 0)) == 0

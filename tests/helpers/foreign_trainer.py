@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, _new_process_group_helper, _world
 from torch.distributed.rendezvous import rendezvous
 
-from engine.weights.nccl import Communicator, new_unique_id
+from engine.protocol.nccl import Communicator, new_unique_id
 from rollout.client import Client
 from tests.helpers.foreign_classes import foreign_classes
 
@@ -55,11 +55,12 @@ class PackageTrainer:
             named = classes.ncclUniqueId.from_buffer_copy(unique_id)
             store.set("broadcast_from/0/0", pickle.dumps(named))
         deadline = time.monotonic() + 60
-        self._communicator = Communicator(
-            unique_id, rank=0, world_size=2, device=self._device, deadline=deadline
-        )
-        one = torch.zeros(1, device=self._device)
-        self._communicator.sum_one(one, self._stream, deadline)
+        with torch.cuda.device(self._device):
+            self._communicator = Communicator(unique_id, rank=0, world_size=2, deadline=deadline)
+            one = torch.zeros(1, device=self._device)
+            self._communicator.sum_one(
+                one.data_ptr(), stream=self._stream.cuda_stream, deadline=deadline
+            )
         self._stream.synchronize()
         asked.result(60)
         self._store = store
@@ -78,7 +79,14 @@ class PackageTrainer:
         torch.cuda.synchronize(self._device)
         for buffer in _buffers(tensors, "flattened_bucket" if packed else None):
             raw = buffer.reshape(-1).view(torch.uint8)
-            self._communicator.broadcast(raw, 0, self._stream, time.monotonic() + 60)
+            with torch.cuda.device(self._device):
+                self._communicator.broadcast(
+                    raw.data_ptr(),
+                    raw.nbytes,
+                    root=0,
+                    stream=self._stream.cuda_stream,
+                    deadline=time.monotonic() + 60,
+                )
         self._stream.synchronize()
         asked.result(60)
         self._client.call("/finish_weight_update", {})

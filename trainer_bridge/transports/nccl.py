@@ -51,21 +51,29 @@ class Broadcaster:
         *,
         deadline: float,
         check: Callable[[], None] = lambda: None,
+        resident: bool = False,
     ) -> None:
         """Broadcast `flats`, the flat elements of `pieces` in order, until `deadline`.
 
-        check: called between buckets; raises when the receivers have given up.
+        check: called now and then; raises when the receivers have given up. resident: as in
+        `BucketPacker.send`.
         """
 
         def broadcast(packed: torch.Tensor) -> Any:
             check()
-            return self.group.broadcast(packed)
+            return self.group.broadcast(packed, check)
 
-        self._packer.send(pieces, flats, broadcast, lambda work: self._wait(work, deadline, check))
+        self._packer.send(
+            pieces,
+            flats,
+            broadcast,
+            lambda work: self._wait(work, deadline, check),
+            resident=resident,
+        )
 
     def _wait(self, work: Any, deadline: float, check: Callable[[], None]) -> None:
         try:
-            self.group.wait(work, deadline)
+            self.group.wait(work, deadline, check)
         except SlipstreamError:
             # A receiver that refused says more than the broadcast that it left.
             check()
@@ -115,7 +123,13 @@ class NcclCarrier(Carrier):
         with ThreadPoolExecutor(len(self.targets)) as pool:
             received = [pool.submit(target.send, command) for target in self.targets]
             try:
-                sender.send(pieces, flats, deadline=deadline, check=lambda: check(received))
+                sender.send(
+                    pieces,
+                    flats,
+                    deadline=deadline,
+                    check=lambda: check(received),
+                    resident=source.is_resident,
+                )
             except SlipstreamError:
                 sender.group.abort()
                 raise

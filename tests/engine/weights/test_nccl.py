@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 import types
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,13 +30,13 @@ from engine.protocol import (
     JoinGroup,
     LeaveGroup,
     ReceiveBroadcast,
+    nccl,
     plan_buckets,
 )
-from engine.weights import nccl, vllm_group
+from engine.weights import vllm_group
 from engine.weights.service import WeightService
 from engine.weights.sources import random
 from tests.helpers.weight_engines import CONFIG, VERSION, contents, fresh, pieces, specs
-from trainer_bridge.process_group import SenderGroup
 
 ROOT = Path(__file__).resolve().parents[3]
 BUCKET_BYTES = 4000
@@ -53,9 +55,8 @@ def test_without_a_library_the_error_says_what_was_tried(monkeypatch) -> None:
 
 
 def test_an_id_of_another_length_is_refused() -> None:
-    device = torch.device("cuda", 0)
     with pytest.raises(nccl.NcclError, match="128 bytes, not 5"):
-        nccl.Communicator(b"short", rank=0, world_size=2, device=device, deadline=0.0)
+        nccl.Communicator(b"short", rank=0, world_size=2, deadline=0.0)
 
 
 def vllm_pickle(unique_id: bytes) -> bytes:
@@ -147,13 +148,28 @@ def make_gpu_rank() -> tuple[Any, WeightService]:
     return model, rank
 
 
-def gpu_join(rank: WeightService) -> SenderGroup:
-    sender = SenderGroup("g", world_size=2, backend="nccl", timeout_s=30.0)
-    with ThreadPoolExecutor(1) as pool:
-        joined = pool.submit(rank.handle, join_of(sender.port))
-        sender.connect()
-        joined.result(30)
-    return sender
+@contextmanager
+def sending(
+    rank: WeightService, folder: Path, buffers: list[list[torch.Tensor]], then: str, kind: str
+) -> Iterator[subprocess.Popen[str]]:
+    """A sender of these broadcasts in a process of its own, joined by `rank`."""
+    folder.mkdir()
+    for index, update in enumerate(buffers):
+        torch.save(update, folder / f"{index}.pt")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.helpers.nccl_sender", kind, str(folder), then],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        rank.handle(join_of(int(process.stdout.readline())))
+        yield process
+    finally:
+        process.kill()
+        process.wait(10)
+        process.stdout.close()
 
 
 def join_of(port: int) -> JoinGroup:
@@ -165,19 +181,12 @@ def join_of(port: int) -> JoinGroup:
 def packed(new: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     buckets = []
     for bucket in plan_buckets(pieces(new), BUCKET_BYTES):
-        buffer = torch.zeros(bucket.num_bytes, dtype=torch.uint8, device="cuda:0")
+        buffer = torch.zeros(bucket.num_bytes, dtype=torch.uint8)
         for placed in bucket.placements:
             flat = new[placed.piece.name].reshape(-1).view(torch.uint8)
-            buffer[placed.offset : placed.offset + placed.num_bytes] = flat.to("cuda:0")
+            buffer[placed.offset : placed.offset + placed.num_bytes] = flat.cpu()
         buckets.append(buffer)
     return buckets
-
-
-def gpu_send(sender: SenderGroup, buffers: list[torch.Tensor]) -> None:
-    with torch.cuda.device(0):
-        deadline = time.monotonic() + 30
-        for buffer in buffers:
-            sender.wait(sender.broadcast(buffer), deadline)
 
 
 def receive(new: dict[str, torch.Tensor], timeout_s: float = 30.0) -> ReceiveBroadcast:
@@ -186,13 +195,10 @@ def receive(new: dict[str, torch.Tensor], timeout_s: float = 30.0) -> ReceiveBro
     )
 
 
-def publish(rank, sender, new, version: int, mode: str) -> None:
+def take_in(rank: WeightService, new: dict[str, torch.Tensor], version: int, mode: str) -> None:
     rank.handle(BeginUpdate(version=version, manifest=specs(new), mode=mode))
-    with ThreadPoolExecutor(1) as pool:
-        sent = pool.submit(gpu_send, sender, packed(new))
-        with torch.cuda.device(1):
-            rank.handle(receive(new))
-        sent.result(30)
+    with torch.cuda.device(1):
+        rank.handle(receive(new))
     rank.handle(CommitUpdate(version=version))
 
 
@@ -202,95 +208,79 @@ def assert_gpu_holds(model, tensors: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.multi_gpu
+@pytest.mark.parametrize("kind", ["ours", "torch"])
 @pytest.mark.parametrize("mode", ["shadow", "in_place"])
-def test_torch_s_process_group_as_the_sender(mode: str) -> None:
+def test_updates_come_in_from_either_sender(mode: str, kind: str, tmp_path: Path) -> None:
     model, rank = make_gpu_rank()
-    sender = gpu_join(rank)
-    for version in (4, 5, 6):
-        new = fresh(model, seed=version)
-        publish(rank, sender, new, version, mode)
-        assert_gpu_holds(model, new)
-    rank.handle(LeaveGroup(name="g"))
-    sender.close()
-    sender = gpu_join(rank)
-    new = fresh(model, seed=7)
-    publish(rank, sender, new, 7, mode)
-    assert_gpu_holds(model, new)
+    updates = {version: fresh(model, seed=version) for version in (4, 5, 6, 7)}
+    first = [packed(updates[version]) for version in (4, 5, 6)]
+    with sending(rank, tmp_path / "first", first, "stall", kind):
+        for version in (4, 5, 6):
+            take_in(rank, updates[version], version, mode)
+            assert_gpu_holds(model, updates[version])
+        rank.handle(LeaveGroup(name="g"))
+    with sending(rank, tmp_path / "second", [packed(updates[7])], "close", kind):
+        take_in(rank, updates[7], 7, mode)
+        assert_gpu_holds(model, updates[7])
     rank.close()
-    sender.close()
 
 
 @pytest.mark.multi_gpu
 @pytest.mark.parametrize("sent", [0, 2])
 @pytest.mark.parametrize("mode", ["shadow", "in_place"])
-def test_a_sender_that_stalls_is_given_up_and_the_next_update_works(mode: str, sent: int) -> None:
+def test_a_sender_that_stalls_is_given_up_and_the_next_update_works(
+    mode: str, sent: int, tmp_path: Path
+) -> None:
     model, rank = make_gpu_rank()
     before, new = contents(model), fresh(model)
-    sender = gpu_join(rank)
-    rank.handle(BeginUpdate(version=4, manifest=specs(new), mode=mode))
-    with ThreadPoolExecutor(1) as pool:
-        sending = pool.submit(gpu_send, sender, packed(new)[:sent])
+    with sending(rank, tmp_path / "stalls", [packed(new)[:sent]], "stall", "ours"):
+        rank.handle(BeginUpdate(version=4, manifest=specs(new), mode=mode))
         started = time.monotonic()
         with pytest.raises((UpdateTimeout, GroupError), match="rank 0"), torch.cuda.device(1):
             rank.handle(receive(new, timeout_s=4.0))
         assert time.monotonic() - started < 30.0
-        sending.result(30)
-    sender.abort()
     if mode == "shadow":
         assert_gpu_holds(model, before)
     else:
         with pytest.raises(WeightUpdateError):
             rank.session.require_servable()
-    sender = gpu_join(rank)
-    publish(rank, sender, new, 5, mode)
+    with sending(rank, tmp_path / "works", [packed(new)], "close", "ours"):
+        take_in(rank, new, 5, mode)
     assert_gpu_holds(model, new)
     rank.session.require_servable()
     rank.close()
-    sender.close()
-
-
-GPU_SENDER = """
-import os, signal, sys
-import torch
-from trainer_bridge.process_group import SenderGroup
-
-torch.cuda.set_device(0)
-sender = SenderGroup("g", world_size=2, backend="nccl", timeout_s=60)
-print(sender.port, flush=True)
-sender.connect()
-for size in map(int, sys.argv[1:]):
-    sender.wait(sender.broadcast(torch.ones(size, dtype=torch.uint8, device="cuda:0")), 1e12)
-os.kill(os.getpid(), signal.SIGKILL)
-"""
 
 
 @pytest.mark.multi_gpu
 @pytest.mark.parametrize("count", [0, 3])
-def test_a_killed_process_is_noticed_long_before_the_deadline(count: int) -> None:
+def test_a_killed_process_is_noticed_long_before_the_deadline(count: int, tmp_path: Path) -> None:
     model, rank = make_gpu_rank()
     before, new = contents(model), fresh(model)
-    sizes = [str(b.num_bytes) for b in plan_buckets(pieces(new), BUCKET_BYTES)[:count]]
-    process = subprocess.Popen(
-        [sys.executable, "-c", GPU_SENDER, *sizes], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stdout is not None
-        rank.handle(join_of(int(process.stdout.readline())))
+    with sending(rank, tmp_path / "dies", [packed(new)[:count]], "die", "ours"):
         rank.handle(BeginUpdate(version=4, manifest=specs(new), mode="shadow"))
         started = time.monotonic()
         with pytest.raises(GroupError, match="rank 0"), torch.cuda.device(1):
             rank.handle(receive(new, timeout_s=120.0))
         assert time.monotonic() - started < 60.0
-    finally:
-        process.kill()
-        process.wait(10)
-        process.stdout.close()
     assert_gpu_holds(model, before)
-    sender = gpu_join(rank)
-    publish(rank, sender, new, 4, "shadow")
+    with sending(rank, tmp_path / "works", [packed(new)], "close", "ours"):
+        take_in(rank, new, 4, "shadow")
     assert_gpu_holds(model, new)
     rank.close()
-    sender.close()
+
+
+@pytest.mark.multi_gpu
+def test_a_trainer_outlives_an_engine_that_left(tmp_path: Path) -> None:
+    model, rank = make_gpu_rank()
+    new = fresh(model)
+    with sending(rank, tmp_path / "late", [packed(new)], "late", "ours") as process:
+        take_in(rank, new, 4, "shadow")
+        assert process.stdout is not None
+        assert process.stdout.readline() == "sent\n"
+        rank.handle(LeaveGroup(name="g"))
+        assert "UpdateTimeout" in process.stdout.readline()
+        assert process.wait(60) == 0
+    rank.close()
 
 
 @pytest.mark.multi_gpu
@@ -313,12 +303,13 @@ def test_a_raw_communicator_as_vllm_s_trainers_make_it() -> None:
     def trainer() -> None:
         unique_id = nccl.new_unique_id()
         store.set("broadcast_from/0/0", vllm_pickle(unique_id))
-        comm = nccl.Communicator(unique_id, rank=0, world_size=2, device=device, deadline=deadline)
+        handle = stream.cuda_stream
         with torch.cuda.device(device), torch.cuda.stream(stream):
+            comm = nccl.Communicator(unique_id, rank=0, world_size=2, deadline=deadline)
             zero = torch.zeros(1, device=device)
-            comm.sum_one(zero, stream, deadline)
+            comm.sum_one(zero.data_ptr(), stream=handle, deadline=deadline)
             stream.synchronize()
-            comm.broadcast(flat, 0, stream, deadline)
+            comm.broadcast(flat.data_ptr(), flat.nbytes, root=0, stream=handle, deadline=deadline)
             stream.synchronize()
         comm.abort()
 

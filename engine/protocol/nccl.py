@@ -1,9 +1,12 @@
-"""NCCL itself, by ctypes: communicators whose every wait has a deadline.
+"""NCCL itself, by ctypes, for both ends of a weight transfer: every wait has a deadline.
 
-torch's NCCL process group ends the process when a peer is lost, and a trainer of vLLM's
-dialect has no such group at all. A raw communicator pairs with both: what matters on the wire
-is the unique id and the order of operations. Communicators are non-blocking (NCCL user guide,
-"Fault Tolerance"): a call that would wait returns at once and is polled.
+torch's NCCL process group ends the process when a peer is lost, be it the engine's or the
+trainer's, and a trainer of vLLM's dialect has no such group at all. A raw communicator pairs
+with both: what matters on the wire is the unique id and the order of operations. Communicators
+are non-blocking (NCCL user guide, "Fault Tolerance"): a call that would wait returns at once
+and is polled.
+
+Memory and streams are plain addresses here, and the caller's current device is the rank's.
 """
 
 from __future__ import annotations
@@ -12,11 +15,10 @@ import ctypes
 import importlib.util
 import threading
 import time
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-
-import torch
 
 UNIQUE_ID_BYTES = 128
 
@@ -25,6 +27,7 @@ _UINT8, _FLOAT32, _SUM = 1, 7, 0
 _UNDEFINED = -(1 << 31)
 _CONFIG_MAGIC, _CONFIG_VERSION = 0xCAFEBEEF, 21800
 _POLLS_WITHOUT_SLEEP = 20
+_POLLS_BETWEEN_LOOKS = 500
 _POLL_S = 0.00005
 _ABORT_S = 20.0
 
@@ -136,47 +139,46 @@ class Communicator:
     """One rank of a non-blocking NCCL communicator.
 
     Built by all ranks at once; every method raises NcclError when it broke and TimeoutError
-    past its deadline (of time.monotonic), after which only `abort` may be called.
+    past its deadline (of time.monotonic), after which only `abort` may be called. Addresses are
+    of device memory, `stream` is a cudaStream_t. look: called now and then while waiting; what
+    it raises ends the wait.
     """
 
     def __init__(
-        self, unique_id: bytes, *, rank: int, world_size: int, device: torch.device, deadline: float
+        self,
+        unique_id: bytes,
+        *,
+        rank: int,
+        world_size: int,
+        deadline: float,
+        look: Callable[[], None] = lambda: None,
     ) -> None:
         if len(unique_id) != UNIQUE_ID_BYTES:
             raise NcclError(f"a unique id has {UNIQUE_ID_BYTES} bytes, not {len(unique_id)}")
-        self._device = device
+        self._look = look
         self._comm = ctypes.c_void_p()
         self._config = _nonblocking_config()
-        with torch.cuda.device(device):
-            result = library().ncclCommInitRankConfig(
-                ctypes.byref(self._comm),
-                world_size,
-                UniqueId.from_buffer_copy(unique_id),
-                rank,
-                ctypes.byref(self._config),
-            )
+        result = library().ncclCommInitRankConfig(
+            ctypes.byref(self._comm),
+            world_size,
+            UniqueId.from_buffer_copy(unique_id),
+            rank,
+            ctypes.byref(self._config),
+        )
         self._settle(result, deadline)
 
     def broadcast(
-        self, tensor: torch.Tensor, root: int, stream: torch.cuda.Stream, deadline: float
+        self, address: int, num_bytes: int, *, root: int, stream: int, deadline: float
     ) -> None:
-        """Queue the broadcast of a contiguous uint8 tensor from rank `root` on `stream`."""
-        pointer = ctypes.c_void_p(tensor.data_ptr())
-        handle = ctypes.c_void_p(stream.cuda_stream)
-        with torch.cuda.device(self._device):
-            result = library().ncclBroadcast(
-                pointer, pointer, tensor.numel(), _UINT8, root, self._comm, handle
-            )
+        """Queue the broadcast of `num_bytes` at `address` from rank `root`, in place."""
+        result = library().ncclBroadcast(
+            address, address, num_bytes, _UINT8, root, self._comm, stream
+        )
         self._settle(result, deadline)
 
-    def sum_one(self, value: torch.Tensor, stream: torch.cuda.Stream, deadline: float) -> None:
-        """Queue an all-reduce of float32 [1] on `stream`, in place."""
-        pointer = ctypes.c_void_p(value.data_ptr())
-        handle = ctypes.c_void_p(stream.cuda_stream)
-        with torch.cuda.device(self._device):
-            result = library().ncclAllReduce(
-                pointer, pointer, 1, _FLOAT32, _SUM, self._comm, handle
-            )
+    def sum_one(self, address: int, *, stream: int, deadline: float) -> None:
+        """Queue an all-reduce of the float32 at `address`, in place."""
+        result = library().ncclAllReduce(address, address, 1, _FLOAT32, _SUM, self._comm, stream)
         self._settle(result, deadline)
 
     def poll(self) -> bool:
@@ -193,7 +195,7 @@ class Communicator:
         """
         comm, self._comm = self._comm, ctypes.c_void_p()
         if comm:
-            thread = threading.Thread(target=_abort, args=(comm, self._device), daemon=True)
+            thread = threading.Thread(target=library().ncclCommAbort, args=(comm,), daemon=True)
             thread.start()
             thread.join(_ABORT_S)
 
@@ -207,8 +209,5 @@ class Communicator:
                 raise TimeoutError
             if attempt > _POLLS_WITHOUT_SLEEP:
                 time.sleep(_POLL_S)
-
-
-def _abort(comm: ctypes.c_void_p, device: torch.device) -> None:
-    with torch.cuda.device(device):
-        library().ncclCommAbort(comm)
+            if attempt % _POLLS_BETWEEN_LOOKS == _POLLS_BETWEEN_LOOKS - 1:
+                self._look()
