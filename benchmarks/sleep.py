@@ -6,9 +6,11 @@ Correctness comes first: greedy text and logprobs of one batch must be bit-equal
 every release, with a CPU backup, and without one once the same weights were published again. Then:
 
 release, resume: wall time of `ReleaseMemory()` and `ResumeMemory()`, bytes moved, and bytes of the
-    device still in use while asleep, the driver's context included.
+    device still in use while asleep, the driver's context included. In between the GPU multiplies
+    matrices for `--away` seconds, as training would; at once: it does not, and the resume waits
+    until the driver has cleared the memory that the release gave back.
 pinned copy: one copy of the weights' bytes between the device and pinned host memory, the floor
-    of a release or resume with a backup.
+    of a release or resume with a backup; weights alone: only the tag `weights` goes and comes.
 first step: the batch's first steps after waking against the same ones before.
 stall: longest time between two steps' results around an in-process update while requests run
     and keep their KV, against the median step.
@@ -24,7 +26,7 @@ import json
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +70,8 @@ class Options:
     """Tokens each samples."""
     cycles: int = 20
     """Release and resume this often, to see that memory stays flat."""
+    away: float = 0.5
+    """Seconds of training between a release and a resume."""
     memory_fraction: float = 0.85
     """Share of free memory for the KV pool."""
     max_running: int = 256
@@ -148,6 +152,18 @@ class Bench:
         return time.perf_counter() - started
 
 
+def train(seconds: float) -> None:
+    """Keep the GPU busy and little of its memory."""
+    if not torch.cuda.is_available():
+        return
+    a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    out = torch.empty_like(a)
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        torch.mm(a, a, out=out)
+        torch.cuda.synchronize()
+
+
 def device_used() -> int:
     """Bytes of the device in use by anybody; of a CPU nothing is known."""
     if not torch.cuda.is_available():
@@ -168,6 +184,7 @@ def paired_first_steps(bench: Bench, pairs: int = 8) -> Figures:
     for _ in range(pairs):
         before.append(first_steps(bench.run(max_new=6)[1]))
         bench.send(ReleaseMemory())
+        train(bench.options.away)
         bench.send(ResumeMemory())
         after.append(first_steps(bench.run(max_new=6)[1]))
     return {
@@ -185,6 +202,7 @@ def sleep_and_wake(bench: Bench) -> Figures:
     assert "released" in refused, refused
     again, _ = bench.send(ReleaseMemory())
     assert again.memory[0].tags == {}, "a second release moved something"
+    train(bench.options.away)
     resume, resume_s = bench.send(ResumeMemory())
     bench.send(ResumeMemory())
     return {
@@ -198,14 +216,15 @@ def sleep_and_wake(bench: Bench) -> Figures:
     }
 
 
-def timed_cycles(bench: Bench, count: int) -> Figures:
+def timed_cycles(bench: Bench, count: int, away: float, tags: Sequence[MemoryTag] = ()) -> Figures:
     """Many releases and resumes; how the times spread and whether memory stays flat."""
     release_ms, resume_ms, awake, asleep = [], [], [], []
     for _ in range(count):
-        _, seconds = bench.send(ReleaseMemory())
+        _, seconds = bench.send(ReleaseMemory(tags=list(tags)))
         release_ms.append(seconds * 1e3)
         asleep.append(device_used())
-        _, seconds = bench.send(ResumeMemory())
+        train(away)
+        _, seconds = bench.send(ResumeMemory(tags=list(tags)))
         resume_ms.append(seconds * 1e3)
         awake.append(device_used())
     return {
@@ -236,9 +255,11 @@ def backup_part(options: Options, model: str, expected: list[bytes]) -> Figures:
             "decode_steps_ratio": sum(after[2:6]) / sum(before[2:6]),
             "median_step_ms": [statistics.median(s) * 1e3 for s in (before, after, later)],
         }
-        figures["timed"] = timed_cycles(bench, options.cycles)
+        figures["timed"] = timed_cycles(bench, options.cycles, options.away)
+        figures["at once"] = timed_cycles(bench, options.cycles, 0.0)
         text, _ = bench.run()
         assert text == expected, "greedy text changed over the cycles"
+        figures["weights alone"] = timed_cycles(bench, options.cycles, options.away, ["weights"])
         figures["pinned_copy_ms"] = pinned_copy_ms(figures["released_gib"].get("weights", 0.0))
     return figures
 
@@ -277,7 +298,8 @@ def publish_part(options: Options, model: str, expected: list[bytes]) -> Figures
         assert text == expected, "greedy text of two engines differs"
         figures = sleep_and_wake(bench)
         assert "publish a whole version" in bench.replica.state().refusal
-        figures["timed"] = timed_cycles(bench, options.cycles)
+        figures["timed"] = timed_cycles(bench, options.cycles, options.away)
+        figures["at once"] = timed_cycles(bench, options.cycles, 0.0)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         tensors = [(name, tensor.to(device)) for name, tensor in host]
         figures["publish_ms"] = bench.publish(1, tensors) * 1e3

@@ -68,6 +68,8 @@ class Options:
     """Requests that decode meanwhile; 0 for an idle engine."""
     checksums: bool = False
     """Verify every tensor's checksum."""
+    mode: Literal["auto", "shadow", "in_place"] = "auto"
+    """Whether tensors wait beside the live weights for the commit."""
     device: Literal["auto", "cpu"] = "auto"
     """'cpu' for a smoke test."""
     json: str | None = None
@@ -220,6 +222,7 @@ def trainer_jobs(options: Options, engine: Engine, device: str, raw_port: int) -
             updates=options.updates + 2,
             cycles=options.cycles,
             checksums=options.checksums,
+            mode=options.mode,
             zero3=options.zero3,
         )
         for rank in range(options.trainers)

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
-from engine.protocol import BeginUpdate, Control, Reply, TensorPiece, TensorSpec
+from engine.protocol import BeginUpdate, Control, Reply, StagingMode, TensorPiece, TensorSpec
 from trainer_bridge.adapters.base import WeightSource
 from trainer_bridge.adapters.deepspeed import DeepSpeedSource
 from trainer_bridge.bridge import Publisher, PushOptions
@@ -43,6 +43,7 @@ class TrainerJob:
     updates: int
     cycles: int
     checksums: bool
+    mode: StagingMode
     zero3: bool
 
     def torch_device(self) -> torch.device:
@@ -210,7 +211,11 @@ def _join_trainers(job: TrainerJob) -> None:
 
 def _single(job: TrainerJob, source: WeightSource, pipe: Connection | None) -> tuple[Any, Any]:
     assert pipe is not None
-    options = PushOptions(transport=job.transport, checksums=job.checksums)  # type: ignore[arg-type]
+    options = PushOptions(
+        transport=job.transport,  # type: ignore[arg-type]
+        checksums=job.checksums,
+        mode=job.mode,
+    )
     publisher = Publisher(source, [PipeTarget(pipe)], options)
     return publisher.push, publisher.close
 
@@ -221,7 +226,9 @@ def _sharded(job: TrainerJob, source: WeightSource, pipe: Connection | None) -> 
 
     def push(version: int) -> None:
         dist.all_gather_object([None] * job.world_size, version)
-        carrier.publish(BeginUpdate(version=version, manifest=source.specs()), source)
+        carrier.publish(
+            BeginUpdate(version=version, manifest=source.specs(), mode=job.mode), source
+        )
 
     return push, carrier.close
 
