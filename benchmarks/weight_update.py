@@ -68,8 +68,8 @@ class Options:
     """Requests that decode meanwhile; 0 for an idle engine."""
     checksums: bool = False
     """Verify every tensor's checksum."""
-    mode: Literal["auto", "shadow", "in_place"] = "auto"
-    """Whether tensors wait beside the live weights for the commit."""
+    mode: Literal["auto", "shadow", "undo", "in_place"] = "auto"
+    """Whether tensors wait beside the live weights, or are written at once; see `BeginUpdate`."""
     device: Literal["auto", "cpu"] = "auto"
     """'cpu' for a smoke test."""
     json: str | None = None

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 from msgspec.structs import replace
 
 from engine.config import EngineConfig
-from engine.errors import SlipstreamError, UpdateOrder, WeightUpdateError
+from engine.errors import OutOfMemory, SlipstreamError, UpdateOrder, WeightUpdateError
 from engine.protocol import (
     Abort,
     AbortUpdate,
@@ -30,7 +30,10 @@ from engine.protocol import (
     GetWeight,
     JoinGroup,
     LeaveGroup,
+    LoadFromDisk,
     Pause,
+    ReceiveBroadcast,
+    ReceiveIpc,
     ReleaseMemory,
     ReplicaState,
     Reply,
@@ -40,6 +43,7 @@ from engine.protocol import (
     ResumeMemory,
     SetVersion,
     Shutdown,
+    StagingMode,
     StepPlan,
     StepResult,
     Stop,
@@ -56,6 +60,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _MAX_EMPTY_PLANS = 1000
+_TRANSFERS = (ReceiveBroadcast, ReceiveIpc, LoadFromDisk, CommitUpdate)
 
 
 class PendingStep(Protocol):
@@ -171,6 +176,8 @@ class Leader:
 
     def step(self) -> list[RequestOutput]:
         """Run at most one step; every output since the last call, those of commands too."""
+        if self._readiness.late_undo is not None:
+            self._abandon(self._readiness.late_undo)
         plan = None if self._readiness.hold else self._scheduler.plan()
         if plan is not None or self._in_flight:
             self._num_empty_plans = 0
@@ -306,7 +313,13 @@ class Leader:
             ready.check_weights(type(command).__name__)
         if isinstance(command, BeginUpdate):
             ready.check_begin(command, self._scheduler.version)
-        reply = self._executor.handle(command)
+        try:
+            reply = self._executor.handle(command)
+        except (WeightUpdateError, OutOfMemory):
+            if ready.undo is not None and isinstance(command, _TRANSFERS):
+                # Requests are waiting: every rank puts the old version back.
+                self._abandon(ready.undo)
+            raise
         match command:
             case JoinGroup():
                 ready.joined(command.name)
@@ -314,7 +327,8 @@ class Leader:
                 ready.left(command.name)
             case BeginUpdate():
                 # "auto" was decided by the ranks, who know what memory there is.
-                ready.begun(replace(command, mode="in_place") if reply.in_place else command)
+                mode: StagingMode = "undo" if reply.undo else "in_place"
+                ready.begun(replace(command, mode=mode) if reply.in_place else command)
             case AbortUpdate():
                 ready.aborted()
             case CommitUpdate() if ready.committed(command.version):

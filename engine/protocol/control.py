@@ -161,7 +161,7 @@ class Reply(Struct, frozen=True, kw_only=True, tag="reply"):
     """Answer to one control command; the lists have one entry a rank.
 
     in_place: the update that was begun writes into the live weights, so no step may run until
-    it is committed.
+    it is committed. undo: what it writes over comes back if it is aborted.
     """
 
     error: ErrorInfo | None = None
@@ -170,3 +170,4 @@ class Reply(Struct, frozen=True, kw_only=True, tag="reply"):
     memory: list[MemoryReport] = msgspec.field(default_factory=list)
     weights: list[WeightsReport] = msgspec.field(default_factory=list)
     in_place: bool = False
+    undo: bool = False

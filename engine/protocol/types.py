@@ -20,7 +20,7 @@ Rendezvous = Literal["torch", "vllm"]
 
 BroadcastLayout = Literal["tensors", "flat", "buckets", "chunks"]
 
-StagingMode = Literal["auto", "shadow", "in_place"]
+StagingMode = Literal["auto", "shadow", "undo", "in_place"]
 
 CheckAction = Literal["checksum", "snapshot", "reset_tensors", "compare"]
 

@@ -39,9 +39,13 @@ class BeginUpdate(Struct, frozen=True, kw_only=True, tag="begin_update"):
     An empty manifest announces nothing: the update must then cover the whole model.
     partial: tensors of the model that the manifest leaves out keep their values.
     mode: shadow holds what arrives until the commit, so that a failed update changes nothing;
-        in_place writes it into the live weights at once, and a failed update leaves an engine
-        that refuses to generate until a whole version was published; auto takes a shadow if
-        there is memory for it.
+        undo writes it into the live weights at once and keeps what was there, which a failed
+        update puts back; in_place keeps nothing, and a failed update leaves an engine that
+        refuses to generate until a whole version was published. Under both, requests wait
+        until the commit. auto takes the first of shadow, undo and in_place that there is memory
+        for; of undo, shadow and in_place with `at_once`.
+    at_once: all tensors come in one command, during which no step runs anyway. undo is then the
+        faster: what a shadow copies at the commit, it copies while tensors travel.
     timeout_s: an update not committed within this time is aborted.
     """
 
@@ -49,6 +53,7 @@ class BeginUpdate(Struct, frozen=True, kw_only=True, tag="begin_update"):
     manifest: list[TensorSpec] = msgspec.field(default_factory=list)
     partial: bool = False
     mode: StagingMode = "auto"
+    at_once: bool = False
     timeout_s: float = 600.0
 
 

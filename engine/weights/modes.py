@@ -1,4 +1,4 @@
-"""Whether an update is held in a shadow or written in place."""
+"""Whether an update is held in a shadow or written in place, with or without an undo copy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from engine.weights.catalog import Catalog
 
 logger = logging.getLogger(__name__)
 
-REFUSED, IN_PLACE, SHADOW = 0, 1, 2
+REFUSED, IN_PLACE, UNDO, SHADOW = 0, 1, 2, 3
 """In this order, so that the least over ranks is what all of them can do."""
 
 _MARGIN_BYTES = {"cuda": 512 << 20, "cpu": 16 << 20}
@@ -27,31 +27,32 @@ def choose_mode(
     device: torch.device,
     free: Callable[[torch.device], int],
 ) -> int:
-    """IN_PLACE or SHADOW for an update of full tensors on `device`.
+    """IN_PLACE, UNDO or SHADOW for an update of full tensors on `device`.
 
     free: bytes that can be allocated there. Raises OutOfMemory, with its arithmetic, for a
-    shadow that was asked for and does not fit.
+    shadow or an undo copy that was asked for and does not fit.
     """
     if command.mode == "in_place":
         return IN_PLACE
-    needed = shadow_bytes(command, catalog)
     usable = free(device) - _MARGIN_BYTES.get(device.type, 0)
-    fits = needed <= usable
-    if command.mode == "shadow" and not fits:
+    needed = [
+        (SHADOW, "shadow", shadow_bytes(command, catalog)),
+        (UNDO, "undo", undo_bytes(command, catalog)),
+    ]
+    for mode, name, num_bytes in reversed(needed) if command.at_once else needed:
+        if num_bytes <= usable and command.mode in ("auto", name):
+            logger.debug("version %d: %s, %d bytes of %d", command.version, name, num_bytes, usable)
+            return mode
+    if command.mode != "auto":
+        num_bytes = next(size for _, name, size in needed if name == command.mode)
+        what = "a shadow" if command.mode == "shadow" else "an undo copy"
         raise OutOfMemory(
-            f"a shadow of {needed / 2**30:.2f} GiB does not fit: {max(usable, 0) / 2**30:.2f} GiB "
+            f"{what} of {num_bytes / 2**30:.2f} GiB does not fit: {max(usable, 0) / 2**30:.2f} GiB "
             "can be used; begin with mode 'in_place', or give the KV pool less",
             field="mode",
         )
-    logger.log(
-        logging.DEBUG if fits else logging.INFO,
-        "update to version %d: %s (%d bytes to come, %d usable)",
-        command.version,
-        "shadow" if fits else "in place",
-        needed,
-        usable,
-    )
-    return SHADOW if fits else IN_PLACE
+    logger.info("version %d is written in place: %d bytes usable", command.version, usable)
+    return IN_PLACE
 
 
 def shadow_bytes(command: BeginUpdate, catalog: Catalog) -> int:
@@ -61,3 +62,9 @@ def shadow_bytes(command: BeginUpdate, catalog: Catalog) -> int:
     return sum(
         math.prod(spec.shape) * ITEM_BYTES.get(spec.dtype, _WIDEST) for spec in command.manifest
     )
+
+
+def undo_bytes(command: BeginUpdate, catalog: Catalog) -> int:
+    """Bytes of this rank's parts of the tensors that will come."""
+    names = [spec.name for spec in command.manifest] or list(catalog.names)
+    return sum(catalog.held_bytes(name) for name in {catalog.canonical(name) for name in names})

@@ -60,7 +60,8 @@ class WeightService:
         """Run one weight command; raises its typed error."""
         match command:
             case BeginUpdate():
-                return Reply(in_place=self.session.begin(command))
+                update = self.session.begin(command)
+                return Reply(in_place=update.in_place, undo=update.undo)
             case JoinGroup():
                 self.groups.join(command)
             case LeaveGroup():

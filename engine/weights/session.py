@@ -6,7 +6,8 @@ States: closed -> (begin) -> open -> (commit) -> closed at the new version,
 In shadow mode what is received is held and no live weight touched; the commit verifies it and
 then places it all between two steps, so a failed or dead update leaves the old version serving.
 In in-place mode tensors are written as they come, and from the first of them until a commit
-that covers what was torn the engine refuses to step. Either way no step sees a mixture.
+that covers what was torn the engine refuses to step; in undo mode what they replaced is kept,
+and an update that ends otherwise puts it back. In no mode does a step see a mixture.
 
 The ranks of a replica run the same commands in the same order. Where a rank may refuse what
 the others accept (memory, a lost connection, its clock), they agree first: `agree` is the
@@ -37,7 +38,7 @@ from engine.weights import verify
 from engine.weights.catalog import Catalog
 from engine.weights.coverage import Coverage
 from engine.weights.load import Loadable, load
-from engine.weights.modes import IN_PLACE, REFUSED, choose_mode
+from engine.weights.modes import REFUSED, SHADOW, UNDO, choose_mode
 from engine.weights.staging import OpenUpdate, bounds
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ class UpdateSession:
         self._failure = ""
         self._torn: dict[str, int] = {}
         self._refusal = ""
+        self._before: tuple[dict[str, int], str] = ({}, "")
         self._announced: tuple[list[TensorSpec], bool, dict[str, TensorSpec]] | None = None
         self._expected: tuple[dict[str, TensorSpec], Sequence[TensorPiece]] | None = None
 
@@ -110,10 +112,9 @@ class UpdateSession:
         if self._refusal:
             raise WeightUpdateError(self._refusal, field="version")
 
-    def begin(self, command: BeginUpdate) -> bool:
+    def begin(self, command: BeginUpdate) -> OpenUpdate:
         """Open the update to `command.version`; the same again starts it again.
 
-        Returns whether tensors will be written in place, before the commit.
         Raises UpdateOrder when another update is open or the version does not go forward,
         ManifestMismatch when the manifest is not of this model, OutOfMemory when a shadow was
         asked for that does not fit, MemoryReleased while there are no weights.
@@ -133,9 +134,17 @@ class UpdateSession:
         mode = self._agree(mode)
         self._settle(error, mode != REFUSED)
         now = time.monotonic()
-        in_place = mode == IN_PLACE
-        self._open = OpenUpdate(command, announced, in_place, now, now + command.timeout_s)
-        return in_place
+        self._close("")
+        self._before = (dict(self._torn), self._refusal)
+        self._open = OpenUpdate(
+            command,
+            announced,
+            in_place=mode < SHADOW,
+            undo=mode == UNDO,
+            started=now,
+            expires=now + command.timeout_s,
+        )
+        return self._open
 
     def receive(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Stage whole tensors that stay as they are until the commit; nothing is copied.
@@ -247,7 +256,7 @@ class UpdateSession:
 
     def abort(self, version: int) -> None:
         """Drop the open update; no error when there is none. Raises UpdateOrder for another's."""
-        if self._open is None:
+        if self._drop_expired() or self._open is None:
             return
         if self._open.version != version:
             raise self._wrong_version(self._open, version)
@@ -345,6 +354,9 @@ class UpdateSession:
         update, self._open = self._open, None
         if update is None:
             return
+        if update.undo:
+            update.put_back(self.catalog)
+            self._torn, self._refusal = self._before
         self._failure = f"the update to version {update.version} failed: {reason}" if reason else ""
         if reason:
             logger.warning("%s; version %d stays", self._failure, self._version)

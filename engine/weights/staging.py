@@ -1,8 +1,8 @@
 """What an open update has received so far.
 
 shadow: complete tensors wait here for the commit. in_place: a complete tensor is written into
-the live weights as it arrives, and only its name and checksum are kept. Tensors lent by a
-trainer cost no memory and wait for the commit in either mode.
+the live weights as it arrives, and only its name and checksum are kept; undo: with a copy of
+what it replaced. Tensors lent by a trainer cost no memory and wait for the commit in any mode.
 """
 
 from __future__ import annotations
@@ -34,12 +34,15 @@ class OpenUpdate:
     begin: BeginUpdate
     announced: dict[str, TensorSpec]
     in_place: bool
+    undo: bool
     started: float
     expires: float
     staged: dict[str, torch.Tensor] = field(default_factory=dict)
     placed: dict[str, str] = field(default_factory=dict)
     """In-place mode: names by canonical name."""
     placed_bytes: int = 0
+    replaced: dict[str, torch.Tensor] = field(default_factory=dict)
+    """With `undo`: this rank's old values by canonical name."""
     sums: Checksums = field(default_factory=Checksums)
     _parts: dict[str, _Part] = field(default_factory=dict)
 
@@ -110,6 +113,15 @@ class OpenUpdate:
         """Take in a whole tensor that stays as it is until the commit, without reading it."""
         self.staged[name] = tensor
 
+    @torch.no_grad()
+    def put_back(self, catalog: Catalog) -> None:
+        """Write the old values again, and wait for the device."""
+        for name, old in self.replaced.items():
+            catalog.view(name).copy_(old)
+        if self.replaced and old.is_cuda:
+            torch.cuda.current_stream(old.device).synchronize()
+        self.replaced.clear()
+
     def _part_of(self, piece: TensorPiece, flat: torch.Tensor, size: int) -> _Part:
         if piece.name not in self._parts:
             elements = torch.empty(size, dtype=flat.dtype, device=flat.device)
@@ -126,6 +138,8 @@ class OpenUpdate:
         canonical = catalog.canonical(name)
         twin = self.placed.get(canonical)
         if twin is None:
+            if self.undo:
+                self.replaced[canonical] = catalog.view(canonical).clone()
             self.placed_bytes += catalog.place({name: tensor})
             self.placed[canonical] = name
             return

@@ -74,7 +74,17 @@ class Readiness:
 
     @property
     def _writes_in_place(self) -> bool:
-        return self._open is not None and self._open.mode == "in_place"
+        return self._open is not None and self._open.mode in ("in_place", "undo")
+
+    @property
+    def undo(self) -> int | None:
+        """Version of an update, also of one that timed out, that the ranks can undo."""
+        return self._open.version if self._open is not None and self._open.mode == "undo" else None
+
+    @property
+    def late_undo(self) -> int | None:
+        """The same once its time is up: requests wait for nothing any more."""
+        return self.undo if self.open_update is None else None
 
     def check_release(self, tags: Iterable[MemoryTag], stats: SchedulerStats) -> None:
         """Raise unless `tags` may be released now: InvalidRequest while requests need them,

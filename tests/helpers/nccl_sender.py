@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from engine.errors import UpdateTimeout
+from engine.errors import WeightUpdateError
 from trainer_bridge.process_group import SenderGroup
 
 NAME = "g"
@@ -78,8 +78,8 @@ def main(kind: str, folder: str, then: str) -> None:
             extra = torch.ones(1 << 20, dtype=torch.uint8, device="cuda")
             try:
                 sender.wait(sender.broadcast(extra), time.monotonic() + LATE_S)
-            except UpdateTimeout as error:
-                say(f"UpdateTimeout: {error}")
+            except WeightUpdateError as error:
+                say(f"{type(error).__name__}: {error}")
             # Past the point where a watchdog would have ended the process.
             time.sleep(2.0)
             assert float(torch.ones(4, device="cuda").sum()) == 4.0

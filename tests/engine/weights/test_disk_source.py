@@ -38,7 +38,7 @@ def load(rank, path: Path, begin: BeginUpdate) -> None:
     rank.handle(CommitUpdate(version=begin.version))
 
 
-@pytest.mark.parametrize("mode", ["shadow", "in_place"])
+@pytest.mark.parametrize("mode", ["shadow", "undo", "in_place"])
 def test_a_folder_is_placed_at_the_commit(tmp_path: Path, mode: str) -> None:
     model, rank = make_rank()
     new = fresh(model)

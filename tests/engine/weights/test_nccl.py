@@ -209,7 +209,7 @@ def assert_gpu_holds(model, tensors: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.multi_gpu
 @pytest.mark.parametrize("kind", ["ours", "torch"])
-@pytest.mark.parametrize("mode", ["shadow", "in_place"])
+@pytest.mark.parametrize("mode", ["shadow", "undo", "in_place"])
 def test_updates_come_in_from_either_sender(mode: str, kind: str, tmp_path: Path) -> None:
     model, rank = make_gpu_rank()
     updates = {version: fresh(model, seed=version) for version in (4, 5, 6, 7)}
@@ -227,7 +227,7 @@ def test_updates_come_in_from_either_sender(mode: str, kind: str, tmp_path: Path
 
 @pytest.mark.multi_gpu
 @pytest.mark.parametrize("sent", [0, 2])
-@pytest.mark.parametrize("mode", ["shadow", "in_place"])
+@pytest.mark.parametrize("mode", ["shadow", "undo", "in_place"])
 def test_a_sender_that_stalls_is_given_up_and_the_next_update_works(
     mode: str, sent: int, tmp_path: Path
 ) -> None:
@@ -239,7 +239,7 @@ def test_a_sender_that_stalls_is_given_up_and_the_next_update_works(
         with pytest.raises((UpdateTimeout, GroupError), match="rank 0"), torch.cuda.device(1):
             rank.handle(receive(new, timeout_s=4.0))
         assert time.monotonic() - started < 30.0
-    if mode == "shadow":
+    if mode != "in_place":
         assert_gpu_holds(model, before)
     else:
         with pytest.raises(WeightUpdateError):
@@ -278,7 +278,8 @@ def test_a_trainer_outlives_an_engine_that_left(tmp_path: Path) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "sent\n"
         rank.handle(LeaveGroup(name="g"))
-        assert "UpdateTimeout" in process.stdout.readline()
+        line = process.stdout.readline()
+        assert line.startswith(("UpdateTimeout: ", "GroupError: a member of group")), line
         assert process.wait(60) == 0
     rank.close()
 

@@ -62,7 +62,7 @@ def run_update(rank, sender, new, *, version: int = 4, mode: str = "auto", **rec
     rank.handle(CommitUpdate(version=version))
 
 
-@pytest.mark.parametrize("mode", ["shadow", "in_place"])
+@pytest.mark.parametrize("mode", ["shadow", "undo", "in_place"])
 @pytest.mark.parametrize("layout", ["tensors", "flat", "buckets", "chunks"])
 def test_every_layout_brings_every_tensor(layout: str, mode: str) -> None:
     model, rank = make_rank()
@@ -107,7 +107,7 @@ def test_a_shadow_touches_nothing_before_the_commit() -> None:
     rank.close()
 
 
-@pytest.mark.parametrize("mode", ["shadow", "in_place"])
+@pytest.mark.parametrize("mode", ["shadow", "undo", "in_place"])
 def test_ranks_of_a_sharded_engine_each_place_their_slice(mode: str) -> None:
     pairs = [make_rank(rank, 2) for rank in range(2)] + [make_rank()]
     ranks = [rank for _, rank in pairs]
@@ -126,7 +126,7 @@ def test_ranks_of_a_sharded_engine_each_place_their_slice(mode: str) -> None:
         rank.close()
 
 
-@pytest.mark.parametrize("mode", ["shadow", "in_place"])
+@pytest.mark.parametrize("mode", ["shadow", "undo", "in_place"])
 @pytest.mark.parametrize("bucket_bytes", [700, 1 << 20])
 def test_several_senders_bring_a_piece_of_every_tensor_each(mode: str, bucket_bytes: int) -> None:
     model, rank = make_rank()

@@ -60,7 +60,7 @@ def shared(
 
 
 @pytest.mark.parametrize("start", [0, 2])
-@pytest.mark.parametrize("mode", ["shadow", "in_place"])
+@pytest.mark.parametrize("mode", ["shadow", "undo", "in_place"])
 @pytest.mark.parametrize("borrow", [True, False])
 def test_a_payload_is_placed(borrow: bool, mode: str, start: int) -> None:
     model, rank = make_rank()

@@ -1,4 +1,4 @@
-"""Shadow and in-place updates: which is chosen, deadlines, checksums, and ranks that disagree."""
+"""Shadow, undo and in place: which is chosen, deadlines, checksums, and ranks that disagree."""
 
 from __future__ import annotations
 
@@ -96,6 +96,57 @@ def test_an_aborted_in_place_update_refuses_until_a_covering_one_is_committed() 
     session.require_servable()
 
 
+def test_an_update_in_one_command_is_rather_undone() -> None:
+    _, session = make()
+    update = session.begin(BeginUpdate(version=4, at_once=True))
+    assert (update.in_place, update.undo) == (True, True)
+    session.abort(4)
+    update = session.begin(BeginUpdate(version=4, at_once=True, mode="shadow"))
+    assert (update.in_place, update.undo) == (False, False)
+    session.abort(4)
+    _, session = make(free=lambda _device: 0)
+    update = session.begin(BeginUpdate(version=4, at_once=True))
+    assert (update.in_place, update.undo) == (True, False)
+
+
+def test_an_undo_copy_is_of_this_rank_s_part_only() -> None:
+    pair = Pair(free=[lambda _d: 14_000 + (16 << 20)] * 2)
+    new = fresh(make_rank()[0])
+    half = [sum(t.nbytes for t in contents(model).values()) for model in pair.models]
+    assert max(half) < 14_000 < full_bytes(new), "the room must hold a part and not the whole"
+    before = [contents(model) for model in pair.models]
+    assert pair.both(lambda s: s.begin(BeginUpdate(version=4))) == [None, None]
+    assert pair.both(lambda s: feed(s, dict(list(new.items())[:3]))) == [None, None]
+    assert all(session.refusal for session in pair.sessions), "written at once"
+    assert pair.both(lambda s: s.abort(4)) == [None, None]
+    for model, session, old in zip(pair.models, pair.sessions, before, strict=True):
+        held = contents(model)
+        assert all(torch.equal(held[name], old[name]) for name in old)
+        session.require_servable()
+
+
+def test_an_undone_update_leaves_what_an_older_one_tore() -> None:
+    model, session = make()
+    new = fresh(model)
+    session.begin(BeginUpdate(version=4, mode="in_place", partial=True))
+    feed(session, {NORM: new[NORM]})
+    session.abort(4)
+    refusal, torn = session.refusal, contents(model)
+    session.begin(BeginUpdate(version=5, mode="undo"))
+    feed(session, new)
+    session.abort(5)
+    assert_holds(model, torn)
+    assert session.refusal == refusal
+    session.begin(BeginUpdate(version=5, mode="undo"))
+    feed(session, {NORM: new[NORM]})
+    session.begin(BeginUpdate(version=5, mode="undo"))
+    assert_holds(model, torn)
+    feed(session, new)
+    session.commit(5)
+    session.require_servable()
+    assert_holds(model, new)
+
+
 def test_lent_tensors_wait_for_the_commit_in_either_mode() -> None:
     model, session = make()
     before, new = contents(model), fresh(model)
@@ -125,7 +176,7 @@ def test_weights_that_are_gone_take_a_whole_update() -> None:
     assert_holds(model, new)
 
 
-@pytest.mark.parametrize("mode", ["shadow", "in_place"])
+@pytest.mark.parametrize("mode", ["shadow", "undo", "in_place"])
 def test_the_tied_name_may_come_beside_the_first(mode: str) -> None:
     model, session = make()
     new = fresh(model)
@@ -147,7 +198,7 @@ def with_checksums(tensors: dict[str, torch.Tensor]) -> list:
     ]
 
 
-@pytest.mark.parametrize("mode", ["shadow", "in_place"])
+@pytest.mark.parametrize("mode", ["shadow", "undo", "in_place"])
 def test_checksums_are_held_against_what_came(mode: str) -> None:
     model, session = make()
     before, new = contents(model), fresh(model)
@@ -166,6 +217,9 @@ def test_checksums_are_held_against_what_came(mode: str) -> None:
         with pytest.raises(WeightUpdateError):
             session.require_servable()
     session.abort(4)
+    if mode != "in_place":
+        assert_holds(model, before)
+        session.require_servable()
     session.begin(BeginUpdate(version=4, manifest=manifest, mode=mode))
     feed(session, new)
     session.commit(4)

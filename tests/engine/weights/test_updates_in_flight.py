@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 
-from engine.errors import GroupError, WeightUpdateError
+from engine.errors import GroupError, UpdateOrder, WeightUpdateError
 from engine.protocol import (
     AbortUpdate,
     BeginUpdate,
@@ -73,7 +74,7 @@ def receive(replica: Any, sender: SenderGroup, new: dict[str, torch.Tensor], cou
             sent.result(10)
 
 
-@pytest.mark.parametrize("mode", ["shadow", "in_place", "auto"])
+@pytest.mark.parametrize("mode", ["shadow", "undo", "in_place", "auto"])
 def test_running_requests_wait_for_the_commit_and_go_on(folder, new, mode: str) -> None:
     with make_replica(folder) as replica:
         if mode == "auto":
@@ -99,7 +100,7 @@ def test_running_requests_wait_for_the_commit_and_go_on(folder, new, mode: str) 
         sender.close()
 
 
-@pytest.mark.parametrize("mode", ["shadow", "in_place"])
+@pytest.mark.parametrize("mode", ["shadow", "undo", "in_place"])
 def test_a_sender_that_dies_leaves_the_engine_as_stated(folder, new, mode: str) -> None:
     with make_replica(folder) as replica, make_replica(folder) as untouched:
         for each in (replica, untouched):
@@ -115,7 +116,7 @@ def test_a_sender_that_dies_leaves_the_engine_as_stated(folder, new, mode: str) 
         for each in (replica, untouched):
             each.submit([request("after", PROMPT, seed=2)])
         after = drain(replica)["after"]
-        if mode == "shadow":
+        if mode != "in_place":
             want = drain(untouched)["after"]
             assert list(after.token_ids) == list(want.token_ids)
             assert list(after.logprobs) == list(want.logprobs), "bit for bit"
@@ -130,3 +131,31 @@ def test_a_sender_that_dies_leaves_the_engine_as_stated(folder, new, mode: str) 
         assert drain(replica)["again"].finish.type == "length"
         assert replica.state().refusal == ""
         sender.close()
+
+
+def test_an_undone_update_lets_requests_go_on_without_the_trainer(folder, new) -> None:
+    """Its trainer is gone, so nobody aborts it: at once when the transfer breaks, and at the
+    deadline when the trainer only stalls."""
+    with make_replica(folder) as replica, make_replica(folder) as untouched:
+        for rid, timeout_s, count in (("broken", 60.0, 5), ("stalled", 1.0, len(new))):
+            sender = join(replica)
+            replica.submit([request(rid, PROMPT, seed=1, max_new_tokens=12)])
+            for _ in range(4):
+                replica.step()
+            begin = BeginUpdate(version=1, manifest=specs(new), mode="undo", timeout_s=timeout_s)
+            replica.send(begin)
+            if count < len(new):
+                with pytest.raises(GroupError, match="rank 0 of group 'g' is gone"):
+                    receive(replica, sender, new, count)
+            else:
+                receive(replica, sender, new, count)
+                assert "writes in place" in replica.state().refusal
+                time.sleep(timeout_s)
+            untouched.submit([request(rid, PROMPT, seed=1, max_new_tokens=12)])
+            after, want = drain(replica)[rid], drain(untouched)[rid]
+            assert list(after.token_ids) == list(want.token_ids)
+            assert list(after.logprobs) == list(want.logprobs), "bit for bit"
+            assert replica.state().refusal == ""
+            with pytest.raises(UpdateOrder, match="without an open update"):
+                replica.send(CommitUpdate(version=1))
+            sender.close()
