@@ -37,7 +37,7 @@ def choose_mode(
     usable = free(device) - _MARGIN_BYTES.get(device.type, 0)
     needed = [
         (SHADOW, "shadow", shadow_bytes(command, catalog)),
-        (UNDO, "undo", undo_bytes(command, catalog)),
+        (UNDO, "undo", undo_size(command, catalog)[0]),
     ]
     for mode, name, num_bytes in reversed(needed) if command.at_once else needed:
         if num_bytes <= usable and command.mode in ("auto", name):
@@ -64,7 +64,8 @@ def shadow_bytes(command: BeginUpdate, catalog: Catalog) -> int:
     )
 
 
-def undo_bytes(command: BeginUpdate, catalog: Catalog) -> int:
-    """Bytes of this rank's parts of the tensors that will come."""
-    names = [spec.name for spec in command.manifest] or list(catalog.names)
-    return sum(catalog.held_bytes(name) for name in {catalog.canonical(name) for name in names})
+def undo_size(command: BeginUpdate, catalog: Catalog) -> tuple[int, int]:
+    """Bytes of this rank's parts of the tensors that will come, and how many tensors."""
+    announced = [spec.name for spec in command.manifest] or list(catalog.names)
+    names = {catalog.canonical(name) for name in announced}
+    return sum(catalog.held_bytes(name) for name in names), len(names)

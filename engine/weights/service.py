@@ -61,7 +61,7 @@ class WeightService:
         match command:
             case BeginUpdate():
                 update = self.session.begin(command)
-                return Reply(in_place=update.in_place, undo=update.undo)
+                return Reply(in_place=update.in_place, undo=update.undo is not None)
             case JoinGroup():
                 self.groups.join(command)
             case LeaveGroup():

@@ -38,8 +38,9 @@ from engine.weights import verify
 from engine.weights.catalog import Catalog
 from engine.weights.coverage import Coverage
 from engine.weights.load import Loadable, load
-from engine.weights.modes import REFUSED, SHADOW, UNDO, choose_mode
+from engine.weights.modes import REFUSED, SHADOW, UNDO, choose_mode, undo_size
 from engine.weights.staging import OpenUpdate, bounds
+from engine.weights.undo import UndoCopy
 
 logger = logging.getLogger(__name__)
 
@@ -133,14 +134,15 @@ class UpdateSession:
             error = refusal
         mode = self._agree(mode)
         self._settle(error, mode != REFUSED)
-        now = time.monotonic()
         self._close("")
+        undo = self._undo_copy(command) if mode == UNDO else None
         self._before = (dict(self._torn), self._refusal)
+        now = time.monotonic()
         self._open = OpenUpdate(
             command,
             announced,
             in_place=mode < SHADOW,
-            undo=mode == UNDO,
+            undo=undo,
             started=now,
             expires=now + command.timeout_s,
         )
@@ -299,6 +301,16 @@ class UpdateSession:
             known = self._announced = (command.manifest, command.partial, announced)
         return known[2]
 
+    def _undo_copy(self, command: BeginUpdate) -> UndoCopy:
+        """Memory for what the update replaces; every rank has it, or all raise."""
+        error: SlipstreamError | None = None
+        try:
+            copy = UndoCopy(*undo_size(command, self.catalog), self.device)
+        except OutOfMemory as refusal:
+            error = refusal
+        self._settle(error, self._agree(0 if error else 1) == 1)
+        return copy
+
     def _check_commit(self, version: int) -> UpdateReport | None:
         """Raise unless the open update can be placed; the report if it was already."""
         if self._open is None and self._last is not None and self._last.version == version:
@@ -354,8 +366,8 @@ class UpdateSession:
         update, self._open = self._open, None
         if update is None:
             return
-        if update.undo:
-            update.put_back(self.catalog)
+        if update.undo is not None:
+            update.undo.put_back(self.catalog)
             self._torn, self._refusal = self._before
         self._failure = f"the update to version {update.version} failed: {reason}" if reason else ""
         if reason:

@@ -17,6 +17,7 @@ from engine.protocol import BeginUpdate, TensorPiece, TensorSpec
 from engine.weights.catalog import Catalog
 from engine.weights.checksum import Checksums
 from engine.weights.coverage import Coverage
+from engine.weights.undo import UndoCopy
 
 
 @dataclass
@@ -34,15 +35,13 @@ class OpenUpdate:
     begin: BeginUpdate
     announced: dict[str, TensorSpec]
     in_place: bool
-    undo: bool
+    undo: UndoCopy | None
     started: float
     expires: float
     staged: dict[str, torch.Tensor] = field(default_factory=dict)
     placed: dict[str, str] = field(default_factory=dict)
     """In-place mode: names by canonical name."""
     placed_bytes: int = 0
-    replaced: dict[str, torch.Tensor] = field(default_factory=dict)
-    """With `undo`: this rank's old values by canonical name."""
     sums: Checksums = field(default_factory=Checksums)
     _parts: dict[str, _Part] = field(default_factory=dict)
 
@@ -113,15 +112,6 @@ class OpenUpdate:
         """Take in a whole tensor that stays as it is until the commit, without reading it."""
         self.staged[name] = tensor
 
-    @torch.no_grad()
-    def put_back(self, catalog: Catalog) -> None:
-        """Write the old values again, and wait for the device."""
-        for name, old in self.replaced.items():
-            catalog.view(name).copy_(old)
-        if self.replaced and old.is_cuda:
-            torch.cuda.current_stream(old.device).synchronize()
-        self.replaced.clear()
-
     def _part_of(self, piece: TensorPiece, flat: torch.Tensor, size: int) -> _Part:
         if piece.name not in self._parts:
             elements = torch.empty(size, dtype=flat.dtype, device=flat.device)
@@ -138,8 +128,8 @@ class OpenUpdate:
         canonical = catalog.canonical(name)
         twin = self.placed.get(canonical)
         if twin is None:
-            if self.undo:
-                self.replaced[canonical] = catalog.view(canonical).clone()
+            if self.undo is not None and catalog.held_bytes(canonical):
+                self.undo.keep(canonical, catalog.view(canonical))
             self.placed_bytes += catalog.place({name: tensor})
             self.placed[canonical] = name
             return

@@ -75,7 +75,8 @@ def main(kind: str, folder: str, then: str) -> None:
         case "die":
             os.kill(os.getpid(), signal.SIGKILL)
         case "late":
-            extra = torch.ones(1 << 20, dtype=torch.uint8, device="cuda")
+            # More than NCCL would take in without a receiver.
+            extra = torch.ones(1 << 28, dtype=torch.uint8, device="cuda")
             try:
                 sender.wait(sender.broadcast(extra), time.monotonic() + LATE_S)
             except WeightUpdateError as error:

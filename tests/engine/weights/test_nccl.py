@@ -154,14 +154,17 @@ def sending(
 ) -> Iterator[subprocess.Popen[str]]:
     """A sender of these broadcasts in a process of its own, joined by `rank`."""
     folder.mkdir()
+    log = folder.with_suffix(".err").open("w")
     for index, update in enumerate(buffers):
         torch.save(update, folder / f"{index}.pt")
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.helpers.nccl_sender", kind, str(folder), then],
         cwd=ROOT,
         stdout=subprocess.PIPE,
+        stderr=log,
         text=True,
     )
+    log.close()
     try:
         assert process.stdout is not None
         rank.handle(join_of(int(process.stdout.readline())))
@@ -279,7 +282,8 @@ def test_a_trainer_outlives_an_engine_that_left(tmp_path: Path) -> None:
         assert process.stdout.readline() == "sent\n"
         rank.handle(LeaveGroup(name="g"))
         line = process.stdout.readline()
-        assert line.startswith(("UpdateTimeout: ", "GroupError: a member of group")), line
+        said = line or (tmp_path / "late.err").read_text()
+        assert said.startswith(("UpdateTimeout: ", "GroupError: a member of group")), said
         assert process.wait(60) == 0
     rank.close()
 

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+import engine.weights.session
 from engine.errors import (
     ChecksumMismatch,
     ManifestMismatch,
@@ -21,6 +22,7 @@ from engine.errors import (
 from engine.protocol import BeginUpdate, TensorPiece
 from engine.weights.checksum import checksum
 from engine.weights.session import UpdateSession
+from engine.weights.undo import UndoCopy
 from tests.helpers.weight_engines import assert_holds, contents, fresh, make_rank, pieces, specs
 
 NORM = "model.norm.weight"
@@ -99,14 +101,14 @@ def test_an_aborted_in_place_update_refuses_until_a_covering_one_is_committed() 
 def test_an_update_in_one_command_is_rather_undone() -> None:
     _, session = make()
     update = session.begin(BeginUpdate(version=4, at_once=True))
-    assert (update.in_place, update.undo) == (True, True)
+    assert (update.in_place, update.undo is not None) == (True, True)
     session.abort(4)
     update = session.begin(BeginUpdate(version=4, at_once=True, mode="shadow"))
-    assert (update.in_place, update.undo) == (False, False)
+    assert (update.in_place, update.undo is not None) == (False, False)
     session.abort(4)
     _, session = make(free=lambda _device: 0)
     update = session.begin(BeginUpdate(version=4, at_once=True))
-    assert (update.in_place, update.undo) == (True, False)
+    assert (update.in_place, update.undo is not None) == (True, False)
 
 
 def test_an_undo_copy_is_of_this_rank_s_part_only() -> None:
@@ -123,6 +125,22 @@ def test_an_undo_copy_is_of_this_rank_s_part_only() -> None:
         held = contents(model)
         assert all(torch.equal(held[name], old[name]) for name in old)
         session.require_servable()
+
+
+def test_no_rank_opens_an_update_that_another_has_no_undo_copy_for(monkeypatch) -> None:
+    made: list[UndoCopy] = []
+
+    def second_fails(*args) -> UndoCopy:
+        made.append(UndoCopy(*args))
+        if len(made) == 2:
+            raise OutOfMemory("none left", field="mode")
+        return made[-1]
+
+    monkeypatch.setattr(engine.weights.session, "UndoCopy", second_fails)
+    pair = Pair()
+    errors = pair.both(lambda s: s.begin(BeginUpdate(version=4, mode="undo")))
+    assert {type(error) for error in errors} == {WeightUpdateError, OutOfMemory}
+    assert [s.open_version for s in pair.sessions] == [None, None]
 
 
 def test_an_undone_update_leaves_what_an_older_one_tore() -> None:

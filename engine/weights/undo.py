@@ -1,0 +1,49 @@
+"""What an update replaces, kept until it is committed."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.errors import OutOfMemory
+from engine.weights.catalog import Catalog
+
+_ALIGNMENT = 256
+
+
+class UndoCopy:
+    """This rank's old values of some tensors, in one piece of memory taken at the begin.
+
+    One piece, since the next update finds it again in torch's cache, whatever its order.
+    """
+
+    def __init__(self, num_bytes: int, num_tensors: int, device: torch.device) -> None:
+        """Raises OutOfMemory."""
+        size = num_bytes + num_tensors * _ALIGNMENT
+        try:
+            self._memory = torch.empty(size, dtype=torch.uint8, device=device)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(
+                f"no {size / 2**30:.2f} GiB for an undo copy ({error}); begin with mode "
+                "'in_place', or give the KV pool less",
+                field="mode",
+            ) from error
+        self._end = 0
+        self._kept: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def keep(self, name: str, live: torch.Tensor) -> None:
+        """Copy a live tensor, in the order of the current stream."""
+        piece = self._memory[self._end : self._end + live.nbytes]
+        self._end += -(-live.nbytes // _ALIGNMENT) * _ALIGNMENT
+        kept = piece.view(live.dtype).view(live.shape)
+        kept.copy_(live, non_blocking=True)
+        self._kept[name] = kept
+
+    @torch.no_grad()
+    def put_back(self, catalog: Catalog) -> None:
+        """Write the old values again, and wait for the device."""
+        for name, kept in self._kept.items():
+            catalog.view(name).copy_(kept)
+        if self._kept and self._memory.is_cuda:
+            torch.cuda.current_stream(self._memory.device).synchronize()
+        self._kept.clear()
