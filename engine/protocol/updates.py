@@ -41,11 +41,9 @@ class BeginUpdate(Struct, frozen=True, kw_only=True, tag="begin_update"):
     mode: shadow holds what arrives until the commit, so that a failed update changes nothing;
         undo writes it into the live weights at once and keeps what was there, which a failed
         update puts back; in_place keeps nothing, and a failed update leaves an engine that
-        refuses to generate until a whole version was published. Under both, requests wait
-        until the commit. auto takes the first of shadow, undo and in_place that there is memory
-        for; of undo, shadow and in_place with `at_once`.
-    at_once: all tensors come in one command, during which no step runs anyway. undo is then the
-        faster: what a shadow copies at the commit, it copies while tensors travel.
+        refuses to generate until a whole version was published. Under both of these requests
+        wait until the commit. auto takes the first of shadow, undo and in_place that there is memory
+        for: a rank's undo copy has its part of the tensors, a shadow the whole ones.
     timeout_s: an update not committed within this time is aborted.
     """
 
@@ -53,7 +51,6 @@ class BeginUpdate(Struct, frozen=True, kw_only=True, tag="begin_update"):
     manifest: list[TensorSpec] = msgspec.field(default_factory=list)
     partial: bool = False
     mode: StagingMode = "auto"
-    at_once: bool = False
     timeout_s: float = 600.0
 
 

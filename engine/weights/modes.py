@@ -39,7 +39,7 @@ def choose_mode(
         (SHADOW, "shadow", shadow_bytes(command, catalog)),
         (UNDO, "undo", undo_size(command, catalog)[0]),
     ]
-    for mode, name, num_bytes in reversed(needed) if command.at_once else needed:
+    for mode, name, num_bytes in needed:
         if num_bytes <= usable and command.mode in ("auto", name):
             logger.debug("version %d: %s, %d bytes of %d", command.version, name, num_bytes, usable)
             return mode

@@ -135,7 +135,7 @@ class UpdateSession:
         mode = self._agree(mode)
         self._settle(error, mode != REFUSED)
         self._close("")
-        undo = self._undo_copy(command) if mode == UNDO else None
+        undo = UndoCopy(*undo_size(command, self.catalog), self.device) if mode == UNDO else None
         self._before = (dict(self._torn), self._refusal)
         now = time.monotonic()
         self._open = OpenUpdate(
@@ -198,6 +198,11 @@ class UpdateSession:
 
         refusal: why this rank cannot take part, if so; it is raised, and no rank begins.
         """
+        if refusal is None and self._open is not None and self._open.undo is not None:
+            try:
+                self._open.undo.reserve()
+            except OutOfMemory as error:
+                refusal = error
         agreed = self._agree(1 if refusal is None else 0) == 1
         self._settle(refusal, agreed)
         update = self.require_open("receive")
@@ -300,16 +305,6 @@ class UpdateSession:
             )
             known = self._announced = (command.manifest, command.partial, announced)
         return known[2]
-
-    def _undo_copy(self, command: BeginUpdate) -> UndoCopy:
-        """Memory for what the update replaces; every rank has it, or all raise."""
-        error: SlipstreamError | None = None
-        try:
-            copy = UndoCopy(*undo_size(command, self.catalog), self.device)
-        except OutOfMemory as refusal:
-            error = refusal
-        self._settle(error, self._agree(0 if error else 1) == 1)
-        return copy
 
     def _check_commit(self, version: int) -> UpdateReport | None:
         """Raise unless the open update can be placed; the report if it was already."""

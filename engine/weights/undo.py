@@ -11,24 +11,31 @@ _ALIGNMENT = 256
 
 
 class UndoCopy:
-    """This rank's old values of some tensors, in one piece of memory taken at the begin.
-
-    One piece, since the next update finds it again in torch's cache, whatever its order.
-    """
+    """This rank's old values of some tensors, in one piece of memory: the next update finds it
+    again in torch's cache, whatever its order."""
 
     def __init__(self, num_bytes: int, num_tensors: int, device: torch.device) -> None:
-        """Raises OutOfMemory."""
-        size = num_bytes + num_tensors * _ALIGNMENT
+        self._size = num_bytes + num_tensors * _ALIGNMENT
+        self._device = device
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._end = 0
+        self._kept: dict[str, torch.Tensor] = {}
+
+    def reserve(self) -> None:
+        """Take the memory, before anything is replaced; tensors that are only lent need none.
+
+        Raises OutOfMemory. Idempotent.
+        """
+        if self._memory.numel():
+            return
         try:
-            self._memory = torch.empty(size, dtype=torch.uint8, device=device)
+            self._memory = torch.empty(self._size, dtype=torch.uint8, device=self._device)
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(
-                f"no {size / 2**30:.2f} GiB for an undo copy ({error}); begin with mode "
+                f"no {self._size / 2**30:.2f} GiB for an undo copy ({error}); begin with mode "
                 "'in_place', or give the KV pool less",
                 field="mode",
             ) from error
-        self._end = 0
-        self._kept: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
     def keep(self, name: str, live: torch.Tensor) -> None:

@@ -12,7 +12,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
-from msgspec.structs import replace
 
 from engine.errors import GroupError, SlipstreamError
 from engine.protocol import (
@@ -108,10 +107,6 @@ class NcclCarrier(Carrier):
         self._bucket_bytes = bucket_bytes
         self._timeout_s = timeout_s
         self._sender: Broadcaster | None = None
-
-    def prepare(self, begin: BeginUpdate, source: WeightSource) -> BeginUpdate:
-        """See `Carrier`."""
-        return replace(begin, at_once=True)
 
     def carry(self, begin: BeginUpdate, source: WeightSource) -> None:
         """See `Carrier`."""

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from msgspec.structs import replace
 
 from engine.errors import GroupError, SlipstreamError
 from engine.protocol import (
@@ -115,7 +114,6 @@ class ShardedCarrier:
 
     def _begin(self, begin: BeginUpdate) -> bool:
         """Open the update; returns whether this rank still has its group."""
-        begin = replace(begin, at_once=True)
         on_each(self.targets, lambda target: target.send(begin))
         return self._sender is not None and self._sender.group.is_open
 

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-import engine.weights.session
 from engine.errors import (
     ChecksumMismatch,
     ManifestMismatch,
@@ -22,7 +21,6 @@ from engine.errors import (
 from engine.protocol import BeginUpdate, TensorPiece
 from engine.weights.checksum import checksum
 from engine.weights.session import UpdateSession
-from engine.weights.undo import UndoCopy
 from tests.helpers.weight_engines import assert_holds, contents, fresh, make_rank, pieces, specs
 
 NORM = "model.norm.weight"
@@ -98,19 +96,6 @@ def test_an_aborted_in_place_update_refuses_until_a_covering_one_is_committed() 
     session.require_servable()
 
 
-def test_an_update_in_one_command_is_rather_undone() -> None:
-    _, session = make()
-    update = session.begin(BeginUpdate(version=4, at_once=True))
-    assert (update.in_place, update.undo is not None) == (True, True)
-    session.abort(4)
-    update = session.begin(BeginUpdate(version=4, at_once=True, mode="shadow"))
-    assert (update.in_place, update.undo is not None) == (False, False)
-    session.abort(4)
-    _, session = make(free=lambda _device: 0)
-    update = session.begin(BeginUpdate(version=4, at_once=True))
-    assert (update.in_place, update.undo is not None) == (True, False)
-
-
 def test_an_undo_copy_is_of_this_rank_s_part_only() -> None:
     pair = Pair(free=[lambda _d: 14_000 + (16 << 20)] * 2)
     new = fresh(make_rank()[0])
@@ -127,20 +112,32 @@ def test_an_undo_copy_is_of_this_rank_s_part_only() -> None:
         session.require_servable()
 
 
-def test_no_rank_opens_an_update_that_another_has_no_undo_copy_for(monkeypatch) -> None:
-    made: list[UndoCopy] = []
-
-    def second_fails(*args) -> UndoCopy:
-        made.append(UndoCopy(*args))
-        if len(made) == 2:
-            raise OutOfMemory("none left", field="mode")
-        return made[-1]
-
-    monkeypatch.setattr(engine.weights.session, "UndoCopy", second_fails)
+def test_no_rank_writes_what_another_has_no_undo_copy_for(monkeypatch) -> None:
     pair = Pair()
-    errors = pair.both(lambda s: s.begin(BeginUpdate(version=4, mode="undo")))
-    assert {type(error) for error in errors} == {WeightUpdateError, OutOfMemory}
-    assert [s.open_version for s in pair.sessions] == [None, None]
+    new = fresh(pair.models[0])
+    before = [contents(model) for model in pair.models]
+    assert pair.both(lambda s: s.begin(BeginUpdate(version=4, mode="undo"))) == [None, None]
+
+    def no_memory() -> None:
+        raise OutOfMemory("none left", field="mode")
+
+    monkeypatch.setattr(pair.sessions[1]._open.undo, "reserve", no_memory)
+    first, second = pair.both(lambda s: feed(s, new))
+    assert isinstance(first, WeightUpdateError) and isinstance(second, OutOfMemory)
+    for model, session, old in zip(pair.models, pair.sessions, before, strict=True):
+        held = contents(model)
+        assert all(torch.equal(held[name], old[name]) for name in old)
+        session.require_servable()
+
+
+def test_lent_tensors_take_no_undo_copy() -> None:
+    model, session = make()
+    new = fresh(model)
+    update = session.begin(BeginUpdate(version=4, mode="undo"))
+    session.receive(new.items())
+    session.commit(4)
+    assert update.undo._memory.numel() == 0
+    assert_holds(model, new)
 
 
 def test_an_undone_update_leaves_what_an_older_one_tore() -> None:
