@@ -42,8 +42,8 @@ class BeginUpdate(Struct, frozen=True, kw_only=True, tag="begin_update"):
         undo writes it into the live weights at once and keeps what was there, which a failed
         update puts back; in_place keeps nothing, and a failed update leaves an engine that
         refuses to generate until a whole version was published. Under both of these requests
-        wait until the commit. auto takes the first of shadow, undo and in_place that there is memory
-        for: a rank's undo copy has its part of the tensors, a shadow the whole ones.
+        wait until the commit. auto takes the first of shadow, undo and in_place that there is
+        memory for: a rank's undo copy has its part of the tensors, a shadow the whole ones.
     timeout_s: an update not committed within this time is aborted.
     """
 
