@@ -41,22 +41,31 @@ class BucketPacker:
         ordered by streams, and only the end is waited for. Returns when every bucket was sent.
         """
         buckets = plan_buckets(pieces, self.bucket_bytes)
-        self._grow(max((bucket.num_bytes for bucket in buckets), default=0))
-        pending: list[Any] = []
-        packed: list[Any] = []
+        packed = [b for b in buckets if not (resident and len(b.placements) == 1)]
+        self._grow(max((bucket.num_bytes for bucket in packed), default=0))
+        in_flight = _InFlight(broadcast, wait)
         for bucket in buckets:
+            source = flats
             if resident and len(bucket.placements) == 1:
-                pending.append(broadcast(self._on_device(next(flats), bucket.placements[0])))
-                continue
-            before = packed[-2] if len(packed) >= 2 else None
-            if before is not None and self._stream is None:
-                pending.remove(before)
-                wait(before)
-            buffer = self._buffers[len(packed) % 2]
-            packed.append(broadcast(self._pack(buffer, bucket, flats, before)))
-            pending.append(packed[-1])
-        for work in pending:
-            wait(work)
+                flat = next(flats)
+                if flat.device == self._device and flat.is_contiguous():
+                    in_flight.send(_bytes(flat, bucket.placements[0]))
+                    continue
+                source = iter([flat])
+            self._send_packed(bucket, source, in_flight)
+        in_flight.drain()
+
+    def _send_packed(
+        self, bucket: Bucket, flats: Iterator[torch.Tensor], in_flight: _InFlight
+    ) -> None:
+        if bucket.num_bytes > self._buffers[0].numel():
+            in_flight.drain()
+            self._grow(bucket.num_bytes)
+        before = in_flight.reader()
+        if before is not None and self._stream is None:
+            in_flight.finish(before)
+        buffer = self._buffers[in_flight.num_packed % 2]
+        in_flight.send_packed(self._pack(buffer, bucket, flats, before))
 
     def _grow(self, num_bytes: int) -> None:
         if not self._buffers or self._buffers[0].numel() < num_bytes:
@@ -81,14 +90,50 @@ class BucketPacker:
             current.wait_stream(self._stream)
         return buffer[: bucket.num_bytes]
 
-    def _on_device(self, flat: torch.Tensor, placement: Placement) -> torch.Tensor:
-        return _bytes(flat, placement).to(self._device)
-
     def _copy(self, buffer: torch.Tensor, bucket: Bucket, flats: Iterator[torch.Tensor]) -> None:
         for placement in bucket.placements:
             end = placement.offset + placement.num_bytes
             data = _bytes(next(flats), placement)
             buffer[placement.offset : end].copy_(data, non_blocking=True)
+
+
+class _InFlight:
+    """The broadcasts of one update that were queued and not waited for on the host."""
+
+    def __init__(
+        self, broadcast: Callable[[torch.Tensor], Any], wait: Callable[[Any], None]
+    ) -> None:
+        self._broadcast = broadcast
+        self._wait = wait
+        self._pending: list[Any] = []
+        self._packed: list[Any] = []
+        self.num_packed = 0
+
+    def send(self, data: torch.Tensor) -> None:
+        """Queue memory that nobody will overwrite."""
+        self._pending.append(self._broadcast(data))
+
+    def send_packed(self, data: torch.Tensor) -> None:
+        """Queue one of the two buffers."""
+        self.send(data)
+        self._packed.append(self._pending[-1])
+        self.num_packed += 1
+
+    def reader(self) -> Any:
+        """The broadcast that last read the buffer whose turn it is, if it may still do so."""
+        return self._packed[-2] if len(self._packed) >= 2 else None
+
+    def finish(self, work: Any) -> None:
+        """Wait for one of them on the host."""
+        self._pending.remove(work)
+        self._wait(work)
+
+    def drain(self) -> None:
+        """Wait for all of them on the host."""
+        for work in self._pending:
+            self._wait(work)
+        self._pending.clear()
+        self._packed.clear()
 
 
 def _bytes(flat: torch.Tensor, placement: Placement) -> torch.Tensor:
