@@ -28,7 +28,7 @@ from recipes.report import Collected
 from recipes.run import Run, open_run
 from recipes.trainers.metrics import TokenMetrics, merge
 from recipes.types import Batch
-from recipes.world import launched_rank
+from recipes.world import launched_rank, leave
 from rollout.offline import derive_seed
 
 
@@ -124,4 +124,4 @@ if __name__ == "__main__":
     # Spawned engines inherit the path, where `types` of this folder would hide Python's own.
     here = Path(__file__).resolve().parent
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != here]
-    sys.exit(main())
+    leave(main())

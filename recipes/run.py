@@ -169,6 +169,8 @@ class Run:
         summary = self._summary(dtype)
         self.folder.write_summary(summary)
         self.tracker.close(summary)
+        # A process that fails on its way out must not end one that is still writing.
+        self.world.barrier()
         return summary
 
     def _summary(self, dtype: torch.dtype) -> dict[str, object]:

@@ -6,10 +6,12 @@ so that only rollouts and gradients are divided. One process alone is a world of
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -74,6 +76,21 @@ class World:
         """Leave the process group, if `open_world` made one."""
         if self.owns_group and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process; nothing of the run may be left to do.
+
+    One that torchrun started leaves without tearing the interpreter down: a thread of gloo that
+    drops its last tensor then would be ended by Python inside C++, which is SIGABRT
+    (https://github.com/pytorch/pytorch/pull/179291), and torchrun would end all the others.
+    """
+    if "RANK" not in os.environ:
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def launched_rank() -> int:

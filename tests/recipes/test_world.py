@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from engine.errors import InvalidRequest
 from recipes.world import World, open_world
+from tests.helpers.children import ROOT, child_environment
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
@@ -44,3 +48,36 @@ def test_a_rank_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(InvalidRequest, match="there are 2; lower --nproc-per-node"):
         open_world(device="cuda", needs_group=False, colocated=True)
+
+
+LEAVING = """
+import atexit, sys
+from recipes.world import leave
+
+atexit.register(lambda: sys.stdout.write("handlers ran "))
+
+class Kept:
+    def __del__(self):
+        sys.stdout.write("torn down")
+
+kept = Kept()
+sys.stdout.write("buffered ")
+leave(3)
+"""
+
+
+@pytest.mark.parametrize("launched,said", [(True, ""), (False, "torn down")])
+def test_a_launched_process_leaves_without_a_teardown(launched: bool, said: str) -> None:
+    environment = child_environment()
+    environment.pop("RANK", None)
+    if launched:
+        environment["RANK"] = "0"
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVING],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (3, "")
+    assert done.stdout == f"buffered handlers ran {said}"
