@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from recipes.world import leave
+
 Rank = Callable[[int, int, Path], Any]
 
 
@@ -68,6 +70,8 @@ def _enter(act: Rank, rank: int, size: int, folder: Path) -> None:
         raise
     finally:
         torch.distributed.destroy_process_group()
+    # As the recipe's own processes do, and for the same reason.
+    leave(0)
 
 
 def _said(folder: Path) -> str:
