@@ -7,7 +7,8 @@ Three layers speak them, in the order a request meets them:
    `RequestOutput` and `Reply`;
 3. `steps`, leader -> ranks: `StepPlan` -> `StepResult`, and the engine's commands unchanged.
 
-In process the structs travel as they are, without a copy; `codec` makes bytes of them.
+In process the structs travel as they are, without a copy; `codec` makes bytes of them. Beside the
+messages, `buckets`, `rendezvous` and `nccl` hold what both ends of a weight transfer must do alike.
 """
 
 from engine.protocol.buckets import (

@@ -114,11 +114,11 @@ class UpdateSession:
             raise WeightUpdateError(self._refusal, field="version")
 
     def begin(self, command: BeginUpdate) -> OpenUpdate:
-        """Open the update to `command.version`; the same again starts it again.
+        """Open the update to `command.version`, and return it; the same again starts it again.
 
         Raises UpdateOrder when another update is open or the version does not go forward,
-        ManifestMismatch when the manifest is not of this model, OutOfMemory when a shadow was
-        asked for that does not fit, MemoryReleased while there are no weights.
+        ManifestMismatch when the manifest is not of this model, OutOfMemory when a shadow or an
+        undo copy was asked for that does not fit, MemoryReleased while there are no weights.
         """
         self._drop_expired()
         if self._agree(0 if self._failure else 1) == 0:
