@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from engine.config import EngineConfig
 from engine.errors import SlipstreamError
-from engine.protocol import Command, Control, Reply, Request, Shutdown
+from engine.protocol import Call, Command, Reply, Request, Shutdown
 from rollout.ipc import Channel
 from rollout.leader import Leader, error_info
 from rollout.leave import run_and_leave
@@ -83,15 +84,16 @@ def _obey(leader: Leader, commands: list[Any]) -> tuple[list[Reply], bool]:
         if kind is Request:
             leader.submit(list(group))
             continue
-        replies += [_answer(leader, command) for command in group]
-        if kind is Shutdown:
-            return replies, True
+        for call in group:
+            if isinstance(call.command, Shutdown):
+                return replies, True
+            replies.append(replace(_answer(leader, call), id=call.id))
     return replies, False
 
 
-def _answer(leader: Leader, command: Control) -> Reply:
+def _answer(leader: Leader, call: Call) -> Reply:
     try:
-        return leader.handle(command)
+        return leader.handle(call.command)
     except SlipstreamError as error:
         return Reply(error=error_info(error))
 

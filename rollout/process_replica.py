@@ -20,6 +20,7 @@ from engine.config import EngineConfig
 from engine.errors import EngineDead, SlipstreamError, UnsupportedOption, by_name
 from engine.protocol import (
     BeginUpdate,
+    Call,
     Control,
     EngineCommand,
     GetState,
@@ -63,7 +64,8 @@ class ProcessReplica:
         self._reply_s = reply_s
         self._open: set[str] = set()
         self._outputs: list[RequestOutput] = []
-        self._replies: list[Reply] = []
+        self._replies: dict[int, Reply] = {}
+        self._last_id = 0
         self._dead: EngineDead | None = None
         self._closed = False
         self._folder = Path(tempfile.mkdtemp(prefix="slipstream-"))
@@ -74,7 +76,7 @@ class ProcessReplica:
         self._remove = weakref.finalize(self, _remove, self._process, self._folder)
         self._heard_at = time.monotonic()
         try:
-            self._await_reply(start_s, "start")
+            self._await_reply(0, start_s, "start")
         except SlipstreamError:
             self.close()
             raise
@@ -96,18 +98,18 @@ class ProcessReplica:
 
     def send(self, command: Control) -> Reply:
         """Run a control command and wait for its answer. Raises its typed error."""
-        self._send([command])
+        self._last_id += 1
+        self._send([Call(id=self._last_id, command=command)])
         deadline_s = reply_deadline_s(command, reply_s=self._reply_s, slow_s=self._start_s)
-        return self._await_reply(deadline_s, command_name(command))
+        return self._await_reply(self._last_id, deadline_s, command_name(command))
 
-    def post(self, messages: Sequence[Request | Control]) -> None:
+    def post(self, messages: Sequence[Request | Call]) -> None:
         """Queue messages in this order and return at once; what comes of them is read by
         `collect`. For a caller with an event loop, in place of the calls above."""
         self._send(messages, timeout_s=_POST_S)
 
     def collect(self) -> list[RequestOutput | Reply]:
-        """The next messages that have arrived, in order; replies come in the order of the
-        commands posted. Does not wait: empty when nothing is left. Raises EngineDead."""
+        """The next messages that have arrived, in order; a reply carries its call's id. Does not wait: empty when nothing is left. Raises EngineDead."""
         return self._take(0.0)
 
     def fileno(self) -> int:
@@ -145,7 +147,7 @@ class ProcessReplica:
         self._closed = True
         try:
             if self._dead is None and self._process.poll() is None:
-                self._channel.send([Shutdown()], timeout_s=1.0)
+                self._channel.send([Call(id=0, command=Shutdown())], timeout_s=1.0)
                 self._process.wait(_LEAVE_S)
         except (EngineDead, subprocess.TimeoutExpired):
             pass
@@ -201,7 +203,7 @@ class ProcessReplica:
         """Sort what arrives within `timeout_s`."""
         for message in self._take(timeout_s):
             if isinstance(message, Reply):
-                self._replies.append(message)
+                self._replies[message.id] = message
             else:
                 self._outputs.append(message)
 
@@ -217,13 +219,13 @@ class ProcessReplica:
             raise self._die(_exit_text(exit_code))
         return messages
 
-    def _await_reply(self, timeout_s: float, what: str) -> Reply:
+    def _await_reply(self, call: int, timeout_s: float, what: str) -> Reply:
         deadline = time.monotonic() + timeout_s
-        while not self._replies:
+        while call not in self._replies:
             if time.monotonic() > deadline:
                 raise self._die(f"did not answer '{what}' within {timeout_s:g} s")
             self._receive(_POLL_S)
-        reply = self._replies.pop(0)
+        reply = self._replies.pop(call)
         if reply.error is not None:
             raise by_name(reply.error.kind, reply.error.message, reply.error.field)
         return reply

@@ -3,7 +3,7 @@
 Three layers speak them, in the order a request meets them:
 
 1. `wire`: `GenerateRequest` -> `GenerateResponse`, SGLang's native `/generate`;
-2. `requests`, `updates`, `control`, client -> replica: `Command` (one ordered stream) ->
+2. `requests`, `updates`, `control`, client -> replica: `Command` (one ordered stream; a control command in a `Call`) ->
    `RequestOutput` and `Reply`;
 3. `steps`, leader -> ranks: `StepPlan` -> `StepResult`, and the engine's commands unchanged.
 
@@ -24,6 +24,7 @@ from engine.protocol.codec import (
     encode,
 )
 from engine.protocol.control import (
+    Call,
     CheckWeights,
     Command,
     Control,
@@ -102,6 +103,7 @@ __all__ = [
     "BeginUpdate",
     "BroadcastLayout",
     "Bucket",
+    "Call",
     "CheckAction",
     "CheckWeights",
     "Command",

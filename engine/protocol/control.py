@@ -91,7 +91,17 @@ Control = (
     | Shutdown
 )
 
-Command = Request | Control
+
+class Call(Struct, frozen=True, kw_only=True, tag="call"):
+    """A control command on its way to a leader. `id` is the caller's, and the reply carries it:
+    replies may come in another order than their commands."""
+
+    id: int
+    command: Control
+
+
+Command = Request | Call
+"""What a leader receives, in the order it was sent."""
 
 
 class ErrorInfo(Struct, frozen=True, kw_only=True):
@@ -160,10 +170,12 @@ class WeightsReport(Struct, frozen=True, kw_only=True):
 class Reply(Struct, frozen=True, kw_only=True, tag="reply"):
     """Answer to one control command; the lists have one entry a rank.
 
+    id: of the `Call` that it answers; 0 for what nobody called.
     in_place: the update that was begun writes into the live weights, so no step may run until
     it is committed. undo: what it writes over comes back if it is aborted.
     """
 
+    id: int = 0
     error: ErrorInfo | None = None
     state: ReplicaState | None = None
     report: UpdateReport | None = None

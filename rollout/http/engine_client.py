@@ -6,12 +6,11 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from engine.errors import EngineDead, InvalidRequest, by_name
-from engine.protocol import Abort, Control, GetState, ReplicaState, Reply, Request
+from engine.protocol import Abort, Call, Control, GetState, ReplicaState, Reply, Request
 from rollout.http.link import EngineLink, Message
 from rollout.http.mailbox import Mailbox
 from rollout.process_replica import command_name, reply_deadline_s
@@ -33,8 +32,8 @@ class _Pending:
 class AsyncEngine:
     """Requests and commands to one engine, in the order of the calls.
 
-    Everything runs on one event loop, so a call that posts is atomic. Replies come in the
-    order of their commands; one that misses its deadline ends the engine, and from then on
+    Everything runs on one event loop, so a call that posts is atomic. A reply carries the id of
+    its call; a command whose reply that misses its deadline ends the engine, and from then on
     every call raises the same EngineDead.
 
     reply_s: deadline for the leader to answer, and to say anything while requests run.
@@ -46,7 +45,8 @@ class AsyncEngine:
         self._reply_s = reply_s
         self._slow_s = slow_s
         self._mailboxes: dict[str, Mailbox] = {}
-        self._pending: deque[_Pending] = deque()
+        self._pending: dict[int, _Pending] = {}
+        self._last_id = 0
         self._held: list[list[Request]] | None = None
         self._dead: EngineDead | None = None
         self._state: ReplicaState | None = None
@@ -152,8 +152,10 @@ class AsyncEngine:
         for entry in pending:
             # A failure nobody waits for is told to everyone else by `dead`.
             entry.future.add_done_callback(_look_at)
-        self._pending.extend(pending)
-        self._post(commands)
+        calls = [Call(id=self._last_id + i, command=c) for i, c in enumerate(commands, 1)]
+        self._last_id += len(calls)
+        self._pending.update((call.id, entry) for call, entry in zip(calls, pending, strict=True))
+        self._post(calls)
         return [entry.future for entry in pending]
 
     async def state(self, *, max_age_s: float = 0.2, patience_s: float = 0.5) -> ReplicaState:
@@ -161,7 +163,7 @@ class AsyncEngine:
         the engine from answering within `patience_s`. Raises EngineDead."""
         self._require_alive()
         if time.monotonic() - self._state_at > max_age_s:
-            asked = next((p for p in reversed(self._pending) if _asks_state(p)), None)
+            asked = next((p for p in reversed(self._pending.values()) if _asks_state(p)), None)
             future = asked.future if asked is not None else self.post([GetState()])[0]
             await asyncio.wait([future], timeout=patience_s)
             self._require_alive()
@@ -178,7 +180,7 @@ class AsyncEngine:
         if named:
             self._post(named)
 
-    def _post(self, messages: Sequence[Request | Control]) -> None:
+    def _post(self, messages: Sequence[Request | Call]) -> None:
         self._require_alive()
         try:
             self._link.post(messages)
@@ -200,9 +202,10 @@ class AsyncEngine:
             mailbox.put(message)
 
     def _answer(self, reply: Reply) -> None:
-        entry = self._pending.popleft()
-        if self._pending:
-            self._pending[0].since = time.monotonic()
+        entry = self._pending.pop(reply.id)
+        for oldest in self._pending.values():
+            oldest.since = time.monotonic()
+            break
         # Any other command may have changed what was known.
         self._state_at = 0.0 if reply.state is None else time.monotonic()
         self._state = reply.state or self._state
@@ -219,7 +222,7 @@ class AsyncEngine:
         for mailbox in set(self._mailboxes.values()):
             mailbox.fail(error)
         self._mailboxes.clear()
-        for entry in self._pending:
+        for entry in self._pending.values():
             if not entry.future.done():
                 entry.future.set_exception(EngineDead(error.message, field=error.field))
         self._pending.clear()
@@ -239,7 +242,7 @@ class AsyncEngine:
             if self._mailboxes and now - self._heard_at > self._reply_s:
                 self.post([GetState()])
             return
-        oldest = self._pending[0]
+        oldest = next(iter(self._pending.values()))
         limit_s = reply_deadline_s(oldest.command, reply_s=self._reply_s, slow_s=self._slow_s)
         if now - oldest.since > limit_s:
             name = command_name(oldest.command)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from engine.errors import EngineDead
-from engine.protocol import Control, Reply, Request, RequestOutput
+from engine.protocol import Call, Reply, Request, RequestOutput
 from rollout.process_replica import ProcessReplica
 
 Message = RequestOutput | Reply
@@ -24,7 +24,7 @@ class EngineLink(Protocol):
         """Call `deliver` with what arrives and, once, `fail` when the engine is gone."""
         ...
 
-    def post(self, messages: Sequence[Request | Control]) -> None:
+    def post(self, messages: Sequence[Request | Call]) -> None:
         """Queue messages in order, without waiting. Raises EngineDead."""
         ...
 
@@ -58,7 +58,7 @@ class ProcessLink:
         asyncio.get_running_loop().add_reader(self._replica.fileno(), self._drain)
         self._look()
 
-    def post(self, messages: Sequence[Request | Control]) -> None:
+    def post(self, messages: Sequence[Request | Call]) -> None:
         """See `EngineLink`."""
         self._replica.post(messages)
         # Sending may use up the one notice that the socket gives of something to read.

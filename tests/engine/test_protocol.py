@@ -52,9 +52,13 @@ def test_a_plan_survives_its_bytes() -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        p.Abort(all=True),
-        p.Pause(mode="retract"),
-        p.BeginUpdate(version=3, manifest=[p.TensorSpec("a.weight", "bfloat16", [2, 3])]),
+        p.Call(id=1, command=p.Abort(all=True)),
+        p.Call(
+            id=2,
+            command=p.BeginUpdate(
+                version=3, manifest=[p.TensorSpec("a.weight", "bfloat16", [2, 3])]
+            ),
+        ),
         p.Request(
             rid="r",
             prompt_ids=np.array([1, 2], dtype=np.int32),

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+from msgspec.structs import replace
 
 from engine.config import EngineConfig
 from engine.errors import EngineDead, SlipstreamError
-from engine.protocol import Control, GetState, Reply, Request, Shutdown
+from engine.protocol import Call, Control, GetState, Reply, Request, Shutdown
 from rollout.http.app import build_app
 from rollout.http.config import ServeConfig
 from rollout.http.engine_client import AsyncEngine
@@ -43,7 +44,7 @@ class InlineLink:
         self.silent = False
         self.killed = ""
         self.closed = False
-        self._inbox: list[Request | Control] = []
+        self._inbox: list[Request | Call] = []
         self._deliver: Deliver | None = None
         self._fail: Fail | None = None
         self._scheduled = False
@@ -51,12 +52,12 @@ class InlineLink:
     def start(self, deliver: Deliver, fail: Fail) -> None:
         self._deliver, self._fail = deliver, fail
 
-    def post(self, messages: Sequence[Request | Control]) -> None:
+    def post(self, messages: Sequence[Request | Call]) -> None:
         for message in messages:
             if isinstance(message, Request):
                 self.requests.append(message)
-            elif not isinstance(message, GetState):
-                self.commands.append(message)
+            elif not isinstance(message.command, GetState):
+                self.commands.append(message.command)
         self._inbox += messages
         self._schedule()
 
@@ -91,7 +92,7 @@ class InlineLink:
             if isinstance(message, Request):
                 self.leader.submit([message])
             else:
-                self._deliver([self._answer(message)])
+                self._deliver([replace(self._answer(message.command), id=message.id)])
         if self.leader.can_step():
             outputs = self.leader.step()
             if outputs:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from engine.errors import EngineDead
-from engine.protocol import Command, GetState, Pause, Reply, Request, SamplingParams
+from engine.protocol import Call, Command, GetState, Pause, Reply, Request, SamplingParams
 from rollout.ipc import Channel
 
 
@@ -20,15 +20,15 @@ def test_structs_cross_in_order_with_their_arrays(endpoint: str) -> None:
     client = Channel.connect(endpoint, Reply)
     ids = np.array([1, 2, 3], np.int32)
     request = Request(rid="a", prompt_ids=ids, sampling=SamplingParams(top_k=3), seed=2**62)
-    client.send([request, Pause(mode="retract")], timeout_s=5)
-    client.send([GetState()], timeout_s=5)
+    client.send([request, Call(id=7, command=Pause(mode="retract"))], timeout_s=5)
+    client.send([Call(id=8, command=GetState())], timeout_s=5)
     first = server.receive(timeout_s=5)
-    assert server.receive(timeout_s=5) == [GetState()]
+    assert server.receive(timeout_s=5) == [Call(id=8, command=GetState())]
     assert first[0].prompt_ids.tolist() == [1, 2, 3]
     assert (first[0].seed, first[0].sampling) == (2**62, SamplingParams(top_k=3))
-    assert first[1] == Pause(mode="retract")
-    server.send([Reply()], timeout_s=5)
-    assert client.receive(timeout_s=5) == [Reply()]
+    assert first[1] == Call(id=7, command=Pause(mode="retract"))
+    server.send([Reply(id=8)], timeout_s=5)
+    assert client.receive(timeout_s=5) == [Reply(id=8)]
     client.close()
     server.close()
 
