@@ -109,7 +109,8 @@ class ProcessReplica:
         self._send(messages, timeout_s=_POST_S)
 
     def collect(self) -> list[RequestOutput | Reply]:
-        """The next messages that have arrived, in order; a reply carries its call's id. Does not wait: empty when nothing is left. Raises EngineDead."""
+        """The next messages that have arrived, in order; a reply carries its call's id. Does
+        not wait: empty when nothing is left. Raises EngineDead."""
         return self._take(0.0)
 
     def fileno(self) -> int:

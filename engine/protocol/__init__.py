@@ -3,8 +3,8 @@
 Three layers speak them, in the order a request meets them:
 
 1. `wire`: `GenerateRequest` -> `GenerateResponse`, SGLang's native `/generate`;
-2. `requests`, `updates`, `control`, client -> replica: `Command` (one ordered stream; a control command in a `Call`) ->
-   `RequestOutput` and `Reply`;
+2. `requests`, `updates`, `control`, client -> replica: `Command` (one ordered stream, each control
+   command in a `Call`) -> `RequestOutput` and `Reply`;
 3. `steps`, leader -> ranks: `StepPlan` -> `StepResult`, and the engine's commands unchanged.
 
 In process the structs travel as they are, without a copy; `codec` makes bytes of them. Beside the
