@@ -14,6 +14,7 @@ from engine.protocol.updates import (
     JoinGroup,
     LeaveGroup,
     LoadFromDisk,
+    PrepareUpdate,
     ReceiveBroadcast,
     ReceiveIpc,
     UpdateReport,
@@ -80,6 +81,7 @@ Control = (
     | ReceiveBroadcast
     | ReceiveIpc
     | LoadFromDisk
+    | PrepareUpdate
     | CommitUpdate
     | AbortUpdate
     | SetVersion

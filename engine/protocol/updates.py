@@ -153,6 +153,16 @@ class LoadFromDisk(Struct, frozen=True, kw_only=True, tag="load_from_disk"):
     path: str
 
 
+class PrepareUpdate(Struct, frozen=True, kw_only=True, tag="prepare_update"):
+    """Verify the open update as its commit would, and place nothing.
+
+    The first of two phases for a trainer with several engines: once every engine has answered,
+    no commit can be refused for what came. Idempotent; a commit without it verifies by itself.
+    """
+
+    version: int
+
+
 class CommitUpdate(Struct, frozen=True, kw_only=True, tag="commit_update"):
     """Verify the open update and make its version the one that serves."""
 
@@ -172,6 +182,7 @@ WeightCommand = (
     | ReceiveBroadcast
     | ReceiveIpc
     | LoadFromDisk
+    | PrepareUpdate
     | CommitUpdate
     | AbortUpdate
 )

@@ -19,6 +19,7 @@ from engine.protocol import (
     JoinGroup,
     LeaveGroup,
     LoadFromDisk,
+    PrepareUpdate,
     ReceiveBroadcast,
     ReceiveIpc,
     Reply,
@@ -72,6 +73,8 @@ class WeightService:
                 self._ipc.receive(command)
             case LoadFromDisk():
                 disk.receive(self.session, Path(command.path))
+            case PrepareUpdate():
+                self.session.prepare(command.version)
             case CommitUpdate():
                 return Reply(report=self.session.commit(command.version))
             case AbortUpdate():

@@ -240,6 +240,15 @@ class UpdateSession:
         """When a transfer of the open update must be done, of time.monotonic."""
         return min(time.monotonic() + timeout_s, self.require_open("receive").expires)
 
+    def prepare(self, version: int) -> None:
+        """Raise what `commit` would raise; nothing is placed."""
+        error: SlipstreamError | None = None
+        try:
+            self._check_commit(version)
+        except SlipstreamError as refusal:
+            error = refusal
+        self._settle(error, self._agree(0 if error else 1) == 1)
+
     def commit(self, version: int) -> UpdateReport:
         """Verify and place what came; `version` serves from the next step on.
 
