@@ -51,6 +51,8 @@ class SchedulerConfig:
     """Plans that may pass a waiting request over before it goes first."""
     overlap: bool | None = None
     """Plan a step while the one before it runs; None does so on a GPU. Same outputs."""
+    check_integrity: bool = False
+    """Check slots, pages and the whole prefix tree whenever the engine has become idle."""
 
 
 @dataclass(frozen=True, kw_only=True)

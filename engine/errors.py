@@ -22,6 +22,7 @@
     ├── Unauthorized                   no key, or a wrong one
     ├── Forbidden                      a route that this address does not serve
     ├── OutOfMemory                    the memory planner refuses, with numbers
+    ├── InternalError                  a mistake of ours: it ended one request or command
     └── EngineDead                     a rank died or missed its deadline
 
 Callers' mistakes are `InvalidRequest`; our own are plain `assert`. Every error
@@ -158,10 +159,28 @@ class OutOfMemory(SlipstreamError):
     status = 507
 
 
+class InternalError(SlipstreamError):
+    """A mistake of ours, caught at a boundary: it ended one request or one command, whose name
+    it carries, and the log has its traceback. The engine goes on."""
+
+
 class EngineDead(SlipstreamError):
     """A rank died or did not answer within its deadline."""
 
     status = 503
+
+
+def of_command(name: str, error: Exception) -> SlipstreamError:
+    """What the caller of a command is told of `error`, which its arguments or a mistake of ours
+    raised: an error of the tree as it is; a path, value or number that the system refuses as
+    InvalidRequest; else InternalError. `name` is the command's."""
+    if isinstance(error, SlipstreamError):
+        return error
+    kind = InvalidRequest if isinstance(error, _OF_ARGUMENTS) else InternalError
+    return kind(f"{name} failed: {type(error).__name__}: {error}", field=name)
+
+
+_OF_ARGUMENTS = (OSError, ValueError, TypeError, OverflowError)
 
 
 def by_name(kind: str, message: str, field: str = "") -> SlipstreamError:

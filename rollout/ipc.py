@@ -7,6 +7,7 @@ deadline, and what a missed one means is the caller's to say.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -15,6 +16,22 @@ from zmq.sugar.context import Context
 
 from engine.errors import EngineDead
 from engine.protocol import decode, encode
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A message outside the protocol. call, rid: whom it names, where that can be read."""
+
+    why: str
+    call: int | None = None
+    rid: str = ""
+
+
+class _Named(msgspec.Struct):
+    """As much of a message as an answer to it needs."""
+
+    id: Any = None
+    rid: Any = None
 
 
 class Channel:
@@ -29,6 +46,7 @@ class Channel:
         self._socket.set_hwm(0)
         # An end that is dropped without `close` must not keep its process from leaving.
         self._socket.linger = 0
+        self._kind = receive
         self._receive_type = list[receive]
 
     @classmethod
@@ -71,6 +89,42 @@ class Channel:
             raise EngineDead(f"message outside the protocol: {error}", field="channel") from error
         return messages
 
+    def receive_waiting(self, *, timeout_s: float, max_messages: int) -> list[Any]:
+        """The structs of every frame that waits, in order, and `Unreadable` in place of each
+        that is outside the protocol; empty if none comes in time.
+
+        max_messages: no further frame is taken once there are as many, so that a flood of
+        messages cannot keep its reader for ever.
+        """
+        messages: list[Any] = []
+        while len(messages) < max_messages and self._socket.poll(
+            timeout_s * 1000, PollEvent.POLLIN
+        ):
+            messages += self._read(self._socket.recv(Flag.NOBLOCK))
+            timeout_s = 0.0
+        return messages
+
+    def _read(self, data: bytes) -> list[Any]:
+        try:
+            messages: list[Any] = decode(data, self._receive_type)
+        except (msgspec.DecodeError, ValueError, TypeError, OverflowError):
+            return self._read_each(data)
+        return messages
+
+    def _read_each(self, data: bytes) -> list[Any]:
+        """The messages of a frame some of which are outside the protocol."""
+        try:
+            parts = decode(data, list[msgspec.Raw])
+        except (msgspec.DecodeError, ValueError) as error:
+            return [Unreadable(f"a frame outside the protocol: {error}")]
+        messages: list[Any] = []
+        for part in parts:
+            try:
+                messages.append(decode(bytes(part), self._kind))
+            except (msgspec.DecodeError, ValueError, TypeError, OverflowError) as error:
+                messages.append(_unreadable(bytes(part), str(error)))
+        return messages
+
     def fileno(self) -> int:
         """A descriptor that turns readable when something may have arrived, for an event loop.
         It says so once: the reader has to call `receive` until nothing comes."""
@@ -80,3 +134,13 @@ class Channel:
         """Close; frames not yet sent get `linger_s` to leave. Idempotent."""
         self._socket.close(linger=int(linger_s * 1000))
         self._context.term()
+
+
+def _unreadable(data: bytes, error: str) -> Unreadable:
+    why = f"a message outside the protocol: {error}"
+    try:
+        named = msgspec.msgpack.decode(data, type=_Named)
+    except (msgspec.DecodeError, ValueError):
+        return Unreadable(why)
+    call = named.id if isinstance(named.id, int) else None
+    return Unreadable(why, call, named.rid if isinstance(named.rid, str) else "")

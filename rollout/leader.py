@@ -14,7 +14,15 @@ from typing import Any, Protocol, TypeVar
 from msgspec.structs import replace
 
 from engine.config import EngineConfig
-from engine.errors import OutOfMemory, SlipstreamError, UpdateOrder, WeightUpdateError
+from engine.errors import (
+    EngineDead,
+    InternalError,
+    InvalidRequest,
+    SlipstreamError,
+    UpdateOrder,
+    WeightUpdateError,
+    of_command,
+)
 from engine.protocol import (
     Abort,
     AbortUpdate,
@@ -60,6 +68,12 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _MAX_EMPTY_PLANS = 1000
+_MAX_FAILURES = 3
+"""Steps in a row that may fail by a mistake of ours before the engine gives up."""
+_MAX_VERSION = 2**63 - 1
+_DEVICE_SIGNS = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "NCCL")
+_BESIDE_STEPS = (GetState, Abort, Stop)
+"""Commands that leave steps in flight alone: at most they mark rows, whose results are dropped."""
 _TRANSFERS = (ReceiveBroadcast, ReceiveIpc, LoadFromDisk, CommitUpdate)
 
 
@@ -125,11 +139,13 @@ class Leader:
         self._readiness = Readiness(
             version=config.weight_version, keeps_weights=config.memory.cpu_backup
         )
+        self._checks_integrity = config.scheduler.check_integrity
         overlap = config.scheduler.overlap
         self._overlap = facts.device == "cuda" if overlap is None else overlap
         self._in_flight: deque[tuple[StepPlan, PendingStep]] = deque()
         self._outputs: list[RequestOutput] = []
         self._num_empty_plans = 0
+        self._num_failures = 0
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue requests; one that is refused comes back from `step` as an abort."""
@@ -138,11 +154,31 @@ class Leader:
                 self._scheduler.add(request)
             except SlipstreamError as error:
                 self._outputs.append(refused(request, error))
+            except Exception as error:
+                # A boundary: what is wrong with one request is its own.
+                logger.exception("request %s", request.rid)
+                self._outputs.append(refused(request, of_command("request", error)))
 
     def handle(self, command: Control) -> Reply:
-        """Run one control command; raises the typed error of a command that failed."""
-        if not isinstance(command, GetState):
+        """Run one control command; raises the typed error of a command that failed.
+
+        Whatever goes wrong in it is typed: see `engine.errors.of_command`.
+        """
+        try:
+            return self._handle(command)
+        except SlipstreamError:
+            raise
+        except Exception as error:
+            # A boundary: a command that breaks ends itself and nothing else.
+            name = str(command.__struct_config__.tag)
+            logger.exception("command %s", name)
+            raise of_command(name, error) from error
+
+    def _handle(self, command: Control) -> Reply:
+        if not isinstance(command, _BESIDE_STEPS):
             self._drain()
+        if isinstance(command, SetVersion | BeginUpdate) and command.version > _MAX_VERSION:
+            raise InvalidRequest(f"version {command.version} is above 2**63 - 1", field="version")
         match command:
             case Abort():
                 self._outputs += self._scheduler.abort(
@@ -178,13 +214,15 @@ class Leader:
         """Run at most one step; every output since the last call, those of commands too."""
         if self._readiness.late_undo is not None:
             self._abandon(self._readiness.late_undo)
-        plan = None if self._readiness.hold else self._scheduler.plan()
+        plan = None if self._readiness.hold else self._plan()
         if plan is not None or self._in_flight:
             self._num_empty_plans = 0
             self._advance(plan)
         elif self._may_plan():
             self._num_empty_plans += 1
-            assert self._num_empty_plans < _MAX_EMPTY_PLANS, "work waits but nothing is planned"
+            if self._num_empty_plans >= _MAX_EMPTY_PLANS:
+                self._num_empty_plans = 0
+                self._recover(AssertionError("work waits but nothing is planned"), "planning")
         outputs, self._outputs = self._outputs, []
         return outputs
 
@@ -259,6 +297,14 @@ class Leader:
             return False
         return not self._scheduler.paused
 
+    def _plan(self) -> StepPlan | None:
+        try:
+            return self._scheduler.plan()
+        except Exception as error:
+            # A boundary. No rank has seen the plan, so whatever broke is the scheduler's.
+            self._recover(error, "planning")
+            return None
+
     def _advance(self, plan: StepPlan | None) -> None:
         """Launch the plan, if any, and take in the results that are due."""
         if plan is not None and self._overlap:
@@ -269,7 +315,7 @@ class Leader:
             self._apply(self._guarded(plan, lambda: self._executor.execute(plan)))
         while len(self._in_flight) > (0 if plan is None else 1):
             self._collect()
-        if not self._in_flight and not self._scheduler.has_work():
+        if self._checks_integrity and not (self._in_flight or self._scheduler.has_work()):
             self._scheduler.check_integrity()
 
     def _collect(self) -> None:
@@ -282,30 +328,60 @@ class Leader:
             self._collect()
 
     def _apply(self, result: StepResult | None) -> None:
-        if result is not None:
+        if result is None:
+            return
+        try:
             self._outputs += self._scheduler.apply(result)
+            self._num_failures = 0
+        except Exception as error:
+            # A boundary, as in `_plan`.
+            self._recover(error, f"the result of step {result.step}")
 
     def _guarded(self, plan: StepPlan, run: Callable[[], T]) -> T | None:
         """Run a part of the plan. If it fails, None: every request ends with the error, since
-        the KV that was promised may not be there, and steps in flight are forgotten. An error
-        that is not ours is raised on as well."""
-        failure: ErrorInfo | None = ErrorInfo(
-            kind="EngineDead", message=f"step {plan.step} was interrupted"
-        )
+        the KV that was promised may not be there, and steps in flight are forgotten.
+
+        An error that is not ours ends the replica if the device may be broken or other ranks
+        may have gone on.
+        """
+        step = f"step {plan.step}"
+        ended = False
         try:
             done = run()
-            failure = None
+            ended = True
             return done
         except SlipstreamError as error:
-            logger.error("step %d failed: %s", plan.step, error)
-            failure = error_info(error)
+            ended = True
+            logger.error("%s failed: %s", step, error)
             if isinstance(error, WeightUpdateError):
                 self._readiness.died(error.message)
+            self._end_all(error)
+            return None
+        except Exception as error:
+            # A boundary: what no single request is to blame for ends those that run.
+            ended = True
+            lasting = self._executor.facts.tp_size > 1 or breaks_device(error)
+            self._recover(error, step, lasting=lasting)
             return None
         finally:
-            if failure is not None:
-                self._in_flight.clear()
-                self._outputs += self._scheduler.fail_all(failure)
+            if not ended:
+                self._end_all(EngineDead(f"{step} was interrupted"))
+
+    def _recover(self, error: Exception, what: str, *, lasting: bool = False) -> None:
+        """End every request with a typed error, and go on. Raises EngineDead where there is no
+        going on: the error is `lasting`, or no step succeeds any more."""
+        logger.error("%s broke", what, exc_info=error)
+        self._num_failures += 1
+        why = f"{what} failed: {type(error).__name__}: {error}"
+        if lasting or self._num_failures >= _MAX_FAILURES:
+            dead = EngineDead(f"{why} ({self._num_failures} in a row)", field="step")
+            self._end_all(dead)
+            raise dead from error
+        self._end_all(InternalError(why, field="step"))
+
+    def _end_all(self, error: SlipstreamError) -> None:
+        self._in_flight.clear()
+        self._outputs += self._scheduler.fail_all(error_info(error))
 
     def _update(self, command: WeightCommand) -> Reply:
         ready = self._readiness
@@ -315,10 +391,10 @@ class Leader:
             ready.check_begin(command, self._scheduler.version)
         try:
             reply = self._executor.handle(command)
-        except (WeightUpdateError, OutOfMemory):
-            if ready.undo is not None and isinstance(command, _TRANSFERS):
-                # Requests are waiting: every rank puts the old version back.
-                self._abandon(ready.undo)
+        except Exception:
+            if isinstance(command, _TRANSFERS) and ready.written is not None:
+                # Requests are waiting: every rank puts the old version back, or refuses.
+                self._abandon(ready.written)
             raise
         match command:
             case JoinGroup():
@@ -369,3 +445,11 @@ class Leader:
 def error_info(error: SlipstreamError) -> ErrorInfo:
     """The error as it crosses a process boundary."""
     return ErrorInfo(kind=type(error).__name__, message=error.message, field=error.field)
+
+
+def breaks_device(error: Exception) -> bool:
+    """Whether an error of torch says that the accelerator, not one step, is broken."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if "OutOfMemoryError" in names:
+        return False
+    return "AcceleratorError" in names or any(sign in str(error) for sign in _DEVICE_SIGNS)

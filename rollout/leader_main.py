@@ -18,23 +18,27 @@ import msgspec
 from msgspec.structs import replace
 
 from engine.config import EngineConfig
-from engine.errors import SlipstreamError
-from engine.protocol import Call, Command, Reply, Request, Shutdown
-from rollout.ipc import Channel
+from engine.errors import InvalidRequest, SlipstreamError
+from engine.protocol import Call, Command, Reply, Request, RequestOutput, Shutdown
+from rollout.bounded_log import log_to_stderr
+from rollout.ipc import Channel, Unreadable
 from rollout.leader import Leader, error_info
 from rollout.leave import run_and_leave
+from rollout.outputs import refused_id
 from rollout.ranks import RankedExecutor, build_executor
 
 logger = logging.getLogger(__name__)
 
 _IDLE_S = 1.0
 _SEND_S = 30.0
+_MAX_MESSAGES = 4096
+"""After which a step has its turn, whatever still waits."""
 
 
 def main(argv: list[str]) -> int:
     """Build the engine, say so, and serve until told to stop or orphaned."""
     endpoint, config_path, factory, parent = argv
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s leader %(name)s: %(message)s")
+    log_to_stderr("leader")
     channel = Channel.connect(endpoint, Command)
     try:
         config = msgspec.json.decode(Path(config_path).read_bytes(), type=EngineConfig)
@@ -57,7 +61,8 @@ def main(argv: list[str]) -> int:
 def _serve(
     leader: Leader, channel: Channel, ranks: RankedExecutor | None, *, parent_pid: int
 ) -> None:
-    """Commands first, then one step: so a command waits for one step at most.
+    """Everything that waits first, then one step: so a request is in the next plan, and a
+    command waits for one step at most. A flood of messages leaves steps their turn.
 
     A leader whose ranks are gone leaves as soon as it has said so.
     """
@@ -65,10 +70,12 @@ def _serve(
         if ranks is not None and ranks.failure is not None and not leader.can_step():
             logger.error("%s", ranks.failure)
             return
-        commands = channel.receive(timeout_s=0.0 if leader.can_step() else _IDLE_S)
-        replies, leaving = _obey(leader, commands)
-        if replies:
-            channel.send(replies, timeout_s=_SEND_S)
+        commands = channel.receive_waiting(
+            timeout_s=0.0 if leader.can_step() else _IDLE_S, max_messages=_MAX_MESSAGES
+        )
+        answers, leaving = _obey(leader, commands)
+        if answers:
+            channel.send(answers, timeout_s=_SEND_S)
         if leaving:
             return
         if leader.can_step():
@@ -78,17 +85,32 @@ def _serve(
     logger.warning("process %d is gone; leaving", parent_pid)
 
 
-def _obey(leader: Leader, commands: list[Any]) -> tuple[list[Reply], bool]:
-    replies: list[Reply] = []
-    for kind, group in groupby(commands, key=type):
+def _obey(leader: Leader, messages: list[Any]) -> tuple[list[Reply | RequestOutput], bool]:
+    """Take in messages, in order; what is to be answered at once, and whether to leave."""
+    answers: list[Reply | RequestOutput] = []
+    for kind, group in groupby(messages, key=type):
         if kind is Request:
             leader.submit(list(group))
             continue
-        for call in group:
-            if isinstance(call.command, Shutdown):
-                return replies, True
-            replies.append(replace(_answer(leader, call), id=call.id))
-    return replies, False
+        for message in group:
+            if isinstance(message, Unreadable):
+                answers += _refuse(message)
+            elif isinstance(message.command, Shutdown):
+                return answers, True
+            else:
+                answers.append(replace(_answer(leader, message), id=message.id))
+    return answers, False
+
+
+def _refuse(message: Unreadable) -> list[Reply | RequestOutput]:
+    """The typed answer to a message outside the protocol, if it says whom to answer."""
+    logger.error("%s", message.why)
+    error = InvalidRequest(message.why, field="message")
+    if message.call is not None:
+        return [Reply(id=message.call, error=error_info(error))]
+    if message.rid:
+        return [refused_id(message.rid, error)]
+    return []
 
 
 def _answer(leader: Leader, call: Call) -> Reply:

@@ -19,12 +19,17 @@ from rollout.text.detokenizer import Detokenizer, StopMatch, trim_stop_token
 
 def refused(request: Request, error: SlipstreamError) -> RequestOutput:
     """The final output of a request that was never queued."""
+    return refused_id(request.rid, error, prompt_tokens=len(request.prompt_ids))
+
+
+def refused_id(rid: str, error: SlipstreamError, *, prompt_tokens: int = 0) -> RequestOutput:
+    """`refused`, where no more than the id of the request is known."""
     return RequestOutput(
-        rid=request.rid,
+        rid=rid,
         start=0,
         token_ids=np.zeros(0, np.int32),
         logprobs=np.zeros(0, np.float32),
-        prompt_tokens=len(request.prompt_ids),
+        prompt_tokens=prompt_tokens,
         finish=FinishReason(type="abort", message=error.message, error=type(error).__name__),
     )
 

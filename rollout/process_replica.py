@@ -33,12 +33,12 @@ from engine.protocol import (
     Shutdown,
     UpdateReport,
 )
+from engine.protocol.deadlines import REPLY_S, START_S, deadlines
 from rollout.ipc import Channel
 
 _POLL_S = 0.1
 _LEAVE_S = 10.0
 _LOG_TAIL = 2000
-_MARGIN_S = 30.0
 # The channel has no limit, so that only a leader that is gone takes nothing.
 _POST_S = 1.0
 
@@ -57,8 +57,8 @@ class ProcessReplica:
         config: EngineConfig,
         *,
         factory: str = "engine.executor:build_executor",
-        start_s: float = 600.0,
-        reply_s: float = 120.0,
+        start_s: float = START_S,
+        reply_s: float = REPLY_S,
     ) -> None:
         self._start_s = start_s
         self._reply_s = reply_s
@@ -174,7 +174,7 @@ class ProcessReplica:
         command += [factory, str(os.getpid())]
         # The child finds the modules this process finds, and a Ctrl-C here is not one there.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-        with self._log_path().open("wb") as log:
+        with self._log_path().open("a+b") as log:
             return subprocess.Popen(
                 command,
                 env=environment,
@@ -264,12 +264,12 @@ def command_name(command: Control) -> str:
 
 
 def reply_deadline_s(command: Control, *, reply_s: float, slow_s: float) -> float:
-    """How long the leader may take to answer: `slow_s` for what touches weights or memory, and
-    longer than the command's own deadline, so that its typed error comes first."""
-    own_s = 0.0
+    """How long the leader may take to answer: `slow_s` for what touches weights or memory, else
+    `reply_s`; and for what brings its own deadline what the table of deadlines says, so that its
+    typed error comes first."""
     if isinstance(command, JoinGroup | ReceiveBroadcast):
-        own_s = command.timeout_s + _MARGIN_S
-    return max(slow_s if isinstance(command, EngineCommand) else reply_s, own_s)
+        return max(slow_s, deadlines(command).caller)
+    return slow_s if isinstance(command, EngineCommand) else reply_s
 
 
 def _exit_text(code: int) -> str:

@@ -16,8 +16,9 @@ from pathlib import Path
 import msgspec
 
 from engine.config import EngineConfig
-from engine.errors import SlipstreamError
+from engine.errors import SlipstreamError, of_command
 from engine.protocol import EngineCommand, Reply, Shutdown, StepPlan
+from rollout.bounded_log import log_to_stderr
 from rollout.ipc import Channel
 from rollout.leader import error_info
 from rollout.leave import run_and_leave
@@ -37,8 +38,7 @@ def main(argv: list[str]) -> int:
     """Build the rank and execute what comes until told to leave."""
     endpoint, folder, factory, number, parent = argv
     rank, files = int(number), RankFiles(folder=Path(folder))
-    form = f"%(asctime)s rank {rank} %(name)s: %(message)s"
-    logging.basicConfig(level=logging.INFO, format=form)
+    log_to_stderr(f"rank {rank}")
     _leave_with(int(parent))
     channel = Channel.connect(endpoint, EngineCommand | StepPlan | Shutdown)
     try:
@@ -101,6 +101,11 @@ def _answer(executor: RankExecutor, command: EngineCommand) -> Reply:
         return executor.handle(command)
     except SlipstreamError as error:
         return Reply(error=error_info(error))
+    except Exception as error:
+        # A boundary: a command that breaks ends itself; the leader sees to ranks that differ.
+        name = str(command.__struct_config__.tag)
+        logger.exception("command %s", name)
+        return Reply(error=error_info(of_command(name, error)))
 
 
 if __name__ == "__main__":

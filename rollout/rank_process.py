@@ -59,7 +59,7 @@ class RankProcess:
         # Ranks that all start a thread a core stall each other.
         threads = max(1, (os.cpu_count() or 1) // num_ranks)
         environment.setdefault("OMP_NUM_THREADS", str(threads))
-        with self._log.open("wb") as log:
+        with self._log.open("a+b") as log:
             self._process = subprocess.Popen(
                 command,
                 env=environment,

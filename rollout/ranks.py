@@ -20,7 +20,15 @@ from typing import Any, Protocol
 import msgspec
 
 from engine.config import EngineConfig
-from engine.errors import EngineDead, InvalidRequest, SlipstreamError, UnsupportedOption, by_name
+from engine.errors import (
+    EngineDead,
+    InternalError,
+    InvalidRequest,
+    SlipstreamError,
+    UnsupportedOption,
+    by_name,
+    of_command,
+)
 from engine.protocol import (
     CommitUpdate,
     EngineCommand,
@@ -31,6 +39,7 @@ from engine.protocol import (
     StepResult,
     encode,
 )
+from engine.protocol.deadlines import START_S, deadlines, launch_s
 from rollout.leader import PendingStep, StepExecutor, error_info
 from rollout.rank_board import StepBoard
 from rollout.rank_monitor import RankMonitor
@@ -39,9 +48,6 @@ from rollout.rank_replies import merge
 
 logger = logging.getLogger(__name__)
 
-_SLOW_S = 600.0
-_LAUNCH_S = 300.0
-"""Least deadline of a launch, which compiles kernels and captures graphs where they are new."""
 _LEAVE_S = 10.0
 _LAST_WORDS_S = 5.0
 
@@ -112,7 +118,7 @@ class RankedExecutor:
         factory: str = "engine.executor:build_executor",
         *,
         folder: Path | None = None,
-        start_s: float = _SLOW_S,
+        start_s: float = START_S,
     ) -> None:
         self._timeout_s = config.parallel.timeout_s
         self._closed = False
@@ -156,7 +162,7 @@ class RankedExecutor:
             return pending
 
         what = f"step {plan.step}"
-        timeout_s = max(self._timeout_s, _LAUNCH_S)
+        timeout_s = launch_s(self._timeout_s)
         pending = self._monitor.guard(what, run, timeout_s=timeout_s, step=plan.step)
         return RankedStep(plan, pending, self._monitor, self._timeout_s)
 
@@ -167,11 +173,9 @@ class RankedExecutor:
         that only some ranks made ends the replica: it would serve a mixture.
         """
         what = str(command.__struct_config__.tag)
-        timeout_s = max(_SLOW_S, self._timeout_s, getattr(command, "timeout_s", 0.0))
+        times = deadlines(command, collective_s=self._timeout_s)
         replies = self._monitor.guard(
-            what,
-            lambda: self._ask(command, what, timeout_s),
-            timeout_s=2 * timeout_s,
+            what, lambda: self._ask(command, what, times.rank), timeout_s=times.monitor
         )
         failed = [reply.error is not None for reply in replies]
         if isinstance(command, CommitUpdate) and any(failed) and not all(failed):
@@ -183,6 +187,7 @@ class RankedExecutor:
                     field=named[0],
                 )
             )
+        self._require_alike(what, replies)
         return merge(replies)
 
     def receive(self, tensors: Iterable[tuple[str, Any]]) -> None:
@@ -254,11 +259,31 @@ class RankedExecutor:
             replies.append(rank.reply(left, what))
         return replies
 
+    def _require_alike(self, what: str, replies: Sequence[Reply]) -> None:
+        """Raise EngineDead if a mistake of ours met some ranks and not the others: they may not
+        be in step any more."""
+        broken = [
+            reply.error is not None and reply.error.kind == InternalError.__name__
+            for reply in replies
+        ]
+        if any(broken) and not all(broken):
+            rank = broken.index(True)
+            error = replies[rank].error
+            why = error.message if error is not None else ""
+            raise self._monitor.fail(
+                EngineDead(f"rank {rank} alone broke in {what}: {why}", field=f"rank {rank}")
+            )
+
     def _own(self, command: EngineCommand) -> Reply:
         try:
             return self._local.handle(command)
         except SlipstreamError as error:
             return Reply(error=error_info(error))
+        except Exception as error:
+            # A boundary, the same as in the other ranks' processes.
+            name = str(command.__struct_config__.tag)
+            logger.exception("command %s", name)
+            return Reply(error=error_info(of_command(name, error)))
 
     def _post(self, messages: Sequence[msgspec.Struct]) -> None:
         frame = encode(list(messages))

@@ -11,16 +11,17 @@ import msgspec
 
 from engine.errors import EngineDead, SlipstreamError, by_name
 from engine.protocol import Control, Reply
+from engine.protocol.deadlines import deadlines
 
 
 class HttpTarget:
     """Sends control commands to `POST {url}/command`.
 
     url: such as "http://127.0.0.1:30000". api_key: the admin key, where the server wants one.
-    timeout_s: for one command; a weight command waits for its tensors.
+    timeout_s: for one command, in place of what the table of deadlines gives it.
     """
 
-    def __init__(self, url: str, *, api_key: str = "", timeout_s: float = 600.0) -> None:
+    def __init__(self, url: str, *, api_key: str = "", timeout_s: float | None = None) -> None:
         self._url = url.rstrip("/")
         self._api_key = api_key
         self._timeout_s = timeout_s
@@ -34,8 +35,9 @@ class HttpTarget:
         request = urllib.request.Request(
             f"{self._url}/command", data=msgspec.json.encode(command), headers=headers
         )
+        timeout_s = deadlines(command).http if self._timeout_s is None else self._timeout_s
         try:
-            with urllib.request.urlopen(request, timeout=self._timeout_s) as response:
+            with urllib.request.urlopen(request, timeout=timeout_s) as response:
                 return msgspec.json.decode(response.read(), type=Reply)
         except urllib.error.HTTPError as error:
             raise _refusal(error.read(), error.code) from error

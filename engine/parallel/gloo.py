@@ -15,10 +15,7 @@ from torch._C._distributed_c10d import AllgatherOptions
 
 from engine.errors import EngineDead
 from engine.parallel.collectives import gather_last
-
-_AGREE_S = 1800.0
-"""Deadline of `minimum`, which ranks reach when they have loaded weights: some much sooner than
-others. One whose process ends does not keep them that long."""
+from engine.protocol.deadlines import START_AGREE_S
 
 
 class GlooCollectives:
@@ -49,8 +46,9 @@ class GlooCollectives:
         return gather_last(x, sizes, lambda padded: self._gather(padded, self._timeout_s))
 
     def minimum(self, value: int) -> int:
-        """The least of every rank's value."""
-        return int(self._gather(torch.tensor([value]), _AGREE_S).min())
+        """The least of every rank's value. Ranks may come to it when they have loaded weights,
+        some much sooner than others; one whose process ends does not keep them that long."""
+        return int(self._gather(torch.tensor([value]), START_AGREE_S).min())
 
     def abort(self) -> None:
         """Nothing: a call that waits ends when the others' connections do, or in time."""

@@ -17,34 +17,33 @@ from torch._C._distributed_c10d import FileStore, PrefixStore, Store
 
 from engine.errors import EngineDead
 from engine.parallel.mesh import Mesh
+from engine.protocol.deadlines import MEET_S
 
 LOOPBACK = "127.0.0.1"
-CONNECT_S = 300.0
-"""Time for every rank to come; ranks that import torch at once on few cores need it."""
 
 
 def meeting_point(path: str, mesh: Mesh) -> Store:
     """The store at a file that no other group has used; the first rank makes it."""
     store = FileStore(path, mesh.tp_size)
-    store.set_timeout(timedelta(seconds=CONNECT_S))
+    store.set_timeout(timedelta(seconds=MEET_S))
     return store
 
 
 def gloo_group(store: Store, mesh: Mesh) -> Any:
     """A connected group over loopback; a rank whose process ends breaks it at once.
 
-    Raises EngineDead if a rank does not come in `CONNECT_S`.
+    Raises EngineDead if a rank does not come in `MEET_S`.
     """
     gloo: Any = dist.ProcessGroupGloo
     options = gloo._Options()
     options._devices = [gloo.create_device(hostname=LOOPBACK)]
-    options._timeout = timedelta(seconds=CONNECT_S)
+    options._timeout = timedelta(seconds=MEET_S)
     place = PrefixStore("gloo", store)
     try:
         return gloo(place, mesh.tp_rank, mesh.tp_size, options)
     except RuntimeError as error:
         raise EngineDead(
-            f"{mesh.tp_size} ranks did not meet within {CONNECT_S:g} s: {error}", field="ranks"
+            f"{mesh.tp_size} ranks did not meet within {MEET_S:g} s: {error}", field="ranks"
         ) from error
 
 

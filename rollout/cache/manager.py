@@ -31,6 +31,11 @@ class CacheManager:
         self.pool = PagePool(num_pages)
         self.tree = RadixTree(page_size)
 
+    def reset(self) -> None:
+        """Forget every page and prefix, whoever holds them: nobody may use theirs any more."""
+        self.pool = PagePool(self.pool.num_pages)
+        self.tree = RadixTree(self.page_size)
+
     @property
     def num_pages(self) -> int:
         """Pages of the pool."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.config import EngineConfig
+from engine.protocol.deadlines import REPLY_S, START_S
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +30,9 @@ class ServeConfig:
     """Largest body of a control route, which may carry tensors as base64."""
     incremental_streaming_output: bool = False
     """Native streams send what is new instead of everything so far."""
-    reply_s: float = 120.0
+    reply_s: float = REPLY_S
     """Deadline for the engine to answer a command that touches no weights."""
-    start_s: float = 900.0
+    start_s: float = START_S
     """Deadline for loading the model, and for commands that touch weights or memory."""
 
     @property

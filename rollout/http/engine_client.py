@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from engine.errors import EngineDead, InvalidRequest, by_name
 from engine.protocol import Abort, Call, Control, GetState, ReplicaState, Reply, Request
+from engine.protocol.deadlines import REPLY_S, START_S
 from rollout.http.link import EngineLink, Message
 from rollout.http.mailbox import Mailbox
 from rollout.process_replica import command_name, reply_deadline_s
@@ -40,7 +41,9 @@ class AsyncEngine:
     slow_s: deadline for commands that touch weights or memory.
     """
 
-    def __init__(self, link: EngineLink, *, reply_s: float = 120.0, slow_s: float = 900.0) -> None:
+    def __init__(
+        self, link: EngineLink, *, reply_s: float = REPLY_S, slow_s: float = START_S
+    ) -> None:
         self._link = link
         self._reply_s = reply_s
         self._slow_s = slow_s

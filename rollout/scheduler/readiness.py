@@ -82,6 +82,11 @@ class Readiness:
         return self._open.version if self._open is not None and self._open.mode == "undo" else None
 
     @property
+    def written(self) -> int | None:
+        """Version of the update that writes into the live weights, if one does."""
+        return self._open.version if self._open is not None and self._writes_in_place else None
+
+    @property
     def late_undo(self) -> int | None:
         """The same once its time is up: requests wait for nothing any more."""
         return self.undo if self.open_update is None else None

@@ -137,6 +137,13 @@ class RunningSet:
         self.version = version
         self.cache.clear()
 
+    def take_results(self, sequences: list[Sequence]) -> None:
+        """Copy what the table knows of those of `sequences` that run into them, whatever state
+        a call that broke off has left the rest in."""
+        for sequence in sequences:
+            if self._by_slot.get(sequence.slot) is sequence:
+                self._take_results(sequence)
+
     def _take_results(self, sequence: Sequence) -> int:
         """Copy what the table knows of a sequence into it; returns its tokens with KV."""
         slot, table = sequence.slot, self.table

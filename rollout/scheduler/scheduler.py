@@ -35,6 +35,7 @@ from rollout.scheduler.results import ResultWriter
 from rollout.scheduler.running import RunningSet
 from rollout.scheduler.sequence import Sequence
 from rollout.scheduler.stats import Counters, SchedulerStats
+from rollout.scheduler.storable import check_storable
 from rollout.scheduler.table import SlotTable
 from rollout.scheduler.validate import Limits, check_request
 
@@ -65,18 +66,8 @@ class Scheduler:
             vocab_size=vocab_size,
             kv_tokens=cache.num_pages * cache.page_size,
         )
-        self._running = RunningSet(
-            SlotTable(num_slots, context_length, cache.page_size), cache, version
-        )
-        self._queue = WaitingQueue(config.policy, config.starvation_steps)
-        self._reserve = PageReserve(cache.page_size)
-        self._preemption = Preemption(self._running, self._queue, self._reserve)
-        self._policies = KvPolicies(self._running, self._queue, self._preemption)
-        self._decode = DecodePlanner(self._running)
-        self._prefill = PrefillPlanner(
-            config, self._running, self._queue, self._reserve, self._admitted
-        )
-        self._results = ResultWriter(self._running)
+        self._num_slots = num_slots
+        self._build_parts(version)
         self._requests: dict[str, Sequence] = {}
         self._groups: dict[str, list[int]] = {}
         self._in_flight: deque[InFlight] = deque()
@@ -103,6 +94,7 @@ class Scheduler:
         served, and QueueFull when too many wait.
         """
         check_request(request, self._limits)
+        check_storable(request)
         if request.rid in self._requests:
             raise InvalidRequest(f"rid {request.rid!r} is already in use", field="rid")
         if len(self._queue) >= self._config.max_waiting:
@@ -259,12 +251,38 @@ class Scheduler:
         assert members == sum(bool(s.request.group) for s in self._requests.values())
 
     def fail_all(self, error: ErrorInfo) -> list[RequestOutput]:
-        """The executor died: end every request with `error`, and trust no KV."""
-        self._in_flight.clear()
+        """A step failed, planned or not: end every request with `error`, and trust no KV.
+
+        Whatever a call that broke off has left behind is forgotten with it: queue, slots and
+        pages start anew.
+        """
         finish = FinishReason(type="abort", message=error.message, error=error.kind)
-        outputs = self._finish_each(list(self._requests.values()), finish)
-        self._cache.clear()
+        sequences = list(self._requests.values())
+        self._running.take_results(sequences)
+        outputs = [final_output(sequence, finish) for sequence in sequences]
+        self._in_flight.clear()
+        self._requests.clear()
+        self._groups.clear()
+        self._cache.reset()
+        num_retractions = self._preemption.num_retractions
+        self._build_parts(self._running.version)
+        self._preemption.num_retractions = num_retractions
         return outputs
+
+    def _build_parts(self, version: int) -> None:
+        """Everything that holds requests, empty."""
+        config, cache = self._config, self._cache
+        table = SlotTable(self._num_slots, self._limits.context_length, cache.page_size)
+        self._running = RunningSet(table, cache, version)
+        self._queue = WaitingQueue(config.policy, config.starvation_steps)
+        self._reserve = PageReserve(cache.page_size)
+        self._preemption = Preemption(self._running, self._queue, self._reserve)
+        self._policies = KvPolicies(self._running, self._queue, self._preemption)
+        self._decode = DecodePlanner(self._running)
+        self._prefill = PrefillPlanner(
+            config, self._running, self._queue, self._reserve, self._admitted
+        )
+        self._results = ResultWriter(self._running)
 
     def _fill(self, builder: PlanBuilder) -> None:
         num_decode = self._decode.plan(builder)
@@ -279,6 +297,8 @@ class Scheduler:
             self._preemption.retract_one(self._next_step)
 
     def _make_sequence(self, request: Request) -> Sequence:
+        # Whatever can fail comes before anything is noted.
+        tokens = request.prompt_ids.astype(np.int32)
         arrival = self._next_arrival
         self._next_arrival += 1
         order = arrival
@@ -292,7 +312,7 @@ class Scheduler:
             arrival=arrival,
             group_order=order,
             max_new_tokens=min(request.sampling.max_new_tokens, room),
-            tokens=request.prompt_ids.astype(np.int32),
+            tokens=tokens,
         )
 
     def _admitted(self, sequence: Sequence) -> None:

@@ -43,6 +43,7 @@ def make_replica(
                 max_step_tokens=max_step_tokens,
                 max_chunk_tokens=max_chunk_tokens,
                 overlap=overlap,
+                check_integrity=True,
             ),
         )
     )

@@ -25,7 +25,11 @@ def fake_config(
         model=model,
         cache=CacheConfig(page_size=4, num_pages=num_pages),
         scheduler=SchedulerConfig(
-            max_running=32, max_step_tokens=64, max_waiting=max_waiting, overlap=overlap
+            max_running=32,
+            max_step_tokens=64,
+            max_waiting=max_waiting,
+            overlap=overlap,
+            check_integrity=True,
         ),
     )
 

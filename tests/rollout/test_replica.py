@@ -199,25 +199,6 @@ def test_inline_update_while_a_request_runs_shows_both_versions() -> None:
         assert [(s.version, s.start, s.end) for s in spans] == [(0, 0, 3), (1, 3, 8)]
 
 
-def test_an_error_that_is_not_ours_ends_the_requests_and_is_raised() -> None:
-    with inline() as replica:
-        replica.submit(many(1))
-        executor = replica._leader._executor
-        execute, executor.execute = executor.execute, fail_once
-        with pytest.raises(ZeroDivisionError):
-            replica.step()
-        executor.execute = execute
-        finish = drain(replica)["r0"].finish
-        assert finish is not None
-        assert finish.error == "EngineDead"
-        replica.submit(many(1))
-        assert len(drain(replica)["r0"].token_ids) == 8
-
-
-def fail_once(plan: object) -> None:
-    raise ZeroDivisionError
-
-
 def test_closing_the_inline_replica_closes_the_executor() -> None:
     replica = inline()
     replica.close()

@@ -85,7 +85,7 @@ def test_a_rank_that_misses_a_collective_ends_it_for_the_others() -> None:
 def test_a_rank_that_never_comes_ends_the_wait_of_the_others(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(process_group, "CONNECT_S", 0.5)
+    monkeypatch.setattr(process_group, "MEET_S", 0.5)
     started = time.monotonic()
     with pytest.raises(EngineDead, match=r"2 ranks did not meet within 0\.5 s") as caught:
         connect(
