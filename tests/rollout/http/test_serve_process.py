@@ -182,7 +182,7 @@ def test_sigterm_ends_the_server_and_its_leader_while_requests_run(fake: ServerP
             time.sleep(0.01)
     assert fake.terminate() == 0
     assert gone(leader)
-    waiting.wait(10)
+    waiting.wait(60)
 
 
 def test_a_leader_that_is_killed_shows_in_every_answer(fake: ServerProcess) -> None:
@@ -201,7 +201,7 @@ def test_a_leader_that_is_killed_shows_in_every_answer(fake: ServerProcess) -> N
 def test_a_killed_server_leaves_no_leader(fake: ServerProcess) -> None:
     (leader,) = fake.children()
     fake.process.kill()
-    fake.process.wait(10)
+    fake.process.wait(60)
     assert gone(leader)
 
 
