@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-# One intra-op thread each: two torch processes with default threads on two cores stall.
+# Few intra-op threads each: two torch processes with a thread a core on two cores stall.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -79,7 +79,7 @@ class ServerProcess:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait(30)
-        self._reader.join(10)
+        self._reader.join(60)
         if self.process.stderr is not None:
             self.process.stderr.close()
 

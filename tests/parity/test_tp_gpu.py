@@ -69,4 +69,4 @@ def test_a_rank_lost_between_graph_replays_ends_the_replica(tiny: Path, fault: i
         assert finish is not None
         assert finish.error == "EngineDead"
         assert "rank 1" in str(finish.message)
-        assert time.monotonic() - started < 20
+        assert time.monotonic() - started < 60

@@ -172,7 +172,7 @@ def test_a_rank_killed_in_the_middle_ends_the_replica(tmp_path: Path) -> None:
         assert finish is not None
         assert finish.error == "EngineDead"
         assert "rank 1" in str(finish.message)
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 60
 
 
 def test_heads_that_ranks_do_not_divide_are_refused(tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ def test_a_rank_that_leaves_in_a_step_is_named() -> None:
         assert kind == "EngineDead"
         assert "rank 1 (process" in message
         assert "exited with code 5" in message
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 60
         with pytest.raises(EngineDead, match="rank 1"):
             replica.send(BeginUpdate(version=1))
         assert all(process.poll() is not None for process in processes(replica))

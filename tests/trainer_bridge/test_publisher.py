@@ -192,7 +192,7 @@ def test_a_sender_that_dies_between_buckets_leaves_the_old_version(tiny) -> None
 
         receiving = threading.Thread(target=run)
         receiving.start()
-        receiving.join(10)
+        receiving.join(60)
         assert not receiving.is_alive() and "dying" in str(failure[0])
         replica.send(AbortUpdate(version=1))
         replica.send(LeaveGroup(name="dying"))

@@ -76,7 +76,7 @@ def test_a_rank_that_misses_a_collective_ends_it_for_the_others() -> None:
         started = time.monotonic()
         with pytest.raises(EngineDead, match="missed a collective") as caught:
             group.all_reduce(torch.zeros(3))
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 60
         return caught.value.field
 
     assert with_collectives(2, run, timeout_s=0.5)[0] == "ranks"
@@ -95,7 +95,7 @@ def test_a_rank_that_never_comes_ends_the_wait_of_the_others(
             timeout_s=1.0,
         )
     assert caught.value.field == "ranks"
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
 
 
 def test_ranks_without_a_place_to_meet_are_refused() -> None:

@@ -40,7 +40,7 @@ def test_groups_come_go_and_come_again_under_one_name() -> None:
 def test_joining_again_by_the_same_arguments_is_no_error() -> None:
     _, rank = make_rank()
     sender = join([rank])
-    again = join_command(sender, 1, timeout_s=10.0)
+    again = join_command(sender, 1, timeout_s=60.0)
     rank.handle(again)
     rank.handle(again)
     rank.close()
@@ -50,11 +50,11 @@ def test_a_trainer_that_came_back_at_the_same_address_is_joined() -> None:
     _, rank = make_rank()
     port = free_port()
     for _ in range(2):
-        sender = SenderGroup("g", world_size=2, backend="gloo", port=port, timeout_s=10.0)
+        sender = SenderGroup("g", world_size=2, backend="gloo", port=port, timeout_s=60.0)
         with ThreadPoolExecutor(1) as pool:
-            joined = pool.submit(rank.handle, join_command(sender, 1, timeout_s=10.0))
+            joined = pool.submit(rank.handle, join_command(sender, 1, timeout_s=60.0))
             sender.connect()
-            joined.result(10)
+            joined.result(60)
         sender.close()
         del sender
         gc.collect()
@@ -92,7 +92,7 @@ def test_a_group_made_by_torch_itself_pairs_with_ours() -> None:
         rank_offset=1,
         world_size=2,
         backend="gloo",
-        timeout_s=10.0,
+        timeout_s=60.0,
     )
     with ThreadPoolExecutor(1) as pool:
         joined = pool.submit(rank.handle, command)
@@ -105,7 +105,7 @@ def test_a_group_made_by_torch_itself_pairs_with_ours() -> None:
             group_name="g",
             timeout=timeout,
         )
-        joined.result(10)
+        joined.result(60)
     new = fresh(model)
     rank.handle(BeginUpdate(version=4))
     with ThreadPoolExecutor(1) as pool:
@@ -113,7 +113,7 @@ def test_a_group_made_by_torch_itself_pairs_with_ours() -> None:
         received = pool.submit(rank.handle, receive)
         for tensor in new.values():
             group.broadcast([tensor], torch.distributed.BroadcastOptions()).wait()
-        received.result(10)
+        received.result(60)
     assert rank.session.commit(4).num_tensors == len(new)
     rank.close()
     world = c10d._world
@@ -138,7 +138,7 @@ def test_nobody_listens() -> None:
     started = time.monotonic()
     with pytest.raises(GroupError, match=f"nobody answers at 127.0.0.1:{port}"):
         rank.handle(command)
-    assert time.monotonic() - started < 5.0
+    assert time.monotonic() - started < 60
     assert rank.groups.names == []
 
 
@@ -150,14 +150,14 @@ def test_a_rank_that_never_joins_is_named_by_both_sides() -> None:
         with pytest.raises(GroupError, match="rank 1, 3 of 4"):
             sender.connect()
         with pytest.raises(GroupError, match=r"rank 1, rank 3 of 4 did not join group 'g'") as late:
-            joined.result(10)
+            joined.result(60)
     assert late.value.field == "rank 1"
     assert rank.groups.names == []
 
 
 def test_a_trainer_that_listens_and_never_connects_is_named() -> None:
     _, rank = make_rank()
-    sender = SenderGroup("g", world_size=2, backend="gloo", timeout_s=5.0)
+    sender = SenderGroup("g", world_size=2, backend="gloo", timeout_s=60.0)
     with pytest.raises(GroupError, match=r"rank 0 \(trainer\)"):
         rank.handle(join_command(sender, 1, timeout_s=0.4))
 

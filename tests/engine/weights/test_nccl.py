@@ -171,7 +171,7 @@ def sending(
         yield process
     finally:
         process.kill()
-        process.wait(10)
+        process.wait(60)
         process.stdout.close()
 
 
@@ -241,7 +241,7 @@ def test_a_sender_that_stalls_is_given_up_and_the_next_update_works(
         started = time.monotonic()
         with pytest.raises((UpdateTimeout, GroupError), match="rank 0"), torch.cuda.device(1):
             rank.handle(receive(new, timeout_s=4.0))
-        assert time.monotonic() - started < 30.0
+        assert time.monotonic() - started < 60
     if mode != "in_place":
         assert_gpu_holds(model, before)
     else:

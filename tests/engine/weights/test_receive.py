@@ -58,7 +58,7 @@ def run_update(rank, sender, new, *, version: int = 4, mode: str = "auto", **rec
     with ThreadPoolExecutor(1) as pool:
         sent = pool.submit(send, sender, packed(new, layout, command.bucket_bytes))
         rank.handle(command)
-        sent.result(10)
+        sent.result(60)
     rank.handle(CommitUpdate(version=version))
 
 
@@ -99,7 +99,7 @@ def test_a_shadow_touches_nothing_before_the_commit() -> None:
     with ThreadPoolExecutor(1) as pool:
         sent = pool.submit(send, sender, packed(new, "buckets", 1 << 20))
         rank.handle(ReceiveBroadcast(group="g", tensors=pieces(new), bucket_bytes=1 << 20))
-        sent.result(10)
+        sent.result(60)
     assert_holds(model, before)
     assert rank.session.refusal == ""
     rank.handle(CommitUpdate(version=4))
@@ -119,7 +119,7 @@ def test_ranks_of_a_sharded_engine_each_place_their_slice(mode: str) -> None:
         received = [pool.submit(rank.handle, command) for rank in ranks]
         send(sender, packed(new, "buckets", 2048))
         for future in received:
-            future.result(10)
+            future.result(60)
     for model, rank in pairs:
         rank.handle(CommitUpdate(version=4))
         assert_holds(model, new)
@@ -149,7 +149,7 @@ def test_several_senders_bring_a_piece_of_every_tensor_each(mode: str, bucket_by
                 )
             )
         for future in sent:
-            future.result(10)
+            future.result(60)
     report = rank.handle(CommitUpdate(version=4)).report
     assert report is not None and report.num_tensors == len(new)
     assert_holds(model, new)
@@ -167,7 +167,7 @@ def test_elements_that_no_sender_has_are_named() -> None:
         [bucket] = plan_buckets([piece for piece, _ in share], 1 << 20)
         sent = pool.submit(send, sender, [_filled(bucket, flats)])
         rank.handle(ReceiveBroadcast(group="g", tensors=[piece for piece, _ in share]))
-        sent.result(10)
+        sent.result(60)
     with pytest.raises(ManifestMismatch, match=r"elements \[264, 528\) of model.embed"):
         rank.handle(CommitUpdate(version=4))
     rank.close()
@@ -181,7 +181,7 @@ def test_a_bucket_that_comes_again_is_refused_before_anything_moves() -> None:
     with ThreadPoolExecutor(1) as pool:
         sent = pool.submit(send, sender, packed(new, "buckets", command.bucket_bytes))
         rank.handle(command)
-        sent.result(10)
+        sent.result(60)
     with pytest.raises(ManifestMismatch, match="came twice"):
         rank.handle(command)
     rank.handle(CommitUpdate(version=4))

@@ -387,6 +387,6 @@ def test_memory_of_another_process_on_the_gpu_is_mapped() -> None:
         process.wait(30)
     finally:
         process.kill()
-        process.wait(10)
+        process.wait(60)
         process.stdin.close()
         process.stdout.close()

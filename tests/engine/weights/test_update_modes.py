@@ -317,7 +317,7 @@ class Pair:
     """Two ranks whose `agree` is the minimum, as `Collectives.minimum` is."""
 
     def __init__(self, **options) -> None:
-        self._barrier = threading.Barrier(2, timeout=10)
+        self._barrier = threading.Barrier(2, timeout=60)
         self._values = [0, 0]
         self.models, self.sessions = [], []
         for rank in range(2):

@@ -40,7 +40,7 @@ def new() -> dict[str, torch.Tensor]:
 
 
 def join(replica: Any) -> SenderGroup:
-    sender = SenderGroup("g", world_size=2, backend="gloo", timeout_s=10.0)
+    sender = SenderGroup("g", world_size=2, backend="gloo", timeout_s=60.0)
     command = JoinGroup(
         name="g",
         address=sender.address,
@@ -48,18 +48,18 @@ def join(replica: Any) -> SenderGroup:
         rank_offset=1,
         world_size=2,
         backend="gloo",
-        timeout_s=10.0,
+        timeout_s=60.0,
     )
     with ThreadPoolExecutor(1) as pool:
         connected = pool.submit(sender.connect)
         replica.send(command)
-        connected.result(10)
+        connected.result(60)
     return sender
 
 
 def receive(replica: Any, sender: SenderGroup, new: dict[str, torch.Tensor], count: int) -> None:
     """Have the replica receive everything and the sender send `count` tensors, then leave."""
-    command = ReceiveBroadcast(group="g", tensors=pieces(new), layout="tensors", timeout_s=5.0)
+    command = ReceiveBroadcast(group="g", tensors=pieces(new), layout="tensors", timeout_s=60.0)
 
     def act() -> None:
         send(sender, list(new.values())[:count])
@@ -71,7 +71,7 @@ def receive(replica: Any, sender: SenderGroup, new: dict[str, torch.Tensor], cou
         try:
             replica.send(command)
         finally:
-            sent.result(10)
+            sent.result(60)
 
 
 @pytest.mark.parametrize("mode", ["shadow", "undo", "in_place", "auto"])

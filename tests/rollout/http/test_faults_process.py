@@ -99,7 +99,7 @@ def test_a_wrong_world_size(client: Client, dialect: str) -> None:
     with pytest.raises(GroupError, match=r"world_size 1.* rank 0") as caught:
         client.call(path, wrapped(join_body(free_port(), 1)))
     assert caught.value.field == "world_size"
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 60
 
 
 def test_a_world_size_that_only_one_side_has(client: Client) -> None:
@@ -112,7 +112,7 @@ def test_a_world_size_that_only_one_side_has(client: Client) -> None:
             sender.connect()
         with pytest.raises(GroupError, match="group 'g'"):
             asked.result(30)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
 
 
 def test_a_rank_that_never_joins(client: Client) -> None:
@@ -124,7 +124,7 @@ def test_a_rank_that_never_joins(client: Client) -> None:
     with pytest.raises(GroupError, match="rank 2 of 3 did not join") as caught:
         client.call(JOINS["sglang"][0], join_body(sender.port, 3))
     assert caught.value.field == "rank 2"
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
 
 
 def test_names_the_model_does_not_have(client: Client) -> None:
@@ -147,7 +147,7 @@ def test_a_trainer_that_dies_in_a_bucket(client: Client) -> None:
         "dtypes": ["float32"] * len(tensors),
         "shapes": [list(tensor.shape) for _, tensor in tensors],
         "group_name": "dying",
-        "timeout_s": 20.0,
+        "timeout_s": 120.0,
     }
     with ThreadPoolExecutor(1) as pool:
         joined = pool.submit(client.call, JOINS["sglang"][0], body)
@@ -161,7 +161,7 @@ def test_a_trainer_that_dies_in_a_bucket(client: Client) -> None:
         with pytest.raises(GroupError, match="rank 0 of group 'dying' is gone") as caught:
             asked.result(30)
     assert caught.value.field == tensors[3][0]
-    assert time.monotonic() - started < 10, "well before its deadline of 20 s"
+    assert time.monotonic() - started < 60, "well before its deadline of 120 s"
     with pytest.raises(SlipstreamError, match="dying"):
         client.call("/update_weights_from_distributed", bucket)
     client.call("/continue_generation", {})
