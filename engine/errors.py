@@ -22,6 +22,7 @@
     ├── Unauthorized                   no key, or a wrong one
     ├── Forbidden                      a route that this address does not serve
     ├── OutOfMemory                    the memory planner refuses, with numbers
+    ├── NonFiniteLogits                a sequence whose logits are NaN or infinite; it ends
     └── EngineDead                     a rank died or missed its deadline
 
 Callers' mistakes are `InvalidRequest`; our own are plain `assert`. Every error
@@ -156,6 +157,11 @@ class OutOfMemory(SlipstreamError):
     """The memory planner refuses; the message holds its arithmetic."""
 
     status = 507
+
+
+class NonFiniteLogits(SlipstreamError):
+    """The model gave NaN or infinite logits for one sequence, which ends with the tokens sampled
+    before. Weights that are not finite, an overflow or a faulty device are the usual causes."""
 
 
 class EngineDead(SlipstreamError):
