@@ -41,7 +41,8 @@ _REFUSED = {"InvalidRequest", "ContextTooLong", "UnsupportedOption", "QueueFull"
 
 @dataclass(frozen=True, kw_only=True)
 class FileReport:
-    """What `run_file` did. num_errors: lines whose output line is an error."""
+    """What `run_file` did. num_errors: lines whose output line is an error, or has a sample that
+    ended by one."""
 
     num_lines: int
     num_errors: int
@@ -77,7 +78,9 @@ def run_file(
     """Answer every line of a jsonl file of native `/generate` objects, in input order.
 
     A line asking for n > 1 samples gets a list of replies with `index` set. A line that
-    cannot be served gets `{"error": {"kind", "message", "field"}}`, and the others go on.
+    cannot be served gets `{"error": {"kind", "message", "field"}}`, and the others go on. A
+    sample that the engine ended by an error has it in its `finish_reason`, with the tokens it
+    had, and its line counts as an error.
     Output lines are written as soon as every line before them is. Lines without a
     `sampling_seed` get seeds derived from `seed` and the line number.
 
@@ -200,13 +203,15 @@ class _FileJob:
             self._num_errors += 1
             return {"error": line.error}
         many = line.wire.sampling_params.n > 1
-        replies = []
+        replies, failed = [], False
         for index, request in enumerate(line.requests):
             output = line.outputs[request.rid]
             self._num_prompt_tokens += len(request.prompt_ids)
             self._num_output_tokens += len(output.token_ids)
+            failed |= output.finish is not None and output.finish.error is not None
             response = respond(
                 line.wire, request, output, self._tokenizer, index=index if many else None
             )
             replies.append(to_wire(response))
+        self._num_errors += failed
         return replies if many else replies[0]
