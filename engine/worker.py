@@ -95,7 +95,7 @@ class Worker:
             agree=self._collectives.minimum,
             require_weights=partial(self._occupancy.require, "weights"),
         )
-        source = open_source(files.kind, files.path, self._model, config.seed)
+        source = open_source(files.kind, files.path, self._model, config.weight_seed)
         self._weights.session.load_initial(source)
         # A graph pads its batch with rows that need a slot and a page of nobody's.
         num_scratch = int(config.cuda_graphs and device.type == "cuda")

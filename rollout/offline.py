@@ -19,7 +19,7 @@ from rollout.expand import expand
 from rollout.generate import OnProgress, Progress, generate, run
 from rollout.replica import Replica
 from rollout.respond import respond, to_wire
-from rollout.seeds import derive_seed
+from rollout.seeds import base_seed, derive_seed
 from rollout.text.tokenizer import Tokenizer, load_tokenizer
 from rollout.wire import parse_request
 
@@ -72,7 +72,7 @@ def run_file(
     input_path: str | Path,
     output_path: str | Path,
     *,
-    seed: int = 0,
+    seed: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> FileReport:
     """Answer every line of a jsonl file of native `/generate` objects, in input order.
@@ -82,7 +82,7 @@ def run_file(
     sample that the engine ended by an error has it in its `finish_reason`, with the tokens it
     had, and its line counts as an error.
     Output lines are written as soon as every line before them is. Lines without a
-    `sampling_seed` get seeds derived from `seed` and the line number.
+    `sampling_seed` get seeds derived from `seed` and the line number; None draws and logs one.
 
     Raises InvalidRequest naming `input` or `output` if that file cannot be opened, and
     EngineDead if the replica dies; what was finished is on disk then.
@@ -91,7 +91,7 @@ def run_file(
     if not source.is_file():
         raise InvalidRequest(f"no input file at {source}", field="input")
     lines = [_parse(line) for line in source.read_bytes().splitlines() if line.strip()]
-    job = _FileJob(lines, tokenizer, replica.state(), seed)
+    job = _FileJob(lines, tokenizer, replica.state(), base_seed(seed))
 
     def show(progress: Progress) -> None:
         if on_progress is not None:

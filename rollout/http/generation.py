@@ -36,7 +36,7 @@ class Generator:
         self.engine = engine
         self.tokenizer = tokenizer
         self._metrics = metrics
-        self._seed = seed
+        self.seed = seed
         self._numbers = count()
 
     async def samples(self, call: GenerateCall) -> list[Sample]:
@@ -100,7 +100,7 @@ class Generator:
         return samples
 
     def _requests(self, item: GenerateRequest) -> list[Request]:
-        seed = derive_seed(self._seed, next(self._numbers))
+        seed = derive_seed(self.seed, next(self._numbers))
         return expand(item, self.tokenizer, self.engine.facts, seed)
 
     def _post_stop(self, sample: Sample) -> None:
