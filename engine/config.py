@@ -107,11 +107,17 @@ class EngineConfig:
     """On a GPU, replay decode steps as CUDA graphs; off runs every step kernel by kernel."""
     capture_at_start: bool = False
     """Capture the graphs of every batch size at start-up, not when a step first needs one."""
-    seed: int = 0
-    """Seed of random weights, and of requests that bring none."""
+    seed: int | None = None
+    """Seed of requests that bring none, and of random weights; None draws the first from the
+    operating system, and gives random weights their fixed seed 0."""
     weight_version: int = 0
     """Version the loaded weights are served as."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+
+    @property
+    def weight_seed(self) -> int:
+        """Seed of random weights: equal on every replica that was not told otherwise."""
+        return 0 if self.seed is None else self.seed

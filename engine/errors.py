@@ -23,6 +23,7 @@
     ├── Forbidden                      a route that this address does not serve
     ├── OutOfMemory                    the memory planner refuses, with numbers
     ├── InternalError                  a mistake of ours: it ended one request or command
+    ├── NonFiniteLogits                a sequence whose logits are NaN or infinite; it ends
     └── EngineDead                     a rank died or missed its deadline
 
 Callers' mistakes are `InvalidRequest`; our own are plain `assert`. Every error
@@ -162,6 +163,11 @@ class OutOfMemory(SlipstreamError):
 class InternalError(SlipstreamError):
     """A mistake of ours, caught at a boundary: it ended one request or one command, whose name
     it carries, and the log has its traceback. The engine goes on."""
+
+
+class NonFiniteLogits(SlipstreamError):
+    """The model gave NaN or infinite logits for one sequence, which ends with the tokens sampled
+    before. Weights that are not finite, an overflow or a faulty device are the usual causes."""
 
 
 class EngineDead(SlipstreamError):

@@ -11,19 +11,19 @@ import numpy as np
 import torch
 
 from engine.protocol import PromptLogprobs, StepResult
-from engine.sampling import to_top
+from engine.sampling import Top, to_top
 from engine.transfer import Fetch
 
 
 @dataclass(frozen=True)
 class PendingStep:
     """sampled: int32 [2 or 3, >= S] as `pack_sampled` lays it out; None where no row samples.
-    num_rows: S. top: (ids, logprobs) [S, k] on the device."""
+    num_rows: S. top: of the rows that asked."""
 
     step: int
     sampled: Fetch | None = None
     num_rows: int = 0
-    top: tuple[torch.Tensor, torch.Tensor] | None = None
+    top: Top | None = None
     prompt: list[PromptLogprobs] = field(default_factory=list)
 
     def result(self) -> StepResult:
@@ -38,7 +38,8 @@ class PendingStep:
             token_ids=sampled[0],
             logprobs=values[0],
             entropies=values[1] if len(values) > 1 else None,
-            top=to_top(self.top) if self.top is not None else None,
+            top=None if self.top is None else to_top(self.top.ids, self.top.logprobs),
+            top_rows=None if self.top is None else self.top.rows,
             prompt=self.prompt,
         )
 

@@ -100,5 +100,5 @@ class PromptScorer:
             row=row,
             start=start,
             logprobs=torch.cat(logprobs).cpu().numpy(),
-            top=to_top((torch.cat(ids), torch.cat(tops))) if wanted.top else None,
+            top=to_top(torch.cat(ids), torch.cat(tops)) if wanted.top else None,
         )

@@ -35,14 +35,39 @@ PLAIN = DrawOptions()
 
 
 @dataclass(frozen=True)
+class Top:
+    """The k likeliest tokens of some rows: `rows` int32 [T] on the host, indices into the S rows;
+    ids int32 and logprobs float32 [T, k] on the device."""
+
+    rows: np.ndarray
+    ids: torch.Tensor
+    logprobs: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LogitEdit:
+    """What is done to the logits of one row before its draw, kept on the device while it runs.
+
+    bias_ids, bias: int64 and float32 [B]; banned_ids: int64 [N], -inf until
+    `sampling.min_new_tokens` were produced.
+    """
+
+    sampling: RowSampling
+    prompt_len: int
+    bias_ids: torch.Tensor
+    bias: torch.Tensor
+    banned_ids: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Drawn:
     """One token a row: int64 [S], its logprob float32 [S], and on request the entropies
-    float32 [S] and the k likeliest tokens (ids, logprobs) [S, k]."""
+    float32 [S] and the k likeliest tokens of the rows that asked."""
 
     token_S: torch.Tensor
     logprob_S: torch.Tensor
     entropy_S: torch.Tensor | None = None
-    top: tuple[torch.Tensor, torch.Tensor] | None = None
+    top: Top | None = None
 
 
 class Sampler:
@@ -60,27 +85,34 @@ class Sampler:
         self._entropy = np.zeros(num_slots, dtype=np.bool_)
         self._top_logprobs = np.zeros(num_slots, dtype=np.int32)
         # Rows whose logits are changed before the draw; few, and handled one by one.
-        self._edited: dict[int, tuple[RowSampling, int]] = {}
+        self._edited: dict[int, LogitEdit] = {}
 
     def enter(self, rows: Sequence[NewRow]) -> None:
         """Take over the sampling parameters of the sequences that enter a slot."""
         if not rows:
             return
         params = [row.sampling for row in rows]
-        slots = to_device(np.array([row.slot for row in rows]), self._device)
-        self._set(self._temperature, slots, [p.temperature for p in params])
-        self._set(self._top_k, slots, [p.top_k for p in params])
-        self._set(self._top_p, slots, [p.top_p for p in params])
-        self._set(self._min_p, slots, [p.min_p for p in params])
-        self._set(self._seed, slots, [_as_int64(p.seed) for p in params])
-        for row, p in zip(rows, params, strict=True):
-            self._filtered[row.slot] = p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0
-            self._entropy[row.slot] = p.entropy
-            self._top_logprobs[row.slot] = p.top_logprobs
-            if _edits_logits(p):
-                self._edited[row.slot] = (p, row.prompt_len)
-            else:
-                self._edited.pop(row.slot, None)
+        # All of it is made first: numbers that no table holds raise before anything is changed.
+        slots = np.array([row.slot for row in rows])
+        columns = [
+            (self._temperature, np.array([p.temperature for p in params], np.float32)),
+            (self._top_k, np.array([p.top_k for p in params], np.int64)),
+            (self._top_p, np.array([p.top_p for p in params], np.float32)),
+            (self._min_p, np.array([p.min_p for p in params], np.float32)),
+            (self._seed, np.array([_as_int64(p.seed) for p in params], np.int64)),
+        ]
+        filtered = [p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0 for p in params]
+        top = np.array([p.top_logprobs for p in params], np.int32)
+        edits = [edit_of(row, self._device) for row in rows]
+        slots_N = to_device(slots, self._device)
+        for state, values in columns:
+            state[slots_N] = to_device(values, self._device)
+        self._filtered[slots], self._top_logprobs[slots] = filtered, top
+        self._entropy[slots] = [p.entropy for p in params]
+        for slot, edit in zip(slots.tolist(), edits, strict=True):
+            self._edited.pop(slot, None)
+            if edit is not None:
+                self._edited[slot] = edit
 
     def temperature(self, slots_S: torch.Tensor) -> torch.Tensor:
         """Temperatures of some slots, float32 [S]."""
@@ -138,9 +170,13 @@ class Sampler:
         tokens, logprobs = self.draw_plain(
             logits_SV, batch.slots_S, batch.kv_lens_S, options, entropy_S
         )
-        most = int(self._top_logprobs[slots].max(initial=0))
-        if most > 0:
-            top = top_logprobs(logits_SV, self._temperature[batch.slots_S], most)
+        wanted = self._top_logprobs[slots]
+        rows = np.flatnonzero(wanted).astype(np.int32)
+        if len(rows):
+            # Only of the rows that ask: the others pay nothing for a neighbour's wide answer.
+            rows_T = to_device(rows.astype(np.int64), self._device)
+            temperature_T = self._temperature[batch.slots_S[rows_T]]
+            top = Top(rows, *top_logprobs(logits_SV[rows_T], temperature_T, int(wanted.max())))
         return Drawn(tokens, logprobs, entropy_S, top)
 
     def _filters(self, slots_S: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -150,10 +186,6 @@ class Sampler:
             "min_p_S": self._min_p[slots_S],
         }
 
-    def _set(self, state: torch.Tensor, slots: torch.Tensor, values: Sequence[float]) -> None:
-        wide = np.int64 if state.dtype == torch.int64 else np.float32
-        state[slots] = to_device(np.array(values, dtype=wide), self._device)
-
     def _edit(
         self, logits_SV: torch.Tensor, batch: StepBatch, slots: np.ndarray, table: RequestTable
     ) -> None:
@@ -162,15 +194,12 @@ class Sampler:
         for row, slot in enumerate(slots.tolist()):
             if slot not in self._edited:
                 continue
-            params, prompt_len = self._edited[slot]
             length = int(batch.kv_lens_S[row])
             known = table.token_ids[slot, :length].long()
-            edit_logits(logits_SV[row], known, prompt_len, params)
+            edit_logits(logits_SV[row], known, self._edited[slot])
 
 
-def edit_logits(
-    logits_V: torch.Tensor, token_ids: torch.Tensor, prompt_len: int, params: RowSampling
-) -> None:
+def edit_logits(logits_V: torch.Tensor, token_ids: torch.Tensor, edit: LogitEdit) -> None:
     """Apply penalties, bias and bans to one row, in place.
 
     repetition_penalty divides positive and multiplies negative logits of every token seen in
@@ -178,27 +207,41 @@ def edit_logits(
     per occurrence in the output, presence_penalty once for each token that occurs there (the
     OpenAI API's definition). `banned_ids` get -inf until `min_new_tokens` were produced.
     """
+    params = edit.sampling
     if params.repetition_penalty != 1.0:
         seen = token_ids.unique()
         values = logits_V[seen]
         factor = params.repetition_penalty
         logits_V[seen] = torch.where(values > 0, values / factor, values * factor)
-    output = token_ids[prompt_len:]
+    output = token_ids[edit.prompt_len :]
     if len(output) and (params.frequency_penalty or params.presence_penalty):
         ids, counts = output.unique(return_counts=True)
         logits_V[ids] -= params.frequency_penalty * counts + params.presence_penalty
-    if params.logit_bias:
-        ids = torch.tensor(list(params.logit_bias), device=logits_V.device)
-        bias = torch.tensor(list(params.logit_bias.values()), device=logits_V.device)
-        logits_V[ids] += bias.to(logits_V.dtype)
-    if params.banned_ids and len(output) < params.min_new_tokens:
-        logits_V[torch.tensor(params.banned_ids, device=logits_V.device)] = float("-inf")
+    if len(edit.bias_ids):
+        logits_V[edit.bias_ids] += edit.bias.to(logits_V.dtype)
+    if len(edit.banned_ids) and len(output) < params.min_new_tokens:
+        logits_V[edit.banned_ids] = float("-inf")
 
 
-def to_top(top: tuple[torch.Tensor, torch.Tensor]) -> TopLogprobs:
-    """Device tensors (ids, logprobs) to their message."""
-    ids, logprobs = top
+def to_top(ids: torch.Tensor, logprobs: torch.Tensor) -> TopLogprobs:
+    """Device tensors to their message."""
     return TopLogprobs(ids=ids.cpu().numpy(), logprobs=logprobs.float().cpu().numpy())
+
+
+def edit_of(row: NewRow, device: torch.device) -> LogitEdit | None:
+    """The edit of a row that enters; None where its logits stay as they are."""
+    params = row.sampling
+    if not _edits_logits(params):
+        return None
+    bias = np.array(list(params.logit_bias.values()), np.float32)
+    banned = params.banned_ids if params.min_new_tokens > 0 else []
+    return LogitEdit(
+        sampling=params,
+        prompt_len=row.prompt_len,
+        bias_ids=to_device(np.array(list(params.logit_bias), np.int64), device),
+        bias=to_device(bias, device),
+        banned_ids=to_device(np.array(banned, np.int64), device),
+    )
 
 
 def _edits_logits(params: RowSampling) -> bool:

@@ -13,10 +13,12 @@ from functools import partial
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 
 from engine.allocation import allocate_model, parameter_bytes
 from engine.attention.base import CapturableBackend
 from engine.attention.select import select
+from engine.attention.spoilt import spoilt_rows
 from engine.batch import RequestTable, StepBatch, build_batch
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest
@@ -37,6 +39,7 @@ from engine.prompt_logprobs import PromptScorer
 from engine.protocol import (
     EngineCommand,
     EngineFacts,
+    PromptLogprobs,
     ReleaseMemory,
     Reply,
     ResumeMemory,
@@ -92,7 +95,7 @@ class Worker:
             agree=self._collectives.minimum,
             require_weights=partial(self._occupancy.require, "weights"),
         )
-        source = open_source(files.kind, files.path, self._model, config.seed)
+        source = open_source(files.kind, files.path, self._model, config.weight_seed)
         self._weights.session.load_initial(source)
         # A graph pads its batch with rows that need a slot and a page of nobody's.
         num_scratch = int(config.cuda_graphs and device.type == "cuda")
@@ -149,6 +152,7 @@ class Worker:
         if len(plan.copy_src):
             copies = np.stack([plan.copy_src, plan.copy_dst]).astype(np.int64)
             self._pool.copy(*to_device(copies, self._device))
+            self._pool.spoilt.copied(plan.copy_src, plan.copy_dst)
         if self._graphs is not None and self._is_capturable(plan):
             options = self._sampler.options(plan.slots)
             sampled = self._graphs.run(plan.slots, plan.kv_lens, options)
@@ -156,6 +160,12 @@ class Worker:
         batch = build_batch(plan, self._table, self._attention)
         hidden_TH = self._model(batch.input_ids_T, batch)
         prompt = self._scorer.score(plan, batch, hidden_TH)
+        spoilt_R = spoilt_rows(batch.step)
+        if spoilt_R is None:
+            return self._sample(plan, batch, hidden_TH, prompt)
+        # The logits of these rows may look finite: attention read zeros where NaN had been.
+        hidden_TH[torch.from_numpy(np.repeat(spoilt_R, plan.query_lens))] = float("nan")
+        prompt = [_as_nan(part) if spoilt_R[part.row] else part for part in prompt]
         return self._sample(plan, batch, hidden_TH, prompt)
 
     def handle(self, command: EngineCommand) -> Reply:
@@ -279,6 +289,10 @@ class Worker:
             trainer=config.memory.trainer_bytes,
             shadow=weights if config.memory.reserve_shadow else 0,
         )
+
+
+def _as_nan(part: PromptLogprobs) -> PromptLogprobs:
+    return replace(part, logprobs=np.full_like(part.logprobs, np.nan))
 
 
 def _num_parameters(model: CausalLM) -> int:

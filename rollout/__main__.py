@@ -59,8 +59,8 @@ class Offline:
     """Tokens a KV page holds."""
     prefix_cache: bool = True
     """Reuse the KV of shared prefixes."""
-    seed: int = 0
-    """Seed of requests that bring none, and of random weights."""
+    seed: int | None = None
+    """Seed of requests that bring none, and of random weights; drawn and logged by default."""
     spawn: bool = False
     """Run the engine in a process of its own."""
 

@@ -19,7 +19,7 @@ from rollout.expand import expand
 from rollout.generate import OnProgress, Progress, generate, run
 from rollout.replica import Replica
 from rollout.respond import respond, to_wire
-from rollout.seeds import derive_seed
+from rollout.seeds import base_seed, derive_seed
 from rollout.text.tokenizer import Tokenizer, load_tokenizer
 from rollout.wire import parse_request
 
@@ -41,7 +41,8 @@ _REFUSED = {"InvalidRequest", "ContextTooLong", "UnsupportedOption", "QueueFull"
 
 @dataclass(frozen=True, kw_only=True)
 class FileReport:
-    """What `run_file` did. num_errors: lines whose output line is an error."""
+    """What `run_file` did. num_errors: lines whose output line is an error, or has a sample that
+    ended by one."""
 
     num_lines: int
     num_errors: int
@@ -71,15 +72,17 @@ def run_file(
     input_path: str | Path,
     output_path: str | Path,
     *,
-    seed: int = 0,
+    seed: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> FileReport:
     """Answer every line of a jsonl file of native `/generate` objects, in input order.
 
     A line asking for n > 1 samples gets a list of replies with `index` set. A line that
-    cannot be served gets `{"error": {"kind", "message", "field"}}`, and the others go on.
+    cannot be served gets `{"error": {"kind", "message", "field"}}`, and the others go on. A
+    sample that the engine ended by an error has it in its `finish_reason`, with the tokens it
+    had, and its line counts as an error.
     Output lines are written as soon as every line before them is. Lines without a
-    `sampling_seed` get seeds derived from `seed` and the line number.
+    `sampling_seed` get seeds derived from `seed` and the line number; None draws and logs one.
 
     Raises InvalidRequest naming `input` or `output` if that file cannot be opened, and
     EngineDead if the replica dies; what was finished is on disk then.
@@ -88,7 +91,7 @@ def run_file(
     if not source.is_file():
         raise InvalidRequest(f"no input file at {source}", field="input")
     lines = [_parse(line) for line in source.read_bytes().splitlines() if line.strip()]
-    job = _FileJob(lines, tokenizer, replica.state(), seed)
+    job = _FileJob(lines, tokenizer, replica.state(), base_seed(seed))
 
     def show(progress: Progress) -> None:
         if on_progress is not None:
@@ -200,13 +203,15 @@ class _FileJob:
             self._num_errors += 1
             return {"error": line.error}
         many = line.wire.sampling_params.n > 1
-        replies = []
+        replies, failed = [], False
         for index, request in enumerate(line.requests):
             output = line.outputs[request.rid]
             self._num_prompt_tokens += len(request.prompt_ids)
             self._num_output_tokens += len(output.token_ids)
+            failed |= output.finish is not None and output.finish.error is not None
             response = respond(
                 line.wire, request, output, self._tokenizer, index=index if many else None
             )
             replies.append(to_wire(response))
+        self._num_errors += failed
         return replies if many else replies[0]

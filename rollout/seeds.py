@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import secrets
+
+logger = logging.getLogger(__name__)
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -21,6 +25,19 @@ def _word(part: int | str) -> int:
     if isinstance(part, str):
         return int.from_bytes(hashlib.blake2b(part.encode(), digest_size=8).digest(), "little")
     return part & _MASK
+
+
+def base_seed(seed: int | None, replica_id: str = "") -> int:
+    """The seed that seeds of requests without one are derived from, in [0, 2**63).
+
+    seed: the operator's, or None: drawn from the operating system then and logged, so that no
+    two servers and no two starts sample alike, and a run can be repeated nevertheless.
+    replica_id: set apart servers that share one `seed`; without it the seed is used as it is.
+    """
+    if seed is None:
+        seed = secrets.randbits(63)
+        logger.info("requests without a seed get seeds derived from %d (--seed repeats it)", seed)
+    return derive_seed(seed, "replica", replica_id) if replica_id else seed
 
 
 def derive_seed(base: int, *parts: int | str) -> int:

@@ -11,6 +11,7 @@ its own. Partial results are merged by their log-sum-exp, as in FlashAttention's
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,6 +71,7 @@ class TorchNativeBackend:
     def prepare(self, batch: AttentionBatch) -> TorchNativeStep:
         """Find shared runs and pad the rest into few buckets; equal for all layers."""
         pages_RP = batch.host_pages[batch.slots_R]
+        self._begin_pages(batch)
         own_start_R = np.zeros(len(batch.slots_R), dtype=np.int64)
         segments: list[Segment] = []
         if self._share:
@@ -84,20 +86,29 @@ class TorchNativeBackend:
         return TorchNativeStep(
             pool=self._pool,
             scale=self._scale,
-            write_slots_T=batch.write_slots_T,
+            batch=batch,
+            pages_RP=pages_RP,
             buckets=buckets,
             order_T=_token_order(buckets),
             runs=[_shared_run(batch, pages_RP, segment) for segment in segments],
         )
 
+    def _begin_pages(self, batch: AttentionBatch) -> None:
+        """Forget what was wrong with the pages that this step writes from their start."""
+        places_T = batch.write_slots_T.cpu().numpy()
+        first_T = places_T[places_T % batch.page_size == 0]
+        if len(first_T):
+            self._pool.spoilt.begun(first_T // batch.page_size)
+
 
 @dataclass(frozen=True)
 class TorchNativeStep:
-    """One prepared step."""
+    """One prepared step. pages_RP: int32, the page table of its rows on the host."""
 
     pool: KVPool
     scale: float
-    write_slots_T: torch.Tensor
+    batch: AttentionBatch
+    pages_RP: np.ndarray
     buckets: list[Bucket]
     order_T: torch.Tensor | None
     runs: list[SharedRun]
@@ -107,8 +118,13 @@ class TorchNativeStep:
     ) -> torch.Tensor:
         """Write this step's KV of the layer, then attend. Returns [T, H, D]."""
         k_NGKD, v_NGKD = self.pool.layer(layer_index)
-        k_TKD, v_TKD = _finite(k_TKD), _finite(v_TKD)
-        write_kv(k_TKD, v_TKD, k_NGKD, v_NGKD, self.write_slots_T, backend="torch")
+        write_slots_T = self.batch.write_slots_T
+        if not _is_finite(k_TKD, v_TKD):
+            wrong_T = ~(k_TKD.isfinite() & v_TKD.isfinite()).flatten(1).all(1)
+            pages = write_slots_T[wrong_T].cpu().numpy() // self.batch.page_size
+            self.pool.spoilt.mark(pages)
+            k_TKD, v_TKD = _zeroed(k_TKD), _zeroed(v_TKD)
+        write_kv(k_TKD, v_TKD, k_NGKD, v_NGKD, write_slots_T, backend="torch")
         partial = [self._own(bucket, q_THD, k_NGKD, v_NGKD) for bucket in self.buckets]
         out_THD, lse_TH = partial[0]
         if self.order_T is not None:
@@ -120,6 +136,12 @@ class TorchNativeStep:
             last = index + 1 == len(self.runs)
             _merge_into(out_THD[rows], lse_TH[rows], out, lse, need_lse=not last)
         return out_THD
+
+    def spoilt_rows(self) -> np.ndarray:
+        """Rows that attended to zeros in place of KV that was not finite, bool [R]; to be asked
+        after the last layer."""
+        batch = self.batch
+        return self.pool.spoilt.rows(self.pages_RP, batch.kv_lens_R, batch.page_size)
 
     def _own(
         self, bucket: Bucket, q_THD: torch.Tensor, k_NGKD: torch.Tensor, v_NGKD: torch.Tensor
@@ -207,12 +229,18 @@ def _dense(
     return torch.matmul(scores.softmax(-1), v.float()).to(q.dtype), scores.logsumexp(-1)
 
 
-def _finite(values: torch.Tensor) -> torch.Tensor:
+def _is_finite(k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> bool:
+    """Whether all values are finite, or their sums happen to be infinite: one pass over each,
+    where an exact look would take several."""
+    return math.isfinite(float(k_TKD.sum()) + float(v_TKD.sum()))
+
+
+def _zeroed(values: torch.Tensor) -> torch.Tensor:
     """NaN and infinities as zero.
 
     Pages outlive the request that filled them, and the next one reads their tails under a mask:
-    one request gone to NaN, or one bad update, must not reach others. The request itself
-    keeps its NaN through its queries and its residual stream.
+    one request gone to NaN, or one bad update, must not reach others. Whoever reads these
+    zeros as its own prefix is known by `KVPool.spoilt` and ends with NonFiniteLogits.
     """
     return torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from engine.kv.spoilt import SpoiltPages
 from kernels.kv_copy import copy_pages
 
 PIECE_BYTES = 4 << 30
@@ -41,6 +42,7 @@ class KVPool:
         self.head_dim = head_dim
         self.dtype = dtype
         self.device = device
+        self.spoilt = SpoiltPages(num_pages)
         self._layers_per_piece = max(1, min(num_layers, piece_bytes // max(layer_bytes, 1)))
         # Zeros, not garbage: masked positions of a page are multiplied by a weight of zero,
         # which a NaN would survive. On a CPU untouched zeros take no memory.

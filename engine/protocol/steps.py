@@ -101,7 +101,9 @@ class StepResult(Struct, frozen=True, kw_only=True, tag="step_result"):
     """What one step sampled, for the S rows of the plan with `samples` set, in row order.
 
     token_ids: int32 [S]; logprobs: float32 [S].
-    top: int32 and float32 [S, k] with k the largest `top_logprobs` among the S rows.
+        A row whose logits are not finite has a logprob that is not, and some valid id.
+    top: int32 and float32 [T, k] with k the largest `top_logprobs` among the S rows.
+    top_rows: int32 [T], ascending, the rows of the S that `top` speaks of; None for all.
     entropies: float32 [S], of rows that did not ask too; None if none of the S rows asked.
     """
 
@@ -109,5 +111,6 @@ class StepResult(Struct, frozen=True, kw_only=True, tag="step_result"):
     token_ids: IntArray
     logprobs: FloatArray
     top: TopLogprobs | None = None
+    top_rows: IntArray | None = None
     prompt: list[PromptLogprobs] = msgspec.field(default_factory=list)
     entropies: FloatArray | None = None

@@ -35,8 +35,9 @@ def sample(
     """Draw one token a row; returns (token_S int64, logprob_S float32).
 
     logits_SV: float32, bfloat16 or float16; -inf bans a token. Every row needs a finite
-    largest logit: a row of NaN or of only -inf gives a NaN logprob and some valid id, and
-    no error, since looking would stall a GPU.
+    largest logit and no NaN. Any other row (a NaN or +inf anywhere, or only -inf) gives a
+    logprob that is not finite and some valid id, whatever the temperature and the filters,
+    and no error, since looking would stall a GPU: the caller looks at the logprobs.
     temperature_S: float32; below 1e-6 the row is greedy: the first of the largest logits,
     with its logprob at temperature 1.
     seed_S, position_S: int64, any value; equal pairs draw from the same uniform.

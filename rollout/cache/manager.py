@@ -160,6 +160,12 @@ class CacheManager:
         if pages:
             self.pool.release_many(np.concatenate(pages))
 
+    def distrust(self, node: Node | None) -> None:
+        """Forget every prefix that shares its beginning with the one a sequence holds by `node`:
+        what it attended to gave no finite logits. Sequences keep the pages they hold."""
+        if node is not None:
+            self.pool.release(self.tree.cut(node))
+
     def clear(self) -> None:
         """Forget every prefix. Sequences keep the pages they hold."""
         self.pool.release(self.tree.drop())

@@ -231,6 +231,24 @@ class RadixTree:
         self._heap.clear()
         return np.concatenate(freed) if freed else EMPTY_PAGES
 
+    def cut(self, node: Node) -> IntArray:
+        """Forget the prefixes that begin as the one `node` ends, from the root's child down,
+        locked or not; returns the pages held. Nothing if `node` has left the tree already.
+
+        For KV that is not to be trusted: every prefix given up was computed from it or to it.
+        """
+        if not node.attached or node.parent is None:
+            return EMPTY_PAGES
+        top, above = node, node.parent
+        while above.parent is not None:
+            top, above = above, above.parent
+        del above.children[top.tokens[: self.page_size].tobytes()]
+        freed: list[IntArray] = []
+        for gone in list(_descendants(top)):
+            freed.append(gone.pages)
+            self._forget(gone)
+        return np.concatenate(freed)
+
     def nodes(self) -> Iterator[Node]:
         """Every node in the tree, roots included."""
         for root in self._roots.values():

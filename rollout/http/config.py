@@ -28,6 +28,8 @@ class ServeConfig:
     """Largest request body."""
     max_control_body_bytes: int = 256 << 20
     """Largest body of a control route, which may carry tensors as base64."""
+    replica_id: str = ""
+    """Sets apart servers that share one engine seed: each derives other seeds of requests."""
     incremental_streaming_output: bool = False
     """Native streams send what is new instead of everything so far."""
     reply_s: float = REPLY_S

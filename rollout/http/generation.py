@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from itertools import count
 
-from engine.errors import InvalidRequest, by_name
+from engine.errors import InvalidRequest, SlipstreamError, by_name
 from engine.protocol import GenerateRequest, Request, Stop
 from rollout.expand import expand
 from rollout.http.engine_client import AsyncEngine
@@ -16,7 +16,9 @@ from rollout.metrics import Metrics
 from rollout.seeds import derive_seed
 from rollout.text.tokenizer import Tokenizer
 
-REFUSED = frozenset({"InvalidRequest", "ContextTooLong", "UnsupportedOption", "QueueFull"})
+_REFUSED = frozenset({"InvalidRequest", "ContextTooLong", "UnsupportedOption", "QueueFull"})
+# A call with a sequence that ended by one of these is answered by the error.
+_FAILED = _REFUSED | {"NonFiniteLogits"}
 
 _INLINE_ITEMS = 8
 _INLINE_CHARS = 20_000
@@ -34,7 +36,7 @@ class Generator:
         self.engine = engine
         self.tokenizer = tokenizer
         self._metrics = metrics
-        self._seed = seed
+        self.seed = seed
         self._numbers = count()
 
     async def samples(self, call: GenerateCall) -> list[Sample]:
@@ -51,7 +53,8 @@ class Generator:
         """Submit the samples and yield what each output added, until all have finished.
 
         Closing the generator early aborts what still runs; `prefix` is what all ids begin
-        with, if they do. Raises the typed error of a request that the engine refused.
+        with, if they do. Raises the typed error of a request that the engine refused, and of
+        one whose logits were not finite, after the tokens it had before.
         """
         open_samples = {sample.request.rid: sample for sample in samples}
         mailbox = self.engine.submit([sample.request for sample in samples])
@@ -63,10 +66,14 @@ class Generator:
                     delta = sample.take(output)
                     if delta.finished:
                         del open_samples[output.rid]
-                        self._finished(sample)
+                        self._count(sample)
                     elif sample.stop is not None and not stopped:
                         self._post_stop(sample)
-                    yield sample, delta
+                    failure = _failure(sample)
+                    if failure is None or len(delta.output.token_ids):
+                        yield sample, delta
+                    if failure is not None:
+                        raise failure
         finally:
             self.engine.discard(mailbox, prefix=prefix)
 
@@ -93,7 +100,7 @@ class Generator:
         return samples
 
     def _requests(self, item: GenerateRequest) -> list[Request]:
-        seed = derive_seed(self._seed, next(self._numbers))
+        seed = derive_seed(self.seed, next(self._numbers))
         return expand(item, self.tokenizer, self.engine.facts, seed)
 
     def _post_stop(self, sample: Sample) -> None:
@@ -108,7 +115,7 @@ class Generator:
             ]
         )
 
-    def _finished(self, sample: Sample) -> None:
+    def _count(self, sample: Sample) -> None:
         finish = sample.output.finish
         assert finish is not None
         self._metrics.finished(
@@ -118,5 +125,10 @@ class Generator:
             num_prompt=len(sample.request.prompt_ids),
             num_output=len(sample.output.token_ids),
         )
-        if finish.error in REFUSED:
-            raise by_name(finish.error or "", finish.message or "")
+
+
+def _failure(sample: Sample) -> SlipstreamError | None:
+    finish = sample.finish
+    if finish is None or finish.error not in _FAILED:
+        return None
+    return by_name(finish.error or "", finish.message or "")

@@ -90,7 +90,7 @@ def _server_info(services: Services, state: ReplicaState) -> dict[str, Any]:
         "device": state.device,
         "attention_backend": state.attention,
         "context_length": state.context_length,
-        "random_seed": config.engine.seed,
+        "random_seed": services.generator.seed,
         "disaggregation_mode": "null",
         "disaggregation_bootstrap_port": None,
         "encoder_only": False,

@@ -80,8 +80,10 @@ class Serve:
     """First GPU of the replica, among those visible."""
     weight_version: int = 0
     """Version that the loaded weights are served as."""
-    seed: int = 0
-    """Seed of requests that bring none, and of random weights."""
+    seed: int | None = None
+    """Seed of requests that bring none, and of random weights; drawn and logged by default."""
+    replica_id: str = ""
+    """Sets this server apart from others that share its --seed."""
     incremental_streaming_output: bool = False
     """Native streams send what is new instead of everything so far."""
     max_body_mib: int = 64
@@ -105,6 +107,7 @@ def serve_config(args: Serve) -> ServeConfig:
         admin_api_key=args.admin_api_key,
         max_body_bytes=args.max_body_mib * _MIB,
         max_control_body_bytes=args.max_control_body_mib * _MIB,
+        replica_id=args.replica_id,
         incremental_streaming_output=args.incremental_streaming_output,
     )
 

@@ -10,6 +10,7 @@ from rollout.http.engine_client import AsyncEngine
 from rollout.http.generation import Generator
 from rollout.http.versions import VersionLabels
 from rollout.metrics import Metrics
+from rollout.seeds import base_seed
 from rollout.text.tokenizer import Tokenizer
 
 
@@ -31,10 +32,11 @@ def make_services(
 ) -> Services:
     """The parts of a server in front of `engine`."""
     metrics, labels = Metrics(), VersionLabels()
+    seed = base_seed(config.engine.seed, config.replica_id)
     return Services(
         config=config,
         engine=engine,
-        generator=Generator(engine, tokenizer, metrics, seed=config.engine.seed),
+        generator=Generator(engine, tokenizer, metrics, seed=seed),
         control=Controller(engine, labels, metrics, keeps_weights=config.engine.memory.cpu_backup),
         labels=labels,
         metrics=metrics,

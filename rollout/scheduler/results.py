@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from engine.protocol import IntArray, PromptLogprobs, StepResult, TopLogprobs
+from engine.protocol import FloatArray, IntArray, PromptLogprobs, StepResult, TopLogprobs
 from rollout.scheduler.plan_builder import InFlight
 from rollout.scheduler.running import RunningSet
+
+BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 @dataclass(frozen=True)
@@ -17,13 +20,45 @@ class Appended:
 
     ended: slots whose sequence is over; matched: for each, its stop token or -1.
     streaming: slots that go on and want their outputs now.
+    broken: slots whose numbers were not finite; nothing of this step was appended to them.
     num_tokens: tokens appended.
     """
 
     ended: IntArray
     matched: IntArray
     streaming: IntArray
+    broken: list[int]
     num_tokens: int
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The part of a step's result that is appended: S rows, arrays by row.
+
+    top, top_slots: the likeliest tokens of those rows that asked, and their slots.
+    """
+
+    slots: IntArray
+    ids: IntArray
+    logprobs: FloatArray
+    entropies: FloatArray | None
+    top: TopLogprobs | None
+    top_slots: IntArray
+
+    def where(self, keep: BoolArray) -> _Rows:
+        """These rows without some."""
+        top, top_slots = self.top, self.top_slots
+        if top is not None:
+            kept = np.isin(top_slots, self.slots[keep])
+            top, top_slots = TopLogprobs(top.ids[kept], top.logprobs[kept]), top_slots[kept]
+        return _Rows(
+            slots=self.slots[keep],
+            ids=self.ids[keep],
+            logprobs=self.logprobs[keep],
+            entropies=None if self.entropies is None else self.entropies[keep],
+            top=top,
+            top_slots=top_slots,
+        )
 
 
 class ResultWriter:
@@ -33,25 +68,28 @@ class ResultWriter:
         self._running = running
 
     def append(self, flight: InFlight, result: StepResult) -> Appended:
-        """Append each sampled token to its row, unless the row has left since."""
-        self._collect_prompt(flight, result.prompt)
-        slots, ids, logprobs = flight.slots, result.token_ids, result.logprobs
-        assert len(ids) == len(slots), f"{len(ids)} tokens came for {len(slots)} rows"
-        top, entropies, table = result.top, result.entropies, self._running.table
-        alive = table.uid[slots] == flight.uids
+        """Append each sampled token to its row, unless the row has left since or its numbers
+        are not finite."""
+        broken = self._collect_prompt(flight, result.prompt)
+        assert len(result.token_ids) == len(flight.slots), (
+            f"{len(result.token_ids)} tokens came for {len(flight.slots)} rows"
+        )
+        rows, table = _rows(flight, result), self._running.table
+        alive = table.uid[rows.slots] == flight.uids
         if not alive.all():
-            slots, ids, logprobs = slots[alive], ids[alive], logprobs[alive]
-            top = top and TopLogprobs(top.ids[alive], top.logprobs[alive])
-            entropies = None if entropies is None else entropies[alive]
-        position = table.num_tokens[slots]
-        self._stamp(slots, position, flight.version)
-        if top is not None:
-            self._collect_top(slots, top)
-        table.tokens[slots, position] = ids
-        table.logprobs[slots, position] = logprobs
-        if entropies is not None:
-            table.entropies[slots, position] = entropies
-        return self._ends(slots, ids, position)
+            rows = rows.where(alive)
+        broken |= self._broken(rows)
+        if broken:
+            rows = rows.where(~np.isin(rows.slots, list(broken)))
+        position = table.num_tokens[rows.slots]
+        self._stamp(rows.slots, position, flight.version)
+        if rows.top is not None:
+            self._collect_top(rows.top_slots, rows.top)
+        table.tokens[rows.slots, position] = rows.ids
+        table.logprobs[rows.slots, position] = rows.logprobs
+        if rows.entropies is not None:
+            table.entropies[rows.slots, position] = rows.entropies
+        return self._ends(rows.slots, rows.ids, position, sorted(broken))
 
     def scored(self, flight: InFlight) -> list[int]:
         """Slots whose prompt was all there was to compute, and now is."""
@@ -60,11 +98,33 @@ class ResultWriter:
         uids = dict(zip(flight.row_slots.tolist(), flight.row_uids.tolist(), strict=True))
         return [slot for slot in flight.scored if self._running.table.uid[slot] == uids[slot]]
 
-    def _ends(self, slots: IntArray, ids: IntArray, position: IntArray) -> Appended:
+    def _broken(self, rows: _Rows) -> set[int]:
+        """Slots of rows with a logprob, or an entropy they asked for, that is not finite.
+
+        The logprob of a sampled token is finite exactly where the largest logit of its row is
+        and no logit is NaN (`kernels.sampling.sample`). Of the likeliest tokens only NaN is
+        wrong: a banned token has -inf.
+        """
+        found: set[int] = set()
+        finite = np.isfinite(rows.logprobs)
+        if not finite.all():
+            found |= set(rows.slots[~finite].tolist())
+        if rows.entropies is not None and not (finite := np.isfinite(rows.entropies)).all():
+            slots = rows.slots[~finite].tolist()
+            found |= {slot for slot in slots if self._running[slot].request.entropy}
+        if rows.top is not None:
+            for slot, values in zip(rows.top_slots.tolist(), rows.top.logprobs, strict=True):
+                if np.isnan(values[: self._running.table.top_logprobs[slot]]).any():
+                    found.add(slot)
+        return found
+
+    def _ends(
+        self, slots: IntArray, ids: IntArray, position: IntArray, broken: list[int]
+    ) -> Appended:
         table = self._running.table
         size = position + 1
         table.num_tokens[slots] = size
-        stopped = (table.stop_ids[slots] == ids[:, None]).any(axis=1)
+        stopped = table.is_stop(slots, ids)
         stopped &= size > table.min_tokens[slots]
         ended = stopped | (size >= table.max_tokens[slots])
         streaming = table.stream[slots] & ~ended
@@ -72,6 +132,7 @@ class ResultWriter:
             ended=slots[ended],
             matched=np.where(stopped, ids, -1)[ended],
             streaming=slots[streaming],
+            broken=broken,
             num_tokens=len(slots),
         )
 
@@ -94,7 +155,9 @@ class ResultWriter:
                 (top.ids[row, :count].copy(), top.logprobs[row, :count].copy())
             )
 
-    def _collect_prompt(self, flight: InFlight, parts: list[PromptLogprobs]) -> None:
+    def _collect_prompt(self, flight: InFlight, parts: list[PromptLogprobs]) -> set[int]:
+        """Keep the scores of prompt tokens; the slots of rows where one is not finite."""
+        broken: set[int] = set()
         for part in parts:
             slot = int(flight.row_slots[part.row])
             if self._running.table.uid[slot] != flight.row_uids[part.row]:
@@ -103,4 +166,25 @@ class ResultWriter:
             assert part.start == sequence.prompt_logprob_start, (
                 f"prompt logprobs from {part.start}, expected {sequence.prompt_logprob_start}"
             )
+            top = part.top
+            if not np.isfinite(part.logprobs).all() or (
+                top is not None and np.isnan(top.logprobs).any()
+            ):
+                broken.add(slot)
+                continue
             sequence.prompt_parts.append(part)
+        return broken
+
+
+def _rows(flight: InFlight, result: StepResult) -> _Rows:
+    top_slots = flight.slots
+    if result.top_rows is not None:
+        top_slots = flight.slots[result.top_rows]
+    return _Rows(
+        slots=flight.slots,
+        ids=result.token_ids,
+        logprobs=result.logprobs,
+        entropies=result.entropies,
+        top=result.top,
+        top_slots=top_slots,
+    )

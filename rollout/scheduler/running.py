@@ -117,6 +117,12 @@ class RunningSet:
         table.clear(slot)
         self._free_slot(sequence)
 
+    def stop_broken(self, sequence: Sequence, *, step: int) -> None:
+        """As `stop` for a sequence whose logits were not finite: what it computed, and the cached
+        prefix it went on from, are of no use to others and leave the prefix cache."""
+        self.cache.distrust(sequence.node)
+        self.stop(sequence, step=step, keep_kv=False)
+
     def stop_many(self, sequences: list[Sequence]) -> None:
         """As `stop` for each of `sequences`, leaving nothing to the prefix cache."""
         for sequence in sequences:

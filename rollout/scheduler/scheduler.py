@@ -25,6 +25,7 @@ from engine.protocol import (
 from rollout.cache.manager import CacheManager
 from rollout.scheduler.budget import PageReserve
 from rollout.scheduler.decode import DecodePlanner
+from rollout.scheduler.encode import row_numbers
 from rollout.scheduler.kv_policy import CANNOT_RESTART, KvPolicies
 from rollout.scheduler.outputs import final_output, make_output
 from rollout.scheduler.plan_builder import InFlight, PlanBuilder
@@ -38,6 +39,15 @@ from rollout.scheduler.stats import Counters, SchedulerStats
 from rollout.scheduler.storable import check_storable
 from rollout.scheduler.table import SlotTable
 from rollout.scheduler.validate import Limits, check_request
+
+NOT_FINITE = FinishReason(
+    type="abort",
+    message=(
+        "the logits of this sequence are NaN or infinite, so it ends with the tokens sampled "
+        "before; look at the weights published last, and at overflow in 16 bits"
+    ),
+    error="NonFiniteLogits",
+)
 
 
 class Scheduler:
@@ -201,13 +211,15 @@ class Scheduler:
         """Take in the result of the oldest step in flight.
 
         Returns the final output of each sequence that ended, and one output for each
-        streaming sequence that got a token.
+        streaming sequence that got a token. A sequence whose numbers were not finite ends with
+        NonFiniteLogits and the tokens it had; its KV is not cached.
         """
         flight = self._in_flight.popleft()
         assert result.step == flight.step, f"result of step {result.step}, not {flight.step}"
         appended = self._results.append(flight, result)
         self._counters.num_output_tokens += appended.num_tokens
-        outputs = [self._stream(self._running[slot]) for slot in appended.streaming.tolist()]
+        outputs = [self._finish_broken(self._running[slot]) for slot in appended.broken]
+        outputs += [self._stream(self._running[slot]) for slot in appended.streaming.tolist()]
         ended = zip(appended.ended.tolist(), appended.matched.tolist(), strict=True)
         for slot, matched in ended:
             sequence = self._running[slot]
@@ -299,6 +311,8 @@ class Scheduler:
     def _make_sequence(self, request: Request) -> Sequence:
         # Whatever can fail comes before anything is noted.
         tokens = request.prompt_ids.astype(np.int32)
+        room = self._limits.context_length - len(request.prompt_ids)
+        numbers = row_numbers(request, room)
         arrival = self._next_arrival
         self._next_arrival += 1
         order = arrival
@@ -306,12 +320,11 @@ class Scheduler:
             entry = self._groups.setdefault(request.group, [arrival, 0])
             entry[1] += 1
             order = entry[0]
-        room = self._limits.context_length - len(request.prompt_ids)
         return Sequence(
             request=request,
             arrival=arrival,
             group_order=order,
-            max_new_tokens=min(request.sampling.max_new_tokens, room),
+            numbers=numbers,
             tokens=tokens,
         )
 
@@ -373,6 +386,10 @@ class Scheduler:
         else:
             self._queue.remove(sequence)
         return self._close(sequence, finish)
+
+    def _finish_broken(self, sequence: Sequence) -> RequestOutput:
+        self._running.stop_broken(sequence, step=self._next_step)
+        return self._close(sequence, NOT_FINITE)
 
     def _close(self, sequence: Sequence, finish: FinishReason) -> RequestOutput:
         """Forget a sequence that neither runs nor waits any more; its last output."""

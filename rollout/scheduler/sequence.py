@@ -20,6 +20,7 @@ from engine.protocol import (
     VersionSpan,
 )
 from rollout.cache.radix_tree import Node
+from rollout.scheduler.encode import RowNumbers
 
 NO_LOGPROBS: FloatArray = np.empty(0, np.float32)
 
@@ -29,7 +30,7 @@ class Sequence:
     """Owned by the scheduler; `slot` is -1 while it waits.
 
     arrival: rank among all requests ever added. group_order: arrival of its group's first.
-    max_new_tokens: as requested, at most what the context leaves.
+    numbers: what the slot table stores of the request.
     tokens: int32, prompt and outputs as of the last time it entered the queue.
     logprobs: float32, those of the outputs in `tokens`. entropies: the same, if wanted.
     span_start, span_version: the span of output tokens still open; -1 before the first.
@@ -41,7 +42,7 @@ class Sequence:
     request: Request
     arrival: int
     group_order: int
-    max_new_tokens: int
+    numbers: RowNumbers
     tokens: IntArray
     logprobs: FloatArray = field(default_factory=lambda: NO_LOGPROBS)
     entropies: FloatArray = field(default_factory=lambda: NO_LOGPROBS)
@@ -62,6 +63,11 @@ class Sequence:
     prompt_emitted: bool = False
     kv_spans: list[VersionSpan] = field(default_factory=list)
     kv_end: int = 0
+
+    @property
+    def max_new_tokens(self) -> int:
+        """As requested, at most what the context leaves."""
+        return self.numbers.max_new_tokens
 
     @property
     def prompt_len(self) -> int:
@@ -122,7 +128,7 @@ class Sequence:
             request=self.request,
             arrival=self.arrival,
             group_order=self.group_order,
-            max_new_tokens=self.max_new_tokens,
+            numbers=self.numbers,
             tokens=self.tokens[: self.prompt_len],
             admitted=self.admitted,
             cached_tokens=self.cached_tokens,

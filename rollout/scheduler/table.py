@@ -6,16 +6,23 @@ The large tables come from `np.zeros`, whose pages the system commits when writt
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from engine.protocol import IntArray
 from rollout.scheduler.sequence import Sequence
 
 FREE, PREFILLING, DECODING = 0, 1, 2
+STOP_COLUMNS = 8
+"""Stop ids of a sequence that are compared for all rows at once. A sequence with more has its
+token looked up in a set of its own while it runs, and costs the others nothing."""
+
+BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 class SlotTable:
-    """Columns by slot. S slots, C context length, K stop ids of the request with most.
+    """Columns by slot. S slots, C context length, K = `STOP_COLUMNS`.
 
     phase: FREE, PREFILLING or DECODING.
     uid: int64 [S], a number no other stay in a slot has.
@@ -25,7 +32,8 @@ class SlotTable:
     tokens: int32 [S, C]. logprobs: float32 [S, C], by position; those of outputs only.
     entropies: float32 [S, C], as `logprobs`; written only for requests that want them.
     page_table: int32 [S, ceil(C / page_size)]; the first `num_pages` are valid.
-    stop_ids: int32 [S, K], padded with -1.
+    stop_ids: int32 [S, K], padded with -1; empty in the rows of `many_stops`, the sets of
+        those sequences that have more than K.
     """
 
     def __init__(self, num_slots: int, context_length: int, page_size: int) -> None:
@@ -46,7 +54,8 @@ class SlotTable:
         self.version = np.zeros(num_slots, np.int64)
         self.stream = np.zeros(num_slots, np.bool_)
         self.top_logprobs = np.zeros(num_slots, np.int32)
-        self.stop_ids = np.full((num_slots, 1), -1, np.int32)
+        self.stop_ids = np.full((num_slots, STOP_COLUMNS), -1, np.int32)
+        self.many_stops: dict[int, frozenset[int]] = {}
         self.tokens = np.zeros((num_slots, context_length), np.int32)
         self.logprobs = np.zeros((num_slots, context_length), np.float32)
         self.entropies = np.zeros((num_slots, context_length), np.float32)
@@ -55,7 +64,7 @@ class SlotTable:
 
     def load(self, slot: int, sequence: Sequence, kv_tokens: int) -> None:
         """Put `sequence` into a free slot; kv_tokens: what the whole KV pool holds."""
-        request, size = sequence.request, len(sequence.tokens)
+        request, size, numbers = sequence.request, len(sequence.tokens), sequence.numbers
         prompt_len = sequence.prompt_len
         self.phase[slot] = PREFILLING
         self.uid[slot] = self._next_uid
@@ -64,19 +73,19 @@ class SlotTable:
         self.prompt_len[slot] = prompt_len
         self.num_computed[slot] = self.num_pages[slot] = 0
         # A token's KV is written one step after it was sampled, so the last needs no room.
-        self.max_tokens[slot] = min(prompt_len + sequence.max_new_tokens, kv_tokens + 1)
-        self.min_tokens[slot] = prompt_len + request.sampling.min_new_tokens
-        self.priority[slot] = request.priority
+        self.max_tokens[slot] = min(prompt_len + numbers.max_new_tokens, kv_tokens + 1)
+        self.min_tokens[slot] = prompt_len + numbers.min_new_tokens
+        self.priority[slot] = numbers.priority
         self.arrival[slot] = sequence.arrival
         self.group_order[slot] = sequence.group_order
         self.version[slot] = sequence.span_version
         self.stream[slot] = request.stream
-        self.top_logprobs[slot] = request.top_logprobs
+        self.top_logprobs[slot] = numbers.top_logprobs
         self.tokens[slot, :size] = sequence.tokens
         self.logprobs[slot, prompt_len:size] = sequence.logprobs
         if request.entropy:
             self.entropies[slot, prompt_len:size] = sequence.entropies
-        self._set_stop_ids(slot, request.stop_ids)
+        self._set_stop_ids(slot, numbers.stop_ids)
 
     def pages(self, slot: int) -> IntArray:
         """The pages of a slot, int32; a view."""
@@ -89,8 +98,19 @@ class SlotTable:
         self.num_pages[slot] = column + len(pages)
         return column
 
+    def is_stop(self, slots: IntArray, ids: IntArray) -> BoolArray:
+        """Which of the tokens `ids` (int32 [R]) is a stop id of its slot; bool [R]."""
+        stopped: BoolArray = (self.stop_ids[slots] == ids[:, None]).any(axis=1)
+        if self.many_stops:
+            for row in np.flatnonzero(np.isin(slots, list(self.many_stops))).tolist():
+                stopped[row] = int(ids[row]) in self.many_stops[int(slots[row])]
+        return stopped
+
     def clear(self, slot: int | IntArray) -> None:
         """Make one slot or several free."""
+        if self.many_stops:
+            for gone in np.atleast_1d(slot).tolist():
+                self.many_stops.pop(gone, None)
         self.phase[slot] = FREE
         self.uid[slot] = 0
         self.num_pages[slot] = 0
@@ -98,10 +118,9 @@ class SlotTable:
         self.stream[slot] = False
         self.top_logprobs[slot] = 0
 
-    def _set_stop_ids(self, slot: int, stop_ids: list[int]) -> None:
-        missing = len(stop_ids) - self.stop_ids.shape[1]
-        if missing > 0:
-            wider = np.full((self.num_slots, missing), -1, np.int32)
-            self.stop_ids = np.concatenate((self.stop_ids, wider), axis=1)
+    def _set_stop_ids(self, slot: int, stop_ids: IntArray) -> None:
         self.stop_ids[slot] = -1
-        self.stop_ids[slot, : len(stop_ids)] = stop_ids
+        if len(stop_ids) > STOP_COLUMNS:
+            self.many_stops[slot] = frozenset(stop_ids.tolist())
+        else:
+            self.stop_ids[slot, : len(stop_ids)] = stop_ids

@@ -8,7 +8,7 @@ import torch
 
 from engine.batch import RequestTable
 from engine.protocol import NewRow, RowSampling
-from engine.sampling import DrawOptions, Sampler, edit_logits
+from engine.sampling import DrawOptions, Sampler, edit_logits, edit_of
 
 PLAIN = RowSampling(
     temperature=1.0,
@@ -37,7 +37,11 @@ PROMPT = 2
 
 def edited(params: RowSampling, logits: list[float] | None = None) -> list[float]:
     values = torch.tensor(logits or [1.0] * 8)
-    edit_logits(values, KNOWN, PROMPT, params)
+    token_ids = KNOWN[:PROMPT].int().numpy()
+    entering = NewRow(slot=0, token_ids=token_ids, prompt_len=PROMPT, sampling=params)
+    edit = edit_of(entering, torch.device("cpu"))
+    assert edit is not None
+    edit_logits(values, KNOWN, edit)
     return values.tolist()
 
 
@@ -107,10 +111,30 @@ def test_a_slot_forgets_its_former_tenant() -> None:
     logits = torch.zeros(1, 16)
     drawn = draw(sampler, table, [0], [3], logits)
     assert drawn.token_S[0] == 9 and drawn.entropy_S is not None
-    assert drawn.top is not None and drawn.top[0].shape == (1, 3)
+    assert drawn.top is not None and drawn.top.ids.shape == (1, 3)
     sampler.enter([row(0, changed(temperature=0.0))])
     drawn = draw(sampler, table, [0], [3], logits)
     assert drawn.token_S[0] == 0 and drawn.top is None and drawn.entropy_S is None
+
+
+def test_a_wide_answer_is_computed_for_the_rows_that_ask_alone() -> None:
+    sampler, table = make([row(0, PLAIN), row(1, changed(top_logprobs=50)), row(2, PLAIN)])
+    logits = torch.randn(3, 100)
+    top = draw(sampler, table, [2, 1, 0], [3, 3, 3], logits).top
+    assert top is not None and top.rows.tolist() == [1] and top.rows.dtype == np.int32
+    assert top.ids.shape == top.logprobs.shape == (1, 50)
+    assert top.ids[0, 0] == logits[1].argmax()
+
+
+@pytest.mark.parametrize("bad", [{"top_k": 2**63}, {"top_logprobs": 2**31}])
+def test_a_row_that_no_table_holds_changes_nothing(bad: dict[str, int]) -> None:
+    sampler, table = make([row(0, changed(temperature=0.0)), row(1, changed(seed=9))])
+    logits = torch.randn(2, 100)
+    before = draw(sampler, table, [0, 1], [3, 3], logits)
+    with pytest.raises(OverflowError):
+        sampler.enter([row(0, changed(temperature=3.0, seed=77)), row(1, changed(**bad))])
+    after = draw(sampler, table, [0, 1], [3, 3], logits)
+    assert after.token_S.tolist() == before.token_S.tolist() and after.top is None
 
 
 def test_seeds_of_any_size_are_taken() -> None:

@@ -43,6 +43,8 @@ EOS_ID = 299
 NUM_PRINTABLE = 94
 POISON = 77
 """A prompt whose first token is POISON makes its step raise OutOfMemory."""
+NOT_FINITE = 298
+"""Logits after a prompt whose first token is NOT_FINITE are NaN from its third output token on."""
 
 
 def next_token(tokens: list[int], shift: int = 0) -> int:
@@ -116,7 +118,7 @@ class FakeExecutor:
         return StepResult(
             step=plan.step,
             token_ids=token_ids,
-            logprobs=_logprobs(token_ids),
+            logprobs=np.where(self._broken(plan), np.float32(np.nan), _logprobs(token_ids)),
             top=self._top_of(plan, token_ids),
             prompt=self._prompt_logprobs(plan),
             entropies=self._entropies(plan, token_ids),
@@ -168,6 +170,12 @@ class FakeExecutor:
             os._exit(5)
         if any(self._rows[slot][0] == POISON for slot in plan.slots.tolist()):
             raise OutOfMemory("no room for the logits", field="rank 0")
+
+    def _broken(self, plan: StepPlan) -> np.ndarray:
+        slots = plan.slots[plan.samples].tolist()
+        rows = [(self._rows[slot], self._prompts[slot][1]) for slot in slots]
+        wrong = [tokens[0] == NOT_FINITE and len(tokens) - size > 2 for tokens, size in rows]
+        return np.array(wrong, np.bool_)
 
     def _top_of(self, plan: StepPlan, token_ids: np.ndarray) -> TopLogprobs | None:
         slots = plan.slots[plan.samples].tolist()

@@ -10,6 +10,7 @@ import numpy as np
 from engine.config import SchedulerConfig
 from engine.protocol import Request, RequestOutput, SamplingParams, StepPlan, StepResult
 from rollout.cache.manager import CacheManager
+from rollout.scheduler.encode import row_numbers
 from rollout.scheduler.scheduler import Scheduler
 from rollout.scheduler.sequence import Sequence
 from tests.helpers.mock_executor import (
@@ -169,7 +170,11 @@ def expected(request: Request) -> tuple[list[int], list[float]]:
     size = request.sampling.max_new_tokens
     tokens = request.prompt_ids
     sequence = Sequence(
-        request=request, arrival=0, group_order=0, max_new_tokens=size, tokens=tokens
+        request=request,
+        arrival=0,
+        group_order=0,
+        numbers=row_numbers(request, size),
+        tokens=tokens,
     )
     return generate_alone(tokens.tolist(), sequence.row_sampling(), request.stop_ids, size, VOCAB)
 

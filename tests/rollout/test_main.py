@@ -36,8 +36,9 @@ def test_the_options_of_serve_are_these() -> None:
         "max_running", "max_waiting", "kv_memory", "mem_fraction", "page_size", "prefix_cache",
         "enable_memory_saver", "enable_weights_cpu_backup", "trainer_memory",
         "trainer_training_memory", "reserve_shadow",
-        "base_gpu", "weight_version", "seed", "incremental_streaming_output", "max_body_mib",
-        "max_control_body_mib",
+        "base_gpu", "weight_version", "seed", "replica_id",
+            "incremental_streaming_output",
+        "max_body_mib", "max_control_body_mib",
     ]  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
+from pytest import LogCaptureFixture
 
-from rollout.seeds import derive_seed
+from rollout.seeds import base_seed, derive_seed
 
 
 def test_values_are_fixed_for_ever() -> None:
@@ -27,3 +28,18 @@ def test_bits_are_balanced() -> None:
     for bit in range(63):
         ones = sum(seed >> bit & 1 for seed in seeds)
         assert 1800 < ones < 2200, f"bit {bit} is set {ones} of 4000 times"
+
+
+def test_without_a_seed_every_start_draws_its_own_and_logs_it(caplog: LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    drawn = [base_seed(None) for _ in range(20)]
+    assert len(set(drawn)) == 20 and all(0 <= seed < 2**63 for seed in drawn)
+    assert all(
+        str(seed) in record.getMessage() for seed, record in zip(drawn, caplog.records, strict=True)
+    )
+
+
+def test_a_seed_is_used_as_it_is_unless_replicas_are_set_apart() -> None:
+    assert base_seed(7) == 7
+    assert base_seed(7, "a") == base_seed(7, "a")
+    assert len({base_seed(7), base_seed(7, "a"), base_seed(7, "b"), base_seed(8, "a")}) == 4

@@ -159,6 +159,37 @@ def test_a_row_of_nan_raises_nothing_and_harms_no_other(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(
+    "filters", [{}, {"top_k_S": 1}, {"top_k_S": 20, "top_p_S": 0.9}, {"min_p_S": 0.1}]
+)
+def test_every_row_that_is_not_finite_says_so_by_its_logprob(backend, temperature, filters) -> None:
+    """One NaN or +inf among many logits, at any place, beside tokens that are banned."""
+    torch.manual_seed(0)
+    vocab, nan, inf = 1100, float("nan"), float("inf")
+    good = torch.randn(1, vocab)
+    good[0, 300:600] = -inf
+    rows = [good]
+    for value in (nan, inf):
+        for at in (0, 255, 256, 700, vocab - 1):
+            rows.append(good.clone())
+            rows[-1][0, at] = value
+        rows.append(torch.full((1, vocab), value))
+    rows += [torch.full((1, vocab), -inf), good]
+    half_nan = good.clone()
+    half_nan[0, 256:512] = nan
+    logits = torch.cat([*rows, half_nan])
+    tokens, logprobs = draw(backend, logits, temperature, **filters)
+    finite = logprobs.isfinite().tolist()
+    assert finite == [True, *[False] * (len(rows) - 2), True, False]
+    assert ((tokens >= 0) & (tokens < vocab)).all()
+    places = [0, len(rows) - 1]
+    alone = [draw(backend, good.expand(place + 1, -1), temperature, **filters) for place in places]
+    for place, (token, logprob) in zip(places, alone, strict=True):
+        assert tokens[place] == token[place] and logprobs[place] == logprob[place]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_no_rows(backend: str) -> None:
     tokens, logprobs = draw(backend, torch.empty(0, 50), 1.0)
     assert tokens.shape == logprobs.shape == (0,)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from rollout.scheduler.encode import row_numbers
 from rollout.scheduler.queue import PREFIX_WINDOW, WaitingQueue
 from rollout.scheduler.sequence import Sequence
 from tests.helpers.scheduling import make_request
@@ -15,7 +16,7 @@ def sequence(arrival: int, priority: int = 0, retractions: int = 0) -> Sequence:
         request=request,
         arrival=arrival,
         group_order=arrival,
-        max_new_tokens=8,
+        numbers=row_numbers(request, 8),
         tokens=np.array([1, 2], np.int32),
         num_retractions=retractions,
     )

@@ -1,0 +1,79 @@
+"""The numbers of one sequence as the tables store them, made before anything is changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.errors import InvalidRequest
+from engine.protocol import IntArray, Request
+
+_INT64 = np.iinfo(np.int64)
+_INT32 = np.iinfo(np.int32)
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+_FLOATS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "frequency_penalty",
+    "presence_penalty",
+    "repetition_penalty",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowNumbers:
+    """What `SlotTable.load` writes of a request, within the range of its columns.
+
+    max_new_tokens: at most what the context leaves. stop_ids: int32, each once.
+    """
+
+    priority: int
+    max_new_tokens: int
+    min_new_tokens: int
+    top_logprobs: int
+    stop_ids: IntArray
+
+
+def row_numbers(request: Request, room: int) -> RowNumbers:
+    """The numbers of `request`, whose sequence may grow by `room` tokens.
+
+    The HTTP edge has checked ranges before; this is the leader's own look, so that a number no
+    table can hold is refused with its request and never met in a step. Raises InvalidRequest
+    naming the field.
+    """
+    sampling = request.sampling
+    for name in _FLOATS:
+        _require_float32(name, getattr(sampling, name))
+    for token, bias in sampling.logit_bias.items():
+        if bias != -np.inf:
+            _require_float32("logit_bias", bias)
+        _require_within("logit_bias", token, 0, _INT32.max)
+    _require_within("top_k", sampling.top_k, -1, _INT64.max)
+    return RowNumbers(
+        priority=_require_within("priority", request.priority, _INT64.min, _INT64.max),
+        max_new_tokens=min(_require_within("max_new_tokens", sampling.max_new_tokens, 0), room),
+        # Above what the sequence can reach, every larger minimum means the same.
+        min_new_tokens=min(_require_within("min_new_tokens", sampling.min_new_tokens, 0), room + 1),
+        top_logprobs=_require_within("top_logprobs", request.top_logprobs, 0, _INT32.max),
+        stop_ids=_stop_ids(request.stop_ids),
+    )
+
+
+def _stop_ids(ids: list[int]) -> IntArray:
+    for token in ids:
+        _require_within("stop_ids", token, 0, _INT32.max)
+    return np.array(sorted(set(ids)), np.int32)
+
+
+def _require_within(field: str, value: int, low: int, high: int | None = None) -> int:
+    if value < low or (high is not None and value > high):
+        bounds = f"{low} or more" if high is None else f"{low} to {high}"
+        raise InvalidRequest(f"{field} is {value}; give {bounds}", field=field)
+    return value
+
+
+def _require_float32(field: str, value: float) -> None:
+    if not -_FLOAT32_MAX <= value <= _FLOAT32_MAX:
+        raise InvalidRequest(f"{field} is {value}; no float32 number holds that", field=field)
