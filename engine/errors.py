@@ -16,6 +16,7 @@
     │   ├── UpdateOrder                a command of the update came out of order
     │   ├── ManifestMismatch           unknown, missing, duplicate or misshapen tensor
     │   ├── ChecksumMismatch           a tensor's bits are not the sender's
+    │   ├── NonFiniteWeights           a tensor has NaN, inf or what its dtype cannot hold
     │   ├── GroupError                 a process group that cannot be joined or broke
     │   └── UpdateTimeout              a sender or rank missed its deadline
     ├── MemoryReleased                 what the command needs was given back; resume it first
@@ -120,6 +121,12 @@ class ManifestMismatch(WeightUpdateError):
 
 class ChecksumMismatch(WeightUpdateError):
     """A tensor arrived with other bits than its sender announced."""
+
+    status = 400
+
+
+class NonFiniteWeights(WeightUpdateError):
+    """A tensor holds NaN or inf, or values beyond the range of the dtype that is served."""
 
     status = 400
 

@@ -34,8 +34,12 @@ class Executor(Protocol):
         """Run one command that is no step; raises its typed error."""
         ...
 
-    def receive(self, tensors: Iterable[tuple[str, Any]]) -> None:
-        """Feed the open update with (Hugging Face name, torch.Tensor) of this process."""
+    def receive(self, tensors: Iterable[tuple[str, Any]], *, lasting: bool = False) -> None:
+        """Feed the open update with (Hugging Face name, torch.Tensor) of this process.
+
+        lasting: the tensors stay as they are until the commit. Else each is read before the
+        next is asked for, and no reference to it is kept.
+        """
         ...
 
     def abort(self) -> None:
@@ -68,9 +72,9 @@ class LocalExecutor:
         """Run one command that is no step."""
         return self._worker.handle(command)
 
-    def receive(self, tensors: Iterable[tuple[str, Any]]) -> None:
+    def receive(self, tensors: Iterable[tuple[str, Any]], *, lasting: bool = False) -> None:
         """Feed the open update."""
-        self._worker.receive(tensors)
+        self._worker.receive(tensors, lasting=lasting)
 
     def abort(self) -> None:
         """Give up on the other ranks."""

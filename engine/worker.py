@@ -47,7 +47,7 @@ from engine.protocol import (
 )
 from engine.sampling import Sampler
 from engine.transfer import Fetch, to_device
-from engine.weights.open import open_source
+from engine.weights.open import open_source, origin_of
 from engine.weights.service import WeightService
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class Worker:
             require_weights=partial(self._occupancy.require, "weights"),
         )
         source = open_source(files.kind, files.path, self._model, config.weight_seed)
-        self._weights.session.load_initial(source)
+        self._weights.session.load_initial(source, origin_of(files.kind, files.path))
         # A graph pads its batch with rows that need a slot and a page of nobody's.
         num_scratch = int(config.cuda_graphs and device.type == "cuda")
         self._pool = self._build_pool(config, context, dtype, num_scratch)
@@ -183,9 +183,12 @@ class Worker:
             case _:
                 return self._weights.handle(command)
 
-    def receive(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Feed the open update from tensors of this process, which stay theirs until commit."""
-        self._weights.session.receive(tensors)
+    def receive(
+        self, tensors: Iterable[tuple[str, torch.Tensor]], *, lasting: bool = False
+    ) -> None:
+        """Feed the open update from tensors of this process, each read before the next is asked
+        for, or at the commit if all of them are `lasting`."""
+        self._weights.session.receive(tensors, lasting=lasting)
 
     def abort(self) -> None:
         """Give up on the other ranks: what waits for them ends. From any thread."""

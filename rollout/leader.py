@@ -40,6 +40,7 @@ from engine.protocol import (
     LeaveGroup,
     LoadFromDisk,
     Pause,
+    PrepareUpdate,
     ReceiveBroadcast,
     ReceiveIpc,
     ReleaseMemory,
@@ -74,7 +75,7 @@ _MAX_VERSION = 2**63 - 1
 _DEVICE_SIGNS = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "NCCL")
 _BESIDE_STEPS = (GetState, Abort, Stop)
 """Commands that leave steps in flight alone: at most they mark rows, whose results are dropped."""
-_TRANSFERS = (ReceiveBroadcast, ReceiveIpc, LoadFromDisk, CommitUpdate)
+_TRANSFERS = (ReceiveBroadcast, ReceiveIpc, LoadFromDisk, PrepareUpdate, CommitUpdate)
 
 
 class PendingStep(Protocol):
@@ -102,8 +103,9 @@ class StepExecutor(Protocol):
         """Run one command that is no step; raises its typed error."""
         ...
 
-    def receive(self, tensors: Iterable[tuple[str, Any]]) -> None:
-        """Feed the open update from tensors of this process."""
+    def receive(self, tensors: Iterable[tuple[str, Any]], *, lasting: bool = False) -> None:
+        """Feed the open update from tensors of this process, each read before the next is asked
+        for unless all are `lasting`."""
         ...
 
     def close(self) -> None:
@@ -268,9 +270,13 @@ class Leader:
         )
 
     def update_weights_inproc(
-        self, begin: BeginUpdate, tensors: Iterable[tuple[str, Any]]
+        self, begin: BeginUpdate, tensors: Iterable[tuple[str, Any]], *, lasting: bool = False
     ) -> UpdateReport:
         """One whole update from tensors of this process: begin, receive, commit.
+
+        lasting: the tensors stay as they are until this returns, and none is copied before the
+        commit. Else each is read before the next is asked for, so a source may gather them one
+        by one into the same memory.
 
         Whatever goes wrong in between, also in `tensors` itself, aborts the update, and
         the error is raised on.
@@ -279,7 +285,7 @@ class Leader:
         self._update(begin)
         committed = False
         try:
-            self._executor.receive(tensors)
+            self._executor.receive(tensors, lasting=lasting)
             reply = self._update(CommitUpdate(version=begin.version))
             committed = True
         finally:
@@ -407,6 +413,8 @@ class Leader:
                 ready.begun(replace(command, mode=mode) if reply.in_place else command)
             case AbortUpdate():
                 ready.aborted()
+            case PrepareUpdate():
+                ready.prepared()
             case CommitUpdate() if ready.committed(command.version):
                 self._outputs += self._scheduler.set_version(command.version)
         return reply

@@ -12,6 +12,14 @@ from engine.errors import CheckpointError, ModelNotFound
 from engine.models.config import ModelConfig, read_config
 from engine.models.gguf_config import gguf_config
 from engine.models.gguf_file import GGUFFile
+from engine.models.weight_files import (
+    exists,
+    is_folder,
+    read_small,
+    require_file,
+    shown,
+    weight_files,
+)
 
 FileKind = Literal["safetensors", "gguf", "random"]
 
@@ -37,13 +45,15 @@ def locate(model: str | Path, load_format: LoadFormat = "auto") -> ModelFiles:
     fit `load_format` or cannot be read, UnknownArchitecture when it is not served.
     """
     path = Path(model).expanduser()
-    if not path.exists():
+    if not exists(path):
         raise ModelNotFound(
-            f"no model at {path}: give a Hugging Face folder, a .gguf file, or a config.json",
+            f"no model at {shown(path)}: give a Hugging Face folder, a .gguf file, or a "
+            "config.json",
             field="model",
         )
-    if path.is_dir():
+    if is_folder(path):
         path = _inside(path)
+    require_file(path)
     if path.suffix == ".gguf":
         return _gguf(path, load_format)
     if path.suffix == ".json":
@@ -84,19 +94,20 @@ def _hugging_face(config: Path, load_format: LoadFormat) -> ModelFiles:
     model_config = read_config(source, generation)
     if load_format == "random":
         return ModelFiles("random", config.parent, model_config, source)
-    if not any(config.parent.glob("*.safetensors*")):
+    try:
+        weight_files(config.parent)
+    except ModelNotFound as error:
         raise CheckpointError(
-            f"{config.parent} has no *.safetensors files; use load_format 'random' to run "
-            "without weights",
+            f"{error.message}; use load_format 'random' to run without weights",
             field="load_format",
-        )
+        ) from error
     return ModelFiles("safetensors", config.parent, model_config, source)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        value = json.loads(read_small(path).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}", field=path.name) from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no JSON object", field=path.name)

@@ -147,17 +147,21 @@ class ReceiveIpc(Struct, frozen=True, kw_only=True, tag="receive_ipc"):
 class LoadFromDisk(Struct, frozen=True, kw_only=True, tag="load_from_disk"):
     """Feed the open update from a folder of safetensors files (or one file).
 
-    A folder with `delta.json` holds changed tensors only, against the version it names.
+    Everything is read before the reply, so the files may go or change after it. A folder with
+    `delta.json` holds changed tensors only, against the version it names. Any other has to hold
+    the whole model, unless `partial`: some tensors of it, the first of several folders, say.
     """
 
     path: str
+    partial: bool = False
 
 
 class PrepareUpdate(Struct, frozen=True, kw_only=True, tag="prepare_update"):
     """Verify the open update as its commit would, and place nothing.
 
     The first of two phases for a trainer with several engines: once every engine has answered,
-    no commit can be refused for what came. Idempotent; a commit without it verifies by itself.
+    no commit can be refused for what came. The update's time starts anew. Idempotent; what comes
+    afterwards has to be verified again, and a commit without it verifies by itself.
     """
 
     version: int

@@ -46,13 +46,17 @@ class _Slot:
 
 
 class Catalog:
-    """A model's weight index, looked up once: names, shapes and storages do not change."""
+    """A model's weight index, looked up once: names, shapes and storages do not change.
+
+    device: where the weights are.
+    """
 
     def __init__(self, model: Loadable) -> None:
         self._index = dict(model.weight_index())
         self._aliases = dict(model.aliases())
         self._ignored = model.ignored_names()
         self._slots: dict[str, _Slot] = {}
+        self.device = next(iter(self._index.values()))[0].device
 
     @property
     def names(self) -> Iterable[str]:
@@ -85,6 +89,14 @@ class Catalog:
         """This rank's elements of a tensor: a view of the live weights."""
         parameter, part = self.target(name)
         return parameter.view_of(part)
+
+    def is_needed(self, name: str) -> bool:
+        """Whether a tensor goes anywhere: checkpoints hold some that can be computed."""
+        return name not in self._ignored
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype a tensor is served in."""
+        return self._slot(name).target.dtype
 
     def held_bytes(self, name: str) -> int:
         """Bytes of this rank's elements of a tensor; 0 for one that is not needed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -24,3 +24,12 @@ def open_source(
     if kind == "safetensors":
         return safetensors.tensors(path)
     return random.tensors(model.weight_index(), seed)
+
+
+def origin_of(
+    kind: Literal["safetensors", "gguf", "random"], path: Path
+) -> Callable[[str], Path | str]:
+    """Tells the file that a tensor came from, for an error that names it."""
+    if kind == "safetensors":
+        return lambda name: safetensors.open_listing(path).file_of(name)
+    return lambda _name: "random weights" if kind == "random" else path

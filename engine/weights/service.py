@@ -72,7 +72,7 @@ class WeightService:
             case ReceiveIpc():
                 self._ipc.receive(command)
             case LoadFromDisk():
-                disk.receive(self.session, Path(command.path))
+                disk.receive(self.session, Path(command.path), partial=command.partial)
             case PrepareUpdate():
                 self.session.prepare(command.version)
             case CommitUpdate():

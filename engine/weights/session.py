@@ -7,7 +7,12 @@ In shadow mode what is received is held and no live weight touched; the commit v
 then places it all between two steps, so a failed or dead update leaves the old version serving.
 In in-place mode tensors are written as they come, and from the first of them until a commit
 that covers what was torn the engine refuses to step; in undo mode what they replaced is kept,
-and an update that ends otherwise puts it back. In no mode does a step see a mixture.
+and an update that ends otherwise puts it back. In no mode does a step see a mixture: before a
+live weight is touched the session refuses to serve, and it serves again after a commit by all
+ranks or once every weight that was touched has its old value.
+
+One command runs at a time. Receiving may run on another thread than the steps, which only ask
+`require_servable`; what was received is complete on the device when the command returns.
 
 The ranks of a replica run the same commands in the same order. Where a rank may refuse what
 the others accept (memory, a lost connection, its clock), they agree first: `agree` is the
@@ -21,10 +26,12 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 
 from engine.errors import (
+    CheckpointError,
     ManifestMismatch,
     OutOfMemory,
     SlipstreamError,
@@ -34,15 +41,18 @@ from engine.errors import (
 )
 from engine.memory import free_bytes
 from engine.protocol import BeginUpdate, TensorPiece, TensorSpec, UpdateReport
-from engine.weights import verify
+from engine.weights import finite, verify
 from engine.weights.catalog import Catalog
 from engine.weights.coverage import Coverage
 from engine.weights.load import Loadable, load
 from engine.weights.modes import REFUSED, SHADOW, UNDO, choose_mode, undo_size
 from engine.weights.staging import OpenUpdate, bounds
+from engine.weights.torn import TornWeights
 from engine.weights.undo import UndoCopy
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def _alone(value: int) -> int:
@@ -51,6 +61,10 @@ def _alone(value: int) -> int:
 
 def _nothing_released() -> None:
     """The check of an engine whose weights are always there."""
+
+
+def _nowhere(_name: str) -> str:
+    return "no file"
 
 
 class UpdateSession:
@@ -78,9 +92,7 @@ class UpdateSession:
         self._open: OpenUpdate | None = None
         self._last: UpdateReport | None = None
         self._failure = ""
-        self._torn: dict[str, int] = {}
-        self._refusal = ""
-        self._before: tuple[dict[str, int], str] = ({}, "")
+        self._torn = TornWeights()
         self._announced: tuple[list[TensorSpec], bool, dict[str, TensorSpec]] | None = None
         self._expected: tuple[dict[str, TensorSpec], Sequence[TensorPiece]] | None = None
 
@@ -97,21 +109,46 @@ class UpdateSession:
     @property
     def refusal(self) -> str:
         """Why no step may run, if so."""
-        return self._refusal
+        return self._torn.refusal
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.catalog.view(next(iter(self.catalog.names))).device
+        return self.catalog.device
 
-    def load_initial(self, source: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Fill the fresh model. Raises ManifestMismatch naming the tensor."""
-        load(self._model, source)
+    def load_initial(
+        self,
+        source: Iterable[tuple[str, torch.Tensor]],
+        origin: Callable[[str], object] = _nowhere,
+    ) -> None:
+        """Fill the fresh model. origin: the file that holds a tensor, for errors.
+
+        Raises ManifestMismatch for a tensor that is missing or does not belong to the model,
+        CheckpointError for one that is not finite; both name the tensor and its file.
+        """
+        try:
+            load(self._model, source)
+        except ManifestMismatch as error:
+            raise ManifestMismatch(
+                f"{error.message} ({origin(error.field)})", field=error.field
+            ) from error
+        catalog = self.catalog
+        views = ((name, catalog.view(name)) for name in catalog.names)
+        unfit = finite.find_unfit([(name, view, view.dtype) for name, view in views])
+        if unfit is not None:
+            name, why = unfit
+            dtype = str(catalog.dtype(name)).removeprefix("torch.")
+            raise CheckpointError(
+                f"{name} ({origin(name)}) {why} in {dtype}: the checkpoint is broken, or its "
+                "values are beyond what this dtype holds",
+                field=name,
+            )
 
     def require_servable(self) -> None:
-        """Raise WeightUpdateError while the weights may be a mixture."""
-        if self._refusal:
-            raise WeightUpdateError(self._refusal, field="version")
+        """Raise WeightUpdateError while the weights may be a mixture. From any thread."""
+        refusal = self._torn.refusal
+        if refusal:
+            raise WeightUpdateError(refusal, field="version")
 
     def begin(self, command: BeginUpdate) -> OpenUpdate:
         """Open the update to `command.version`, and return it; the same again starts it again.
@@ -126,17 +163,20 @@ class UpdateSession:
             self._close("")
         self._failure = ""
         announced: dict[str, TensorSpec] = {}
-        mode, error = REFUSED, None
+        mode, error, decided = REFUSED, None, False
         try:
             announced = self._announce(command)
             mode = choose_mode(command, self.catalog, self.device, self._free)
+            decided = True
         except SlipstreamError as refusal:
-            error = refusal
-        mode = self._agree(mode)
+            error, decided = refusal, True
+        finally:
+            # The other ranks wait for this one's answer, whatever happened here.
+            mode = self._agree(mode if decided else REFUSED)
         self._settle(error, mode != REFUSED)
         self._close("")
         undo = UndoCopy(*undo_size(command, self.catalog), self.device) if mode == UNDO else None
-        self._before = (dict(self._torn), self._refusal)
+        self._torn.remember()
         now = time.monotonic()
         self._open = OpenUpdate(
             command,
@@ -148,26 +188,35 @@ class UpdateSession:
         )
         return self._open
 
-    def receive(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Stage whole tensors that stay as they are until the commit; nothing is copied.
+    def receive(
+        self, tensors: Iterable[tuple[str, torch.Tensor]], *, lasting: bool = False
+    ) -> None:
+        """Take in whole tensors of this process.
 
+        lasting: each stays as it is until the commit, which reads it; nothing is copied before.
+        Else each is copied, or in undo and in-place mode written, before the next is asked for,
+        and no reference to it is kept.
         Raises ManifestMismatch for a tensor the model or the manifest does not have, one that
-        came before, or one of another shape or dtype. The update stays open: abort it.
+        came before, or one of another shape or dtype. The update stays open after an error of
+        ours: abort it. Any other error closes it.
         """
         update = self.require_open("receive")
-        for name, tensor in tensors:
-            if not tensor.is_floating_point():
-                raise ManifestMismatch(f"{name} has dtype {tensor.dtype}, not a float", field=name)
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            piece = TensorPiece(name, dtype, list(tensor.shape))
-            update.check(piece)
-            self.catalog.check(name, piece.shape)
-            update.lend(name, tensor)
+        with self._taking_in(closes=False):
+            for name, tensor in tensors:
+                self._check_whole(update, name, tensor)
+                if lasting:
+                    update.lend(name, tensor)
+                else:
+                    if update.in_place:
+                        self._torn.tear([self.catalog.canonical(name)], update.version)
+                    update.take(name, tensor.detach(), self.catalog, lasting=False)
+                # Not held while the source makes the next: it may be as large.
+                del tensor
 
     def lend(
         self, tensors: Sequence[tuple[str, torch.Tensor]], refusal: SlipstreamError | None
     ) -> None:
-        """`receive` for tensors that `expect` accepted. refusal: as in `receiving`."""
+        """`receive` for lasting tensors that `expect` accepted. refusal: as in `receiving`."""
         self._settle(refusal, self._agree(1 if refusal is None else 0) == 1)
         update = self.require_open("receive")
         for name, tensor in tensors:
@@ -182,13 +231,16 @@ class UpdateSession:
             return
         seen: dict[str, Coverage] = {}
         for piece in pieces:
-            self.catalog.check(piece.name, piece.shape)
-            update.check(piece)
+            self._check_piece(update, piece)
             size = math.prod(piece.shape)
             coverage = seen.setdefault(piece.name, Coverage(piece.name, size))
             coverage.add(*bounds(piece))
         if update.is_empty:
             self._expected = (update.announced, pieces)
+
+    def expect_one(self, piece: TensorPiece) -> None:
+        """Raise ManifestMismatch unless `piece` may come; nothing is changed."""
+        self._check_piece(self.require_open("receive"), piece)
 
     @contextmanager
     def receiving(
@@ -207,24 +259,10 @@ class UpdateSession:
         self._settle(refusal, agreed)
         update = self.require_open("receive")
         if update.in_place:
-            self._tear(pieces, update.version)
-        done = False
-        try:
+            names = {self.catalog.canonical(piece.name) for piece in pieces}
+            self._torn.tear(names, update.version)
+        with self._taking_in(closes=True):
             yield
-            done = True
-        except SlipstreamError as error:
-            self._close(error.message)
-            raise
-        except torch.OutOfMemoryError as error:
-            self._close("memory ran out")
-            raise OutOfMemory(
-                f"no memory for the tensors of version {update.version} ({error}); begin with "
-                "mode 'in_place', or give the KV pool less",
-                field="mode",
-            ) from error
-        finally:
-            if not done and self._open is not None:
-                self._close("it was interrupted")
 
     def feed(self, piece: TensorPiece, flat: torch.Tensor, *, lasting: bool) -> None:
         """Take in the elements of a piece; see `OpenUpdate.add`."""
@@ -241,32 +279,36 @@ class UpdateSession:
         return min(time.monotonic() + timeout_s, self.require_open("receive").expires)
 
     def prepare(self, version: int) -> None:
-        """Raise what `commit` would raise; nothing is placed."""
-        error: SlipstreamError | None = None
-        try:
-            self._check_commit(version)
-        except SlipstreamError as refusal:
-            error = refusal
-        self._settle(error, self._agree(0 if error else 1) == 1)
+        """Verify all that came, as the commit would; raise what it would raise. Nothing is placed.
+
+        The update's time starts anew. The commit that follows verifies nothing twice.
+        """
+        if self._on_all_ranks(lambda: self._check_commit(version)) is None:
+            assert self._open is not None, "what was verified is open"
+            self._open.expires = time.monotonic() + self._open.begin.timeout_s
 
     def commit(self, version: int) -> UpdateReport:
         """Verify and place what came; `version` serves from the next step on.
 
-        Returns once the copies are done. Committing the version that serves already returns
-        its report again. Raises UpdateOrder, UpdateTimeout, ManifestMismatch or
-        ChecksumMismatch; in shadow mode nothing was written then.
+        Returns once the copies are done on every rank. Committing the version that serves
+        already returns its report again. Raises UpdateOrder, UpdateTimeout, ManifestMismatch,
+        ChecksumMismatch, NonFiniteWeights or OutOfMemory; in shadow mode nothing was written
+        then. What fails while placing is put back in undo mode, which closes the update; in the
+        other modes the session refuses to serve, and the commit may be tried again.
         """
-        error: SlipstreamError | None = None
-        repeated: UpdateReport | None = None
-        try:
-            repeated = self._check_commit(version)
-        except SlipstreamError as refusal:
-            error = refusal
-        self._settle(error, self._agree(0 if error else 1) == 1)
+        repeated = self._on_all_ranks(lambda: self._check_commit(version))
         if repeated is not None:
             return repeated
-        assert self._open is not None
-        report = self._place(self._open)
+        update = self._open
+        assert update is not None, "what was verified is open"
+        placed = False
+        try:
+            report = self._on_all_ranks(lambda: self._place(update))
+            placed = True
+        finally:
+            if not placed and update.undo is not None:
+                self._close("placing it failed")
+        self._torn.mend()
         self._version, self._open, self._last = version, None, report
         return report
 
@@ -279,9 +321,12 @@ class UpdateSession:
         self._close("")
 
     def invalidate(self, reason: str) -> None:
-        """The weights are gone: refuse to step until an update covered every tensor."""
-        self._torn = dict.fromkeys(self.catalog.names, self._version)
-        self._refusal = reason
+        """The weights are gone: refuse to step until an update covered every tensor.
+
+        An update that is still open is over; there is nothing to put its old values back into.
+        """
+        self._open, self._failure = None, reason
+        self._torn.tear_all(self.catalog.names, self._version, reason)
 
     def require_open(self, what: str) -> OpenUpdate:
         """The open update. Raises UpdateOrder without one, UpdateTimeout when its time is up,
@@ -322,21 +367,26 @@ class UpdateSession:
         update = self.require_open("commit")
         if update.version != version:
             raise self._wrong_version(update, version)
-        verify.require_complete(update, self.catalog, self._torn)
-        verify.require_checksums(update, self.device)
+        if not update.verified:
+            verify.require_complete(update, self.catalog, self._torn.versions)
+            verify.require_bits(update, self.catalog, self.device)
+            update.keep_staged(self.catalog)
+            update.verified = True
         return None
 
     def _place(self, update: OpenUpdate) -> UpdateReport:
-        self._refusal = (
-            f"the commit of version {update.version} died while writing; the weights are a "
-            "mixture. Publish a whole version to serve again"
-        )
         staged = self._untied(update.staged)
+        names = [self.catalog.canonical(name) for name in staged]
+        self._torn.tear(
+            names,
+            update.version,
+            f"the commit of version {update.version} died while writing; the weights are a "
+            "mixture. Commit it again, or publish a whole version, to serve again",
+        )
+        update.touch(names, self.catalog)
         num_bytes = update.placed_bytes + self.catalog.place(staged)
-        if self.device.type == "cuda":
-            # The sender may change what it lent, and staged memory goes back, once this returns.
-            torch.cuda.current_stream(self.device).synchronize()
-        self._refusal, self._torn = "", {}
+        # The sender may change what it lent, and staged memory goes back, once this returns.
+        self._synchronize()
         return UpdateReport(
             version=update.version,
             num_tensors=len(self.catalog.covered(update.names)),
@@ -349,14 +399,59 @@ class UpdateSession:
         twins = {n for n, other in self.catalog.aliases.items() if n in staged and other in staged}
         return {name: tensor for name, tensor in staged.items() if name not in twins}
 
-    def _tear(self, pieces: Sequence[TensorPiece], version: int) -> None:
-        names = {self.catalog.canonical(piece.name) for piece in pieces}
-        self._torn.update(dict.fromkeys(names, version))
-        self._refusal = (
-            f"the update to version {version} is written in place and not committed: "
-            f"{verify.and_more(sorted(names))} may be a mixture. Commit it, or publish a whole "
-            "version, to serve again"
-        )
+    def _check_whole(self, update: OpenUpdate, name: str, tensor: torch.Tensor) -> None:
+        if not tensor.is_floating_point():
+            raise ManifestMismatch(f"{name} has dtype {tensor.dtype}, not a float", field=name)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        self._check_piece(update, TensorPiece(name, dtype, list(tensor.shape)))
+
+    def _check_piece(self, update: OpenUpdate, piece: TensorPiece) -> None:
+        self.catalog.check(piece.name, piece.shape)
+        update.check(piece)
+
+    @contextmanager
+    def _taking_in(self, *, closes: bool) -> Iterator[None]:
+        """Surrounds whatever takes tensors in. An error of ours closes the update if `closes`;
+        any other always does, since nobody knows what was done."""
+        ours = False
+        try:
+            yield
+            ours = True
+            self._synchronize()
+        except SlipstreamError as error:
+            ours = True
+            if closes:
+                self._close(error.message)
+            else:
+                self._synchronize()
+            raise
+        except torch.OutOfMemoryError as error:
+            version = self._open.version if self._open is not None else -1
+            self._close("memory ran out")
+            raise OutOfMemory(
+                f"no memory for the tensors of version {version} ({error}); begin with mode "
+                "'in_place', or give the KV pool less",
+                field="mode",
+            ) from error
+        finally:
+            if not ours and self._open is not None:
+                self._close("it was interrupted")
+
+    def _synchronize(self) -> None:
+        """Wait for the device, so that another thread and stream may go on from here."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def _on_all_ranks(self, run: Callable[[], T]) -> T:
+        """What `run` returns, if no rank's failed; each rank answers, whatever happens in it."""
+        succeeded = agreed = False
+        try:
+            result = run()
+            succeeded = True
+        finally:
+            agreed = self._agree(int(succeeded)) == 1
+        self._settle(None, agreed)
+        return result
 
     def _drop_expired(self) -> bool:
         update = self._open
@@ -370,9 +465,10 @@ class UpdateSession:
         update, self._open = self._open, None
         if update is None:
             return
-        if update.undo is not None:
+        if update.undo is not None and update.undo.has(update.touched):
+            # Refused until the last of them is back.
             update.undo.put_back(self.catalog)
-            self._torn, self._refusal = self._before
+            self._torn.restored()
         self._failure = f"the update to version {update.version} failed: {reason}" if reason else ""
         if reason:
             logger.warning("%s; version %d stays", self._failure, self._version)

@@ -3,11 +3,13 @@
 shadow: complete tensors wait here for the commit. in_place: a complete tensor is written into
 the live weights as it arrives, and only its name and checksum are kept; undo: with a copy of
 what it replaced. Tensors lent by a trainer cost no memory and wait for the commit in any mode.
+Whatever is looked up for each tensor is a set or a dict: a model may have tens of thousands.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -42,6 +44,12 @@ class OpenUpdate:
     placed: dict[str, str] = field(default_factory=dict)
     """In-place mode: names by canonical name."""
     placed_bytes: int = 0
+    touched: set[str] = field(default_factory=set)
+    """Canonical names of live tensors that were written, or were about to be."""
+    verified: bool = False
+    """Whether what came was verified, and nothing came since."""
+    names: set[str] = field(default_factory=set)
+    """Tensors that came completely."""
     sums: Checksums = field(default_factory=Checksums)
     _parts: dict[str, _Part] = field(default_factory=dict)
 
@@ -49,11 +57,6 @@ class OpenUpdate:
     def version(self) -> int:
         """The version this update leads to."""
         return self.begin.version
-
-    @property
-    def names(self) -> set[str]:
-        """Tensors that came completely."""
-        return {*self.staged, *self.placed.values()}
 
     @property
     def is_empty(self) -> bool:
@@ -71,7 +74,7 @@ class OpenUpdate:
     def check(self, piece: TensorPiece) -> None:
         """Raise ManifestMismatch for a piece that was not announced like this or came before."""
         name = piece.name
-        if name in self.staged or name in self.placed.values():
+        if name in self.names:
             raise ManifestMismatch(f"{name} came twice", field=name)
         spec = self.announced.get(name)
         if self.announced and spec is None:
@@ -93,24 +96,46 @@ class OpenUpdate:
         flat: its elements [stop - start]. lasting: that memory stays as it is until the commit;
         else it is read before this returns, in the order of the current stream.
         """
+        self.verified = False
         start, stop = bounds(piece)
         size = math.prod(piece.shape)
         if stop - start == size and piece.name not in self._parts:
-            copy = not (lasting or self.in_place)
-            whole = flat.clone() if copy else flat
-        else:
-            part = self._part_of(piece, flat, size)
-            part.coverage.add(start, stop)
-            part.elements[start:stop].copy_(flat, non_blocking=True)
-            if not part.coverage.complete:
-                return
+            self.take(piece.name, flat.view(piece.shape), catalog, lasting=lasting)
+            return
+        part = self._part_of(piece, flat, size)
+        part.elements[start:stop].copy_(flat, non_blocking=True)
+        part.coverage.add(start, stop)
+        if part.coverage.complete:
+            self.take(piece.name, part.elements.view(piece.shape), catalog, lasting=True)
             del self._parts[piece.name]
-            whole = part.elements
-        self._complete(piece.name, whole.view(piece.shape), catalog)
+
+    def take(self, name: str, tensor: torch.Tensor, catalog: Catalog, *, lasting: bool) -> None:
+        """Take in a whole tensor: hold it, or a copy of it unless it is `lasting`, or write it
+        in place."""
+        self.verified = False
+        if self.in_place:
+            self._write(name, tensor, catalog)
+        else:
+            self.staged[name] = tensor if lasting else copy_of(tensor, catalog.device)
+        self.names.add(name)
 
     def lend(self, name: str, tensor: torch.Tensor) -> None:
         """Take in a whole tensor that stays as it is until the commit, without reading it."""
+        self.verified = False
         self.staged[name] = tensor
+        self.names.add(name)
+
+    def keep_staged(self, catalog: Catalog) -> None:
+        """Undo mode: copy what the commit will replace. Raises OutOfMemory."""
+        for name in self.staged:
+            self._keep(catalog.canonical(name), catalog)
+
+    def touch(self, canonical: Iterable[str], catalog: Catalog) -> None:
+        """Live tensors are about to be written: undo mode keeps each of them first."""
+        for name in canonical:
+            if catalog.held_bytes(name):
+                self._keep(name, catalog)
+                self.touched.add(name)
 
     def _part_of(self, piece: TensorPiece, flat: torch.Tensor, size: int) -> _Part:
         if piece.name not in self._parts:
@@ -118,24 +143,30 @@ class OpenUpdate:
             self._parts[piece.name] = _Part(elements, Coverage(piece.name, size))
         return self._parts[piece.name]
 
-    def _complete(self, name: str, tensor: torch.Tensor, catalog: Catalog) -> None:
-        if not self.in_place:
-            self.staged[name] = tensor
-            return
+    def _write(self, name: str, tensor: torch.Tensor, catalog: Catalog) -> None:
         spec = self.announced.get(name)
         if spec is not None and spec.checksum is not None:
             self.sums.add(name, tensor)
         canonical = catalog.canonical(name)
         twin = self.placed.get(canonical)
         if twin is None:
-            if self.undo is not None and catalog.held_bytes(canonical):
-                self.undo.keep(canonical, catalog.view(canonical))
+            self.touch([canonical], catalog)
             self.placed_bytes += catalog.place({name: tensor})
             self.placed[canonical] = name
             return
         if not catalog.holds(name, tensor):
             raise tied_differ(name, twin)
-        self.placed[name] = name
+
+    def _keep(self, canonical: str, catalog: Catalog) -> None:
+        if self.undo is not None and catalog.held_bytes(canonical):
+            self.undo.keep(canonical, catalog.view(canonical))
+
+
+def copy_of(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The elements of a tensor in contiguous memory of their own, read when this returns: in
+    the order of the current stream of the device they come from."""
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    return copy.copy_(tensor)
 
 
 def bounds(piece: TensorPiece) -> tuple[int, int]:

@@ -22,7 +22,7 @@ class UndoCopy:
         self._kept: dict[str, torch.Tensor] = {}
 
     def reserve(self) -> None:
-        """Take the memory, before anything is replaced; tensors that are only lent need none.
+        """Take the memory, before anything is replaced.
 
         Raises OutOfMemory. Idempotent.
         """
@@ -39,11 +39,15 @@ class UndoCopy:
 
     @torch.no_grad()
     def keep(self, name: str, live: torch.Tensor) -> None:
-        """Copy a live tensor, in the order of the current stream."""
+        """Copy a live tensor, in the order of the current stream; the first time only, since
+        what is there a second time may be half of what came."""
+        if name in self._kept:
+            return
+        self.reserve()
         piece = self._memory[self._end : self._end + live.nbytes]
-        self._end += -(-live.nbytes // _ALIGNMENT) * _ALIGNMENT
         kept = piece.view(live.dtype).view(live.shape)
         kept.copy_(live, non_blocking=True)
+        self._end += -(-live.nbytes // _ALIGNMENT) * _ALIGNMENT
         self._kept[name] = kept
 
     @torch.no_grad()
@@ -53,4 +57,7 @@ class UndoCopy:
             catalog.view(name).copy_(kept)
         if self._kept and self._memory.is_cuda:
             torch.cuda.current_stream(self._memory.device).synchronize()
-        self._kept.clear()
+
+    def has(self, names: set[str]) -> bool:
+        """Whether the old values of all of `names` were kept."""
+        return names <= self._kept.keys()

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from engine.errors import ChecksumMismatch, ManifestMismatch
+from engine.errors import ChecksumMismatch, ManifestMismatch, NonFiniteWeights
 from engine.protocol import TensorSpec
+from engine.weights import finite
 from engine.weights.catalog import Catalog
-from engine.weights.checksum import Checksums
 from engine.weights.staging import OpenUpdate, tied_differ
+from engine.weights.torn import and_more
 
 
 def announced_tensors(
@@ -67,32 +68,56 @@ def require_complete(update: OpenUpdate, catalog: Catalog, torn: Mapping[str, in
     _compare_tied(update, catalog)
 
 
-def require_checksums(update: OpenUpdate, device: torch.device) -> None:
-    """Raise ChecksumMismatch naming a tensor whose bits are not those announced.
+def require_bits(update: OpenUpdate, catalog: Catalog, device: torch.device) -> None:
+    """Raise ChecksumMismatch naming a tensor whose bits are not those announced, and
+    NonFiniteWeights naming one that holds what cannot be served.
 
-    Everything is computed on `device`, which is waited for once.
+    Each tensor is read once: where a checksum was announced, on its pass, on `device`; one that
+    was written in place, where it serves; any other where it lies.
     """
-    sums: Checksums = update.sums
+    sums, unread = update.sums, []
     for name, tensor in update.staged.items():
         spec = update.announced.get(name)
         if spec is not None and spec.checksum is not None:
             sums.add(name, tensor.to(device, non_blocking=True))
-    for name, value in sums.values().items():
+        elif catalog.is_needed(name):
+            unread.append((name, tensor, catalog.dtype(name)))
+    for canonical, name in update.placed.items():
+        if name not in sums and catalog.is_needed(name):
+            unread.append((name, catalog.view(canonical), catalog.dtype(canonical)))
+    scans = sums.scans()
+    for name, scanned in scans.items():
         expected = update.announced[name].checksum
-        if value != expected:
+        if scanned.checksum != expected:
             raise ChecksumMismatch(
-                f"{name} arrived with checksum {value:#018x}, announced was {expected:#018x}",
+                f"{name} arrived with checksum {scanned.checksum:#018x}, announced was "
+                f"{expected:#018x}",
                 field=name,
             )
-
-
-def and_more(names: Sequence[str]) -> str:
-    """'a and 3 more'."""
-    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
+    known = (
+        (name, scanned.peak, scanned.dtype, catalog.dtype(name))
+        for name, scanned in scans.items()
+        if catalog.is_needed(name)
+    )
+    unfit = finite.first_unfit(known) or finite.find_unfit(unread)
+    if unfit is not None:
+        name, why = unfit
+        raise NonFiniteWeights(
+            f"{name} of the update to version {update.version} {why}; nothing can be served "
+            "with it",
+            field=name,
+        )
 
 
 def _compare_tied(update: OpenUpdate, catalog: Catalog) -> None:
     for alias, name in catalog.aliases.items():
         one, other = update.staged.get(alias), update.staged.get(name)
-        if one is not None and other is not None and not torch.equal(one, other.to(one.device)):
+        if one is not None and other is not None:
+            differ = not torch.equal(one, other.to(one.device))
+        elif name in update.placed and (one is not None or other is not None):
+            staged = alias if one is not None else name
+            differ = not catalog.holds(staged, update.staged[staged])
+        else:
+            differ = False
+        if differ:
             raise tied_differ(alias, name)

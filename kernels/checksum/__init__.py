@@ -14,18 +14,26 @@ from kernels.backend import KernelBackend, unknown_backend
 from kernels.checksum import reference
 
 
-def checksum_into(total: torch.Tensor, tensor: torch.Tensor, *, backend: KernelBackend) -> None:
+def checksum_into(
+    total: torch.Tensor,
+    tensor: torch.Tensor,
+    *,
+    backend: KernelBackend,
+    peak: torch.Tensor | None = None,
+) -> None:
     """Add the checksum of `tensor` to `total`, in place, without waiting for the device.
 
     total: int64 [1] on the tensor's device. tensor: any dtype of 1, 2, 4 or 8 bytes (one-byte
     elements are read unsigned) and any shape, read in row-major order.
+    peak: int64 [1] on that device; raised, on the same pass, to the largest element's bits
+    without their sign. Of IEEE floats these order as magnitudes do, with inf and then NaN last.
     Raises ValueError on an unknown backend.
     """
     if backend == "torch":
-        reference.checksum_into(total, tensor)
+        reference.checksum_into(total, tensor, peak)
     elif backend == "triton":
         from kernels.checksum import triton
 
-        triton.checksum_into(total, tensor)
+        triton.checksum_into(total, tensor, peak)
     else:
         raise unknown_backend(backend)

@@ -19,11 +19,22 @@ def words_of(tensor: torch.Tensor) -> torch.Tensor:
     return flat.view(_BITS[flat.element_size()])
 
 
-def checksum_into(total: torch.Tensor, tensor: torch.Tensor) -> None:
+def magnitude_mask(tensor: torch.Tensor) -> int:
+    """The bits of an element without its sign."""
+    return (1 << (8 * tensor.element_size() - 1)) - 1
+
+
+def checksum_into(
+    total: torch.Tensor, tensor: torch.Tensor, peak: torch.Tensor | None = None
+) -> None:
     """See `kernels.checksum.checksum_into`."""
     words = words_of(tensor)
+    mask = magnitude_mask(tensor)
     for start in range(0, words.numel(), _CHUNK):
-        chunk = words[start : start + _CHUNK].to(torch.int64) + SHIFT
+        part = words[start : start + _CHUNK]
+        if peak is not None:
+            torch.maximum(peak, (part & mask).amax().to(torch.int64), out=peak)
+        chunk = part.to(torch.int64) + SHIFT
         total += (chunk * _multipliers(start, chunk.numel(), words.device)).sum()
 
 

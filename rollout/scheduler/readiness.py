@@ -157,6 +157,11 @@ class Readiness:
         self._open = command
         self._deadline = time.monotonic() + command.timeout_s
 
+    def prepared(self) -> None:
+        """The open update was verified, and its time starts anew."""
+        if self._open is not None:
+            self._deadline = time.monotonic() + self._open.timeout_s
+
     def aborted(self) -> None:
         """No update is open."""
         self._open = None

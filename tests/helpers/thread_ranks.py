@@ -71,10 +71,10 @@ class ThreadedExecutor:
     def handle(self, command: EngineCommand) -> Reply:
         return on_ranks(len(self._ranks), lambda rank: self._ranks[rank].handle(command))[0]
 
-    def receive(self, tensors: Any) -> None:
+    def receive(self, tensors: Any, *, lasting: bool = False) -> None:
         named = list(tensors)
         for rank in self._ranks:
-            rank.receive(named)
+            rank.receive(named, lasting=lasting)
 
     def abort(self) -> None:
         for rank in self._ranks:

@@ -1,6 +1,8 @@
 """A folder that a trainer wrote, as the tensors of the open update.
 
-`delta.json` in it says that the folder holds only what changed since the version it names.
+`delta.json` in it says that the folder holds only what changed since the version it names. Any
+other folder holds the whole model, unless the command says that it is partial. Everything is
+checked by the files' headers before the first tensor is taken in, and read before the reply.
 """
 
 from __future__ import annotations
@@ -9,8 +11,9 @@ from pathlib import Path
 
 import msgspec
 
-from engine.errors import CheckpointError, ManifestMismatch, UpdateOrder
-from engine.protocol import TensorSpec
+from engine.errors import CheckpointError, ManifestMismatch, ModelNotFound, UpdateOrder
+from engine.models.weight_files import is_folder, read_small, shown, unfinished
+from engine.protocol import TensorPiece, TensorSpec
 from engine.weights.session import UpdateSession
 from engine.weights.sources import safetensors
 
@@ -25,41 +28,89 @@ class Delta(msgspec.Struct, frozen=True):
     tensors: list[TensorSpec]
 
 
-def receive(session: UpdateSession, path: Path) -> None:
+def receive(session: UpdateSession, path: Path, *, partial: bool = False) -> None:
     """Feed the open update with the safetensors files at `path`.
 
-    Raises ModelNotFound or CheckpointError for files that are missing or broken, UpdateOrder
-    for a delta against another version than the one that serves, ManifestMismatch for a delta
-    whose files are not what it says.
+    Raises ModelNotFound or CheckpointError for files that are missing, broken or not yet whole,
+    UpdateOrder for a delta against another version than the one that serves, ManifestMismatch
+    for tensors that may not come, for a delta whose files are not what it says, and for a folder
+    that lacks tensors of the model and is not `partial`. Nothing was taken in then.
     """
-    delta = _read_delta(path / DELTA_FILE)
-    if delta is None:
-        session.receive(safetensors.tensors(path))
-        return
-    _check_order(session, delta)
+    session.require_open("load")
+    writing = unfinished(path)
+    if writing is not None:
+        raise CheckpointError(
+            f"{shown(path)} is still being written: {writing.name} is there; load it once it is "
+            "whole, or remove that file",
+            field="path",
+        )
+    delta = _read_delta(path / DELTA_FILE) if is_folder(path) else None
+    if delta is not None:
+        _check_order(session, delta)
+    listing = safetensors.open_listing(path)
+    if delta is not None:
+        _check_listed(delta, listing)
+    _check_entries(session, listing)
+    if delta is None and not partial:
+        _require_whole(session, listing)
+    session.receive(listing.tensors())
+
+
+def _check_entries(session: UpdateSession, listing: safetensors.Listing) -> None:
+    seen: dict[str, Path] = {}
+    for entry in listing.entries:
+        try:
+            if entry.name in seen:
+                raise ManifestMismatch(
+                    f"{entry.name} is in {seen[entry.name].name} too", field=entry.name
+                )
+            seen[entry.name] = entry.file
+            if not entry.dtype.is_floating_point:
+                raise ManifestMismatch(
+                    f"{entry.name} has dtype {entry.dtype}, not a float", field=entry.name
+                )
+            dtype = str(entry.dtype).removeprefix("torch.")
+            session.expect_one(TensorPiece(entry.name, dtype, list(entry.shape)))
+        except ManifestMismatch as error:
+            raise ManifestMismatch(
+                f"{error.message} ({shown(entry.file)})", field=error.field
+            ) from error
+
+
+def _require_whole(session: UpdateSession, listing: safetensors.Listing) -> None:
+    missing = session.catalog.missing(entry.name for entry in listing.entries)
+    if missing:
+        rest = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ManifestMismatch(
+            f"{shown(listing.path)} lacks {missing[0]}{rest}; write every tensor of the model, "
+            "or say that the folder is partial",
+            field=missing[0],
+        )
+
+
+def _check_listed(delta: Delta, listing: safetensors.Listing) -> None:
     expected = {spec.name for spec in delta.tensors}
-    found = dict(safetensors.tensors(path))
-    wrong = sorted(expected ^ found.keys())
+    wrong = sorted(expected ^ {entry.name for entry in listing.entries})
     if wrong:
         raise ManifestMismatch(
             f"{wrong[0]} is {'listed' if wrong[0] in expected else 'there'} and not "
             f"{'there' if wrong[0] in expected else 'listed'} in {DELTA_FILE}",
             field=wrong[0],
         )
-    session.receive(found.items())
 
 
 def _read_delta(path: Path) -> Delta | None:
-    if not path.is_file():
+    try:
+        raw = read_small(path)
+    except ModelNotFound:
         return None
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Delta)
-    except msgspec.DecodeError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}", field="path") from error
+        return msgspec.json.decode(raw, type=Delta)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{shown(path)} cannot be read: {error}", field="path") from error
 
 
 def _check_order(session: UpdateSession, delta: Delta) -> None:
-    session.require_open("load")
     if delta.base_version != session.version:
         raise UpdateOrder(
             f"the delta changes version {delta.base_version}, and {session.version} serves: load "

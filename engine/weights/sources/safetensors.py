@@ -1,63 +1,191 @@
-"""Tensors of safetensors files: one file, a folder of them, or an indexed set of shards."""
+"""Tensors of safetensors files: one file, a folder of them, or an indexed set of shards.
+
+Files are read and never mapped: a file that is cut off or removed while it is read is an error
+that names it, where touching a mapping of it would end the process. The format is that of
+huggingface/safetensors: eight bytes of header length, a JSON header, then the tensors' bytes.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import BinaryIO
 
+import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
 
-from engine.errors import CheckpointError, ModelNotFound
+from engine.errors import CheckpointError
+from engine.models.weight_files import (
+    INDEX_NAME,
+    WeightFiles,
+    require_file,
+    shown,
+    unreadable,
+    weight_files,
+)
 
-INDEX_NAME = "model.safetensors.index.json"
+__all__ = ["INDEX_NAME", "Entry", "Listing", "files", "open_listing", "tensors"]
+
+_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U8": torch.uint8,
+        "BOOL": torch.bool,
+    }
+)
+_LENGTH_BYTES = 8
+_LARGEST_HEADER = 100 << 20
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor: its file, and where in it. offset and num_bytes count from the file's start."""
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    num_bytes: int
+
+
+class _Described(msgspec.Struct):
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What the headers of some files say, each looked through before a tensor is read."""
+
+    path: Path
+    entries: list[Entry]
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor on the CPU, in memory of its own) of every entry, file by file.
+
+        Raises CheckpointError, naming the file, when one cannot be read as its header says.
+        """
+        by_file: dict[Path, list[Entry]] = {}
+        for entry in self.entries:
+            by_file.setdefault(entry.file, []).append(entry)
+        for file, entries in by_file.items():
+            try:
+                with file.open("rb", buffering=0) as handle:
+                    for entry in entries:
+                        yield entry.name, _read(handle, entry)
+            except OSError as error:
+                raise unreadable(file, error) from error
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor, or the path that was asked for."""
+        return next((entry.file for entry in self.entries if entry.name == name), self.path)
 
 
 def files(path: Path) -> list[Path]:
-    """The files that hold the weights at `path`, sorted.
+    """The files that hold the weights at `path`; see `weight_files`."""
+    return weight_files(path).files
 
-    An index names its shards; without one a folder gives all its *.safetensors files.
-    Raises ModelNotFound for nothing there, CheckpointError for a shard that is missing.
+
+def open_listing(path: Path) -> Listing:
+    """Look through the headers of the weights at `path`.
+
+    Raises ModelNotFound for nothing there; CheckpointError, naming the file, for one that is
+    missing, broken or cut off, and for a tensor that an index says is in a file and is not.
     """
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise ModelNotFound(f"no safetensors file or folder at {path}", field="path")
-    index = path / INDEX_NAME
-    if index.exists():
-        return _shards(index)
-    found = sorted(path.glob("*.safetensors"))
-    if not found:
-        raise ModelNotFound(f"no *.safetensors file in {path}", field="path")
-    return found
-
-
-def _shards(index: Path) -> list[Path]:
-    try:
-        names = json.loads(index.read_text())["weight_map"].values()
-    except (ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(
-            f"{index} is no index of safetensors: {error}", field="path"
-        ) from None
-    shards = sorted({index.parent / name for name in names})
-    for shard in shards:
-        if not shard.is_file():
-            raise CheckpointError(
-                f"{index.name} names {shard.name}, which is missing", field="path"
-            )
-    return shards
+    found = weight_files(path)
+    entries = [entry for file in found.files for entry in _header(file)]
+    _require_listed(found, entries)
+    return Listing(path, entries)
 
 
 def tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor on the CPU) pairs of every file at `path`.
+    """(name, tensor on the CPU) pairs of every file at `path`; see `open_listing`."""
+    yield from open_listing(path).tensors()
 
-    Raises CheckpointError, naming the file, when one cannot be read.
-    """
-    for file in files(path):
-        try:
-            with safe_open(str(file), framework="pt") as reader:
-                for name in reader.keys():  # noqa: SIM118 - the reader is not a mapping
-                    yield name, reader.get_tensor(name)
-        except SafetensorError as error:
-            raise CheckpointError(f"{file} cannot be read: {error}", field="path") from error
+
+def _require_listed(found: WeightFiles, entries: list[Entry]) -> None:
+    there = {(entry.name, entry.file) for entry in entries}
+    for name, shard in found.shard_of.items():
+        if (name, shard) not in there:
+            raise CheckpointError(
+                f"{shown(shard)} lacks {name}, which "
+                f"{found.index.name if found.index else 'the index'} says it holds",
+                field="path",
+            )
+
+
+def _header(file: Path) -> list[Entry]:
+    size = require_file(file)
+    try:
+        with file.open("rb") as handle:
+            length = int.from_bytes(handle.read(_LENGTH_BYTES), "little")
+            if size < _LENGTH_BYTES or length > min(size - _LENGTH_BYTES, _LARGEST_HEADER):
+                raise _broken(file, f"its {size} bytes do not hold its header")
+            raw = handle.read(length)
+    except OSError as error:
+        raise unreadable(file, error) from error
+    try:
+        header = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+        header.pop("__metadata__", None)
+        described = {n: msgspec.json.decode(r, type=_Described) for n, r in header.items()}
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _broken(file, f"its header is none ({error})") from error
+    start = _LENGTH_BYTES + length
+    entries = [_entry(file, name, each, start) for name, each in described.items()]
+    entries.sort(key=lambda entry: entry.offset)
+    _require_whole(file, entries, start, size)
+    return entries
+
+
+def _entry(file: Path, name: str, described: _Described, start: int) -> Entry:
+    dtype = _DTYPES.get(described.dtype)
+    if dtype is None:
+        raise _broken(file, f"{name} has dtype {described.dtype}, which is not read here")
+    begin, end = described.data_offsets
+    count = math.prod(described.shape) * dtype.itemsize
+    if any(size < 0 for size in described.shape) or not 0 <= begin <= end or end - begin != count:
+        raise _broken(file, f"{name} does not lie where its header says")
+    return Entry(name, file, dtype, tuple(described.shape), start + begin, count)
+
+
+def _require_whole(file: Path, entries: list[Entry], start: int, size: int) -> None:
+    """As the library has it: tensors lie one behind the other and fill the file."""
+    end = start
+    for entry in entries:
+        if entry.offset != end:
+            raise _broken(file, f"{entry.name} does not lie behind the tensor before it")
+        end += entry.num_bytes
+    if end != size:
+        what = "it is cut off or still being written" if end > size else "more follows"
+        raise _broken(file, f"it has {size} bytes and its header describes {end}: {what}")
+
+
+def _read(handle: BinaryIO, entry: Entry) -> torch.Tensor:
+    memory = torch.empty(entry.num_bytes, dtype=torch.uint8)
+    view = memoryview(memory.numpy())
+    handle.seek(entry.offset)
+    done = 0
+    while done < entry.num_bytes:
+        got = handle.readinto(view[done:])
+        if not got:
+            raise _broken(entry.file, f"{entry.name} is cut off")
+        done += got
+    return memory.view(entry.dtype).view(entry.shape)
+
+
+def _broken(file: Path, why: str) -> CheckpointError:
+    return CheckpointError(f"{shown(file)} cannot be read: {why}", field="path")

@@ -26,7 +26,8 @@ def test_one_file_and_a_folder_of_files(tmp_path: Path) -> None:
 
 def test_a_name_in_two_shards_is_a_duplicate(tmp_path: Path) -> None:
     write_tiny(tmp_path, "llama")
-    save_file({"model.norm.weight": torch.ones(64)}, tmp_path / "extra.safetensors")
+    (tmp_path / "model.safetensors").rename(tmp_path / "first.safetensors")
+    save_file({"model.norm.weight": torch.ones(64)}, tmp_path / "second.safetensors")
     with pytest.raises(ManifestMismatch, match=r"model\.norm\.weight came twice"):
         load_path(tmp_path)
 

@@ -130,13 +130,15 @@ def test_no_rank_writes_what_another_has_no_undo_copy_for(monkeypatch) -> None:
         session.require_servable()
 
 
-def test_lent_tensors_take_no_undo_copy() -> None:
+def test_lent_tensors_take_an_undo_copy_only_at_the_commit() -> None:
     model, session = make()
     new = fresh(model)
     update = session.begin(BeginUpdate(version=4, mode="undo"))
-    session.receive(new.items())
-    session.commit(4)
+    session.receive(new.items(), lasting=True)
     assert update.undo._memory.numel() == 0
+    session.prepare(4)
+    assert update.undo.has(set(session.catalog.names))
+    session.commit(4)
     assert_holds(model, new)
 
 
@@ -166,7 +168,7 @@ def test_lent_tensors_wait_for_the_commit_in_either_mode() -> None:
     model, session = make()
     before, new = contents(model), fresh(model)
     session.begin(BeginUpdate(version=4, mode="in_place"))
-    session.receive(new.items())
+    session.receive(new.items(), lasting=True)
     assert_holds(model, before)
     session.require_servable()
     session.abort(4)

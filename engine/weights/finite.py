@@ -1,0 +1,68 @@
+"""No weight may be NaN or inf, as it comes and as it is served.
+
+One such value makes every logit of every request meaningless, so an update that brings one is
+refused like a tensor of a wrong shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from kernels.finite import peaks
+
+_AT_ONCE = 4096
+"""Tensors whose peaks are joined together: torch's stack takes a list of any length, slowly."""
+
+
+def find_unfit(tensors: Sequence[tuple[str, torch.Tensor, torch.dtype]]) -> tuple[str, str] | None:
+    """The first tensor that cannot be served, and why; None if all can.
+
+    tensors: name, float tensor, and the dtype it will be converted to. Each is read once, where
+    it lives, and every device is waited for once a dtype.
+    """
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, (_, tensor, _) in enumerate(tensors):
+        groups.setdefault((tensor.device, tensor.dtype), []).append(index)
+    found: dict[int, float] = {}
+    for members in groups.values():
+        values = _peaks([tensors[index][1] for index in members])
+        found.update(zip(members, values, strict=True))
+    return first_unfit((n, found[i], t.dtype, to) for i, (n, t, to) in enumerate(tensors))
+
+
+def first_unfit(
+    found: Iterable[tuple[str, float, torch.dtype, torch.dtype]],
+) -> tuple[str, str] | None:
+    """The same for peaks that are known: name, peak, dtype, and the dtype that is served."""
+    for name, peak, dtype, served in found:
+        if not math.isfinite(peak):
+            return name, f"holds {'NaN' if math.isnan(peak) else 'inf'}"
+        if served != dtype and not _holds(peak, dtype, served):
+            return name, f"has values up to {peak:g}, which {_name(served)} cannot hold"
+    return None
+
+
+def _peaks(tensors: Sequence[torch.Tensor]) -> list[float]:
+    backend = "triton" if tensors[0].is_cuda else "torch"
+    values: list[float] = []
+    scalars = peaks(tensors, backend=backend)
+    for start in range(0, len(scalars), _AT_ONCE):
+        values += torch.stack(scalars[start : start + _AT_ONCE]).tolist()
+    return values
+
+
+def _holds(peak: float, dtype: torch.dtype, served: torch.dtype) -> bool:
+    """Whether a magnitude stays finite when it is converted, rounding included.
+
+    Conversion is monotone, so that the largest element speaks for all.
+    """
+    if peak <= torch.finfo(served).max:
+        return True
+    return math.isfinite(float(torch.tensor(peak, dtype=torch.float64).to(dtype).to(served)))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
