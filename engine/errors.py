@@ -17,7 +17,8 @@
     │   ├── ManifestMismatch           unknown, missing, duplicate or misshapen tensor
     │   ├── ChecksumMismatch           a tensor's bits are not the sender's
     │   ├── GroupError                 a process group that cannot be joined or broke
-    │   └── UpdateTimeout              a sender or rank missed its deadline
+    │   ├── UpdateTimeout              a sender or rank missed its deadline
+    │   └── FleetDivided               some engines committed a version, others did not
     ├── MemoryReleased                 what the command needs was given back; resume it first
     ├── Unauthorized                   no key, or a wrong one
     ├── Forbidden                      a route that this address does not serve
@@ -132,6 +133,11 @@ class UpdateTimeout(WeightUpdateError):
     """A rank or the sender missed the deadline of an update; names the rank or tensor."""
 
     status = 408
+
+
+class FleetDivided(WeightUpdateError):
+    """Some engines of one push serve its version and others do not; names both, and the engine
+    left behind in `field`. Pushing the same version again reaches those left behind."""
 
 
 class MemoryReleased(SlipstreamError):

@@ -34,7 +34,7 @@ class Executor(Protocol):
         """Run one command that is no step; raises its typed error."""
         ...
 
-    def receive(self, tensors: Iterable[tuple[str, Any]]) -> None:
+    def receive(self, tensors: Iterable[tuple[str, Any]], *, lasting: bool = False) -> None:
         """Feed the open update with (Hugging Face name, torch.Tensor) of this process."""
         ...
 
@@ -68,9 +68,9 @@ class LocalExecutor:
         """Run one command that is no step."""
         return self._worker.handle(command)
 
-    def receive(self, tensors: Iterable[tuple[str, Any]]) -> None:
+    def receive(self, tensors: Iterable[tuple[str, Any]], *, lasting: bool = False) -> None:
         """Feed the open update."""
-        self._worker.receive(tensors)
+        self._worker.receive(tensors, lasting=lasting)
 
     def abort(self) -> None:
         """Give up on the other ranks."""

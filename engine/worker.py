@@ -173,9 +173,11 @@ class Worker:
             case _:
                 return self._weights.handle(command)
 
-    def receive(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Feed the open update from tensors of this process, which stay theirs until commit."""
-        self._weights.session.receive(tensors)
+    def receive(
+        self, tensors: Iterable[tuple[str, torch.Tensor]], *, lasting: bool = False
+    ) -> None:
+        """Feed the open update from tensors of this process; see `UpdateSession.receive`."""
+        self._weights.session.receive(tensors, lasting=lasting)
 
     def abort(self) -> None:
         """Give up on the other ranks: what waits for them ends. From any thread."""

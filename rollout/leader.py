@@ -88,8 +88,9 @@ class StepExecutor(Protocol):
         """Run one command that is no step; raises its typed error."""
         ...
 
-    def receive(self, tensors: Iterable[tuple[str, Any]]) -> None:
-        """Feed the open update from tensors of this process."""
+    def receive(self, tensors: Iterable[tuple[str, Any]], *, lasting: bool = False) -> None:
+        """Feed the open update from tensors of this process. lasting: they stay as they are
+        until the commit; else each is read before the next is asked for."""
         ...
 
     def close(self) -> None:
@@ -230,10 +231,12 @@ class Leader:
         )
 
     def update_weights_inproc(
-        self, begin: BeginUpdate, tensors: Iterable[tuple[str, Any]]
+        self, begin: BeginUpdate, tensors: Iterable[tuple[str, Any]], *, lasting: bool = False
     ) -> UpdateReport:
         """One whole update from tensors of this process: begin, receive, commit.
 
+        lasting: the tensors stay as they are until this returns, so that they are read once, at
+        the commit; else each is read before the next is asked for.
         Whatever goes wrong in between, also in `tensors` itself, aborts the update, and
         the error is raised on.
         """
@@ -241,7 +244,7 @@ class Leader:
         self._update(begin)
         committed = False
         try:
-            self._executor.receive(tensors)
+            self._executor.receive(tensors, lasting=lasting)
             reply = self._update(CommitUpdate(version=begin.version))
             committed = True
         finally:

@@ -132,7 +132,7 @@ class ProcessReplica:
         return not self._open and not self._outputs
 
     def update_weights_inproc(
-        self, begin: BeginUpdate, tensors: Iterable[tuple[str, Any]]
+        self, begin: BeginUpdate, tensors: Iterable[tuple[str, Any]], *, lasting: bool = False
     ) -> UpdateReport:
         """Refused: tensors of this process do not reach another one."""
         raise UnsupportedOption(

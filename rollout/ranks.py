@@ -185,7 +185,7 @@ class RankedExecutor:
             )
         return merge(replies)
 
-    def receive(self, tensors: Iterable[tuple[str, Any]]) -> None:
+    def receive(self, tensors: Iterable[tuple[str, Any]], *, lasting: bool = False) -> None:
         """Refused: tensors of this process do not reach the other ranks."""
         raise UnsupportedOption(
             f"{len(self._ranks) + 1} ranks in as many processes cannot read this process's "

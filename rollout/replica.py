@@ -46,9 +46,9 @@ class Replica(Protocol):
         ...
 
     def update_weights_inproc(
-        self, begin: BeginUpdate, tensors: Iterable[tuple[str, Any]]
+        self, begin: BeginUpdate, tensors: Iterable[tuple[str, Any]], *, lasting: bool = False
     ) -> UpdateReport:
-        """Update the weights from tensors of this process, as one transaction."""
+        """Update the weights from tensors of this process, as one transaction; see `Leader`."""
         ...
 
     def close(self) -> None:
@@ -95,10 +95,10 @@ class InlineReplica:
         return self._leader.idle()
 
     def update_weights_inproc(
-        self, begin: BeginUpdate, tensors: Iterable[tuple[str, Any]]
+        self, begin: BeginUpdate, tensors: Iterable[tuple[str, Any]], *, lasting: bool = False
     ) -> UpdateReport:
         """Begin, receive and commit; an error aborts the update and is raised."""
-        return self._leader.update_weights_inproc(begin, tensors)
+        return self._leader.update_weights_inproc(begin, tensors, lasting=lasting)
 
     def close(self) -> None:
         """Free the engine. Idempotent."""

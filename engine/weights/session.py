@@ -148,8 +148,11 @@ class UpdateSession:
         )
         return self._open
 
-    def receive(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Stage whole tensors that stay as they are until the commit; nothing is copied.
+    def receive(
+        self, tensors: Iterable[tuple[str, torch.Tensor]], *, lasting: bool = False
+    ) -> None:
+        """Stage whole tensors. lasting: they stay as they are until the commit, and nothing is
+        copied; else each is copied before the next is asked for.
 
         Raises ManifestMismatch for a tensor the model or the manifest does not have, one that
         came before, or one of another shape or dtype. The update stays open: abort it.
@@ -162,7 +165,7 @@ class UpdateSession:
             piece = TensorPiece(name, dtype, list(tensor.shape))
             update.check(piece)
             self.catalog.check(name, piece.shape)
-            update.lend(name, tensor)
+            update.lend(name, tensor if lasting else tensor.clone())
 
     def lend(
         self, tensors: Sequence[tuple[str, torch.Tensor]], refusal: SlipstreamError | None

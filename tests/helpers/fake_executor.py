@@ -150,7 +150,7 @@ class FakeExecutor:
                 self._open = None
         return Reply()
 
-    def receive(self, tensors: Iterable[tuple[str, Any]]) -> None:
+    def receive(self, tensors: Iterable[tuple[str, Any]], *, lasting: bool = False) -> None:
         """Takes one tensor, named "shift"."""
         for name, value in tensors:
             if name != "shift":

@@ -34,7 +34,7 @@ def receive(session: UpdateSession, path: Path) -> None:
     """
     delta = _read_delta(path / DELTA_FILE)
     if delta is None:
-        session.receive(safetensors.tensors(path))
+        session.receive(safetensors.tensors(path), lasting=True)
         return
     _check_order(session, delta)
     expected = {spec.name for spec in delta.tensors}
@@ -46,7 +46,7 @@ def receive(session: UpdateSession, path: Path) -> None:
             f"{'there' if wrong[0] in expected else 'listed'} in {DELTA_FILE}",
             field=wrong[0],
         )
-    session.receive(found.items())
+    session.receive(found.items(), lasting=True)
 
 
 def _read_delta(path: Path) -> Delta | None:
