@@ -186,7 +186,7 @@ def _layout(state: ReplicaState) -> tuple[int, str, str]:
 def _divided(
     version: int, done: Sequence[str], failures: dict[str, SlipstreamError]
 ) -> FleetDivided:
-    behind = "; ".join(f"{name}: {error.message}" for name, error in failures.items())
+    behind = "; ".join(error.message for error in failures.values())
     return FleetDivided(
         f"version {version} serves on {', '.join(done)}, and not on {', '.join(failures)} "
         f"({behind}). Push version {version} again: it goes to those left behind",

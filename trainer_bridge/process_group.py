@@ -53,7 +53,7 @@ class SenderGroup:
         self._link: Link | None = None
         store = _listen(name, address, port, timeout_s)
         self.port = int(store.port)
-        self._keys = PrefixStore(name, store)
+        self._held: PrefixStore | None = PrefixStore(name, store)
 
     @property
     def is_open(self) -> bool:
@@ -97,7 +97,7 @@ class SenderGroup:
 
     def check_stopped(self) -> None:
         """Raise GroupError, having torn the group down, once `stop` was called for it."""
-        if not self._keys.check([_STOPPED_KEY]):
+        if self._held is None or not self._held.check([_STOPPED_KEY]):
             return
         reason = self._keys.get(_STOPPED_KEY).decode()
         self.abort()
@@ -110,8 +110,14 @@ class SenderGroup:
             link.abort()
 
     def close(self) -> None:
-        """Leave the group; every broadcast was waited for. Idempotent."""
+        """Leave the group and listen no more: ranks that still wait to join notice. Idempotent."""
         self.abort()
+        self._held = None
+
+    @property
+    def _keys(self) -> PrefixStore:
+        assert self._held is not None, "a group was used after its close"
+        return self._held
 
     def _broken(self, error: Exception, *, late: bool = False) -> GroupError | UpdateTimeout:
         self.abort()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -16,11 +17,21 @@ _BUFFER_ID = 7
 process, also where the second has the address of the first."""
 
 
+class _WeakReference(Protocol):
+    """What torch's own cache of shared storages holds of one: not its memory."""
+
+    cdata: int
+
+    def expired(self) -> bool:
+        """Whether the storage is gone."""
+        ...
+
+
 @dataclass(frozen=True)
 class _Exported:
     """What was exported, and the memory that it was exported of."""
 
-    storage: StorageWeakRef
+    storage: _WeakReference
     memory: tuple[int, int, int]
     buffer: IpcBuffer
 
@@ -52,7 +63,7 @@ class HandleCache:
         """The handle of a storage, made now if there is none that holds."""
         address = storage.data_ptr()
         memory = (address, storage.nbytes(), self._allocation(address))
-        reference = StorageWeakRef(storage)
+        reference = _weakly(storage)
         known = self._exported.get(reference.cdata)
         if known is None or known.storage.expired() or known.memory != memory:
             known = _Exported(reference, memory, self._export(storage))
@@ -68,6 +79,11 @@ class HandleCache:
     def clear(self) -> None:
         """Forget everything."""
         self._exported.clear()
+
+
+def _weakly(storage: torch.UntypedStorage) -> _WeakReference:
+    reference: _WeakReference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+    return reference
 
 
 class CudaAllocations:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from engine.errors import GroupError, SlipstreamError, UpdateTimeout
+from engine.errors import SlipstreamError, UpdateTimeout
 from engine.protocol import (
     BeginUpdate,
     JoinGroup,
@@ -199,11 +199,24 @@ def connect(group: SenderGroup, members: Sequence[Member], sizes: Sequence[int])
             try_send(member.target, LeaveGroup(name=group.name))
             joined.append(pool.submit(member.send, join))
         try:
-            group.connect(lambda: check(joined))
-        except GroupError:
-            check(joined)
-            raise
+            complete(group, joined)
+        finally:
+            # Those that came would wait for those that did not.
+            if not group.is_open:
+                group.close()
     check(joined, wait=True)
+
+
+def complete(group: SenderGroup, joined: Sequence[Future[Any]]) -> None:
+    """Wait until every rank came. joined: the calls that have engines join.
+
+    Raises the error of an engine that refused, at once, or GroupError naming absent ranks.
+    """
+    try:
+        group.connect(lambda: check(joined))
+    except SlipstreamError:
+        check(joined)
+        raise
 
 
 def join_commands(group: SenderGroup, sizes: Sequence[int]) -> list[JoinGroup]:

@@ -29,7 +29,7 @@ from trainer_bridge.adapters.base import WeightSource
 from trainer_bridge.control import UpdateTarget, try_send
 from trainer_bridge.fleet import Member, commit, divide, give_up, on_each, prepare
 from trainer_bridge.process_group import Backend, SenderGroup, stop
-from trainer_bridge.transports.nccl import BUCKET_BYTES, Broadcaster, check, join_commands
+from trainer_bridge.transports.nccl import BUCKET_BYTES, Broadcaster, check, complete, join_commands
 
 
 class ShardedCarrier:
@@ -168,10 +168,10 @@ class ShardedCarrier:
                 for index, member in enumerate(self._taking)
             ]
             try:
-                self._sender.group.connect(lambda: check(joined))
-            except GroupError:
-                check(joined)
-                raise
+                complete(self._sender.group, joined)
+            finally:
+                if not self._sender.group.is_open:
+                    self._sender.group.close()
             check(joined, wait=True)
 
     def _carry(self, source: WeightSource) -> None:
