@@ -100,7 +100,9 @@ async def streams(job: dict[str, Any]) -> dict[str, Any]:
     await asyncio.wait_for(asyncio.gather(*waits), _LIMIT_S)
     seconds = time.perf_counter() - start
     tokens = [caller.num_tokens() for caller in callers]
-    wrong = [b"".join(c.chunks)[:200].decode() for c, n in zip(callers, tokens, strict=True) if n < 0]
+    wrong = [
+        b"".join(c.chunks)[:200].decode() for c, n in zip(callers, tokens, strict=True) if n < 0
+    ]
     return {
         "seconds": seconds,
         "first_s": [caller.first_at - start for caller in callers if caller.first_at],

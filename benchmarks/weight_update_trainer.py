@@ -54,7 +54,7 @@ class TrainerJob:
 class TensorList:
     """A `WeightSource` of random tensors; with several ranks each holds its part of all."""
 
-    is_resident = True
+    lasting = True
 
     def __init__(self, job: TrainerJob) -> None:
         self._rank, self._world_size = job.rank, job.world_size

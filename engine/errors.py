@@ -18,7 +18,8 @@
     │   ├── ChecksumMismatch           a tensor's bits are not the sender's
     │   ├── NonFiniteWeights           a tensor has NaN, inf or what its dtype cannot hold
     │   ├── GroupError                 a process group that cannot be joined or broke
-    │   └── UpdateTimeout              a sender or rank missed its deadline
+    │   ├── UpdateTimeout              a sender or rank missed its deadline
+    │   └── FleetDivided               some engines committed a version, others did not
     ├── MemoryReleased                 what the command needs was given back; resume it first
     ├── Unauthorized                   no key, or a wrong one
     ├── Forbidden                      a route that this address does not serve
@@ -141,6 +142,11 @@ class UpdateTimeout(WeightUpdateError):
     """A rank or the sender missed the deadline of an update; names the rank or tensor."""
 
     status = 408
+
+
+class FleetDivided(WeightUpdateError):
+    """Some engines of one push serve its version and others do not; names both, and the engine
+    left behind in `field`. Pushing the same version again reaches those left behind."""
 
 
 class MemoryReleased(SlipstreamError):

@@ -102,7 +102,12 @@ class Publisher:
         Requests in flight continue across the push; their tokens carry the version that sampled
         each. Raises ManifestMismatch, naming the tensor, when the trainer's parameters are not
         the engine's, and another WeightUpdateError otherwise; the old version then keeps serving
-        (after an in-place update, none does until a whole one was published).
+        (after an in-place update, none does until a whole one was published). With several
+        engines every error names the one that it is of, and an engine that does not answer
+        stops the push for all of them: leave it out of `targets` to go on without it.
+        FleetDivided says that some engines serve `version` and others do not: push the same
+        version again, with the same weights, and it goes to those left behind. After any
+        error the publisher can be used again; it connects anew where it has to.
         """
         started = time.perf_counter()
         report = self._publish(self._begin(version))
@@ -112,7 +117,7 @@ class Publisher:
             num_tensors=report.num_tensors,
             num_bytes=report.num_bytes,
             seconds=seconds,
-            memcpy_seconds=memcpy_seconds(list(self._source.tensors())) if measure_memcpy else None,
+            memcpy_seconds=self._memcpy_seconds() if measure_memcpy else None,
         )
 
     def close(self) -> None:
@@ -129,6 +134,12 @@ class Publisher:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def _memcpy_seconds(self) -> float | None:
+        """None for a source that gathers: its tensors are not there all at once."""
+        if not self._source.lasting:
+            return None
+        return memcpy_seconds(list(self._source.tensors()))
 
     def _begin(self, version: int) -> BeginUpdate:
         specs = self._source.specs()

@@ -26,9 +26,14 @@ class LocalTarget(UpdateTarget, Protocol):
     """An engine that can also read this process's memory."""
 
     def update_weights_inproc(
-        self, begin: BeginUpdate, tensors: Iterable[tuple[str, torch.Tensor]]
+        self,
+        begin: BeginUpdate,
+        tensors: Iterable[tuple[str, torch.Tensor]],
+        *,
+        lasting: bool = False,
     ) -> UpdateReport:
-        """One whole update from tensors of this process."""
+        """One whole update from tensors of this process. lasting: they stay as they are until
+        this returns; else each is read before the next is asked for."""
         ...
 
 

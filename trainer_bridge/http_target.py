@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -9,40 +10,65 @@ from typing import Any
 
 import msgspec
 
-from engine.errors import EngineDead, SlipstreamError, by_name
+from engine.errors import EngineDead, InvalidRequest, SlipstreamError, by_name
 from engine.protocol import Control, Reply
 from engine.protocol.deadlines import deadlines
 
 
 class HttpTarget:
-    """Sends control commands to `POST {url}/command`.
+    """Sends control commands to `POST {url}/command`, each once and on a connection of its own.
 
     url: such as "http://127.0.0.1:30000". api_key: the admin key, where the server wants one.
-    timeout_s: for one command, in place of what the table of deadlines gives it.
+    timeout_s: for one command, in place of what the table of deadlines gives it. Raises
+    InvalidRequest for what is no URL of a server.
     """
 
     def __init__(self, url: str, *, api_key: str = "", timeout_s: float | None = None) -> None:
-        self._url = url.rstrip("/")
+        if not url.startswith(("http://", "https://")):
+            raise InvalidRequest(f"{url!r} is no URL of a server: http://HOST:PORT", field="url")
+        self.url = url.rstrip("/")
         self._api_key = api_key
         self._timeout_s = timeout_s
 
     def send(self, command: Control) -> Reply:
-        """Run one control command. Raises the typed error of a refusal, and EngineDead when
-        the server does not answer."""
+        """Run one control command. Raises the typed error of a refusal, and EngineDead when no
+        answer comes: whether the command took effect is then unknown."""
         headers = {"Content-Type": "application/json"}
         if self._api_key:
             headers["Authorization"] = f"Bearer {self._api_key}"
         request = urllib.request.Request(
-            f"{self._url}/command", data=msgspec.json.encode(command), headers=headers
+            f"{self.url}/command", data=_body(command), headers=headers
         )
         timeout_s = deadlines(command).http if self._timeout_s is None else self._timeout_s
         try:
             with urllib.request.urlopen(request, timeout=timeout_s) as response:
-                return msgspec.json.decode(response.read(), type=Reply)
+                body = response.read()
         except urllib.error.HTTPError as error:
-            raise _refusal(error.read(), error.code) from error
-        except (urllib.error.URLError, TimeoutError) as error:
-            raise EngineDead(f"{self._url} does not answer: {error}", field="url") from error
+            raise _refusal(_rest(error), error.code) from error
+        except (OSError, http.client.HTTPException) as error:
+            why = str(error) or type(error).__name__
+            raise EngineDead(f"{self.url} does not answer: {why}", field="url") from error
+        try:
+            return msgspec.json.decode(body, type=Reply)
+        except msgspec.DecodeError as error:
+            raise SlipstreamError(
+                f"{self.url} is no server of ours: it answered {_text(body)}", field="url"
+            ) from error
+
+
+def _body(command: Control) -> bytes:
+    try:
+        return msgspec.json.encode(command)
+    except (OverflowError, TypeError) as error:
+        name = type(command).__name__
+        raise InvalidRequest(f"{name} cannot be sent: {error}", field=name) from error
+
+
+def _rest(error: urllib.error.HTTPError) -> bytes:
+    try:
+        return error.read()
+    except (OSError, http.client.HTTPException):
+        return b""
 
 
 def _refusal(body: bytes, status: int) -> SlipstreamError:
@@ -51,5 +77,8 @@ def _refusal(body: bytes, status: int) -> SlipstreamError:
         error: Any = json.loads(body)["error"]
         return by_name(error["type"], error["message"], error.get("field", ""))
     except (ValueError, KeyError, TypeError):
-        text = body[:500].decode(errors="replace")
-        return SlipstreamError(f"the server answered {status}: {text}", field="url")
+        return SlipstreamError(f"the server answered {status}: {_text(body)}", field="url")
+
+
+def _text(body: bytes) -> str:
+    return body[:500].decode(errors="replace")

@@ -44,6 +44,21 @@ class BucketPacker:
         packed = [b for b in buckets if not (resident and len(b.placements) == 1)]
         self._grow(max((bucket.num_bytes for bucket in packed), default=0))
         in_flight = _InFlight(broadcast, wait)
+        try:
+            self._send_buckets(buckets, flats, in_flight, resident=resident)
+            in_flight.drain()
+        finally:
+            # A work keeps its connection; after a failure nobody may hold one.
+            in_flight.forget()
+
+    def _send_buckets(
+        self,
+        buckets: list[Bucket],
+        flats: Iterator[torch.Tensor],
+        in_flight: _InFlight,
+        *,
+        resident: bool,
+    ) -> None:
         for bucket in buckets:
             source = flats
             if resident and len(bucket.placements) == 1:
@@ -53,7 +68,6 @@ class BucketPacker:
                     continue
                 source = iter([flat])
             self._send_packed(bucket, source, in_flight)
-        in_flight.drain()
 
     def _send_packed(
         self, bucket: Bucket, flats: Iterator[torch.Tensor], in_flight: _InFlight
@@ -132,6 +146,10 @@ class _InFlight:
         """Wait for all of them on the host."""
         for work in self._pending:
             self._wait(work)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop them all, waited for or not."""
         self._pending.clear()
         self._packed.clear()
 

@@ -7,6 +7,7 @@ project's.
 
 from __future__ import annotations
 
+import logging
 import time
 from datetime import timedelta
 from typing import Any, Literal
@@ -19,8 +20,12 @@ from engine.errors import GroupError, UpdateTimeout
 from engine.protocol.rendezvous import backend_prefix, joined_key
 from trainer_bridge.links import Check, Link, connect
 
+logger = logging.getLogger(__name__)
+
 Backend = Literal["nccl", "gloo"]
 _POLL_S = 0.00005
+_STOPPED_KEY = "slipstream/stopped"
+_STOP_S = 5.0
 
 
 class SenderGroup:
@@ -48,17 +53,18 @@ class SenderGroup:
         self._link: Link | None = None
         store = _listen(name, address, port, timeout_s)
         self.port = int(store.port)
-        self._keys = PrefixStore(name, store)
+        self._held: PrefixStore | None = PrefixStore(name, store)
 
     @property
     def is_open(self) -> bool:
         """Whether every rank came and none was lost."""
         return self._link is not None
 
-    def connect(self) -> None:
-        """Wait until every rank came. Raises GroupError naming those that did not."""
+    def connect(self, check: Check = lambda: None) -> None:
+        """Wait until every rank came. Raises GroupError naming those that did not, and what
+        `check` raises, which is called now and then."""
         self._keys.set(joined_key(0), "1")
-        self._await_members()
+        self._await_members(check)
         device = "cuda" if self.backend == "nccl" else "cpu"
         keys = PrefixStore(backend_prefix(self.name, device), self._keys)
         try:
@@ -89,6 +95,14 @@ class SenderGroup:
         except (TimeoutError, RuntimeError) as error:
             raise self._broken(error, late=time.monotonic() >= deadline) from error
 
+    def check_stopped(self) -> None:
+        """Raise GroupError, having torn the group down, once `stop` was called for it."""
+        if self._held is None or not self._held.check([_STOPPED_KEY]):
+            return
+        reason = self._keys.get(_STOPPED_KEY).decode()
+        self.abort()
+        raise GroupError(f"group {self.name!r} was given up: {reason}", field=self.name)
+
     def abort(self) -> None:
         """Drop the group at once, whatever is queued on it. Idempotent."""
         link, self._link = self._link, None
@@ -96,8 +110,14 @@ class SenderGroup:
             link.abort()
 
     def close(self) -> None:
-        """Leave the group; every broadcast was waited for. Idempotent."""
+        """Leave the group and listen no more: ranks that still wait to join notice. Idempotent."""
         self.abort()
+        self._held = None
+
+    @property
+    def _keys(self) -> PrefixStore:
+        assert self._held is not None, "a group was used after its close"
+        return self._held
 
     def _broken(self, error: Exception, *, late: bool = False) -> GroupError | UpdateTimeout:
         self.abort()
@@ -107,11 +127,13 @@ class SenderGroup:
             )
         return GroupError(f"a member of group {self.name!r} is gone: {error}", field=self.name)
 
-    def _await_members(self) -> None:
+    def _await_members(self, check: Check) -> None:
         """Look for the keys of our engines' ranks; the back ends would wait without a name."""
         deadline = time.monotonic() + self.timeout_s
         absent = list(range(1, self.world_size))
         while absent := [rank for rank in absent if not self._keys.check([joined_key(rank)])]:
+            check()
+            self.check_stopped()
             if time.monotonic() > deadline:
                 raise GroupError(
                     f"rank {', '.join(map(str, absent))} of {self.world_size} did not join group "
@@ -119,6 +141,18 @@ class SenderGroup:
                     field=f"rank {absent[0]}",
                 )
             time.sleep(_POLL_S)
+
+
+def stop(name: str, address: str, port: int, reason: str) -> None:
+    """Have the sender of the group at (address, port) give up its waits, from another process.
+
+    No error when it is gone already.
+    """
+    try:
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=_STOP_S))
+        PrefixStore(name, store).set(_STOPPED_KEY, reason)
+    except (RuntimeError, dist.DistError) as error:
+        logger.warning("group %s at %s:%d cannot be told to stop: %s", name, address, port, error)
 
 
 def _listen(name: str, address: str, port: int, timeout_s: float) -> TCPStore:

@@ -52,7 +52,7 @@ def fsdp_sources(rank: int, size: int, folder: Path) -> Results:
 def seen(source: WeightSource) -> Results:
     """Everything that a source says, copied."""
     return {
-        "resident": source.is_resident,
+        "lasting": source.lasting,
         "specs": source.specs(),
         "tensors": [(name, tensor.clone()) for name, tensor in source.tensors()],
         "shards": [(piece, flat.clone()) for piece, flat in source.shards()],

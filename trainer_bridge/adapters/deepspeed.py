@@ -37,7 +37,7 @@ class DeepSpeedSource:
         self._model = engine
         self._dtype = dtype
         self._bucket_bytes = bucket_bytes
-        self.is_resident = not any(
+        self.lasting = not any(
             _is_partitioned(p) or (dtype is not None and p.dtype != dtype)
             for p in engine.parameters()
         )

@@ -28,7 +28,7 @@ class FsdpSource:
     bucket_bytes: most bytes of parameters gathered at once, unless one alone is larger.
     """
 
-    is_resident = False
+    lasting = False
 
     def __init__(
         self,

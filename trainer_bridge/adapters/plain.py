@@ -18,7 +18,7 @@ class PlainSource:
     `shards` then divides the elements among them, so that every rank sends its own part.
     """
 
-    is_resident = True
+    lasting = True
 
     def __init__(self, model: torch.nn.Module, *, rank: int = 0, world_size: int = 1) -> None:
         self._model = model

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Sequence
 
-from engine.protocol import AbortUpdate, BeginUpdate, CommitUpdate, Reply, UpdateReport
+from engine.protocol import BeginUpdate, UpdateReport
 from trainer_bridge.adapters.base import WeightSource
-from trainer_bridge.control import UpdateTarget, try_send
-
-T = TypeVar("T")
+from trainer_bridge.control import UpdateTarget
+from trainer_bridge.fleet import Member, commit, divide, give_up, on_each, prepare
 
 
 class Carrier(ABC):
@@ -21,13 +18,23 @@ class Carrier(ABC):
     published: BeginUpdate | None = None
     """The last update that every target committed."""
 
-    def prepare(self, begin: BeginUpdate, source: WeightSource) -> BeginUpdate:
+    def announce(
+        self, begin: BeginUpdate, source: WeightSource, members: Sequence[Member]
+    ) -> BeginUpdate:
         """The update to announce: `begin` itself, unless a transport sends only a part."""
         return begin
 
     @abstractmethod
-    def carry(self, begin: BeginUpdate, source: WeightSource) -> None:
-        """Bring every tensor of the manifest to every target; their update is open."""
+    def carry(self, begin: BeginUpdate, source: WeightSource, members: Sequence[Member]) -> None:
+        """Bring every tensor of the manifest to every member, whose update is open.
+
+        members: all targets, or those that an earlier push of this version did not reach.
+        """
+
+    def settle(self, begin: BeginUpdate) -> None:
+        """The update ended, however it did: free what it alone needed. Called once for every
+        update that was announced, after the last engine answered."""
+        return
 
     @abstractmethod
     def close(self) -> None:
@@ -35,47 +42,35 @@ class Carrier(ABC):
 
 
 def publish(carrier: Carrier, begin: BeginUpdate, source: WeightSource) -> UpdateReport:
-    """One transaction: begin on every engine, carry, commit on every engine.
+    """One transaction over all targets of the carrier; returns the first engine's report.
 
-    Whatever fails before the first commit aborts the update on all of them, and the error is
-    raised on: they serve the old version. Returns the first engine's report.
+    Begin on every engine, carry, have every engine verify, commit on every engine. Whatever
+    fails before the first commit aborts the update on all of them, and the error is raised on,
+    naming the engine: they serve the old version. Raises FleetDivided when only a part of them
+    committed; publishing the same version again then reaches those left behind, if the
+    source still has the same weights.
     """
-    targets = carrier.targets
-    begin = carrier.prepare(begin, source)
-    committed = False
+    taking, holding = divide(carrier.targets, begin.version)
+    begin = carrier.announce(begin, source, taking)
     try:
-        on_each(targets, lambda target: target.send(begin))
-        carrier.carry(begin, source)
-        commit = CommitUpdate(version=begin.version)
-        replies = on_each(targets, lambda target: target.send(commit))
-        committed = True
+        _bring(carrier, begin, source, taking)
+        report = commit(taking, holding, begin.version)
     finally:
-        if not committed:
-            give_up(targets, begin.version)
+        carrier.settle(begin)
     carrier.published = begin
-    return report_of(replies)
-
-
-def on_each(targets: Sequence[UpdateTarget], call: Callable[[UpdateTarget], T]) -> list[T]:
-    """Call for every target at once, each in a thread of its own; results in their order.
-
-    Waits for all, then raises the first error, if any.
-    """
-    if len(targets) < 2:
-        return [call(target) for target in targets]
-    with ThreadPoolExecutor(len(targets)) as pool:
-        futures = [pool.submit(call, target) for target in targets]
-    return [future.result() for future in futures]
-
-
-def give_up(targets: Sequence[UpdateTarget], version: int) -> None:
-    """Abort the update wherever it is open, without hiding the error that led here."""
-    for target in targets:
-        try_send(target, AbortUpdate(version=version))
-
-
-def report_of(replies: Sequence[Reply]) -> UpdateReport:
-    """The report of the first engine's commit."""
-    report = replies[0].report
-    assert report is not None, "a commit must report what it moved"
     return report
+
+
+def _bring(
+    carrier: Carrier, begin: BeginUpdate, source: WeightSource, taking: Sequence[Member]
+) -> None:
+    """Everything before the first commit; a failure aborts the update on every engine."""
+    prepared = False
+    try:
+        on_each(taking, lambda member: member.send(begin))
+        carrier.carry(begin, source, taking)
+        prepare(taking, begin.version)
+        prepared = True
+    finally:
+        if not prepared:
+            give_up(taking, begin.version)

@@ -1,7 +1,7 @@
 """Weights through memory that two processes of one host share: CUDA IPC, or POSIX shared
 memory where the tensors are on the CPU.
 
-A resident source (`WeightSource.is_resident`) is not copied here at all: the engine maps the
+A lasting source (`WeightSource.lasting`) is not copied here at all: the engine maps the
 trainer's own storages and reads each byte once, at the commit. Others go bucket by bucket
 through a retained buffer, which the engine has copied by the time it replies.
 """
@@ -9,6 +9,7 @@ through a retained buffer, which the engine has copied by the time it replies.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from multiprocessing.shared_memory import SharedMemory
 
 import torch
@@ -24,9 +25,11 @@ from engine.protocol import (
     encode,
     plan_buckets,
 )
-from trainer_bridge.adapters.base import WeightSource, dtype_name, whole_piece
+from trainer_bridge.adapters.base import WeightSource, in_order, whole_piece
 from trainer_bridge.control import UpdateTarget
-from trainer_bridge.transports.base import Carrier, on_each
+from trainer_bridge.fleet import Member, on_each
+from trainer_bridge.transports.base import Carrier
+from trainer_bridge.transports.handles import CudaAllocations, HandleCache
 
 BUCKET_BYTES = 256 << 20
 
@@ -45,65 +48,68 @@ class IpcCarrier(Carrier):
         self._device = device
         self._bucket_bytes = bucket_bytes
         self._buffer: _SharedBuffer | None = None
-        self._exported: dict[int, IpcBuffer] = {}
+        self._handles = HandleCache(partial(_export_cuda, device=device), CudaAllocations())
+        self._lent: list[torch.Tensor] = []
 
-    def carry(self, begin: BeginUpdate, source: WeightSource) -> None:
+    def carry(self, begin: BeginUpdate, source: WeightSource, members: Sequence[Member]) -> None:
         """See `Carrier`."""
-        if source.is_resident and self._device.type == "cuda":
-            self._lend(source)
+        if source.lasting and self._device.type == "cuda":
+            self._lend(begin, source, members)
         else:
-            self._copy_through(begin, source)
+            self._copy_through(begin, source, members)
+
+    def settle(self, begin: BeginUpdate) -> None:
+        """See `Carrier`: what was lent is read by the commit."""
+        self._lent.clear()
+        self._handles.forget_freed()
 
     def close(self) -> None:
         """See `Carrier`."""
-        self._exported.clear()
+        self._handles.clear()
         if self._buffer is not None:
             self._buffer.close()
             self._buffer = None
 
-    def _lend(self, source: WeightSource) -> None:
+    def _lend(self, begin: BeginUpdate, source: WeightSource, members: Sequence[Member]) -> None:
         """Have the engines map the tensors where they are; they are read at the commit."""
         buffers: list[IpcBuffer] = []
         index_of: dict[int, int] = {}
-        tensors = []
-        for name, tensor in source.tensors():
+        placed = []
+        for spec, tensor in zip(
+            begin.manifest, in_order(begin.manifest, source.tensors()), strict=True
+        ):
+            # A view that is not contiguous has no place of its own; its copy lasts as long.
+            tensor = tensor.contiguous()
+            self._lent.append(tensor)
             storage = tensor.untyped_storage()
             key = storage.data_ptr()
             if key not in index_of:
                 index_of[key] = len(buffers)
-                buffers.append(self._export(storage))
-            offset = tensor.data_ptr() - key
-            tensors.append(
-                IpcTensor(name, dtype_name(tensor.dtype), list(tensor.shape), index_of[key], offset)
-            )
+                buffers.append(self._handles.buffer_of(storage))
+            placed.append(_tensor_at(spec, index_of[key], tensor.data_ptr() - key))
         # What the optimiser queued must be done before another process reads it.
         torch.cuda.synchronize(self._device)
-        self._send(IpcPayload(buffers, tensors), borrow=True)
+        _send(members, IpcPayload(buffers, placed), borrow=True)
 
-    def _export(self, storage: torch.UntypedStorage) -> IpcBuffer:
-        known = self._exported.get(storage.data_ptr())
-        if known is None or known.size != storage.nbytes():
-            known = _export_cuda(storage, self._device)
-            self._exported[storage.data_ptr()] = known
-        return known
-
-    def _copy_through(self, begin: BeginUpdate, source: WeightSource) -> None:
+    def _copy_through(
+        self, begin: BeginUpdate, source: WeightSource, members: Sequence[Member]
+    ) -> None:
+        """Bucket by bucket through one buffer: each tensor is copied before the next is asked
+        for, and the engines have copied a bucket by the time they reply."""
         pieces = [whole_piece(spec) for spec in begin.manifest]
         specs = {spec.name: spec for spec in begin.manifest}
-        tensors = source.tensors()
+        tensors = in_order(begin.manifest, source.tensors())
         for bucket in plan_buckets(pieces, self._bucket_bytes):
             shared = self._buffer_of(bucket.num_bytes)
             placed = []
             for placement in bucket.placements:
-                name, tensor = next(tensors)
-                assert name == placement.piece.name, f"{name} came out of order"
                 end = placement.offset + placement.num_bytes
-                flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+                flat = next(tensors).detach().contiguous().reshape(-1).view(torch.uint8)
                 shared.bytes[placement.offset : end].copy_(flat)
-                placed.append(_tensor_at(specs[name], placement.offset))
+                placed.append(_tensor_at(specs[placement.piece.name], 0, placement.offset))
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
-            self._send(IpcPayload([shared.exported], placed), borrow=False)
+            _send(members, IpcPayload([shared.exported], placed), borrow=False)
 
     def _buffer_of(self, num_bytes: int) -> _SharedBuffer:
         if self._buffer is None or self._buffer.bytes.numel() < num_bytes:
@@ -111,10 +117,6 @@ class IpcCarrier(Carrier):
                 self._buffer.close()
             self._buffer = _SharedBuffer(num_bytes, self._device)
         return self._buffer
-
-    def _send(self, payload: IpcPayload, *, borrow: bool) -> None:
-        command = ReceiveIpc(payloads=[encode(payload)], borrow=borrow)
-        on_each(self.targets, lambda target: target.send(command))
 
 
 class _SharedBuffer:
@@ -159,5 +161,10 @@ def _export_cuda(storage: torch.UntypedStorage, device: torch.device) -> IpcBuff
     )
 
 
-def _tensor_at(spec: TensorSpec, offset: int) -> IpcTensor:
-    return IpcTensor(spec.name, spec.dtype, spec.shape, 0, offset)
+def _tensor_at(spec: TensorSpec, buffer: int, offset: int) -> IpcTensor:
+    return IpcTensor(spec.name, spec.dtype, spec.shape, buffer, offset)
+
+
+def _send(members: Sequence[Member], payload: IpcPayload, *, borrow: bool) -> None:
+    command = ReceiveIpc(payloads=[encode(payload)], borrow=borrow)
+    on_each(members, lambda member: member.send(command))

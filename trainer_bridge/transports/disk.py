@@ -6,23 +6,36 @@ of it. A delta folder names the version it changes, and the engine takes it on n
 
 from __future__ import annotations
 
+import os
 import shutil
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 import torch
 from msgspec.structs import replace
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from engine.protocol import BeginUpdate, CommitUpdate, LoadFromDisk, TensorSpec, UpdateReport
+from engine.errors import WeightUpdateError
+from engine.protocol import (
+    AbortUpdate,
+    BeginUpdate,
+    CommitUpdate,
+    LoadFromDisk,
+    TensorSpec,
+    UpdateReport,
+)
 from trainer_bridge.adapters.base import WeightSource
 from trainer_bridge.checksum import with_checksums
-from trainer_bridge.control import UpdateTarget
-from trainer_bridge.transports.base import Carrier, give_up, on_each, report_of
+from trainer_bridge.control import UpdateTarget, try_send
+from trainer_bridge.fleet import Member, on_each
+from trainer_bridge.transports.base import Carrier
 
 DELTA_FILE = "delta.json"
+SHARD_BYTES = 4 << 30
+"""Most bytes of one file, unless one tensor is larger."""
 
 
 class Delta(msgspec.Struct, frozen=True):
@@ -52,34 +65,45 @@ class DiskCarrier(Carrier):
         self._folder = folder
         self._delta = delta
         self._keep = keep
+        self._base: int | None = None
         self._checksums: dict[str, int | None] = {}
 
-    def prepare(self, begin: BeginUpdate, source: WeightSource) -> BeginUpdate:
-        """The update that will be announced: of the changed tensors only, for a delta."""
+    def announce(
+        self, begin: BeginUpdate, source: WeightSource, members: Sequence[Member]
+    ) -> BeginUpdate:
+        """The update that will be announced: of the changed tensors only, for a delta that
+        every engine can take."""
+        self._base = None
         if not self._delta:
             return begin
         specs = with_checksums(begin.manifest, source.tensors())
-        if self.published is None:
+        base = self.published
+        if base is None or not all(member.serves(base.version) for member in members):
             return replace(begin, manifest=specs)
-        self._checksums.update({spec.name: spec.checksum for spec in self.published.manifest})
+        self._base = base.version
+        self._checksums.update({spec.name: spec.checksum for spec in base.manifest})
         changed = [spec for spec in specs if self._checksums.get(spec.name) != spec.checksum]
         return replace(begin, manifest=changed, partial=True)
 
-    def carry(self, begin: BeginUpdate, source: WeightSource) -> None:
+    def carry(self, begin: BeginUpdate, source: WeightSource, members: Sequence[Member]) -> None:
         """See `Carrier`."""
         wanted = {spec.name for spec in begin.manifest}
         chosen = ((name, tensor) for name, tensor in source.tensors() if name in wanted)
-        path = self._folder / f"weight_v{begin.version:06d}"
+        path = self._path(begin)
         delta = None
-        if self.published is not None and self._delta:
-            delta = Delta(self.published.version, begin.version, begin.manifest)
+        if self._base is not None:
+            delta = Delta(self._base, begin.version, begin.manifest)
         write(path, chosen, delta=delta)
-        try:
-            load = LoadFromDisk(path=str(path))
-            on_each(self.targets, lambda target: target.send(load))
-        finally:
-            if not self._keep:
-                shutil.rmtree(path)
+        load = LoadFromDisk(path=str(path))
+        on_each(members, lambda member: member.send(load))
+
+    def settle(self, begin: BeginUpdate) -> None:
+        """See `Carrier`: engines may read the folder until they have answered the commit."""
+        if not self._keep:
+            shutil.rmtree(self._path(begin), ignore_errors=True)
+
+    def _path(self, begin: BeginUpdate) -> Path:
+        return self._folder / f"weight_v{begin.version:06d}"
 
     def close(self) -> None:
         """See `Carrier`."""
@@ -94,12 +118,13 @@ def load(begin: BeginUpdate, path: Path, target: UpdateTarget) -> UpdateReport:
     try:
         target.send(begin)
         target.send(LoadFromDisk(path=str(path)))
-        reply = target.send(CommitUpdate(version=begin.version))
+        report = target.send(CommitUpdate(version=begin.version)).report
         committed = True
     finally:
         if not committed:
-            give_up([target], begin.version)
-    return report_of([reply])
+            try_send(target, AbortUpdate(version=begin.version))
+    assert report is not None, "a commit must report what it moved"
+    return report
 
 
 def write(
@@ -107,18 +132,96 @@ def write(
     tensors: Iterable[tuple[str, torch.Tensor]],
     *,
     delta: Delta | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Write one safetensors file into `path`, atomically. Returns `path`.
+    """Write safetensors files into `path`, atomically. Returns `path`.
 
+    The folder gets its name once everything in it is on the disk, the index last; until then,
+    and after a failure, there is nothing at `path` that was not there before. Each tensor is
+    copied to the host before the next is asked for, about `shard_bytes` of them at a time.
+    Raises WeightUpdateError, naming the folder, when it cannot be written.
     delta: says that these are changes only, and against which version.
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    partial.mkdir(parents=True)
-    contents = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors}
-    save_file(contents, partial / "model.safetensors", metadata={"format": "pt"})
-    if delta is not None:
-        (partial / DELTA_FILE).write_bytes(msgspec.json.encode(delta))
-    if path.exists():
-        shutil.rmtree(path)
-    partial.rename(path)
+    try:
+        partial.mkdir(parents=True)
+        _write_shards(partial, tensors, shard_bytes)
+        if delta is not None:
+            _write_bytes(partial / DELTA_FILE, msgspec.json.encode(delta))
+        _sync_folder(partial)
+        _put_in_place(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise WeightUpdateError(f"cannot write {path}: {error}", field="folder") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return path
+
+
+def _write_shards(
+    folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int
+) -> None:
+    """Files of about `shard_bytes`, under the names that transformers gives them; with more
+    than one, an index that says what is where."""
+    shards: list[list[str]] = []
+    total = 0
+    for contents in _in_shards(tensors, shard_bytes):
+        file = folder / f"shard-{len(shards)}"
+        save_file(contents, file, metadata={"format": "pt"})
+        _sync(file)
+        shards.append(list(contents))
+        total += sum(tensor.nbytes for tensor in contents.values())
+    if len(shards) == 1:
+        (folder / "shard-0").rename(folder / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for place, names in enumerate(shards):
+        name = f"model-{place + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"shard-{place}").rename(folder / name)
+        weight_map.update(dict.fromkeys(names, name))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write_bytes(folder / "model.safetensors.index.json", msgspec.json.encode(index))
+
+
+def _in_shards(
+    tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Copies on the host, in runs of about `shard_bytes`; one run at least."""
+    shard: dict[str, torch.Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > shard_bytes:
+            yield shard
+            shard, size = {}, 0
+        # A copy, since the source may write the next tensor into the same memory.
+        shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        size += tensor.nbytes
+    yield shard
+
+
+def _put_in_place(partial: Path, path: Path) -> None:
+    """Give a finished folder its name; one that is there already makes way whole."""
+    old = path.with_name(f"{partial.name}.old")
+    if path.exists():
+        path.rename(old)
+    partial.rename(path)
+    _sync_folder(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file is on the disk, where another machine may read it."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,13 +1,13 @@
 """The engine lives in this process: it reads the trainer's own tensors.
 
-No bucket and no copy on the way: the update is verified against the tensors as they are, and
-each is copied once, straight into its place in the engine. Tensors that a sharded trainer
-gathers a few at a time cannot be held until the commit; they are placed as they come.
+No bucket and no copy on the way. A source whose tensors last lends them: the update is verified
+against them as they are, and each is copied once, straight into its place in the engine. Those
+of any other source, such as one that gathers shards, are taken in as they come, each before the
+next is asked for: into the shadow of the update, or into their places where there is no memory
+for one.
 """
 
 from __future__ import annotations
-
-from msgspec.structs import replace
 
 from engine.protocol import BeginUpdate, UpdateReport
 from trainer_bridge.adapters.base import WeightSource
@@ -15,7 +15,6 @@ from trainer_bridge.control import LocalTarget
 
 
 def send(begin: BeginUpdate, source: WeightSource, target: LocalTarget) -> UpdateReport:
-    """Publish the tensors of `source`; they must not change until this returns."""
-    if not source.is_resident:
-        begin = replace(begin, mode="in_place")
-    return target.update_weights_inproc(begin, source.tensors())
+    """Publish the tensors of `source`; those of a lasting one must not change until this
+    returns."""
+    return target.update_weights_inproc(begin, source.tensors(), lasting=source.lasting)

@@ -7,22 +7,24 @@ engine ranks and sends its own pieces, so that nothing funnels through rank 0.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 
-from engine.errors import GroupError, SlipstreamError
+from engine.errors import SlipstreamError, UpdateTimeout
 from engine.protocol import (
     BeginUpdate,
     JoinGroup,
     LeaveGroup,
     ReceiveBroadcast,
     TensorPiece,
+    plan_buckets,
 )
-from trainer_bridge.adapters.base import WeightSource, whole_piece
-from trainer_bridge.control import UpdateTarget, state_of, try_send
+from trainer_bridge.adapters.base import WeightSource, in_order, whole_piece
+from trainer_bridge.control import UpdateTarget, try_send
+from trainer_bridge.fleet import Member
 from trainer_bridge.packing import BucketPacker
 from trainer_bridge.process_group import Backend, SenderGroup
 from trainer_bridge.transports.base import Carrier
@@ -47,29 +49,45 @@ class Broadcaster:
     def send(
         self,
         pieces: list[TensorPiece],
-        flats: Any,
+        flats: Iterator[torch.Tensor],
         *,
         deadline: float,
         check: Callable[[], None] = lambda: None,
-        resident: bool = False,
+        lasting: bool = False,
     ) -> None:
         """Broadcast `flats`, the flat elements of `pieces` in order, until `deadline`.
 
-        check: called now and then; raises when the receivers have given up. resident: as in
-        `BucketPacker.send`.
+        check: called now and then; raises when the receivers have given up. lasting: as in
+        `BucketPacker.send`. Whatever is raised, also by `flats`, has torn the group down: the
+        receivers notice at once.
         """
+        places: dict[int, int] = {}
 
         def broadcast(packed: torch.Tensor) -> Any:
             check()
-            return self.group.broadcast(packed, check)
+            work = self.group.broadcast(packed, check)
+            places[id(work)] = len(places)
+            return work
 
-        self._packer.send(
-            pieces,
-            flats,
-            broadcast,
-            lambda work: self._wait(work, deadline, check),
-            resident=resident,
-        )
+        def wait(work: Any) -> None:
+            try:
+                self._wait(work, deadline, check)
+            except UpdateTimeout as error:
+                first = self._first_of(pieces, places[id(work)])
+                raise UpdateTimeout(f"{error.message}, from {first} on", field=first) from error
+
+        sent = False
+        try:
+            self._packer.send(pieces, flats, broadcast, wait, resident=lasting)
+            sent = True
+        finally:
+            if not sent:
+                self.group.abort()
+
+    def _first_of(self, pieces: list[TensorPiece], place: int) -> str:
+        """The first tensor in bucket number `place`."""
+        buckets = plan_buckets(pieces, self.bucket_bytes)
+        return buckets[min(place, len(buckets) - 1)].placements[0].piece.name
 
     def _wait(self, work: Any, deadline: float, check: Callable[[], None]) -> None:
         try:
@@ -81,11 +99,12 @@ class Broadcaster:
 
 
 class NcclCarrier(Carrier):
-    """All tensors from this process to every rank of every target, in one group.
+    """All tensors from this process to every rank of every engine, in one group.
 
-    The group is formed at the first update, and again after one that broke it. device: where
-    the trainer's tensors are. port: 0 takes a free one. timeout_s: for the members to come, and
-    for one update to be received.
+    The group is formed at the first update, and again where it broke, where an engine was
+    started again and is no member any more, or where an update goes to a part of the engines.
+    device: where the trainer's tensors are. port: 0 takes a free one. timeout_s: for the
+    members to come, and for one update to be received.
     """
 
     def __init__(
@@ -107,10 +126,11 @@ class NcclCarrier(Carrier):
         self._bucket_bytes = bucket_bytes
         self._timeout_s = timeout_s
         self._sender: Broadcaster | None = None
+        self._joined: list[str] = []
 
-    def carry(self, begin: BeginUpdate, source: WeightSource) -> None:
+    def carry(self, begin: BeginUpdate, source: WeightSource, members: Sequence[Member]) -> None:
         """See `Carrier`."""
-        sender = self._connected()
+        sender = self._connected(members)
         pieces = [whole_piece(spec) for spec in begin.manifest]
         command = ReceiveBroadcast(
             group=self._name,
@@ -118,36 +138,36 @@ class NcclCarrier(Carrier):
             bucket_bytes=sender.bucket_bytes,
             timeout_s=self._timeout_s,
         )
-        flats = (tensor.reshape(-1) for _, tensor in source.tensors())
+        flats = (tensor.reshape(-1) for tensor in in_order(begin.manifest, source.tensors()))
         deadline = time.monotonic() + self._timeout_s
-        with ThreadPoolExecutor(len(self.targets)) as pool:
-            received = [pool.submit(target.send, command) for target in self.targets]
-            try:
-                sender.send(
-                    pieces,
-                    flats,
-                    deadline=deadline,
-                    check=lambda: check(received),
-                    resident=source.is_resident,
-                )
-            except SlipstreamError:
-                sender.group.abort()
-                raise
+        with ThreadPoolExecutor(len(members)) as pool:
+            received = [pool.submit(member.send, command) for member in members]
+            sender.send(
+                pieces,
+                flats,
+                deadline=deadline,
+                check=lambda: check(received),
+                lasting=source.lasting,
+            )
         check(received, wait=True)
 
     def close(self) -> None:
         """See `Carrier`."""
-        sender, self._sender = self._sender, None
-        if sender is not None:
+        if self._sender is not None:
             for target in self.targets:
                 try_send(target, LeaveGroup(name=self._name))
-            sender.group.close()
+            self._drop()
 
-    def _connected(self) -> Broadcaster:
-        if self._sender is not None and self._sender.group.is_open:
+    def _connected(self, members: Sequence[Member]) -> Broadcaster:
+        names = [member.name for member in members]
+        are_members = all(self._name in member.state.groups for member in members)
+        is_whole = names == self._joined and are_members
+        if self._sender is not None and self._sender.group.is_open and is_whole:
             return self._sender
+        # Its port has to be free before the next one listens.
+        self._drop()
         backend: Backend = "nccl" if self._device.type == "cuda" else "gloo"
-        sizes = [state_of(target).tp_size for target in self.targets]
+        sizes = [member.state.tp_size for member in members]
         group = SenderGroup(
             self._name,
             world_size=1 + sum(sizes),
@@ -156,28 +176,47 @@ class NcclCarrier(Carrier):
             port=self._port,
             timeout_s=self._timeout_s,
         )
-        connect(group, self.targets, sizes)
+        connect(group, members, sizes)
         self._sender = Broadcaster(group, self._device, bucket_bytes=self._bucket_bytes)
+        self._joined = names
         return self._sender
 
+    def _drop(self) -> None:
+        sender, self._sender = self._sender, None
+        if sender is not None:
+            sender.group.close()
 
-def connect(group: SenderGroup, targets: Sequence[UpdateTarget], sizes: Sequence[int]) -> None:
-    """Have every rank of every target join `group`. sizes: ranks of each target.
+
+def connect(group: SenderGroup, members: Sequence[Member], sizes: Sequence[int]) -> None:
+    """Have every rank of every member join `group`. sizes: ranks of each.
 
     Raises GroupError naming the ranks that did not come, or the error of one that refused.
     """
     joins = join_commands(group, sizes)
-    with ThreadPoolExecutor(len(targets)) as pool:
+    with ThreadPoolExecutor(len(members)) as pool:
         joined = []
-        for target, join in zip(targets, joins, strict=True):
-            try_send(target, LeaveGroup(name=group.name))
-            joined.append(pool.submit(target.send, join))
+        for member, join in zip(members, joins, strict=True):
+            try_send(member.target, LeaveGroup(name=group.name))
+            joined.append(pool.submit(member.send, join))
         try:
-            group.connect()
-        except GroupError:
-            check(joined)
-            raise
+            complete(group, joined)
+        finally:
+            # Those that came would wait for those that did not.
+            if not group.is_open:
+                group.close()
     check(joined, wait=True)
+
+
+def complete(group: SenderGroup, joined: Sequence[Future[Any]]) -> None:
+    """Wait until every rank came. joined: the calls that have engines join.
+
+    Raises the error of an engine that refused, at once, or GroupError naming absent ranks.
+    """
+    try:
+        group.connect(lambda: check(joined))
+    except SlipstreamError:
+        check(joined)
+        raise
 
 
 def join_commands(group: SenderGroup, sizes: Sequence[int]) -> list[JoinGroup]:

@@ -8,17 +8,17 @@ of its own with all engine ranks, so that no tensor passes through another train
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from engine.errors import GroupError, SlipstreamError
+from engine.errors import GroupError
 from engine.protocol import (
     BeginUpdate,
-    CommitUpdate,
     JoinGroup,
     LeaveGroup,
     ReceiveBroadcast,
@@ -26,10 +26,10 @@ from engine.protocol import (
     UpdateReport,
 )
 from trainer_bridge.adapters.base import WeightSource
-from trainer_bridge.control import UpdateTarget, state_of, try_send
-from trainer_bridge.process_group import Backend, SenderGroup
-from trainer_bridge.transports.base import give_up, on_each, report_of
-from trainer_bridge.transports.nccl import BUCKET_BYTES, Broadcaster, check, join_commands
+from trainer_bridge.control import UpdateTarget, try_send
+from trainer_bridge.fleet import Member, commit, divide, give_up, on_each, prepare
+from trainer_bridge.process_group import Backend, SenderGroup, stop
+from trainer_bridge.transports.nccl import BUCKET_BYTES, Broadcaster, check, complete, join_commands
 
 
 class ShardedCarrier:
@@ -61,34 +61,38 @@ class ShardedCarrier:
         self._timeout_s = timeout_s
         self._sender: Broadcaster | None = None
         self._pieces: list[list[TensorPiece]] = []
+        self._taking: list[Member] = []
+        self._holding: list[Member] = []
+        self._joined: list[str] = []
+        self._hosts: list[tuple[str, int]] = []
 
     def publish(self, begin: BeginUpdate, source: WeightSource) -> UpdateReport:
-        """One transaction, collective over the trainer ranks; see `transports.base.publish`.
+        """One transaction in two phases, collective over the trainer ranks; see
+        `transports.base.publish`.
 
         begin: equal on all ranks. Every rank gets the report, or an error: its own, or a
         GroupError that quotes the rank that failed.
         """
-        committed = False
+        prepared = False
         try:
             connected = self._agree(self._begin, begin)
             if not all(connected):
                 self._connect(source)
             self._agree(self._carry, source)
-            report: UpdateReport = self._agree(self._commit, begin)[0]
-            committed = True
+            self._agree(lambda: prepare(self._taking, begin.version))
+            prepared = True
         finally:
-            if not committed:
-                give_up(self.targets, begin.version)
+            if not prepared:
+                give_up(self._taking, begin.version)
+        report: UpdateReport = self._agree(self._commit, begin)[0]
         return report
 
     def close(self) -> None:
         """Leave the engines. Idempotent."""
-        sender, self._sender = self._sender, None
-        if sender is not None:
+        if self._sender is not None:
             for target in self.targets:
-                for rank in range(len(self._pieces)):
-                    try_send(target, LeaveGroup(name=self._group_of(rank)))
-            sender.group.close()
+                self._leave(target)
+            self._drop()
 
     def _agree(self, act: Callable[..., Any], *args: Any) -> list[Any]:
         """Run a stage on every trainer rank; returns all results, or raises on all ranks.
@@ -97,10 +101,11 @@ class ShardedCarrier:
         others waiting in it.
         """
         result: Any = None
-        failure: SlipstreamError | None = None
+        failure: Exception | None = None
         try:
             result = act(*args)
-        except SlipstreamError as error:
+        except Exception as error:
+            # Whatever it is, the other ranks have to hear of it: they wait for this one.
             failure = error
         text = None if failure is None else f"{type(failure).__name__}: {failure}"
         outcomes: list[Any] = [None] * dist.get_world_size(self._trainers)
@@ -113,23 +118,37 @@ class ShardedCarrier:
         return [result for _, result in outcomes]
 
     def _begin(self, begin: BeginUpdate) -> bool:
-        """Open the update; returns whether this rank still has its group."""
-        on_each(self.targets, lambda target: target.send(begin))
-        return self._sender is not None and self._sender.group.is_open
+        """Open the update; returns whether this rank still has its group, and the engines, which
+        rank 0 knows of, all are members."""
+        connected = self._sender is not None and self._sender.group.is_open
+        if not self.targets:
+            return connected
+        self._taking = []
+        taking, self._holding = divide(self.targets, begin.version)
+        # Known before any of them may fail: whoever began gives up.
+        self._taking = taking
+        on_each(taking, lambda member: member.send(begin))
+        return connected and self._are_members(taking)
+
+    def _are_members(self, taking: Sequence[Member]) -> bool:
+        """Whether the groups have these engines in them, none of which was started again."""
+        groups = {self._group_of(rank) for rank in range(len(self._pieces))}
+        same = [member.name for member in taking] == self._joined
+        return same and all(groups <= set(member.state.groups) for member in taking)
 
     def _connect(self, source: WeightSource) -> None:
         """Every rank listens, rank 0 has the engines join all groups, every rank completes."""
-        sizes = self._agree(self._target_sizes)[0]
+        sizes = self._agree(lambda: [member.state.tp_size for member in self._taking])[0]
         joins = self._agree(self._listen, sizes)
+        self._hosts = [(commands[0].address, commands[0].port) for commands in joins]
         self._agree(self._complete, joins)
+        self._joined = [member.name for member in self._taking]
         # Fixed by the trainer's layout, so asked for with the connection.
         self._pieces = self._agree(lambda: [piece for piece, _ in source.shards()])
 
-    def _target_sizes(self) -> list[int]:
-        return [state_of(target).tp_size for target in self.targets]
-
     def _listen(self, sizes: list[int]) -> list[JoinGroup]:
-        """Open this rank's group; returns what each target is to do to join it."""
+        """Open this rank's group; returns what each engine is to do to join it."""
+        self._drop()
         backend: Backend = "nccl" if self._device.type == "cuda" else "gloo"
         group = SenderGroup(
             self._group_of(self._rank),
@@ -143,36 +162,61 @@ class ShardedCarrier:
 
     def _complete(self, joins: list[list[JoinGroup]]) -> None:
         assert self._sender is not None, "complete before listen"
-        with ThreadPoolExecutor(max(len(self.targets), 1)) as pool:
+        with self._others_stop(), ThreadPoolExecutor(max(len(self._taking), 1)) as pool:
             joined = [
-                pool.submit(_join_all, target, [commands[index] for commands in joins])
-                for index, target in enumerate(self.targets)
+                pool.submit(_join_all, member, [commands[index] for commands in joins])
+                for index, member in enumerate(self._taking)
             ]
             try:
-                self._sender.group.connect()
-            except GroupError:
-                check(joined)
-                raise
-        check(joined, wait=True)
+                complete(self._sender.group, joined)
+            finally:
+                if not self._sender.group.is_open:
+                    self._sender.group.close()
+            check(joined, wait=True)
 
     def _carry(self, source: WeightSource) -> None:
         assert self._sender is not None, "carry before connect"
+        group = self._sender.group
         deadline = time.monotonic() + self._timeout_s
         pieces = self._pieces[self._rank]
         flats = (flat for _, flat in source.shards())
-        with ThreadPoolExecutor(max(len(self.targets), 1)) as pool:
-            received = [pool.submit(self._receive_all, target) for target in self.targets]
-            try:
-                self._sender.send(pieces, flats, deadline=deadline, check=lambda: check(received))
-            except SlipstreamError:
-                self._sender.group.abort()
-                raise
-        check(received, wait=True)
 
-    def _receive_all(self, target: UpdateTarget) -> None:
+        def check_all() -> None:
+            check(received)
+            group.check_stopped()
+
+        with self._others_stop(), ThreadPoolExecutor(max(len(self._taking), 1)) as pool:
+            received = [pool.submit(self._receive_all, member) for member in self._taking]
+            self._sender.send(pieces, flats, deadline=deadline, check=check_all)
+            check(received, wait=True)
+
+    @contextmanager
+    def _others_stop(self) -> Iterator[None]:
+        """On rank 0, around a stage that all ranks are in: when it fails here, the others would
+        wait for engines that come no more, so they are told."""
+        done = False
+        try:
+            yield
+            done = True
+        finally:
+            if not done and self._rank == 0:
+                self._stop_others()
+
+    def _stop_others(self) -> None:
+        for rank, (address, port) in enumerate(self._hosts):
+            if rank != self._rank:
+                stop(self._group_of(rank), address, port, "trainer rank 0 failed")
+        # A broadcast under way ends when the engines leave.
+        on_each(self._taking, lambda member: self._leave(member.target))
+
+    def _leave(self, target: UpdateTarget) -> None:
+        for rank in range(len(self._hosts)):
+            try_send(target, LeaveGroup(name=self._group_of(rank)))
+
+    def _receive_all(self, member: Member) -> None:
         """Have one engine receive from every trainer rank in turn."""
         for rank, pieces in enumerate(self._pieces):
-            target.send(
+            member.send(
                 ReceiveBroadcast(
                     group=self._group_of(rank),
                     tensors=pieces,
@@ -184,14 +228,18 @@ class ShardedCarrier:
     def _commit(self, begin: BeginUpdate) -> UpdateReport | None:
         if not self.targets:
             return None
-        commit = CommitUpdate(version=begin.version)
-        return report_of(on_each(self.targets, lambda target: target.send(commit)))
+        return commit(self._taking, self._holding, begin.version)
+
+    def _drop(self) -> None:
+        sender, self._sender = self._sender, None
+        if sender is not None:
+            sender.group.close()
 
     def _group_of(self, rank: int) -> str:
         return f"{self._name}-{rank}"
 
 
-def _join_all(target: UpdateTarget, joins: Sequence[JoinGroup]) -> None:
+def _join_all(member: Member, joins: Sequence[JoinGroup]) -> None:
     for join in joins:
-        try_send(target, LeaveGroup(name=join.name))
-        target.send(join)
+        try_send(member.target, LeaveGroup(name=join.name))
+        member.send(join)

@@ -74,7 +74,7 @@ def check(ranks: list[dict[str, Any]], key: str, want: dict[str, torch.Tensor]) 
 @pytest.mark.parametrize("stage", range(4))
 def test_zero_is_the_plain_model(deepspeed: list[dict[str, Any]], stage: int) -> None:
     check(deepspeed, f"zero{stage}", plain())
-    assert deepspeed[0][f"zero{stage}"]["resident"] == (stage < 3)
+    assert deepspeed[0][f"zero{stage}"]["lasting"] == (stage < 3)
 
 
 @pytest.mark.slow
@@ -102,7 +102,7 @@ def test_zero3_gathers_a_bucket_at_a_time(deepspeed: list[dict[str, Any]]) -> No
 
 def test_fsdp_is_the_plain_model(fsdp: list[dict[str, Any]]) -> None:
     check(fsdp, "fsdp", plain())
-    assert not fsdp[0]["fsdp"]["resident"]
+    assert not fsdp[0]["fsdp"]["lasting"]
 
 
 def test_fsdp_after_a_step_has_the_new_weights(fsdp: list[dict[str, Any]]) -> None:
@@ -132,7 +132,7 @@ def test_a_plain_module_is_a_plain_source_unless_it_is_converted() -> None:
     module = models.model()
     assert isinstance(source_of(module), PlainSource)
     rounded = source_of(module, dtype=torch.bfloat16)
-    assert not rounded.is_resident
+    assert not rounded.lasting
     assert_equal(dict(rounded.tensors()), plain(torch.bfloat16))
 
 
