@@ -112,6 +112,10 @@ class EngineConfig:
     operating system, and gives random weights their fixed seed 0."""
     weight_version: int = 0
     """Version the loaded weights are served as."""
+    refusal: str = ""
+    """Why the loaded weights must not serve, if so: an engine that is started again after updates
+    loads what is older than they were. It refuses to generate, with this reason, until a whole
+    version is published; `weight_version` is the last one that was."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

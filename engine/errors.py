@@ -19,7 +19,9 @@
     │   ├── NonFiniteWeights           a tensor has NaN, inf or what its dtype cannot hold
     │   ├── GroupError                 a process group that cannot be joined or broke
     │   ├── UpdateTimeout              a sender or rank missed its deadline
-    │   └── FleetDivided               some engines committed a version, others did not
+    │   ├── FleetDivided               some engines committed a version, others did not
+    │   └── NoVersion                  no version may serve: publish a whole one
+    ├── CommandTimeout                 the engine lives but did not answer this one command
     ├── MemoryReleased                 what the command needs was given back; resume it first
     ├── Unauthorized                   no key, or a wrong one
     ├── Forbidden                      a route that this address does not serve
@@ -147,6 +149,19 @@ class UpdateTimeout(WeightUpdateError):
 class FleetDivided(WeightUpdateError):
     """Some engines of one push serve its version and others do not; names both, and the engine
     left behind in `field`. Pushing the same version again reaches those left behind."""
+
+
+class NoVersion(WeightUpdateError):
+    """The engine was started again after it had taken an update, and what it could load is older
+    than what was published: it serves nothing until a whole version is published again."""
+
+    status = 503
+
+
+class CommandTimeout(SlipstreamError):
+    """The engine lives, but one command missed its deadline; what became of it is not known."""
+
+    status = 504
 
 
 class MemoryReleased(SlipstreamError):

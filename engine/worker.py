@@ -89,7 +89,8 @@ class Worker:
         )
         self._weights = WeightService(
             self._model,
-            version=config.weight_version,
+            # Started again: the version last published may come again, not one before it.
+            version=config.weight_version - bool(config.refusal),
             device=device,
             mesh=self._mesh,
             agree=self._collectives.minimum,
@@ -97,6 +98,8 @@ class Worker:
         )
         source = open_source(files.kind, files.path, self._model, config.weight_seed)
         self._weights.session.load_initial(source, origin_of(files.kind, files.path))
+        if config.refusal:
+            self._weights.session.invalidate(config.refusal)
         # A graph pads its batch with rows that need a slot and a page of nobody's.
         num_scratch = int(config.cuda_graphs and device.type == "cuda")
         self._pool = self._build_pool(config, context, dtype, num_scratch)

@@ -14,7 +14,7 @@ import msgspec
 from zmq.constants import Flag, PollEvent, SocketOption, SocketType
 from zmq.sugar.context import Context
 
-from engine.errors import EngineDead
+from engine.errors import EngineDead, InvalidRequest
 from engine.protocol import decode, encode
 
 
@@ -64,11 +64,12 @@ class Channel:
         return channel
 
     def send(self, messages: Sequence[msgspec.Struct], *, timeout_s: float) -> None:
-        """Send one frame. Raises EngineDead if nobody takes it in time."""
-        self.send_frame(encode(list(messages)), timeout_s=timeout_s)
+        """Send one frame. Raises InvalidRequest, having sent nothing, if a message cannot be
+        encoded; EngineDead if nobody takes it in time."""
+        self.send_frame(encode_frame(messages), timeout_s=timeout_s)
 
     def send_frame(self, frame: bytes, *, timeout_s: float) -> None:
-        """`send` of a list that is encoded already, for several peers to get."""
+        """`send` of what `encode_frame` returned, such as for several peers to get."""
         if not self.can_send(timeout_s=timeout_s):
             raise EngineDead(f"no peer took a message within {timeout_s:g} s", field="channel")
         self._socket.send(frame, Flag.NOBLOCK)
@@ -144,3 +145,16 @@ def _unreadable(data: bytes, error: str) -> Unreadable:
         return Unreadable(why)
     call = named.id if isinstance(named.id, int) else None
     return Unreadable(why, call, named.rid if isinstance(named.rid, str) else "")
+
+
+def encode_frame(messages: Sequence[msgspec.Struct]) -> bytes:
+    """One frame that holds the messages. Raises InvalidRequest if one of them holds a value that
+    MessagePack has no form for, such as an integer of 65 bits or half a surrogate pair."""
+    try:
+        return encode(list(messages))
+    except (OverflowError, TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequest(
+            f"a value of the message has no form on the wire: {error}; send integers of at most "
+            "64 bits and text that is valid Unicode",
+            field="message",
+        ) from error

@@ -18,6 +18,7 @@ from engine.errors import (
     EngineDead,
     InternalError,
     InvalidRequest,
+    NoVersion,
     SlipstreamError,
     UpdateOrder,
     WeightUpdateError,
@@ -139,7 +140,9 @@ class Leader:
             version=config.weight_version,
         )
         self._readiness = Readiness(
-            version=config.weight_version, keeps_weights=config.memory.cpu_backup
+            version=config.weight_version,
+            keeps_weights=config.memory.cpu_backup,
+            no_version=config.refusal,
         )
         self._checks_integrity = config.scheduler.check_integrity
         overlap = config.scheduler.overlap
@@ -153,6 +156,8 @@ class Leader:
         """Queue requests; one that is refused comes back from `step` as an abort."""
         for request in requests:
             try:
+                if self._readiness.no_version:
+                    raise NoVersion(self._readiness.no_version, field="version")
                 self._scheduler.add(request)
             except SlipstreamError as error:
                 self._outputs.append(refused(request, error))
@@ -184,7 +189,11 @@ class Leader:
         match command:
             case Abort():
                 self._outputs += self._scheduler.abort(
-                    command.rid_prefix, command.all, command.message, rid=command.rid
+                    command.rid_prefix,
+                    command.all,
+                    command.message,
+                    rid=command.rid,
+                    rids=command.rids,
                 )
             case Stop():
                 output = self._scheduler.stop(command.rid, command.num_tokens, command.matched)

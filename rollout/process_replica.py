@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,11 +35,12 @@ from engine.protocol import (
     UpdateReport,
 )
 from engine.protocol.deadlines import REPLY_S, START_S, deadlines
-from rollout.ipc import Channel
+from rollout.ipc import Channel, encode_frame
+from rollout.last_words import cause_of_death, log_tail
 
 _POLL_S = 0.1
 _LEAVE_S = 10.0
-_LOG_TAIL = 2000
+_SHOWN_LOG = 2000
 # The channel has no limit, so that only a leader that is gone takes nothing.
 _POST_S = 1.0
 
@@ -49,7 +51,9 @@ class ProcessReplica:
     factory: "module:function" that builds the executor in the leader's process.
     start_s: deadline for loading the model. reply_s: deadline for the leader to answer; a
     weight command gets `start_s`. A leader that misses one is killed, and every later call
-    raises the same EngineDead.
+    raises the same EngineDead. wait: return once the model is loaded; else at once, and the
+    first reply that `collect` gives, of id 0, says that the engine is ready, or why it cannot
+    be built.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class ProcessReplica:
         factory: str = "engine.executor:build_executor",
         start_s: float = START_S,
         reply_s: float = REPLY_S,
+        wait: bool = True,
     ) -> None:
         self._start_s = start_s
         self._reply_s = reply_s
@@ -68,6 +73,7 @@ class ProcessReplica:
         self._last_id = 0
         self._dead: EngineDead | None = None
         self._closed = False
+        self._ready = False
         self._folder = Path(tempfile.mkdtemp(prefix="slipstream-"))
         endpoint = f"ipc://{self._folder}/leader"
         self._channel = Channel.listen(endpoint, RequestOutput | Reply)
@@ -75,6 +81,8 @@ class ProcessReplica:
         # Also runs at exit, for a replica that nobody closed.
         self._remove = weakref.finalize(self, _remove, self._process, self._folder)
         self._heard_at = time.monotonic()
+        if not wait:
+            return
         try:
             self._await_reply(0, start_s, "start")
         except SlipstreamError:
@@ -83,7 +91,7 @@ class ProcessReplica:
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue requests; refusals come back from `step`."""
-        self._send(list(requests))
+        self._send(requests)
         self._open.update(request.rid for request in requests)
 
     def step(self) -> list[RequestOutput]:
@@ -147,7 +155,8 @@ class ProcessReplica:
             return
         self._closed = True
         try:
-            if self._dead is None and self._process.poll() is None:
+            # A leader that is still loading would not read it.
+            if self._ready and self._dead is None and self._process.poll() is None:
                 self._channel.send([Call(id=0, command=Shutdown())], timeout_s=1.0)
                 self._process.wait(_LEAVE_S)
         except (EngineDead, subprocess.TimeoutExpired):
@@ -155,6 +164,11 @@ class ProcessReplica:
         finally:
             self._channel.close()
             self._remove()
+
+    def kill(self) -> None:
+        """End the leader at once, without a word, and clean up. Idempotent."""
+        self._closed = True
+        self._remove()
 
     def __enter__(self) -> Self:
         return self
@@ -185,7 +199,10 @@ class ProcessReplica:
             )
 
     def _send(self, messages: Sequence[Any], *, timeout_s: float | None = None) -> None:
+        """Send one frame. Raises InvalidRequest, having sent nothing, if a message cannot be
+        encoded; EngineDead if the leader takes nothing within `timeout_s`."""
         self._require_alive()
+        frame = encode_frame(messages)
         timeout_s = self._reply_s if timeout_s is None else timeout_s
         deadline = time.monotonic() + timeout_s
         while not self._channel.can_send(timeout_s=min(_POLL_S, timeout_s)):
@@ -196,7 +213,7 @@ class ProcessReplica:
             if time.monotonic() > deadline:
                 raise self._die(f"took no message within {timeout_s:g} s")
         try:
-            self._channel.send(messages, timeout_s=_POLL_S)
+            self._channel.send_frame(frame, timeout_s=_POLL_S)
         except EngineDead as error:
             raise self._die(error.message) from error
 
@@ -216,6 +233,7 @@ class ProcessReplica:
         messages = self._channel.receive(timeout_s=timeout_s if exit_code is None else 0.0)
         if messages:
             self._heard_at = time.monotonic()
+            self._ready = True
         elif exit_code is not None:
             raise self._die(_exit_text(exit_code))
         return messages
@@ -242,9 +260,12 @@ class ProcessReplica:
         if self._process.poll() is None:
             self._process.kill()
             self._process.wait()
-        tail = self._log_path().read_bytes()[-_LOG_TAIL:].decode(errors="replace").strip()
-        message = f"leader process {self._process.pid} {why}"
-        self._dead = EngineDead(f"{message}\n{tail}" if tail else message, field="leader")
+        log = log_tail(self._log_path())
+        cause = cause_of_death(log)
+        message = f"leader process {self._process.pid} {why}" + (f": {cause}" if cause else "")
+        tail = log[-_SHOWN_LOG:].strip()
+        shown = f"{message}\nThe end of its log:\n{tail}" if tail else message
+        self._dead = EngineDead(shown, field="leader")
         return self._dead
 
     def _log_path(self) -> Path:
@@ -273,4 +294,6 @@ def reply_deadline_s(command: Control, *, reply_s: float, slow_s: float) -> floa
 
 
 def _exit_text(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return f"was killed by signal {-code} (by hand, or by the system for want of memory)"
     return f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"

@@ -42,13 +42,18 @@ class Request(Struct, frozen=True, kw_only=True, tag="request"):
 
 
 class Abort(Struct, frozen=True, kw_only=True, tag="abort"):
-    """End the request `rid`, those whose id starts with `rid_prefix`, or `all`; what they
-    produced comes back as their final `RequestOutput`. An id nobody has is no error."""
+    """End the request `rid`, those of `rids`, those whose id starts with `rid_prefix`, or `all`;
+    what they produced comes back as their final `RequestOutput`. An id nobody has is no error.
+
+    `rid_prefix` is for a dialect whose callers ask for it; a server that ends requests by
+    itself names their exact ids.
+    """
 
     rid: str = ""
     rid_prefix: str = ""
     all: bool = False
     message: str = "aborted by the client"
+    rids: list[str] = msgspec.field(default_factory=list)
 
 
 class Stop(Struct, frozen=True, kw_only=True, tag="stop"):

@@ -6,36 +6,43 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 
-from engine.errors import EngineDead, InvalidRequest, by_name
-from engine.protocol import Abort, Call, Control, GetState, ReplicaState, Reply, Request
+from engine.errors import CommandTimeout, EngineDead, NoVersion, by_name
+from engine.protocol import (
+    Abort,
+    Call,
+    CommitUpdate,
+    Control,
+    GetState,
+    ReplicaState,
+    Reply,
+    Request,
+    SetVersion,
+)
 from engine.protocol.deadlines import REPLY_S, START_S
 from rollout.http.link import EngineLink, Message
-from rollout.http.mailbox import Mailbox
+from rollout.http.mailbox import Mailbox, Mailboxes
+from rollout.http.pending import PendingCommand, PendingCommands
+from rollout.ipc import encode_frame
 from rollout.process_replica import command_name, reply_deadline_s
 
 logger = logging.getLogger(__name__)
 
 _TICK_S = 1.0
-
-
-@dataclass(kw_only=True)
-class _Pending:
-    """A command whose reply has not come. since: when it became the oldest of them."""
-
-    command: Control
-    future: asyncio.Future[Reply]
-    since: float = field(default_factory=time.monotonic)
+_BEAT_S = 5.0
+_START_ID = 0
+"""Of the reply by which a leader says that it is ready."""
 
 
 class AsyncEngine:
     """Requests and commands to one engine, in the order of the calls.
 
-    Everything runs on one event loop, so a call that posts is atomic. A reply carries the id of
-    its call; a command whose reply that misses its deadline ends the engine, and from then on
-    every call raises the same EngineDead.
+    Everything runs on one event loop, so a call that posts is atomic. A message that cannot be
+    encoded is refused to its caller and leaves no trace. Replies are told apart by the ids of
+    their calls. A command that misses its own deadline fails alone while the engine says
+    anything else, and ends the engine if it is silent; from then on every call raises the same
+    EngineDead, until `restart` gives another engine.
 
     reply_s: deadline for the leader to answer, and to say anything while requests run.
     slow_s: deadline for commands that touch weights or memory.
@@ -47,21 +54,67 @@ class AsyncEngine:
         self._link = link
         self._reply_s = reply_s
         self._slow_s = slow_s
-        self._mailboxes: dict[str, Mailbox] = {}
-        self._pending: dict[int, _Pending] = {}
-        self._last_id = 0
+        self._mailboxes = Mailboxes()
+        self._pending = PendingCommands()
+        self._last_id = _START_ID
         self._held: list[list[Request]] | None = None
         self._dead: EngineDead | None = None
+        self._leaving: EngineDead | None = None
+        self._starting = False
+        self._no_version = ""
+        self._published: int | None = None
         self._state: ReplicaState | None = None
         self._state_at = 0.0
-        self._heard_at = time.monotonic()
+        self._heard_at = self._progress_at = time.monotonic()
         self._watch: asyncio.Task[None] | None = None
+        self._on_death: list[Callable[[EngineDead], None]] = []
+        self._on_restart: list[Callable[[], None]] = []
 
     async def start(self) -> None:
         """Begin to listen, and learn what the engine is."""
         self._link.start(self._deliver, self._fail)
         self._watch = asyncio.create_task(self._watchdog())
         await self.send(GetState())
+
+    async def restart(self, link: EngineLink, *, start_s: float, no_version: str = "") -> None:
+        """Go on with another engine, which is being built at the other end of `link`; returns
+        once it is ready. Until then every call raises the EngineDead of the old one.
+
+        no_version: why what it loaded may not serve, if so; requests get NoVersion until a whole
+        version was published. Raises the error that the engine could not be built for.
+        """
+        assert self._dead is not None, "the engine is alive"
+        self._link = link
+        future = self._register(_START_ID, GetState(), start_s)
+        self._starting = True
+        try:
+            link.start(self._deliver, self._fail)
+            reply = await future
+            if reply.error is not None:
+                raise by_name(reply.error.kind, reply.error.message, reply.error.field)
+        finally:
+            self._starting = False
+            self._pending.fail(self._dead)
+        self._no_version = no_version
+        self._dead = None
+        self._heard_at = self._progress_at = time.monotonic()
+        for call in self._on_restart:
+            call()
+
+    async def leave(self, patience_s: float) -> None:
+        """The server is going to end: refuse what comes, and end what is open. A request ends
+        with finish "abort" and its tokens so far; what the engine has not answered within
+        `patience_s` fails with EngineDead."""
+        self._leaving = EngineDead("the server is shutting down", field="server")
+        if self._dead is None and len(self._mailboxes):
+            with contextlib.suppress(EngineDead):
+                self.post([Abort(all=True, message=self._leaving.message)])
+        deadline = time.monotonic() + patience_s
+        while self._dead is None and (len(self._mailboxes) or len(self._pending)):
+            if time.monotonic() > deadline:
+                break
+            await asyncio.sleep(0.02)
+        self._end(self._leaving)
 
     async def close(self) -> None:
         """End the engine; whoever waits gets EngineDead. Idempotent."""
@@ -74,10 +127,39 @@ class AsyncEngine:
         self._end(EngineDead("the server is shutting down", field="server"))
         await asyncio.to_thread(self._link.close)
 
+    def on_death(self, call: Callable[[EngineDead], None]) -> None:
+        """Have `call` called, with the reason, when the engine is gone by itself."""
+        self._on_death.append(call)
+
+    def on_restart(self, call: Callable[[], None]) -> None:
+        """Have `call` called when another engine has taken over: what was known of the old
+        one's groups, updates and memory no longer holds."""
+        self._on_restart.append(call)
+
+    def explain(self, message: str) -> None:
+        """What calls to an engine that is gone are told from now on."""
+        assert self._dead is not None, "the engine is alive"
+        self._dead = EngineDead(message, field=self._dead.field)
+
     @property
     def dead(self) -> EngineDead | None:
         """Why the engine is gone, if it is."""
         return self._dead
+
+    @property
+    def leaving(self) -> EngineDead | None:
+        """Set once the server is about to end."""
+        return self._leaving
+
+    @property
+    def no_version(self) -> str:
+        """Why requests are refused since the engine was started again, or ""."""
+        return self._no_version
+
+    @property
+    def published(self) -> int | None:
+        """The last version that an engine behind this object has committed, if any has."""
+        return self._published
 
     @property
     def num_open(self) -> int:
@@ -90,40 +172,57 @@ class AsyncEngine:
         assert self._state is not None, "start() has not finished"
         return self._state
 
+    def stalled_s(self) -> float:
+        """For how long requests that may run have seen no step and no output; 0.0 if that is
+        less than the deadline for the leader to say anything."""
+        if self._dead is not None or not self.num_open or self._may_wait():
+            return 0.0
+        stalled_s = time.monotonic() - self._progress_at
+        return stalled_s if stalled_s > self._reply_s else 0.0
+
     def submit(self, requests: Sequence[Request]) -> Mailbox:
         """Queue sequences; their outputs, refusals included, come to the mailbox.
 
-        Raises InvalidRequest (`rid`) if an id is in use, EngineDead.
+        Raises InvalidRequest if an id is in use (`rid`) or a request cannot be encoded, EngineDead,
+        NoVersion while an engine that was started again has no version to serve; nothing is
+        queued then.
         """
-        self._require_alive()
-        rids = {request.rid for request in requests}
-        used = rids & self._mailboxes.keys()
-        if used or len(rids) < len(requests):
-            name = min(used) if used else _first_double(requests)
-            raise InvalidRequest(f"rid {name!r} is already in use", field="rid")
-        mailbox = Mailbox(rids)
-        self._mailboxes.update((rid, mailbox) for rid in rids)
-        if self._held is None:
-            self._post(list(requests))
-        else:
-            self._held.append(list(requests))
-        return mailbox
+        self._require_open()
+        if self._no_version:
+            raise NoVersion(self._no_version, field="version")
+        if not self.num_open:
+            self._progress_at = time.monotonic()
+        box = self._mailboxes.open([request.rid for request in requests])
+        queued = False
+        try:
+            if self._held is None:
+                self._post(requests)
+            else:
+                # Sent later, with those of others: what cannot be encoded must not get there.
+                encode_frame(requests)
+                self._held.append(list(requests))
+            queued = True
+        finally:
+            if not queued:
+                self._mailboxes.cancel(box)
+        return box
 
-    def discard(self, mailbox: Mailbox, *, prefix: str = "") -> None:
-        """Abort what is open of a mailbox that nobody reads any more, by one command if all
-        its ids begin with `prefix`."""
-        rids = list(mailbox.open)
-        for rid in rids:
-            self._mailboxes.pop(rid, None)
-        if self._held is not None:
-            self._held = [[r for r in held if r.rid not in mailbox.open] for held in self._held]
-        if self._dead is not None or not rids:
+    def discard(self, mailbox: Mailbox) -> None:
+        """Abort what is open of a mailbox that nobody reads any more."""
+        rids = set(mailbox.open)
+        if not rids or self._dead is not None:
             return
-        message = "the client left"
-        if prefix:
-            self.post([Abort(rid_prefix=prefix, message=message)])
-        else:
-            self.post([Abort(rid=rid, message=message) for rid in rids])
+        held = {r.rid for requests in self._held or [] for r in requests} & rids
+        if self._held is not None:
+            self._held = [[r for r in some if r.rid not in held] for some in self._held]
+            mailbox.open.clear()
+            mailbox.open.update(held)
+            self._mailboxes.cancel(mailbox)
+        sent = sorted(rids - held)
+        if sent:
+            self._mailboxes.drop(sent)
+            with contextlib.suppress(EngineDead):
+                self.post([Abort(rids=sent, message="the client left")])
 
     def hold(self) -> None:
         """Keep requests submitted from now on here, until `release`. Idempotent."""
@@ -133,44 +232,63 @@ class AsyncEngine:
     def release(self) -> None:
         """Send the engine what was held. Idempotent."""
         held, self._held = self._held or [], None
-        if held and self._dead is None:
-            self._post([request for requests in held for request in requests])
+        requests = [request for some in held for request in some]
+        if requests and self._dead is None:
+            with contextlib.suppress(EngineDead):
+                self._post(requests)
 
     async def send(self, command: Control) -> Reply:
-        """Run a control command. Raises its typed error, or EngineDead."""
-        self._require_alive()
+        """Run a control command. Raises its typed error, InvalidRequest if it cannot be
+        encoded, CommandTimeout, or EngineDead."""
+        self._require_open()
         (future,) = self.post([command])
         reply = await asyncio.shield(future)
         if reply.error is not None:
             raise by_name(reply.error.kind, reply.error.message, reply.error.field)
+        if self._no_version and isinstance(command, CommitUpdate):
+            await asyncio.shield(self.post([GetState()])[0])
         return reply
 
     def post(self, commands: Sequence[Control]) -> list[asyncio.Future[Reply]]:
-        """Queue commands without waiting; a reply may be left unread."""
+        """Queue commands without waiting; a reply may be left unread. Raises like `send`, all
+        of them or none being queued."""
         for command in commands:
             if isinstance(command, Abort) and self._held is not None:
                 self._post_held(command)
-        loop = asyncio.get_running_loop()
-        pending = [_Pending(command=command, future=loop.create_future()) for command in commands]
-        for entry in pending:
-            # A failure nobody waits for is told to everyone else by `dead`.
-            entry.future.add_done_callback(_look_at)
         calls = [Call(id=self._last_id + i, command=c) for i, c in enumerate(commands, 1)]
-        self._last_id += len(calls)
-        self._pending.update((call.id, entry) for call, entry in zip(calls, pending, strict=True))
         self._post(calls)
-        return [entry.future for entry in pending]
+        self._last_id += len(calls)
+        return [
+            self._register(call.id, call.command, self._deadline_s(call.command)) for call in calls
+        ]
 
     async def state(self, *, max_age_s: float = 0.2, patience_s: float = 0.5) -> ReplicaState:
         """State of the engine, at most `max_age_s` old; an older one if a long command keeps
         the engine from answering within `patience_s`. Raises EngineDead."""
         self._require_alive()
         if time.monotonic() - self._state_at > max_age_s:
-            asked = next((p for p in reversed(self._pending.values()) if _asks_state(p)), None)
-            future = asked.future if asked is not None else self.post([GetState()])[0]
-            await asyncio.wait([future], timeout=patience_s)
+            await asyncio.wait([self._ask_state()], timeout=patience_s)
             self._require_alive()
         return self.facts
+
+    def _ask_state(self) -> asyncio.Future[Reply]:
+        """The reply to the last GetState that is under way, or to a new one."""
+        last = None
+        for entry in self._pending:
+            last = entry.future if isinstance(entry.command, GetState) else last
+        return last if last is not None else self.post([GetState()])[0]
+
+    def _register(self, call_id: int, command: Control, limit_s: float) -> asyncio.Future[Reply]:
+        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        # A failure nobody waits for is told to everyone else by `dead`.
+        future.add_done_callback(_look_at)
+        now = time.monotonic()
+        entry = PendingCommand(command=command, future=future, since=now, limit_s=limit_s)
+        self._pending.add(call_id, entry)
+        return future
+
+    def _deadline_s(self, command: Control) -> float:
+        return reply_deadline_s(command, reply_s=self._reply_s, slow_s=self._slow_s)
 
     def _post_held(self, abort: Abort) -> None:
         """Send the engine those held requests that it is about to be told to abort."""
@@ -196,79 +314,99 @@ class AsyncEngine:
         for message in messages:
             if isinstance(message, Reply):
                 self._answer(message)
-                continue
-            mailbox = self._mailboxes.get(message.rid)
-            if mailbox is None:
-                continue
-            if message.finish is not None:
-                del self._mailboxes[message.rid]
-            mailbox.put(message)
+            else:
+                self._progress_at = self._heard_at
+                self._mailboxes.deliver(message)
 
     def _answer(self, reply: Reply) -> None:
-        entry = self._pending.pop(reply.id)
-        for oldest in self._pending.values():
-            oldest.since = time.monotonic()
-            break
-        # Any other command may have changed what was known.
-        self._state_at = 0.0 if reply.state is None else time.monotonic()
-        self._state = reply.state or self._state
+        entry = self._pending.answered(reply.id)
+        if entry is None:
+            logger.warning("a reply to call %d, which nobody waits for, is ignored", reply.id)
+            return
+        self._learn(entry.command, reply)
         if not entry.future.done():
             entry.future.set_result(reply)
 
+    def _learn(self, command: Control, reply: Reply) -> None:
+        """What a reply says about the engine as a whole."""
+        if reply.error is None and isinstance(command, CommitUpdate):
+            self._published = command.version
+        if reply.error is None and isinstance(command, SetVersion) and self._published is not None:
+            self._published = command.version
+        if reply.state is None:
+            # Any other command may have changed what was known.
+            self._state_at = 0.0
+            return
+        old, self._state, self._state_at = self._state, reply.state, self._heard_at
+        if old is None or old.num_steps != reply.state.num_steps:
+            self._progress_at = self._heard_at
+        if not reply.state.refusal and not self._starting:
+            self._no_version = ""
+
+    def _may_wait(self) -> bool:
+        """Whether requests that see no step are only doing what they were told to."""
+        state = self._state
+        return state is None or state.paused or bool(state.refusal)
+
     def _fail(self, error: EngineDead) -> None:
-        if self._dead is None:
+        if self._starting:
+            self._pending.fail(error)
+        elif self._dead is None:
             logger.error("the engine is gone: %s", error)
             self._end(error)
+            for call in self._on_death:
+                call(error)
 
     def _end(self, error: EngineDead) -> None:
         self._dead = self._dead or error
-        for mailbox in set(self._mailboxes.values()):
-            mailbox.fail(error)
-        self._mailboxes.clear()
-        for entry in self._pending.values():
-            if not entry.future.done():
-                entry.future.set_exception(EngineDead(error.message, field=error.field))
-        self._pending.clear()
+        self._mailboxes.fail(error)
+        self._held = None if self._held is None else []
+        self._pending.fail(error)
 
     def _require_alive(self) -> None:
         if self._dead is not None:
             raise EngineDead(self._dead.message, field=self._dead.field)
 
+    def _require_open(self) -> None:
+        if self._leaving is not None:
+            raise EngineDead(self._leaving.message, field=self._leaving.field)
+        self._require_alive()
+
     async def _watchdog(self) -> None:
-        while self._dead is None:
+        while True:
             await asyncio.sleep(_TICK_S)
-            if self._dead is None:
-                self._look_at_the_clock(time.monotonic())
+            self._look_at_the_clock(time.monotonic())
 
     def _look_at_the_clock(self, now: float) -> None:
-        if not self._pending:
-            if self._mailboxes and now - self._heard_at > self._reply_s:
-                self.post([GetState()])
-            return
-        oldest = next(iter(self._pending.values()))
-        limit_s = reply_deadline_s(oldest.command, reply_s=self._reply_s, slow_s=self._slow_s)
-        if now - oldest.since > limit_s:
-            name = command_name(oldest.command)
-            self._link.stop()
-            self._fail(self._link.kill(f"did not answer '{name}' within {limit_s:g} s"))
+        silent_s = now - self._heard_at
+        for entry in self._pending.take_late(now):
+            name = command_name(entry.command)
+            if self._starting or silent_s > self._reply_s:
+                self._link.stop()
+                error = self._link.kill(f"did not answer '{name}' within {entry.limit_s:g} s")
+                _give(entry, error)
+                self._fail(error)
+                return
+            message = f"the engine lives but did not answer '{name}' within {entry.limit_s:g} s"
+            logger.error("%s", message)
+            _give(entry, CommandTimeout(message, field=name))
+        waited_for = len(self._pending) or len(self._mailboxes)
+        if self._dead is None and waited_for and silent_s > min(_BEAT_S, self._reply_s / 4):
+            # Alive is what answers anything, whatever else is slow.
+            with contextlib.suppress(EngineDead):
+                self._ask_state()
 
 
-def _asks_state(pending: _Pending) -> bool:
-    return isinstance(pending.command, GetState)
+def _give(entry: PendingCommand, error: EngineDead | CommandTimeout) -> None:
+    if not entry.future.done():
+        entry.future.set_exception(type(error)(error.message, field=error.field))
 
 
 def _names(abort: Abort, request: Request) -> bool:
     prefix = abort.rid_prefix
-    return abort.all or request.rid == abort.rid or bool(prefix and request.rid.startswith(prefix))
-
-
-def _first_double(requests: Sequence[Request]) -> str:
-    seen: set[str] = set()
-    for request in requests:
-        if request.rid in seen:
-            return request.rid
-        seen.add(request.rid)
-    raise AssertionError("every id is there once")
+    if abort.all or request.rid == abort.rid or request.rid in abort.rids:
+        return True
+    return bool(prefix and request.rid.startswith(prefix))
 
 
 def _look_at(future: asyncio.Future[Reply]) -> None:

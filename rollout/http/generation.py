@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Sequence
 from itertools import count
 
-from engine.errors import InvalidRequest, SlipstreamError, by_name
+from engine.errors import EngineDead, InvalidRequest, SlipstreamError, by_name
 from engine.protocol import GenerateRequest, Request, Stop
 from rollout.expand import expand
 from rollout.http.engine_client import AsyncEngine
@@ -16,7 +17,9 @@ from rollout.metrics import Metrics
 from rollout.seeds import derive_seed
 from rollout.text.tokenizer import Tokenizer
 
-_REFUSED = frozenset({"InvalidRequest", "ContextTooLong", "UnsupportedOption", "QueueFull"})
+_REFUSED = frozenset(
+    {"InvalidRequest", "ContextTooLong", "UnsupportedOption", "QueueFull", "NoVersion"}
+)
 # A call with a sequence that ended by one of these is answered by the error.
 _FAILED = _REFUSED | {"NonFiniteLogits"}
 
@@ -47,14 +50,13 @@ class Generator:
             return self._expand(call)
         return await asyncio.to_thread(self._expand, call)
 
-    async def run(
-        self, samples: Sequence[Sample], prefix: str = ""
-    ) -> AsyncGenerator[tuple[Sample, Delta], None]:
+    async def run(self, samples: Sequence[Sample]) -> AsyncGenerator[tuple[Sample, Delta], None]:
         """Submit the samples and yield what each output added, until all have finished.
 
-        Closing the generator early aborts what still runs; `prefix` is what all ids begin
-        with, if they do. Raises the typed error of a request that the engine refused, and of
-        one whose logits were not finite, after the tokens it had before.
+        Whoever iterates closes the generator (`contextlib.aclosing`), which aborts what still
+        runs. Raises the typed error of a request that the engine refused, and of one whose
+        logits were not finite, after the tokens it had before; EngineDead if the server leaves
+        before any sample has a token.
         """
         open_samples = {sample.request.rid: sample for sample in samples}
         mailbox = self.engine.submit([sample.request for sample in samples])
@@ -75,12 +77,16 @@ class Generator:
                     if failure is not None:
                         raise failure
         finally:
-            self.engine.discard(mailbox, prefix=prefix)
+            self.engine.discard(mailbox)
+        leaving = self.engine.leaving
+        if leaving is not None and not any(sample.first_at for sample in samples):
+            raise EngineDead(leaving.message, field=leaving.field)
 
-    async def finish(self, samples: Sequence[Sample], prefix: str = "") -> None:
+    async def finish(self, samples: Sequence[Sample]) -> None:
         """Run the samples to their end."""
-        async for _ in self.run(samples, prefix):
-            pass
+        async with contextlib.aclosing(self.run(samples)) as outputs:
+            async for _ in outputs:
+                pass
 
     def _expand(self, call: GenerateCall) -> list[Sample]:
         samples: list[Sample] = []

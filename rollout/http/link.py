@@ -25,7 +25,8 @@ class EngineLink(Protocol):
         ...
 
     def post(self, messages: Sequence[Request | Call]) -> None:
-        """Queue messages in order, without waiting. Raises EngineDead."""
+        """Queue messages in order, without waiting. Raises InvalidRequest, having queued none,
+        if one cannot be encoded, and EngineDead."""
         ...
 
     def kill(self, why: str) -> EngineDead:

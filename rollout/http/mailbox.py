@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterable
 
-from engine.errors import EngineDead
+from engine.errors import EngineDead, InvalidRequest
 from engine.protocol import RequestOutput
 
 
@@ -43,3 +44,62 @@ class Mailbox:
             await self._arrived.wait()
         outputs, self._outputs = self._outputs, []
         return outputs
+
+
+class Mailboxes:
+    """The mailboxes of all open calls by request id: every id that the engine was sent, or is
+    going to be sent, until its final output has come or its call was dropped."""
+
+    def __init__(self) -> None:
+        self._boxes: dict[str, Mailbox] = {}
+        self._dropped: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._boxes)
+
+    def open(self, rids: list[str]) -> Mailbox:
+        """One mailbox for `rids`. Raises InvalidRequest (`rid`), having changed nothing, if an
+        id comes twice or is in use."""
+        box = Mailbox(rids)
+        used = box.open & self._boxes.keys()
+        if used or len(box.open) < len(rids):
+            name = min(used) if used else Counter(rids).most_common(1)[0][0]
+            raise InvalidRequest(f"rid {name!r} is already in use", field="rid")
+        self._boxes.update((rid, box) for rid in rids)
+        return box
+
+    def cancel(self, box: Mailbox) -> None:
+        """Forget a mailbox none of whose requests reached the engine."""
+        for rid in box.open:
+            self._boxes.pop(rid, None)
+
+    def drop(self, rids: Iterable[str]) -> None:
+        """Nobody reads what still comes for these ids, whose requests the engine has. The ids
+        are free again at once: what the engine still says of the old requests is told apart
+        from outputs of new ones by its order."""
+        for rid in rids:
+            if self._boxes.pop(rid, None) is not None:
+                self._dropped[rid] += 1
+
+    def deliver(self, output: RequestOutput) -> None:
+        """Put an output where it belongs."""
+        rid = output.rid
+        if self._dropped[rid] if self._dropped else 0:
+            if output.finish is not None:
+                self._dropped[rid] -= 1
+                if not self._dropped[rid]:
+                    del self._dropped[rid]
+            return
+        box = self._boxes.get(rid)
+        if box is None:
+            return
+        if output.finish is not None:
+            del self._boxes[rid]
+        box.put(output)
+
+    def fail(self, error: EngineDead) -> None:
+        """No output will come any more for anybody."""
+        for box in set(self._boxes.values()):
+            box.fail(error)
+        self._boxes.clear()
+        self._dropped.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -10,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 
 from engine.protocol import GenerateResponse
 from rollout.http.errors import json_response
-from rollout.http.requests import GenerateCall, parse_call
+from rollout.http.requests import parse_call
 from rollout.http.sample import Sample
 from rollout.http.services import Services
 from rollout.http.sse import EventStream, answer
@@ -25,32 +26,34 @@ def router(services: Services) -> APIRouter:
         call = parse_call(await request.body())
         samples = await services.generator.samples(call)
         if call.stream:
-            return EventStream(_frames(services, call, samples))
-        return await answer(request, _reply(services, call, samples))
+            return EventStream(_frames(services, samples))
+        return await answer(request, _reply(services, samples))
 
     routes.add_api_route("/generate", generate, methods=["POST", "PUT"])
     return routes
 
 
-async def _reply(services: Services, call: GenerateCall, samples: Sequence[Sample]) -> Response:
+async def _reply(services: Services, samples: Sequence[Sample]) -> Response:
     # Encoded as each finishes: a large batch would hold up the event loop at its end.
     replies: dict[int, msgspec.Raw] = {}
     position = {id(sample): number for number, sample in enumerate(samples)}
-    async for sample, delta in services.generator.run(samples, call.prefix):
-        if delta.finished:
-            reply = msgspec.json.encode(_object(services, sample.response()))
-            replies[position[id(sample)]] = msgspec.Raw(reply)
+    async with aclosing(services.generator.run(samples)) as outputs:
+        async for sample, delta in outputs:
+            if delta.finished:
+                reply = msgspec.json.encode(_object(services, sample.response()))
+                replies[position[id(sample)]] = msgspec.Raw(reply)
     found = [replies[number] for number in range(len(samples))]
     return json_response(found if samples[0].index is not None else found[0])
 
 
 async def _frames(
-    services: Services, call: GenerateCall, samples: Sequence[Sample]
+    services: Services, samples: Sequence[Sample]
 ) -> AsyncGenerator[dict[str, Any], None]:
     incremental = services.config.incremental_streaming_output
-    async for sample, delta in services.generator.run(samples, call.prefix):
-        reply = sample.increment(delta) if incremental else sample.partial()
-        yield _object(services, reply)
+    async with aclosing(services.generator.run(samples)) as outputs:
+        async for sample, delta in outputs:
+            reply = sample.increment(delta) if incremental else sample.partial()
+            yield _object(services, reply)
 
 
 def _object(services: Services, response: GenerateResponse) -> dict[str, Any]:

@@ -25,10 +25,12 @@ UNDEFINED = (
 class Readiness:
     """Follows releases and updates as they succeed; refuses those that may not come.
 
-    keeps_weights: released weights come back with their values.
+    keeps_weights: released weights come back with their values. no_version: why the weights that
+    were loaded may not serve, if so (`EngineConfig.refusal`).
     """
 
-    def __init__(self, *, version: int, keeps_weights: bool) -> None:
+    def __init__(self, *, version: int, keeps_weights: bool, no_version: str = "") -> None:
+        self._no_version = no_version
         self._keeps_weights = keeps_weights
         self._released: set[MemoryTag] = set()
         self._undefined = False
@@ -69,8 +71,15 @@ class Readiness:
 
     @property
     def refusal(self) -> str:
-        """Why no step may run, or "": `hold`, or the error of an update that died in place."""
-        return self.hold or self._broken
+        """Why no step may run, or "": `hold`, or the error of an update that died in place, or
+        `no_version`."""
+        return self.hold or self._broken or self._no_version
+
+    @property
+    def no_version(self) -> str:
+        """Why requests are refused at once, or "": the engine was started again and nothing whole
+        was published since."""
+        return self._no_version
 
     @property
     def _writes_in_place(self) -> bool:
@@ -176,7 +185,7 @@ class Readiness:
             return False
         self._committed = version
         if not update.partial:
-            self._undefined, self._broken = False, ""
+            self._undefined, self._broken, self._no_version = False, "", ""
         return True
 
     def died(self, message: str) -> None:

@@ -8,6 +8,7 @@ meanwhile have their surplus token dropped.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -123,8 +124,10 @@ class Scheduler:
         message: str = "aborted by the client",
         *,
         rid: str = "",
+        rids: Iterable[str] = (),
     ) -> list[RequestOutput]:
-        """End the request `rid`, those whose id starts with `rid_prefix`, or `all`.
+        """End the request `rid`, those of `rids`, those whose id starts with `rid_prefix`, or
+        `all`.
 
         Returns what each produced so far, in order of arrival. Empty names nothing. The KV of
         those named stays cached; with `all` it does not, since most often an update follows.
@@ -132,15 +135,16 @@ class Scheduler:
         if all:
             named = list(self._requests.values())
         elif rid_prefix:
+            exact = frozenset((rid, *rids))
             named = [
                 sequence
                 for own, sequence in self._requests.items()
-                if own == rid or own.startswith(rid_prefix)
+                if own in exact or own.startswith(rid_prefix)
             ]
         else:
             # A client that leaves ends one of thousands: no scan for that.
-            found = self._requests.get(rid)
-            named = [found] if found is not None else []
+            found = (self._requests.get(rid) for rid in dict.fromkeys((rid, *rids)))
+            named = [sequence for sequence in found if sequence is not None]
         finish = FinishReason(type="abort", message=message)
         return self._finish_each(named, finish, keep_kv=not all)
 

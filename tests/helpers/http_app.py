@@ -19,6 +19,7 @@ from rollout.http.config import ServeConfig
 from rollout.http.engine_client import AsyncEngine
 from rollout.http.link import Deliver, Fail
 from rollout.http.services import make_services
+from rollout.ipc import encode_frame
 from rollout.leader import Leader, error_info
 from rollout.text.tokenizer import Tokenizer
 from tests.helpers.fake_executor import FakeExecutor
@@ -53,6 +54,8 @@ class InlineLink:
         self._deliver, self._fail = deliver, fail
 
     def post(self, messages: Sequence[Request | Call]) -> None:
+        # As over a channel: what cannot be encoded is refused, and nothing of it is noted.
+        encode_frame(messages)
         for message in messages:
             if isinstance(message, Request):
                 self.requests.append(message)
@@ -112,7 +115,7 @@ class InlineLink:
 
 @dataclass(kw_only=True)
 class Server:
-    """A running application. http: a client of it; base address http://server."""
+    """A running application. http: a client of it; base address http://127.0.0.1."""
 
     http: httpx.AsyncClient
     link: InlineLink
@@ -150,7 +153,7 @@ async def serving(
     app = build_app(make_services(config, client, known))
     transport = httpx.ASGITransport(app=app)
     async with httpx.AsyncClient(
-        transport=transport, base_url="http://server", timeout=30.0
+        transport=transport, base_url="http://127.0.0.1", timeout=30.0
     ) as http:
         try:
             yield Server(http=http, link=link, engine=client, app=app)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -102,7 +103,7 @@ class _Choices:
     async def reply(self) -> Response:
         """Run to the end."""
         call = self._call
-        await self._services.generator.finish(call.samples, call.call.prefix)
+        await self._services.generator.finish(call.samples)
         choices = [self._whole(index, sample) for index, sample in enumerate(call.samples)]
         more = {"usage": usage(call.samples), **self._prompt_fields()}
         return json_response(call.envelope(choices, **more))
@@ -115,8 +116,9 @@ class _Choices:
             opening = {"index": index, "delta": {"role": "assistant", "content": ""}}
             yield call.envelope([{**opening, "finish_reason": None}], **prompt)
         position = {id(sample): index for index, sample in enumerate(call.samples)}
-        async for sample, delta in self._services.generator.run(call.samples, call.call.prefix):
-            yield call.envelope([self._part(position[id(sample)], sample, delta)])
+        async with aclosing(self._services.generator.run(call.samples)) as outputs:
+            async for sample, delta in outputs:
+                yield call.envelope([self._part(position[id(sample)], sample, delta)])
         for frame in call.usage_frame():
             yield frame
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -93,7 +94,7 @@ class _Choices:
     async def reply(self) -> Response:
         """Run to the end; choices prompt-major."""
         call = self._call
-        await self._services.generator.finish(call.samples, call.call.prefix)
+        await self._services.generator.finish(call.samples)
         choices = [self._whole(index, sample) for index, sample in enumerate(call.samples)]
         return json_response(call.envelope(choices, usage=usage(call.samples)))
 
@@ -102,10 +103,11 @@ class _Choices:
         call = self._call
         position = {id(sample): index for index, sample in enumerate(call.samples)}
         offsets: defaultdict[int, int] = defaultdict(int)
-        async for sample, delta in self._services.generator.run(call.samples, call.call.prefix):
-            index = position[id(sample)]
-            yield call.envelope([self._part(index, sample, delta, offsets[index])])
-            offsets[index] += len(delta.text)
+        async with aclosing(self._services.generator.run(call.samples)) as outputs:
+            async for sample, delta in outputs:
+                index = position[id(sample)]
+                yield call.envelope([self._part(index, sample, delta, offsets[index])])
+                offsets[index] += len(delta.text)
         for frame in call.usage_frame():
             yield frame
 

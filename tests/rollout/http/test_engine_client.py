@@ -140,10 +140,14 @@ def test_one_command_aborts_a_thousand() -> None:
             server.commands()
             requests = [make_request(f"x-{i}", [1]) for i in range(1024)]
             mailbox = server.engine.submit(requests)
-            server.engine.discard(mailbox, prefix="x-")
+            stranger = server.engine.submit([make_request("x-10240", [1])])
+            server.engine.discard(mailbox)
             state = await server.engine.state(max_age_s=0)
-            assert (state.num_running, state.num_waiting) == (0, 0)
-            assert server.commands() == [Abort(rid_prefix="x-", message="the client left")]
+            assert (state.num_running, state.num_waiting) == (0, 1)
+            rids = sorted(request.rid for request in requests)
+            assert server.commands() == [Abort(rids=rids, message="the client left")]
+            assert stranger.open == {"x-10240"}
+            assert server.engine.num_open == 1
 
     run(test)
 
