@@ -95,18 +95,24 @@ class _Batch:
         self._finished: list[RequestOutput] = []
         self._num_done = 0
         self._num_tokens = 0
+        self._in_replica = False
 
     def refill(self, source: Iterator[Request]) -> bool:
         """Submit what fits; whether anything is left to wait for."""
         room = self._window - len(self._open)
         accepted = [r for request in islice(source, room) if (r := self._open_one(request))]
         if accepted:
+            self._in_replica = True
             self._replica.submit(accepted)
+            self._in_replica = False
         return bool(self._open or self._finished)
 
     def step(self) -> list[RequestOutput]:
         """Advance the replica; the requests that finished."""
-        for output in self._replica.step():
+        self._in_replica = True
+        outputs = self._replica.step()
+        self._in_replica = False
+        for output in outputs:
             self._take(output)
         finished, self._finished = self._finished, []
         self._num_done += len(finished)
@@ -117,11 +123,13 @@ class _Batch:
         return Progress(num_done=self._num_done, num_requests=total, num_tokens=self._num_tokens)
 
     def abandon(self) -> None:
-        """Abort what is still open; nobody will read it."""
-        for rid in self._open:
-            with suppress(SlipstreamError):
-                self._replica.send(Abort(rid=rid, message="the caller left"))
+        """Abort what is still open; nobody will read it. A replica that has raised is asked for
+        nothing more: what it would say hides why it failed."""
+        rids = list(self._open)
         self._open.clear()
+        if rids and not self._in_replica:
+            with suppress(SlipstreamError):
+                self._replica.send(Abort(rids=rids, message="the caller left"))
 
     def _open_one(self, request: Request) -> Request | None:
         detokenizer = None

@@ -174,3 +174,19 @@ def test_a_push_between_steps_shows_in_the_spans() -> None:
             on_progress=push,
         )  # fmt: skip
     assert output.spans == [VersionSpan(0, 0, 4), VersionSpan(1, 4, 8)]
+
+
+def test_a_replica_that_fails_shows_its_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of an abort sent to what is left of it."""
+
+    def fail() -> None:
+        raise ZeroDivisionError("the cause")
+
+    def left(_: object) -> None:
+        raise KeyError(0)
+
+    with inline() as replica:
+        monkeypatch.setattr(replica, "step", fail)
+        monkeypatch.setattr(replica, "send", left)
+        with pytest.raises(ZeroDivisionError, match="the cause"):
+            generate(replica, [make_request("a", [1]), make_request("b", [2])])
