@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from fastapi import APIRouter, FastAPI
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
 from rollout.http import command, errors, health, info, native
@@ -46,6 +47,14 @@ def build_app(services: Services) -> FastAPI:
     for routes in control:
         app.include_router(routes)
     app.add_middleware(Guard, config=services.config, control_paths=_paths(control))
+    if services.config.allowed_origins:
+        # Outermost: it also answers what browsers ask before they send a request.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(services.config.allowed_origins),
+            allow_methods=["GET", "POST", "PUT"],
+            allow_headers=["*"],
+        )
     return app
 
 

@@ -10,7 +10,8 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from engine.errors import InvalidRequest
-from engine.protocol import Control, Shutdown
+from engine.protocol import Control, JoinGroup, Shutdown
+from rollout.http.access import caller
 from rollout.http.errors import json_response
 from rollout.http.services import Services
 
@@ -21,6 +22,8 @@ def router(services: Services) -> APIRouter:
 
     async def command(request: Request) -> Response:
         parsed = parse_command(await request.body())
+        if isinstance(parsed, JoinGroup):
+            await services.access.check_join(parsed, caller(request))
         return json_response(await services.control.forward(parsed))
 
     routes.add_api_route("/command", command, methods=["POST"])

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from engine.config import EngineConfig
 from engine.protocol.deadlines import REPLY_S, START_S
+
+Restart = Literal["never", "on-failure"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +35,20 @@ class ServeConfig:
     """Sets apart servers that share one engine seed: each derives other seeds of requests."""
     incremental_streaming_output: bool = False
     """Native streams send what is new instead of everything so far."""
+    restart: Restart = "never"
+    """What follows when the engine dies: the server leaves, or starts the engine again."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names that a Host header may have; bound to loopback, those of this machine always may."""
+    allowed_origins: tuple[str, ...] = ()
+    """Origins whose web pages may call; "*" allows every page."""
+    weights_roots: tuple[str, ...] = ()
+    """Folders that weights may be read from; without any, all folders if bound to loopback, none
+    on other addresses."""
+    rendezvous_hosts: tuple[str, ...] = ()
+    """Hosts and networks where the engine may meet a trainer, beside the caller's own address;
+    without any, all if bound to loopback."""
+    receive_timeout_s: float = 60.0
+    """Within which the headers, and then the body, of a request have to arrive."""
     reply_s: float = REPLY_S
     """Deadline for the engine to answer a command that touches no weights."""
     start_s: float = START_S

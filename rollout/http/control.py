@@ -94,6 +94,10 @@ class Controller:
         """Whether an update is open."""
         return self._update is not None
 
+    def reset(self) -> None:
+        """Another engine has taken over: no update is open and nothing is released."""
+        self._update, self._failure, self._weights_lost = None, None, False
+
     async def send(self, command: Command) -> Reply:
         """Run a command that has nothing to do with an open update, in its turn."""
         async with self._lock:

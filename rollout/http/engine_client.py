@@ -69,6 +69,7 @@ class AsyncEngine:
         self._watch: asyncio.Task[None] | None = None
         self._on_death: list[Callable[[EngineDead], None]] = []
         self._on_restart: list[Callable[[], None]] = []
+        self._admit: Callable[[Control], None] | None = None
 
     async def start(self) -> None:
         """Begin to listen, and learn what the engine is."""
@@ -126,6 +127,11 @@ class AsyncEngine:
         self._link.stop()
         self._end(EngineDead("the server is shutting down", field="server"))
         await asyncio.to_thread(self._link.close)
+
+    def guard(self, admit: Callable[[Control], None]) -> None:
+        """Have `admit` called with every command before it is sent; what it raises, the caller
+        gets."""
+        self._admit = admit
 
     def on_death(self, call: Callable[[EngineDead], None]) -> None:
         """Have `call` called, with the reason, when the engine is gone by itself."""
@@ -252,6 +258,9 @@ class AsyncEngine:
     def post(self, commands: Sequence[Control]) -> list[asyncio.Future[Reply]]:
         """Queue commands without waiting; a reply may be left unread. Raises like `send`, all
         of them or none being queued."""
+        for command in commands:
+            if self._admit is not None:
+                self._admit(command)
         for command in commands:
             if isinstance(command, Abort) and self._held is not None:
                 self._post_held(command)

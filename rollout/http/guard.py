@@ -1,29 +1,34 @@
-"""What stands before every route: API keys, and a limit on the body.
+"""What stands before every route: who calls, from where, with which key, and how much.
 
 Plain ASGI: a middleware that wraps the response would hold streams back.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hmac
-import ipaddress
 from collections.abc import Collection
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engine.errors import Forbidden, SlipstreamError, Unauthorized
+from engine.errors import EngineDead, Forbidden, SlipstreamError, Unauthorized
+from rollout.http.access import is_loopback
+from rollout.http.body import BodyReader
+from rollout.http.browsers import BrowserRules, Headers
 from rollout.http.config import ServeConfig
-from rollout.http.errors import BodyTooLarge, error_response
+from rollout.http.errors import error_response
 
-_OPEN = frozenset({"/health", "/liveness"})
+_OPEN = frozenset({"/health", "/liveness", "/ping"})
 
 
 class Guard:
     """Refuses before the body is read, where it can.
 
-    /health and /liveness are open. A control route takes the admin key if there is one, else
-    the API key; bound to an address that others reach, it answers 403 until an admin key is
-    set. Bodies over the limit get 413.
+    /health, /liveness and /ping take no key. A control route takes the admin key if there is
+    one, else the API key; bound to an address that others reach, it answers 403 until an admin
+    key is set. Requests that a browser sends for the page of another origin are refused
+    (`browsers`), bodies over the limit get 413, those that do not arrive in time 408. A handler
+    that is cancelled because the server leaves still answers, by 503.
     """
 
     def __init__(self, app: ASGIApp, config: ServeConfig, control_paths: Collection[str]) -> None:
@@ -31,6 +36,7 @@ class Guard:
         self._config = config
         self._control = frozenset(control_paths)
         self._exposed = not is_loopback(config.host)
+        self._browsers = BrowserRules(config)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One connection of the ASGI protocol."""
@@ -38,16 +44,25 @@ class Guard:
             await self._app(scope, receive, send)
             return
         path = scope["path"].rstrip("/") or "/"
-        limit = _Limit(receive, self._config, control=path in self._control)
+        control = path in self._control
+        headers = Headers(scope["headers"])
+        body = BodyReader(receive, self._config, headers, control=control)
+        reply = _Reply(send, body)
         try:
-            self._authorize(path, dict(scope["headers"]))
-            limit.check_length(dict(scope["headers"]))
+            self._browsers.check(scope["method"], path, headers, control=control)
+            self._authorize(path, headers)
+            body.check_length()
+            await self._app(scope, body, reply)
         except SlipstreamError as error:
-            await error_response(error)(scope, receive, send)
-            return
-        await self._app(scope, limit, send)
+            # Of the checks above: the application answers its own errors.
+            await error_response(error)(scope, receive, reply)
+        except asyncio.CancelledError:
+            if reply.begun:
+                raise
+            error = EngineDead("the server is shutting down", field="server")
+            await error_response(error)(scope, receive, reply)
 
-    def _authorize(self, path: str, headers: dict[bytes, bytes]) -> None:
+    def _authorize(self, path: str, headers: Headers) -> None:
         config = self._config
         if path in _OPEN:
             return
@@ -61,50 +76,37 @@ class Guard:
                 )
             if config.admin_api_key:
                 key, option = config.admin_api_key, "--admin-api-key"
-        given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
-        if key and not hmac.compare_digest(given, key.encode()):
+        if key and not _same_key(headers.all("authorization"), key):
             raise Unauthorized(
                 f"{path} takes the header 'Authorization: Bearer KEY' with the key of {option}",
                 field="Authorization",
             )
 
 
-class _Limit:
-    """The `receive` of one request, counting its body."""
+class _Reply:
+    """The `send` of one request. begun: the status was sent.
 
-    def __init__(self, receive: Receive, config: ServeConfig, *, control: bool) -> None:
-        self._receive = receive
-        self._option = "--max-control-body-mib" if control else "--max-body-mib"
-        self._limit = config.max_control_body_bytes if control else config.max_body_bytes
-        self._num_bytes = 0
+    After a reply to a body that was given up the connection ends.
+    """
 
-    def check_length(self, headers: dict[bytes, bytes]) -> None:
-        """Refuse by the announced length."""
-        length = headers.get(b"content-length", b"")
-        if length.isdigit() and int(length) > self._limit:
-            raise self._error(int(length))
+    def __init__(self, send: Send, body: BodyReader) -> None:
+        self._send = send
+        self._body = body
+        self.begun = False
 
-    async def __call__(self) -> Message:
-        """The next message; raises BodyTooLarge into the handler that reads the body."""
-        message = await self._receive()
-        self._num_bytes += len(message.get("body", b""))
-        if self._num_bytes > self._limit:
-            raise self._error(self._num_bytes)
-        return message
-
-    def _error(self, found: int) -> BodyTooLarge:
-        return BodyTooLarge(
-            f"the body has {found} bytes or more, the limit is {self._limit}; send less at once "
-            f"or start the server with a larger {self._option}",
-            field="body",
-        )
+    async def __call__(self, message: Message) -> None:
+        """Send one message of the ASGI protocol."""
+        self.begun = True
+        if self._body.failed and message["type"] == "http.response.start":
+            headers = [*message.get("headers", []), (b"connection", b"close")]
+            message = {**message, "headers": headers}
+        await self._send(message)
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server bound to `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
+def _same_key(values: list[bytes], key: str) -> bool:
+    """Whether there is one Authorization header, of the scheme Bearer, with this key. The time
+    it takes does not depend on where a wrong key differs."""
+    if len(values) != 1:
         return False
+    scheme, _, given = values[0].strip().partition(b" ")
+    return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), key.encode())

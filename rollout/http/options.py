@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tyro.conf import UseAppendAction
+
 from engine.config import (
     AttentionBackendName,
     CacheConfig,
@@ -16,7 +18,7 @@ from engine.config import (
     SchedulerConfig,
 )
 from engine.errors import InvalidRequest
-from rollout.http.config import ServeConfig
+from rollout.http.config import Restart, ServeConfig
 
 _GIB = 1 << 30
 _MIB = 1 << 20
@@ -90,6 +92,18 @@ class Serve:
     """Largest request body, MiB."""
     max_control_body_mib: int = 256
     """Largest body of a control route, MiB; it may carry tensors as base64."""
+    restart: Restart = "never"
+    """When the engine dies: 'never' leaves with exit code 1, 'on-failure' starts it again."""
+    allowed_host: UseAppendAction[tuple[str, ...]] = ()
+    """A name that the Host header may have; on loopback, this machine's own always may."""
+    allowed_origin: UseAppendAction[tuple[str, ...]] = ()
+    """An origin, such as https://example.org, whose web pages may call; '*' for all."""
+    weights_root: UseAppendAction[tuple[str, ...]] = ()
+    """A folder below which weights may be read by updates; needed beyond loopback."""
+    rendezvous_host: UseAppendAction[tuple[str, ...]] = ()
+    """A host or network (10.0.0.0/8) to meet trainers at, beside the caller's own address."""
+    receive_timeout_s: float = 60.0
+    """Seconds for the headers, and then the body, of a request to arrive."""
 
 
 def serve_config(args: Serve) -> ServeConfig:
@@ -109,6 +123,12 @@ def serve_config(args: Serve) -> ServeConfig:
         max_control_body_bytes=args.max_control_body_mib * _MIB,
         replica_id=args.replica_id,
         incremental_streaming_output=args.incremental_streaming_output,
+        restart=args.restart,
+        allowed_hosts=args.allowed_host,
+        allowed_origins=args.allowed_origin,
+        weights_roots=args.weights_root,
+        rendezvous_hosts=args.rendezvous_host,
+        receive_timeout_s=args.receive_timeout_s,
     )
 
 
@@ -153,6 +173,7 @@ def _check(args: Serve) -> None:
         "--context-length": args.context_length,
         "--max-body-mib": args.max_body_mib,
         "--max-control-body-mib": args.max_control_body_mib,
+        "--receive-timeout-s": args.receive_timeout_s,
     }
     for option, value in positive.items():
         if value is not None and value <= 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rollout.http.access import Access
 from rollout.http.config import ServeConfig
 from rollout.http.control import Controller
 from rollout.http.engine_client import AsyncEngine
@@ -19,6 +20,7 @@ class Services:
     """One server's parts; each route function takes this and nothing global."""
 
     config: ServeConfig
+    access: Access
     engine: AsyncEngine
     generator: Generator
     control: Controller
@@ -31,13 +33,17 @@ def make_services(
     config: ServeConfig, engine: AsyncEngine, tokenizer: Tokenizer | None
 ) -> Services:
     """The parts of a server in front of `engine`."""
-    metrics, labels = Metrics(), VersionLabels()
+    metrics, labels, access = Metrics(), VersionLabels(), Access(config)
+    control = Controller(engine, labels, metrics, keeps_weights=config.engine.memory.cpu_backup)
+    engine.guard(access.check)
+    engine.on_restart(control.reset)
     seed = base_seed(config.engine.seed, config.replica_id)
     return Services(
         config=config,
+        access=access,
         engine=engine,
         generator=Generator(engine, tokenizer, metrics, seed=seed),
-        control=Controller(engine, labels, metrics, keeps_weights=config.engine.memory.cpu_backup),
+        control=control,
         labels=labels,
         metrics=metrics,
         tokenizer=tokenizer,

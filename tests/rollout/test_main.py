@@ -36,9 +36,9 @@ def test_the_options_of_serve_are_these() -> None:
         "max_running", "max_waiting", "kv_memory", "mem_fraction", "page_size", "prefix_cache",
         "enable_memory_saver", "enable_weights_cpu_backup", "trainer_memory",
         "trainer_training_memory", "reserve_shadow",
-        "base_gpu", "weight_version", "seed", "replica_id",
-            "incremental_streaming_output",
-        "max_body_mib", "max_control_body_mib",
+        "base_gpu", "weight_version", "seed", "replica_id", "incremental_streaming_output",
+        "max_body_mib", "max_control_body_mib", "restart", "allowed_host", "allowed_origin",
+        "weights_root", "rendezvous_host", "receive_timeout_s",
     ]  # fmt: skip
 
 
@@ -46,7 +46,8 @@ def test_options_of_serve_reach_the_configuration() -> None:
     assert serve_config(Serve(model="m")) == ServeConfig(engine=EngineConfig(model="m"))
     args = cli.parse(
         ["serve", "--model", "m", "--tp", "2", "--kv-memory", "0.5", "--enable-memory-saver",
-         "--admin-api-key", "a", "--max-body-mib", "1", "--trainer-memory", "2"]
+         "--admin-api-key", "a", "--max-body-mib", "1", "--trainer-memory", "2",
+         "--restart", "on-failure", "--weights-root", "/a", "--weights-root", "/b"]
     )  # fmt: skip
     assert isinstance(args, Serve)
     config = serve_config(args)
@@ -56,6 +57,7 @@ def test_options_of_serve_reach_the_configuration() -> None:
     assert config.engine.memory.trainer_bytes == 2 << 30
     assert (config.admin_api_key, config.max_body_bytes) == ("a", 1 << 20)
     assert config.model_name == "m"
+    assert (config.restart, config.weights_roots) == ("on-failure", ("/a", "/b"))
 
 
 @pytest.mark.parametrize("option,value", [("--tp", "0"), ("--port", "70000"), ("--kv-memory", "0")])

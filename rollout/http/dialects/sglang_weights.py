@@ -24,6 +24,7 @@ from engine.protocol import (
     Reply,
     WeightsReport,
 )
+from rollout.http.access import caller
 from rollout.http.dialects.bodies import pieces, read_body, read_body_or_query
 from rollout.http.dialects.sglang_replies import admin
 from rollout.http.errors import json_response
@@ -98,6 +99,7 @@ class _Weights:
     """The handlers; each returns what its reply has beside success and message."""
 
     def __init__(self, services: Services) -> None:
+        self._access = services.access
         self._control = services.control
         self._engine = services.engine
 
@@ -112,6 +114,7 @@ class _Weights:
             backend=body.backend,
             timeout_s=body.timeout_s,
         )
+        await self._access.check_join(command, caller(request))
         await self._control.send(command)
         return {"message": f"joined {body.group_name} of {body.world_size} ranks"}
 

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request, Response
 
 from engine.errors import InvalidRequest, UnsupportedOption
 from engine.protocol import CheckAction, CheckWeights, JoinGroup, LeaveGroup, ReceiveBroadcast
+from rollout.http.access import caller
 from rollout.http.dialects.bodies import pieces, read_body
 from rollout.http.dialects.sglang_weights import check_summary
 from rollout.http.errors import json_response
@@ -74,6 +75,7 @@ class _Transfer:
     is packed, and the tensors announced last."""
 
     def __init__(self, services: Services) -> None:
+        self._access = services.access
         self._control = services.control
         self._engine = services.engine
         self._labels = services.labels
@@ -96,6 +98,7 @@ class _Transfer:
             unique_id=_unique_id(info.nccl_unique_id_b64),
             timeout_s=info.timeout_s,
         )
+        await self._access.check_join(command, caller(request))
         await self._control.send(command)
         self._packed = info.packed
         return _message("Weight transfer initialized")

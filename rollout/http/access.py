@@ -1,0 +1,124 @@
+"""What control commands may reach outside the engine: folders of weights, and addresses to meet at.
+
+The keys of a server say who may call; this says what the caller may point the engine at. A server
+bound to loopback allows everything that its user could do himself, unless an option says less.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+from pathlib import Path
+
+from fastapi import Request
+
+from engine.errors import Forbidden, InvalidRequest
+from engine.protocol import Control, JoinGroup, LoadFromDisk
+from rollout.http.config import ServeConfig
+
+
+class Access:
+    """The folders and addresses that one server's configuration opens."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._exposed = not is_loopback(config.host)
+        self._host = config.host
+        self._roots = [Path(root).resolve() for root in config.weights_roots]
+        self._rendezvous = config.rendezvous_hosts
+
+    def check(self, command: Control) -> None:
+        """Raise Forbidden for a command whose folder is closed; every command passes here on
+        its way to the engine, whichever route it came by."""
+        if isinstance(command, LoadFromDisk):
+            self.check_folder(command.path)
+
+    def check_folder(self, path: str) -> None:
+        """Raise Forbidden (`path`) unless the folder, its links followed, is below a
+        `--weights-root`; without roots, unless only this machine reaches the server."""
+        if not self._roots:
+            if self._exposed:
+                raise Forbidden(
+                    f"the server listens at {self._host} and reads weights from no folder; start "
+                    "it with --weights-root DIR (which may be given several times)",
+                    field="path",
+                )
+            return
+        try:
+            real = Path(path).resolve()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InvalidRequest(f"path is no folder's name: {error}", field="path") from error
+        if not any(real.is_relative_to(root) for root in self._roots):
+            named = ", ".join(str(root) for root in self._roots)
+            raise Forbidden(
+                f"{path[:200]} is outside of {named}; put the weights there, or start the server "
+                "with another --weights-root",
+                field="path",
+            )
+
+    async def check_join(self, command: JoinGroup, caller: str) -> None:
+        """Raise Forbidden (`address`) unless the engine may connect to the address that a group
+        meets at: one of `--rendezvous-host`, or `caller`'s own. Bound to loopback, without
+        such options, any address will do."""
+        if not self._rendezvous and not self._exposed:
+            return
+        if command.address.lower() in (entry.lower() for entry in self._rendezvous):
+            return
+        addresses = await _addresses(command.address)
+        if addresses and all(self._open(address, caller) for address in addresses):
+            return
+        raise Forbidden(
+            f"the engine may not meet a trainer at {command.address[:200]}: it is neither the "
+            f"caller's own address ({caller}) nor one of --rendezvous-host HOST or NETWORK, such "
+            "as 10.0.0.0/8 (which may be given several times)",
+            field="address",
+        )
+
+    def _open(self, address: str, caller: str) -> bool:
+        found = _plain(address)
+        if found is None:
+            return False
+        if found == _plain(caller):
+            return True
+        return any(found in network for entry in self._rendezvous if (network := _network(entry)))
+
+
+def caller(request: Request) -> str:
+    """The address a request comes from; "" where there is none, as over a Unix socket."""
+    return request.client.host if request.client is not None else ""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server bound to `host`."""
+    if host.lower() == "localhost":
+        return True
+    address = _plain(host)
+    return address is not None and address.is_loopback
+
+
+def _plain(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address; one of IPv4 that is written as IPv6 as the former; None for a name."""
+    try:
+        address = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return mapped or address
+
+
+def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:
+    try:
+        return ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        return None
+
+
+async def _addresses(host: str) -> list[str]:
+    """What a name stands for; empty if nothing is known of it."""
+    if _plain(host) is not None:
+        return [host]
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return []
+    return [str(entry[4][0]) for entry in found]
