@@ -19,7 +19,7 @@ from engine.config import (
     LoadFormat,
     SchedulerConfig,
 )
-from engine.errors import InvalidRequest, ModelNotFound, SlipstreamError
+from engine.errors import EngineDead, InvalidRequest, ModelNotFound, SlipstreamError
 from rollout.http.options import Serve, serve_config
 from rollout.launch import launch
 from rollout.offline import load_tokenizer, run_file
@@ -149,7 +149,8 @@ def parse(argv: Sequence[str] | None = None) -> Offline | Serve:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command. Exits with 2 after one line on an error of Slipstream's own."""
+    """Run one command. Exits with 2 after one line on an error of Slipstream's own, with 1 after
+    the reason and the end of its log if the engine died."""
     args = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -160,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except SlipstreamError as error:
         named = f" ({error.field})" if error.field else ""
         sys.stderr.write(f"{type(error).__name__}{named}: {error}\n")
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, EngineDead) else 2)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)

@@ -24,11 +24,13 @@ def run_and_leave(main: Callable[[list[str]], int], arguments: Sequence[str]) ->
         code = main(list(arguments))
     finally:
         if code != 0:
-            _leave_at_once(code)
+            leave_at_once(code)
     sys.exit(0)
 
 
-def _leave_at_once(code: int) -> NoReturn:
+def leave_at_once(code: int) -> NoReturn:
+    """End this process without tearing the interpreter down; logs and streams are flushed. For
+    a spawned process that failed, and for a server that is told a second time to stop."""
     error = sys.exception()
     if error is not None:
         sys.excepthook(type(error), error, error.__traceback__)

@@ -3,51 +3,69 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import resource
 import signal
 import socket
 import threading
+from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import uvicorn
 import uvloop
+from starlette.types import ASGIApp
 
-from engine.errors import InvalidRequest, ModelNotFound
+from engine.config import EngineConfig
+from engine.errors import EngineDead, InvalidRequest, ModelNotFound
+from rollout.http.access import is_loopback
 from rollout.http.app import build_app
 from rollout.http.config import ServeConfig
+from rollout.http.connection import PatientProtocol
 from rollout.http.engine_client import AsyncEngine
-from rollout.http.guard import is_loopback
 from rollout.http.link import ProcessLink
 from rollout.http.services import make_services
+from rollout.http.supervisor import Supervisor
+from rollout.leave import leave_at_once
 from rollout.process_replica import ProcessReplica
 from rollout.text.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
 _GRACE_S = 3
+_PATIENCE_S = 2.0
+"""For the engine to end what is open, once the server is told to stop."""
+_LAST_ANSWERS_S = 2.0
+"""Between the engine's death and the server's: whoever calls meanwhile is told why."""
+_MAX_FILES = 65536
 _BACKLOG = 4096
 _FACTORY = "engine.executor:build_executor"
 
 
 def serve(config: ServeConfig, *, factory: str = _FACTORY) -> None:
-    """Serve until SIGTERM or SIGINT; no process is left then.
+    """Serve until SIGTERM or SIGINT; no process is left then. A second signal leaves at once.
 
     factory: "module:function" that builds the executor in the leader's process.
     Raises InvalidRequest (`--host, --port`) if the address cannot be bound, ModelError or
-    OutOfMemory if the engine cannot start.
+    OutOfMemory if the engine cannot start, EngineDead if it died and is not started again,
+    KeyboardInterrupt after SIGINT.
     """
     _leave_by_exception()
+    _raise_file_limit()
     with _bind(config) as listener:
         tokenizer = server_tokenizer(config.engine.model)
-        replica = ProcessReplica(
-            config.engine, factory=factory, start_s=config.start_s, reply_s=config.reply_s
-        )
+        engines = _Engines(config, factory)
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(_serve(config, replica, tokenizer, listener))
+                signals, failure = runner.run(_serve(config, engines, tokenizer, listener))
         finally:
-            replica.close()
+            engines.close()
+    if failure is not None:
+        raise failure
+    if signal.SIGINT in signals:
+        raise KeyboardInterrupt
 
 
 def server_tokenizer(model: str) -> Tokenizer | None:
@@ -62,31 +80,125 @@ def server_tokenizer(model: str) -> Tokenizer | None:
         return None
 
 
+class _Engines:
+    """The spawned engine of a server, and those that follow it. The first is ready when this
+    returns; raises what it could not be built for."""
+
+    def __init__(self, config: ServeConfig, factory: str) -> None:
+        self._config = config
+        self._factory = factory
+        self._replica = self._start(config.engine, wait=True)
+
+    def link(self) -> ProcessLink:
+        """A link to the engine that runs."""
+        return ProcessLink(self._replica)
+
+    def next(self, config: EngineConfig) -> ProcessLink:
+        """Begin to build another engine in place of one that died."""
+        self._replica.close()
+        self._replica = self._start(config, wait=False)
+        return self.link()
+
+    def close(self) -> None:
+        """Tell the engine to leave, and wait until it has. Idempotent."""
+        self._replica.close()
+
+    def kill(self) -> None:
+        """End the engine at once."""
+        self._replica.kill()
+
+    def _start(self, config: EngineConfig, *, wait: bool) -> ProcessReplica:
+        return ProcessReplica(
+            config,
+            factory=self._factory,
+            start_s=self._config.start_s,
+            reply_s=self._config.reply_s,
+            wait=wait,
+        )
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which answers everybody before it leaves.
+
+    signals: those that came. failure: the engine's, if the server leaves because of that.
+    """
+
+    def __init__(self, config: uvicorn.Config, engine: AsyncEngine, engines: _Engines) -> None:
+        super().__init__(config)
+        self._engine = engine
+        self._engines = engines
+        self._loop = asyncio.get_running_loop()
+        self._task: asyncio.Task[None] | None = None
+        self.signals: list[int] = []
+        self.failure: EngineDead | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """SIGTERM or SIGINT, in place of uvicorn's own handling."""
+        self.signals.append(sig)
+        if len(self.signals) > 1:
+            self._engines.kill()
+            leave_at_once(128 + sig)
+        self._loop.call_soon_threadsafe(self._begin_to_leave)
+
+    def give_up(self, error: EngineDead) -> None:
+        """The engine is gone for good: say so to who comes now, then leave."""
+        self.failure = error
+        self._loop.call_later(_LAST_ANSWERS_S, self._begin_to_leave)
+
+    def _begin_to_leave(self) -> None:
+        if self._task is None:
+            self._task = asyncio.create_task(self._leave())
+
+    async def _leave(self) -> None:
+        await self._engine.leave(_PATIENCE_S)
+        self.should_exit = True
+
+
 async def _serve(
     config: ServeConfig,
-    replica: ProcessReplica,
+    engines: _Engines,
     tokenizer: Tokenizer | None,
     listener: socket.socket,
-) -> None:
-    engine = AsyncEngine(ProcessLink(replica), reply_s=config.reply_s, slow_s=config.start_s)
+) -> tuple[list[int], EngineDead | None]:
+    """Serve to the end; the signals that came, and why the engine is gone, if it is."""
+    engine = AsyncEngine(engines.link(), reply_s=config.reply_s, slow_s=config.start_s)
     await engine.start()
-    app = build_app(make_services(config, engine, tokenizer))
+    services = make_services(config, engine, tokenizer)
     host, port = listener.getsockname()[:2]
     listener.listen(_BACKLOG)
     logger.info("serving %s at http://%s:%d", config.model_name, host, port)
     if not is_loopback(config.host) and not config.admin_api_key:
         logger.warning("control routes answer 403 at %s without --admin-api-key", config.host)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            backlog=_BACKLOG,
-            timeout_keep_alive=75,
-            timeout_graceful_shutdown=_GRACE_S,
-        )
+    server = _Server(_uvicorn_config(config, build_app(services)), engine, engines)
+    supervisor = Supervisor(engine, config, engines.next, server.give_up, services.labels.text)
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        await supervisor.close()
+    return server.signals, server.failure
+
+
+def _uvicorn_config(config: ServeConfig, app: ASGIApp) -> uvicorn.Config:
+    protocol: Any = partial(PatientProtocol, receive_s=config.receive_timeout_s)
+    return uvicorn.Config(
+        app,
+        http=protocol,
+        log_config=None,
+        access_log=False,
+        backlog=_BACKLOG,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=_GRACE_S,
     )
-    await server.serve(sockets=[listener])
+
+
+def _raise_file_limit() -> None:
+    """Room for thousands of connections: each is a file, and the usual limit is 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_FILES if hard == resource.RLIM_INFINITY else min(_MAX_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            # A system may allow less than the limit it names.
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _leave_by_exception() -> None:

@@ -31,6 +31,13 @@ server.serve(config, factory="tests.helpers.fake_executor:build")
 """
 
 
+def fake_server(engine: str = "", server: str = "") -> str:
+    """Code of a server of the fake engine; `engine` and `server` are keyword arguments of
+    `fake_config` and `ServeConfig`, as source text."""
+    code = FAKE.replace("fake_config()", f"fake_config({engine})")
+    return code.replace("port=0)", f"port=0, {server})")
+
+
 FAKE_WITH_TEXT = FAKE.replace(
     "server.server_tokenizer = lambda model: None",
     "from tests.helpers.tiny_tokenizer import tiny_tokenizer\n"

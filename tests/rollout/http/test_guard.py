@@ -5,7 +5,7 @@ from typing import Any
 import httpx
 import pytest
 
-from rollout.http.guard import is_loopback
+from rollout.http.access import is_loopback
 from tests.helpers.http_app import Server, run, serving
 
 BODY = {"input_ids": [1], "sampling_params": {"max_new_tokens": 1}}

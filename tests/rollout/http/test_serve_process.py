@@ -185,7 +185,9 @@ def test_sigterm_ends_the_server_and_its_leader_while_requests_run(fake: ServerP
     waiting.wait(60)
 
 
-def test_a_leader_that_is_killed_shows_in_every_answer(fake: ServerProcess) -> None:
+def test_a_leader_that_is_killed_shows_in_every_answer_and_in_the_exit_code(
+    fake: ServerProcess,
+) -> None:
     (leader,) = fake.children()
     with fake.client() as client:
         body = GenerateRequest(input_ids=[5], sampling_params=SamplingParams(max_new_tokens=3))
@@ -195,7 +197,10 @@ def test_a_leader_that_is_killed_shows_in_every_answer(fake: ServerProcess) -> N
             client.generate(GenerateRequest(input_ids=[5], sampling_params=LONG))
         with pytest.raises(EngineDead, match="signal 9"):
             client.wait_ready(0.0)
-    assert fake.terminate() == 0
+    assert fake.process.wait(60) != 0, "a supervisor must notice"
+    fake.close()
+    (line,) = [line for line in fake.lines if "the engine is gone" in line]
+    assert "signal 9" in line, "the reason comes before the log's tail"
 
 
 def test_a_killed_server_leaves_no_leader(fake: ServerProcess) -> None:

@@ -1,0 +1,163 @@
+"""Servers whose engine dies, and servers that are told to stop: who is told what, what is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from engine.errors import EngineDead, NoVersion
+from engine.protocol import (
+    BeginUpdate,
+    CommitUpdate,
+    GenerateRequest,
+    LoadFromDisk,
+    SamplingParams,
+)
+from rollout.client import Client
+from tests.helpers.fake_executor import expected_tokens
+from tests.helpers.serve_process import ServerProcess, fake_server, gone
+
+RESTARTING = fake_server(server='restart="on-failure"')
+SHORT = GenerateRequest(input_ids=[5], sampling_params=SamplingParams(max_new_tokens=3))
+
+
+def publish(client: Client, version: int, shift: int) -> None:
+    client.send(BeginUpdate(version=version))
+    client.send(LoadFromDisk(path=str(shift)))
+    client.send(CommitUpdate(version=version))
+
+
+def kill_leader(server: ServerProcess) -> int:
+    (leader,) = server.children()
+    os.kill(leader, signal.SIGKILL)
+    assert gone(leader)
+    return leader
+
+
+def wait_for_another(server: ServerProcess, client: Client) -> None:
+    """Until another engine answers."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            client.state()
+            return
+        except EngineDead as error:
+            assert server.process.poll() is None, "the server has left"
+            if time.monotonic() > deadline:
+                raise AssertionError("no other engine came") from error
+        time.sleep(0.05)
+
+
+def test_an_engine_that_had_taken_no_update_serves_again() -> None:
+    with ServerProcess(["-c", RESTARTING]) as server, server.client() as client:
+        assert client.generate(SHORT)[0].output_ids == expected_tokens([5], 3)
+        leader = kill_leader(server)
+        wait_for_another(server, client)
+        assert client.generate(SHORT)[0].output_ids == expected_tokens([5], 3)
+        assert client.state().version == 0
+        assert client.call("/ready") == {"status": "ready"}
+        (other,) = server.children()
+        assert other != leader
+        assert server.terminate() == 0
+        assert gone(other)
+
+
+def test_an_engine_that_had_taken_an_update_waits_for_a_whole_version() -> None:
+    with ServerProcess(["-c", RESTARTING]) as server, server.client() as client:
+        publish(client, 7, shift=2)
+        assert client.generate(SHORT)[0].output_ids == expected_tokens([5], 3, 2)
+        kill_leader(server)
+        wait_for_another(server, client)
+        with pytest.raises(NoVersion, match=r"version 7.*publish a whole version"):
+            client.generate(SHORT)
+        state = client.state()
+        assert (state.version, state.num_waiting) == (7, 0), "versions go on from the last one"
+        assert "version 7" in state.refusal
+        with pytest.raises(Exception, match="version 7"):
+            client.call("/ready")
+        # The very version that was lost may come again.
+        publish(client, 7, shift=2)
+        assert client.generate(SHORT)[0].output_ids == expected_tokens([5], 3, 2)
+        assert client.state().refusal == ""
+
+
+def test_an_engine_that_cannot_be_started_again_ends_the_server() -> None:
+    code = fake_server(engine='model="die"', server='restart="on-failure"')
+    with ServerProcess(["-c", code]) as server:
+        # Each engine leaves in its first step.
+        deadline = time.monotonic() + 60
+        with server.client() as client:
+            while server.process.poll() is None and time.monotonic() < deadline:
+                with pytest.raises(EngineDead):
+                    client.generate(SHORT)
+                time.sleep(0.05)
+        assert server.process.wait(60) != 0
+        server.close()
+        assert any("failed 3 times" in line for line in server.lines)
+
+
+def test_everybody_is_answered_before_a_silent_engine_is_ended() -> None:
+    with ServerProcess(["-c", fake_server(engine='model="hang"')]) as server:
+        (leader,) = server.children()
+        with server.client() as first, server.client() as second, ThreadPoolExecutor(2) as pool:
+            generating = pool.submit(first.generate, SHORT)
+            time.sleep(0.3)
+            controlling = pool.submit(second.state)
+            time.sleep(0.3)
+            assert server.terminate() == 0
+            for asked in (generating, controlling):
+                with pytest.raises(EngineDead, match="the server is shutting down"):
+                    asked.result(30)
+        assert gone(leader)
+
+
+def test_a_second_signal_leaves_at_once() -> None:
+    with ServerProcess(["-c", fake_server(engine='model="hang"')]) as server:
+        (leader,) = server.children()
+        with server.client() as client:
+            asked = threading.Thread(target=_ignoring_errors, args=(client,), daemon=True)
+            asked.start()
+            time.sleep(0.3)
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(60) == 128 + signal.SIGTERM
+            assert gone(leader)
+            asked.join(30)
+
+
+def _ignoring_errors(client: Client) -> None:
+    try:
+        client.generate(SHORT)
+    except EngineDead:
+        return
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"POST /generate HTTP/1.1\r\nHost: local",
+        b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{",
+        b"POST /continue_generation HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n"
+        b"Content-Type: application/json\r\n\r\n{",
+    ],
+    ids=["nothing", "headers", "body", "a body nobody reads"],
+)
+def test_a_request_that_does_not_arrive_is_closed(sent: bytes) -> None:
+    with ServerProcess(["-c", fake_server(server="receive_timeout_s=0.5")]) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=60) as connection:
+            connection.sendall(sent)
+            received = b""
+            while data := connection.recv(65536):
+                received += data
+        assert (b" 408 " in received or b" 200 " in received) == bool(sent)
+        with server.client() as client:
+            assert client.generate(SHORT)[0].output_ids == expected_tokens([5], 3)
