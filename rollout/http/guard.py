@@ -59,8 +59,8 @@ class Guard:
         except asyncio.CancelledError:
             if reply.begun:
                 raise
-            error = EngineDead("the server is shutting down", field="server")
-            await error_response(error)(scope, receive, reply)
+            leaving = EngineDead("the server is shutting down", field="server")
+            await error_response(leaving)(scope, receive, reply)
 
     def _authorize(self, path: str, headers: Headers) -> None:
         config = self._config

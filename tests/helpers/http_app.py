@@ -17,7 +17,7 @@ from engine.protocol import Call, Control, GetState, Reply, Request, Shutdown
 from rollout.http.app import build_app
 from rollout.http.config import ServeConfig
 from rollout.http.engine_client import AsyncEngine
-from rollout.http.link import Deliver, Fail
+from rollout.http.link import Deliver, Fail, Message
 from rollout.http.services import make_services
 from rollout.ipc import encode_frame
 from rollout.leader import Leader, error_info
@@ -34,7 +34,7 @@ class InlineLink:
 
     answers: by type of command, what answers instead of the leader: a function that returns a
     reply, None to fall through to the leader, or raises a typed error.
-    silent: commands are noted and never answered.
+    silent: commands are noted and never answered. swallowed: so are those of these types.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -43,6 +43,7 @@ class InlineLink:
         self.requests: list[Request] = []
         self.answers: dict[type, Answer] = {}
         self.silent = False
+        self.swallowed: set[type] = set()
         self.killed = ""
         self.closed = False
         self._inbox: list[Request | Call] = []
@@ -75,6 +76,11 @@ class InlineLink:
         self.stop()
         fail(EngineDead("fake engine was killed by signal 9", field="leader"))
 
+    def deliver(self, messages: Sequence[Message]) -> None:
+        """Say something in the engine's place."""
+        assert self._deliver is not None
+        self._deliver(messages)
+
     def stop(self) -> None:
         self._deliver = None
 
@@ -94,7 +100,7 @@ class InlineLink:
         for message in inbox:
             if isinstance(message, Request):
                 self.leader.submit([message])
-            else:
+            elif type(message.command) not in self.swallowed:
                 self._deliver([replace(self._answer(message.command), id=message.id)])
         if self.leader.can_step():
             outputs = self.leader.step()

@@ -4,20 +4,29 @@ import asyncio
 from dataclasses import dataclass
 
 import pytest
+from msgspec.structs import replace
 
 import rollout.http.engine_client as engine_client
-from engine.errors import EngineDead, InvalidRequest, UpdateOrder
+from engine.errors import CommandTimeout, EngineDead, InvalidRequest, UpdateOrder
 from engine.protocol import (
     Abort,
     BeginUpdate,
+    CheckWeights,
     CommitUpdate,
+    Control,
+    ErrorInfo,
+    GetState,
+    GetWeight,
     JoinGroup,
     Pause,
     ReceiveBroadcast,
+    Reply,
     Resume,
+    SetVersion,
 )
 from engine.protocol.deadlines import MAX_TIMEOUT_S
 from rollout.process_replica import reply_deadline_s
+from tests.helpers.fake_executor import expected_tokens
 from tests.helpers.http_app import run, serving, until
 from tests.helpers.replicas import make_request
 
@@ -177,3 +186,162 @@ def test_closing_tells_whoever_waits() -> None:
 
     run(test)
     assert seen.error == "the server is shutting down"
+
+
+WIDE = 1 << 64
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_request_that_cannot_be_encoded_leaves_no_trace(held: bool) -> None:
+    async def test() -> None:
+        async with serving() as server:
+            engine = server.engine
+            if held:
+                engine.hold()
+            wide = replace(make_request("a", [1]), seed=WIDE)
+            for _ in range(2):
+                with pytest.raises(InvalidRequest, match="64 bits"):
+                    engine.submit([make_request("b", [1]), wide])
+            assert (engine.num_open, server.link.requests) == (0, [])
+            engine.release()
+            box = engine.submit([make_request("a", [1], max_new_tokens=1), make_request("b", [1])])
+            (output,) = await box.take()
+            assert output.rid == "a"
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    "command", [GetWeight(name="w", count=WIDE), Abort(message="\ud800"), SetVersion(version=WIDE)]
+)
+def test_a_command_that_cannot_be_encoded_leaves_every_later_reply_right(command: Control) -> None:
+    async def test() -> None:
+        async with serving() as server:
+            with pytest.raises(InvalidRequest, match="message"):
+                await server.engine.send(command)
+            with pytest.raises(InvalidRequest, match="message"):
+                server.engine.post([Pause(), command])
+            assert (await server.engine.send(GetState())).state is not None
+            assert (await server.engine.send(Resume())).state is None
+            assert server.commands() == [Resume()]
+
+    run(test)
+
+
+def test_replies_in_another_order_reach_their_callers() -> None:
+    async def test() -> None:
+        async with serving() as server:
+            server.link.silent = True
+            futures = server.engine.post([CommitUpdate(version=1), Pause(), Resume()])
+            names = {1 + n: name for n, name in enumerate("abc", start=1)}
+            # The first id went to the question that every engine is asked at its start.
+            for call in (4, 2, 3):
+                error = ErrorInfo(kind="UpdateOrder", message=names[call])
+                server.link.deliver([Reply(id=call, error=error)])
+            found = [future.result().error for future in futures]
+            assert [error.message for error in found if error is not None] == ["a", "b", "c"]
+
+    run(test)
+
+
+def test_a_reply_that_nobody_waits_for_is_ignored() -> None:
+    async def test() -> None:
+        async with serving() as server:
+            server.link.deliver([Reply(id=12345)])
+            assert (await server.engine.send(GetState())).state is not None
+
+    run(test)
+
+
+def test_a_command_without_an_answer_fails_alone_while_the_engine_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine_client, "_TICK_S", 0.01)
+
+    async def test() -> None:
+        async with serving(reply_s=1.0, slow_s=1.5) as server:
+            server.link.swallowed = {CheckWeights}
+            with pytest.raises(CommandTimeout, match="lives but did not answer 'check_weights'"):
+                await server.engine.send(CheckWeights())
+            assert server.engine.dead is None
+            assert (await server.engine.send(GetState())).state is not None
+
+    run(test)
+
+
+def test_an_id_is_free_again_as_soon_as_its_call_was_dropped() -> None:
+    """What the engine still says of the first request is not taken for the second."""
+
+    async def test() -> None:
+        async with serving() as server:
+            engine = server.engine
+            await engine.send(Pause())
+            engine.discard(engine.submit([make_request("a", [1])]))
+            box = engine.submit([make_request("a", [2], max_new_tokens=2)])
+            await engine.send(Resume())
+            (output,) = await box.take()
+            assert output.finish is not None
+            assert output.finish.type == "length"
+            assert output.token_ids.tolist() == expected_tokens([2], 2)
+            assert engine.num_open == 0
+
+    run(test)
+
+
+def test_pause_wait_ends_after_requests_that_failed_in_every_way() -> None:
+    async def test() -> None:
+        async with serving() as server:
+            bad = {"input_ids": [1], "sampling_params": {"sampling_seed": WIDE}}
+            assert (await server.post("/generate", bad)).status_code == 400
+            for _ in range(3):
+                await server.post("/generate", {"input_ids": [1], "rid": "x" * 10})
+            assert server.engine.num_open == 0
+            reply = await server.post("/pause?mode=wait")
+            assert reply.status_code == 200
+
+    run(test)
+
+
+def test_leaving_ends_requests_with_what_they_have() -> None:
+    async def test() -> None:
+        async with serving() as server:
+            body = {"input_ids": [5], "sampling_params": {"max_new_tokens": 400}}
+            some = asyncio.create_task(server.post("/generate", body))
+            stream = asyncio.create_task(server.post("/generate", {**body, "stream": True}))
+            await until(lambda: server.link.leader.state().num_output_tokens > 10)
+            await server.engine.send(Pause(mode="keep"))
+            none = asyncio.create_task(server.post("/generate", body))
+            await until(lambda: len(server.link.requests) == 3)
+            await server.engine.leave(30.0)
+            reply = (await some).json()
+            assert reply["meta_info"]["finish_reason"]["type"] == "abort"
+            assert reply["output_ids"] == expected_tokens([5], len(reply["output_ids"]))
+            frames = (await stream).text.strip().split("\n\n")
+            assert frames[-1] == "data: [DONE]"
+            assert '"type":"abort"' in frames[-2]
+            refused = await none
+            assert (refused.status_code, refused.json()["error"]["type"]) == (503, "EngineDead")
+            late = await server.post("/generate", body)
+            assert "shutting down" in late.json()["error"]["message"]
+            assert late.status_code == (await server.get("/health")).status_code == 503
+
+    run(test)
+
+
+def test_health_says_when_requests_see_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_client, "_TICK_S", 3600.0)
+
+    async def test() -> None:
+        async with serving(reply_s=0.2) as server:
+            assert (await server.get("/health")).status_code == 200
+            server.link.silent = True
+            box = server.engine.submit([make_request("a", [1])])
+            assert (await server.get("/health")).status_code == 200
+            await asyncio.sleep(0.3)
+            reply = await server.get("/health")
+            assert (reply.status_code, reply.json()["error"]["type"]) == (503, "NotReady")
+            assert "no step" in reply.json()["error"]["message"]
+            server.engine.discard(box)
+            assert (await server.get("/health")).status_code == 200
+
+    run(test)

@@ -1,0 +1,137 @@
+"""Which folders and addresses a caller may point the engine at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.config import EngineConfig
+from engine.errors import Forbidden, InvalidRequest
+from engine.protocol import JoinGroup, LoadFromDisk
+from rollout.http.access import Access
+from rollout.http.config import ServeConfig
+from tests.helpers.http_app import run, serving
+
+ADMIN = {"authorization": "Bearer a"}
+EXPOSED: dict[str, Any] = {"host": "0.0.0.0", "admin_api_key": "a"}
+CALLER = "127.0.0.1"
+
+
+def access(**options: Any) -> Access:
+    return Access(ServeConfig(engine=EngineConfig(model="m"), **options))
+
+
+def join(address: str) -> JoinGroup:
+    return JoinGroup(name="g", address=address, port=1, rank_offset=1, world_size=2)
+
+
+def test_a_loopback_server_reads_any_folder_and_meets_anybody() -> None:
+    async def test() -> None:
+        found = access()
+        found.check(LoadFromDisk(path="/etc"))
+        await found.check_join(join("192.0.2.1"), CALLER)
+
+    run(test)
+
+
+def test_folders_are_below_a_root_after_links_are_followed(tmp_path: Path) -> None:
+    root, other = tmp_path / "root", tmp_path / "rootless"
+    (root / "v1").mkdir(parents=True)
+    other.mkdir()
+    (root / "link").symlink_to(other)
+    (other / "back").symlink_to(root / "v1")
+    found = access(weights_roots=(str(root),))
+    for path in (root, root / "v1", root / "absent", other / "back", root / "x" / ".." / "v1"):
+        found.check_folder(str(path))
+    for path in (other, root / "link", root / "..", root / ".." / "rootless", Path("/")):
+        with pytest.raises(Forbidden, match="--weights-root") as caught:
+            found.check_folder(str(path))
+        assert caught.value.field == "path"
+    with pytest.raises(InvalidRequest):
+        found.check_folder("a\0b")
+
+
+def test_an_exposed_server_without_a_root_names_the_option() -> None:
+    with pytest.raises(Forbidden, match="--weights-root DIR"):
+        access(**EXPOSED).check(LoadFromDisk(path="/x"))
+
+
+@pytest.mark.parametrize(
+    "path,body",
+    [
+        ("/command", {"type": "load_from_disk", "path": "/etc"}),
+        ("/update_weights_from_disk", {"model_path": "/etc"}),
+        ("/pull_weights", {"target_version": 1, "source_dir": "/etc"}),
+        ("/update_weights", {"weight_dir": "/etc"}),
+    ],
+)
+def test_every_route_that_reads_a_folder_is_held_to_the_root(
+    path: str, body: dict[str, Any], tmp_path: Path
+) -> None:
+    async def test() -> None:
+        for options in (EXPOSED, {**EXPOSED, "weights_roots": (str(tmp_path),)}):
+            async with serving(**options) as server:
+                reply = await server.post(path, body, headers=ADMIN)
+                assert reply.status_code in (400, 403), reply.text
+                assert "--weights-root" in reply.text
+                assert LoadFromDisk not in map(type, server.commands())
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    "options,address,caller,opens",
+    [
+        (EXPOSED, "10.0.0.2", "10.0.0.2", True),
+        (EXPOSED, "10.0.0.3", "10.0.0.2", False),
+        (EXPOSED, "127.0.0.1", "10.0.0.2", False),
+        (EXPOSED, "localhost", CALLER, True),
+        (EXPOSED, "::ffff:10.0.0.2", "10.0.0.2", True),
+        (EXPOSED, "", "10.0.0.2", False),
+        (EXPOSED, "a" * 300, "10.0.0.2", False),
+        ({**EXPOSED, "rendezvous_hosts": ("10.0.0.0/8",)}, "10.9.9.9", "192.0.2.1", True),
+        ({**EXPOSED, "rendezvous_hosts": ("10.0.0.0/8",)}, "11.0.0.1", "192.0.2.1", False),
+        ({**EXPOSED, "rendezvous_hosts": ("10.0.0.9",)}, "10.0.0.9", "192.0.2.1", True),
+        ({**EXPOSED, "rendezvous_hosts": ("Trainer-0",)}, "trainer-0", "192.0.2.1", True),
+        ({"rendezvous_hosts": ("10.0.0.9",)}, "192.0.2.7", CALLER, False),
+    ],
+)
+def test_where_the_engine_may_meet(
+    options: dict[str, Any], address: str, caller: str, opens: bool
+) -> None:
+    async def test() -> None:
+        found = access(**options)
+        if opens:
+            await found.check_join(join(address), caller)
+            return
+        with pytest.raises(Forbidden, match="--rendezvous-host") as caught:
+            await found.check_join(join(address), caller)
+        assert caught.value.field == "address"
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    "path,wrap",
+    [
+        ("/init_weights_update_group", lambda body: body),
+        ("/init_weight_transfer_engine", lambda body: {"init_info": body}),
+        ("/command", lambda body: {"type": "join_group", "name": "g", **body}),
+    ],
+)
+def test_every_route_that_joins_is_held_to_the_addresses(path: str, wrap: Any) -> None:
+    async def test() -> None:
+        async with serving(**EXPOSED) as server:
+            body: dict[str, Any] = {"rank_offset": 1, "world_size": 2}
+            if path == "/command":
+                body |= {"address": "192.0.2.1", "port": 5}
+            else:
+                body |= {"master_address": "192.0.2.1", "master_port": 5}
+            reply = await server.post(path, wrap(body), headers=ADMIN)
+            assert reply.status_code in (400, 403)
+            assert "--rendezvous-host" in reply.text
+            assert server.commands() == []
+
+    run(test)
