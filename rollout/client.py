@@ -149,9 +149,10 @@ class Client:
         return EngineDead(f"no answer from {self._url}: {reason}", field="server")
 
 
-def _headers(key: str) -> dict[str, str]:
-    headers = {"content-type": "application/json"}
-    return {**headers, "authorization": f"Bearer {key}"} if key else headers
+def _headers(key: str) -> dict[str, bytes]:
+    headers = {"content-type": b"application/json"}
+    # Bytes, since httpx takes a str to be ASCII.
+    return {**headers, "authorization": f"Bearer {key}".encode()} if key else headers
 
 
 def _batch_body(requests: list[GenerateRequest]) -> bytes:

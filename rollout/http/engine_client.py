@@ -186,6 +186,12 @@ class AsyncEngine:
         stalled_s = time.monotonic() - self._progress_at
         return stalled_s if stalled_s > self._reply_s else 0.0
 
+    def check_open(self) -> None:
+        """Raise EngineDead or NoVersion if requests are refused now, whatever they ask for."""
+        self._require_open()
+        if self._no_version:
+            raise NoVersion(self._no_version, field="version")
+
     def submit(self, requests: Sequence[Request]) -> Mailbox:
         """Queue sequences; their outputs, refusals included, come to the mailbox.
 
@@ -193,9 +199,7 @@ class AsyncEngine:
         NoVersion while an engine that was started again has no version to serve; nothing is
         queued then.
         """
-        self._require_open()
-        if self._no_version:
-            raise NoVersion(self._no_version, field="version")
+        self.check_open()
         if not self.num_open:
             self._progress_at = time.monotonic()
         box = self._mailboxes.open([request.rid for request in requests])

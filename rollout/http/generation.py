@@ -44,7 +44,9 @@ class Generator:
 
     async def samples(self, call: GenerateCall) -> list[Sample]:
         """The sequences of a call, prompt-major. Raises InvalidRequest, naming the item of a
-        batch; nothing is submitted yet."""
+        batch, EngineDead, NoVersion; nothing is submitted yet."""
+        # Before a stream has sent its status.
+        self.engine.check_open()
         small = len(call.items) <= _INLINE_ITEMS
         if small and all(len(item.text or "") < _INLINE_CHARS for item in call.items):
             return self._expand(call)

@@ -37,7 +37,8 @@ class InlineLink:
     silent: commands are noted and never answered. swallowed: so are those of these types.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, *, announces: bool = False) -> None:
+        self.announces = announces
         self.leader = Leader(config, FakeExecutor(config))
         self.commands: list[Control] = []
         self.requests: list[Request] = []
@@ -53,6 +54,9 @@ class InlineLink:
 
     def start(self, deliver: Deliver, fail: Fail) -> None:
         self._deliver, self._fail = deliver, fail
+        if self.announces:
+            # As a spawned leader does once it is built.
+            asyncio.get_running_loop().call_soon(self._announce)
 
     def post(self, messages: Sequence[Request | Call]) -> None:
         # As over a channel: what cannot be encoded is refused, and nothing of it is noted.
@@ -86,6 +90,10 @@ class InlineLink:
 
     def close(self) -> None:
         self.closed = True
+
+    def _announce(self) -> None:
+        if self._deliver is not None and not self.silent:
+            self._deliver([Reply(state=self.leader.state())])
 
     def _schedule(self) -> None:
         if not self._scheduled:
@@ -127,6 +135,11 @@ class Server:
     link: InlineLink
     engine: AsyncEngine
     app: Any
+
+    def another_engine(self, config: EngineConfig | None = None) -> InlineLink:
+        """A link to a new engine that says when it is ready; `link` from now on."""
+        self.link = InlineLink(config or fake_config(), announces=True)
+        return self.link
 
     def commands(self) -> list[Control]:
         """Commands the engine got since the last call, `GetState` aside."""

@@ -1,13 +1,14 @@
 """The engine client's own promises: order, deadlines, one death for all."""
 
 import asyncio
+import dataclasses
 from dataclasses import dataclass
 
 import pytest
 from msgspec.structs import replace
 
 import rollout.http.engine_client as engine_client
-from engine.errors import CommandTimeout, EngineDead, InvalidRequest, UpdateOrder
+from engine.errors import CommandTimeout, EngineDead, InvalidRequest, OutOfMemory, UpdateOrder
 from engine.protocol import (
     Abort,
     BeginUpdate,
@@ -27,8 +28,8 @@ from engine.protocol import (
 from engine.protocol.deadlines import MAX_TIMEOUT_S
 from rollout.process_replica import reply_deadline_s
 from tests.helpers.fake_executor import expected_tokens
-from tests.helpers.http_app import run, serving, until
-from tests.helpers.replicas import make_request
+from tests.helpers.http_app import Server, run, serving, until
+from tests.helpers.replicas import fake_config, make_request
 
 
 def test_commands_and_requests_keep_their_order() -> None:
@@ -343,5 +344,86 @@ def test_health_says_when_requests_see_no_step(monkeypatch: pytest.MonkeyPatch) 
             assert "no step" in reply.json()["error"]["message"]
             server.engine.discard(box)
             assert (await server.get("/health")).status_code == 200
+
+    run(test)
+
+
+def dies(server: Server) -> None:
+    server.link.die()
+    assert server.engine.dead is not None
+
+
+def test_another_engine_takes_over_and_knows_nothing_of_the_old_one() -> None:
+    async def test() -> None:
+        async with serving() as server:
+            engine = server.engine
+            await engine.send(Pause())
+            assert (await server.post("/begin_weight_update")).status_code == 200
+            waiting = asyncio.create_task(server.post("/generate", {"input_ids": [5]}))
+            await until(lambda: engine.num_open == 1)
+            dies(server)
+            engine.explain("it is being started again")
+            assert (await waiting).status_code == 503
+            for stream in (False, True):
+                refused = await server.post("/generate", {"input_ids": [5], "stream": stream})
+                assert (refused.status_code, "started again" in refused.text) == (503, True)
+            restarted = asyncio.create_task(engine.restart(server.another_engine(), start_s=30.0))
+            reply = await server.post("/generate", {"input_ids": [5]})
+            assert reply.status_code == 503
+            await restarted
+            reply = await server.post("/generate", {"input_ids": [5]})
+            assert reply.json()["output_ids"] == expected_tokens([5], 128)
+            ended = await server.post("/end_weight_update")
+            assert ended.status_code == 400
+            assert "no update is open" in ended.text, "the update went with the old engine"
+
+    run(test)
+
+
+def test_an_engine_without_a_version_refuses_until_one_is_published() -> None:
+    async def test() -> None:
+        async with serving() as server:
+            engine = server.engine
+            dies(server)
+            config = dataclasses.replace(fake_config(), weight_version=7, refusal="publish 7")
+            link = server.another_engine(config)
+            await engine.restart(link, start_s=30.0, no_version="publish 7")
+            for path in ("/generate", "/v1/completions"):
+                for stream in (False, True):
+                    body = {"input_ids": [5], "prompt": [5], "stream": stream}
+                    del body["prompt" if path == "/generate" else "input_ids"]
+                    reply = await server.post(path, body)
+                    assert (reply.status_code, "publish 7" in reply.text) == (503, True), path
+            assert link.requests == []
+            ready = await server.get("/ready")
+            assert (ready.status_code, "publish 7" in ready.text) == (503, True)
+            info = (await server.get("/server_info")).json()
+            assert info["internal_states"][0]["refusal"] == "publish 7"
+            reply = await server.post("/update_weights_from_disk", {"model_path": "3"})
+            assert reply.status_code == 200, reply.text
+            assert (await engine.send(GetState())).state.version == 8
+            reply = await server.post("/generate", {"input_ids": [5]})
+            assert reply.json()["output_ids"] == expected_tokens([5], 128, 3)
+
+    run(test)
+
+
+def test_an_engine_that_cannot_be_built_again_says_why() -> None:
+    async def test() -> None:
+        async with serving() as server:
+            dies(server)
+            link = server.another_engine()
+            link.silent = True
+            restarted = asyncio.create_task(server.engine.restart(link, start_s=30.0))
+            await asyncio.sleep(0)
+            link.deliver([Reply(error=ErrorInfo(kind="OutOfMemory", message="no room"))])
+            with pytest.raises(OutOfMemory, match="no room"):
+                await restarted
+            restarted = asyncio.create_task(server.engine.restart(link, start_s=30.0))
+            await asyncio.sleep(0)
+            link.die()
+            with pytest.raises(EngineDead, match="signal 9"):
+                await restarted
+            assert server.engine.dead is not None
 
     run(test)
