@@ -75,13 +75,16 @@ class FakePending:
 
 class FakeExecutor:
     """See the module. `model` "missing" is not found, "exit" leaves the process while it
-    loads, "hang" sleeps in its first step, "die" leaves in it."""
+    loads, "raise" raises what is no error of ours, "hang" sleeps in its first step, "die" leaves
+    in it."""
 
     def __init__(self, config: EngineConfig) -> None:
         if config.model == "missing":
             raise ModelNotFound("no model at missing", field="model")
         if config.model == "exit":
             os._exit(3)
+        if config.model == "raise":
+            raise ZeroDivisionError("the cause")
         self.facts = EngineFacts(
             model=config.model,
             num_pages=config.cache.num_pages or 256,

@@ -1,14 +1,17 @@
 """The same behaviour of both replicas, and what only one of them can do."""
 
+import dataclasses
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
+from msgspec.structs import replace
 
 from engine.errors import (
     EngineDead,
+    InvalidRequest,
     ManifestMismatch,
     ModelNotFound,
     SlipstreamError,
@@ -25,10 +28,11 @@ from engine.protocol import (
     Request,
     RequestOutput,
     Resume,
+    SetVersion,
 )
 from rollout.process_replica import ProcessReplica
 from rollout.replica import InlineReplica, Replica
-from tests.helpers.fake_executor import POISON, expected_tokens
+from tests.helpers.fake_executor import POISON, FakeExecutor, expected_tokens
 from tests.helpers.replicas import fake_config, inline, make_request, overlapped, spawned
 
 Make = Callable[..., Replica]
@@ -249,6 +253,37 @@ def test_a_leader_that_hangs_misses_its_deadline_and_is_killed() -> None:
 def test_the_dead_leaders_log_is_in_the_error() -> None:
     with pytest.raises(EngineDead, match=r"No module named 'tests\.helpers\.absent'"):
         ProcessReplica(fake_config(), factory="tests.helpers.absent:build", start_s=60.0)
+
+
+def test_a_message_that_cannot_be_encoded_leaves_no_trace() -> None:
+    with spawned() as replica:
+        wide = replace(many(1)[0], seed=1 << 64)
+        with pytest.raises(InvalidRequest, match="64 bits"):
+            replica.submit([wide])
+        assert replica.idle()
+        with pytest.raises(InvalidRequest, match="64 bits"):
+            replica.send(SetVersion(version=1 << 64))
+        assert replica.state().version == 0
+        replica.submit(many(2))
+        assert len(drain(replica)) == 2
+
+
+def test_an_engine_without_a_version_takes_no_request() -> None:
+    config = dataclasses.replace(fake_config(), weight_version=4, refusal="publish version 4")
+    with InlineReplica(config, FakeExecutor(config)) as replica:
+        replica.submit(many(1))
+        (output,) = replica.step()
+        assert output.finish is not None
+        assert (output.finish.error, output.finish.message) == ("NoVersion", "publish version 4")
+        assert replica.state().refusal == "publish version 4"
+        replica.send(BeginUpdate(version=5, partial=True))
+        replica.send(CommitUpdate(version=5))
+        assert replica.state().refusal, "a part of a version is no version"
+        replica.send(BeginUpdate(version=6))
+        replica.send(CommitUpdate(version=6))
+        assert replica.state().refusal == ""
+        replica.submit(many(1))
+        assert len(drain(replica)) == 1
 
 
 def test_closing_leaves_no_process_and_no_files() -> None:
