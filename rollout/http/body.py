@@ -15,6 +15,8 @@ from rollout.http.errors import BodyTooLarge
 _BYTES_PER_S = 1 << 20
 """Slowest that a large body may come, beside the time every body has."""
 
+_MAX_DIGITS = 18
+
 
 class BodyTimeout(SlipstreamError):
     """The body did not arrive in time."""
@@ -35,8 +37,7 @@ class BodyReader:
         self._receive = receive
         self._option = "--max-control-body-mib" if control else "--max-body-mib"
         self._limit = config.max_control_body_bytes if control else config.max_body_bytes
-        length = headers.get("content-length")
-        self._announced = int(length) if length.isascii() and length.isdigit() else 0
+        self._announced = _announced(headers.get("content-length"))
         self._allowed_s = config.receive_timeout_s + self._announced / _BYTES_PER_S
         self._deadline = time.monotonic() + self._allowed_s
         self._num_bytes = 0
@@ -77,3 +78,10 @@ class BodyReader:
             f"or start the server with a larger {self._option}",
             field="body",
         )
+
+
+def _announced(length: str) -> int:
+    """The announced length; 0 for none. What has too many digits is too long in any case."""
+    if not (length.isascii() and length.isdigit()):
+        return 0
+    return int(length) if len(length) <= _MAX_DIGITS else 10**_MAX_DIGITS

@@ -94,14 +94,14 @@ class BrowserRules:
         if origin:
             if "*" in self._origins or origin in self._origins:
                 return ""
-            if urlsplit(origin).netloc == headers.get("host").lower():
+            if _netloc(origin) == headers.get("host").lower():
                 return ""
             return f"the request comes from a page of {origin[:200]}"
         site = headers.get("sec-fetch-site").lower()
         if changes and site not in _OWN_SITES:
             return f"the request comes from a page of another site (Sec-Fetch-Site: {site[:40]})"
         referer = headers.get("referer").lower()
-        if changes and referer and urlsplit(referer).netloc != headers.get("host").lower():
+        if changes and referer and _netloc(referer) != headers.get("host").lower():
             return f"the request comes from the page {referer[:200]}"
         return ""
 
@@ -119,6 +119,14 @@ def _check_type(headers: Headers, *, control: bool) -> None:
         "'Content-Type: application/json'",
         field="Content-Type",
     )
+
+
+def _netloc(url: str) -> str | None:
+    """Host and port of a URL; None, which is nobody's, for what is none."""
+    try:
+        return urlsplit(url).netloc or None
+    except ValueError:
+        return None
 
 
 def _has_body(headers: Headers) -> bool:

@@ -35,7 +35,7 @@ from rollout.text.tokenizer import Tokenizer, load_tokenizer
 logger = logging.getLogger(__name__)
 
 _GRACE_S = 3
-_PATIENCE_S = 2.0
+_PATIENCE_S = 4.0
 """For the engine to end what is open, once the server is told to stop."""
 _LAST_ANSWERS_S = 2.0
 """Between the engine's death and the server's: whoever calls meanwhile is told why."""

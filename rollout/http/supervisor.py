@@ -82,6 +82,8 @@ class Supervisor:
                 )
             except SlipstreamError as again:
                 link.stop()
+                if self._engine.leaving is not None:
+                    return
                 cause = _first_line(again)
                 logger.error("the engine could not be started again: %s", again)
             else:
