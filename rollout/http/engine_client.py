@@ -362,6 +362,8 @@ class AsyncEngine:
         return state is None or state.paused or bool(state.refusal)
 
     def _fail(self, error: EngineDead) -> None:
+        # What the old engine's link still notices must not be taken for the next one's end.
+        self._link.stop()
         if self._starting:
             self._pending.fail(error)
         elif self._dead is None:

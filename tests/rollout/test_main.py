@@ -8,6 +8,7 @@ import pytest
 
 import rollout.__main__ as cli
 from engine.config import EngineConfig
+from engine.errors import EngineDead
 from rollout.http.config import ServeConfig
 from rollout.http.options import Serve, serve_config
 from rollout.replica import Replica
@@ -151,6 +152,19 @@ def test_a_missing_input_is_noticed_before_the_model_is_loaded(
     with pytest.raises(SystemExit):
         cli.main(REQUIRED)
     assert "InvalidRequest (--input)" in capsys.readouterr().err
+
+
+def test_a_dead_engine_is_exit_code_1_and_its_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def dies(args: object) -> None:
+        raise EngineDead("leader process 7 exited with code 1: KeyError: 0", field="leader")
+
+    monkeypatch.setattr(cli, "run_offline", dies)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(REQUIRED)
+    assert caught.value.code == 1
+    assert capsys.readouterr().err.startswith("EngineDead (leader): leader process 7 exited")
 
 
 def test_an_interrupt_is_quiet(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import threading
@@ -139,25 +140,39 @@ def _ignoring_errors(client: Client) -> None:
         return
 
 
+HEAD = b" HTTP/1.1\r\nHost: localhost\r\n"
+
+
 @pytest.mark.parametrize(
-    "sent",
+    "parts,statuses",
     [
-        b"",
-        b"POST /generate HTTP/1.1\r\nHost: local",
-        b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{",
-        b"POST /continue_generation HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n"
-        b"Content-Type: application/json\r\n\r\n{",
+        ([b""], []),
+        ([b"POST /generate HTTP/1.1\r\nHost: local"], [b"408"]),
+        ([b"POST /generate" + HEAD + b"Content-Length: 50\r\n\r\n{"], [b"408"]),
+        (
+            [
+                b"POST /continue_generation" + HEAD + b"Content-Length: 50\r\n"
+                b"Content-Type: application/json\r\n\r\n{"
+            ],
+            [b"200"],
+        ),
+        ([b"GET /health" + HEAD + b"\r\n", b"GET /hea"], [b"200", b"408"]),
     ],
-    ids=["nothing", "headers", "body", "a body nobody reads"],
+    ids=["nothing", "headers", "body", "a body nobody reads", "the next headers"],
 )
-def test_a_request_that_does_not_arrive_is_closed(sent: bytes) -> None:
+def test_a_request_that_does_not_arrive_is_closed(
+    parts: list[bytes], statuses: list[bytes]
+) -> None:
     with ServerProcess(["-c", fake_server(server="receive_timeout_s=0.5")]) as server:
         host, port = server.url.removeprefix("http://").split(":")
+        received = b""
         with socket.create_connection((host, int(port)), timeout=60) as connection:
-            connection.sendall(sent)
-            received = b""
+            for part in parts:
+                connection.sendall(part)
+                if len(parts) > 1 and part is parts[0]:
+                    received += connection.recv(65536)
             while data := connection.recv(65536):
                 received += data
-        assert (b" 408 " in received or b" 200 " in received) == bool(sent)
+        assert re.findall(rb"HTTP/1.1 (\d+) ", received) == statuses
         with server.client() as client:
             assert client.generate(SHORT)[0].output_ids == expected_tokens([5], 3)
