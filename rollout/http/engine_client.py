@@ -62,7 +62,8 @@ class AsyncEngine:
         self._leaving: EngineDead | None = None
         self._starting = False
         self._no_version = ""
-        self._published: int | None = None
+        self._version = 0
+        self._took_update = False
         self._state: ReplicaState | None = None
         self._state_at = 0.0
         self._heard_at = self._progress_at = time.monotonic()
@@ -163,9 +164,15 @@ class AsyncEngine:
         return self._no_version
 
     @property
-    def published(self) -> int | None:
-        """The last version that an engine behind this object has committed, if any has."""
-        return self._published
+    def version(self) -> int:
+        """The last version that was loaded, committed, or given to the weights by name."""
+        return max(self._version, self.facts.version)
+
+    @property
+    def took_update(self) -> bool:
+        """Whether an engine behind this object has committed any update: then the weights that
+        the model's folder holds are not those of `version`."""
+        return self._took_update
 
     @property
     def num_open(self) -> int:
@@ -342,10 +349,9 @@ class AsyncEngine:
 
     def _learn(self, command: Control, reply: Reply) -> None:
         """What a reply says about the engine as a whole."""
-        if reply.error is None and isinstance(command, CommitUpdate):
-            self._published = command.version
-        if reply.error is None and isinstance(command, SetVersion) and self._published is not None:
-            self._published = command.version
+        if reply.error is None and isinstance(command, CommitUpdate | SetVersion):
+            self._version = command.version
+            self._took_update = self._took_update or isinstance(command, CommitUpdate)
         if reply.state is None:
             # Any other command may have changed what was known.
             self._state_at = 0.0

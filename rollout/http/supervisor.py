@@ -100,18 +100,18 @@ class Supervisor:
         return len(self._failures) < _MAX_FAILURES
 
     def _next_config(self, cause: str) -> EngineConfig:
-        version = max(self._engine.facts.version, self._engine.published or 0)
         return dataclasses.replace(
-            self._config.engine, weight_version=version, refusal=self._refusal(cause)
+            self._config.engine,
+            weight_version=self._engine.version,
+            refusal=self._refusal(cause),
         )
 
     def _refusal(self, cause: str) -> str:
-        published = self._engine.published
-        if published is None:
+        if not self._engine.took_update:
             return ""
         return (
             f"the engine was started again ({cause}), and with the old one went version "
-            f"{self._label(published)}, the last that was published: publish a whole version"
+            f"{self._label(self._engine.version)}, the last that was published: publish a whole version"
         )
 
 
