@@ -109,9 +109,10 @@ class Supervisor:
     def _refusal(self, cause: str) -> str:
         if not self._engine.took_update:
             return ""
+        lost = self._label(self._engine.version)
         return (
-            f"the engine was started again ({cause}), and with the old one went version "
-            f"{self._label(self._engine.version)}, the last that was published: publish a whole version"
+            f"the engine was started again ({cause}), and with the old one went version {lost}, the "
+            "last that was published: publish a whole version"
         )
 
 
