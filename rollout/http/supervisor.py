@@ -111,8 +111,8 @@ class Supervisor:
             return ""
         lost = self._label(self._engine.version)
         return (
-            f"the engine was started again ({cause}), and with the old one went version {lost}, the "
-            "last that was published: publish a whole version"
+            f"the engine was started again ({cause}), and with the old one went version {lost}, "
+            "the last that was published: publish a whole version"
         )
 
 
