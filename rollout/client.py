@@ -149,10 +149,10 @@ class Client:
         return EngineDead(f"no answer from {self._url}: {reason}", field="server")
 
 
-def _headers(key: str) -> dict[str, bytes]:
-    headers = {"content-type": b"application/json"}
+def _headers(key: str) -> dict[bytes, bytes]:
+    headers = {b"content-type": b"application/json"}
     # Bytes, since httpx takes a str to be ASCII.
-    return {**headers, "authorization": f"Bearer {key}".encode()} if key else headers
+    return {**headers, b"authorization": f"Bearer {key}".encode()} if key else headers
 
 
 def _batch_body(requests: list[GenerateRequest]) -> bytes:

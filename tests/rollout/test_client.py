@@ -125,3 +125,15 @@ def test_a_stream_ends_at_done_and_raises_its_errors() -> None:
         assert [next(stream).output_ids for _ in range(2)] == [[1], [1, 2]]
         with pytest.raises(EngineDead, match="why"):
             next(stream)
+
+
+def test_a_key_of_any_letters_reaches_the_server() -> None:
+    seen: list[bytes] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        seen.extend(value for name, value in request.headers.raw if name == b"authorization")
+        return httpx.Response(200, json={"output_ids": [1]})
+
+    with client(handler, api_key="kéy") as found:
+        found.generate(GenerateRequest(input_ids=[1]))
+    assert seen == ["Bearer kéy".encode()]
