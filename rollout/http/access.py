@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
+import sys
 from pathlib import Path
 
 from fastapi import Request
@@ -62,13 +63,18 @@ class Access:
         such options, any address will do."""
         if not self._rendezvous and not self._exposed:
             return
-        if command.address.lower() in (entry.lower() for entry in self._rendezvous):
+        if command.unique_id:
+            await self._check_address(_address_within(command.unique_id), caller)
+        await self._check_address(command.address, caller)
+
+    async def _check_address(self, host: str, caller: str) -> None:
+        if host.lower() in (entry.lower() for entry in self._rendezvous):
             return
-        addresses = await _addresses(command.address)
+        addresses = await _addresses(host)
         if addresses and all(self._open(address, caller) for address in addresses):
             return
         raise Forbidden(
-            f"the engine may not meet a trainer at {command.address[:200]}: it is neither the "
+            f"the engine may not meet a trainer at {host[:200]}: it is neither the "
             f"caller's own address ({caller}) nor one of --rendezvous-host HOST or NETWORK, such "
             "as 10.0.0.0/8 (which may be given several times)",
             field="address",
@@ -111,6 +117,17 @@ def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:
         return ipaddress.ip_network(text, strict=False)
     except ValueError:
         return None
+
+
+def _address_within(unique_id: bytes) -> str:
+    """Where NCCL meets by an id: eight bytes of magic, then the socket address of rank 0
+    (`ncclBootstrapHandle` in NCCL's src/include/bootstrap.h)."""
+    family = int.from_bytes(unique_id[8:10], sys.byteorder) if len(unique_id) >= 32 else None
+    if family == socket.AF_INET:
+        return str(ipaddress.IPv4Address(unique_id[12:16]))
+    if family == socket.AF_INET6:
+        return str(ipaddress.IPv6Address(unique_id[16:32]))
+    return "an unknown address within the NCCL id"
 
 
 async def _addresses(host: str) -> list[str]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import socket
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from engine.config import EngineConfig
 from engine.errors import Forbidden, InvalidRequest
@@ -109,6 +112,38 @@ def test_where_the_engine_may_meet(
         with pytest.raises(Forbidden, match="--rendezvous-host") as caught:
             await found.check_join(join(address), caller)
         assert caught.value.field == "address"
+
+    run(test)
+
+
+def unique_id(address: bytes, *, family: int, at: int) -> bytes:
+    """An id as NCCL makes it, for rank 0 at `address`."""
+    handle = bytearray(128)
+    handle[8:10] = family.to_bytes(2, sys.byteorder)
+    handle[at : at + len(address)] = address
+    return bytes(handle)
+
+
+@pytest.mark.parametrize(
+    "given,opens",
+    [
+        (unique_id(bytes([10, 0, 0, 2]), family=socket.AF_INET, at=12), True),
+        (unique_id(bytes([10, 0, 0, 3]), family=socket.AF_INET, at=12), False),
+        (unique_id(bytes(10) + b"\xff\xff\x0a\0\0\2", family=socket.AF_INET6, at=16), True),
+        (unique_id(bytes(15) + b"\1", family=socket.AF_INET6, at=16), False),
+        (unique_id(b"", family=77, at=12), False),
+        (b"short", False),
+        (unique_id(b"", family=socket.AF_INET, at=12)[:14], False),
+    ],
+)
+def test_the_address_within_an_nccl_id_counts_too(given: bytes, opens: bool) -> None:
+    async def test() -> None:
+        command = replace(join("10.0.0.2"), unique_id=given)
+        if opens:
+            await access(**EXPOSED).check_join(command, "10.0.0.2")
+            return
+        with pytest.raises(Forbidden, match="--rendezvous-host"):
+            await access(**EXPOSED).check_join(command, "10.0.0.2")
 
     run(test)
 
