@@ -51,22 +51,43 @@ class Link(Protocol):
         ...
 
 
+class _GlooWork:
+    """A broadcast over gloo, until it was waited for or its group was dropped."""
+
+    def __init__(self, work: Any) -> None:
+        self.work = work
+
+    def wait(self) -> None:
+        """Wait for it on the host."""
+        self.work.wait()
+
+
 class GlooLink:
     """Rank 0 over gloo."""
 
     def __init__(self, keys: Store, world_size: int, timeout_s: float) -> None:
         self._group: Any = dist.ProcessGroupGloo(keys, 0, world_size, timedelta(seconds=timeout_s))
+        self._queued: list[_GlooWork] = []
 
-    def broadcast(self, tensor: torch.Tensor, check: Check) -> Any:
+    def broadcast(self, tensor: torch.Tensor, check: Check) -> _GlooWork:
         """See `Link`."""
-        return self._group.broadcast([tensor], dist.BroadcastOptions())
+        queued = _GlooWork(self._group.broadcast([tensor], dist.BroadcastOptions()))
+        self._queued.append(queued)
+        return queued
 
-    def wait(self, work: Any, deadline: float, check: Check) -> None:
+    def wait(self, work: _GlooWork, deadline: float, check: Check) -> None:
         """See `Link`. A member that goes breaks its connection, so nothing is left to check."""
-        work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
+        work.work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
+        work.work = None
+        self._queued.remove(work)
 
     def abort(self) -> None:
-        """Gloo ends with the last reference."""
+        """See `Link`. Gloo's connections end with the last reference to the group, and every
+        work holds one, wherever a caller's error still has it in its traceback."""
+        for queued in self._queued:
+            queued.work = None
+        self._queued.clear()
+        self._group = None
 
 
 @dataclass(frozen=True)

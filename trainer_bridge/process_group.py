@@ -72,6 +72,10 @@ class SenderGroup:
         except RuntimeError as error:
             raise self._broken(error) from error
 
+    def num_arrived(self) -> int:
+        """How many other ranks have found the group."""
+        return sum(self._keys.check([joined_key(rank)]) for rank in range(1, self.world_size))
+
     def broadcast(self, tensor: torch.Tensor, check: Check = lambda: None) -> Any:
         """Queue the broadcast of a contiguous tensor to all; returns its work: see `Link`.
 

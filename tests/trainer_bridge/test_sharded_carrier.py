@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.rank_processes import run_ranks
-from tests.helpers.sharded_publish import publish_some
+from tests.helpers.sharded_publish import publish_despite_faults, publish_some
 
 
 @pytest.fixture(scope="module")
@@ -29,3 +29,37 @@ def test_a_refused_begin_is_told_to_every_rank_before_and_after_the_groups_form(
 ) -> None:
     assert told[0][name].startswith("UpdateOrder")
     assert told[1][name].startswith("GroupError: trainer rank 0 failed: UpdateOrder")
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder: Path = tmp_path_factory.mktemp("faults")
+    return run_ranks(publish_despite_faults, 2, folder)
+
+
+@pytest.mark.parametrize(
+    ("step", "answers", "served"),
+    [
+        ("first", ("1", "1"), [1, 1]),
+        ("rank 0 fails", ("RuntimeError: the gather", "GroupError"), [1, 1]),
+        ("rank 1 fails", ("GroupError", "RuntimeError: the gather"), [1, 1]),
+        ("no receive", ("EngineDead: engine 1: it is gone", "GroupError"), [1, 1]),
+        ("no join", ("EngineDead: engine 0: it is gone", "GroupError"), [1, 1]),
+        ("no prepare", ("EngineDead: engine 1: it is gone", "GroupError"), [1, 1]),
+        ("no commit", ("FleetDivided: version 2 serves on engine 0", "GroupError"), [2, 1]),
+        ("again", ("2", "2"), [2, 2]),
+        ("restarted", ("3", "3"), [3, 3]),
+    ],
+)
+def test_what_fails_on_one_rank_is_told_to_all_and_the_next_update_works(
+    faults, step: str, answers: tuple[str, str], served: list[int]
+) -> None:
+    for told, answer in zip(faults, answers, strict=True):
+        assert told[step][0].startswith(answer)
+        assert told[step][1] < 45, "a rank waited for its deadline of 60 s"
+    assert faults[0][step][2] == served
+
+
+def test_both_engines_serve_the_same_in_the_end(faults) -> None:
+    first, second = faults[0]["same"]
+    assert first == second

@@ -31,6 +31,9 @@ from trainer_bridge.transports.base import Carrier
 
 BUCKET_BYTES = 256 << 20
 
+_ARRIVAL_S = 5.0
+_ARRIVAL_POLL_S = 0.005
+
 
 class Broadcaster:
     """The sending end of one group: packs pieces into buckets and broadcasts them."""
@@ -198,25 +201,39 @@ def connect(group: SenderGroup, members: Sequence[Member], sizes: Sequence[int])
         for member, join in zip(members, joins, strict=True):
             try_send(member.target, LeaveGroup(name=group.name))
             joined.append(pool.submit(member.send, join))
-        try:
-            complete(group, joined)
-        finally:
-            # Those that came would wait for those that did not.
-            if not group.is_open:
-                group.close()
+        complete(group, joined, sizes)
     check(joined, wait=True)
 
 
-def complete(group: SenderGroup, joined: Sequence[Future[Any]]) -> None:
-    """Wait until every rank came. joined: the calls that have engines join.
+def complete(group: SenderGroup, joined: Sequence[Future[Any]], sizes: Sequence[int]) -> None:
+    """Wait until every rank came; a group that fails is closed, so that those that came do not
+    wait for those that did not.
 
-    Raises the error of an engine that refused, at once, or GroupError naming absent ranks.
+    joined: the calls that have engines join; sizes: ranks of each. Raises the error of an
+    engine that refused, at once, or GroupError naming absent ranks.
     """
     try:
         group.connect(lambda: check(joined))
     except SlipstreamError:
         check(joined)
         raise
+    finally:
+        if not group.is_open:
+            _await_arrival(group, joined, sizes)
+            group.close()
+
+
+def _await_arrival(group: SenderGroup, joined: Sequence[Future[Any]], sizes: Sequence[int]) -> None:
+    """Let the engines on their way find the group, for a moment: one that comes to a closed door
+    knocks until its deadline, one that is inside sees it close."""
+    deadline = time.monotonic() + _ARRIVAL_S
+    while time.monotonic() < deadline:
+        answered = sum(size for future, size in zip(joined, sizes, strict=True) if future.done())
+        if all(future.done() for future in joined):
+            return
+        if group.num_arrived() + answered >= group.world_size - 1:
+            return
+        time.sleep(_ARRIVAL_POLL_S)
 
 
 def join_commands(group: SenderGroup, sizes: Sequence[int]) -> list[JoinGroup]:

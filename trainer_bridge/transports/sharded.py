@@ -167,11 +167,7 @@ class ShardedCarrier:
                 pool.submit(_join_all, member, [commands[index] for commands in joins])
                 for index, member in enumerate(self._taking)
             ]
-            try:
-                complete(self._sender.group, joined)
-            finally:
-                if not self._sender.group.is_open:
-                    self._sender.group.close()
+            complete(self._sender.group, joined, [m.state.tp_size for m in self._taking])
             check(joined, wait=True)
 
     def _carry(self, source: WeightSource) -> None:
