@@ -36,13 +36,14 @@ def launch_actor(options: Options, world: World | None = None) -> Actor:
         return InlineActor(launch(config), sleeps=sleeps)
     on_gpu = uses_gpu(options.device)
     first = _first_rollout_gpu(num_engines, world.size) if on_gpu else 0
-    replicas: list[Replica] = []
-    if world.is_main:
-        for index in range(num_engines):
-            config = engine_config(options, gpu=first + index if on_gpu else 0)
-            replicas.append(launch(config, process=True))
+
+    def launch_place(place: int) -> Replica:
+        config = engine_config(options, gpu=first + place if on_gpu else 0)
+        return launch(config, process=True)
+
+    replicas = [launch_place(place) for place in range(num_engines)] if world.is_main else []
     device = torch.device("cuda", world.local_rank) if on_gpu else torch.device("cpu")
-    return FleetActor(replicas, world, device=device)
+    return FleetActor(replicas, world, device=device, launch=launch_place)
 
 
 def engine_config(options: Options, *, gpu: int = 0, saver: bool = False) -> EngineConfig:

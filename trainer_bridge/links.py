@@ -57,10 +57,6 @@ class _GlooWork:
     def __init__(self, work: Any) -> None:
         self.work = work
 
-    def wait(self) -> None:
-        """Wait for it on the host."""
-        self.work.wait()
-
 
 class GlooLink:
     """Rank 0 over gloo."""

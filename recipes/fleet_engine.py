@@ -1,0 +1,89 @@
+"""One engine of a fleet: a replica that is started again when it dies."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+from engine.errors import EngineDead, SlipstreamError, WeightUpdateError
+from engine.protocol import Control, ReplicaState, Reply, Request, RequestOutput
+from rollout.offline import run
+from rollout.replica import Replica
+
+logger = logging.getLogger(__name__)
+
+Launch = Callable[[], Replica]
+"""Starts the engine's replica anew, from its configuration."""
+
+_LOST = {"EngineDead", "WeightUpdateError"}
+"""Errors of a request that say nothing of it: its engine died, or holds no whole weights."""
+
+
+class FleetEngine:
+    """Stands for one engine whatever replica serves it now; an `UpdateTarget` of the carriers.
+
+    launch: None for an engine that somebody else starts again.
+    """
+
+    def __init__(self, place: int, replica: Replica, launch: Launch | None) -> None:
+        self.place = place
+        self._replica = replica
+        self._launch = launch
+
+    def send(self, command: Control) -> Reply:
+        """Run one control command on the replica; raises its typed error."""
+        return self._replica.send(command)
+
+    def state(self) -> ReplicaState:
+        """What the replica is. Raises EngineDead."""
+        return self._replica.state()
+
+    def serves(self, version: int) -> bool:
+        """Whether it lives and serves `version`, all of it."""
+        try:
+            state = self.state()
+        except EngineDead:
+            return False
+        return state.version == version and not state.refusal
+
+    def generate(
+        self, requests: Sequence[Request], done: dict[str, RequestOutput]
+    ) -> SlipstreamError | None:
+        """Run requests; final outputs go to `done` by id as they come.
+
+        Returns the error by which the engine was lost, if so; the requests that it took with
+        it are not in `done`.
+        """
+        lost: SlipstreamError | None = None
+        try:
+            for output in run(self._replica, requests, total=len(requests)):
+                finish = output.finish
+                if finish is not None and finish.error in _LOST:
+                    lost = EngineDead(finish.message or finish.error, field="engine")
+                else:
+                    done[output.rid] = output
+        except (EngineDead, WeightUpdateError) as error:
+            return error
+        return lost
+
+    def revive(self) -> None:
+        """Start a replica that died again; one that lives is left alone.
+
+        Raises EngineDead for one that is not ours to start, and the error of one that does not
+        start.
+        """
+        try:
+            self.state()
+            return
+        except EngineDead as error:
+            if self._launch is None:
+                raise EngineDead(
+                    f"engine {self.place} is gone: {error.message}", field="engine"
+                ) from error
+            logger.warning("engine %d is started again: %s", self.place, error)
+        self._replica.close()
+        self._replica = self._launch()
+
+    def close(self) -> None:
+        """Free the replica."""
+        self._replica.close()
