@@ -13,6 +13,7 @@ import torch
 from msgspec.structs import replace
 
 from engine.protocol import TensorSpec
+from trainer_bridge.adapters.base import in_order
 
 _CHUNK = 1 << 22
 _SIGNED = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -22,8 +23,11 @@ _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB1331
 def with_checksums(
     specs: Sequence[TensorSpec], tensors: Iterable[tuple[str, torch.Tensor]]
 ) -> list[TensorSpec]:
-    """The manifest with the checksum of every tensor; waits for the device once."""
-    totals = [_total(tensor) for _, tensor in tensors]
+    """The manifest with the checksum of every tensor; waits for the device once.
+
+    Raises ManifestMismatch where the tensors are not those of `specs`.
+    """
+    totals = [_total(tensor) for tensor in in_order(specs, iter(tensors))]
     if not totals:
         return []
     values = torch.stack(totals).tolist()

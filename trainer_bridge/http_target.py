@@ -37,7 +37,7 @@ class HttpTarget:
         if self._api_key:
             headers["Authorization"] = f"Bearer {self._api_key}"
         request = urllib.request.Request(
-            f"{self.url}/command", data=_body(command), headers=headers
+            f"{self.url}/command", data=msgspec.json.encode(command), headers=headers
         )
         timeout_s = deadlines(command).http if self._timeout_s is None else self._timeout_s
         try:
@@ -54,14 +54,6 @@ class HttpTarget:
             raise SlipstreamError(
                 f"{self.url} is no server of ours: it answered {_text(body)}", field="url"
             ) from error
-
-
-def _body(command: Control) -> bytes:
-    try:
-        return msgspec.json.encode(command)
-    except (OverflowError, TypeError) as error:
-        name = type(command).__name__
-        raise InvalidRequest(f"{name} cannot be sent: {error}", field=name) from error
 
 
 def _rest(error: urllib.error.HTTPError) -> bytes:

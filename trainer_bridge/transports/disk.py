@@ -10,6 +10,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -144,14 +145,14 @@ def write(
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        partial.mkdir(parents=True)
+        with _writing(path):
+            partial.mkdir(parents=True)
         _write_shards(partial, tensors, shard_bytes)
-        if delta is not None:
-            _write_bytes(partial / DELTA_FILE, msgspec.json.encode(delta))
-        _sync_folder(partial)
-        _put_in_place(partial, path)
-    except (OSError, SafetensorError) as error:
-        raise WeightUpdateError(f"cannot write {path}: {error}", field="folder") from error
+        with _writing(path):
+            if delta is not None:
+                _write_bytes(partial / DELTA_FILE, msgspec.json.encode(delta))
+            _sync_folder(partial)
+            _put_in_place(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return path
@@ -166,10 +167,16 @@ def _write_shards(
     total = 0
     for contents in _in_shards(tensors, shard_bytes):
         file = folder / f"shard-{len(shards)}"
-        save_file(contents, file, metadata={"format": "pt"})
-        _sync(file)
+        with _writing(file):
+            save_file(contents, file, metadata={"format": "pt"})
+            _sync(file)
         shards.append(list(contents))
         total += sum(tensor.nbytes for tensor in contents.values())
+    with _writing(folder):
+        _name_shards(folder, shards, total)
+
+
+def _name_shards(folder: Path, shards: Sequence[Sequence[str]], total: int) -> None:
     if len(shards) == 1:
         (folder / "shard-0").rename(folder / "model.safetensors")
         return
@@ -180,6 +187,16 @@ def _write_shards(
         weight_map.update(dict.fromkeys(names, name))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     _write_bytes(folder / "model.safetensors.index.json", msgspec.json.encode(index))
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Raise WeightUpdateError, naming the path, for what goes wrong with files inside; not
+    around the source, whose own errors are its own."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise WeightUpdateError(f"cannot write {path}: {error}", field="folder") from error
 
 
 def _in_shards(
