@@ -13,6 +13,7 @@ from engine.errors import (
     FleetDivided,
     GroupError,
     ManifestMismatch,
+    NonFiniteWeights,
     SlipstreamError,
 )
 from engine.protocol import (
@@ -246,3 +247,21 @@ def test_an_abort_that_fails_hides_no_error(engines) -> None:
     ):
         publisher.push(1)
     assert told.value.field == "w"
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_number_that_is_not_finite_is_told_by_its_tensor_and_moves_nobody(
+    engines, tiny, transport: str
+) -> None:
+    new = trained(10)
+    with torch.no_grad():
+        new.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    with Publisher(new, engines, options(transport)) as publisher:
+        with pytest.raises(NonFiniteWeights) as told:
+            publisher.push(1)
+        assert told.value.field == "model.layers.1.mlp.up_proj.weight"
+        assert_serve(engines, 0, tiny[1])
+        with torch.no_grad():
+            new.model.layers[1].mlp.up_proj.weight[0, 0] = 0.0
+        publisher.push(1)
+    assert_serve(engines, 1, new)
