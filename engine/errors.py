@@ -22,6 +22,7 @@
     │   ├── FleetDivided               some engines committed a version, others did not
     │   └── NoVersion                  no version may serve: publish a whole one
     ├── CommandTimeout                 the engine lives but did not answer this one command
+    ├── PauseCancelled                 a resume or another pause ended a pause that waited
     ├── MemoryReleased                 what the command needs was given back; resume it first
     ├── Unauthorized                   no key, or a wrong one
     ├── Forbidden                      a route that this address does not serve
@@ -162,6 +163,12 @@ class CommandTimeout(SlipstreamError):
     """The engine lives, but one command missed its deadline; what became of it is not known."""
 
     status = 504
+
+
+class PauseCancelled(SlipstreamError):
+    """A pause waited for requests to finish, and a resume or another pause came first."""
+
+    status = 409
 
 
 class MemoryReleased(SlipstreamError):

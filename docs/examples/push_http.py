@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 
@@ -28,13 +29,13 @@ def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
 
 
 arguments = argparse.ArgumentParser()
-arguments.add_argument("--folder", required=True, help="a folder of safetensors files")
+arguments.add_argument("--folder", type=Path, required=True, help="a folder of safetensors files")
 arguments.add_argument("--url", required=True)
 arguments.add_argument("--version", default="1")
 options = arguments.parse_args()
 
 post(f"{options.url}/pause_generation", {"mode": "retract"})
-update = {"model_path": options.folder, "weight_version": options.version}
+update = {"model_path": str(options.folder.resolve()), "weight_version": options.version}
 print(post(f"{options.url}/update_weights_from_disk", update))
 post(f"{options.url}/continue_generation", {})
 sampling = {"temperature": 0.0, "max_new_tokens": 8}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import struct
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,6 +69,8 @@ def restricted_loads(data: bytes) -> Any:
     """
     try:
         return _Reader(io.BytesIO(data)).load()
+    except InvalidRequest:
+        raise
     except _BROKEN as error:
         raise InvalidRequest(
             f"the payload cannot be read: {type(error).__name__}: {error}", field="payload"
@@ -76,7 +79,9 @@ def restricted_loads(data: bytes) -> Any:
 
 _BROKEN = (
     pickle.UnpicklingError,
+    struct.error,
     ArithmeticError,
+    AssertionError,
     AttributeError,
     EOFError,
     LookupError,
@@ -85,7 +90,7 @@ _BROKEN = (
     OSError,
     RuntimeError,
     TypeError,
-    UnicodeError,
+    ValueError,
 )
 _DATA = (FlattenedTensorMetadata, LocalSerializedTensor)
 

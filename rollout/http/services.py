@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+from weakref import WeakValueDictionary
 
 from rollout.http.access import Access
 from rollout.http.config import ServeConfig
 from rollout.http.control import Controller
 from rollout.http.engine_client import AsyncEngine
 from rollout.http.generation import Generator
+from rollout.http.sample import Sample
 from rollout.http.versions import VersionLabels
 from rollout.metrics import Metrics
 from rollout.seeds import base_seed
 from rollout.text.tokenizer import Tokenizer
 
 
+class NamedCall(Protocol):
+    """A call whose client knows its id, and not those of its samples."""
+
+    @property
+    def samples(self) -> Sequence[Sample]:
+        """Its sequences, each with an id of its own."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Services:
-    """One server's parts; each route function takes this and nothing global."""
+    """One server's parts; each route function takes this and nothing global.
+
+    calls: those in progress, by the ids that their replies show.
+    """
 
     config: ServeConfig
     access: Access
@@ -27,6 +43,7 @@ class Services:
     labels: VersionLabels
     metrics: Metrics
     tokenizer: Tokenizer | None
+    calls: WeakValueDictionary[str, NamedCall] = field(default_factory=WeakValueDictionary)
 
 
 def make_services(
@@ -36,7 +53,7 @@ def make_services(
     metrics, labels, access = Metrics(), VersionLabels(), Access(config)
     control = Controller(engine, labels, metrics, keeps_weights=config.engine.memory.cpu_backup)
     engine.guard(access.check)
-    engine.on_restart(control.reset)
+    engine.on_restart(lambda: control.reset(weights_lost=bool(engine.no_version)))
     seed = base_seed(config.engine.seed, config.replica_id)
     return Services(
         config=config,

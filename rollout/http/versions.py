@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any
 
+from engine.errors import UpdateOrder
+
 _MAX_LABELS = 4096
+_LARGEST = (1 << 63) - 1
+_LARGEST_LABEL = 1 << 53
+"""A label beyond this names a version and is none: what counts on from it must fit as well."""
 
 
 class VersionLabels:
@@ -16,13 +21,20 @@ class VersionLabels:
 
     def reserve(self, label: str | None, current: int) -> int:
         """The version that an update called `label` gets: a decimal label greater than
-        `current` is used as it is, anything else counts on by one."""
-        if label is not None and label.isdecimal() and int(label) > current:
-            return int(label)
+        `current`, 2**53 at most, is used as it is; anything else counts on by one.
+
+        Raises UpdateOrder when no greater version is left.
+        """
+        number = _number(label)
+        if number is not None and number > current:
+            return number
+        if current >= _LARGEST:
+            raise UpdateOrder(f"no version is left after {current}", field="version")
         return current + 1
 
     def name(self, version: int, label: str | None) -> None:
-        """Call `version` by `label` from now on."""
+        """Call `version` by `label` from now on, or by its number."""
+        self._labels.pop(version, None)
         if label is None or label == str(version):
             return
         self._labels[version] = label
@@ -42,3 +54,13 @@ class VersionLabels:
         for key in ("weight_versions", "kv_versions"):
             for span in meta_info.get(key, []):
                 span["version"] = self.text(int(span["version"]))
+
+
+def _number(label: str | None) -> int | None:
+    """The integer that a label of ASCII digits is, if it may be a version."""
+    if label is None or len(label) > len(str(_LARGEST_LABEL)):
+        return None
+    if not (label.isascii() and label.isdecimal()):
+        return None
+    number = int(label)
+    return number if number <= _LARGEST_LABEL else None

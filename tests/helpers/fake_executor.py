@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -142,7 +143,7 @@ class FakeExecutor:
                     raise UpdateOrder("an update is open", field="version")
                 self._open = command
             case LoadFromDisk():
-                self.receive([("shift", int(command.path))])
+                self.receive([("shift", int(Path(command.path).name.removeprefix("step_")))])
             case CommitUpdate():
                 if self._open is None:
                     raise UpdateOrder("no update is open", field="version")

@@ -35,6 +35,7 @@ class InlineLink:
     answers: by type of command, what answers instead of the leader: a function that returns a
     reply, None to fall through to the leader, or raises a typed error.
     silent: commands are noted and never answered. swallowed: so are those of these types.
+    stalled: no step is run.
     """
 
     def __init__(self, config: EngineConfig, *, announces: bool = False) -> None:
@@ -45,6 +46,7 @@ class InlineLink:
         self.answers: dict[type, Answer] = {}
         self.silent = False
         self.swallowed: set[type] = set()
+        self.stalled = False
         self.killed = ""
         self.closed = False
         self._inbox: list[Request | Call] = []
@@ -110,7 +112,7 @@ class InlineLink:
                 self.leader.submit([message])
             elif type(message.command) not in self.swallowed:
                 self._deliver([replace(self._answer(message.command), id=message.id)])
-        if self.leader.can_step():
+        if self.leader.can_step() and not self.stalled:
             outputs = self.leader.step()
             if outputs:
                 self._deliver(outputs)

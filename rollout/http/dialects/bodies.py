@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, TypeVar, get_args, get_origin
@@ -14,6 +15,7 @@ from engine.protocol import ITEM_BYTES, TensorPiece
 
 T = TypeVar("T", bound=msgspec.Struct)
 
+_MAX_TENSOR_BYTES = 1 << 44
 _PATH = re.compile(r"at `\$\.?([^`]*)`$")
 
 
@@ -75,6 +77,11 @@ def pieces(
             raise InvalidRequest(
                 f"dtypes[{index}] of {name} is {dtype!r}; known are {', '.join(ITEM_BYTES)}",
                 field=f"dtypes[{index}]",
+            )
+        if math.prod(shape) * ITEM_BYTES[plain] > _MAX_TENSOR_BYTES:
+            raise InvalidRequest(
+                f"shapes[{index}] of {name} is {list(shape)}, more than any tensor has",
+                field=f"shapes[{index}]",
             )
         found.append(TensorPiece(name, plain, list(shape)))
     return found

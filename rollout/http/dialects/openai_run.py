@@ -68,7 +68,9 @@ async def start(
         samples = await services.generator.samples(call)
     except InvalidRequest as error:
         raise renamed(error) from error
-    return OpenAICall(services=services, body=body, call=call, samples=samples, object=object_name)
+    found = OpenAICall(services=services, body=body, call=call, samples=samples, object=object_name)
+    services.calls.setdefault(rid, found)
+    return found
 
 
 def usage(samples: Sequence[Sample]) -> dict[str, Any]:

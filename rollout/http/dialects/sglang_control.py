@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 from engine.errors import EngineDead, SlipstreamError
 from engine.protocol import Abort, MemoryTag, PauseMode, Reply
 from rollout.http.dialects.bodies import read_body, read_body_or_query, read_query
+from rollout.http.dialects.fields import Wait
 from rollout.http.dialects.sglang_replies import admin
 from rollout.http.services import Services
 
@@ -27,7 +28,7 @@ class _AbortRequest(msgspec.Struct):
 
 
 class _Flush(msgspec.Struct):
-    timeout: float | None = None
+    timeout: Wait | None = None
 
 
 class _Memory(msgspec.Struct):
@@ -43,12 +44,12 @@ class _Generation:
 
     async def pause(self, request: Request) -> dict[str, Any]:
         body = await read_body(request, _Pause)
-        await self._control.pause(_MODES[body.mode])
-        return {"message": f"paused by mode {body.mode}", "status": "ok"}
+        dropped = await self._control.pause(_MODES[body.mode])
+        return {"message": f"paused by mode {body.mode}{dropped}", "status": "ok"}
 
     async def resume(self, _: Request) -> dict[str, Any]:
-        await self._control.resume()
-        return {"message": "generation goes on", "status": "ok"}
+        waiting = await self._control.resume()
+        return {"message": f"generation goes on{waiting}", "status": "ok"}
 
     async def abort(self, request: Request) -> Response:
         body = await read_body(request, _AbortRequest)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
-import binascii
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -26,45 +27,63 @@ from engine.protocol import (
 )
 from rollout.http.access import caller
 from rollout.http.dialects.bodies import pieces, read_body, read_body_or_query
+from rollout.http.dialects.fields import (
+    Count,
+    Label,
+    Name,
+    Names,
+    Port,
+    PulledVersion,
+    Rank,
+    Seconds,
+    Shapes,
+    Words,
+    WorldSize,
+    folder,
+)
 from rollout.http.dialects.sglang_replies import admin
 from rollout.http.errors import json_response
+from rollout.http.operations import Operations
+from rollout.http.pull import pull, require_pulled
 from rollout.http.services import Services
 
 _FLAT = "flattened_bucket"
 
 
 class _InitGroup(msgspec.Struct):
-    master_address: str
-    master_port: int
-    rank_offset: int
-    world_size: int
-    group_name: str = "weight_update_group"
+    master_address: Name
+    master_port: Port
+    rank_offset: Rank
+    world_size: WorldSize
+    group_name: Name = "weight_update_group"
     backend: Literal["nccl", "gloo"] = "nccl"
-    timeout_s: float = 300.0
+    timeout_s: Seconds = 300.0
 
 
 class _DestroyGroup(msgspec.Struct):
-    group_name: str = "weight_update_group"
+    group_name: Name = "weight_update_group"
 
 
 class _Update(msgspec.Struct, kw_only=True):
-    """What every call that brings tensors has. flush_cache: this is the last of them.
-    timeout_s, here and above, is no field of SGLang's."""
+    """What every call that brings tensors has. flush_cache: while requests run, this is the
+    last of them. partial: tensors that do not come keep their values. That and timeout_s, here
+    and above, are no fields of SGLang's."""
 
     load_format: str | None = None
     flush_cache: bool = True
     abort_all_requests: bool = False
-    weight_version: str | None = None
+    weight_version: Label | None = None
     selector: Literal["target", "draft", "all"] = "all"
-    timeout_s: float = 300.0
+    partial: bool = False
+    timeout_s: Seconds = 300.0
 
 
 class _Distributed(_Update, kw_only=True):
-    names: list[str]
-    shapes: list[list[int]]
-    dtypes: list[str] = []
+    names: Names
+    shapes: Shapes
+    dtypes: Words = []
     dtype: str | None = None
-    group_name: str = "weight_update_group"
+    group_name: Name = "weight_update_group"
 
 
 class _Tensors(_Update, kw_only=True):
@@ -76,13 +95,13 @@ class _Disk(_Update, kw_only=True):
 
 
 class _Pull(msgspec.Struct):
-    target_version: int
-    local_checkpoint_dir: str = ""
+    target_version: PulledVersion
+    local_checkpoint_dir: str
     source_dir: str = ""
 
 
 class _NewVersion(msgspec.Struct):
-    new_version: str
+    new_version: Label
     abort_all_requests: bool = True
 
 
@@ -91,8 +110,8 @@ class _Check(msgspec.Struct):
 
 
 class _Name(msgspec.Struct):
-    name: str
-    truncate_size: int = 100
+    name: Name
+    truncate_size: Count = 100
 
 
 class _Weights:
@@ -102,6 +121,10 @@ class _Weights:
         self._access = services.access
         self._control = services.control
         self._engine = services.engine
+        self._check_folder = services.access.check_folder
+        self._base = services.config.engine.model
+        self._operations = Operations()
+        self._pulling = asyncio.Lock()
 
     async def init_group(self, request: Request) -> dict[str, Any]:
         body = await read_body(request, _InitGroup)
@@ -124,9 +147,9 @@ class _Weights:
         return {"message": f"left {body.group_name}"}
 
     async def begin(self, request: Request) -> dict[str, Any]:
-        body = await read_body(request, _Selector)
+        body = await read_body(request, _Begin)
         _check_selector(body.selector)
-        version = await self._control.begin()
+        version = await self._control.begin(partial=body.partial)
         return {"message": f"update {version} is open"}
 
     async def end(self, _: Request) -> dict[str, Any]:
@@ -164,19 +187,27 @@ class _Weights:
 
     async def disk(self, request: Request) -> dict[str, Any]:
         body = await read_body(request, _Disk)
+        path = folder(body.model_path, "model_path")
+        await asyncio.to_thread(require_pulled, Path(path))
         await self._prepare(body)
-        report = await self._control.load(body.model_path, body.weight_version)
-        message = f"version {report.version} from {body.model_path} serves"
+        report = await self._control.load(path, body.weight_version, partial=body.partial)
+        message = f"version {report.version} from {path} serves"
         return {"message": message, "num_paused_requests": 0}
 
     async def pull(self, request: Request) -> dict[str, Any]:
+        """Fill a folder of this machine; `/update_weights_from_disk` on it is what loads it."""
         body = await read_body(request, _Pull)
-        folder = body.source_dir or body.local_checkpoint_dir
-        if not folder:
-            raise InvalidRequest("send source_dir, the folder of all versions", field="source_dir")
-        path = f"{folder}/weight_v{body.target_version:06d}"
-        report = await self._control.load(path, str(body.target_version))
-        return {"message": f"version {report.version} from {path} serves"}
+        local = Path(folder(body.local_checkpoint_dir, "local_checkpoint_dir"))
+        source = Path(folder(body.source_dir, "source_dir")) if body.source_dir else None
+        for path in (local, source) if source is not None else (local,):
+            self._check_folder(str(path))
+        await self._operations.run(self._pull(local, source, body.target_version))
+        return {"message": f"{local} holds version {body.target_version}"}
+
+    async def _pull(self, local: Path, source: Path | None, version: int) -> None:
+        async with self._pulling:
+            base = Path(self._base)
+            await asyncio.to_thread(pull, local, source=source, base=base, version=version)
 
     async def new_version(self, request: Request) -> dict[str, Any]:
         body = await read_body(request, _NewVersion)
@@ -207,8 +238,12 @@ class _Weights:
 
     async def _feed(self, command: ReceiveBroadcast | ReceiveIpc, body: _Update) -> dict[str, Any]:
         await self._prepare(body)
-        await self._control.feed(command, body.weight_version, last=body.flush_cache)
-        return {"message": "received"}
+        report = await self._control.feed(
+            command, body.weight_version, last=body.flush_cache, partial=body.partial
+        )
+        if report is None:
+            return {"message": "received; the update is not committed yet"}
+        return {"message": f"version {report.version} serves"}
 
     async def _prepare(self, body: _Update) -> None:
         _check_selector(body.selector)
@@ -216,8 +251,11 @@ class _Weights:
             await self._engine.send(Abort(all=True, message="aborted by a weight update"))
 
 
-class _Selector(msgspec.Struct):
+class _Begin(msgspec.Struct):
+    """partial, which is not SGLang's: the end commits what came, whatever that is."""
+
     selector: Literal["target", "draft", "all"] = "all"
+    partial: bool = True
 
 
 def router(services: Services) -> APIRouter:
@@ -272,6 +310,6 @@ def _unknown_format(found: str, known: str) -> UnsupportedOption:
 def _base64(index: int, text: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:
         field = f"serialized_named_tensors[{index}]"
         raise InvalidRequest(f"{field} is not base64: {error}", field=field) from error

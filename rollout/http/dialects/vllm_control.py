@@ -10,21 +10,27 @@ from fastapi import APIRouter, Request, Response
 from engine.errors import EngineDead, SlipstreamError
 from engine.protocol import Abort, MemoryTag
 from rollout.http.dialects.bodies import read_body, read_query
+from rollout.http.dialects.fields import Wait
 from rollout.http.errors import json_response
 from rollout.http.services import Services
+from rollout.http.sse import answer
 
 Mode = Literal["abort", "wait", "keep"]
 
 
 class _Pause(msgspec.Struct):
+    """timeout_s, of mode wait, is no parameter of vLLM's."""
+
     mode: Mode = "abort"
     clear_cache: bool = True
     wait_for_inflight_requests: bool = False
+    timeout_s: Wait = 600.0
 
 
 class _Sleep(msgspec.Struct):
     level: Literal[0, 1, 2] = 1
     mode: Mode = "abort"
+    timeout_s: Wait = 600.0
 
 
 class _WakeUp(msgspec.Struct):
@@ -41,11 +47,16 @@ class _Generation:
     def __init__(self, services: Services) -> None:
         self._control = services.control
         self._engine = services.engine
+        self._calls = services.calls
 
     async def pause(self, request: Request) -> Response:
         query = read_query(request, _Pause)
+        # A client that leaves while it waits would not know that generation then stops.
+        return await answer(request, self._pause(query))
+
+    async def _pause(self, query: _Pause) -> Response:
         mode: Mode = "wait" if query.wait_for_inflight_requests else query.mode
-        await self._control.pause(mode, clear_cache=query.clear_cache)
+        await self._control.pause(mode, clear_cache=query.clear_cache, wait_s=query.timeout_s)
         return json_response({"status": "paused"})
 
     async def resume(self, _: Request) -> Response:
@@ -59,8 +70,10 @@ class _Generation:
     async def sleep(self, request: Request) -> Response:
         """Level 0 pauses; 1 and 2 also give memory back. Whether weights are kept on the host
         is the server's option, not the level's."""
-        query = read_query(request, _Sleep)
-        await self._control.pause(query.mode)
+        return await answer(request, self._sleep(read_query(request, _Sleep)))
+
+    async def _sleep(self, query: _Sleep) -> Response:
+        await self._control.pause(query.mode, wait_s=query.timeout_s)
         if query.level > 0:
             await self._control.release_memory([])
         return json_response({"status": "asleep"})
@@ -91,10 +104,16 @@ class _Generation:
 
     async def abort_requests(self, request: Request) -> Response:
         body = await read_body(request, _AbortRequests)
-        replies = self._engine.post([Abort(rid_prefix=rid) for rid in body.request_ids if rid])
+        rids = [rid for name in body.request_ids if name for rid in self._rids(name)]
+        replies = self._engine.post([Abort(rid=rid) for rid in rids])
         for reply in replies:
             await reply
         return json_response({"status": "ok"})
+
+    def _rids(self, name: str) -> list[str]:
+        """The sequences of the call that a reply calls `name`, or the one with that id."""
+        call = self._calls.get(name)
+        return [name] if call is None else [sample.request.rid for sample in call.samples]
 
 
 def router(services: Services) -> APIRouter:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
-import binascii
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -13,8 +14,21 @@ from engine.errors import InvalidRequest, UnsupportedOption
 from engine.protocol import CheckAction, CheckWeights, JoinGroup, LeaveGroup, ReceiveBroadcast
 from rollout.http.access import caller
 from rollout.http.dialects.bodies import pieces, read_body
+from rollout.http.dialects.fields import (
+    ChunkBytes,
+    Label,
+    Names,
+    Port,
+    Rank,
+    Seconds,
+    Shapes,
+    Words,
+    WorldSize,
+    folder,
+)
 from rollout.http.dialects.sglang_weights import check_summary
 from rollout.http.errors import json_response
+from rollout.http.pull import require_pulled
 from rollout.http.services import Services
 
 GROUP = "vllm"
@@ -30,14 +44,14 @@ _ACTIONS: dict[str, CheckAction] = {
 
 
 class _InitInfo(msgspec.Struct):
-    world_size: int
+    world_size: WorldSize
     master_address: str = ""
-    master_port: int = 0
-    rank_offset: int = 1
+    master_port: Port = 0
+    rank_offset: Rank = 1
     packed: bool = False
     nccl_unique_id_b64: str | None = None
     backend: Literal["nccl", "gloo"] = "nccl"
-    timeout_s: float = 300.0
+    timeout_s: Seconds = 300.0
 
 
 class _Init(msgspec.Struct):
@@ -45,25 +59,31 @@ class _Init(msgspec.Struct):
 
 
 class _Start(msgspec.Struct):
+    """partial, which is not vLLM's: the finish commits what came, whatever that is."""
+
     is_checkpoint_format: bool = True
+    partial: bool = True
 
 
 class _UpdateInfo(msgspec.Struct):
-    names: list[str] = []
-    dtype_names: list[str] = []
-    shapes: list[list[int]] = []
+    names: Names = []
+    dtype_names: Words = []
+    shapes: Shapes = []
     packed: bool | None = None
-    packed_buffer_size_bytes: int = _CHUNK_BYTES
-    timeout_s: float = 300.0
+    packed_buffer_size_bytes: ChunkBytes = _CHUNK_BYTES
+    timeout_s: Seconds = 300.0
 
 
 class _Update(msgspec.Struct):
+    """partial, which is not vLLM's: tensors that do not come keep their values."""
+
     update_info: _UpdateInfo | None = None
     weight_dir: str | None = None
+    partial: bool = False
 
 
 class _Finish(msgspec.Struct):
-    weight_version: str | int | None = None
+    weight_version: Label | int | None = None
 
 
 class _Check(msgspec.Struct):
@@ -114,15 +134,19 @@ class _Transfer:
                 "weights come under their Hugging Face names; leave is_checkpoint_format true",
                 field="is_checkpoint_format",
             )
-        await self._control.begin()
+        await self._control.begin(partial=body.partial)
         return _message("Weight update started")
 
     async def update(self, request: Request) -> Response:
         body = await read_body(request, _Update)
         if body.update_info is not None:
-            await self._control.feed(self._broadcast(body.update_info))
+            # Without a session, and while requests run, a call is an update of its own.
+            command = self._broadcast(body.update_info)
+            await self._control.feed(command, last=True, partial=body.partial)
         elif body.weight_dir is not None:
-            await self._control.load(body.weight_dir)
+            path = folder(body.weight_dir, "weight_dir")
+            await asyncio.to_thread(require_pulled, Path(path))
+            await self._control.load(path, partial=body.partial)
         else:
             raise InvalidRequest(
                 "send update_info with names, dtype_names and shapes, or weight_dir, a folder of "
@@ -192,7 +216,7 @@ def _unique_id(text: str | None) -> bytes:
         return b""
     try:
         return base64.b64decode(text, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:
         raise InvalidRequest(
             f"nccl_unique_id_b64 is not base64: {error}", field="init_info.nccl_unique_id_b64"
         ) from error

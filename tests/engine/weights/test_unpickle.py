@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import random
 import types
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -163,6 +164,24 @@ def test_a_tensor_outside_its_storage(
     payload = pickle.dumps(Gadget(rebuild, typed, offset, size, stride, False, OrderedDict()))
     with pytest.raises(InvalidRequest, match="cannot be read"):
         restricted_loads(payload)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("protocol", range(6))
+def test_payloads_with_broken_bytes_are_refused_and_nothing_else(protocol: int) -> None:
+    draw = random.Random(protocol)
+    named = pickle.dumps([("a", torch.ones(2))], protocol)
+    plain = pickle.dumps({"a": [1, 2.5, "x", b"y", None, True, {1: 2}]}, protocol)
+    refused = 0
+    for _ in range(3000):
+        data = bytearray(draw.choice((named, plain)))
+        for _ in range(draw.randint(1, 4)):
+            data[draw.randrange(len(data))] = draw.randrange(256)
+        try:
+            restricted_loads(bytes(data[: draw.randint(1, 2 * len(data))]))
+        except InvalidRequest:
+            refused += 1
+    assert refused > 1000
 
 
 def test_memory_of_another_process_is_refused_on_a_cpu() -> None:

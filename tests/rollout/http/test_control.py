@@ -18,7 +18,6 @@ from engine.protocol import (
     CommitUpdate,
     FlushCache,
     GetWeight,
-    LoadFromDisk,
     Pause,
     ReceiveBroadcast,
     ReleaseMemory,
@@ -55,7 +54,7 @@ def test_tensors_open_an_update_and_the_resume_commits_it() -> None:
         ("/pause_generation", {}),
         ("/begin_weight_update", {}),
         ("/resume_memory_occupation", {"tags": ["kv_cache"]}),
-        ("/update_weights_from_disk", {"model_path": "1"}),
+        ("/update_weights_from_disk", {"model_path": "/1"}),
     ],
 )
 def test_what_else_ends_an_update_that_nobody_opened(path: str, body: dict[str, Any]) -> None:
@@ -162,10 +161,10 @@ def test_weights_lost_in_a_release_take_a_whole_update() -> None:
             accept(server)
             await server.post("/release_memory_occupation")
             await server.post("/resume_memory_occupation", {"tags": ["weights"]})
-            await push(server, flush_cache=True)
+            await push(server, flush_cache=True, partial=True)
             await push(server, flush_cache=True)
             await server.post("/resume_memory_occupation")
-            await push(server, flush_cache=True)
+            await push(server, flush_cache=True, partial=True)
             found = server.commands()
             partial = [command.partial for command in found if isinstance(command, BeginUpdate)]
             assert partial == [False, True]
@@ -191,7 +190,7 @@ def test_sessions_out_of_order() -> None:
             await push(server)
             twice = await server.post("/begin_weight_update")
             assert "has received tensors" in twice.json()["message"]
-            disk = await server.post("/update_weights_from_disk", {"model_path": "1"})
+            disk = await server.post("/update_weights_from_disk", {"model_path": "/1"})
             assert disk.json()["error"]["type"] == "UpdateOrder"
             assert (await server.post("/end_weight_update")).status_code == 200
 
@@ -322,9 +321,31 @@ def test_aborts_name_a_prefix_or_all_and_nothing_by_default() -> None:
             assert server.commands() == [
                 Abort(rid_prefix="ab"),
                 Abort(all=True),
-                Abort(rid_prefix="x"),
-                Abort(rid_prefix="y"),
+                Abort(rid="x"),
+                Abort(rid="y"),
             ]
+
+    run(test)
+
+
+def test_an_abort_by_the_id_of_a_call_ends_its_samples_and_nobody_elses() -> None:
+    async def test() -> None:
+        async with serving() as server:
+            body = {"model": "fake", "prompt": [1], "max_tokens": 400, "ignore_eos": True}
+            ids = ["c", "c1", "c-1"]
+            bodies = [{**body, "request_id": name, "n": 2} for name in ids]
+            server.link.stalled = True
+            first, *others = [
+                asyncio.create_task(server.post("/v1/completions", b)) for b in bodies
+            ]
+            await until(lambda: server.engine.num_open == 6)
+            await server.post("/abort_requests", {"request_ids": ["c", "absent", "c-"]})
+            server.link.stalled = False
+            reasons = [choice["finish_reason"] for choice in (await first).json()["choices"]]
+            assert reasons == ["abort", "abort"]
+            for other in others:
+                found = (await other).json()
+                assert [choice["finish_reason"] for choice in found["choices"]] == ["length"] * 2
 
     run(test)
 
@@ -371,23 +392,5 @@ def test_checks_of_weights() -> None:
             ):
                 assert found.json() == [1.0, 2.5]
             assert server.commands() == [GetWeight(name="w", count=2)] * 2
-
-    run(test)
-
-
-def test_folders_of_versions() -> None:
-    async def test() -> None:
-        async with serving() as server:
-            loads: list[str] = []
-
-            def load(command: Any) -> Reply:
-                loads.append(command.path)
-                return Reply()
-
-            server.link.answers[LoadFromDisk] = load
-            body = {"local_checkpoint_dir": "/l", "source_dir": "/s", "target_version": 12}
-            assert (await server.post("/pull_weights", body)).json()["success"]
-            assert loads == ["/s/weight_v000012"]
-            assert (await server.get("/weight_version")).json() == {"weight_version": "12"}
 
     run(test)

@@ -399,7 +399,7 @@ def test_an_engine_without_a_version_refuses_until_one_is_published() -> None:
             assert (ready.status_code, "publish 7" in ready.text) == (503, True)
             info = (await server.get("/server_info")).json()
             assert info["internal_states"][0]["refusal"] == "publish 7"
-            reply = await server.post("/update_weights_from_disk", {"model_path": "3"})
+            reply = await server.post("/update_weights_from_disk", {"model_path": "/3"})
             assert reply.status_code == 200, reply.text
             assert (await engine.send(GetState())).state.version == 8
             reply = await server.post("/generate", {"input_ids": [5]})

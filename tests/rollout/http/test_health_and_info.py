@@ -115,7 +115,7 @@ def test_metrics_count_requests_tokens_and_updates() -> None:
         async with serving(engine=fake_config()) as server:
             body = {"input_ids": [[1, 2], [3]], "sampling_params": {"max_new_tokens": 4}}
             await server.post("/generate", body)
-            await server.post("/update_weights_from_disk", {"model_path": "1"})
+            await server.post("/update_weights_from_disk", {"model_path": "/1"})
             text = (await server.get("/metrics")).text
             lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if line[0] != "#")
             assert lines['slipstream_requests_total{reason="length"}'] == "2.0"

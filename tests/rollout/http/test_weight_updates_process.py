@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 
-from engine.errors import GroupError, SlipstreamError, UpdateTimeout
+from engine.errors import GroupError, ManifestMismatch, SlipstreamError, UpdateTimeout
 from engine.protocol import GenerateRequest, SamplingParams
 from rollout.client import Client
 from tests.helpers.engines import drain, make_replica, request
@@ -106,6 +107,77 @@ def test_a_flattened_bucket_with_class_paths_of_its_trainer(client: Client, tmp_
     body = {"serialized_named_tensors": [payload], "load_format": "flattened_bucket"}
     assert client.call("/update_weights_from_tensor", body)["success"]
     assert greedy(client)[0] == expected(16, tmp_path)
+
+
+@pytest.mark.parametrize("num_buckets", [3, 4])
+def test_a_trainer_that_dies_between_buckets_leaves_the_old_version(
+    client: Client, tmp_path: Path, num_buckets: int
+) -> None:
+    before = greedy(client)
+    tensors = weights(18)
+    client.call("/pause_generation", {})
+    for part in [tensors[start::4] for start in range(num_buckets)]:
+        payload = base64.b64encode(pickle.dumps(part)).decode()
+        body = {"serialized_named_tensors": [payload], "weight_version": "eighteen"}
+        client.call("/update_weights_from_tensor", body)
+    if num_buckets == 4:
+        client.call("/continue_generation", {})
+        assert greedy(client) == (expected(18, tmp_path), "eighteen")
+        return
+    with pytest.raises(ManifestMismatch, match="missing"):
+        client.call("/continue_generation", {})
+    client.call("/continue_generation", {})
+    assert greedy(client) == before
+
+
+def test_a_folder_that_lacks_tensors_is_loaded_only_as_partial(
+    client: Client, tmp_path: Path
+) -> None:
+    before = greedy(client)
+    tensors = dict(weights(19)[:5])
+    save_file(tensors, tmp_path / "model.safetensors")
+    body = {"model_path": str(tmp_path), "weight_version": "five tensors"}
+    with pytest.raises(ManifestMismatch):
+        client.call("/update_weights_from_disk", body)
+    assert greedy(client) == before
+    assert client.call("/update_weights_from_disk", {**body, "partial": True})["success"]
+    assert greedy(client)[1] == "five tensors"
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/proc/self/mem", "/proc/self", "/dev/null", "/dev/zero", "/etc/passwd", "/", "/a" * 2000,
+     "/" + "a" * 300, "/absent/model.safetensors"],
+)  # fmt: skip
+def test_a_path_that_is_no_folder_of_weights_harms_nobody(client: Client, path: str) -> None:
+    before = greedy(client)
+    for call, field in (
+        ("/update_weights_from_disk", "model_path"),
+        ("/update_weights", "weight_dir"),
+    ):
+        with pytest.raises(SlipstreamError) as caught:
+            client.call(call, {field: path})
+        assert type(caught.value).__name__ in ("ModelNotFound", "CheckpointError", "InvalidRequest")
+    body = {"local_checkpoint_dir": path, "source_dir": path, "target_version": 1}
+    with pytest.raises(SlipstreamError):
+        client.call("/pull_weights", body)
+    assert greedy(client) == before
+
+
+def test_a_pull_fills_a_folder_and_the_load_of_it_switches(client: Client, tmp_path: Path) -> None:
+    before = greedy(client)
+    ids = expected(31, tmp_path)
+    (tmp_path / "source").mkdir()
+    (tmp_path / "31").rename(tmp_path / "source" / "weight_v000031")
+    local = str(tmp_path / "local")
+    body = {"local_checkpoint_dir": local, "source_dir": str(tmp_path / "source")}
+    assert client.call("/pull_weights", {**body, "target_version": 31})["success"]
+    assert greedy(client) == before
+    client.call("/pause_generation", {})
+    client.call("/flush_cache")
+    client.call("/update_weights_from_disk", {"model_path": local, "weight_version": "v31"})
+    client.call("/continue_generation", {})
+    assert greedy(client) == (ids, "v31")
 
 
 def test_a_folder(client: Client, tmp_path: Path) -> None:

@@ -1,0 +1,207 @@
+"""A folder of this machine brought to a version that a trainer published (WIRE.md D2).
+
+`/pull_weights` calls it in a thread. The trainer writes `weight_v000001`, `weight_v000002`, ...
+into `source`: whole checkpoints, or deltas whose index says so (see `pull_delta`), each against
+the version before. Version 0 is the model the server was started with. The local folder ends
+as a complete checkpoint, and `/update_weights_from_disk` on it is what loads it.
+
+A pull that dies leaves a mark, and the folder is refused as a source of weights until another
+pull has brought it to a version. Every file is written beside the old one and renamed over it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from engine.errors import CheckpointError, InvalidRequest, ModelNotFound
+from rollout.http.pull_delta import apply_delta, read_delta
+
+STATE_FOLDER = ".weight_sync"
+
+_MARK = "unfinished"
+_BESIDE = "beside"
+_PRUNED = (".safetensors", ".safetensors.index.json")
+
+
+class _State(msgspec.Struct):
+    """Contents of `state.json`, as SGLang writes it."""
+
+    version: str
+
+
+def pull(local: Path, *, source: Path | None, base: Path, version: int) -> None:
+    """Bring `local` to `version`; nothing is done if it is there already.
+
+    Starts from what `local` holds if only deltas lie between, else from the newest whole
+    version, which is `base` for 0. Blocks while another process pulls into the same folder.
+
+    Raises ModelNotFound for a version or file that is not there, InvalidRequest for a folder
+    that may not be overwritten, CheckpointError for files that are not what they say, and a
+    version that could not be written; UnsupportedOption when a package is missing.
+    """
+    try:
+        _require_ours(local, source, base)
+        with _locked(local):
+            _pull(local, source, base, version)
+    except OSError as error:
+        raise CheckpointError(
+            f"version {version} could not be pulled into {local}: {error}", field="pull_weights"
+        ) from error
+
+
+def require_pulled(folder: Path) -> None:
+    """Raise CheckpointError if a pull into `folder` has not ended."""
+    if os.path.lexists(folder / STATE_FOLDER / _MARK):
+        raise CheckpointError(
+            f"{folder} is between two versions: a pull into it has not ended; pull again",
+            field="path",
+        )
+
+
+def _pull(local: Path, source: Path | None, base: Path, version: int) -> None:
+    held = _held_version(local)
+    torn = os.path.lexists(local / STATE_FOLDER / _MARK)
+    if torn and held is not None and held >= version:
+        # Some files may be those of the version after.
+        held = None
+    if held == version and not torn:
+        return
+    try:
+        _bring(local, held, source, base, version)
+    except CheckpointError:
+        if held is None:
+            raise
+        # What is held is not what its mark says: once more, from a whole version.
+        _bring(local, None, source, base, version)
+
+
+def _bring(local: Path, held: int | None, source: Path | None, base: Path, version: int) -> None:
+    first = version
+    deltas: list[Path] = []
+    while first > 0 and first != held:
+        folder = _published(source, first)
+        if read_delta(folder) is None:
+            break
+        deltas.append(folder)
+        first -= 1
+    mark = local / STATE_FOLDER / _MARK
+    mark.touch()
+    if first != held:
+        _copy_whole(base if first == 0 else _published(source, first), local)
+        _note_version(local, first)
+    for number, folder in enumerate(reversed(deltas), first + 1):
+        apply_delta(folder, local, version=number, beside=local / STATE_FOLDER / _BESIDE)
+        _note_version(local, number)
+    mark.unlink()
+
+
+def _published(source: Path | None, version: int) -> Path:
+    if source is None:
+        raise InvalidRequest(
+            f"version {version} needs source_dir, the folder of all versions", field="source_dir"
+        )
+    folder = source / f"weight_v{version:06d}"
+    if not folder.is_dir():
+        raise ModelNotFound(f"{folder} is not there", field="source_dir")
+    return folder
+
+
+def _require_ours(local: Path, source: Path | None, base: Path) -> None:
+    """A client names the folder, and files in it are replaced: only one that is empty, a
+    checkpoint or was pulled into before, and no source of what is copied."""
+    if source is not None and local.resolve() in (source.resolve(), *source.resolve().parents):
+        raise InvalidRequest(
+            f"{local} holds source_dir, and is written over", field="local_checkpoint_dir"
+        )
+    if source is not None and source.resolve() in local.resolve().parents:
+        raise InvalidRequest(
+            f"{local} is inside source_dir, and is written over", field="local_checkpoint_dir"
+        )
+    if local.resolve() == base.resolve():
+        raise InvalidRequest(
+            f"{local} is the model this server was started with, which stays version 0",
+            field="local_checkpoint_dir",
+        )
+    if not local.is_dir():
+        return
+    names = set(os.listdir(local))
+    if names and not names & {STATE_FOLDER, "config.json"}:
+        raise InvalidRequest(
+            f"{local} is no checkpoint (it has no config.json), and is not written over",
+            field="local_checkpoint_dir",
+        )
+
+
+@contextlib.contextmanager
+def _locked(local: Path) -> Iterator[None]:
+    folder = local / STATE_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _held_version(local: Path) -> int | None:
+    """The version `local` holds, or None. After a pull that died, some of its files may be
+    those of the version after."""
+    try:
+        state = msgspec.json.decode((local / STATE_FOLDER / "state.json").read_bytes(), type=_State)
+        return int(state.version)
+    except (FileNotFoundError, msgspec.MsgspecError, ValueError):
+        return None
+
+
+def _note_version(local: Path, version: int) -> None:
+    data = msgspec.json.encode(_State(version=f"{version:06d}"))
+    write_whole(local / STATE_FOLDER / "state.json", data)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a small file so that it is there whole or not at all."""
+    beside = path.with_name(path.name + ".tmp")
+    with beside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def _copy_whole(origin: Path, local: Path) -> None:
+    """Make `local` a copy of the checkpoint in `origin`: its files, and no other weights."""
+    if not origin.is_dir():
+        raise ModelNotFound(
+            f"{origin} is no folder of safetensors files, so it cannot be version 0",
+            field="local_checkpoint_dir",
+        )
+    files = [path for path in sorted(origin.iterdir()) if path.is_file()]
+    if not any(path.name.endswith(".safetensors") for path in files):
+        raise ModelNotFound(f"{origin} has no safetensors files", field="source_dir")
+    # Whatever dies from here on, no version is held.
+    (local / STATE_FOLDER / "state.json").unlink(missing_ok=True)
+    for path in files:
+        copy = local / STATE_FOLDER / _BESIDE
+        shutil.copyfile(path, copy)
+        if copy.stat().st_size != path.stat().st_size:
+            raise CheckpointError(f"{path} changed while it was copied", field=path.name)
+        _sync(copy)
+        copy.replace(local / path.name)
+    names = {path.name for path in files}
+    for path in local.iterdir():
+        if path.name not in names and path.name.endswith(_PRUNED):
+            path.unlink()
+    _sync(local)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
