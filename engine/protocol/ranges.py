@@ -34,14 +34,15 @@ _LOWEST, _HIGHEST = -(2**63), 2**64 - 1
 _INF = float("inf")
 
 
-def check_ranges(message: msgspec.Struct, *, nested: bool = True) -> None:
+def check_ranges(message: msgspec.Struct, *, skip: tuple[str, ...] = ()) -> None:
     """Raise OutOfRange, naming the field by its path, for the first value that the type of
     its field does not hold: a number out of range or not finite, a list or text too long, another
     type, text that is no UTF-8.
 
-    nested: look into the structs of its fields too. About 3 microseconds for a request with its sampling parameters.
+    skip: fields that the caller looks at by itself. Structs in fields are looked into. Some 7
+    microseconds for a request with its sampling parameters.
     """
-    table = _table(type(message), nested)
+    table = _table(type(message), skip)
     for value, default, check, name in zip(
         table.values(message), table.defaults, table.checks, table.names, strict=True
     ):
@@ -60,14 +61,13 @@ class _Table(NamedTuple):
 
 
 @cache
-def _table(kind: type[msgspec.Struct], nested: bool) -> _Table:
+def _table(kind: type[msgspec.Struct], skip: tuple[str, ...]) -> _Table:
     found = inspect.type_info(kind)
     assert isinstance(found, inspect.StructType)
     rows = [
         (field.name, field.default, check)
         for field in found.fields
-        if (nested or not isinstance(field.type, inspect.StructType))
-        and (check := _check_of(field.type)) is not None
+        if field.name not in skip and (check := _check_of(field.type)) is not None
     ]
     names = tuple(name for name, _, _ in rows)
     return _Table(

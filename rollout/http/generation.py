@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
 from itertools import count
 
 from engine.errors import EngineDead, InvalidRequest, SlipstreamError, by_name
 from engine.protocol import GenerateRequest, Request, Stop
-from rollout.expand import expand
+from rollout.expand import check_total, expand
 from rollout.http.engine_client import AsyncEngine
 from rollout.http.requests import GenerateCall, in_item
 from rollout.http.sample import Delta, Sample
+from rollout.http.text_workers import TextWorkers
 from rollout.metrics import Metrics
 from rollout.seeds import derive_seed
 from rollout.text.tokenizer import Tokenizer
@@ -23,13 +23,15 @@ _REFUSED = frozenset(
 # A call with a sequence that ended by one of these is answered by the error.
 _FAILED = _REFUSED | {"NonFiniteLogits"}
 
-_INLINE_ITEMS = 8
-_INLINE_CHARS = 20_000
+_INLINE_SEQUENCES = 64
+_INLINE_CHARS = 8192
+_INLINE_IDS = 65_536
 
 
 class Generator:
     """Expands calls into samples and drives them.
 
+    workers: where long texts are encoded, beside the event loop.
     seed: requests without a `sampling_seed` get seeds derived from it and their number.
     """
 
@@ -41,16 +43,25 @@ class Generator:
         self._metrics = metrics
         self.seed = seed
         self._numbers = count()
+        self.workers = TextWorkers()
 
     async def samples(self, call: GenerateCall) -> list[Sample]:
         """The sequences of a call, prompt-major. Raises InvalidRequest, naming the item of a
         batch, EngineDead, NoVersion; nothing is submitted yet."""
         # Before a stream has sent its status.
         self.engine.check_open()
-        small = len(call.items) <= _INLINE_ITEMS
-        if small and all(len(item.text or "") < _INLINE_CHARS for item in call.items):
+        count = sum(max(item.sampling_params.n, 0) for item in call.items)
+        many = any(item.sampling_params.n > 1 for item in call.items)
+        name = "text" if call.items[0].input_ids is None else "input_ids"
+        facts = self.engine.facts
+        if len(call.items) > 1:
+            check_total(count, facts, field="n" if many else name)
+        num_chars = sum(len(item.text or "") for item in call.items)
+        num_ids = sum(len(item.input_ids or ()) for item in call.items)
+        small = count <= _INLINE_SEQUENCES and num_ids <= _INLINE_IDS
+        if small and num_chars <= _INLINE_CHARS:
             return self._expand(call)
-        return await asyncio.to_thread(self._expand, call)
+        return await self.workers.run(self._expand, call)
 
     async def run(self, samples: Sequence[Sample]) -> AsyncGenerator[tuple[Sample, Delta], None]:
         """Submit the samples and yield what each output added, until all have finished.

@@ -11,6 +11,7 @@ from msgspec import Raw
 
 from engine.errors import InvalidRequest
 from engine.protocol import GenerateRequest, SamplingParams
+from rollout.decoding import decode_json
 from rollout.wire import parse_request
 
 Fields = dict[str, Raw]
@@ -106,7 +107,7 @@ def _prompts(fields: Fields) -> tuple[str, list[Raw]] | None:
             continue
         if name == "input_ids" and not raw[1:].lstrip().startswith(b"["):
             continue
-        return name, msgspec.json.decode(fields[name], type=list[Raw])
+        return name, decode_json(fields[name], list[Raw], field=name, what=name)
     return None
 
 
@@ -116,7 +117,7 @@ def _lists(shared: Fields, count: int) -> dict[str, list[Raw]]:
     for name in _PER_ITEM & shared.keys():
         if bytes(shared[name])[:1] != b"[":
             continue
-        column = msgspec.json.decode(shared[name], type=list[Raw])
+        column = decode_json(shared[name], list[Raw], field=name, what=name)
         if len(column) != count:
             raise InvalidRequest(f"{name} has {len(column)} entries for {count} items", field=name)
         found[name] = column
@@ -146,10 +147,8 @@ def _is_null(value: Raw) -> bool:
 
 
 def _decode(body: bytes | Raw) -> Fields:
-    try:
-        return msgspec.json.decode(body, type=Fields)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"the body is not a JSON object: {error}", field="body") from error
+    fields: Fields = decode_json(body, Fields)
+    return fields
 
 
 def _encode(fields: Mapping[str, Raw]) -> bytes:

@@ -31,7 +31,7 @@ def check_request(request: Request, limits: Limits) -> None:
     vocabulary, its context) is checked here, and what the ranges of types cannot say.
     """
     _check_prompt(request, limits)
-    check_ranges(request, nested=False)
+    check_ranges(request, skip=("sampling",))
     check_sampling(request.sampling, limits.vocab_size)
     _check_ids("stop_ids", request.stop_ids, limits.vocab_size)
     prompt_len = len(request.prompt_ids)

@@ -42,8 +42,11 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`; with special tokens, what the model's post-processor adds (a BOS
-        for models trained with one)."""
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        for models trained with one). Other threads run meanwhile."""
+        # Unlike encode(), this lets go of the interpreter, and it computes no offsets.
+        batch = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = batch[0].ids
+        return ids
 
     def decode(
         self,
@@ -111,6 +114,12 @@ class Tokenizer:
         _write_json(folder / "special_tokens_map.json", roles)
         if self.chat_template is not None:
             (folder / "chat_template.jinja").write_text(self.chat_template, "utf-8")
+
+    @cached_property
+    def longest_token_bytes(self) -> int:
+        """At least the bytes of text that one token can stand for."""
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        return max(len(token.encode()) for token in vocabulary)
 
     @cached_property
     def _template(self) -> ChatTemplate:
