@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from itertools import count
+from typing import Concatenate, ParamSpec, TypeVar
+
+import msgspec
 
 from engine.errors import EngineDead, InvalidRequest, SlipstreamError, by_name
 from engine.protocol import GenerateRequest, Request, Stop
@@ -23,6 +26,11 @@ _REFUSED = frozenset(
 # A call with a sequence that ended by one of these is answered by the error.
 _FAILED = _REFUSED | {"NonFiniteLogits"}
 
+P = ParamSpec("P")
+T = TypeVar("T")
+Body = TypeVar("Body", bytes, msgspec.Raw)
+
+_INLINE_BYTES = 256 << 10
 _INLINE_SEQUENCES = 64
 _INLINE_CHARS = 8192
 _INLINE_IDS = 65_536
@@ -62,6 +70,26 @@ class Generator:
         if small and num_chars <= _INLINE_CHARS:
             return self._expand(call)
         return await self.workers.run(self._expand, call)
+
+    async def parsed(
+        self,
+        parse: Callable[Concatenate[Body, P], T],
+        body: Body,
+        *args: P.args,
+        **options: P.kwargs,
+    ) -> T:
+        """What `parse` makes of `body`; of a large one beside the event loop."""
+        if len(body) <= _INLINE_BYTES:
+            return parse(body, *args, **options)
+        return await self.workers.run(parse, body, *args, **options)
+
+    async def encoded(self, text: str, *, many: bool = False) -> list[int]:
+        """Ids of `text` without special tokens; of a long one, or one of `many`, beside the
+        event loop."""
+        assert self.tokenizer is not None
+        if not many and len(text) <= _INLINE_CHARS:
+            return self.tokenizer.encode(text, add_special_tokens=False)
+        return await self.workers.run(self.tokenizer.encode, text, add_special_tokens=False)
 
     async def run(self, samples: Sequence[Sample]) -> AsyncGenerator[tuple[Sample, Delta], None]:
         """Submit the samples and yield what each output added, until all have finished.

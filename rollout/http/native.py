@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 
 from engine.protocol import GenerateResponse
 from rollout.http.errors import json_response
-from rollout.http.requests import parse_call
+from rollout.http.requests import parse_call, prompt_room
 from rollout.http.sample import Sample
 from rollout.http.services import Services
 from rollout.http.sse import EventStream, answer
@@ -23,11 +23,15 @@ def router(services: Services) -> APIRouter:
     routes = APIRouter()
 
     async def generate(request: Request) -> Response:
-        call = parse_call(await request.body())
+        return await answer(request, run(await request.body()))
+
+    async def run(data: bytes) -> Response:
+        room = prompt_room(services.engine.facts, services.tokenizer)
+        call = await services.generator.parsed(parse_call, data, room)
         samples = await services.generator.samples(call)
         if call.stream:
             return EventStream(_frames(services, samples))
-        return await answer(request, _reply(services, samples))
+        return await _reply(services, samples)
 
     routes.add_api_route("/generate", generate, methods=["POST", "PUT"])
     return routes
