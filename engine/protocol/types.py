@@ -82,6 +82,9 @@ Rank = Annotated[int, Meta(ge=0, le=1 << 20)]
 Seconds = Annotated[float, Meta(gt=0, le=MAX_TIMEOUT_S)]
 """A deadline."""
 
+Patience = Annotated[float, Meta(ge=0, le=MAX_TIMEOUT_S)]
+"""How long to try again; 0 for once."""
+
 Float32 = Annotated[float, Meta(ge=-FLOAT32_MAX, le=FLOAT32_MAX)]
 """Any finite float32."""
 
@@ -126,7 +129,14 @@ StopIds = Annotated[list[Int32], Meta(max_length=2 * MAX_TOKEN_LIST)]
 
 LogitBias = Annotated[dict[Int32, Bias], Meta(max_length=MAX_TOKEN_LIST)]
 
+Names = Annotated[list[Name], Meta(max_length=MAX_TENSORS)]
+
+Label = Annotated[str, Meta(max_length=256)]
+"""What a trainer calls a version."""
+
 Shape = Annotated[list[Size], Meta(max_length=16)]
+
+Shapes = Annotated[list[Shape], Meta(max_length=MAX_TENSORS)]
 
 Payloads = Annotated[list[bytes], Meta(max_length=4096)]
 """One a rank."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any
 
+from engine.protocol.types import INT64_MAX
+
 _MAX_LABELS = 4096
+_MAX_DIGITS = len(str(INT64_MAX))
 
 
 class VersionLabels:
@@ -17,9 +20,10 @@ class VersionLabels:
     def reserve(self, label: str | None, current: int) -> int:
         """The version that an update called `label` gets: a decimal label greater than
         `current` is used as it is, anything else counts on by one."""
-        if label is not None and label.isdecimal() and int(label) > current:
-            return int(label)
-        return current + 1
+        number = 0
+        if label is not None and label.isdecimal() and len(label) <= _MAX_DIGITS:
+            number = int(label)
+        return number if current < number <= INT64_MAX else current + 1
 
     def name(self, version: int, label: str | None) -> None:
         """Call `version` by `label` from now on."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import msgspec
 from fastapi import Request
@@ -40,7 +41,10 @@ def read_query(request: Request, kind: type[T]) -> T:
 
 
 def _is_list(kind: Any) -> bool:
-    return get_origin(kind) is list or any(get_origin(option) is list for option in get_args(kind))
+    """Whether a type is a list, bounded or optional ones included."""
+    return get_origin(kind) is list or (
+        get_origin(kind) in (Annotated, Union, UnionType) and any(map(_is_list, get_args(kind)))
+    )
 
 
 def pieces(

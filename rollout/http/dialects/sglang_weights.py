@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import APIRouter, Request, Response
+from msgspec import Meta
 
 from engine.errors import InvalidRequest, UnsupportedOption
 from engine.protocol import (
@@ -24,6 +24,19 @@ from engine.protocol import (
     Reply,
     WeightsReport,
 )
+from engine.protocol.types import (
+    GroupSize,
+    Label,
+    Name,
+    Names,
+    NumValues,
+    Path,
+    Port,
+    Rank,
+    Seconds,
+    Shapes,
+    Version,
+)
 from rollout.http.access import caller
 from rollout.http.dialects.bodies import pieces, read_body, read_body_or_query
 from rollout.http.dialects.sglang_replies import admin
@@ -34,55 +47,55 @@ _FLAT = "flattened_bucket"
 
 
 class _InitGroup(msgspec.Struct):
-    master_address: str
-    master_port: int
-    rank_offset: int
-    world_size: int
-    group_name: str = "weight_update_group"
+    master_address: Name
+    master_port: Port
+    rank_offset: Rank
+    world_size: GroupSize
+    group_name: Name = "weight_update_group"
     backend: Literal["nccl", "gloo"] = "nccl"
-    timeout_s: float = 300.0
+    timeout_s: Seconds = 300.0
 
 
 class _DestroyGroup(msgspec.Struct):
-    group_name: str = "weight_update_group"
+    group_name: Name = "weight_update_group"
 
 
 class _Update(msgspec.Struct, kw_only=True):
     """What every call that brings tensors has. flush_cache: this is the last of them.
     timeout_s, here and above, is no field of SGLang's."""
 
-    load_format: str | None = None
+    load_format: Name | None = None
     flush_cache: bool = True
     abort_all_requests: bool = False
-    weight_version: str | None = None
+    weight_version: Label | None = None
     selector: Literal["target", "draft", "all"] = "all"
-    timeout_s: float = 300.0
+    timeout_s: Seconds = 300.0
 
 
 class _Distributed(_Update, kw_only=True):
-    names: list[str]
-    shapes: list[list[int]]
-    dtypes: list[str] = []
-    dtype: str | None = None
-    group_name: str = "weight_update_group"
+    names: Names
+    shapes: Shapes
+    dtypes: Names = []
+    dtype: Name | None = None
+    group_name: Name = "weight_update_group"
 
 
 class _Tensors(_Update, kw_only=True):
-    serialized_named_tensors: list[str]
+    serialized_named_tensors: Annotated[list[str], Meta(max_length=4096)]
 
 
 class _Disk(_Update, kw_only=True):
-    model_path: str
+    model_path: Path
 
 
 class _Pull(msgspec.Struct):
-    target_version: int
-    local_checkpoint_dir: str = ""
-    source_dir: str = ""
+    target_version: Version
+    local_checkpoint_dir: Path = ""
+    source_dir: Path = ""
 
 
 class _NewVersion(msgspec.Struct):
-    new_version: str
+    new_version: Label
     abort_all_requests: bool = True
 
 
@@ -91,8 +104,8 @@ class _Check(msgspec.Struct):
 
 
 class _Name(msgspec.Struct):
-    name: str
-    truncate_size: int = 100
+    name: Name
+    truncate_size: NumValues = 100
 
 
 class _Weights:
@@ -272,6 +285,6 @@ def _unknown_format(found: str, known: str) -> UnsupportedOption:
 def _base64(index: int, text: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:
         field = f"serialized_named_tensors[{index}]"
         raise InvalidRequest(f"{field} is not base64: {error}", field=field) from error

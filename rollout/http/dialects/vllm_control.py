@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 from fastapi import APIRouter, Request, Response
+from msgspec import Meta
 
 from engine.errors import EngineDead, SlipstreamError
 from engine.protocol import Abort, MemoryTag
+from engine.protocol.types import RequestId
 from rollout.http.dialects.bodies import read_body, read_query
 from rollout.http.errors import json_response
 from rollout.http.services import Services
@@ -27,12 +29,15 @@ class _Sleep(msgspec.Struct):
     mode: Mode = "abort"
 
 
+WakeTag = Literal["weights", "kv_cache", "cuda_graph", "scheduling"]
+
+
 class _WakeUp(msgspec.Struct):
-    tags: list[Literal["weights", "kv_cache", "cuda_graph", "scheduling"]] | None = None
+    tags: Annotated[list[WakeTag], Meta(max_length=16)] | None = None
 
 
 class _AbortRequests(msgspec.Struct):
-    request_ids: list[str]
+    request_ids: Annotated[list[RequestId], Meta(max_length=1 << 17)]
 
 
 class _Generation:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from typing import Any, Literal
 
 import msgspec
@@ -11,6 +10,19 @@ from fastapi import APIRouter, Request, Response
 
 from engine.errors import InvalidRequest, UnsupportedOption
 from engine.protocol import CheckAction, CheckWeights, JoinGroup, LeaveGroup, ReceiveBroadcast
+from engine.protocol.types import (
+    GroupSize,
+    Int64,
+    Label,
+    Name,
+    Names,
+    Path,
+    Port,
+    PositiveSize,
+    Rank,
+    Seconds,
+    Shapes,
+)
 from rollout.http.access import caller
 from rollout.http.dialects.bodies import pieces, read_body
 from rollout.http.dialects.sglang_weights import check_summary
@@ -30,14 +42,14 @@ _ACTIONS: dict[str, CheckAction] = {
 
 
 class _InitInfo(msgspec.Struct):
-    world_size: int
-    master_address: str = ""
-    master_port: int = 0
-    rank_offset: int = 1
+    world_size: GroupSize
+    master_address: Name = ""
+    master_port: Port = 0
+    rank_offset: Rank = 1
     packed: bool = False
-    nccl_unique_id_b64: str | None = None
+    nccl_unique_id_b64: Path | None = None
     backend: Literal["nccl", "gloo"] = "nccl"
-    timeout_s: float = 300.0
+    timeout_s: Seconds = 300.0
 
 
 class _Init(msgspec.Struct):
@@ -49,21 +61,21 @@ class _Start(msgspec.Struct):
 
 
 class _UpdateInfo(msgspec.Struct):
-    names: list[str] = []
-    dtype_names: list[str] = []
-    shapes: list[list[int]] = []
+    names: Names = []
+    dtype_names: Names = []
+    shapes: Shapes = []
     packed: bool | None = None
-    packed_buffer_size_bytes: int = _CHUNK_BYTES
-    timeout_s: float = 300.0
+    packed_buffer_size_bytes: PositiveSize = _CHUNK_BYTES
+    timeout_s: Seconds = 300.0
 
 
 class _Update(msgspec.Struct):
     update_info: _UpdateInfo | None = None
-    weight_dir: str | None = None
+    weight_dir: Path | None = None
 
 
 class _Finish(msgspec.Struct):
-    weight_version: str | int | None = None
+    weight_version: Label | Int64 | None = None
 
 
 class _Check(msgspec.Struct):
@@ -192,7 +204,7 @@ def _unique_id(text: str | None) -> bytes:
         return b""
     try:
         return base64.b64decode(text, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:
         raise InvalidRequest(
             f"nccl_unique_id_b64 is not base64: {error}", field="init_info.nccl_unique_id_b64"
         ) from error
