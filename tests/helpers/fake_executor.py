@@ -17,6 +17,7 @@ import numpy as np
 
 from engine.config import EngineConfig
 from engine.errors import (
+    InvalidRequest,
     ManifestMismatch,
     ModelNotFound,
     OutOfMemory,
@@ -142,6 +143,8 @@ class FakeExecutor:
                     raise UpdateOrder("an update is open", field="version")
                 self._open = command
             case LoadFromDisk():
+                if not command.path.isascii() or not command.path.removeprefix("-").isdecimal():
+                    raise InvalidRequest(f"no folder at {command.path}", field="path")
                 self.receive([("shift", int(command.path))])
             case CommitUpdate():
                 if self._open is None:
