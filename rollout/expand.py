@@ -15,6 +15,9 @@ from rollout.seeds import derive_seed
 from rollout.text.detokenizer import stop_strings
 from rollout.text.tokenizer import Tokenizer
 
+MAX_TOP_ENTRIES = 1 << 27
+"""Most entries of likeliest tokens of one request: 1 GiB of ids and logprobs."""
+
 
 def expand(
     wire: GenerateRequest,
@@ -57,6 +60,7 @@ def expand(
         entropy=wire.return_entropy,
     )
     _check(wire, first, state)
+    _check_scores(first, sampling.n, state)
     others = (
         msgspec.structs.replace(first, rid=f"{group}-{i}", seed=derive_seed(base, i))
         for i in range(1, sampling.n)
@@ -106,6 +110,22 @@ def _check(wire: GenerateRequest, request: Request, state: ReplicaState) -> None
         name = names.get(error.field, error.field)
         message = error.message.replace(error.field, name) if error.field else error.message
         raise type(error)(message, field=name) from error
+
+
+def _check_scores(request: Request, count: int, state: ReplicaState) -> None:
+    """Refuse likeliest tokens by the hundred million, which are held until the call ends."""
+    num_output = min(
+        request.sampling.max_new_tokens, state.context_length - len(request.prompt_ids)
+    )
+    start = request.prompt_logprob_start
+    num_rows = num_output + (len(request.prompt_ids) - start if start >= 0 else 0)
+    entries = request.top_logprobs * num_rows * count
+    if entries > MAX_TOP_ENTRIES:
+        raise InvalidRequest(
+            f"top_logprobs_num asks for {request.top_logprobs} tokens at up to {num_rows * count} "
+            f"positions; at most {MAX_TOP_ENTRIES} entries fit, so ask for fewer of either",
+            field="top_logprobs_num",
+        )
 
 
 def _salt(wire: GenerateRequest) -> str:

@@ -98,5 +98,5 @@ class _Renderer:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
             if not future.cancelled():
-                self.process.interrupt()
+                self.process.interrupt(job)
             raise

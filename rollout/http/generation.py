@@ -30,8 +30,11 @@ P = ParamSpec("P")
 T = TypeVar("T")
 Body = TypeVar("Body", bytes, msgspec.Raw)
 
+_MAX_CALL_TOKENS = 1 << 27
+
 _INLINE_BYTES = 256 << 10
 _INLINE_SEQUENCES = 64
+_INLINE_SCORES = 8192
 _INLINE_CHARS = 8192
 _INLINE_IDS = 65_536
 
@@ -91,6 +94,18 @@ class Generator:
             return self.tokenizer.encode(text, add_special_tokens=False)
         return await self.workers.run(self.tokenizer.encode, text, add_special_tokens=False)
 
+    async def written(
+        self,
+        write: Callable[Concatenate[Sample, P], T],
+        sample: Sample,
+        *args: P.args,
+        **more: P.kwargs,
+    ) -> T:
+        """What `write` makes of a finished sample; of a large one beside the event loop."""
+        if sample.num_scores <= _INLINE_SCORES:
+            return write(sample, *args, **more)
+        return await self.workers.run(write, sample, *args, **more)
+
     async def run(self, samples: Sequence[Sample]) -> AsyncGenerator[tuple[Sample, Delta], None]:
         """Submit the samples and yield what each output added, until all have finished.
 
@@ -131,6 +146,7 @@ class Generator:
 
     def _expand(self, call: GenerateCall) -> list[Sample]:
         samples: list[Sample] = []
+        num_tokens = 0
         many = call.batch or call.items[0].sampling_params.n > 1
         for number, item in enumerate(call.items):
             try:
@@ -139,6 +155,8 @@ class Generator:
                 if not call.batch:
                     raise
                 raise in_item(error, number) from error
+            num_tokens += len(requests) * len(requests[0].prompt_ids)
+            _check_tokens(num_tokens, "n" if len(requests) > 1 else "input_ids")
             for request in requests:
                 index = len(samples) if many else None
                 samples.append(
@@ -179,3 +197,13 @@ def _failure(sample: Sample) -> SlipstreamError | None:
     if finish is None or finish.error not in _FAILED:
         return None
     return by_name(finish.error or "", finish.message or "")
+
+
+def _check_tokens(count: int, field: str) -> None:
+    """The engine gets a prompt for every sample: 4 bytes a token."""
+    if count > _MAX_CALL_TOKENS:
+        raise InvalidRequest(
+            f"the prompts of all samples have more than {_MAX_CALL_TOKENS} tokens together; send "
+            "several calls",
+            field=field,
+        )

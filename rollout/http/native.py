@@ -44,7 +44,7 @@ async def _reply(services: Services, samples: Sequence[Sample]) -> Response:
     async with aclosing(services.generator.run(samples)) as outputs:
         async for sample, delta in outputs:
             if delta.finished:
-                reply = msgspec.json.encode(_object(services, sample.response()))
+                reply = await services.generator.written(_whole, sample, services)
                 replies[position[id(sample)]] = msgspec.Raw(reply)
     found = [replies[number] for number in range(len(samples))]
     return json_response(found if samples[0].index is not None else found[0])
@@ -58,6 +58,10 @@ async def _frames(
         async for sample, delta in outputs:
             reply = sample.increment(delta) if incremental else sample.partial()
             yield _object(services, reply)
+
+
+def _whole(sample: Sample, services: Services) -> bytes:
+    return msgspec.json.encode(_object(services, sample.response()))
 
 
 def _object(services: Services, response: GenerateResponse) -> dict[str, Any]:

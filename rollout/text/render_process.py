@@ -45,6 +45,9 @@ class RenderProcess:
         self._limit_s = limit_s
         self._memory_bytes = memory_bytes
         self._lock = threading.Lock()
+        # Guards the two below: an interrupt must not meet the job after its own.
+        self._state = threading.Lock()
+        self._job: RenderJob | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._remove: weakref.finalize[Any, Any] | None = None
 
@@ -57,11 +60,15 @@ class RenderProcess:
         data = _encode(job, self._limit_s)
         with self._lock:
             process = self._started()
+            with self._state:
+                self._job = job
             timer = threading.Timer(self._limit_s, process.kill)
             timer.start()
             try:
                 answer = _exchange(process, data)
             finally:
+                with self._state:
+                    self._job = None
                 timer.cancel()
             if answer is None:
                 self._close()
@@ -76,12 +83,13 @@ class RenderProcess:
         error: SlipstreamError = by_name(answer["kind"], answer["message"], answer["field"])
         raise error
 
-    def interrupt(self) -> None:
-        """End the job that the process is at, if it is at one; its caller gets InvalidRequest.
+    def interrupt(self, job: RenderJob | None = None) -> None:
+        """End `job`, or whichever it is, if the process is at it; its caller gets InvalidRequest.
         From any thread."""
-        process = self._process
-        if process is not None and self._lock.locked():
-            process.kill()
+        with self._state:
+            process, found = self._process, self._job
+            if process is not None and found is not None and (job is None or job is found):
+                process.kill()
 
     def close(self) -> None:
         """End the process, and with it the job that it is at. Idempotent."""

@@ -96,7 +96,10 @@ class _Prompts:
             max_chars=context_length * tokenizer.longest_token_bytes,
         )
         check_text(text, tokenizer, context_length, field="messages")
-        return await self._services.generator.encoded(text)
+        ids = await self._services.generator.encoded(text)
+        if not ids:
+            raise InvalidRequest("the chat template wrote nothing", field="messages")
+        return ids
 
 
 def _plain(message: Mapping[str, Any], index: int) -> Mapping[str, Any]:
@@ -129,7 +132,10 @@ class _Choices:
         """Run to the end."""
         call = self._call
         await self._services.generator.finish(call.samples)
-        choices = [self._whole(index, sample) for index, sample in enumerate(call.samples)]
+        write = self._services.generator.written
+        choices = [
+            await write(self._whole, sample, index) for index, sample in enumerate(call.samples)
+        ]
         more = {"usage": usage(call.samples), **self._prompt_fields()}
         return json_response(call.envelope(choices, **more))
 
@@ -147,7 +153,7 @@ class _Choices:
         for frame in call.usage_frame():
             yield frame
 
-    def _whole(self, index: int, sample: Sample) -> dict[str, Any]:
+    def _whole(self, sample: Sample, index: int) -> dict[str, Any]:
         content = sample.response().text
         return {
             "index": index,

@@ -104,7 +104,10 @@ class _Choices:
         """Run to the end; choices prompt-major."""
         call = self._call
         await self._services.generator.finish(call.samples)
-        choices = [self._whole(index, sample) for index, sample in enumerate(call.samples)]
+        write = self._services.generator.written
+        choices = [
+            await write(self._whole, sample, index) for index, sample in enumerate(call.samples)
+        ]
         return json_response(call.envelope(choices, usage=usage(call.samples)))
 
     async def frames(self) -> AsyncGenerator[dict[str, Any], None]:
@@ -120,7 +123,7 @@ class _Choices:
         for frame in call.usage_frame():
             yield frame
 
-    def _whole(self, index: int, sample: Sample) -> dict[str, Any]:
+    def _whole(self, sample: Sample, index: int) -> dict[str, Any]:
         response = sample.response()
         return {
             "index": index,

@@ -19,7 +19,7 @@ from tests.helpers.http_app import Server, serving
 from tests.helpers.replicas import fake_config
 
 BOUNDED = settings(
-    max_examples=150,
+    max_examples=60,
     derandomize=True,
     deadline=None,
     database=None,
