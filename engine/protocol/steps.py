@@ -14,7 +14,6 @@ from engine.protocol.types import (
     Count,
     Float32,
     FloatArray,
-    HalfInt32,
     Int32,
     Int64,
     IntArray,
@@ -53,7 +52,7 @@ class RowSampling(Struct, frozen=True, kw_only=True):
     repetition_penalty: Float32
     logit_bias: dict[Int32, Bias]
     seed: Int64
-    min_new_tokens: HalfInt32
+    min_new_tokens: Int32
     banned_ids: list[Int32]
     top_logprobs: Count
     entropy: bool = False

@@ -23,8 +23,8 @@ FLOAT32_MAX = 3.4028234663852886e38
 FLOAT32_TINY = 2.0**-126
 """Smallest number that float32 holds with full precision; GPUs take smaller ones for 0."""
 
-MAX_TIMEOUT_S = 7200.0
-"""Longest deadline that a caller may ask for."""
+MAX_SECONDS = 1e9
+"""Longest deadline that a message may state; `deadlines.MAX_TIMEOUT_S` is where it is cut."""
 
 MAX_STOPS = 128
 """Most stop strings of a request."""
@@ -49,9 +49,6 @@ Count = Annotated[int, Meta(ge=0, le=INT32_MAX)]
 Int32 = Annotated[int, Meta(ge=-(2**31), le=INT32_MAX)]
 """What reaches an int32 table; which of these numbers mean something is checked by
 `rollout/scheduler/validate.py`."""
-
-HalfInt32 = Annotated[int, Meta(ge=-(2**30), le=2**30 - 1)]
-"""Added to a prompt's length in an int32 table."""
 
 Int64 = Annotated[int, Meta(ge=-(2**63), le=INT64_MAX)]
 """Anything an int64 holds: priorities, seeds as callers write them."""
@@ -79,10 +76,10 @@ GroupSize = Annotated[int, Meta(ge=1, le=1 << 20)]
 Rank = Annotated[int, Meta(ge=0, le=1 << 20)]
 """A rank of a process group."""
 
-Seconds = Annotated[float, Meta(gt=0, le=MAX_TIMEOUT_S)]
+Seconds = Annotated[float, Meta(gt=0, le=MAX_SECONDS)]
 """A deadline."""
 
-Patience = Annotated[float, Meta(ge=0, le=MAX_TIMEOUT_S)]
+Patience = Annotated[float, Meta(ge=0, le=MAX_SECONDS)]
 """How long to try again; 0 for once."""
 
 Float32 = Annotated[float, Meta(ge=-FLOAT32_MAX, le=FLOAT32_MAX)]

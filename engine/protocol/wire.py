@@ -11,7 +11,6 @@ from engine.protocol.types import (
     ClientId,
     Count,
     Float32,
-    HalfInt32,
     Int32,
     Int64,
     KvPolicy,
@@ -36,7 +35,7 @@ class SamplingParams(
     """
 
     max_new_tokens: Int32 = 128
-    min_new_tokens: HalfInt32 = 0
+    min_new_tokens: Int32 = 0
     temperature: Float32 = 1.0
     top_p: Float32 = 1.0
     top_k: Int32 = -1

@@ -30,7 +30,7 @@ def refused_field(message: msgspec.Struct) -> str | None:
     [
         ({"top_k": 2**31}, "sampling.top_k"),
         ({"top_k": 2**63}, "sampling.top_k"),
-        ({"min_new_tokens": 2**30}, "sampling.min_new_tokens"),
+        ({"min_new_tokens": 2**31}, "sampling.min_new_tokens"),
         ({"max_new_tokens": 10**500}, "sampling.max_new_tokens"),
         ({"temperature": 1e39}, "sampling.temperature"),
         ({"temperature": 10**400}, "sampling.temperature"),

@@ -11,7 +11,6 @@ from engine.protocol import GenerateRequest, KvPolicy, SamplingParams
 from engine.protocol.types import (
     ClientId,
     Float32,
-    HalfInt32,
     Int32,
     Int64,
     LogitBias,
@@ -84,7 +83,7 @@ class _Common(msgspec.Struct, kw_only=True):
     stop_token_ids: TokenIds | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
-    min_tokens: HalfInt32 = 0
+    min_tokens: Int32 = 0
     max_tokens: Int32 | None = None
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
