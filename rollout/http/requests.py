@@ -90,12 +90,17 @@ def parse_call(body: bytes, room: PromptRoom | None = None) -> GenerateCall:
         wire, prefix = _with_rid(wire)
         return GenerateCall(items=[wire], batch=False, stream=wire.stream, prefix=prefix)
     name, values = prompts
-    for index, value in enumerate(values if room is not None else ()):
+    if room is not None:
+        _check_prompts(values, room, name)
+    return _parse_batch({k: v for k, v in fields.items() if k != name}, name, values)
+
+
+def _check_prompts(values: list[Raw], room: PromptRoom, name: str) -> None:
+    for index, value in enumerate(values):
         try:
             check_prompt(value, room, name)
         except InvalidRequest as error:
             raise in_item(error, index) from error
-    return _parse_batch({k: v for k, v in fields.items() if k != name}, name, values)
 
 
 def _parse_batch(shared: Fields, name: str, values: list[Raw]) -> GenerateCall:
