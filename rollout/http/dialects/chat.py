@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from engine.errors import InvalidRequest, UnsupportedOption
+from engine.errors import ContextTooLong, InvalidRequest, UnsupportedOption
 from engine.protocol import GenerateRequest, RequestOutput
 from rollout.expand import check_text
 from rollout.http.chat_render import ChatRenderer
@@ -28,6 +28,10 @@ from rollout.http.services import Services
 from rollout.http.sse import EventStream, answer
 from rollout.text.tokenizer import Tokenizer
 
+# A character is at most six bytes of JSON; templates leave some of what comes out.
+_BYTES_PER_CHAR = 8
+_MORE_BYTES = 1 << 20
+
 
 def router(services: Services) -> APIRouter:
     """The route."""
@@ -38,6 +42,8 @@ def router(services: Services) -> APIRouter:
         return await answer(request, run(await request.body()))
 
     async def run(data: bytes) -> Response:
+        if prompts is not None:
+            prompts.check_size(len(data))
         body = await services.generator.parsed(parse_openai, data, ChatBody)
         if prompts is None:
             raise InvalidRequest(
@@ -74,6 +80,21 @@ class _Prompts:
         self._tokenizer = tokenizer
         self._renderer = ChatRenderer(tokenizer, trusted=trusted)
 
+    def check_size(self, num_bytes: int) -> None:
+        """Refuse, before it is decoded, a body far beyond what a context of text needs. Raises
+        ContextTooLong (`messages`)."""
+        most = _BYTES_PER_CHAR * self._max_chars() + _MORE_BYTES
+        if num_bytes > most:
+            raise ContextTooLong(
+                f"the body has {num_bytes} bytes; the context of this model takes messages in "
+                f"at most {most}",
+                field="messages",
+            )
+
+    def _max_chars(self) -> int:
+        facts = self._services.engine.facts
+        return facts.context_length * self._tokenizer.longest_token_bytes
+
     async def ids(self, body: ChatBody, num_bytes: int) -> list[int]:
         """Ids of a conversation; num_bytes: of the body that it came in."""
         if body.tool_choice not in (None, "none", "auto"):
@@ -93,7 +114,7 @@ class _Prompts:
             },
             source=None if own else body.chat_template,
             num_bytes=num_bytes,
-            max_chars=context_length * tokenizer.longest_token_bytes,
+            max_chars=self._max_chars(),
         )
         check_text(text, tokenizer, context_length, field="messages")
         ids = await self._services.generator.encoded(text)

@@ -123,6 +123,20 @@ def test_text_that_no_context_holds_is_refused_before_it_is_encoded(
     run(test)
 
 
+def test_a_body_far_beyond_the_context_is_refused_before_it_is_decoded() -> None:
+    async def test() -> None:
+        async with serving() as server:
+            for path, name in (("/generate", "text"), ("/v1/completions", "prompt")):
+                # The text is no UTF-8, which only decoding would find.
+                body = b'{"%s": "' % name.encode() + b"\xff" * (2 << 20) + b'"}'
+                error = (await server.http.post(path, content=body)).json()["error"]
+                assert (error["type"], error["field"]) == ("ContextTooLong", name)
+            reply = await server.http.post(CHAT_PATH, content=b"[" * (2 << 20))
+            assert reply.json()["error"]["type"] == "ContextTooLong"
+
+    run(test)
+
+
 def test_likeliest_tokens_by_the_hundred_million_are_refused() -> None:
     async def test() -> None:
         async with serving() as server:
