@@ -10,8 +10,8 @@ from fastapi import APIRouter, Request, Response
 
 from engine.errors import InvalidRequest
 from engine.protocol import Control, JoinGroup, Shutdown
-from rollout.http.access import caller
 from rollout.decoding import decode_json
+from rollout.http.access import caller
 from rollout.http.errors import json_response
 from rollout.http.services import Services
 from rollout.ranges import check_ranges
