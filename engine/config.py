@@ -45,6 +45,8 @@ class SchedulerConfig:
     """Longest piece of one prompt computed in one step."""
     max_waiting: int = 65536
     """Most requests in the waiting queue; one more is refused."""
+    max_samples: int = 1024
+    """Most samples (`n`) of one request."""
     policy: QueuePolicy = "longest_prefix"
     """Order of the waiting queue: arrival, or longest cached prefix first."""
     starvation_steps: int = 64

@@ -7,12 +7,16 @@ import uuid
 import msgspec
 import numpy as np
 
-from engine.errors import InvalidRequest
+from engine.errors import ContextTooLong, InvalidRequest
 from engine.protocol import GenerateRequest, IntArray, ReplicaState, Request, SamplingParams
+from rollout.ranges import check_ranges
 from rollout.scheduler.validate import Limits, check_request
 from rollout.seeds import derive_seed
 from rollout.text.detokenizer import stop_strings
 from rollout.text.tokenizer import Tokenizer
+
+MAX_TOP_ENTRIES = 1 << 27
+"""Most entries of likeliest tokens of one request: 1 GiB of ids and logprobs."""
 
 
 def expand(
@@ -33,9 +37,10 @@ def expand(
     field.
     """
     sampling = wire.sampling_params
-    if sampling.n < 1:
-        raise InvalidRequest(f"n is {sampling.n}; it must be at least 1", field="n")
-    prompt_ids = _prompt_ids(wire, tokenizer)
+    check_ranges(sampling)
+    check_ranges(wire, skip=("input_ids", "sampling_params"))
+    _check_count(sampling.n, state)
+    prompt_ids = _prompt_ids(wire, tokenizer, state)
     stop_ids, strings = _stops(sampling, tokenizer, state)
     base = default_seed if sampling.sampling_seed is None else sampling.sampling_seed
     group = wire.rid if wire.rid is not None else uuid.uuid4().hex
@@ -55,11 +60,36 @@ def expand(
         entropy=wire.return_entropy,
     )
     _check(wire, first, state)
+    _check_scores(first, sampling.n, state)
     others = (
         msgspec.structs.replace(first, rid=f"{group}-{i}", seed=derive_seed(base, i))
         for i in range(1, sampling.n)
     )
     return [first, *others]
+
+
+def _check_count(count: int, state: ReplicaState) -> None:
+    """Before anything is made `count` times."""
+    if count < 1:
+        raise InvalidRequest(f"n is {count}; it must be at least 1", field="n")
+    if count > state.max_samples:
+        raise InvalidRequest(
+            f"n is {count}; the most is {state.max_samples} (max_samples); send several",
+            field="n",
+        )
+    check_total(count, state, field="n")
+
+
+def check_total(count: int, state: ReplicaState, *, field: str) -> None:
+    """Refuse a call whose `count` sequences could not even wait together, however long its
+    caller tries. Raises InvalidRequest naming `field`."""
+    most = state.max_running + state.max_waiting
+    if count > most:
+        raise InvalidRequest(
+            f"{field} asks for {count} sequences at once; this engine runs {state.max_running} "
+            f"and lets {state.max_waiting} wait, so send at most {most}",
+            field=field,
+        )
 
 
 def _check(wire: GenerateRequest, request: Request, state: ReplicaState) -> None:
@@ -82,6 +112,22 @@ def _check(wire: GenerateRequest, request: Request, state: ReplicaState) -> None
         raise type(error)(message, field=name) from error
 
 
+def _check_scores(request: Request, count: int, state: ReplicaState) -> None:
+    """Refuse likeliest tokens by the hundred million, which are held until the call ends."""
+    num_output = min(
+        request.sampling.max_new_tokens, state.context_length - len(request.prompt_ids)
+    )
+    start = request.prompt_logprob_start
+    num_rows = num_output + (len(request.prompt_ids) - start if start >= 0 else 0)
+    entries = request.top_logprobs * num_rows * count
+    if entries > MAX_TOP_ENTRIES:
+        raise InvalidRequest(
+            f"top_logprobs_num asks for {request.top_logprobs} tokens at up to {num_rows * count} "
+            f"positions; at most {MAX_TOP_ENTRIES} entries fit, so ask for fewer of either",
+            field="top_logprobs_num",
+        )
+
+
 def _salt(wire: GenerateRequest) -> str:
     """One cache key of both; the lengths keep ("a", "bc") and ("ab", "c") apart."""
     if not wire.extra_key:
@@ -89,30 +135,60 @@ def _salt(wire: GenerateRequest) -> str:
     return f"{len(wire.cache_salt)}:{wire.cache_salt}{wire.extra_key}"
 
 
-def _prompt_ids(wire: GenerateRequest, tokenizer: Tokenizer | None) -> IntArray:
+def check_text(
+    text: str, tokenizer: Tokenizer, context_length: int, *, field: str = "text"
+) -> None:
+    """Refuse, before it is encoded, text that no tokens could fit into the context.
+
+    Raises ContextTooLong naming `field`.
+    """
+    most = context_length * tokenizer.longest_token_bytes
+    # A character has 1 to 4 bytes, which are counted only where it matters.
+    if 4 * len(text) > most and (len(text) > most or len(text.encode()) > most):
+        raise ContextTooLong(
+            f"{field} has {len(text)} characters, more than {context_length} tokens of at most "
+            f"{tokenizer.longest_token_bytes} bytes can hold; shorten it",
+            field=field,
+        )
+
+
+def _prompt_ids(
+    wire: GenerateRequest, tokenizer: Tokenizer | None, state: ReplicaState
+) -> IntArray:
     if (wire.text is None) == (wire.input_ids is None):
         found = "neither" if wire.text is None else "both"
         raise InvalidRequest(
             f"send exactly one of text and input_ids; {found} came", field="text, input_ids"
         )
     if wire.input_ids is not None:
-        return _as_int32(wire.input_ids)
+        return _as_int32(wire.input_ids, state)
     if tokenizer is None:
         raise InvalidRequest(
             "this model came without a tokenizer; send input_ids instead of text", field="text"
         )
     assert wire.text is not None
+    check_text(wire.text, tokenizer, state.context_length)
     ids = tokenizer.encode(wire.text)
     if not ids:
         raise InvalidRequest("text has no tokens; send a prompt", field="text")
     return np.array(ids, dtype=np.int32)
 
 
-def _as_int32(ids: list[int]) -> IntArray:
+def _as_int32(ids: list[int], state: ReplicaState) -> IntArray:
+    if len(ids) >= state.context_length:
+        raise ContextTooLong(
+            f"input_ids has {len(ids)} tokens, too many for a context of {state.context_length}; "
+            "shorten the prompt",
+            field="input_ids",
+        )
     try:
-        return np.array(ids, dtype=np.int32)
-    except OverflowError as error:
+        found = np.array(ids)
+    except ValueError as error:
         raise InvalidRequest(f"input_ids: {error}", field="input_ids") from error
+    plain = found.ndim == 1 and found.dtype.kind == "i"
+    if len(ids) and not (plain and -(1 << 31) <= found.min() <= found.max() < 1 << 31):
+        raise InvalidRequest("input_ids must be a list of token ids", field="input_ids")
+    return found.astype(np.int32)
 
 
 def _stops(

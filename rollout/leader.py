@@ -270,6 +270,8 @@ class Leader:
             device=facts.device,
             attention=facts.attention,
             max_running=self._config.scheduler.max_running,
+            max_waiting=self._config.scheduler.max_waiting,
+            max_samples=self._config.scheduler.max_samples,
             num_retractions=stats.num_retractions,
             num_prompt_tokens=stats.num_prompt_tokens,
             num_cached_tokens=stats.num_cached_tokens,

@@ -19,7 +19,7 @@ from rollout.text.detokenizer import Detokenizer, StopMatch, trim_stop_token
 
 def refused(request: Request, error: SlipstreamError) -> RequestOutput:
     """The final output of a request that was never queued."""
-    return refused_id(request.rid, error, prompt_tokens=len(request.prompt_ids))
+    return refused_id(request.rid, error, prompt_tokens=np.size(request.prompt_ids))
 
 
 def refused_id(rid: str, error: SlipstreamError, *, prompt_tokens: int = 0) -> RequestOutput:

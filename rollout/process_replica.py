@@ -18,7 +18,7 @@ from typing import Any, Self
 import msgspec
 
 from engine.config import EngineConfig
-from engine.errors import EngineDead, SlipstreamError, UnsupportedOption, by_name
+from engine.errors import EngineDead, InvalidRequest, SlipstreamError, UnsupportedOption, by_name
 from engine.protocol import (
     BeginUpdate,
     Call,
@@ -37,6 +37,8 @@ from engine.protocol import (
 from engine.protocol.deadlines import REPLY_S, START_S, deadlines
 from rollout.ipc import Channel, encode_frame
 from rollout.last_words import cause_of_death, log_tail
+from rollout.outputs import refused
+from rollout.ranges import check_ranges
 
 _POLL_S = 0.1
 _LEAVE_S = 10.0
@@ -91,8 +93,15 @@ class ProcessReplica:
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue requests; refusals come back from `step`."""
-        self._send(requests)
-        self._open.update(request.rid for request in requests)
+        good: list[Request] = []
+        for request in requests:
+            try:
+                check_ranges(request)
+                good.append(request)
+            except InvalidRequest as error:
+                self._outputs.append(refused(request, error))
+        self._send(good)
+        self._open.update(request.rid for request in good)
 
     def step(self) -> list[RequestOutput]:
         """Outputs that arrived; waits a moment for the first. Raises EngineDead."""
@@ -106,6 +115,7 @@ class ProcessReplica:
 
     def send(self, command: Control) -> Reply:
         """Run a control command and wait for its answer. Raises its typed error."""
+        check_ranges(command)
         self._last_id += 1
         self._send([Call(id=self._last_id, command=command)])
         deadline_s = reply_deadline_s(command, reply_s=self._reply_s, slow_s=self._start_s)

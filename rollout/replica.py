@@ -18,6 +18,7 @@ from engine.protocol import (
     UpdateReport,
 )
 from rollout.leader import Leader, StepExecutor
+from rollout.ranges import check_ranges
 
 
 class Replica(Protocol):
@@ -86,6 +87,7 @@ class InlineReplica:
 
     def send(self, command: Control) -> Reply:
         """Run a control command now; raises its typed error."""
+        check_ranges(command)
         return self._leader.handle(command)
 
     def state(self) -> ReplicaState:

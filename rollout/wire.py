@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 
-import msgspec
-
 from engine.errors import InvalidRequest, UnsupportedOption
 from engine.protocol import GenerateRequest
+from rollout.decoding import decode_json
 
 # Fields of the native dialect that mean something this engine does not do.
 _NOT_SERVED = frozenset(
@@ -44,27 +43,23 @@ _NOT_SERVED = frozenset(
     }
 )
 _UNKNOWN = re.compile(r"contains unknown field `([^`]+)`")
-_PATH = re.compile(r"at `\$\.?([^`]*)`$")
 
 
 def parse_request(data: bytes | str) -> GenerateRequest:
     """Raises InvalidRequest naming the field, UnsupportedOption for one that the dialect
     has and this engine does not serve."""
     try:
-        return msgspec.json.decode(data, type=GenerateRequest)
-    except msgspec.ValidationError as error:
-        raise _explain(str(error)) from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"not a JSON object: {error}") from error
+        found: GenerateRequest = decode_json(data, GenerateRequest, field="", what="the request")
+    except InvalidRequest as error:
+        raise _explain(error) from error
+    return found
 
 
-def _explain(message: str) -> InvalidRequest:
-    unknown = _UNKNOWN.search(message)
-    path = _PATH.search(message)
-    parent = path.group(1) if path else ""
+def _explain(error: InvalidRequest) -> InvalidRequest:
+    unknown = _UNKNOWN.search(error.message)
     if unknown is None:
-        return InvalidRequest(message, field=parent)
-    name = unknown.group(1)
+        return error
+    name, parent = unknown.group(1), error.field
     field = f"{parent}.{name}" if parent else name
     if name in _NOT_SERVED:
         return UnsupportedOption(f"{field} is not served by this engine; leave it out", field=field)

@@ -6,7 +6,17 @@ import msgspec
 from msgspec import Struct
 
 from engine.protocol.requests import Abort, FlushCache, Pause, Request, Resume, Stop
-from engine.protocol.types import CheckAction, MemoryTag, PauseMode
+from engine.protocol.types import (
+    CheckAction,
+    Count,
+    MemoryTag,
+    MemoryTags,
+    Name,
+    NumValues,
+    PauseMode,
+    Size,
+    Version,
+)
 from engine.protocol.updates import (
     AbortUpdate,
     BeginUpdate,
@@ -26,7 +36,7 @@ class SetVersion(Struct, frozen=True, kw_only=True, tag="set_version"):
     """Call the weights that serve `version`, which may not go backwards; cached prefixes are
     dropped, since the caller says that the weights are others."""
 
-    version: int
+    version: Version
 
 
 class CheckWeights(Struct, frozen=True, kw_only=True, tag="check_weights"):
@@ -40,22 +50,22 @@ class CheckWeights(Struct, frozen=True, kw_only=True, tag="check_weights"):
 class GetWeight(Struct, frozen=True, kw_only=True, tag="get_weight"):
     """The first `count` elements of a tensor by Hugging Face name, of this engine's shard."""
 
-    name: str
-    count: int = 100
+    name: Name
+    count: NumValues = 100
 
 
 class ReleaseMemory(Struct, frozen=True, kw_only=True, tag="release_memory"):
     """Give GPU memory back: weights, KV pool, CUDA graphs; empty tags mean all. Refused while
     requests hold KV pages. `kv_cache` drops every cached prefix. Idempotent."""
 
-    tags: list[MemoryTag] = msgspec.field(default_factory=list)
+    tags: MemoryTags = msgspec.field(default_factory=list)
 
 
 class ResumeMemory(Struct, frozen=True, kw_only=True, tag="resume_memory"):
     """Take memory back, at the addresses it had; empty tags mean all. Weights come back with
     their values where a CPU backup is kept, else a whole update must follow. Idempotent."""
 
-    tags: list[MemoryTag] = msgspec.field(default_factory=list)
+    tags: MemoryTags = msgspec.field(default_factory=list)
 
 
 class GetState(Struct, frozen=True, kw_only=True, tag="get_state"):
@@ -98,7 +108,7 @@ class Call(Struct, frozen=True, kw_only=True, tag="call"):
     """A control command on its way to a leader. `id` is the caller's, and the reply carries it:
     replies may come in another order than their commands."""
 
-    id: int
+    id: Size
     command: Control
 
 
@@ -117,31 +127,33 @@ class ErrorInfo(Struct, frozen=True, kw_only=True):
 class ReplicaState(Struct, frozen=True, kw_only=True, tag="state"):
     """What a replica is and does right now. Times in seconds, memory in pages."""
 
-    version: int
+    version: Version
     paused: bool
-    num_running: int
-    num_waiting: int
-    free_pages: int
-    cached_pages: int
-    total_pages: int
-    page_size: int
-    context_length: int
-    vocab_size: int
+    num_running: Count
+    num_waiting: Count
+    free_pages: Count
+    cached_pages: Count
+    total_pages: Count
+    page_size: Count
+    context_length: Count
+    vocab_size: Count
     eos_ids: list[int]
     model: str
     dtype: str
     device: str
     attention: str
-    max_running: int
-    num_retractions: int = 0
-    num_prompt_tokens: int = 0
-    num_cached_tokens: int = 0
-    num_output_tokens: int = 0
-    num_steps: int = 0
-    tp_size: int = 1
+    max_running: Count
+    max_waiting: Count = 65536
+    max_samples: Count = 1024
+    num_retractions: Size = 0
+    num_prompt_tokens: Size = 0
+    num_cached_tokens: Size = 0
+    num_output_tokens: Size = 0
+    num_steps: Size = 0
+    tp_size: Count = 1
     pause_mode: PauseMode | None = None
     released: list[MemoryTag] = msgspec.field(default_factory=list)
-    open_update: int | None = None
+    open_update: Version | None = None
     """Version of the update between its begin and its commit."""
     refusal: str = ""
     """Why no step may run, if so: weights are released, or an in-place update failed."""
@@ -152,8 +164,8 @@ class MemoryReport(Struct, frozen=True, kw_only=True):
     """What a release or resume moved on one rank: bytes given back or taken (by tag), bytes of
     the device still in use by this process, seconds."""
 
-    tags: dict[str, int]
-    used_bytes: int
+    tags: dict[str, Size]
+    used_bytes: Size
     seconds: float
 
 
@@ -163,7 +175,7 @@ class WeightsReport(Struct, frozen=True, kw_only=True):
     checksums: by parameter name. differing: names that `compare` found. values: elements.
     """
 
-    rank: int = 0
+    rank: Count = 0
     checksums: dict[str, int] = msgspec.field(default_factory=dict)
     differing: list[str] = msgspec.field(default_factory=list)
     values: list[float] = msgspec.field(default_factory=list)
@@ -177,7 +189,7 @@ class Reply(Struct, frozen=True, kw_only=True, tag="reply"):
     it is committed. undo: what it writes over comes back if it is aborted.
     """
 
-    id: int = 0
+    id: Size = 0
     error: ErrorInfo | None = None
     state: ReplicaState | None = None
     report: UpdateReport | None = None

@@ -5,7 +5,23 @@ from __future__ import annotations
 import msgspec
 from msgspec import Struct
 
-from engine.protocol.types import FinishType, FloatArray, IntArray, KvPolicy, PauseMode
+from engine.protocol.types import (
+    CacheKey,
+    Count,
+    FinishType,
+    FloatArray,
+    Int32,
+    Int64,
+    IntArray,
+    KvPolicy,
+    Message,
+    PauseMode,
+    RequestId,
+    RequestIds,
+    StopIds,
+    StopString,
+    Version,
+)
 from engine.protocol.wire import SamplingParams
 
 
@@ -26,16 +42,16 @@ class Request(Struct, frozen=True, kw_only=True, tag="request"):
     entropy: the entropy behind every output token is wanted.
     """
 
-    rid: str
+    rid: RequestId
     prompt_ids: IntArray
     sampling: SamplingParams
-    seed: int
-    group: str = ""
-    stop_ids: list[int] = msgspec.field(default_factory=list)
-    priority: int = 0
-    salt: str = ""
-    top_logprobs: int = 0
-    prompt_logprob_start: int = -1
+    seed: Int64
+    group: RequestId = ""
+    stop_ids: StopIds = msgspec.field(default_factory=list)
+    priority: Int64 = 0
+    salt: CacheKey = ""
+    top_logprobs: Int32 = 0
+    prompt_logprob_start: Int32 = -1
     stream: bool = False
     kv_policy: KvPolicy = "keep"
     entropy: bool = False
@@ -49,19 +65,19 @@ class Abort(Struct, frozen=True, kw_only=True, tag="abort"):
     itself names their exact ids.
     """
 
-    rid: str = ""
-    rid_prefix: str = ""
+    rid: RequestId = ""
+    rid_prefix: RequestId = ""
     all: bool = False
-    message: str = "aborted by the client"
-    rids: list[str] = msgspec.field(default_factory=list)
+    message: Message = "aborted by the client"
+    rids: RequestIds = msgspec.field(default_factory=list)
 
 
 class Stop(Struct, frozen=True, kw_only=True, tag="stop"):
     """End one request at `num_tokens` output tokens: a stop string was seen in its text."""
 
-    rid: str
-    num_tokens: int
-    matched: str
+    rid: RequestId
+    num_tokens: Count
+    matched: StopString
 
 
 class Pause(Struct, frozen=True, kw_only=True, tag="pause"):
@@ -84,7 +100,7 @@ class FinishReason(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     type: FinishType
     matched: int | str | None = None
-    length: int | None = None
+    length: Count | None = None
     message: str | None = None
     error: str | None = None
     """Class name of the error for an abort the engine decided on."""
@@ -93,9 +109,9 @@ class FinishReason(Struct, frozen=True, kw_only=True, omit_defaults=True):
 class VersionSpan(Struct, frozen=True):
     """Output tokens [start, end) were sampled by weights `version`."""
 
-    version: int
-    start: int
-    end: int
+    version: Version
+    start: Count
+    end: Count
 
 
 class TopLogprobs(Struct, frozen=True):
@@ -119,14 +135,14 @@ class RequestOutput(Struct, frozen=True, kw_only=True, tag="output"):
     """
 
     rid: str
-    start: int
+    start: Count
     token_ids: IntArray
     logprobs: FloatArray
     finish: FinishReason | None = None
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    num_retractions: int = 0
-    num_restarts: int = 0
+    prompt_tokens: Count = 0
+    cached_tokens: Count = 0
+    num_retractions: Count = 0
+    num_restarts: Count = 0
     spans: list[VersionSpan] = msgspec.field(default_factory=list)
     kv_spans: list[VersionSpan] = msgspec.field(default_factory=list)
     top: TopLogprobs | None = None

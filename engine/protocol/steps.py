@@ -9,42 +9,52 @@ import numpy as np
 from msgspec import Struct
 
 from engine.protocol.requests import TopLogprobs
-from engine.protocol.types import FloatArray, IntArray
+from engine.protocol.types import (
+    Bias,
+    Count,
+    Float32,
+    FloatArray,
+    Int32,
+    Int64,
+    IntArray,
+    Penalty,
+    Size,
+)
 
 
 class EngineFacts(Struct, frozen=True, kw_only=True):
     """What the ranks resolved at start-up; constant for the life of the replica."""
 
     model: str
-    num_pages: int
-    page_size: int
-    context_length: int
-    vocab_size: int
+    num_pages: Count
+    page_size: Count
+    context_length: Count
+    vocab_size: Count
     eos_ids: list[int]
     dtype: str
     device: str
     attention: str
-    num_parameters: int = 0
+    num_parameters: Size = 0
     load_seconds: float = 0.0
-    tp_size: int = 1
+    tp_size: Count = 1
 
 
 class RowSampling(Struct, frozen=True, kw_only=True):
     """Sampling state a rank keeps for one slot. `banned_ids` cannot be drawn while fewer
     than `min_new_tokens` were."""
 
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    frequency_penalty: float
-    presence_penalty: float
-    repetition_penalty: float
-    logit_bias: dict[int, float]
-    seed: int
-    min_new_tokens: int
-    banned_ids: list[int]
-    top_logprobs: int
+    temperature: Float32
+    top_k: Int32
+    top_p: Float32
+    min_p: Float32
+    frequency_penalty: Penalty
+    presence_penalty: Penalty
+    repetition_penalty: Float32
+    logit_bias: dict[Int32, Bias]
+    seed: Int64
+    min_new_tokens: Int32
+    banned_ids: list[Int32]
+    top_logprobs: Count
     entropy: bool = False
 
 
@@ -53,11 +63,11 @@ class NewRow(Struct, frozen=True, kw_only=True):
     outputs already sampled if it was retracted before); `prompt_len` of them are prompt.
     prompt_logprob_start: as in `Request`; -1 once they were returned."""
 
-    slot: int
+    slot: Count
     token_ids: IntArray
-    prompt_len: int
+    prompt_len: Count
     sampling: RowSampling
-    prompt_logprob_start: int = -1
+    prompt_logprob_start: Int32 = -1
 
 
 class StepPlan(Struct, frozen=True, kw_only=True, tag="step"):
@@ -73,7 +83,7 @@ class StepPlan(Struct, frozen=True, kw_only=True, tag="step"):
     samples: bool [R], rows whose last token's logits give a new token.
     """
 
-    step: int
+    step: Size
     new_rows: list[NewRow]
     page_slots: IntArray
     page_columns: IntArray
@@ -91,8 +101,8 @@ class PromptLogprobs(Struct, frozen=True):
 
     logprobs: float32 [n]; top: the k likeliest at each of these positions, if asked."""
 
-    row: int
-    start: int
+    row: Count
+    start: Count
     logprobs: FloatArray
     top: TopLogprobs | None = None
 
@@ -107,7 +117,7 @@ class StepResult(Struct, frozen=True, kw_only=True, tag="step_result"):
     entropies: float32 [S], of rows that did not ask too; None if none of the S rows asked.
     """
 
-    step: int
+    step: Size
     token_ids: IntArray
     logprobs: FloatArray
     top: TopLogprobs | None = None

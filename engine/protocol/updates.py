@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
-from engine.protocol.types import BroadcastLayout, Rendezvous, StagingMode
+from engine.protocol.types import (
+    MAX_TENSORS,
+    BroadcastLayout,
+    Checksum,
+    Count,
+    GroupSize,
+    Handle,
+    Name,
+    Path,
+    Payloads,
+    Port,
+    Position64,
+    PositiveSize,
+    Rank,
+    Rendezvous,
+    Seconds,
+    Shape,
+    Size,
+    StagingMode,
+    Version,
+)
 
 
 class TensorSpec(Struct, frozen=True, omit_defaults=True):
@@ -16,21 +36,26 @@ class TensorSpec(Struct, frozen=True, omit_defaults=True):
     checksum: `engine.weights.checksum` of the full tensor, verified before the commit.
     """
 
-    name: str
-    dtype: str
-    shape: list[int]
-    checksum: int | None = None
+    name: Name
+    dtype: Name
+    shape: Shape
+    checksum: Checksum | None = None
 
 
 class TensorPiece(Struct, frozen=True, omit_defaults=True):
     """A tensor on the wire, or elements [start, stop) of it laid out flat, where each trainer
     rank sends what it holds. stop -1 stands for the whole tensor."""
 
-    name: str
-    dtype: str
-    shape: list[int]
-    start: int = 0
-    stop: int = -1
+    name: Name
+    dtype: Name
+    shape: Shape
+    start: Size = 0
+    stop: Position64 = -1
+
+
+Manifest = Annotated[list[TensorSpec], Meta(max_length=MAX_TENSORS)]
+
+Pieces = Annotated[list[TensorPiece], Meta(max_length=MAX_TENSORS)]
 
 
 class BeginUpdate(Struct, frozen=True, kw_only=True, tag="begin_update"):
@@ -47,11 +72,13 @@ class BeginUpdate(Struct, frozen=True, kw_only=True, tag="begin_update"):
     timeout_s: an update not committed within this time is aborted.
     """
 
-    version: int
-    manifest: list[TensorSpec] = msgspec.field(default_factory=list)
+    version: Version
+    manifest: Annotated[list[TensorSpec], Meta(max_length=MAX_TENSORS)] = msgspec.field(
+        default_factory=list
+    )
     partial: bool = False
     mode: StagingMode = "auto"
-    timeout_s: float = 600.0
+    timeout_s: Seconds = 600.0
 
 
 class JoinGroup(Struct, frozen=True, kw_only=True, tag="join_group"):
@@ -63,21 +90,21 @@ class JoinGroup(Struct, frozen=True, kw_only=True, tag="join_group"):
     complete, `timeout_s` at most. Joining again by the same arguments is no error.
     """
 
-    name: str
-    address: str
-    port: int
-    rank_offset: int
-    world_size: int
+    name: Name
+    address: Name
+    port: Port
+    rank_offset: Rank
+    world_size: GroupSize
     backend: Literal["nccl", "gloo"] = "nccl"
     rendezvous: Rendezvous = "torch"
-    unique_id: bytes = b""
-    timeout_s: float = 300.0
+    unique_id: Handle = b""
+    timeout_s: Seconds = 300.0
 
 
 class LeaveGroup(Struct, frozen=True, kw_only=True, tag="leave_group"):
     """Leave and forget the group `name`; no error when there is none."""
 
-    name: str
+    name: Name
 
 
 class ReceiveBroadcast(Struct, frozen=True, kw_only=True, tag="receive_broadcast"):
@@ -89,12 +116,12 @@ class ReceiveBroadcast(Struct, frozen=True, kw_only=True, tag="receive_broadcast
     stream, where the tensor that exceeds `bucket_bytes` still belongs to the chunk.
     """
 
-    group: str
-    tensors: list[TensorPiece]
+    group: Name
+    tensors: Pieces
     layout: BroadcastLayout = "buckets"
-    bucket_bytes: int = 256 << 20
-    source: int = 0
-    timeout_s: float = 300.0
+    bucket_bytes: PositiveSize = 256 << 20
+    source: Rank = 0
+    timeout_s: Seconds = 300.0
 
 
 class IpcBuffer(Struct, frozen=True, omit_defaults=True):
@@ -102,25 +129,25 @@ class IpcBuffer(Struct, frozen=True, omit_defaults=True):
     device by its UUID; shm: `name` of a POSIX shared memory block. size and offset in bytes."""
 
     kind: Literal["cuda", "shm"]
-    size: int
-    name: str = ""
-    device: str = ""
-    handle: bytes = b""
-    offset: int = 0
-    ref_handle: bytes = b""
-    ref_offset: int = 0
-    event: bytes = b""
+    size: Size
+    name: Name = ""
+    device: Name = ""
+    handle: Handle = b""
+    offset: Size = 0
+    ref_handle: Handle = b""
+    ref_offset: Size = 0
+    event: Handle = b""
     event_sync: bool = False
 
 
 class IpcTensor(Struct, frozen=True):
     """A contiguous tensor `offset` bytes into buffer number `buffer`."""
 
-    name: str
-    dtype: str
-    shape: list[int]
-    buffer: int
-    offset: int
+    name: Name
+    dtype: Name
+    shape: Shape
+    buffer: Count
+    offset: Size
 
 
 class IpcPayload(Struct, frozen=True):
@@ -139,7 +166,7 @@ class ReceiveIpc(Struct, frozen=True, kw_only=True, tag="receive_ipc"):
     reply comes once they are copied.
     """
 
-    payloads: list[bytes]
+    payloads: Payloads
     format: Literal["native", "sglang", "sglang_bucket", "vllm"] = "native"
     borrow: bool = False
 
@@ -152,7 +179,7 @@ class LoadFromDisk(Struct, frozen=True, kw_only=True, tag="load_from_disk"):
     the whole model, unless `partial`: some tensors of it, the first of several folders, say.
     """
 
-    path: str
+    path: Path
     partial: bool = False
 
 
@@ -164,19 +191,19 @@ class PrepareUpdate(Struct, frozen=True, kw_only=True, tag="prepare_update"):
     afterwards has to be verified again, and a commit without it verifies by itself.
     """
 
-    version: int
+    version: Version
 
 
 class CommitUpdate(Struct, frozen=True, kw_only=True, tag="commit_update"):
     """Verify the open update and make its version the one that serves."""
 
-    version: int
+    version: Version
 
 
 class AbortUpdate(Struct, frozen=True, kw_only=True, tag="abort_update"):
     """Drop the open update; the old version keeps serving."""
 
-    version: int
+    version: Version
 
 
 WeightCommand = (
@@ -196,7 +223,7 @@ WeightCommand = (
 class UpdateReport(Struct, frozen=True, kw_only=True, tag="update_report"):
     """What one update moved: bytes placed, tensors, and seconds it took."""
 
-    version: int
-    num_tensors: int
-    num_bytes: int
+    version: Version
+    num_tensors: Size
+    num_bytes: Size
     seconds: float

@@ -7,7 +7,20 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from engine.protocol.types import KvPolicy
+from engine.protocol.types import (
+    ClientId,
+    Count,
+    Float32,
+    Int32,
+    Int64,
+    KvPolicy,
+    LogitBias,
+    Penalty,
+    Salt,
+    StopString,
+    StopStrings,
+    TokenIds,
+)
 
 
 class SamplingParams(
@@ -21,24 +34,24 @@ class SamplingParams(
     which tokens may be drawn and do not renormalise the logprob (DESIGN, decision 9).
     """
 
-    max_new_tokens: int = 128
-    min_new_tokens: int = 0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = -1
-    min_p: float = 0.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: dict[int, float] = {}
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    max_new_tokens: Int32 = 128
+    min_new_tokens: Int32 = 0
+    temperature: Float32 = 1.0
+    top_p: Float32 = 1.0
+    top_k: Int32 = -1
+    min_p: Float32 = 0.0
+    frequency_penalty: Penalty = 0.0
+    presence_penalty: Penalty = 0.0
+    repetition_penalty: Float32 = 1.0
+    logit_bias: LogitBias = {}
+    stop: StopString | StopStrings | None = None
+    stop_token_ids: TokenIds | None = None
     ignore_eos: bool = False
     no_stop_trim: bool = False
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
-    n: int = 1
-    sampling_seed: int | None = None
+    n: Int32 = 1
+    sampling_seed: Int64 | None = None
 
 
 class GenerateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -52,19 +65,19 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """
 
     text: str | None = None
-    input_ids: list[int] | None = None
+    input_ids: list[Int32] | None = None
     sampling_params: SamplingParams = SamplingParams()
-    rid: str | None = None
+    rid: ClientId | None = None
     return_logprob: bool = False
-    logprob_start_len: int = -1
-    top_logprobs_num: int = 0
+    logprob_start_len: Int32 = -1
+    top_logprobs_num: Int32 = 0
     return_text_in_logprobs: bool = False
     return_prompt_token_ids: bool = False
     return_entropy: bool = False
     stream: bool = False
-    priority: int = 0
-    cache_salt: str = ""
-    extra_key: str = ""
+    priority: Int64 = 0
+    cache_salt: Salt = ""
+    extra_key: Salt = ""
     kv_policy: KvPolicy = "keep"
 
 
@@ -75,4 +88,4 @@ class GenerateResponse(Struct, frozen=True, kw_only=True, omit_defaults=True):
     output_ids: list[int] = msgspec.field(default_factory=list)
     meta_info: dict[str, Any] = msgspec.field(default_factory=dict)
     prompt_token_ids: list[int] | None = None
-    index: int | None = None
+    index: Count | None = None

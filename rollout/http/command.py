@@ -6,14 +6,15 @@ them. An answer may take minutes: a command ends by its own deadline, not by thi
 
 from __future__ import annotations
 
-import msgspec
 from fastapi import APIRouter, Request, Response
 
 from engine.errors import InvalidRequest
 from engine.protocol import Control, JoinGroup, Shutdown
+from rollout.decoding import decode_json
 from rollout.http.access import caller
 from rollout.http.errors import json_response
 from rollout.http.services import Services
+from rollout.ranges import check_ranges
 
 
 def router(services: Services) -> APIRouter:
@@ -32,10 +33,9 @@ def router(services: Services) -> APIRouter:
 
 def parse_command(body: bytes) -> Control:
     """The command a body holds. Raises InvalidRequest naming the field."""
-    try:
-        command: Control = msgspec.json.decode(body, type=Control)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"not a command of the protocol: {error}", field="body") from error
+    command: Control = decode_json(body, Control, what="the command")
+    # What no bound of a type says: unsigned numbers end at 2**64.
+    check_ranges(command)
     if isinstance(command, Shutdown):
         raise InvalidRequest("a server is stopped by its process: send SIGTERM", field="type")
     return command

@@ -33,6 +33,8 @@ class ServeConfig:
     """Largest body of a control route, which may carry tensors as base64."""
     replica_id: str = ""
     """Sets apart servers that share one engine seed: each derives other seeds of requests."""
+    trust_request_chat_template: bool = False
+    """Render the `chat_template` that a request brings, in a process with limits."""
     incremental_streaming_output: bool = False
     """Native streams send what is new instead of everything so far."""
     restart: Restart = "never"

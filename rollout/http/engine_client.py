@@ -26,6 +26,7 @@ from rollout.http.mailbox import Mailbox, Mailboxes
 from rollout.http.pending import PendingCommand, PendingCommands
 from rollout.ipc import encode_frame
 from rollout.process_replica import command_name, reply_deadline_s
+from rollout.ranges import check_ranges
 
 logger = logging.getLogger(__name__)
 
@@ -270,6 +271,7 @@ class AsyncEngine:
         """Queue commands without waiting; a reply may be left unread. Raises like `send`, all
         of them or none being queued."""
         for command in commands:
+            check_ranges(command)
             if self._admit is not None:
                 self._admit(command)
         for command in commands:

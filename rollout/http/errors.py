@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from engine.errors import InvalidRequest, SlipstreamError
 
@@ -47,12 +48,20 @@ def install(app: FastAPI) -> None:
         return json_response(body, error.status_code)
 
     async def unexpected(_: Request, error: Exception) -> Response:
-        return json_response(
+        reply = json_response(
             _body("InternalError", f"{type(error).__name__}: {error}", "", 500), 500
         )
+        # The error goes on to the server, which then drops the connection: the client must not
+        # send its next request there.
+        reply.headers["connection"] = "close"
+        return reply
+
+    async def left(_: Request, __: Exception) -> Response:
+        return Response(status_code=499)
 
     app.add_exception_handler(SlipstreamError, typed)
     app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(ClientDisconnect, left)
     app.add_exception_handler(Exception, unexpected)
 
 

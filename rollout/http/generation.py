@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from itertools import count
+from typing import Concatenate, ParamSpec, TypeVar
+
+import msgspec
 
 from engine.errors import EngineDead, InvalidRequest, SlipstreamError, by_name
 from engine.protocol import GenerateRequest, Request, Stop
-from rollout.expand import expand
+from rollout.expand import check_total, expand
 from rollout.http.engine_client import AsyncEngine
 from rollout.http.requests import GenerateCall, in_item
 from rollout.http.sample import Delta, Sample
+from rollout.http.text_workers import TextWorkers
 from rollout.metrics import Metrics
 from rollout.seeds import derive_seed
 from rollout.text.tokenizer import Tokenizer
@@ -23,13 +26,23 @@ _REFUSED = frozenset(
 # A call with a sequence that ended by one of these is answered by the error.
 _FAILED = _REFUSED | {"NonFiniteLogits"}
 
-_INLINE_ITEMS = 8
-_INLINE_CHARS = 20_000
+P = ParamSpec("P")
+T = TypeVar("T")
+Body = TypeVar("Body", bytes, msgspec.Raw)
+
+_MAX_CALL_TOKENS = 1 << 27
+
+_INLINE_BYTES = 256 << 10
+_INLINE_SEQUENCES = 64
+_INLINE_SCORES = 8192
+_INLINE_CHARS = 8192
+_INLINE_IDS = 65_536
 
 
 class Generator:
     """Expands calls into samples and drives them.
 
+    workers: where long texts are encoded, beside the event loop.
     seed: requests without a `sampling_seed` get seeds derived from it and their number.
     """
 
@@ -41,16 +54,57 @@ class Generator:
         self._metrics = metrics
         self.seed = seed
         self._numbers = count()
+        self.workers = TextWorkers()
 
     async def samples(self, call: GenerateCall) -> list[Sample]:
         """The sequences of a call, prompt-major. Raises InvalidRequest, naming the item of a
         batch, EngineDead, NoVersion; nothing is submitted yet."""
         # Before a stream has sent its status.
         self.engine.check_open()
-        small = len(call.items) <= _INLINE_ITEMS
-        if small and all(len(item.text or "") < _INLINE_CHARS for item in call.items):
+        count = sum(max(item.sampling_params.n, 0) for item in call.items)
+        many = any(item.sampling_params.n > 1 for item in call.items)
+        name = "text" if call.items[0].input_ids is None else "input_ids"
+        facts = self.engine.facts
+        if len(call.items) > 1:
+            check_total(count, facts, field="n" if many else name)
+        num_chars = sum(len(item.text or "") for item in call.items)
+        num_ids = sum(len(item.input_ids or ()) for item in call.items)
+        small = count <= _INLINE_SEQUENCES and num_ids <= _INLINE_IDS
+        if small and num_chars <= _INLINE_CHARS:
             return self._expand(call)
-        return await asyncio.to_thread(self._expand, call)
+        return await self.workers.run(self._expand, call)
+
+    async def parsed(
+        self,
+        parse: Callable[Concatenate[Body, P], T],
+        body: Body,
+        *args: P.args,
+        **options: P.kwargs,
+    ) -> T:
+        """What `parse` makes of `body`; of a large one beside the event loop."""
+        if len(body) <= _INLINE_BYTES:
+            return parse(body, *args, **options)
+        return await self.workers.run(parse, body, *args, **options)
+
+    async def encoded(self, text: str, *, many: bool = False) -> list[int]:
+        """Ids of `text` without special tokens; of a long one, or one of `many`, beside the
+        event loop."""
+        assert self.tokenizer is not None
+        if not many and len(text) <= _INLINE_CHARS:
+            return self.tokenizer.encode(text, add_special_tokens=False)
+        return await self.workers.run(self.tokenizer.encode, text, add_special_tokens=False)
+
+    async def written(
+        self,
+        write: Callable[Concatenate[Sample, P], T],
+        sample: Sample,
+        *args: P.args,
+        **more: P.kwargs,
+    ) -> T:
+        """What `write` makes of a finished sample; of a large one beside the event loop."""
+        if sample.num_scores <= _INLINE_SCORES:
+            return write(sample, *args, **more)
+        return await self.workers.run(write, sample, *args, **more)
 
     async def run(self, samples: Sequence[Sample]) -> AsyncGenerator[tuple[Sample, Delta], None]:
         """Submit the samples and yield what each output added, until all have finished.
@@ -92,6 +146,7 @@ class Generator:
 
     def _expand(self, call: GenerateCall) -> list[Sample]:
         samples: list[Sample] = []
+        num_tokens = 0
         many = call.batch or call.items[0].sampling_params.n > 1
         for number, item in enumerate(call.items):
             try:
@@ -100,6 +155,8 @@ class Generator:
                 if not call.batch:
                     raise
                 raise in_item(error, number) from error
+            num_tokens += len(requests) * len(requests[0].prompt_ids)
+            _check_tokens(num_tokens, "n" if len(requests) > 1 else "input_ids")
             for request in requests:
                 index = len(samples) if many else None
                 samples.append(
@@ -140,3 +197,13 @@ def _failure(sample: Sample) -> SlipstreamError | None:
     if finish is None or finish.error not in _FAILED:
         return None
     return by_name(finish.error or "", finish.message or "")
+
+
+def _check_tokens(count: int, field: str) -> None:
+    """The engine gets a prompt for every sample: 4 bytes a token."""
+    if count > _MAX_CALL_TOKENS:
+        raise InvalidRequest(
+            f"the prompts of all samples have more than {_MAX_CALL_TOKENS} tokens together; send "
+            "several calls",
+            field=field,
+        )

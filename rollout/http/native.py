@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 
 from engine.protocol import GenerateResponse
 from rollout.http.errors import json_response
-from rollout.http.requests import parse_call
+from rollout.http.requests import parse_call, prompt_room
 from rollout.http.sample import Sample
 from rollout.http.services import Services
 from rollout.http.sse import EventStream, answer
@@ -23,11 +23,15 @@ def router(services: Services) -> APIRouter:
     routes = APIRouter()
 
     async def generate(request: Request) -> Response:
-        call = parse_call(await request.body())
+        return await answer(request, run(await request.body()))
+
+    async def run(data: bytes) -> Response:
+        room = prompt_room(services.engine.facts, services.tokenizer)
+        call = await services.generator.parsed(parse_call, data, room)
         samples = await services.generator.samples(call)
         if call.stream:
             return EventStream(_frames(services, samples))
-        return await answer(request, _reply(services, samples))
+        return await _reply(services, samples)
 
     routes.add_api_route("/generate", generate, methods=["POST", "PUT"])
     return routes
@@ -40,7 +44,7 @@ async def _reply(services: Services, samples: Sequence[Sample]) -> Response:
     async with aclosing(services.generator.run(samples)) as outputs:
         async for sample, delta in outputs:
             if delta.finished:
-                reply = msgspec.json.encode(_object(services, sample.response()))
+                reply = await services.generator.written(_whole, sample, services)
                 replies[position[id(sample)]] = msgspec.Raw(reply)
     found = [replies[number] for number in range(len(samples))]
     return json_response(found if samples[0].index is not None else found[0])
@@ -54,6 +58,10 @@ async def _frames(
         async for sample, delta in outputs:
             reply = sample.increment(delta) if incremental else sample.partial()
             yield _object(services, reply)
+
+
+def _whole(sample: Sample, services: Services) -> bytes:
+    return msgspec.json.encode(_object(services, sample.response()))
 
 
 def _object(services: Services, response: GenerateResponse) -> dict[str, Any]:

@@ -60,6 +60,10 @@ class Serve:
     """Most sequences running at once."""
     max_waiting: int = 65536
     """Most requests in the waiting queue; one more gets 503."""
+    max_samples: int = 1024
+    """Most samples (n) of one request."""
+    trust_request_chat_template: bool = False
+    """Render the chat_template that a request brings, in a process with limits."""
     kv_memory: float | None = None
     """GiB for the KV cache; by default a share of the free memory."""
     mem_fraction: float = 0.85
@@ -122,6 +126,7 @@ def serve_config(args: Serve) -> ServeConfig:
         max_body_bytes=args.max_body_mib * _MIB,
         max_control_body_bytes=args.max_control_body_mib * _MIB,
         replica_id=args.replica_id,
+        trust_request_chat_template=args.trust_request_chat_template,
         incremental_streaming_output=args.incremental_streaming_output,
         restart=args.restart,
         allowed_hosts=args.allowed_host,
@@ -150,7 +155,11 @@ def _engine_config(args: Serve) -> EngineConfig:
             memory_fraction=args.mem_fraction,
             prefix_cache=args.prefix_cache,
         ),
-        scheduler=SchedulerConfig(max_running=args.max_running, max_waiting=args.max_waiting),
+        scheduler=SchedulerConfig(
+            max_running=args.max_running,
+            max_waiting=args.max_waiting,
+            max_samples=args.max_samples,
+        ),
         parallel=ParallelConfig(tp_size=args.tp, base_gpu=args.base_gpu),
         memory=MemoryConfig(
             saver=args.enable_memory_saver,
@@ -167,6 +176,7 @@ def _check(args: Serve) -> None:
         "--tp": args.tp,
         "--max-running": args.max_running,
         "--max-waiting": args.max_waiting,
+        "--max-samples": args.max_samples,
         "--kv-memory": args.kv_memory,
         "--mem-fraction": args.mem_fraction,
         "--page-size": args.page_size,

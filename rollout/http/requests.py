@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import msgspec
 from msgspec import Raw
 
-from engine.errors import InvalidRequest
-from engine.protocol import GenerateRequest, SamplingParams
+from engine.errors import ContextTooLong, InvalidRequest
+from engine.protocol import GenerateRequest, ReplicaState, SamplingParams
+from rollout.decoding import decode_json
+from rollout.text.tokenizer import Tokenizer
 from rollout.wire import parse_request
 
 Fields = dict[str, Raw]
@@ -51,7 +53,27 @@ class GenerateCall:
     prefix: str = ""
 
 
-def parse_call(body: bytes) -> GenerateCall:
+@dataclass(frozen=True, kw_only=True)
+class PromptRoom:
+    """What a body may bring at most, looked at before it is decoded. text_bytes: of the longest
+    text that tokens of the context can hold. num_ids: of a prompt. num_items: of a batch."""
+
+    text_bytes: int
+    num_ids: int
+    num_items: int
+
+
+def prompt_room(state: ReplicaState, tokenizer: Tokenizer | None) -> PromptRoom:
+    """The room that an engine has."""
+    longest = 0 if tokenizer is None else tokenizer.longest_token_bytes
+    return PromptRoom(
+        text_bytes=state.context_length * longest,
+        num_ids=state.context_length,
+        num_items=state.max_running + state.max_waiting,
+    )
+
+
+def parse_call(body: bytes, room: PromptRoom | None = None) -> GenerateCall:
     """Read a body of the native dialect (WIRE.md C1).
 
     Fields that the dialect has and this engine does not serve pass while they ask for nothing
@@ -59,13 +81,26 @@ def parse_call(body: bytes) -> GenerateCall:
     field, and the item for a batch.
     """
     fields = _known(_decode(body), _OWN)
+    for name in ("text", "input_ids"):
+        if room is not None and name in fields:
+            check_prompt(fields[name], room, name)
     prompts = _prompts(fields)
     if prompts is None:
         wire = parse_request(_encode(_cleaned(fields)))
         wire, prefix = _with_rid(wire)
         return GenerateCall(items=[wire], batch=False, stream=wire.stream, prefix=prefix)
     name, values = prompts
+    if room is not None:
+        _check_prompts(values, room, name)
     return _parse_batch({k: v for k, v in fields.items() if k != name}, name, values)
+
+
+def _check_prompts(values: list[Raw], room: PromptRoom, name: str) -> None:
+    for index, value in enumerate(values):
+        try:
+            check_prompt(value, room, name)
+        except InvalidRequest as error:
+            raise in_item(error, index) from error
 
 
 def _parse_batch(shared: Fields, name: str, values: list[Raw]) -> GenerateCall:
@@ -98,15 +133,53 @@ def in_item(error: InvalidRequest, index: int) -> InvalidRequest:
     return type(error)(f"item {index}: {error.message}", field=f"[{index}].{error.field}")
 
 
+def check_prompt(raw: Raw, room: PromptRoom, field: str) -> None:
+    """Refuse a text, a list of ids, or a batch of either that is too long however it is decoded,
+    before there is an object for every part of it.
+
+    Raises ContextTooLong for a prompt, InvalidRequest for a batch that could not wait together.
+    """
+    if len(raw) <= 2 * min(room.num_ids, room.num_items):
+        return
+    start = bytes(memoryview(raw)[:64]).lstrip()
+    inner = start[1:].lstrip()[:1]
+    if start.startswith(b'"'):
+        # A byte of text is at most six of JSON.
+        if room.text_bytes and len(raw) > 6 * room.text_bytes + 2:
+            raise ContextTooLong(
+                f"{field} has {len(raw)} bytes, more than {room.num_ids} tokens can hold; "
+                "shorten it",
+                field=field,
+            )
+    elif inner in (b"[", b'"'):
+        _check_items(bytes(raw), inner, room, field)
+    elif start.startswith(b"[") and (num_ids := bytes(raw).count(b",") + 1) >= room.num_ids:
+        raise ContextTooLong(
+            f"{field} has {num_ids} tokens, too many for a context of {room.num_ids}; shorten "
+            "the prompt",
+            field=field,
+        )
+
+
+def _check_items(data: bytes, inner: bytes, room: PromptRoom, field: str) -> None:
+    # Quotes inside texts are escaped; every text has two of its own.
+    quotes = data.count(b'"') - data.count(b'\\"')
+    count = quotes // 2 if inner == b'"' else data.count(b"]") - 1
+    if count > room.num_items:
+        raise InvalidRequest(
+            f"{field} has {count} prompts; send at most {room.num_items} at once", field=field
+        )
+
+
 def _prompts(fields: Fields) -> tuple[str, list[Raw]] | None:
     """Field and values of the items of a batch; None for a single prompt."""
     for name in ("text", "input_ids"):
-        raw = bytes(fields.get(name, b""))[:64].lstrip()
+        raw = bytes(memoryview(fields.get(name, b""))[:64]).lstrip()
         if not raw.startswith(b"["):
             continue
         if name == "input_ids" and not raw[1:].lstrip().startswith(b"["):
             continue
-        return name, msgspec.json.decode(fields[name], type=list[Raw])
+        return name, decode_json(fields[name], list[Raw], field=name, what=name)
     return None
 
 
@@ -116,7 +189,7 @@ def _lists(shared: Fields, count: int) -> dict[str, list[Raw]]:
     for name in _PER_ITEM & shared.keys():
         if bytes(shared[name])[:1] != b"[":
             continue
-        column = msgspec.json.decode(shared[name], type=list[Raw])
+        column = decode_json(shared[name], list[Raw], field=name, what=name)
         if len(column) != count:
             raise InvalidRequest(f"{name} has {len(column)} entries for {count} items", field=name)
         found[name] = column
@@ -146,10 +219,8 @@ def _is_null(value: Raw) -> bool:
 
 
 def _decode(body: bytes | Raw) -> Fields:
-    try:
-        return msgspec.json.decode(body, type=Fields)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"the body is not a JSON object: {error}", field="body") from error
+    fields: Fields = decode_json(body, Fields)
+    return fields
 
 
 def _encode(fields: Mapping[str, Raw]) -> bytes:

@@ -131,6 +131,14 @@ class Sample:
         assert self._final is not None, f"request {self.request.rid} has not finished"
         return self._final
 
+    @property
+    def num_scores(self) -> int:
+        """Tokens and scores that the reply writes out: what its text costs to make."""
+        output = self.output
+        wanted = self.request.top_logprobs + 1
+        scored = 0 if output.prompt_logprobs is None else len(output.prompt_logprobs)
+        return (len(output.token_ids) + scored) * wanted
+
     def _unfinished(self, output: RequestOutput) -> GenerateResponse:
         shown = msgspec.structs.replace(output, finish=output.finish or _RUNNING)
         # Text comes from the tap: what it holds back may yet become part of a stop string.

@@ -37,7 +37,6 @@ from rollout.scheduler.results import ResultWriter
 from rollout.scheduler.running import RunningSet
 from rollout.scheduler.sequence import Sequence
 from rollout.scheduler.stats import Counters, SchedulerStats
-from rollout.scheduler.storable import check_storable
 from rollout.scheduler.table import SlotTable
 from rollout.scheduler.validate import Limits, check_request
 
@@ -105,7 +104,6 @@ class Scheduler:
         served, and QueueFull when too many wait.
         """
         check_request(request, self._limits)
-        check_storable(request)
         if request.rid in self._requests:
             raise InvalidRequest(f"rid {request.rid!r} is already in use", field="rid")
         if len(self._queue) >= self._config.max_waiting:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import get_args
 
 import numpy as np
 
 from engine.errors import ContextTooLong, InvalidRequest
-from engine.protocol import KvPolicy, Request, SamplingParams
+from engine.protocol import Request, SamplingParams
+from engine.protocol.types import FLOAT32_TINY
+from rollout.ranges import check_ranges
 
-MAX_SEED = 2**63 - 1
-KV_POLICIES: tuple[str, ...] = get_args(KvPolicy)
+MIN_FACTOR, MAX_FACTOR = 1e-6, 1e6
+"""Times or divided into a logit, such a factor leaves it finite in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +25,13 @@ class Limits:
 
 
 def check_request(request: Request, limits: Limits) -> None:
-    """Raise InvalidRequest or ContextTooLong, naming the field, unless it can be served."""
+    """Raise InvalidRequest or ContextTooLong, naming the field, unless it can be served.
+
+    Numbers and lists lie in the ranges of the protocol's types; what only the model knows (its
+    vocabulary, its context) is checked here, and what the ranges of types cannot say.
+    """
     _check_prompt(request, limits)
+    check_ranges(request, skip=("sampling",))
     check_sampling(request.sampling, limits.vocab_size)
     _check_ids("stop_ids", request.stop_ids, limits.vocab_size)
     prompt_len = len(request.prompt_ids)
@@ -39,30 +44,28 @@ def check_request(request: Request, limits: Limits) -> None:
         _refuse("max_new_tokens", "may be 0 only when prompt logprobs are asked for")
     if not 0 <= request.top_logprobs <= limits.vocab_size:
         _refuse("top_logprobs", f"is {request.top_logprobs}; give 0 to {limits.vocab_size}")
-    if request.kv_policy not in KV_POLICIES:
-        _refuse("kv_policy", f"is {request.kv_policy!r}; give one of {', '.join(KV_POLICIES)}")
-    if not 0 <= request.seed <= MAX_SEED:
+    if request.seed < 0:
         _refuse("seed", f"is {request.seed}; give 0 to 2**63 - 1")
 
 
 def check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
     """Raise InvalidRequest, naming the field, for sampling parameters without a meaning."""
-    _check_lengths(sampling)
-    if not 0 <= sampling.temperature < math.inf:
-        _refuse("temperature", f"is {sampling.temperature}; give a finite number >= 0")
-    if not 0 < sampling.top_p <= 1:
-        _refuse("top_p", f"is {sampling.top_p}; give a number in (0, 1]")
+    check_ranges(sampling)
+    if sampling.temperature < 0:
+        _refuse("temperature", f"is {sampling.temperature}; give a number >= 0")
+    if not FLOAT32_TINY <= sampling.top_p <= 1:
+        _refuse("top_p", f"is {sampling.top_p}; give a number in (0, 1] that float32 holds")
     if not 0 <= sampling.min_p <= 1:
         _refuse("min_p", f"is {sampling.min_p}; give a number in [0, 1]")
     if sampling.top_k < -1 or sampling.top_k == 0:
         _refuse("top_k", f"is {sampling.top_k}; give a count >= 1, or -1 to turn it off")
-    if not 0 < sampling.repetition_penalty < math.inf:
-        _refuse("repetition_penalty", f"is {sampling.repetition_penalty}; give a number > 0")
-    for field in ("frequency_penalty", "presence_penalty"):
-        value = getattr(sampling, field)
-        if not math.isfinite(value):
-            _refuse(field, f"is {value}; give a finite number")
-    _check_bias(sampling.logit_bias, vocab_size)
+    if not MIN_FACTOR <= sampling.repetition_penalty <= MAX_FACTOR:
+        _refuse(
+            "repetition_penalty",
+            f"is {sampling.repetition_penalty}; give a number from {MIN_FACTOR} to {MAX_FACTOR}",
+        )
+    _check_lengths(sampling)
+    _check_ids("logit_bias", list(sampling.logit_bias), vocab_size)
     _check_ids("stop_token_ids", sampling.stop_token_ids or [], vocab_size)
 
 
@@ -94,13 +97,6 @@ def _check_lengths(sampling: SamplingParams) -> None:
             "min_new_tokens",
             f"is {sampling.min_new_tokens}, above max_new_tokens {sampling.max_new_tokens}",
         )
-
-
-def _check_bias(logit_bias: dict[int, float], vocab_size: int) -> None:
-    _check_ids("logit_bias", list(logit_bias), vocab_size)
-    for token, bias in logit_bias.items():
-        if not bias < math.inf:
-            _refuse("logit_bias", f"of token {token} is {bias}; give a finite number or -inf")
 
 
 def _check_ids(field: str, ids: list[int], vocab_size: int) -> None:

@@ -18,9 +18,14 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from engine.errors import InvalidRequest
+from engine.errors import ContextTooLong, InvalidRequest
 
 Message = Mapping[str, Any]
+
+OWN_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+"""What a template is given by name, beside the variables that a caller adds."""
+
+_MAX_REASON = 500
 
 
 class _Generation(Extension):
@@ -71,7 +76,7 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateSyntaxError as error:
+        except (jinja2.TemplateError, RecursionError, ValueError, OverflowError) as error:
             raise InvalidRequest(
                 f"the chat template does not parse: {error}", field="chat_template"
             ) from error
@@ -88,20 +93,55 @@ class ChatTemplate:
 
         Raises InvalidRequest naming `messages` if they are not what the template expects.
         """
+        own = {"add_generation_prompt": add_generation_prompt, "tools": tools}
+        return self.write(messages, {**variables, **own})
+
+    def write(
+        self,
+        messages: Sequence[Message],
+        variables: Mapping[str, Any],
+        *,
+        max_chars: int | None = None,
+    ) -> str:
+        """`render` with any names of variables, for callers who pass a client's on.
+
+        max_chars: ends a template that writes more. Raises ContextTooLong (`messages`) then,
+        else as `render`.
+        """
         _check_messages(messages)
-        names = {**self._special_tokens, **variables}
+        defaults = {"add_generation_prompt": True, "tools": None, "documents": None}
+        names = {**self._special_tokens, **defaults, **variables, "messages": list(messages)}
+        parts, size = [], 0
         try:
-            return self._template.render(
-                messages=list(messages),
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **names,
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            for part in self._template.generate(names):
+                parts.append(part)
+                size += len(part)
+                if max_chars is not None and size > max_chars:
+                    break
+            text = "".join(parts)
+            text.encode()
+        except Exception as error:  # the template is a program of somebody else's
+            what = f"{type(error).__name__}: {error}"[:_MAX_REASON]
             raise InvalidRequest(
-                f"messages do not fit the chat template: {error}", field="messages"
+                f"messages do not fit the chat template: {what}", field="messages"
             ) from error
+        if max_chars is not None and size > max_chars:
+            raise ContextTooLong(
+                f"the chat template writes more than {max_chars} characters, which no tokens of "
+                "the context can hold; shorten the messages",
+                field="messages",
+            )
+        return text
+
+
+def check_variables(variables: Mapping[str, Any]) -> None:
+    """Refuse a client's variables that are named as arguments of the template's own. Raises
+    InvalidRequest naming the variable below `chat_template_kwargs`."""
+    for name in sorted(OWN_VARIABLES & variables.keys()):
+        raise InvalidRequest(
+            f"chat_template_kwargs has {name}, which is a field of its own; set that instead",
+            field=f"chat_template_kwargs.{name}",
+        )
 
 
 def _check_messages(messages: Sequence[Message]) -> None:

@@ -42,8 +42,11 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`; with special tokens, what the model's post-processor adds (a BOS
-        for models trained with one)."""
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        for models trained with one). Other threads run meanwhile."""
+        # Unlike encode(), this lets go of the interpreter, and it computes no offsets.
+        batch = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = batch[0].ids
+        return ids
 
     def decode(
         self,
@@ -55,12 +58,6 @@ class Tokenizer:
         that are no UTF-8 become U+FFFD; ids beyond the vocabulary give nothing."""
         plain: Sequence[int] = ids.tolist() if isinstance(ids, np.ndarray) else ids
         return self._backend.decode(plain, skip_special_tokens=skip_special_tokens)
-
-    def with_template(self, source: str) -> Tokenizer:
-        """This tokenizer with another chat template; itself if it is the same."""
-        if source == self.chat_template:
-            return self
-        return Tokenizer(self._backend, self._special, source)
 
     def special_token_id(self, text: str) -> int | None:
         """Id of the special token that is written `text`; None if it is not one."""
@@ -78,7 +75,7 @@ class Tokenizer:
 
         Raises InvalidRequest if the model has no template, or the messages do not fit it.
         """
-        return self._template.render(
+        return self.template.render(
             messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables
         )
 
@@ -113,12 +110,24 @@ class Tokenizer:
             (folder / "chat_template.jinja").write_text(self.chat_template, "utf-8")
 
     @cached_property
-    def _template(self) -> ChatTemplate:
+    def longest_token_bytes(self) -> int:
+        """At least the bytes of text that one token can stand for."""
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        return max(len(token.encode()) for token in vocabulary)
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """The tokens with a role by the names that templates use: `bos_token` and so on."""
+        return self._special.as_dict()
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The model's chat template. Raises InvalidRequest (`messages`) if it has none."""
         if self.chat_template is None:
             raise InvalidRequest(
                 "this model has no chat template; send a plain prompt", field="messages"
             )
-        return ChatTemplate(self.chat_template, self._special.as_dict())
+        return ChatTemplate(self.chat_template, self.special_tokens)
 
     @cached_property
     def _special_ids(self) -> dict[str, int]:

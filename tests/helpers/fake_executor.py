@@ -18,6 +18,7 @@ import numpy as np
 
 from engine.config import EngineConfig
 from engine.errors import (
+    InvalidRequest,
     ManifestMismatch,
     ModelNotFound,
     OutOfMemory,
@@ -143,7 +144,10 @@ class FakeExecutor:
                     raise UpdateOrder("an update is open", field="version")
                 self._open = command
             case LoadFromDisk():
-                self.receive([("shift", int(Path(command.path).name.removeprefix("step_")))])
+                number = Path(command.path).name.removeprefix("step_")
+                if not number.isascii() or not number.removeprefix("-").isdecimal():
+                    raise InvalidRequest(f"no folder at {command.path}", field="path")
+                self.receive([("shift", int(number))])
             case CommitUpdate():
                 if self._open is None:
                     raise UpdateOrder("no update is open", field="version")

@@ -13,7 +13,17 @@ from msgspec.structs import replace
 
 from engine.config import EngineConfig
 from engine.errors import EngineDead, SlipstreamError
-from engine.protocol import Call, Control, GetState, Reply, Request, Shutdown
+from engine.protocol import (
+    Call,
+    Command,
+    Control,
+    GetState,
+    Reply,
+    Request,
+    Shutdown,
+    decode,
+    encode,
+)
 from rollout.http.app import build_app
 from rollout.http.config import ServeConfig
 from rollout.http.engine_client import AsyncEngine
@@ -68,7 +78,8 @@ class InlineLink:
                 self.requests.append(message)
             elif not isinstance(message.command, GetState):
                 self.commands.append(message.command)
-        self._inbox += messages
+        # As over a channel: a message that its bytes do not hold shows here.
+        self._inbox += [decode(encode(message), Command) for message in messages]
         self._schedule()
 
     def kill(self, why: str) -> EngineDead:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from engine.errors import EngineDead, InternalError, InvalidRequest, OutOfMemory, UpdateOrder
+from engine.errors import EngineDead, InternalError, InvalidRequest, OutOfMemory
 from engine.protocol import (
     Abort,
     BeginUpdate,
@@ -66,7 +66,7 @@ HUGE: list[tuple[str, Request]] = [
     ("priority", make_request("bad", [1])),
     ("priority", replace(make_request("bad", [1]), priority=-(2**63) - 1)),
     ("top_k", make_request("bad", [1], top_k=2**63)),
-    ("min_new_tokens", make_request("bad", [1], min_new_tokens=2**31 - 1, max_new_tokens=2**31)),
+    ("min_new_tokens", make_request("bad", [1], min_new_tokens=2**31, max_new_tokens=2**31 - 1)),
     ("seed", replace(make_request("bad", [1]), seed=2**70)),
     ("temperature", make_request("bad", [1], temperature=1e300)),
     ("repetition_penalty", make_request("bad", [1], repetition_penalty=1e39)),
@@ -308,6 +308,6 @@ def test_a_transfer_that_breaks_in_place_is_aborted_so_that_nobody_waits(
         assert handled[-1] == "AbortUpdate"
         assert replica.state().open_update is None
         assert len(drain(replica)["r"].token_ids) == 8
-        with pytest.raises(UpdateOrder):
+        with pytest.raises(InvalidRequest):
             executor.handle = handle
             replica.send(SetVersion(version=-1))

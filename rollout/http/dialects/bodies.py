@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
-from typing import Any, TypeVar, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import msgspec
 from fastapi import Request
 
 from engine.errors import InvalidRequest
 from engine.protocol import ITEM_BYTES, TensorPiece
+from rollout.decoding import convert, decode_json
 
 T = TypeVar("T", bound=msgspec.Struct)
 
 _MAX_TENSOR_BYTES = 1 << 44
-_PATH = re.compile(r"at `\$\.?([^`]*)`$")
 
 
 async def read_body(request: Request, kind: type[T]) -> T:
     """The JSON body as `kind`; an empty body as an empty object. Fields that `kind` has not
     are passed over: clients of one dialect differ in them. Raises InvalidRequest."""
     data = await request.body() or b"{}"
-    try:
-        return msgspec.json.decode(data, type=kind, strict=False)
-    except msgspec.ValidationError as error:
-        raise _misfit(error) from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"the body is not a JSON object: {error}", field="body") from error
+    found: T = decode_json(data, kind, strict=False)
+    return found
 
 
 async def read_body_or_query(request: Request, kind: type[T]) -> T:
@@ -43,19 +39,15 @@ def read_query(request: Request, kind: type[T]) -> T:
     query = request.query_params
     lists = {field.name for field in msgspec.structs.fields(kind) if _is_list(field.type)}
     values = {name: query.getlist(name) if name in lists else query[name] for name in query}
-    try:
-        return msgspec.convert(values, kind, strict=False)
-    except msgspec.ValidationError as error:
-        raise _misfit(error) from error
-
-
-def _misfit(error: msgspec.ValidationError) -> InvalidRequest:
-    path = _PATH.search(str(error))
-    return InvalidRequest(str(error), field=path.group(1) if path else "")
+    found: T = convert(values, kind, strict=False)
+    return found
 
 
 def _is_list(kind: Any) -> bool:
-    return get_origin(kind) is list or any(get_origin(option) is list for option in get_args(kind))
+    """Whether a type is a list, bounded or optional ones included."""
+    return get_origin(kind) is list or (
+        get_origin(kind) in (Annotated, Union, UnionType) and any(map(_is_list, get_args(kind)))
+    )
 
 
 def pieces(

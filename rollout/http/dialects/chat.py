@@ -9,9 +9,11 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from engine.errors import InvalidRequest, UnsupportedOption
+from engine.errors import ContextTooLong, InvalidRequest, UnsupportedOption
 from engine.protocol import GenerateRequest, RequestOutput
-from rollout.http.dialects.openai_bodies import ChatBody, base_request, read_openai
+from rollout.expand import check_text
+from rollout.http.chat_render import ChatRenderer
+from rollout.http.dialects.openai_bodies import ChatBody, base_request, parse_openai
 from rollout.http.dialects.openai_logprobs import TokenText, chat_logprobs, prompt_logprobs
 from rollout.http.dialects.openai_run import (
     OpenAICall,
@@ -24,27 +26,40 @@ from rollout.http.errors import json_response
 from rollout.http.sample import Delta, Sample
 from rollout.http.services import Services
 from rollout.http.sse import EventStream, answer
+from rollout.text.tokenizer import Tokenizer
+
+# A character is at most six bytes of JSON; templates leave some of what comes out.
+_BYTES_PER_CHAR = 8
+_MORE_BYTES = 1 << 20
 
 
 def router(services: Services) -> APIRouter:
     """The route."""
     routes = APIRouter()
+    prompts = None if services.tokenizer is None else _Prompts(services, services.tokenizer)
 
     async def chat(request: Request) -> Response:
-        body = await read_openai(request, ChatBody)
-        item = _item(services, body)
+        return await answer(request, run(await request.body()))
+
+    async def run(data: bytes) -> Response:
+        if prompts is not None:
+            prompts.check_size(len(data))
+        body = await services.generator.parsed(parse_openai, data, ChatBody)
+        if prompts is None:
+            raise InvalidRequest(
+                "this model has no tokenizer; send ids to /generate", field="messages"
+            )
+        item = _item(services, body, await prompts.ids(body, len(data)))
         name = "chat.completion.chunk" if body.stream else "chat.completion"
         call = await start(services, body, [item], prefix="chatcmpl", object_name=name)
         writer = _Choices(call, body)
-        if body.stream:
-            return EventStream(writer.frames())
-        return await answer(request, writer.reply())
+        return EventStream(writer.frames()) if body.stream else await writer.reply()
 
     routes.add_api_route("/v1/chat/completions", chat, methods=["POST"])
     return routes
 
 
-def _item(services: Services, body: ChatBody) -> GenerateRequest:
+def _item(services: Services, body: ChatBody, prompt_ids: list[int]) -> GenerateRequest:
     facts = services.engine.facts
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     base = base_request(
@@ -53,25 +68,59 @@ def _item(services: Services, body: ChatBody) -> GenerateRequest:
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         vocab_size=facts.vocab_size,
     )
-    return msgspec.structs.replace(base, input_ids=_prompt_ids(services, body))
+    return msgspec.structs.replace(base, input_ids=prompt_ids)
 
 
-def _prompt_ids(services: Services, body: ChatBody) -> list[int]:
-    tokenizer = services.tokenizer
-    if tokenizer is None:
-        raise InvalidRequest("this model has no tokenizer; send ids to /generate", field="messages")
-    if body.tool_choice not in (None, "none", "auto"):
-        raise UnsupportedOption(
-            "tool_choice is 'none' or 'auto' here; a call cannot be forced", field="tool_choice"
+class _Prompts:
+    """From messages to ids."""
+
+    def __init__(self, services: Services, tokenizer: Tokenizer) -> None:
+        trusted = services.config.trust_request_chat_template
+        self._services = services
+        self._tokenizer = tokenizer
+        self._renderer = ChatRenderer(tokenizer, trusted=trusted)
+
+    def check_size(self, num_bytes: int) -> None:
+        """Refuse, before it is decoded, a body far beyond what a context of text needs. Raises
+        ContextTooLong (`messages`)."""
+        most = _BYTES_PER_CHAR * self._max_chars() + _MORE_BYTES
+        if num_bytes > most:
+            raise ContextTooLong(
+                f"the body has {num_bytes} bytes; the context of this model takes messages in "
+                f"at most {most}",
+                field="messages",
+            )
+
+    def _max_chars(self) -> int:
+        facts = self._services.engine.facts
+        return facts.context_length * self._tokenizer.longest_token_bytes
+
+    async def ids(self, body: ChatBody, num_bytes: int) -> list[int]:
+        """Ids of a conversation; num_bytes: of the body that it came in."""
+        if body.tool_choice not in (None, "none", "auto"):
+            raise UnsupportedOption(
+                "tool_choice is 'none' or 'auto' here; a call cannot be forced",
+                field="tool_choice",
+            )
+        tokenizer = self._tokenizer
+        own = body.chat_template in (None, tokenizer.chat_template)
+        context_length = self._services.engine.facts.context_length
+        text = await self._renderer.render(
+            [_plain(message, index) for index, message in enumerate(body.messages)],
+            {
+                "add_generation_prompt": body.add_generation_prompt,
+                "tools": body.tools,
+                **(body.chat_template_kwargs or {}),
+            },
+            source=None if own else body.chat_template,
+            num_bytes=num_bytes,
+            max_chars=self._max_chars(),
         )
-    if body.chat_template is not None:
-        tokenizer = tokenizer.with_template(body.chat_template)
-    return tokenizer.apply_chat_template(
-        [_plain(message, index) for index, message in enumerate(body.messages)],
-        add_generation_prompt=body.add_generation_prompt,
-        tools=body.tools,
-        **(body.chat_template_kwargs or {}),
-    )
+        check_text(text, tokenizer, context_length, field="messages")
+        ids = await self._services.generator.encoded(text)
+        if not ids:
+            raise InvalidRequest("the chat template wrote nothing", field="messages")
+        return ids
 
 
 def _plain(message: Mapping[str, Any], index: int) -> Mapping[str, Any]:
@@ -104,7 +153,10 @@ class _Choices:
         """Run to the end."""
         call = self._call
         await self._services.generator.finish(call.samples)
-        choices = [self._whole(index, sample) for index, sample in enumerate(call.samples)]
+        write = self._services.generator.written
+        choices = [
+            await write(self._whole, sample, index) for index, sample in enumerate(call.samples)
+        ]
         more = {"usage": usage(call.samples), **self._prompt_fields()}
         return json_response(call.envelope(choices, **more))
 
@@ -122,7 +174,7 @@ class _Choices:
         for frame in call.usage_frame():
             yield frame
 
-    def _whole(self, index: int, sample: Sample) -> dict[str, Any]:
+    def _whole(self, sample: Sample, index: int) -> dict[str, Any]:
         content = sample.response().text
         return {
             "index": index,

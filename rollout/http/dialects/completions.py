@@ -12,11 +12,12 @@ from fastapi import APIRouter, Request, Response
 
 from engine.errors import InvalidRequest
 from engine.protocol import GenerateRequest, RequestOutput
+from rollout.expand import check_text, check_total
 from rollout.http.dialects.openai_bodies import (
     CompletionBody,
     base_request,
+    parse_openai,
     prompts_of,
-    read_openai,
 )
 from rollout.http.dialects.openai_logprobs import TokenText, completion_logprobs, prompt_logprobs
 from rollout.http.dialects.openai_run import (
@@ -27,6 +28,7 @@ from rollout.http.dialects.openai_run import (
     version_fields,
 )
 from rollout.http.errors import json_response
+from rollout.http.requests import check_prompt, prompt_room
 from rollout.http.sample import Delta, Sample
 from rollout.http.services import Services
 from rollout.http.sse import EventStream, answer
@@ -39,19 +41,20 @@ def router(services: Services) -> APIRouter:
     routes = APIRouter()
 
     async def completions(request: Request) -> Response:
-        body = await read_openai(request, CompletionBody)
-        items = _items(services, body)
+        return await answer(request, run(await request.body()))
+
+    async def run(data: bytes) -> Response:
+        body = await services.generator.parsed(parse_openai, data, CompletionBody)
+        items = await _items(services, body)
         call = await start(services, body, items, prefix="cmpl", object_name="text_completion")
         writer = _Choices(call, body)
-        if body.stream:
-            return EventStream(writer.frames())
-        return await answer(request, writer.reply())
+        return EventStream(writer.frames()) if body.stream else await writer.reply()
 
     routes.add_api_route("/v1/completions", completions, methods=["POST"])
     return routes
 
 
-def _items(services: Services, body: CompletionBody) -> list[GenerateRequest]:
+async def _items(services: Services, body: CompletionBody) -> list[GenerateRequest]:
     base = base_request(
         body,
         max_tokens=_DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens,
@@ -60,16 +63,20 @@ def _items(services: Services, body: CompletionBody) -> list[GenerateRequest]:
     )
     return [
         msgspec.structs.replace(base, text=text, input_ids=ids)
-        for text, ids in _texts_and_ids(services, body)
+        for text, ids in await _texts_and_ids(services, body)
     ]
 
 
-def _texts_and_ids(
+async def _texts_and_ids(
     services: Services, body: CompletionBody
 ) -> Sequence[tuple[str | None, list[int] | None]]:
     tokenizer = services.tokenizer
     pairs: list[tuple[str | None, list[int] | None]] = []
-    for prompt in prompts_of(body.prompt):
+    facts = services.engine.facts
+    check_prompt(body.prompt, prompt_room(facts, tokenizer), "prompt")
+    prompts = await services.generator.parsed(prompts_of, body.prompt)
+    check_total(len(prompts), facts, field="prompt")
+    for prompt in prompts:
         if not isinstance(prompt, str):
             pairs.append((None, prompt))
         elif body.add_special_tokens:
@@ -77,7 +84,9 @@ def _texts_and_ids(
         elif tokenizer is None:
             raise InvalidRequest("this model has no tokenizer; send ids", field="prompt")
         else:
-            pairs.append((None, tokenizer.encode(prompt, add_special_tokens=False)))
+            check_text(prompt, tokenizer, facts.context_length, field="prompt")
+            ids = await services.generator.encoded(prompt, many=len(prompts) > 1)
+            pairs.append((None, ids))
     return pairs
 
 
@@ -95,7 +104,10 @@ class _Choices:
         """Run to the end; choices prompt-major."""
         call = self._call
         await self._services.generator.finish(call.samples)
-        choices = [self._whole(index, sample) for index, sample in enumerate(call.samples)]
+        write = self._services.generator.written
+        choices = [
+            await write(self._whole, sample, index) for index, sample in enumerate(call.samples)
+        ]
         return json_response(call.envelope(choices, usage=usage(call.samples)))
 
     async def frames(self) -> AsyncGenerator[dict[str, Any], None]:
@@ -111,7 +123,7 @@ class _Choices:
         for frame in call.usage_frame():
             yield frame
 
-    def _whole(self, index: int, sample: Sample) -> dict[str, Any]:
+    def _whole(self, sample: Sample, index: int) -> dict[str, Any]:
         response = sample.response()
         return {
             "index": index,

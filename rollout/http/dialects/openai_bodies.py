@@ -5,11 +5,24 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 import msgspec
-from fastapi import Request
 
 from engine.errors import InvalidRequest, UnsupportedOption
 from engine.protocol import GenerateRequest, KvPolicy, SamplingParams
-from rollout.http.dialects.bodies import read_body
+from engine.protocol.types import (
+    ClientId,
+    Float32,
+    Int32,
+    Int64,
+    LogitBias,
+    Message,
+    Penalty,
+    Salt,
+    StopString,
+    StopStrings,
+    TokenIds,
+)
+from rollout.decoding import check_depth, decode_json
+from rollout.text.chat_template import check_variables
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -43,6 +56,9 @@ _NAMES = {
 }
 
 
+_PROMPT_KINDS: dict[bytes, Any] = {b'"': list[str], b"[": list[list[Int32]]}
+
+
 class StreamOptions(msgspec.Struct):
     """include_usage: a last chunk with the counts of tokens."""
 
@@ -52,41 +68,41 @@ class StreamOptions(msgspec.Struct):
 class _Common(msgspec.Struct, kw_only=True):
     """Options of both routes; names and defaults of OpenAI and vLLM."""
 
-    model: str = ""
-    n: int = 1
-    temperature: float | None = 1.0
-    top_p: float | None = 1.0
-    top_k: int | None = -1
-    min_p: float | None = 0.0
-    repetition_penalty: float | None = 1.0
-    presence_penalty: float | None = 0.0
-    frequency_penalty: float | None = 0.0
-    logit_bias: dict[int, float] | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    model: Message = ""
+    n: Int32 = 1
+    temperature: Float32 | None = 1.0
+    top_p: Float32 | None = 1.0
+    top_k: Int32 | None = -1
+    min_p: Float32 | None = 0.0
+    repetition_penalty: Float32 | None = 1.0
+    presence_penalty: Penalty | None = 0.0
+    frequency_penalty: Penalty | None = 0.0
+    logit_bias: LogitBias | None = None
+    seed: Int64 | None = None
+    stop: StopString | StopStrings | None = None
+    stop_token_ids: TokenIds | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
-    min_tokens: int = 0
-    max_tokens: int | None = None
+    min_tokens: Int32 = 0
+    max_tokens: Int32 | None = None
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
-    prompt_logprobs: int | None = None
+    prompt_logprobs: Int32 | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    priority: int = 0
-    cache_salt: str | None = None
-    request_id: str | None = None
+    priority: Int64 = 0
+    cache_salt: Salt | None = None
+    request_id: ClientId | None = None
     kv_policy: KvPolicy = "keep"
 
 
 class CompletionBody(_Common, kw_only=True):
     """POST /v1/completions."""
 
-    prompt: Any
-    logprobs: int | None = None
+    prompt: msgspec.Raw
+    logprobs: Int32 | None = None
     add_special_tokens: bool = True
 
 
@@ -95,8 +111,8 @@ class ChatBody(_Common, kw_only=True):
 
     messages: list[dict[str, Any]]
     logprobs: bool | None = False
-    top_logprobs: int | None = 0
-    max_completion_tokens: int | None = None
+    top_logprobs: Int32 | None = 0
+    max_completion_tokens: Int32 | None = None
     add_generation_prompt: bool = True
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -104,29 +120,39 @@ class ChatBody(_Common, kw_only=True):
     tool_choice: str | dict[str, Any] | None = None
 
 
-async def read_openai(request: Request, kind: type[T]) -> T:
+def parse_openai(data: bytes, kind: type[T]) -> T:
     """The body. Raises InvalidRequest, and UnsupportedOption for an option that is set and that
     this engine does not have; other unknown fields are passed over."""
-    body = await read_body(request, kind)
-    fields = msgspec.json.decode(await request.body() or b"{}", type=dict[str, msgspec.Raw])
-    _check_served({name: msgspec.json.decode(fields[name]) for name in _LOOKED_AT & fields.keys()})
+    body: T = decode_json(data or b"{}", kind, strict=False)
+    fields: dict[str, msgspec.Raw] = decode_json(data or b"{}", dict[str, msgspec.Raw])
+    looked_at = _LOOKED_AT & fields.keys()
+    _check_served({name: decode_json(fields[name], Any, field=name) for name in looked_at})
+    if isinstance(body, ChatBody):
+        for field in ("messages", "tools", "chat_template_kwargs"):
+            check_depth(getattr(body, field) or [], field)
+        check_variables(body.chat_template_kwargs or {})
     return body
 
 
-def prompts_of(prompt: Any) -> list[str] | list[list[int]]:
+def prompts_of(prompt: msgspec.Raw) -> list[str] | list[list[int]]:
     """The prompts of `prompt`: a text, a list of texts, ids, or a list of lists of ids."""
-    if isinstance(prompt, str):
-        return [prompt]
-    if not isinstance(prompt, list) or not prompt:
+    start = bytes(memoryview(prompt)[:64]).lstrip()
+    if start.startswith(b'"'):
+        return [_prompt(prompt, str)]
+    inner = start[1:].lstrip()[:1]
+    if not start.startswith(b"[") or inner == b"]":
         raise InvalidRequest("prompt must be text, ids, or a list of either", field="prompt")
-    if isinstance(prompt[0], int):
-        prompt = [prompt]
-    kind: Any = list[str] if isinstance(prompt[0], str) else list[list[int]]
-    try:
-        found: list[str] | list[list[int]] = msgspec.convert(prompt, kind)
-    except msgspec.ValidationError as error:
-        raise InvalidRequest(f"prompt: {error}", field="prompt") from error
+    if inner.isdigit() or inner == b"-":
+        return [_prompt(prompt, list[Int32])]
+    found: list[str] | list[list[int]] = _prompt(prompt, _PROMPT_KINDS.get(inner, list[str]))
     return found
+
+
+def _prompt(prompt: msgspec.Raw, kind: Any) -> Any:
+    try:
+        return decode_json(prompt, kind, what="prompt")
+    except InvalidRequest as error:
+        raise InvalidRequest(f"prompt: {error.message}", field="prompt") from error
 
 
 def _check_served(fields: dict[str, Any]) -> None:

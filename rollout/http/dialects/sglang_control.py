@@ -8,9 +8,9 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from engine.errors import EngineDead, SlipstreamError
-from engine.protocol import Abort, MemoryTag, PauseMode, Reply
+from engine.protocol import Abort, PauseMode, Reply
+from engine.protocol.types import MemoryTags, Message, Patience, RequestId
 from rollout.http.dialects.bodies import read_body, read_body_or_query, read_query
-from rollout.http.dialects.fields import Wait
 from rollout.http.dialects.sglang_replies import admin
 from rollout.http.services import Services
 
@@ -22,17 +22,17 @@ class _Pause(msgspec.Struct):
 
 
 class _AbortRequest(msgspec.Struct):
-    rid: str | None = None
+    rid: RequestId | None = None
     abort_all: bool = False
-    abort_message: str | None = None
+    abort_message: Message | None = None
 
 
 class _Flush(msgspec.Struct):
-    timeout: Wait | None = None
+    timeout: Patience | None = None
 
 
 class _Memory(msgspec.Struct):
-    tags: list[MemoryTag] | None = None
+    tags: MemoryTags | None = None
 
 
 class _Generation:

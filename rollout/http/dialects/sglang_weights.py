@@ -7,10 +7,11 @@ import base64
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import APIRouter, Request, Response
+from msgspec import Meta
 
 from engine.errors import InvalidRequest, UnsupportedOption
 from engine.protocol import (
@@ -25,22 +26,21 @@ from engine.protocol import (
     Reply,
     WeightsReport,
 )
-from rollout.http.access import caller
-from rollout.http.dialects.bodies import pieces, read_body, read_body_or_query
-from rollout.http.dialects.fields import (
-    Count,
+from engine.protocol.types import (
+    GroupSize,
     Label,
     Name,
     Names,
+    NumValues,
     Port,
-    PulledVersion,
     Rank,
     Seconds,
     Shapes,
-    Words,
-    WorldSize,
-    folder,
 )
+from engine.protocol.types import Path as FolderPath
+from rollout.http.access import caller
+from rollout.http.dialects.bodies import pieces, read_body, read_body_or_query
+from rollout.http.dialects.fields import PulledVersion, folder
 from rollout.http.dialects.sglang_replies import admin
 from rollout.http.errors import json_response
 from rollout.http.operations import Operations
@@ -54,7 +54,7 @@ class _InitGroup(msgspec.Struct):
     master_address: Name
     master_port: Port
     rank_offset: Rank
-    world_size: WorldSize
+    world_size: GroupSize
     group_name: Name = "weight_update_group"
     backend: Literal["nccl", "gloo"] = "nccl"
     timeout_s: Seconds = 300.0
@@ -69,7 +69,7 @@ class _Update(msgspec.Struct, kw_only=True):
     last of them. partial: tensors that do not come keep their values. That and timeout_s, here
     and above, are no fields of SGLang's."""
 
-    load_format: str | None = None
+    load_format: Name | None = None
     flush_cache: bool = True
     abort_all_requests: bool = False
     weight_version: Label | None = None
@@ -81,23 +81,23 @@ class _Update(msgspec.Struct, kw_only=True):
 class _Distributed(_Update, kw_only=True):
     names: Names
     shapes: Shapes
-    dtypes: Words = []
-    dtype: str | None = None
+    dtypes: Names = []
+    dtype: Name | None = None
     group_name: Name = "weight_update_group"
 
 
 class _Tensors(_Update, kw_only=True):
-    serialized_named_tensors: list[str]
+    serialized_named_tensors: Annotated[list[str], Meta(max_length=4096)]
 
 
 class _Disk(_Update, kw_only=True):
-    model_path: str
+    model_path: FolderPath
 
 
 class _Pull(msgspec.Struct):
     target_version: PulledVersion
-    local_checkpoint_dir: str
-    source_dir: str = ""
+    local_checkpoint_dir: FolderPath
+    source_dir: FolderPath = ""
 
 
 class _NewVersion(msgspec.Struct):
@@ -111,7 +111,7 @@ class _Check(msgspec.Struct):
 
 class _Name(msgspec.Struct):
     name: Name
-    truncate_size: Count = 100
+    truncate_size: NumValues = 100
 
 
 class _Weights:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 from fastapi import APIRouter, Request, Response
+from msgspec import Meta
 
 from engine.errors import EngineDead, SlipstreamError
 from engine.protocol import Abort, MemoryTag
+from engine.protocol.types import Patience, RequestId
 from rollout.http.dialects.bodies import read_body, read_query
-from rollout.http.dialects.fields import Wait
 from rollout.http.errors import json_response
 from rollout.http.services import Services
 from rollout.http.sse import answer
@@ -24,21 +25,24 @@ class _Pause(msgspec.Struct):
     mode: Mode = "abort"
     clear_cache: bool = True
     wait_for_inflight_requests: bool = False
-    timeout_s: Wait = 600.0
+    timeout_s: Patience = 600.0
 
 
 class _Sleep(msgspec.Struct):
     level: Literal[0, 1, 2] = 1
     mode: Mode = "abort"
-    timeout_s: Wait = 600.0
+    timeout_s: Patience = 600.0
+
+
+WakeTag = Literal["weights", "kv_cache", "cuda_graph", "scheduling"]
 
 
 class _WakeUp(msgspec.Struct):
-    tags: list[Literal["weights", "kv_cache", "cuda_graph", "scheduling"]] | None = None
+    tags: Annotated[list[WakeTag], Meta(max_length=16)] | None = None
 
 
 class _AbortRequests(msgspec.Struct):
-    request_ids: list[str]
+    request_ids: Annotated[list[RequestId], Meta(max_length=1 << 17)]
 
 
 class _Generation:

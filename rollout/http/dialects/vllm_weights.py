@@ -12,20 +12,22 @@ from fastapi import APIRouter, Request, Response
 
 from engine.errors import InvalidRequest, UnsupportedOption
 from engine.protocol import CheckAction, CheckWeights, JoinGroup, LeaveGroup, ReceiveBroadcast
-from rollout.http.access import caller
-from rollout.http.dialects.bodies import pieces, read_body
-from rollout.http.dialects.fields import (
-    ChunkBytes,
+from engine.protocol.types import (
+    GroupSize,
+    Int64,
     Label,
+    Name,
     Names,
     Port,
+    PositiveSize,
     Rank,
     Seconds,
     Shapes,
-    Words,
-    WorldSize,
-    folder,
 )
+from engine.protocol.types import Path as FolderPath
+from rollout.http.access import caller
+from rollout.http.dialects.bodies import pieces, read_body
+from rollout.http.dialects.fields import folder
 from rollout.http.dialects.sglang_weights import check_summary
 from rollout.http.errors import json_response
 from rollout.http.pull import require_pulled
@@ -44,12 +46,12 @@ _ACTIONS: dict[str, CheckAction] = {
 
 
 class _InitInfo(msgspec.Struct):
-    world_size: WorldSize
-    master_address: str = ""
+    world_size: GroupSize
+    master_address: Name = ""
     master_port: Port = 0
     rank_offset: Rank = 1
     packed: bool = False
-    nccl_unique_id_b64: str | None = None
+    nccl_unique_id_b64: Path | None = None
     backend: Literal["nccl", "gloo"] = "nccl"
     timeout_s: Seconds = 300.0
 
@@ -67,10 +69,10 @@ class _Start(msgspec.Struct):
 
 class _UpdateInfo(msgspec.Struct):
     names: Names = []
-    dtype_names: Words = []
+    dtype_names: Names = []
     shapes: Shapes = []
     packed: bool | None = None
-    packed_buffer_size_bytes: ChunkBytes = _CHUNK_BYTES
+    packed_buffer_size_bytes: PositiveSize = _CHUNK_BYTES
     timeout_s: Seconds = 300.0
 
 
@@ -78,12 +80,12 @@ class _Update(msgspec.Struct):
     """partial, which is not vLLM's: tensors that do not come keep their values."""
 
     update_info: _UpdateInfo | None = None
-    weight_dir: str | None = None
+    weight_dir: FolderPath | None = None
     partial: bool = False
 
 
 class _Finish(msgspec.Struct):
-    weight_version: Label | int | None = None
+    weight_version: Label | Int64 | None = None
 
 
 class _Check(msgspec.Struct):

@@ -218,9 +218,9 @@ def test_a_request_that_cannot_be_encoded_leaves_no_trace(held: bool) -> None:
 def test_a_command_that_cannot_be_encoded_leaves_every_later_reply_right(command: Control) -> None:
     async def test() -> None:
         async with serving() as server:
-            with pytest.raises(InvalidRequest, match="message"):
+            with pytest.raises(InvalidRequest, match=r"message|give an integer|surrogate"):
                 await server.engine.send(command)
-            with pytest.raises(InvalidRequest, match="message"):
+            with pytest.raises(InvalidRequest, match=r"message|give an integer|surrogate"):
                 server.engine.post([Pause(), command])
             assert (await server.engine.send(GetState())).state is not None
             assert (await server.engine.send(Resume())).state is None

@@ -209,7 +209,7 @@ def test_chat_renders_the_template_and_returns_ids() -> None:
 
 def test_a_template_of_the_caller_with_variables_and_parts() -> None:
     async def test() -> None:
-        async with serving() as server:
+        async with serving(trust_request_chat_template=True) as server:
             body = {
                 "messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}],
                 "chat_template": "{{ messages[0]['content'] }}{{ mark }}",

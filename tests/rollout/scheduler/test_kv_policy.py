@@ -144,6 +144,6 @@ def test_updates_while_paused_apply_to_what_is_kept():
 
 
 def test_an_unknown_policy_is_refused():
-    with pytest.raises(InvalidRequest, match="keep, recompute, fresh") as refusal:
+    with pytest.raises(InvalidRequest, match="fresh, keep, recompute") as refusal:
         Bench().add(make_request("a", [1], kv_policy="maybe"))
     assert refusal.value.field == "kv_policy"
