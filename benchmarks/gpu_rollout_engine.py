@@ -17,6 +17,7 @@ from engine.config import EngineConfig
 from engine.executor import Executor, build_executor
 from engine.protocol import (
     Abort,
+    BesideSteps,
     FlushCache,
     Request,
     RequestOutput,
@@ -47,6 +48,12 @@ class TimedExecutor:
 
     def handle(self, command: WeightCommand) -> Any:
         return self.inner.handle(command)
+
+    def start(self, command: BesideSteps) -> Any:
+        return self.inner.start(command)
+
+    def cancel(self, reason: str, *, group: str = "") -> None:
+        self.inner.cancel(reason, group=group)
 
     def receive(self, tensors: Iterable[tuple[str, Any]]) -> None:
         self.inner.receive(tensors)

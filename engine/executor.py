@@ -10,11 +10,23 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from engine.config import EngineConfig, LoadFormat
-from engine.protocol import EngineCommand, EngineFacts, Reply, StepPlan, StepResult
+from engine.protocol import BesideSteps, EngineCommand, EngineFacts, Reply, StepPlan, StepResult
 
 if TYPE_CHECKING:
     from engine.pending import PendingStep
     from engine.weights.checkpoint import Checkpoint as Checkpoint
+
+
+class PendingReply(Protocol):
+    """A command that runs beside steps."""
+
+    def done(self) -> bool:
+        """Whether `result` would not wait."""
+        ...
+
+    def result(self) -> Reply:
+        """Its reply; raises its typed error."""
+        ...
 
 
 class Executor(Protocol):
@@ -32,6 +44,14 @@ class Executor(Protocol):
 
     def handle(self, command: EngineCommand) -> Reply:
         """Run one command that is no step; raises its typed error."""
+        ...
+
+    def start(self, command: BesideSteps) -> PendingReply:
+        """Run a command beside steps; its `result` is for when it is `done`."""
+        ...
+
+    def cancel(self, reason: str, *, group: str = "") -> None:
+        """Have transfers in progress end early; with `group`, only those that use it."""
         ...
 
     def receive(self, tensors: Iterable[tuple[str, Any]], *, lasting: bool = False) -> None:
@@ -71,6 +91,14 @@ class LocalExecutor:
     def handle(self, command: EngineCommand) -> Reply:
         """Run one command that is no step."""
         return self._worker.handle(command)
+
+    def start(self, command: BesideSteps) -> PendingReply:
+        """Run a command beside steps."""
+        return self._worker.start(command)
+
+    def cancel(self, reason: str, *, group: str = "") -> None:
+        """Have transfers in progress end early."""
+        self._worker.cancel(reason, group=group)
 
     def receive(self, tensors: Iterable[tuple[str, Any]], *, lasting: bool = False) -> None:
         """Feed the open update."""

@@ -37,6 +37,7 @@ from engine.pending import PendingStep, pack_sampled
 from engine.phases import check_phases
 from engine.prompt_logprobs import PromptScorer
 from engine.protocol import (
+    BesideSteps,
     EngineCommand,
     EngineFacts,
     PromptLogprobs,
@@ -47,6 +48,7 @@ from engine.protocol import (
 )
 from engine.sampling import Sampler
 from engine.transfer import Fetch, to_device
+from engine.weights.lane import PendingCommand
 from engine.weights.open import open_source, origin_of
 from engine.weights.service import WeightService
 
@@ -93,7 +95,7 @@ class Worker:
             version=config.weight_version - bool(config.refusal),
             device=device,
             mesh=self._mesh,
-            agree=self._collectives.minimum,
+            agree=self._collectives.agree,
             require_weights=partial(self._occupancy.require, "weights"),
         )
         source = open_source(files.kind, files.path, self._model, config.weight_seed)
@@ -185,6 +187,14 @@ class Worker:
                 return Reply(memory=[report])
             case _:
                 return self._weights.handle(command)
+
+    def start(self, command: BesideSteps) -> PendingCommand:
+        """Run a command that waits for others on a thread of its own, beside steps."""
+        return self._weights.start(command)
+
+    def cancel(self, reason: str, *, group: str = "") -> None:
+        """Have transfers in progress end early; with `group`, only those that use it."""
+        self._weights.cancel(reason, group=group)
 
     def receive(
         self, tensors: Iterable[tuple[str, torch.Tensor]], *, lasting: bool = False

@@ -7,9 +7,10 @@ none of them falls inside a step.
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from msgspec.structs import replace
 
@@ -28,22 +29,20 @@ from engine.protocol import (
     Abort,
     AbortUpdate,
     BeginUpdate,
+    BesideSteps,
     CheckWeights,
     CommitUpdate,
     Control,
     EngineCommand,
-    EngineFacts,
     ErrorInfo,
     FlushCache,
     GetState,
     GetWeight,
+    GroupCommand,
     JoinGroup,
     LeaveGroup,
-    LoadFromDisk,
     Pause,
     PrepareUpdate,
-    ReceiveBroadcast,
-    ReceiveIpc,
     ReleaseMemory,
     ReplicaState,
     Reply,
@@ -64,6 +63,8 @@ from rollout.cache.manager import CacheManager
 from rollout.outputs import refused
 from rollout.scheduler.readiness import ALL_TAGS, Readiness
 from rollout.scheduler.scheduler import Scheduler
+from rollout.step_executor import PendingStep, StepExecutor
+from rollout.weight_queue import PendingReply, Ticket, WeightQueue
 
 logger = logging.getLogger(__name__)
 
@@ -76,42 +77,16 @@ _MAX_VERSION = 2**63 - 1
 _DEVICE_SIGNS = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "NCCL")
 _BESIDE_STEPS = (GetState, Abort, Stop)
 """Commands that leave steps in flight alone: at most they mark rows, whose results are dropped."""
-_TRANSFERS = (ReceiveBroadcast, ReceiveIpc, LoadFromDisk, PrepareUpdate, CommitUpdate)
-
-
-class PendingStep(Protocol):
-    """A step that was launched."""
-
-    def result(self) -> StepResult:
-        """Wait for the step."""
-        ...
-
-
-class StepExecutor(Protocol):
-    """What the leader needs of the ranks; `engine.executor` has the real one."""
-
-    facts: EngineFacts
-
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step to its end."""
-        ...
-
-    def launch(self, plan: StepPlan) -> PendingStep:
-        """Queue one step; more may be queued before its result is asked for."""
-        ...
-
-    def handle(self, command: EngineCommand) -> Reply:
-        """Run one command that is no step; raises its typed error."""
-        ...
-
-    def receive(self, tensors: Iterable[tuple[str, Any]], *, lasting: bool = False) -> None:
-        """Feed the open update from tensors of this process, each read before the next is asked
-        for unless all are `lasting`."""
-        ...
-
-    def close(self) -> None:
-        """Free what the ranks hold."""
-        ...
+_NEED_NO_WEIGHTS = (
+    JoinGroup,
+    LeaveGroup,
+    AbortUpdate,
+    SetVersion,
+    ReleaseMemory,
+    ResumeMemory,
+)
+_POLL_S = 0.00005
+_LONGEST_POLL_S = 0.001
 
 
 class Leader:
@@ -120,7 +95,8 @@ class Leader:
     With `overlap`, a step is planned and launched before the result of the one before it is
     asked for, so the ranks never wait for the host; outputs come one step later and are the
     same. Without it every step is planned, run and applied in turn: the reference. A control
-    command finds no step in flight either way.
+    command that could matter to a step finds none in flight either way; see `weight_queue` for
+    those that run beside steps.
     """
 
     def __init__(self, config: EngineConfig, executor: StepExecutor) -> None:
@@ -143,6 +119,9 @@ class Leader:
             version=config.weight_version,
             keeps_weights=config.memory.cpu_backup,
             no_version=config.refusal,
+        )
+        self._weights = WeightQueue(
+            executor, check=self._check, run=self._between_steps, ended=self._ended
         )
         self._checks_integrity = config.scheduler.check_integrity
         overlap = config.scheduler.overlap
@@ -167,25 +146,39 @@ class Leader:
                 self._outputs.append(refused(request, of_command("request", error)))
 
     def handle(self, command: Control) -> Reply:
-        """Run one control command; raises the typed error of a command that failed.
+        """Run one control command to its end; raises the typed error of one that failed.
 
         Whatever goes wrong in it is typed: see `engine.errors.of_command`.
         """
-        try:
-            return self._handle(command)
-        except SlipstreamError:
-            raise
-        except Exception as error:
-            # A boundary: a command that breaks ends itself and nothing else.
-            name = str(command.__struct_config__.tag)
-            logger.exception("command %s", name)
-            raise of_command(name, error) from error
+        ticket = self.start(command)
+        pause_s = _POLL_S
+        while not ticket.done():
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_POLL_S)
+            self.poll()
+        return ticket.result()
+
+    def start(self, command: Control) -> Ticket:
+        """Take in one control command. Most have ended when this returns; those that wait for
+        others, and weight commands behind such, end in a later `poll` or `step`."""
+        ticket = Ticket(command)
+        if isinstance(command, EngineCommand | SetVersion):
+            self._weights.start(ticket)
+        else:
+            ticket.settle(lambda: self._handle(command))
+        return ticket
+
+    def poll(self) -> None:
+        """Take in commands that ended beside steps, and start what waited for them."""
+        self._weights.poll()
+
+    def busy(self) -> bool:
+        """Whether a command is in progress beside steps, so that `poll` is worth a look."""
+        return self._weights.busy
 
     def _handle(self, command: Control) -> Reply:
         if not isinstance(command, _BESIDE_STEPS):
             self._drain()
-        if isinstance(command, SetVersion | BeginUpdate) and command.version > _MAX_VERSION:
-            raise InvalidRequest(f"version {command.version} is above 2**63 - 1", field="version")
         match command:
             case Abort():
                 self._outputs += self._scheduler.abort(
@@ -206,25 +199,41 @@ class Leader:
                 self._scheduler.flush_cache()
             case GetState():
                 return Reply(state=self.state())
+            case _:
+                assert isinstance(command, Shutdown), command
+        return Reply()
+
+    def _between_steps(self, command: Control) -> Reply:
+        """Run a weight command that is not beside steps."""
+        self._drain()
+        self._check(command)
+        match command:
             case SetVersion():
                 self._set_version(command.version)
+                return Reply()
             case ReleaseMemory():
                 return self._release(command)
             case ResumeMemory():
                 return self._resume(command)
             case CheckWeights() | GetWeight():
-                self._readiness.check_weights(type(command).__name__)
                 return self._executor.handle(command)
-            case Shutdown():
-                pass
-            case _:
-                return self._update(command)
-        return Reply()
+        assert isinstance(command, WeightCommand), command
+        return self._update(command)
+
+    def _check(self, command: Control) -> None:
+        """Raise if a weight command may not come now."""
+        if isinstance(command, SetVersion | BeginUpdate) and command.version > _MAX_VERSION:
+            raise InvalidRequest(f"version {command.version} is above 2**63 - 1", field="version")
+        if not isinstance(command, _NEED_NO_WEIGHTS):
+            self._readiness.check_weights(type(command).__name__)
+        if isinstance(command, BeginUpdate):
+            self._readiness.check_begin(command, self._scheduler.version)
 
     def step(self) -> list[RequestOutput]:
         """Run at most one step; every output since the last call, those of commands too."""
         if self._readiness.late_undo is not None:
-            self._abandon(self._readiness.late_undo)
+            self._weights.abandon(self._readiness.late_undo)
+        self.poll()
         plan = None if self._readiness.hold else self._plan()
         if plan is not None or self._in_flight:
             self._num_empty_plans = 0
@@ -256,6 +265,7 @@ class Leader:
             open_update=self._readiness.open_update,
             refusal=self._readiness.refusal,
             groups=self._readiness.groups,
+            receiving=self._weights.in_progress,
             num_running=stats.num_running,
             num_waiting=stats.num_waiting,
             free_pages=stats.free_pages,
@@ -292,21 +302,21 @@ class Leader:
         Whatever goes wrong in between, also in `tensors` itself, aborts the update, and
         the error is raised on.
         """
-        self._drain()
-        self._update(begin)
+        self.handle(begin)
         committed = False
         try:
             self._executor.receive(tensors, lasting=lasting)
-            reply = self._update(CommitUpdate(version=begin.version))
+            reply = self.handle(CommitUpdate(version=begin.version))
             committed = True
         finally:
             if not committed:
-                self._abandon(begin.version)
+                self._weights.abandon(begin.version)
         assert reply.report is not None, "a commit must report what it moved"
         return reply.report
 
     def close(self) -> None:
-        """Free the executor."""
+        """End what is in progress, and free the executor."""
+        self._weights.close()
         self._executor.close()
 
     def _may_plan(self) -> bool:
@@ -401,23 +411,15 @@ class Leader:
         self._outputs += self._scheduler.fail_all(error_info(error))
 
     def _update(self, command: WeightCommand) -> Reply:
+        """Open, verify, commit or abort the update, and what follows for requests."""
         ready = self._readiness
-        if not isinstance(command, JoinGroup | LeaveGroup | AbortUpdate):
-            ready.check_weights(type(command).__name__)
-        if isinstance(command, BeginUpdate):
-            ready.check_begin(command, self._scheduler.version)
         try:
             reply = self._executor.handle(command)
         except Exception:
-            if isinstance(command, _TRANSFERS) and ready.written is not None:
-                # Requests are waiting: every rank puts the old version back, or refuses.
-                self._abandon(ready.written)
+            if isinstance(command, PrepareUpdate | CommitUpdate):
+                self._undo()
             raise
         match command:
-            case JoinGroup():
-                ready.joined(command.name)
-            case LeaveGroup():
-                ready.left(command.name)
             case BeginUpdate():
                 # "auto" was decided by the ranks, who know what memory there is.
                 mode: StagingMode = "undo" if reply.undo else "in_place"
@@ -429,6 +431,26 @@ class Leader:
             case CommitUpdate() if ready.committed(command.version):
                 self._outputs += self._scheduler.set_version(command.version)
         return reply
+
+    def _ended(self, command: BesideSteps, pending: PendingReply) -> Reply:
+        """Take in what a command came to that ran beside steps."""
+        try:
+            reply = pending.result()
+        except Exception:
+            if not isinstance(command, GroupCommand):
+                self._undo()
+            raise
+        if isinstance(command, JoinGroup):
+            self._readiness.joined(command.name)
+        elif isinstance(command, LeaveGroup):
+            self._readiness.left(command.name)
+        return reply
+
+    def _undo(self) -> None:
+        """A transfer or commit failed: where requests wait for it, the update is over, and every
+        rank puts the old version back, or refuses to step."""
+        if self._readiness.written is not None:
+            self._weights.abandon(self._readiness.written)
 
     def _set_version(self, version: int) -> None:
         serving = self._scheduler.version
@@ -452,13 +474,6 @@ class Leader:
         reply = self._executor.handle(command)
         self._readiness.resume(command.tags or ALL_TAGS)
         return reply
-
-    def _abandon(self, version: int) -> None:
-        try:
-            self._update(AbortUpdate(version=version))
-        except WeightUpdateError as error:
-            # A failed commit may have closed the update itself; the first error is raised.
-            logger.warning("update %d could not be aborted: %s", version, error)
 
 
 def error_info(error: SlipstreamError) -> ErrorInfo:

@@ -19,17 +19,20 @@ from msgspec.structs import replace
 
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest, SlipstreamError
-from engine.protocol import Call, Command, Reply, Request, RequestOutput, Shutdown
+from engine.protocol import Command, Reply, Request, RequestOutput, Shutdown
 from rollout.bounded_log import log_to_stderr
 from rollout.ipc import Channel, Unreadable
 from rollout.leader import Leader, error_info
 from rollout.leave import run_and_leave
 from rollout.outputs import refused_id
 from rollout.ranks import RankedExecutor, build_executor
+from rollout.weight_queue import Ticket
 
 logger = logging.getLogger(__name__)
 
 _IDLE_S = 1.0
+_BESIDE_S = 0.001
+"""Between looks at commands that run beside steps, while there is no step."""
 _SEND_S = 30.0
 _MAX_MESSAGES = 4096
 """After which a step has its turn, whatever still waits."""
@@ -62,18 +65,20 @@ def _serve(
     leader: Leader, channel: Channel, ranks: RankedExecutor | None, *, parent_pid: int
 ) -> None:
     """Everything that waits first, then one step: so a request is in the next plan, and a
-    command waits for one step at most. A flood of messages leaves steps their turn.
+    command waits for one step at most. A flood of messages leaves steps their turn. A command
+    that runs beside steps is answered when it has ended.
 
     A leader whose ranks are gone leaves as soon as it has said so.
     """
+    beside: dict[int, Ticket] = {}
     while os.getppid() == parent_pid:
         if ranks is not None and ranks.failure is not None and not leader.can_step():
             logger.error("%s", ranks.failure)
             return
-        commands = channel.receive_waiting(
-            timeout_s=0.0 if leader.can_step() else _IDLE_S, max_messages=_MAX_MESSAGES
-        )
-        answers, leaving = _obey(leader, commands)
+        messages = channel.receive_waiting(timeout_s=_wait_s(leader), max_messages=_MAX_MESSAGES)
+        answers, leaving = _obey(leader, messages, beside)
+        leader.poll()
+        answers += _ended(beside)
         if answers:
             channel.send(answers, timeout_s=_SEND_S)
         if leaving:
@@ -85,8 +90,20 @@ def _serve(
     logger.warning("process %d is gone; leaving", parent_pid)
 
 
-def _obey(leader: Leader, messages: list[Any]) -> tuple[list[Reply | RequestOutput], bool]:
-    """Take in messages, in order; what is to be answered at once, and whether to leave."""
+def _wait_s(leader: Leader) -> float:
+    """How long to wait for messages: not at all while there is something to do."""
+    if leader.can_step():
+        return 0.0
+    return _BESIDE_S if leader.busy() else _IDLE_S
+
+
+def _obey(
+    leader: Leader, messages: list[Any], beside: dict[int, Ticket]
+) -> tuple[list[Reply | RequestOutput], bool]:
+    """Take in messages, in order; what is to be answered at once, and whether to leave.
+
+    beside: filled with commands that have not ended, by the id of their call.
+    """
     answers: list[Reply | RequestOutput] = []
     for kind, group in groupby(messages, key=type):
         if kind is Request:
@@ -98,8 +115,25 @@ def _obey(leader: Leader, messages: list[Any]) -> tuple[list[Reply | RequestOutp
             elif isinstance(message.command, Shutdown):
                 return answers, True
             else:
-                answers.append(replace(_answer(leader, message), id=message.id))
+                ticket = leader.start(message.command)
+                if ticket.done():
+                    answers.append(_reply(message.id, ticket))
+                else:
+                    beside[message.id] = ticket
     return answers, False
+
+
+def _ended(beside: dict[int, Ticket]) -> list[Reply | RequestOutput]:
+    """The replies of those commands that have ended, which are forgotten."""
+    ended = [call for call, ticket in beside.items() if ticket.done()]
+    return [_reply(call, beside.pop(call)) for call in ended]
+
+
+def _reply(call: int, ticket: Ticket) -> Reply:
+    try:
+        return replace(ticket.result(), id=call)
+    except SlipstreamError as error:
+        return Reply(id=call, error=error_info(error))
 
 
 def _refuse(message: Unreadable) -> list[Reply | RequestOutput]:
@@ -111,13 +145,6 @@ def _refuse(message: Unreadable) -> list[Reply | RequestOutput]:
     if message.rid:
         return [refused_id(message.rid, error)]
     return []
-
-
-def _answer(leader: Leader, call: Call) -> Reply:
-    try:
-        return leader.handle(call.command)
-    except SlipstreamError as error:
-        return Reply(error=error_info(error))
 
 
 if __name__ == "__main__":

@@ -11,13 +11,24 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 
 from engine.config import EngineConfig
 from engine.errors import SlipstreamError, of_command
-from engine.protocol import EngineCommand, Reply, Shutdown, StepPlan
+from engine.protocol import (
+    BesideSteps,
+    Call,
+    CancelTransfers,
+    EngineCommand,
+    Reply,
+    Shutdown,
+    StepPlan,
+)
 from rollout.bounded_log import log_to_stderr
 from rollout.ipc import Channel
 from rollout.leader import error_info
@@ -25,10 +36,13 @@ from rollout.leave import run_and_leave
 from rollout.rank_board import StepBoard
 from rollout.rank_process import RankFiles
 from rollout.ranks import RankExecutor, resolve
+from rollout.weight_queue import PendingReply
 
 logger = logging.getLogger(__name__)
 
 _IDLE_S = 1.0
+_BESIDE_S = 0.001
+"""Between looks at commands that run beside steps."""
 _SEND_S = 30.0
 _PARENT_POLL_S = 0.5
 _ORPHANED = 4
@@ -40,7 +54,7 @@ def main(argv: list[str]) -> int:
     rank, files = int(number), RankFiles(folder=Path(folder))
     log_to_stderr(f"rank {rank}")
     _leave_with(int(parent))
-    channel = Channel.connect(endpoint, EngineCommand | StepPlan | Shutdown)
+    channel = Channel.connect(endpoint, Call | StepPlan | CancelTransfers | Shutdown)
     try:
         return _build_and_serve(channel, files, factory, rank)
     finally:
@@ -75,15 +89,30 @@ def _leave_with(parent: int) -> None:
 
 
 def _serve(executor: RankExecutor, channel: Channel, board: StepBoard, rank: int) -> None:
+    beside: dict[int, PendingReply] = {}
     while True:
-        for message in channel.receive(timeout_s=_IDLE_S):
+        for message in channel.receive(timeout_s=_BESIDE_S if beside else _IDLE_S):
             match message:
                 case Shutdown():
                     return
                 case StepPlan():
                     _launch(executor, message, board, rank)
+                case CancelTransfers():
+                    executor.cancel(message.reason, group=message.group)
+                case Call() if isinstance(message.command, BesideSteps):
+                    beside[message.id] = executor.start(message.command)
                 case _:
-                    channel.send([_answer(executor, message)], timeout_s=_SEND_S)
+                    command = message.command
+                    _reply(channel, message.id, command, partial(executor.handle, command))
+        for call in [call for call, pending in beside.items() if pending.done()]:
+            pending = beside.pop(call)
+            _reply(channel, call, None, pending.result)
+
+
+def _reply(
+    channel: Channel, call: int, command: EngineCommand | None, run: Callable[[], Reply]
+) -> None:
+    channel.send([replace(_answer(command, run), id=call)], timeout_s=_SEND_S)
 
 
 def _launch(executor: RankExecutor, plan: StepPlan, board: StepBoard, rank: int) -> None:
@@ -96,14 +125,14 @@ def _launch(executor: RankExecutor, plan: StepPlan, board: StepBoard, rank: int)
     board.note(rank, plan.step)
 
 
-def _answer(executor: RankExecutor, command: EngineCommand) -> Reply:
+def _answer(command: EngineCommand | None, run: Callable[[], Reply]) -> Reply:
     try:
-        return executor.handle(command)
+        return run()
     except SlipstreamError as error:
         return Reply(error=error_info(error))
     except Exception as error:
         # A boundary: a command that breaks ends itself; the leader sees to ranks that differ.
-        name = str(command.__struct_config__.tag)
+        name = "a command" if command is None else str(command.__struct_config__.tag)
         logger.exception("command %s", name)
         return Reply(error=error_info(of_command(name, error)))
 

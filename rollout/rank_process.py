@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import weakref
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +43,8 @@ class RankFiles:
 
 
 class RankProcess:
-    """One spawned rank. Frames reach it in order; it answers every command, no step.
+    """One spawned rank. Frames reach it in order; it answers every command, no step, those that
+    run beside steps when they have ended.
 
     Raises EngineDead, naming the rank, from any call that needs a rank which is gone.
     """
@@ -52,6 +54,7 @@ class RankProcess:
         self._log = files.folder / f"rank-{rank}.log"
         endpoint = f"ipc://{files.folder}/rank-{rank}"
         self._channel = Channel.listen(endpoint, Reply)
+        self._replies: dict[int, deque[Reply]] = {}
         command = [sys.executable, "-m", "rollout.rank_main", endpoint, str(files.folder)]
         command += [factory, str(rank), str(os.getpid())]
         # The child finds the modules this process finds, and a Ctrl-C here is not one there.
@@ -81,20 +84,39 @@ class RankProcess:
                 raise self.error(f"took no message within {_SEND_S:g} s")
         self._channel.send_frame(frame, timeout_s=_POLL_S)
 
-    def reply(self, timeout_s: float, what: str) -> Reply:
-        """The answer to the oldest command not yet answered."""
+    def reply(self, timeout_s: float, what: str, call: int = 0) -> Reply:
+        """The answer to the command sent as `call`; 0: what the rank says by itself."""
         deadline = time.monotonic() + timeout_s
         while True:
             # Asked before receiving: what a dying rank sent last is still delivered.
             exit_text = self.exit_text()
-            messages = self._channel.receive(timeout_s=0.0 if exit_text else _POLL_S)
-            if messages:
-                reply: Reply = messages[0]
-                return reply
+            self._receive(0.0 if exit_text else _POLL_S)
+            if found := self._replies.get(call):
+                return found.popleft()
             if exit_text:
                 raise self.error(exit_text)
             if time.monotonic() > deadline:
                 raise self.error(f"did not answer '{what}' within {timeout_s:g} s")
+
+    def poll(self, call: int) -> Reply | None:
+        """The same, if it has come."""
+        exit_text = self.exit_text()
+        self._receive(0.0)
+        if found := self._replies.get(call):
+            return found.popleft()
+        if exit_text:
+            raise self.error(exit_text)
+        return None
+
+    def _receive(self, timeout_s: float) -> None:
+        """Sort what has come, or comes in time: a rank answers some commands out of order."""
+        self._replies = {call: found for call, found in self._replies.items() if found}
+        if any(self._replies.values()):
+            timeout_s = 0.0
+        while messages := self._channel.receive(timeout_s=timeout_s):
+            for reply in messages:
+                self._replies.setdefault(reply.id, deque()).append(reply)
+            timeout_s = 0.0
 
     def exit_text(self) -> str:
         """How the process ended; empty while it runs. Callable from any thread."""

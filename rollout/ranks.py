@@ -13,7 +13,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +30,9 @@ from engine.errors import (
     of_command,
 )
 from engine.protocol import (
+    BesideSteps,
+    Call,
+    CancelTransfers,
     CommitUpdate,
     EngineCommand,
     EngineFacts,
@@ -40,15 +43,18 @@ from engine.protocol import (
     encode,
 )
 from engine.protocol.deadlines import START_S, deadlines, launch_s
-from rollout.leader import PendingStep, StepExecutor, error_info
+from rollout.leader import error_info
 from rollout.rank_board import StepBoard
 from rollout.rank_monitor import RankMonitor
 from rollout.rank_process import RankFiles, RankProcess
 from rollout.rank_replies import merge
+from rollout.step_executor import PendingStep, StepExecutor
+from rollout.weight_queue import PendingReply
 
 logger = logging.getLogger(__name__)
 
 _LEAVE_S = 10.0
+_BESIDE_S = 0.001
 _LAST_WORDS_S = 5.0
 
 
@@ -106,6 +112,72 @@ class RankedStep:
         )
 
 
+@dataclass(kw_only=True)
+class RankedReply:
+    """A command that every rank runs beside steps: one answer, once all have answered."""
+
+    command: BesideSteps
+    call: int
+    local: PendingReply
+    ranks: Sequence[RankProcess]
+    monitor: RankMonitor
+    alike: Callable[[str, Sequence[Reply]], None]
+    timeout_s: float
+    started: float = field(default_factory=time.monotonic)
+    found: dict[int, Reply] = field(default_factory=dict)
+
+    def done(self) -> bool:
+        """Whether every rank has answered, or one never will."""
+        if self.monitor.failure is not None:
+            return True
+        try:
+            self._look()
+        except EngineDead as error:
+            self.monitor.fail(error)
+            return True
+        return len(self.found) == len(self.ranks) and self.local.done()
+
+    def result(self) -> Reply:
+        """The answer of all. Raises the error of the first rank that failed, EngineDead when one
+        is gone or late, or when a mistake of ours met only some."""
+        while not self.done():
+            time.sleep(_BESIDE_S)
+        self.monitor.require_alive()
+        what = str(self.command.__struct_config__.tag)
+        own = own_reply(self.command, self.local.result)
+        replies = [own, *(self.found[rank.rank] for rank in self.ranks)]
+        self.alike(what, replies)
+        return merge(replies)
+
+    def _look(self) -> None:
+        """Take in what has come. Raises EngineDead for a rank that is gone or late."""
+        late = time.monotonic() - self.started > self.timeout_s
+        what = str(self.command.__struct_config__.tag)
+        for rank in self.ranks:
+            if rank.rank in self.found:
+                continue
+            reply = rank.poll(self.call)
+            if reply is not None:
+                self.found[rank.rank] = reply
+            elif late:
+                raise rank.error(f"did not answer '{what}' within {self.timeout_s:g} s")
+        if late and not self.local.done():
+            raise EngineDead(f"rank 0 does not end '{what}'", field="rank 0")
+
+
+def own_reply(command: EngineCommand, run: Callable[[], Reply]) -> Reply:
+    """Rank 0's answer, its error in it, as the other ranks' processes send theirs."""
+    try:
+        return run()
+    except SlipstreamError as error:
+        return Reply(error=error_info(error))
+    except Exception as error:
+        # A boundary, the same as in the other ranks' processes.
+        name = str(command.__struct_config__.tag)
+        logger.exception("command %s", name)
+        return Reply(error=error_info(of_command(name, error)))
+
+
 class RankedExecutor:
     """Executes plans and commands on every rank. See `build_executor`.
 
@@ -122,6 +194,7 @@ class RankedExecutor:
     ) -> None:
         self._timeout_s = config.parallel.timeout_s
         self._closed = False
+        self._last_call = 0
         files = RankFiles(folder=folder or Path(tempfile.mkdtemp(prefix="slipstream-ranks-")))
         self._remove: Callable[[], Any] | None = None
         if folder is None:
@@ -190,6 +263,27 @@ class RankedExecutor:
         self._require_alike(what, replies)
         return merge(replies)
 
+    def start(self, command: BesideSteps) -> RankedReply:
+        """Run one command on every rank, beside steps. Its deadline is its own, apart from that
+        of steps; a rank that misses it ends the replica."""
+        self._monitor.require_alive()
+        call = self._next_call()
+        self._post([Call(id=call, command=command)])
+        return RankedReply(
+            command=command,
+            call=call,
+            local=self._local.start(command),
+            ranks=self._ranks,
+            monitor=self._monitor,
+            alike=self._require_alike,
+            timeout_s=deadlines(command, collective_s=self._timeout_s).monitor,
+        )
+
+    def cancel(self, reason: str, *, group: str = "") -> None:
+        """Have transfers in progress end early, on every rank."""
+        self._post([CancelTransfers(reason=reason, group=group)])
+        self._local.cancel(reason, group=group)
+
     def receive(self, tensors: Iterable[tuple[str, Any]], *, lasting: bool = False) -> None:
         """Refused: tensors of this process do not reach the other ranks."""
         raise UnsupportedOption(
@@ -251,12 +345,13 @@ class RankedExecutor:
         return causes[0] if causes else error
 
     def _ask(self, command: EngineCommand, what: str, timeout_s: float) -> list[Reply]:
-        self._post([command])
-        replies = [self._own(command)]
+        call = self._next_call()
+        self._post([Call(id=call, command=command)])
+        replies = [own_reply(command, lambda: self._local.handle(command))]
         deadline = time.monotonic() + timeout_s
         for rank in self._ranks:
             left = max(deadline - time.monotonic(), 0.0)
-            replies.append(rank.reply(left, what))
+            replies.append(rank.reply(left, what, call))
         return replies
 
     def _require_alike(self, what: str, replies: Sequence[Reply]) -> None:
@@ -274,16 +369,9 @@ class RankedExecutor:
                 EngineDead(f"rank {rank} alone broke in {what}: {why}", field=f"rank {rank}")
             )
 
-    def _own(self, command: EngineCommand) -> Reply:
-        try:
-            return self._local.handle(command)
-        except SlipstreamError as error:
-            return Reply(error=error_info(error))
-        except Exception as error:
-            # A boundary, the same as in the other ranks' processes.
-            name = str(command.__struct_config__.tag)
-            logger.exception("command %s", name)
-            return Reply(error=error_info(of_command(name, error)))
+    def _next_call(self) -> int:
+        self._last_call += 1
+        return self._last_call
 
     def _post(self, messages: Sequence[msgspec.Struct]) -> None:
         frame = encode(list(messages))

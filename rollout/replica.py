@@ -17,8 +17,9 @@ from engine.protocol import (
     RequestOutput,
     UpdateReport,
 )
-from rollout.leader import Leader, StepExecutor
+from rollout.leader import Leader
 from rollout.ranges import check_ranges
+from rollout.step_executor import StepExecutor
 
 
 class Replica(Protocol):

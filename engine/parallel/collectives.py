@@ -26,7 +26,12 @@ class Collectives(Protocol):
         ...
 
     def minimum(self, value: int) -> int:
-        """The least of every rank's value, over the host."""
+        """The least of every rank's value, over the host, while the ranks start."""
+        ...
+
+    def agree(self, value: int) -> int:
+        """The least of every rank's value, over a connection of its own: for commands about an
+        update, some of which run beside steps, so that their orders cannot cross."""
         ...
 
     def abort(self) -> None:
@@ -51,6 +56,10 @@ class NoCollectives:
         return x
 
     def minimum(self, value: int) -> int:
+        """The value itself."""
+        return value
+
+    def agree(self, value: int) -> int:
         """The value itself."""
         return value
 

@@ -60,7 +60,9 @@ def connect(
             field="parallel.tp_size",
         )
     store = meeting_point(meeting_place, mesh)
-    host = GlooCollectives(gloo_group(store, mesh), timeout_s)
+    host = GlooCollectives(
+        gloo_group(store, mesh), timeout_s, updates=gloo_group(store, mesh, "updates")
+    )
     if device.type != "cuda":
         return host
     if releasable:

@@ -15,17 +15,19 @@ from torch._C._distributed_c10d import AllgatherOptions
 
 from engine.errors import EngineDead
 from engine.parallel.collectives import gather_last
-from engine.protocol.deadlines import START_AGREE_S
+from engine.protocol.deadlines import AGREE_S, START_AGREE_S
 
 
 class GlooCollectives:
     """Collectives of one rank in a gloo group.
 
-    timeout_s: after which a collective that a rank does not join raises EngineDead.
+    timeout_s: after which a collective that a rank does not join raises EngineDead. updates:
+    another group of the same ranks, for `agree`.
     """
 
-    def __init__(self, group: Any, timeout_s: float) -> None:
+    def __init__(self, group: Any, timeout_s: float, updates: Any) -> None:
         self._group: Any = group
+        self._updates: Any = updates
         self._size = group.size()
         self._timeout_s = timeout_s
 
@@ -50,14 +52,18 @@ class GlooCollectives:
         some much sooner than others; one whose process ends does not keep them that long."""
         return int(self._gather(torch.tensor([value]), START_AGREE_S).min())
 
+    def agree(self, value: int) -> int:
+        """The least of every rank's value; every rank was told of the command at once."""
+        return int(self._gather(torch.tensor([value]), AGREE_S, self._updates).min())
+
     def abort(self) -> None:
         """Nothing: a call that waits ends when the others' connections do, or in time."""
 
     def close(self) -> None:
         """Leave the group."""
-        self._group = None
+        self._group = self._updates = None
 
-    def _gather(self, x: torch.Tensor, timeout_s: float) -> torch.Tensor:
+    def _gather(self, x: torch.Tensor, timeout_s: float, group: Any = None) -> torch.Tensor:
         """Contiguous x [...] -> [N, ...]; as bytes, since gloo does not know every dtype."""
         assert self._group is not None, "a collective after the group was left"
         out = x.new_empty((self._size, *x.shape))
@@ -65,7 +71,7 @@ class GlooCollectives:
         options.timeout = timedelta(seconds=timeout_s)
         source, target = x.reshape(-1).view(torch.uint8), out.view(-1).view(torch.uint8)
         try:
-            self._group._allgather_base(target, source, options).wait()
+            (group or self._group)._allgather_base(target, source, options).wait()
         except RuntimeError as error:
             raise EngineDead(
                 f"a rank left or missed a collective: {error}", field="ranks"

@@ -53,6 +53,10 @@ class NcclCollectives:
         """The least of every rank's value."""
         return self._host.minimum(value)
 
+    def agree(self, value: int) -> int:
+        """The least of every rank's value."""
+        return self._host.agree(value)
+
     def abort(self) -> None:
         """Break the communicator: kernels that wait for other ranks end, replayed ones too.
 

@@ -29,8 +29,9 @@ def meeting_point(path: str, mesh: Mesh) -> Store:
     return store
 
 
-def gloo_group(store: Store, mesh: Mesh) -> Any:
-    """A connected group over loopback; a rank whose process ends breaks it at once.
+def gloo_group(store: Store, mesh: Mesh, name: str = "gloo") -> Any:
+    """A connected group over loopback; a rank whose process ends breaks it at once. Groups of
+    several names may meet at one store.
 
     Raises EngineDead if a rank does not come in `MEET_S`.
     """
@@ -38,7 +39,7 @@ def gloo_group(store: Store, mesh: Mesh) -> Any:
     options = gloo._Options()
     options._devices = [gloo.create_device(hostname=LOOPBACK)]
     options._timeout = timedelta(seconds=MEET_S)
-    place = PrefixStore("gloo", store)
+    place = PrefixStore(name, store)
     try:
         return gloo(place, mesh.tp_rank, mesh.tp_size, options)
     except RuntimeError as error:

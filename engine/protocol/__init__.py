@@ -25,6 +25,7 @@ from engine.protocol.codec import (
 )
 from engine.protocol.control import (
     Call,
+    CancelTransfers,
     CheckWeights,
     Command,
     Control,
@@ -76,7 +77,9 @@ from engine.protocol.types import (
 from engine.protocol.updates import (
     AbortUpdate,
     BeginUpdate,
+    BesideSteps,
     CommitUpdate,
+    GroupCommand,
     IpcBuffer,
     IpcPayload,
     IpcTensor,
@@ -88,6 +91,7 @@ from engine.protocol.updates import (
     ReceiveIpc,
     TensorPiece,
     TensorSpec,
+    TransferCommand,
     UpdateReport,
     WeightCommand,
 )
@@ -98,6 +102,10 @@ from engine.protocol.wire import (
 )
 
 __all__ = [
+    "TransferCommand",
+    "GroupCommand",
+    "BesideSteps",
+    "CancelTransfers",
     "Abort",
     "AbortUpdate",
     "BUCKET_ALIGNMENT",

@@ -112,6 +112,14 @@ class Call(Struct, frozen=True, kw_only=True, tag="call"):
     command: Control
 
 
+class CancelTransfers(Struct, frozen=True, kw_only=True, tag="cancel_transfers"):
+    """Leader to rank: end transfers in progress early, because of `reason`; they are answered
+    with it. Nothing is answered to this. group: only those that use it, and what forms it."""
+
+    reason: str
+    group: str = ""
+
+
 Command = Request | Call
 """What a leader receives, in the order it was sent."""
 
@@ -158,6 +166,8 @@ class ReplicaState(Struct, frozen=True, kw_only=True, tag="state"):
     refusal: str = ""
     """Why no step may run, if so: weights are released, or an in-place update failed."""
     groups: list[str] = msgspec.field(default_factory=list)
+    receiving: list[str] = msgspec.field(default_factory=list)
+    """Weight commands in progress beside steps, and those that wait for them, in order."""
 
 
 class MemoryReport(Struct, frozen=True, kw_only=True):

@@ -42,6 +42,8 @@ START_AGREE_S = 1500.0
 """Ranks agreeing while they start, some having loaded their weights much sooner."""
 ABORT_S = 20.0
 """NCCL giving up on a communicator."""
+CLOSE_S = 5.0
+"""A transfer ending early, once its engine closes."""
 
 _MARGIN_S = 15.0
 _QUICK_S = 120.0

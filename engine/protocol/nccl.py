@@ -20,6 +20,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from engine.protocol.deadlines import ABORT_S
+
 UNIQUE_ID_BYTES = 128
 
 _SUCCESS, _IN_PROGRESS = 0, 7
@@ -29,7 +31,6 @@ _CONFIG_MAGIC, _CONFIG_VERSION = 0xCAFEBEEF, 21800
 _POLLS_WITHOUT_SLEEP = 20
 _POLLS_BETWEEN_LOOKS = 500
 _POLL_S = 0.00005
-_ABORT_S = 20.0
 
 
 class NcclError(RuntimeError):
@@ -156,6 +157,7 @@ class Communicator:
         if len(unique_id) != UNIQUE_ID_BYTES:
             raise NcclError(f"a unique id has {UNIQUE_ID_BYTES} bytes, not {len(unique_id)}")
         self._look = look
+        self._aborting: threading.Thread | None = None
         self._comm = ctypes.c_void_p()
         self._config = _nonblocking_config()
         result = library().ncclCommInitRankConfig(
@@ -165,7 +167,14 @@ class Communicator:
             rank,
             ctypes.byref(self._config),
         )
-        self._settle(result, deadline)
+        formed = False
+        try:
+            self._settle(result, deadline)
+            formed = True
+        finally:
+            if not formed:
+                # Nobody else will know of it.
+                self.abort()
 
     def broadcast(
         self, address: int, num_bytes: int, *, root: int, stream: int, deadline: float
@@ -191,13 +200,21 @@ class Communicator:
     def abort(self) -> None:
         """End what is queued and free the communicator. Idempotent.
 
-        Should NCCL hang here, it is left to itself after a while: the thread holds no lock.
+        Should NCCL hang here, it is left to itself after a while: the thread holds no lock. Until
+        `is_freed`, kernels may still write to the memory of what was queued.
         """
         comm, self._comm = self._comm, ctypes.c_void_p()
         if comm:
-            thread = threading.Thread(target=library().ncclCommAbort, args=(comm,), daemon=True)
-            thread.start()
-            thread.join(_ABORT_S)
+            self._aborting = threading.Thread(
+                target=library().ncclCommAbort, args=(comm,), name="nccl-abort", daemon=True
+            )
+            self._aborting.start()
+            self._aborting.join(ABORT_S)
+
+    @property
+    def is_freed(self) -> bool:
+        """Whether it was aborted and NCCL has come back from that."""
+        return self._aborting is not None and not self._aborting.is_alive()
 
     def _settle(self, result: int, deadline: float) -> None:
         """Wait until a call has done its part; on a stream, that is until it is queued."""

@@ -220,6 +220,16 @@ WeightCommand = (
 """What a rank does for an update."""
 
 
+GroupCommand = JoinGroup | LeaveGroup
+"""What forms and drops groups; it touches no update."""
+
+TransferCommand = ReceiveBroadcast | ReceiveIpc | LoadFromDisk
+"""What feeds the open update."""
+
+BesideSteps = GroupCommand | TransferCommand
+"""What waits for somebody else: ranks run it on threads of their own, beside steps."""
+
+
 class UpdateReport(Struct, frozen=True, kw_only=True, tag="update_report"):
     """What one update moved: bytes placed, tensors, and seconds it took."""
 

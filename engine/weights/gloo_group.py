@@ -16,6 +16,11 @@ from engine.protocol import JoinGroup
 from engine.protocol.rendezvous import backend_prefix
 from engine.weights import rendezvous
 from engine.weights.group import seconds_left
+from engine.weights.helpers import Helpers, nothing
+from engine.weights.lane import Look
+
+_POLL_S = 0.00005
+_LONGEST_POLL_S = 0.002
 
 
 @dataclass(frozen=True)
@@ -32,11 +37,22 @@ class GlooGroup:
     backend itself needs neither, only the store keys that torch would use.
     """
 
-    def __init__(self, store: Store, command: JoinGroup, rank: int, deadline: float) -> None:
+    def __init__(
+        self,
+        store: Store,
+        command: JoinGroup,
+        rank: int,
+        deadline: float,
+        look: Look = nothing,
+        helpers: Helpers | None = None,
+    ) -> None:
         self.name = command.name
+        self.look = look
         self._store = store
+        self._helpers = helpers or Helpers()
+        self._queued: list[Any] = []
         keys = PrefixStore(command.name, store)
-        rendezvous.announce_and_await(keys, command, rank, deadline)
+        rendezvous.announce_and_await(keys, command, rank, deadline, look)
         backend_keys = PrefixStore(backend_prefix(command.name, "cpu"), keys)
         timeout = timedelta(seconds=seconds_left(deadline))
         try:
@@ -56,15 +72,22 @@ class GlooGroup:
         """See `Group`."""
         options = dist.BroadcastOptions()
         options.rootRank = source
-        # The group cannot be destroyed before its operations ended: none may outlive the wait.
+        # The group cannot be destroyed before its operations ended: none may outlive this.
         options.timeout = timedelta(seconds=seconds_left(deadline))
         try:
-            return _Ticket(self._group.broadcast([buffer], options), source, tensor)
+            work = self._group.broadcast([buffer], options)
         except RuntimeError as error:
             raise self._broken(source, tensor, deadline, error) from error
+        self._queued = [other for other in self._queued if not other.is_completed()] + [work]
+        return _Ticket(work, source, tensor)
 
     def wait(self, ticket: _Ticket, deadline: float) -> None:
         """See `Group`."""
+        pause_s = _POLL_S
+        while not ticket.work.is_completed() and time.monotonic() < deadline:
+            self.look()
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_POLL_S)
         try:
             ticket.work.wait(timedelta(seconds=seconds_left(deadline)))
         except RuntimeError as error:
@@ -72,11 +95,15 @@ class GlooGroup:
 
     def is_alive(self) -> bool:
         """See `Group`."""
-        return self._group is not None and rendezvous.answers(self._store)
+        return self._group is not None and rendezvous.answers(self._store, self._helpers)
 
-    def abort(self) -> None:
-        """See `Group`."""
-        self._group = None
+    def abort(self) -> bool:
+        """See `Group`. Gloo ends no operation before its time, and its group waits for them: one
+        that has some left is kept until they ended."""
+        self._queued = [work for work in self._queued if not work.is_completed()]
+        if not self._queued:
+            self._group = None
+        return not self._queued
 
     def _broken(
         self, source: int, tensor: str, deadline: float, error: RuntimeError

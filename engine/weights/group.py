@@ -7,11 +7,18 @@ from typing import Any, Protocol
 
 import torch
 
+from engine.weights.lane import Look
+
 
 class Group(Protocol):
-    """Broadcasts from a rank outside this engine. One thread uses it at a time."""
+    """Broadcasts from a rank outside this engine. One thread uses it at a time.
+
+    look: called now and then while it waits; what it raises ends the wait, and the group
+    cannot be used again.
+    """
 
     name: str
+    look: Look
 
     def empty(self, num_bytes: int) -> torch.Tensor:
         """Memory that `broadcast` may receive into: uint8 [num_bytes]."""
@@ -37,8 +44,9 @@ class Group(Protocol):
         """Whether the trainer that formed the group still answers; True if that is not known."""
         ...
 
-    def abort(self) -> None:
-        """Drop the group at once, whatever is queued on it. Idempotent."""
+    def abort(self) -> bool:
+        """Drop the group at once, whatever is queued on it; whether nothing writes into the
+        memory of its broadcasts any more. Idempotent: asked again, it looks again."""
         ...
 
 

@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
+from collections.abc import Sequence
 
 import torch
 
 from engine.errors import GroupError
 from engine.parallel.mesh import Mesh
 from engine.protocol import JoinGroup
+from engine.protocol.deadlines import capped
 from engine.weights import rendezvous, vllm_group
 from engine.weights.gloo_group import GlooGroup
 from engine.weights.group import Group
+from engine.weights.helpers import Helpers, nothing
+from engine.weights.lane import Look
 from engine.weights.nccl_group import NcclGroup
 
 logger = logging.getLogger(__name__)
 
+_GRACE_S = 1.0
+"""By which a helper comes back with a better reason, if it can."""
+_MOST_RANKS = 65536
+_MOST_PARKED = 16
+
 
 class Groups:
-    """Owner of this rank's groups. Several may be open at once."""
+    """Owner of this rank's groups. Several may be open at once, and forming at once: joining and
+    leaving are called from threads of their own."""
 
     def __init__(self, device: torch.device, mesh: Mesh) -> None:
         self._device = device
         self._mesh = mesh
+        self._helpers = Helpers()
+        self._lock = threading.Lock()
         self._open: dict[str, tuple[JoinGroup, Group]] = {}
+        self._memory: dict[str, Sequence[torch.Tensor]] = {}
+        self._parked: list[tuple[Group, Sequence[torch.Tensor]]] = []
 
     @property
     def tp_rank(self) -> int:
@@ -34,16 +49,25 @@ class Groups:
     @property
     def names(self) -> list[str]:
         """Names of the groups that are open."""
-        return sorted(self._open)
+        with self._lock:
+            return sorted(self._open)
 
-    def join(self, command: JoinGroup) -> None:
+    @property
+    def num_parked(self) -> int:
+        """Groups that were dropped and whose back end has not let go of them yet."""
+        with self._lock:
+            self._parked = [(group, kept) for group, kept in self._parked if not group.abort()]
+            return len(self._parked)
+
+    def join(self, command: JoinGroup, look: Look = nothing) -> None:
         """Become rank `rank_offset` + tp_rank of the trainer's group.
 
         Joining again by the same arguments is no error. By others, or when the trainer of the
         old group is gone, a trainer has started again, and its group replaces the old one.
-        Raises GroupError naming what is missing.
+        look: what it raises ends the wait. Raises GroupError naming what is missing, by
+        `timeout_s` whatever the peer does.
         """
-        known = self._open.get(command.name)
+        known = self._known(command.name)
         if known is not None and known[0] == command and known[1].is_alive():
             return
         self._check(command)
@@ -51,7 +75,10 @@ class Groups:
             logger.warning("group %s is joined anew; the old one is dropped", command.name)
             self.leave(command.name)
         started = time.monotonic()
-        self._open[command.name] = (command, self._connect(command))
+        group = self._formed(command, look)
+        group.look = nothing
+        with self._lock:
+            self._open[command.name] = (command, group)
         logger.info(
             "joined group %s of %d ranks at %s:%d in %.2f s",
             command.name,
@@ -61,15 +88,28 @@ class Groups:
             time.monotonic() - started,
         )
 
+    def is_open(self, command: JoinGroup) -> bool:
+        """Whether the group was joined by this command already, and not left."""
+        known = self._known(command.name)
+        return known is not None and known[0] == command
+
+    def lend(self, name: str, memory: Sequence[torch.Tensor]) -> None:
+        """Broadcasts of a group may write to `memory` from now on: should it be dropped, that is
+        kept until they cannot any more."""
+        with self._lock:
+            self._memory[name] = memory
+
     def leave(self, name: str) -> None:
         """Drop a group; no error when there is none. What is queued on it is lost."""
-        known = self._open.pop(name, None)
+        with self._lock:
+            known = self._open.pop(name, None)
+            memory = self._memory.pop(name, ())
         if known is not None:
-            known[1].abort()
+            self._park(known[1], memory)
 
     def get(self, name: str) -> Group:
         """The group `name`. Raises GroupError when it was not joined or broke."""
-        known = self._open.get(name)
+        known = self._known(name)
         if known is None:
             others = ", ".join(self.names) or "none"
             raise GroupError(
@@ -88,6 +128,22 @@ class Groups:
         for name in self.names:
             self.leave(name)
 
+    def _known(self, name: str) -> tuple[JoinGroup, Group] | None:
+        with self._lock:
+            return self._open.get(name)
+
+    def _park(self, group: Group, memory: Sequence[torch.Tensor] = ()) -> None:
+        """Abort a group; keep it, and the memory, while its back end may still use them."""
+        if group.abort():
+            return
+        logger.warning(
+            "group %s does not end; it is kept, with %d bytes of memory",
+            group.name,
+            sum(tensor.nbytes for tensor in memory),
+        )
+        with self._lock:
+            self._parked.append((group, memory))
+
     def _check(self, command: JoinGroup) -> None:
         last = command.rank_offset + self._mesh.tp_size - 1
         if command.rank_offset < 1 or last >= command.world_size:
@@ -97,6 +153,12 @@ class Groups:
                 f"{command.rank_offset} to {last}; the trainer is rank 0",
                 field="world_size",
             )
+        if command.world_size > _MOST_RANKS:
+            raise GroupError(
+                f"world_size {command.world_size} is above {_MOST_RANKS}", field="world_size"
+            )
+        if not command.unique_id and not 0 < command.port < 1 << 16:
+            raise GroupError(f"no port has the number {command.port}", field="port")
         if command.backend == "nccl" and self._device.type != "cuda":
             raise GroupError(
                 f"group {command.name!r}: backend 'nccl' needs a GPU and this engine runs on the "
@@ -104,12 +166,32 @@ class Groups:
                 field="backend",
             )
 
-    def _connect(self, command: JoinGroup) -> Group:
+    def _formed(self, command: JoinGroup, look: Look) -> Group:
+        """The group, complete. What forms it may be stuck in a call into C++: a helper does."""
+        deadline = time.monotonic() + capped(command.timeout_s)
+        if self.num_parked >= _MOST_PARKED:
+            raise GroupError(
+                f"{_MOST_PARKED} groups that were dropped have not ended; wait for them, or "
+                "start the engine again",
+                field="name",
+            )
+        try:
+            return self._helpers.call(
+                lambda: self._connect(command, deadline, look),
+                deadline + _GRACE_S,
+                look,
+                discard=self._park,
+            )
+        except TimeoutError as error:
+            # What it waits for says nothing and heeds no deadline.
+            raise rendezvous.nobody_answers(command, "it stopped answering") from error
+
+    def _connect(self, command: JoinGroup, deadline: float, look: Look) -> Group:
         rank = command.rank_offset + self._mesh.tp_rank
-        deadline = time.monotonic() + command.timeout_s
+        helpers = self._helpers
         if command.rendezvous == "vllm":
-            return vllm_group.join(command, rank, self._device, deadline)
-        store = rendezvous.connect(command, deadline)
+            return vllm_group.join(command, rank, self._device, deadline, look, helpers, self._park)
+        store = rendezvous.connect(command, deadline, look)
         if command.backend == "gloo":
-            return GlooGroup(store, command, rank, deadline)
-        return NcclGroup.behind_store(store, command, rank, self._device, deadline)
+            return GlooGroup(store, command, rank, deadline, look, helpers)
+        return NcclGroup.behind_store(store, command, rank, self._device, deadline, look, helpers)

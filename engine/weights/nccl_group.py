@@ -14,6 +14,8 @@ from engine.protocol import JoinGroup
 from engine.protocol.nccl import Communicator, NcclError
 from engine.protocol.rendezvous import NCCL_ID_KEY, backend_prefix
 from engine.weights import rendezvous
+from engine.weights.helpers import Helpers, nothing
+from engine.weights.lane import Look
 
 _POLL_S = 0.00005
 _LIVENESS_S = 2.0
@@ -40,8 +42,14 @@ class NcclGroup:
         device: torch.device,
         unique_id: Callable[[float], bytes],
         store: Store | None = None,
+        look: Look = nothing,
+        helpers: Helpers | None = None,
     ) -> None:
         self.name = command.name
+        self.look = look
+        self._helpers = helpers or Helpers()
+        self._dropped: list[Communicator] = []
+        self._zero: torch.Tensor | None = None
         self._command = command
         self._rank = rank
         self._device = device
@@ -59,28 +67,31 @@ class NcclGroup:
         rank: int,
         device: torch.device,
         deadline: float,
+        look: Look = nothing,
+        helpers: Helpers | None = None,
     ) -> NcclGroup:
         """A group whose rank 0 is a `torch.distributed` NCCL process group, which publishes the
         unique id of its first communicator under the key "0" of its device."""
         keys = PrefixStore(command.name, store)
-        rendezvous.announce_and_await(keys, command, rank, deadline)
+        rendezvous.announce_and_await(keys, command, rank, deadline, look)
         backend_keys = PrefixStore(backend_prefix(command.name, "cuda"), keys)
 
         def unique_id(deadline: float) -> bytes:
             return rendezvous.await_key(backend_keys, NCCL_ID_KEY, command, deadline)
 
-        return cls(command, rank, device, unique_id, store)
+        return cls(command, rank, device, unique_id, store, look, helpers)
 
     def connect(self, deadline: float) -> Communicator:
         """The communicator; built by all ranks at once, here if it was not yet."""
         if self._comm is None:
-            unique_id = self._unique_id(deadline)
+            unique_id = self._helpers.call(lambda: self._unique_id(deadline), deadline, self.look)
             with torch.cuda.device(self._device):
                 self._comm = Communicator(
                     unique_id,
                     rank=self._rank,
                     world_size=self._command.world_size,
                     deadline=deadline,
+                    look=lambda: self.look(),
                 )
         return self._comm
 
@@ -88,9 +99,12 @@ class NcclGroup:
         """The all-reduce of one zero that vLLM's trainers expect of every rank that joined."""
         try:
             with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-                zero = torch.zeros(1, dtype=torch.float32, device=self._device)
+                # Kept as long as the group: its abort may leave it to be written.
+                self._zero = torch.zeros(1, dtype=torch.float32, device=self._device)
                 comm = self.connect(deadline)
-                comm.sum_one(zero.data_ptr(), stream=self._stream.cuda_stream, deadline=deadline)
+                comm.sum_one(
+                    self._zero.data_ptr(), stream=self._stream.cuda_stream, deadline=deadline
+                )
             self.wait(_Ticket(self._stream.record_event(), 0, "the warm-up all-reduce"), deadline)
         except (NcclError, TimeoutError) as error:
             self.abort()
@@ -125,6 +139,7 @@ class NcclGroup:
         """See `Group`."""
         next_look = time.monotonic() + _LIVENESS_S
         while not ticket.done.query():
+            self.look()
             now = time.monotonic()
             try:
                 if now > deadline:
@@ -138,13 +153,16 @@ class NcclGroup:
 
     def is_alive(self) -> bool:
         """See `Group`."""
-        return self._store is None or rendezvous.answers(self._store)
+        return self._store is None or rendezvous.answers(self._store, self._helpers)
 
-    def abort(self) -> None:
+    def abort(self) -> bool:
         """See `Group`."""
         comm, self._comm = self._comm, None
         if comm is not None:
             comm.abort()
+            self._dropped.append(comm)
+        self._dropped = [other for other in self._dropped if not other.is_freed]
+        return not self._dropped
 
     def _look_for_peers(self) -> None:
         """A kernel that waits for a dead process over NVLink waits for ever: ask elsewhere."""

@@ -16,9 +16,12 @@ import torch
 
 from engine.errors import GroupError, SlipstreamError
 from engine.protocol import Bucket, ReceiveBroadcast
+from engine.protocol.deadlines import capped
 from engine.weights import layouts
 from engine.weights.group import Group
 from engine.weights.groups import Groups
+from engine.weights.helpers import nothing
+from engine.weights.lane import Look
 from engine.weights.session import UpdateSession
 from engine.weights.staging import bounds
 
@@ -26,8 +29,10 @@ _STAGING_BUFFERS = 2
 _SHADOW_IN_FLIGHT = 8
 
 
-def receive_broadcast(session: UpdateSession, groups: Groups, command: ReceiveBroadcast) -> None:
-    """Run one `ReceiveBroadcast`.
+def receive_broadcast(
+    session: UpdateSession, groups: Groups, command: ReceiveBroadcast, look: Look = nothing
+) -> None:
+    """Run one `ReceiveBroadcast`. look: called while it waits; what it raises ends it.
 
     Raises ManifestMismatch or GroupError, before anything moved, for tensors that may not come
     and a group that is not there. Raises UpdateTimeout or GroupError, naming the first tensor
@@ -37,15 +42,22 @@ def receive_broadcast(session: UpdateSession, groups: Groups, command: ReceiveBr
     buckets: list[Bucket] = []
     refusal: SlipstreamError | None = None
     try:
+        look()
         session.expect(command.tensors)
         buckets = layouts.broadcasts(command)
         _check_source(groups, command)
     except SlipstreamError as error:
         refusal = error
     with session.receiving(command.tensors, refusal):
+        memory: list[torch.Tensor] = []
         done = False
         try:
-            _transfer(session, groups.get(command.group), command, buckets)
+            group = groups.get(command.group)
+            group.look = look
+            groups.lend(command.group, memory)
+            _transfer(session, group, command, buckets, memory)
+            group.look = nothing
+            groups.lend(command.group, ())
             done = True
         finally:
             if not done:
@@ -63,9 +75,14 @@ def _check_source(groups: Groups, command: ReceiveBroadcast) -> None:
 
 
 def _transfer(
-    session: UpdateSession, group: Group, command: ReceiveBroadcast, buckets: Sequence[Bucket]
+    session: UpdateSession,
+    group: Group,
+    command: ReceiveBroadcast,
+    buckets: Sequence[Bucket],
+    memory: list[torch.Tensor],
 ) -> None:
-    deadline = session.deadline(command.timeout_s)
+    """memory: filled with what broadcasts may be writing to, as long as they may."""
+    deadline = session.deadline(capped(command.timeout_s))
     lasting = session.keeps_memory() and all(_is_whole(bucket) for bucket in buckets)
     buffers = _Buffers(group, buckets, lasting=lasting)
     in_flight: deque[tuple[Any, Bucket, torch.Tensor]] = deque()
@@ -73,6 +90,7 @@ def _transfer(
         if len(in_flight) == buffers.count:
             _take_in(session, group, in_flight.popleft(), deadline, lasting=lasting)
         buffer = buffers.get(index)
+        memory[:] = [*(waiting for _, _, waiting in in_flight), buffer]
         ticket = group.broadcast(buffer, command.source, deadline, _first_name(bucket))
         in_flight.append((ticket, bucket, buffer))
     while in_flight:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from engine.errors import UnsupportedOption
+from engine.errors import GroupError, UnsupportedOption
 from engine.parallel.mesh import Mesh
 from engine.protocol import (
     AbortUpdate,
@@ -16,6 +17,7 @@ from engine.protocol import (
     CommitUpdate,
     EngineCommand,
     GetWeight,
+    GroupCommand,
     JoinGroup,
     LeaveGroup,
     LoadFromDisk,
@@ -24,13 +26,18 @@ from engine.protocol import (
     ReceiveIpc,
     Reply,
 )
+from engine.protocol.deadlines import ABORT_S, CLOSE_S
 from engine.weights.groups import Groups
+from engine.weights.helpers import nothing
 from engine.weights.inspect import WeightInspector
 from engine.weights.ipc import IpcReceiver
+from engine.weights.lane import Crew, Lane, Look, PendingCommand
 from engine.weights.load import Loadable
 from engine.weights.receive import receive_broadcast
 from engine.weights.session import UpdateSession
 from engine.weights.sources import disk
+
+logger = logging.getLogger(__name__)
 
 
 class WeightService:
@@ -54,21 +61,56 @@ class WeightService:
             model, version=version, agree=agree, require_weights=require_weights
         )
         self.groups = Groups(device, mesh)
+        self._lane = Lane(device)
+        self._crew = Crew()
         self._ipc = IpcReceiver(self.session, device, mesh)
         self._inspector = WeightInspector(self.session, mesh, require_weights)
 
-    def handle(self, command: EngineCommand) -> Reply:
-        """Run one weight command; raises its typed error."""
+    def start(self, command: EngineCommand) -> PendingCommand:
+        """Run a `BesideSteps` command beside whatever this thread does next; returns at once.
+
+        Transfers run one after another, on a stream of their own; groups form and are left all
+        at once. A group that is joined or left ends what still forms or uses one of its name.
+        """
+        if not isinstance(command, GroupCommand):
+            return self._lane.start(command, lambda look: self.handle(command, look))
+        if isinstance(command, JoinGroup) and self.groups.is_open(command):
+            return self._crew.start(command, lambda look: self.handle(command, look))
+        name = command.name
+        before = self.cancel(f"group {name!r} is joined anew or left", group=name)
+
+        def run(look: Look) -> Reply:
+            # One at a time uses a group; those before were told to end.
+            for pending in before:
+                if not pending.wait(2 * ABORT_S, look):
+                    what = type(pending.command).__name__
+                    raise GroupError(f"{what} still uses group {name!r}", field="name")
+            return self.handle(command, look)
+
+        return self._crew.start(command, run)
+
+    def cancel(self, reason: str, *, group: str = "") -> list[PendingCommand]:
+        """Have transfers end early; with `group`, only what forms or uses that group. Returns
+        what has been told so."""
+        forming: list[PendingCommand] = []
+        if group:
+            forming = self._crew.cancel(reason, lambda found: getattr(found, "name", "") == group)
+        return forming + self._lane.cancel(
+            reason, lambda found: not group or getattr(found, "group", "") == group
+        )
+
+    def handle(self, command: EngineCommand, look: Look = nothing) -> Reply:
+        """Run one weight command here; raises its typed error. look: called while it waits."""
         match command:
             case BeginUpdate():
                 update = self.session.begin(command)
                 return Reply(in_place=update.in_place, undo=update.undo is not None)
             case JoinGroup():
-                self.groups.join(command)
+                self.groups.join(command, look)
             case LeaveGroup():
                 self.groups.leave(command.name)
             case ReceiveBroadcast():
-                receive_broadcast(self.session, self.groups, command)
+                receive_broadcast(self.session, self.groups, command, look)
             case ReceiveIpc():
                 self._ipc.receive(command)
             case LoadFromDisk():
@@ -89,6 +131,11 @@ class WeightService:
         return Reply()
 
     def close(self) -> None:
-        """Leave every group and unmap what trainers lent. Idempotent."""
+        """Give up what runs, leave every group and unmap what trainers lent. Idempotent."""
+        self._crew.cancel("the engine is closing")
+        if not self._lane.close(CLOSE_S):
+            # Whatever it is stuck in may still use groups and memory: they go with the process.
+            logger.warning("a transfer does not end; its group is left to the process's end")
+            return
         self.groups.close()
         self._ipc.close()

@@ -7,6 +7,8 @@ of one float32 completes the handshake.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch._C._distributed_c10d import Store
 
@@ -14,32 +16,49 @@ from engine.errors import GroupError
 from engine.protocol import JoinGroup
 from engine.protocol.nccl import UNIQUE_ID_BYTES
 from engine.weights import rendezvous
+from engine.weights.helpers import Helpers, nothing
+from engine.weights.lane import Look
 from engine.weights.nccl_group import NcclGroup
 from engine.weights.unpickle import restricted_loads
 
 _ID_KEY = "broadcast_from/0/0"
 
 
-def join(command: JoinGroup, rank: int, device: torch.device, deadline: float) -> NcclGroup:
+def join(
+    command: JoinGroup,
+    rank: int,
+    device: torch.device,
+    deadline: float,
+    look: Look = nothing,
+    helpers: Helpers | None = None,
+    park: Callable[[NcclGroup], object] = NcclGroup.abort,
+) -> NcclGroup:
     """Become `rank` of the trainer's communicator, complete when this returns.
 
-    Raises GroupError when the trainer, or another rank, does not come by `deadline`.
+    Raises GroupError when the trainer, or another rank, does not come by `deadline`; `park` gets
+    the group then, which NCCL may not have let go of.
     """
     if command.backend != "nccl":
         raise GroupError("the 'vllm' rendezvous has NCCL only", field="backend")
     if command.unique_id:
         unique_id, store = command.unique_id, None
     else:
-        store = rendezvous.connect(command, deadline, use_libuv=False)
-        unique_id = _id_bytes(_published(store, command, deadline))
-    group = NcclGroup(command, rank, device, lambda _deadline: unique_id, store)
-    group.warm_up(deadline)
+        store = rendezvous.connect(command, deadline, look, use_libuv=False)
+        unique_id = _id_bytes(_published(store, command, deadline, look))
+    group = NcclGroup(command, rank, device, lambda _deadline: unique_id, store, look, helpers)
+    formed = False
+    try:
+        group.warm_up(deadline)
+        formed = True
+    finally:
+        if not formed:
+            park(group)
     return group
 
 
-def _published(store: Store, command: JoinGroup, deadline: float) -> object:
+def _published(store: Store, command: JoinGroup, deadline: float, look: Look) -> object:
     try:
-        return restricted_loads(rendezvous.await_key(store, _ID_KEY, command, deadline))
+        return restricted_loads(rendezvous.await_key(store, _ID_KEY, command, deadline, look))
     except TimeoutError as error:
         raise GroupError(
             f"rank 0 (trainer) of group {command.name!r} did not publish a NCCL id in time",

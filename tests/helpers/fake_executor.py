@@ -28,6 +28,7 @@ from engine.errors import (
 from engine.protocol import (
     AbortUpdate,
     BeginUpdate,
+    BesideSteps,
     CommitUpdate,
     EngineFacts,
     LoadFromDisk,
@@ -71,6 +72,23 @@ class FakePending:
     def result(self) -> StepResult:
         """The result; raises the error."""
         if isinstance(self.outcome, SlipstreamError):
+            raise self.outcome
+        return self.outcome
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A command that has ended: its reply or its error."""
+
+    outcome: Reply | Exception
+
+    def done(self) -> bool:
+        """It has."""
+        return True
+
+    def result(self) -> Reply:
+        """The reply; raises the error."""
+        if isinstance(self.outcome, Exception):
             raise self.outcome
         return self.outcome
 
@@ -159,6 +177,16 @@ class FakeExecutor:
             case AbortUpdate():
                 self._open = None
         return Reply()
+
+    def start(self, command: BesideSteps) -> Answered:
+        """Run it at once."""
+        try:
+            return Answered(self.handle(command))
+        except Exception as error:
+            return Answered(error)
+
+    def cancel(self, reason: str, *, group: str = "") -> None:
+        """Nothing runs beside anything here."""
 
     def receive(self, tensors: Iterable[tuple[str, Any]], *, lasting: bool = False) -> None:
         """Takes one tensor, named "shift"."""

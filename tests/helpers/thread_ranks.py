@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from engine.config import EngineConfig
-from engine.executor import LocalExecutor
+from engine.executor import LocalExecutor, PendingReply
 from engine.parallel.collectives import Collectives
 from engine.parallel.connect import connect
 from engine.parallel.mesh import Mesh
-from engine.protocol import EngineCommand, Reply, StepPlan, StepResult
+from engine.protocol import BesideSteps, EngineCommand, Reply, StepPlan, StepResult
 
 T = TypeVar("T")
 
@@ -44,6 +45,20 @@ def with_collectives(
         return on_ranks(tp_size, rank_main)
 
 
+@dataclass(frozen=True)
+class AllReplies:
+    """A command that every rank runs beside steps."""
+
+    pending: Sequence[PendingReply]
+
+    def done(self) -> bool:
+        return all(each.done() for each in self.pending)
+
+    def result(self) -> Reply:
+        first, *_ = [each.result() for each in self.pending]
+        return first
+
+
 class ThreadedExecutor:
     """Every rank of a replica in a thread of this process; results are rank 0's.
 
@@ -70,6 +85,13 @@ class ThreadedExecutor:
 
     def handle(self, command: EngineCommand) -> Reply:
         return on_ranks(len(self._ranks), lambda rank: self._ranks[rank].handle(command))[0]
+
+    def start(self, command: BesideSteps) -> AllReplies:
+        return AllReplies([rank.start(command) for rank in self._ranks])
+
+    def cancel(self, reason: str, *, group: str = "") -> None:
+        for rank in self._ranks:
+            rank.cancel(reason, group=group)
 
     def receive(self, tensors: Any, *, lasting: bool = False) -> None:
         named = list(tensors)

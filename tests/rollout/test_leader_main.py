@@ -74,7 +74,7 @@ def test_frames_that_wait_are_all_in_the_next_step(ends: tuple[Channel, Channel]
     messages = channel.receive_waiting(timeout_s=5, max_messages=4096)
     while len(messages) < 64:
         messages += channel.receive_waiting(timeout_s=5, max_messages=4096)
-    leader_main._obey(leader, messages)
+    leader_main._obey(leader, messages, {})
     leader.step()
     assert executor.rows == [64]
 
@@ -114,7 +114,7 @@ def test_messages_outside_the_protocol_are_refused_one_by_one(
     caller.send([Call(id=8, command=GetState())], timeout_s=5)
     for _ in range(20):
         answers, leaving = leader_main._obey(
-            leader, channel.receive_waiting(timeout_s=1, max_messages=100)
+            leader, channel.receive_waiting(timeout_s=1, max_messages=100), {}
         )
         assert not leaving
         if answers:

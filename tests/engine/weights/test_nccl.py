@@ -79,7 +79,7 @@ class Recorded:
 
     made: Any = None
 
-    def __init__(self, command, rank, device, unique_id, store) -> None:
+    def __init__(self, command, rank, device, unique_id, store, look, helpers) -> None:
         self.rank, self.unique_id, self.warm = rank, unique_id(0.0), False
         Recorded.made = self
 
