@@ -20,6 +20,7 @@ from engine.config import EngineConfig
 from engine.errors import EngineDead, OutOfMemory, WeightUpdateError
 from engine.protocol import (
     BeginUpdate,
+    BesideSteps,
     CheckWeights,
     CommitUpdate,
     EngineCommand,
@@ -45,6 +46,18 @@ class WaitingStep:
         """Whatever an aborted step leaves."""
         assert self.released.wait(_LONG_S), "nobody freed rank 0"
         return self.queued.result()
+
+
+class Unending:
+    """A command beside steps that never ends."""
+
+    def done(self) -> bool:
+        """Never."""
+        return False
+
+    def result(self) -> Reply:
+        """Nobody may wait for it."""
+        raise AssertionError("it never ends")
 
 
 class FakeRank(FakeExecutor):
@@ -100,6 +113,19 @@ class FakeRank(FakeExecutor):
         if isinstance(command, BeginUpdate) and self._kind == "begins" and self._is_bad:
             raise WeightUpdateError("cannot begin", field="w")
         return super().handle(command)
+
+    def start(self, command: BesideSteps) -> Any:
+        """The fake's; "forms": the rank never ends it, "forms-dies": it leaves in it."""
+        self._trace.append(f"start {command.__struct_config__.tag}")
+        if self._kind == "forms-dies" and self._is_bad:
+            os._exit(9)
+        if self._kind == "forms" and self._is_bad:
+            return Unending()
+        return super().start(command)
+
+    def cancel(self, reason: str, *, group: str = "") -> None:
+        """Noted."""
+        self._trace.append(f"cancel {reason} {group}")
 
     def abort(self) -> None:
         """Free a rank 0 that waits."""

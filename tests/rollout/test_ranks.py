@@ -316,3 +316,49 @@ def test_reports_are_added_up() -> None:
 
     report = merge([part(10, 1.0), part(12, 3.0)]).report
     assert report == UpdateReport(version=3, num_tensors=2, num_bytes=22, seconds=3.0)
+
+
+JOIN = JoinGroup(name="g", address="h", port=1, rank_offset=1, world_size=3)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_steps_go_on_while_a_rank_forms_a_group(which: int) -> None:
+    with ranked(f"forms {which}") as replica:
+        ticket = replica._leader.start(JOIN)
+        replica.submit(many(4))
+        assert len(drain(replica)) == 4
+        assert not ticket.done()
+        assert replica.state().receiving == ["join_group"]
+        # Other commands are answered out of order.
+        replica.send(BeginUpdate(version=1))
+        replica.send(AbortUpdate(version=1))
+
+
+def test_a_rank_that_never_ends_a_command_beside_steps_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for layer in ("_SLOW_S", "AGREE_S", "_MARGIN_S", "ABORT_S"):
+        monkeypatch.setattr(f"engine.protocol.deadlines.{layer}", 0.2)
+    with ranked("forms 1", timeout_s=0.5) as replica:
+        with pytest.raises(EngineDead, match="rank 1 .* did not answer 'join_group'"):
+            replica.send(msgspec.structs.replace(JOIN, timeout_s=0.2))
+        assert replica._leader._executor.failure is not None
+
+
+def test_a_rank_that_dies_in_a_command_beside_steps_is_named() -> None:
+    with ranked("forms-dies 1") as replica:
+        with pytest.raises(EngineDead, match="rank 1 .* exited with code 9"):
+            replica.send(JOIN)
+
+
+def test_transfers_in_progress_are_cancelled_on_every_rank() -> None:
+    with ranked("forms 1") as replica:
+        leader = replica._leader
+        leader.handle(BeginUpdate(version=1))
+        receive = leader.start(ReceiveBroadcast(group="g", tensors=[]))
+        leader.start(AbortUpdate(version=1))
+        assert not receive.done()
+        traces = leader._executor.handle(CheckWeights()).weights
+        for trace in traces:
+            (line,) = [name for name in trace.checksums if "cancel" in name]
+            assert "the update to version 1 was aborted" in line
