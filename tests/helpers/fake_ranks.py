@@ -116,7 +116,6 @@ class FakeRank(FakeExecutor):
 
     def start(self, command: BesideSteps) -> Any:
         """The fake's; "forms": the rank never ends it, "forms-dies": it leaves in it."""
-        self._trace.append(f"start {command.__struct_config__.tag}")
         if self._kind == "forms-dies" and self._is_bad:
             os._exit(9)
         if self._kind == "forms" and self._is_bad:

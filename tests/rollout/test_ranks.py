@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from engine.config import EngineConfig, ParallelConfig
@@ -22,11 +23,14 @@ from engine.errors import (
     WeightUpdateError,
 )
 from engine.protocol import (
+    AbortUpdate,
     BeginUpdate,
     CheckWeights,
     CommitUpdate,
     ErrorInfo,
+    JoinGroup,
     LoadFromDisk,
+    ReceiveBroadcast,
     Reply,
     RequestOutput,
     UpdateReport,
@@ -325,7 +329,7 @@ JOIN = JoinGroup(name="g", address="h", port=1, rank_offset=1, world_size=3)
 def test_steps_go_on_while_a_rank_forms_a_group(which: int) -> None:
     with ranked(f"forms {which}") as replica:
         ticket = replica._leader.start(JOIN)
-        replica.submit(many(4))
+        replica.submit([make_request(f"r{i}", [i + 1, 2]) for i in range(4)])
         assert len(drain(replica)) == 4
         assert not ticket.done()
         assert replica.state().receiving == ["join_group"]
@@ -340,15 +344,15 @@ def test_a_rank_that_never_ends_a_command_beside_steps_is_named(
     for layer in ("_SLOW_S", "AGREE_S", "_MARGIN_S", "ABORT_S"):
         monkeypatch.setattr(f"engine.protocol.deadlines.{layer}", 0.2)
     with ranked("forms 1", timeout_s=0.5) as replica:
-        with pytest.raises(EngineDead, match="rank 1 .* did not answer 'join_group'"):
+        with pytest.raises(EngineDead, match=r"rank 1 .* did not answer 'join_group'"):
             replica.send(msgspec.structs.replace(JOIN, timeout_s=0.2))
         assert replica._leader._executor.failure is not None
 
 
 def test_a_rank_that_dies_in_a_command_beside_steps_is_named() -> None:
-    with ranked("forms-dies 1") as replica:
-        with pytest.raises(EngineDead, match="rank 1 .* exited with code 9"):
-            replica.send(JOIN)
+    died = pytest.raises(EngineDead, match=r"rank 1 .* exited with code 9")
+    with ranked("forms-dies 1") as replica, died:
+        replica.send(JOIN)
 
 
 def test_transfers_in_progress_are_cancelled_on_every_rank() -> None:
