@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -14,18 +15,23 @@ _FAILED = 1
 def run_and_leave(main: Callable[[list[str]], int], arguments: Sequence[str]) -> NoReturn:
     """Exit with what `main` returns; with 1 and a traceback if it raises.
 
-    After a failure the interpreter is not torn down: what it would destruct, such as a process
-    group whose other ranks are gone, may still be in use by threads that cannot be stopped,
-    and would replace the exit code by a crash. So `main` must have sent its last messages, and
-    finalizers that run at exit do not.
+    After a failure, or with a thread left that waits for a peer, the interpreter is not torn
+    down: what it would destruct, such as a process group whose other ranks are gone, may still be
+    in use by threads that cannot be stopped, and would replace the exit code by a crash. So
+    `main` must have sent its last messages, and finalizers that run at exit do not.
     """
     code = _FAILED
     try:
         code = main(list(arguments))
     finally:
-        if code != 0:
+        if code != 0 or _is_stuck():
             leave_at_once(code)
     sys.exit(0)
+
+
+def _is_stuck() -> bool:
+    """Whether a thread waits for somebody outside, in a call that nobody can end."""
+    return any(thread.name.startswith("weights-") for thread in threading.enumerate())
 
 
 def leave_at_once(code: int) -> NoReturn:
