@@ -188,16 +188,19 @@ class Communicator:
         _check(state.value, self._comm)
         return state.value == _SUCCESS
 
-    def abort(self) -> None:
+    def abort(self) -> bool:
         """End what is queued and free the communicator. Idempotent.
 
-        Should NCCL hang here, it is left to itself after a while: the thread holds no lock.
+        Should NCCL hang here, it is left to itself after a while (the thread holds no lock), and
+        False is returned: what was queued may still write to its buffers then.
         """
         comm, self._comm = self._comm, ctypes.c_void_p()
         if comm:
             thread = threading.Thread(target=library().ncclCommAbort, args=(comm,), daemon=True)
             thread.start()
             thread.join(_ABORT_S)
+            return not thread.is_alive()
+        return True
 
     def _settle(self, result: int, deadline: float) -> None:
         """Wait until a call has done its part; on a stream, that is until it is queued."""

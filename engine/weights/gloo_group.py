@@ -74,9 +74,10 @@ class GlooGroup:
         """See `Group`."""
         return self._group is not None and rendezvous.answers(self._store)
 
-    def abort(self) -> None:
+    def abort(self) -> bool:
         """See `Group`."""
         self._group = None
+        return True
 
     def _broken(
         self, source: int, tensor: str, deadline: float, error: RuntimeError

@@ -37,8 +37,9 @@ class Group(Protocol):
         """Whether the trainer that formed the group still answers; True if that is not known."""
         ...
 
-    def abort(self) -> None:
-        """Drop the group at once, whatever is queued on it. Idempotent."""
+    def abort(self) -> bool:
+        """Drop the group at once, whatever is queued on it; whether nothing of it can write to
+        its buffers any more. Idempotent."""
         ...
 
 

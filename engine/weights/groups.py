@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -25,6 +26,7 @@ class Groups:
         self._device = device
         self._mesh = mesh
         self._open: dict[str, tuple[JoinGroup, Group]] = {}
+        self._stranded: list[torch.Tensor] = []
 
     @property
     def tp_rank(self) -> int:
@@ -61,11 +63,21 @@ class Groups:
             time.monotonic() - started,
         )
 
-    def leave(self, name: str) -> None:
-        """Drop a group; no error when there is none. What is queued on it is lost."""
+    def leave(self, name: str, buffers: Sequence[torch.Tensor] = ()) -> None:
+        """Drop a group; no error when there is none. What is queued on it is lost.
+
+        buffers: what it was receiving into. If the group cannot be ended they are kept for the
+        life of the process: memory that a broadcast may still write to must go to nobody else.
+        """
         known = self._open.pop(name, None)
-        if known is not None:
-            known[1].abort()
+        if known is None or known[1].abort():
+            return
+        self._stranded += buffers
+        logger.error(
+            "group %s hangs while it is ended; %d bytes that it may still write to are kept",
+            name,
+            sum(buffer.nbytes for buffer in buffers),
+        )
 
     def get(self, name: str) -> Group:
         """The group `name`. Raises GroupError when it was not joined or broke."""

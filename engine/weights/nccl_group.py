@@ -140,11 +140,10 @@ class NcclGroup:
         """See `Group`."""
         return self._store is None or rendezvous.answers(self._store)
 
-    def abort(self) -> None:
+    def abort(self) -> bool:
         """See `Group`."""
         comm, self._comm = self._comm, None
-        if comm is not None:
-            comm.abort()
+        return comm is None or comm.abort()
 
     def _look_for_peers(self) -> None:
         """A kernel that waits for a dead process over NVLink waits for ever: ask elsewhere."""

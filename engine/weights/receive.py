@@ -44,13 +44,14 @@ def receive_broadcast(session: UpdateSession, groups: Groups, command: ReceiveBr
         refusal = error
     with session.receiving(command.tensors, refusal):
         done = False
+        used: list[torch.Tensor] = []
         try:
-            _transfer(session, groups.get(command.group), command, buckets)
+            _transfer(session, groups.get(command.group), command, buckets, used)
             done = True
         finally:
             if not done:
                 # Before the memory goes that broadcasts still write to.
-                groups.leave(command.group)
+                groups.leave(command.group, used)
 
 
 def _check_source(groups: Groups, command: ReceiveBroadcast) -> None:
@@ -63,8 +64,13 @@ def _check_source(groups: Groups, command: ReceiveBroadcast) -> None:
 
 
 def _transfer(
-    session: UpdateSession, group: Group, command: ReceiveBroadcast, buckets: Sequence[Bucket]
+    session: UpdateSession,
+    group: Group,
+    command: ReceiveBroadcast,
+    buckets: Sequence[Bucket],
+    used: list[torch.Tensor],
 ) -> None:
+    """used: takes every buffer that a broadcast was started into."""
     deadline = session.deadline(command.timeout_s)
     lasting = session.keeps_memory() and all(_is_whole(bucket) for bucket in buckets)
     buffers = _Buffers(group, buckets, lasting=lasting)
@@ -73,6 +79,7 @@ def _transfer(
         if len(in_flight) == buffers.count:
             _take_in(session, group, in_flight.popleft(), deadline, lasting=lasting)
         buffer = buffers.get(index)
+        used.append(buffer)
         ticket = group.broadcast(buffer, command.source, deadline, _first_name(bucket))
         in_flight.append((ticket, bucket, buffer))
     while in_flight:
