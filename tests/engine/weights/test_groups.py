@@ -39,7 +39,7 @@ def test_groups_come_go_and_come_again_under_one_name() -> None:
 
 def test_joining_again_by_the_same_arguments_is_no_error() -> None:
     _, rank = make_rank()
-    sender = join([rank])
+    sender = join([rank], timeout_s=60.0)
     again = join_command(sender, 1, timeout_s=60.0)
     rank.handle(again)
     rank.handle(again)
