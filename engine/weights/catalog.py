@@ -87,8 +87,7 @@ class Catalog:
 
     def view(self, name: str) -> torch.Tensor:
         """This rank's elements of a tensor: a view of the live weights."""
-        parameter, part = self.target(name)
-        return parameter.view_of(part)
+        return self._slot(name).target
 
     def is_needed(self, name: str) -> bool:
         """Whether a tensor goes anywhere: checkpoints hold some that can be computed."""

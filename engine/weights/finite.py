@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from kernels.backend import KernelBackend
 from kernels.finite import peaks
 
 _AT_ONCE = 4096
@@ -46,7 +47,7 @@ def first_unfit(
 
 
 def _peaks(tensors: Sequence[torch.Tensor]) -> list[float]:
-    backend = "triton" if tensors[0].is_cuda else "torch"
+    backend: KernelBackend = "triton" if tensors[0].is_cuda else "torch"
     values: list[float] = []
     scalars = peaks(tensors, backend=backend)
     for start in range(0, len(scalars), _AT_ONCE):

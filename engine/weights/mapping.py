@@ -107,7 +107,7 @@ def _map_shared_memory(buffer: IpcBuffer) -> torch.Tensor:
     try:
         with path.open("r+b") as file:
             view = mmap.mmap(file.fileno(), buffer.size)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         raise WeightUpdateError(
             f"shared memory {buffer.name!r} of {buffer.size} bytes cannot be mapped ({error}): is "
             "the sender alive, on this host?",

@@ -15,11 +15,12 @@ class UndoCopy:
     again in torch's cache, whatever its order."""
 
     def __init__(self, num_bytes: int, num_tensors: int, device: torch.device) -> None:
-        self._size = num_bytes + num_tensors * _ALIGNMENT
+        self._size = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT + num_tensors * _ALIGNMENT
         self._device = device
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._end = 0
         self._kept: dict[str, torch.Tensor] = {}
+        self._typed: dict[torch.dtype, torch.Tensor] = {}
 
     def reserve(self) -> None:
         """Take the memory, before anything is replaced.
@@ -44,8 +45,8 @@ class UndoCopy:
         if name in self._kept:
             return
         self.reserve()
-        piece = self._memory[self._end : self._end + live.nbytes]
-        kept = piece.view(live.dtype).view(live.shape)
+        start = self._end // live.element_size()
+        kept = self._as(live.dtype).as_strided(live.shape, _strides(live.shape), start)
         kept.copy_(live, non_blocking=True)
         self._end += -(-live.nbytes // _ALIGNMENT) * _ALIGNMENT
         self._kept[name] = kept
@@ -58,6 +59,20 @@ class UndoCopy:
         if self._kept and self._memory.is_cuda:
             torch.cuda.current_stream(self._memory.device).synchronize()
 
+    def _as(self, dtype: torch.dtype) -> torch.Tensor:
+        """The memory as elements of a dtype; made once, for thousands of tensors."""
+        if dtype not in self._typed:
+            self._typed[dtype] = self._memory.view(dtype)
+        return self._typed[dtype]
+
     def has(self, names: set[str]) -> bool:
         """Whether the old values of all of `names` were kept."""
         return names <= self._kept.keys()
+
+
+def _strides(shape: torch.Size) -> list[int]:
+    """Of contiguous elements in row-major order."""
+    strides = [1] * len(shape)
+    for dim in range(len(shape) - 2, -1, -1):
+        strides[dim] = strides[dim + 1] * shape[dim + 1]
+    return strides

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from types import MappingProxyType
-from typing import BinaryIO
+from typing import Any
 
 import msgspec
 import torch
@@ -174,9 +175,10 @@ def _require_whole(file: Path, entries: list[Entry], start: int, size: int) -> N
         raise _broken(file, f"it has {size} bytes and its header describes {end}: {what}")
 
 
-def _read(handle: BinaryIO, entry: Entry) -> torch.Tensor:
+def _read(handle: FileIO, entry: Entry) -> torch.Tensor:
     memory = torch.empty(entry.num_bytes, dtype=torch.uint8)
-    view = memoryview(memory.numpy())
+    numbers: Any = memory.numpy()
+    view = memoryview(numbers)
     handle.seek(entry.offset)
     done = 0
     while done < entry.num_bytes:

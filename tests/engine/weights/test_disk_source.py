@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from engine.errors import (
     CheckpointError,
@@ -17,6 +22,7 @@ from engine.errors import (
 from engine.protocol import BeginUpdate, CommitUpdate, LoadFromDisk
 from engine.weights.checksum import checksum
 from engine.weights.sources.disk import DELTA_FILE
+from engine.weights.sources.safetensors import INDEX_NAME
 from tests.helpers.weight_engines import assert_holds, contents, fresh, make_rank, specs
 from trainer_bridge.transports.disk import Delta, write
 
@@ -110,4 +116,215 @@ def test_files_that_are_missing_or_broken(tmp_path: Path) -> None:
     path = write(tmp_path / "v", fresh(model).items())
     (path / DELTA_FILE).write_text("{")
     with pytest.raises(CheckpointError, match="delta"):
+        rank.handle(LoadFromDisk(path=str(path)))
+
+
+MODES = ["shadow", "undo", "in_place"]
+
+
+def sharded(folder: Path, tensors: dict[str, torch.Tensor], count: int = 3) -> Path:
+    """An indexed set of shards."""
+    folder.mkdir()
+    weight_map = {}
+    for shard in range(count):
+        name = f"model-{shard + 1:05d}-of-{count:05d}.safetensors"
+        mine = {n: t for i, (n, t) in enumerate(tensors.items()) if i % count == shard}
+        save_file(mine, folder / name)
+        weight_map.update(dict.fromkeys(mine, name))
+    (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+@pytest.mark.parametrize("how", ["removed", "cut", "overwritten"])
+@pytest.mark.parametrize("mode", MODES)
+def test_files_may_go_once_the_command_has_answered(tmp_path: Path, mode: str, how: str) -> None:
+    model, rank = make_rank()
+    new = fresh(model)
+    path = write(tmp_path / "v4", new.items()) / "model.safetensors"
+    rank.handle(BeginUpdate(version=4, mode=mode))
+    rank.handle(LoadFromDisk(path=str(path.parent)))
+    if how == "removed":
+        path.unlink()
+    elif how == "cut":
+        os.truncate(path, 0)
+    else:
+        with path.open("r+b") as file:
+            file.write(b"\xff" * path.stat().st_size)
+    rank.handle(CommitUpdate(version=4))
+    assert_holds(model, new)
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_an_error_and_no_signal(tmp_path: Path) -> None:
+    """In a process of its own: touching a mapping of such a file would end it."""
+    save_file({"a": torch.ones(1 << 16), "b": torch.ones(1 << 16)}, tmp_path / "model.safetensors")
+    code = (
+        "import os, sys, pathlib\n"
+        "from engine.errors import CheckpointError\n"
+        "from engine.weights.sources import safetensors\n"
+        "path = pathlib.Path(sys.argv[1])\n"
+        "source = safetensors.tensors(path)\n"
+        "first = next(source)[1]\n"
+        "os.truncate(path / 'model.safetensors', 5000)\n"
+        "assert float(first.sum()) == 1 << 16\n"
+        "try:\n"
+        "    next(source)\n"
+        "except CheckpointError as error:\n"
+        "    print(error)\n"
+    )
+    root = Path(__file__).resolve().parents[3]
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "model.safetensors cannot be read: b is cut off" in done.stdout
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_folder_is_whole_unless_it_says_otherwise(tmp_path: Path, mode: str) -> None:
+    model, rank = make_rank()
+    before, new = contents(model), fresh(model)
+    part = dict(list(new.items())[:5])
+    path = str(write(tmp_path / "v4", part.items()))
+    rank.handle(BeginUpdate(version=4, mode=mode, partial=True))
+    with pytest.raises(ManifestMismatch, match=r"v4 lacks .* and \d+ more"):
+        rank.handle(LoadFromDisk(path=path))
+    assert_holds(model, before)
+    rank.session.require_servable()
+    rank.handle(LoadFromDisk(path=path, partial=True))
+    rank.handle(CommitUpdate(version=4))
+    assert_holds(model, {**before, **part})
+
+
+def test_an_index_is_the_manifest(tmp_path: Path) -> None:
+    model, rank = make_rank()
+    before, new = contents(model), fresh(model)
+    path = sharded(tmp_path / "v4", new)
+    load(rank, path, BeginUpdate(version=4))
+    assert_holds(model, new)
+    first = path / "model-00001-of-00003.safetensors"
+    whole = first.read_bytes()
+    rank.handle(BeginUpdate(version=5, partial=True))
+    for partial in (True, False):
+        for spoil, message in (
+            (lambda: first.write_bytes(whole[:-8]), "cut off or still being written"),
+            (lambda: save_file({NORM: torch.ones(16)}, first), "lacks .*, which .* says it holds"),
+            (first.unlink, "names model-00001-of-00003.safetensors, which is missing"),
+        ):
+            spoil()
+            with pytest.raises(CheckpointError, match=f"(?s)model-00001.*{message}|{message}"):
+                rank.handle(LoadFromDisk(path=str(path), partial=partial))
+    assert_holds(model, new)
+    del before
+
+
+@pytest.mark.parametrize(
+    "stray",
+    [
+        "model.safetensors.tmp",
+        "model-00003-of-00003.safetensors.incomplete",
+        ".model.safetensors.k3Fq9Z",
+        "delta.json.tmp",
+        "model.safetensors.tmp.4711",
+        "download.part",
+    ],
+)
+def test_a_folder_that_is_still_being_written_is_refused(tmp_path: Path, stray: str) -> None:
+    model, rank = make_rank()
+    before, new = contents(model), fresh(model)
+    path = write(tmp_path / "v4", new.items())
+    (path / stray).write_bytes(b"")
+    rank.handle(BeginUpdate(version=4))
+    with pytest.raises(CheckpointError, match=stray):
+        rank.handle(LoadFromDisk(path=str(path)))
+    assert_holds(model, before)
+    (path / stray).unlink()
+    rank.handle(LoadFromDisk(path=str(path)))
+    rank.handle(CommitUpdate(version=4))
+    assert_holds(model, new)
+
+
+def test_shards_without_an_index_say_how_many_they_are(tmp_path: Path) -> None:
+    model, rank = make_rank()
+    new = fresh(model)
+    path = sharded(tmp_path / "v4", new)
+    (path / INDEX_NAME).unlink()
+    (path / "model-00002-of-00003.safetensors").rename(tmp_path / "aside")
+    rank.handle(BeginUpdate(version=4))
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00003\.safetensors is missing"):
+        rank.handle(LoadFromDisk(path=str(path)))
+    (tmp_path / "aside").rename(path / "model-00002-of-00003.safetensors")
+    rank.handle(LoadFromDisk(path=str(path)))
+    rank.handle(CommitUpdate(version=4))
+    assert_holds(model, new)
+
+
+def strange_paths(folder: Path) -> list[str]:
+    """Paths of every kind that is no folder of weights."""
+    os.mkfifo(folder / "pipe")
+    (folder / "pipes").mkdir()
+    os.mkfifo(folder / "pipes" / "model.safetensors")
+    (folder / "index").mkdir()
+    os.mkfifo(folder / "index" / INDEX_NAME)
+    (folder / "delta").mkdir()
+    os.mkfifo(folder / "delta" / DELTA_FILE)
+    (folder / "loop").symlink_to(folder / "loop")
+    (folder / "dangling").mkdir()
+    (folder / "dangling" / "model.safetensors").symlink_to("/nowhere/at/all")
+    (folder / "deep").mkdir()
+    (folder / "deep" / INDEX_NAME).write_text("[" * 100_000)
+    (folder / "out").mkdir()
+    (folder / "out" / INDEX_NAME).write_text('{"weight_map": {"a": "../../etc/passwd"}}')
+    (folder / "latin").mkdir()
+    (folder / "latin" / INDEX_NAME).write_bytes(b'{"weight_map": {"\xe9": "a"}}')
+    (folder / "empty").mkdir()
+    (folder / "file").write_bytes(b"")
+    inside = ["pipe", "pipes", "index", "delta", "loop", "dangling", "deep", "out", "latin"]
+    return [
+        *(str(folder / name) for name in [*inside, "empty", "file", "file/beyond"]),
+        "/proc/self/mem",
+        "/dev/zero",
+        "/dev/null",
+        "x" * 5000,
+        "/" + "y/" * 3000,
+        "nul\0nul",
+        "",
+        "\udcff",
+    ]
+
+
+def test_no_path_ends_or_hangs_an_engine(tmp_path: Path) -> None:
+    model, rank = make_rank()
+    before = contents(model)
+    rank.handle(BeginUpdate(version=4))
+    for path in strange_paths(tmp_path):
+        with pytest.raises((CheckpointError, ModelNotFound)) as refusal:
+            rank.handle(LoadFromDisk(path=path))
+        assert refusal.value.field == "path"
+        assert len(refusal.value.message) < 1000
+    assert_holds(model, before)
+    rank.session.require_servable()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_may_not_be_read(tmp_path: Path) -> None:
+    _, rank = make_rank()
+    rank.handle(BeginUpdate(version=4))
+    folder = tmp_path / "secret"
+    folder.mkdir(mode=0)
+    with pytest.raises(CheckpointError, match="secret"):
+        rank.handle(LoadFromDisk(path=str(folder)))
+
+
+def test_a_tensor_of_another_model_is_named_with_its_file(tmp_path: Path) -> None:
+    model, rank = make_rank()
+    new = {**fresh(model), "layers.0.attention.wq.weight": torch.ones(2)}
+    path = write(tmp_path / "v4", new.items())
+    rank.handle(BeginUpdate(version=4))
+    with pytest.raises(ManifestMismatch, match=r"attention\.wq.*v4/model\.safetensors"):
         rank.handle(LoadFromDisk(path=str(path)))

@@ -1,0 +1,184 @@
+"""The ways in which tensors reach one rank, each as the receive step of an update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from engine.errors import WeightUpdateError
+from engine.protocol import (
+    IpcBuffer,
+    IpcPayload,
+    IpcTensor,
+    LeaveGroup,
+    LoadFromDisk,
+    ReceiveBroadcast,
+    ReceiveIpc,
+    TensorPiece,
+    encode,
+)
+from engine.weights.service import WeightService
+from tests.helpers.weight_engines import Tensors, join, pieces, send, split
+from trainer_bridge.process_group import SenderGroup
+from trainer_bridge.transports.disk import write
+
+
+class Carrier(Protocol):
+    """One way; `prepare` before the fault is armed, `receive` under it, `recover` after it."""
+
+    def prepare(self, new: Tensors) -> None:
+        """Have the sender's side ready."""
+
+    def receive(self) -> None:
+        """The engine's command."""
+
+    def recover(self) -> None:
+        """Begin anew after a failure."""
+
+
+class InProcess:
+    """Tensors of this process. consumed: one buffer, written anew for every tensor."""
+
+    def __init__(self, rank: WeightService, *, consumed: bool) -> None:
+        self._rank = rank
+        self._consumed = consumed
+        self._new: Tensors = {}
+
+    def prepare(self, new: Tensors) -> None:
+        self._new = {name: tensor.clone() for name, tensor in new.items()}
+
+    def receive(self) -> None:
+        tensors = self._reused() if self._consumed else iter(self._new.items())
+        self._rank.session.receive(tensors, lasting=not self._consumed)
+
+    def recover(self) -> None:
+        pass
+
+    def _reused(self) -> Iterator[tuple[str, torch.Tensor]]:
+        buffer = torch.empty(max(tensor.numel() for tensor in self._new.values()))
+        for name, tensor in self._new.items():
+            part = buffer[: tensor.numel()].view(tensor.shape)
+            part.copy_(tensor)
+            yield name, part
+            buffer.fill_(7.0)
+
+
+class Disk:
+    """A safetensors folder that is gone once the command has answered."""
+
+    def __init__(self, rank: WeightService, folder: Path) -> None:
+        self._rank = rank
+        self._path = folder / "weights"
+
+    def prepare(self, new: Tensors) -> None:
+        write(self._path, new.items())
+
+    def receive(self) -> None:
+        self._rank.handle(LoadFromDisk(path=str(self._path)))
+        (self._path / "model.safetensors").write_bytes(b"gone")
+
+    def recover(self) -> None:
+        pass
+
+
+class GlooGroup:
+    """Broadcasts of a trainer's group, half a tensor at a time, from a thread of its own."""
+
+    def __init__(self, rank: WeightService) -> None:
+        self._rank = rank
+        self._sender: SenderGroup | None = None
+        self._pool = ThreadPoolExecutor(1)
+        self._sent: Future[None] | None = None
+        self._halves: list[tuple[TensorPiece, torch.Tensor]] = []
+
+    def prepare(self, new: Tensors) -> None:
+        if self._sender is None:
+            self._sender = join([self._rank])
+        self._halves = [half for share in split(new, 2) for half in share if half[1].numel()]
+
+    def receive(self) -> None:
+        assert self._sender is not None
+        self._sent = self._pool.submit(send, self._sender, [half for _, half in self._halves])
+        named = [piece for piece, _ in self._halves]
+        self._rank.handle(
+            ReceiveBroadcast(group="g", tensors=named, layout="tensors", timeout_s=20.0)
+        )
+
+    def recover(self) -> None:
+        if "g" in self._rank.groups.names and (self._sent is None or self._sent.done()):
+            return
+        self._end()
+
+    def _end(self) -> None:
+        # The connection closes, so that a sender that waits ends as well.
+        self._rank.handle(LeaveGroup(name="g"))
+        if self._sent is not None:
+            with suppress(WeightUpdateError, AssertionError):
+                self._sent.result(30)
+        if self._sender is not None:
+            self._sender.abort()
+        self._sender = self._sent = None
+
+    def close(self) -> None:
+        """Leave the group, and end the thread."""
+        self._end()
+        self._pool.shutdown()
+
+
+class SharedMemoryIpc:
+    """A block of POSIX shared memory that is overwritten once the command has answered."""
+
+    def __init__(self, rank: WeightService) -> None:
+        self._rank = rank
+        self._block: SharedMemory | None = None
+        self._payload = b""
+
+    def prepare(self, new: Tensors) -> None:
+        size = sum(tensor.nbytes for tensor in new.values())
+        if self._block is None:
+            self._block = SharedMemory(create=True, size=size)
+        entries, offset = [], 0
+        for piece, tensor in zip(pieces(new), new.values(), strict=True):
+            data = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+            self._block.buf[offset : offset + len(data)] = data
+            entries.append(IpcTensor(piece.name, piece.dtype, piece.shape, 0, offset))
+            offset += len(data)
+        self._payload = encode(IpcPayload([IpcBuffer("shm", size, name=self._block.name)], entries))
+
+    def receive(self) -> None:
+        assert self._block is not None
+        self._rank.handle(ReceiveIpc(payloads=[self._payload]))
+        self._block.buf[:] = bytes(len(self._block.buf))
+
+    def recover(self) -> None:
+        pass
+
+    def close(self) -> None:
+        """Give the block back."""
+        self._rank.close()
+        if self._block is not None:
+            with suppress(BufferError):
+                self._block.close()
+            self._block.unlink()
+
+
+NAMES = ("lent", "consumed", "disk", "group", "shm")
+
+
+def make(name: str, rank: WeightService, folder: Path) -> Carrier:
+    """The carrier of this name."""
+    match name:
+        case "lent" | "consumed":
+            return InProcess(rank, consumed=name == "consumed")
+        case "disk":
+            return Disk(rank, folder)
+        case "group":
+            return GlooGroup(rank)
+        case _:
+            return SharedMemoryIpc(rank)
