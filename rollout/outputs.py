@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 import numpy as np
 
@@ -58,13 +60,14 @@ class Gathered:
 
     def result(self) -> RequestOutput:
         """The whole output, once the last chunk has its finish."""
-        whole = _join(self._chunks)
+        whole = join_outputs(self._chunks)
         if self._detokenizer is not None and self.stop is None:
             self.stop = self._detokenizer.finish().stop
         return whole if self.stop is None else _cut(whole, self.stop)
 
 
-def _join(chunks: list[RequestOutput]) -> RequestOutput:
+def join_outputs(chunks: Sequence[RequestOutput]) -> RequestOutput:
+    """Consecutive outputs of one sequence as one."""
     first, last = chunks[0], chunks[-1]
     if len(chunks) == 1:
         return first
@@ -72,10 +75,10 @@ def _join(chunks: list[RequestOutput]) -> RequestOutput:
     entropies = [chunk.entropies for chunk in chunks if chunk.entropies is not None]
     return msgspec.structs.replace(
         last,
-        start=0,
+        start=first.start,
         token_ids=np.concatenate([chunk.token_ids for chunk in chunks]),
         logprobs=np.concatenate([chunk.logprobs for chunk in chunks]),
-        spans=_join_spans([span for chunk in chunks for span in chunk.spans]),
+        spans=join_spans([span for chunk in chunks for span in chunk.spans]),
         top=_join_tops(tops),
         entropies=np.concatenate(entropies) if entropies else None,
         prompt_logprobs=first.prompt_logprobs,
@@ -93,7 +96,10 @@ def _join_tops(tops: list[TopLogprobs]) -> TopLogprobs | None:
     )
 
 
-def _join_spans(spans: list[VersionSpan]) -> list[VersionSpan]:
+def join_spans(spans: list[VersionSpan]) -> list[VersionSpan]:
+    """The same spans, neighbours of one version joined and empty ones left out."""
+    if len(spans) == 1 and spans[0].end > spans[0].start:
+        return spans
     joined: list[VersionSpan] = []
     for span in spans:
         if joined and joined[-1].version == span.version:
