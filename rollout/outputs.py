@@ -18,6 +18,9 @@ from engine.protocol import (
 )
 from rollout.text.detokenizer import Detokenizer, StopMatch, trim_stop_token
 
+_MAX_CHUNKS = 64
+"""Outputs of a stream that are kept one by one; an object a token would be most of its memory."""
+
 
 def refused(request: Request, error: SlipstreamError) -> RequestOutput:
     """The final output of a request that was never queued."""
@@ -52,6 +55,8 @@ class Gathered:
     def add(self, output: RequestOutput) -> StopMatch | None:
         """Take the next output; the stop string it completes, once."""
         self._chunks.append(output)
+        if len(self._chunks) >= _MAX_CHUNKS:
+            self._chunks = [join_outputs(self._chunks)]
         if self._detokenizer is None or self.stop is not None:
             return None
         visible = trim_stop_token(output.token_ids.tolist(), output.finish, self._sampling)
@@ -94,6 +99,17 @@ def _join_tops(tops: list[TopLogprobs]) -> TopLogprobs | None:
         ids=np.concatenate([top.ids for top in tops]),
         logprobs=np.concatenate([top.logprobs for top in tops]),
     )
+
+
+def coalesced(outputs: list[RequestOutput]) -> list[RequestOutput]:
+    """One output a sequence, in the order of their first: what came while a reader was busy
+    reaches its client in one piece. Nothing is lost or reordered."""
+    if len(outputs) == 1:
+        return outputs
+    by_rid: dict[str, list[RequestOutput]] = {}
+    for output in outputs:
+        by_rid.setdefault(output.rid, []).append(output)
+    return [join_outputs(chunks) for chunks in by_rid.values()]
 
 
 def join_spans(spans: list[VersionSpan]) -> list[VersionSpan]:

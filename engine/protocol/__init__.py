@@ -50,6 +50,7 @@ from engine.protocol.requests import (
     RequestOutput,
     Resume,
     Stop,
+    TokenRows,
     TopLogprobs,
     VersionSpan,
 )
@@ -158,6 +159,7 @@ __all__ = [
     "Stop",
     "TensorPiece",
     "TensorSpec",
+    "TokenRows",
     "TopLogprobs",
     "UpdateReport",
     "VersionSpan",
