@@ -25,7 +25,7 @@ _REFUSED = frozenset(
     {"InvalidRequest", "ContextTooLong", "UnsupportedOption", "QueueFull", "NoVersion"}
 )
 # A call with a sequence that ended by one of these is answered by the error.
-_FAILED = _REFUSED | {"NonFiniteLogits"}
+_FAILED = _REFUSED | {"NonFiniteLogits", "InternalError"}
 
 P = ParamSpec("P")
 T = TypeVar("T")
