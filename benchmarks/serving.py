@@ -112,10 +112,10 @@ class Server:
         children = Path(f"/proc/{self._child.pid}/task/{self._child.pid}/children")
         return [self._child.pid, *map(int, children.read_text().split())]
 
-    def memory(self) -> int:
-        """Resident bytes of all of them."""
+    def memory(self) -> list[int]:
+        """Resident bytes of each."""
         pages = [int(Path(f"/proc/{p}/statm").read_text().split()[1]) for p in self.pids()]
-        return sum(pages) * os.sysconf("SC_PAGE_SIZE")
+        return [count * os.sysconf("SC_PAGE_SIZE") for count in pages]
 
     def close(self) -> None:
         """End it."""
@@ -178,18 +178,20 @@ def _figures(
 
 
 def many_open(config: EngineConfig, log: Path, *, count: int, max_new: int) -> dict[str, Any]:
-    """`count` streams open at once."""
-    server, load = Server(config, log), Worker("serving_load.py")
+    """`count` streams open at once. Without a prefix cache, which would fill the KV pool with
+    their prompts meanwhile: its pages take memory when they are first written."""
+    server = Server(config, log, "--no-prefix-cache")
+    load = Worker("serving_load.py")
     rng = np.random.default_rng(1)
     try:
         warm = bodies(prompts(256, rng), max_new)
         load.ask({"do": "streams", "port": server.port, "bodies": warm})
-        base, peak, stop = server.memory(), 0, threading.Event()
+        base, stop = server.memory(), threading.Event()
+        peaks = [0] * len(base)
 
         def look() -> None:
-            nonlocal peak
             while not stop.wait(0.1):
-                peak = max(peak, server.memory())
+                peaks[:] = map(max, peaks, server.memory())
 
         looking = threading.Thread(target=look)
         looking.start()
@@ -203,7 +205,8 @@ def many_open(config: EngineConfig, log: Path, *, count: int, max_new: int) -> d
         "open": count,
         "errors": served["errors"],
         "seconds": served["seconds"],
-        "growth_kb_each": (peak - base) / count / 1000,
+        "growth_kb_each": (sum(peaks) - sum(base)) / count / 1000,
+        "of_server_and_leader": [(p - b) / count / 1000 for p, b in zip(peaks, base, strict=True)],
         "example": served["example"],
     }
 

@@ -94,7 +94,7 @@ class Sampler:
         params = [row.sampling for row in rows]
         # All of it is made first: numbers that no table holds raise before anything is changed.
         slots = np.array([row.slot for row in rows])
-        columns = [
+        columns: list[tuple[torch.Tensor, np.ndarray]] = [
             (self._temperature, np.array([p.temperature for p in params], np.float32)),
             (self._top_k, np.array([p.top_k for p in params], np.int64)),
             (self._top_p, np.array([p.top_p for p in params], np.float32)),

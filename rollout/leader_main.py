@@ -21,6 +21,7 @@ from engine.config import EngineConfig
 from engine.errors import InvalidRequest, SlipstreamError
 from engine.protocol import Command, Reply, Request, RequestOutput, Shutdown
 from rollout.bounded_log import log_to_stderr
+from rollout.columns import to_columns
 from rollout.ipc import Channel, Unreadable
 from rollout.leader import Leader, error_info
 from rollout.leave import run_and_leave
@@ -86,7 +87,7 @@ def _serve(
         if leader.can_step():
             outputs = leader.step()
             if outputs:
-                channel.send(outputs, timeout_s=_SEND_S)
+                channel.send(to_columns(outputs), timeout_s=_SEND_S)
     logger.warning("process %d is gone; leaving", parent_pid)
 
 

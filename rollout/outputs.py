@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 import numpy as np
 
@@ -15,6 +17,9 @@ from engine.protocol import (
     VersionSpan,
 )
 from rollout.text.detokenizer import Detokenizer, StopMatch, trim_stop_token
+
+_MAX_CHUNKS = 64
+"""Outputs of a stream that are kept one by one; an object a token would be most of its memory."""
 
 
 def refused(request: Request, error: SlipstreamError) -> RequestOutput:
@@ -50,6 +55,8 @@ class Gathered:
     def add(self, output: RequestOutput) -> StopMatch | None:
         """Take the next output; the stop string it completes, once."""
         self._chunks.append(output)
+        if len(self._chunks) >= _MAX_CHUNKS:
+            self._chunks = [join_outputs(self._chunks)]
         if self._detokenizer is None or self.stop is not None:
             return None
         visible = trim_stop_token(output.token_ids.tolist(), output.finish, self._sampling)
@@ -58,13 +65,14 @@ class Gathered:
 
     def result(self) -> RequestOutput:
         """The whole output, once the last chunk has its finish."""
-        whole = _join(self._chunks)
+        whole = join_outputs(self._chunks)
         if self._detokenizer is not None and self.stop is None:
             self.stop = self._detokenizer.finish().stop
         return whole if self.stop is None else _cut(whole, self.stop)
 
 
-def _join(chunks: list[RequestOutput]) -> RequestOutput:
+def join_outputs(chunks: Sequence[RequestOutput]) -> RequestOutput:
+    """Consecutive outputs of one sequence as one."""
     first, last = chunks[0], chunks[-1]
     if len(chunks) == 1:
         return first
@@ -72,10 +80,10 @@ def _join(chunks: list[RequestOutput]) -> RequestOutput:
     entropies = [chunk.entropies for chunk in chunks if chunk.entropies is not None]
     return msgspec.structs.replace(
         last,
-        start=0,
+        start=first.start,
         token_ids=np.concatenate([chunk.token_ids for chunk in chunks]),
         logprobs=np.concatenate([chunk.logprobs for chunk in chunks]),
-        spans=_join_spans([span for chunk in chunks for span in chunk.spans]),
+        spans=join_spans([span for chunk in chunks for span in chunk.spans]),
         top=_join_tops(tops),
         entropies=np.concatenate(entropies) if entropies else None,
         prompt_logprobs=first.prompt_logprobs,
@@ -93,7 +101,21 @@ def _join_tops(tops: list[TopLogprobs]) -> TopLogprobs | None:
     )
 
 
-def _join_spans(spans: list[VersionSpan]) -> list[VersionSpan]:
+def coalesced(outputs: list[RequestOutput]) -> list[RequestOutput]:
+    """One output a sequence, in the order of their first: what came while a reader was busy
+    reaches its client in one piece. Nothing is lost or reordered."""
+    if len(outputs) == 1:
+        return outputs
+    by_rid: dict[str, list[RequestOutput]] = {}
+    for output in outputs:
+        by_rid.setdefault(output.rid, []).append(output)
+    return [join_outputs(chunks) for chunks in by_rid.values()]
+
+
+def join_spans(spans: list[VersionSpan]) -> list[VersionSpan]:
+    """The same spans, neighbours of one version joined and empty ones left out."""
+    if len(spans) == 1 and spans[0].end > spans[0].start:
+        return spans
     joined: list[VersionSpan] = []
     for span in spans:
         if joined and joined[-1].version == span.version:

@@ -32,9 +32,11 @@ from engine.protocol import (
     Request,
     RequestOutput,
     Shutdown,
+    TokenRows,
     UpdateReport,
 )
 from engine.protocol.deadlines import REPLY_S, START_S, deadlines
+from rollout.columns import from_columns
 from rollout.ipc import Channel, encode_frame
 from rollout.last_words import cause_of_death, log_tail
 from rollout.outputs import refused
@@ -78,7 +80,7 @@ class ProcessReplica:
         self._ready = False
         self._folder = Path(tempfile.mkdtemp(prefix="slipstream-"))
         endpoint = f"ipc://{self._folder}/leader"
-        self._channel = Channel.listen(endpoint, RequestOutput | Reply)
+        self._channel = Channel.listen(endpoint, RequestOutput | TokenRows | Reply)
         self._process = self._spawn(config, endpoint, factory)
         # Also runs at exit, for a replica that nobody closed.
         self._remove = weakref.finalize(self, _remove, self._process, self._folder)
@@ -240,7 +242,8 @@ class ProcessReplica:
         self._require_alive()
         # Asked before receiving: what a dying leader sent last is still delivered.
         exit_code = self._process.poll()
-        messages = self._channel.receive(timeout_s=timeout_s if exit_code is None else 0.0)
+        received = self._channel.receive(timeout_s=timeout_s if exit_code is None else 0.0)
+        messages = from_columns(received)
         if messages:
             self._heard_at = time.monotonic()
             self._ready = True

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
-
 from engine.protocol import (
     FinishReason,
     FloatArray,
@@ -17,6 +15,7 @@ from engine.protocol import (
     TopLogprobs,
     VersionSpan,
 )
+from rollout.outputs import join_spans
 from rollout.text.detokenizer import final_text
 from rollout.text.tokenizer import Tokenizer
 
@@ -47,9 +46,75 @@ def respond(
 
 
 def to_wire(response: GenerateResponse) -> dict[str, Any]:
-    """The reply as an object to encode: `output_ids` also when empty, no absent fields."""
-    found: dict[str, Any] = msgspec.to_builtins(response)
-    return {"output_ids": [], **found}
+    """The reply as an object to encode: `output_ids` also when empty, no absent fields. What the
+    reply holds is not copied."""
+    found: dict[str, Any] = {"output_ids": response.output_ids}
+    if response.text is not None:
+        found["text"] = response.text
+    if response.meta_info:
+        found["meta_info"] = response.meta_info
+    if response.prompt_token_ids is not None:
+        found["prompt_token_ids"] = response.prompt_token_ids
+    if response.index is not None:
+        found["index"] = response.index
+    return found
+
+
+class RunningReply:
+    """The reply to a sequence that still runs: everything so far, each token looked at once.
+
+    `wire` and `request` as in `respond`, without a tokenizer: the caller has the text.
+    """
+
+    def __init__(self, wire: GenerateRequest, request: Request, index: int | None) -> None:
+        self._wire = wire
+        self._request = request
+        self._index = index
+        self._ids: list[int] = []
+        self._lists: dict[str, list[Any]] = {}
+        self._spans: list[VersionSpan] = []
+        self._first: RequestOutput | None = None
+        self._input: dict[str, Any] = {}
+
+    def add(self, output: RequestOutput) -> None:
+        """Take the next output."""
+        wire = self._wire
+        if self._first is None:
+            self._first = output
+            if wire.return_logprob and wire.logprob_start_len >= 0:
+                top = wire.top_logprobs_num
+                self._input = _input_logprobs(self._request, output, None, top)
+        self._ids += output.token_ids.tolist()
+        self._spans = join_spans([*self._spans, *output.spans])
+        if wire.return_logprob:
+            for name, values in _output_logprobs(output, None, wire.top_logprobs_num).items():
+                if isinstance(values, list):
+                    self._lists.setdefault(name, []).extend(values)
+        if output.entropies is not None:
+            self._lists.setdefault("output_token_entropy", []).extend(output.entropies.tolist())
+        self._last = output
+
+    def response(self, text: str | None) -> GenerateResponse:
+        """The reply with everything so far; its lists grow with the next `add`."""
+        wire, request = self._wire, self._request
+        assert self._first is not None, "a partial reply needs an output"
+        lists = dict(self._lists)
+        entropies = lists.pop("output_token_entropy", None)
+        meta = _counts(request, self._first, self._last, self._spans, len(self._ids))
+        if (entries := lists.pop("output_token_logprobs", None)) is not None:
+            meta["output_token_logprobs"] = entries
+            meta["output_token_logprobs_length"] = len(entries)
+        meta |= lists
+        meta |= self._input
+        if entropies is not None:
+            meta["output_token_entropy"] = entropies
+        return GenerateResponse(
+            text=text,
+            output_ids=self._ids,
+            meta_info=meta,
+            prompt_token_ids=request.prompt_ids.tolist() if wire.return_prompt_token_ids else None,
+            index=self._index,
+        )
 
 
 def _meta_info(
@@ -59,19 +124,9 @@ def _meta_info(
     tokenizer: Tokenizer | None,
 ) -> dict[str, Any]:
     assert output.finish is not None, f"request {output.rid} has not finished"
-    meta: dict[str, Any] = {
-        "id": output.rid,
-        "finish_reason": _finish_reason(output.finish, len(output.token_ids)),
-        "prompt_tokens": len(request.prompt_ids),
-        "completion_tokens": len(output.token_ids),
-        "cached_tokens": output.cached_tokens,
-        "num_retractions": output.num_retractions,
-        "num_restarts": output.num_restarts,
-        "weight_version": str(output.spans[-1].version) if output.spans else None,
-        "weight_versions": _versions(output.spans, len(output.token_ids)),
-        # Positions of prompt and output together: which weights computed the KV.
-        "kv_versions": _versions(output.kv_spans, len(request.prompt_ids) + len(output.token_ids)),
-    }
+    size = len(output.token_ids)
+    meta = _counts(request, output, output, output.spans, size)
+    meta["finish_reason"] = _finish_reason(output.finish, size)
     if wire.return_logprob:
         texts = tokenizer if wire.return_text_in_logprobs else None
         meta |= _output_logprobs(output, texts, wire.top_logprobs_num)
@@ -80,6 +135,29 @@ def _meta_info(
     if output.entropies is not None:
         meta["output_token_entropy"] = output.entropies.tolist()
     return meta
+
+
+def _counts(
+    request: Request,
+    first: RequestOutput,
+    last: RequestOutput,
+    spans: list[VersionSpan],
+    size: int,
+) -> dict[str, Any]:
+    """What every reply says of its `size` output tokens; first, last: the outputs it is made of."""
+    return {
+        "id": last.rid,
+        "finish_reason": None,
+        "prompt_tokens": len(request.prompt_ids),
+        "completion_tokens": size,
+        "cached_tokens": first.cached_tokens,
+        "num_retractions": last.num_retractions,
+        "num_restarts": last.num_restarts,
+        "weight_version": str(spans[-1].version) if spans else None,
+        "weight_versions": _versions(spans, size),
+        # Positions of prompt and output together: which weights computed the KV.
+        "kv_versions": _versions(last.kv_spans, len(request.prompt_ids) + size),
+    }
 
 
 def _versions(spans: list[VersionSpan], size: int) -> list[dict[str, Any]]:

@@ -51,6 +51,7 @@ from engine.protocol.requests import (
     RequestOutput,
     Resume,
     Stop,
+    TokenRows,
     TopLogprobs,
     VersionSpan,
 )
@@ -166,6 +167,7 @@ __all__ = [
     "Stop",
     "TensorPiece",
     "TensorSpec",
+    "TokenRows",
     "TopLogprobs",
     "UpdateReport",
     "VersionSpan",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
+import numpy as np
 from msgspec import Struct
 
 from engine.protocol.types import (
@@ -149,3 +152,22 @@ class RequestOutput(Struct, frozen=True, kw_only=True, tag="output"):
     prompt_logprobs: FloatArray | None = None
     prompt_top: TopLogprobs | None = None
     entropies: FloatArray | None = None
+
+
+class TokenRows(Struct, frozen=True, kw_only=True, tag="token_rows"):
+    """The outputs of n streams that got tokens and nothing else, as columns: what one step brings
+    each of hundreds of streams travels as a few arrays. `rollout.columns` makes and reads it.
+
+    starts, sizes: int32 [n], as `RequestOutput.start` and the length of its `token_ids`.
+    versions: int64 [n], of the weights that sampled a row's tokens. token_ids int32 and logprobs
+    float32 [sum of sizes], row after row. counts: int32 [4, n], `prompt_tokens`,
+    `cached_tokens`, `num_retractions` and `num_restarts`.
+    """
+
+    rids: list[str]
+    starts: IntArray
+    sizes: IntArray
+    versions: np.ndarray[Any, np.dtype[np.int64]]
+    token_ids: IntArray
+    logprobs: FloatArray
+    counts: IntArray

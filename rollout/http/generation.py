@@ -17,6 +17,7 @@ from rollout.http.requests import GenerateCall, in_item
 from rollout.http.sample import Delta, Sample
 from rollout.http.text_workers import TextWorkers
 from rollout.metrics import Metrics
+from rollout.outputs import coalesced
 from rollout.seeds import derive_seed
 from rollout.text.tokenizer import Tokenizer
 
@@ -24,7 +25,7 @@ _REFUSED = frozenset(
     {"InvalidRequest", "ContextTooLong", "UnsupportedOption", "QueueFull", "NoVersion"}
 )
 # A call with a sequence that ended by one of these is answered by the error.
-_FAILED = _REFUSED | {"NonFiniteLogits"}
+_FAILED = _REFUSED | {"NonFiniteLogits", "InternalError"}
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -118,7 +119,7 @@ class Generator:
         mailbox = self.engine.submit([sample.request for sample in samples])
         try:
             while open_samples:
-                for output in await mailbox.take():
+                for output in coalesced(await mailbox.take()):
                     sample = open_samples[output.rid]
                     stopped = sample.stop is not None
                     delta = sample.take(output)

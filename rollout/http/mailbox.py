@@ -19,7 +19,7 @@ class Mailbox:
     def __init__(self, rids: Iterable[str]) -> None:
         self.open = set(rids)
         self._outputs: list[RequestOutput] = []
-        self._arrived = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
         self._error: EngineDead | None = None
 
     def put(self, output: RequestOutput) -> None:
@@ -27,12 +27,12 @@ class Mailbox:
         if output.finish is not None:
             self.open.discard(output.rid)
         self._outputs.append(output)
-        self._arrived.set()
+        self._wake()
 
     def fail(self, error: EngineDead) -> None:
         """No more outputs will come."""
         self._error = error
-        self._arrived.set()
+        self._wake()
 
     async def take(self) -> list[RequestOutput]:
         """All outputs that came since the last call; waits for the first. Raises EngineDead
@@ -40,10 +40,15 @@ class Mailbox:
         while not self._outputs:
             if self._error is not None:
                 raise EngineDead(self._error.message, field=self._error.field)
-            self._arrived.clear()
-            await self._arrived.wait()
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
         outputs, self._outputs = self._outputs, []
         return outputs
+
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
 
 class Mailboxes:

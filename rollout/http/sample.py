@@ -19,7 +19,7 @@ from engine.protocol import (
     VersionSpan,
 )
 from rollout.outputs import Gathered
-from rollout.respond import respond
+from rollout.respond import RunningReply, respond
 from rollout.text.detokenizer import Detokenizer, StopMatch, TextDelta
 from rollout.text.tokenizer import Tokenizer
 
@@ -81,8 +81,7 @@ class Sample:
         self._tokenizer = tokenizer
         self._tap = _TextTap(tokenizer, sampling) if wants_text and tokenizer else None
         self._gathered = Gathered(sampling, self._tap)
-        self._stream = stream
-        self._so_far: list[RequestOutput] = []
+        self._running = RunningReply(wire, request, index) if stream else None
         self._final: RequestOutput | None = None
         self._num_sent = 0
         self.stop: StopMatch | None = None
@@ -109,12 +108,8 @@ class Sample:
         """The reply with everything so far; `finish_reason` is null while the sequence runs."""
         if self._final is not None:
             return self.response()
-        assert self._so_far, "a partial reply needs an output, and `stream`"
-        joined = Gathered(self.request.sampling, None)
-        for part in self._so_far:
-            joined.add(part)
-        self._so_far = [joined.result()]
-        return self._unfinished(self._so_far[0])
+        assert self._running is not None, "partial replies are those of a stream"
+        return self._running.response(None if self._tap is None else self._text(self._tap.text))
 
     def increment(self, delta: Delta) -> GenerateResponse:
         """The reply with what `delta` added; counts of tokens are of everything so far."""
@@ -156,8 +151,8 @@ class Sample:
         limit = end if self.stop is None else min(end, self.stop.num_tokens)
         new = _head(output, max(0, limit - output.start))
         self._num_sent = max(self._num_sent, limit)
-        if self._stream:
-            self._so_far.append(new)
+        if self._running is not None:
+            self._running.add(new)
         return new
 
 
