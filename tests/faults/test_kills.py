@@ -19,13 +19,15 @@ EXIT_S = 60.0
 
 
 @contextmanager
-def loaded(*, timeout_s: float = 60.0) -> Iterator[tuple[ServerProcess, dict[str, int], Load]]:
+def loaded(
+    *, timeout_s: float = 60.0, num_tokens: int = 400
+) -> Iterator[tuple[ServerProcess, dict[str, int], Load]]:
     """A server of two ranks, its processes, and requests that have begun."""
     with slow_server(2, timeout_s=timeout_s) as server:
         processes = family(server.process.pid)
         assert processes.keys() == {"server", "leader", "rank"}
         try:
-            with Load(server.url) as load:
+            with Load(server.url, num_tokens=num_tokens) as load:
                 load.started()
                 yield server, processes, load
         finally:
@@ -65,7 +67,7 @@ def test_a_part_that_stops_for_good_is_given_up_at_its_deadline(who: str) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("who", ["server", "leader", "rank"])
 def test_a_part_that_stops_for_a_while_costs_nothing_but_time(who: str) -> None:
-    with loaded() as (server, processes, load):
+    with loaded(num_tokens=100) as (server, processes, load):
         os.kill(processes[who], signal.SIGSTOP)
         time.sleep(1.0)
         os.kill(processes[who], signal.SIGCONT)

@@ -9,7 +9,7 @@ from engine.config import EngineConfig
 from engine.protocol import StepPlan
 from tests.helpers.fake_ranks import FakeRank
 
-STEP_S = 0.01
+STEP_S = 0.02
 
 
 class SlowRank(FakeRank):
