@@ -59,7 +59,7 @@ def document(
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
         operations = paths.setdefault(route.path, {})
-        for method in sorted(route.methods):
+        for method in sorted(route.methods or ()):
             operation = _operation(route, method, schemas)
             operation["security"] = _security(route.path, config, control_paths)
             operations[method.lower()] = operation
