@@ -265,7 +265,7 @@ def router(services: Services) -> APIRouter:
     for path, (handler, reads) in {
         "/init_weights_update_group": (weights.init_group, takes(_InitGroup)),
         "/destroy_weights_update_group": (weights.destroy_group, takes(_DestroyGroup)),
-        "/begin_weight_update": (weights.begin, takes(_Selector)),
+        "/begin_weight_update": (weights.begin, takes(_Begin)),
         "/end_weight_update": (weights.end, takes()),
         "/update_weights_from_distributed": (weights.distributed, takes(_Distributed)),
         "/update_weights_from_tensor": (weights.tensors, takes(_Tensors)),
