@@ -52,7 +52,7 @@ class _InitInfo(msgspec.Struct):
     master_port: Port = 0
     rank_offset: Rank = 1
     packed: bool = False
-    nccl_unique_id_b64: Path | None = None
+    nccl_unique_id_b64: FolderPath | None = None
     backend: Literal["nccl", "gloo"] = "nccl"
     timeout_s: Seconds = 300.0
 
