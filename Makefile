@@ -10,7 +10,7 @@ CONSTRAINTS := $(if $(shell command -v nvidia-smi),constraints/gpu.txt,constrain
 EXTRAS      := dev,train
 STAMP       := $(VENV)/.installed
 
-.PHONY: setup grpo test test-fast gpu-test check format clean help
+.PHONY: setup grpo test test-long test-fast gpu-test check format clean help
 
 help:            ## list these verbs
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -27,11 +27,14 @@ $(MODEL): | $(STAMP)
 grpo: setup      ## watch the default model learn by GRPO; ARGS="--task addition" passes flags on
 	$(BIN)/python recipes/grpo.py $(ARGS)
 
-test: setup      ## the whole CPU suite, slow tests included
-	$(BIN)/python -m pytest
+test: setup      ## the CPU suite, slow tests included; 10 minutes at most on two cores
+	$(BIN)/python -m pytest -m "not long"
 
-test-fast: setup ## the suite without the slow tests
-	$(BIN)/python -m pytest -m "not slow"
+test-long: setup ## the full matrices of faults, of which `make test` runs a slice
+	$(BIN)/python -m pytest -m long
+
+test-fast: setup ## the suite without the slow tests; 3 minutes at most
+	$(BIN)/python -m pytest -m "not slow and not long"
 
 gpu-test: setup  ## tests that need a GPU; skipped without one
 	$(BIN)/python -m pytest -m "gpu or multi_gpu" -rs

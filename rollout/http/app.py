@@ -9,7 +9,7 @@ from fastapi import APIRouter, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
-from rollout.http import command, errors, health, info, native
+from rollout.http import command, errors, health, info, native, openapi
 from rollout.http.dialects import (
     chat,
     completions,
@@ -42,9 +42,9 @@ def build_app(services: Services) -> FastAPI:
         vllm_weights.router(services),
         vllm_control.router(services),
     ]
-    for router in (native, health, info, sglang_info, completions, chat):
-        app.include_router(router.router(services))
-    for routes in control:
+    modules = (native, health, info, sglang_info, completions, chat)
+    routers = [*(module.router(services) for module in modules), *control]
+    for routes in (*routers, openapi.router(services.config, routers, _paths(control))):
         app.include_router(routes)
     app.add_middleware(Guard, config=services.config, control_paths=_paths(control))
     if services.config.allowed_origins:

@@ -13,6 +13,7 @@ from engine.protocol import Control, JoinGroup, Shutdown
 from rollout.decoding import decode_json
 from rollout.http.access import caller
 from rollout.http.errors import json_response
+from rollout.http.openapi import takes
 from rollout.http.services import Services
 from rollout.ranges import check_ranges
 
@@ -27,7 +28,7 @@ def router(services: Services) -> APIRouter:
             await services.access.check_join(parsed, caller(request))
         return json_response(await services.control.forward(parsed))
 
-    routes.add_api_route("/command", command, methods=["POST"])
+    routes.add_api_route("/command", command, methods=["POST"], openapi_extra=takes(Control))
     return routes
 
 

@@ -18,7 +18,7 @@ from rollout.http.browsers import BrowserRules, Headers
 from rollout.http.config import ServeConfig
 from rollout.http.errors import error_response
 
-_OPEN = frozenset({"/health", "/liveness", "/ping"})
+OPEN_PATHS = frozenset({"/health", "/liveness", "/ping"})
 
 
 class Guard:
@@ -64,7 +64,7 @@ class Guard:
 
     def _authorize(self, path: str, headers: Headers) -> None:
         config = self._config
-        if path in _OPEN:
+        if path in OPEN_PATHS:
             return
         key, option = config.api_key, "--api-key"
         if path in self._control:

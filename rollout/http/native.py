@@ -9,8 +9,9 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from engine.protocol import GenerateResponse
+from engine.protocol import GenerateRequest, GenerateResponse
 from rollout.http.errors import json_response
+from rollout.http.openapi import takes
 from rollout.http.requests import parse_call, prompt_room
 from rollout.http.sample import Sample
 from rollout.http.services import Services
@@ -33,7 +34,12 @@ def router(services: Services) -> APIRouter:
             return EventStream(_frames(services, samples))
         return await _reply(services, samples)
 
-    routes.add_api_route("/generate", generate, methods=["POST", "PUT"])
+    routes.add_api_route(
+        "/generate",
+        generate,
+        methods=["POST", "PUT"],
+        openapi_extra=takes(GenerateRequest, batches=True),
+    )
     return routes
 
 

@@ -23,6 +23,7 @@ from rollout.http.dialects.openai_run import (
     version_fields,
 )
 from rollout.http.errors import json_response
+from rollout.http.openapi import takes
 from rollout.http.sample import Delta, Sample
 from rollout.http.services import Services
 from rollout.http.sse import EventStream, answer
@@ -55,7 +56,9 @@ def router(services: Services) -> APIRouter:
         writer = _Choices(call, body)
         return EventStream(writer.frames()) if body.stream else await writer.reply()
 
-    routes.add_api_route("/v1/chat/completions", chat, methods=["POST"])
+    routes.add_api_route(
+        "/v1/chat/completions", chat, methods=["POST"], openapi_extra=takes(ChatBody)
+    )
     return routes
 
 

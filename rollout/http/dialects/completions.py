@@ -28,6 +28,7 @@ from rollout.http.dialects.openai_run import (
     version_fields,
 )
 from rollout.http.errors import json_response
+from rollout.http.openapi import takes
 from rollout.http.requests import check_prompt, prompt_room
 from rollout.http.sample import Delta, Sample
 from rollout.http.services import Services
@@ -50,7 +51,9 @@ def router(services: Services) -> APIRouter:
         writer = _Choices(call, body)
         return EventStream(writer.frames()) if body.stream else await writer.reply()
 
-    routes.add_api_route("/v1/completions", completions, methods=["POST"])
+    routes.add_api_route(
+        "/v1/completions", completions, methods=["POST"], openapi_extra=takes(CompletionBody)
+    )
     return routes
 
 

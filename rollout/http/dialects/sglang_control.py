@@ -12,6 +12,7 @@ from engine.protocol import Abort, PauseMode, Reply
 from engine.protocol.types import MemoryTags, Message, Patience, RequestId
 from rollout.http.dialects.bodies import read_body, read_body_or_query, read_query
 from rollout.http.dialects.sglang_replies import admin
+from rollout.http.openapi import takes
 from rollout.http.services import Services
 
 _MODES: dict[str, PauseMode] = {"abort": "abort", "retract": "retract", "in_place": "keep"}
@@ -81,13 +82,19 @@ class _Generation:
 def router(services: Services) -> APIRouter:
     """The routes of the dialect that steer generation and memory."""
     routes, generation = APIRouter(), _Generation(services)
-    both = ["GET", "POST"]
-    routes.add_api_route("/pause_generation", admin(generation.pause), methods=["POST"])
-    routes.add_api_route("/continue_generation", admin(generation.resume), methods=["POST"])
-    routes.add_api_route("/abort_request", generation.abort, methods=["POST"])
-    routes.add_api_route("/flush_cache", generation.flush, methods=both)
-    routes.add_api_route("/release_memory_occupation", admin(generation.release), methods=both)
-    routes.add_api_route("/resume_memory_occupation", admin(generation.resume_memory), methods=both)
+    memory = takes(_Memory, query=_Memory)
+    for path, handler, reads in (
+        ("/pause_generation", admin(generation.pause), takes(_Pause)),
+        ("/continue_generation", admin(generation.resume), takes()),
+        ("/abort_request", generation.abort, takes(_AbortRequest)),
+    ):
+        routes.add_api_route(path, handler, methods=["POST"], openapi_extra=reads)
+    for path, handler, reads in (
+        ("/flush_cache", generation.flush, takes(query=_Flush)),
+        ("/release_memory_occupation", admin(generation.release), memory),
+        ("/resume_memory_occupation", admin(generation.resume_memory), memory),
+    ):
+        routes.add_api_route(path, handler, methods=["GET", "POST"], openapi_extra=reads)
     return routes
 
 

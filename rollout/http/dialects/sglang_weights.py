@@ -43,6 +43,7 @@ from rollout.http.dialects.bodies import pieces, read_body, read_body_or_query
 from rollout.http.dialects.fields import PulledVersion, folder
 from rollout.http.dialects.sglang_replies import admin
 from rollout.http.errors import json_response
+from rollout.http.openapi import takes
 from rollout.http.operations import Operations
 from rollout.http.pull import pull, require_pulled
 from rollout.http.services import Services
@@ -261,22 +262,24 @@ class _Begin(msgspec.Struct):
 def router(services: Services) -> APIRouter:
     """The weight routes of the dialect."""
     routes, weights = APIRouter(), _Weights(services)
-    for path, handler in {
-        "/init_weights_update_group": weights.init_group,
-        "/destroy_weights_update_group": weights.destroy_group,
-        "/begin_weight_update": weights.begin,
-        "/end_weight_update": weights.end,
-        "/update_weights_from_distributed": weights.distributed,
-        "/update_weights_from_tensor": weights.tensors,
-        "/update_weights_from_disk": weights.disk,
-        "/weights_checker": weights.check,
-        "/post_process_weights": weights.post_process,
-        "/pull_weights": weights.pull,
+    for path, (handler, reads) in {
+        "/init_weights_update_group": (weights.init_group, takes(_InitGroup)),
+        "/destroy_weights_update_group": (weights.destroy_group, takes(_DestroyGroup)),
+        "/begin_weight_update": (weights.begin, takes(_Begin)),
+        "/end_weight_update": (weights.end, takes()),
+        "/update_weights_from_distributed": (weights.distributed, takes(_Distributed)),
+        "/update_weights_from_tensor": (weights.tensors, takes(_Tensors)),
+        "/update_weights_from_disk": (weights.disk, takes(_Disk)),
+        "/weights_checker": (weights.check, takes(_Check)),
+        "/post_process_weights": (weights.post_process, takes()),
+        "/pull_weights": (weights.pull, takes(_Pull)),
     }.items():
-        routes.add_api_route(path, admin(handler), methods=["POST"])
-    by_name = weights.by_name
-    routes.add_api_route("/get_weights_by_name", by_name, methods=["GET", "POST"])
-    routes.add_api_route("/update_weight_version", admin(weights.new_version), methods=["POST"])
+        routes.add_api_route(path, admin(handler), methods=["POST"], openapi_extra=reads)
+    for path, route, methods, reads in (
+        ("/get_weights_by_name", weights.by_name, ["GET", "POST"], takes(_Name, query=_Name)),
+        ("/update_weight_version", admin(weights.new_version), ["POST"], takes(_NewVersion)),
+    ):
+        routes.add_api_route(path, route, methods=methods, openapi_extra=reads)
     return routes
 
 

@@ -13,6 +13,7 @@ from engine.protocol import Abort, MemoryTag
 from engine.protocol.types import Patience, RequestId
 from rollout.http.dialects.bodies import read_body, read_query
 from rollout.http.errors import json_response
+from rollout.http.openapi import takes
 from rollout.http.services import Services
 from rollout.http.sse import answer
 
@@ -123,15 +124,15 @@ class _Generation:
 def router(services: Services) -> APIRouter:
     """The routes of the dialect that steer generation and memory."""
     routes, generation = APIRouter(), _Generation(services)
-    for path, handler in {
-        "/pause": generation.pause,
-        "/resume": generation.resume,
-        "/sleep": generation.sleep,
-        "/wake_up": generation.wake_up,
-        "/reset_prefix_cache": generation.reset_prefix_cache,
-        "/abort_requests": generation.abort_requests,
+    for path, (handler, reads) in {
+        "/pause": (generation.pause, takes(query=_Pause)),
+        "/resume": (generation.resume, takes()),
+        "/sleep": (generation.sleep, takes(query=_Sleep)),
+        "/wake_up": (generation.wake_up, takes(query=_WakeUp)),
+        "/reset_prefix_cache": (generation.reset_prefix_cache, takes()),
+        "/abort_requests": (generation.abort_requests, takes(_AbortRequests)),
     }.items():
-        routes.add_api_route(path, handler, methods=["POST"])
+        routes.add_api_route(path, handler, methods=["POST"], openapi_extra=reads)
     for path, handler in {
         "/is_paused": generation.is_paused,
         "/is_sleeping": generation.is_sleeping,

@@ -30,6 +30,7 @@ from rollout.http.dialects.bodies import pieces, read_body
 from rollout.http.dialects.fields import folder
 from rollout.http.dialects.sglang_weights import check_summary
 from rollout.http.errors import json_response
+from rollout.http.openapi import takes
 from rollout.http.pull import require_pulled
 from rollout.http.services import Services
 
@@ -51,7 +52,7 @@ class _InitInfo(msgspec.Struct):
     master_port: Port = 0
     rank_offset: Rank = 1
     packed: bool = False
-    nccl_unique_id_b64: Path | None = None
+    nccl_unique_id_b64: FolderPath | None = None
     backend: Literal["nccl", "gloo"] = "nccl"
     timeout_s: Seconds = 300.0
 
@@ -199,15 +200,15 @@ class _Transfer:
 def router(services: Services) -> APIRouter:
     """The weight routes of the dialect."""
     routes, transfer = APIRouter(), _Transfer(services)
-    for path, handler in {
-        "/init_weight_transfer_engine": transfer.init,
-        "/shutdown_weight_transfer_engine": transfer.shutdown,
-        "/start_weight_update": transfer.start,
-        "/update_weights": transfer.update,
-        "/finish_weight_update": transfer.finish,
-        "/weight_checker": transfer.check,
+    for path, (handler, reads) in {
+        "/init_weight_transfer_engine": (transfer.init, takes(_Init)),
+        "/shutdown_weight_transfer_engine": (transfer.shutdown, takes()),
+        "/start_weight_update": (transfer.start, takes(_Start)),
+        "/update_weights": (transfer.update, takes(_Update)),
+        "/finish_weight_update": (transfer.finish, takes(_Finish)),
+        "/weight_checker": (transfer.check, takes(_Check)),
     }.items():
-        routes.add_api_route(path, handler, methods=["POST"])
+        routes.add_api_route(path, handler, methods=["POST"], openapi_extra=reads)
     routes.add_api_route("/get_world_size", transfer.world_size, methods=["GET"])
     routes.add_api_route("/weight_info", transfer.info, methods=["GET"])
     return routes

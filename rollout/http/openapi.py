@@ -1,0 +1,181 @@
+"""GET /openapi.json: every route of the application, with the bodies it reads.
+
+The document is made from the routes themselves and from the structs that their bodies are decoded
+into, so it states the fields, defaults and ranges that the server checks. A route names its struct
+where it is declared: `routes.add_api_route(path, handler, openapi_extra=takes(Struct))`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Response
+from fastapi.routing import APIRoute
+
+from engine.protocol import GenerateRequest
+from rollout.http.config import ServeConfig
+from rollout.http.errors import json_response
+from rollout.http.guard import OPEN_PATHS
+from rollout.http.info import package_version
+
+PATH = "/openapi.json"
+_SCHEMAS = "#/components/schemas/"
+_BODY, _QUERY, _BATCHES = "body", "query", "batches"
+_WITH_BODY = frozenset({"POST", "PUT"})
+
+
+def takes(body: Any = None, *, query: Any = None, batches: bool = False) -> dict[str, Any]:
+    """What a route reads, for its `openapi_extra`.
+
+    body, query: the struct, or union of structs, of its JSON body and of its query string.
+    batches: each field of the body may also be a list with a value an item, as in /generate.
+    """
+    return {_BODY: body, _QUERY: query, _BATCHES: batches}
+
+
+def router(
+    config: ServeConfig, routers: Sequence[APIRouter], control_paths: Collection[str]
+) -> APIRouter:
+    """The route that serves the document of `routers`. control_paths: those that take the admin
+    key."""
+    routes = APIRouter()
+
+    async def openapi() -> Response:
+        return json_response(document(config, [*routers, routes], control_paths))
+
+    routes.add_api_route(PATH, openapi, methods=["GET"])
+    return routes
+
+
+def document(
+    config: ServeConfig, routers: Sequence[APIRouter], control_paths: Collection[str]
+) -> dict[str, Any]:
+    """The OpenAPI 3.1 document of every route of `routers`."""
+    found = [route for router in routers for route in router.routes]
+    routes = [route for route in found if isinstance(route, APIRoute)]
+    schemas, components = _schemas(routes)
+    paths: dict[str, dict[str, Any]] = {}
+    for route in routes:
+        operations = paths.setdefault(route.path, {})
+        for method in sorted(route.methods or ()):
+            operation = _operation(route, method, schemas)
+            operation["security"] = _security(route.path, config, control_paths)
+            operations[method.lower()] = operation
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Slipstream", "version": package_version()},
+        "paths": paths,
+        "components": {
+            "schemas": {**components, "Error": _ERROR, "GenerateBatch": _batch(components)},
+            "securitySchemes": {
+                "apiKey": {"type": "http", "scheme": "bearer", "description": "--api-key"},
+                "adminApiKey": {
+                    "type": "http",
+                    "scheme": "bearer",
+                    "description": "--admin-api-key",
+                },
+            },
+        },
+    }
+
+
+_ERROR = {
+    "description": "What every refusal and failure answers.",
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["type", "message", "field", "code"],
+            "properties": {
+                "type": {"type": "string"},
+                "message": {"type": "string"},
+                "field": {"type": "string"},
+                "code": {"type": "integer"},
+            },
+        }
+    },
+}
+_ERROR_CONTENT = {"application/json": {"schema": {"$ref": f"{_SCHEMAS}Error"}}}
+
+
+def _reads(route: APIRoute) -> dict[str, Any]:
+    return route.openapi_extra or takes()
+
+
+def _schemas(routes: list[APIRoute]) -> tuple[dict[Any, dict[str, Any]], dict[str, Any]]:
+    """The schema of every struct that a route reads, and all the components they refer to."""
+    kinds = {GenerateRequest: None}
+    for route in routes:
+        kinds |= {kind: None for kind in map(_reads(route).get, (_BODY, _QUERY)) if kind}
+    schemas, components = msgspec.json.schema_components(kinds, ref_template=_SCHEMAS + "{name}")
+    return dict(zip(kinds, schemas, strict=True)), components
+
+
+def _operation(route: APIRoute, method: str, schemas: dict[Any, dict[str, Any]]) -> dict[str, Any]:
+    reads = _reads(route)
+    operation: dict[str, Any] = {
+        "operationId": f"{method.lower()}{route.path.replace('/', '_').replace('.', '_')}",
+        "responses": {
+            "200": {"description": "The answer."},
+            "4XX": {"description": "The request is refused.", "content": _ERROR_CONTENT},
+            "503": {"description": "The engine cannot serve it.", "content": _ERROR_CONTENT},
+        },
+    }
+    body, query = reads[_BODY], reads[_QUERY]
+    if body is not None and method in _WITH_BODY:
+        schema = schemas[body]
+        if reads[_BATCHES]:
+            schema = {"anyOf": [schema, {"$ref": f"{_SCHEMAS}GenerateBatch"}]}
+        operation["requestBody"] = {
+            "required": _has_required(body),
+            "content": {"application/json": {"schema": schema}},
+        }
+    if query is not None:
+        operation["parameters"] = list(_parameters(query))
+    return operation
+
+
+def _has_required(kind: Any) -> bool:
+    """Whether an empty body is refused."""
+    return not isinstance(kind, type) or any(
+        field.required for field in msgspec.structs.fields(kind)
+    )
+
+
+def _parameters(kind: Any) -> Iterator[dict[str, Any]]:
+    _, components = msgspec.json.schema_components([kind], ref_template=_SCHEMAS + "{name}")
+    (schema,) = components.values()
+    required = schema.get("required", [])
+    for name, field in schema["properties"].items():
+        yield {"name": name, "in": "query", "required": name in required, "schema": field}
+
+
+def _security(
+    path: str, config: ServeConfig, control_paths: Collection[str]
+) -> list[dict[str, list[str]]]:
+    """What `guard` asks of a path, as the server is configured."""
+    if path in OPEN_PATHS:
+        return []
+    if path in control_paths and config.admin_api_key:
+        return [{"adminApiKey": []}]
+    return [{"apiKey": []}] if config.api_key else []
+
+
+def _batch(components: dict[str, Any]) -> dict[str, Any]:
+    """The native body with a list of prompts: other fields are for all items or a list of one
+    value an item."""
+    single = components[GenerateRequest.__name__]["properties"]
+    shared = {"stream"}
+    prompts = {"text", "input_ids"}
+    fields = {
+        name: schema
+        if name in shared
+        else {"type": "array", "items": schema}
+        if name in prompts
+        else {"anyOf": [schema, {"type": "array", "items": schema}]}
+        for name, schema in single.items()
+    }
+    return {"title": "GenerateBatch", "type": "object", "properties": fields}

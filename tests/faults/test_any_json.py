@@ -1,0 +1,140 @@
+"""Any JSON value in any field of any route: 2xx or 4xx in the one error shape, and an engine that
+answers afterwards.
+
+Every case has a server of its own, so what is refused is refused by what was sent and not by what
+came before. `make test` draws some cases of each body, the same on every run; the cases of
+`make test-long` are all values in all places.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from tests.helpers.fake_executor import expected_tokens
+from tests.helpers.hostile_json import HOSTILE, any_json, with_value
+from tests.helpers.http_app import Server, serving
+from tests.helpers.route_bodies import RouteBody, query_routes, route_bodies
+
+DEADLINE_S = 60.0
+ROUTES = list(route_bodies())
+QUERIES = list(query_routes())
+HEADERS = {"content-type": "application/json"}
+seeded = settings(
+    max_examples=5,
+    phases=(Phase.explicit, Phase.generate),
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+async def answered(server: Server, method: str, path: str, **options: Any) -> httpx.Response:
+    """The reply, or the error that killed the engine meanwhile: it would never come then."""
+    loop = asyncio.get_running_loop()
+    died: asyncio.Future[httpx.Response] = loop.create_future()
+
+    def failed(_: Any, context: dict[str, Any]) -> None:
+        if not died.done():
+            died.set_exception(context.get("exception") or RuntimeError(context["message"]))
+
+    loop.set_exception_handler(failed)
+    asked = asyncio.ensure_future(server.http.request(method, path, headers=HEADERS, **options))
+    done, _ = await asyncio.wait(
+        (asked, died), timeout=DEADLINE_S, return_when=asyncio.FIRST_COMPLETED
+    )
+    assert done, f"{method} {path} was not answered"
+    return done.pop().result()
+
+
+def assert_answer(reply: httpx.Response) -> None:
+    """A result, or a refusal that says what it is about."""
+    assert 200 <= reply.status_code < 300 or 400 <= reply.status_code < 500, reply.text[:500]
+    if reply.status_code >= 400 and reply.headers["content-type"] == "application/json":
+        error = reply.json()["error"]
+        assert error["message"] and error["code"] == reply.status_code and error["type"]
+        assert len(reply.content) < 20_000, "a refusal repeats the whole value"
+
+
+async def assert_alive(server: Server) -> None:
+    """It answers a command and, unless it was told to pause or to change weights, a prompt."""
+    state = (await answered(server, "GET", "/server_info")).json()
+    assert state
+    now = await server.engine.state(max_age_s=0.0)
+    if now.paused or now.refusal or now.released or now.open_update is not None:
+        return
+    reply = await answered(
+        server,
+        "POST",
+        "/generate",
+        content=b'{"input_ids": [5], "sampling_params": {"max_new_tokens": 3}}',
+    )
+    assert reply.json()["output_ids"] == expected_tokens([5], 3)
+
+
+def survives(method: str, path: str, **options: Any) -> None:
+    async def check() -> None:
+        async with serving() as server:
+            assert_answer(await answered(server, method, path, **options))
+            await assert_alive(server)
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=str)
+@seeded
+@given(data=st.data())
+def test_a_spoiled_field(route: RouteBody, data: st.DataObject) -> None:
+    path = data.draw(st.sampled_from(route.paths))
+    survives(route.method, route.path, content=with_value(route.body, path, data.draw(any_json())))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("route", ROUTES, ids=str)
+def test_every_value_in_every_field(route: RouteBody) -> None:
+    for path in route.paths:
+        for name, text in HOSTILE.items():
+            try:
+                survives(route.method, route.path, content=with_value(route.body, path, text))
+            except BaseException as error:
+                error.add_note(f"{route}, field {path}, {name}")
+                raise
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=str)
+def test_the_example_itself(route: RouteBody) -> None:
+    survives(route.method, route.path, json=route.body)
+
+
+TEXTS = ("", "-1", "1e308", "NaN", "9" * 400, "null", "[1]", "a", "%00", "x" * 5_000, "\U0001f600")
+
+
+@pytest.mark.parametrize("method,path,name", QUERIES)
+def test_any_text_in_any_query(method: str, path: str, name: str) -> None:
+    for text in TEXTS:
+        survives(method, path, params={name: text})
+
+
+RAW = {
+    "empty": b"",
+    "no JSON": b"{",
+    "no UTF-8": b'{"text": "\xff\xfe"}',
+    "a number": b"1",
+    "NUL": b"\0" * 100,
+    "deep": b"[" * 100_000,
+    "a key twice": b'{"input_ids": [1], "input_ids": [2], "text": 1, "text": "a"}',
+    "a byte order mark": b'\xef\xbb\xbf{"input_ids": [1]}',
+    "another encoding": '{"input_ids": [1]}'.encode("utf-16"),
+}
+
+
+@pytest.mark.parametrize("path", sorted({route.path for route in ROUTES}))
+def test_bodies_that_are_no_object(path: str) -> None:
+    for body in RAW.values():
+        survives("POST", path, content=body)
