@@ -64,6 +64,8 @@ def pieces(
             )
     found = []
     for index, (name, dtype, shape) in enumerate(zip(names, dtypes, shapes, strict=True)):
+        if not name:
+            raise InvalidRequest(f"names[{index}] is empty", field=f"names[{index}]")
         plain = dtype.removeprefix("torch.")
         if plain not in ITEM_BYTES:
             raise InvalidRequest(

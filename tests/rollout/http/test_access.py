@@ -66,7 +66,11 @@ def test_an_exposed_server_without_a_root_names_the_option() -> None:
     [
         ("/command", {"type": "load_from_disk", "path": "/etc"}),
         ("/update_weights_from_disk", {"model_path": "/etc"}),
-        ("/pull_weights", {"target_version": 1, "source_dir": "/etc"}),
+        (
+            "/pull_weights",
+            {"target_version": 1, "local_checkpoint_dir": "/l", "source_dir": "/etc"},
+        ),
+        ("/pull_weights", {"target_version": 1, "local_checkpoint_dir": "/etc"}),
         ("/update_weights", {"weight_dir": "/etc"}),
     ],
 )

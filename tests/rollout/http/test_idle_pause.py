@@ -117,7 +117,7 @@ def test_a_wait_has_an_end() -> None:
             assert (reply.status_code, reply.json()["error"]["type"]) == (408, "UpdateTimeout")
             assert (await pause).json()["error"]["type"] == "PauseCancelled"
             assert server.engine._held is None
-            for bad in ("nan", "inf", "-1", "1e308", "4000"):
+            for bad in ("nan", "inf", "-1", "1e308"):
                 reply = await server.post(f"/pause?mode=wait&timeout_s={bad}")
                 assert (reply.status_code, reply.json()["error"]["field"]) == (400, "timeout_s")
 

@@ -314,7 +314,7 @@ def test_an_error_of_our_own_says_that_it_closes_the_connection() -> None:
 
             server.engine.submit = broken  # type: ignore[assignment]
             transport = httpx.ASGITransport(app=server.app, raise_app_exceptions=False)
-            async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
+            async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
                 reply = await http.post("/generate", content=json.dumps({"input_ids": [1]}))
             assert (reply.status_code, reply.headers["connection"]) == (500, "close")
 
