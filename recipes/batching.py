@@ -14,8 +14,9 @@ import torch
 from engine.protocol import FloatArray
 from recipes.algorithms.advantages import advantages
 from recipes.algorithms.aggregation import token_weights
+from recipes.algorithms.importance import accepted
 from recipes.algorithms.presets import Algorithm
-from recipes.types import Batch, Group, Trajectory
+from recipes.types import Batch, Group
 
 
 def make_batch(groups: Sequence[Group], algorithm: Algorithm, max_new_tokens: int) -> Batch:
@@ -25,8 +26,29 @@ def make_batch(groups: Sequence[Group], algorithm: Algorithm, max_new_tokens: in
     return Batch(
         trajectories=trajectories,
         advantages=advantages(rewards_GS, algorithm.advantage).reshape(-1).numpy(),
-        weights=_weights(trajectories, algorithm, max_new_tokens),
+        weights=_weights([len(t.response_ids) for t in trajectories], algorithm, max_new_tokens),
     )
+
+
+def without_rejected(batch: Batch, algorithm: Algorithm, max_new_tokens: int) -> Batch:
+    """The batch with the tokens that the importance mask rejects taken out of the loss, and the
+    weights of those that are left. Needs `old_logprobs`."""
+    if not algorithm.rejects:
+        return batch
+    assert batch.old_logprobs is not None
+    lengths = [len(t.response_ids) for t in batch.trajectories]
+    kept_K = accepted(
+        torch.from_numpy(np.concatenate(batch.old_logprobs)),
+        torch.from_numpy(np.concatenate([t.rollout_logprobs for t in batch.trajectories])),
+        torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
+        len(lengths),
+        level=algorithm.is_level,
+        cap=algorithm.is_cap,
+    ).numpy()
+    kept = tuple(np.split(kept_K, np.cumsum(lengths)[:-1]))
+    batch = dataclasses.replace(batch, kept=kept)
+    weights = _weights(_lengths(batch), algorithm, max_new_tokens)
+    return dataclasses.replace(batch, weights=weights)
 
 
 def minibatches(
@@ -44,15 +66,19 @@ def minibatches(
         if not chosen:
             continue
         part = batch.select(chosen)
-        weights = _weights(part.trajectories, algorithm, max_new_tokens)
+        weights = _weights(_lengths(part), algorithm, max_new_tokens)
         parts.append(dataclasses.replace(part, weights=weights))
     return parts
 
 
-def _weights(
-    trajectories: tuple[Trajectory, ...], algorithm: Algorithm, max_new_tokens: int
-) -> FloatArray:
-    lengths = [len(t.response_ids) for t in trajectories]
+def _lengths(batch: Batch) -> list[int]:
+    """Tokens of each sequence that take part in the loss."""
+    if batch.kept is not None:
+        return [int(kept.sum()) for kept in batch.kept]
+    return [len(t.response_ids) for t in batch.trajectories]
+
+
+def _weights(lengths: list[int], algorithm: Algorithm, max_new_tokens: int) -> FloatArray:
     return token_weights(lengths, algorithm.loss_aggregation, max_new_tokens)
 
 

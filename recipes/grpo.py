@@ -20,7 +20,7 @@ from pathlib import Path
 
 from engine.errors import SlipstreamError
 from recipes.algorithms.losses import policy_loss
-from recipes.batching import make_batch, minibatches
+from recipes.batching import make_batch, minibatches, without_rejected
 from recipes.collect import rollout, score
 from recipes.command_line import parse
 from recipes.ledger import Ledger
@@ -51,9 +51,10 @@ def train(run: Run) -> None:
 
 
 def collect(run: Run) -> Collected:
-    """Rollout and reward. With dynamic sampling, groups without spread are replaced."""
+    """Rollout and reward. With dynamic sampling, groups without spread are replaced, and what
+    was sampled beyond a step's groups is trained on first in the next."""
     algorithm, wanted = run.algorithm, run.options.rollout.prompts_per_step
-    result = Collected(groups=[], sampled=[])
+    result = Collected(groups=run.surplus, sampled=[])
     for _ in range(1 + algorithm.max_resamples * algorithm.dynamic_sampling):
         seed = derive_seed(run.options.seed, "rollout", run.progress.position)
         problems, first = run.next_problems()
@@ -76,6 +77,7 @@ def collect(run: Run) -> Collected:
         result.groups.extend(g for g in groups if g.mixed or not algorithm.dynamic_sampling)
         if len(result.groups) >= wanted:
             break
+    run.surplus = result.groups[wanted:]
     return dataclasses.replace(result, groups=result.groups[:wanted] or result.sampled[:wanted])
 
 
@@ -84,8 +86,9 @@ def update(run: Run, batch: Batch) -> dict[str, float]:
     algorithm, trainer, metrics = run.algorithm, run.trainer, TokenMetrics()
     loss = functools.partial(policy_loss, algorithm=algorithm)
     lr, grad_norm = run.learning_rate(), 0.0
-    if algorithm.num_iterations * algorithm.num_minibatches > 1:
+    if algorithm.needs_old_logprobs:
         batch = dataclasses.replace(batch, old_logprobs=trainer.logprobs(batch.trajectories))
+        batch = without_rejected(batch, algorithm, run.max_new_tokens)
     if algorithm.kl_coef > 0:
         reference = trainer.reference_logprobs(batch.trajectories)
         batch = dataclasses.replace(batch, reference_logprobs=reference)

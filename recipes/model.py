@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import logging
+
 import torch
 from transformers import PreTrainedModel
 
@@ -9,11 +12,15 @@ from engine.errors import InvalidRequest
 from recipes.actor import Actor
 from recipes.options import Options
 from recipes.trainers.base import Learner
+from recipes.trainers.masters import dither
 from recipes.trainers.plain import Trainer
 from recipes.trainers.sharded import Backend, ShardedTrainer
 from recipes.world import World, uses_gpu
 from rollout.launch import read_checkpoint
+from rollout.offline import derive_seed
 from trainer_bridge import load_causal_lm
+
+logger = logging.getLogger(__name__)
 
 
 def load_trainer(options: Options, actor: Actor, world: World | None = None) -> Learner:
@@ -34,17 +41,20 @@ def load_trainer(options: Options, actor: Actor, world: World | None = None) -> 
     model = load_causal_lm(checkpoint.hf_config, checkpoint.tensors)
     assert isinstance(model, PreTrainedModel)
     device, dtype = trainer_device(options, world), engine_dtype(actor)
+    reference = copy.deepcopy(model) if options.objective.kl_coef > 0 else None
+    if options.optimizer.dither == "on" and dtype != torch.float32:
+        _dither(model, dtype, derive_seed(options.seed, "dither"))
     temperature = options.rollout.temperature
     if name == "plain":
         return Trainer(
             model,
             options.optimizer,
             device=device,
-            autocast_dtype=dtype,
+            dtype=dtype,
             temperature=temperature,
-            keep_reference=_keeps_reference(options),
+            reference=reference,
         )
-    backend = _backend(options, model, world, device, dtype)
+    backend = _backend(options, model, reference, world, device, dtype)
     return ShardedTrainer(backend, options.optimizer, world, temperature=temperature)
 
 
@@ -62,18 +72,22 @@ def engine_dtype(actor: Actor) -> torch.dtype:
     return dtype
 
 
-def _keeps_reference(options: Options) -> bool:
-    return options.objective.kl_coef > 0
+def _dither(model: PreTrainedModel, dtype: torch.dtype, seed: int) -> None:
+    """Start the masters of a checkpoint in `dtype` inside its rounding cells; what the engine
+    serves stays the same to the bit, and the reference is the checkpoint itself."""
+    moved = dither(((n, p.detach()) for n, p in model.named_parameters()), dtype, seed=seed)
+    if moved:
+        logger.info("%d tensors lie on the %s grid: masters are dithered", len(moved), dtype)
 
 
 def _backend(
     options: Options,
     model: PreTrainedModel,
+    reference: PreTrainedModel | None,
     world: World,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Backend:
-    keep_reference = _keeps_reference(options)
     if options.placement.trainer == "fsdp":
         from recipes.trainers.fsdp import FsdpBackend
 
@@ -83,7 +97,7 @@ def _backend(
             num_processes=world.size,
             device=device,
             dtype=dtype,
-            keep_reference=keep_reference,
+            reference=reference,
         )
     from recipes.trainers.deepspeed import DeepSpeedBackend
 
@@ -94,5 +108,5 @@ def _backend(
         stage=2 if stage is None else stage,
         device=device,
         dtype=dtype,
-        keep_reference=keep_reference,
+        reference=reference,
     )

@@ -78,7 +78,7 @@ class Options:
     device: Device = "auto"
     """'auto' takes a GPU when torch sees one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Engine weights and the trainer's autocast; the trainer's own weights are float32."""
+    """What the engine serves and the trainer computes in; the trainer's masters are float32."""
     resume: str | None = None
     """Run folder to continue from its last complete checkpoint."""
     wandb: WandbMode = "off"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -33,7 +33,7 @@ from recipes.tracking import Tracker
 from recipes.trainers.base import Learner
 from recipes.trainers.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from recipes.trainers.schedule import learning_rate
-from recipes.types import Problem
+from recipes.types import Group, Problem
 from recipes.world import World, open_world
 from rollout.offline import Tokenizer, load_tokenizer
 from trainer_bridge import PushReport
@@ -61,6 +61,8 @@ class Run:
     display: Display
     tracker: Tracker
     progress: Progress
+    surplus: list[Group] = field(default_factory=list)
+    """Groups with spread that were sampled beyond what a step trains on, oldest first."""
 
     @property
     def max_new_tokens(self) -> int:
@@ -116,7 +118,7 @@ class Run:
         """Continue from the last checkpoint, or measure the model before it learns."""
         checkpoint = latest_checkpoint(self.folder.checkpoints)
         if checkpoint is not None:
-            progress = load_checkpoint(checkpoint, self.trainer.load)
+            progress, self.surplus = load_checkpoint(checkpoint, self.trainer.load)
             self.progress = Progress(**progress)
             version = self.progress.step
             self.actor.push(self.trainer.weights, version, measure_memcpy=False)
@@ -207,7 +209,9 @@ class Run:
         """The time it takes is not in its own record: it is not over when that is written."""
         progress = self.progress.as_dict()
         step, save = self.progress.step, self.trainer.save
-        save_checkpoint(self.folder.checkpoints, step, save, progress, self.world)
+        save_checkpoint(
+            self.folder.checkpoints, step, save, progress, self.world, surplus=self.surplus
+        )
         self._spend("checkpoint")
 
     def _spend(self, phase: str) -> float:

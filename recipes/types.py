@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from engine.protocol import FloatArray, IntArray, VersionSpan
+
+T = TypeVar("T")
+
+BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
 
 Message = dict[str, Any]
 """One chat message: {"role": ..., "content": ...}."""
@@ -76,6 +80,8 @@ class Batch:
         micro-batches.
     old_logprobs: N arrays float32 [response_len] of the policy before the first update on this
         data, or None when this is the first and only update (old is then the current policy).
+    kept: N arrays bool [response_len]; tokens that are not kept have no part in the loss, and none
+        in the averages behind `weights`. None keeps all.
     reference_logprobs: as `old_logprobs`, of the frozen reference model, or None without KL.
     """
 
@@ -84,11 +90,12 @@ class Batch:
     weights: FloatArray
     old_logprobs: tuple[FloatArray, ...] | None = None
     reference_logprobs: tuple[FloatArray, ...] | None = None
+    kept: tuple[BoolArray, ...] | None = None
 
     def select(self, indices: list[int]) -> Batch:
         """The sub-batch of these sequences, weights unchanged."""
 
-        def pick(arrays: tuple[FloatArray, ...] | None) -> tuple[FloatArray, ...] | None:
+        def pick(arrays: tuple[T, ...] | None) -> tuple[T, ...] | None:
             return None if arrays is None else tuple(arrays[i] for i in indices)
 
         return Batch(
@@ -97,4 +104,5 @@ class Batch:
             weights=self.weights[indices],
             old_logprobs=pick(self.old_logprobs),
             reference_logprobs=pick(self.reference_logprobs),
+            kept=pick(self.kept),
         )

@@ -19,23 +19,24 @@ LossAggregation = Literal[
 
 
 def token_weights(lengths: list[int], aggregation: LossAggregation, max_length: int) -> FloatArray:
-    """Weight of a token of each sequence, float32 [N].
+    """Weight of a token of each sequence, float32 [N]. A sequence of length 0 has none, and is not
+    counted in N.
 
     token-mean: 1 / total tokens (DAPO, arXiv 2503.14476).
     seq-mean-token-mean: 1 / (N * length) (GRPO, arXiv 2402.03300).
     seq-mean-token-sum: 1 / N (RLOO, arXiv 2402.14740).
     seq-mean-token-sum-norm: 1 / (N * max_length), a constant (Dr.GRPO, arXiv 2503.20783).
     """
-    num = len(lengths)
+    num = max(sum(length > 0 for length in lengths), 1)
     lengths_N = np.maximum(np.asarray(lengths, dtype=np.float64), 1)
     if aggregation == "token-mean":
-        weights_N = np.full(num, 1 / max(sum(lengths), 1))
+        weights_N = np.full(len(lengths), 1 / max(sum(lengths), 1))
     elif aggregation == "seq-mean-token-mean":
         weights_N = 1 / (num * lengths_N)
     elif aggregation == "seq-mean-token-sum":
-        weights_N = np.full(num, 1 / num)
+        weights_N = np.full(len(lengths), 1 / num)
     elif aggregation == "seq-mean-token-sum-norm":
-        weights_N = np.full(num, 1 / (num * max_length))
+        weights_N = np.full(len(lengths), 1 / (num * max_length))
     else:
         raise ValueError(f"unknown loss aggregation {aggregation!r}")
     return weights_N.astype(np.float32)

@@ -40,6 +40,28 @@ def log_ratio(
     return log_ratio_K.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
+def accepted(
+    old_K: torch.Tensor,
+    rollout_K: torch.Tensor,
+    sequence_K: torch.Tensor,
+    num_sequences: int,
+    *,
+    level: ImportanceLevel,
+    cap: float,
+) -> torch.Tensor:
+    """Tokens that mode "mask" keeps, bool [K].
+
+    The others leave the loss before it is averaged (MIS): with their weight at zero but counted in
+    the denominator (IcePop's convention), a batch that has drifted would learn more slowly only for
+    having drifted. Arguments as in `importance_weights`.
+    """
+    return _within(log_ratio(old_K, rollout_K, sequence_K, num_sequences, level).exp(), cap)
+
+
+def _within(ratio_K: torch.Tensor, cap: float) -> torch.Tensor:
+    return (ratio_K <= cap) & (ratio_K >= 1 / cap)
+
+
 def importance_weights(
     old_K: torch.Tensor,
     rollout_K: torch.Tensor,
@@ -54,7 +76,8 @@ def importance_weights(
 
     old_K: log-probabilities of the trainer's policy when the batch was made.
     level: "none" gives ones; "token" one ratio a token; "sequence" their product.
-    mode: "truncate" caps the ratio at `cap`; "mask" drops what lies outside [1/cap, cap].
+    mode: "truncate" caps the ratio at `cap`; "mask" gives what lies outside [1/cap, cap] none; see
+    `accepted` for what else becomes of those tokens.
     """
     if level == "none":
         return torch.ones_like(rollout_K)
@@ -62,5 +85,5 @@ def importance_weights(
     if mode == "truncate":
         return ratio_K.clamp(max=cap)
     if mode == "mask":
-        return torch.where((ratio_K <= cap) & (ratio_K >= 1 / cap), ratio_K, 0.0)
+        return torch.where(_within(ratio_K, cap), ratio_K, 0.0)
     raise ValueError(f"unknown importance mode {mode!r}")

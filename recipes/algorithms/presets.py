@@ -44,7 +44,8 @@ class AlgorithmOptions:
     is_level: ImportanceLevel = "none"
     """Correct the train/rollout mismatch by importance weights: per token or per sequence."""
     is_mode: ImportanceMode = "truncate"
-    """What happens to a weight beyond the cap: cut to it, or its tokens masked out."""
+    """What happens to a weight beyond the cap: cut to it, or its tokens leave the loss and its
+    averages."""
     is_cap: float = 2.0
     """Largest importance weight (and 1/cap the smallest, for 'mask')."""
 
@@ -68,6 +69,16 @@ class Algorithm:
     is_level: ImportanceLevel = "none"
     is_mode: ImportanceMode = "truncate"
     is_cap: float = 2.0
+
+    @property
+    def rejects(self) -> bool:
+        """Whether tokens beyond the cap leave the loss altogether."""
+        return self.is_level != "none" and self.is_mode == "mask"
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """Whether the policy before the first update has to be known before the loss is."""
+        return self.num_iterations * self.num_minibatches > 1 or self.rejects
 
 
 def preset(name: AlgorithmName, max_new_tokens: int) -> Algorithm:

@@ -11,13 +11,15 @@ import logging
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from engine.protocol import decode, encode
+from recipes.types import Group
 from recipes.world import World
 
 logger = logging.getLogger(__name__)
@@ -25,6 +27,7 @@ logger = logging.getLogger(__name__)
 PREFIX = "step_"
 RNG = "rng.pt"
 STATE = "state.json"
+SURPLUS = "surplus.msgpack"
 
 
 def save_checkpoint(
@@ -33,10 +36,13 @@ def save_checkpoint(
     save: Callable[[Path], None],
     progress: dict[str, Any],
     world: World | None = None,
+    *,
+    surplus: Sequence[Group] = (),
 ) -> Path:
     """Write `folder/step_<step>` and remove the checkpoints before it; collective.
 
     save: writes the trainer into a folder (`Learner.save`). progress: what JSON can hold.
+    surplus: groups that were sampled and not yet trained on.
     """
     world = world or World()
     final = folder / f"{PREFIX}{step:06d}"
@@ -48,15 +54,16 @@ def save_checkpoint(
     save(temporary)
     world.barrier()
     if world.is_main:
-        _complete_folder(temporary, progress)
+        _complete_folder(temporary, progress, surplus)
         _put_in_place(temporary, final)
     world.barrier()
     return final
 
 
-def _complete_folder(temporary: Path, progress: dict[str, Any]) -> None:
+def _complete_folder(temporary: Path, progress: dict[str, Any], surplus: Sequence[Group]) -> None:
     """Add what the trainer does not know, and have everything on the disk."""
     torch.save(_torch_rng(), temporary / RNG)
+    (temporary / SURPLUS).write_bytes(encode(list(surplus)))
     state = {"progress": progress, "rng": _host_rng()}
     (temporary / STATE).write_text(json.dumps(state), encoding="utf-8")
     for path in (*sorted(temporary.rglob("*")), temporary):
@@ -79,15 +86,18 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def load_checkpoint(checkpoint: Path, load: Callable[[Path], None]) -> dict[str, Any]:
-    """The progress as it was saved; also restores the trainer, by `load` (`Learner.load`), and
-    the global RNGs."""
+def load_checkpoint(
+    checkpoint: Path, load: Callable[[Path], None]
+) -> tuple[dict[str, Any], list[Group]]:
+    """The progress and the surplus groups as they were saved; also restores the trainer, by `load`
+    (`Learner.load`), and the global RNGs."""
     state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     load(checkpoint)
     rng = torch.load(checkpoint / RNG, map_location="cpu", weights_only=True)
     _restore_rng(rng, state["rng"])
     progress: dict[str, Any] = state["progress"]
-    return progress
+    surplus: list[Group] = decode((checkpoint / SURPLUS).read_bytes(), list[Group])
+    return progress, surplus
 
 
 def _complete(folder: Path) -> list[Path]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
+import logging
 import os
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from recipes.trainers.sharded import write_hf_config
 from trainer_bridge.adapters.base import WeightSource
 from trainer_bridge.adapters.deepspeed import DeepSpeedSource
 
+logger = logging.getLogger(__name__)
+
 TAG = "deepspeed"
 NEVER = 1 << 62
 
@@ -29,8 +30,9 @@ class DeepSpeedBackend:
     """A `Backend`. The default process group must be there.
 
     stage: 0 (plain data parallel), 1 (optimizer state sharded), 2 (gradients too), 3
-    (parameters too). dtype: bfloat16 computes in it, with float32 masters inside the optimizer
-    (stage 0: by autocast).
+    (parameters too). dtype: bfloat16 computes in it, with float32 masters inside the optimizer,
+    which start from the model's own float32 weights; stage 0 is then run as stage 1, the first
+    that has such masters. reference: the model with its initial weights, for a KL term.
     Raises InvalidRequest, with how to install it, when DeepSpeed is missing.
     """
 
@@ -42,26 +44,31 @@ class DeepSpeedBackend:
         stage: int,
         device: torch.device,
         dtype: torch.dtype,
-        keep_reference: bool = False,
+        reference: PreTrainedModel | None = None,
     ) -> None:
         library = _import(device)
-        model = model.eval()
+        if stage == 0 and dtype == torch.bfloat16:
+            logger.info("ZeRO stage 0 in bfloat16 runs as stage 1: float32 masters begin there")
+            stage = 1
+        model = model.float().eval()
+        # DeepSpeed makes its masters from the parameters once they are rounded.
+        full = {} if dtype == torch.float32 else _full_precision(model)
         model.set_attn_implementation("sdpa")
         config = _config(options, stage, dtype)
-        reference = copy.deepcopy(model).requires_grad_(False) if keep_reference else None
         if options.gradient_checkpointing:
             recompute_layers(model)
         engine, *_ = library.initialize(
             model=model, model_parameters=list(model.parameters()), config=config
         )
+        _set_masters(engine.module, full, device)
         self.model: Any = engine
         self.reference = None
         if reference is not None:
+            reference = reference.float().eval().requires_grad_(False)
+            reference.set_attn_implementation("sdpa")
             self.reference = _frozen(library, reference, config, stage, device, dtype)
         self.weights: WeightSource = DeepSpeedSource(engine)
         self._stage = stage
-        self._device = device
-        self._dtype = dtype
 
     def backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
         """See `Backend`."""
@@ -96,12 +103,6 @@ class DeepSpeedBackend:
     def write_config(self, folder: Path, dtype: torch.dtype) -> None:
         """See `Backend`."""
         write_hf_config(self.model.module, folder, dtype)
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """From stage 1 on the module itself is in the dtype it computes in."""
-        if self._stage > 0 or self._dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self._device.type, dtype=self._dtype)
 
 
 def _import(device: torch.device) -> Any:
@@ -140,13 +141,26 @@ def _config(options: OptimizerOptions, stage: int, dtype: torch.dtype) -> dict[s
             },
         },
     }
-    if dtype == torch.bfloat16 and stage == 0:
-        # DeepSpeed's bfloat16 has float32 masters only from stage 1 on.
-        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-    elif dtype == torch.bfloat16:
+    if dtype == torch.bfloat16:
         config["bf16"] = {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
+
+
+def _full_precision(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Copies of the float32 parameters in host memory."""
+    return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
+
+
+def _set_masters(
+    module: torch.nn.Module, full: Mapping[str, torch.Tensor], device: torch.device
+) -> None:
+    """Give the optimizer's float32 masters the bits that the parameters lost by rounding."""
+    if not full:
+        return
+    tensors: Any = importlib.import_module("deepspeed.utils")
+    for name, parameter in module.named_parameters():
+        tensors.safe_set_full_fp32_param(parameter, full[name].to(device))
 
 
 def _frozen(
@@ -159,7 +173,10 @@ def _frozen(
 ) -> Any:
     """The reference: whole on every process, or sharded like the model under stage 3."""
     if stage < 3:
-        return model.to(device=device, dtype=dtype if stage > 0 else None)
+        model = model.to(device=device)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return model
     config = {key: value for key, value in config.items() if key != "optimizer"}
     engine, *_ = library.initialize(model=model, config=config)
     engine.eval()

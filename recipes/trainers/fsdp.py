@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ class FsdpBackend:
     """A `Backend` over all processes of the default group; parameters stay float32 shards.
 
     dtype: bfloat16 gathers and computes in it, and reduces gradients in float32.
+    reference: the model with its initial weights, where there is a KL term.
     """
 
     def __init__(
@@ -38,16 +37,19 @@ class FsdpBackend:
         num_processes: int,
         device: torch.device,
         dtype: torch.dtype,
-        keep_reference: bool = False,
+        reference: PreTrainedModel | None = None,
     ) -> None:
         mesh = init_device_mesh(device.type, (num_processes,))
         model = model.float().eval()
         model.set_attn_implementation("sdpa")
-        reference = copy.deepcopy(model).requires_grad_(False) if keep_reference else None
         if options.gradient_checkpointing:
             recompute_layers(model)
         self.model: Any = _shard(model, mesh, dtype)
-        self.reference = None if reference is None else _shard(reference, mesh, dtype)
+        self.reference: Any | None = None
+        if reference is not None:
+            reference = reference.float().eval().requires_grad_(False)
+            reference.set_attn_implementation("sdpa")
+            self.reference = _shard(reference, mesh, dtype)
         self.weights: WeightSource = FsdpSource(self.model, dtype=dtype)
         self._max_grad_norm = options.max_grad_norm
         self._optimizer = torch.optim.AdamW(
@@ -91,10 +93,6 @@ class FsdpBackend:
     def write_config(self, folder: Path, dtype: torch.dtype) -> None:
         """See `Backend`."""
         write_hf_config(self.model, folder, dtype)
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The mixed precision policy casts what each module takes in."""
-        return nullcontext()
 
 
 def _shard(model: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype) -> Any:

@@ -48,13 +48,16 @@ def loss_inputs(batch: Batch, logprobs_K: torch.Tensor, device: torch.device) ->
         return None if arrays is None else tokens(np.concatenate(arrays))
 
     old_K = flat(batch.old_logprobs)
+    weights_K = np.repeat(batch.weights, lengths_N)
+    if batch.kept is not None:
+        weights_K = weights_K * np.concatenate(batch.kept)
     return LossInputs(
         logprobs=logprobs_K,
         old=logprobs_K.detach() if old_K is None else old_K,
         rollout=tokens(np.concatenate([t.rollout_logprobs for t in batch.trajectories])),
         reference=flat(batch.reference_logprobs),
         advantages=tokens(np.repeat(batch.advantages, lengths_N)),
-        weights=tokens(np.repeat(batch.weights, lengths_N)),
+        weights=tokens(weights_K),
         sequence=tokens(np.repeat(np.arange(len(lengths_N)), lengths_N)),
         num_sequences=len(lengths_N),
     )

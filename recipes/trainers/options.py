@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from recipes.trainers.schedule import Schedule
 
@@ -25,6 +26,9 @@ class OptimizerOptions:
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Gradients with a larger norm are scaled down to it."""
+    dither: Literal["on", "off"] = "on"
+    """Start float32 masters of a bfloat16 checkpoint inside its rounding cells, so that small
+    steps show at once in the bfloat16 weights; what is served at step 0 does not change."""
     max_tokens_per_microbatch: int = 4096
     """Distinct prefix tokens computed at once; more is faster and takes more memory."""
     gradient_checkpointing: bool = False

@@ -1,15 +1,12 @@
-"""The plain trainer: a transformers causal LM with float32 weights and AdamW, one process.
+"""The plain trainer: a transformers causal LM with float32 masters and AdamW, one process.
 
 Legend: K response tokens of a micro-batch, N its sequences.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +15,7 @@ from transformers import PreTrainedModel
 from engine.protocol import FloatArray
 from recipes.trainers.base import Logprobs, Loss
 from recipes.trainers.forward import TokenScores
+from recipes.trainers.masters import Masters
 from recipes.trainers.memory import recompute_layers
 from recipes.trainers.metrics import TokenMetrics
 from recipes.trainers.microbatch import by_sequence, loss_inputs, microbatches, score
@@ -30,8 +28,9 @@ TENSORS = "trainer.pt"
 class Trainer:
     """A `Learner` of one process: the model, its optimizer, and the reference where KL is asked.
 
-    model: moved to `device` in float32. autocast_dtype: bfloat16 runs the forward pass under
-    autocast; float32 runs it as it is. temperature: that of the rollouts.
+    model: float32; moved to `device`, where its parameters become `dtype`, which the engine
+    serves; the optimizer keeps float32 masters of them. temperature: that of the rollouts.
+    reference: the same model with its initial weights, where there is a KL term.
     """
 
     def __init__(
@@ -40,9 +39,9 @@ class Trainer:
         options: OptimizerOptions,
         *,
         device: torch.device,
-        autocast_dtype: torch.dtype,
+        dtype: torch.dtype,
         temperature: float,
-        keep_reference: bool = False,
+        reference: PreTrainedModel | None = None,
     ) -> None:
         self.model: PreTrainedModel = model.to(device=device, dtype=torch.float32).eval()
         self.model.set_attn_implementation("sdpa")
@@ -50,13 +49,11 @@ class Trainer:
             recompute_layers(self.model)
         self.options = options
         self.device = device
-        self.autocast_dtype = autocast_dtype
         self.temperature = temperature
-        self.reference: PreTrainedModel | None = None
-        if keep_reference:
-            self.reference = copy.deepcopy(self.model).requires_grad_(False)
+        self.masters = Masters(self.model, dtype)
+        self.reference = None if reference is None else _frozen(reference, device, dtype)
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
+            self.masters.parameters,
             lr=options.lr,
             betas=(options.beta1, options.beta2),
             weight_decay=options.weight_decay,
@@ -90,12 +87,13 @@ class Trainer:
     def step(self, lr: float) -> float:
         """One clipped AdamW update with the accumulated gradient; returns its norm before."""
         norm = torch.nn.utils.clip_grad_norm_(
-            self.model.parameters(), self.options.max_grad_norm, foreach=True
+            self.masters.parameters, self.options.max_grad_norm, foreach=True
         )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.masters.publish()
         return float(norm)
 
     def logprobs(self, trajectories: tuple[Trajectory, ...]) -> Logprobs:
@@ -114,13 +112,13 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """Write model and optimizer into a checkpoint's folder."""
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state = {"model": self.masters.state(), "optimizer": self.optimizer.state_dict()}
         torch.save(state, folder / TENSORS)
 
     def load(self, folder: Path) -> None:
         """Inverse of `save`. The reference keeps the weights it was made from."""
         state = torch.load(folder / TENSORS, map_location="cpu", weights_only=True)
-        self.model.load_state_dict(state["model"])
+        self.masters.load(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
 
     def write_model(self, folder: Path, dtype: torch.dtype) -> None:
@@ -139,15 +137,16 @@ class Trainer:
     def _score(
         self, model: PreTrainedModel, trajectories: Sequence[Trajectory]
     ) -> tuple[TokenScores, int]:
-        with self._autocast():
-            return score(model, trajectories, self.temperature)
+        return score(model, trajectories, self.temperature)
 
     def _microbatches(self, trajectories: Sequence[Trajectory]) -> list[list[int]]:
         return microbatches(trajectories, self.options.max_tokens_per_microbatch)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(
-            self.device.type,
-            dtype=torch.bfloat16,
-            enabled=self.autocast_dtype == torch.bfloat16,
-        )
+
+def _frozen(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """The reference as the trainer computes it."""
+    model = model.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
+    model.set_attn_implementation("sdpa")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model

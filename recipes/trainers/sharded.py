@@ -9,7 +9,6 @@ on the number of processes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,10 +52,6 @@ class Backend(Protocol):
 
     def write_config(self, folder: Path, dtype: torch.dtype) -> None:
         """Write the configuration of the model, Hugging Face format."""
-        ...
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Surrounds forward passes."""
         ...
 
 
@@ -139,8 +134,7 @@ class ShardedTrainer:
                 self._run_empty(is_last)
 
     def _run(self, part: Batch, loss: Loss, metrics: TokenMetrics, is_last: bool) -> None:
-        with self._backend.autocast():
-            scores, num_nodes = score(self._backend.model, part.trajectories, self._temperature)
+        scores, num_nodes = score(self._backend.model, part.trajectories, self._temperature)
         inputs = loss_inputs(part, scores.logprobs, scores.logprobs.device)
         output = loss(inputs)
         if torch.is_grad_enabled():
@@ -166,8 +160,7 @@ class ShardedTrainer:
             reward=0.0,
             correct=0.0,
         )
-        with self._backend.autocast():
-            return score(model, [filler], self._temperature)[0].logprobs
+        return score(model, [filler], self._temperature)[0].logprobs
 
     def _logprobs(self, model: Any, trajectories: Sequence[Trajectory]) -> Logprobs:
         rows = self._share(range(len(trajectories)), trajectories)
@@ -179,8 +172,7 @@ class ShardedTrainer:
                     self._score_empty(model)
                     continue
                 part = [mine[index] for index in indices]
-                with self._backend.autocast():
-                    scores, _ = score(model, part, self._temperature)
+                scores, _ = score(model, part, self._temperature)
                 places = [rows[index] for index in indices]
                 arrays += zip(places, by_sequence(scores.logprobs, part), strict=True)
         everywhere = dict(self._world.gather(arrays))

@@ -46,9 +46,9 @@ def plain() -> Trainer:
         model(),
         OPTIONS,
         device=CPU,
-        autocast_dtype=torch.float32,
+        dtype=torch.float32,
         temperature=TEMPERATURE,
-        keep_reference=True,
+        reference=model(),
     )
 
 
@@ -65,7 +65,7 @@ def deepspeed(
         lr=1e-2, max_tokens_per_microbatch=14, gradient_checkpointing=checkpointing
     )
     backend = DeepSpeedBackend(
-        model(), options, stage=stage, device=CPU, dtype=dtype, keep_reference=True
+        model(), options, stage=stage, device=CPU, dtype=dtype, reference=model()
     )
     return ShardedTrainer(backend, options, world, temperature=TEMPERATURE)
 
@@ -74,7 +74,7 @@ def fsdp(world: World, dtype: torch.dtype = torch.float32) -> ShardedTrainer:
     from recipes.trainers.fsdp import FsdpBackend
 
     backend = FsdpBackend(
-        model(), OPTIONS, num_processes=world.size, device=CPU, dtype=dtype, keep_reference=True
+        model(), OPTIONS, num_processes=world.size, device=CPU, dtype=dtype, reference=model()
     )
     return ShardedTrainer(backend, OPTIONS, world, temperature=TEMPERATURE)
 
@@ -116,6 +116,7 @@ def deepspeed_ranks(rank: int, size: int, folder: Path) -> Results:
         trainer = deepspeed(world, stage, checkpointing=stage == 2)
         results[f"zero{stage}"] = figures(trainer, world)
         rounded = deepspeed(world, stage, torch.bfloat16)
+        results[f"zero{stage}-masters"] = start_of_masters(rounded)
         results[f"zero{stage}-bfloat16"] = figures(rounded, world)
     results["no gradient"] = no_gradient(trainer)
     trainer.write_model(folder / "model", torch.float32)
@@ -123,6 +124,17 @@ def deepspeed_ranks(rank: int, size: int, folder: Path) -> Results:
         functools.partial(deepspeed, world, 3), world, folder / "checkpoint"
     )
     return results
+
+
+def start_of_masters(trainer: ShardedTrainer) -> Results:
+    """DeepSpeed's float32 masters, before any step, and what the module computes with."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    module = trainer._backend.model.module  # type: ignore[attr-defined]
+    return {
+        name: (safe_get_full_fp32_param(parameter).cpu(), str(parameter.dtype))
+        for name, parameter in module.named_parameters()
+    }
 
 
 def fsdp_ranks(rank: int, size: int, folder: Path) -> Results:

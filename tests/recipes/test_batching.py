@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from recipes.algorithms.presets import preset
-from recipes.batching import make_batch, minibatches
+from recipes.batching import make_batch, minibatches, without_rejected
 from tests.helpers.trajectories import random_groups
 
 GROUPS = random_groups(5, 4, vocab=9)
@@ -53,3 +53,30 @@ def test_the_shuffle_follows_the_seed() -> None:
 
     assert order(1) == order(1)
     assert order(1) != order(2)
+
+
+def test_rejected_tokens_are_in_no_average() -> None:
+    """One token of the first sequence and all of the second lie beyond the cap: the mean is over
+    what is left, as if they had never been sampled."""
+    algorithm = dataclasses.replace(
+        preset("grpo", 8), is_level="token", is_mode="mask", loss_aggregation="token-mean"
+    )
+    batch = make_batch(GROUPS, algorithm, 8)
+    old = [t.rollout_logprobs.copy() for t in batch.trajectories]
+    old[0][0] += 5.0
+    old[1] -= 5.0
+    batch = dataclasses.replace(batch, old_logprobs=tuple(old))
+    total = sum(len(array) for array in old)
+    left = without_rejected(batch, algorithm, 8)
+    assert left.kept is not None
+    assert sum(int(kept.sum()) for kept in left.kept) == total - 1 - len(old[1])
+    assert left.weights == pytest.approx(1 / (total - 1 - len(old[1])))
+    by_sequence = dataclasses.replace(algorithm, loss_aggregation="seq-mean-token-mean")
+    weights = without_rejected(batch, by_sequence, 8).weights
+    lengths = [int(kept.sum()) for kept in left.kept]
+    num = sum(length > 0 for length in lengths)
+    assert lengths[:2] == [len(old[0]) - 1, 0] and num < len(old)
+    assert weights[2] == pytest.approx(1 / (num * lengths[2]))
+    assert (weights * lengths).sum() == pytest.approx(1.0)
+    whole = dataclasses.replace(algorithm, is_mode="truncate")
+    assert without_rejected(batch, whole, 8) is batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -56,9 +57,9 @@ def make_run(options: Options, noise: float = 0.0) -> Run:
             model,
             options.optimizer,
             device=torch.device("cpu"),
-            autocast_dtype=torch.float32,
+            dtype=torch.float32,
             temperature=options.rollout.temperature,
-            keep_reference=options.objective.kl_coef > 0,
+            reference=copy.deepcopy(model) if options.objective.kl_coef > 0 else None,
         ),
     )
 
@@ -173,6 +174,35 @@ def test_dynamic_sampling_trains_on_mixed_groups_only(tmp_path: Path) -> None:
     assert all(group.mixed for group in got.groups)
     assert len(got.sampled) % 3 == 0
     assert run.progress.position == len(got.sampled)
+
+
+def test_groups_sampled_beyond_a_step_are_trained_on_first_in_the_next(tmp_path: Path) -> None:
+    from recipes.grpo import collect
+
+    objective = AlgorithmOptions(algorithm="dapo")
+    run = make_run(make_options(tmp_path / "a", objective=objective))
+    run.begin()
+    seen: list[Any] = []
+    sampled: list[Any] = []
+    surplus = False
+    for _ in range(6):
+        waiting = list(run.surplus)
+        got = collect(run)
+        surplus |= bool(run.surplus)
+        assert got.groups[: len(waiting)] == waiting
+        seen += got.groups
+        sampled += [group for group in got.sampled if group.mixed]
+    assert surplus, "no step sampled more than it needed"
+    assert [id(group) for group in [*seen, *run.surplus]] == [id(group) for group in sampled]
+
+
+def test_a_resumed_run_has_the_surplus_of_the_killed_one(tmp_path: Path) -> None:
+    objective = AlgorithmOptions(algorithm="dapo")
+    unbroken, _ = go(make_options(tmp_path / "a", steps=6, objective=objective))
+    options = make_options(tmp_path / "b", steps=4, objective=objective)
+    go(options)
+    resumed, _ = go(dataclasses.replace(options, resume=options.out, steps=6))
+    assert [untimed(r) for r in rows(resumed)] == [untimed(r) for r in rows(unbroken)]
 
 
 @pytest.mark.parametrize("name", ["dr_grpo", "dapo", "gspo", "cispo", "rloo"])

@@ -7,7 +7,12 @@ import math
 import pytest
 import torch
 
-from recipes.algorithms.importance import ImportanceLevel, ImportanceMode, importance_weights
+from recipes.algorithms.importance import (
+    ImportanceLevel,
+    ImportanceMode,
+    accepted,
+    importance_weights,
+)
 
 ROLLOUT = torch.zeros(4)
 OLD = torch.log(torch.tensor([1.5, 3.0, 0.2, 1.0]))
@@ -50,3 +55,12 @@ def test_weights_carry_no_gradient_and_stay_finite() -> None:
 def test_unknown_mode_is_refused() -> None:
     with pytest.raises(ValueError, match="drop"):
         weights("token", "drop")  # type: ignore[arg-type]
+
+
+def test_rejected_tokens_are_those_outside_the_cap() -> None:
+    """log w (.1, -1.5, .8, -10, .3) within [1/2, 2] keeps the first and the last."""
+    old = torch.tensor([0.1, -1.5, 0.8, -10.0, 0.3])
+    sequence = torch.zeros(5, dtype=torch.int64)
+    kept = accepted(old, torch.zeros(5), sequence, 1, level="token", cap=2.0)
+    assert kept.tolist() == [True, False, False, False, True]
+    assert not accepted(old, torch.zeros(5), sequence, 1, level="sequence", cap=2.0).any()

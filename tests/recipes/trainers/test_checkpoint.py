@@ -26,7 +26,7 @@ def test_round_trip_restores_tensors_progress_and_generators(tmp_path: Path) -> 
     expected = draw()
     draw()
     read: list[str] = []
-    progress = load_checkpoint(saved, lambda folder: read.append((folder / "t").read_text()))
+    progress, _ = load_checkpoint(saved, lambda folder: read.append((folder / "t").read_text()))
     assert draw() == expected
     assert progress == {"position": 24}
     assert read == ["weights"]
@@ -55,4 +55,4 @@ def test_a_kill_while_writing_leaves_the_one_before(
     monkeypatch.undo()
     second = save_checkpoint(tmp_path, 2, write, {"step": 2})
     assert latest_checkpoint(tmp_path) == second
-    assert load_checkpoint(second, lambda folder: None) == {"step": 2}
+    assert load_checkpoint(second, lambda folder: None) == ({"step": 2}, [])

@@ -28,9 +28,9 @@ def trainer_of(arch: str = "llama", budget: int = 4096, **options: Any) -> Train
         tiny_hf(arch, vocab_size=VOCAB, hidden_size=32, head_dim=8),
         OptimizerOptions(max_tokens_per_microbatch=budget, **options),
         device=torch.device("cpu"),
-        autocast_dtype=torch.float32,
+        dtype=torch.float32,
         temperature=TEMPERATURE,
-        keep_reference=True,
+        reference=tiny_hf(arch, vocab_size=VOCAB, hidden_size=32, head_dim=8),
     )
 
 
@@ -165,14 +165,14 @@ def test_the_reference_stays_where_the_model_was() -> None:
         assert not np.allclose(a, r)
 
 
-def test_bfloat16_autocast_stays_close() -> None:
+def test_bfloat16_computes_in_it_and_keeps_float32_masters() -> None:
     batch = random_batch(2, 3, vocab=VOCAB)
     exact = trainer_of()
     rounded = Trainer(
         tiny_hf("llama", vocab_size=VOCAB, hidden_size=32, head_dim=8),
         OptimizerOptions(),
         device=torch.device("cpu"),
-        autocast_dtype=torch.bfloat16,
+        dtype=torch.bfloat16,
         temperature=TEMPERATURE,
     )
     pairs = zip(
@@ -180,7 +180,33 @@ def test_bfloat16_autocast_stays_close() -> None:
     )
     differences = np.concatenate([np.abs(a - b) for a, b in pairs])
     assert 0 < differences.max() < 0.2
-    assert all(p.dtype == torch.float32 for p in rounded.model.parameters())
+    assert all(p.dtype == torch.bfloat16 for p in rounded.model.parameters())
+    assert all(p.dtype == torch.float32 for p in rounded.masters.parameters)
+    same_as_served = plain_logprobs(rounded.model, batch)
+    for ours, theirs in zip(rounded.logprobs(batch.trajectories), same_as_served, strict=True):
+        np.testing.assert_allclose(ours, theirs.detach(), atol=0.05)
+
+
+def test_microbatches_of_bfloat16_add_up_in_float32_and_steps_are_rounded_once() -> None:
+    batch = random_batch(3, 3, vocab=VOCAB)
+    trainers = [
+        Trainer(
+            tiny_hf("llama", vocab_size=VOCAB, hidden_size=32, head_dim=8),
+            OptimizerOptions(max_tokens_per_microbatch=budget),
+            device=torch.device("cpu"),
+            dtype=torch.bfloat16,
+            temperature=TEMPERATURE,
+        )
+        for budget in (4096, 12)
+    ]
+    for trainer in trainers:
+        assert trainer.accumulate(batch, LOSS, TokenMetrics())
+        grads = [p.grad for p in trainer.masters.parameters]
+        assert all(g is not None and g.dtype == torch.float32 for g in grads)
+        assert all(p.grad is None for p in trainer.model.parameters())
+        trainer.step(lr=1e-3)
+        for name, parameter in trainer.model.named_parameters():
+            assert torch.equal(parameter, trainer.masters.state()[name].bfloat16()), name
 
 
 def test_every_loss_input_is_aligned_with_its_token() -> None:

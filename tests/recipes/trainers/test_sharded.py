@@ -83,6 +83,19 @@ def test_bfloat16_stays_close(
     assert 0 < np.abs(got - np.concatenate(plain["after"])).mean() < 0.12
 
 
+@pytest.mark.parametrize("stage", range(4))
+def test_deepspeed_masters_start_at_the_full_precision_weights(
+    deepspeed: dict[int, Any], stage: int
+) -> None:
+    wanted = dict(ranks.model().named_parameters())
+    for rank in deepspeed[2]:
+        masters = rank[f"zero{stage}-masters"]
+        assert masters.keys() == wanted.keys()
+        for name, (master, dtype) in masters.items():
+            assert dtype == "torch.bfloat16"
+            assert torch.equal(master.view(-1), wanted[name].detach().float().view(-1)), name
+
+
 @pytest.mark.parametrize("kind", ["deepspeed", "fsdp"])
 def test_a_resumed_trainer_goes_on_as_if_nothing_had_been(
     kind: str, request: pytest.FixtureRequest

@@ -1,0 +1,120 @@
+"""Float32 masters of a model that computes in fewer bits, and where they start.
+
+The forward and backward pass run on parameters in the dtype that the engine serves: norms,
+embedding and residual stream included, so that trainer and engine compute the same function. The
+optimizer works on float32 masters, which are rounded into those parameters after each step.
+
+Legend of the rounding: a bfloat16 number x stands for every float32 number that rounds to it, its
+cell. A learning rate of 1e-5 moves a master by far less than a cell, so masters that all start at
+the centre of their cells show nothing of the first steps; masters that start anywhere in them
+show each step in the right share of the weights (stochastic rounding's argument, Gupta et al.,
+arXiv 1502.02551, applied once, to the start).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+
+import torch
+
+_HALF_BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16}
+
+
+class Masters:
+    """What the optimizer changes: the model's own parameters in float32, or float32 copies.
+
+    model: its parameters are float32 and become `dtype`; buffers, such as the inverse frequencies
+    of rotary embeddings, stay as they are.
+    """
+
+    def __init__(self, model: torch.nn.Module, dtype: torch.dtype) -> None:
+        self._computing = dict(model.named_parameters())
+        self._named = self._computing
+        if dtype == torch.float32:
+            return
+        self._named = {
+            name: torch.nn.Parameter(parameter.detach().clone())
+            for name, parameter in self._computing.items()
+        }
+        for name, parameter in self._computing.items():
+            parameter.data = parameter.detach().to(dtype)
+            parameter.register_post_accumulate_grad_hook(_hand_over_to(self._named[name]))
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The float32 parameters, in the model's order; gradients gather here."""
+        return list(self._named.values())
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The masters by parameter name."""
+        return {name: master.detach() for name, master in self._named.items()}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, torch.Tensor]) -> None:
+        """Inverse of `state`. Raises KeyError for a parameter that is missing."""
+        for name, master in self._named.items():
+            master.copy_(state[name])
+        self.publish()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Round the masters into the parameters that the model computes with."""
+        if self._named is not self._computing:
+            torch._foreach_copy_(
+                [parameter.detach() for parameter in self._computing.values()],
+                [master.detach() for master in self._named.values()],
+            )
+
+
+def _hand_over_to(master: torch.nn.Parameter):  # type: ignore[no-untyped-def]
+    """A hook that adds a parameter's gradient to its master's and drops it, so that micro-batches
+    add up in float32."""
+
+    def hand_over(parameter: torch.nn.Parameter) -> None:
+        assert parameter.grad is not None
+        if master.grad is None:
+            master.grad = parameter.grad.float()
+        else:
+            master.grad += parameter.grad
+        parameter.grad = None
+
+    return hand_over
+
+
+@torch.no_grad()
+def dither(
+    named: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, *, seed: int
+) -> list[str]:
+    """Move float32 tensors that lie on the grid of `dtype`, in place, each element to a uniform
+    place inside its rounding cell; returns the names of those moved.
+
+    Afterwards `tensor.to(dtype)` has the same bits as before. Tensors with any element off the
+    grid, such as those of a dequantised file, start somewhere in their cells as it is and are left
+    alone. The draw depends on seed and name alone, not on order, device or process.
+    """
+    moved = []
+    for name, tensor in named:
+        served = tensor.to(dtype)
+        if torch.equal(served.float(), tensor):
+            generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
+            tensor.copy_(_inside_cells(served.cpu(), generator))
+            assert torch.equal(tensor.to(dtype), served), f"{name} left its rounding cells"
+            moved.append(name)
+    return moved
+
+
+def _inside_cells(grid: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A float32 number that rounds to each element of `grid`, uniform over those that do.
+
+    Zeros, and what is not finite, stay: a zero's cell is nothing that an update could leave.
+    """
+    centre = grid.float()
+    bits = grid.view(_HALF_BITS[grid.dtype])
+    # Away from zero and towards it: neighbours in the order of the bits, whatever the sign.
+    outer, inner = (bits + 1).view(grid.dtype).float(), (bits - 1).view(grid.dtype).float()
+    upper, lower = (outer - centre) / 2, (inner - centre) / 2
+    place = torch.rand(grid.shape, generator=generator, dtype=torch.float32)
+    moved = centre + lower + (upper - lower) * place
+    stays = (centre == 0) | ~torch.isfinite(outer) | (moved.to(grid.dtype) != grid)
+    return torch.where(stays, centre, moved)
