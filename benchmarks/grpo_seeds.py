@@ -1,7 +1,7 @@
 """Held-out accuracy of many runs of the recipe at once: several settings, several seeds.
 
     python benchmarks/grpo_seeds.py --seeds 0-19 --at-once 8 --json out.json \
-        --settings "" "--warmup-steps 10" -- --steps 40 --eval-every 10
+        --settings "|--warmup-steps 10" -- --steps 40 --eval-every 10
 
 Each setting is flags of `recipes/grpo.py`, put before those behind `--`. Runs share the GPU, or the
 processor's cores, `--at-once` of them. Prints one row a run as it ends, then one a setting: how
@@ -33,8 +33,8 @@ WANTED_GAIN = 0.5
 class Options:
     """What to run."""
 
-    settings: tuple[str, ...] = ("",)
-    """Flags of each setting, one string a setting."""
+    settings: str = ""
+    """Flags of each setting, settings separated by "|"; an empty one is the defaults."""
     seeds: str = "0-2"
     """First and last seed."""
     at_once: int = 8
@@ -106,11 +106,12 @@ def main() -> None:
     """Run everything and print what each setting came to."""
     cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     options, flags = tyro.cli(Options, args=sys.argv[1:cut]), sys.argv[cut + 1 :]
+    settings = [setting.strip() for setting in options.settings.split("|")]
     first, _, last = options.seeds.partition("-")
     jobs = [
         (setting, seed)
         for seed in range(int(first), int(last or first) + 1)
-        for setting in options.settings
+        for setting in settings
     ]
     outcomes: list[Outcome] = []
     with ThreadPoolExecutor(options.at_once) as pool:
@@ -118,7 +119,7 @@ def main() -> None:
         for future in running:
             outcomes.append(future.result())
             show(outcomes[-1])
-    for setting in options.settings:
+    for setting in settings:
         mine = [o for o in outcomes if o.setting == setting and not o.failed]
         ends = [o.accuracies[-1] for o in mine]
         good = sum(o.gain >= WANTED_GAIN for o in mine)

@@ -16,18 +16,32 @@ from recipes.algorithms.advantages import advantages
 from recipes.algorithms.aggregation import token_weights
 from recipes.algorithms.importance import accepted
 from recipes.algorithms.presets import Algorithm
-from recipes.types import Batch, Group
+from recipes.types import Batch, Group, Trajectory
 
 
-def make_batch(groups: Sequence[Group], algorithm: Algorithm, max_new_tokens: int) -> Batch:
-    """All trajectories with their advantages, and the weights of one update over all of them."""
+def make_batch(
+    groups: Sequence[Group],
+    algorithm: Algorithm,
+    max_new_tokens: int,
+    *,
+    version: int | None = None,
+) -> Batch:
+    """All trajectories with their advantages, and the weights of one update over all of them.
+
+    version: of the weights that learn; what others sampled is marked stale. None marks nothing.
+    """
     trajectories = tuple(t for group in groups for t in group.trajectories)
     rewards_GS = torch.from_numpy(np.stack([group.rewards for group in groups]))
     return Batch(
         trajectories=trajectories,
         advantages=advantages(rewards_GS, algorithm.advantage).reshape(-1).numpy(),
         weights=_weights([len(t.response_ids) for t in trajectories], algorithm, max_new_tokens),
+        stale=None if version is None else np.array([_is_stale(t, version) for t in trajectories]),
     )
+
+
+def _is_stale(trajectory: Trajectory, version: int) -> bool:
+    return any(span.version != version for span in trajectory.spans)
 
 
 def without_rejected(batch: Batch, algorithm: Algorithm, max_new_tokens: int) -> Batch:

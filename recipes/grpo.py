@@ -39,7 +39,9 @@ def train(run: Run) -> None:
         with run.ledger.phase("sleep"):
             run.actor.sleep()
         with run.ledger.phase("train"):
-            batch = make_batch(collected.groups, run.algorithm, run.max_new_tokens)
+            batch = make_batch(
+                collected.groups, run.algorithm, run.max_new_tokens, version=run.progress.step
+            )
             figures = update(run, batch)
         with run.ledger.phase("push"):
             pushed = run.actor.push(

@@ -30,12 +30,17 @@ def rollout_figures(sampled: Sequence[Group], seconds: dict[str, float]) -> dict
         "reward": float(rewards_GS.mean()),
         "reward_std": float(rewards_GS.std(axis=1, ddof=1).mean()),
         "frac_reward_zero_std": float(np.mean([not group.mixed for group in sampled])),
+        "frac_groups_all_wrong": float(np.mean([not _any_right(group) for group in sampled])),
         "completions/mean_length": float(lengths.mean()),
         "completions/max_length": float(lengths.max()),
         "completions/clipped_ratio": float(np.mean([t.truncated for t in trajectories])),
         "perf/rollout_tokens": float(lengths.sum()),
         "perf/rollout_tokens_per_s": float(lengths.sum() / max(seconds["generate"], 1e-9)),
     }
+
+
+def _any_right(group: Group) -> bool:
+    return any(trajectory.correct > 0 for trajectory in group.trajectories)
 
 
 def push_figures(report: PushReport) -> dict[str, float]:

@@ -15,6 +15,7 @@ from rich.console import Console
 from engine.errors import InvalidRequest
 from engine.protocol import SamplingParams
 from recipes.actor import Actor
+from recipes.advice import WINDOW, advice
 from recipes.algorithms.presets import Algorithm, resolve
 from recipes.collect import evaluate
 from recipes.command_line import flatten
@@ -63,6 +64,8 @@ class Run:
     progress: Progress
     surplus: list[Group] = field(default_factory=list)
     """Groups with spread that were sampled beyond what a step trains on, oldest first."""
+    _recent: list[dict[str, float]] = field(default_factory=list)
+    _advised: bool = False
 
     @property
     def max_new_tokens(self) -> int:
@@ -150,10 +153,19 @@ class Run:
         self.folder.append_samples(step, collected.sampled)
         self.tracker.log(row)
         self.display.show(row)
+        self._advise(row)
         if pushed.memcpy_seconds is not None:
             self.display.note(f"push of {pushed}")
         if _due(step, self.options.checkpoint_every):
             self._checkpoint()
+
+    def _advise(self, row: dict[str, float]) -> None:
+        """Say so, once each time it begins, when the run has nothing to learn from."""
+        self._recent = [*self._recent[1 - WINDOW :], row]
+        told = advice(self._recent)
+        if told and not self._advised:
+            self.display.note(told)
+        self._advised = bool(told)
 
     def finish(self) -> dict[str, object]:
         """Measure, save the model and write the summary, which is returned."""

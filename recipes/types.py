@@ -80,6 +80,8 @@ class Batch:
         micro-batches.
     old_logprobs: N arrays float32 [response_len] of the policy before the first update on this
         data, or None when this is the first and only update (old is then the current policy).
+    stale: bool [N]; sequences that older weights than the current ones sampled, at least in part.
+        Their tokens are compared with the policy that sampled them. None says that none is.
     kept: N arrays bool [response_len]; tokens that are not kept have no part in the loss, and none
         in the averages behind `weights`. None keeps all.
     reference_logprobs: as `old_logprobs`, of the frozen reference model, or None without KL.
@@ -90,6 +92,7 @@ class Batch:
     weights: FloatArray
     old_logprobs: tuple[FloatArray, ...] | None = None
     reference_logprobs: tuple[FloatArray, ...] | None = None
+    stale: BoolArray | None = None
     kept: tuple[BoolArray, ...] | None = None
 
     def select(self, indices: list[int]) -> Batch:
@@ -104,5 +107,6 @@ class Batch:
             weights=self.weights[indices],
             old_logprobs=pick(self.old_logprobs),
             reference_logprobs=pick(self.reference_logprobs),
+            stale=None if self.stale is None else self.stale[indices],
             kept=pick(self.kept),
         )

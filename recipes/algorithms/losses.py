@@ -20,9 +20,11 @@ class LossInputs:
     """Tokens of one micro-batch; all float32 [K] but `sequence` (int64 [K], in [0, N)).
 
     logprobs: of the current policy, the only one with a gradient.
-    old: of the policy before the first update on this data.
+    old: of the policy before the first update on this data; of the one that sampled, where that
+        is an older one.
     rollout: as the engine sampled them.
     reference: of the frozen reference model; None without a KL term.
+    fresh: bool [K], tokens that the policy before the first update sampled; None for all.
     weights: weight of each token in the loss (`aggregation.token_weights`).
     """
 
@@ -34,6 +36,7 @@ class LossInputs:
     sequence: torch.Tensor
     num_sequences: int
     reference: torch.Tensor | None = None
+    fresh: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,8 +19,9 @@ AlgorithmName = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"]
 class AlgorithmOptions:
     """Which algorithm, and what to change of it. None takes the algorithm's own choice."""
 
-    algorithm: AlgorithmName = "grpo"
-    """GRPO, Dr.GRPO, DAPO, GSPO, CISPO or RLOO: sets the defaults of the options below."""
+    algorithm: AlgorithmName = "dapo"
+    """GRPO, Dr.GRPO, DAPO, GSPO, CISPO or RLOO: sets the defaults of the options below. DAPO, which
+    replaces groups that all agree, is the one that learns from every seed."""
     clip_low: float | None = None
     """Lower clip range of the probability ratio (clips below 1 - clip_low)."""
     clip_high: float | None = None

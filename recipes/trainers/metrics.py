@@ -21,6 +21,7 @@ class TokenMetrics:
 
     num_updates: int = 0
     num_tokens: int = 0
+    num_fresh: int = 0
     computed_tokens: int = 0
     loss: float = 0.0
     entropy: float = 0.0
@@ -39,42 +40,53 @@ class TokenMetrics:
         self, inputs: LossInputs, output: LossOutput, entropy_K: torch.Tensor, num_nodes: int
     ) -> None:
         """Take in one micro-batch; `num_nodes` tokens were computed for it."""
-        difference_K = (inputs.old - inputs.rollout).abs()
-        self.num_tokens += len(difference_K)
+        self.num_tokens += len(inputs.rollout)
+        self._compare(inputs)
         self.computed_tokens += num_nodes
         self.loss += float(output.loss.detach())
         self.entropy += float(entropy_K.sum())
         self.clip_low += float(output.clipped_low.sum())
         self.clip_high += float(output.clipped_high.sum())
-        self.difference += float(difference_K.sum())
-        self.difference_max = max(self.difference_max, float(difference_K.max()))
-        self.mismatch_kl += float((inputs.rollout - inputs.old).sum())
-        self.mismatch_k3 += float(k3(inputs.rollout, inputs.old).sum())
         self.importance += float(output.importance.sum())
         self.importance_min = min(self.importance_min, float(output.importance.min()))
         self.importance_max = max(self.importance_max, float(output.importance.max()))
         if output.kl is not None:
             self.reference_kl = (self.reference_kl or 0.0) + float(output.kl.sum())
 
+    def _compare(self, inputs: LossInputs) -> None:
+        """Engine and trainer on tokens that the weights now learning sampled."""
+        old_K, rollout_K = inputs.old, inputs.rollout
+        if inputs.fresh is not None:
+            old_K, rollout_K = old_K[inputs.fresh], rollout_K[inputs.fresh]
+        if not len(old_K):
+            return
+        difference_K = (old_K - rollout_K).abs()
+        self.num_fresh += len(old_K)
+        self.difference += float(difference_K.sum())
+        self.difference_max = max(self.difference_max, float(difference_K.max()))
+        self.mismatch_kl += float((rollout_K - old_K).sum())
+        self.mismatch_k3 += float(k3(rollout_K, old_K).sum())
+
     def result(self) -> dict[str, float]:
         """Means over tokens under the names TRL and verl log; empty before the first `add`."""
         if not self.num_tokens:
             return {}
-        num = self.num_tokens
+        num, fresh = self.num_tokens, max(self.num_fresh, 1)
         named = {
             "loss": self.loss / max(self.num_updates, 1),
             "entropy": self.entropy / num,
             "clip_ratio/low_mean": self.clip_low / num,
             "clip_ratio/high_mean": self.clip_high / num,
             "clip_ratio/region_mean": (self.clip_low + self.clip_high) / num,
-            "sampling/sampling_logp_difference/mean": self.difference / num,
+            "sampling/sampling_logp_difference/mean": self.difference / fresh,
             "sampling/sampling_logp_difference/max": self.difference_max,
             "sampling/importance_sampling_ratio/min": self.importance_min,
             "sampling/importance_sampling_ratio/mean": self.importance / num,
             "sampling/importance_sampling_ratio/max": self.importance_max,
-            "rollout_corr/kl": self.mismatch_kl / num,
-            "rollout_corr/k3_kl": self.mismatch_k3 / num,
+            "rollout_corr/kl": self.mismatch_kl / fresh,
+            "rollout_corr/k3_kl": self.mismatch_k3 / fresh,
             "perf/trained_response_tokens": float(num),
+            "perf/stale_response_tokens": float(num - self.num_fresh),
             "perf/trainer_computed_tokens": float(self.computed_tokens),
         }
         if self.reference_kl is not None:

@@ -48,13 +48,20 @@ def loss_inputs(batch: Batch, logprobs_K: torch.Tensor, device: torch.device) ->
         return None if arrays is None else tokens(np.concatenate(arrays))
 
     old_K = flat(batch.old_logprobs)
+    old_K = logprobs_K.detach() if old_K is None else old_K
+    rollout_K = tokens(np.concatenate([t.rollout_logprobs for t in batch.trajectories]))
+    fresh_K = torch.ones_like(old_K, dtype=torch.bool)
+    if batch.stale is not None:
+        fresh_K = tokens(~np.repeat(batch.stale, lengths_N))
+        old_K = torch.where(fresh_K, old_K, rollout_K)
     weights_K = np.repeat(batch.weights, lengths_N)
     if batch.kept is not None:
         weights_K = weights_K * np.concatenate(batch.kept)
     return LossInputs(
         logprobs=logprobs_K,
-        old=logprobs_K.detach() if old_K is None else old_K,
-        rollout=tokens(np.concatenate([t.rollout_logprobs for t in batch.trajectories])),
+        old=old_K,
+        rollout=rollout_K,
+        fresh=fresh_K,
         reference=flat(batch.reference_logprobs),
         advantages=tokens(np.repeat(batch.advantages, lengths_N)),
         weights=tokens(weights_K),

@@ -6,9 +6,13 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
+from recipes.algorithms.losses import policy_loss
 from recipes.algorithms.presets import preset
 from recipes.batching import make_batch, minibatches, without_rejected
+from recipes.trainers.metrics import TokenMetrics
+from recipes.trainers.microbatch import loss_inputs
 from tests.helpers.trajectories import random_groups
 
 GROUPS = random_groups(5, 4, vocab=9)
@@ -80,3 +84,26 @@ def test_rejected_tokens_are_in_no_average() -> None:
     assert (weights * lengths).sum() == pytest.approx(1.0)
     whole = dataclasses.replace(algorithm, is_mode="truncate")
     assert without_rejected(batch, whole, 8) is batch
+
+
+def test_stale_sequences_are_compared_with_the_policy_that_sampled_them() -> None:
+    """Their ratio starts at trainer / rollout, and the mismatch of engine and trainer is measured
+    without them."""
+    algorithm = preset("grpo", 8)
+    versions = {span.version for g in GROUPS for t in g.trajectories for span in t.spans}
+    batch = make_batch(GROUPS, algorithm, 8, version=max(versions, default=0))
+    stale = np.zeros(len(batch.trajectories), dtype=bool)
+    stale[:3] = True
+    batch = dataclasses.replace(batch, stale=stale)
+    lengths = [len(t.response_ids) for t in batch.trajectories]
+    logprobs = torch.randn(sum(lengths), requires_grad=True)
+    inputs = loss_inputs(batch, logprobs, torch.device("cpu"))
+    cut = sum(lengths[:3])
+    assert torch.equal(inputs.old[:cut], inputs.rollout[:cut])
+    assert torch.equal(inputs.old[cut:], logprobs.detach()[cut:])
+    metrics = TokenMetrics()
+    metrics.add(inputs, policy_loss(inputs, algorithm), torch.zeros(sum(lengths)), 1)
+    expected = (inputs.old - inputs.rollout)[cut:].abs().mean()
+    named = metrics.result()
+    assert named["sampling/sampling_logp_difference/mean"] == pytest.approx(float(expected))
+    assert named["perf/stale_response_tokens"] == cut

@@ -13,7 +13,8 @@ from recipes.command_line import flatten, parse
 from recipes.options import DEFAULT_MODEL, Options
 
 FLAGS = """
-algorithm beta1 beta2 checkpoint_every clip_high clip_low config device dither dtype dynamic_sampling
+algorithm beta1 beta2 checkpoint_every clip_high clip_low config device dither dtype
+dynamic_sampling
 eval_every eval_prompts gradient_checkpointing is_cap is_level is_mode kl_coef kl_estimator
 kv_memory_gb load_format loss_aggregation lr max_grad_norm max_new_tokens max_resamples
 max_tokens_per_microbatch minutes model num_iterations num_minibatches out overlong_buffer
