@@ -30,8 +30,8 @@ def advice(rows: Sequence[Mapping[str, float]]) -> str:
     return (
         f"collapsed: in {_percent(last, 'frac_reward_zero_std')} of the groups all samples earn "
         f"the same (entropy {_mean(last, 'entropy'):.3f} nats, reward {_mean(last, 'reward'):.2f}), "
-        "so there is next to no gradient. Start again with --algorithm dapo, --warmup-steps 10, more "
-        "--samples, or a lower --lr"
+        "so there is next to no gradient. Start again with --algorithm dapo, --warmup-steps 10, "
+        "more --samples, or a lower --lr"
     )
 
 
