@@ -29,9 +29,9 @@ def advice(rows: Sequence[Mapping[str, float]]) -> str:
         return _never_right(last)
     return (
         f"collapsed: in {_percent(last, 'frac_reward_zero_std')} of the groups all samples earn "
-        f"the same (entropy {_mean(last, 'entropy'):.3f} nats, reward {_mean(last, 'reward'):.2f}), "
-        "so there is next to no gradient. Start again with --algorithm dapo, --warmup-steps 10, "
-        "more --samples, or a lower --lr"
+        f"the same (entropy {_mean(last, 'entropy'):.3f} nats, reward "
+        f"{_mean(last, 'reward'):.2f}), so there is next to no gradient. Start again with "
+        "--algorithm dapo, --warmup-steps 10, more --samples, or a lower --lr"
     )
 
 
