@@ -6,7 +6,7 @@ import asyncio
 import gc
 from collections import Counter
 
-from tests.faults.test_any_json import answered
+from tests.faults.test_any_field import answered
 from tests.helpers.hostile_json import HOSTILE, with_value
 from tests.helpers.http_app import Server, serving, until
 from tests.helpers.route_bodies import RouteBody, route_bodies
