@@ -68,7 +68,7 @@ def restricted_loads(data: bytes) -> Any:
     the payload.
     """
     try:
-        return _Reader(io.BytesIO(data)).load()
+        return _Reader(data).load()
     except InvalidRequest:
         raise
     except _BROKEN as error:
@@ -107,9 +107,13 @@ _PythonUnpickler: Any = pickle._Unpickler
 
 
 class _Reader(_PythonUnpickler):
-    """The unpickler of the standard library in Python, with three opcodes narrowed."""
+    """The unpickler of the standard library in Python, with some opcodes narrowed."""
 
     dispatch = dict(_PythonUnpickler.dispatch)
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data))
+        self._num_bytes = len(data)
 
     def find_class(self, module: str, name: str) -> Any:
         """What `module.name` stands for."""
@@ -138,11 +142,19 @@ class _Reader(_PythonUnpickler):
             raise pickle.UnpicklingError("an object of a class that takes no instances")
         super().load_newobj()
 
+    def load_bytearray8(self) -> None:
+        # The standard library clears as much memory as the payload says it will fill.
+        size = int.from_bytes(self.read(8), "little")
+        if size > self._num_bytes:
+            raise pickle.UnpicklingError(f"{size} bytes in a payload of {self._num_bytes}")
+        self.append(bytearray(self.read(size)))
+
     def refuse(self) -> None:
         raise pickle.UnpicklingError("an opcode that no payload of the dialects has")
 
     dispatch[pickle.BUILD[0]] = load_build
     dispatch[pickle.NEWOBJ[0]] = load_newobj
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
     for _opcode in (
         pickle.NEWOBJ_EX,
         pickle.INST,

@@ -183,7 +183,7 @@ ERRORS = {
     "larger": (WeightUpdateError, "cannot be mapped"),
     "cuda": (InvalidRequest, "runs on the CPU"),
     "beyond": (ManifestMismatch, "beyond its buffer"),
-    "negative": (ManifestMismatch, "beyond its buffer"),
+    "negative": (InvalidRequest, "offset"),
     "buffer": (ManifestMismatch, "buffer 1 of 1"),
     "dtype": (ManifestMismatch, "int32"),
     "shape": (ManifestMismatch, "shape"),

@@ -166,6 +166,17 @@ def test_a_tensor_outside_its_storage(
         restricted_loads(payload)
 
 
+@pytest.mark.parametrize("opcode", [pickle.BYTEARRAY8, pickle.BINBYTES8, pickle.BINUNICODE8])
+def test_no_memory_is_taken_for_bytes_that_are_not_there(opcode: bytes) -> None:
+    claimed = pickle.PROTO + b"\x05" + opcode + (1 << 45).to_bytes(8, "little") + b"abc."
+    with pytest.raises(InvalidRequest, match="cannot be read"):
+        restricted_loads(claimed)
+
+
+def test_a_bytearray_that_is_there_is_read() -> None:
+    assert restricted_loads(pickle.dumps(bytearray(b"abc"), 5)) == b"abc"
+
+
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("protocol", range(6))
 def test_payloads_with_broken_bytes_are_refused_and_nothing_else(protocol: int) -> None:
