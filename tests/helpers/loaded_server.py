@@ -28,7 +28,8 @@ logging.basicConfig(level=logging.INFO)
 server.server_tokenizer = lambda model: None
 parallel = ParallelConfig(tp_size={tp}, timeout_s={timeout_s})
 config = ServeConfig(
-    engine=replace(fake_config(), parallel=parallel), port=0, reply_s={timeout_s}, {options}
+    engine=replace(fake_config(num_pages=4096), parallel=parallel), port=0, reply_s={timeout_s},
+    {options}
 )
 server.serve(config, factory="tests.helpers.slow_ranks:build")
 """
@@ -36,7 +37,8 @@ ANSWER_S = 120.0
 
 
 def slow_server(tp: int = 1, *, timeout_s: float = 60.0, options: str = "") -> ServerProcess:
-    """A server of `tp` ranks. timeout_s: for the engine's replies and its ranks' steps.
+    """A server of `tp` ranks, with room for every request of a `Load` at once: one that waited for
+    others to end would not begin. timeout_s: for the engine's replies and its ranks' steps.
     options: further keyword arguments of its `ServeConfig`, as source text."""
     code = _CODE.format(tp=tp, timeout_s=timeout_s, options=options)
     return ServerProcess(["-c", code])
