@@ -20,13 +20,16 @@ from msgspec.structs import replace
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest, SlipstreamError
 from engine.protocol import Command, Reply, Request, RequestOutput, Shutdown
+from engine.protocol.deadlines import watch_s
 from rollout.bounded_log import log_to_stderr
 from rollout.columns import to_columns
 from rollout.ipc import Channel, Unreadable
 from rollout.leader import Leader, error_info
 from rollout.leave import run_and_leave
 from rollout.outputs import refused_id
+from rollout.pulse import Activity, Pulse, pulse_path
 from rollout.ranks import RankedExecutor, build_executor
+from rollout.watched_executor import WatchedExecutor
 from rollout.weight_queue import Ticket
 
 logger = logging.getLogger(__name__)
@@ -44,51 +47,67 @@ def main(argv: list[str]) -> int:
     endpoint, config_path, factory, parent = argv
     log_to_stderr("leader")
     channel = Channel.connect(endpoint, Command)
+    folder = Path(config_path).parent
+    pulse = Pulse(pulse_path(folder))
     try:
         config = msgspec.json.decode(Path(config_path).read_bytes(), type=EngineConfig)
-        executor = build_executor(config, factory, folder=Path(config_path).parent)
-        leader = Leader(config, executor)
+        executor = build_executor(config, factory, folder=folder)
+        collective_s = config.parallel.timeout_s
+        leader = Leader(config, WatchedExecutor(executor, pulse, collective_s=collective_s))
     except SlipstreamError as error:
         channel.send([Reply(error=error_info(error))], timeout_s=_SEND_S)
         channel.close(linger_s=_SEND_S)
         return 1
     channel.send([Reply(state=leader.state())], timeout_s=_SEND_S)
     ranks = executor if isinstance(executor, RankedExecutor) else None
+    pulse.start()
+    alone = False
     try:
-        _serve(leader, channel, ranks, parent_pid=int(parent))
+        alone = _serve(leader, channel, ranks, pulse, parent_pid=int(parent))
     finally:
+        pulse.stop()
         leader.close()
-        channel.close(linger_s=_SEND_S)
+        channel.close(linger_s=0.0 if alone else _SEND_S)
     return int(ranks is not None and ranks.failure is not None)
 
 
 def _serve(
-    leader: Leader, channel: Channel, ranks: RankedExecutor | None, *, parent_pid: int
-) -> None:
+    leader: Leader,
+    channel: Channel,
+    ranks: RankedExecutor | None,
+    pulse: Pulse,
+    *,
+    parent_pid: int,
+) -> bool:
     """Everything that waits first, then one step: so a request is in the next plan, and a
     command waits for one step at most. A flood of messages leaves steps their turn. A command
     that runs beside steps is answered when it has ended.
 
-    A leader whose ranks are gone leaves as soon as it has said so.
+    A leader whose ranks are gone leaves as soon as it has said so. Returns whether it was
+    orphaned, so that nobody reads what it has sent.
     """
     beside: dict[int, Ticket] = {}
+    turn_s = watch_s(builds=False)
     while os.getppid() == parent_pid:
         if ranks is not None and ranks.failure is not None and not leader.can_step():
             logger.error("%s", ranks.failure)
-            return
+            return False
+        pulse.begin(Activity.WAITING)
         messages = channel.receive_waiting(timeout_s=_wait_s(leader), max_messages=_MAX_MESSAGES)
+        pulse.begin(Activity.HOST, turn_s)
         answers, leaving = _obey(leader, messages, beside)
         leader.poll()
         answers += _ended(beside)
         if answers:
             channel.send(answers, timeout_s=_SEND_S)
         if leaving:
-            return
+            return False
         if leader.can_step():
             outputs = leader.step()
             if outputs:
                 channel.send(to_columns(outputs), timeout_s=_SEND_S)
     logger.warning("process %d is gone; leaving", parent_pid)
+    return True
 
 
 def _wait_s(leader: Leader) -> float:

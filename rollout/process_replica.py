@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -35,14 +36,17 @@ from engine.protocol import (
     TokenRows,
     UpdateReport,
 )
-from engine.protocol.deadlines import REPLY_S, START_S, deadlines
+from engine.protocol.deadlines import REPLY_S, SILENT_S, START_S, deadlines
 from rollout.columns import from_columns
 from rollout.ipc import Channel, encode_frame
 from rollout.last_words import cause_of_death, log_tail
 from rollout.outputs import refused
+from rollout.pulse import PulseWatch, pulse_path
 from rollout.ranges import check_ranges
 
 _POLL_S = 0.1
+_LOOK_S = 0.5
+"""Between looks at the leader's signs of life."""
 _LEAVE_S = 10.0
 _SHOWN_LOG = 2000
 # The channel has no limit, so that only a leader that is gone takes nothing.
@@ -54,10 +58,10 @@ class ProcessReplica:
 
     factory: "module:function" that builds the executor in the leader's process.
     start_s: deadline for loading the model. reply_s: deadline for the leader to answer; a
-    weight command gets `start_s`. A leader that misses one is killed, and every later call
-    raises the same EngineDead. wait: return once the model is loaded; else at once, and the
-    first reply that `collect` gives, of id 0, says that the engine is ready, or why it cannot
-    be built.
+    weight command gets `start_s`. A leader that misses one, or shows by its pulse that it hangs,
+    is killed, and every later call raises the same EngineDead. wait: return once the model is
+    loaded; else at once, and the first reply that `collect` gives, of id 0, says that the engine
+    is ready, or why it cannot be built.
     """
 
     def __init__(
@@ -79,6 +83,8 @@ class ProcessReplica:
         self._closed = False
         self._ready = False
         self._folder = Path(tempfile.mkdtemp(prefix="slipstream-"))
+        self._pulse = PulseWatch(pulse_path(self._folder), silent_s=min(SILENT_S, reply_s))
+        self._look_at = 0.0
         endpoint = f"ipc://{self._folder}/leader"
         self._channel = Channel.listen(endpoint, RequestOutput | TokenRows | Reply)
         self._process = self._spawn(config, endpoint, factory)
@@ -140,6 +146,11 @@ class ProcessReplica:
     def fail(self, why: str) -> EngineDead:
         """Kill the leader, because it `why`; the error that every later call raises."""
         return self._dead if self._dead is not None else self._die(why)
+
+    @property
+    def late(self) -> str:
+        """What the leader takes unusually long for, "" if nothing; see `rollout.pulse`."""
+        return self._pulse.late
 
     def state(self) -> ReplicaState:
         """What the replica is and does right now."""
@@ -249,7 +260,17 @@ class ProcessReplica:
             self._ready = True
         elif exit_code is not None:
             raise self._die(_exit_text(exit_code))
+        else:
+            self._look()
         return messages
+
+    def _look(self) -> None:
+        """Every `_LOOK_S`, see whether the leader is alive and comes along."""
+        now = time.monotonic()
+        if now >= self._look_at:
+            self._look_at = now + _LOOK_S
+            if why := self._pulse.look(now):
+                raise self._die(why)
 
     def _await_reply(self, call: int, timeout_s: float, what: str) -> Reply:
         deadline = time.monotonic() + timeout_s
@@ -270,9 +291,7 @@ class ProcessReplica:
 
     def _die(self, why: str) -> EngineDead:
         """Kill the leader: its answers could no longer be told apart."""
-        if self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
+        _kill(self._process)
         log = log_tail(self._log_path())
         cause = cause_of_death(log)
         message = f"leader process {self._process.pid} {why}" + (f": {cause}" if cause else "")
@@ -287,9 +306,16 @@ class ProcessReplica:
 
 def _remove(process: subprocess.Popen[bytes], folder: Path) -> None:
     if process.poll() is None:
-        process.kill()
-        process.wait()
+        _kill(process)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End a leader and what it leaves behind: its ranks, which are of its process group, cannot
+    leave by themselves if they are stopped."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def command_name(command: Control) -> str:

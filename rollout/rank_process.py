@@ -57,7 +57,8 @@ class RankProcess:
         self._replies: dict[int, deque[Reply]] = {}
         command = [sys.executable, "-m", "rollout.rank_main", endpoint, str(files.folder)]
         command += [factory, str(rank), str(os.getpid())]
-        # The child finds the modules this process finds, and a Ctrl-C here is not one there.
+        # The child finds the modules this process finds. A Ctrl-C here is not one there; a spawned
+        # leader has none, and whoever ends it ends its ranks with it, as one process group.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         # Ranks that all start a thread a core stall each other.
         threads = max(1, (os.cpu_count() or 1) // num_ranks)
@@ -69,7 +70,7 @@ class RankProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,
+                start_new_session=not _is_session_leader(),
             )
         # Also runs at exit, for a replica that nobody closed.
         self._end = weakref.finalize(self, _end, self._process)
@@ -144,6 +145,10 @@ class RankProcess:
         finally:
             self.kill()
             self._channel.close()
+
+
+def _is_session_leader() -> bool:
+    return os.getsid(0) == os.getpid()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

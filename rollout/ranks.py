@@ -49,11 +49,14 @@ from rollout.rank_monitor import RankMonitor
 from rollout.rank_process import RankFiles, RankProcess
 from rollout.rank_replies import merge
 from rollout.step_executor import PendingStep, StepExecutor
+from rollout.step_kinds import StepKinds
 from rollout.weight_queue import PendingReply
 
 logger = logging.getLogger(__name__)
 
-_LEAVE_S = 10.0
+_LEAVE_S = 4.0
+"""For ranks to leave: less than whoever waits for the leader gives it, so that one that is
+stopped is ended by the leader."""
 _BESIDE_S = 0.001
 _LAST_WORDS_S = 5.0
 
@@ -195,6 +198,7 @@ class RankedExecutor:
         self._timeout_s = config.parallel.timeout_s
         self._closed = False
         self._last_call = 0
+        self._kinds = StepKinds()
         files = RankFiles(folder=folder or Path(tempfile.mkdtemp(prefix="slipstream-ranks-")))
         self._remove: Callable[[], Any] | None = None
         if folder is None:
@@ -234,9 +238,11 @@ class RankedExecutor:
             self._board.note(0, plan.step)
             return pending
 
-        what = f"step {plan.step}"
-        timeout_s = launch_s(self._timeout_s)
+        what, kind = f"step {plan.step}", self._kinds.of(plan)
+        builds = self.facts.device == "cpu" or self._kinds.is_new(kind)
+        timeout_s = launch_s(self._timeout_s, builds=builds)
         pending = self._monitor.guard(what, run, timeout_s=timeout_s, step=plan.step)
+        self._kinds.launched(kind)
         return RankedStep(plan, pending, self._monitor, self._timeout_s)
 
     def handle(self, command: EngineCommand) -> Reply:

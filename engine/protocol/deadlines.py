@@ -29,8 +29,13 @@ MAX_TIMEOUT_S = 1800.0
 """Longest `timeout_s` that a caller may give; more is cut to it."""
 COLLECTIVE_S = 60.0
 """Default of one collective between the ranks of a replica (`ParallelConfig.timeout_s`)."""
+STEP_S = 120.0
+"""Launch of one step whose kernels and graphs are there, and waiting for its result."""
 LAUNCH_S = 300.0
 """Launch of one step, which compiles kernels and captures graphs where they are new."""
+SILENT_S = 90.0
+"""No sign of life from a leader's process, whose thread for that needs nothing but the
+interpreter: it was stopped, or hangs."""
 AGREE_S = 120.0
 """Ranks agreeing about an update: all were told at once, and each did the same before."""
 START_S = 1800.0
@@ -113,9 +118,16 @@ def step_s(collective_s: float = COLLECTIVE_S) -> float:
     return launch_s(collective_s) + max(collective_s, COLLECTIVE_S)
 
 
-def launch_s(collective_s: float = COLLECTIVE_S) -> float:
-    """How long the launch of one step may take, on every rank."""
-    return max(collective_s, LAUNCH_S)
+def launch_s(collective_s: float = COLLECTIVE_S, *, builds: bool = True) -> float:
+    """How long the launch of one step may take, on every rank. builds: it may have to build
+    kernels and graphs first."""
+    return max(collective_s, LAUNCH_S if builds else STEP_S)
+
+
+def watch_s(collective_s: float = COLLECTIVE_S, *, builds: bool) -> float:
+    """How long a leader may be at the launch, or the result, of one step before whoever started
+    it ends it: longer than the ranks' own deadlines, whose errors name a rank."""
+    return launch_s(collective_s, builds=builds) + _MARGIN_S
 
 
 def silence_s(collective_s: float = COLLECTIVE_S) -> float:

@@ -194,6 +194,11 @@ class AsyncEngine:
         stalled_s = time.monotonic() - self._progress_at
         return stalled_s if stalled_s > self._reply_s else 0.0
 
+    @property
+    def late(self) -> str:
+        """What the engine takes unusually long for, "" if nothing does: it may hang."""
+        return "" if self._dead is not None else self._link.late
+
     def check_open(self) -> None:
         """Raise EngineDead or NoVersion if requests are refused now, whatever they ask for."""
         self._require_open()

@@ -31,6 +31,8 @@ def router(services: Services) -> APIRouter:
     async def health() -> Response:
         if engine.dead is not None:
             return error_response(EngineDead(engine.dead.message, field=engine.dead.field))
+        if engine.late:
+            return error_response(NotReady(f"the engine {engine.late}", field="leader"))
         stalled_s = engine.stalled_s()
         if stalled_s:
             message = f"{engine.num_open} requests wait, and no step was made for {stalled_s:.0f} s"

@@ -35,6 +35,11 @@ class EngineLink(Protocol):
         if one cannot be encoded, and EngineDead."""
         ...
 
+    @property
+    def late(self) -> str:
+        """What the engine takes unusually long for, "" if nothing does."""
+        ...
+
     def kill(self, why: str) -> EngineDead:
         """End an engine that missed its deadline; returns the error that says so."""
         ...
@@ -75,6 +80,11 @@ class ProcessLink:
         self._replica.post(messages)
         # Sending may use up the one notice that the socket gives of something to read.
         asyncio.get_running_loop().call_soon(self._drain)
+
+    @property
+    def late(self) -> str:
+        """See `EngineLink`."""
+        return self._replica.late
 
     def kill(self, why: str) -> EngineDead:
         """See `EngineLink`."""

@@ -45,7 +45,7 @@ class InlineLink:
     answers: by type of command, what answers instead of the leader: a function that returns a
     reply, None to fall through to the leader, or raises a typed error.
     silent: commands are noted and never answered. swallowed: so are those of these types.
-    stalled: no step is run.
+    stalled: no step is run. late: what it takes long for.
     """
 
     def __init__(self, config: EngineConfig, *, announces: bool = False) -> None:
@@ -57,7 +57,7 @@ class InlineLink:
         self.silent = False
         self.swallowed: set[type] = set()
         self.stalled = False
-        self.killed = ""
+        self.killed = self.late = ""
         self.closed = False
         self._inbox: list[Request | Call] = []
         self._deliver: Deliver | None = None

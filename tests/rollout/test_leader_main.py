@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from rollout import leader_main
 from rollout.bounded_log import BoundedStderr
 from rollout.ipc import Channel, Unreadable
 from rollout.leader import Leader
+from rollout.pulse import Pulse, pulse_path
 from tests.helpers.fake_executor import FakeExecutor, expected_tokens
 from tests.helpers.replicas import fake_config, make_request
 
@@ -37,7 +39,9 @@ def ends(tmp_path: Path) -> Iterator[tuple[Channel, Channel]]:
 def serve(caller: Channel, channel: Channel, leader: Leader) -> list[Any]:
     """Run the loop until the Shutdown that waits; everything it sent."""
     caller.send([Call(id=0, command=Shutdown())], timeout_s=5)
-    leader_main._serve(leader, channel, None, parent_pid=os.getppid())
+    with tempfile.TemporaryDirectory() as folder:
+        pulse = Pulse(pulse_path(Path(folder)))
+        leader_main._serve(leader, channel, None, pulse, parent_pid=os.getppid())
     sent: list[Any] = []
     while got := caller.receive(timeout_s=0.1):
         sent += got

@@ -1,0 +1,47 @@
+"""Which steps may have to build something before they run, and so may take longer.
+
+Kernels are compiled and graphs captured when a step first needs them: for a number of rows, and
+for what its rows ask of sampling.
+"""
+
+from __future__ import annotations
+
+from engine.protocol import NewRow, StepPlan
+
+
+class StepKinds:
+    """The kinds of step that have been launched before."""
+
+    def __init__(self) -> None:
+        self._seen: set[tuple[int, int]] = set()
+
+    def of(self, plan: StepPlan) -> tuple[int, int]:
+        """The kind of a step: its rows, to a power of two; and what its new rows bring, or 0."""
+        brings = 0
+        for row in plan.new_rows:
+            brings |= _brings(row)
+        return len(plan.slots).bit_length(), brings
+
+    def is_new(self, kind: tuple[int, int]) -> bool:
+        """Whether no step of the kind was launched to its end."""
+        return kind not in self._seen
+
+    def launched(self, kind: tuple[int, int]) -> None:
+        """A step of the kind was launched."""
+        self._seen.add(kind)
+
+
+def _brings(row: NewRow) -> int:
+    """Bits for what a row takes code for that others do without."""
+    s = row.sampling
+    wants = (
+        True,
+        s.temperature > 0,
+        s.top_k > 0 or s.top_p < 1 or s.min_p > 0,
+        bool(s.frequency_penalty or s.presence_penalty or s.repetition_penalty != 1),
+        bool(s.logit_bias or s.banned_ids),
+        s.top_logprobs > 0,
+        s.entropy,
+        row.prompt_logprob_start >= 0,
+    )
+    return sum(1 << bit for bit, wanted in enumerate(wants) if wanted)
