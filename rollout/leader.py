@@ -463,6 +463,9 @@ class Leader:
 
     def _release(self, command: ReleaseMemory) -> Reply:
         tags = command.tags or ALL_TAGS
+        if self._readiness.late_undo is not None:
+            # What it would put back later is memory that is gone by then.
+            self._weights.abandon(self._readiness.late_undo)
         self._readiness.check_release(tags, self._scheduler.stats())
         if "kv_cache" in tags:
             self._scheduler.flush_cache()

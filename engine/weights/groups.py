@@ -24,8 +24,35 @@ logger = logging.getLogger(__name__)
 
 _GRACE_S = 1.0
 """By which a helper comes back with a better reason, if it can."""
+_OUTLAST_S = 0.1
+"""Between looks at a dropped group that has not ended."""
 _MOST_RANKS = 65536
 _MOST_PARKED = 16
+
+
+class _Parked:
+    """A group that was dropped while its back end still uses it, and its memory.
+
+    A thread of its own holds both until the back end has let go. Whoever held them last would
+    run the group's destructor, which waits for what is queued, up to that one's own deadline,
+    and lets no other thread of the process run meanwhile: not even once nobody knows this object
+    any more. A process that ends sooner is left at once (`rollout.leave`).
+    """
+
+    def __init__(self, group: Group, memory: Sequence[torch.Tensor]) -> None:
+        self.memory = memory
+        self._group = group
+        self._lock = threading.Lock()
+        threading.Thread(target=self._outlast, name="weights-parked", daemon=True).start()
+
+    def ended(self) -> bool:
+        """Whether the back end has let go."""
+        with self._lock:
+            return self._group.abort()
+
+    def _outlast(self) -> None:
+        while not self.ended():
+            time.sleep(_OUTLAST_S)
 
 
 class Groups:
@@ -39,7 +66,7 @@ class Groups:
         self._lock = threading.Lock()
         self._open: dict[str, tuple[JoinGroup, Group]] = {}
         self._memory: dict[str, Sequence[torch.Tensor]] = {}
-        self._parked: list[tuple[Group, Sequence[torch.Tensor]]] = []
+        self._parked: list[_Parked] = []
 
     @property
     def tp_rank(self) -> int:
@@ -56,7 +83,7 @@ class Groups:
     def num_parked(self) -> int:
         """Groups that were dropped and whose back end has not let go of them yet."""
         with self._lock:
-            self._parked = [(group, kept) for group, kept in self._parked if not group.abort()]
+            self._parked = [parked for parked in self._parked if not parked.ended()]
             return len(self._parked)
 
     def join(self, command: JoinGroup, look: Look = nothing) -> None:
@@ -142,7 +169,7 @@ class Groups:
             sum(tensor.nbytes for tensor in memory),
         )
         with self._lock:
-            self._parked.append((group, memory))
+            self._parked.append(_Parked(group, memory))
 
     def _check(self, command: JoinGroup) -> None:
         last = command.rank_offset + self._mesh.tp_size - 1

@@ -29,6 +29,8 @@ from engine.protocol import (
     piece_bytes,
 )
 from engine.weights import layouts
+from engine.weights.helpers import nothing
+from engine.weights.lane import Look
 from engine.weights.mapping import MappedBuffers
 from engine.weights.session import UpdateSession
 from engine.weights.unpickle import FlattenedTensorMetadata, restricted_loads
@@ -45,8 +47,9 @@ class IpcReceiver:
         self._buffers = MappedBuffers(device)
         self._last: tuple[bytes, list[Named], list[TensorPiece]] | None = None
 
-    def receive(self, command: ReceiveIpc) -> None:
-        """Take in the tensors of this rank's payload.
+    def receive(self, command: ReceiveIpc, look: Look = nothing) -> None:
+        """Take in the tensors of this rank's payload. look: called before each of them; what it
+        raises ends the update.
 
         Raises InvalidRequest for a payload that cannot be read, ManifestMismatch for tensors
         that may not come, WeightUpdateError for memory that cannot be mapped; no rank has
@@ -66,6 +69,7 @@ class IpcReceiver:
             return
         with self._session.receiving(pieces, refusal):
             for piece, (_, tensor) in zip(pieces, tensors, strict=True):
+                look()
                 self._session.feed(piece, tensor.reshape(-1), lasting=False)
             _synchronize(tensors)
 

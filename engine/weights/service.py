@@ -112,9 +112,10 @@ class WeightService:
             case ReceiveBroadcast():
                 receive_broadcast(self.session, self.groups, command, look)
             case ReceiveIpc():
-                self._ipc.receive(command)
+                self._ipc.receive(command, look)
             case LoadFromDisk():
-                disk.receive(self.session, Path(command.path), partial=command.partial)
+                path = Path(command.path)
+                disk.receive(self.session, path, partial=command.partial, look=look)
             case PrepareUpdate():
                 self.session.prepare(command.version)
             case CommitUpdate():

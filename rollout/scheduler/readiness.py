@@ -102,12 +102,13 @@ class Readiness:
 
     def check_release(self, tags: Iterable[MemoryTag], stats: SchedulerStats) -> None:
         """Raise unless `tags` may be released now: InvalidRequest while requests need them,
-        UpdateOrder while an update writes weights."""
+        UpdateOrder while an update writes weights, or one that timed out can still be undone."""
         asked = set(tags) - self._released
-        if "weights" in asked and self.open_update is not None:
+        version = self.undo if self.open_update is None else self.open_update
+        if "weights" in asked and version is not None:
             raise UpdateOrder(
-                f"the update to version {self.open_update} is open; commit or abort it before "
-                "releasing weights",
+                f"the update to version {version} is open; commit or abort it before releasing "
+                "weights",
                 field="version",
             )
         if not asked or stats.num_running == 0:

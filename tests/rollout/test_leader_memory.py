@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -27,6 +28,7 @@ from engine.protocol import (
     VersionSpan,
 )
 from rollout.replica import InlineReplica
+from rollout.scheduler.readiness import Readiness
 from tests.helpers.fake_executor import FakeExecutor, FakePending, expected_tokens
 from tests.helpers.replicas import fake_config, inline, make_request, overlapped
 
@@ -213,3 +215,39 @@ def test_an_update_that_died_in_place_is_told_until_the_next(overlap: bool) -> N
         assert replica.state().refusal == ""
         replica.submit([make_request("c", PROMPT)])
         assert run(replica)["c"].finish.type == "length"
+
+
+class Recorder(FakeExecutor):
+    """Keeps the names of its commands."""
+
+    names: list[str]
+
+    def handle(self, command):
+        self.names = [*getattr(self, "names", []), type(command).__name__]
+        return super().handle(command)
+
+
+def test_weights_go_only_once_a_late_update_is_undone() -> None:
+    """An undo that came after the release would put values into memory that is gone."""
+    config = fake_config()
+    executor = Recorder(config)
+    with InlineReplica(config, executor) as replica:
+        replica.send(BeginUpdate(version=1, mode="undo", timeout_s=0.01))
+        time.sleep(0.05)
+        replica.send(ReleaseMemory(tags=["weights"]))
+        replica.send(ResumeMemory())
+        for _ in range(3):
+            replica.step()
+        assert executor.names == ["BeginUpdate", "AbortUpdate", "ReleaseMemory", "ResumeMemory"]
+
+
+def test_weights_stay_while_a_late_update_cannot_be_undone() -> None:
+    ready = Readiness(version=0, keeps_weights=True)
+    ready.begun(BeginUpdate(version=1, mode="undo", timeout_s=0.0))
+    time.sleep(0.01)
+    with inline() as replica:
+        stats = replica._leader._scheduler.stats()
+    with pytest.raises(UpdateOrder, match="version 1 is open"):
+        ready.check_release(["weights"], stats)
+    ready.aborted()
+    ready.check_release(["weights"], stats)

@@ -7,13 +7,17 @@ checked by the files' headers before the first tensor is taken in, and read befo
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
+import torch
 
 from engine.errors import CheckpointError, ManifestMismatch, ModelNotFound, UpdateOrder
 from engine.models.weight_files import is_folder, read_small, shown, unfinished
 from engine.protocol import TensorPiece, TensorSpec
+from engine.weights.helpers import nothing
+from engine.weights.lane import Look
 from engine.weights.session import UpdateSession
 from engine.weights.sources import safetensors
 
@@ -28,8 +32,11 @@ class Delta(msgspec.Struct, frozen=True):
     tensors: list[TensorSpec]
 
 
-def receive(session: UpdateSession, path: Path, *, partial: bool = False) -> None:
-    """Feed the open update with the safetensors files at `path`.
+def receive(
+    session: UpdateSession, path: Path, *, partial: bool = False, look: Look = nothing
+) -> None:
+    """Feed the open update with the safetensors files at `path`. look: called before each tensor
+    is read; what it raises ends the command, and the update is to be aborted.
 
     Raises ModelNotFound or CheckpointError for files that are missing, broken or not yet whole,
     UpdateOrder for a delta against another version than the one that serves, ManifestMismatch
@@ -53,7 +60,17 @@ def receive(session: UpdateSession, path: Path, *, partial: bool = False) -> Non
     _check_entries(session, listing)
     if delta is None and not partial:
         _require_whole(session, listing)
-    session.receive(listing.tensors())
+    session.receive(_looking(listing.tensors(), look))
+
+
+def _looking(
+    tensors: Iterable[tuple[str, torch.Tensor]], look: Look
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for named in tensors:
+        look()
+        yield named
+        # Not held while the next is read.
+        del named
 
 
 def _check_entries(session: UpdateSession, listing: safetensors.Listing) -> None:

@@ -18,8 +18,9 @@ from engine.errors import (
     ManifestMismatch,
     ModelNotFound,
     UpdateOrder,
+    WeightUpdateError,
 )
-from engine.protocol import BeginUpdate, CommitUpdate, LoadFromDisk
+from engine.protocol import AbortUpdate, BeginUpdate, CommitUpdate, LoadFromDisk
 from engine.weights.checksum import checksum
 from engine.weights.sources.disk import DELTA_FILE
 from engine.weights.sources.safetensors import INDEX_NAME
@@ -328,3 +329,25 @@ def test_a_tensor_of_another_model_is_named_with_its_file(tmp_path: Path) -> Non
     rank.handle(BeginUpdate(version=4))
     with pytest.raises(ManifestMismatch, match=r"attention\.wq.*v4/model\.safetensors"):
         rank.handle(LoadFromDisk(path=str(path)))
+
+
+def test_a_load_that_is_cancelled_ends_at_the_next_tensor(tmp_path: Path) -> None:
+    model, rank = make_rank()
+    old, looks = contents(model), 0
+    save_file(fresh(model), tmp_path / "model.safetensors")
+
+    def look() -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 3:
+            raise WeightUpdateError("the update was aborted", field="cancelled")
+
+    rank.handle(BeginUpdate(version=4, mode="undo"))
+    with pytest.raises(WeightUpdateError, match="aborted"):
+        rank.handle(LoadFromDisk(path=str(tmp_path)), look)
+    assert looks == 3
+    rank.handle(AbortUpdate(version=4))
+    for name, tensor in contents(model).items():
+        assert torch.equal(tensor, old[name]), name
+    load(rank, tmp_path, BeginUpdate(version=4))
+    rank.close()

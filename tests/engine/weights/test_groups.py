@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import socket
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +14,7 @@ import torch
 
 from engine.errors import GroupError
 from engine.protocol import BeginUpdate, JoinGroup, LeaveGroup, ReceiveBroadcast
+from tests.helpers.children import ROOT, child_environment
 from tests.helpers.weight_engines import fresh, join, join_command, make_rank, pieces
 from trainer_bridge.process_group import SenderGroup
 
@@ -206,3 +209,49 @@ def test_a_group_that_is_not_there_and_a_source_that_is_no_rank() -> None:
     assert rank.session.open_version == 4
     rank.close()
     sender.close()
+
+
+DROPPED = """
+import gc, sys
+from engine.protocol import AbortUpdate, BeginUpdate, ReceiveBroadcast
+from rollout.leave import run_and_leave
+from tests.helpers.weight_engines import fresh, join, make_rank, pieces
+
+def main(arguments):
+    model, rank = make_rank()
+    sender = join([rank], timeout_s=600.0)
+    new = fresh(model)
+    rank.handle(BeginUpdate(version=4, timeout_s=600.0))
+    receive = ReceiveBroadcast(group="g", tensors=pieces(new), layout="tensors", timeout_s=600.0)
+    pending = rank.start(receive)
+    while not rank.groups._memory.get("g"):
+        pass
+    rank.cancel("the update was aborted")
+    try:
+        pending.result()
+    except Exception as error:
+        assert "aborted" in str(error), error
+    rank.handle(AbortUpdate(version=4))
+    assert rank.groups.num_parked == 1
+    rank.close()
+    del rank, pending, model
+    gc.collect()
+    sys.stdout.write("collected")
+    sys.stdout.flush()
+    return 0
+
+run_and_leave(main, [])
+"""
+
+
+def test_a_receive_that_was_given_up_keeps_no_process_from_going_on_or_leaving() -> None:
+    """Its deadline is ten minutes away, and a destructor of gloo's would wait for it."""
+    done = subprocess.run(
+        [sys.executable, "-c", DROPPED],
+        cwd=ROOT,
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert (done.returncode, done.stdout) == (0, "collected"), done.stderr

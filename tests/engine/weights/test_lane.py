@@ -218,8 +218,9 @@ def test_a_receive_whose_sender_is_silent_is_aborted_and_memory_outlives_it() ->
         assert torch.equal(tensor, old[name]), name
     # Gloo may still write into what it was given, until its own deadline.
     assert rank.groups.num_parked == 1
-    ((_, memory),) = rank.groups._parked
-    assert memory and all(tensor.numel() for tensor in memory)
+    (parked,) = rank.groups._parked
+    assert parked.memory and all(tensor.numel() for tensor in parked.memory)
+    del parked
     until(lambda: rank.groups.num_parked == 0)
     rank.close()
 

@@ -59,6 +59,29 @@ def shared(
         block.unlink()
 
 
+def test_a_receive_that_is_cancelled_ends_at_the_next_tensor() -> None:
+    model, rank = make_rank()
+    old, looks = contents(model), 0
+
+    def look() -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 3:
+            raise WeightUpdateError("the update was aborted", field="cancelled")
+
+    rank.handle(BeginUpdate(version=4))
+    with shared(fresh(model)) as (payload, _):
+        receive = ReceiveIpc(format="native", payloads=[encode(payload)])
+        with pytest.raises(WeightUpdateError, match="aborted"):
+            rank.handle(receive, look)
+        assert looks == 3
+        assert_holds(model, old)
+        rank.handle(BeginUpdate(version=4))
+        rank.handle(receive)
+        rank.handle(CommitUpdate(version=4))
+        rank.close()
+
+
 @pytest.mark.parametrize("start", [0, 2])
 @pytest.mark.parametrize("mode", ["shadow", "undo", "in_place"])
 @pytest.mark.parametrize("borrow", [True, False])
