@@ -46,6 +46,14 @@ def test_a_callers_deadline_is_capped(kind: Any) -> None:
         assert 0 <= table.capped(timeout_s) <= table.MAX_TIMEOUT_S
 
 
+@pytest.mark.parametrize("collective_s", [1.0, 60.0, 900.0])
+def test_the_ranks_notice_a_hang_before_whoever_watches_their_leader(collective_s: float) -> None:
+    for builds in (False, True):
+        inner = table.launch_s(collective_s, builds=builds)
+        assert collective_s <= inner < table.watch_s(collective_s, builds=builds)
+    assert table.watch_s(collective_s, builds=True) < table.step_s(collective_s)
+
+
 def test_the_rest_of_the_table() -> None:
     assert table.MEET_S < table.START_AGREE_S < table.START_S
     assert table.launch_s() + table.COLLECTIVE_S < table.REPLY_S

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+import httpx
 import pytest
 
 from tests.helpers.loaded_server import Load, family, slow_server, untyped
@@ -60,6 +61,25 @@ def test_a_leader_that_stops_for_good_is_given_up_at_its_deadline() -> None:
         assert untyped(answers) == []
         assert any(answer.error == "EngineDead" or answer.finish == "abort" for answer in answers)
         assert server.process.wait(EXIT_S) != 0
+        assert any("no sign of life" in line for line in server.lines)
+        assert_nothing_left(processes)
+
+
+@pytest.mark.slow
+def test_an_idle_leader_that_stops_is_seen_by_health_and_then_given_up() -> None:
+    with slow_server(timeout_s=2 * SHORT_S) as server, httpx.Client(base_url=server.url) as http:
+        processes = family(server.process.pid)
+        assert http.get("/health").status_code == 200
+        os.kill(processes["leader"], signal.SIGSTOP)
+        told = []
+        while server.process.poll() is None:
+            with suppress(httpx.TransportError):
+                told.append(http.get("/health"))
+            time.sleep(0.05)
+        late = [reply.json()["error"] for reply in told if reply.status_code == 503]
+        assert all("no sign of life" in error["message"] for error in late)
+        assert {error["type"] for error in late} >= {"NotReady", "EngineDead"}
+        assert server.process.wait() != 0
         assert_nothing_left(processes)
 
 
@@ -67,7 +87,7 @@ def test_a_leader_that_stops_for_good_is_given_up_at_its_deadline() -> None:
 def test_a_rank_that_stops_for_good_keeps_nobody_waiting() -> None:
     """Ranks of the fake engine have no collectives, so rank 0 may well finish the steps by itself;
     the rank that stopped is ended with the others all the same."""
-    with loaded(timeout_s=SHORT_S) as (server, processes, load):
+    with loaded(timeout_s=SHORT_S, num_tokens=100) as (server, processes, load):
         os.kill(processes["rank"], signal.SIGSTOP)
         answers = load.answers()
         assert untyped(answers) == []
@@ -132,4 +152,15 @@ def test_the_whole_group_told_to_leave_at_once() -> None:
             os.kill(pid, signal.SIGTERM)
         assert untyped(load.answers()) == []
         server.process.wait(EXIT_S)
+        assert_nothing_left(processes)
+
+
+@pytest.mark.slow
+def test_a_leader_that_is_killed_takes_a_rank_along_that_is_stopped() -> None:
+    """A rank that is stopped cannot see that its leader is gone."""
+    with loaded() as (server, processes, load):
+        os.kill(processes["rank"], signal.SIGSTOP)
+        os.kill(processes["leader"], signal.SIGKILL)
+        assert untyped(load.answers()) == []
+        assert server.process.wait(EXIT_S) != 0
         assert_nothing_left(processes)
