@@ -1,17 +1,21 @@
 """A model learns through the real engine, and does not when the learning rate is absurd.
 
-A 0.6M-parameter character model with random weights is taught two-digit addition half-way by
-supervised steps; GRPO does the rest. The seeds are fixed, but which tokens are drawn depends on the
-last bits of the logits, so on another processor it is another run: what is asserted holds for any.
+A character model of 0.1M parameters with random weights is taught two-digit addition by supervised
+steps until it is right in a third of the cases; the recipe's default algorithm goes on from there.
+The seeds are fixed, but which tokens are drawn depends on the last bits of the logits, so on another
+processor it is another run: what is asserted holds for any. Measured with AVX-512, with AVX2 and
+with neither, two seeds each: GAINS.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from recipes.grpo import train
 from recipes.launch import launch_actor
@@ -26,12 +30,23 @@ from tests.helpers.char_model import CharAddition, char_model, fine_tune, write_
 # How long it takes is the machine's affair; what a run that hangs is given is an hour.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
+STEPS = 100
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The model is too small for more: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("char_model")
-    taught = char_model()
-    assert fine_tune(taught, accuracy=0.4) < 0.75
+    taught = char_model(hidden=64, layers=2)
+    assert fine_tune(taught, accuracy=0.3) < 0.6
     write_char_model(folder, taught)
     return str(folder)
 
@@ -45,7 +60,7 @@ def learn(model: str, out: Path, *, lr: float, steps: int) -> dict[str, Any]:
         eval_prompts=256,
         checkpoint_every=0,
         dtype="float32",
-        rollout=RolloutOptions(prompts_per_step=16, kv_memory_gb=0.1),
+        rollout=RolloutOptions(prompts_per_step=24, kv_memory_gb=0.1),
         optimizer=OptimizerOptions(lr=lr),
     )
     actor = launch_actor(options)
@@ -64,15 +79,15 @@ def learn(model: str, out: Path, *, lr: float, steps: int) -> dict[str, Any]:
     return summary
 
 
-def test_grpo_teaches_addition(model: str, tmp_path: Path) -> None:
-    summary = learn(model, tmp_path / "run", lr=5e-5, steps=700)
-    assert summary["eval_after"] >= summary["eval_before"] + 0.15
+def test_rewards_teach_addition(model: str, tmp_path: Path) -> None:
+    summary = learn(model, tmp_path / "run", lr=5e-5, steps=STEPS)
+    assert summary["eval_after"] >= summary["eval_before"] + 0.08
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    assert [row["weight_version"] for row in rows] == list(range(1, 701))
+    assert [row["weight_version"] for row in rows] == list(range(1, STEPS + 1))
     assert max(row["sampling/sampling_logp_difference/mean"] for row in rows) < 1e-4
 
 
 def test_too_high_a_learning_rate_collapses(model: str, tmp_path: Path) -> None:
-    summary = learn(model, tmp_path / "run", lr=3e-4, steps=100)
+    summary = learn(model, tmp_path / "run", lr=3e-3, steps=20)
     assert summary["eval_after"] < summary["eval_before"] / 2

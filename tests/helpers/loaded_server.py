@@ -79,7 +79,9 @@ class Load:
     """
 
     def __init__(self, url: str, *, num: int = 12, num_tokens: int = 300) -> None:
-        self._url = url
+        # One for all: each would read the system's certificates anew.
+        limits = httpx.Limits(max_connections=num)
+        self._client = httpx.Client(base_url=url, timeout=ANSWER_S, limits=limits)
         self._num_tokens = num_tokens
         self._pool = ThreadPoolExecutor(num)
         self._begun = [threading.Event() for _ in range(num)]
@@ -108,25 +110,23 @@ class Load:
         trace: TracebackType | None,
     ) -> None:
         self._pool.shutdown(wait=kind is None, cancel_futures=True)
+        self._client.close()
 
     def _ask(self, number: int) -> Answer:
         answer = Answer()
         sampling = {"max_new_tokens": self._num_tokens, "ignore_eos": True}
         body: dict[str, Any] = {"input_ids": [number + 1], "sampling_params": sampling}
         try:
-            with httpx.Client(base_url=self._url, timeout=ANSWER_S) as client:
-                if number % 2:
-                    self._stream(client, body | {"stream": True}, number, answer)
-                else:
-                    read(answer, client.post("/generate", json=body).json())
+            if number % 2:
+                self._stream(body | {"stream": True}, number, answer)
+            else:
+                read(answer, self._client.post("/generate", json=body).json())
         except (httpx.TransportError, json.JSONDecodeError) as error:
             answer.broken = f"{type(error).__name__}: {error}"
         return answer
 
-    def _stream(
-        self, client: httpx.Client, body: dict[str, Any], number: int, answer: Answer
-    ) -> None:
-        with client.stream("POST", "/generate", json=body) as reply:
+    def _stream(self, body: dict[str, Any], number: int, answer: Answer) -> None:
+        with self._client.stream("POST", "/generate", json=body) as reply:
             for line in reply.iter_lines():
                 if line.startswith("data: {"):
                     read(answer, json.loads(line.removeprefix("data: ")))

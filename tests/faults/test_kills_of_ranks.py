@@ -1,0 +1,153 @@
+"""Kills and stops of a real engine of two tensor-parallel ranks, which wait for each other in
+collectives, and of the parts of a weight update."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.errors import EngineDead, SlipstreamError
+from engine.protocol import GenerateRequest, SamplingParams
+from rollout.client import Client
+from tests.helpers.engines import drain, make_replica, request
+from tests.helpers.loaded_server import Load, family, untyped
+from tests.helpers.serve_process import ServerProcess, gone
+from tests.helpers.tiny_models import tiny_hf, write_tiny
+from trainer_bridge.adapters.plain import PlainSource
+from trainer_bridge.bridge import Publisher, PushOptions
+from trainer_bridge.http_target import HttpTarget
+
+pytestmark = pytest.mark.slow
+
+COLLECTIVE_S = 5
+EXIT_S = 60.0
+SERVE = """
+import logging, sys
+from dataclasses import replace
+from engine.config import CacheConfig, EngineConfig, ParallelConfig
+from rollout.http.config import ServeConfig
+from rollout.http import server
+logging.basicConfig(level=logging.INFO)
+server.server_tokenizer = lambda model: None
+server.serve(ServeConfig(
+    engine=EngineConfig(
+        model=sys.argv[1], device="cpu", dtype="float32",
+        cache=CacheConfig(memory_bytes=32 << 20),
+        parallel=ParallelConfig(tp_size=int(sys.argv[2]), timeout_s={collective_s}),
+    ),
+    port=0, restart=sys.argv[3],
+))
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    write_tiny(folder, "qwen3", seed=0, eos_token_id=99, max_position_embeddings=4096)
+    return folder
+
+
+@contextmanager
+def served(
+    model: Path, *, tp: int = 2, restart: str = "never"
+) -> Iterator[tuple[ServerProcess, dict[str, int]]]:
+    code = SERVE.format(collective_s=COLLECTIVE_S)
+    with ServerProcess(["-c", code, str(model), str(tp), restart]) as server:
+        processes = family(server.process.pid)
+        try:
+            yield server, processes
+        finally:
+            for pid in processes.values():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_rank_that_does_not_come_ends_the_engine_and_everybody_is_told(
+    model: Path, how: signal.Signals
+) -> None:
+    with served(model) as (server, processes), Load(server.url, num=8, num_tokens=2000) as load:
+        assert processes.keys() == {"server", "leader", "rank"}
+        load.started()
+        os.kill(processes["rank"], how)
+        answers = load.answers()
+        assert untyped(answers) == []
+        assert all(a.error == "EngineDead" or a.finish == "abort" for a in answers), answers
+        assert server.process.wait(EXIT_S) != 0
+        assert any("rank 1" in line for line in server.lines)
+        for name, pid in processes.items():
+            assert gone(pid, EXIT_S), f"the {name} was left behind"
+
+
+class Killing(PlainSource):
+    """Kills a process when its tenth tensor is asked for."""
+
+    lasting = False
+
+    def __init__(self, model: Any, pid: int) -> None:
+        super().__init__(model)
+        self._pid = pid
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for place, item in enumerate(super().tensors()):
+            if place == 9:
+                os.kill(self._pid, signal.SIGKILL)
+                assert gone(self._pid)
+            yield item
+
+
+@pytest.mark.parametrize(("who", "transport"), [("leader", "nccl"), ("rank", "cuda_ipc")])
+def test_an_engine_that_dies_in_an_update_fails_it_and_another_takes_the_next(
+    model: Path, tmp_path: Path, who: str, transport: Any
+) -> None:
+    new = tiny_hf("qwen3", 5, eos_token_id=99, max_position_embeddings=4096)
+    options = PushOptions(transport=transport, bucket_bytes=4096, timeout_s=20.0)
+    with served(model, restart="on-failure") as (server, processes), server.client() as client:
+        killing = Killing(new, processes[who])
+        with pytest.raises(SlipstreamError):
+            Publisher(killing, [HttpTarget(server.url)], options).push(1)
+        wait_for_another(server, client)
+        assert client.state().open_update is None
+        with Publisher(PlainSource(new), [HttpTarget(server.url)], options) as publisher:
+            publisher.push(2)
+        assert client.state().version == 2
+        new.save_pretrained(tmp_path / "new")
+        assert greedy(client) == expected(tmp_path / "new")
+        old = family(server.process.pid) | processes
+        assert server.terminate() == 0
+        for pid in {*old.values(), *processes.values()}:
+            assert gone(pid, EXIT_S)
+
+
+def wait_for_another(server: ServerProcess, client: Client) -> None:
+    """Until another engine answers."""
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            client.state()
+            return
+        except EngineDead as error:
+            assert server.process.poll() is None, "the server has left"
+            assert time.monotonic() < deadline, error
+        time.sleep(0.1)
+
+
+def greedy(client: Client) -> list[int]:
+    sampling = SamplingParams(max_new_tokens=12, temperature=0.0, ignore_eos=True)
+    (reply,) = client.generate(GenerateRequest(input_ids=[3, 14, 15], sampling_params=sampling))
+    return reply.output_ids
+
+
+def expected(folder: Path) -> list[int]:
+    with make_replica(folder) as replica:
+        asked = request("r", [3, 14, 15], max_new_tokens=12, temperature=0.0, ignore_eos=True)
+        replica.submit([asked])
+        return drain(replica)["r"].token_ids.tolist()
