@@ -21,6 +21,7 @@ from rollout.http.dialects import (
 )
 from rollout.http.guard import Guard
 from rollout.http.services import Services
+from rollout.http.shortcut import Shortcut
 
 
 def build_app(services: Services) -> FastAPI:
@@ -42,10 +43,12 @@ def build_app(services: Services) -> FastAPI:
         vllm_weights.router(services),
         vllm_control.router(services),
     ]
-    modules = (native, health, info, sglang_info, completions, chat)
-    routers = [*(module.router(services) for module in modules), *control]
+    generating = [module.router(services) for module in (native, completions, chat)]
+    others = [module.router(services) for module in (health, info, sglang_info)]
+    routers = [*generating, *others, *control]
     for routes in (*routers, openapi.router(services.config, routers, _paths(control))):
         app.include_router(routes)
+    app.add_middleware(Shortcut, routers=generating)
     app.add_middleware(Guard, config=services.config, control_paths=_paths(control))
     if services.config.allowed_origins:
         # Outermost: it also answers what browsers ask before they send a request.

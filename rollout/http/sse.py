@@ -66,17 +66,54 @@ async def until_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
 
     receive: of the ASGI protocol, the body having been read.
     """
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(receive))
+    watch = _Watch(receive)
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientGone
+        return await work
+    except asyncio.CancelledError:
+        if watch.left:
+            raise ClientGone from None
+        raise
     finally:
-        for future in (task, gone):
-            future.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        watch.end()
+
+
+class _Watch:
+    """Cancels the task that makes it when its client leaves. Work that never waits is not
+    watched, and costs no task."""
+
+    def __init__(self, receive: Receive) -> None:
+        loop = asyncio.get_running_loop()
+        task = asyncio.current_task()
+        assert task is not None, "a handler runs in a task"
+        self._receive = receive
+        self._watched = task
+        self._watcher: asyncio.Task[None] | None = None
+        self._start = loop.call_soon(self._begin)
+        self._cancelled = False
+
+    @property
+    def left(self) -> bool:
+        """Whether the client left, and nobody else has cancelled the task. To be asked once,
+        when it was cancelled."""
+        return self._cancelled and self._watched.uncancel() == 0
+
+    def end(self) -> None:
+        """Watch no longer."""
+        self._start.cancel()
+        if self._watcher is not None:
+            self._watcher.remove_done_callback(self._gone)
+            self._watcher.cancel()
+
+    def _begin(self) -> None:
+        self._watcher = asyncio.ensure_future(_disconnected(self._receive))
+        self._watcher.add_done_callback(self._gone)
+
+    def _gone(self, watcher: asyncio.Task[None]) -> None:
+        if not watcher.cancelled():
+            # An error is the end of the connection, too.
+            watcher.exception()
+            self._cancelled = True
+            self._watched.cancel()
 
 
 async def answer(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
