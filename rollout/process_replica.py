@@ -211,6 +211,8 @@ class ProcessReplica:
         command += [factory, str(os.getpid())]
         # The child finds the modules this process finds, and a Ctrl-C here is not one there.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        # Threads of a CPU engine that spin at barriers take the processor from whoever feeds it.
+        environment.setdefault("OMP_WAIT_POLICY", "passive")
         with self._log_path().open("a+b") as log:
             return subprocess.Popen(
                 command,

@@ -37,16 +37,20 @@ class Headers:
     """The headers of one request, by lower-case name."""
 
     def __init__(self, pairs: Iterable[tuple[bytes, bytes]]) -> None:
-        self._pairs = list(pairs)
+        self._values: dict[bytes, list[bytes]] = {}
+        for name, value in pairs:
+            self._values.setdefault(name, []).append(value)
 
     def all(self, name: str) -> list[bytes]:
         """Every value, as it was sent."""
-        wanted = name.encode()
-        return [value for key, value in self._pairs if key == wanted]
+        return self._values.get(name.encode(), [])
 
     def get(self, name: str) -> str:
         """The value; "" if there is none, all of them joined if there are several."""
-        return ", ".join(value.decode("latin-1") for value in self.all(name)).strip()
+        values = self._values.get(name.encode())
+        if not values:
+            return ""
+        return b", ".join(values).decode("latin-1").strip()
 
 
 class BrowserRules:
