@@ -10,7 +10,7 @@ import numpy as np
 from engine.errors import ContextTooLong, InvalidRequest
 from engine.protocol import GenerateRequest, IntArray, ReplicaState, Request, SamplingParams
 from rollout.ranges import check_ranges
-from rollout.scheduler.validate import Limits, check_request
+from rollout.scheduler.validate import Limits, check_served
 from rollout.seeds import derive_seed
 from rollout.text.detokenizer import stop_strings
 from rollout.text.tokenizer import Tokenizer
@@ -93,7 +93,8 @@ def check_total(count: int, state: ReplicaState, *, field: str) -> None:
 
 
 def _check(wire: GenerateRequest, request: Request, state: ReplicaState) -> None:
-    """The engine's own checks, with the names that the wire gives the fields."""
+    """The engine's own checks but for the ranges that `expand` has looked at, with the names that
+    the wire gives the fields."""
     limits = Limits(
         context_length=state.context_length,
         vocab_size=state.vocab_size,
@@ -105,7 +106,7 @@ def _check(wire: GenerateRequest, request: Request, state: ReplicaState) -> None
         "prompt_logprob_start": "logprob_start_len",
     }
     try:
-        check_request(request, limits)
+        check_served(request, limits)
     except InvalidRequest as error:
         name = names.get(error.field, error.field)
         message = error.message.replace(error.field, name) if error.field else error.message

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 from zmq.constants import Flag, PollEvent, SocketOption, SocketType
+from zmq.error import Again
 from zmq.sugar.context import Context
 
 from engine.errors import EngineDead, InvalidRequest
@@ -70,9 +71,18 @@ class Channel:
 
     def send_frame(self, frame: bytes, *, timeout_s: float) -> None:
         """`send` of what `encode_frame` returned, such as for several peers to get."""
-        if not self.can_send(timeout_s=timeout_s):
-            raise EngineDead(f"no peer took a message within {timeout_s:g} s", field="channel")
-        self._socket.send(frame, Flag.NOBLOCK)
+        if not self.sent_at_once(frame):
+            if not self.can_send(timeout_s=timeout_s):
+                raise EngineDead(f"no peer took a message within {timeout_s:g} s", field="channel")
+            self._socket.send(frame, Flag.NOBLOCK)
+
+    def sent_at_once(self, frame: bytes) -> bool:
+        """Send a frame if a peer takes it without a wait; whether one did."""
+        try:
+            self._socket.send(frame, Flag.NOBLOCK)
+        except Again:
+            return False
+        return True
 
     def can_send(self, *, timeout_s: float) -> bool:
         """Whether a peer takes a frame, or does so in time."""

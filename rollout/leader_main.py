@@ -7,6 +7,7 @@ no more than `_IDLE_S`.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -59,6 +60,9 @@ def main(argv: list[str]) -> int:
         channel.close(linger_s=_SEND_S)
         return 1
     channel.send([Reply(state=leader.state())], timeout_s=_SEND_S)
+    # The model stays to the end: a collection need not look through it again and again.
+    gc.collect()
+    gc.freeze()
     ranks = executor if isinstance(executor, RankedExecutor) else None
     pulse.start()
     alone = False

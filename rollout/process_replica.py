@@ -228,6 +228,8 @@ class ProcessReplica:
         encoded; EngineDead if the leader takes nothing within `timeout_s`."""
         self._require_alive()
         frame = encode_frame(messages)
+        if self._channel.sent_at_once(frame):
+            return
         timeout_s = self._reply_s if timeout_s is None else timeout_s
         deadline = time.monotonic() + timeout_s
         while not self._channel.can_send(timeout_s=min(_POLL_S, timeout_s)):

@@ -84,7 +84,7 @@ class BrowserRules:
             return
         if not self._hosts and not self._loopback:
             return
-        if is_loopback(host) or host == self._host:
+        if host == self._host or is_loopback(host):
             return
         raise Forbidden(
             f"the request is for the host {host[:200]!r}, which is not this server's; start it "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import resource
 import signal
@@ -169,6 +170,9 @@ async def _serve(
     logger.info("serving %s at http://%s:%d", config.model_name, host, port)
     if not is_loopback(config.host) and not config.admin_api_key:
         logger.warning("control routes answer 403 at %s without --admin-api-key", config.host)
+    # What was made until here stays to the end: it need not be looked through again and again.
+    gc.collect()
+    gc.freeze()
     server = _Server(_uvicorn_config(config, build_app(services)), engine, engines)
     supervisor = Supervisor(engine, config, engines.next, server.give_up, services.labels.text)
     try:

@@ -18,6 +18,10 @@ from rollout.http.errors import error_body
 T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
+_STREAM_HEADERS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+)
 
 
 class ClientGone(Exception):
@@ -31,12 +35,9 @@ class EventStream(Response):
     own, since the status is sent; the stream ends with `[DONE]` in any case.
     """
 
-    media_type = "text/event-stream"
-
     def __init__(self, source: AsyncGenerator[Any, None]) -> None:
         super().__init__()
-        del self.headers["content-length"]
-        self.headers["cache-control"] = "no-cache"
+        self.raw_headers = list(_STREAM_HEADERS)
         self._source = source
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

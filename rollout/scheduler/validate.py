@@ -25,14 +25,23 @@ class Limits:
 
 
 def check_request(request: Request, limits: Limits) -> None:
-    """Raise InvalidRequest or ContextTooLong, naming the field, unless it can be served.
-
-    Numbers and lists lie in the ranges of the protocol's types; what only the model knows (its
-    vocabulary, its context) is checked here, and what the ranges of types cannot say.
-    """
+    """Raise InvalidRequest or ContextTooLong, naming the field, unless it can be served: numbers
+    and lists lie in the ranges of the protocol's types, and `check_served` finds nothing."""
     _check_prompt(request, limits)
     check_ranges(request, skip=("sampling",))
-    check_sampling(request.sampling, limits.vocab_size)
+    check_ranges(request.sampling)
+    _check_meaning(request, limits)
+
+
+def check_served(request: Request, limits: Limits) -> None:
+    """`check_request` where all ranges were checked: what only the model knows (its vocabulary,
+    its context), and what the ranges of types cannot say."""
+    _check_prompt(request, limits)
+    _check_meaning(request, limits)
+
+
+def _check_meaning(request: Request, limits: Limits) -> None:
+    _check_sampling(request.sampling, limits.vocab_size)
     _check_ids("stop_ids", request.stop_ids, limits.vocab_size)
     prompt_len = len(request.prompt_ids)
     if not -1 <= request.prompt_logprob_start < prompt_len:
@@ -48,9 +57,7 @@ def check_request(request: Request, limits: Limits) -> None:
         _refuse("seed", f"is {request.seed}; give 0 to 2**63 - 1")
 
 
-def check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
-    """Raise InvalidRequest, naming the field, for sampling parameters without a meaning."""
-    check_ranges(sampling)
+def _check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
     if sampling.temperature < 0:
         _refuse("temperature", f"is {sampling.temperature}; give a number >= 0")
     if not FLOAT32_TINY <= sampling.top_p <= 1:
