@@ -12,6 +12,7 @@ from msgspec import Raw
 from engine.errors import ContextTooLong, InvalidRequest
 from engine.protocol import GenerateRequest, ReplicaState, SamplingParams
 from rollout.decoding import decode_json
+from rollout.http.long_prompts import check_long_prompt
 from rollout.text.tokenizer import Tokenizer
 from rollout.wire import parse_request
 
@@ -80,6 +81,8 @@ def parse_call(body: bytes, room: PromptRoom | None = None) -> GenerateCall:
     (null, false, empty), since clients send their defaults. Raises InvalidRequest naming the
     field, and the item for a batch.
     """
+    if room is not None:
+        check_long_prompt(body, text_bytes=room.text_bytes, num_ids=room.num_ids)
     fields = _known(_decode(body), _OWN)
     for name in ("text", "input_ids"):
         if room is not None and name in fields:

@@ -28,6 +28,7 @@ from rollout.http.dialects.openai_run import (
     version_fields,
 )
 from rollout.http.errors import json_response
+from rollout.http.long_prompts import check_long_prompt
 from rollout.http.openapi import takes
 from rollout.http.requests import check_prompt, prompt_room
 from rollout.http.sample import Delta, Sample
@@ -45,6 +46,8 @@ def router(services: Services) -> APIRouter:
         return await answer(request, run(await request.body()))
 
     async def run(data: bytes) -> Response:
+        room = prompt_room(services.engine.facts, services.tokenizer)
+        check_long_prompt(data, text_bytes=room.text_bytes, num_ids=room.num_ids)
         body = await services.generator.parsed(parse_openai, data, CompletionBody)
         items = await _items(services, body)
         call = await start(services, body, items, prefix="cmpl", object_name="text_completion")
