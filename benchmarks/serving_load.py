@@ -144,6 +144,11 @@ async def watch(job: dict[str, Any]) -> dict[str, Any]:
     """See the module."""
     port, stop = job["port"], asyncio.Event()
     latencies: list[float] = []
+    # Made before anything is timed: this process is the one that waits for /health, too.
+    posts = [
+        post(path, text.replace("@", "a" * fill).encode())
+        for path, text, fill in job.get("post", [])
+    ]
 
     async def health() -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -160,9 +165,7 @@ async def watch(job: dict[str, Any]) -> dict[str, Any]:
     work: list[Any] = []
     if job.get("aborts"):
         work.append(_aborts(port, job["aborts"]))
-    for path, text, fill in job.get("post", []):
-        body = text.encode() if not fill else text.replace("@", "a" * fill).encode()
-        work.append(_exchange(port, post(path, body)))
+    work += [_exchange(port, request) for request in posts]
     replies = asyncio.gather(*work, return_exceptions=True)
     _, pending = await asyncio.wait([replies], timeout=job["seconds"])
     await asyncio.sleep(0.3)
@@ -171,6 +174,8 @@ async def watch(job: dict[str, Any]) -> dict[str, Any]:
     found = [] if pending else [str(reply) for reply in replies.result()]
     if pending:
         replies.cancel()
+        await asyncio.wait([replies])
+        replies.cancelled() or replies.exception()
     return {"latencies_s": latencies, "replies": found}
 
 
