@@ -27,7 +27,9 @@ class Shortcut:
         self._app = app
         found = [r for router in routers for r in router.routes if isinstance(r, APIRoute)]
         self._handlers: dict[tuple[str, str], Any] = {
-            (method, route.path): route.endpoint for route in found for method in route.methods
+            (method, route.path): route.endpoint
+            for route in found
+            for method in route.methods or ()
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
