@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -13,6 +14,7 @@ from engine.protocol import Call, Shutdown, StepPlan, StepResult
 from rollout import leader_main
 from rollout.ipc import Channel
 from rollout.leader import Leader
+from rollout.pulse import Pulse, pulse_path
 from tests.helpers.fake_executor import FakeExecutor
 from tests.helpers.replicas import fake_config, make_request
 
@@ -73,14 +75,17 @@ def _number(prompt: list[int]) -> int:
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_every_request_is_in_the_first_or_second_plan_after_its_arrival(overlap: bool) -> None:
+def test_every_request_is_in_the_first_or_second_plan_after_its_arrival(
+    overlap: bool, tmp_path: Path
+) -> None:
     config, inbox = fake_config(num_pages=5000), Inbox()
     scheduler = replace(config.scheduler, max_running=1024, max_step_tokens=8192, overlap=overlap)
     config = replace(config, scheduler=scheduler)
     executor = Busy(config, inbox)
     executor.send(1, -1)
     leader = Leader(config, executor)
-    leader_main._serve(leader, cast(Channel, inbox), None, parent_pid=os.getppid())
+    pulse = Pulse(pulse_path(tmp_path))
+    leader_main._serve(leader, cast(Channel, inbox), None, pulse, parent_pid=os.getppid())
     assert len(executor.sent_in) == STEPS * CALLERS + 1
     assert executor.planned_in.keys() == executor.sent_in.keys()
     waited = {executor.planned_in[number] - step for number, step in executor.sent_in.items()}
