@@ -14,9 +14,6 @@ import torch
 from kernels.backend import KernelBackend
 from kernels.finite import peaks
 
-_AT_ONCE = 4096
-"""Tensors whose peaks are joined together: torch's stack takes a list of any length, slowly."""
-
 
 def find_unfit(tensors: Sequence[tuple[str, torch.Tensor, torch.dtype]]) -> tuple[str, str] | None:
     """The first tensor that cannot be served, and why; None if all can.
@@ -48,10 +45,7 @@ def first_unfit(
 
 def _peaks(tensors: Sequence[torch.Tensor]) -> list[float]:
     backend: KernelBackend = "triton" if tensors[0].is_cuda else "torch"
-    values: list[float] = []
-    scalars = peaks(tensors, backend=backend)
-    for start in range(0, len(scalars), _AT_ONCE):
-        values += torch.stack(scalars[start : start + _AT_ONCE]).tolist()
+    values: list[float] = peaks(tensors, backend=backend).tolist()
     return values
 
 
