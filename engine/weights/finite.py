@@ -26,7 +26,7 @@ def find_unfit(tensors: Sequence[tuple[str, torch.Tensor, torch.dtype]]) -> tupl
         groups.setdefault((tensor.device, tensor.dtype), []).append(index)
     found: dict[int, float] = {}
     for members in groups.values():
-        values = _peaks([tensors[index][1] for index in members])
+        values = find_peaks([tensors[index][1] for index in members])
         found.update(zip(members, values, strict=True))
     return first_unfit((n, found[i], t.dtype, to) for i, (n, t, to) in enumerate(tensors))
 
@@ -43,7 +43,8 @@ def first_unfit(
     return None
 
 
-def _peaks(tensors: Sequence[torch.Tensor]) -> list[float]:
+def find_peaks(tensors: Sequence[torch.Tensor]) -> list[float]:
+    """The largest magnitude of each of some tensors of one dtype and device; waits for it."""
     backend: KernelBackend = "triton" if tensors[0].is_cuda else "torch"
     values: list[float] = peaks(tensors, backend=backend).tolist()
     return values

@@ -66,8 +66,8 @@ def _peaks_kernel(
 def peaks(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """See `kernels.finite.peaks`."""
     word = _WORDS.get(tensors[0].dtype)
-    others = [i for i, tensor in enumerate(tensors) if word is None or not _is_flat(tensor)]
-    if len(others) == len(tensors):
+    others = [i for i, tensor in enumerate(tensors) if not _is_flat(tensor)]
+    if word is None or len(others) == len(tensors):
         return reference.peaks(tensors)
     left = set(others)
     found = _flat_peaks([tensor for i, tensor in enumerate(tensors) if i not in left], word)
