@@ -222,7 +222,7 @@ class UpdateSession:
         with self._taking_in(closes=False):
             for name, tensor in tensors:
                 update.lend(name, tensor)
-            verify.scan_lent(update, [name for name, _ in tensors], self.catalog)
+            verify.scan_staged(update, self.catalog)
 
     def expect(self, pieces: Sequence[TensorPiece]) -> None:
         """Raise ManifestMismatch unless all of `pieces` may come; nothing is changed."""
@@ -265,6 +265,7 @@ class UpdateSession:
             self._torn.tear(names, update.version)
         with self._taking_in(closes=True):
             yield
+            verify.scan_staged(update, self.catalog)
 
     def feed(self, piece: TensorPiece, flat: torch.Tensor, *, lasting: bool) -> None:
         """Take in the elements of a piece; see `OpenUpdate.add`."""

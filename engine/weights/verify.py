@@ -73,7 +73,7 @@ def require_bits(update: OpenUpdate, catalog: Catalog, device: torch.device) -> 
     NonFiniteWeights naming one that holds what cannot be served.
 
     Each tensor is read once: where a checksum was announced, on its pass, on `device`; one that
-    was written in place, where it serves; any other where it lies, unless `scan_lent` did.
+    was written in place, where it serves; any other where it lies, unless `scan_staged` did.
     """
     sums, unread, known = update.sums, [], []
     for name, tensor in update.staged.items():
@@ -111,17 +111,17 @@ def require_bits(update: OpenUpdate, catalog: Catalog, device: torch.device) -> 
         )
 
 
-def scan_lent(update: OpenUpdate, names: Sequence[str], catalog: Catalog) -> None:
-    """Read staged tensors for `require_bits`, which then need not; waits for the device.
+def scan_staged(update: OpenUpdate, catalog: Catalog) -> None:
+    """Read what came and waits for the commit, so that `require_bits` need not; waits for the
+    device. For transfers, which run beside steps, as the commit does not.
 
-    For what a trainer lends, so that its receive pays beside steps, and not its commit between
-    them. What comes with a checksum waits for the commit, which is to see what it places.
+    What comes with a checksum is left to the commit, which is to see what it places.
     """
     by_dtype: dict[tuple[torch.device, torch.dtype], list[str]] = {}
-    for name in names:
+    for name, tensor in update.staged.items():
         spec = update.announced.get(name)
-        if catalog.is_needed(name) and (spec is None or spec.checksum is None):
-            tensor = update.staged[name]
+        left = name in update.peaks or (spec is not None and spec.checksum is not None)
+        if not left and catalog.is_needed(name):
             by_dtype.setdefault((tensor.device, tensor.dtype), []).append(name)
     for members in by_dtype.values():
         found = finite.find_peaks([update.staged[name] for name in members])
