@@ -9,8 +9,9 @@ processes of their own (`weight_update_trainer.py`), on the GPUs behind the engi
 same one for CUDA IPC. Update commands arrive over a pipe and are handled between steps.
 
 push: the trainer's wall time from begin to the commit's reply, decode going on.
-busy: time inside the update's commands on the engine, from a step boundary (no step in flight,
-GPU idle) to where the next step could be launched, added up over the commands of one update.
+busy: time of the update's commands that run between steps, from a step boundary (no step in
+flight, GPU idle) to where the next step could be launched, added up over one update. What runs
+beside steps is not in it, unless the engine is idle; `commands` has all of them.
 stall: longest time between two steps' results during an update.
 floor: with cuda_ipc a device-to-device copy of the same bytes; with nccl one broadcast of a flat
 buffer of equal size from trainer 0 to the engine's first rank, both measured in the same run.
@@ -37,9 +38,10 @@ from engine.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerCo
 from engine.errors import SlipstreamError
 from engine.protocol import (
     BeginUpdate,
+    BesideSteps,
     CommitUpdate,
-    JoinGroup,
-    LeaveGroup,
+    GetState,
+    GroupCommand,
     Request,
     SamplingParams,
 )
@@ -140,8 +142,10 @@ class Engine:
         self._last_step = now
 
     def _obey(self, command: Any) -> Any:
-        self.replica._leader._drain()
-        self.synchronize()
+        beside = isinstance(command, BesideSteps | GetState) and self.options.rows > 0
+        if not beside:
+            self.replica._leader._drain()
+            self.synchronize()
         if isinstance(command, BeginUpdate):
             self._updating = True
             self.busy.append(0.0)
@@ -151,19 +155,26 @@ class Engine:
                 self.used_before = self.used_bytes()
         started = time.perf_counter()
         try:
-            reply: Any = self.replica.send(command)
+            reply: Any = self._beside(command) if beside else self.replica.send(command)
         except SlipstreamError as error:
             reply = error
-        self.synchronize()
+        if not beside:
+            self.synchronize()
         spent = time.perf_counter() - started
         if self.busy:
             self.commands[-1].append((type(command).__name__, spent))
-            if not isinstance(command, JoinGroup | LeaveGroup):
+            if not beside and not isinstance(command, GroupCommand):
                 self.busy[-1] += spent
         if isinstance(command, CommitUpdate) and self.options.rows:
             self._step()
             self._updating = False
         return reply
+
+    def _beside(self, command: Any) -> Any:
+        ticket = self.replica._leader.start(command)
+        while not ticket.done():
+            self._step()
+        return ticket.result()
 
     def _request(self) -> Request:
         self._next_rid += 1

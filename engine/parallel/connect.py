@@ -21,10 +21,13 @@ def rank_device(device: torch.device, config: ParallelConfig, mesh: Mesh) -> tor
     """The device of this rank, made the current one: GPU `base_gpu` + rank.
 
     A single rank with `base_gpu` 0 stays on the GPU its process has chosen, as a trainer
-    under torchrun does. Raises InvalidRequest when there are too few GPUs; every rank does.
+    under torchrun does. A GPU comes back with its number: threads that are started later have
+    chosen none. Raises InvalidRequest when there are too few GPUs; every rank does.
     """
-    if device.type != "cuda" or (mesh.tp_size == 1 and config.base_gpu == 0):
+    if device.type != "cuda":
         return device
+    if mesh.tp_size == 1 and config.base_gpu == 0:
+        return torch.device("cuda", torch.cuda.current_device())
     needed, found = config.base_gpu + mesh.tp_size, torch.cuda.device_count()
     if needed > found:
         raise InvalidRequest(

@@ -14,9 +14,6 @@ import torch
 from kernels.backend import KernelBackend
 from kernels.finite import peaks
 
-_AT_ONCE = 4096
-"""Tensors whose peaks are joined together: torch's stack takes a list of any length, slowly."""
-
 
 def find_unfit(tensors: Sequence[tuple[str, torch.Tensor, torch.dtype]]) -> tuple[str, str] | None:
     """The first tensor that cannot be served, and why; None if all can.
@@ -29,7 +26,7 @@ def find_unfit(tensors: Sequence[tuple[str, torch.Tensor, torch.dtype]]) -> tupl
         groups.setdefault((tensor.device, tensor.dtype), []).append(index)
     found: dict[int, float] = {}
     for members in groups.values():
-        values = _peaks([tensors[index][1] for index in members])
+        values = find_peaks([tensors[index][1] for index in members])
         found.update(zip(members, values, strict=True))
     return first_unfit((n, found[i], t.dtype, to) for i, (n, t, to) in enumerate(tensors))
 
@@ -46,12 +43,10 @@ def first_unfit(
     return None
 
 
-def _peaks(tensors: Sequence[torch.Tensor]) -> list[float]:
+def find_peaks(tensors: Sequence[torch.Tensor]) -> list[float]:
+    """The largest magnitude of each of some tensors of one dtype and device; waits for it."""
     backend: KernelBackend = "triton" if tensors[0].is_cuda else "torch"
-    values: list[float] = []
-    scalars = peaks(tensors, backend=backend)
-    for start in range(0, len(scalars), _AT_ONCE):
-        values += torch.stack(scalars[start : start + _AT_ONCE]).tolist()
+    values: list[float] = peaks(tensors, backend=backend).tolist()
     return values
 
 

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -79,13 +78,14 @@ class PendingCommand:
 
 
 class Lane:
-    """One thread, and on a GPU one stream, that runs commands in order."""
+    """One thread, and on a GPU one stream, that runs commands in order. device: with its number."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._queue: queue.SimpleQueue[tuple[PendingCommand, Run] | None] = queue.SimpleQueue()
         self._open: list[PendingCommand] = []
         self._thread: threading.Thread | None = None
+        self._stream: torch.cuda.Stream | None = None
 
     def start(self, command: EngineCommand, run: Run) -> PendingCommand:
         """Queue `run`, which is given what to call while it waits; returns at once."""
@@ -114,18 +114,23 @@ class Lane:
         return not self._thread.is_alive()
 
     def _main(self) -> None:
-        with _stream(self._device):
-            while (entry := self._queue.get()) is not None:
-                pending, run = entry
-                pending.run(lambda look, run=run: self._synchronised(run, look))  # type: ignore[misc]
+        while (entry := self._queue.get()) is not None:
+            pending, run = entry
+            # All that can fail is inside, or nobody would answer this command and the next.
+            pending.run(lambda look, run=run: self._on_stream(run, look))  # type: ignore[misc]
 
-    def _synchronised(self, run: Run, look: Look) -> Reply:
+    def _on_stream(self, run: Run, look: Look) -> Reply:
         """Run, and wait for what it queued: the step thread's stream reads it next."""
-        try:
+        if self._device.type != "cuda":
             return run(look)
-        finally:
-            if self._device.type == "cuda":
-                torch.cuda.current_stream(self._device).synchronize()
+        if self._stream is None:
+            torch.cuda.set_device(self._device)
+            self._stream = torch.cuda.Stream(self._device)
+        with torch.cuda.stream(self._stream):
+            try:
+                return run(look)
+            finally:
+                self._stream.synchronize()
 
 
 class Crew:
@@ -165,10 +170,3 @@ def _cancel(found: list[PendingCommand], reason: str, which: Which) -> list[Pend
 
 def _raise(error: Exception) -> Reply:
     raise error
-
-
-def _stream(device: torch.device) -> AbstractContextManager[object]:
-    if device.type != "cuda":
-        return nullcontext()
-    torch.cuda.set_device(device)
-    return torch.cuda.stream(torch.cuda.Stream(device))

@@ -219,8 +219,10 @@ class UpdateSession:
         """`receive` for lasting tensors that `expect` accepted. refusal: as in `receiving`."""
         self._settle(refusal, self._agree(1 if refusal is None else 0) == 1)
         update = self.require_open("receive")
-        for name, tensor in tensors:
-            update.lend(name, tensor)
+        with self._taking_in(closes=False):
+            for name, tensor in tensors:
+                update.lend(name, tensor)
+            verify.scan_staged(update, self.catalog)
 
     def expect(self, pieces: Sequence[TensorPiece]) -> None:
         """Raise ManifestMismatch unless all of `pieces` may come; nothing is changed."""
@@ -263,6 +265,7 @@ class UpdateSession:
             self._torn.tear(names, update.version)
         with self._taking_in(closes=True):
             yield
+            verify.scan_staged(update, self.catalog)
 
     def feed(self, piece: TensorPiece, flat: torch.Tensor, *, lasting: bool) -> None:
         """Take in the elements of a piece; see `OpenUpdate.add`."""

@@ -48,6 +48,8 @@ class OpenUpdate:
     """Canonical names of live tensors that were written, or were about to be."""
     verified: bool = False
     """Whether what came was verified, and nothing came since."""
+    peaks: dict[str, float] = field(default_factory=dict)
+    """Largest magnitudes of staged tensors that were read for it already."""
     names: set[str] = field(default_factory=set)
     """Tensors that came completely."""
     sums: Checksums = field(default_factory=Checksums)

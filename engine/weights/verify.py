@@ -73,13 +73,15 @@ def require_bits(update: OpenUpdate, catalog: Catalog, device: torch.device) -> 
     NonFiniteWeights naming one that holds what cannot be served.
 
     Each tensor is read once: where a checksum was announced, on its pass, on `device`; one that
-    was written in place, where it serves; any other where it lies.
+    was written in place, where it serves; any other where it lies, unless `scan_staged` did.
     """
-    sums, unread = update.sums, []
+    sums, unread, known = update.sums, [], []
     for name, tensor in update.staged.items():
         spec = update.announced.get(name)
         if spec is not None and spec.checksum is not None:
             sums.add(name, tensor.to(device, non_blocking=True))
+        elif name in update.peaks:
+            known.append((name, update.peaks[name], tensor.dtype, catalog.dtype(name)))
         elif catalog.is_needed(name):
             unread.append((name, tensor, catalog.dtype(name)))
     for canonical, name in update.placed.items():
@@ -94,11 +96,11 @@ def require_bits(update: OpenUpdate, catalog: Catalog, device: torch.device) -> 
                 f"{expected:#018x}",
                 field=name,
             )
-    known = (
+    known += [
         (name, scanned.peak, scanned.dtype, catalog.dtype(name))
         for name, scanned in scans.items()
         if catalog.is_needed(name)
-    )
+    ]
     unfit = finite.first_unfit(known) or finite.find_unfit(unread)
     if unfit is not None:
         name, why = unfit
@@ -107,6 +109,23 @@ def require_bits(update: OpenUpdate, catalog: Catalog, device: torch.device) -> 
             "with it",
             field=name,
         )
+
+
+def scan_staged(update: OpenUpdate, catalog: Catalog) -> None:
+    """Read what came and waits for the commit, so that `require_bits` need not; waits for the
+    device. For transfers, which run beside steps, as the commit does not.
+
+    What comes with a checksum is left to the commit, which is to see what it places.
+    """
+    by_dtype: dict[tuple[torch.device, torch.dtype], list[str]] = {}
+    for name, tensor in update.staged.items():
+        spec = update.announced.get(name)
+        left = name in update.peaks or (spec is not None and spec.checksum is not None)
+        if not left and catalog.is_needed(name):
+            by_dtype.setdefault((tensor.device, tensor.dtype), []).append(name)
+    for members in by_dtype.values():
+        found = finite.find_peaks([update.staged[name] for name in members])
+        update.peaks.update(zip(members, found, strict=True))
 
 
 def _compare_tied(update: OpenUpdate, catalog: Catalog) -> None:

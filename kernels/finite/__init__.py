@@ -14,14 +14,18 @@ from kernels.backend import KernelBackend, unknown_backend
 from kernels.finite import reference
 
 
-def peaks(tensors: Sequence[torch.Tensor], *, backend: KernelBackend) -> list[torch.Tensor]:
-    """max |x| of each tensor, a scalar of its dtype and device, NaN where any element is NaN.
+def peaks(tensors: Sequence[torch.Tensor], *, backend: KernelBackend) -> torch.Tensor:
+    """max |x| of each of n tensors, [n] of their dtype and device, NaN where any element is NaN.
 
-    tensors: floating point, any shape; those of a call share their dtype and device. An empty
-    tensor has the peak 0. One-byte floats are widened, so their peaks are float32. Nothing waits
-    for the device. backend: "torch" and "triton" both run torch's kernels, which read each
-    tensor once and take many small ones in a launch. Raises ValueError on an unknown backend.
+    tensors: at least one, floating point, any shape; those of a call share their dtype and
+    device. An empty tensor has the peak 0. One-byte floats are widened, so their peaks are
+    float32. Each tensor is read once; nothing waits for the device. backend: "triton" takes all
+    tensors in one launch. Raises ValueError on an unknown backend.
     """
-    if backend not in ("torch", "triton"):
-        raise unknown_backend(backend)
-    return reference.peaks(tensors)
+    if backend == "torch":
+        return reference.peaks(tensors)
+    if backend == "triton":
+        from kernels.finite import triton
+
+        return triton.peaks(tensors)
+    raise unknown_backend(backend)

@@ -9,15 +9,20 @@ import torch
 
 _SMALL = 1 << 14
 """Elements below which launching costs a CPU more than its slower fused kernel."""
+_AT_ONCE = 4096
+"""Scalars stacked together."""
 
 
-def peaks(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def peaks(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """See `kernels.finite.peaks`."""
     values = [_wide(tensor.detach()) for tensor in tensors]
     fused = [i for i, value in enumerate(values) if value.numel() and _is_fused(value)]
     found = torch._foreach_norm([values[i] for i in fused], math.inf) if fused else []
     by_index = dict(zip(fused, found, strict=True))
-    return [by_index[i] if i in by_index else _peak(value) for i, value in enumerate(values)]
+    scalars = [by_index[i] if i in by_index else _peak(value) for i, value in enumerate(values)]
+    # A stack of tens of thousands is slow.
+    joined = [torch.stack(scalars[i : i + _AT_ONCE]) for i in range(0, len(scalars), _AT_ONCE)]
+    return joined[0] if len(joined) == 1 else torch.cat(joined)
 
 
 def _is_fused(tensor: torch.Tensor) -> bool:

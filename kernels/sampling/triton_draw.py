@@ -188,7 +188,8 @@ def search_kernel(
     drawn_offset = first_above(cumulative_C, weight_C, target - before, C)
     offset = tl.where(greedy, _first_equal(logits_C, maximum, C), drawn_offset)
     chosen = tl.sum(tl.where(tl.arange(0, C) == offset, logits_C, 0.0), axis=0)
-    tl.store(token_ptr + row, (chunk * C + offset).to(tl.int64))
+    # A greedy row of NaN finds its largest logit, -inf, behind the vocabulary.
+    tl.store(token_ptr + row, tl.minimum(chunk * C + offset, vocab - 1).to(tl.int64))
     tl.store(logprob_ptr + row, logprob_of(chosen, maximum, divisor, total))
     if entropy_ptr is not None:
         exponent_N = (max_N - maximum) * scale

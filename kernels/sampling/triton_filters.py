@@ -228,5 +228,5 @@ def filter_kernel(
             C,
             N,
         )
-        tl.store(token_ptr + row, token.to(tl.int64))
+        tl.store(token_ptr + row, tl.minimum(token, vocab - 1).to(tl.int64))
         tl.store(logprob_ptr + row, logprob_of(chosen, maximum, divisor, total))

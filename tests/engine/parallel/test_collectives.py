@@ -117,5 +117,7 @@ def test_too_few_gpus_are_refused_on_every_rank(monkeypatch: pytest.MonkeyPatch)
             rank_device(torch.device("cuda"), config, Mesh(tp_rank=rank, tp_size=2))
 
 
-def test_a_single_rank_stays_on_the_gpu_its_process_chose() -> None:
-    assert rank_device(torch.device("cuda"), ParallelConfig(), Mesh()) == torch.device("cuda")
+def test_a_single_rank_stays_on_the_gpu_its_process_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its number: another thread's current GPU is the first one."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert rank_device(torch.device("cuda"), ParallelConfig(), Mesh()) == torch.device("cuda", 3)

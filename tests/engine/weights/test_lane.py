@@ -74,6 +74,44 @@ def test_what_a_command_raises_is_the_caller_s() -> None:
     lane.close(60)
 
 
+def test_a_lane_without_its_gpu_answers_every_command() -> None:
+    lane = Lane(torch.device("cuda", 99))
+    for _ in range(2):
+        with pytest.raises((RuntimeError, AssertionError, AttributeError)):
+            lane.start(LoadFromDisk(path="x"), lambda _look: Reply()).result()
+    assert lane.close(60)
+
+
+@pytest.mark.gpu
+def test_a_lane_copies_on_its_own_stream_while_another_thread_captures() -> None:
+    lane = Lane(torch.device("cuda", 0))
+    new, live = torch.randn(1 << 22).pin_memory(), torch.zeros(1 << 22, device="cuda")
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    counter = torch.zeros(1, device="cuda")
+    streams: list[torch.cuda.Stream] = []
+
+    def copy(_look: Any) -> Reply:
+        streams.append(torch.cuda.current_stream())
+        live.copy_(new.to("cuda", non_blocking=True))
+        return Reply()
+
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        graph.capture_begin(capture_error_mode="thread_local")
+        pending = lane.start(LoadFromDisk(path="x"), copy)
+        assert pending.wait(60, lambda: None)
+        counter += 1
+        graph.capture_end()
+    pending.result()
+    # The reply says that it is done on the device, for whatever stream comes next.
+    assert torch.equal(live.cpu(), new)
+    assert streams[0] not in (stream, torch.cuda.default_stream())
+    graph.replay()
+    torch.cuda.synchronize()
+    assert counter.item() == 1
+    lane.close(60)
+
+
 def test_a_cancelled_command_ends_and_so_does_one_behind_it() -> None:
     lane = Lane(CPU)
 

@@ -94,6 +94,31 @@ def test_the_checksum_is_the_same_with_and_without_the_peak() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_gpu_finds_one_value_in_any_tensor_of_many(dtype: torch.dtype) -> None:
+    sizes = [0, 0, 3, 70_000, 0, 8192, 1, 65_536, 65_537, 200_001, 0]
+    memory = torch.zeros(sum(sizes) + 16 * len(sizes), dtype=dtype, device="cuda")
+    tensors, at = [], 0
+    for size in sizes:
+        tensors.append(memory[at : at + size])
+        at += -(-size // 16) * 16
+    # None of these lies flat at a multiple of 16 bytes.
+    tensors += [memory[1:1000], memory[: 100 * 64].view(100, 64).T[:3]]
+    for index, size in enumerate(sizes):
+        for place in {0, size // 2, size - 1} if size else ():
+            tensors[index][place] = -7
+            found = peaks(tensors[:-2], backend="triton").tolist()
+            assert found == [7.0 if i == index else 0.0 for i in range(len(sizes))]
+            tensors[index][place] = math.nan
+            assert math.isnan(peaks(tensors, backend="triton").tolist()[index])
+            tensors[index][place] = 0
+    memory[3] = 5
+    assert peaks(tensors, backend="triton").tolist()[-2:] == [5.0, 0.0]
+    memory[64] = math.inf
+    assert peaks(tensors, backend="triton").tolist()[-2:] == [math.inf, math.inf]
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("special", [None, *SPECIAL])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_gpu_finds_the_same(dtype: torch.dtype, special: float | None) -> None:
