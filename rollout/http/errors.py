@@ -12,6 +12,9 @@ from starlette.requests import ClientDisconnect
 
 from engine.errors import InvalidRequest, SlipstreamError
 
+MAX_MESSAGE_CHARS = 4096
+"""Longest message of an error on the wire."""
+
 
 class BodyTooLarge(InvalidRequest):
     """The body exceeds the server's limit; the message names the option that raises it."""
@@ -66,4 +69,13 @@ def install(app: FastAPI) -> None:
 
 
 def _body(kind: str, message: str, field: str, code: int) -> dict[str, Any]:
-    return {"error": {"type": kind, "message": message, "field": field, "code": code}}
+    error = {"type": kind, "message": _short(message), "field": _short(field), "code": code}
+    return {"error": error}
+
+
+def _short(text: str) -> str:
+    """A text that may quote what a client sent, its middle left out if it is long."""
+    if len(text) <= MAX_MESSAGE_CHARS:
+        return text
+    half = MAX_MESSAGE_CHARS // 2
+    return f"{text[:half]} [...{len(text) - 2 * half} characters...] {text[-half:]}"

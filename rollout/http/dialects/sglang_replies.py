@@ -25,8 +25,9 @@ def admin(handler: Handler) -> Route:
             found = await handler(request)
         except SlipstreamError as error:
             status = error.status if isinstance(error, EngineDead) else 400
-            body = {"success": False, "message": error.message, **error_body(error)}
-            return json_response(body, status)
+            body = error_body(error)
+            told = {"success": False, "message": body["error"]["message"], **body}
+            return json_response(told, status)
         return json_response({"success": True, "message": "ok", **found})
 
     return route

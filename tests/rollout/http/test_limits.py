@@ -319,3 +319,18 @@ def test_an_error_of_our_own_says_that_it_closes_the_connection() -> None:
             assert (reply.status_code, reply.headers["connection"]) == (500, "close")
 
     run(test)
+
+
+def test_a_refusal_does_not_repeat_what_was_sent() -> None:
+    async def test() -> None:
+        async with serving() as server:
+            for path, body in (
+                ("/generate", {"input_ids": [1], "kv_policy": "x " * 100_000}),
+                ("/pause_generation", {"mode": "y" * 200_000}),
+                ("/v1/completions", {"prompt": [1], "stop": {"q" * 100_000: 1}}),
+            ):
+                reply = await server.post(path, body)
+                assert reply.status_code == 400
+                assert len(reply.content) < 20_000, path
+
+    run(test)
