@@ -17,7 +17,7 @@ from concurrent.futures import Future
 import torch
 
 from engine.errors import GroupError, WeightUpdateError
-from engine.protocol import EngineCommand, Reply
+from engine.protocol import EngineCommand, JoinGroup, Reply
 
 Look = Callable[[], None]
 """Called now and then by whatever waits; what it raises ends the wait."""
@@ -26,7 +26,9 @@ Which = Callable[[EngineCommand], bool]
 
 _POLL_S = 0.001
 MOST_AT_ONCE = 16
-"""Groups that may be forming at a time."""
+"""Groups that may be forming at a time; another one ends the oldest."""
+_MOST_ENDING = 64
+"""Threads of commands that were told to end and have not."""
 
 
 def every(_command: EngineCommand) -> bool:
@@ -57,6 +59,11 @@ class PendingCommand:
             look()
             time.sleep(_POLL_S)
         return self.done()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether it has been told to end."""
+        return bool(self._given_up)
 
     def cancel(self, reason: str) -> None:
         """Have it end at the next look. One that is about to end well still may."""
@@ -134,7 +141,8 @@ class Lane:
 
 
 class Crew:
-    """A thread a command, `MOST_AT_ONCE` at a time."""
+    """A thread a command. Where `MOST_AT_ONCE` wait for their peers, the one that has waited
+    longest is ended for the next: peers that say nothing keep nobody out."""
 
     def __init__(self) -> None:
         self._open: list[PendingCommand] = []
@@ -143,9 +151,17 @@ class Crew:
         """Run `run` beside everything else; returns at once."""
         pending = PendingCommand(command)
         self._open = [other for other in self._open if not other.done()]
-        if len(self._open) >= MOST_AT_ONCE:
+        waiting = [
+            other
+            for other in self._open
+            if isinstance(other.command, JoinGroup) and not other.cancelled
+        ]
+        for oldest in waiting[: max(0, len(waiting) + 1 - MOST_AT_ONCE)]:
+            oldest.cancel(f"{MOST_AT_ONCE} groups are forming, of which this one is the oldest")
+        if len(self._open) >= MOST_AT_ONCE + _MOST_ENDING:
             refusal = GroupError(
-                f"{len(self._open)} groups are forming; wait for one, or leave it", field="name"
+                f"{len(self._open)} groups were given up and have not ended; wait for them",
+                field="name",
             )
             pending.run(lambda _look: _raise(refusal))
             return pending

@@ -1,7 +1,8 @@
 """POST /command: one control struct of the protocol in, its `Reply` out, both as JSON.
 
 What a trainer that speaks the protocol itself uses. Byte fields are base64, as msgspec has
-them. An answer may take minutes: a command ends by its own deadline, not by this route's.
+them. An answer may take minutes: a command ends by its own deadline, not by this route's, or, if
+it waits for a peer, when its caller closes the connection.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from fastapi import APIRouter, Request, Response
 from engine.errors import InvalidRequest
 from engine.protocol import Control, JoinGroup, Shutdown
 from rollout.decoding import decode_json
+from rollout.http import callers
 from rollout.http.access import caller
 from rollout.http.errors import json_response
 from rollout.http.openapi import takes
@@ -26,7 +28,7 @@ def router(services: Services) -> APIRouter:
         parsed = parse_command(await request.body())
         if isinstance(parsed, JoinGroup):
             await services.access.check_join(parsed, caller(request))
-        return json_response(await services.control.forward(parsed))
+        return json_response(await callers.forward(services.control, parsed, request))
 
     routes.add_api_route("/command", command, methods=["POST"], openapi_extra=takes(Control))
     return routes

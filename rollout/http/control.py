@@ -15,9 +15,10 @@ from collections.abc import Coroutine
 from typing import Any, Literal, TypeVar
 
 from engine.errors import EngineDead, SlipstreamError
-from engine.protocol import Control as Command
 from engine.protocol import (
+    CheckWeights,
     FlushCache,
+    GetWeight,
     MemoryTag,
     Pause,
     PauseMode,
@@ -25,8 +26,10 @@ from engine.protocol import (
     Reply,
     Resume,
     ResumeMemory,
+    SetVersion,
     UpdateReport,
 )
+from engine.protocol import Control as Command
 from rollout.http.engine_client import AsyncEngine
 from rollout.http.idle_pause import IdlePause
 from rollout.http.operations import Operations
@@ -39,6 +42,8 @@ T = TypeVar("T")
 MAX_WAIT_S = 3600.0
 
 _POLL_S = 0.02
+
+_NOT_WHILE_RECEIVING = (CheckWeights, GetWeight, SetVersion)
 
 
 class Controller:
@@ -80,7 +85,10 @@ class Controller:
         self._updates.reset(weights_lost=weights_lost)
 
     async def send(self, command: Command) -> Reply:
-        """Run a command that has nothing to do with an open update."""
+        """Run a command that has nothing to do with an open update. Raises UpdateOrder for one
+        that cannot run beside tensors that are being received, unless they are soon there."""
+        if isinstance(command, _NOT_WHILE_RECEIVING):
+            await self._updates.quiet(str(command.__struct_config__.tag))
         return await self._whole(self._engine.send(command))
 
     async def pause(
@@ -153,6 +161,10 @@ class Controller:
         `Updates.feed`."""
         return await self._whole(self._updates.feed(command, label, last=last, partial=partial))
 
+    async def abandon(self, command: Feed) -> None:
+        """The caller of a feed that has not ended has left. See `Updates.abandon`."""
+        await self._whole(self._updates.abandon(command))
+
     async def commit(self, label: str | None = None) -> UpdateReport:
         """End the open update. Raises UpdateOrder without one."""
         return await self._whole(self._updates.commit(label))
@@ -207,6 +219,7 @@ class Controller:
         return waiting
 
     async def _release(self, command: ReleaseMemory) -> Reply:
+        await self._updates.quiet("a release of memory")
         reply = await self._engine.send(command)
         if not self._keeps_weights and (not command.tags or "weights" in command.tags):
             self._updates.weights_lost()
@@ -215,6 +228,7 @@ class Controller:
     async def _resume_memory(self, tags: list[MemoryTag]) -> Reply:
         if not tags or "kv_cache" in tags:
             await self._updates.finish()
+        await self._updates.quiet("a resume of memory")
         return await self._engine.send(ResumeMemory(tags=tags))
 
     async def _flush_if_idle(self) -> None:

@@ -58,6 +58,9 @@ UpdateCommand = (
 
 _ENDS = (PrepareUpdate, CommitUpdate, AbortUpdate)
 
+_PATIENCE_S = 2.0
+"""For how long whatever cannot run beside tensors that are being received waits for their end."""
+
 
 @dataclass(kw_only=True)
 class _OpenUpdate:
@@ -77,7 +80,8 @@ class _OpenUpdate:
 
 
 class Updates:
-    """Runs the commands of updates one at a time; nothing else waits for them.
+    """Runs the commands of updates one at a time; nothing else waits for them, and an abort
+    does not wait either.
 
     Every method raises the engine's typed error. What failed leaves no implicit update open,
     and the engine serves what it served before, or refuses and says why.
@@ -98,6 +102,8 @@ class Updates:
         self._metrics = metrics
         self._stands_still = stands_still
         self._lock = asyncio.Lock()
+        self._transfers: dict[int, asyncio.Future[None]] = {}
+        self._abandoned: list[Feed] = []
         self._update: _OpenUpdate | None = None
         self._failure: SlipstreamError | None = None
         self._needs_whole = False
@@ -115,12 +121,34 @@ class Updates:
         """Forget everything: the engine is a new one. Called by the owner of its process, once
         every call to the old one has failed. weights_lost: only a whole update serves again."""
         self._lock = asyncio.Lock()
+        self._transfers, self._abandoned = {}, []
         self._update = self._failure = None
         self._needs_whole = weights_lost
+
+    async def quiet(self, what: str) -> None:
+        """Wait until no tensors are being received, which may take as long as whoever sends
+        them likes: raises UpdateOrder after `_PATIENCE_S`. what: is asked for, for the message."""
+        if self._transfers:
+            await asyncio.wait(list(self._transfers.values()), timeout=_PATIENCE_S)
+        if self._transfers:
+            raise UpdateOrder(
+                f"{what} waits for tensors that are being received, which have not come within "
+                f"{_PATIENCE_S:g} s; try again later, or abort the update",
+                field="receiving",
+            )
+
+    async def abandon(self, command: Feed) -> None:
+        """The caller of `command`, which has not ended, has left: abort the update it feeds, or
+        have it refused if its turn has not come."""
+        if id(command) not in self._transfers:
+            self._abandoned.append(command)
+        elif self._update is not None:
+            await self._abort_now(AbortUpdate(version=self._update.version))
 
     async def begin(self, label: str | None, *, partial: bool) -> int:
         """Open an explicit update; its version. Begun again before anything came, it is the
         same update. Raises UpdateOrder."""
+        await self.quiet("the begin of an update")
         async with self._lock:
             open_one = await self._alive_explicit()
             if open_one is not None:
@@ -138,12 +166,13 @@ class Updates:
         that is open belongs to another update.
         """
         async with self._lock:
+            self._refuse_abandoned(command)
             still = await self._is_still()
             self._refuse_after_failure(over=last and not still)
             update = await self._update_of(label, partial)
             rest_follows = still or not last
             async with self._dropped_on_error(update, rest_follows=rest_follows):
-                await self._engine.send(command)
+                await self._transferred(command)
                 update.num_feeds += 1
             if update.explicit or not last or await self._is_still():
                 return None
@@ -162,6 +191,7 @@ class Updates:
     async def load(self, path: str, label: str | None, *, partial: bool) -> UpdateReport:
         """One update from a folder, committed at once; a caller's open update is left to its
         caller."""
+        await self.quiet("an update from a folder")
         async with self._lock:
             open_one = await self._alive_explicit()
             if open_one is not None:
@@ -171,12 +201,13 @@ class Updates:
             await self._settle()
             update = await self._open(label, partial=partial, explicit=False)
             async with self._dropped_on_error(update, rest_follows=False):
-                await self._engine.send(LoadFromDisk(path=path, partial=partial))
+                await self._transferred(LoadFromDisk(path=path, partial=partial))
             return await self._commit(update)
 
     async def set_version(self, label: str) -> int:
         """Call the weights that serve `label`; the version that stands for it. A label that
         they have already changes nothing."""
+        await self.quiet("a new name of the version")
         async with self._lock:
             current = (await self._state()).version
             if self._labels.text(current) == label:
@@ -227,12 +258,18 @@ class Updates:
 
     async def forward(self, command: UpdateCommand) -> Reply:
         """Run a command of a caller that speaks the protocol itself, keeping track of what it
-        opens and ends."""
+        opens and ends. An abort goes to the engine at once: it ends what is being received, and
+        whoever holds the lock meanwhile learns it by the error of that."""
+        if isinstance(command, AbortUpdate):
+            return await self._abort_now(command)
+        if isinstance(command, BeginUpdate):
+            await self.quiet("the begin of an update")
         async with self._lock:
+            self._refuse_abandoned(command)
             if isinstance(command, BeginUpdate):
                 await self._make_room(command)
             try:
-                reply = await self._engine.send(command)
+                reply = await self._transferred(command)
             except EngineDead:
                 raise
             except SlipstreamError:
@@ -240,6 +277,30 @@ class Updates:
                 raise
             self._note(command, reply)
             return reply
+
+    async def _abort_now(self, command: AbortUpdate) -> Reply:
+        try:
+            reply = await self._engine.send(command)
+        except EngineDead:
+            raise
+        except SlipstreamError:
+            await self._note_failure(command)
+            raise
+        if self._update is not None and self._update.version == command.version:
+            self._ended(None)
+        return reply
+
+    async def _transferred(self, command: UpdateCommand) -> Reply:
+        """Run a command that may wait for a sender, as `quiet` has to know."""
+        if not isinstance(command, Feed):
+            return await self._engine.send(command)
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._transfers[id(command)] = ended
+        try:
+            return await self._engine.send(command)
+        finally:
+            del self._transfers[id(command)]
+            ended.set_result(None)
 
     async def _make_room(self, begin: BeginUpdate) -> None:
         open_one = self._update
@@ -258,8 +319,6 @@ class Updates:
             case CommitUpdate():
                 self._labels.name(command.version, None)
                 self._ended(reply.report)
-            case AbortUpdate():
-                self._ended(None)
             case _ if self._update is not None:
                 self._update.failed = False
                 self._update.num_feeds += not isinstance(command, PrepareUpdate)
@@ -395,6 +454,12 @@ class Updates:
                 self._failure = error
             await self._abort(update)
             raise
+
+    def _refuse_abandoned(self, command: UpdateCommand) -> None:
+        kept = [other for other in self._abandoned if other is not command]
+        left, self._abandoned = len(kept) < len(self._abandoned), kept
+        if left:
+            raise UpdateOrder("the caller left before its turn came", field="receiving")
 
     def _refuse_after_failure(self, *, over: bool) -> None:
         """over: this call was the last of its update, so that the next one starts anew."""

@@ -38,6 +38,7 @@ from engine.protocol.types import (
     Shapes,
 )
 from engine.protocol.types import Path as FolderPath
+from rollout.http import callers
 from rollout.http.access import caller
 from rollout.http.dialects.bodies import pieces, read_body, read_body_or_query
 from rollout.http.dialects.fields import PulledVersion, folder
@@ -139,7 +140,7 @@ class _Weights:
             timeout_s=body.timeout_s,
         )
         await self._access.check_join(command, caller(request))
-        await self._control.send(command)
+        await callers.join(self._control, command, request)
         return {"message": f"joined {body.group_name} of {body.world_size} ranks"}
 
     async def destroy_group(self, request: Request) -> dict[str, Any]:
@@ -168,7 +169,7 @@ class _Weights:
             layout="flat" if body.load_format == _FLAT else "tensors",
             timeout_s=body.timeout_s,
         )
-        return await self._feed(command, body)
+        return await callers.received(self._control, command, request, self._feed(command, body))
 
     async def tensors(self, request: Request) -> dict[str, Any]:
         body = await read_body(request, _Tensors)

@@ -25,6 +25,7 @@ from engine.protocol.types import (
     Shapes,
 )
 from engine.protocol.types import Path as FolderPath
+from rollout.http import callers
 from rollout.http.access import caller
 from rollout.http.dialects.bodies import pieces, read_body
 from rollout.http.dialects.fields import folder
@@ -122,7 +123,7 @@ class _Transfer:
             timeout_s=info.timeout_s,
         )
         await self._access.check_join(command, caller(request))
-        await self._control.send(command)
+        await callers.join(self._control, command, request)
         self._packed = info.packed
         return _message("Weight transfer initialized")
 
@@ -145,7 +146,8 @@ class _Transfer:
         if body.update_info is not None:
             # Without a session, and while requests run, a call is an update of its own.
             command = self._broadcast(body.update_info)
-            await self._control.feed(command, last=True, partial=body.partial)
+            feed = self._control.feed(command, last=True, partial=body.partial)
+            await callers.received(self._control, command, request, feed)
         elif body.weight_dir is not None:
             path = folder(body.weight_dir, "weight_dir")
             await asyncio.to_thread(require_pulled, Path(path))

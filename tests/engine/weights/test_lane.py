@@ -20,7 +20,7 @@ from engine.protocol import (
     Reply,
 )
 from engine.weights.helpers import MOST_LEFT, Helpers
-from engine.weights.lane import MOST_AT_ONCE, Crew, Lane
+from engine.weights.lane import MOST_AT_ONCE, Crew, Lane, Look, PendingCommand
 from tests.helpers import peers
 from tests.helpers.peers import listening, until
 from tests.helpers.weight_engines import (
@@ -137,19 +137,49 @@ def test_closing_a_lane_that_is_stuck_comes_back() -> None:
     release.set()
 
 
-def test_a_crew_refuses_more_than_it_has() -> None:
+def test_the_oldest_of_a_full_crew_ends_for_the_next() -> None:
     crew = Crew()
     release = threading.Event()
-    command = LeaveGroup(name="g")
-    first = [
-        crew.start(command, lambda _look: Reply(id=int(release.wait(60))))
-        for _ in range(MOST_AT_ONCE)
-    ]
-    with pytest.raises(GroupError, match="groups are forming"):
-        crew.start(command, lambda _look: Reply()).result()
+
+    def wait(look: Look) -> Reply:
+        while not release.wait(0.001):
+            look()
+        return Reply(id=1)
+
+    first = [crew.start(join_at(1, name=f"g{i}"), wait) for i in range(MOST_AT_ONCE)]
+    assert crew.start(LeaveGroup(name="x"), lambda _look: Reply(id=2)).result().id == 2
+    newest = crew.start(join_at(1, name="new"), wait)
+    with pytest.raises(WeightUpdateError, match="the oldest"):
+        first[0].result()
+    assert not any(each.done() for each in first[1:])
     release.set()
-    assert all(each.result().id == 1 for each in first)
-    assert crew.start(command, lambda _look: Reply(id=2)).result().id == 2
+    assert all(each.result().id == 1 for each in [*first[1:], newest])
+
+
+def test_a_crew_whose_threads_are_stuck_refuses_more() -> None:
+    crew = Crew()
+    release = threading.Event()
+    started: list[PendingCommand] = []
+    while not (started and started[-1].done()):
+        assert len(started) < 1000
+        run = lambda _look: Reply(id=int(release.wait(60)))  # noqa: E731
+        started.append(crew.start(join_at(1, name=f"g{len(started)}"), run))
+    with pytest.raises(GroupError, match="have not ended"):
+        started[-1].result()
+    release.set()
+    assert all(each.result().id == 1 for each in started[:-1])
+
+
+def test_silent_peers_keep_no_trainer_out() -> None:
+    _, rank = make_rank()
+    with listening(peers.silent) as port, listening(peers.closing) as other:
+        silent = [rank.start(join_at(port, name=f"s{i}")) for i in range(MOST_AT_ONCE)]
+        # It gets as far as its own peer, who hangs up.
+        with pytest.raises(GroupError, match=r"127\.0\.0\.1"):
+            rank.start(join_at(other, name="mine", timeout_s=1.0)).result()
+        with pytest.raises(WeightUpdateError, match="the oldest"):
+            silent[0].result()
+        rank.close()
 
 
 def test_helpers_give_up_and_come_back_and_are_counted() -> None:
