@@ -14,19 +14,21 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
-from engine.errors import CheckpointError, InvalidRequest, ModelNotFound
+from engine.errors import CheckpointError, InvalidRequest, ModelNotFound, UpdateTimeout
 from rollout.http.pull_delta import apply_delta, read_delta
+from rollout.http.regular_file import Look, copy, read_small, touched, writing
 
 STATE_FOLDER = ".weight_sync"
 
 _MARK = "unfinished"
 _BESIDE = "beside"
+_POLL_S = 0.05
 _PRUNED = (".safetensors", ".safetensors.index.json")
 
 
@@ -36,20 +38,26 @@ class _State(msgspec.Struct):
     version: str
 
 
-def pull(local: Path, *, source: Path | None, base: Path, version: int) -> None:
+def pull(
+    local: Path, *, source: Path | None, base: Path, version: int, timeout_s: float = 3600.0
+) -> None:
     """Bring `local` to `version`; nothing is done if it is there already.
 
     Starts from what `local` holds if only deltas lie between, else from the newest whole
-    version, which is `base` for 0. Blocks while another process pulls into the same folder.
+    version, which is `base` for 0. Waits while somebody else pulls into the same folder. Nothing
+    is made or written before the source has been looked at.
 
     Raises ModelNotFound for a version or file that is not there, InvalidRequest for a folder
-    that may not be overwritten, CheckpointError for files that are not what they say, and a
-    version that could not be written; UnsupportedOption when a package is missing.
+    that may not be overwritten, CheckpointError for files that are not what they say or no
+    regular files, and a version that could not be written; UnsupportedOption when a package is
+    missing; UpdateTimeout after `timeout_s`, the folder being marked as unfinished.
     """
+    look = _deadline(local, timeout_s)
     try:
         _require_ours(local, source, base)
-        with _locked(local):
-            _pull(local, source, base, version)
+        _require_source(local, source, base, version)
+        with _locked(local, look):
+            _pull(local, source, base, version, look)
     except OSError as error:
         raise CheckpointError(
             f"version {version} could not be pulled into {local}: {error}", field="pull_weights"
@@ -65,7 +73,32 @@ def require_pulled(folder: Path) -> None:
         )
 
 
-def _pull(local: Path, source: Path | None, base: Path, version: int) -> None:
+def _deadline(local: Path, timeout_s: float) -> Look:
+    """What raises UpdateTimeout once `timeout_s` have passed."""
+    end = time.monotonic() + timeout_s
+
+    def look() -> None:
+        if time.monotonic() > end:
+            raise UpdateTimeout(
+                f"the pull into {local} did not end within {timeout_s:g} s; pull again, or give "
+                "it longer",
+                field="timeout_s",
+            )
+
+    return look
+
+
+def _require_source(local: Path, source: Path | None, base: Path, version: int) -> None:
+    """Raise as the pull would for a source that is not there."""
+    held = _held_version(local)
+    if held == version:
+        return
+    first, _ = _chain(held, source, version)
+    if first != held:
+        _whole_files(base if first == 0 else _published(source, first))
+
+
+def _pull(local: Path, source: Path | None, base: Path, version: int, look: Look) -> None:
     held = _held_version(local)
     torn = os.path.lexists(local / STATE_FOLDER / _MARK)
     if torn and held is not None and held >= version:
@@ -74,15 +107,32 @@ def _pull(local: Path, source: Path | None, base: Path, version: int) -> None:
     if held == version and not torn:
         return
     try:
-        _bring(local, held, source, base, version)
+        _bring(local, held, source, base, version, look)
     except CheckpointError:
         if held is None:
             raise
         # What is held is not what its mark says: once more, from a whole version.
-        _bring(local, None, source, base, version)
+        _bring(local, None, source, base, version, look)
 
 
-def _bring(local: Path, held: int | None, source: Path | None, base: Path, version: int) -> None:
+def _bring(
+    local: Path, held: int | None, source: Path | None, base: Path, version: int, look: Look
+) -> None:
+    first, deltas = _chain(held, source, version)
+    mark = local / STATE_FOLDER / _MARK
+    os.close(touched(mark))
+    if first != held:
+        _copy_whole(base if first == 0 else _published(source, first), local, look)
+        _note_version(local, first)
+    for number, folder in enumerate(deltas, first + 1):
+        beside = local / STATE_FOLDER / _BESIDE
+        apply_delta(folder, local, version=number, beside=beside, look=look)
+        _note_version(local, number)
+    mark.unlink()
+
+
+def _chain(held: int | None, source: Path | None, version: int) -> tuple[int, list[Path]]:
+    """The version to start from, which is `held` or a whole one, and the deltas from there."""
     first = version
     deltas: list[Path] = []
     while first > 0 and first != held:
@@ -91,15 +141,7 @@ def _bring(local: Path, held: int | None, source: Path | None, base: Path, versi
             break
         deltas.append(folder)
         first -= 1
-    mark = local / STATE_FOLDER / _MARK
-    mark.touch()
-    if first != held:
-        _copy_whole(base if first == 0 else _published(source, first), local)
-        _note_version(local, first)
-    for number, folder in enumerate(reversed(deltas), first + 1):
-        apply_delta(folder, local, version=number, beside=local / STATE_FOLDER / _BESIDE)
-        _note_version(local, number)
-    mark.unlink()
+    return first, deltas[::-1]
 
 
 def _published(source: Path | None, version: int) -> Path:
@@ -124,9 +166,10 @@ def _require_ours(local: Path, source: Path | None, base: Path) -> None:
         raise InvalidRequest(
             f"{local} is inside source_dir, and is written over", field="local_checkpoint_dir"
         )
-    if local.resolve() == base.resolve():
+    if _holds_model(local.resolve(), base.resolve()):
         raise InvalidRequest(
-            f"{local} is the model this server was started with, which stays version 0",
+            f"{local} is, holds or lies inside the model this server was started with, which "
+            "stays version 0",
             field="local_checkpoint_dir",
         )
     if not local.is_dir():
@@ -139,20 +182,50 @@ def _require_ours(local: Path, source: Path | None, base: Path) -> None:
         )
 
 
+def _holds_model(local: Path, base: Path) -> bool:
+    """Whether what is written to `local` could be a file of the model at `base`, a folder or a
+    file: links of its files, as in a hub's cache, are followed. Both paths are resolved."""
+    if not base.exists():
+        return False
+    inside = base.is_dir()
+    folders = {base if inside else base.parent}
+    if inside:
+        folders |= {path.resolve().parent for path in base.iterdir() if path.is_file()}
+        if local.is_relative_to(base):
+            return True
+    return any(folder.is_relative_to(local) for folder in folders)
+
+
 @contextlib.contextmanager
-def _locked(local: Path) -> Iterator[None]:
+def _locked(local: Path, look: Look) -> Iterator[None]:
+    """One pull at a time into a folder, whichever thread or process it is of."""
     folder = local / STATE_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    if folder.is_symlink():
+        raise InvalidRequest(f"{folder} is a link", field="local_checkpoint_dir")
+    lock = touched(folder / "lock")
+    try:
+        while not _flocked(lock):
+            look()
+            time.sleep(_POLL_S)
         yield
+    finally:
+        os.close(lock)
+
+
+def _flocked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _held_version(local: Path) -> int | None:
     """The version `local` holds, or None. After a pull that died, some of its files may be
     those of the version after."""
     try:
-        state = msgspec.json.decode((local / STATE_FOLDER / "state.json").read_bytes(), type=_State)
+        state = msgspec.json.decode(read_small(local / STATE_FOLDER / "state.json"), type=_State)
         return int(state.version)
     except (FileNotFoundError, msgspec.MsgspecError, ValueError):
         return None
@@ -166,15 +239,13 @@ def _note_version(local: Path, version: int) -> None:
 def write_whole(path: Path, data: bytes) -> None:
     """Write a small file so that it is there whole or not at all."""
     beside = path.with_name(path.name + ".tmp")
-    with beside.open("wb") as file:
+    with writing(beside) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
     beside.replace(path)
 
 
-def _copy_whole(origin: Path, local: Path) -> None:
-    """Make `local` a copy of the checkpoint in `origin`: its files, and no other weights."""
+def _whole_files(origin: Path) -> list[Path]:
+    """The files of the checkpoint in `origin`. Raises ModelNotFound where there is none."""
     if not origin.is_dir():
         raise ModelNotFound(
             f"{origin} is no folder of safetensors files, so it cannot be version 0",
@@ -183,15 +254,19 @@ def _copy_whole(origin: Path, local: Path) -> None:
     files = [path for path in sorted(origin.iterdir()) if path.is_file()]
     if not any(path.name.endswith(".safetensors") for path in files):
         raise ModelNotFound(f"{origin} has no safetensors files", field="source_dir")
+    return files
+
+
+def _copy_whole(origin: Path, local: Path, look: Look) -> None:
+    """Make `local` a copy of the checkpoint in `origin`: its files, and no other weights."""
+    files = _whole_files(origin)
     # Whatever dies from here on, no version is held.
     (local / STATE_FOLDER / "state.json").unlink(missing_ok=True)
     for path in files:
-        copy = local / STATE_FOLDER / _BESIDE
-        shutil.copyfile(path, copy)
-        if copy.stat().st_size != path.stat().st_size:
-            raise CheckpointError(f"{path} changed while it was copied", field=path.name)
-        _sync(copy)
-        copy.replace(local / path.name)
+        beside = local / STATE_FOLDER / _BESIDE
+        with writing(beside) as file:
+            copy(path, file, look)
+        beside.replace(local / path.name)
     names = {path.name for path in files}
     for path in local.iterdir():
         if path.name not in names and path.name.endswith(_PRUNED):

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import importlib
 import io
-import os
-import shutil
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ import msgspec
 import numpy as np
 
 from engine.errors import CheckpointError, ModelNotFound, UnsupportedOption
+from rollout.http.regular_file import Look, copy, read_small, reading, writing
 from rollout.http.safetensors_file import Placed, read_header
 
 INDEX = "model.safetensors.index.json"
@@ -59,10 +58,12 @@ class Delta:
 
 @dataclass(frozen=True)
 class _Change:
-    """One tensor: its compressed bytes, the checksum of the new ones, and where it lies."""
+    """One tensor: where its compressed bytes are, the checksum of the new ones, and where it
+    lies."""
 
     name: str
-    data: bytes
+    file: Path
+    packed: Placed
     checksum: str
     at: Placed
 
@@ -72,7 +73,7 @@ def read_delta(folder: Path) -> Delta | None:
     UnsupportedOption for an encoding or a compression that is not known."""
     path = folder / INDEX
     try:
-        index = msgspec.json.decode(path.read_bytes(), type=_Index)
+        index = msgspec.json.decode(read_small(path), type=_Index)
     except FileNotFoundError:
         return None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -99,11 +100,11 @@ def read_delta(folder: Path) -> Delta | None:
     )
 
 
-def apply_delta(folder: Path, local: Path, *, version: int, beside: Path) -> None:
+def apply_delta(folder: Path, local: Path, *, version: int, beside: Path, look: Look) -> None:
     """Bring the checkpoint `local` from `version` - 1 to `version`, whose delta is in `folder`.
 
     Every file that changes is written anew at `beside`, of the same file system, and renamed
-    over the old one. Raises CheckpointError
+    over the old one. look: called between tensors and blocks. Raises CheckpointError
     naming the tensor or file, ModelNotFound for a file that is not there, UnsupportedOption
     when zstandard or the package of the checksum is not installed.
     """
@@ -119,7 +120,7 @@ def apply_delta(folder: Path, local: Path, *, version: int, beside: Path) -> Non
     decompressor = _decompressor()
     changes = _read_changes(folder, delta, _locations(local))
     for path, changed in changes.items():
-        _rewrite(path, beside, changed, delta.encoding, hasher, decompressor)
+        _rewrite(path, beside, changed, delta.encoding, hasher, decompressor, look)
 
 
 def _locations(local: Path) -> dict[str, tuple[Path, Placed]]:
@@ -141,16 +142,13 @@ def _read_changes(
         if not path.is_file():
             raise ModelNotFound(f"{path} is named in the index and is not there", field=file)
         header = read_header(path)
-        with path.open("rb") as opened:
-            for name, placed in header.tensors.items():
-                checksum = header.metadata.get(name)
-                if name not in locations or checksum is None:
-                    what = "no checksum" if name in locations else "no tensor to change"
-                    raise CheckpointError(f"{path}: {name} has {what}", field=name)
-                opened.seek(placed.start)
-                where, at = locations[name]
-                change = _Change(name, opened.read(placed.size), checksum, at)
-                found.setdefault(where, []).append(change)
+        for name, placed in header.tensors.items():
+            checksum = header.metadata.get(name)
+            if name not in locations or checksum is None:
+                what = "no checksum" if name in locations else "no tensor to change"
+                raise CheckpointError(f"{path}: {name} has {what}", field=name)
+            where, at = locations[name]
+            found.setdefault(where, []).append(_Change(name, path, placed, checksum, at))
     return found
 
 
@@ -161,10 +159,12 @@ def _rewrite(
     encoding: str,
     hasher: Any,
     decompressor: Any,
+    look: Look,
 ) -> None:
-    shutil.copyfile(path, beside)
-    with beside.open("r+b") as file:
+    with writing(beside) as file:
+        copy(path, file, look)
         for change in changes:
+            look()
             file.seek(change.at.start)
             old = np.frombuffer(file.read(change.at.size), np.uint8)
             if _digest(hasher, old) == change.checksum:
@@ -179,8 +179,6 @@ def _rewrite(
                 )
             file.seek(change.at.start)
             file.write(new.tobytes())
-        file.flush()
-        os.fsync(file.fileno())
     beside.replace(path)
 
 
@@ -209,8 +207,9 @@ def _changed(old: Bytes, change: _Change, encoding: str, decompressor: Any) -> B
 
 def _decompressed(change: _Change, limit: int, decompressor: Any) -> Bytes:
     """At most `limit` bytes; more, or bytes that are no zstd, raise CheckpointError."""
+    packed = _packed(change, limit)
     try:
-        reader = decompressor.stream_reader(io.BytesIO(change.data))
+        reader = decompressor.stream_reader(io.BytesIO(packed))
         blocks: list[bytes] = []
         size = 0
         while size <= limit and (block := reader.read(_BLOCK)):
@@ -225,6 +224,17 @@ def _decompressed(change: _Change, limit: int, decompressor: Any) -> Bytes:
             f"the delta of {change.name} has more than {limit} bytes", field=change.name
         )
     return np.frombuffer(b"".join(blocks), np.uint8)
+
+
+def _packed(change: _Change, limit: int) -> bytes:
+    """The compressed bytes. What cannot be compressed grows by less than a hundredth."""
+    if change.packed.size > limit + limit // 64 + 1024:
+        raise CheckpointError(
+            f"the delta of {change.name} has more than {limit} bytes", field=change.name
+        )
+    with reading(change.file) as file:
+        file.seek(change.packed.start)
+        return file.read(change.packed.size)
 
 
 class _Adler32:

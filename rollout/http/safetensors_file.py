@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from engine.errors import CheckpointError
+from rollout.http.regular_file import reading
 
 _LENGTH_BYTES = 8
 _MAX_HEADER = 1 << 28
@@ -37,9 +39,9 @@ class Header:
 
 def read_header(path: Path) -> Header:
     """Raises CheckpointError for a file that is no safetensors file, or is cut off."""
-    size = path.stat().st_size
     try:
-        with path.open("rb") as file:
+        with reading(path) as file:
+            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
             if length > min(size, _MAX_HEADER):
                 raise CheckpointError(f"{path} has {size} bytes and is cut off", field=path.name)

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import hashlib
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +14,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from msgspec import Meta
 
-from engine.errors import InvalidRequest, UnsupportedOption
+from engine.errors import InvalidRequest, QueueFull, UnsupportedOption, UpdateTimeout
 from engine.protocol import (
     Abort,
     CheckAction,
@@ -26,6 +27,7 @@ from engine.protocol import (
     Reply,
     WeightsReport,
 )
+from engine.protocol.deadlines import capped
 from engine.protocol.types import (
     GroupSize,
     Label,
@@ -40,6 +42,7 @@ from engine.protocol.types import (
 from engine.protocol.types import Path as FolderPath
 from rollout.http import callers
 from rollout.http.access import caller
+from rollout.http.daemon_thread import in_daemon_thread
 from rollout.http.dialects.bodies import pieces, read_body, read_body_or_query
 from rollout.http.dialects.fields import PulledVersion, folder
 from rollout.http.dialects.sglang_replies import admin
@@ -50,6 +53,9 @@ from rollout.http.pull import pull, require_pulled
 from rollout.http.services import Services
 
 _FLAT = "flattened_bucket"
+_MOST_PULLS = 32
+_GRACE_S = 5.0
+"""By which a pull ends by itself after its deadline, if the file system answers."""
 
 
 class _InitGroup(msgspec.Struct):
@@ -97,9 +103,12 @@ class _Disk(_Update, kw_only=True):
 
 
 class _Pull(msgspec.Struct):
+    """timeout_s is no field of SGLang's."""
+
     target_version: PulledVersion
     local_checkpoint_dir: FolderPath
     source_dir: FolderPath = ""
+    timeout_s: Seconds = 3600.0
 
 
 class _NewVersion(msgspec.Struct):
@@ -126,7 +135,7 @@ class _Weights:
         self._check_folder = services.access.check_folder
         self._base = services.config.engine.model
         self._operations = Operations()
-        self._pulling = asyncio.Lock()
+        self._num_pulls = 0
 
     async def init_group(self, request: Request) -> dict[str, Any]:
         body = await read_body(request, _InitGroup)
@@ -203,13 +212,32 @@ class _Weights:
         source = Path(folder(body.source_dir, "source_dir")) if body.source_dir else None
         for path in (local, source) if source is not None else (local,):
             self._check_folder(str(path))
-        await self._operations.run(self._pull(local, source, body.target_version))
+        await self._operations.run(self._pull(local, source, body))
         return {"message": f"{local} holds version {body.target_version}"}
 
-    async def _pull(self, local: Path, source: Path | None, version: int) -> None:
-        async with self._pulling:
-            base = Path(self._base)
-            await asyncio.to_thread(pull, local, source=source, base=base, version=version)
+    async def _pull(self, local: Path, source: Path | None, body: _Pull) -> None:
+        limit_s = capped(body.timeout_s)
+        run = partial(
+            pull,
+            local,
+            source=source,
+            base=Path(self._base),
+            version=body.target_version,
+            timeout_s=limit_s,
+        )
+        if self._num_pulls >= _MOST_PULLS:
+            raise QueueFull(
+                f"{self._num_pulls} pulls are in progress; try again later", field="pull_weights"
+            )
+        self._num_pulls += 1
+        try:
+            await in_daemon_thread(run, timeout_s=limit_s + _GRACE_S)
+        except TimeoutError as error:
+            raise UpdateTimeout(
+                f"the file system of {local} does not answer", field="local_checkpoint_dir"
+            ) from error
+        finally:
+            self._num_pulls -= 1
 
     async def new_version(self, request: Request) -> dict[str, Any]:
         body = await read_body(request, _NewVersion)

@@ -1,11 +1,16 @@
 """Folders that a server fills from what a trainer published: whole versions and deltas."""
 
+import asyncio
+import fcntl
 import io
 import json
+import os
 import shutil
 import sys
+import threading
 import types
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +24,11 @@ from engine.errors import (
     ModelNotFound,
     SlipstreamError,
     UnsupportedOption,
+    UpdateTimeout,
 )
 from rollout.http import pull_delta
 from rollout.http.pull import pull, require_pulled
-from tests.helpers.http_app import run, serving
+from tests.helpers.http_app import run, serving, until
 
 Tensors = dict[str, np.ndarray]
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -292,7 +298,7 @@ def test_version_0_of_a_model_that_is_no_folder(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match="cannot be version 0"):
         pull(tmp_path / "local", source=None, base=tmp_path / "model.gguf", version=0)
     with pytest.raises(InvalidRequest, match="source_dir"):
-        pull(tmp_path / "local", source=None, base=tmp_path, version=1)
+        pull(tmp_path / "local", source=None, base=tmp_path / "model.gguf", version=1)
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff" * 8, b"\x02" + bytes(7) + b"[]", bytes(8)])
@@ -300,6 +306,127 @@ def test_a_file_that_is_no_safetensors_file(tmp_path: Path, data: bytes) -> None
     (tmp_path / "model.safetensors").write_bytes(data)
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         pull_delta.read_header(tmp_path / "model.safetensors")
+
+
+def test_a_source_that_is_not_there_leaves_no_folder(tmp_path: Path) -> None:
+    found = Run(tmp_path)
+    (found.source / "weight_v000005").mkdir()
+    local = tmp_path / "new" / "local"
+    for version in (5, 6):
+        with pytest.raises(ModelNotFound):
+            pull(local, source=found.source, base=found.base, version=version)
+    with pytest.raises(ModelNotFound):
+        pull(local, source=found.source, base=tmp_path / "nowhere", version=0)
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_served_model_is_written_by_no_way(tmp_path: Path) -> None:
+    base = write_whole(tmp_path / "models" / "m", weights(0))
+    write_whole(tmp_path / "models", weights(1))
+    blobs = write_whole(tmp_path / "blobs", weights(2))
+    (base / "linked.safetensors").symlink_to(blobs / SHARDS[0])
+    (tmp_path / "link").symlink_to(base)
+    source = tmp_path / "source"
+    write_whole(source / "weight_v000001", weights(3))
+    for local in (base, base / "inside", tmp_path / "models", tmp_path / "link", blobs):
+        with pytest.raises(InvalidRequest, match="started with") as refused:
+            pull(local, source=source, base=base, version=1)
+        assert refused.value.field == "local_checkpoint_dir"
+    file = base / "config.json"
+    with pytest.raises(InvalidRequest, match="started with"):
+        pull(base, source=source, base=file, version=1)
+    assert not (base / ".weight_sync").exists()
+
+
+def pipe(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(path)
+
+
+def endless(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to("/dev/zero")
+
+
+INDEX = pull_delta.INDEX
+PACKED = "model-00000-of-00001.safetensors"
+TRAPS = [f"source/weight_v000001/{INDEX}", f"source/weight_v000001/{PACKED}"]
+TRAPS += ["local/.weight_sync/lock", "local/.weight_sync/state.json", f"local/{SHARDS[1]}"]
+TRAPS += ["local/.weight_sync/unfinished"]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("trap", [pipe, endless])
+@pytest.mark.parametrize("at", TRAPS)
+def test_what_is_no_regular_file_is_refused_or_replaced_at_once(
+    tmp_path: Path, at: str, trap: Callable[[Path], None]
+) -> None:
+    found = Run(tmp_path)
+    found.pull(0)
+    trap(tmp_path / at)
+    try:
+        found.pull(1)
+    except SlipstreamError as error:
+        assert Path(at).name in f"{error} {error.field}"
+    else:
+        assert_whole(found.local)
+
+
+def assert_whole(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        assert path.is_dir() or (path.is_file() and not path.is_symlink()), path
+
+
+def test_written_files_follow_no_link(tmp_path: Path) -> None:
+    found = Run(tmp_path)
+    found.pull(0)
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    for name in ("beside", "state.json.tmp"):
+        (found.local / ".weight_sync" / name).symlink_to(victim)
+    found.pull(1)
+    assert victim.read_text() == "precious"
+    found.check(1)
+
+
+def test_a_pull_waits_for_another_one_into_its_folder_alone(tmp_path: Path) -> None:
+    found = Run(tmp_path)
+    found.pull(0)
+    with (found.local / ".weight_sync" / "lock").open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UpdateTimeout, match="did not end"):
+            pull(found.local, source=found.source, base=found.base, version=1, timeout_s=0.05)
+        pull(tmp_path / "other", source=found.source, base=found.base, version=1)
+    found.pull(1)
+    found.check(1)
+
+
+def test_a_pull_that_hangs_holds_neither_others_nor_the_process(tmp_path: Path) -> None:
+    found = Run(tmp_path)
+    write_whole(found.source / "weight_v000007", weights(7))
+    found.pull(0)
+    body = {"local_checkpoint_dir": str(found.local), "source_dir": str(found.source)}
+    other = {**body, "local_checkpoint_dir": str(tmp_path / "other")}
+
+    async def test() -> None:
+        async with serving() as server:
+            first = asyncio.ensure_future(
+                server.post("/pull_weights", {**body, "target_version": 7})
+            )
+            await until(lambda: any(thread.name == "files" for thread in threading.enumerate()))
+            reply = await server.post("/pull_weights", {**other, "target_version": 7})
+            assert reply.json()["success"], reply.text
+            assert not first.done()
+            hanging = [t for t in threading.enumerate() if t.name == "files"]
+            assert hanging and all(thread.daemon for thread in hanging)
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            assert (await first).json()["success"]
+
+    with (found.local / ".weight_sync" / "lock").open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run(test)
 
 
 def test_the_route_fills_the_folder_and_loads_nothing(tmp_path: Path) -> None:
