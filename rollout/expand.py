@@ -15,8 +15,9 @@ from rollout.seeds import derive_seed
 from rollout.text.detokenizer import stop_strings
 from rollout.text.tokenizer import Tokenizer
 
-MAX_TOP_ENTRIES = 1 << 27
-"""Most entries of likeliest tokens of one request: 1 GiB of ids and logprobs."""
+MAX_TOP_ENTRIES = 1 << 22
+"""Most entries of likeliest tokens of one call, held until its reply is written: an entry takes
+some 200 bytes on the way, so 1 GiB."""
 
 
 def expand(
@@ -60,7 +61,7 @@ def expand(
         entropy=wire.return_entropy,
     )
     _check(wire, first, state)
-    _check_scores(first, sampling.n, state)
+    check_top_entries(num_top_entries(first, sampling.n, state))
     others = (
         msgspec.structs.replace(first, rid=f"{group}-{i}", seed=derive_seed(base, i))
         for i in range(1, sampling.n)
@@ -81,13 +82,12 @@ def _check_count(count: int, state: ReplicaState) -> None:
 
 
 def check_total(count: int, state: ReplicaState, *, field: str) -> None:
-    """Refuse a call whose `count` sequences could not even wait together, however long its
-    caller tries. Raises InvalidRequest naming `field`."""
-    most = state.max_running + state.max_waiting
-    if count > most:
+    """Refuse a call whose `count` sequences could not even wait together, as they all do before
+    the first step, however long its caller tries. Raises InvalidRequest naming `field`."""
+    if count > state.max_waiting:
         raise InvalidRequest(
-            f"{field} asks for {count} sequences at once; this engine runs {state.max_running} "
-            f"and lets {state.max_waiting} wait, so send at most {most}",
+            f"{field} asks for {count} sequences at once; this engine lets {state.max_waiting} "
+            "wait, so send at most as many",
             field=field,
         )
 
@@ -113,18 +113,23 @@ def _check(wire: GenerateRequest, request: Request, state: ReplicaState) -> None
         raise type(error)(message, field=name) from error
 
 
-def _check_scores(request: Request, count: int, state: ReplicaState) -> None:
-    """Refuse likeliest tokens by the hundred million, which are held until the call ends."""
+def num_top_entries(request: Request, count: int, state: ReplicaState) -> int:
+    """Entries of likeliest tokens that `count` samples of `request` may have."""
     num_output = min(
         request.sampling.max_new_tokens, state.context_length - len(request.prompt_ids)
     )
     start = request.prompt_logprob_start
     num_rows = num_output + (len(request.prompt_ids) - start if start >= 0 else 0)
-    entries = request.top_logprobs * num_rows * count
+    return request.top_logprobs * num_rows * count
+
+
+def check_top_entries(entries: int) -> None:
+    """Refuse likeliest tokens by the million, which are held until the call ends."""
     if entries > MAX_TOP_ENTRIES:
         raise InvalidRequest(
-            f"top_logprobs_num asks for {request.top_logprobs} tokens at up to {num_rows * count} "
-            f"positions; at most {MAX_TOP_ENTRIES} entries fit, so ask for fewer of either",
+            f"top_logprobs_num times the positions of all samples is up to {entries}; at most "
+            f"{MAX_TOP_ENTRIES} entries fit into one call, so ask for fewer of either, or send "
+            "several calls",
             field="top_logprobs_num",
         )
 

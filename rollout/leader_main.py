@@ -39,7 +39,7 @@ _IDLE_S = 1.0
 _BESIDE_S = 0.001
 """Between looks at commands that run beside steps, while there is no step."""
 _SEND_S = 30.0
-_MAX_MESSAGES = 4096
+_MAX_MESSAGES = 1024
 """After which a step has its turn, whatever still waits."""
 
 

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-from engine.errors import CommandTimeout, EngineDead, NoVersion, by_name
+from engine.errors import CommandTimeout, EngineDead, NoVersion, QueueFull, by_name
 from engine.protocol import (
     Abort,
     Call,
@@ -32,6 +32,10 @@ logger = logging.getLogger(__name__)
 
 _TICK_S = 1.0
 _BEAT_S = 5.0
+_PART = 512
+"""Most sequences that the engine gets at a time."""
+_PART_S = 1.0
+"""For how long a part waits for the engine to have taken in the one before."""
 _START_ID = 0
 """Of the reply by which a leader says that it is ready."""
 
@@ -59,6 +63,7 @@ class AsyncEngine:
         self._pending = PendingCommands()
         self._last_id = _START_ID
         self._held: list[list[Request]] | None = None
+        self._unsent: list[list[Request]] = []
         self._dead: EngineDead | None = None
         self._leaving: EngineDead | None = None
         self._starting = False
@@ -230,6 +235,44 @@ class AsyncEngine:
                 self._mailboxes.cancel(box)
         return box
 
+    def check_room(self, count: int) -> None:
+        """Raise QueueFull if `count` more sequences cannot wait now: before they are made."""
+        facts = self.facts
+        num_waiting = max(0, self.num_open - facts.max_running)
+        if num_waiting + count > facts.max_waiting:
+            raise QueueFull(
+                f"{num_waiting} sequences wait, at most {facts.max_waiting} may, and {count} "
+                "would join them; try again later",
+                field="queue",
+            )
+
+    async def submit_all(self, requests: Sequence[Request]) -> Mailbox:
+        """`submit` of sequences that may be many: the engine gets them in parts, each after it
+        has answered since the one before, so that others are served in between."""
+        if len(requests) <= _PART or self._held is not None:
+            return self.submit(requests)
+        self.check_open()
+        if not self.num_open:
+            self._progress_at = time.monotonic()
+        unsent = list(requests)
+        box = self._mailboxes.open([request.rid for request in requests])
+        self._unsent.append(unsent)
+        try:
+            while unsent:
+                self.check_open()
+                box.check()
+                self._post(unsent[:_PART])
+                del unsent[:_PART]
+                if unsent:
+                    await asyncio.wait(self.post([GetState()]), timeout=_PART_S)
+        except BaseException:
+            self._mailboxes.forget(box, [request.rid for request in unsent])
+            self.discard(box)
+            raise
+        finally:
+            self._unsent = [other for other in self._unsent if other is not unsent]
+        return box
+
     def discard(self, mailbox: Mailbox) -> None:
         """Abort what is open of a mailbox that nobody reads any more."""
         rids = set(mailbox.open)
@@ -280,7 +323,7 @@ class AsyncEngine:
             if self._admit is not None:
                 self._admit(command)
         for command in commands:
-            if isinstance(command, Abort) and self._held is not None:
+            if isinstance(command, Abort):
                 self._post_held(command)
         calls = [Call(id=self._last_id + i, command=c) for i, c in enumerate(commands, 1)]
         self._post(calls)
@@ -318,13 +361,12 @@ class AsyncEngine:
         return reply_deadline_s(command, reply_s=self._reply_s, slow_s=self._slow_s)
 
     def _post_held(self, abort: Abort) -> None:
-        """Send the engine those held requests that it is about to be told to abort."""
+        """Send the engine those requests that are still here and that it is about to be told to
+        abort."""
         named: list[Request] = []
-        kept: list[list[Request]] = []
-        for requests in self._held or []:
+        for requests in (*(self._held or []), *self._unsent):
             named += [request for request in requests if _names(abort, request)]
-            kept.append([request for request in requests if not _names(abort, request)])
-        self._held = kept
+            requests[:] = [request for request in requests if not _names(abort, request)]
         if named:
             self._post(named)
 

@@ -11,7 +11,7 @@ import msgspec
 
 from engine.errors import EngineDead, InvalidRequest, SlipstreamError, by_name
 from engine.protocol import GenerateRequest, Request, Stop
-from rollout.expand import check_total, expand
+from rollout.expand import check_top_entries, check_total, expand, num_top_entries
 from rollout.http.engine_client import AsyncEngine
 from rollout.http.requests import GenerateCall, in_item
 from rollout.http.sample import Delta, Sample
@@ -56,10 +56,11 @@ class Generator:
         self.seed = seed
         self._numbers = count()
         self.workers = TextWorkers()
+        self._num_expanding = 0
 
     async def samples(self, call: GenerateCall) -> list[Sample]:
         """The sequences of a call, prompt-major. Raises InvalidRequest, naming the item of a
-        batch, EngineDead, NoVersion; nothing is submitted yet."""
+        batch, EngineDead, NoVersion, QueueFull; nothing is submitted yet."""
         # Before a stream has sent its status.
         self.engine.check_open()
         count = sum(max(item.sampling_params.n, 0) for item in call.items)
@@ -68,12 +69,18 @@ class Generator:
         facts = self.engine.facts
         if len(call.items) > 1:
             check_total(count, facts, field="n" if many else name)
+        if count <= facts.max_waiting:
+            self.engine.check_room(count + self._num_expanding)
         num_chars = sum(len(item.text or "") for item in call.items)
         num_ids = sum(len(item.input_ids or ()) for item in call.items)
         small = count <= _INLINE_SEQUENCES and num_ids <= _INLINE_IDS
         if small and num_chars <= _INLINE_CHARS:
             return self._expand(call)
-        return await self.workers.run(self._expand, call)
+        self._num_expanding += count
+        try:
+            return await self.workers.run(self._expand, call)
+        finally:
+            self._num_expanding -= count
 
     async def parsed(
         self,
@@ -116,7 +123,7 @@ class Generator:
         before any sample has a token.
         """
         open_samples = {sample.request.rid: sample for sample in samples}
-        mailbox = self.engine.submit([sample.request for sample in samples])
+        mailbox = await self.engine.submit_all([sample.request for sample in samples])
         try:
             while open_samples:
                 for output in coalesced(await mailbox.take()):
@@ -147,7 +154,7 @@ class Generator:
 
     def _expand(self, call: GenerateCall) -> list[Sample]:
         samples: list[Sample] = []
-        num_tokens = 0
+        num_tokens = num_entries = 0
         many = call.batch or call.items[0].sampling_params.n > 1
         for number, item in enumerate(call.items):
             try:
@@ -158,6 +165,8 @@ class Generator:
                 raise in_item(error, number) from error
             num_tokens += len(requests) * len(requests[0].prompt_ids)
             _check_tokens(num_tokens, "n" if len(requests) > 1 else "input_ids")
+            num_entries += num_top_entries(requests[0], len(requests), self.engine.facts)
+            check_top_entries(num_entries)
             for request in requests:
                 index = len(samples) if many else None
                 samples.append(

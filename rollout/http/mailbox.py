@@ -34,12 +34,16 @@ class Mailbox:
         self._error = error
         self._wake()
 
+    def check(self) -> None:
+        """Raise EngineDead once the engine is gone."""
+        if self._error is not None:
+            raise EngineDead(self._error.message, field=self._error.field)
+
     async def take(self) -> list[RequestOutput]:
         """All outputs that came since the last call; waits for the first. Raises EngineDead
         once the engine is gone and everything it sent is taken."""
         while not self._outputs:
-            if self._error is not None:
-                raise EngineDead(self._error.message, field=self._error.field)
+            self.check()
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         outputs, self._outputs = self._outputs, []
@@ -77,6 +81,12 @@ class Mailboxes:
         """Forget a mailbox none of whose requests reached the engine."""
         for rid in box.open:
             self._boxes.pop(rid, None)
+
+    def forget(self, box: Mailbox, rids: Iterable[str]) -> None:
+        """Forget those requests of a mailbox that did not reach the engine."""
+        for rid in rids:
+            self._boxes.pop(rid, None)
+            box.open.discard(rid)
 
     def drop(self, rids: Iterable[str]) -> None:
         """Nobody reads what still comes for these ids, whose requests the engine has. The ids

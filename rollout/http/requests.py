@@ -70,7 +70,7 @@ def prompt_room(state: ReplicaState, tokenizer: Tokenizer | None) -> PromptRoom:
     return PromptRoom(
         text_bytes=state.context_length * longest,
         num_ids=state.context_length,
-        num_items=state.max_running + state.max_waiting,
+        num_items=state.max_waiting,
     )
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from engine.config import EngineConfig
 from tests.helpers.fake_executor import expected_tokens
-from tests.helpers.http_app import Server, run, serving
+from tests.helpers.http_app import Server, run, serving, until
 from tests.helpers.replicas import fake_config
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
@@ -42,11 +42,11 @@ async def refused(server: Server, path: str, body: Any, field: str, status: int 
         ("/generate", {"text": "a", "sampling_params": {"n": 2**31}}, "sampling_params.n"),
         ("/v1/completions", {"prompt": "a", "n": 17}, "n"),
         (CHAT_PATH, {**CHAT, "n": 300_000}, "n"),
-        # Sixteen of each run or wait; the call as a whole cannot.
+        # Sixteen of each could wait; the call as a whole cannot.
         ("/generate", {"input_ids": [[1]] * 5, "sampling_params": {"n": 16}}, "n"),
-        ("/generate", {"input_ids": [[1]] * 73}, "input_ids"),
-        ("/generate", {"text": ["a"] * 73}, "text"),
-        ("/v1/completions", {"prompt": ["a"] * 73}, "prompt"),
+        ("/generate", {"input_ids": [[1]] * 41}, "input_ids"),
+        ("/generate", {"text": ["a"] * 41}, "text"),
+        ("/v1/completions", {"prompt": ["a"] * 41}, "prompt"),
     ],
 )
 def test_samples_that_can_never_be_admitted_are_400(path: str, body: Any, field: str) -> None:
@@ -57,12 +57,100 @@ def test_samples_that_can_never_be_admitted_are_400(path: str, body: Any, field:
     run(test)
 
 
-def test_as_many_as_may_wait_and_run_are_served() -> None:
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
+def test_as_many_as_may_wait_are_served(path: str) -> None:
     async def test() -> None:
-        async with serving(engine=small_engine(max_samples=16, max_running=32)) as server:
-            body = {"text": "ab", "sampling_params": {"n": 16, "max_new_tokens": 2}}
-            found = (await server.post("/generate", body)).json()
-            assert len(found) == 16
+        async with serving(engine=small_engine(max_samples=16, max_running=4)) as server:
+            body = {"text": ["ab"] * 20, "sampling_params": {"n": 2, "max_new_tokens": 2}}
+            if path == "/v1/completions":
+                body = {"prompt": ["ab"] * 20, "n": 2, "max_tokens": 2}
+            found = (await server.post(path, body)).json()
+            assert len(found if path == "/generate" else found["choices"]) == 40
+
+    run(test)
+
+
+def test_what_cannot_wait_now_is_refused_before_it_is_expanded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def test() -> None:
+        async with serving(engine=small_engine(max_running=4)) as server:
+            await server.post("/pause_generation", {"mode": "in_place"})
+            body = {"input_ids": [[1]] * 40, "sampling_params": {"max_new_tokens": 2}}
+            first = asyncio.ensure_future(server.post("/generate", body))
+            await until(lambda: server.engine.num_open == 40)
+            monkeypatch.setattr("rollout.http.generation.expand", None)
+            reply = await server.post("/generate", {"input_ids": [[1]] * 5})
+            assert (reply.status_code, reply.json()["error"]["type"]) == (503, "QueueFull")
+            monkeypatch.undo()
+            assert len(server.link.requests) == 40
+            await server.post("/continue_generation")
+            assert len((await first).json()) == 40
+
+    run(test)
+
+
+def many(count: int) -> dict[str, Any]:
+    return {"input_ids": [[1, 2]] * count, "sampling_params": {"max_new_tokens": 2}}
+
+
+def test_others_are_served_while_a_large_call_is_taken_in() -> None:
+    async def test() -> None:
+        async with serving(engine=fake_config(max_waiting=4000, num_pages=4096)) as server:
+            large = asyncio.ensure_future(server.post("/generate", many(4000)))
+            await until(lambda: server.link.requests != [])
+            assert len(server.link.requests) < 1000
+            small = await server.post("/generate", {**many(1), "rid": ["small"]})
+            assert small.json()[0]["output_ids"] == expected_tokens([1, 2], 2)
+            order = [request.rid for request in server.link.requests]
+            assert order.index("small") < 3000
+            assert len((await large).json()) == 4000
+            assert server.engine.num_open == 0
+
+    run(test)
+
+
+@pytest.mark.parametrize("how", ["leaves", "aborted", "dead"])
+def test_a_large_call_that_ends_while_it_is_taken_in_leaves_nothing(how: str) -> None:
+    async def test() -> None:
+        async with serving(engine=fake_config(max_waiting=4000, num_pages=4096)) as server:
+            large = asyncio.ensure_future(server.post("/generate", many(4000)))
+            await until(lambda: server.link.requests != [])
+            if how == "leaves":
+                large.cancel()
+                await asyncio.gather(large, return_exceptions=True)
+                await until(lambda: server.engine.num_open == 0)
+                assert len(server.link.requests) < 4000
+            elif how == "aborted":
+                await server.post("/abort_request", {"abort_all": True})
+                found = [e["meta_info"]["finish_reason"]["type"] for e in (await large).json()]
+                assert found.count("abort") > 2000
+            else:
+                server.link.die()
+                assert (await large).status_code == 503
+                return
+            await until(lambda: server.engine.num_open == 0)
+            assert (await server.post("/generate", many(1))).status_code == 200
+
+    run(test)
+
+
+@pytest.mark.parametrize("items", [1, 2, 64])
+def test_likeliest_tokens_are_bounded_over_a_whole_call(
+    items: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rollout.expand.MAX_TOP_ENTRIES", 64 * 2)
+
+    async def test() -> None:
+        async with serving() as server:
+            body = {**many(items), "return_logprob": True, "top_logprobs_num": 64 // items}
+            assert (await server.post("/generate", body)).status_code == 200
+            server.link.requests.clear()
+            body["top_logprobs_num"] += 1
+            field = "top_logprobs_num"
+            error = (await server.post("/generate", body)).json()["error"]
+            assert (error["code"], error["field"].rpartition(".")[2]) == (400, field)
+            assert server.link.requests == []
 
     run(test)
 

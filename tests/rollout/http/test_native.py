@@ -265,11 +265,15 @@ def test_a_full_queue_is_503() -> None:
     async def test() -> None:
         async with serving(engine=fake_config(max_waiting=2)) as server:
             await server.post("/pause_generation", {"mode": "in_place"})
-            body = {"input_ids": [[5]] * 3, "sampling_params": FOUR}
+            body = {"input_ids": [[5]] * 2, "sampling_params": FOUR}
+            first = asyncio.ensure_future(server.post("/generate", body))
+            await until(lambda: server.engine.num_open == 2)
             reply = await server.post("/generate", body)
             assert reply.status_code == 503
             assert reply.json()["error"]["type"] == "QueueFull"
-            await until(lambda: server.engine.num_open == 0)
+            await until(lambda: server.engine.num_open == 2)
+            await server.post("/continue_generation")
+            assert len((await first).json()) == 2
 
     run(test)
 
