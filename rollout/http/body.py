@@ -16,6 +16,7 @@ _BYTES_PER_S = 1 << 20
 """Slowest that a large body may come, beside the time every body has."""
 
 _MAX_DIGITS = 18
+_SMALL_BYTES = 1 << 20
 
 
 class BodyTimeout(SlipstreamError):
@@ -24,17 +25,62 @@ class BodyTimeout(SlipstreamError):
     status = 408
 
 
+class BodiesFull(SlipstreamError):
+    """The server holds as many bytes of bodies as it may."""
+
+    status = 503
+
+
+class BodyBudget:
+    """How many bytes of bodies a server holds at a time: of those that are on their way, and of
+    large ones until their replies. A quarter is for small bodies alone, so that a few large ones
+    that do not end keep no request out.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held = 0
+
+    def check(self, count: int, *, small: bool) -> None:
+        """Raise BodiesFull unless `count` more bytes fit."""
+        limit = self._limit if small else self._limit - self._limit // 4
+        if self._held + count > limit:
+            raise BodiesFull(
+                f"{self._held} bytes of bodies are held and {count} more would not fit into "
+                f"{limit}; try again later, or start the server with a larger "
+                "--max-held-body-mib",
+                field="body",
+            )
+
+    def take(self, count: int) -> None:
+        """Hold `count` more bytes."""
+        self._held += count
+
+    def give_back(self, count: int) -> None:
+        """Hold `count` fewer."""
+        self._held -= count
+
+
 class BodyReader:
-    """The `receive` of one request. It raises BodyTooLarge or BodyTimeout into the handler that
-    reads the body; once that is complete, it waits for the client to leave, without a limit.
+    """The `receive` of one request. It raises BodyTooLarge, BodyTimeout or BodiesFull into the
+    handler that reads the body; once that is complete, it waits for the client to leave, without
+    a limit.
 
     failed: the body was given up; what still comes of it must not be taken for a request.
     """
 
     def __init__(
-        self, receive: Receive, config: ServeConfig, headers: Headers, *, control: bool
+        self,
+        receive: Receive,
+        config: ServeConfig,
+        headers: Headers,
+        budget: BodyBudget,
+        *,
+        control: bool,
     ) -> None:
         self._receive = receive
+        self._budget = budget
+        self._held = 0
         self._option = "--max-control-body-mib" if control else "--max-body-mib"
         self._limit = config.max_control_body_bytes if control else config.max_body_bytes
         self._announced = _announced(headers.get("content-length"))
@@ -45,10 +91,17 @@ class BodyReader:
         self.failed = False
 
     def check_length(self) -> None:
-        """Raise BodyTooLarge by the announced length."""
+        """Raise BodyTooLarge, or BodiesFull, by the announced length."""
+        self.failed = True
         if self._announced > self._limit:
-            self.failed = True
             raise self._too_large(self._announced)
+        self._budget.check(self._announced, small=self._announced <= _SMALL_BYTES)
+        self.failed = False
+
+    def release(self) -> None:
+        """The request has ended, or its body is small and complete: it counts no longer."""
+        self._budget.give_back(self._held)
+        self._held = 0
 
     async def __call__(self) -> Message:
         """The next message of the ASGI protocol."""
@@ -65,12 +118,22 @@ class BodyReader:
                 "the server with a larger --receive-timeout-s",
                 field="body",
             ) from error
-        self._num_bytes += len(message.get("body", b""))
         self._complete = not message.get("more_body", False)
-        if self._num_bytes > self._limit:
-            self.failed = True
-            raise self._too_large(self._num_bytes)
+        self._count(len(message.get("body", b"")))
         return message
+
+    def _count(self, count: int) -> None:
+        self._num_bytes += count
+        small = self._num_bytes <= _SMALL_BYTES
+        self.failed = True
+        if self._num_bytes > self._limit:
+            raise self._too_large(self._num_bytes)
+        self._budget.check(count, small=small)
+        self.failed = False
+        self._budget.take(count)
+        self._held += count
+        if self._complete and small:
+            self.release()
 
     def _too_large(self, found: int) -> BodyTooLarge:
         return BodyTooLarge(

@@ -31,6 +31,8 @@ class ServeConfig:
     """Largest request body."""
     max_control_body_bytes: int = 256 << 20
     """Largest body of a control route, which may carry tensors as base64."""
+    max_held_body_bytes: int = 1 << 30
+    """Bytes of all bodies that are on their way, and of those over 1 MiB until their replies."""
     replica_id: str = ""
     """Sets apart servers that share one engine seed: each derives other seeds of requests."""
     trust_request_chat_template: bool = False

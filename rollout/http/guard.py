@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.errors import EngineDead, Forbidden, SlipstreamError, Unauthorized
 from rollout.http.access import is_loopback
-from rollout.http.body import BodyReader
+from rollout.http.body import BodyBudget, BodyReader
 from rollout.http.browsers import BrowserRules, Headers
 from rollout.http.config import ServeConfig
 from rollout.http.errors import error_response
@@ -27,7 +27,8 @@ class Guard:
     /health, /liveness and /ping take no key. A control route takes the admin key if there is
     one, else the API key; bound to an address that others reach, it answers 403 until an admin
     key is set. Requests that a browser sends for the page of another origin are refused
-    (`browsers`), bodies over the limit get 413, those that do not arrive in time 408. A handler
+    (`browsers`), bodies over the limit get 413, those that do not arrive in time 408, those
+    that do not fit beside others 503. A handler
     that is cancelled because the server leaves still answers, by 503.
     """
 
@@ -37,6 +38,7 @@ class Guard:
         self._control = frozenset(control_paths)
         self._exposed = not is_loopback(config.host)
         self._browsers = BrowserRules(config)
+        self._budget = BodyBudget(config.max_held_body_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One connection of the ASGI protocol."""
@@ -46,7 +48,7 @@ class Guard:
         path = scope["path"].rstrip("/") or "/"
         control = path in self._control
         headers = Headers(scope["headers"])
-        body = BodyReader(receive, self._config, headers, control=control)
+        body = BodyReader(receive, self._config, headers, self._budget, control=control)
         reply = _Reply(send, body)
         try:
             self._browsers.check(scope["method"], path, headers, control=control)
@@ -61,6 +63,8 @@ class Guard:
                 raise
             leaving = EngineDead("the server is shutting down", field="server")
             await error_response(leaving)(scope, receive, reply)
+        finally:
+            body.release()
 
     def _authorize(self, path: str, headers: Headers) -> None:
         config = self._config

@@ -96,6 +96,8 @@ class Serve:
     """Largest request body, MiB."""
     max_control_body_mib: int = 256
     """Largest body of a control route, MiB; it may carry tensors as base64."""
+    max_held_body_mib: int = 1024
+    """Bodies that are held at a time, MiB together; what does not fit gets 503."""
     restart: Restart = "never"
     """When the engine dies: 'never' leaves with exit code 1, 'on-failure' starts it again."""
     allowed_host: UseAppendAction[tuple[str, ...]] = ()
@@ -125,6 +127,7 @@ def serve_config(args: Serve) -> ServeConfig:
         admin_api_key=args.admin_api_key,
         max_body_bytes=args.max_body_mib * _MIB,
         max_control_body_bytes=args.max_control_body_mib * _MIB,
+        max_held_body_bytes=args.max_held_body_mib * _MIB,
         replica_id=args.replica_id,
         trust_request_chat_template=args.trust_request_chat_template,
         incremental_streaming_output=args.incremental_streaming_output,
@@ -183,6 +186,7 @@ def _check(args: Serve) -> None:
         "--context-length": args.context_length,
         "--max-body-mib": args.max_body_mib,
         "--max-control-body-mib": args.max_control_body_mib,
+        "--max-held-body-mib": args.max_held_body_mib,
         "--receive-timeout-s": args.receive_timeout_s,
     }
     for option, value in positive.items():

@@ -39,7 +39,8 @@ def test_the_options_of_serve_are_these() -> None:
         "enable_memory_saver", "enable_weights_cpu_backup", "trainer_memory",
         "trainer_training_memory", "reserve_shadow",
         "base_gpu", "weight_version", "seed", "replica_id", "incremental_streaming_output",
-        "max_body_mib", "max_control_body_mib", "restart", "allowed_host", "allowed_origin",
+        "max_body_mib", "max_control_body_mib", "max_held_body_mib", "restart",
+        "allowed_host", "allowed_origin",
         "weights_root", "rendezvous_host", "receive_timeout_s",
     ]  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -101,6 +102,73 @@ def test_a_body_over_the_limit_is_413_by_its_length_and_by_its_bytes() -> None:
             reply = await server.post("/continue_generation", {"pad": "x" * 2000})
             assert reply.status_code == 413
             assert "--max-control-body-mib" in reply.json()["error"]["message"]
+
+    run(test)
+
+
+class Slow:
+    """A request whose body stops after its first bytes, until it is told to go on."""
+
+    def __init__(self, server: Server, first: bytes) -> None:
+        self._more = asyncio.Event()
+        self.begun = asyncio.Event()
+        self.call = asyncio.ensure_future(
+            server.http.post(
+                "/update_weight_version",
+                content=self._chunks(first),
+                headers={"content-type": "application/json"},
+            )
+        )
+
+    async def end(self) -> int:
+        self._more.set()
+        return (await self.call).status_code
+
+    async def _chunks(self, first: bytes) -> AsyncIterator[bytes]:
+        yield first
+        self.begun.set()
+        await self._more.wait()
+        yield b'{"new_version": "1"}'
+
+
+def test_bodies_that_do_not_end_have_a_limit_together_and_leave_room_for_small_ones() -> None:
+    first = b" " * (2 << 20)
+
+    async def test() -> None:
+        async with serving(max_held_body_bytes=8 << 20) as server:
+            slow = [Slow(server, first) for _ in range(3)]
+            for each in slow:
+                await each.begun.wait()
+            # Announced, and not: refused before it is read, and when it is.
+            for content in (first, Slow(server, first)):
+                if isinstance(content, Slow):
+                    reply = await content.call
+                else:
+                    reply = await server.http.post("/generate", content=content)
+                error = reply.json()["error"]
+                assert (reply.status_code, error["type"]) == (503, "BodiesFull")
+                assert "--max-held-body-mib" in error["message"]
+            assert (await server.post("/generate", BODY)).status_code == 200
+            assert [await each.end() for each in slow] == [200] * 3
+            assert [await each.end() for each in [Slow(server, first)]] == [200]
+
+    run(test)
+
+
+def test_small_bodies_have_a_limit_too_and_count_until_they_are_complete() -> None:
+    async def test() -> None:
+        async with serving(max_held_body_bytes=1000) as server:
+            slow = [Slow(server, b" " * 300) for _ in range(3)]
+            for each in slow:
+                await each.begun.wait()
+            pad = {"pad": "x" * 300}
+            assert (await server.post("/continue_generation", pad)).status_code == 503
+            assert [await each.end() for each in slow] == [200] * 3
+            await server.post("/pause_generation", {"mode": "in_place"})
+            waiting = [asyncio.ensure_future(server.post("/generate", BODY)) for _ in range(40)]
+            await until(lambda: server.engine.num_open == 40)
+            assert (await server.post("/continue_generation", pad)).status_code == 200
+            assert {(await call).status_code for call in waiting} == {200}
 
     run(test)
 
