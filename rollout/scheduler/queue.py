@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterator
 
 from engine.config import QueuePolicy
@@ -69,19 +69,33 @@ class WaitingQueue:
 
         cached_tokens: length of a sequence's cached prefix, for policy 'longest_prefix'.
         """
-        starved = self._starved()
-        yield from starved
-        seen = {sequence.arrival for sequence in starved}
-        keys = list(self._ordered)
-        if self._policy == "longest_prefix" and len(keys) > 1:
-            window = [key for key in keys[:PREFIX_WINDOW] if key[2] not in seen]
+        # Looked at lazily: a plan tries few of the many that may wait.
+        limit = self._passes[0] if len(self._passes) >= self._starvation_steps else -1
+        arrival = -1
+        while (at := bisect_right(self._arrivals, arrival)) < len(self._arrivals):
+            arrival = self._arrivals[at]
+            if arrival >= limit:
+                break
+            yield self._by_arrival[arrival]
+        last: Key | None = None
+        if self._policy == "longest_prefix" and len(self._ordered) > 1:
+            window = self._ordered[:PREFIX_WINDOW]
+            last = window[-1]
+            window = [key for key in window if key[2] >= limit]
             window.sort(
                 key=lambda key: (key[0], key[1], -cached_tokens(self._by_arrival[key[2]]), key[2])
             )
-            keys[:PREFIX_WINDOW] = window
-        for _, _, arrival in keys:
-            if arrival not in seen:
-                yield self._by_arrival[arrival]
+            for key in window:
+                yield self._by_arrival[key[2]]
+        while (key := self._after(last)) is not None:
+            last = key
+            if key[2] >= limit:
+                yield self._by_arrival[key[2]]
+
+    def _after(self, last: Key | None) -> Key | None:
+        """The first key after `last`; the queue may have shrunk since that was seen."""
+        at = 0 if last is None else bisect_right(self._ordered, last)
+        return self._ordered[at] if at < len(self._ordered) else None
 
     def admitted(self, latest_arrival: int) -> None:
         """A plan admitted sequences, the youngest of which is `latest_arrival`."""
@@ -95,12 +109,6 @@ class WaitingQueue:
         assert sorted(arrivals) == self._arrivals, "orders name different requests"
         assert set(self._by_arrival) == set(arrivals), "index names different requests"
         assert self._ordered == sorted(self._ordered), "queue out of order"
-
-    def _starved(self) -> list[Sequence]:
-        if len(self._passes) < self._starvation_steps:
-            return []
-        count = bisect_left(self._arrivals, self._passes[0])
-        return [self._by_arrival[arrival] for arrival in self._arrivals[:count]]
 
 
 def _key(sequence: Sequence) -> Key:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, TypeVar
 
 import msgspec
@@ -221,7 +222,8 @@ def renamed(error: InvalidRequest) -> InvalidRequest:
     if name not in _NAMES:
         return error
     field = f"{prefix}.{_NAMES[name]}" if prefix else _NAMES[name]
-    return type(error)(error.message.replace(name, _NAMES[name]), field=field)
+    message = re.sub(rf"(?<![A-Za-z0-9_]){name}(?![A-Za-z0-9_])", _NAMES[name], error.message)
+    return type(error)(message, field=field)
 
 
 def _all_if_negative(count: int, vocab_size: int) -> int:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
+import pytest
+
+from engine.config import QueuePolicy
 from rollout.scheduler.encode import row_numbers
 from rollout.scheduler.queue import PREFIX_WINDOW, WaitingQueue
 from rollout.scheduler.sequence import Sequence
@@ -107,3 +112,26 @@ def test_many_are_removed_as_one_by_one():
             slow.remove(sequences[i])
         assert order(queue) == order(slow)
         assert len(queue) == 20 - len(gone)
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "longest_prefix"])
+def test_a_plan_looks_at_no_more_of_a_long_queue_than_it_tries(policy: QueuePolicy) -> None:
+    class Counted(list[tuple[int, int, int]]):
+        copied = 0
+
+        def __iter__(self) -> Iterator[tuple[int, int, int]]:
+            Counted.copied += len(self)
+            return list.__iter__(self)
+
+        def __getitem__(self, at: Any) -> Any:
+            found = list.__getitem__(self, at)
+            Counted.copied += len(found) if isinstance(at, slice) else 1
+            return found
+
+    queue = WaitingQueue(policy, starvation_steps=2)
+    for arrival in range(5000):
+        queue.push(sequence(arrival))
+    queue._ordered = Counted(queue._ordered)
+    candidates = queue.candidates(lambda _: 0)
+    assert [next(candidates).arrival for _ in range(10)] == list(range(10))
+    assert Counted.copied < 1000
