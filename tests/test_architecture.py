@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -135,3 +138,20 @@ def test_files_stay_small() -> None:
     for name, path in modules():
         lines = len(path.read_text().splitlines())
         assert lines <= 500, f"{name} has {lines} lines"
+
+
+def test_what_is_imported_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    lines = [*project["dependencies"], *(line for extra in extras for line in extra)]
+    declared = {_plain_name(re.split(r"[><=\[; ]", line)[0]) for line in lines}
+    owners = packages_distributions()
+    for module, path in modules():
+        for top in {name.split(".")[0] for name in imports(path)} - {*PACKAGES, "__future__"}:
+            # What is not installed here is looked at where it is.
+            names = {_plain_name(name) for name in owners.get(top, [])}
+            assert top in sys.stdlib_module_names or not names or names & declared, (module, top)
+
+
+def _plain_name(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()

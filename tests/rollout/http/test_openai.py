@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from engine.errors import ContextTooLong
+from rollout.http.dialects.openai_bodies import renamed
 from rollout.http.dialects.openai_logprobs import prompt_logprobs
 from tests.helpers.fake_executor import VOCAB_SIZE, expected_tokens
 from tests.helpers.http_app import Server, run, serving
@@ -303,3 +305,9 @@ def test_options_that_ask_for_nothing_pass() -> None:
             await complete(server, prompt="a", **options)
 
     run(test)
+
+
+def test_names_of_fields_are_replaced_as_words_alone() -> None:
+    error = renamed(ContextTooLong("text is too many for a context of 8; a text", field="text"))
+    assert error.message == "prompt is too many for a context of 8; a prompt"
+    assert error.field == "prompt"
