@@ -10,6 +10,7 @@ import numpy as np
 from engine.errors import ContextTooLong, InvalidRequest
 from engine.protocol import GenerateRequest, IntArray, ReplicaState, Request, SamplingParams
 from rollout.ranges import check_ranges
+from rollout.sample_ids import sample_id
 from rollout.scheduler.validate import Limits, check_served
 from rollout.seeds import derive_seed
 from rollout.text.detokenizer import stop_strings
@@ -28,7 +29,7 @@ def expand(
 ) -> list[Request]:
     """The `n` requests that `wire` asks for, checked against what the replica can do.
 
-    rid: the wire's, or a fresh one; "-0", "-1", ... follow it when n > 1.
+    rid: the wire's, or a fresh one; when n > 1, those of its samples (`sample_ids`).
     Seeds: sample i has `derive_seed(base, i)` with the wire's `sampling_seed` as base, or
     `default_seed`; two requests without a seed need two default seeds to differ.
     Stop tokens are the model's EOS ids unless `ignore_eos`, `stop_token_ids`, and stop
@@ -46,7 +47,7 @@ def expand(
     base = default_seed if sampling.sampling_seed is None else sampling.sampling_seed
     group = wire.rid if wire.rid is not None else uuid.uuid4().hex
     first = Request(
-        rid=group if sampling.n == 1 else f"{group}-0",
+        rid=group if sampling.n == 1 else sample_id(group, 0),
         prompt_ids=prompt_ids,
         sampling=msgspec.structs.replace(sampling, n=1, stop=strings or None),
         seed=derive_seed(base, 0),
@@ -63,7 +64,7 @@ def expand(
     _check(wire, first, state)
     check_top_entries(num_top_entries(first, sampling.n, state))
     others = (
-        msgspec.structs.replace(first, rid=f"{group}-{i}", seed=derive_seed(base, i))
+        msgspec.structs.replace(first, rid=sample_id(group, i), seed=derive_seed(base, i))
         for i in range(1, sampling.n)
     )
     return [first, *others]

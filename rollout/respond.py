@@ -16,6 +16,7 @@ from engine.protocol import (
     VersionSpan,
 )
 from rollout.outputs import join_spans
+from rollout.sample_ids import shown
 from rollout.text.detokenizer import final_text
 from rollout.text.tokenizer import Tokenizer
 
@@ -146,7 +147,7 @@ def _counts(
 ) -> dict[str, Any]:
     """What every reply says of its `size` output tokens; first, last: the outputs it is made of."""
     return {
-        "id": last.rid,
+        "id": shown(last.rid),
         "finish_reason": None,
         "prompt_tokens": len(request.prompt_ids),
         "completion_tokens": size,

@@ -27,6 +27,7 @@ from rollout.http.pending import PendingCommand, PendingCommands
 from rollout.ipc import encode_frame
 from rollout.process_replica import command_name, reply_deadline_s
 from rollout.ranges import check_ranges
+from rollout.sample_ids import of_sample, starts_with
 
 logger = logging.getLogger(__name__)
 
@@ -476,7 +477,9 @@ def _names(abort: Abort, request: Request) -> bool:
     prefix = abort.rid_prefix
     if abort.all or request.rid == abort.rid or request.rid in abort.rids:
         return True
-    return bool(prefix and request.rid.startswith(prefix))
+    if abort.rid and request.rid == of_sample(abort.rid):
+        return True
+    return bool(prefix and starts_with(request.rid, prefix))
 
 
 def _look_at(future: asyncio.Future[Reply]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from engine.errors import EngineDead, InvalidRequest
 from engine.protocol import RequestOutput
+from rollout.sample_ids import shown
 
 
 class Mailbox:
@@ -73,7 +74,7 @@ class Mailboxes:
         used = box.open & self._boxes.keys()
         if used or len(box.open) < len(rids):
             name = min(used) if used else Counter(rids).most_common(1)[0][0]
-            raise InvalidRequest(f"rid {name!r} is already in use", field="rid")
+            raise InvalidRequest(f"rid {shown(name)!r} is already in use", field="rid")
         self._boxes.update((rid, box) for rid in rids)
         return box
 

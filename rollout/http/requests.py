@@ -13,6 +13,7 @@ from engine.errors import ContextTooLong, InvalidRequest
 from engine.protocol import GenerateRequest, ReplicaState, SamplingParams
 from rollout.decoding import decode_json
 from rollout.http.long_prompts import check_long_prompt
+from rollout.sample_ids import check_client_id
 from rollout.text.tokenizer import Tokenizer
 from rollout.wire import parse_request
 
@@ -90,6 +91,7 @@ def parse_call(body: bytes, room: PromptRoom | None = None) -> GenerateCall:
     prompts = _prompts(fields)
     if prompts is None:
         wire = parse_request(_encode(_cleaned(fields)))
+        check_client_id(wire.rid, "rid")
         wire, prefix = _with_rid(wire)
         return GenerateCall(items=[wire], batch=False, stream=wire.stream, prefix=prefix)
     name, values = prompts
@@ -126,7 +128,9 @@ def _parse_batch(shared: Fields, name: str, values: list[Raw]) -> GenerateCall:
 
 def _parse_item(item: Fields, index: int) -> GenerateRequest:
     try:
-        return parse_request(_encode(item))
+        found = parse_request(_encode(item))
+        check_client_id(found.rid, "rid")
+        return found
     except InvalidRequest as error:
         raise in_item(error, index) from error
 

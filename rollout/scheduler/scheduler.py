@@ -24,6 +24,7 @@ from engine.protocol import (
     StepResult,
 )
 from rollout.cache.manager import CacheManager
+from rollout.sample_ids import of_sample, starts_with
 from rollout.scheduler.budget import PageReserve
 from rollout.scheduler.decode import DecodePlanner
 from rollout.scheduler.encode import row_numbers
@@ -125,7 +126,7 @@ class Scheduler:
         rids: Iterable[str] = (),
     ) -> list[RequestOutput]:
         """End the request `rid`, those of `rids`, those whose id starts with `rid_prefix`, or
-        `all`.
+        `all`. rid, rid_prefix: as replies show ids too; rids: as they are.
 
         Returns what each produced so far, in order of arrival. Empty names nothing. The KV of
         those named stays cached; with `all` it does not, since most often an update follows.
@@ -137,11 +138,12 @@ class Scheduler:
             named = [
                 sequence
                 for own, sequence in self._requests.items()
-                if own in exact or own.startswith(rid_prefix)
+                if own in exact or starts_with(own, rid_prefix)
             ]
         else:
             # A client that leaves ends one of thousands: no scan for that.
-            found = (self._requests.get(rid) for rid in dict.fromkeys((rid, *rids)))
+            first = rid if rid in self._requests else of_sample(rid)
+            found = (self._requests.get(name) for name in dict.fromkeys((first, *rids)))
             named = [sequence for sequence in found if sequence is not None]
         finish = FinishReason(type="abort", message=message)
         return self._finish_each(named, finish, keep_kv=not all)

@@ -5,6 +5,7 @@ import pytest
 from engine.errors import ContextTooLong, InvalidRequest
 from engine.protocol import GenerateRequest, ReplicaState, SamplingParams
 from rollout.expand import expand
+from rollout.sample_ids import shown
 from rollout.seeds import derive_seed
 from tests.helpers.replicas import inline
 from tests.helpers.tiny_tokenizer import BOS_ID, EOS_ID, IM_END_ID, ids_of, tiny_tokenizer
@@ -38,7 +39,7 @@ def test_ids_go_through_unchanged_and_need_no_tokenizer(state: ReplicaState) -> 
 
 def test_samples_share_a_group_and_have_their_own_seeds(state: ReplicaState) -> None:
     requests = expand(wire({"n": 4, "sampling_seed": 9}, rid="x"), TOKENIZER, state, 1)
-    assert [r.rid for r in requests] == ["x-0", "x-1", "x-2", "x-3"]
+    assert [shown(r.rid) for r in requests] == ["x-0", "x-1", "x-2", "x-3"]
     assert {r.group for r in requests} == {"x"}
     assert [r.seed for r in requests] == [derive_seed(9, i) for i in range(4)]
     assert {r.sampling.n for r in requests} == {1}

@@ -17,6 +17,7 @@ from rollout.http.requests import GenerateCall
 from rollout.http.sample import Sample
 from rollout.http.services import Services
 from rollout.http.versions import VersionLabels
+from rollout.sample_ids import check_client_id, sample_id
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +60,11 @@ async def start(
 ) -> OpenAICall:
     """Expand the items of a call into samples, prompt-major. Raises InvalidRequest with this
     dialect's names of the fields."""
+    check_client_id(body.request_id, "request_id")
     rid = body.request_id or f"{prefix}-{uuid.uuid4().hex}"
     named = [
-        msgspec.structs.replace(item, rid=f"{rid}-{number}") for number, item in enumerate(items)
+        msgspec.structs.replace(item, rid=sample_id(rid, number))
+        for number, item in enumerate(items)
     ]
     call = GenerateCall(items=named, batch=len(named) > 1, stream=body.stream, prefix=rid)
     try:

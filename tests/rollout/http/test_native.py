@@ -261,6 +261,53 @@ def test_an_id_in_use_is_refused_and_the_first_goes_on() -> None:
     run(test)
 
 
+def test_ids_of_samples_take_none_of_another_client() -> None:
+    async def test() -> None:
+        async with serving() as server:
+            await server.post("/pause_generation", {"mode": "in_place"})
+            many = {"input_ids": [5], "rid": "q", "sampling_params": {**FOUR, "n": 2}}
+            first = asyncio.ensure_future(server.post("/generate", many))
+            await until(lambda: server.engine.num_open == 2)
+            calls = [
+                asyncio.ensure_future(server.post(path, {name: "q-0", **body}))
+                for path, name, body in (
+                    ("/generate", "rid", {"input_ids": [6], "sampling_params": FOUR}),
+                    ("/v1/completions", "request_id", {"prompt": "ab", "max_tokens": 2}),
+                )
+            ]
+            await until(lambda: server.engine.num_open == 4)
+            await server.post("/continue_generation")
+            assert [each["meta_info"]["id"] for each in (await first).json()] == ["q-0", "q-1"]
+            own, other = [(await call).json() for call in calls]
+            assert own["meta_info"]["id"] == "q-0"
+            assert own["output_ids"] == expected_tokens([6], 4)
+            assert other["choices"][0]["text"]
+            for path, body, field in (
+                ("/generate", {"input_ids": [6], "rid": "q\0000"}, "rid"),
+                ("/v1/completions", {"prompt": "ab", "request_id": "q\0000"}, "request_id"),
+            ):
+                error = (await server.post(path, body)).json()["error"]
+                assert (error["code"], error["field"]) == (400, field)
+
+    run(test)
+
+
+@pytest.mark.parametrize("name", ["q", "q-", "q-1"])
+def test_samples_are_aborted_by_the_ids_that_replies_show(name: str) -> None:
+    async def test() -> None:
+        async with serving() as server:
+            await server.post("/pause_generation", {"mode": "in_place"})
+            many = {"input_ids": [5], "rid": "q", "sampling_params": {**FOUR, "n": 2}}
+            call = asyncio.ensure_future(server.post("/generate", many))
+            await until(lambda: server.engine.num_open == 2)
+            await server.post("/abort_request", {"rid": name})
+            await server.post("/continue_generation")
+            ends = [e["meta_info"]["finish_reason"]["type"] for e in (await call).json()]
+            assert ends == (["length", "abort"] if name == "q-1" else ["abort", "abort"])
+
+    run(test)
+
+
 def test_a_full_queue_is_503() -> None:
     async def test() -> None:
         async with serving(engine=fake_config(max_waiting=2)) as server:

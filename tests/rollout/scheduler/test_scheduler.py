@@ -7,6 +7,7 @@ import pytest
 
 from engine.errors import InvalidRequest, QueueFull, SlipstreamError
 from engine.protocol import ErrorInfo, StepResult
+from rollout.sample_ids import sample_id
 from tests.helpers.mock_executor import top_of
 from tests.helpers.scheduling import (
     Bench,
@@ -368,3 +369,10 @@ def test_stats_count():
     stats = bench.scheduler.stats()
     assert (stats.num_prompt_tokens, stats.num_output_tokens, stats.num_steps) == (22, 7, 4)
     assert joined(bench.outputs["a"]).cached_tokens == stats.num_cached_tokens == 0
+
+
+def test_a_client_that_leaves_ends_no_sample_whose_shown_id_is_its_own() -> None:
+    bench = Bench()
+    bench.add(make_request(sample_id("q", 0), range(4), max_new=9))
+    assert bench.scheduler.abort(rids=["q-0"]) == []
+    assert [output.rid for output in bench.scheduler.abort(rid="q-0")] == [sample_id("q", 0)]

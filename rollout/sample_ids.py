@@ -1,0 +1,42 @@
+"""Ids of the samples of a request, which no client's own id can equal.
+
+A client's id is printable; within ours, a mark stands before the number of a sample. Replies show
+it as a dash, and so does whoever aborts write it.
+"""
+
+from __future__ import annotations
+
+from engine.errors import InvalidRequest
+
+_MARK = "\0"
+
+
+def sample_id(group: str, number: int) -> str:
+    """The id of sample `number` of a request."""
+    return f"{group}{_MARK}{number}"
+
+
+def shown(rid: str) -> str:
+    """The id as replies show it."""
+    return rid.replace(_MARK, "-")
+
+
+def starts_with(rid: str, prefix: str) -> bool:
+    """Whether a client that names `prefix` means `rid` too."""
+    return rid.startswith(prefix) or (_MARK in rid and shown(rid).startswith(prefix))
+
+
+def of_sample(name: str) -> str:
+    """The id of the sample that replies show as `name`; `name` if there can be none."""
+    group, dash, number = name.rpartition("-")
+    return sample_id(group, int(number)) if dash and _is_number(number) else name
+
+
+def check_client_id(rid: str | None, field: str) -> None:
+    """Raise InvalidRequest for a client's id that holds the mark."""
+    if rid is not None and _MARK in rid:
+        raise InvalidRequest(f"{field} holds the character NUL; leave it out", field=field)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 12
