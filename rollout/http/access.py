@@ -12,6 +12,7 @@ import socket
 import sys
 from pathlib import Path
 
+import msgspec
 from fastapi import Request
 
 from engine.errors import Forbidden, InvalidRequest
@@ -57,22 +58,29 @@ class Access:
                 field="path",
             )
 
-    async def check_join(self, command: JoinGroup, caller: str) -> None:
-        """Raise Forbidden (`address`) unless the engine may connect to the address that a group
+    async def checked_join(self, command: JoinGroup, caller: str) -> JoinGroup:
+        """The command, with the address that was checked in place of its name, which may stand
+        for another one when the engine looks it up.
+
+        Raises Forbidden (`address`) unless the engine may connect to the address that a group
         meets at: one of `--rendezvous-host`, or `caller`'s own. Bound to loopback, without
         such options, any address will do."""
         if not self._rendezvous and not self._exposed:
-            return
+            return command
         if command.unique_id:
-            await self._check_address(_address_within(command.unique_id), caller)
-        await self._check_address(command.address, caller)
+            await self._checked_address(_address_within(command.unique_id), caller)
+        address = await self._checked_address(command.address, caller)
+        return msgspec.structs.replace(command, address=address)
 
-    async def _check_address(self, host: str, caller: str) -> None:
+    async def _checked_address(self, host: str, caller: str) -> str:
+        """`host` if it is an address or a name that the configuration allows, whatever that
+        stands for; else one of its addresses, all of which are open."""
         if host.lower() in (entry.lower() for entry in self._rendezvous):
-            return
+            return host
         addresses = await _addresses(host)
         if addresses and all(self._open(address, caller) for address in addresses):
-            return
+            # The same each time, and where there is a choice what every listener has.
+            return min(addresses, key=lambda address: (":" in address, address))
         raise Forbidden(
             f"the engine may not meet a trainer at {host[:200]}: it is neither the "
             f"caller's own address ({caller}) nor one of --rendezvous-host HOST or NETWORK, such "

@@ -27,7 +27,7 @@ def router(services: Services) -> APIRouter:
     async def command(request: Request) -> Response:
         parsed = parse_command(await request.body())
         if isinstance(parsed, JoinGroup):
-            await services.access.check_join(parsed, caller(request))
+            parsed = await services.access.checked_join(parsed, caller(request))
         return json_response(await callers.forward(services.control, parsed, request))
 
     routes.add_api_route("/command", command, methods=["POST"], openapi_extra=takes(Control))

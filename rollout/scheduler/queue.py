@@ -87,10 +87,9 @@ class WaitingQueue:
             )
             for key in window:
                 yield self._by_arrival[key[2]]
-        while (key := self._after(last)) is not None:
-            last = key
-            if key[2] >= limit:
-                yield self._by_arrival[key[2]]
+        while (last := self._after(last)) is not None:
+            if last[2] >= limit:
+                yield self._by_arrival[last[2]]
 
     def _after(self, last: Key | None) -> Key | None:
         """The first key after `last`; the queue may have shrunk since that was seen."""

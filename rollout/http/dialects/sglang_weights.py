@@ -148,7 +148,7 @@ class _Weights:
             backend=body.backend,
             timeout_s=body.timeout_s,
         )
-        await self._access.check_join(command, caller(request))
+        command = await self._access.checked_join(command, caller(request))
         await callers.join(self._control, command, request)
         return {"message": f"joined {body.group_name} of {body.world_size} ranks"}
 

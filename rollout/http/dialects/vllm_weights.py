@@ -122,7 +122,7 @@ class _Transfer:
             unique_id=_unique_id(info.nccl_unique_id_b64),
             timeout_s=info.timeout_s,
         )
-        await self._access.check_join(command, caller(request))
+        command = await self._access.checked_join(command, caller(request))
         await callers.join(self._control, command, request)
         self._packed = info.packed
         return _message("Weight transfer initialized")

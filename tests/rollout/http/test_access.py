@@ -34,7 +34,7 @@ def test_a_loopback_server_reads_any_folder_and_meets_anybody() -> None:
     async def test() -> None:
         found = access()
         found.check(LoadFromDisk(path="/etc"))
-        await found.check_join(join("192.0.2.1"), CALLER)
+        await found.checked_join(join("192.0.2.1"), CALLER)
 
     run(test)
 
@@ -111,10 +111,10 @@ def test_where_the_engine_may_meet(
     async def test() -> None:
         found = access(**options)
         if opens:
-            await found.check_join(join(address), caller)
+            await found.checked_join(join(address), caller)
             return
         with pytest.raises(Forbidden, match="--rendezvous-host") as caught:
-            await found.check_join(join(address), caller)
+            await found.checked_join(join(address), caller)
         assert caught.value.field == "address"
 
     run(test)
@@ -144,10 +144,10 @@ def test_the_address_within_an_nccl_id_counts_too(given: bytes, opens: bool) -> 
     async def test() -> None:
         command = replace(join("10.0.0.2"), unique_id=given)
         if opens:
-            await access(**EXPOSED).check_join(command, "10.0.0.2")
+            await access(**EXPOSED).checked_join(command, "10.0.0.2")
             return
         with pytest.raises(Forbidden, match="--rendezvous-host"):
-            await access(**EXPOSED).check_join(command, "10.0.0.2")
+            await access(**EXPOSED).checked_join(command, "10.0.0.2")
 
     run(test)
 
@@ -172,5 +172,53 @@ def test_every_route_that_joins_is_held_to_the_addresses(path: str, wrap: Any) -
             assert reply.status_code in (400, 403)
             assert "--rendezvous-host" in reply.text
             assert server.commands() == []
+
+    run(test)
+
+
+def test_the_engine_meets_the_address_that_was_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [["10.0.0.5", "10.0.0.6"], ["169.254.169.254"]]
+
+    async def addresses(host: str) -> list[str]:
+        return found.pop(0) if host == "rebinds" else [host]
+
+    monkeypatch.setattr("rollout.http.access._addresses", addresses)
+
+    async def test() -> None:
+        options = {**EXPOSED, "rendezvous_hosts": ("10.0.0.0/8", "trainer-0")}
+        checked = await access(**options).checked_join(join("rebinds"), CALLER)
+        assert checked == replace(join("rebinds"), address="10.0.0.5")
+        with pytest.raises(Forbidden):
+            await access(**options).checked_join(join("rebinds"), CALLER)
+        assert await access(**options).checked_join(join("trainer-0"), CALLER) == join("trainer-0")
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/command", {"type": "join_group", "name": "g", "address": "rebinds", "port": 1}),
+        ("/init_weights_update_group", {"master_address": "rebinds", "master_port": 1}),
+        ("/init_weight_transfer_engine", {"master_address": "rebinds", "master_port": 1}),
+    ],
+)
+def test_every_route_sends_the_checked_address(
+    path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def addresses(_: str) -> list[str]:
+        return ["10.0.0.5"]
+
+    monkeypatch.setattr("rollout.http.access._addresses", addresses)
+    body = {**body, "rank_offset": 1, "world_size": 2, "backend": "gloo"}
+    if "transfer" in path:
+        body = {"init_info": body}
+
+    async def test() -> None:
+        async with serving(rendezvous_hosts=("10.0.0.0/8",)) as server:
+            await server.post(path, body)
+            (command,) = server.commands()
+            assert isinstance(command, JoinGroup)
+            assert command.address == "10.0.0.5"
 
     run(test)
