@@ -12,10 +12,20 @@ import asyncio
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from engine.protocol import (
+    AbortUpdate,
+    BeginUpdate,
+    CommitUpdate,
+    Control,
+    LoadFromDisk,
+    Resume,
+    ResumeMemory,
+)
 from tests.helpers.fake_executor import expected_tokens
 from tests.helpers.hostile_json import HOSTILE, any_json, with_value
 from tests.helpers.http_app import Server, serving
@@ -63,12 +73,10 @@ def assert_answer(reply: httpx.Response) -> None:
 
 
 async def assert_alive(server: Server) -> None:
-    """It answers a command and, unless it was told to pause or to change weights, a prompt."""
+    """It answers a command and a prompt, once whatever it was told to do is taken back."""
     state = (await answered(server, "GET", "/server_info")).json()
     assert state
-    now = await server.engine.state(max_age_s=0.0)
-    if now.paused or now.refusal or now.released or now.open_update is not None:
-        return
+    await take_back(server)
     reply = await answered(
         server,
         "POST",
@@ -76,6 +84,31 @@ async def assert_alive(server: Server) -> None:
         content=b'{"input_ids": [5], "sampling_params": {"max_new_tokens": 3}}',
     )
     assert reply.json()["output_ids"] == expected_tokens([5], 3)
+
+
+async def take_back(server: Server) -> None:
+    """Clear by control commands what one call may have asked for: an update that is open, memory
+    that is released, weights that are gone, a pause."""
+    now = await server.engine.state(max_age_s=0.0)
+    if now.open_update is not None:
+        await command(server, AbortUpdate(version=now.open_update))
+    if now.released:
+        await command(server, ResumeMemory(tags=list(now.released)))
+    now = await server.engine.state(max_age_s=0.0)
+    if now.refusal:
+        version = now.version + 1
+        await command(server, BeginUpdate(version=version))
+        await command(server, LoadFromDisk(path="/step_0"))
+        await command(server, CommitUpdate(version=version))
+    await command(server, Resume())
+    now = await server.engine.state(max_age_s=0.0)
+    left = (now.paused, now.refusal, now.released, now.open_update)
+    assert left == (False, "", [], None), left
+
+
+async def command(server: Server, message: Control) -> None:
+    reply = await answered(server, "POST", "/command", json=msgspec.to_builtins(message))
+    assert reply.status_code == 200, reply.text
 
 
 def survives(method: str, path: str, **options: Any) -> None:
