@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -73,10 +72,8 @@ def test_a_rank_that_misses_a_collective_ends_it_for_the_others() -> None:
     def run(mesh: Mesh, group: Collectives) -> str:
         if mesh.tp_rank == 1:
             return ""
-        started = time.monotonic()
         with pytest.raises(EngineDead, match="missed a collective") as caught:
             group.all_reduce(torch.zeros(3))
-        assert time.monotonic() - started < 60
         return caught.value.field
 
     assert with_collectives(2, run, timeout_s=0.5)[0] == "ranks"
@@ -86,7 +83,6 @@ def test_a_rank_that_never_comes_ends_the_wait_of_the_others(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(process_group, "MEET_S", 0.5)
-    started = time.monotonic()
     with pytest.raises(EngineDead, match=r"2 ranks did not meet within 0\.5 s") as caught:
         connect(
             Mesh(tp_rank=0, tp_size=2),
@@ -95,7 +91,6 @@ def test_a_rank_that_never_comes_ends_the_wait_of_the_others(
             timeout_s=1.0,
         )
     assert caught.value.field == "ranks"
-    assert time.monotonic() - started < 60
 
 
 def test_ranks_without_a_place_to_meet_are_refused() -> None:

