@@ -6,6 +6,7 @@ none of them falls inside a step.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import deque
@@ -59,7 +60,9 @@ from engine.protocol import (
     UpdateReport,
     WeightCommand,
 )
+from engine.protocol.types import MAX_VERSION
 from rollout.cache.manager import CacheManager
+from rollout.device_errors import breaks_device
 from rollout.outputs import refused
 from rollout.scheduler.readiness import ALL_TAGS, Readiness
 from rollout.scheduler.scheduler import Scheduler
@@ -73,8 +76,6 @@ T = TypeVar("T")
 _MAX_EMPTY_PLANS = 1000
 _MAX_FAILURES = 3
 """Steps in a row that may fail by a mistake of ours before the engine gives up."""
-_MAX_VERSION = 2**63 - 1
-_DEVICE_SIGNS = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "NCCL")
 _BESIDE_STEPS = (GetState, Abort, Stop)
 """Commands that leave steps in flight alone: at most they mark rows, whose results are dropped."""
 _NEED_NO_WEIGHTS = (
@@ -121,7 +122,11 @@ class Leader:
             no_version=config.refusal,
         )
         self._weights = WeightQueue(
-            executor, check=self._check, run=self._between_steps, ended=self._ended
+            executor,
+            check=self._check,
+            run=self._between_steps,
+            ended=self._ended,
+            ends=self._readiness.is_open_for,
         )
         self._checks_integrity = config.scheduler.check_integrity
         overlap = config.scheduler.overlap
@@ -215,15 +220,17 @@ class Leader:
                 return self._release(command)
             case ResumeMemory():
                 return self._resume(command)
-            case CheckWeights() | GetWeight():
+            case CheckWeights():
+                return self._check_weights(command)
+            case GetWeight():
                 return self._executor.handle(command)
         assert isinstance(command, WeightCommand), command
         return self._update(command)
 
     def _check(self, command: Control) -> None:
         """Raise if a weight command may not come now."""
-        if isinstance(command, SetVersion | BeginUpdate) and command.version > _MAX_VERSION:
-            raise InvalidRequest(f"version {command.version} is above 2**63 - 1", field="version")
+        if isinstance(command, SetVersion | BeginUpdate) and command.version > MAX_VERSION:
+            raise InvalidRequest(f"version {command.version} is above 2**53", field="version")
         if not isinstance(command, _NEED_NO_WEIGHTS):
             self._readiness.check_weights(type(command).__name__)
         if isinstance(command, BeginUpdate):
@@ -232,7 +239,7 @@ class Leader:
     def step(self) -> list[RequestOutput]:
         """Run at most one step; every output since the last call, those of commands too."""
         if self._readiness.late_undo is not None:
-            self._weights.abandon(self._readiness.late_undo)
+            self._abandon(self._readiness.late_undo)
         self.poll()
         plan = None if self._readiness.hold else self._plan()
         if plan is not None or self._in_flight:
@@ -306,11 +313,11 @@ class Leader:
         committed = False
         try:
             self._executor.receive(tensors, lasting=lasting)
-            reply = self.handle(CommitUpdate(version=begin.version))
+            reply = self.handle(CommitUpdate(version=begin.version, owner=begin.owner))
             committed = True
         finally:
             if not committed:
-                self._weights.abandon(begin.version)
+                self._abandon(begin.version)
         assert reply.report is not None, "a commit must report what it moved"
         return reply.report
 
@@ -428,7 +435,7 @@ class Leader:
                 ready.aborted()
             case PrepareUpdate():
                 ready.prepared()
-            case CommitUpdate() if ready.committed(command.version):
+            case CommitUpdate() if ready.committed(command.version, reply.refusal):
                 self._outputs += self._scheduler.set_version(command.version)
         return reply
 
@@ -446,11 +453,26 @@ class Leader:
             self._readiness.left(command.name)
         return reply
 
+    def _check_weights(self, command: CheckWeights) -> Reply:
+        if command.action == "reset_tensors":
+            self._readiness.check_reset()
+        reply = self._executor.handle(command)
+        if command.action != "reset_tensors":
+            return reply
+        self._readiness.died(reply.refusal)
+        with contextlib.suppress(SlipstreamError):
+            # Prefixes that sequences hold go with the update that has to follow.
+            self._scheduler.flush_cache()
+        return reply
+
+    def _abandon(self, version: int) -> None:
+        self._weights.abandon(AbortUpdate(version=version, owner=self._readiness.owner))
+
     def _undo(self) -> None:
         """A transfer or commit failed: where requests wait for it, the update is over, and every
         rank puts the old version back, or refuses to step."""
         if self._readiness.written is not None:
-            self._weights.abandon(self._readiness.written)
+            self._abandon(self._readiness.written)
 
     def _set_version(self, version: int) -> None:
         serving = self._scheduler.version
@@ -482,11 +504,3 @@ class Leader:
 def error_info(error: SlipstreamError) -> ErrorInfo:
     """The error as it crosses a process boundary."""
     return ErrorInfo(kind=type(error).__name__, message=error.message, field=error.field)
-
-
-def breaks_device(error: Exception) -> bool:
-    """Whether an error of torch says that the accelerator, not one step, is broken."""
-    names = {kind.__name__ for kind in type(error).__mro__}
-    if "OutOfMemoryError" in names:
-        return False
-    return "AcceleratorError" in names or any(sign in str(error) for sign in _DEVICE_SIGNS)

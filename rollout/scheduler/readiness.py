@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from typing import get_args
 
 from engine.errors import InvalidRequest, MemoryReleased, UpdateOrder
-from engine.protocol import BeginUpdate, MemoryTag
+from engine.protocol import AbortUpdate, BeginUpdate, MemoryTag
+from engine.protocol.deadlines import capped
 from rollout.scheduler.stats import SchedulerStats
 
 ALL_TAGS: tuple[MemoryTag, ...] = get_args(MemoryTag)
@@ -145,6 +146,27 @@ class Readiness:
                 field="weights",
             )
 
+    def check_reset(self) -> None:
+        """Raise UpdateOrder if weights may not be overwritten, since an update is open."""
+        if self.open_update is not None:
+            raise UpdateOrder(
+                f"the update to version {self.open_update} is open; commit or abort it before "
+                "overwriting weights",
+                field="version",
+            )
+
+    def is_open_for(self, command: AbortUpdate) -> bool:
+        """Whether `command` aborts the update that is open, and may."""
+        update = self._open
+        if update is None:
+            return False
+        return (update.version, update.owner) == (command.version, command.owner)
+
+    @property
+    def owner(self) -> str:
+        """Who began the open update, or ""."""
+        return self._open.owner if self._open is not None else ""
+
     def check_begin(self, command: BeginUpdate, version: int) -> None:
         """Raise UpdateOrder for an update that would go back behind `version`, a name that was
         given to the weights that serve; the ranks know the versions committed."""
@@ -165,30 +187,34 @@ class Readiness:
     def begun(self, command: BeginUpdate) -> None:
         """The update is open."""
         self._open = command
-        self._deadline = time.monotonic() + command.timeout_s
+        self._deadline = time.monotonic() + capped(command.timeout_s)
 
     def prepared(self) -> None:
         """The open update was verified, and its time starts anew."""
         if self._open is not None:
-            self._deadline = time.monotonic() + self._open.timeout_s
+            self._deadline = time.monotonic() + capped(self._open.timeout_s)
 
     def aborted(self) -> None:
         """No update is open."""
         self._open = None
 
-    def committed(self, version: int) -> bool:
+    def committed(self, version: int, refusal: str) -> bool:
         """The commit to `version` succeeded; whether it was the first of this update.
 
-        A whole update makes weights defined and an engine whose update had died servable.
+        refusal: why the ranks refuse to step all the same, or "". They know what was torn: a
+        partial update that brought all of that makes them whole. Only a whole one has a version,
+        on an engine that was started again without one.
         """
         update, self._open = self._open, None
         if update is None:
             return False
         self._committed = version
+        self._broken = refusal
+        self._undefined = self._undefined and bool(refusal)
         if not update.partial:
-            self._undefined, self._broken, self._no_version = False, "", ""
+            self._no_version = ""
         return True
 
     def died(self, message: str) -> None:
-        """A rank refused a step, since an update left it without whole weights."""
+        """Ranks refuse to step, since they were left without whole weights."""
         self._broken = message
