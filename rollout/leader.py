@@ -239,7 +239,7 @@ class Leader:
     def step(self) -> list[RequestOutput]:
         """Run at most one step; every output since the last call, those of commands too."""
         if self._readiness.late_undo is not None:
-            self._abandon(self._readiness.late_undo)
+            self._weights.abandon(self._readiness.abort_of(self._readiness.late_undo))
         self.poll()
         plan = None if self._readiness.hold else self._plan()
         if plan is not None or self._in_flight:
@@ -317,12 +317,12 @@ class Leader:
             committed = True
         finally:
             if not committed:
-                self._abandon(begin.version)
+                self._weights.abandon(self._readiness.abort_of(begin.version))
         assert reply.report is not None, "a commit must report what it moved"
         return reply.report
 
     def close(self) -> None:
-        """End what is in progress, and free the executor."""
+        """Free the executor."""
         self._weights.close()
         self._executor.close()
 
@@ -454,25 +454,22 @@ class Leader:
         return reply
 
     def _check_weights(self, command: CheckWeights) -> Reply:
-        if command.action == "reset_tensors":
+        resets = command.action == "reset_tensors"
+        if resets:
             self._readiness.check_reset()
         reply = self._executor.handle(command)
-        if command.action != "reset_tensors":
-            return reply
-        self._readiness.died(reply.refusal)
         with contextlib.suppress(SlipstreamError):
             # Prefixes that sequences hold go with the update that has to follow.
-            self._scheduler.flush_cache()
+            if resets:
+                self._readiness.died(reply.refusal)
+                self._scheduler.flush_cache()
         return reply
-
-    def _abandon(self, version: int) -> None:
-        self._weights.abandon(AbortUpdate(version=version, owner=self._readiness.owner))
 
     def _undo(self) -> None:
         """A transfer or commit failed: where requests wait for it, the update is over, and every
         rank puts the old version back, or refuses to step."""
         if self._readiness.written is not None:
-            self._abandon(self._readiness.written)
+            self._weights.abandon(self._readiness.abort_of(self._readiness.written))
 
     def _set_version(self, version: int) -> None:
         serving = self._scheduler.version

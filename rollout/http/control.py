@@ -148,10 +148,13 @@ class Controller:
         *,
         last: bool = False,
         partial: bool = False,
+        peer: str = "",
     ) -> UpdateReport | None:
         """Feed the open update, or one opened here; the report if it was committed. See
         `Updates.feed`."""
-        return await self._whole(self._updates.feed(command, label, last=last, partial=partial))
+        return await self._whole(
+            self._updates.feed(command, label, last=last, partial=partial, peer=peer)
+        )
 
     async def commit(self, label: str | None = None) -> UpdateReport:
         """End the open update. Raises UpdateOrder without one."""

@@ -162,10 +162,10 @@ class Readiness:
             return False
         return (update.version, update.owner) == (command.version, command.owner)
 
-    @property
-    def owner(self) -> str:
-        """Who began the open update, or ""."""
-        return self._open.owner if self._open is not None else ""
+    def abort_of(self, version: int) -> AbortUpdate:
+        """The leader's own abort of the open update, whoever began that."""
+        owner = self._open.owner if self._open is not None else ""
+        return AbortUpdate(version=version, owner=owner)
 
     def check_begin(self, command: BeginUpdate, version: int) -> None:
         """Raise UpdateOrder for an update that would go back behind `version`, a name that was

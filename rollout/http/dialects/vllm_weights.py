@@ -145,7 +145,7 @@ class _Transfer:
         if body.update_info is not None:
             # Without a session, and while requests run, a call is an update of its own.
             command = self._broadcast(body.update_info)
-            await self._control.feed(command, last=True, partial=body.partial)
+            await self._control.feed(command, last=True, partial=body.partial, peer=caller(request))
         elif body.weight_dir is not None:
             path = folder(body.weight_dir, "weight_dir")
             await asyncio.to_thread(require_pulled, Path(path))
