@@ -122,8 +122,8 @@ class WeightService:
             case AbortUpdate():
                 self.session.abort(command.version, command.owner)
             case CheckWeights():
-                report = self._inspector.check(command.action)
-                return Reply(weights=[report], refusal=self.session.refusal)
+                found = self._inspector.check(command.action)
+                return Reply(weights=[found], refusal=self.session.refusal)
             case GetWeight():
                 return Reply(weights=[self._inspector.values(command.name, command.count)])
             case _:

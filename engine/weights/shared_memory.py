@@ -58,7 +58,7 @@ def _opened(buffer: IpcBuffer, end: int) -> Iterator[int]:
 
 def _read(file: int, buffer: IpcBuffer, offset: int, size: int) -> torch.Tensor:
     held = torch.empty(size, dtype=torch.uint8)
-    view = memoryview(held.numpy())
+    view = memoryview(held.numpy())  # type: ignore[arg-type]
     done = 0
     while done < size:
         try:
