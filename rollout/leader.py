@@ -220,9 +220,9 @@ class Leader:
                 return self._release(command)
             case ResumeMemory():
                 return self._resume(command)
-            case CheckWeights():
-                return self._check_weights(command)
-            case GetWeight():
+            case CheckWeights(action="reset_tensors"):
+                return self._reset(command)
+            case CheckWeights() | GetWeight():
                 return self._executor.handle(command)
         assert isinstance(command, WeightCommand), command
         return self._update(command)
@@ -239,7 +239,7 @@ class Leader:
     def step(self) -> list[RequestOutput]:
         """Run at most one step; every output since the last call, those of commands too."""
         if self._readiness.late_undo is not None:
-            self._weights.abandon(self._readiness.abort_of(self._readiness.late_undo))
+            self._weights.abandon(self._readiness.late_undo)
         self.poll()
         plan = None if self._readiness.hold else self._plan()
         if plan is not None or self._in_flight:
@@ -317,7 +317,7 @@ class Leader:
             committed = True
         finally:
             if not committed:
-                self._weights.abandon(self._readiness.abort_of(begin.version))
+                self._weights.abandon(AbortUpdate(version=begin.version, owner=begin.owner))
         assert reply.report is not None, "a commit must report what it moved"
         return reply.report
 
@@ -453,23 +453,20 @@ class Leader:
             self._readiness.left(command.name)
         return reply
 
-    def _check_weights(self, command: CheckWeights) -> Reply:
-        resets = command.action == "reset_tensors"
-        if resets:
-            self._readiness.check_reset()
+    def _reset(self, command: CheckWeights) -> Reply:
+        self._readiness.check_reset()
         reply = self._executor.handle(command)
+        self._readiness.died(reply.refusal)
         with contextlib.suppress(SlipstreamError):
             # Prefixes that sequences hold go with the update that has to follow.
-            if resets:
-                self._readiness.died(reply.refusal)
-                self._scheduler.flush_cache()
+            self._scheduler.flush_cache()
         return reply
 
     def _undo(self) -> None:
         """A transfer or commit failed: where requests wait for it, the update is over, and every
         rank puts the old version back, or refuses to step."""
         if self._readiness.written is not None:
-            self._weights.abandon(self._readiness.abort_of(self._readiness.written))
+            self._weights.abandon(self._readiness.written)
 
     def _set_version(self, version: int) -> None:
         serving = self._scheduler.version
@@ -483,7 +480,7 @@ class Leader:
     def _release(self, command: ReleaseMemory) -> Reply:
         tags = command.tags or ALL_TAGS
         if self._readiness.late_undo is not None:
-            # What it would put back later is memory that is gone by then.
+            # It would put back what is gone by then.
             self._weights.abandon(self._readiness.late_undo)
         self._readiness.check_release(tags, self._scheduler.stats())
         if "kv_cache" in tags:

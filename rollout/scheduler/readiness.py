@@ -87,25 +87,27 @@ class Readiness:
         return self._open is not None and self._open.mode in ("in_place", "undo")
 
     @property
-    def undo(self) -> int | None:
-        """Version of an update, also of one that timed out, that the ranks can undo."""
-        return self._open.version if self._open is not None and self._open.mode == "undo" else None
+    def written(self) -> AbortUpdate | None:
+        """The abort of the update that writes into the live weights, if one does, whoever began
+        it; also of one whose time is up."""
+        if self._open is None or not self._writes_in_place:
+            return None
+        return AbortUpdate(version=self._open.version, owner=self._open.owner)
 
     @property
-    def written(self) -> int | None:
-        """Version of the update that writes into the live weights, if one does."""
-        return self._open.version if self._open is not None and self._writes_in_place else None
-
-    @property
-    def late_undo(self) -> int | None:
-        """The same once its time is up: requests wait for nothing any more."""
-        return self.undo if self.open_update is None else None
+    def late_undo(self) -> AbortUpdate | None:
+        """The same of an update that the ranks can undo, once its time is up: requests wait for
+        nothing any more."""
+        if self._open is None or self._open.mode != "undo" or self.open_update is not None:
+            return None
+        return self.written
 
     def check_release(self, tags: Iterable[MemoryTag], stats: SchedulerStats) -> None:
         """Raise unless `tags` may be released now: InvalidRequest while requests need them,
         UpdateOrder while an update writes weights, or one that timed out can still be undone."""
         asked = set(tags) - self._released
-        version = self.undo if self.open_update is None else self.open_update
+        late = self.late_undo
+        version = self.open_update if late is None else late.version
         if "weights" in asked and version is not None:
             raise UpdateOrder(
                 f"the update to version {version} is open; commit or abort it before releasing "
@@ -161,11 +163,6 @@ class Readiness:
         if update is None:
             return False
         return (update.version, update.owner) == (command.version, command.owner)
-
-    def abort_of(self, version: int) -> AbortUpdate:
-        """The leader's own abort of the open update, whoever began that."""
-        owner = self._open.owner if self._open is not None else ""
-        return AbortUpdate(version=version, owner=owner)
 
     def check_begin(self, command: BeginUpdate, version: int) -> None:
         """Raise UpdateOrder for an update that would go back behind `version`, a name that was
