@@ -6,6 +6,7 @@ none of them falls inside a step.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import deque
@@ -59,7 +60,9 @@ from engine.protocol import (
     UpdateReport,
     WeightCommand,
 )
+from engine.protocol.types import MAX_VERSION
 from rollout.cache.manager import CacheManager
+from rollout.device_errors import breaks_device
 from rollout.outputs import refused
 from rollout.scheduler.readiness import ALL_TAGS, Readiness
 from rollout.scheduler.scheduler import Scheduler
@@ -73,8 +76,6 @@ T = TypeVar("T")
 _MAX_EMPTY_PLANS = 1000
 _MAX_FAILURES = 3
 """Steps in a row that may fail by a mistake of ours before the engine gives up."""
-_MAX_VERSION = 2**63 - 1
-_DEVICE_SIGNS = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "NCCL")
 _BESIDE_STEPS = (GetState, Abort, Stop)
 """Commands that leave steps in flight alone: at most they mark rows, whose results are dropped."""
 _NEED_NO_WEIGHTS = (
@@ -121,7 +122,11 @@ class Leader:
             no_version=config.refusal,
         )
         self._weights = WeightQueue(
-            executor, check=self._check, run=self._between_steps, ended=self._ended
+            executor,
+            check=self._check,
+            run=self._between_steps,
+            ended=self._ended,
+            ends=self._readiness.is_open_for,
         )
         self._checks_integrity = config.scheduler.check_integrity
         overlap = config.scheduler.overlap
@@ -215,6 +220,8 @@ class Leader:
                 return self._release(command)
             case ResumeMemory():
                 return self._resume(command)
+            case CheckWeights(action="reset_tensors"):
+                return self._reset(command)
             case CheckWeights() | GetWeight():
                 return self._executor.handle(command)
         assert isinstance(command, WeightCommand), command
@@ -222,8 +229,8 @@ class Leader:
 
     def _check(self, command: Control) -> None:
         """Raise if a weight command may not come now."""
-        if isinstance(command, SetVersion | BeginUpdate) and command.version > _MAX_VERSION:
-            raise InvalidRequest(f"version {command.version} is above 2**63 - 1", field="version")
+        if isinstance(command, SetVersion | BeginUpdate) and command.version > MAX_VERSION:
+            raise InvalidRequest(f"version {command.version} is above 2**53", field="version")
         if not isinstance(command, _NEED_NO_WEIGHTS):
             self._readiness.check_weights(type(command).__name__)
         if isinstance(command, BeginUpdate):
@@ -306,16 +313,16 @@ class Leader:
         committed = False
         try:
             self._executor.receive(tensors, lasting=lasting)
-            reply = self.handle(CommitUpdate(version=begin.version))
+            reply = self.handle(CommitUpdate(version=begin.version, owner=begin.owner))
             committed = True
         finally:
             if not committed:
-                self._weights.abandon(begin.version)
+                self._weights.abandon(AbortUpdate(version=begin.version, owner=begin.owner))
         assert reply.report is not None, "a commit must report what it moved"
         return reply.report
 
     def close(self) -> None:
-        """End what is in progress, and free the executor."""
+        """Free the executor."""
         self._weights.close()
         self._executor.close()
 
@@ -428,7 +435,7 @@ class Leader:
                 ready.aborted()
             case PrepareUpdate():
                 ready.prepared()
-            case CommitUpdate() if ready.committed(command.version):
+            case CommitUpdate() if ready.committed(command.version, reply.refusal):
                 self._outputs += self._scheduler.set_version(command.version)
         return reply
 
@@ -444,6 +451,15 @@ class Leader:
             self._readiness.joined(command.name)
         elif isinstance(command, LeaveGroup):
             self._readiness.left(command.name)
+        return reply
+
+    def _reset(self, command: CheckWeights) -> Reply:
+        self._readiness.check_reset()
+        reply = self._executor.handle(command)
+        self._readiness.died(reply.refusal)
+        with contextlib.suppress(SlipstreamError):
+            # Prefixes that sequences hold go with the update that has to follow.
+            self._scheduler.flush_cache()
         return reply
 
     def _undo(self) -> None:
@@ -464,7 +480,7 @@ class Leader:
     def _release(self, command: ReleaseMemory) -> Reply:
         tags = command.tags or ALL_TAGS
         if self._readiness.late_undo is not None:
-            # What it would put back later is memory that is gone by then.
+            # It would put back what is gone by then.
             self._weights.abandon(self._readiness.late_undo)
         self._readiness.check_release(tags, self._scheduler.stats())
         if "kv_cache" in tags:
@@ -482,11 +498,3 @@ class Leader:
 def error_info(error: SlipstreamError) -> ErrorInfo:
     """The error as it crosses a process boundary."""
     return ErrorInfo(kind=type(error).__name__, message=error.message, field=error.field)
-
-
-def breaks_device(error: Exception) -> bool:
-    """Whether an error of torch says that the accelerator, not one step, is broken."""
-    names = {kind.__name__ for kind in type(error).__mro__}
-    if "OutOfMemoryError" in names:
-        return False
-    return "AcceleratorError" in names or any(sign in str(error) for sign in _DEVICE_SIGNS)

@@ -92,7 +92,8 @@ class WeightQueue:
     """Starts weight commands in order, as soon as each may.
 
     check: raises if a command may not come now. run: a command between two steps. ended: takes
-    in the reply, or raises the error, of one that ran beside them.
+    in the reply, or raises the error, of one that ran beside them. ends: whether an abort is of
+    the update that is open.
     """
 
     def __init__(
@@ -102,11 +103,13 @@ class WeightQueue:
         check: Callable[[Control], None],
         run: Callable[[Control], Reply],
         ended: Callable[[BesideSteps, PendingReply], Reply],
+        ends: Callable[[AbortUpdate], bool],
     ) -> None:
         self._executor = executor
         self._check = check
         self._run = run
         self._ended = ended
+        self._ends = ends
         self._beside: list[tuple[Ticket, PendingReply]] = []
         self._waiting: deque[Ticket] = deque()
 
@@ -122,18 +125,17 @@ class WeightQueue:
         return beside + [ticket.name for ticket in self._waiting]
 
     def start(self, ticket: Ticket) -> None:
-        """Take in one command. An abort of the update ends the transfers before it early."""
+        """Take in one command. An abort of the open update ends transfers early."""
         if isinstance(ticket.command, GroupCommand):
             self._start_beside(ticket)
             return
-        if isinstance(ticket.command, AbortUpdate):
+        if isinstance(ticket.command, AbortUpdate) and self._ends(ticket.command):
             self._cancel(ticket.command)
         self._waiting.append(ticket)
         self.poll()
 
-    def abandon(self, version: int) -> None:
-        """Abort the update to `version` ahead of whatever waits; nobody reads the answer."""
-        command = AbortUpdate(version=version)
+    def abandon(self, command: AbortUpdate) -> None:
+        """Abort the update ahead of whatever waits; nobody reads the answer."""
         if any(ticket.command == command for ticket in self._waiting):
             return
         self._cancel(command)

@@ -11,14 +11,18 @@ from __future__ import annotations
 
 import logging
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
+from msgspec.structs import replace
+
 from engine.errors import EngineDead, FleetDivided, SlipstreamError
 from engine.protocol import (
     AbortUpdate,
+    BeginUpdate,
     CheckWeights,
     CommitUpdate,
     Control,
@@ -87,23 +91,36 @@ def divide(targets: Sequence[UpdateTarget], version: int) -> tuple[list[Member],
     return (taking, holding) if taking else (members, [])
 
 
-def prepare(members: Sequence[Member], version: int) -> None:
+def owned(begin: BeginUpdate, owner: str) -> BeginUpdate:
+    """The update of a sender: `owner` unless its caller drew one. Without one, an engine could
+    not tell two trainers apart that push at once."""
+    return begin if begin.owner else replace(begin, owner=owner)
+
+
+def draw_owner() -> str:
+    """What a sender calls its updates by, from its making to its end."""
+    return uuid.uuid4().hex
+
+
+def prepare(members: Sequence[Member], begin: BeginUpdate) -> None:
     """First phase: every engine verifies what it received, and places nothing.
 
     One engine alone needs no first phase, since its commit verifies.
     """
     if len(members) > 1:
-        on_each(members, lambda member: member.send(PrepareUpdate(version=version)))
+        command = PrepareUpdate(version=begin.version, owner=begin.owner)
+        on_each(members, lambda member: member.send(command))
 
 
-def commit(taking: Sequence[Member], holding: Sequence[Member], version: int) -> UpdateReport:
+def commit(taking: Sequence[Member], holding: Sequence[Member], begin: BeginUpdate) -> UpdateReport:
     """Second phase: every engine of `taking` commits. Returns the first one's report.
 
     holding: engines that served `version` before; they must hold the same weights then.
     Raises the error of an engine that did not commit if nobody serves `version`, else
     FleetDivided.
     """
-    outcomes = on_each(taking, lambda member: _commit_one(member, version))
+    version = begin.version
+    outcomes = on_each(taking, lambda member: _commit_one(member, begin))
     reports = [outcome for outcome in outcomes if isinstance(outcome, UpdateReport)]
     failures = {
         member.name: outcome
@@ -111,7 +128,7 @@ def commit(taking: Sequence[Member], holding: Sequence[Member], version: int) ->
         if isinstance(outcome, SlipstreamError)
     }
     if failures:
-        give_up([member for member in taking if member.name in failures], version)
+        give_up([member for member in taking if member.name in failures], begin)
         done = [m.name for m in [*holding, *taking] if m.name not in failures]
         if not done:
             raise next(iter(failures.values()))
@@ -121,9 +138,11 @@ def commit(taking: Sequence[Member], holding: Sequence[Member], version: int) ->
     return reports[0]
 
 
-def give_up(members: Sequence[Member], version: int) -> None:
-    """Abort the update wherever it is open, without hiding the error that led here."""
-    on_each(members, lambda member: try_send(member.target, AbortUpdate(version=version)))
+def give_up(members: Sequence[Member], begin: BeginUpdate) -> None:
+    """Abort the update wherever it is open, without hiding the error that led here. An engine
+    that refused the begin, since another's update is open there, keeps that: the owner differs."""
+    command = AbortUpdate(version=begin.version, owner=begin.owner)
+    on_each(members, lambda member: try_send(member.target, command))
 
 
 def on_each(items: Sequence[T], call: Callable[[T], R]) -> list[R]:
@@ -138,15 +157,15 @@ def on_each(items: Sequence[T], call: Callable[[T], R]) -> list[R]:
     return [future.result() for future in futures]
 
 
-def _commit_one(member: Member, version: int) -> UpdateReport | SlipstreamError:
+def _commit_one(member: Member, begin: BeginUpdate) -> UpdateReport | SlipstreamError:
     """Commit on one engine; asks again while the answer is lost, as an engine that committed
     reports again, and one that was started again has no such update and says so."""
     started = time.monotonic()
     for attempt in range(1, _COMMIT_ATTEMPTS + 1):
-        outcome = _ask_commit(member, version)
+        outcome = _ask_commit(member, begin)
         if not isinstance(outcome, EngineDead):
             break
-        logger.warning("the commit of version %d has no answer: %s", version, outcome)
+        logger.warning("the commit of version %d has no answer: %s", begin.version, outcome)
         if attempt == _COMMIT_ATTEMPTS or (
             attempt > 1 and time.monotonic() - started > _COMMIT_RETRY_S
         ):
@@ -155,9 +174,10 @@ def _commit_one(member: Member, version: int) -> UpdateReport | SlipstreamError:
     return outcome
 
 
-def _ask_commit(member: Member, version: int) -> UpdateReport | SlipstreamError:
+def _ask_commit(member: Member, begin: BeginUpdate) -> UpdateReport | SlipstreamError:
     try:
-        report = member.send(CommitUpdate(version=version)).report
+        command = CommitUpdate(version=begin.version, owner=begin.owner)
+        report = member.send(command).report
     except SlipstreamError as error:
         return error
     assert report is not None, "a commit must report what it moved"

@@ -42,7 +42,8 @@ class SetVersion(Struct, frozen=True, kw_only=True, tag="set_version"):
 class CheckWeights(Struct, frozen=True, kw_only=True, tag="check_weights"):
     """Compare weights across time or machines. checksum: of every parameter as it is stored;
     snapshot: keep a copy on the host; reset_tensors: overwrite the weights with noise, so that
-    an update that misses one shows; compare: name the tensors that differ from the snapshot."""
+    an update that misses one shows, and refuse to generate until a whole update was committed
+    (UpdateOrder while one is open); compare: name the tensors that differ from the snapshot."""
 
     action: CheckAction = "checksum"
 
@@ -197,6 +198,7 @@ class Reply(Struct, frozen=True, kw_only=True, tag="reply"):
     id: of the `Call` that it answers; 0 for what nobody called.
     in_place: the update that was begun writes into the live weights, so no step may run until
     it is committed. undo: what it writes over comes back if it is aborted.
+    refusal: after a commit or a `CheckWeights`: why no step may run, or "".
     """
 
     id: Size = 0
@@ -207,3 +209,4 @@ class Reply(Struct, frozen=True, kw_only=True, tag="reply"):
     weights: list[WeightsReport] = msgspec.field(default_factory=list)
     in_place: bool = False
     undo: bool = False
+    refusal: str = ""

@@ -62,8 +62,14 @@ PositiveSize = Annotated[int, Meta(ge=1, le=1 << 40)]
 Position64 = Annotated[int, Meta(ge=-1, le=INT64_MAX)]
 """An element of a tensor, or -1 for its end."""
 
-Version = Annotated[int, Meta(ge=0, le=INT64_MAX)]
+MAX_VERSION = 2**53
+"""Largest version: every number of JSON up to it is exact, and counting on from it still fits."""
+
+Version = Annotated[int, Meta(ge=0, le=MAX_VERSION)]
 """A version of the weights."""
+
+Owner = Annotated[str, Meta(max_length=256)]
+"""What whoever begins an update draws for it, such as a UUID; "" for callers that draw none."""
 
 Checksum = Annotated[int, Meta(ge=0)]
 """An unsigned 64-bit checksum. msgspec knows no bound above int64: MessagePack ends at 2^64."""

@@ -15,6 +15,7 @@ from engine.protocol.types import (
     GroupSize,
     Handle,
     Name,
+    Owner,
     Path,
     Payloads,
     Port,
@@ -69,7 +70,9 @@ class BeginUpdate(Struct, frozen=True, kw_only=True, tag="begin_update"):
         refuses to generate until a whole version was published. Under both of these requests
         wait until the commit. auto takes the first of shadow, undo and in_place that there is
         memory for: a rank's undo copy has its part of the tensors, a shadow the whole ones.
-    timeout_s: an update not committed within this time is aborted.
+    timeout_s: an update not committed within this time is aborted; 1800 s at most.
+    owner: drawn by whoever begins. Only commands with the same `owner` go on with the update,
+        and only they begin it again once tensors came.
     """
 
     version: Version
@@ -79,6 +82,7 @@ class BeginUpdate(Struct, frozen=True, kw_only=True, tag="begin_update"):
     partial: bool = False
     mode: StagingMode = "auto"
     timeout_s: Seconds = 600.0
+    owner: Owner = ""
 
 
 class JoinGroup(Struct, frozen=True, kw_only=True, tag="join_group"):
@@ -122,6 +126,7 @@ class ReceiveBroadcast(Struct, frozen=True, kw_only=True, tag="receive_broadcast
     bucket_bytes: PositiveSize = 256 << 20
     source: Rank = 0
     timeout_s: Seconds = 300.0
+    owner: Owner = ""
 
 
 class IpcBuffer(Struct, frozen=True, omit_defaults=True):
@@ -169,6 +174,7 @@ class ReceiveIpc(Struct, frozen=True, kw_only=True, tag="receive_ipc"):
     payloads: Payloads
     format: Literal["native", "sglang", "sglang_bucket", "vllm"] = "native"
     borrow: bool = False
+    owner: Owner = ""
 
 
 class LoadFromDisk(Struct, frozen=True, kw_only=True, tag="load_from_disk"):
@@ -181,6 +187,7 @@ class LoadFromDisk(Struct, frozen=True, kw_only=True, tag="load_from_disk"):
 
     path: Path
     partial: bool = False
+    owner: Owner = ""
 
 
 class PrepareUpdate(Struct, frozen=True, kw_only=True, tag="prepare_update"):
@@ -192,18 +199,21 @@ class PrepareUpdate(Struct, frozen=True, kw_only=True, tag="prepare_update"):
     """
 
     version: Version
+    owner: Owner = ""
 
 
 class CommitUpdate(Struct, frozen=True, kw_only=True, tag="commit_update"):
     """Verify the open update and make its version the one that serves."""
 
     version: Version
+    owner: Owner = ""
 
 
 class AbortUpdate(Struct, frozen=True, kw_only=True, tag="abort_update"):
     """Drop the open update; the old version keeps serving."""
 
     version: Version
+    owner: Owner = ""
 
 
 WeightCommand = (

@@ -150,6 +150,12 @@ class Groups:
         self.get(name)
         return self._open[name][0].world_size
 
+    def own_ranks(self, name: str) -> range:
+        """Ranks of the group `name` that are this engine's."""
+        self.get(name)
+        offset = self._open[name][0].rank_offset
+        return range(offset, offset + self._mesh.tp_size)
+
     def close(self) -> None:
         """Leave every group. Idempotent."""
         for name in self.names:

@@ -12,6 +12,11 @@ from engine.protocol import CheckAction, WeightsReport
 from engine.weights.checksum import checksums
 from engine.weights.session import UpdateSession
 
+SCRAMBLED = (
+    "the weights were overwritten with noise (reset_tensors): publish a whole version (an update "
+    "that is not partial) to serve again"
+)
+
 
 class WeightInspector:
     """Answers `CheckWeights` and `GetWeight` for one rank, by Hugging Face name."""
@@ -19,13 +24,15 @@ class WeightInspector:
     def __init__(
         self, session: UpdateSession, mesh: Mesh, require_weights: Callable[[], None]
     ) -> None:
+        self._session = session
         self._catalog = session.catalog
         self._rank = mesh.tp_rank
         self._require_weights = require_weights
         self._snapshot: dict[str, torch.Tensor] = {}
 
     def check(self, action: CheckAction) -> WeightsReport:
-        """See `CheckWeights`. Raises UpdateOrder for a comparison without a snapshot."""
+        """See `CheckWeights`. Raises UpdateOrder for a comparison without a snapshot, and for a
+        reset while an update is open. A reset leaves a session that refuses to serve."""
         self._require_weights()
         match action:
             case "checksum":
@@ -57,6 +64,8 @@ class WeightInspector:
         return {name: self._catalog.view(name) for name in self._catalog.names}
 
     def _scramble(self) -> None:
+        self._session.require_none_open("reset_tensors")
+        self._session.invalidate(SCRAMBLED)
         for index, tensor in enumerate(self._tensors().values()):
             generator = torch.Generator(device=tensor.device)
             generator.manual_seed(index)

@@ -1,8 +1,9 @@
 """Tensors from memory of another process: our own payloads, and the pickles of SGLang's
 trainers.
 
-Lent tensors are read in place, once, by the commit. Everything else is copied before the
-reply, since the sender may overwrite it as soon as it has that.
+Lent tensors are read in place by the commit. What lies in shared memory of the host is copied
+into memory of this process, lent or not: its owner could cut it short. Everything else is copied
+before the reply, since the sender may overwrite it as soon as it has that.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from engine.errors import (
 )
 from engine.parallel.mesh import Mesh
 from engine.protocol import (
+    IpcBuffer,
     IpcPayload,
     IpcTensor,
     ReceiveIpc,
@@ -28,7 +30,7 @@ from engine.protocol import (
     decode,
     piece_bytes,
 )
-from engine.weights import layouts
+from engine.weights import layouts, shared_memory
 from engine.weights.helpers import nothing
 from engine.weights.lane import Look
 from engine.weights.mapping import MappedBuffers
@@ -59,13 +61,13 @@ class IpcReceiver:
         pieces: list[TensorPiece] = []
         refusal: SlipstreamError | None = None
         try:
-            update = self._session.require_open("receive")
+            update = self._session.require_owned("receive", command.owner)
             tensors, pieces = self._read(command, update.version)
             self._session.expect(pieces)
         except SlipstreamError as error:
             refusal = error
         if command.borrow and command.format == "native":
-            self._session.lend(tensors, refusal)
+            self._session.lend(pieces, tensors, refusal)
             return
         with self._session.receiving(pieces, refusal):
             for piece, (_, tensor) in zip(pieces, tensors, strict=True):
@@ -108,17 +110,22 @@ class IpcReceiver:
             payload: IpcPayload = decode(data, IpcPayload)
         except msgspec.DecodeError as error:
             raise InvalidRequest(f"no IPC payload: {error}", field="payloads") from error
-        buffers = self._buffers.open(payload.buffers, version)
+        for buffer in payload.buffers:
+            if buffer.kind == "shm":
+                shared_memory.require(buffer)
+        mapped = self._buffers.open([b for b in payload.buffers if b.kind == "cuda"], version)
         # A trainer that lends its tensors sends one payload every time.
         if self._last is not None and self._last[0] == data:
             return self._last[1], self._last[2]
+        pieces = [TensorPiece(t.name, t.dtype, t.shape) for t in payload.tensors]
+        # Before memory is taken for any of them.
+        self._session.expect(pieces)
+        at = iter(mapped)
+        buffers = [next(at) if b.kind == "cuda" else b for b in payload.buffers]
         tensors = [(tensor.name, _view(tensor, buffers)) for tensor in payload.tensors]
-        pieces = [_piece(name, tensor) for name, tensor in tensors]
-        are_views = all(
-            tensor.data_ptr() == buffers[entry.buffer].data_ptr() + entry.offset
-            for entry, (_, tensor) in zip(payload.tensors, tensors, strict=True)
+        self._last = (
+            (data, tensors, pieces) if _are_views(payload.tensors, tensors, buffers) else None
         )
-        self._last = (data, tensors, pieces) if are_views else None
         return tensors, pieces
 
 
@@ -126,8 +133,22 @@ def _piece(name: str, tensor: torch.Tensor) -> TensorPiece:
     return TensorPiece(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
 
 
-def _view(tensor: IpcTensor, buffers: Sequence[torch.Tensor]) -> torch.Tensor:
-    """A tensor inside its buffer; a copy where it does not start at a multiple of its element."""
+def _are_views(
+    entries: Sequence[IpcTensor],
+    tensors: Sequence[Named],
+    buffers: Sequence[torch.Tensor | IpcBuffer],
+) -> bool:
+    """Whether all of the tensors are the sender's memory itself."""
+    for entry, (_, tensor) in zip(entries, tensors, strict=True):
+        held = buffers[entry.buffer]
+        if isinstance(held, IpcBuffer) or tensor.data_ptr() != held.data_ptr() + entry.offset:
+            return False
+    return True
+
+
+def _view(tensor: IpcTensor, buffers: Sequence[torch.Tensor | IpcBuffer]) -> torch.Tensor:
+    """A tensor inside its mapped buffer; a copy where it does not start at a multiple of its
+    element, and of what lies in shared memory of the host."""
     dtype = layouts.torch_dtype(tensor.dtype, tensor.name)
     size = piece_bytes(TensorPiece(tensor.name, tensor.dtype, tensor.shape))
     if not 0 <= tensor.buffer < len(buffers):
@@ -135,10 +156,13 @@ def _view(tensor: IpcTensor, buffers: Sequence[torch.Tensor]) -> torch.Tensor:
             f"{tensor.name} lies in buffer {tensor.buffer} of {len(buffers)}", field=tensor.name
         )
     held = buffers[tensor.buffer]
-    if not 0 <= tensor.offset <= held.numel() - size:
+    num_bytes = held.size if isinstance(held, IpcBuffer) else held.numel()
+    if not 0 <= tensor.offset <= num_bytes - size:
         raise ManifestMismatch(
-            f"{tensor.name} ends beyond its buffer of {held.numel()} bytes", field=tensor.name
+            f"{tensor.name} ends beyond its buffer of {num_bytes} bytes", field=tensor.name
         )
+    if isinstance(held, IpcBuffer):
+        return shared_memory.read(held, tensor.offset, size).view(dtype).view(tensor.shape)
     part = held[tensor.offset : tensor.offset + size]
     if tensor.offset % dtype.itemsize:
         part = part.clone()

@@ -1,16 +1,12 @@
-"""Memory of other processes, mapped once and kept for the updates that follow."""
+"""GPU memory of other processes, mapped once and kept for the updates that follow."""
 
 from __future__ import annotations
-
-import mmap
-from pathlib import Path
 
 import torch
 
 from engine.errors import InvalidRequest, WeightUpdateError
 from engine.protocol import IpcBuffer
 
-_SHARED_MEMORY = Path("/dev/shm")
 _KEPT_UPDATES = 2
 
 
@@ -56,8 +52,6 @@ class MappedBuffers:
             del self._mapped[buffer], self._last_use[buffer]
 
     def _map(self, buffer: IpcBuffer) -> torch.Tensor:
-        if buffer.kind == "shm":
-            return _map_shared_memory(buffer)
         if self._device.type != "cuda":
             raise InvalidRequest(
                 "the payload is GPU memory and this engine runs on the CPU", field="payloads"
@@ -97,20 +91,3 @@ class MappedBuffers:
 
 def _bare(uuid: str) -> str:
     return uuid.lower().removeprefix("gpu-")
-
-
-def _map_shared_memory(buffer: IpcBuffer) -> torch.Tensor:
-    path = _SHARED_MEMORY / buffer.name.lstrip("/")
-    if path.parent != _SHARED_MEMORY or buffer.size < 1:
-        raise InvalidRequest(f"{buffer.name!r} names no shared memory", field="payloads")
-    # Not multiprocessing's class: that would unlink memory of another process when this ends.
-    try:
-        with path.open("r+b") as file:
-            view = mmap.mmap(file.fileno(), buffer.size)
-    except (OSError, ValueError, OverflowError) as error:
-        raise WeightUpdateError(
-            f"shared memory {buffer.name!r} of {buffer.size} bytes cannot be mapped ({error}): is "
-            "the sender alive, on this host?",
-            field="payloads",
-        ) from error
-    return torch.frombuffer(view, dtype=torch.uint8)

@@ -43,6 +43,7 @@ def receive_broadcast(
     refusal: SlipstreamError | None = None
     try:
         look()
+        session.require_owned("receive", command.owner)
         session.expect(command.tensors)
         buckets = layouts.broadcasts(command)
         _check_source(groups, command)
@@ -70,6 +71,12 @@ def _check_source(groups: Groups, command: ReceiveBroadcast) -> None:
     if not 0 <= command.source < world_size:
         raise GroupError(
             f"group {command.group!r} has ranks 0 to {world_size - 1}, not {command.source}",
+            field="source",
+        )
+    if command.source in groups.own_ranks(command.group):
+        raise GroupError(
+            f"rank {command.source} of group {command.group!r} is a rank of this engine, which "
+            "receives; name the trainer's rank that sends",
             field="source",
         )
 

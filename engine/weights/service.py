@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -114,16 +113,17 @@ class WeightService:
             case ReceiveIpc():
                 self._ipc.receive(command, look)
             case LoadFromDisk():
-                path = Path(command.path)
-                disk.receive(self.session, path, partial=command.partial, look=look)
+                disk.receive(self.session, command, look)
             case PrepareUpdate():
-                self.session.prepare(command.version)
+                self.session.prepare(command.version, command.owner)
             case CommitUpdate():
-                return Reply(report=self.session.commit(command.version))
+                report = self.session.commit(command.version, command.owner)
+                return Reply(report=report, refusal=self.session.refusal)
             case AbortUpdate():
-                self.session.abort(command.version)
+                self.session.abort(command.version, command.owner)
             case CheckWeights():
-                return Reply(weights=[self._inspector.check(command.action)])
+                found = self._inspector.check(command.action)
+                return Reply(weights=[found], refusal=self.session.refusal)
             case GetWeight():
                 return Reply(weights=[self._inspector.values(command.name, command.count)])
             case _:

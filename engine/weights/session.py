@@ -26,12 +26,10 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
 
 import torch
 
 from engine.errors import (
-    CheckpointError,
     ManifestMismatch,
     OutOfMemory,
     SlipstreamError,
@@ -41,18 +39,21 @@ from engine.errors import (
 )
 from engine.memory import free_bytes
 from engine.protocol import BeginUpdate, TensorPiece, TensorSpec, UpdateReport
-from engine.weights import finite, verify
+from engine.protocol.deadlines import capped
+from engine.weights import owner, verify
+from engine.weights.agreement import Agreement, settle
 from engine.weights.catalog import Catalog
 from engine.weights.coverage import Coverage
-from engine.weights.load import Loadable, load
+from engine.weights.digest import digest_of
+from engine.weights.initial import load_initial
+from engine.weights.layouts import torch_dtype
+from engine.weights.load import Loadable
 from engine.weights.modes import REFUSED, SHADOW, UNDO, choose_mode, undo_size
 from engine.weights.staging import OpenUpdate, bounds
 from engine.weights.torn import TornWeights
 from engine.weights.undo import UndoCopy
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 def _alone(value: int) -> int:
@@ -86,15 +87,16 @@ class UpdateSession:
         self.catalog = Catalog(model)
         self._model = model
         self._version = version
-        self._agree = agree
+        self._ranks = Agreement(agree)
         self._require_weights = require_weights
         self._free = free
         self._open: OpenUpdate | None = None
-        self._last: UpdateReport | None = None
+        self._last: tuple[str, UpdateReport] | None = None
         self._failure = ""
         self._torn = TornWeights()
         self._announced: tuple[list[TensorSpec], bool, dict[str, TensorSpec]] | None = None
         self._expected: tuple[dict[str, TensorSpec], Sequence[TensorPiece]] | None = None
+        self._digested: tuple[Sequence[TensorPiece], int] | None = None
 
     @property
     def version(self) -> int:
@@ -126,23 +128,7 @@ class UpdateSession:
         Raises ManifestMismatch for a tensor that is missing or does not belong to the model,
         CheckpointError for one that is not finite; both name the tensor and its file.
         """
-        try:
-            load(self._model, source)
-        except ManifestMismatch as error:
-            raise ManifestMismatch(
-                f"{error.message} ({origin(error.field)})", field=error.field
-            ) from error
-        catalog = self.catalog
-        views = ((name, catalog.view(name)) for name in catalog.names)
-        unfit = finite.find_unfit([(name, view, view.dtype) for name, view in views])
-        if unfit is not None:
-            name, why = unfit
-            dtype = str(catalog.dtype(name)).removeprefix("torch.")
-            raise CheckpointError(
-                f"{name} ({origin(name)}) {why} in {dtype}: the checkpoint is broken, or its "
-                "values are beyond what this dtype holds",
-                field=name,
-            )
+        load_initial(self._model, self.catalog, source, origin)
 
     def require_servable(self) -> None:
         """Raise WeightUpdateError while the weights may be a mixture. From any thread."""
@@ -158,7 +144,7 @@ class UpdateSession:
         undo copy was asked for that does not fit, MemoryReleased while there are no weights.
         """
         self._drop_expired()
-        if self._agree(0 if self._failure else 1) == 0:
+        if self._ranks.least(0 if self._failure else 1) == 0:
             # It failed on one rank: none of the others can finish it.
             self._close("")
         self._failure = ""
@@ -172,8 +158,8 @@ class UpdateSession:
             error, decided = refusal, True
         finally:
             # The other ranks wait for this one's answer, whatever happened here.
-            mode = self._agree(mode if decided else REFUSED)
-        self._settle(error, mode != REFUSED)
+            mode = self._ranks.least(mode if decided else REFUSED)
+        settle(error, mode != REFUSED)
         self._close("")
         undo = UndoCopy(*undo_size(command, self.catalog), self.device) if mode == UNDO else None
         self._torn.remember()
@@ -184,7 +170,7 @@ class UpdateSession:
             in_place=mode < SHADOW,
             undo=undo,
             started=now,
-            expires=now + command.timeout_s,
+            expires=now + capped(command.timeout_s),
         )
         return self._open
 
@@ -214,10 +200,13 @@ class UpdateSession:
                 del tensor
 
     def lend(
-        self, tensors: Sequence[tuple[str, torch.Tensor]], refusal: SlipstreamError | None
+        self,
+        pieces: Sequence[TensorPiece],
+        tensors: Sequence[tuple[str, torch.Tensor]],
+        refusal: SlipstreamError | None,
     ) -> None:
         """`receive` for lasting tensors that `expect` accepted. refusal: as in `receiving`."""
-        self._settle(refusal, self._agree(1 if refusal is None else 0) == 1)
+        self._ranks.join(self._digest(pieces, refusal), refusal)
         update = self.require_open("receive")
         with self._taking_in(closes=False):
             for name, tensor in tensors:
@@ -250,19 +239,20 @@ class UpdateSession:
     ) -> Iterator[None]:
         """Surrounds a transfer that `feed` takes in. What breaks it closes the update.
 
-        refusal: why this rank cannot take part, if so; it is raised, and no rank begins.
+        refusal: why this rank cannot take part, if so; it is raised, and no rank begins. Nor
+        does any if the ranks are to take in different tensors (ManifestMismatch).
         """
         if refusal is None and self._open is not None and self._open.undo is not None:
             try:
                 self._open.undo.reserve()
             except OutOfMemory as error:
                 refusal = error
-        agreed = self._agree(1 if refusal is None else 0) == 1
-        self._settle(refusal, agreed)
+        self._ranks.join(self._digest(pieces, refusal), refusal)
         update = self.require_open("receive")
         if update.in_place:
             names = {self.catalog.canonical(piece.name) for piece in pieces}
-            self._torn.tear(names, update.version)
+            if names:
+                self._torn.tear(names, update.version)
         with self._taking_in(closes=True):
             yield
             verify.scan_staged(update, self.catalog)
@@ -281,47 +271,56 @@ class UpdateSession:
         """When a transfer of the open update must be done, of time.monotonic."""
         return min(time.monotonic() + timeout_s, self.require_open("receive").expires)
 
-    def prepare(self, version: int) -> None:
+    def prepare(self, version: int, who: str = "") -> None:
         """Verify all that came, as the commit would; raise what it would raise. Nothing is placed.
 
-        The update's time starts anew. The commit that follows verifies nothing twice.
+        who: the owner that the command names. The update's time starts anew. The commit that
+        follows verifies nothing twice, but for what the trainer may have changed: what it lent.
         """
-        if self._on_all_ranks(lambda: self._check_commit(version)) is None:
+        if self._verified(version, who, placing=False) is None:
             assert self._open is not None, "what was verified is open"
-            self._open.expires = time.monotonic() + self._open.begin.timeout_s
+            self._open.expires = time.monotonic() + capped(self._open.begin.timeout_s)
 
-    def commit(self, version: int) -> UpdateReport:
+    def commit(self, version: int, who: str = "") -> UpdateReport:
         """Verify and place what came; `version` serves from the next step on.
 
-        Returns once the copies are done on every rank. Committing the version that serves
-        already returns its report again. Raises UpdateOrder, UpdateTimeout, ManifestMismatch,
-        ChecksumMismatch, NonFiniteWeights or OutOfMemory; in shadow mode nothing was written
-        then. What fails while placing is put back in undo mode, which closes the update; in the
-        other modes the session refuses to serve, and the commit may be tried again.
+        who: the owner that the command names. Returns once the copies are done on every rank.
+        Committing the version that serves already returns its report again. Raises UpdateOrder,
+        UpdateTimeout, ManifestMismatch, ChecksumMismatch, NonFiniteWeights or OutOfMemory; in
+        shadow mode nothing was written then. What fails while placing is put back in undo mode,
+        which closes the update; in the other modes the session refuses to serve, and the commit
+        may be tried again.
         """
-        repeated = self._on_all_ranks(lambda: self._check_commit(version))
+        repeated = self._verified(version, who, placing=True)
         if repeated is not None:
             return repeated
         update = self._open
         assert update is not None, "what was verified is open"
         placed = False
         try:
-            report = self._on_all_ranks(lambda: self._place(update))
+            report = self._ranks.run(lambda: self._place(update))
             placed = True
         finally:
             if not placed and update.undo is not None:
                 self._close("placing it failed")
         self._torn.mend()
-        self._version, self._open, self._last = version, None, report
+        self._version, self._open, self._last = version, None, (who, report)
         return report
 
-    def abort(self, version: int) -> None:
+    def abort(self, version: int, who: str = "") -> None:
         """Drop the open update; no error when there is none. Raises UpdateOrder for another's."""
         if self._drop_expired() or self._open is None:
             return
-        if self._open.version != version:
-            raise self._wrong_version(self._open, version)
+        owner.require_version(self._open, version)
+        owner.require_owner(self._open, who, "abort")
         self._close("")
+
+    def require_none_open(self, what: str) -> None:
+        """Raise UpdateOrder while an update is open, whose undo copy or half of whose tensors
+        `what` would spoil."""
+        self._drop_expired()
+        if self._open is not None:
+            raise UpdateOrder(f"{what} refused: {owner.describe(self._open)}", field="version")
 
     def invalidate(self, reason: str) -> None:
         """The weights are gone: refuse to step until an update covered every tensor.
@@ -342,14 +341,16 @@ class UpdateSession:
             raise UpdateOrder(f"{what} without an open update{why}; begin one", field="version")
         return self._open
 
+    def require_owned(self, what: str, who: str) -> OpenUpdate:
+        """`require_open` for a command of `who`. Raises UpdateOrder for an update of another."""
+        update = self.require_open(what)
+        owner.require_owner(update, who, what)
+        return update
+
     def _announce(self, command: BeginUpdate) -> dict[str, TensorSpec]:
         self._require_weights()
-        if self._open is not None and self._open.begin != command:
-            raise UpdateOrder(
-                f"update to version {self._open.version} is open; commit or abort it before "
-                f"beginning {command.version}",
-                field="version",
-            )
+        if self._open is not None:
+            owner.require_begin(self._open, command)
         if command.version <= self._version:
             raise UpdateOrder(
                 f"version {command.version} does not go forward: {self._version} serves now",
@@ -363,16 +364,34 @@ class UpdateSession:
             known = self._announced = (command.manifest, command.partial, announced)
         return known[2]
 
-    def _check_commit(self, version: int) -> UpdateReport | None:
+    def _verified(self, version: int, who: str, *, placing: bool) -> UpdateReport | None:
+        """Raise unless all ranks can place what came, and got the same; see `_check_commit`."""
+        repeated = self._ranks.run(lambda: self._check_commit(version, who, placing))
+        update = self._open if repeated is None else None
+        self._ranks.require_alike(0 if update is None else update.digest)
+        return repeated
+
+    def _check_commit(self, version: int, who: str, placing: bool) -> UpdateReport | None:
         """Raise unless the open update can be placed; the report if it was already."""
-        if self._open is None and self._last is not None and self._last.version == version:
-            return self._last
+        if self._open is None and self._last is not None and self._version == version:
+            by, report = self._last
+            if by == who and report.version == version:
+                return report
         update = self.require_open("commit")
-        if update.version != version:
-            raise self._wrong_version(update, version)
-        if not update.verified:
+        owner.require_version(update, version)
+        owner.require_owner(update, who, "commit")
+        if update.is_empty and not update.announced:
+            raise UpdateOrder(
+                f"nothing came for version {version}: send tensors before the commit, or abort it",
+                field="version",
+            )
+        # What was lent is read again before it is placed: the trainer may have written to it.
+        again = frozenset(update.lent if placing else ())
+        if update.verified and again:
+            verify.require_bits(update, self.catalog, self.device, again=again, only=again)
+        elif not update.verified:
             verify.require_complete(update, self.catalog, self._torn.versions)
-            verify.require_bits(update, self.catalog, self.device)
+            verify.require_bits(update, self.catalog, self.device, again=again)
             update.keep_staged(self.catalog)
             update.verified = True
         return None
@@ -410,7 +429,16 @@ class UpdateSession:
 
     def _check_piece(self, update: OpenUpdate, piece: TensorPiece) -> None:
         self.catalog.check(piece.name, piece.shape)
+        torch_dtype(piece.dtype, piece.name)
         update.check(piece)
+
+    def _digest(self, pieces: Sequence[TensorPiece], refusal: SlipstreamError | None) -> int:
+        """Of what this rank is to take in. A trainer sends the same every time."""
+        if refusal is not None:
+            return 0
+        if self._digested is None or self._digested[0] != pieces:
+            self._digested = (pieces, digest_of(pieces))
+        return self._digested[1]
 
     @contextmanager
     def _taking_in(self, *, closes: bool) -> Iterator[None]:
@@ -445,22 +473,11 @@ class UpdateSession:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
-    def _on_all_ranks(self, run: Callable[[], T]) -> T:
-        """What `run` returns, if no rank's failed; each rank answers, whatever happens in it."""
-        succeeded = agreed = False
-        try:
-            result = run()
-            succeeded = True
-        finally:
-            agreed = self._agree(int(succeeded)) == 1
-        self._settle(None, agreed)
-        return result
-
     def _drop_expired(self) -> bool:
         update = self._open
         if update is None or time.monotonic() < update.expires:
             return False
-        self._close(f"it was not committed within {update.begin.timeout_s:g} s")
+        self._close(f"it was not committed within {capped(update.begin.timeout_s):g} s")
         return True
 
     def _close(self, reason: str) -> None:
@@ -475,17 +492,3 @@ class UpdateSession:
         self._failure = f"the update to version {update.version} failed: {reason}" if reason else ""
         if reason:
             logger.warning("%s; version %d stays", self._failure, self._version)
-
-    def _settle(self, error: SlipstreamError | None, agreed: bool) -> None:
-        """Raise this rank's error, or that another has one."""
-        if error is not None:
-            raise error
-        if not agreed:
-            raise WeightUpdateError(
-                "another rank of this engine refuses; its error is reported too", field="ranks"
-            )
-
-    def _wrong_version(self, update: OpenUpdate, version: int) -> UpdateOrder:
-        return UpdateOrder(
-            f"the open update is to version {update.version}, not {version}", field="version"
-        )

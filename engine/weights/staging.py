@@ -19,6 +19,7 @@ from engine.protocol import BeginUpdate, TensorPiece, TensorSpec
 from engine.weights.catalog import Catalog
 from engine.weights.checksum import Checksums
 from engine.weights.coverage import Coverage
+from engine.weights.digest import with_tensor
 from engine.weights.undo import UndoCopy
 
 
@@ -52,6 +53,10 @@ class OpenUpdate:
     """Largest magnitudes of staged tensors that were read for it already."""
     names: set[str] = field(default_factory=set)
     """Tensors that came completely."""
+    lent: set[str] = field(default_factory=set)
+    """Those of them that lie in memory of the trainer, which may change it."""
+    digest: int = 0
+    """Of the names, shapes and dtypes of the tensors that came completely."""
     sums: Checksums = field(default_factory=Checksums)
     _parts: dict[str, _Part] = field(default_factory=dict)
 
@@ -119,13 +124,14 @@ class OpenUpdate:
             self._write(name, tensor, catalog)
         else:
             self.staged[name] = tensor if lasting else copy_of(tensor, catalog.device)
-        self.names.add(name)
+        self._came(name, tensor)
 
     def lend(self, name: str, tensor: torch.Tensor) -> None:
         """Take in a whole tensor that stays as it is until the commit, without reading it."""
         self.verified = False
         self.staged[name] = tensor
-        self.names.add(name)
+        self.lent.add(name)
+        self._came(name, tensor)
 
     def keep_staged(self, catalog: Catalog) -> None:
         """Undo mode: copy what the commit will replace. Raises OutOfMemory."""
@@ -138,6 +144,10 @@ class OpenUpdate:
             if catalog.held_bytes(name):
                 self._keep(name, catalog)
                 self.touched.add(name)
+
+    def _came(self, name: str, tensor: torch.Tensor) -> None:
+        self.names.add(name)
+        self.digest = with_tensor(self.digest, name, tensor.dtype, tensor.shape)
 
     def _part_of(self, piece: TensorPiece, flat: torch.Tensor, size: int) -> _Part:
         if piece.name not in self._parts:

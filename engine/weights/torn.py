@@ -27,7 +27,7 @@ class TornWeights:
         self._before = (dict(self._versions), self.refusal)
 
     def tear(self, names: Iterable[str], version: int, reason: str = "") -> None:
-        """An update is about to write `names`. reason: replaces the usual one."""
+        """An update is about to write `names`, one at least. reason: replaces the usual one."""
         self._versions.update(dict.fromkeys(names, version))
         # Named once an update and not once a tensor: thousands may come one by one.
         if reason or self._named != version:

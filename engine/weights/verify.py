@@ -3,7 +3,7 @@ so that every rank of a replica comes to the same answer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 import torch
 
@@ -11,6 +11,7 @@ from engine.errors import ChecksumMismatch, ManifestMismatch, NonFiniteWeights
 from engine.protocol import TensorSpec
 from engine.weights import finite
 from engine.weights.catalog import Catalog
+from engine.weights.layouts import torch_dtype
 from engine.weights.staging import OpenUpdate, tied_differ
 from engine.weights.torn import and_more
 
@@ -28,6 +29,7 @@ def announced_tensors(
             seen.add(spec.name)
     for spec in manifest:
         catalog.check(spec.name, spec.shape)
+        torch_dtype(spec.dtype, spec.name)
     if announced and not partial:
         require_all(announced, catalog)
     return announced
@@ -68,23 +70,33 @@ def require_complete(update: OpenUpdate, catalog: Catalog, torn: Mapping[str, in
     _compare_tied(update, catalog)
 
 
-def require_bits(update: OpenUpdate, catalog: Catalog, device: torch.device) -> None:
+def require_bits(
+    update: OpenUpdate,
+    catalog: Catalog,
+    device: torch.device,
+    *,
+    again: Set[str] = frozenset(),
+    only: Set[str] | None = None,
+) -> None:
     """Raise ChecksumMismatch naming a tensor whose bits are not those announced, and
     NonFiniteWeights naming one that holds what cannot be served.
 
     Each tensor is read once: where a checksum was announced, on its pass, on `device`; one that
     was written in place, where it serves; any other where it lies, unless `scan_staged` did.
+    only: the staged tensors to read; all if None. again: those to read whoever did before.
     """
     sums, unread, known = update.sums, [], []
     for name, tensor in update.staged.items():
+        if only is not None and name not in only:
+            continue
         spec = update.announced.get(name)
         if spec is not None and spec.checksum is not None:
             sums.add(name, tensor.to(device, non_blocking=True))
-        elif name in update.peaks:
+        elif name in update.peaks and name not in again:
             known.append((name, update.peaks[name], tensor.dtype, catalog.dtype(name)))
         elif catalog.is_needed(name):
             unread.append((name, tensor, catalog.dtype(name)))
-    for canonical, name in update.placed.items():
+    for canonical, name in update.placed.items() if only is None else ():
         if name not in sums and catalog.is_needed(name):
             unread.append((name, catalog.view(canonical), catalog.dtype(canonical)))
     scans = sums.scans()

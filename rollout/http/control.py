@@ -156,10 +156,13 @@ class Controller:
         *,
         last: bool = False,
         partial: bool = False,
+        peer: str = "",
     ) -> UpdateReport | None:
         """Feed the open update, or one opened here; the report if it was committed. See
         `Updates.feed`."""
-        return await self._whole(self._updates.feed(command, label, last=last, partial=partial))
+        return await self._whole(
+            self._updates.feed(command, label, last=last, partial=partial, peer=peer)
+        )
 
     async def abandon(self, command: Feed) -> None:
         """The caller of a feed that has not ended has left. See `Updates.abandon`."""

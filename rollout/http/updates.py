@@ -14,8 +14,11 @@ import asyncio
 import contextlib
 import logging
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
+
+from msgspec.structs import replace
 
 from engine.errors import (
     EngineDead,
@@ -67,7 +70,8 @@ class _OpenUpdate:
     """The update between its begin and its commit.
 
     explicit: its caller commits it. failed: its last command failed, so that whoever wants to
-    begin another may drop it.
+    begin another may drop it. owner: what its commands name. origin: how the first tensors of an
+    implicit one came. foreign: its caller speaks the protocol itself, and owns it if it said so.
     """
 
     version: int
@@ -76,6 +80,9 @@ class _OpenUpdate:
     label: str | None = None
     num_feeds: int = 0
     failed: bool = False
+    owner: str = ""
+    origin: tuple[str, ...] = ()
+    foreign: bool = False
     began_at: float = field(default_factory=time.monotonic)
 
 
@@ -143,7 +150,9 @@ class Updates:
         if id(command) not in self._transfers:
             self._abandoned.append(command)
         elif self._update is not None:
-            await self._abort_now(AbortUpdate(version=self._update.version))
+            await self._abort_now(
+                AbortUpdate(version=self._update.version, owner=self._update.owner)
+            )
 
     async def begin(self, label: str | None, *, partial: bool) -> int:
         """Open an explicit update; its version. Begun again before anything came, it is the
@@ -157,22 +166,23 @@ class Updates:
             return (await self._open(label, partial=partial, explicit=True)).version
 
     async def feed(
-        self, command: Feed, label: str | None, *, last: bool, partial: bool
+        self, command: Feed, label: str | None, *, last: bool, partial: bool, peer: str = ""
     ) -> UpdateReport | None:
         """Feed the open update, or an implicit one opened here; the report if it was committed.
 
         last: nothing follows. partial: the update leaves the tensors that do not come as they
         are, which its first call has to say. A label other than that of the implicit update
-        that is open belongs to another update.
+        that is open belongs to another update. peer: the caller's address. Tensors that come to
+        an implicit update another way than its first ones are another trainer's (UpdateOrder).
         """
         async with self._lock:
             self._refuse_abandoned(command)
             still = await self._is_still()
             self._refuse_after_failure(over=last and not still)
-            update = await self._update_of(label, partial)
+            update = await self._update_of(label, partial, _origin(command, peer))
             rest_follows = still or not last
             async with self._dropped_on_error(update, rest_follows=rest_follows):
-                await self._transferred(command)
+                await self._transferred(command, owner=update.owner)
                 update.num_feeds += 1
             if update.explicit or not last or await self._is_still():
                 return None
@@ -184,6 +194,7 @@ class Updates:
             if self._update is None:
                 why = "" if self._failure is None else f" ({self._failure})"
                 raise UpdateOrder(f"no update is open{why}; begin one first", field="update")
+            _require_ours(self._update)
             if label is not None:
                 self._update.label = label
             return await self._commit(self._update)
@@ -201,7 +212,8 @@ class Updates:
             await self._settle()
             update = await self._open(label, partial=partial, explicit=False)
             async with self._dropped_on_error(update, rest_follows=False):
-                await self._transferred(LoadFromDisk(path=path, partial=partial))
+                load = LoadFromDisk(path=path, partial=partial)
+                await self._transferred(load, owner=update.owner)
             return await self._commit(update)
 
     async def set_version(self, label: str) -> int:
@@ -248,7 +260,8 @@ class Updates:
             if update is None or update.explicit or await self._is_still():
                 return
             try:
-                await self._engine.send(PrepareUpdate(version=update.version))
+                prepare = PrepareUpdate(version=update.version, owner=update.owner)
+                await self._engine.send(prepare)
             except EngineDead:
                 raise
             except SlipstreamError as error:
@@ -290,14 +303,17 @@ class Updates:
             self._ended(None)
         return reply
 
-    async def _transferred(self, command: UpdateCommand) -> Reply:
-        """Run a command that may wait for a sender, as `quiet` has to know."""
+    async def _transferred(self, command: UpdateCommand, *, owner: str | None = None) -> Reply:
+        """Run a command that may wait for a sender, as `quiet` has to know. owner: of the update
+        that this server opened for its caller; None leaves what the caller wrote."""
         if not isinstance(command, Feed):
             return await self._engine.send(command)
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._transfers[id(command)] = ended
         try:
-            return await self._engine.send(command)
+            return await self._engine.send(
+                command if owner is None else replace(command, owner=owner)
+            )
         finally:
             del self._transfers[id(command)]
             ended.set_result(None)
@@ -314,7 +330,11 @@ class Updates:
             case BeginUpdate():
                 self._failure = None
                 self._update = _OpenUpdate(
-                    version=command.version, explicit=True, partial=command.partial
+                    version=command.version,
+                    explicit=True,
+                    partial=command.partial,
+                    owner=command.owner,
+                    foreign=True,
                 )
             case CommitUpdate():
                 self._labels.name(command.version, None)
@@ -327,6 +347,8 @@ class Updates:
         """The engine drops an update whose transfer broke, and keeps one that may go on. A
         command of another update says nothing about the one that is open."""
         if self._update is None or isinstance(command, BeginUpdate):
+            return
+        if command.owner != self._update.owner:
             return
         version = self._update.version
         names = command.version if isinstance(command, _ENDS) else version
@@ -348,18 +370,32 @@ class Updates:
             self._update = None
         return self._update
 
-    async def _update_of(self, label: str | None, partial: bool) -> _OpenUpdate:
-        """The update that a call with this label feeds."""
+    async def _update_of(
+        self, label: str | None, partial: bool, origin: tuple[str, ...]
+    ) -> _OpenUpdate:
+        """The update that a call with this label feeds, whose tensors come by `origin`."""
         update = self._update
         if update is not None and update.explicit and update.failed:
             await self._abort(update)
             update = None
+        is_other = update is not None and not update.explicit and update.origin != origin
+        if is_other and (await self._state()).open_update is None:
+            # Its time is up.
+            self._update = update = None
         if update is None:
-            return await self._open(label, partial=partial, explicit=False)
+            return await self._open(label, partial=partial, explicit=False, origin=origin)
+        _require_ours(update)
         known = update.label
         if not update.explicit and label is not None and known is not None and label != known:
             await self._settle()
-            return await self._open(label, partial=partial, explicit=False)
+            return await self._open(label, partial=partial, explicit=False, origin=origin)
+        if not update.explicit and update.origin != origin:
+            raise UpdateOrder(
+                f"update {update.version} is open, and its tensors come by "
+                f"{' '.join(update.origin)}, not {' '.join(origin)}: it is another trainer's. "
+                "Its resume or pause ends it; if that trainer is gone, pause again",
+                field="update",
+            )
         if partial and not update.partial and not update.explicit:
             raise InvalidRequest(
                 f"update {update.version} was begun as a whole one; say partial in its first call",
@@ -368,14 +404,29 @@ class Updates:
         update.label = known if label is None else label
         return update
 
-    async def _open(self, label: str | None, *, partial: bool, explicit: bool) -> _OpenUpdate:
+    async def _open(
+        self,
+        label: str | None,
+        *,
+        partial: bool,
+        explicit: bool,
+        origin: tuple[str, ...] = (),
+    ) -> _OpenUpdate:
         state = await self._state()
         version = self._labels.reserve(label, state.version)
         died = bool(state.refusal) and not state.released
         partial = partial and not (self._needs_whole or died)
-        await self._engine.send(BeginUpdate(version=version, partial=partial))
+        owner = uuid.uuid4().hex
+        await self._engine.send(BeginUpdate(version=version, partial=partial, owner=owner))
         self._failure = None
-        self._update = _OpenUpdate(version=version, explicit=explicit, partial=partial, label=label)
+        self._update = _OpenUpdate(
+            version=version,
+            explicit=explicit,
+            partial=partial,
+            label=label,
+            owner=owner,
+            origin=origin,
+        )
         return self._update
 
     async def _settle(self) -> str:
@@ -403,7 +454,8 @@ class Updates:
         try:
             async with self._dropped_on_error(update, rest_follows=False):
                 with self._named(update.version, update.label):
-                    reply = await self._engine.send(CommitUpdate(version=update.version))
+                    commit = CommitUpdate(version=update.version, owner=update.owner)
+                    reply = await self._engine.send(commit)
         except ManifestMismatch as error:
             if update.explicit or update.partial:
                 raise
@@ -439,7 +491,8 @@ class Updates:
         self._update = None
         with contextlib.suppress(SlipstreamError):
             # Often the engine has dropped it by itself.
-            await self._engine.send(AbortUpdate(version=update.version))
+            abort = AbortUpdate(version=update.version, owner=update.owner)
+            await self._engine.send(abort)
 
     @contextlib.asynccontextmanager
     async def _dropped_on_error(
@@ -483,7 +536,27 @@ class Updates:
         return reply.state
 
 
+def _origin(command: Feed, peer: str) -> tuple[str, ...]:
+    """How tensors came: the carrier, its group, the caller's host. A trainer of several pipeline
+    stages has a group a stage, whose names differ in their number only."""
+    kind = str(command.__struct_config__.tag)
+    if isinstance(command, ReceiveBroadcast):
+        return kind, command.group.rstrip("0123456789"), peer
+    return kind, peer
+
+
+def _require_ours(update: _OpenUpdate) -> None:
+    """Raise UpdateOrder for a caller that names no owner, where the update has one."""
+    if update.foreign and update.owner:
+        raise UpdateOrder(
+            f"update {update.version} is open, and belongs to the owner that began it by "
+            "/command; wait for its end",
+            field="update",
+        )
+
+
 def _begun_again(update: _OpenUpdate) -> int:
+    _require_ours(update)
     if update.num_feeds:
         raise UpdateOrder(
             f"update {update.version} is open and has received tensors; end it first",

@@ -6,11 +6,11 @@ from collections import OrderedDict
 from typing import Any
 
 from engine.errors import UpdateOrder
+from engine.protocol.types import MAX_VERSION
 
 _MAX_LABELS = 4096
-_LARGEST = (1 << 63) - 1
-_LARGEST_LABEL = 1 << 53
-"""A label beyond this names a version and is none: what counts on from it must fit as well."""
+_LARGEST_LABEL = MAX_VERSION
+"""A label beyond this names a version and is none."""
 
 
 class VersionLabels:
@@ -28,7 +28,7 @@ class VersionLabels:
         number = _number(label)
         if number is not None and number > current:
             return number
-        if current >= _LARGEST:
+        if current >= MAX_VERSION:
             raise UpdateOrder(f"no version is left after {current}", field="version")
         return current + 1
 

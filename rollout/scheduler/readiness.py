@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from typing import get_args
 
 from engine.errors import InvalidRequest, MemoryReleased, UpdateOrder
-from engine.protocol import BeginUpdate, MemoryTag
+from engine.protocol import AbortUpdate, BeginUpdate, MemoryTag
+from engine.protocol.deadlines import capped
 from rollout.scheduler.stats import SchedulerStats
 
 ALL_TAGS: tuple[MemoryTag, ...] = get_args(MemoryTag)
@@ -86,25 +87,27 @@ class Readiness:
         return self._open is not None and self._open.mode in ("in_place", "undo")
 
     @property
-    def undo(self) -> int | None:
-        """Version of an update, also of one that timed out, that the ranks can undo."""
-        return self._open.version if self._open is not None and self._open.mode == "undo" else None
+    def written(self) -> AbortUpdate | None:
+        """The abort of the update that writes into the live weights, if one does, whoever began
+        it; also of one whose time is up."""
+        if self._open is None or not self._writes_in_place:
+            return None
+        return AbortUpdate(version=self._open.version, owner=self._open.owner)
 
     @property
-    def written(self) -> int | None:
-        """Version of the update that writes into the live weights, if one does."""
-        return self._open.version if self._open is not None and self._writes_in_place else None
-
-    @property
-    def late_undo(self) -> int | None:
-        """The same once its time is up: requests wait for nothing any more."""
-        return self.undo if self.open_update is None else None
+    def late_undo(self) -> AbortUpdate | None:
+        """The same of an update that the ranks can undo, once its time is up: requests wait for
+        nothing any more."""
+        if self._open is None or self._open.mode != "undo" or self.open_update is not None:
+            return None
+        return self.written
 
     def check_release(self, tags: Iterable[MemoryTag], stats: SchedulerStats) -> None:
         """Raise unless `tags` may be released now: InvalidRequest while requests need them,
         UpdateOrder while an update writes weights, or one that timed out can still be undone."""
         asked = set(tags) - self._released
-        version = self.undo if self.open_update is None else self.open_update
+        late = self.late_undo
+        version = self.open_update if late is None else late.version
         if "weights" in asked and version is not None:
             raise UpdateOrder(
                 f"the update to version {version} is open; commit or abort it before releasing "
@@ -145,6 +148,22 @@ class Readiness:
                 field="weights",
             )
 
+    def check_reset(self) -> None:
+        """Raise UpdateOrder if weights may not be overwritten, since an update is open."""
+        if self.open_update is not None:
+            raise UpdateOrder(
+                f"the update to version {self.open_update} is open; commit or abort it before "
+                "overwriting weights",
+                field="version",
+            )
+
+    def is_open_for(self, command: AbortUpdate) -> bool:
+        """Whether `command` aborts the update that is open, and may."""
+        update = self._open
+        if update is None:
+            return False
+        return (update.version, update.owner) == (command.version, command.owner)
+
     def check_begin(self, command: BeginUpdate, version: int) -> None:
         """Raise UpdateOrder for an update that would go back behind `version`, a name that was
         given to the weights that serve; the ranks know the versions committed."""
@@ -165,30 +184,34 @@ class Readiness:
     def begun(self, command: BeginUpdate) -> None:
         """The update is open."""
         self._open = command
-        self._deadline = time.monotonic() + command.timeout_s
+        self._deadline = time.monotonic() + capped(command.timeout_s)
 
     def prepared(self) -> None:
         """The open update was verified, and its time starts anew."""
         if self._open is not None:
-            self._deadline = time.monotonic() + self._open.timeout_s
+            self._deadline = time.monotonic() + capped(self._open.timeout_s)
 
     def aborted(self) -> None:
         """No update is open."""
         self._open = None
 
-    def committed(self, version: int) -> bool:
+    def committed(self, version: int, refusal: str) -> bool:
         """The commit to `version` succeeded; whether it was the first of this update.
 
-        A whole update makes weights defined and an engine whose update had died servable.
+        refusal: why the ranks refuse to step all the same, or "". They know what was torn: a
+        partial update that brought all of that makes them whole. Only a whole one has a version,
+        on an engine that was started again without one.
         """
         update, self._open = self._open, None
         if update is None:
             return False
         self._committed = version
+        self._broken = refusal
+        self._undefined = self._undefined and bool(refusal)
         if not update.partial:
-            self._undefined, self._broken, self._no_version = False, "", ""
+            self._no_version = ""
         return True
 
     def died(self, message: str) -> None:
-        """A rank refused a step, since an update left it without whole weights."""
+        """Ranks refuse to step, since they were left without whole weights."""
         self._broken = message

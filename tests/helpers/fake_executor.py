@@ -34,6 +34,7 @@ from engine.protocol import (
     LoadFromDisk,
     PromptLogprobs,
     Reply,
+    ResumeMemory,
     StepPlan,
     StepResult,
     TopLogprobs,
@@ -124,6 +125,7 @@ class FakeExecutor:
         self._shift = 0
         self._open: BeginUpdate | None = None
         self._staged = 0
+        self._undefined = False
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Append one token to each row that samples."""
@@ -169,11 +171,15 @@ class FakeExecutor:
             case CommitUpdate():
                 if self._open is None:
                     raise UpdateOrder("no update is open", field="version")
-                self._open, self._shift = None, self._staged
+                partial, self._open, self._shift = self._open.partial, None, self._staged
+                self._undefined = self._undefined and partial
                 report = UpdateReport(
                     version=command.version, num_tensors=1, num_bytes=8, seconds=0.0
                 )
-                return Reply(report=report)
+                return Reply(report=report, refusal="undefined" if self._undefined else "")
+            case ResumeMemory():
+                # As without a backup; a number that is published whole is defined again.
+                self._undefined = True
             case AbortUpdate():
                 self._open = None
         return Reply()

@@ -20,7 +20,7 @@ from engine.protocol import (
     SetVersion,
     Stop,
 )
-from rollout.leader import breaks_device
+from rollout.device_errors import breaks_device
 from rollout.replica import InlineReplica
 from tests.helpers.fake_executor import expected_tokens
 from tests.helpers.replicas import inline, make_request, overlapped

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 
 from engine.protocol import BeginUpdate, UpdateReport
 from trainer_bridge.adapters.base import WeightSource
 from trainer_bridge.control import UpdateTarget
-from trainer_bridge.fleet import Member, commit, divide, give_up, on_each, prepare
+from trainer_bridge.fleet import (
+    Member,
+    commit,
+    divide,
+    draw_owner,
+    give_up,
+    on_each,
+    owned,
+    prepare,
+)
 
 
 class Carrier(ABC):
@@ -17,6 +27,11 @@ class Carrier(ABC):
     targets: Sequence[UpdateTarget]
     published: BeginUpdate | None = None
     """The last update that every target committed."""
+
+    @cached_property
+    def owner(self) -> str:
+        """Of the updates that this carrier begins; see `BeginUpdate.owner`."""
+        return draw_owner()
 
     def announce(
         self, begin: BeginUpdate, source: WeightSource, members: Sequence[Member]
@@ -36,6 +51,10 @@ class Carrier(ABC):
         update that was announced, after the last engine answered."""
         return
 
+    def committed(self, begin: BeginUpdate, members: Sequence[Member]) -> None:
+        """Every target serves `begin.version` now; `members` took it in this update."""
+        self.published = begin
+
     @abstractmethod
     def close(self) -> None:
         """Leave the engines. Idempotent."""
@@ -50,14 +69,15 @@ def publish(carrier: Carrier, begin: BeginUpdate, source: WeightSource) -> Updat
     committed; publishing the same version again then reaches those left behind, if the
     source still has the same weights.
     """
+    begin = owned(begin, carrier.owner)
     taking, holding = divide(carrier.targets, begin.version)
     begin = carrier.announce(begin, source, taking)
     try:
         _bring(carrier, begin, source, taking)
-        report = commit(taking, holding, begin.version)
+        report = commit(taking, holding, begin)
     finally:
         carrier.settle(begin)
-    carrier.published = begin
+    carrier.committed(begin, taking)
     return report
 
 
@@ -69,8 +89,8 @@ def _bring(
     try:
         on_each(taking, lambda member: member.send(begin))
         carrier.carry(begin, source, taking)
-        prepare(taking, begin.version)
+        prepare(taking, begin)
         prepared = True
     finally:
         if not prepared:
-            give_up(taking, begin.version)
+            give_up(taking, begin)

@@ -89,7 +89,7 @@ class IpcCarrier(Carrier):
             placed.append(_tensor_at(spec, index_of[key], tensor.data_ptr() - key))
         # What the optimiser queued must be done before another process reads it.
         torch.cuda.synchronize(self._device)
-        _send(members, IpcPayload(buffers, placed), borrow=True)
+        _send(members, IpcPayload(buffers, placed), begin.owner, borrow=True)
 
     def _copy_through(
         self, begin: BeginUpdate, source: WeightSource, members: Sequence[Member]
@@ -109,7 +109,7 @@ class IpcCarrier(Carrier):
                 placed.append(_tensor_at(specs[placement.piece.name], 0, placement.offset))
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
-            _send(members, IpcPayload([shared.exported], placed), borrow=False)
+            _send(members, IpcPayload([shared.exported], placed), begin.owner, borrow=False)
 
     def _buffer_of(self, num_bytes: int) -> _SharedBuffer:
         if self._buffer is None or self._buffer.bytes.numel() < num_bytes:
@@ -165,6 +165,6 @@ def _tensor_at(spec: TensorSpec, buffer: int, offset: int) -> IpcTensor:
     return IpcTensor(spec.name, spec.dtype, spec.shape, buffer, offset)
 
 
-def _send(members: Sequence[Member], payload: IpcPayload, *, borrow: bool) -> None:
-    command = ReceiveIpc(payloads=[encode(payload)], borrow=borrow)
+def _send(members: Sequence[Member], payload: IpcPayload, owner: str, *, borrow: bool) -> None:
+    command = ReceiveIpc(payloads=[encode(payload)], borrow=borrow, owner=owner)
     on_each(members, lambda member: member.send(command))

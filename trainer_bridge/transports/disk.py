@@ -31,7 +31,7 @@ from engine.protocol import (
 from trainer_bridge.adapters.base import WeightSource
 from trainer_bridge.checksum import with_checksums
 from trainer_bridge.control import UpdateTarget, try_send
-from trainer_bridge.fleet import Member, on_each
+from trainer_bridge.fleet import Member, draw_owner, on_each, owned
 from trainer_bridge.transports.base import Carrier
 
 DELTA_FILE = "delta.json"
@@ -84,7 +84,8 @@ class DiskCarrier(Carrier):
         self._base = base.version
         self._checksums.update({spec.name: spec.checksum for spec in base.manifest})
         changed = [spec for spec in specs if self._checksums.get(spec.name) != spec.checksum]
-        return replace(begin, manifest=changed, partial=True)
+        # An update brings something: one tensor as it was, where nothing changed.
+        return replace(begin, manifest=changed or specs[:1], partial=True)
 
     def carry(self, begin: BeginUpdate, source: WeightSource, members: Sequence[Member]) -> None:
         """See `Carrier`."""
@@ -95,7 +96,7 @@ class DiskCarrier(Carrier):
         if self._base is not None:
             delta = Delta(self._base, begin.version, begin.manifest)
         write(path, chosen, delta=delta)
-        load = LoadFromDisk(path=str(path))
+        load = LoadFromDisk(path=str(path), owner=begin.owner)
         on_each(members, lambda member: member.send(load))
 
     def settle(self, begin: BeginUpdate) -> None:
@@ -115,15 +116,17 @@ def load(begin: BeginUpdate, path: Path, target: UpdateTarget) -> UpdateReport:
 
     A failure at any point aborts the update, and the engine serves what it served before.
     """
+    begin = owned(begin, draw_owner())
+    version, owner = begin.version, begin.owner
     committed = False
     try:
         target.send(begin)
-        target.send(LoadFromDisk(path=str(path)))
-        report = target.send(CommitUpdate(version=begin.version)).report
+        target.send(LoadFromDisk(path=str(path), owner=owner))
+        report = target.send(CommitUpdate(version=version, owner=owner)).report
         committed = True
     finally:
         if not committed:
-            try_send(target, AbortUpdate(version=begin.version))
+            try_send(target, AbortUpdate(version=version, owner=owner))
     assert report is not None, "a commit must report what it moved"
     return report
 

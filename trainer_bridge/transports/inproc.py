@@ -12,9 +12,11 @@ from __future__ import annotations
 from engine.protocol import BeginUpdate, UpdateReport
 from trainer_bridge.adapters.base import WeightSource
 from trainer_bridge.control import LocalTarget
+from trainer_bridge.fleet import draw_owner, owned
 
 
 def send(begin: BeginUpdate, source: WeightSource, target: LocalTarget) -> UpdateReport:
     """Publish the tensors of `source`; those of a lasting one must not change until this
     returns."""
+    begin = owned(begin, draw_owner())
     return target.update_weights_inproc(begin, source.tensors(), lasting=source.lasting)

@@ -140,6 +140,7 @@ class NcclCarrier(Carrier):
             tensors=pieces,
             bucket_bytes=sender.bucket_bytes,
             timeout_s=self._timeout_s,
+            owner=begin.owner,
         )
         flats = (tensor.reshape(-1) for tensor in in_order(begin.manifest, source.tensors()))
         deadline = time.monotonic() + self._timeout_s

@@ -27,7 +27,16 @@ from engine.protocol import (
 )
 from trainer_bridge.adapters.base import WeightSource
 from trainer_bridge.control import UpdateTarget, try_send
-from trainer_bridge.fleet import Member, commit, divide, give_up, on_each, prepare
+from trainer_bridge.fleet import (
+    Member,
+    commit,
+    divide,
+    draw_owner,
+    give_up,
+    on_each,
+    owned,
+    prepare,
+)
 from trainer_bridge.process_group import Backend, SenderGroup, stop
 from trainer_bridge.transports.nccl import BUCKET_BYTES, Broadcaster, check, complete, join_commands
 
@@ -59,6 +68,7 @@ class ShardedCarrier:
         self._name = name
         self._bucket_bytes = bucket_bytes
         self._timeout_s = timeout_s
+        self._owner = draw_owner()
         self._sender: Broadcaster | None = None
         self._pieces: list[list[TensorPiece]] = []
         self._taking: list[Member] = []
@@ -70,20 +80,22 @@ class ShardedCarrier:
         """One transaction in two phases, collective over the trainer ranks; see
         `transports.base.publish`.
 
-        begin: equal on all ranks. Every rank gets the report, or an error: its own, or a
+        begin: equal on all ranks but for the owner, of which rank 0's counts. Every rank gets
+        the report, or an error: its own, or a
         GroupError that quotes the rank that failed.
         """
+        begin = owned(begin, self._owner)
         prepared = False
         try:
             connected = self._agree(self._begin, begin)
             if not all(connected):
                 self._connect(source)
-            self._agree(self._carry, source)
-            self._agree(lambda: prepare(self._taking, begin.version))
+            self._agree(self._carry, source, begin.owner)
+            self._agree(lambda: prepare(self._taking, begin))
             prepared = True
         finally:
             if not prepared:
-                give_up(self._taking, begin.version)
+                give_up(self._taking, begin)
         report: UpdateReport = self._agree(self._commit, begin)[0]
         return report
 
@@ -170,7 +182,7 @@ class ShardedCarrier:
             complete(self._sender.group, joined, [m.state.tp_size for m in self._taking])
             check(joined, wait=True)
 
-    def _carry(self, source: WeightSource) -> None:
+    def _carry(self, source: WeightSource, owner: str) -> None:
         assert self._sender is not None, "carry before connect"
         group = self._sender.group
         deadline = time.monotonic() + self._timeout_s
@@ -182,7 +194,7 @@ class ShardedCarrier:
             group.check_stopped()
 
         with self._others_stop(), ThreadPoolExecutor(max(len(self._taking), 1)) as pool:
-            received = [pool.submit(self._receive_all, member) for member in self._taking]
+            received = [pool.submit(self._receive_all, member, owner) for member in self._taking]
             self._sender.send(pieces, flats, deadline=deadline, check=check_all)
             check(received, wait=True)
 
@@ -209,7 +221,7 @@ class ShardedCarrier:
         for rank in range(len(self._hosts)):
             try_send(target, LeaveGroup(name=self._group_of(rank)))
 
-    def _receive_all(self, member: Member) -> None:
+    def _receive_all(self, member: Member, owner: str) -> None:
         """Have one engine receive from every trainer rank in turn."""
         for rank, pieces in enumerate(self._pieces):
             member.send(
@@ -218,13 +230,14 @@ class ShardedCarrier:
                     tensors=pieces,
                     bucket_bytes=self._bucket_bytes,
                     timeout_s=self._timeout_s,
+                    owner=owner,
                 )
             )
 
     def _commit(self, begin: BeginUpdate) -> UpdateReport | None:
         if not self.targets:
             return None
-        return commit(self._taking, self._holding, begin.version)
+        return commit(self._taking, self._holding, begin)
 
     def _drop(self) -> None:
         sender, self._sender = self._sender, None

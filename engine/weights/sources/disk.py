@@ -15,7 +15,7 @@ import torch
 
 from engine.errors import CheckpointError, ManifestMismatch, ModelNotFound, UpdateOrder
 from engine.models.weight_files import is_folder, read_small, shown, unfinished
-from engine.protocol import TensorPiece, TensorSpec
+from engine.protocol import LoadFromDisk, TensorPiece, TensorSpec
 from engine.weights.helpers import nothing
 from engine.weights.lane import Look
 from engine.weights.session import UpdateSession
@@ -32,18 +32,17 @@ class Delta(msgspec.Struct, frozen=True):
     tensors: list[TensorSpec]
 
 
-def receive(
-    session: UpdateSession, path: Path, *, partial: bool = False, look: Look = nothing
-) -> None:
-    """Feed the open update with the safetensors files at `path`. look: called before each tensor
-    is read; what it raises ends the command, and the update is to be aborted.
+def receive(session: UpdateSession, command: LoadFromDisk, look: Look = nothing) -> None:
+    """Feed the open update with the safetensors files at `command.path`. look: called before each
+    tensor is read; what it raises ends the command, and the update is to be aborted.
 
     Raises ModelNotFound or CheckpointError for files that are missing, broken or not yet whole,
     UpdateOrder for a delta against another version than the one that serves, ManifestMismatch
     for tensors that may not come, for a delta whose files are not what it says, and for a folder
     that lacks tensors of the model and is not `partial`. Nothing was taken in then.
     """
-    session.require_open("load")
+    session.require_owned("load", command.owner)
+    path = Path(command.path)
     writing = unfinished(path)
     if writing is not None:
         raise CheckpointError(
@@ -58,7 +57,7 @@ def receive(
     if delta is not None:
         _check_listed(delta, listing)
     _check_entries(session, listing)
-    if delta is None and not partial:
+    if delta is None and not command.partial:
         _require_whole(session, listing)
     session.receive(_looking(listing.tensors(), look))
 

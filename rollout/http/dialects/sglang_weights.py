@@ -178,7 +178,8 @@ class _Weights:
             layout="flat" if body.load_format == _FLAT else "tensors",
             timeout_s=body.timeout_s,
         )
-        return await callers.received(self._control, command, request, self._feed(command, body))
+        feed = self._feed(command, body, caller(request))
+        return await callers.received(self._control, command, request, feed)
 
     async def tensors(self, request: Request) -> dict[str, Any]:
         body = await read_body(request, _Tensors)
@@ -194,7 +195,7 @@ class _Weights:
                 f"serialized_named_tensors has {len(command.payloads)} entries for {ranks} ranks",
                 field="serialized_named_tensors",
             )
-        return await self._feed(command, body)
+        return await self._feed(command, body, caller(request))
 
     async def disk(self, request: Request) -> dict[str, Any]:
         body = await read_body(request, _Disk)
@@ -266,10 +267,16 @@ class _Weights:
         reply = await self._control.send(command)
         return json_response(reply.weights[0].values if reply.weights else None)
 
-    async def _feed(self, command: ReceiveBroadcast | ReceiveIpc, body: _Update) -> dict[str, Any]:
+    async def _feed(
+        self, command: ReceiveBroadcast | ReceiveIpc, body: _Update, peer: str
+    ) -> dict[str, Any]:
         await self._prepare(body)
         report = await self._control.feed(
-            command, body.weight_version, last=body.flush_cache, partial=body.partial
+            command,
+            body.weight_version,
+            last=body.flush_cache,
+            partial=body.partial,
+            peer=peer,
         )
         if report is None:
             return {"message": "received; the update is not committed yet"}

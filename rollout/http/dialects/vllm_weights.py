@@ -146,7 +146,9 @@ class _Transfer:
         if body.update_info is not None:
             # Without a session, and while requests run, a call is an update of its own.
             command = self._broadcast(body.update_info)
-            feed = self._control.feed(command, last=True, partial=body.partial)
+            feed = self._control.feed(
+                command, last=True, partial=body.partial, peer=caller(request)
+            )
             await callers.received(self._control, command, request, feed)
         elif body.weight_dir is not None:
             path = folder(body.weight_dir, "weight_dir")

@@ -5,10 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.errors import InvalidRequest, MemoryReleased, UpdateOrder
-from engine.protocol import BeginUpdate, CheckWeights, CommitUpdate, GetWeight
+from engine.errors import (
+    InvalidRequest,
+    ManifestMismatch,
+    MemoryReleased,
+    UpdateOrder,
+    WeightUpdateError,
+)
+from engine.protocol import AbortUpdate, BeginUpdate, CheckWeights, CommitUpdate, GetWeight
 from engine.weights.checksum import checksum
-from tests.helpers.weight_engines import contents, fresh, make_rank
+from tests.helpers.weight_engines import assert_holds, contents, fresh, make_rank
 
 NORM = "model.norm.weight"
 EMBED = "model.embed_tokens.weight"
@@ -35,8 +41,29 @@ def test_an_update_that_misses_a_tensor_shows_in_a_comparison() -> None:
     assert sorted(ask(rank, CheckWeights(action="compare")).differing) == sorted(old)
     rank.handle(BeginUpdate(version=4, partial=True))
     rank.session.receive((name, tensor) for name, tensor in old.items() if name != NORM)
+    with pytest.raises(ManifestMismatch) as refused:
+        rank.handle(CommitUpdate(version=4))
+    assert refused.value.field == NORM
+    with pytest.raises(WeightUpdateError, match="reset_tensors"):
+        rank.session.require_servable()
+    rank.session.receive([(NORM, old[NORM])])
     rank.handle(CommitUpdate(version=4))
-    assert ask(rank, CheckWeights(action="compare")).differing == [NORM]
+    rank.session.require_servable()
+    assert ask(rank, CheckWeights(action="compare")).differing == []
+
+
+@pytest.mark.parametrize("mode", ["shadow", "undo", "in_place"])
+def test_a_reset_is_refused_while_an_update_is_open(mode: str) -> None:
+    model, rank = make_rank()
+    before, new = contents(model), fresh(model)
+    rank.handle(BeginUpdate(version=4, mode=mode))
+    rank.session.receive([(NORM, new[NORM])])
+    with pytest.raises(UpdateOrder, match="version 4 is open"):
+        rank.handle(CheckWeights(action="reset_tensors"))
+    ask(rank, CheckWeights(action="snapshot"))
+    rank.handle(AbortUpdate(version=4))
+    if mode != "in_place":
+        assert_holds(model, before)
 
 
 def test_a_comparison_needs_a_snapshot() -> None:

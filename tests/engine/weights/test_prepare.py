@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from engine.errors import ChecksumMismatch, ManifestMismatch, UpdateOrder
+from engine.errors import ChecksumMismatch, ManifestMismatch, NonFiniteWeights, UpdateOrder
 from engine.protocol import BeginUpdate
 from engine.weights import verify
 from tests.helpers.weight_engines import assert_holds, contents, fresh, make_rank, specs
@@ -30,13 +30,31 @@ def test_a_commit_verifies_nothing_twice(monkeypatch, mode: str, lasting: bool) 
     def again(*_args):
         raise AssertionError("verified twice")
 
-    monkeypatch.setattr(verify, "require_bits", again)
+    if not lasting:
+        monkeypatch.setattr(verify, "require_bits", again)
     monkeypatch.setattr(verify, "require_complete", again)
     session.prepare(4)
     report = session.commit(4)
     assert_holds(model, new)
     assert session.commit(4) is report
     session.prepare(4)
+
+
+def test_what_was_lent_is_looked_at_again_by_the_commit() -> None:
+    model, rank = make_rank()
+    session, before, new = rank.session, contents(model), fresh(model)
+    session.begin(BeginUpdate(version=4))
+    session.receive(new.items(), lasting=True)
+    session.prepare(4)
+    new[NORM][3] = float("nan")
+    with pytest.raises(NonFiniteWeights) as refused:
+        session.commit(4)
+    assert refused.value.field == NORM
+    assert_holds(model, before)
+    session.require_servable()
+    new[NORM][3] = 1.0
+    session.commit(4)
+    assert_holds(model, new)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import pickle
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from engine.protocol import (
     encode,
 )
 from engine.weights import ipc as ipc_module
+from engine.weights.mapping import MappedBuffers
 from engine.weights.unpickle import FlattenedTensorMetadata, LocalSerializedTensor
 from tests.helpers.weight_engines import (
     assert_holds,
@@ -97,7 +99,7 @@ def test_a_payload_is_placed(borrow: bool, mode: str, start: int) -> None:
     rank.close()
 
 
-def test_lent_memory_is_read_at_the_commit_and_copied_memory_is_not() -> None:
+def test_shared_memory_of_the_host_is_copied_before_the_reply_lent_or_not() -> None:
     model, rank = make_rank()
     before, new = contents(model), fresh(model)
     for version, borrow in ((4, False), (5, True)):
@@ -108,8 +110,7 @@ def test_lent_memory_is_read_at_the_commit_and_copied_memory_is_not() -> None:
                 assert_holds(model, before)
             memory[:] = bytes(len(memory))
             rank.handle(CommitUpdate(version=version))
-        want = {name: torch.zeros_like(t) for name, t in new.items()} if borrow else new
-        assert_holds(model, want)
+        assert_holds(model, new)
     rank.close()
 
 
@@ -129,28 +130,58 @@ def test_one_payload_with_new_contents_brings_them(borrow: bool, start: int) -> 
     rank.close()
 
 
-def test_a_buffer_is_mapped_once_and_let_go_two_updates_later() -> None:
+def test_a_buffer_is_mapped_once_and_let_go_two_updates_later(monkeypatch) -> None:
+    opened: list[str] = []
+
+    def map_one(_self: object, buffer: IpcBuffer) -> torch.Tensor:
+        opened.append(buffer.name)
+        return torch.empty(buffer.size, dtype=torch.uint8)
+
+    monkeypatch.setattr(MappedBuffers, "_map", map_one)
+    held = MappedBuffers(torch.device("cpu"))
+    first, second = (IpcBuffer("cuda", 8, name=name) for name in ("first", "second"))
+    mapped = held.open([first], 4)[0]
+    assert held.open([first], 5)[0] is mapped
+    held.open([second], 6)
+    assert len(held) == 2
+    held.open([second], 7)
+    assert len(held) == 1
+    assert opened == ["first", "second"]
+    held.close()
+    assert len(held) == 0
+
+
+def test_a_block_that_is_cut_short_is_refused_and_ends_nobody() -> None:
     model, rank = make_rank()
     new = fresh(model)
-    held = rank._ipc._buffers
+    with shared(new) as (payload, _):
+        path = Path("/dev/shm") / payload.buffers[0].name
+        rank.handle(BeginUpdate(version=4))
+        rank.handle(ReceiveIpc(payloads=[encode(payload)], borrow=True))
+        os.truncate(path, 16)
+        rank.handle(CommitUpdate(version=4))
+        assert_holds(model, new)
+        rank.handle(BeginUpdate(version=5))
+        with pytest.raises(WeightUpdateError, match="it has 16 bytes"):
+            rank.handle(ReceiveIpc(payloads=[encode(payload)], borrow=True))
+        os.truncate(path, payload.buffers[0].size)
+    assert_holds(model, new)
 
-    def update(version: int, payload: IpcPayload) -> None:
-        rank.handle(BeginUpdate(version=version))
-        rank.handle(ReceiveIpc(payloads=[encode(payload)]))
-        rank.handle(CommitUpdate(version=version))
 
-    with shared(new) as (first, _), shared(new) as (second, _):
-        update(4, first)
-        mapped = held.open(first.buffers, 4)[0]
-        update(5, first)
-        assert held.open(first.buffers, 5)[0] is mapped
-        update(6, second)
-        assert len(held) == 2
-        update(7, second)
-        assert len(held) == 1
-        del mapped
-    rank.close()
-    assert len(held) == 0
+@pytest.mark.parametrize("mode", ["shadow", "in_place"])
+@pytest.mark.parametrize("borrow", [True, False])
+def test_integers_are_refused_before_anything_is_torn(mode: str, borrow: bool, monkeypatch) -> None:
+    model, rank = make_rank()
+    before, new = contents(model), fresh(model)
+    name = next(iter(new))
+    integers = {n: t.to(torch.int64) if n == name else t for n, t in new.items()}
+    monkeypatch.setattr(ipc_module, "restricted_loads", lambda _data: list(integers.items()))
+    rank.handle(BeginUpdate(version=4, mode=mode))
+    with pytest.raises(ManifestMismatch, match="int64") as refused:
+        rank.handle(ReceiveIpc(payloads=[b""], format="sglang", borrow=borrow))
+    assert refused.value.field == name
+    rank.session.require_servable()
+    assert_holds(model, before)
 
 
 def test_each_rank_reads_its_own_payload() -> None:
@@ -201,9 +232,9 @@ def spoiled(payload: IpcPayload, how: str) -> bytes:
 
 ERRORS = {
     "bytes": (InvalidRequest, "no IPC payload"),
-    "gone": (WeightUpdateError, "cannot be mapped"),
+    "gone": (WeightUpdateError, "cannot be read"),
     "path": (InvalidRequest, "names no shared memory"),
-    "larger": (WeightUpdateError, "cannot be mapped"),
+    "larger": (WeightUpdateError, "cannot be read"),
     "cuda": (InvalidRequest, "runs on the CPU"),
     "beyond": (ManifestMismatch, "beyond its buffer"),
     "negative": (InvalidRequest, "offset"),

@@ -149,17 +149,17 @@ def test_an_undone_update_leaves_what_an_older_one_tore() -> None:
     feed(session, {NORM: new[NORM]})
     session.abort(4)
     refusal, torn = session.refusal, contents(model)
-    session.begin(BeginUpdate(version=5, mode="undo"))
+    session.begin(BeginUpdate(version=5, mode="undo", owner="a"))
     feed(session, new)
-    session.abort(5)
+    session.abort(5, "a")
     assert_holds(model, torn)
     assert session.refusal == refusal
-    session.begin(BeginUpdate(version=5, mode="undo"))
+    session.begin(BeginUpdate(version=5, mode="undo", owner="a"))
     feed(session, {NORM: new[NORM]})
-    session.begin(BeginUpdate(version=5, mode="undo"))
+    session.begin(BeginUpdate(version=5, mode="undo", owner="a"))
     assert_holds(model, torn)
     feed(session, new)
-    session.commit(5)
+    session.commit(5, "a")
     session.require_servable()
     assert_holds(model, new)
 
@@ -265,13 +265,13 @@ def test_an_update_is_dropped_when_its_time_is_up() -> None:
 def test_the_same_begin_again_starts_the_update_again() -> None:
     model, session = make()
     new = fresh(model)
-    session.begin(BeginUpdate(version=4))
+    session.begin(BeginUpdate(version=4, owner="a"))
     session.receive(new.items())
     with pytest.raises(ManifestMismatch, match="came twice"):
         session.receive(new.items())
-    session.begin(BeginUpdate(version=4))
+    session.begin(BeginUpdate(version=4, owner="a"))
     session.receive(new.items())
-    session.commit(4)
+    session.commit(4, "a")
 
 
 def test_released_weights_refuse_every_step_of_an_update() -> None:

@@ -414,3 +414,20 @@ def test_replies_say_whether_the_update_was_committed() -> None:
             assert "not committed yet" in reply["message"]
 
     run(test)
+
+
+def test_a_bucket_over_another_group_is_another_trainer_s() -> None:
+    async def test() -> None:
+        async with serving() as server:
+            model = WholeModel(server, "a", "b")
+            await server.post(PAUSE)
+            await send(server, "a", weight_version="7")
+            other = {**one("b", weight_version="7"), "group_name": "another"}
+            reply = await server.post(DISTRIBUTED, other)
+            assert reply.json()["error"]["type"] == "UpdateOrder", reply.text
+            assert "another trainer" in reply.text
+            await send(server, "b", weight_version="7")
+            assert (await server.post(GO_ON)).status_code == 200
+            assert model.committed == [["a", "b"]]
+
+    run(test)

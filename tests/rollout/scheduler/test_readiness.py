@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import pytest
 
 from engine.errors import InvalidRequest, MemoryReleased, UpdateOrder
 from engine.protocol import BeginUpdate
+from engine.protocol.deadlines import MAX_TIMEOUT_S
 from rollout.scheduler.readiness import ALL_TAGS, Readiness
 from tests.helpers.scheduling import Bench
 
@@ -57,12 +59,12 @@ def test_steps_are_held_until_all_is_back_and_the_order_is_said() -> None:
     assert ready.hold == ""
 
 
-def update(ready: Readiness, version: int, **options: object) -> None:
+def update(ready: Readiness, version: int, refusal: str = "", **options: object) -> None:
     command = BeginUpdate(version=version, **options)
     ready.check_begin(command, 0)
     ready.begun(command)
     assert ready.open_update == version
-    assert ready.committed(version)
+    assert ready.committed(version, refusal)
 
 
 def test_weights_without_a_backup_are_undefined_until_a_whole_update() -> None:
@@ -70,7 +72,7 @@ def test_weights_without_a_backup_are_undefined_until_a_whole_update() -> None:
     ready.release(ALL_TAGS)
     ready.resume(ALL_TAGS)
     assert "publish a whole version" in ready.hold
-    update(ready, 1, partial=True)
+    update(ready, 1, "some are missing", partial=True)
     assert "publish a whole version" in ready.hold
     update(ready, 2)
     assert ready.hold == ""
@@ -117,14 +119,26 @@ def test_an_update_in_place_holds_steps_until_it_ends() -> None:
     assert ready.hold == ""
 
 
-def test_a_dead_update_is_told_and_does_not_hold_until_a_whole_one() -> None:
+def test_a_timeout_is_cut_as_the_ranks_cut_it(monkeypatch) -> None:
+    ready = made()
+    now = time.monotonic()
+    ready.begun(BeginUpdate(version=1, mode="in_place", timeout_s=1e9))
+    assert ready.hold
+    monkeypatch.setattr(time, "monotonic", lambda: now + MAX_TIMEOUT_S + 60)
+    assert ready.hold == "" and ready.open_update is None
+
+
+def test_a_dead_update_is_told_and_does_not_hold_until_the_ranks_are_whole() -> None:
     ready = made()
     ready.died("the weights are a mixture")
     assert (ready.refusal, ready.hold) == ("the weights are a mixture", "")
-    update(ready, 1, partial=True)
+    update(ready, 1, "the ranks still refuse", partial=True)
     assert ready.refusal
     update(ready, 2)
     assert ready.refusal == ""
+    ready.died("the weights are a mixture")
+    update(ready, 3, partial=True)
+    assert ready.refusal == "", "the repair brought all that was torn"
 
 
 def test_groups_are_those_joined_and_not_left() -> None:
@@ -140,7 +154,7 @@ def test_groups_are_those_joined_and_not_left() -> None:
 def test_a_second_commit_is_told_apart() -> None:
     ready = made()
     update(ready, 1)
-    assert not ready.committed(1)
+    assert not ready.committed(1, "")
 
 
 def test_no_update_goes_behind_a_version_that_was_given_by_name() -> None:
