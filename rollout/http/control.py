@@ -32,8 +32,9 @@ from engine.protocol import (
 from engine.protocol import Control as Command
 from rollout.http.engine_client import AsyncEngine
 from rollout.http.idle_pause import IdlePause
+from rollout.http.open_update import Feed, UpdateCommand
 from rollout.http.operations import Operations
-from rollout.http.updates import Feed, UpdateCommand, Updates
+from rollout.http.updates import Updates
 from rollout.http.versions import VersionLabels
 from rollout.metrics import Metrics
 

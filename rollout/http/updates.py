@@ -16,9 +16,6 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
-
-from msgspec.structs import replace
 
 from engine.errors import (
     EngineDead,
@@ -34,56 +31,27 @@ from engine.protocol import (
     GetState,
     LoadFromDisk,
     PrepareUpdate,
-    ReceiveBroadcast,
-    ReceiveIpc,
     ReplicaState,
     Reply,
     SetVersion,
     UpdateReport,
 )
 from rollout.http.engine_client import AsyncEngine
+from rollout.http.open_update import (
+    Feed,
+    OpenUpdate,
+    UpdateCommand,
+    begun_again,
+    origin_of,
+    require_ours,
+)
+from rollout.http.transfers import Transfers
 from rollout.http.versions import VersionLabels
 from rollout.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-Feed = ReceiveBroadcast | ReceiveIpc | LoadFromDisk
-UpdateCommand = (
-    BeginUpdate
-    | ReceiveBroadcast
-    | ReceiveIpc
-    | LoadFromDisk
-    | PrepareUpdate
-    | CommitUpdate
-    | AbortUpdate
-)
-
-
 _ENDS = (PrepareUpdate, CommitUpdate, AbortUpdate)
-
-_PATIENCE_S = 2.0
-"""For how long whatever cannot run beside tensors that are being received waits for their end."""
-
-
-@dataclass(kw_only=True)
-class _OpenUpdate:
-    """The update between its begin and its commit.
-
-    explicit: its caller commits it. failed: its last command failed, so that whoever wants to
-    begin another may drop it. owner: what its commands name. origin: how the first tensors of an
-    implicit one came. foreign: its caller speaks the protocol itself, and owns it if it said so.
-    """
-
-    version: int
-    explicit: bool
-    partial: bool
-    label: str | None = None
-    num_feeds: int = 0
-    failed: bool = False
-    owner: str = ""
-    origin: tuple[str, ...] = ()
-    foreign: bool = False
-    began_at: float = field(default_factory=time.monotonic)
 
 
 class Updates:
@@ -109,9 +77,8 @@ class Updates:
         self._metrics = metrics
         self._stands_still = stands_still
         self._lock = asyncio.Lock()
-        self._transfers: dict[int, asyncio.Future[None]] = {}
-        self._abandoned: list[Feed] = []
-        self._update: _OpenUpdate | None = None
+        self._transfers = Transfers(engine)
+        self._update: OpenUpdate | None = None
         self._failure: SlipstreamError | None = None
         self._needs_whole = False
 
@@ -128,28 +95,18 @@ class Updates:
         """Forget everything: the engine is a new one. Called by the owner of its process, once
         every call to the old one has failed. weights_lost: only a whole update serves again."""
         self._lock = asyncio.Lock()
-        self._transfers, self._abandoned = {}, []
+        self._transfers = Transfers(self._engine)
         self._update = self._failure = None
         self._needs_whole = weights_lost
 
     async def quiet(self, what: str) -> None:
-        """Wait until no tensors are being received, which may take as long as whoever sends
-        them likes: raises UpdateOrder after `_PATIENCE_S`. what: is asked for, for the message."""
-        if self._transfers:
-            await asyncio.wait(list(self._transfers.values()), timeout=_PATIENCE_S)
-        if self._transfers:
-            raise UpdateOrder(
-                f"{what} waits for tensors that are being received, which have not come within "
-                f"{_PATIENCE_S:g} s; try again later, or abort the update",
-                field="receiving",
-            )
+        """See `Transfers.quiet`."""
+        await self._transfers.quiet(what)
 
     async def abandon(self, command: Feed) -> None:
         """The caller of `command`, which has not ended, has left: abort the update it feeds, or
         have it refused if its turn has not come."""
-        if id(command) not in self._transfers:
-            self._abandoned.append(command)
-        elif self._update is not None:
+        if not self._transfers.abandon(command) and self._update is not None:
             await self._abort_now(
                 AbortUpdate(version=self._update.version, owner=self._update.owner)
             )
@@ -161,7 +118,7 @@ class Updates:
         async with self._lock:
             open_one = await self._alive_explicit()
             if open_one is not None:
-                return _begun_again(open_one)
+                return begun_again(open_one)
             await self._settle()
             return (await self._open(label, partial=partial, explicit=True)).version
 
@@ -176,13 +133,13 @@ class Updates:
         an implicit update another way than its first ones are another trainer's (UpdateOrder).
         """
         async with self._lock:
-            self._refuse_abandoned(command)
+            self._transfers.refuse_abandoned(command)
             still = await self._is_still()
             self._refuse_after_failure(over=last and not still)
-            update = await self._update_of(label, partial, _origin(command, peer))
+            update = await self._update_of(label, partial, origin_of(command, peer))
             rest_follows = still or not last
             async with self._dropped_on_error(update, rest_follows=rest_follows):
-                await self._transferred(command, owner=update.owner)
+                await self._transfers.run(command, owner=update.owner)
                 update.num_feeds += 1
             if update.explicit or not last or await self._is_still():
                 return None
@@ -194,7 +151,7 @@ class Updates:
             if self._update is None:
                 why = "" if self._failure is None else f" ({self._failure})"
                 raise UpdateOrder(f"no update is open{why}; begin one first", field="update")
-            _require_ours(self._update)
+            require_ours(self._update)
             if label is not None:
                 self._update.label = label
             return await self._commit(self._update)
@@ -213,7 +170,7 @@ class Updates:
             update = await self._open(label, partial=partial, explicit=False)
             async with self._dropped_on_error(update, rest_follows=False):
                 load = LoadFromDisk(path=path, partial=partial)
-                await self._transferred(load, owner=update.owner)
+                await self._transfers.run(load, owner=update.owner)
             return await self._commit(update)
 
     async def set_version(self, label: str) -> int:
@@ -278,11 +235,11 @@ class Updates:
         if isinstance(command, BeginUpdate):
             await self.quiet("the begin of an update")
         async with self._lock:
-            self._refuse_abandoned(command)
+            self._transfers.refuse_abandoned(command)
             if isinstance(command, BeginUpdate):
                 await self._make_room(command)
             try:
-                reply = await self._transferred(command)
+                reply = await self._transfers.run(command)
             except EngineDead:
                 raise
             except SlipstreamError:
@@ -303,21 +260,6 @@ class Updates:
             self._ended(None)
         return reply
 
-    async def _transferred(self, command: UpdateCommand, *, owner: str | None = None) -> Reply:
-        """Run a command that may wait for a sender, as `quiet` has to know. owner: of the update
-        that this server opened for its caller; None leaves what the caller wrote."""
-        if not isinstance(command, Feed):
-            return await self._engine.send(command)
-        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._transfers[id(command)] = ended
-        try:
-            return await self._engine.send(
-                command if owner is None else replace(command, owner=owner)
-            )
-        finally:
-            del self._transfers[id(command)]
-            ended.set_result(None)
-
     async def _make_room(self, begin: BeginUpdate) -> None:
         open_one = self._update
         if open_one is None or not open_one.explicit:
@@ -329,7 +271,7 @@ class Updates:
         match command:
             case BeginUpdate():
                 self._failure = None
-                self._update = _OpenUpdate(
+                self._update = OpenUpdate(
                     version=command.version,
                     explicit=True,
                     partial=command.partial,
@@ -358,7 +300,7 @@ class Updates:
         if (await self._state()).open_update != self._update.version:
             self._update = None
 
-    async def _alive_explicit(self) -> _OpenUpdate | None:
+    async def _alive_explicit(self) -> OpenUpdate | None:
         """The explicit update that is open. One that failed is dropped, and one that the engine
         dropped, since its time was up, is forgotten."""
         update = self._update
@@ -372,7 +314,7 @@ class Updates:
 
     async def _update_of(
         self, label: str | None, partial: bool, origin: tuple[str, ...]
-    ) -> _OpenUpdate:
+    ) -> OpenUpdate:
         """The update that a call with this label feeds, whose tensors come by `origin`."""
         update = self._update
         if update is not None and update.explicit and update.failed:
@@ -384,7 +326,7 @@ class Updates:
             self._update = update = None
         if update is None:
             return await self._open(label, partial=partial, explicit=False, origin=origin)
-        _require_ours(update)
+        require_ours(update)
         known = update.label
         if not update.explicit and label is not None and known is not None and label != known:
             await self._settle()
@@ -411,7 +353,7 @@ class Updates:
         partial: bool,
         explicit: bool,
         origin: tuple[str, ...] = (),
-    ) -> _OpenUpdate:
+    ) -> OpenUpdate:
         state = await self._state()
         version = self._labels.reserve(label, state.version)
         died = bool(state.refusal) and not state.released
@@ -419,7 +361,7 @@ class Updates:
         owner = uuid.uuid4().hex
         await self._engine.send(BeginUpdate(version=version, partial=partial, owner=owner))
         self._failure = None
-        self._update = _OpenUpdate(
+        self._update = OpenUpdate(
             version=version,
             explicit=explicit,
             partial=partial,
@@ -450,7 +392,7 @@ class Updates:
         logger.warning("%s", dropped)
         return f"; {dropped}"
 
-    async def _commit(self, update: _OpenUpdate) -> UpdateReport:
+    async def _commit(self, update: OpenUpdate) -> UpdateReport:
         try:
             async with self._dropped_on_error(update, rest_follows=False):
                 with self._named(update.version, update.label):
@@ -487,7 +429,7 @@ class Updates:
             self._metrics.updated(time.monotonic() - update.began_at)
             self._needs_whole = self._needs_whole and update.partial
 
-    async def _abort(self, update: _OpenUpdate) -> None:
+    async def _abort(self, update: OpenUpdate) -> None:
         self._update = None
         with contextlib.suppress(SlipstreamError):
             # Often the engine has dropped it by itself.
@@ -496,7 +438,7 @@ class Updates:
 
     @contextlib.asynccontextmanager
     async def _dropped_on_error(
-        self, update: _OpenUpdate, *, rest_follows: bool
+        self, update: OpenUpdate, *, rest_follows: bool
     ) -> AsyncIterator[None]:
         """Abort the update if what is inside fails. rest_follows: parts may come that are no
         whole without what was dropped, and have to be refused."""
@@ -507,12 +449,6 @@ class Updates:
                 self._failure = error
             await self._abort(update)
             raise
-
-    def _refuse_abandoned(self, command: UpdateCommand) -> None:
-        kept = [other for other in self._abandoned if other is not command]
-        left, self._abandoned = len(kept) < len(self._abandoned), kept
-        if left:
-            raise UpdateOrder("the caller left before its turn came", field="receiving")
 
     def _refuse_after_failure(self, *, over: bool) -> None:
         """over: this call was the last of its update, so that the next one starts anew."""
@@ -534,32 +470,3 @@ class Updates:
         reply = await self._engine.send(GetState())
         assert reply.state is not None
         return reply.state
-
-
-def _origin(command: Feed, peer: str) -> tuple[str, ...]:
-    """How tensors came: the carrier, its group, the caller's host. A trainer of several pipeline
-    stages has a group a stage, whose names differ in their number only."""
-    kind = str(command.__struct_config__.tag)
-    if isinstance(command, ReceiveBroadcast):
-        return kind, command.group.rstrip("0123456789"), peer
-    return kind, peer
-
-
-def _require_ours(update: _OpenUpdate) -> None:
-    """Raise UpdateOrder for a caller that names no owner, where the update has one."""
-    if update.foreign and update.owner:
-        raise UpdateOrder(
-            f"update {update.version} is open, and belongs to the owner that began it by "
-            "/command; wait for its end",
-            field="update",
-        )
-
-
-def _begun_again(update: _OpenUpdate) -> int:
-    _require_ours(update)
-    if update.num_feeds:
-        raise UpdateOrder(
-            f"update {update.version} is open and has received tensors; end it first",
-            field="update",
-        )
-    return update.version

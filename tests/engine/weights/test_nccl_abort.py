@@ -108,7 +108,7 @@ def test_memory_is_kept_until_a_hung_abort_comes_back(monkeypatch: pytest.Monkey
     groups.lend("g", memory)
     groups.leave("g")
     assert groups.names == [] and groups.num_parked == 1
-    assert groups._parked[0][1] is memory
+    assert groups._parked[0].memory is memory
     library.release.set()
     until(lambda: groups.num_parked == 0)
     assert library.aborted == [1234]

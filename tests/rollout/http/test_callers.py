@@ -70,7 +70,7 @@ def test_an_abort_ends_a_receive_that_waits() -> None:
 def test_what_cannot_run_beside_a_receive_says_so(
     path: str, body: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rollout.http.updates._PATIENCE_S", 0.01)
+    monkeypatch.setattr("rollout.http.transfers._PATIENCE_S", 0.01)
 
     async def test() -> None:
         async with serving() as server:
@@ -149,7 +149,8 @@ def test_a_receive_ends_with_its_caller(command: bool) -> None:
             path = "/command" if command else "/update_weights_from_distributed"
             body = msgspec.json.encode(RECEIVE if command else one("w"))
             call = await leave(server, path, body, lambda: bool(gate.held))
-            await until(lambda: AbortUpdate(version=begin.version) in server.link.commands)
+            abort = AbortUpdate(version=begin.version, owner=begin.owner)
+            await until(lambda: abort in server.link.commands)
             gate.open()
             await call
             assert (await server.post("/begin_weight_update")).status_code == 200

@@ -1,0 +1,79 @@
+"""What the server notes of the update that is open, and whose it is."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from engine.errors import UpdateOrder
+from engine.protocol import (
+    AbortUpdate,
+    BeginUpdate,
+    CommitUpdate,
+    LoadFromDisk,
+    PrepareUpdate,
+    ReceiveBroadcast,
+    ReceiveIpc,
+)
+
+Feed = ReceiveBroadcast | ReceiveIpc | LoadFromDisk
+UpdateCommand = (
+    BeginUpdate
+    | ReceiveBroadcast
+    | ReceiveIpc
+    | LoadFromDisk
+    | PrepareUpdate
+    | CommitUpdate
+    | AbortUpdate
+)
+
+
+@dataclass(kw_only=True)
+class OpenUpdate:
+    """The update between its begin and its commit.
+
+    explicit: its caller commits it. failed: its last command failed, so that whoever wants to
+    begin another may drop it. owner: what its commands name. origin: how the first tensors of an
+    implicit one came. foreign: its caller speaks the protocol itself, and owns it if it said so.
+    """
+
+    version: int
+    explicit: bool
+    partial: bool
+    label: str | None = None
+    num_feeds: int = 0
+    failed: bool = False
+    owner: str = ""
+    origin: tuple[str, ...] = ()
+    foreign: bool = False
+    began_at: float = field(default_factory=time.monotonic)
+
+
+def origin_of(command: Feed, peer: str) -> tuple[str, ...]:
+    """How tensors came: the carrier, its group, the caller's host. A trainer of several pipeline
+    stages has a group a stage, whose names differ in their number only."""
+    kind = str(command.__struct_config__.tag)
+    if isinstance(command, ReceiveBroadcast):
+        return kind, command.group.rstrip("0123456789"), peer
+    return kind, peer
+
+
+def require_ours(update: OpenUpdate) -> None:
+    """Raise UpdateOrder for a caller that names no owner, where the update has one."""
+    if update.foreign and update.owner:
+        raise UpdateOrder(
+            f"update {update.version} is open, and belongs to the owner that began it by "
+            "/command; wait for its end",
+            field="update",
+        )
+
+
+def begun_again(update: OpenUpdate) -> int:
+    """The version of an update that is begun again. Raises UpdateOrder once tensors came."""
+    require_ours(update)
+    if update.num_feeds:
+        raise UpdateOrder(
+            f"update {update.version} is open and has received tensors; end it first",
+            field="update",
+        )
+    return update.version
