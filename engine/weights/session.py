@@ -385,13 +385,14 @@ class UpdateSession:
                 f"nothing came for version {version}: send tensors before the commit, or abort it",
                 field="version",
             )
-        # What was lent is read again before it is placed: the trainer may have written to it.
-        again = frozenset(update.lent if placing else ())
-        if update.verified and again:
+        # Other engines may keep a fleet between its two phases for long: what was lent is read
+        # again before it is placed. In one phase the read beside steps was a moment ago.
+        again = frozenset(update.lent if placing and update.verified else ())
+        if again:
             verify.require_bits(update, self.catalog, self.device, again=again, only=again)
         elif not update.verified:
             verify.require_complete(update, self.catalog, self._torn.versions)
-            verify.require_bits(update, self.catalog, self.device, again=again)
+            verify.require_bits(update, self.catalog, self.device)
             update.keep_staged(self.catalog)
             update.verified = True
         return None
