@@ -21,6 +21,9 @@ from tests.helpers.weight_engines import Tensors, contents, fresh, make_rank, sp
 MODES = ("shadow", "undo", "in_place")
 STEPS = ("begin", "receive", "prepare", "commit", "abort")
 KINDS = ("operation", "call")
+MOST_PARKED = 8
+MOST_POINTS = 12
+"""Faults of a kind in one case of the long matrix, spread evenly."""
 CASES_IN_A_SLICE = 16
 
 
@@ -172,9 +175,16 @@ def test_a_fault_leaves_the_old_version_or_a_refusal(
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("carrier", update_carriers.NAMES)
 @pytest.mark.parametrize("mode", MODES)
-def test_a_fault_at_every_point(mode: str, carrier: str, step: str, tmp_path: Path) -> None:
+def test_faults_at_points_all_over_a_step(
+    mode: str, carrier: str, step: str, tmp_path: Path
+) -> None:
     engine = Engine(mode, carrier, tmp_path)
     for kind in KINDS:
-        for at in range(1, engine.points(step, kind) + 1):
+        num = engine.points(step, kind)
+        for at in range(1, num + 1, -(-num // MOST_POINTS) or 1):
             run_case(engine, step, kind, at)
+            if engine.rank.groups.num_parked >= MOST_PARKED:
+                # Gloo ends no broadcast before its time, and an engine keeps only so many.
+                engine.close()
+                engine = Engine(mode, carrier, tmp_path)
     engine.close()

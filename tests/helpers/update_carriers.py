@@ -116,13 +116,13 @@ class GlooGroup:
         self._end()
 
     def _end(self) -> None:
-        # The connection closes, so that a sender that waits ends as well.
         self._rank.handle(LeaveGroup(name="g"))
-        if self._sent is not None:
-            with suppress(WeightUpdateError, AssertionError):
-                self._sent.result(30)
+        # The engine keeps its end until gloo lets go of it, so the sender's closes first.
         if self._sender is not None:
             self._sender.abort()
+        if self._sent is not None:
+            with suppress(WeightUpdateError, AssertionError, ValueError):
+                self._sent.result(30)
         self._sender = self._sent = None
 
     def close(self) -> None:
