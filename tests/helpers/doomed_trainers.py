@@ -33,7 +33,7 @@ class Doomed:
     def send(self, command: Control) -> Reply:
         """See `UpdateTarget`."""
         if self._stage == "prepare" and isinstance(command, CommitUpdate):
-            self._target.send(PrepareUpdate(version=command.version))
+            self._target.send(PrepareUpdate(version=command.version, owner=command.owner))
             _die()
         reply = self._target.send(command)
         if command.__struct_config__.tag == f"{self._stage}_update":

@@ -37,7 +37,7 @@ def outputs(draw: Any) -> RequestOutput:
         cached_tokens=draw(COUNT),
         num_retractions=draw(COUNT),
         num_restarts=draw(COUNT),
-        spans=[VersionSpan(draw(st.integers(0, 2**63 - 1)), start, start + size)],
+        spans=[VersionSpan(draw(st.integers(0, 2**53)), start, start + size)],
     )
     more: dict[str, Any] = draw(
         st.sampled_from(

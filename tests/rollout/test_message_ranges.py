@@ -84,8 +84,8 @@ def test_expansion_refuses_before_anything_is_made(
 def test_a_group_larger_than_all_that_may_wait_is_refused(state: ReplicaState) -> None:
     small = msgspec.structs.replace(state, max_running=3, max_waiting=4)
     wire = GenerateRequest(text="ab", sampling_params=SamplingParams(n=8))
-    with pytest.raises(InvalidRequest, match="at most 7") as caught:
+    with pytest.raises(InvalidRequest, match="lets 4 wait") as caught:
         expand(wire, tiny_tokenizer(), small, 1)
     assert caught.value.field == "n"
-    seven = msgspec.structs.replace(wire, sampling_params=SamplingParams(n=7))
-    assert len(expand(seven, tiny_tokenizer(), small, 1)) == 7
+    four = msgspec.structs.replace(wire, sampling_params=SamplingParams(n=4))
+    assert len(expand(four, tiny_tokenizer(), small, 1)) == 4

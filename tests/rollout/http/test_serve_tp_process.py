@@ -61,4 +61,4 @@ def test_two_ranks_serve_update_and_die_as_one(tmp_path: Path) -> None:
             greedy(client)
         assert gone(leader)
         # A dead engine is for a supervisor to see.
-    assert server.terminate() == 1
+        assert server.terminate() == 1
