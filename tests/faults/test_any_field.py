@@ -131,10 +131,10 @@ def test_a_spoiled_field(route: RouteBody, data: st.DataObject) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("route", [r for r in ROUTES if r.method != "PUT"], ids=str)
 def test_every_value_in_every_route(route: RouteBody) -> None:
-    """Every field gets every other value, and the next field the rest: all of them would take a
+    """Every field gets every sixth value, and the next field the next: all of them would take a
     quarter of an hour, most of it for servers that are made anew. PUT is POST's handler."""
     for place, path in enumerate(route.paths):
-        for name, text in list(HOSTILE.items())[place % 2 :: 2]:
+        for name, text in list(HOSTILE.items())[place % 6 :: 6]:
             try:
                 survives(route.method, route.path, content=with_value(route.body, path, text))
             except BaseException as error:
