@@ -27,13 +27,13 @@ $(MODEL): | $(STAMP)
 grpo: setup      ## watch the default model learn by GRPO; ARGS="--task addition" passes flags on
 	$(BIN)/python recipes/grpo.py $(ARGS)
 
-test: setup      ## the CPU suite, slow tests included; 10 minutes at most on two cores
+test: setup      ## the CPU suite, slow tests included
 	$(BIN)/python -m pytest -m "not long"
 
-test-long: setup ## the full matrices of faults, of which `make test` runs a slice
+test-long: setup ## larger samples of the fault matrices than `make test` runs
 	$(BIN)/python -m pytest -m long
 
-test-fast: setup ## the suite without the slow tests; 3 minutes at most
+test-fast: setup ## the suite without the slow tests
 	$(BIN)/python -m pytest -m "not slow and not long"
 
 gpu-test: setup  ## tests that need a GPU; skipped without one

@@ -14,7 +14,7 @@ arXiv 1502.02551, applied once, to the start).
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -67,11 +67,11 @@ class Masters:
             )
 
 
-def _hand_over_to(master: torch.nn.Parameter):  # type: ignore[no-untyped-def]
+def _hand_over_to(master: torch.nn.Parameter) -> Callable[[torch.Tensor], None]:
     """A hook that adds a parameter's gradient to its master's and drops it, so that micro-batches
     add up in float32."""
 
-    def hand_over(parameter: torch.nn.Parameter) -> None:
+    def hand_over(parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
         if master.grad is None:
             master.grad = parameter.grad.float()
