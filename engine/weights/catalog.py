@@ -12,7 +12,7 @@ from engine.errors import ManifestMismatch
 from engine.layers.parameter import Part, ShardedParameter
 from engine.weights.load import Loadable
 
-_LARGE_BYTES = 1 << 20
+LARGE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -144,12 +144,8 @@ class Catalog:
             slot = self._slot(name)
             num_bytes += slot.num_bytes
             source = slot.same_bytes(tensor)
-            if source is None:
-                parameter, part = self.target(name)
-                parameter.place(tensor, part, name=name)
-                continue
-            if slot.num_bytes >= _LARGE_BYTES:
-                slot.target.copy_(source, non_blocking=True)
+            if source is None or slot.num_bytes >= LARGE_BYTES:
+                self._place_alone(name, slot, tensor, source)
                 continue
             targets, sources = together.setdefault(tensor.dtype, ([], []))
             targets.append(slot.target)
@@ -157,6 +153,24 @@ class Catalog:
         for targets, sources in together.values():
             torch._foreach_copy_(targets, sources, non_blocking=True)
         return num_bytes
+
+    @torch.no_grad()
+    def place_one(self, name: str, tensor: torch.Tensor) -> int:
+        """`place` of a single tensor, for those that come one by one."""
+        if name in self._ignored:
+            return 0
+        slot = self._slot(name)
+        self._place_alone(name, slot, tensor, slot.same_bytes(tensor))
+        return slot.num_bytes
+
+    def _place_alone(
+        self, name: str, slot: _Slot, tensor: torch.Tensor, source: torch.Tensor | None
+    ) -> None:
+        if source is not None:
+            slot.target.copy_(source, non_blocking=True)
+            return
+        parameter, part = self.target(name)
+        parameter.place(tensor, part, name=name)
 
     def _slot(self, name: str) -> _Slot:
         slot = self._slots.get(name)

@@ -135,15 +135,13 @@ class OpenUpdate:
 
     def keep_staged(self, catalog: Catalog) -> None:
         """Undo mode: copy what the commit will replace. Raises OutOfMemory."""
-        for name in self.staged:
-            self._keep(catalog.canonical(name), catalog)
+        self._keep([catalog.canonical(name) for name in self.staged], catalog)
 
     def touch(self, canonical: Iterable[str], catalog: Catalog) -> None:
         """Live tensors are about to be written: undo mode keeps each of them first."""
-        for name in canonical:
-            if catalog.held_bytes(name):
-                self._keep(name, catalog)
-                self.touched.add(name)
+        fresh = [n for n in canonical if n not in self.touched and catalog.held_bytes(n)]
+        self._keep(fresh, catalog)
+        self.touched.update(fresh)
 
     def _came(self, name: str, tensor: torch.Tensor) -> None:
         self.names.add(name)
@@ -163,15 +161,21 @@ class OpenUpdate:
         twin = self.placed.get(canonical)
         if twin is None:
             self.touch([canonical], catalog)
-            self.placed_bytes += catalog.place({name: tensor})
+            self.placed_bytes += catalog.place_one(name, tensor)
             self.placed[canonical] = name
             return
         if not catalog.holds(name, tensor):
             raise tied_differ(name, twin)
 
-    def _keep(self, canonical: str, catalog: Catalog) -> None:
-        if self.undo is not None and catalog.held_bytes(canonical):
-            self.undo.keep(canonical, catalog.view(canonical))
+    def _keep(self, canonical: Iterable[str], catalog: Catalog) -> None:
+        if self.undo is not None:
+            self.undo.keep(
+                {
+                    name: catalog.view(name)
+                    for name in self.undo.without(canonical)
+                    if catalog.held_bytes(name)
+                }
+            )
 
 
 def copy_of(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

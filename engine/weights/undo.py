@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import torch
 
 from engine.errors import OutOfMemory
-from engine.weights.catalog import Catalog
+from engine.weights.catalog import LARGE_BYTES, Catalog
 
 _ALIGNMENT = 256
 
@@ -38,18 +40,31 @@ class UndoCopy:
                 field="mode",
             ) from error
 
+    def without(self, names: Iterable[str]) -> list[str]:
+        """Those of `names` that were not kept yet: what is there a second time may be half of
+        what came."""
+        return [name for name in names if name not in self._kept]
+
     @torch.no_grad()
-    def keep(self, name: str, live: torch.Tensor) -> None:
-        """Copy a live tensor, in the order of the current stream; the first time only, since
-        what is there a second time may be half of what came."""
-        if name in self._kept:
+    def keep(self, live: Mapping[str, torch.Tensor]) -> None:
+        """Copy live tensors that were not kept, in the order of the current stream."""
+        if not live:
             return
         self.reserve()
+        kept = {name: self._room_for(tensor) for name, tensor in live.items()}
+        small = [name for name, tensor in live.items() if tensor.nbytes < LARGE_BYTES]
+        if small:
+            targets, sources = [kept[name] for name in small], [live[name] for name in small]
+            torch._foreach_copy_(targets, sources, non_blocking=True)
+        for name, tensor in live.items():
+            if tensor.nbytes >= LARGE_BYTES:
+                kept[name].copy_(tensor, non_blocking=True)
+        self._kept.update(kept)
+
+    def _room_for(self, live: torch.Tensor) -> torch.Tensor:
         start = self._end // live.element_size()
-        kept = self._as(live.dtype).as_strided(live.shape, _strides(live.shape), start)
-        kept.copy_(live, non_blocking=True)
         self._end += -(-live.nbytes // _ALIGNMENT) * _ALIGNMENT
-        self._kept[name] = kept
+        return self._as(live.dtype).as_strided(live.shape, _strides(live.shape), start)
 
     @torch.no_grad()
     def put_back(self, catalog: Catalog) -> None:
