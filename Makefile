@@ -9,6 +9,9 @@ MODEL  := .models/SmolLM2-135M-Instruct.Q4_1.gguf
 CONSTRAINTS := $(if $(shell command -v nvidia-smi),constraints/gpu.txt,constraints/cpu.txt)
 EXTRAS      := dev,train
 STAMP       := $(VENV)/.installed
+# Test processes side by side, a file each at a time; WORKERS=0 runs all in one.
+WORKERS     ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 4 ] && n=4; echo $$n)
+SIDE_BY_SIDE := -n $(WORKERS) --dist loadfile
 
 .PHONY: setup grpo test test-long test-fast gpu-test check format clean help
 
@@ -28,13 +31,13 @@ grpo: setup      ## watch the default model learn by GRPO; ARGS="--task addition
 	$(BIN)/python recipes/grpo.py $(ARGS)
 
 test: setup      ## the CPU suite, slow tests included
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not long"
 
 test-long: setup ## larger samples of the fault matrices than `make test` runs
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m long
 
 test-fast: setup ## the suite without the slow tests
-	$(BIN)/python -m pytest -m "not slow and not long"
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not long"
 
 gpu-test: setup  ## tests that need a GPU; skipped without one
 	$(BIN)/python -m pytest -m "gpu or multi_gpu" -rs

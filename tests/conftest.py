@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 # Few intra-op threads each: two torch processes with a thread a core on two cores stall.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 DEFAULT_MODEL = (
