@@ -5,6 +5,9 @@ into `source`: whole checkpoints, or deltas whose index says so (see `pull_delta
 the version before. Version 0 is the model the server was started with. The local folder ends
 as a complete checkpoint, and `/update_weights_from_disk` on it is what loads it.
 
+What is in `local` counts as a version only while the folder it was published in is as it was then:
+another trainer may have published other weights under the same number.
+
 A pull that dies leaves a mark, and the folder is refused as a source of weights until another
 pull has brought it to a version. Every file is written beside the old one and renamed over it.
 """
@@ -13,9 +16,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import time
 from collections.abc import Iterator
+from hashlib import blake2b
 from pathlib import Path
 
 import msgspec
@@ -23,6 +28,8 @@ import msgspec
 from engine.errors import CheckpointError, InvalidRequest, ModelNotFound, UpdateTimeout
 from rollout.http.pull_delta import apply_delta, read_delta
 from rollout.http.regular_file import Look, copy, read_small, touched, writing
+
+logger = logging.getLogger(__name__)
 
 STATE_FOLDER = ".weight_sync"
 
@@ -33,9 +40,14 @@ _PRUNED = (".safetensors", ".safetensors.index.json")
 
 
 class _State(msgspec.Struct):
-    """Contents of `state.json`, as SGLang writes it."""
+    """Contents of `state.json`: the version, as SGLang writes it, and what it was published as.
+
+    folder: where. files: see `_publication`. Both are "" in a file that SGLang wrote.
+    """
 
     version: str
+    folder: str = ""
+    files: str = ""
 
 
 def pull(
@@ -90,7 +102,7 @@ def _deadline(local: Path, timeout_s: float) -> Look:
 
 def _require_source(local: Path, source: Path | None, base: Path, version: int) -> None:
     """Raise as the pull would for a source that is not there."""
-    held = _held_version(local)
+    held = _held_version(local, source, base)
     if held == version:
         return
     first, _ = _chain(held, source, version)
@@ -99,7 +111,11 @@ def _require_source(local: Path, source: Path | None, base: Path, version: int) 
 
 
 def _pull(local: Path, source: Path | None, base: Path, version: int, look: Look) -> None:
-    held = _held_version(local)
+    held = _held_version(local, source, base)
+    if held is None and os.path.lexists(local / STATE_FOLDER / "state.json"):
+        logger.warning(
+            "%s is not built upon: it is not what %s and %s publish now", local, base, source
+        )
     torn = os.path.lexists(local / STATE_FOLDER / _MARK)
     if torn and held is not None and held >= version:
         # Some files may be those of the version after.
@@ -122,12 +138,15 @@ def _bring(
     mark = local / STATE_FOLDER / _MARK
     os.close(touched(mark))
     if first != held:
-        _copy_whole(base if first == 0 else _published(source, first), local, look)
-        _note_version(local, first)
+        origin = base if first == 0 else _published(source, first)
+        state = _state_of(first, origin)
+        _copy_whole(origin, local, look)
+        _note(local, state)
     for number, folder in enumerate(deltas, first + 1):
+        state = _state_of(number, folder)
         beside = local / STATE_FOLDER / _BESIDE
         apply_delta(folder, local, version=number, beside=beside, look=look)
-        _note_version(local, number)
+        _note(local, state)
     mark.unlink()
 
 
@@ -149,10 +168,14 @@ def _published(source: Path | None, version: int) -> Path:
         raise InvalidRequest(
             f"version {version} needs source_dir, the folder of all versions", field="source_dir"
         )
-    folder = source / f"weight_v{version:06d}"
+    folder = _folder_of(source, version)
     if not folder.is_dir():
         raise ModelNotFound(f"{folder} is not there", field="source_dir")
     return folder
+
+
+def _folder_of(source: Path, version: int) -> Path:
+    return source / f"weight_v{version:06d}"
 
 
 def _require_ours(local: Path, source: Path | None, base: Path) -> None:
@@ -221,19 +244,46 @@ def _flocked(descriptor: int) -> bool:
     return True
 
 
-def _held_version(local: Path) -> int | None:
-    """The version `local` holds, or None. After a pull that died, some of its files may be
-    those of the version after."""
+def _held_version(local: Path, source: Path | None, base: Path) -> int | None:
+    """The version `local` holds of what `source` publishes, or None. After a pull that died, some
+    of its files may be those of the version after."""
     try:
         state = msgspec.json.decode(read_small(local / STATE_FOLDER / "state.json"), type=_State)
-        return int(state.version)
+        version = int(state.version)
     except (FileNotFoundError, msgspec.MsgspecError, ValueError):
         return None
+    if version and source is None:
+        # Nobody asks for more than what is held.
+        return version
+    folder = _folder_of(source, version) if version and source is not None else base
+    now = _state_of(version, folder)
+    # What is published no more cannot be looked at: then the place has to be the same.
+    same = now.files == state.files if now.files else now.folder == state.folder
+    return version if same else None
 
 
-def _note_version(local: Path, version: int) -> None:
-    data = msgspec.json.encode(_State(version=f"{version:06d}"))
-    write_whole(local / STATE_FOLDER / "state.json", data)
+def _state_of(version: int, folder: Path) -> _State:
+    """What `local` is once it was brought to what `folder` holds now."""
+    return _State(
+        version=f"{version:06d}", folder=str(folder.resolve()), files=_publication(folder)
+    )
+
+
+def _publication(folder: Path) -> str:
+    """A digest of the names, sizes and times of the files in a folder, without reading them; "" if
+    there is no such folder."""
+    if not folder.is_dir():
+        return ""
+    found = blake2b(digest_size=16)
+    for path in sorted(folder.iterdir()):
+        if path.is_file():
+            stat = path.stat()
+            found.update(f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+    return found.hexdigest()
+
+
+def _note(local: Path, state: _State) -> None:
+    write_whole(local / STATE_FOLDER / "state.json", msgspec.json.encode(state))
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -25,8 +25,6 @@ class Carrier(ABC):
     """A connection to some engines, made at the first update and kept."""
 
     targets: Sequence[UpdateTarget]
-    published: BeginUpdate | None = None
-    """The last update that every target committed."""
 
     @cached_property
     def owner(self) -> str:
@@ -52,8 +50,9 @@ class Carrier(ABC):
         return
 
     def committed(self, begin: BeginUpdate, members: Sequence[Member]) -> None:
-        """Every target serves `begin.version` now; `members` took it in this update."""
-        self.published = begin
+        """Every target serves `begin.version` now; `members` took it in this update. For a
+        transport that sends only a part of the next one: see `trainer_bridge.delta_base`."""
+        return
 
     @abstractmethod
     def close(self) -> None:

@@ -6,6 +6,7 @@ of it. A delta folder names the version it changes, and the engine takes it on n
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import uuid
@@ -31,8 +32,11 @@ from engine.protocol import (
 from trainer_bridge.adapters.base import WeightSource
 from trainer_bridge.checksum import with_checksums
 from trainer_bridge.control import UpdateTarget, try_send
+from trainer_bridge.delta_base import DeltaBase
 from trainer_bridge.fleet import Member, draw_owner, on_each, owned
 from trainer_bridge.transports.base import Carrier
+
+logger = logging.getLogger(__name__)
 
 DELTA_FILE = "delta.json"
 SHARD_BYTES = 4 << 30
@@ -51,7 +55,8 @@ class DiskCarrier(Carrier):
     """Writes `folder/weight_v<version>` and has the engines load it.
 
     delta: from the second update on, write only the tensors whose checksum changed since the
-    last one this carrier published. keep: leave the folders there.
+    last one this carrier published, as long as every engine holds that still (`DeltaBase`);
+    else all, and the log says why. keep: leave the folders there.
     """
 
     def __init__(
@@ -64,28 +69,34 @@ class DiskCarrier(Carrier):
     ) -> None:
         self.targets = targets
         self._folder = folder
-        self._delta = delta
         self._keep = keep
-        self._base: int | None = None
-        self._checksums: dict[str, int | None] = {}
+        self._base = DeltaBase() if delta else None
+        self._since: int | None = None
 
     def announce(
         self, begin: BeginUpdate, source: WeightSource, members: Sequence[Member]
     ) -> BeginUpdate:
         """The update that will be announced: of the changed tensors only, for a delta that
         every engine can take."""
-        self._base = None
-        if not self._delta:
+        self._since = None
+        if self._base is None:
             return begin
         specs = with_checksums(begin.manifest, source.tensors())
-        base = self.published
-        if base is None or not all(member.serves(base.version) for member in members):
+        if self._base.version is None:
             return replace(begin, manifest=specs)
-        self._base = base.version
-        self._checksums.update({spec.name: spec.checksum for spec in base.manifest})
-        changed = [spec for spec in specs if self._checksums.get(spec.name) != spec.checksum]
+        why = self._base.missing_from(members)
+        if why:
+            logger.warning("version %d is sent whole: %s", begin.version, why)
+            return replace(begin, manifest=specs)
+        self._since = self._base.version
         # An update brings something: one tensor as it was, where nothing changed.
-        return replace(begin, manifest=changed or specs[:1], partial=True)
+        changed = self._base.changed(specs) or specs[:1]
+        return replace(begin, manifest=changed, partial=True)
+
+    def committed(self, begin: BeginUpdate, members: Sequence[Member]) -> None:
+        """See `Carrier`."""
+        if self._base is not None:
+            self._base.committed(begin, members)
 
     def carry(self, begin: BeginUpdate, source: WeightSource, members: Sequence[Member]) -> None:
         """See `Carrier`."""
@@ -93,8 +104,8 @@ class DiskCarrier(Carrier):
         chosen = ((name, tensor) for name, tensor in source.tensors() if name in wanted)
         path = self._path(begin)
         delta = None
-        if self._base is not None:
-            delta = Delta(self._base, begin.version, begin.manifest)
+        if self._since is not None:
+            delta = Delta(self._since, begin.version, begin.manifest)
         write(path, chosen, delta=delta)
         load = LoadFromDisk(path=str(path), owner=begin.owner)
         on_each(members, lambda member: member.send(load))
