@@ -6,23 +6,18 @@ none of them falls inside a step.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
-from msgspec.structs import replace
-
 from engine.config import EngineConfig
 from engine.errors import (
     EngineDead,
     InternalError,
-    InvalidRequest,
     NoVersion,
     SlipstreamError,
-    UpdateOrder,
     WeightUpdateError,
     of_command,
 )
@@ -30,44 +25,33 @@ from engine.protocol import (
     Abort,
     AbortUpdate,
     BeginUpdate,
-    BesideSteps,
-    CheckWeights,
     CommitUpdate,
     Control,
     EngineCommand,
     ErrorInfo,
     FlushCache,
     GetState,
-    GetWeight,
-    GroupCommand,
-    JoinGroup,
-    LeaveGroup,
     Pause,
-    PrepareUpdate,
-    ReleaseMemory,
     ReplicaState,
     Reply,
     Request,
     RequestOutput,
     Resume,
-    ResumeMemory,
     SetVersion,
     Shutdown,
-    StagingMode,
     StepPlan,
     StepResult,
     Stop,
     UpdateReport,
-    WeightCommand,
 )
-from engine.protocol.types import MAX_VERSION
 from rollout.cache.manager import CacheManager
 from rollout.device_errors import breaks_device
 from rollout.outputs import refused
-from rollout.scheduler.readiness import ALL_TAGS, Readiness
+from rollout.scheduler.readiness import Readiness
 from rollout.scheduler.scheduler import Scheduler
 from rollout.step_executor import PendingStep, StepExecutor
-from rollout.weight_queue import PendingReply, Ticket, WeightQueue
+from rollout.weight_commands import WeightCommands
+from rollout.weight_queue import Ticket
 
 logger = logging.getLogger(__name__)
 
@@ -78,14 +62,6 @@ _MAX_FAILURES = 3
 """Steps in a row that may fail by a mistake of ours before the engine gives up."""
 _BESIDE_STEPS = (GetState, Abort, Stop)
 """Commands that leave steps in flight alone: at most they mark rows, whose results are dropped."""
-_NEED_NO_WEIGHTS = (
-    JoinGroup,
-    LeaveGroup,
-    AbortUpdate,
-    SetVersion,
-    ReleaseMemory,
-    ResumeMemory,
-)
 _POLL_S = 0.00005
 _LONGEST_POLL_S = 0.001
 
@@ -121,13 +97,9 @@ class Leader:
             keeps_weights=config.memory.cpu_backup,
             no_version=config.refusal,
         )
-        self._weights = WeightQueue(
-            executor,
-            check=self._check,
-            run=self._between_steps,
-            ended=self._ended,
-            ends=self._readiness.is_open_for,
-        )
+        self._weights = WeightCommands(
+            executor, self._scheduler, self._readiness, drain=self._drain, emit=self._emit
+        ).queue
         self._checks_integrity = config.scheduler.check_integrity
         overlap = config.scheduler.overlap
         self._overlap = facts.device == "cuda" if overlap is None else overlap
@@ -207,34 +179,6 @@ class Leader:
             case _:
                 assert isinstance(command, Shutdown), command
         return Reply()
-
-    def _between_steps(self, command: Control) -> Reply:
-        """Run a weight command that is not beside steps."""
-        self._drain()
-        self._check(command)
-        match command:
-            case SetVersion():
-                self._set_version(command.version)
-                return Reply()
-            case ReleaseMemory():
-                return self._release(command)
-            case ResumeMemory():
-                return self._resume(command)
-            case CheckWeights(action="reset_tensors"):
-                return self._reset(command)
-            case CheckWeights() | GetWeight():
-                return self._executor.handle(command)
-        assert isinstance(command, WeightCommand), command
-        return self._update(command)
-
-    def _check(self, command: Control) -> None:
-        """Raise if a weight command may not come now."""
-        if isinstance(command, SetVersion | BeginUpdate) and command.version > MAX_VERSION:
-            raise InvalidRequest(f"version {command.version} is above 2**53", field="version")
-        if not isinstance(command, _NEED_NO_WEIGHTS):
-            self._readiness.check_weights(type(command).__name__)
-        if isinstance(command, BeginUpdate):
-            self._readiness.check_begin(command, self._scheduler.version)
 
     def step(self) -> list[RequestOutput]:
         """Run at most one step; every output since the last call, those of commands too."""
@@ -356,6 +300,9 @@ class Leader:
         plan, pending = self._in_flight.popleft()
         self._apply(self._guarded(plan, pending.result))
 
+    def _emit(self, outputs: list[RequestOutput]) -> None:
+        self._outputs += outputs
+
     def _drain(self) -> None:
         """Wait for the steps in flight: what follows must not fall between them."""
         while self._in_flight:
@@ -416,83 +363,6 @@ class Leader:
     def _end_all(self, error: SlipstreamError) -> None:
         self._in_flight.clear()
         self._outputs += self._scheduler.fail_all(error_info(error))
-
-    def _update(self, command: WeightCommand) -> Reply:
-        """Open, verify, commit or abort the update, and what follows for requests."""
-        ready = self._readiness
-        try:
-            reply = self._executor.handle(command)
-        except Exception:
-            if isinstance(command, PrepareUpdate | CommitUpdate):
-                self._undo()
-            raise
-        match command:
-            case BeginUpdate():
-                # "auto" was decided by the ranks, who know what memory there is.
-                mode: StagingMode = "undo" if reply.undo else "in_place"
-                ready.begun(replace(command, mode=mode) if reply.in_place else command)
-            case AbortUpdate():
-                ready.aborted()
-            case PrepareUpdate():
-                ready.prepared()
-            case CommitUpdate() if ready.committed(command.version, reply.refusal):
-                self._outputs += self._scheduler.set_version(command.version)
-        return reply
-
-    def _ended(self, command: BesideSteps, pending: PendingReply) -> Reply:
-        """Take in what a command came to that ran beside steps."""
-        try:
-            reply = pending.result()
-        except Exception:
-            if not isinstance(command, GroupCommand):
-                self._undo()
-            raise
-        if isinstance(command, JoinGroup):
-            self._readiness.joined(command.name)
-        elif isinstance(command, LeaveGroup):
-            self._readiness.left(command.name)
-        return reply
-
-    def _reset(self, command: CheckWeights) -> Reply:
-        self._readiness.check_reset()
-        reply = self._executor.handle(command)
-        self._readiness.died(reply.refusal)
-        with contextlib.suppress(SlipstreamError):
-            # Prefixes that sequences hold go with the update that has to follow.
-            self._scheduler.flush_cache()
-        return reply
-
-    def _undo(self) -> None:
-        """A transfer or commit failed: where requests wait for it, the update is over, and every
-        rank puts the old version back, or refuses to step."""
-        if self._readiness.written is not None:
-            self._weights.abandon(self._readiness.written)
-
-    def _set_version(self, version: int) -> None:
-        serving = self._scheduler.version
-        if version < serving:
-            raise UpdateOrder(
-                f"version {version} goes back: {serving} serves now; give {serving} or more",
-                field="version",
-            )
-        self._outputs += self._scheduler.set_version(version)
-
-    def _release(self, command: ReleaseMemory) -> Reply:
-        tags = command.tags or ALL_TAGS
-        if self._readiness.late_undo is not None:
-            # It would put back what is gone by then.
-            self._weights.abandon(self._readiness.late_undo)
-        self._readiness.check_release(tags, self._scheduler.stats())
-        if "kv_cache" in tags:
-            self._scheduler.flush_cache()
-        reply = self._executor.handle(command)
-        self._readiness.release(tags)
-        return reply
-
-    def _resume(self, command: ResumeMemory) -> Reply:
-        reply = self._executor.handle(command)
-        self._readiness.resume(command.tags or ALL_TAGS)
-        return reply
 
 
 def error_info(error: SlipstreamError) -> ErrorInfo:

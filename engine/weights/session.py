@@ -22,7 +22,6 @@ minimum over ranks, and each command that may refuse calls it the same number of
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +29,6 @@ from contextlib import contextmanager
 import torch
 
 from engine.errors import (
-    ManifestMismatch,
     OutOfMemory,
     SlipstreamError,
     UpdateOrder,
@@ -43,13 +41,11 @@ from engine.protocol.deadlines import capped
 from engine.weights import owner, verify
 from engine.weights.agreement import Agreement, settle
 from engine.weights.catalog import Catalog
-from engine.weights.coverage import Coverage
-from engine.weights.digest import digest_of
+from engine.weights.expected import Expected
 from engine.weights.initial import load_initial
-from engine.weights.layouts import torch_dtype
 from engine.weights.load import Loadable
 from engine.weights.modes import REFUSED, SHADOW, UNDO, choose_mode, undo_size
-from engine.weights.staging import OpenUpdate, bounds
+from engine.weights.staging import OpenUpdate
 from engine.weights.torn import TornWeights
 from engine.weights.undo import UndoCopy
 
@@ -94,9 +90,7 @@ class UpdateSession:
         self._last: tuple[str, UpdateReport] | None = None
         self._failure = ""
         self._torn = TornWeights()
-        self._announced: tuple[list[TensorSpec], bool, dict[str, TensorSpec]] | None = None
-        self._expected: tuple[dict[str, TensorSpec], Sequence[TensorPiece]] | None = None
-        self._digested: tuple[Sequence[TensorPiece], int] | None = None
+        self._expected = Expected(self.catalog)
 
     @property
     def version(self) -> int:
@@ -189,7 +183,7 @@ class UpdateSession:
         update = self.require_open("receive")
         with self._taking_in(closes=False):
             for name, tensor in tensors:
-                self._check_whole(update, name, tensor)
+                self._expected.check_whole(update, name, tensor)
                 if lasting:
                     update.lend(name, tensor)
                 else:
@@ -206,7 +200,7 @@ class UpdateSession:
         refusal: SlipstreamError | None,
     ) -> None:
         """`receive` for lasting tensors that `expect` accepted. refusal: as in `receiving`."""
-        self._ranks.join(self._digest(pieces, refusal), refusal)
+        self._ranks.join(self._expected.digest(pieces, refusal), refusal)
         update = self.require_open("receive")
         with self._taking_in(closes=False):
             for name, tensor in tensors:
@@ -215,23 +209,11 @@ class UpdateSession:
 
     def expect(self, pieces: Sequence[TensorPiece]) -> None:
         """Raise ManifestMismatch unless all of `pieces` may come; nothing is changed."""
-        update = self.require_open("receive")
-        # A trainer sends the same tensors every time: looked through once is enough.
-        known = self._expected if update.is_empty else None
-        if known is not None and known[0] is update.announced and known[1] == pieces:
-            return
-        seen: dict[str, Coverage] = {}
-        for piece in pieces:
-            self._check_piece(update, piece)
-            size = math.prod(piece.shape)
-            coverage = seen.setdefault(piece.name, Coverage(piece.name, size))
-            coverage.add(*bounds(piece))
-        if update.is_empty:
-            self._expected = (update.announced, pieces)
+        self._expected.check_all(self.require_open("receive"), pieces)
 
     def expect_one(self, piece: TensorPiece) -> None:
         """Raise ManifestMismatch unless `piece` may come; nothing is changed."""
-        self._check_piece(self.require_open("receive"), piece)
+        self._expected.check(self.require_open("receive"), piece)
 
     @contextmanager
     def receiving(
@@ -247,7 +229,7 @@ class UpdateSession:
                 self._open.undo.reserve()
             except OutOfMemory as error:
                 refusal = error
-        self._ranks.join(self._digest(pieces, refusal), refusal)
+        self._ranks.join(self._expected.digest(pieces, refusal), refusal)
         update = self.require_open("receive")
         if update.in_place:
             names = {self.catalog.canonical(piece.name) for piece in pieces}
@@ -356,13 +338,7 @@ class UpdateSession:
                 f"version {command.version} does not go forward: {self._version} serves now",
                 field="version",
             )
-        known = self._announced
-        if known is None or known[:2] != (command.manifest, command.partial):
-            announced = verify.announced_tensors(
-                command.manifest, self.catalog, partial=command.partial
-            )
-            known = self._announced = (command.manifest, command.partial, announced)
-        return known[2]
+        return self._expected.announced(command)
 
     def _verified(self, version: int, who: str, *, placing: bool) -> UpdateReport | None:
         """Raise unless all ranks can place what came, and got the same; see `_check_commit`."""
@@ -421,25 +397,6 @@ class UpdateSession:
         """Staged tensors without the second name of a tied one, which were compared."""
         twins = {n for n, other in self.catalog.aliases.items() if n in staged and other in staged}
         return {name: tensor for name, tensor in staged.items() if name not in twins}
-
-    def _check_whole(self, update: OpenUpdate, name: str, tensor: torch.Tensor) -> None:
-        if not tensor.is_floating_point():
-            raise ManifestMismatch(f"{name} has dtype {tensor.dtype}, not a float", field=name)
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        self._check_piece(update, TensorPiece(name, dtype, list(tensor.shape)))
-
-    def _check_piece(self, update: OpenUpdate, piece: TensorPiece) -> None:
-        self.catalog.check(piece.name, piece.shape)
-        torch_dtype(piece.dtype, piece.name)
-        update.check(piece)
-
-    def _digest(self, pieces: Sequence[TensorPiece], refusal: SlipstreamError | None) -> int:
-        """Of what this rank is to take in. A trainer sends the same every time."""
-        if refusal is not None:
-            return 0
-        if self._digested is None or self._digested[0] != pieces:
-            self._digested = (pieces, digest_of(pieces))
-        return self._digested[1]
 
     @contextmanager
     def _taking_in(self, *, closes: bool) -> Iterator[None]:

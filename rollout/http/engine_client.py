@@ -24,10 +24,10 @@ from engine.protocol.deadlines import REPLY_S, START_S
 from rollout.http.link import EngineLink, Message
 from rollout.http.mailbox import Mailbox, Mailboxes
 from rollout.http.pending import PendingCommand, PendingCommands
+from rollout.http.unsent import Unsent
 from rollout.ipc import encode_frame
 from rollout.process_replica import command_name, reply_deadline_s
 from rollout.ranges import check_ranges
-from rollout.sample_ids import of_sample, starts_with
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +63,7 @@ class AsyncEngine:
         self._mailboxes = Mailboxes()
         self._pending = PendingCommands()
         self._last_id = _START_ID
-        self._held: list[list[Request]] | None = None
-        self._unsent: list[list[Request]] = []
+        self._unsent = Unsent()
         self._dead: EngineDead | None = None
         self._leaving: EngineDead | None = None
         self._starting = False
@@ -184,7 +183,7 @@ class AsyncEngine:
     @property
     def num_open(self) -> int:
         """Sequences sent to the engine whose final output has not come."""
-        return len(self._mailboxes) - sum(len(requests) for requests in self._held or [])
+        return len(self._mailboxes) - self._unsent.num_held
 
     @property
     def facts(self) -> ReplicaState:
@@ -224,12 +223,12 @@ class AsyncEngine:
         box = self._mailboxes.open([request.rid for request in requests])
         queued = False
         try:
-            if self._held is None:
-                self._post(requests)
-            else:
+            if self._unsent.holding:
                 # Sent later, with those of others: what cannot be encoded must not get there.
                 encode_frame(requests)
-                self._held.append(list(requests))
+                self._unsent.keep(requests)
+            else:
+                self._post(requests)
             queued = True
         finally:
             if not queued:
@@ -250,14 +249,13 @@ class AsyncEngine:
     async def submit_all(self, requests: Sequence[Request]) -> Mailbox:
         """`submit` of sequences that may be many: the engine gets them in parts, each after it
         has answered since the one before, so that others are served in between."""
-        if len(requests) <= _PART or self._held is not None:
+        if len(requests) <= _PART or self._unsent.holding:
             return self.submit(requests)
         self.check_open()
         if not self.num_open:
             self._progress_at = time.monotonic()
-        unsent = list(requests)
         box = self._mailboxes.open([request.rid for request in requests])
-        self._unsent.append(unsent)
+        unsent = self._unsent.begin(requests)
         try:
             while unsent:
                 self.check_open()
@@ -271,7 +269,7 @@ class AsyncEngine:
             self.discard(box)
             raise
         finally:
-            self._unsent = [other for other in self._unsent if other is not unsent]
+            self._unsent.end(unsent)
         return box
 
     def discard(self, mailbox: Mailbox) -> None:
@@ -279,9 +277,8 @@ class AsyncEngine:
         rids = set(mailbox.open)
         if not rids or self._dead is not None:
             return
-        held = {r.rid for requests in self._held or [] for r in requests} & rids
-        if self._held is not None:
-            self._held = [[r for r in some if r.rid not in held] for some in self._held]
+        held = self._unsent.discard(rids)
+        if self._unsent.holding:
             mailbox.open.clear()
             mailbox.open.update(held)
             self._mailboxes.cancel(mailbox)
@@ -293,13 +290,11 @@ class AsyncEngine:
 
     def hold(self) -> None:
         """Keep requests submitted from now on here, until `release`. Idempotent."""
-        if self._held is None:
-            self._held = []
+        self._unsent.hold()
 
     def release(self) -> None:
         """Send the engine what was held. Idempotent."""
-        held, self._held = self._held or [], None
-        requests = [request for some in held for request in some]
+        requests = self._unsent.release()
         if requests and self._dead is None:
             with contextlib.suppress(EngineDead):
                 self._post(requests)
@@ -364,10 +359,7 @@ class AsyncEngine:
     def _post_held(self, abort: Abort) -> None:
         """Send the engine those requests that are still here and that it is about to be told to
         abort."""
-        named: list[Request] = []
-        for requests in (*(self._held or []), *self._unsent):
-            named += [request for request in requests if _names(abort, request)]
-            requests[:] = [request for request in requests if not _names(abort, request)]
+        named = self._unsent.take(abort)
         if named:
             self._post(named)
 
@@ -431,7 +423,7 @@ class AsyncEngine:
     def _end(self, error: EngineDead) -> None:
         self._dead = self._dead or error
         self._mailboxes.fail(error)
-        self._held = None if self._held is None else []
+        self._unsent.clear()
         self._pending.fail(error)
 
     def _require_alive(self) -> None:
@@ -471,15 +463,6 @@ class AsyncEngine:
 def _give(entry: PendingCommand, error: EngineDead | CommandTimeout) -> None:
     if not entry.future.done():
         entry.future.set_exception(type(error)(error.message, field=error.field))
-
-
-def _names(abort: Abort, request: Request) -> bool:
-    prefix = abort.rid_prefix
-    if abort.all or request.rid == abort.rid or request.rid in abort.rids:
-        return True
-    if abort.rid and request.rid == of_sample(abort.rid):
-        return True
-    return bool(prefix and starts_with(request.rid, prefix))
 
 
 def _look_at(future: asyncio.Future[Reply]) -> None:

@@ -27,9 +27,7 @@ class OtherTrainer:
         for version in (2, 3):
             self.versions[version]["d"] = self.versions[1]["d"]
         for version in (1, 2, 3):
-            write_delta(
-                self.source, version, *self.versions[version - 1 : version + 1], encoding
-            )
+            write_delta(self.source, version, *self.versions[version - 1 : version + 1], encoding)
 
     def pull(self, version: int) -> None:
         pull(self.run.local, source=self.source, base=self.run.base, version=version)
