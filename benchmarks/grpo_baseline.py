@@ -47,6 +47,7 @@ class Baseline:
         *,
         dtype: torch.dtype,
         samples: int,
+        min_new_tokens: int = 0,
         max_new_tokens: int,
         lr: float,
         rows_per_microbatch: int,
@@ -58,6 +59,7 @@ class Baseline:
             self.generator = copy.deepcopy(self.model).to(dtype)
         self.prompts = prompts
         self.samples = samples
+        self.min_new_tokens = min_new_tokens
         self.max_new_tokens = max_new_tokens
         self.rows = rows_per_microbatch
         self.optimizer = torch.optim.AdamW(
@@ -108,6 +110,7 @@ class Baseline:
             temperature=1.0,
             top_k=0,
             top_p=1.0,
+            min_new_tokens=self.min_new_tokens or None,
             max_new_tokens=self.max_new_tokens,
             eos_token_id=self.prompts.stop_ids,
             pad_token_id=self.prompts.stop_ids[0],
@@ -150,7 +153,8 @@ class Baseline:
         # The last response token is predicted, never fed.
         inputs = out[:, :-1]
         attend = torch.cat([mask, response_mask[:, :-1].long()], dim=1)
-        for rows in learning.split(self.rows):
+        # `split` makes one part even of nothing.
+        for rows in learning.split(self.rows) if len(learning) else ():
             logprobs = self._logprobs(inputs[rows], attend[rows], response[rows])
             ratio = (logprobs - logprobs.detach()).exp()
             loss = -(ratio * weights[rows, None] * response_mask[rows]).sum()

@@ -1,9 +1,13 @@
-"""Seconds of a GRPO step: the recipe against a plain script, in one run on the same machine.
+"""Seconds of a GRPO step: the recipe, the recipe without its prefix tree, and a plain script.
 
-    python benchmarks/grpo_step.py
+    python benchmarks/grpo_step.py --json benchmarks/results/grpo-step-float32-xeon.json
 
-Both train the same model on the same problems, 8 prompts x 8 samples by default, with the same
-learning rate and dtype. The first step of each warms up and is not counted; medians are compared.
+All three train the same model on the same problems, 8 prompts x 8 samples by default, with the same
+learning rate and dtype; a coin grades the replies, so that all train on as many groups
+(`grpo_sides.Coin`). They take turns step by step, and each turn begins with another side. The
+first step of each warms up and is not counted; medians are compared. Once with the task's own short
+replies, then with replies of exactly as many tokens as `--lengths` says: the tree pays where
+prompts are long and replies short, the engine everywhere.
 """
 
 from __future__ import annotations
@@ -11,28 +15,19 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from grpo_baseline import Baseline
+from grpo_sides import FIGURES, OurSide, PlainSide, Side, Work
 from machine import describe
 
-from engine.executor import read_checkpoint
-from recipes.environments.base import problem_at
-from recipes.environments.select import select_environment
-from recipes.grpo import train
-from recipes.ledger import Ledger
-from recipes.options import DEFAULT_MODEL, Options, RolloutOptions
-from recipes.prompts import Prompts
-from recipes.run import open_run
-from recipes.trainers.options import OptimizerOptions
-from rollout.offline import load_tokenizer
-from trainer_bridge import load_causal_lm
+from recipes.options import DEFAULT_MODEL
 
-PHASES = ("generate", "score", "train", "push", "other", "step")
+TREE, PADDED, PLAIN = "slipstream", "slipstream, no prefix tree", "plain script"
 
 
 @dataclass(frozen=True)
@@ -40,14 +35,16 @@ class Bench:
     """What to measure."""
 
     model: str = str(DEFAULT_MODEL)
-    """Model both sides train."""
+    """Model all sides train."""
     task: str = "largest"
-    """Task both sides train on."""
+    """Task whose problems all sides train on."""
     dtype: str = "auto"
-    """Rollouts and autocast of both sides; 'auto' is what the engine takes on this machine."""
+    """Rollouts and training of all sides; 'auto' is what the engine takes on this machine."""
     baseline_dtype: str | None = None
-    """Another dtype for the baseline; None is the same."""
-    steps: int = 6
+    """Another dtype for the plain script; None is the same."""
+    lengths: tuple[int, ...] = (0, 128)
+    """Tokens of every reply, one table part each; 0 ends replies as the task does."""
+    steps: int = 4
     """Counted steps of each side."""
     prompts: int = 8
     """Prompts a step."""
@@ -56,109 +53,94 @@ class Bench:
     lr: float = 1e-5
     """Learning rate."""
     rows_per_microbatch: int = 16
-    """Rows the baseline trains on at once."""
+    """Rows that are trained on at once where there is no tree."""
     seed: int = 0
     """Seed of problems and sampling."""
     json: str | None = None
     """Write the figures to this file."""
 
 
-def run_ours(bench: Bench, folder: Path) -> tuple[list[dict[str, float]], str]:
-    """Seconds by phase of each counted step of the recipe, and the dtype it ran in."""
-    options = Options(
-        task=bench.task,
-        model=bench.model,
-        dtype=bench.dtype,  # type: ignore[arg-type]
-        seed=bench.seed,
-        steps=bench.steps + 1,
-        out=str(folder / "run"),
-        eval_every=0,
-        eval_prompts=1,
-        checkpoint_every=0,
-        rollout=RolloutOptions(prompts_per_step=bench.prompts, samples=bench.samples),
-        optimizer=OptimizerOptions(lr=bench.lr),
-    )
-    run = open_run(options, Ledger())
-    run.begin()
-    train(run)
-    rows = run.folder.read_metrics()[1:]
-    dtype = run.actor.state().dtype
-    run.actor.close()
-    return [_ours_figures(row, bench.prompts) for row in rows], dtype
-
-
-def _ours_figures(row: dict[str, Any], prompts: int) -> dict[str, float]:
-    return {
-        **{phase: row[f"timing_s/{phase}"] for phase in PHASES},
-        "reward": row["reward"],
-        "mixed_groups": prompts * (1 - row["frac_reward_zero_std"]),
-        "mean_length": row["completions/mean_length"],
-    }
-
-
-def run_baseline(bench: Bench, dtype: torch.dtype) -> list[dict[str, float]]:
-    """Seconds by phase of each counted step of the plain script."""
-    environment = select_environment(bench.task)
-    tokenizer = load_tokenizer(bench.model)
-    checkpoint = read_checkpoint(bench.model)
-    baseline = Baseline(
-        load_causal_lm(checkpoint.hf_config, checkpoint.tensors),
-        Prompts(environment, tokenizer, tokenizer.eos_ids),
-        dtype=dtype,
-        samples=bench.samples,
-        max_new_tokens=environment.max_new_tokens,
-        lr=bench.lr,
-        rows_per_microbatch=bench.rows_per_microbatch,
-    )
-    torch.manual_seed(bench.seed)
-    measured = []
-    for step in range(bench.steps + 1):
-        indices = range(step * bench.prompts, (step + 1) * bench.prompts)
-        problems = [problem_at(environment, "train", bench.seed, i) for i in indices]
-        seconds = baseline.step(problems, environment)
-        phases = {p: getattr(seconds, p) for p in ("generate", "score", "train", "push", "step")}
-        measured.append({**phases, "other": 0.0, **seconds.extra})
-    return measured[1:]
+def alternate(sides: Mapping[str, Side], steps: int) -> dict[str, list[dict[str, float]]]:
+    """`steps` counted steps of each side, after one that is not counted. The sides take turns
+    step by step, and the one that begins a turn ends the next."""
+    names = list(sides)
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for turn in range(steps + 1):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            row = sides[name].step()
+            if turn:
+                rows[name].append(row)
+    return rows
 
 
 def medians(rows: list[dict[str, float]]) -> dict[str, float]:
     """Median of each figure over steps."""
-    return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+    return {name: statistics.median(row[name] for row in rows) for name in FIGURES}
 
 
-def measure(bench: Bench) -> dict[str, Any]:
-    """Run both sides, one after the other."""
-    with tempfile.TemporaryDirectory() as folder:
-        our_rows, dtype = run_ours(bench, Path(folder))
-    baseline_dtype = bench.baseline_dtype or dtype
-    their_rows = run_baseline(bench, getattr(torch, baseline_dtype))
-    ours, theirs = medians(our_rows), medians(their_rows)
+def measure(bench: Bench, length: int, folder: Path) -> dict[str, Any]:
+    """One part of the table: all sides with replies of one length."""
+    work = Work(
+        model=bench.model,
+        task=bench.task,
+        dtype=bench.dtype,
+        prompts=bench.prompts,
+        samples=bench.samples,
+        lr=bench.lr,
+        rows=bench.rows_per_microbatch,
+        seed=bench.seed,
+        length=length,
+    )
+    with_tree = OurSide(work, folder / f"tree-{length}", tree=True)
+    without = OurSide(work, folder / f"padded-{length}", tree=False)
+    theirs = bench.baseline_dtype or with_tree.dtype
+    plain = PlainSide(work, getattr(torch, theirs))
+    sides: dict[str, Side] = {TREE: with_tree, PADDED: without, PLAIN: plain}
+    try:
+        rows = alternate(sides, bench.steps)
+    finally:
+        for side in sides.values():
+            side.close()
+    seconds = {name: medians(of_side) for name, of_side in rows.items()}
     return {
+        "replies": work.replies,
+        "dtype": {TREE: with_tree.dtype, PADDED: without.dtype, PLAIN: theirs},
+        "seconds": seconds,
+        "ratio": {name: seconds[name]["step"] / seconds[PLAIN]["step"] for name in seconds},
+        "steps": rows,
+    }
+
+
+def table(parts: list[dict[str, Any]]) -> str:
+    """The parts as Markdown: medians of a step in seconds, and the step over the plain script's."""
+    names = [name for name in FIGURES if name != "other"]
+    lines = ["| replies | side | " + " | ".join(names) + " | step / plain script's |"]
+    lines.append("|" + "---|" * (len(names) + 3))
+    for part in parts:
+        for side, figures in part["seconds"].items():
+            cells = [part["replies"], side, *(f"{figures[name]:.2f}" for name in names)]
+            lines.append("| " + " | ".join(cells) + f" | {part['ratio'][side]:.3f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure and print; with `--json`, after every part, what there is so far."""
+    bench = tyro.cli(Bench)
+    result: dict[str, Any] = {
         "options": {**asdict(bench), "model": Path(bench.model).name, "json": None},
         "machine": describe(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "dtype": {"slipstream": dtype, "baseline": baseline_dtype},
-        "seconds": {"slipstream": ours, "baseline": theirs},
-        "steps": {"slipstream": our_rows, "baseline": their_rows},
-        "ratio": ours["step"] / theirs["step"],
+        "parts": [],
     }
-
-
-def main() -> None:
-    """Measure and print."""
-    bench = tyro.cli(Bench)
-    result = measure(bench)
-    names = (*PHASES, "mixed_groups", "reward", "mean_length")
-    print(f"{'median a step':14s}" + "".join(f"{name:>13s}" for name in names))
-    for side, figures in result["seconds"].items():
-        print(f"{side:14s}" + "".join(f"{figures[name]:13.3f}" for name in names))
-    print(
-        f"step ratio {result['ratio']:.2f} ({result['machine']}, {result['threads']} threads, "
-        f"{result['dtype']['slipstream']} against {result['dtype']['baseline']})"
-    )
-    if bench.json:
-        Path(bench.json).write_text(json.dumps(result, indent=2) + "\n")
+    with tempfile.TemporaryDirectory() as folder:
+        for length in bench.lengths:
+            result["parts"].append(measure(bench, length, Path(folder)))
+            if bench.json:
+                Path(bench.json).write_text(json.dumps(result, indent=2) + "\n")
+    print(f"{result['machine']}, {result['threads']} threads, torch {result['torch']}")
+    print(table(result["parts"]))
 
 
 if __name__ == "__main__":
