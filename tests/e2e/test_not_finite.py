@@ -151,3 +151,23 @@ def test_pages_of_a_spoilt_request_serve_the_next(folder: Path) -> None:
         found = run(replica, good)
         for sent in good:
             check_equal(found[sent.rid], clean[sent.rid])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_spoilt_prompt_ends_alone_and_leaves_no_prefix(folder: Path) -> None:
+    """There NaN stays in the KV pool, in pages that others get next."""
+    with make_replica(folder, page_size=4, max_chunk_tokens=8, device="cuda") as replica:
+        table = weight(replica, "model.embed_tokens.weight")
+        row = table[BAD].clone()
+        table[BAD] = float("nan")
+        ids = np.array([30, 31, BAD, 33, *range(40, 60)])
+        good = prompts(6)
+        for turn in range(3):
+            sent = [replace(one, rid=f"{turn}-{one.rid}") for one in good]
+            found = run(replica, [*sent[:3], request(f"{turn}-bad", ids, seed=9), *sent[3:]])
+            check_broken(found.pop(f"{turn}-bad"))
+            assert all(one.finish.type == "length" for one in found.values())
+            assert all(np.isfinite(one.logprobs).all() for one in found.values())
+        table[BAD] = row
+        again = run(replica, [request("again", ids, seed=9)])["again"]
+        assert again.cached_tokens == 0 and np.isfinite(again.logprobs).all()

@@ -77,9 +77,10 @@ class Rows:
         head_dim: int = 128,
         dtype: torch.dtype = torch.bfloat16,
         share: int = 0,
+        tail: float = 1e4,
     ) -> None:
         """lens: (queries, KV length) of each row. share: leading pages all rows have in
-        common."""
+        common. tail: what their last pages hold behind them."""
         self.device = torch.device("cuda")
         self.heads, self.head_dim, self.dtype = heads, head_dim, dtype
         query_lens, kv_lens = np.array(lens).T
@@ -97,18 +98,18 @@ class Rows:
             device=self.device,
         )
         self.set_lens(query_lens, kv_lens)
-        self._fill()
+        self._fill(tail)
 
     def set_lens(self, query_lens: np.ndarray, kv_lens: np.ndarray) -> None:
         self.query_lens, self.kv_lens = query_lens.astype(np.int64), kv_lens.astype(np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.query_lens)])
 
-    def _fill(self) -> None:
-        """NaN in pages of nobody, large numbers in tails: the pool is finite where rows are."""
+    def _fill(self, tail: float) -> None:
+        """NaN in pages of nobody, `tail` behind the rows in their own."""
         owned = torch.from_numpy(np.unique(self.table)).long().to(self.device)
         for pages in self.pool.tensors():
             poison(pages)
-            pages[:, owned] = 1e4
+            pages[:, owned] = tail
             for row, kv_len in enumerate(self.kv_lens):
                 used = torch.from_numpy(self.table[row, : -(-kv_len // PAGE)]).long()
                 full = pages[:, used.to(self.device)].flatten(1, 2)
@@ -177,9 +178,13 @@ CASES = {
 @pytest.mark.parametrize("kernels", ["fa2", "auto"])
 @pytest.mark.parametrize("heads", [(12, 2), (32, 8), (4, 4)])
 @pytest.mark.parametrize("case", CASES)
-def test_steps_equal_the_reference(case: str, heads: tuple[int, int], kernels: str) -> None:
+@pytest.mark.parametrize("tail", [1e4, float("nan")])
+def test_steps_equal_the_reference(
+    case: str, heads: tuple[int, int], kernels: str, tail: float
+) -> None:
+    """Whatever a page's tenant before left behind a row, NaN as well."""
     torch.manual_seed(0)
-    rows = Rows(CASES[case], heads=heads)
+    rows = Rows(CASES[case], heads=heads, tail=tail)
     backend = rows.backend(long_kernels=kernels, long_queries=0)
     q, k, v = rows.qkv()
     step = backend.prepare(rows.batch())
