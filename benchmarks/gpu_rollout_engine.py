@@ -14,7 +14,7 @@ from gpu_rollout_profile import StepProfile, profile_steps
 from gpu_rollout_workloads import Workload
 
 from engine.config import EngineConfig
-from engine.executor import Executor, build_executor
+from engine.executor import LocalExecutor, build_executor
 from engine.protocol import (
     Abort,
     BesideSteps,
@@ -31,7 +31,7 @@ from rollout.replica import InlineReplica
 class TimedExecutor:
     """An executor that adds up how long its callers wait for results."""
 
-    def __init__(self, inner: Executor) -> None:
+    def __init__(self, inner: LocalExecutor) -> None:
         self.inner = inner
         self.facts = inner.facts
         self.waited_s = 0.0

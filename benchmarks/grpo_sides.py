@@ -13,6 +13,7 @@ import torch
 from grpo_baseline import Baseline
 from grpo_padded import PaddedTrainer
 
+from recipes.algorithms.presets import AlgorithmOptions
 from recipes.environments.base import Environment, problem_at
 from recipes.environments.select import select_environment
 from recipes.grpo import train
@@ -113,6 +114,8 @@ class OurSide:
                 max_new_tokens=work.length or None,
             ),
             optimizer=OptimizerOptions(lr=work.lr),
+            # As the plain script: no step draws more groups than it is told to.
+            objective=AlgorithmOptions(algorithm="grpo"),
         )
         actor = launch_actor(options)
         self.dtype = actor.state().dtype

@@ -7,72 +7,19 @@ process of its own, which `rollout.ranks` starts and sends the same structs to.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from engine.config import EngineConfig, LoadFormat
-from engine.protocol import BesideSteps, EngineCommand, EngineFacts, Reply, StepPlan, StepResult
+from engine.protocol import BesideSteps, EngineCommand, Reply, StepPlan, StepResult
 
 if TYPE_CHECKING:
     from engine.pending import PendingStep
     from engine.weights.checkpoint import Checkpoint as Checkpoint
-
-
-class PendingReply(Protocol):
-    """A command that runs beside steps."""
-
-    def done(self) -> bool:
-        """Whether `result` would not wait."""
-        ...
-
-    def result(self) -> Reply:
-        """Its reply; raises its typed error."""
-        ...
-
-
-class Executor(Protocol):
-    """Executes step plans and commands strictly in the order given."""
-
-    facts: EngineFacts
-
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step."""
-        ...
-
-    def launch(self, plan: StepPlan) -> PendingStep:
-        """Queue one step; its `result` waits for it. Later steps may be queued before."""
-        ...
-
-    def handle(self, command: EngineCommand) -> Reply:
-        """Run one command that is no step; raises its typed error."""
-        ...
-
-    def start(self, command: BesideSteps) -> PendingReply:
-        """Run a command beside steps; its `result` is for when it is `done`."""
-        ...
-
-    def cancel(self, reason: str, *, group: str = "") -> None:
-        """Have transfers in progress end early; with `group`, only those that use it."""
-        ...
-
-    def receive(self, tensors: Iterable[tuple[str, Any]], *, lasting: bool = False) -> None:
-        """Feed the open update with (Hugging Face name, torch.Tensor) of this process.
-
-        lasting: the tensors stay as they are until the commit. Else each is read before the
-        next is asked for, and no reference to it is kept.
-        """
-        ...
-
-    def abort(self) -> None:
-        """Give up on the other ranks: a call that waits for them ends. From any thread."""
-        ...
-
-    def close(self) -> None:
-        """Free what the ranks hold."""
-        ...
+    from engine.weights.lane import PendingCommand
 
 
 class LocalExecutor:
-    """One rank in this process."""
+    """One rank in this process; what a leader needs of it is `rollout.step_executor`'s to say."""
 
     def __init__(self, config: EngineConfig, *, rank: int = 0, meeting_place: str = "") -> None:
         from engine.worker import Worker
@@ -85,15 +32,15 @@ class LocalExecutor:
         return self._worker.launch(plan).result()
 
     def launch(self, plan: StepPlan) -> PendingStep:
-        """Queue one step."""
+        """Queue one step; its `result` waits for it. Later steps may be queued before."""
         return self._worker.launch(plan)
 
     def handle(self, command: EngineCommand) -> Reply:
         """Run one command that is no step."""
         return self._worker.handle(command)
 
-    def start(self, command: BesideSteps) -> PendingReply:
-        """Run a command beside steps."""
+    def start(self, command: BesideSteps) -> PendingCommand:
+        """Run a command beside steps; its `result` is for when it is `done`."""
         return self._worker.start(command)
 
     def cancel(self, reason: str, *, group: str = "") -> None:
@@ -101,11 +48,15 @@ class LocalExecutor:
         self._worker.cancel(reason, group=group)
 
     def receive(self, tensors: Iterable[tuple[str, Any]], *, lasting: bool = False) -> None:
-        """Feed the open update."""
+        """Feed the open update with (Hugging Face name, torch.Tensor) of this process.
+
+        lasting: the tensors stay as they are until the commit. Else each is read before the
+        next is asked for, and no reference to it is kept.
+        """
         self._worker.receive(tensors, lasting=lasting)
 
     def abort(self) -> None:
-        """Give up on the other ranks."""
+        """Give up on the other ranks: a call that waits for them ends. From any thread."""
         self._worker.abort()
 
     def close(self) -> None:
@@ -114,7 +65,9 @@ class LocalExecutor:
         del self._worker
 
 
-def build_executor(config: EngineConfig, *, rank: int = 0, meeting_place: str = "") -> Executor:
+def build_executor(
+    config: EngineConfig, *, rank: int = 0, meeting_place: str = ""
+) -> LocalExecutor:
     """Build one rank of a replica: the only one, unless `config.parallel` says otherwise.
 
     meeting_place: path of a file that the ranks of this replica meet at, and no others.

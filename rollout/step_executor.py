@@ -1,4 +1,5 @@
-"""What a leader needs of its ranks; `engine.executor` and `rollout.ranks` have the real ones."""
+"""What a leader needs of its ranks; `engine.executor` has the one rank of this process, and
+`rollout.ranks` several."""
 
 from __future__ import annotations
 

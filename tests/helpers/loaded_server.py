@@ -15,24 +15,8 @@ from typing import Any, Self
 import httpx
 
 from tests.helpers.fake_executor import expected_tokens
-from tests.helpers.serve_process import ServerProcess
+from tests.helpers.serve_process import ServerProcess, fake_server
 
-_CODE = """
-import logging
-from dataclasses import replace
-from engine.config import ParallelConfig
-from rollout.http import server
-from rollout.http.config import ServeConfig
-from tests.helpers.replicas import fake_config
-logging.basicConfig(level=logging.INFO)
-server.server_tokenizer = lambda model: None
-parallel = ParallelConfig(tp_size={tp}, timeout_s={timeout_s})
-config = ServeConfig(
-    engine=replace(fake_config(num_pages=4096), parallel=parallel), port=0, reply_s={timeout_s},
-    {options}
-)
-server.serve(config, factory="tests.helpers.slow_ranks:build")
-"""
 ANSWER_S = 120.0
 
 
@@ -40,8 +24,11 @@ def slow_server(tp: int = 1, *, timeout_s: float = 60.0, options: str = "") -> S
     """A server of `tp` ranks, with room for every request of a `Load` at once: one that waited for
     others to end would not begin. timeout_s: for the engine's replies and its ranks' steps.
     options: further keyword arguments of its `ServeConfig`, as source text."""
-    code = _CODE.format(tp=tp, timeout_s=timeout_s, options=options)
-    return ServerProcess(["-c", code])
+    engine = f"num_pages=4096, parallel=ParallelConfig(tp_size={tp}, timeout_s={timeout_s})"
+    server = f"reply_s={timeout_s}, {options}"
+    return ServerProcess(
+        ["-c", fake_server(engine, server, factory="tests.helpers.slow_ranks:build")]
+    )
 
 
 def family(pid: int) -> dict[str, int]:

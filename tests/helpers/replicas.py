@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.config import CacheConfig, EngineConfig, SchedulerConfig
+from engine.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
 from engine.protocol import Request, SamplingParams
 from rollout.process_replica import ProcessReplica
 from rollout.replica import InlineReplica
@@ -19,6 +19,7 @@ def fake_config(
     max_waiting: int = 2000,
     num_pages: int = 256,
     overlap: bool | None = None,
+    parallel: ParallelConfig | None = None,
 ) -> EngineConfig:
     """A small replica of the fake model."""
     return EngineConfig(
@@ -31,6 +32,7 @@ def fake_config(
             overlap=overlap,
             check_integrity=True,
         ),
+        parallel=parallel or ParallelConfig(),
     )
 
 

@@ -21,6 +21,7 @@ _ADDRESS = re.compile(r"serving .* at (http://\S+)")
 
 FAKE = """
 import logging
+from engine.config import ParallelConfig
 from rollout.http import server
 from rollout.http.config import ServeConfig
 from tests.helpers.replicas import fake_config
@@ -31,10 +32,13 @@ server.serve(config, factory="tests.helpers.fake_executor:build")
 """
 
 
-def fake_server(engine: str = "", server: str = "") -> str:
+def fake_server(
+    engine: str = "", server: str = "", *, factory: str = "tests.helpers.fake_executor:build"
+) -> str:
     """Code of a server of the fake engine; `engine` and `server` are keyword arguments of
-    `fake_config` and `ServeConfig`, as source text."""
+    `fake_config` and `ServeConfig`, as source text. factory: what builds a rank."""
     code = FAKE.replace("fake_config()", f"fake_config({engine})")
+    code = code.replace("tests.helpers.fake_executor:build", factory)
     return code.replace("port=0)", f"port=0, {server})")
 
 

@@ -12,11 +12,12 @@ from typing import Any, TypeVar
 import torch
 
 from engine.config import EngineConfig
-from engine.executor import LocalExecutor, PendingReply
+from engine.executor import LocalExecutor
 from engine.parallel.collectives import Collectives
 from engine.parallel.connect import connect
 from engine.parallel.mesh import Mesh
 from engine.protocol import BesideSteps, EngineCommand, Reply, StepPlan, StepResult
+from rollout.weight_queue import PendingReply
 
 T = TypeVar("T")
 
