@@ -4,9 +4,9 @@
 
 All three train the same model on the same problems, 8 prompts x 8 samples by default, with the same
 learning rate and dtype, by plain GRPO; a coin grades the replies, so that all train on as many
-groups (`grpo_sides.Coin`). They take turns step by step, and each turn begins with another side. The
-first step of each warms up and is not counted; medians are compared. Once with the task's own short
-replies, then with replies of exactly as many tokens as `--lengths` says: the tree pays where
+groups (`grpo_sides.Coin`). They take turns step by step, and each turn begins with another side.
+The first step of each warms up and is not counted; medians are compared. Once with the task's own
+short replies, then with replies of exactly as many tokens as `--lengths` says: the tree pays where
 prompts are long and replies short, the engine everywhere.
 """
 

@@ -210,7 +210,8 @@ class CommitUpdate(Struct, frozen=True, kw_only=True, tag="commit_update"):
 
 
 class AbortUpdate(Struct, frozen=True, kw_only=True, tag="abort_update"):
-    """Drop the open update; the old version keeps serving."""
+    """Drop the open update. The old version keeps serving, unless the update was written in place
+    and something came: then nothing does until a whole version was published."""
 
     version: Version
     owner: Owner = ""
