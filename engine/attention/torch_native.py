@@ -71,7 +71,8 @@ class TorchNativeBackend:
     def prepare(self, batch: AttentionBatch) -> TorchNativeStep:
         """Find shared runs and pad the rest into few buckets; equal for all layers."""
         pages_RP = batch.host_pages[batch.slots_R]
-        self._begin_pages(batch)
+        places_T = batch.write_slots_T.cpu().numpy()
+        self._pool.spoilt.written(*np.divmod(places_T, batch.page_size))
         own_start_R = np.zeros(len(batch.slots_R), dtype=np.int64)
         segments: list[Segment] = []
         if self._share:
@@ -92,13 +93,6 @@ class TorchNativeBackend:
             order_T=_token_order(buckets),
             runs=[_shared_run(batch, pages_RP, segment) for segment in segments],
         )
-
-    def _begin_pages(self, batch: AttentionBatch) -> None:
-        """Forget what was wrong with the pages that this step writes from their start."""
-        places_T = batch.write_slots_T.cpu().numpy()
-        first_T = places_T[places_T % batch.page_size == 0]
-        if len(first_T):
-            self._pool.spoilt.begun(first_T // batch.page_size)
 
 
 @dataclass(frozen=True)
@@ -121,8 +115,8 @@ class TorchNativeStep:
         write_slots_T = self.batch.write_slots_T
         if not _is_finite(k_TKD, v_TKD):
             wrong_T = ~(k_TKD.isfinite() & v_TKD.isfinite()).flatten(1).all(1)
-            pages = write_slots_T[wrong_T].cpu().numpy() // self.batch.page_size
-            self.pool.spoilt.mark(pages)
+            places = write_slots_T[wrong_T].cpu().numpy()
+            self.pool.spoilt.mark(*np.divmod(places, self.batch.page_size))
             k_TKD, v_TKD = _zeroed(k_TKD), _zeroed(v_TKD)
         write_kv(k_TKD, v_TKD, k_NGKD, v_NGKD, write_slots_T, backend="torch")
         partial = [self._own(bucket, q_THD, k_NGKD, v_NGKD) for bucket in self.buckets]

@@ -120,6 +120,24 @@ def test_a_spoilt_prefix_is_not_reused(replica: InlineReplica) -> None:
     check_equal(again, healthy)
 
 
+def test_who_shares_only_what_lies_before_the_spoilt_token_goes_on(replica: InlineReplica) -> None:
+    """It copies the first half of a page whose second half is wrong, before anybody knows."""
+    ids = np.arange(30, 52)
+    good = request("good", [*ids[:2], *range(60, 80)], seed=4, logit_bias={BAD: float("-inf")})
+    healthy = run(replica, [good])["good"]
+    replica.send(FlushCache())
+    weight(replica, "model.embed_tokens.weight")[BAD] = float("nan")
+    ids[2] = BAD
+    replica.submit([request("bad", ids, seed=9)])
+    replica.step()
+    found = run(replica, [good])
+    check_broken(found["bad"])
+    assert found["good"].cached_tokens == 2
+    # In another batch than before: the order of sums differs.
+    assert found["good"].token_ids.tolist() == healthy.token_ids.tolist()
+    np.testing.assert_allclose(found["good"].logprobs, healthy.logprobs, atol=1e-5)
+
+
 def test_tokens_sampled_before_are_kept(replica: InlineReplica) -> None:
     weight(replica, "model.embed_tokens.weight")[BAD] = float("nan")
     sent = request("a", [30, 31], seed=1, max_new_tokens=9, logit_bias={BAD: 1e4})
