@@ -142,6 +142,8 @@ class Worker:
             num_parameters=_num_parameters(self._model),
             load_seconds=time.perf_counter() - started,
             tp_size=self._mesh.tp_size,
+            architecture=files.config.architecture,
+            model_type=str(files.source.get("model_type") or ""),
         )
 
     @torch.inference_mode()

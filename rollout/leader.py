@@ -10,6 +10,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 from engine.config import EngineConfig
@@ -207,37 +208,27 @@ class Leader:
 
     def state(self) -> ReplicaState:
         """What the replica is and does right now."""
-        facts, stats = self._executor.facts, self._scheduler.stats()
+        facts, scheduler = self._executor.facts, self._config.scheduler
         return ReplicaState(
-            version=stats.version,
-            paused=stats.paused,
-            pause_mode=stats.pause_mode,
+            **asdict(self._scheduler.stats()),
             released=self._readiness.released,
             open_update=self._readiness.open_update,
             refusal=self._readiness.refusal,
             groups=self._readiness.groups,
             receiving=self._weights.in_progress,
-            num_running=stats.num_running,
-            num_waiting=stats.num_waiting,
-            free_pages=stats.free_pages,
-            cached_pages=stats.cached_pages,
-            total_pages=facts.num_pages,
             page_size=facts.page_size,
             context_length=facts.context_length,
             vocab_size=facts.vocab_size,
             eos_ids=facts.eos_ids,
             model=facts.model,
+            architecture=facts.architecture,
+            model_type=facts.model_type,
             dtype=facts.dtype,
             device=facts.device,
             attention=facts.attention,
-            max_running=self._config.scheduler.max_running,
-            max_waiting=self._config.scheduler.max_waiting,
-            max_samples=self._config.scheduler.max_samples,
-            num_retractions=stats.num_retractions,
-            num_prompt_tokens=stats.num_prompt_tokens,
-            num_cached_tokens=stats.num_cached_tokens,
-            num_output_tokens=stats.num_output_tokens,
-            num_steps=stats.num_steps,
+            max_running=scheduler.max_running,
+            max_waiting=scheduler.max_waiting,
+            max_samples=scheduler.max_samples,
             tp_size=facts.tp_size,
         )
 

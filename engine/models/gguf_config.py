@@ -44,6 +44,8 @@ def gguf_config(file: GGUFFile) -> dict[str, Any]:
         )
     config = _sizes(metadata, architecture)
     config["architectures"] = [_ARCHITECTURES[architecture]]
+    # llama.cpp and transformers call the kinds that are served alike.
+    config["model_type"] = architecture
     config["vocab_size"] = _embedding_rows(file)
     config["tie_word_embeddings"] = "output.weight" not in file.tensors
     config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors

@@ -152,6 +152,9 @@ class ReplicaState(Struct, frozen=True, kw_only=True, tag="state"):
     device: str
     attention: str
     max_running: Count
+    architecture: str = ""
+    model_type: str = ""
+    """As in config.json: the class's name, and what transformers calls the kind of model."""
     max_waiting: Count = 65536
     max_samples: Count = 1024
     num_retractions: Size = 0

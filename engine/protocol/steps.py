@@ -23,7 +23,10 @@ from engine.protocol.types import (
 
 
 class EngineFacts(Struct, frozen=True, kw_only=True):
-    """What the ranks resolved at start-up; constant for the life of the replica."""
+    """What the ranks resolved at start-up; constant for the life of the replica.
+
+    architecture, model_type: as in config.json, "" where nothing says.
+    """
 
     model: str
     num_pages: Count
@@ -37,6 +40,8 @@ class EngineFacts(Struct, frozen=True, kw_only=True):
     num_parameters: Size = 0
     load_seconds: float = 0.0
     tp_size: Count = 1
+    architecture: str = ""
+    model_type: str = ""
 
 
 class RowSampling(Struct, frozen=True, kw_only=True):

@@ -18,7 +18,7 @@ from engine.protocol import GenerateRequest
 from rollout.http.config import ServeConfig
 from rollout.http.errors import json_response
 from rollout.http.guard import OPEN_PATHS
-from rollout.http.info import package_version
+from rollout.http.facts import package_version
 
 PATH = "/openapi.json"
 _SCHEMAS = "#/components/schemas/"

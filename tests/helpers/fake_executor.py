@@ -116,6 +116,8 @@ class FakeExecutor:
             dtype="float32",
             device="cpu",
             attention="fake",
+            architecture="FakeForCausalLM",
+            model_type="fake",
         )
         self.closed = False
         self._rows: dict[int, list[int]] = {}
