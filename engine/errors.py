@@ -23,6 +23,7 @@
     │   └── NoVersion                  no version may serve: publish a whole one
     ├── CommandTimeout                 the engine lives but did not answer this one command
     ├── PauseCancelled                 a resume or another pause ended a pause that waited
+    ├── ProfileOrder                   a profile is started twice, or stopped without one
     ├── MemoryReleased                 what the command needs was given back; resume it first
     ├── Unauthorized                   no key, or a wrong one
     ├── Forbidden                      a route that this address does not serve
@@ -173,6 +174,12 @@ class PauseCancelled(SlipstreamError):
 
 class MemoryReleased(SlipstreamError):
     """Memory that the command needs is released; the message says what to resume, in order."""
+
+    status = 409
+
+
+class ProfileOrder(SlipstreamError):
+    """A profile was started while one is in progress, or stopped while none is."""
 
     status = 409
 

@@ -35,6 +35,7 @@ from engine.parallel.connect import connect, rank_device
 from engine.parallel.mesh import Mesh
 from engine.pending import PendingStep, pack_sampled
 from engine.phases import check_phases
+from engine.profiler import RankProfiler
 from engine.prompt_logprobs import PromptScorer
 from engine.protocol import (
     BesideSteps,
@@ -44,7 +45,9 @@ from engine.protocol import (
     ReleaseMemory,
     Reply,
     ResumeMemory,
+    StartProfile,
     StepPlan,
+    StopProfile,
 )
 from engine.sampling import Sampler
 from engine.transfer import Fetch, to_device
@@ -69,6 +72,7 @@ class Worker:
         files = locate(config.model, config.load_format)
         backend = kernel_backend(device)
         self._device = device
+        self._profiler = RankProfiler(device, rank)
         context = _context_length(config, files.config.max_position)
         self._collectives = connect(
             self._mesh,
@@ -146,10 +150,17 @@ class Worker:
             model_type=str(files.source.get("model_type") or ""),
         )
 
-    @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:
         """Queue one step plan. On a GPU this returns before the step ran; the next one may
         be queued behind it at once, since tokens go from step to step on the device."""
+        self._profiler.before(plan.step)
+        try:
+            return self._launch(plan)
+        finally:
+            self._profiler.after()
+
+    @torch.inference_mode()
+    def _launch(self, plan: StepPlan) -> PendingStep:
         self._occupancy.require_all()
         self._weights.session.require_servable()
         self._table.enter(plan.new_rows)
@@ -187,6 +198,11 @@ class Worker:
                         "the weights were released without a backup; publish a whole version"
                     )
                 return Reply(memory=[report])
+            case StartProfile():
+                self._profiler.start(command)
+                return Reply()
+            case StopProfile():
+                return Reply(traces=[self._profiler.stop()])
             case _:
                 return self._weights.handle(command)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from engine.protocol import ReplicaState
+from rollout.vllm_metrics import VllmNames
 
 _SECONDS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _TOKENS = (1, 16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -32,10 +33,11 @@ _COUNTERS = {
 
 
 class _StateCollector(Collector):
-    """The last `ReplicaState` as metrics."""
+    """The last `ReplicaState` as metrics, by our names and vLLM's."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: VllmNames) -> None:
         self.state: ReplicaState | None = None
+        self._names = names
 
     def collect(self) -> Iterator[Metric]:
         """Called by the registry for every scrape, and once when it is registered."""
@@ -50,14 +52,33 @@ class _StateCollector(Collector):
         prompt = self.state.num_prompt_tokens
         rate = self.state.num_cached_tokens / prompt if prompt else 0.0
         yield GaugeMetricFamily("slipstream_cache_hit_rate", "Cached share of prompt tokens", rate)
+        yield from self._names.of_state(self.state)
+
+
+class _RequestNames(Collector):
+    """Counts and histograms of requests once more, by vLLM's names."""
+
+    def __init__(
+        self, names: VllmNames, requests: Counter, histograms: Mapping[str, Histogram]
+    ) -> None:
+        self._names = names
+        self._requests = requests
+        self._histograms = histograms
+
+    def collect(self) -> Iterator[Metric]:
+        """Called by the registry for every scrape, and once when it is registered."""
+        yield from self._names.of_requests(self._requests)
+        for name, source in self._histograms.items():
+            yield from self._names.of_histogram(name, source)
 
 
 class Metrics:
-    """One server's metrics, in a registry of their own."""
+    """One server's metrics, in a registry of their own. model_name: as vLLM's label has it."""
 
-    def __init__(self) -> None:
+    def __init__(self, model_name: str = "") -> None:
+        names = VllmNames(model_name)
         self._registry = CollectorRegistry()
-        self._state = _StateCollector()
+        self._state = _StateCollector(names)
         self._registry.register(self._state)
         self._requests = Counter(
             "slipstream_requests", "Finished sequences", ["reason"], registry=self._registry
@@ -67,15 +88,26 @@ class Metrics:
         self._prompt = self._histogram("request_prompt_tokens", "Prompt length", _TOKENS)
         self._output = self._histogram("request_output_tokens", "Output length", _TOKENS)
         self._updates = self._histogram("update_seconds", "Begin to commit", _SECONDS)
+        self._decode = self._histogram("decode_seconds", "First to last token", _SECONDS)
+        histograms = {
+            "vllm:e2e_request_latency_seconds": self._latency,
+            "vllm:time_to_first_token_seconds": self._first,
+            "vllm:request_decode_time_seconds": self._decode,
+            "vllm:request_prompt_tokens": self._prompt,
+            "vllm:request_generation_tokens": self._output,
+        }
+        self._registry.register(_RequestNames(names, self._requests, histograms))
 
     def finished(
         self, reason: str, *, started_at: float, first_at: float, num_prompt: int, num_output: int
     ) -> None:
         """Count a sequence. Times are of `time.monotonic`; first_at 0 if it had no token."""
         self._requests.labels(reason).inc()
-        self._latency.observe(time.monotonic() - started_at)
+        now = time.monotonic()
+        self._latency.observe(now - started_at)
         if first_at:
             self._first.observe(first_at - started_at)
+            self._decode.observe(now - first_at)
         self._prompt.observe(num_prompt)
         self._output.observe(num_output)
 

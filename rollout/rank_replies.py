@@ -30,6 +30,7 @@ def merge(replies: Sequence[Reply]) -> Reply:
         report=_whole(replies),
         memory=[report for reply in replies for report in reply.memory],
         weights=weights,
+        traces=[path for reply in replies for path in reply.traces],
     )
 
 

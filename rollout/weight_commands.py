@@ -30,6 +30,8 @@ from engine.protocol import (
     ResumeMemory,
     SetVersion,
     StagingMode,
+    StartProfile,
+    StopProfile,
     WeightCommand,
 )
 from engine.protocol.types import MAX_VERSION
@@ -45,6 +47,8 @@ _NEED_NO_WEIGHTS = (
     SetVersion,
     ReleaseMemory,
     ResumeMemory,
+    StartProfile,
+    StopProfile,
 )
 
 
@@ -91,7 +95,7 @@ class WeightCommands:
                 return self._resume(command)
             case CheckWeights(action="reset_tensors"):
                 return self._reset(command)
-            case CheckWeights() | GetWeight():
+            case CheckWeights() | GetWeight() | StartProfile() | StopProfile():
                 return self._executor.handle(command)
         assert isinstance(command, WeightCommand), command
         return self._update(command)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 from msgspec import Struct
 
@@ -12,8 +14,11 @@ from engine.protocol.types import (
     MemoryTag,
     MemoryTags,
     Name,
+    NumSteps,
     NumValues,
+    Path,
     PauseMode,
+    ProfileActivity,
     Size,
     Version,
 )
@@ -69,6 +74,28 @@ class ResumeMemory(Struct, frozen=True, kw_only=True, tag="resume_memory"):
     tags: MemoryTags = msgspec.field(default_factory=list)
 
 
+class StartProfile(Struct, frozen=True, kw_only=True, tag="start_profile"):
+    """Trace what every rank does, by torch's profiler, until StopProfile or for `num_steps`
+    steps: from now on, or from the step with number `start_step`. One file a rank in `folder`,
+    which is made; `name` begins the files' names. activities: empty for all that the device has.
+    Raises ProfileOrder while another is in progress."""
+
+    folder: Path
+    name: Name = ""
+    activities: Annotated[list[ProfileActivity], msgspec.Meta(max_length=4)] = msgspec.field(
+        default_factory=list
+    )
+    start_step: Size | None = None
+    num_steps: NumSteps | None = None
+    with_stack: bool = False
+    record_shapes: bool = False
+
+
+class StopProfile(Struct, frozen=True, kw_only=True, tag="stop_profile"):
+    """End the profile and write its traces; `Reply.traces` names them. Raises ProfileOrder
+    without one."""
+
+
 class GetState(Struct, frozen=True, kw_only=True, tag="get_state"):
     """Ask for `ReplicaState`."""
 
@@ -77,7 +104,11 @@ class Shutdown(Struct, frozen=True, kw_only=True, tag="shutdown"):
     """Finish and leave."""
 
 
-EngineCommand = WeightCommand | CheckWeights | GetWeight | ReleaseMemory | ResumeMemory
+ProfileCommand = StartProfile | StopProfile
+
+EngineCommand = (
+    WeightCommand | CheckWeights | GetWeight | ReleaseMemory | ResumeMemory | ProfileCommand
+)
 """What a rank does beside stepping."""
 
 Control = (
@@ -100,6 +131,8 @@ Control = (
     | GetWeight
     | ReleaseMemory
     | ResumeMemory
+    | StartProfile
+    | StopProfile
     | GetState
     | Shutdown
 )
@@ -201,6 +234,7 @@ class Reply(Struct, frozen=True, kw_only=True, tag="reply"):
     id: of the `Call` that it answers; 0 for what nobody called.
     in_place: the update that was begun writes into the live weights, so no step may run until
     it is committed. undo: what it writes over comes back if it is aborted.
+    traces: files of a profile.
     refusal: after a commit or a `CheckWeights`: why no step may run, or "".
     """
 
@@ -210,6 +244,7 @@ class Reply(Struct, frozen=True, kw_only=True, tag="reply"):
     report: UpdateReport | None = None
     memory: list[MemoryReport] = msgspec.field(default_factory=list)
     weights: list[WeightsReport] = msgspec.field(default_factory=list)
+    traces: list[str] = msgspec.field(default_factory=list)
     in_place: bool = False
     undo: bool = False
     refusal: str = ""

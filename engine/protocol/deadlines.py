@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.protocol.control import CheckWeights, Control, EngineCommand, GetState
+from engine.protocol.control import CheckWeights, Control, EngineCommand, GetState, StopProfile
 from engine.protocol.updates import (
     AbortUpdate,
     BeginUpdate,
@@ -98,7 +98,7 @@ def operation_s(command: Control) -> float:
     match command:
         case JoinGroup() | ReceiveBroadcast():
             return capped(command.timeout_s) + ABORT_S
-        case LoadFromDisk() | ReceiveIpc() | CheckWeights():
+        case LoadFromDisk() | ReceiveIpc() | CheckWeights() | StopProfile():
             return _SLOW_S
         case BeginUpdate() | PrepareUpdate() | CommitUpdate() | AbortUpdate() | LeaveGroup():
             return _SLOW_S / 2

@@ -56,6 +56,9 @@ Int64 = Annotated[int, Meta(ge=-(2**63), le=INT64_MAX)]
 Size = Annotated[int, Meta(ge=0, le=INT64_MAX)]
 """Bytes, offsets, elements, counters that only grow."""
 
+NumSteps = Annotated[int, Meta(ge=1, le=INT32_MAX)]
+"""Steps to do something for."""
+
 PositiveSize = Annotated[int, Meta(ge=1, le=1 << 40)]
 """Bytes of a bucket."""
 
@@ -160,6 +163,8 @@ Rendezvous = Literal["torch", "vllm"]
 BroadcastLayout = Literal["tensors", "flat", "buckets", "chunks"]
 
 StagingMode = Literal["auto", "shadow", "undo", "in_place"]
+
+ProfileActivity = Literal["cpu", "gpu"]
 
 CheckAction = Literal["checksum", "snapshot", "reset_tensors", "compare"]
 

@@ -10,13 +10,14 @@ import asyncio
 import ipaddress
 import socket
 import sys
+import tempfile
 from pathlib import Path
 
 import msgspec
 from fastapi import Request
 
 from engine.errors import Forbidden, InvalidRequest
-from engine.protocol import Control, JoinGroup, LoadFromDisk
+from engine.protocol import Control, JoinGroup, LoadFromDisk, StartProfile
 from rollout.http.config import ServeConfig
 
 
@@ -28,12 +29,16 @@ class Access:
         self._host = config.host
         self._roots = [Path(root).resolve() for root in config.weights_roots]
         self._rendezvous = config.rendezvous_hosts
+        root = config.profile_root or Path(tempfile.gettempdir(), "slipstream-profiles")
+        self._profiles = Path(root).resolve()
 
     def check(self, command: Control) -> None:
         """Raise Forbidden for a command whose folder is closed; every command passes here on
         its way to the engine, whichever route it came by."""
         if isinstance(command, LoadFromDisk):
             self.check_folder(command.path)
+        elif isinstance(command, StartProfile):
+            self.profile_folder(command.folder)
 
     def check_folder(self, path: str) -> None:
         """Raise Forbidden (`path`) unless the folder, its links followed, is below a
@@ -46,10 +51,7 @@ class Access:
                     field="path",
                 )
             return
-        try:
-            real = Path(path).resolve()
-        except (OSError, ValueError, RuntimeError) as error:
-            raise InvalidRequest(f"path is no folder's name: {error}", field="path") from error
+        real = _real(path, "path")
         if not any(real.is_relative_to(root) for root in self._roots):
             named = ", ".join(str(root) for root in self._roots)
             raise Forbidden(
@@ -57,6 +59,20 @@ class Access:
                 "with another --weights-root",
                 field="path",
             )
+
+    def profile_folder(self, path: str | None) -> str:
+        """The folder that a profile is written to: `path`, or one of the root where none is
+        given. Raises Forbidden (`output_dir`) unless it is below the root, links followed."""
+        if path is None:
+            return str(self._profiles)
+        real = _real(path, "output_dir")
+        if not real.is_relative_to(self._profiles):
+            raise Forbidden(
+                f"{path[:200]} is outside of {self._profiles}; leave output_dir out, or start the "
+                "server with another --profile-root",
+                field="output_dir",
+            )
+        return str(real)
 
     async def checked_join(self, command: JoinGroup, caller: str) -> JoinGroup:
         """The command, with the address that was checked in place of its name, which may stand
@@ -95,6 +111,14 @@ class Access:
         if found == _plain(caller):
             return True
         return any(found in network for entry in self._rendezvous if (network := _network(entry)))
+
+
+def _real(path: str, field: str) -> Path:
+    """The path with its links followed. Raises InvalidRequest for what no path can be."""
+    try:
+        return Path(path).resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InvalidRequest(f"{field} is no folder's name: {error}", field=field) from error
 
 
 def caller(request: Request) -> str:

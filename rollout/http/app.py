@@ -13,10 +13,14 @@ from rollout.http import command, errors, health, info, native, openapi
 from rollout.http.dialects import (
     chat,
     completions,
+    profiling,
+    refused,
     sglang_control,
     sglang_info,
     sglang_weights,
     vllm_control,
+    vllm_generate,
+    vllm_text,
     vllm_weights,
 )
 from rollout.http.guard import Guard
@@ -42,9 +46,11 @@ def build_app(services: Services) -> FastAPI:
         sglang_control.router(services),
         vllm_weights.router(services),
         vllm_control.router(services),
+        profiling.router(services),
+        refused.router(),
     ]
-    generating = [module.router(services) for module in (native, completions, chat)]
-    others = [module.router(services) for module in (health, info, sglang_info)]
+    generating = [module.router(services) for module in (native, completions, chat, vllm_generate)]
+    others = [module.router(services) for module in (health, info, sglang_info, vllm_text)]
     routers = [*generating, *others, *control]
     for routes in (*routers, openapi.router(services.config, routers, _paths(control))):
         app.include_router(routes)

@@ -51,6 +51,8 @@ class ServeConfig:
     rendezvous_hosts: tuple[str, ...] = ()
     """Hosts and networks where the engine may meet a trainer, beside the caller's own address;
     without any, all if bound to loopback."""
+    profile_root: str = ""
+    """Folder below which profiles are written; one of the system's temporary files if empty."""
     receive_timeout_s: float = 60.0
     """Within which the headers, and then the body, of a request have to arrive."""
     reply_s: float = REPLY_S

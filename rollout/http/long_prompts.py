@@ -15,13 +15,13 @@ _HEAD_BYTES = 4096
 _WINDOW_BYTES = 1 << 20
 
 # A quote within text is escaped, so what stands after a brace or a comma is a key.
-_PROMPT = re.compile(rb'[{,]\s*"(text|input_ids|prompt)"\s*:\s*(?:(")|\[\s*[-\d])')
+_PROMPT = re.compile(rb'[{,]\s*"(text|input_ids|prompt|token_ids)"\s*:\s*(?:(")|\[\s*[-\d])')
 
 
 def check_long_prompt(body: bytes, *, text_bytes: int, num_ids: int) -> None:
     """Look at the prompt of a body of more than `_LONG_BYTES`, if it is one prompt, in a field
-    that the native dialect or /v1/completions has for it, and begins within the first
-    `_HEAD_BYTES`; anything else is left to the decoder.
+    that a route has for it, and begins within the first `_HEAD_BYTES`; anything else is left to
+    the decoder.
 
     text_bytes: of the longest text that may be sent, 0 for a model without text. num_ids: of the
     context. Raises ContextTooLong, InvalidRequest.

@@ -108,6 +108,8 @@ class Serve:
     """A folder below which weights may be read by updates; needed beyond loopback."""
     rendezvous_host: UseAppendAction[tuple[str, ...]] = ()
     """A host or network (10.0.0.0/8) to meet trainers at, beside the caller's own address."""
+    profile_root: str = ""
+    """Folder below which /start_profile writes; 'slipstream-profiles' among temporary files."""
     receive_timeout_s: float = 60.0
     """Seconds for the headers, and then the body, of a request to arrive."""
 
@@ -136,6 +138,7 @@ def serve_config(args: Serve) -> ServeConfig:
         allowed_origins=args.allowed_origin,
         weights_roots=args.weights_root,
         rendezvous_hosts=args.rendezvous_host,
+        profile_root=args.profile_root,
         receive_timeout_s=args.receive_timeout_s,
     )
 

@@ -50,7 +50,7 @@ def make_services(
     config: ServeConfig, engine: AsyncEngine, tokenizer: Tokenizer | None
 ) -> Services:
     """The parts of a server in front of `engine`."""
-    metrics, labels, access = Metrics(), VersionLabels(), Access(config)
+    metrics, labels, access = Metrics(config.model_name), VersionLabels(), Access(config)
     control = Controller(engine, labels, metrics, keeps_weights=config.engine.memory.cpu_backup)
     engine.guard(access.check)
     engine.on_restart(lambda: control.reset(weights_lost=bool(engine.no_version)))

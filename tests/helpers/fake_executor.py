@@ -22,6 +22,7 @@ from engine.errors import (
     ManifestMismatch,
     ModelNotFound,
     OutOfMemory,
+    ProfileOrder,
     SlipstreamError,
     UpdateOrder,
 )
@@ -35,8 +36,10 @@ from engine.protocol import (
     PromptLogprobs,
     Reply,
     ResumeMemory,
+    StartProfile,
     StepPlan,
     StepResult,
+    StopProfile,
     TopLogprobs,
     UpdateReport,
     WeightCommand,
@@ -128,6 +131,7 @@ class FakeExecutor:
         self._open: BeginUpdate | None = None
         self._staged = 0
         self._undefined = False
+        self._profiling = False
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Append one token to each row that samples."""
@@ -179,12 +183,21 @@ class FakeExecutor:
                     version=command.version, num_tensors=1, num_bytes=8, seconds=0.0
                 )
                 return Reply(report=report, refusal="undefined" if self._undefined else "")
+            case StartProfile() | StopProfile():
+                return self._profile(command)
             case ResumeMemory():
                 # As without a backup; a number that is published whole is defined again.
                 self._undefined = True
             case AbortUpdate():
                 self._open = None
         return Reply()
+
+    def _profile(self, command: StartProfile | StopProfile) -> Reply:
+        started = isinstance(command, StartProfile)
+        if started == self._profiling:
+            raise ProfileOrder("out of order", field="profile")
+        self._profiling = started
+        return Reply() if started else Reply(traces=["/traces/fake-TP-0.trace.json.gz"])
 
     def start(self, command: BesideSteps) -> Answered:
         """Run it at once."""

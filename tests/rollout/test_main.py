@@ -41,7 +41,7 @@ def test_the_options_of_serve_are_these() -> None:
         "base_gpu", "weight_version", "seed", "replica_id", "incremental_streaming_output",
         "max_body_mib", "max_control_body_mib", "max_held_body_mib", "restart",
         "allowed_host", "allowed_origin",
-        "weights_root", "rendezvous_host", "receive_timeout_s",
+        "weights_root", "rendezvous_host", "profile_root", "receive_timeout_s",
     ]  # fmt: skip
 
 

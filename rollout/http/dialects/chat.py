@@ -37,7 +37,7 @@ _MORE_BYTES = 1 << 20
 def router(services: Services) -> APIRouter:
     """The route."""
     routes = APIRouter()
-    prompts = None if services.tokenizer is None else _Prompts(services, services.tokenizer)
+    prompts = None if services.tokenizer is None else ChatPrompts(services, services.tokenizer)
 
     async def chat(request: Request) -> Response:
         return await answer(request, run(await request.body()))
@@ -74,8 +74,8 @@ def _item(services: Services, body: ChatBody, prompt_ids: list[int]) -> Generate
     return msgspec.structs.replace(base, input_ids=prompt_ids)
 
 
-class _Prompts:
-    """From messages to ids."""
+class ChatPrompts:
+    """From messages to ids, for every route that takes messages."""
 
     def __init__(self, services: Services, tokenizer: Tokenizer) -> None:
         trusted = services.config.trust_request_chat_template

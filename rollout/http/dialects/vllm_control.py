@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from engine.errors import EngineDead, SlipstreamError
 from engine.protocol import Abort, MemoryTag
-from engine.protocol.types import Patience, RequestId
+from engine.protocol.types import ClientId, Patience, RequestId
 from rollout.http.dialects.bodies import read_body, read_query
 from rollout.http.errors import json_response
 from rollout.http.openapi import takes
@@ -29,17 +29,25 @@ class _Pause(msgspec.Struct):
     timeout_s: Patience = 600.0
 
 
+WakeTag = Literal["weights", "kv_cache", "cuda_graph", "scheduling"]
+Tags = Annotated[list[WakeTag], Meta(max_length=16)]
+
+
 class _Sleep(msgspec.Struct):
+    """tags, which SkyRL sends: what memory is given back, all of it without."""
+
     level: Literal[0, 1, 2] = 1
     mode: Mode = "abort"
     timeout_s: Patience = 600.0
-
-
-WakeTag = Literal["weights", "kv_cache", "cuda_graph", "scheduling"]
+    tags: Tags | None = None
 
 
 class _WakeUp(msgspec.Struct):
-    tags: Annotated[list[WakeTag], Meta(max_length=16)] | None = None
+    tags: Tags | None = None
+
+
+class _FinishSession(msgspec.Struct):
+    session_id: ClientId = ""
 
 
 class _AbortRequests(msgspec.Struct):
@@ -79,14 +87,15 @@ class _Generation:
 
     async def _sleep(self, query: _Sleep) -> Response:
         await self._control.pause(query.mode, wait_s=query.timeout_s)
-        if query.level > 0:
-            await self._control.release_memory([])
+        tags = _memory(query.tags)
+        if query.level > 0 and (tags or not query.tags):
+            await self._control.release_memory(tags)
         return json_response({"status": "asleep"})
 
     async def wake_up(self, request: Request) -> Response:
         """Take memory back, and step again once all of it is there."""
-        asked = read_query(request, _WakeUp).tags or []
-        tags: list[MemoryTag] = [tag for tag in asked if tag != "scheduling"]
+        asked = read_query(request, _WakeUp).tags
+        tags = _memory(asked)
         if tags or not asked:
             await self._control.resume_memory(tags)
         state = await self._engine.state(max_age_s=0.0)
@@ -115,6 +124,11 @@ class _Generation:
             await reply
         return json_response({"status": "ok"})
 
+    async def finish_session(self, request: Request) -> Response:
+        """Nothing is held for a session: its prefix stays cached for as long as there is room."""
+        read_query(request, _FinishSession)
+        return json_response({"status": "ok"})
+
     def _rids(self, name: str) -> list[str]:
         """The sequences of the call that a reply calls `name`, or the one with that id."""
         call = self._calls.get(name)
@@ -131,6 +145,7 @@ def router(services: Services) -> APIRouter:
         "/wake_up": (generation.wake_up, takes(query=_WakeUp)),
         "/reset_prefix_cache": (generation.reset_prefix_cache, takes()),
         "/abort_requests": (generation.abort_requests, takes(_AbortRequests)),
+        "/finish_session": (generation.finish_session, takes(query=_FinishSession)),
     }.items():
         routes.add_api_route(path, handler, methods=["POST"], openapi_extra=reads)
     for path, handler in {
@@ -139,3 +154,8 @@ def router(services: Services) -> APIRouter:
     }.items():
         routes.add_api_route(path, handler, methods=["GET"])
     return routes
+
+
+def _memory(tags: list[WakeTag] | None) -> list[MemoryTag]:
+    """Those of `tags` that name memory."""
+    return [tag for tag in tags or [] if tag != "scheduling"]

@@ -14,22 +14,19 @@ from engine.errors import InvalidRequest, UnsupportedOption
 from engine.protocol import CheckAction, CheckWeights, JoinGroup, LeaveGroup, ReceiveBroadcast
 from engine.protocol.types import (
     GroupSize,
-    Int64,
-    Label,
     Name,
-    Names,
     Port,
-    PositiveSize,
     Rank,
     Seconds,
-    Shapes,
 )
 from engine.protocol.types import Path as FolderPath
 from rollout.http import callers
 from rollout.http.access import caller
+from rollout.http.dialects import vllm_rpc
 from rollout.http.dialects.bodies import pieces, read_body
 from rollout.http.dialects.fields import folder
 from rollout.http.dialects.sglang_weights import check_summary
+from rollout.http.dialects.vllm_bodies import Finish, Start, UpdateInfo
 from rollout.http.errors import json_response
 from rollout.http.openapi import takes
 from rollout.http.pull import require_pulled
@@ -37,7 +34,6 @@ from rollout.http.services import Services
 
 GROUP = "vllm"
 
-_CHUNK_BYTES = 1 << 30
 _ACTIONS: dict[str, CheckAction] = {
     "checksum": "checksum",
     "snapshot": "snapshot",
@@ -62,32 +58,12 @@ class _Init(msgspec.Struct):
     init_info: _InitInfo
 
 
-class _Start(msgspec.Struct):
-    """partial, which is not vLLM's: the finish commits what came, whatever that is."""
-
-    is_checkpoint_format: bool = True
-    partial: bool = True
-
-
-class _UpdateInfo(msgspec.Struct):
-    names: Names = []
-    dtype_names: Names = []
-    shapes: Shapes = []
-    packed: bool | None = None
-    packed_buffer_size_bytes: PositiveSize = _CHUNK_BYTES
-    timeout_s: Seconds = 300.0
-
-
 class _Update(msgspec.Struct):
     """partial, which is not vLLM's: tensors that do not come keep their values."""
 
-    update_info: _UpdateInfo | None = None
+    update_info: UpdateInfo | None = None
     weight_dir: FolderPath | None = None
     partial: bool = False
-
-
-class _Finish(msgspec.Struct):
-    weight_version: Label | Int64 | None = None
 
 
 class _Check(msgspec.Struct):
@@ -104,10 +80,15 @@ class _Transfer:
         self._engine = services.engine
         self._labels = services.labels
         self._packed = False
-        self._announced = _UpdateInfo()
+        self._announced = UpdateInfo()
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the engine."""
+        return self._engine.facts.tp_size
 
     async def world_size(self, _: Request) -> Response:
-        return json_response({"world_size": self._engine.facts.tp_size})
+        return json_response({"world_size": self.num_ranks})
 
     async def init(self, request: Request) -> Response:
         info = (await read_body(request, _Init)).init_info
@@ -132,24 +113,22 @@ class _Transfer:
         return _message("Weight transfer shut down")
 
     async def start(self, request: Request) -> Response:
-        body = await read_body(request, _Start)
+        await self.begin(await read_body(request, Start))
+        return _message("Weight update started")
+
+    async def begin(self, body: Start) -> None:
+        """Open an update."""
         if not body.is_checkpoint_format:
             raise UnsupportedOption(
                 "weights come under their Hugging Face names; leave is_checkpoint_format true",
                 field="is_checkpoint_format",
             )
         await self._control.begin(partial=body.partial)
-        return _message("Weight update started")
 
     async def update(self, request: Request) -> Response:
         body = await read_body(request, _Update)
         if body.update_info is not None:
-            # Without a session, and while requests run, a call is an update of its own.
-            command = self._broadcast(body.update_info)
-            feed = self._control.feed(
-                command, last=True, partial=body.partial, peer=caller(request)
-            )
-            await callers.received(self._control, command, request, feed)
+            await self.receive(body.update_info, request, partial=body.partial)
         elif body.weight_dir is not None:
             path = folder(body.weight_dir, "weight_dir")
             await asyncio.to_thread(require_pulled, Path(path))
@@ -162,11 +141,21 @@ class _Transfer:
             )
         return _message("Weights updated")
 
+    async def receive(self, info: UpdateInfo, request: Request, *, partial: bool = False) -> None:
+        """Receive announced tensors. Without a session, and while requests run, a call is an
+        update of its own."""
+        command = self._broadcast(info)
+        feed = self._control.feed(command, last=True, partial=partial, peer=caller(request))
+        await callers.received(self._control, command, request, feed)
+
     async def finish(self, request: Request) -> Response:
-        body = await read_body(request, _Finish)
+        await self.commit(await read_body(request, Finish))
+        return _message("Weight update finished")
+
+    async def commit(self, body: Finish) -> None:
+        """End the open update."""
         label = None if body.weight_version is None else str(body.weight_version)
         await self._control.commit(label)
-        return _message("Weight update finished")
 
     async def info(self, _: Request) -> Response:
         state = await self._engine.state(max_age_s=0.0)
@@ -185,7 +174,7 @@ class _Transfer:
         found = {"success": not differing, "differing": differing, **check_summary(reply)}
         return json_response(found)
 
-    def _broadcast(self, info: _UpdateInfo) -> ReceiveBroadcast:
+    def _broadcast(self, info: UpdateInfo) -> ReceiveBroadcast:
         if info.names:
             self._announced = info
         elif not self._announced.names:
@@ -207,10 +196,11 @@ def router(services: Services) -> APIRouter:
     for path, (handler, reads) in {
         "/init_weight_transfer_engine": (transfer.init, takes(_Init)),
         "/shutdown_weight_transfer_engine": (transfer.shutdown, takes()),
-        "/start_weight_update": (transfer.start, takes(_Start)),
+        "/start_weight_update": (transfer.start, takes(Start)),
         "/update_weights": (transfer.update, takes(_Update)),
-        "/finish_weight_update": (transfer.finish, takes(_Finish)),
+        "/finish_weight_update": (transfer.finish, takes(Finish)),
         "/weight_checker": (transfer.check, takes(_Check)),
+        "/collective_rpc": (vllm_rpc.handler(transfer), takes(vllm_rpc.Rpc)),
     }.items():
         routes.add_api_route(path, handler, methods=["POST"], openapi_extra=reads)
     routes.add_api_route("/get_world_size", transfer.world_size, methods=["GET"])
