@@ -12,8 +12,10 @@ STAMP       := $(VENV)/.installed
 # Test processes side by side, a file each at a time; WORKERS=0 runs all in one.
 WORKERS     ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 4 ] && n=4; echo $$n)
 SIDE_BY_SIDE := -n $(WORKERS) --dist loadfile
+# Clients of the server, which are large and run on the CPU only.
+CLIENTS     := .venv-clients
 
-.PHONY: setup grpo test test-long test-fast gpu-test check format clean help
+.PHONY: setup grpo test test-long test-fast gpu-test clients-test check format clean help
 
 help:            ## list these verbs
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -42,6 +44,13 @@ test-fast: setup ## the suite without the slow tests
 gpu-test: setup  ## tests that need a GPU; skipped without one
 	$(BIN)/python -m pytest -m "gpu or multi_gpu" -rs
 
+clients-test: $(CLIENTS)/.installed ## TRL, openai, langchain-openai and lm-eval against a server
+	$(CLIENTS)/bin/python -m pytest tests/clients -W default
+
+$(CLIENTS)/.installed: pyproject.toml constraints/clients.txt scripts/make_venv.sh
+	PYTHON=$(PYTHON) sh scripts/make_venv.sh $(CLIENTS) constraints/clients.txt "dev,clients"
+	@touch $@
+
 check: setup     ## format, lint, types, architecture
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -53,4 +62,4 @@ format: setup    ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .
 
 clean:           ## remove the environment, the model and caches
-	rm -rf $(VENV) .models .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(CLIENTS) .models .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
