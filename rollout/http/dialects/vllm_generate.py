@@ -66,7 +66,16 @@ def router(services: Services) -> APIRouter:
     routes = APIRouter()
 
     async def generate(request: Request) -> Response:
-        return await answer(request, run(await request.body()))
+        return await answer(request, named(await request.body()))
+
+    async def named(data: bytes) -> Response:
+        try:
+            return await run(data)
+        except InvalidRequest as error:
+            if error.field != "prompt":
+                raise
+            # What /v1/completions calls the ids.
+            raise type(error)(error.message, field="token_ids") from error
 
     async def run(data: bytes) -> Response:
         facts = services.engine.facts
