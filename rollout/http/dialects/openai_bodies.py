@@ -28,7 +28,7 @@ from rollout.text.chat_template import check_variables
 T = TypeVar("T", bound=msgspec.Struct)
 
 # Options that would change the output and that this engine does not have.
-UNSERVED = (
+_UNSERVED = (
     "structured_outputs",
     "guided_json",
     "guided_regex",
@@ -45,7 +45,7 @@ UNSERVED = (
     "continue_final_message",
     "documents",
 )
-_LOOKED_AT = frozenset({*UNSERVED, "best_of", "n"})
+_LOOKED_AT = frozenset({*_UNSERVED, "best_of", "n"})
 _NAMES = {
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",
@@ -157,7 +157,7 @@ def _prompt(prompt: msgspec.Raw, kind: Any) -> Any:
 
 
 def _check_served(fields: dict[str, Any]) -> None:
-    for name in UNSERVED:
+    for name in _UNSERVED:
         value = fields.get(name)
         plain_text = name == "response_format" and value == {"type": "text"}
         if value and not plain_text:

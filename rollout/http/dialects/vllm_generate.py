@@ -19,7 +19,6 @@ from engine.protocol import GenerateRequest, RequestOutput
 from engine.protocol.types import ClientId, Int64, Message, Salt
 from rollout.decoding import decode_json
 from rollout.http.dialects.openai_bodies import (
-    UNSERVED,
     CompletionBody,
     StreamOptions,
     base_request,
@@ -43,7 +42,6 @@ _BESIDE = ("model", "request_id", "stream", "stream_options", "cache_salt", "pri
 # How other engines hold or send a result, not what it is; prime-rl's compact logprobs, which
 # `extra_args` asks for, are an extension that its client does without.
 _HINTS = frozenset({"detokenize", "output_kind", "flat_logprobs", "extra_args"})
-_SAMPLING = frozenset(CompletionBody.__struct_fields__) - {"prompt", *_BESIDE} | {*UNSERVED}
 
 
 class TokensBody(msgspec.Struct, kw_only=True):
@@ -107,12 +105,12 @@ def parse_tokens(data: bytes) -> CompletionBody:
             )
     merged = {name: fields[name] for name in _BESIDE if name in fields}
     for name, value in body.sampling_params.items():
-        if name in _SAMPLING:
-            merged[name] = value
-        elif name not in _HINTS and bytes(value) not in _INERT:
+        if name in ("prompt", *_BESIDE):
             raise InvalidRequest(
-                f"{name} is no sampling parameter of this engine", field=f"sampling_params.{name}"
+                f"{name} is no sampling parameter", field=f"sampling_params.{name}"
             )
+        if name not in _HINTS:
+            merged[name] = value
     merged = {name: value for name, value in merged.items() if bytes(value) != b"null"}
     merged["prompt"] = body.token_ids
     return parse_openai(msgspec.json.encode(merged), CompletionBody)
