@@ -9,7 +9,9 @@ import torch
 
 from engine.errors import InvalidRequest, ProfileOrder
 from engine.profiler import RankProfiler
-from engine.protocol import StartProfile
+from engine.protocol import StartProfile, StopProfile
+from tests.helpers.engines import drain, make_replica, request
+from tests.helpers.tiny_models import write_tiny
 
 CPU = torch.device("cpu")
 
@@ -83,3 +85,19 @@ def test_a_trace_that_cannot_be_written_costs_no_step(tmp_path: Path) -> None:
     step(profiler, 0)
     with pytest.raises(ProfileOrder, match="ended by itself: no trace was written"):
         profiler.stop()
+
+
+def test_an_engine_profiles_its_steps(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "model")
+    replica = make_replica(tmp_path / "model")
+    replica.send(StartProfile(folder=str(tmp_path / "traces"), record_shapes=True))
+    replica.submit([request("a", [5, 6, 7], max_new_tokens=3)])
+    drain(replica)
+    (path,) = replica.send(StopProfile()).traces
+    with gzip.open(path, "rt") as file:
+        names = [event.get("name") for event in json.load(file)["traceEvents"]]
+    # At least one product of matrices a layer in each of the three steps.
+    assert sum(name in ("aten::mm", "aten::addmm", "aten::linear") for name in names) >= 6
+    with pytest.raises(ProfileOrder):
+        replica.send(StopProfile())
+    replica.close()
