@@ -101,3 +101,16 @@ def test_an_engine_profiles_its_steps(tmp_path: Path) -> None:
     with pytest.raises(ProfileOrder):
         replica.send(StopProfile())
     replica.close()
+
+
+@pytest.mark.gpu
+def test_kernels_are_in_the_trace_of_a_gpu(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "model", dtype=torch.bfloat16)
+    replica = make_replica(tmp_path / "model", device="cuda", dtype="bfloat16")
+    replica.send(StartProfile(folder=str(tmp_path / "traces"), num_steps=4))
+    replica.submit([request("a", [5, 6, 7], max_new_tokens=8)])
+    drain(replica)
+    with gzip.open(tmp_path / "traces" / "profile-TP-0.trace.json.gz", "rt") as file:
+        kinds = {event.get("cat") for event in json.load(file)["traceEvents"]}
+    assert {"kernel", "cpu_op"} <= kinds
+    replica.close()
