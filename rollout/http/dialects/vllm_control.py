@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from engine.errors import EngineDead, SlipstreamError
 from engine.protocol import Abort, MemoryTag
-from engine.protocol.types import ClientId, Patience, RequestId
+from engine.protocol.types import Patience, RequestId
 from rollout.http.dialects.bodies import read_body, read_query
 from rollout.http.errors import json_response
 from rollout.http.openapi import takes
@@ -44,10 +44,6 @@ class _Sleep(msgspec.Struct):
 
 class _WakeUp(msgspec.Struct):
     tags: Tags | None = None
-
-
-class _FinishSession(msgspec.Struct):
-    session_id: ClientId = ""
 
 
 class _AbortRequests(msgspec.Struct):
@@ -124,11 +120,6 @@ class _Generation:
             await reply
         return json_response({"status": "ok"})
 
-    async def finish_session(self, request: Request) -> Response:
-        """Nothing is held for a session: its prefix stays cached for as long as there is room."""
-        read_query(request, _FinishSession)
-        return json_response({"status": "ok"})
-
     def _rids(self, name: str) -> list[str]:
         """The sequences of the call that a reply calls `name`, or the one with that id."""
         call = self._calls.get(name)
@@ -145,7 +136,6 @@ def router(services: Services) -> APIRouter:
         "/wake_up": (generation.wake_up, takes(query=_WakeUp)),
         "/reset_prefix_cache": (generation.reset_prefix_cache, takes()),
         "/abort_requests": (generation.abort_requests, takes(_AbortRequests)),
-        "/finish_session": (generation.finish_session, takes(query=_FinishSession)),
     }.items():
         routes.add_api_route(path, handler, methods=["POST"], openapi_extra=reads)
     for path, handler in {

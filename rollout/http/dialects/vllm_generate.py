@@ -18,6 +18,7 @@ from engine.errors import InvalidRequest, UnsupportedOption
 from engine.protocol import GenerateRequest, RequestOutput
 from engine.protocol.types import ClientId, Int64, Message, Salt
 from rollout.decoding import decode_json
+from rollout.http.dialects.bodies import read_query
 from rollout.http.dialects.openai_bodies import (
     CompletionBody,
     StreamOptions,
@@ -59,8 +60,14 @@ class TokensBody(msgspec.Struct, kw_only=True):
     return_token_ids: bool | None = None
 
 
+class _Session(msgspec.Struct):
+    """What SkyRL tells a router when a trajectory is over."""
+
+    session_id: ClientId = ""
+
+
 def router(services: Services) -> APIRouter:
-    """The route."""
+    """The routes."""
     routes = APIRouter()
 
     async def generate(request: Request) -> Response:
@@ -86,9 +93,16 @@ def router(services: Services) -> APIRouter:
         writer = _Choices(call, body)
         return EventStream(writer.frames()) if body.stream else await writer.reply()
 
-    routes.add_api_route(
-        "/inference/v1/generate", generate, methods=["POST"], openapi_extra=takes(TokensBody)
-    )
+    async def finish_session(request: Request) -> Response:
+        # Nothing is held for a session: its prefix stays cached for as long as there is room.
+        read_query(request, _Session)
+        return json_response({"status": "ok"})
+
+    for path, handler, reads in (
+        ("/inference/v1/generate", generate, takes(TokensBody)),
+        ("/finish_session", finish_session, takes(query=_Session)),
+    ):
+        routes.add_api_route(path, handler, methods=["POST"], openapi_extra=reads)
     return routes
 
 
