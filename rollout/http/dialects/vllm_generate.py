@@ -40,6 +40,8 @@ _DEFAULT_TOKENS = 16
 _INERT = frozenset({b"null", b"false", b'""', b"[]", b"{}"})
 # Fields of a body that stand beside the sampling parameters, here as in /v1/completions.
 _BESIDE = ("model", "request_id", "stream", "stream_options", "cache_salt", "priority")
+# Fields of /v1/completions that are no sampling parameters here.
+_ELSEWHERE = frozenset({"prompt", "echo", *_BESIDE})
 # How other engines hold or send a result, not what it is; prime-rl's compact logprobs, which
 # `extra_args` asks for, are an extension that its client does without.
 _HINTS = frozenset({"detokenize", "output_kind", "flat_logprobs", "extra_args"})
@@ -119,12 +121,12 @@ def parse_tokens(data: bytes) -> CompletionBody:
             )
     merged = {name: fields[name] for name in _BESIDE if name in fields}
     for name, value in body.sampling_params.items():
-        if name in ("prompt", *_BESIDE):
+        if name not in _ELSEWHERE:
+            merged |= {} if name in _HINTS else {name: value}
+        elif bytes(value) not in _INERT:
             raise InvalidRequest(
                 f"{name} is no sampling parameter", field=f"sampling_params.{name}"
             )
-        if name not in _HINTS:
-            merged[name] = value
     merged = {name: value for name, value in merged.items() if bytes(value) != b"null"}
     merged["prompt"] = body.token_ids
     return parse_openai(msgspec.json.encode(merged), CompletionBody)

@@ -95,6 +95,7 @@ def test_a_stream() -> None:
         ({"kv_transfer_params": {"a": 1}}, "UnsupportedOption", "kv_transfer_params"),
         ({"sampling_params": {"max_tokens": -1}}, "InvalidRequest", "max_tokens"),
         ({"sampling_params": {"stream": True}}, "InvalidRequest", "sampling_params.stream"),
+        ({"sampling_params": {"echo": True}}, "InvalidRequest", "sampling_params.echo"),
         (
             {"sampling_params": {"structured_outputs": {"regex": "a"}}},
             "UnsupportedOption",
@@ -118,6 +119,7 @@ def test_nulls_and_hints_mean_nothing() -> None:
     async def test() -> None:
         async with serving() as server:
             hints = {"output_kind": 2, "detokenize": False, "flat_logprobs": True, "stop": None}
+            hints |= {"priority": None, "echo": False, "model": ""}
             asked = {**body(**hints, seed=None), "features": None, "request_id": None}
             assert (await server.post(PATH, asked)).status_code == 200
 
