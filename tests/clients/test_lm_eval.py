@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.clients.conftest import CONTEXT, MODEL_NAME
 
+pytestmark = pytest.mark.slow
+
 QUESTIONS = [
     {"question": "2 + 2 =", "choices": ["4", "5", "twenty"], "answer": 0},
     {"question": "The sky is", "choices": ["blue", "made of cheese"], "answer": 0},
