@@ -68,7 +68,8 @@ def _stripped_object(text: bytes, kind: inspect.StructType) -> bytes | None:
 
 
 def _stripped_list(text: bytes, kind: inspect.Type) -> bytes | None:
-    items = [(raw, _stripped(bytes(raw), kind)) for raw in msgspec.json.decode(text, type=list[Raw])]
+    found = msgspec.json.decode(text, type=list[Raw])
+    items = [(raw, _stripped(bytes(raw), kind)) for raw in found]
     if all(inner is None for _, inner in items):
         return None
     return msgspec.json.encode([raw if inner is None else Raw(inner) for raw, inner in items])

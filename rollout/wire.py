@@ -8,8 +8,7 @@ from engine.errors import InvalidRequest, UnsupportedOption
 from engine.protocol import GenerateRequest
 from rollout.decoding import decode_json
 
-# Fields of the native dialect that mean something this engine does not do.
-_NOT_SERVED = frozenset(
+NOT_SERVED = frozenset(
     {
         "input_embeds",
         "image_data",
@@ -42,6 +41,8 @@ _NOT_SERVED = frozenset(
         "watermark",
     }
 )
+"""Fields of the native dialect that mean something this engine does not do."""
+
 _UNKNOWN = re.compile(r"contains unknown field `([^`]+)`")
 
 
@@ -61,6 +62,6 @@ def _explain(error: InvalidRequest) -> InvalidRequest:
         return error
     name, parent = unknown.group(1), error.field
     field = f"{parent}.{name}" if parent else name
-    if name in _NOT_SERVED:
+    if name in NOT_SERVED:
         return UnsupportedOption(f"{field} is not served by this engine; leave it out", field=field)
     return InvalidRequest(f"{field} is not a field of a generate request", field=field)

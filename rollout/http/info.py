@@ -24,17 +24,6 @@ def router(services: Services) -> APIRouter:
     async def model_info() -> Response:
         return json_response(_model_info(services, await engine.state()))
 
-    async def models() -> Response:
-        state = await engine.state()
-        model = {
-            "id": services.config.model_name,
-            "object": "model",
-            "owned_by": "slipstream",
-            "root": state.model,
-            "max_model_len": state.context_length,
-        }
-        return json_response({"object": "list", "data": [model]})
-
     async def loads() -> Response:
         return json_response(
             {
@@ -52,7 +41,6 @@ def router(services: Services) -> APIRouter:
         "/get_server_info": server_info,
         "/model_info": model_info,
         "/get_model_info": model_info,
-        "/v1/models": models,
         "/v1/loads": loads,
         "/version": package,
     }.items():

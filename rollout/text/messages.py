@@ -35,7 +35,9 @@ _CALL_KEYS = frozenset({"type", "function", "name", "arguments"})
 _NEEDS_CONTENT = frozenset({"system", "developer", "user"})
 
 
-def normalised_messages(messages: Sequence[Message], traits: Traits = PLAIN) -> list[dict[str, Any]]:
+def normalised_messages(
+    messages: Sequence[Message], traits: Traits = PLAIN
+) -> list[dict[str, Any]]:
     """The conversation for a template of these traits. Keys that are not OpenAI's reach the
     template as they are, unless null.
 
@@ -68,13 +70,13 @@ def _checked(message: Any, where: str) -> Message:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise InvalidRequest(f"{where} must be an object with a string 'role'", field=where)
     if message.get("audio"):
-        raise UnsupportedOption(f"{where} has audio; this engine reads text", field=f"{where}.audio")
+        raise UnsupportedOption(
+            f"{where} has audio; this engine reads text alone", field=f"{where}.audio"
+        )
     return message
 
 
-def _message(
-    message: Message, where: str, traits: Traits, names: dict[str, str]
-) -> dict[str, Any]:
+def _message(message: Message, where: str, traits: Traits, names: dict[str, str]) -> dict[str, Any]:
     """One message. names: functions of the calls so far, by the ids of the calls."""
     content: Any = _content(message, where)
     sent = _sent_calls(message, where)
@@ -129,7 +131,7 @@ def _part(part: Any, index: int, where: str) -> str:
         )
     if kind not in _TEXT_PARTS:
         raise UnsupportedOption(
-            f"{where}[{index}] is a part of type {kind[:100]!r}; this engine reads text parts alone",
+            f"{where}[{index}] is a part of type {kind[:100]!r}; this engine reads text alone",
             field=where,
         )
     text = part.get(_TEXT_PARTS[kind])

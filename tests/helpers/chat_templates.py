@@ -24,7 +24,8 @@ QWEN25 = """\
 {%- endfor %}
 {{- '<|im_end|>\\n' }}
 {%- elif message.role == 'tool' %}
-{{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response><|im_end|>\\n' }}
+{{- '<|im_start|>user\\n<tool_response>\\n' + message.content }}
+{{- '\\n</tool_response><|im_end|>\\n' }}
 {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
@@ -48,7 +49,7 @@ LLAMA3 = """\
 {{- call.arguments | tojson }}{{- '}<|eot|>' }}
 {%- else %}
 {{- '<|start|>ipython\\n' }}
-{%- if message.content is mapping or message.content is iterable and message.content is not string %}
+{%- if message.content is iterable and message.content is not string %}
 {{- message.content | tojson }}
 {%- else %}{{- message.content }}{%- endif %}
 {{- '<|eot|>' }}
@@ -62,7 +63,8 @@ UNGUARDED = """\
 {{- '[' + message['role'] + ']' + message['content'] | trim }}
 {%- if message['tool_calls'] is defined %}
 {%- for call in message['tool_calls'] %}
-{{- '<call ' + call['function']['name'] + ' ' }}{{ call['function']['arguments'] | tojson }}{{ '>' }}
+{{- '<call ' + call['function']['name'] + ' ' }}
+{{- call['function']['arguments'] | tojson + '>' }}
 {%- endfor %}
 {%- endif %}
 {%- endfor %}"""
@@ -107,7 +109,10 @@ ARGUMENTS = '{"city": "Zürich", "days": 2, "hourly": null}'
 
 TOOL_LOOP: list[dict[str, Any]] = [
     {"role": "developer", "content": "Be brief."},
-    {"role": "user", "content": [{"type": "text", "text": "Wea"}, {"type": "text", "text": "ther?"}]},
+    {
+        "role": "user",
+        "content": [{"type": "text", "text": "Wea"}, {"type": "text", "text": "ther?"}],
+    },
     {
         "role": "assistant",
         "content": None,

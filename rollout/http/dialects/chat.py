@@ -15,6 +15,7 @@ from rollout.expand import check_text
 from rollout.http.chat_render import ChatRenderer
 from rollout.http.dialects.openai_bodies import ChatBody, base_request, parse_openai
 from rollout.http.dialects.openai_logprobs import TokenText, chat_logprobs, prompt_logprobs
+from rollout.http.dialects.openai_models import check_model
 from rollout.http.dialects.openai_run import (
     OpenAICall,
     finish_fields,
@@ -46,6 +47,7 @@ def router(services: Services) -> APIRouter:
         if prompts is not None:
             prompts.check_size(len(data))
         body = await services.generator.parsed(parse_openai, data, ChatBody)
+        check_model(services, body.model)
         if prompts is None:
             raise InvalidRequest(
                 "this model has no tokenizer; send ids to /generate", field="messages"
@@ -113,7 +115,7 @@ class _Prompts:
             {
                 "add_generation_prompt": body.add_generation_prompt,
                 "tools": body.tools,
-                **(body.chat_template_kwargs or {}),
+                **_set(body.chat_template_kwargs or {}),
             },
             source=None if own else body.chat_template,
             num_bytes=num_bytes,
@@ -124,6 +126,11 @@ class _Prompts:
         if not ids:
             raise InvalidRequest("the chat template wrote nothing", field="messages")
         return ids
+
+
+def _set(variables: dict[str, Any]) -> dict[str, Any]:
+    """A client's variables for the template; a null is none."""
+    return {name: value for name, value in variables.items() if value is not None}
 
 
 class _Choices:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from engine.errors import InvalidRequest, UnsupportedOption
+from engine.errors import InvalidRequest
 from engine.protocol import GenerateRequest, KvPolicy, SamplingParams
 from engine.protocol.types import (
     ClientId,
@@ -23,39 +23,10 @@ from engine.protocol.types import (
     TokenIds,
 )
 from rollout.decoding import check_depth, decode_json
+from rollout.http.dialects.openai_fields import NATIVE_NAMES, check_fields
 from rollout.text.chat_template import check_variables
 
 T = TypeVar("T", bound=msgspec.Struct)
-
-# Options that would change the output and that this engine does not have.
-_UNSERVED = (
-    "structured_outputs",
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
-    "guided_grammar",
-    "response_format",
-    "use_beam_search",
-    "suffix",
-    "echo",
-    "truncate_prompt_tokens",
-    "prompt_embeds",
-    "bad_words",
-    "allowed_token_ids",
-    "continue_final_message",
-    "documents",
-)
-_LOOKED_AT = frozenset({*_UNSERVED, "best_of", "n"})
-_NAMES = {
-    "max_new_tokens": "max_tokens",
-    "min_new_tokens": "min_tokens",
-    "sampling_seed": "seed",
-    "top_logprobs_num": "logprobs",
-    "logprob_start_len": "prompt_logprobs",
-    "input_ids": "prompt",
-    "text": "prompt",
-}
-
 
 _PROMPT_KINDS: dict[bytes, Any] = {b'"': list[str], b"[": list[list[Int32]]}
 
@@ -123,11 +94,9 @@ class ChatBody(_Common, kw_only=True):
 
 def parse_openai(data: bytes, kind: type[T]) -> T:
     """The body. Raises InvalidRequest, and UnsupportedOption for an option that is set and that
-    this engine does not have; other unknown fields are passed over."""
+    this engine does not have (`openai_fields`)."""
+    check_fields(decode_json(data or b"{}", dict[str, msgspec.Raw]), kind)
     body: T = decode_json(data or b"{}", kind, strict=False)
-    fields: dict[str, msgspec.Raw] = decode_json(data or b"{}", dict[str, msgspec.Raw])
-    looked_at = _LOOKED_AT & fields.keys()
-    _check_served({name: decode_json(fields[name], Any, field=name) for name in looked_at})
     if isinstance(body, ChatBody):
         for field in ("messages", "tools", "chat_template_kwargs"):
             check_depth(getattr(body, field) or [], field)
@@ -154,20 +123,6 @@ def _prompt(prompt: msgspec.Raw, kind: Any) -> Any:
         return decode_json(prompt, kind, what="prompt")
     except InvalidRequest as error:
         raise InvalidRequest(f"prompt: {error.message}", field="prompt") from error
-
-
-def _check_served(fields: dict[str, Any]) -> None:
-    for name in _UNSERVED:
-        value = fields.get(name)
-        plain_text = name == "response_format" and value == {"type": "text"}
-        if value and not plain_text:
-            raise UnsupportedOption(
-                f"{name} is not served by this engine; leave it out", field=name
-            )
-    if fields.get("best_of") not in (None, fields.get("n", 1)):
-        raise UnsupportedOption(
-            "best_of is not served; leave it out or equal to n", field="best_of"
-        )
 
 
 def sampling_of(body: CompletionBody | ChatBody, max_tokens: int) -> SamplingParams:
@@ -219,10 +174,10 @@ def base_request(
 def renamed(error: InvalidRequest) -> InvalidRequest:
     """The error with the names that this dialect gives the fields."""
     prefix, _, name = error.field.rpartition(".")
-    if name not in _NAMES:
+    if name not in NATIVE_NAMES:
         return error
-    field = f"{prefix}.{_NAMES[name]}" if prefix else _NAMES[name]
-    message = re.sub(rf"(?<![A-Za-z0-9_]){name}(?![A-Za-z0-9_])", _NAMES[name], error.message)
+    field = f"{prefix}.{NATIVE_NAMES[name]}" if prefix else NATIVE_NAMES[name]
+    message = re.sub(rf"(?<![A-Za-z0-9_]){name}(?![A-Za-z0-9_])", NATIVE_NAMES[name], error.message)
     return type(error)(message, field=field)
 
 

@@ -25,6 +25,7 @@ from tests.helpers.chat_templates import (
 
 USER = {"role": "user", "content": "hi"}
 CALL = TOOL_LOOP[2]
+DEEP = '{"a":' * 5000 + "1" + "}" * 5000
 
 
 def render(source: str, messages: list[dict[str, Any]] = TOOL_LOOP, **variables: Any) -> str:
@@ -180,7 +181,7 @@ def test_tools_without_nulls_and_no_tools() -> None:
          "tool_calls[0].function.arguments", "no JSON", InvalidRequest),
         ({"tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]},
          "tool_calls[0].function.arguments", "object", InvalidRequest),
-        ({"tool_calls": [{"function": {"name": "f", "arguments": '{"a":' * 5000 + "1" + "}" * 5000}}]},
+        ({"tool_calls": [{"function": {"name": "f", "arguments": DEEP}}]},
          "tool_calls[0].function.arguments", "nested", InvalidRequest),
         ({"function_call": {"name": 3}}, "function_call.name", "name", InvalidRequest),
     ],
