@@ -115,7 +115,7 @@ class _Prompts:
             {
                 "add_generation_prompt": body.add_generation_prompt,
                 "tools": body.tools,
-                **_set(body.chat_template_kwargs or {}),
+                **(body.chat_template_kwargs or {}),
             },
             source=None if own else body.chat_template,
             num_bytes=num_bytes,
@@ -126,11 +126,6 @@ class _Prompts:
         if not ids:
             raise InvalidRequest("the chat template wrote nothing", field="messages")
         return ids
-
-
-def _set(variables: dict[str, Any]) -> dict[str, Any]:
-    """A client's variables for the template; a null is none."""
-    return {name: value for name, value in variables.items() if value is not None}
 
 
 class _Choices:

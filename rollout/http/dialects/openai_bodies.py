@@ -100,7 +100,9 @@ def parse_openai(data: bytes, kind: type[T]) -> T:
     if isinstance(body, ChatBody):
         for field in ("messages", "tools", "chat_template_kwargs"):
             check_depth(getattr(body, field) or [], field)
-        check_variables(body.chat_template_kwargs or {})
+        given = body.chat_template_kwargs or {}
+        body.chat_template_kwargs = {k: v for k, v in given.items() if v is not None}
+        check_variables(body.chat_template_kwargs)
     return body
 
 
