@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from engine.errors import InvalidRequest, SlipstreamError
-from rollout.http.nearest import nearest
+from rollout.nearest import nearest
 
 MAX_MESSAGE_CHARS = 4096
 """Longest message of an error on the wire."""

@@ -33,6 +33,7 @@ _OWN_KEYS = frozenset(
 )
 _CALL_KEYS = frozenset({"type", "function", "name", "arguments"})
 _NEEDS_CONTENT = frozenset({"system", "developer", "user"})
+_NEVER_CALLS = _NEEDS_CONTENT | {"tool", "function"}
 
 
 def normalised_messages(
@@ -80,8 +81,10 @@ def _message(message: Message, where: str, traits: Traits, names: dict[str, str]
     """One message. names: functions of the calls so far, by the ids of the calls."""
     content: Any = _content(message, where)
     sent = _sent_calls(message, where)
+    if sent and message["role"] in _NEVER_CALLS:
+        raise InvalidRequest(f"{sent[0][1]} is in a turn that is no assistant's", field=sent[0][1])
     calls = [_call(call, at, traits.calls) for call, at in sent]
-    names.update((call["id"], call["function"]["name"]) for call in calls if "id" in call)
+    names.update((str(call["id"]), call["function"]["name"]) for call in calls if "id" in call)
     if content is None and not calls:
         content = _without_content(message, where)
     if calls and not content:
@@ -90,8 +93,9 @@ def _message(message: Message, where: str, traits: Traits, names: dict[str, str]
         content = [{"type": "text", "text": content}] if content else []
     role = _role(message["role"], traits)
     kept = {"role": role, "content": content, **_said(message, _OWN_KEYS)}
-    if role == "tool" and "name" not in kept and kept.get("tool_call_id") in names:
-        kept["name"] = names[kept["tool_call_id"]]
+    answered = names.get(str(kept.get("tool_call_id")))
+    if role == "tool" and "name" not in kept and answered is not None:
+        kept["name"] = answered
     return kept | {"tool_calls": calls} if calls else kept
 
 

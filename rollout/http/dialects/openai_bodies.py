@@ -42,14 +42,14 @@ class _Common(msgspec.Struct, kw_only=True):
 
     model: Message = ""
     n: Int32 = 1
-    temperature: Float32 | None = 1.0
-    top_p: Float32 | None = 1.0
-    top_k: Int32 | None = -1
-    min_p: Float32 | None = 0.0
-    repetition_penalty: Float32 | None = 1.0
-    presence_penalty: Penalty | None = 0.0
-    frequency_penalty: Penalty | None = 0.0
-    logit_bias: LogitBias | None = None
+    temperature: Float32 = 1.0
+    top_p: Float32 = 1.0
+    top_k: Int32 = -1
+    min_p: Float32 = 0.0
+    repetition_penalty: Float32 = 1.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    logit_bias: LogitBias = {}
     seed: Int64 | None = None
     stop: StopString | StopStrings | None = None
     stop_token_ids: TokenIds | None = None
@@ -128,18 +128,18 @@ def _prompt(prompt: msgspec.Raw, kind: Any) -> Any:
 
 
 def sampling_of(body: CompletionBody | ChatBody, max_tokens: int) -> SamplingParams:
-    """The options under their native names; null and vLLM's 0 stand for the default."""
+    """The options under their native names; vLLM's `top_k` 0 stands for all tokens."""
     return SamplingParams(
         max_new_tokens=max_tokens,
         min_new_tokens=body.min_tokens,
-        temperature=_or(body.temperature, 1.0),
-        top_p=_or(body.top_p, 1.0),
+        temperature=body.temperature,
+        top_p=body.top_p,
         top_k=body.top_k or -1,
-        min_p=body.min_p or 0.0,
-        frequency_penalty=body.frequency_penalty or 0.0,
-        presence_penalty=body.presence_penalty or 0.0,
-        repetition_penalty=_or(body.repetition_penalty, 1.0),
-        logit_bias=body.logit_bias or {},
+        min_p=body.min_p,
+        frequency_penalty=body.frequency_penalty,
+        presence_penalty=body.presence_penalty,
+        repetition_penalty=body.repetition_penalty,
+        logit_bias=body.logit_bias,
         stop=body.stop or None,
         stop_token_ids=body.stop_token_ids,
         ignore_eos=body.ignore_eos,
@@ -185,7 +185,3 @@ def renamed(error: InvalidRequest) -> InvalidRequest:
 
 def _all_if_negative(count: int, vocab_size: int) -> int:
     return vocab_size if count < 0 else count
-
-
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else value

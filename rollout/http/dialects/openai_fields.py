@@ -14,8 +14,8 @@ from msgspec import Raw
 
 from engine.errors import InvalidRequest, UnsupportedOption
 from rollout.decoding import decode_json
-from rollout.http.nearest import nearest
 from rollout.http.requests import HINTS
+from rollout.nearest import nearest
 from rollout.wire import NOT_SERVED
 
 Fields = Mapping[str, Raw]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from engine.errors import InvalidRequest, UnsupportedOption
 from rollout.text.chat_template import ChatTemplate
@@ -25,6 +28,7 @@ from tests.helpers.chat_templates import (
 
 USER = {"role": "user", "content": "hi"}
 CALL = TOOL_LOOP[2]
+COMPILED = [ChatTemplate(source, {}) for source in (QWEN25, LLAMA3, UNGUARDED, ADDED, PARTS)]
 DEEP = '{"a":' * 5000 + "1" + "}" * 5000
 
 
@@ -183,14 +187,17 @@ def test_tools_without_nulls_and_no_tools() -> None:
          "tool_calls[0].function.arguments", "object", InvalidRequest),
         ({"tool_calls": [{"function": {"name": "f", "arguments": DEEP}}]},
          "tool_calls[0].function.arguments", "nested", InvalidRequest),
+        ({"role": "user", "tool_calls": [{"function": {"name": "f"}}]}, "tool_calls[0]",
+         "no assistant's", InvalidRequest),
         ({"function_call": {"name": 3}}, "function_call.name", "name", InvalidRequest),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_refused_by_name(
     message: dict[str, Any], field: str, words: str, kind: type[InvalidRequest]
 ) -> None:
+    role = "assistant" if message.keys() & {"tool_calls", "function_call"} else "user"
     with pytest.raises(InvalidRequest, match=words) as caught:
-        normalised_messages([{"role": "user", "content": "a"}, {"role": "user", **message}])
+        normalised_messages([USER, {"role": role, **message}])
     assert caught.value.field == f"messages[1].{field}"
     assert type(caught.value) is kind
 
@@ -210,3 +217,35 @@ def test_messages_of_the_caller_are_left_alone() -> None:
     for source in (QWEN25, TOLD_BY_NONE, PARTS):
         render(source)
     assert json.dumps(TOOL_LOOP) == before
+
+
+TEXTS = [None, "", "a", "{}", '{"a": [1]}', "function", "custom", "\ud800"]
+PARTS_OF_TURNS = [
+    {"type": "text", "text": "a"},
+    [{"type": "text"}],
+    [{"type": "text", "text": None}],
+]
+OTHERS = [3, 1.5, True, [], {}, ["a"], [None], {"name": "f"}, {"name": "f", "arguments": "{}"}]
+PIECES = st.sampled_from([*TEXTS, *PARTS_OF_TURNS, *OTHERS])
+CALLS = st.fixed_dictionaries(
+    {}, optional=dict.fromkeys(("id", "type", "index", "function", "name", "arguments"), PIECES)
+)
+TURNS = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "tool", "developer", "function", None, 3])},
+    optional={
+        **dict.fromkeys(
+            ("content", "refusal", "audio", "annotations", "name", "tool_call_id"), PIECES
+        ),
+        "function_call": PIECES | CALLS,
+        "tool_calls": PIECES | st.lists(PIECES | CALLS, max_size=2),
+    },
+)
+
+
+@settings(max_examples=100, derandomize=True, deadline=None, database=None)
+@given(messages=st.lists(TURNS, max_size=4))
+def test_any_conversation_is_rendered_or_refused(messages: list[dict[str, Any]]) -> None:
+    for template in COMPILED:
+        with contextlib.suppress(InvalidRequest):
+            text = template.render(messages)
+            assert "None" not in text
