@@ -15,7 +15,6 @@ from rollout.expand import check_text
 from rollout.http.chat_render import ChatRenderer
 from rollout.http.dialects.openai_bodies import ChatBody, base_request, parse_openai
 from rollout.http.dialects.openai_logprobs import TokenText, chat_logprobs, prompt_logprobs
-from rollout.http.dialects.openai_models import check_model
 from rollout.http.dialects.openai_run import (
     OpenAICall,
     finish_fields,
@@ -47,7 +46,6 @@ def router(services: Services) -> APIRouter:
         if prompts is not None:
             prompts.check_size(len(data))
         body = await services.generator.parsed(parse_openai, data, ChatBody)
-        check_model(services, body.model)
         if prompts is None:
             raise InvalidRequest(
                 "this model has no tokenizer; send ids to /generate", field="messages"

@@ -20,7 +20,6 @@ from rollout.http.dialects.openai_bodies import (
     prompts_of,
 )
 from rollout.http.dialects.openai_logprobs import TokenText, completion_logprobs, prompt_logprobs
-from rollout.http.dialects.openai_models import check_model
 from rollout.http.dialects.openai_run import (
     OpenAICall,
     finish_fields,
@@ -50,7 +49,6 @@ def router(services: Services) -> APIRouter:
         room = prompt_room(services.engine.facts, services.tokenizer)
         check_long_prompt(data, text_bytes=room.text_bytes, num_ids=room.num_ids)
         body = await services.generator.parsed(parse_openai, data, CompletionBody)
-        check_model(services, body.model)
         items = await _items(services, body)
         call = await start(services, body, items, prefix="cmpl", object_name="text_completion")
         writer = _Choices(call, body)
