@@ -43,10 +43,12 @@ from __future__ import annotations
 class SlipstreamError(Exception):
     """Base of every error the project raises on purpose.
 
-    `field` names what the error is about: a request field, a tensor, a rank.
+    `field` names what the error is about: a request field, a tensor, a rank. `status` is HTTP's;
+    `code` the word for it that clients of OpenAI's API know, where they know one.
     """
 
     status = 500
+    code = ""
 
     def __init__(self, message: str, *, field: str = "") -> None:
         super().__init__(message)

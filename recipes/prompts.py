@@ -10,6 +10,7 @@ import numpy as np
 from engine.protocol import IntArray
 from recipes.environments.base import Environment
 from recipes.types import Message, Problem
+from rollout.offline import normalised_messages
 
 
 class Tokenizer(Protocol):
@@ -66,7 +67,7 @@ class Prompts:
 def _plain_text(messages: Sequence[Message]) -> str:
     """Each answer on the line of its question; the last question is left open."""
     text = ""
-    for message in messages:
+    for message in normalised_messages(messages):
         ends_line = message["role"] != "user"
         text += str(message["content"]) + ("\n" if ends_line else " ")
     return text.rstrip(" ")

@@ -11,12 +11,14 @@ from typing import Any
 import msgspec
 
 from engine.errors import InvalidRequest
+from rollout.nulls import without_nulls
 
 MAX_DEPTH = 100
 """Most lists and objects inside each other in a part of a body that has no type of its own."""
 
 _PATH = re.compile(r"at `\$\.?([^`]*)`$")
 _KEY_PATH = re.compile(r"at `key` in `\$\.?([^`]*)`$")
+_MISSING = re.compile(r"^Object missing required field `([^`]+)`")
 
 
 def decode_json(
@@ -27,13 +29,14 @@ def decode_json(
     field: str = "body",
     what: str = "the body",
 ) -> Any:
-    """`data` as a value of type `kind`, whose ranges and lengths are checked on the way.
+    """`data` as a value of type `kind`, whose ranges and lengths are checked on the way. A field
+    that is null has its default (`nulls`).
 
     strict: off, numbers may be written as text. Raises InvalidRequest: with the path of the
     field whose value does not fit, or with `field` where `data` (called `what`) is no JSON.
     """
     try:
-        return msgspec.json.decode(data, type=kind, strict=strict)
+        return msgspec.json.decode(without_nulls(data, kind), type=kind, strict=strict)
     except msgspec.ValidationError as error:
         raise misfit(error) from error
     except RecursionError as error:
@@ -57,10 +60,13 @@ def convert(value: Any, kind: Any, *, strict: bool = True, field: str = "") -> A
 
 
 def misfit(error: msgspec.ValidationError) -> InvalidRequest:
-    """What msgspec says of a value that is not of its field's type, with the field's path."""
+    """What msgspec says of a value that is not of its field's type, or is not there, with the
+    field's path."""
     message = str(error)
     path = _PATH.search(message) or _KEY_PATH.search(message)
-    return InvalidRequest(message, field=path.group(1) if path else "")
+    missing = _MISSING.search(message)
+    parts = [found.group(1) for found in (path, missing) if found is not None]
+    return InvalidRequest(message, field=".".join(part for part in parts if part))
 
 
 def check_depth(value: Any, field: str) -> None:

@@ -1,6 +1,7 @@
 """Batches without a server: lists of requests, and files of native `/generate` objects.
 
-What recipes use is here by name: `generate`, `load_tokenizer`, `expand`, `respond`.
+What recipes use is here by name: `generate`, `load_tokenizer`, `normalised_messages`, `expand`,
+`respond`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from rollout.generate import OnProgress, Progress, generate, run
 from rollout.replica import Replica
 from rollout.respond import respond, to_wire
 from rollout.seeds import base_seed, derive_seed
+from rollout.text.messages import normalised_messages
 from rollout.text.tokenizer import Tokenizer, load_tokenizer
 from rollout.wire import parse_request
 
@@ -31,6 +33,7 @@ __all__ = [
     "expand",
     "generate",
     "load_tokenizer",
+    "normalised_messages",
     "respond",
     "run",
     "run_file",

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 
 from engine.errors import InvalidRequest, UnsupportedOption
-from engine.protocol import GenerateRequest
+from engine.protocol import GenerateRequest, SamplingParams
 from rollout.decoding import decode_json
+from rollout.nearest import nearest
 
-# Fields of the native dialect that mean something this engine does not do.
-_NOT_SERVED = frozenset(
+NOT_SERVED = frozenset(
     {
         "input_embeds",
         "image_data",
@@ -42,6 +42,8 @@ _NOT_SERVED = frozenset(
         "watermark",
     }
 )
+"""Fields of the native dialect that mean something this engine does not do."""
+
 _UNKNOWN = re.compile(r"contains unknown field `([^`]+)`")
 
 
@@ -61,6 +63,20 @@ def _explain(error: InvalidRequest) -> InvalidRequest:
         return error
     name, parent = unknown.group(1), error.field
     field = f"{parent}.{name}" if parent else name
-    if name in _NOT_SERVED:
+    if name in NOT_SERVED:
         return UnsupportedOption(f"{field} is not served by this engine; leave it out", field=field)
-    return InvalidRequest(f"{field} is not a field of a generate request", field=field)
+    return InvalidRequest(
+        f"{field} is not a field of a generate request; {_advice(name, parent)}", field=field
+    )
+
+
+def _advice(name: str, parent: str) -> str:
+    """What whoever wrote `name` in `parent` may have meant; sampling parameters have a place of
+    their own."""
+    sampling = [f"sampling_params.{field}" for field in SamplingParams.__struct_fields__]
+    own = [] if parent else GenerateRequest.__struct_fields__
+    if f"sampling_params.{name}" in sampling:
+        return f"did you mean sampling_params.{name}?"
+    by_name = {field.rpartition(".")[2]: field for field in (*sampling, *own)}
+    meant = nearest(name, by_name)
+    return "leave it out" if meant is None else f"did you mean {by_name[meant]}?"

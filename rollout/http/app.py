@@ -13,6 +13,7 @@ from rollout.http import command, errors, health, info, native, openapi
 from rollout.http.dialects import (
     chat,
     completions,
+    openai_models,
     profiling,
     refused,
     sglang_control,
@@ -39,7 +40,6 @@ def build_app(services: Services) -> FastAPI:
             await services.engine.close()
 
     app = FastAPI(title="Slipstream", lifespan=lifespan, openapi_url=None)
-    errors.install(app)
     control = [
         command.router(services),
         sglang_weights.router(services),
@@ -50,10 +50,14 @@ def build_app(services: Services) -> FastAPI:
         refused.router(),
     ]
     generating = [module.router(services) for module in (native, completions, chat, vllm_generate)]
-    others = [module.router(services) for module in (health, info, sglang_info, vllm_text)]
+    others = [
+        module.router(services) for module in (health, info, openai_models, sglang_info, vllm_text)
+    ]
     routers = [*generating, *others, *control]
-    for routes in (*routers, openapi.router(services.config, routers, _paths(control))):
+    routers.append(openapi.router(services.config, routers, _paths(control)))
+    for routes in routers:
         app.include_router(routes)
+    errors.install(app, _methods(routers))
     app.add_middleware(Shortcut, routers=generating)
     app.add_middleware(Guard, config=services.config, control_paths=_paths(control))
     if services.config.allowed_origins:
@@ -65,6 +69,15 @@ def build_app(services: Services) -> FastAPI:
             allow_headers=["*"],
         )
     return app
+
+
+def _methods(routers: Sequence[APIRouter]) -> dict[str, list[str]]:
+    """The methods of every path."""
+    found: dict[str, set[str]] = {}
+    for route in (route for router in routers for route in router.routes):
+        if isinstance(route, Route):
+            found.setdefault(route.path_format, set()).update(route.methods or ())
+    return {path: sorted(methods) for path, methods in found.items()}
 
 
 def _paths(routers: Sequence[APIRouter]) -> frozenset[str]:

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from engine.errors import InvalidRequest
-from rollout.text.chat_template import Message
+from rollout.text.messages import Message
 from rollout.text.render_process import RenderJob, RenderProcess
 from rollout.text.tokenizer import Tokenizer
 

@@ -1,7 +1,12 @@
-"""One shape for every error: {"error": {"type", "message", "field", "code"}}."""
+"""One shape for every error: {"error": {"type", "message", "field", "param", "code"}}.
+
+`param` is what OpenAI's clients call the field, null where there is none. `code` is the status, or
+the word that those clients know for it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -11,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from engine.errors import InvalidRequest, SlipstreamError
+from rollout.nearest import nearest
 
 MAX_MESSAGE_CHARS = 4096
 """Longest message of an error on the wire."""
@@ -29,7 +35,7 @@ def json_response(value: Any, status: int = 200) -> Response:
 
 def error_body(error: SlipstreamError) -> dict[str, Any]:
     """The error as an object of the one shape."""
-    return _body(type(error).__name__, error.message, error.field, error.status)
+    return _body(type(error).__name__, error.message, error.field, error.code or error.status)
 
 
 def error_response(error: SlipstreamError) -> Response:
@@ -37,18 +43,24 @@ def error_response(error: SlipstreamError) -> Response:
     return json_response(error_body(error), error.status)
 
 
-def install(app: FastAPI) -> None:
-    """Answer typed errors, and routes or methods that do not exist, in the one shape."""
+def install(app: FastAPI, routes: Mapping[str, Sequence[str]]) -> None:
+    """Answer typed errors, and routes or methods that do not exist, in the one shape.
+
+    routes: the methods of every path.
+    """
 
     async def typed(_: Request, error: Exception) -> Response:
         assert isinstance(error, SlipstreamError)
         return error_response(error)
 
-    async def http(_: Request, error: Exception) -> Response:
+    async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         name = HTTPStatus(error.status_code).phrase.replace(" ", "")
-        body = _body(name, str(error.detail), "", error.status_code)
-        return json_response(body, error.status_code)
+        message, methods = _misdirected(request, error, routes)
+        reply = json_response(_body(name, message, "", error.status_code), error.status_code)
+        if methods:
+            reply.headers["allow"] = ", ".join(methods)
+        return reply
 
     async def unexpected(_: Request, error: Exception) -> Response:
         reply = json_response(
@@ -68,9 +80,30 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Exception, unexpected)
 
 
-def _body(kind: str, message: str, field: str, code: int) -> dict[str, Any]:
-    error = {"type": kind, "message": _short(message), "field": _short(field), "code": code}
-    return {"error": error}
+def _misdirected(
+    request: Request, error: HTTPException, routes: Mapping[str, Sequence[str]]
+) -> tuple[str, Sequence[str]]:
+    """What to say of a route or a method that does not exist, and the methods that do."""
+    path, method = request.url.path, request.method
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        allowed = (error.headers or {}).get("Allow", "")
+        methods = routes.get(path) or [name for name in allowed.split(", ") if name]
+        return f"{path} takes {', '.join(methods)}, not {method}", methods
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        near = nearest(path, routes, like=0.0) or "/"
+        methods = ", ".join(routes.get(near, ()))
+        return (
+            f"there is no route {path}; the nearest is {methods} {near}, and GET /openapi.json "
+            "lists all",
+            (),
+        )
+    return str(error.detail), ()
+
+
+def _body(kind: str, message: str, field: str, code: int | str) -> dict[str, Any]:
+    field = _short(field)
+    error = {"type": kind, "message": _short(message), "field": field, "param": field or None}
+    return {"error": {**error, "code": code}}
 
 
 def _short(text: str) -> str:

@@ -24,17 +24,6 @@ def router(services: Services) -> APIRouter:
     async def model() -> Response:
         return json_response(model_info(services, await engine.state()))
 
-    async def models() -> Response:
-        state = await engine.state()
-        found = {
-            "id": services.config.model_name,
-            "object": "model",
-            "owned_by": "slipstream",
-            "root": state.model,
-            "max_model_len": state.context_length,
-        }
-        return json_response({"object": "list", "data": [found]})
-
     async def loads() -> Response:
         return json_response(_loads(await engine.state()))
 
@@ -46,7 +35,6 @@ def router(services: Services) -> APIRouter:
         "/get_server_info": server,
         "/model_info": model,
         "/get_model_info": model,
-        "/v1/models": models,
         "/v1/loads": loads,
         "/version": package,
     }.items():

@@ -7,6 +7,7 @@ where it is declared: `routes.add_api_route(path, handler, openapi_extra=takes(S
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from rollout.http.guard import OPEN_PATHS
 PATH = "/openapi.json"
 _SCHEMAS = "#/components/schemas/"
 _BODY, _QUERY, _BATCHES = "body", "query", "batches"
+_NOT_WORD = re.compile(r"[^A-Za-z0-9]+")
 _WITH_BODY = frozenset({"POST", "PUT"})
 
 
@@ -58,7 +60,7 @@ def document(
     schemas, components = _schemas(routes)
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
-        operations = paths.setdefault(route.path, {})
+        operations = paths.setdefault(route.path_format, {})
         for method in sorted(route.methods or ()):
             operation = _operation(route, method, schemas)
             operation["security"] = _security(route.path, config, control_paths)
@@ -88,12 +90,13 @@ _ERROR = {
     "properties": {
         "error": {
             "type": "object",
-            "required": ["type", "message", "field", "code"],
+            "required": ["type", "message", "field", "param", "code"],
             "properties": {
                 "type": {"type": "string"},
                 "message": {"type": "string"},
                 "field": {"type": "string"},
-                "code": {"type": "integer"},
+                "param": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+                "code": {"anyOf": [{"type": "integer"}, {"type": "string"}]},
             },
         }
     },
@@ -111,13 +114,34 @@ def _schemas(routes: list[APIRoute]) -> tuple[dict[Any, dict[str, Any]], dict[st
     for route in routes:
         kinds |= {kind: None for kind in map(_reads(route).get, (_BODY, _QUERY)) if kind}
     schemas, components = msgspec.json.schema_components(kinds, ref_template=_SCHEMAS + "{name}")
+    components = {name: _with_nulls(schema) for name, schema in components.items()}
     return dict(zip(kinds, schemas, strict=True)), components
+
+
+def _with_nulls(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a struct whose fields may be null where they may be left out."""
+    required = schema.get("required", [])
+    fields = schema.get("properties", {})
+    return schema | {
+        "properties": {
+            name: field if name in required else _or_null(field) for name, field in fields.items()
+        }
+    }
+
+
+def _or_null(field: dict[str, Any]) -> dict[str, Any]:
+    inner = {key: value for key, value in field.items() if key != "default"}
+    options = inner.pop("anyOf", None) or [inner]
+    if {"type": "null"} not in options and inner != {}:
+        options = [*options, {"type": "null"}]
+    default = {"default": field["default"]} if "default" in field else {}
+    return {"anyOf": options, **default}
 
 
 def _operation(route: APIRoute, method: str, schemas: dict[Any, dict[str, Any]]) -> dict[str, Any]:
     reads = _reads(route)
     operation: dict[str, Any] = {
-        "operationId": f"{method.lower()}{route.path.replace('/', '_').replace('.', '_')}",
+        "operationId": method.lower() + _NOT_WORD.sub("_", route.path_format).rstrip("_"),
         "responses": {
             "200": {"description": "The answer."},
             "4XX": {"description": "The request is refused.", "content": _ERROR_CONTENT},
@@ -133,9 +157,16 @@ def _operation(route: APIRoute, method: str, schemas: dict[Any, dict[str, Any]])
             "required": _has_required(body),
             "content": {"application/json": {"schema": schema}},
         }
+    parameters = [_path_parameter(name) for name in route.param_convertors]
     if query is not None:
-        operation["parameters"] = list(_parameters(query))
+        parameters += _parameters(query)
+    if parameters:
+        operation["parameters"] = parameters
     return operation
+
+
+def _path_parameter(name: str) -> dict[str, Any]:
+    return {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
 
 
 def _has_required(kind: Any) -> bool:

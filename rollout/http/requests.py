@@ -19,8 +19,7 @@ from rollout.wire import parse_request
 
 Fields = dict[str, Raw]
 
-# Accepted and without effect: hints to routers, logs and schedulers of other servers.
-_HINTS = frozenset(
+HINTS = frozenset(
     {
         "background",
         "conversation_id",
@@ -38,6 +37,8 @@ _HINTS = frozenset(
         "stream_interval",
     }
 )
+"""Accepted and without effect: hints to routers, logs and schedulers of other servers."""
+
 _INERT = frozenset({b"null", b"false", b'""', b"[]", b"{}"})
 _OWN = frozenset(GenerateRequest.__struct_fields__)
 _OWN_SAMPLING = frozenset(SamplingParams.__struct_fields__)
@@ -217,7 +218,7 @@ def _known(fields: Fields, own: frozenset[str]) -> Fields:
     return {
         name: value
         for name, value in fields.items()
-        if not (_is_null(value) if name in own else name in _HINTS or bytes(value) in _INERT)
+        if not (_is_null(value) if name in own else name in HINTS or bytes(value) in _INERT)
     }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from typing import Any, NoReturn
 
 import jinja2
@@ -19,13 +20,14 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from engine.errors import ContextTooLong, InvalidRequest
-
-Message = Mapping[str, Any]
+from rollout.text.messages import Message, normalised_messages, normalised_tools
+from rollout.text.template_traits import TemplateTraits
 
 OWN_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 """What a template is given by name, beside the variables that a caller adds."""
 
 _MAX_REASON = 500
+_MAX_PROBE_CHARS = 1 << 20
 
 
 class _Generation(Extension):
@@ -74,6 +76,7 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
         self._special_tokens = dict(special_tokens)
+        self._source = source
         try:
             self._template = environment.from_string(source)
         except (jinja2.TemplateError, RecursionError, ValueError, OverflowError) as error:
@@ -89,7 +92,8 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
-        """The conversation as one string; `variables` reach the template as they are.
+        """The conversation as one string. Messages and tools come as clients send them
+        (`messages.normalised_messages`); `variables` reach the template as they are.
 
         Raises InvalidRequest naming `messages` if they are not what the template expects.
         """
@@ -108,7 +112,26 @@ class ChatTemplate:
         max_chars: ends a template that writes more. Raises ContextTooLong (`messages`) then,
         else as `render`.
         """
-        _check_messages(messages)
+        tools = normalised_tools(variables.get("tools"))
+        found = normalised_messages(messages, self.traits)
+        text = self._text(found, {**variables, "tools": tools}, max_chars)
+        if max_chars is not None and len(text) > max_chars:
+            raise ContextTooLong(
+                f"the chat template writes more than {max_chars} characters, which no tokens of "
+                "the context can hold; shorten the messages",
+                field="messages",
+            )
+        return text
+
+    @cached_property
+    def traits(self) -> TemplateTraits:
+        """What this template expects of messages."""
+        return TemplateTraits(self._source, self._probe)
+
+    def _text(
+        self, messages: Sequence[Message], variables: Mapping[str, Any], max_chars: int | None
+    ) -> str:
+        """What the template writes, up to the piece that passes `max_chars`."""
         defaults = {"add_generation_prompt": True, "tools": None, "documents": None}
         names = {**self._special_tokens, **defaults, **variables, "messages": list(messages)}
         parts, size = [], 0
@@ -125,13 +148,14 @@ class ChatTemplate:
             raise InvalidRequest(
                 f"messages do not fit the chat template: {what}", field="messages"
             ) from error
-        if max_chars is not None and size > max_chars:
-            raise ContextTooLong(
-                f"the chat template writes more than {max_chars} characters, which no tokens of "
-                "the context can hold; shorten the messages",
-                field="messages",
-            )
         return text
+
+    def _probe(self, messages: Sequence[Message]) -> str | None:
+        """What the template makes of messages; None if it refuses them."""
+        try:
+            return self._text(messages, {}, _MAX_PROBE_CHARS)
+        except InvalidRequest:
+            return None
 
 
 def check_variables(variables: Mapping[str, Any]) -> None:
@@ -142,14 +166,3 @@ def check_variables(variables: Mapping[str, Any]) -> None:
             f"chat_template_kwargs has {name}, which is a field of its own; set that instead",
             field=f"chat_template_kwargs.{name}",
         )
-
-
-def _check_messages(messages: Sequence[Message]) -> None:
-    if not messages:
-        raise InvalidRequest("messages is empty; send at least one", field="messages")
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise InvalidRequest(
-                f"messages[{index}] must be an object with a string 'role'",
-                field=f"messages[{index}]",
-            )

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from engine.errors import InvalidRequest, SlipstreamError, by_name
-from rollout.text.chat_template import Message
+from rollout.text.messages import Message
 
 _MEMORY_BYTES = 1 << 30
 

@@ -12,10 +12,11 @@ import numpy as np
 import tokenizers
 
 from engine.errors import InvalidRequest, ModelNotFound
-from rollout.text.chat_template import ChatTemplate, Message
+from rollout.text.chat_template import ChatTemplate
 from rollout.text.gguf_metadata import read_gguf_metadata
 from rollout.text.gguf_tokenizer import build_gguf_tokenizer
 from rollout.text.hf_folder import read_hf_folder
+from rollout.text.messages import Message
 from rollout.text.special_tokens import SpecialTokens
 
 

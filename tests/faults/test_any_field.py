@@ -68,7 +68,9 @@ def assert_answer(reply: httpx.Response) -> None:
     assert 200 <= reply.status_code < 300 or 400 <= reply.status_code < 500, reply.text[:500]
     if reply.status_code >= 400 and reply.headers["content-type"] == "application/json":
         error = reply.json()["error"]
-        assert error["message"] and error["code"] == reply.status_code and error["type"]
+        unknown_model = reply.status_code == 404 and error["param"] == "model"
+        code = "model_not_found" if unknown_model else reply.status_code
+        assert error["message"] and error["code"] == code and error["type"]
         assert len(reply.content) < 20_000, "a refusal repeats the whole value"
 
 

@@ -146,13 +146,15 @@ class Bodies:
         return {
             name: self.example(field)
             for name, field in fields.items()
-            if name in required or "$ref" in field
+            if name in required or _refers(field)
         }
 
     def _matching(self, options: list[Any], value: Any) -> Mapping[str, Any]:
         kinds = {dict: "object", list: "array"}
         resolved = [self._resolved(option) for option in options]
         for option in resolved:
+            if "anyOf" in option:
+                option = self._matching(option["anyOf"], value)
             if option.get("type") == kinds.get(type(value)) and _tag_fits(option, value):
                 return option
         return {}
@@ -160,6 +162,12 @@ class Bodies:
     def _resolved(self, schema: Mapping[str, Any]) -> Mapping[str, Any]:
         name = schema.get("$ref", "").removeprefix("#/components/schemas/")
         return self._schemas[name] if name else schema
+
+
+def _refers(field: Mapping[str, Any]) -> bool:
+    """Whether a field's value is an object with a schema of its own, required or not."""
+    options = field.get("anyOf", [field])
+    return "$ref" in options[0] and options[1:] in ([], [{"type": "null"}])
 
 
 def _tag_fits(schema: Mapping[str, Any], value: Any) -> bool:

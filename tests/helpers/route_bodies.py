@@ -85,4 +85,6 @@ def query_routes() -> Iterator[tuple[str, str, str]]:
     for path, methods in openapi()["paths"].items():
         for method, operation in methods.items():
             for parameter in operation.get("parameters", []):
+                if parameter["in"] != "query":
+                    continue
                 yield method.upper(), path, parameter["name"]

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from engine.errors import InvalidRequest, UnsupportedOption
@@ -36,3 +38,24 @@ def test_mistakes_name_their_field(line: str, error: type[Exception], field: str
         parse_request(line.encode("latin-1"))
     assert type(caught.value) is error
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ('{"txt": "a"}', "did you mean text?"),
+        ('{"max_new_tokens": 3}', "did you mean sampling_params.max_new_tokens?"),
+        ('{"temprature": 1}', "did you mean sampling_params.temperature?"),
+        ('{"sampling_params": {"temprature": 1}}', "did you mean sampling_params.temperature?"),
+        ('{"custom_id": "x"}', "leave it out"),
+    ],
+)
+def test_an_unknown_field_comes_with_the_one_that_was_meant(line: str, meant: str) -> None:
+    with pytest.raises(InvalidRequest, match=re.escape(meant)):
+        parse_request(line)
+
+
+def test_a_null_is_no_field() -> None:
+    line = '{"text": "a", "rid": null, "lora_path": null, "sampling_params": {"n": null}}'
+    assert parse_request(line) == parse_request('{"text": "a"}')
+    assert parse_request('{"text": "a", "sampling_params": null}') == parse_request('{"text": "a"}')

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -109,7 +109,7 @@ class ChatPrompts:
         own = body.chat_template in (None, tokenizer.chat_template)
         context_length = self._services.engine.facts.context_length
         text = await self._renderer.render(
-            [_plain(message, index) for index, message in enumerate(body.messages)],
+            body.messages,
             {
                 "add_generation_prompt": body.add_generation_prompt,
                 "tools": body.tools,
@@ -124,22 +124,6 @@ class ChatPrompts:
         if not ids:
             raise InvalidRequest("the chat template wrote nothing", field="messages")
         return ids
-
-
-def _plain(message: Mapping[str, Any], index: int) -> Mapping[str, Any]:
-    """The message with content in text parts joined: templates are written for strings."""
-    content = message.get("content")
-    if not isinstance(content, list):
-        return message
-    texts = []
-    for part in content:
-        if not isinstance(part, Mapping) or part.get("type") != "text":
-            raise UnsupportedOption(
-                "content parts other than text are not served",
-                field=f"messages[{index}].content",
-            )
-        texts.append(str(part.get("text", "")))
-    return {**message, "content": "".join(texts)}
 
 
 class _Choices:

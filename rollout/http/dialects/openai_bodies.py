@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from engine.errors import InvalidRequest, UnsupportedOption
+from engine.errors import InvalidRequest
 from engine.protocol import GenerateRequest, KvPolicy, SamplingParams
 from engine.protocol.types import (
     ClientId,
@@ -23,39 +23,10 @@ from engine.protocol.types import (
     TokenIds,
 )
 from rollout.decoding import check_depth, decode_json
+from rollout.http.dialects.openai_fields import NATIVE_NAMES, check_fields
 from rollout.text.chat_template import check_variables
 
 T = TypeVar("T", bound=msgspec.Struct)
-
-# Options that would change the output and that this engine does not have.
-_UNSERVED = (
-    "structured_outputs",
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
-    "guided_grammar",
-    "response_format",
-    "use_beam_search",
-    "suffix",
-    "echo",
-    "truncate_prompt_tokens",
-    "prompt_embeds",
-    "bad_words",
-    "allowed_token_ids",
-    "continue_final_message",
-    "documents",
-)
-_LOOKED_AT = frozenset({*_UNSERVED, "best_of", "n"})
-_NAMES = {
-    "max_new_tokens": "max_tokens",
-    "min_new_tokens": "min_tokens",
-    "sampling_seed": "seed",
-    "top_logprobs_num": "logprobs",
-    "logprob_start_len": "prompt_logprobs",
-    "input_ids": "prompt",
-    "text": "prompt",
-}
-
 
 _PROMPT_KINDS: dict[bytes, Any] = {b'"': list[str], b"[": list[list[Int32]]}
 
@@ -71,14 +42,14 @@ class _Common(msgspec.Struct, kw_only=True):
 
     model: Message = ""
     n: Int32 = 1
-    temperature: Float32 | None = 1.0
-    top_p: Float32 | None = 1.0
-    top_k: Int32 | None = -1
-    min_p: Float32 | None = 0.0
-    repetition_penalty: Float32 | None = 1.0
-    presence_penalty: Penalty | None = 0.0
-    frequency_penalty: Penalty | None = 0.0
-    logit_bias: LogitBias | None = None
+    temperature: Float32 = 1.0
+    top_p: Float32 = 1.0
+    top_k: Int32 = -1
+    min_p: Float32 = 0.0
+    repetition_penalty: Float32 = 1.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    logit_bias: LogitBias = {}
     seed: Int64 | None = None
     stop: StopString | StopStrings | None = None
     stop_token_ids: TokenIds | None = None
@@ -123,15 +94,15 @@ class ChatBody(_Common, kw_only=True):
 
 def parse_openai(data: bytes, kind: type[T]) -> T:
     """The body. Raises InvalidRequest, and UnsupportedOption for an option that is set and that
-    this engine does not have; other unknown fields are passed over."""
+    this engine does not have (`openai_fields`)."""
+    check_fields(decode_json(data or b"{}", dict[str, msgspec.Raw]), kind)
     body: T = decode_json(data or b"{}", kind, strict=False)
-    fields: dict[str, msgspec.Raw] = decode_json(data or b"{}", dict[str, msgspec.Raw])
-    looked_at = _LOOKED_AT & fields.keys()
-    _check_served({name: decode_json(fields[name], Any, field=name) for name in looked_at})
     if isinstance(body, ChatBody):
         for field in ("messages", "tools", "chat_template_kwargs"):
             check_depth(getattr(body, field) or [], field)
-        check_variables(body.chat_template_kwargs or {})
+        given = body.chat_template_kwargs or {}
+        body.chat_template_kwargs = {k: v for k, v in given.items() if v is not None}
+        check_variables(body.chat_template_kwargs)
     return body
 
 
@@ -156,33 +127,19 @@ def _prompt(prompt: msgspec.Raw, kind: Any) -> Any:
         raise InvalidRequest(f"prompt: {error.message}", field="prompt") from error
 
 
-def _check_served(fields: dict[str, Any]) -> None:
-    for name in _UNSERVED:
-        value = fields.get(name)
-        plain_text = name == "response_format" and value == {"type": "text"}
-        if value and not plain_text:
-            raise UnsupportedOption(
-                f"{name} is not served by this engine; leave it out", field=name
-            )
-    if fields.get("best_of") not in (None, fields.get("n", 1)):
-        raise UnsupportedOption(
-            "best_of is not served; leave it out or equal to n", field="best_of"
-        )
-
-
 def sampling_of(body: CompletionBody | ChatBody, max_tokens: int) -> SamplingParams:
-    """The options under their native names; null and vLLM's 0 stand for the default."""
+    """The options under their native names; vLLM's `top_k` 0 stands for all tokens."""
     return SamplingParams(
         max_new_tokens=max_tokens,
         min_new_tokens=body.min_tokens,
-        temperature=_or(body.temperature, 1.0),
-        top_p=_or(body.top_p, 1.0),
+        temperature=body.temperature,
+        top_p=body.top_p,
         top_k=body.top_k or -1,
-        min_p=body.min_p or 0.0,
-        frequency_penalty=body.frequency_penalty or 0.0,
-        presence_penalty=body.presence_penalty or 0.0,
-        repetition_penalty=_or(body.repetition_penalty, 1.0),
-        logit_bias=body.logit_bias or {},
+        min_p=body.min_p,
+        frequency_penalty=body.frequency_penalty,
+        presence_penalty=body.presence_penalty,
+        repetition_penalty=body.repetition_penalty,
+        logit_bias=body.logit_bias,
         stop=body.stop or None,
         stop_token_ids=body.stop_token_ids,
         ignore_eos=body.ignore_eos,
@@ -219,16 +176,12 @@ def base_request(
 def renamed(error: InvalidRequest) -> InvalidRequest:
     """The error with the names that this dialect gives the fields."""
     prefix, _, name = error.field.rpartition(".")
-    if name not in _NAMES:
+    if name not in NATIVE_NAMES:
         return error
-    field = f"{prefix}.{_NAMES[name]}" if prefix else _NAMES[name]
-    message = re.sub(rf"(?<![A-Za-z0-9_]){name}(?![A-Za-z0-9_])", _NAMES[name], error.message)
+    field = f"{prefix}.{NATIVE_NAMES[name]}" if prefix else NATIVE_NAMES[name]
+    message = re.sub(rf"(?<![A-Za-z0-9_]){name}(?![A-Za-z0-9_])", NATIVE_NAMES[name], error.message)
     return type(error)(message, field=field)
 
 
 def _all_if_negative(count: int, vocab_size: int) -> int:
     return vocab_size if count < 0 else count
-
-
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else value

@@ -13,6 +13,7 @@ import msgspec
 from engine.errors import InvalidRequest
 from engine.protocol import FinishReason, GenerateRequest
 from rollout.http.dialects.openai_bodies import ChatBody, CompletionBody, renamed
+from rollout.http.dialects.openai_models import check_model
 from rollout.http.requests import GenerateCall
 from rollout.http.sample import Sample
 from rollout.http.services import Services
@@ -59,7 +60,8 @@ async def start(
     object_name: str,
 ) -> OpenAICall:
     """Expand the items of a call into samples, prompt-major. Raises InvalidRequest with this
-    dialect's names of the fields."""
+    dialect's names of the fields, UnknownModel for a model that is not served."""
+    check_model(services, body.model)
     check_client_id(body.request_id, "request_id")
     rid = body.request_id or f"{prefix}-{uuid.uuid4().hex}"
     named = [

@@ -181,7 +181,7 @@ def test_errors_outside_any_route_have_the_one_shape() -> None:
                 (await server.get("/generate"), 405),
             ):
                 assert reply.status_code == code
-                assert set(reply.json()["error"]) == {"type", "message", "field", "code"}
+                assert set(reply.json()["error"]) == {"type", "message", "field", "param", "code"}
 
     run(test)
 

@@ -257,7 +257,8 @@ def test_chat_without_a_limit_takes_the_rest_of_the_context() -> None:
 @pytest.mark.parametrize(
     "path,body,kind,field",
     [
-        ("completions", {}, "InvalidRequest", ""),
+        ("completions", {}, "InvalidRequest", "prompt"),
+        ("chat/completions", {"max_tokens": 3}, "InvalidRequest", "messages"),
         ("completions", {"prompt": []}, "InvalidRequest", "prompt"),
         ("completions", {"prompt": 3}, "InvalidRequest", "prompt"),
         ("completions", {"prompt": ["a", 3]}, "InvalidRequest", "prompt"),

@@ -50,7 +50,7 @@ def routes_of(app: Any) -> set[tuple[str, str]]:
     for entry in app.routes:
         router = getattr(entry, "original_router", None)
         for route in router.routes if isinstance(router, APIRouter) else [entry]:
-            found |= {(method.lower(), route.path) for method in route.methods}
+            found |= {(method.lower(), route.path_format) for method in route.methods}
     return found
 
 
