@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -19,11 +18,12 @@ from rollout.http.dialects.openai_bodies import (
     parse_openai,
     prompts_of,
 )
-from rollout.http.dialects.openai_logprobs import TokenText, completion_logprobs, prompt_logprobs
+from rollout.http.dialects.openai_logprobs import Columns, prompt_logprobs
 from rollout.http.dialects.openai_run import (
     OpenAICall,
     finish_fields,
     start,
+    token_writer,
     usage,
     version_fields,
 )
@@ -34,6 +34,7 @@ from rollout.http.requests import check_prompt, prompt_room
 from rollout.http.sample import Delta, Sample
 from rollout.http.services import Services
 from rollout.http.sse import EventStream, answer
+from rollout.text.detokenizer import IncrementalDecoder
 
 _DEFAULT_TOKENS = 16
 
@@ -67,6 +68,9 @@ async def _items(services: Services, body: CompletionBody) -> list[GenerateReque
         top_logprobs=body.logprobs,
         vocab_size=services.engine.facts.vocab_size,
     )
+    if body.echo and (body.logprobs is not None or body.max_tokens == 0):
+        # Without a token to sample, the engine is asked for the prompt's scores at least.
+        base = msgspec.structs.replace(base, return_logprob=True, logprob_start_len=0)
     return [
         msgspec.structs.replace(base, text=text, input_ids=ids)
         for text, ids in await _texts_and_ids(services, body)
@@ -103,8 +107,8 @@ class _Choices:
         self._call = call
         self._body = body
         self._services = call.services
-        as_ids = bool(body.return_tokens_as_token_ids)
-        self._text = TokenText(tokenizer=call.services.tokenizer, as_ids=as_ids)
+        self._echo = bool(body.echo)
+        self._writers = [token_writer(call, sample, echo=self._echo) for sample in call.samples]
 
     async def reply(self) -> Response:
         """Run to the end; choices prompt-major."""
@@ -117,36 +121,43 @@ class _Choices:
         return json_response(call.envelope(choices, usage=usage(call.samples)))
 
     async def frames(self) -> AsyncGenerator[dict[str, Any], None]:
-        """A frame for every output."""
+        """A frame for every output; the first of a choice has its prompt, if it is echoed."""
         call = self._call
         position = {id(sample): index for index, sample in enumerate(call.samples)}
-        offsets: defaultdict[int, int] = defaultdict(int)
+        num_chars = [-1] * len(call.samples)
         async with aclosing(self._services.generator.run(call.samples)) as outputs:
             async for sample, delta in outputs:
                 index = position[id(sample)]
-                yield call.envelope([self._part(index, sample, delta, offsets[index])])
-                offsets[index] += len(delta.text)
+                prompt = self._prompt_text(sample) if num_chars[index] < 0 else None
+                text = (prompt or "") + delta.text
+                num_chars[index] = max(num_chars[index], 0) + len(text)
+                first = prompt is not None
+                yield call.envelope(
+                    [self._part(index, sample, delta, text, num_chars[index], first)]
+                )
         for frame in call.usage_frame():
             yield frame
 
     def _whole(self, sample: Sample, index: int) -> dict[str, Any]:
-        response = sample.response()
+        text = self._prompt_text(sample) + (sample.response().text or "")
         return {
             "index": index,
-            "text": response.text or "",
-            **self._scores(sample.output, 0),
+            "text": text,
+            **self._scores(index, sample, sample.output, len(text), first=True),
             **finish_fields(sample.finish, self._body),
             **self._ids(sample, sample.output, prompt=True),
             **self._prompt_scores(sample),
             **version_fields(sample, self._services.labels),
         }
 
-    def _part(self, index: int, sample: Sample, delta: Delta, offset: int) -> dict[str, Any]:
+    def _part(
+        self, index: int, sample: Sample, delta: Delta, text: str, num_chars: int, first: bool
+    ) -> dict[str, Any]:
         finish = sample.finish if delta.finished else None
         choice = {
             "index": index,
-            "text": delta.text,
-            **self._scores(delta.output, offset),
+            "text": text,
+            **self._scores(index, sample, delta.output, num_chars, first=first),
             **finish_fields(finish, self._body),
             **self._ids(sample, delta.output, prompt=delta.output.start == 0),
         }
@@ -154,12 +165,28 @@ class _Choices:
             choice |= version_fields(sample, self._services.labels)
         return choice
 
-    def _scores(self, output: RequestOutput, offset: int) -> dict[str, Any]:
-        if self._body.logprobs is None:
-            return {"logprobs": None}
+    def _prompt_text(self, sample: Sample) -> str:
+        """The prompt as its tokens say it, where it is echoed."""
+        tokenizer = self._services.tokenizer
+        if not self._echo or tokenizer is None:
+            return ""
+        skip = sample.request.sampling.skip_special_tokens
+        decoder = IncrementalDecoder(tokenizer, skip_special_tokens=skip)
+        return decoder.whole(sample.request.prompt_ids.tolist())
+
+    def _scores(
+        self, index: int, sample: Sample, output: RequestOutput, num_chars: int, *, first: bool
+    ) -> dict[str, Any]:
+        """`logprobs` of `output`, behind those of the prompt where it is echoed with it."""
         count = self._body.logprobs
+        if count is None:
+            return {"logprobs": None}
         count = self._services.engine.facts.vocab_size if count < 0 else count
-        return {"logprobs": completion_logprobs(output, count, self._text, offset)}
+        writer, prompt = self._writers[index], Columns()
+        if first and self._echo:
+            prompt = writer.echo(sample.request.prompt_ids.tolist(), output, count)
+        own = writer.completion(output, count, num_chars)
+        return {"logprobs": {name: prompt.get(name, []) + own[name] for name in own}}
 
     def _prompt_scores(self, sample: Sample) -> dict[str, Any]:
         count = self._body.prompt_logprobs

@@ -104,6 +104,7 @@ class CompletionBody(_Common, kw_only=True):
 
     prompt: msgspec.Raw
     logprobs: Int32 | None = None
+    echo: bool | None = False
     add_special_tokens: bool = True
 
 
@@ -126,7 +127,7 @@ def parse_openai(data: bytes, kind: type[T]) -> T:
     this engine does not have; other unknown fields are passed over."""
     body: T = decode_json(data or b"{}", kind, strict=False)
     fields: dict[str, msgspec.Raw] = decode_json(data or b"{}", dict[str, msgspec.Raw])
-    looked_at = _LOOKED_AT & fields.keys()
+    looked_at = (_LOOKED_AT - set(kind.__struct_fields__) | {"n"}) & fields.keys()
     _check_served({name: decode_json(fields[name], Any, field=name) for name in looked_at})
     if isinstance(body, ChatBody):
         for field in ("messages", "tools", "chat_template_kwargs"):
