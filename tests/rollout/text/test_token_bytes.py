@@ -17,8 +17,8 @@ from rollout.text.detokenizer import Detokenizer, IncrementalDecoder, final_text
 from rollout.text.special_tokens import SpecialTokens
 from rollout.text.token_bytes import spelled
 from rollout.text.tokenizer import Tokenizer, load_tokenizer
-from tests.helpers.token_families import FAMILIES, byte_level, sentencepiece
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
+from tests.helpers.token_families import FAMILIES, byte_level, sentencepiece
 
 BUILT = {name: build() for name, build in FAMILIES.items()}
 family = pytest.mark.parametrize("name", sorted(FAMILIES))
