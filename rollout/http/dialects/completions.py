@@ -18,7 +18,7 @@ from rollout.http.dialects.openai_bodies import (
     parse_openai,
     prompts_of,
 )
-from rollout.http.dialects.openai_logprobs import Columns, prompt_logprobs
+from rollout.http.dialects.openai_logprobs import Written, columns, prompt_logprobs
 from rollout.http.dialects.openai_run import (
     OpenAICall,
     finish_fields,
@@ -124,42 +124,49 @@ class _Choices:
         """A frame for every output; the first of a choice has its prompt, if it is echoed."""
         call = self._call
         position = {id(sample): index for index, sample in enumerate(call.samples)}
-        num_chars = [-1] * len(call.samples)
+        num_chars = [0] * len(call.samples)
+        begun: set[int] = set()
         async with aclosing(self._services.generator.run(call.samples)) as outputs:
             async for sample, delta in outputs:
                 index = position[id(sample)]
-                prompt = self._prompt_text(sample) if num_chars[index] < 0 else None
-                text = (prompt or "") + delta.text
-                num_chars[index] = max(num_chars[index], 0) + len(text)
-                first = prompt is not None
-                yield call.envelope(
-                    [self._part(index, sample, delta, text, num_chars[index], first)]
-                )
+                first = index not in begun
+                begun.add(index)
+                text = (self._prompt_text(sample) if first else "") + delta.text
+                num_chars[index] += len(text)
+                part = self._part(index, sample, delta, num_chars[index], first=first)
+                yield call.envelope([{**part, "text": text}])
         for frame in call.usage_frame():
             yield frame
 
     def _whole(self, sample: Sample, index: int) -> dict[str, Any]:
         text = self._prompt_text(sample) + (sample.response().text or "")
+        rows = self._rows(index, sample, sample.output, None, first=True)
         return {
             "index": index,
             "text": text,
-            **self._scores(index, sample, sample.output, len(text), first=True),
+            "logprobs": None if rows is None else columns(rows, len(text)),
             **finish_fields(sample.finish, self._body),
-            **self._ids(sample, sample.output, prompt=True),
+            **self._ids(sample, sample.output.token_ids.tolist(), prompt=True),
             **self._prompt_scores(sample),
             **version_fields(sample, self._services.labels),
         }
 
     def _part(
-        self, index: int, sample: Sample, delta: Delta, text: str, num_chars: int, first: bool
+        self, index: int, sample: Sample, delta: Delta, num_chars: int, *, first: bool
     ) -> dict[str, Any]:
         finish = sample.finish if delta.finished else None
+        certain = None if delta.finished else num_chars
+        rows = self._rows(index, sample, delta.output, certain, first=first)
+        ids = delta.output.token_ids.tolist()
+        if rows is not None:
+            # Beside the logprobs of the same tokens.
+            ids = [row.token_id for row in rows[self._num_echoed(sample, first) :]]
         choice = {
             "index": index,
-            "text": text,
-            **self._scores(index, sample, delta.output, num_chars, first=first),
+            "text": "",
+            "logprobs": None if rows is None else columns(rows, num_chars),
             **finish_fields(finish, self._body),
-            **self._ids(sample, delta.output, prompt=delta.output.start == 0),
+            **self._ids(sample, ids, prompt=delta.output.start == 0),
         }
         if delta.finished:
             choice |= version_fields(sample, self._services.labels)
@@ -174,19 +181,29 @@ class _Choices:
         decoder = IncrementalDecoder(tokenizer, skip_special_tokens=skip)
         return decoder.whole(sample.request.prompt_ids.tolist())
 
-    def _scores(
-        self, index: int, sample: Sample, output: RequestOutput, num_chars: int, *, first: bool
-    ) -> dict[str, Any]:
-        """`logprobs` of `output`, behind those of the prompt where it is echoed with it."""
+    def _rows(
+        self,
+        index: int,
+        sample: Sample,
+        output: RequestOutput,
+        num_chars: int | None,
+        *,
+        first: bool,
+    ) -> list[Written] | None:
+        """The tokens whose logprobs are written now, behind those of the prompt where it is echoed
+        with them; None if nobody wants logprobs."""
         count = self._body.logprobs
         if count is None:
-            return {"logprobs": None}
+            return None
         count = self._services.engine.facts.vocab_size if count < 0 else count
-        writer, prompt = self._writers[index], Columns()
-        if first and self._echo:
+        writer, prompt = self._writers[index], []
+        if self._num_echoed(sample, first):
             prompt = writer.echo(sample.request.prompt_ids.tolist(), output, count)
-        own = writer.completion(output, count, num_chars)
-        return {"logprobs": {name: prompt.get(name, []) + own[name] for name in own}}
+        return prompt + writer.completion(output, count, num_chars)
+
+    def _num_echoed(self, sample: Sample, first: bool) -> int:
+        """Tokens of the prompt that a frame begins with."""
+        return len(sample.request.prompt_ids) if self._echo and first else 0
 
     def _prompt_scores(self, sample: Sample) -> dict[str, Any]:
         count = self._body.prompt_logprobs
@@ -196,8 +213,8 @@ class _Choices:
         ids, tokenizer = sample.request.prompt_ids, self._services.tokenizer
         return {"prompt_logprobs": prompt_logprobs(ids, sample.output, count, tokenizer)}
 
-    def _ids(self, sample: Sample, output: RequestOutput, *, prompt: bool) -> dict[str, Any]:
+    def _ids(self, sample: Sample, ids: list[int], *, prompt: bool) -> dict[str, Any]:
         if not self._body.return_token_ids:
             return {}
         prompt_ids = sample.request.prompt_ids.tolist() if prompt else None
-        return {"prompt_token_ids": prompt_ids, "token_ids": output.token_ids.tolist()}
+        return {"prompt_token_ids": prompt_ids, "token_ids": ids}

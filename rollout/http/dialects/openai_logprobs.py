@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,29 @@ from rollout.text.token_bytes import spelled
 from rollout.text.tokenizer import Tokenizer
 
 Pairs = list[tuple[int, float]]
-Columns = dict[str, list[Any]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Written:
+    """One token of a completion: how it is written, its logprob and those of its alternatives
+    (None where nothing was scored), and where it begins in the text."""
+
+    token_id: int
+    token: str
+    logprob: float | None
+    top: dict[str, float] | None
+    offset: int
+
+
+def columns(rows: Sequence[Written], num_chars: int) -> dict[str, list[Any]]:
+    """The `logprobs` of a completion choice. num_chars: of its text, in which every offset lies;
+    a stop string and its tokens may have been cut off it."""
+    return {
+        "tokens": [row.token for row in rows],
+        "token_logprobs": [row.logprob for row in rows],
+        "top_logprobs": [row.top for row in rows],
+        "text_offset": [min(row.offset, num_chars) for row in rows],
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,34 +72,41 @@ class TokenWriter:
         prompt_ids: IntArray | Sequence[int] = (),
     ) -> None:
         self._speller = _Speller(tokenizer=tokenizer, as_ids=as_ids)
+        self._kept: list[Written] = []
         self._decoder = None
         if tokenizer is not None:
             self._decoder = IncrementalDecoder(
                 tokenizer, skip_special_tokens=skip_special_tokens, prompt_ids=prompt_ids
             )
 
-    def echo(self, prompt_ids: Sequence[int], output: RequestOutput, count: int) -> Columns:
-        """The prompt's part of a completion's `logprobs`: null where nothing was scored, as for
-        the first token. Arguments as in `completion`."""
+    def echo(self, prompt_ids: Sequence[int], output: RequestOutput, count: int) -> list[Written]:
+        """The prompt of a completion. output: the first of its sample, with the prompt's scores;
+        nothing precedes the first token, so it has none. count: as in `completion`."""
         scored = [] if output.prompt_logprobs is None else output.prompt_logprobs.tolist()
         scores = [None, *scored][: len(prompt_ids)]
         pairs = [None, *_top_pairs(output.prompt_top, count, len(scored))][: len(prompt_ids)]
         missing = [None] * (len(prompt_ids) - len(scores))
-        found = self._columns(prompt_ids, [*scores, *missing], [*pairs, *missing])
+        found = self._rows(prompt_ids, [*scores, *missing], [*pairs, *missing])
         # The output is decoded as a text of its own.
         if self._decoder is not None:
             self._decoder.flush()
         return found
 
-    def completion(self, output: RequestOutput, count: int, num_chars: int) -> Columns:
-        """The `logprobs` of a completion choice. count: alternatives wanted; vLLM adds the token
-        that was sampled to them. num_chars: of the text so far, in which every offset lies; a
-        stop string and its token may have been cut off it."""
+    def completion(
+        self, output: RequestOutput, count: int, num_chars: int | None = None
+    ) -> list[Written]:
+        """The tokens of a completion choice, and those kept so far. count: alternatives wanted;
+        vLLM adds the token that was sampled to them. num_chars: of the text that is certain, if
+        more of it will come: tokens that begin beyond it, which may yet turn out to be part of a
+        stop string, are kept for the next call."""
         ids = output.token_ids.tolist()
         pairs = _top_pairs(output.top, count, len(ids))
-        found = self._columns(ids, output.logprobs.tolist(), pairs)
-        found["text_offset"] = [min(offset, num_chars) for offset in found["text_offset"]]
-        return found
+        rows = self._kept + self._rows(ids, output.logprobs.tolist(), pairs)
+        ready = len(rows)
+        if num_chars is not None:
+            ready = bisect_right(rows, num_chars, key=lambda row: row.offset)
+        self._kept = rows[ready:]
+        return rows[:ready]
 
     def chat(self, output: RequestOutput, count: int) -> dict[str, Any]:
         """`logprobs` of a chat choice: one entry a token, its likeliest alternatives inside."""
@@ -96,27 +126,20 @@ class TokenWriter:
             content.append({**self._entry(token_id, logprob, raw), "top_logprobs": tops})
         return {"content": content, "refusal": None}
 
-    def _columns(
+    def _rows(
         self,
         ids: Sequence[int],
         logprobs: Sequence[float | None],
         tops: Sequence[Pairs | None],
-    ) -> Columns:
-        found: Columns = {
-            "tokens": [],
-            "token_logprobs": list(logprobs),
-            "top_logprobs": [],
-            "text_offset": [],
-        }
+    ) -> list[Written]:
+        found = []
         for token_id, logprob, pairs in zip(ids, logprobs, tops, strict=True):
             raw, offset = self._place(token_id)
-            token = self._speller(token_id, raw)
-            found["tokens"].append(token)
-            found["text_offset"].append(offset)
-            if pairs is None or logprob is None:
-                found["top_logprobs"].append(None)
-            else:
-                found["top_logprobs"].append(self._keyed(pairs, token_id, token, logprob))
+            token, top = self._speller(token_id, raw), None
+            if pairs is not None and logprob is not None:
+                top = self._keyed(pairs, token_id, token, logprob)
+            row = Written(token_id=token_id, token=token, logprob=logprob, top=top, offset=offset)
+            found.append(row)
         return found
 
     def _keyed(self, pairs: Pairs, token_id: int, token: str, logprob: float) -> dict[str, float]:

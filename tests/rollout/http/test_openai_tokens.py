@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 
 from engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from engine.protocol import RequestOutput, TopLogprobs
-from rollout.http.dialects.openai_logprobs import TokenWriter, prompt_logprobs
+from rollout.http.dialects.openai_logprobs import TokenWriter, columns, prompt_logprobs
 from rollout.outputs import LEAST_LOGPROB
 from rollout.ranks import build_executor
+from tests.helpers.fake_executor import expected_tokens
 from tests.helpers.http_app import Server, run, serving
 from tests.helpers.tiny_models import write_tiny
+from tests.helpers.tiny_tokenizer import ids_of, tiny_tokenizer
 from tests.helpers.token_families import FAMILIES, byte_level, sentencepiece
 
 BUILT = {name: build() for name, build in FAMILIES.items()}
@@ -57,7 +59,7 @@ def test_every_token_and_alternative_can_be_told_apart(name: str, data: st.DataO
     output = scored(ids, tops)
     as_ids, prompt = data.draw(st.booleans()), data.draw(st.sampled_from([[], [5, 6]]))
     options: dict[str, Any] = {"as_ids": as_ids, "skip_special_tokens": True, "prompt_ids": prompt}
-    found = TokenWriter(tokenizer, **options).completion(output, 4, 10_000)
+    found = columns(TokenWriter(tokenizer, **options).completion(output, 4), 10_000)
     chat = TokenWriter(tokenizer, **options).chat(output, 4)["content"]
     for index, (own, top) in enumerate(zip(ids, tops, strict=True)):
         named = found["top_logprobs"][index]
@@ -84,7 +86,7 @@ def near(token: int, tokenizer: Any) -> list[int]:
 def test_a_banned_token_has_a_number_where_clients_read_one() -> None:
     output = scored([1], [[(1, -0.25), (2, -np.inf)]])
     writer = TokenWriter(None, as_ids=True, skip_special_tokens=True)
-    assert writer.completion(output, 2, 0)["top_logprobs"] == [
+    assert columns(writer.completion(output, 2), 0)["top_logprobs"] == [
         {"token_id:1": -0.25, "token_id:2": LEAST_LOGPROB}
     ]
     (entry,) = writer.chat(output, 2)["content"]
@@ -176,6 +178,33 @@ def as_bytes(token: str) -> bytes:
     if token.startswith("bytes:\\x"):
         return bytes.fromhex(token.removeprefix("bytes:").replace("\\x", ""))
     return token.encode()
+
+
+@pytest.mark.parametrize("size", [3, 12])
+@pytest.mark.parametrize("echo", [False, True])
+def test_a_stream_has_the_offsets_of_the_whole(echo: bool, size: int) -> None:
+    """Also where text is held back because it may begin a stop string, which then comes
+    (size 12) or not."""
+
+    async def test() -> None:
+        async with serving() as server:
+            text = tiny_tokenizer().decode(expected_tokens(ids_of("ab"), 20))
+            body = {"prompt": "ab", "max_tokens": size, "logprobs": 1, "echo": echo, "n": 1}
+            body |= {"stop": [text[1:7]], "return_token_ids": True}
+            (whole,) = await choices(server, "/v1/completions", body)
+            reply = await server.post("/v1/completions", {**body, "stream": True})
+            lines = [line.removeprefix("data: ") for line in reply.text.split("\n\n") if line]
+            parts = [json.loads(line)["choices"][0] for line in lines[:-1]]
+            for name, column in whole["logprobs"].items():
+                assert [x for part in parts for x in part["logprobs"][name]] == column
+            assert [x for part in parts for x in part["token_ids"]] == whole["token_ids"]
+            assert max(whole["logprobs"]["text_offset"]) <= len(whole["text"])
+            sent = 0
+            for part in parts:
+                sent += len(part["text"])
+                assert max([0, *part["logprobs"]["text_offset"]]) <= sent
+
+    run(test)
 
 
 @pytest.mark.parametrize("stream", [False, True])
