@@ -66,10 +66,18 @@ def to_wire(response: GenerateResponse) -> dict[str, Any]:
 class RunningReply:
     """The reply to a sequence that still runs: everything so far, each token looked at once.
 
-    `wire` and `request` as in `respond`, without a tokenizer: the caller has the text.
+    Arguments as in `respond`; the tokenizer is for the tokens of logprobs alone: the caller has
+    the text.
     """
 
-    def __init__(self, wire: GenerateRequest, request: Request, index: int | None) -> None:
+    def __init__(
+        self,
+        wire: GenerateRequest,
+        request: Request,
+        tokenizer: Tokenizer | None,
+        index: int | None,
+    ) -> None:
+        self._texts = tokenizer if wire.return_text_in_logprobs else None
         self._wire = wire
         self._request = request
         self._index = index
@@ -86,11 +94,12 @@ class RunningReply:
             self._first = output
             if wire.return_logprob and wire.logprob_start_len >= 0:
                 top = wire.top_logprobs_num
-                self._input = _input_logprobs(self._request, output, None, top)
+                self._input = _input_logprobs(self._request, output, self._texts, top)
         self._ids += output.token_ids.tolist()
         self._spans = join_spans([*self._spans, *output.spans])
         if wire.return_logprob:
-            for name, values in _output_logprobs(output, None, wire.top_logprobs_num).items():
+            top = wire.top_logprobs_num
+            for name, values in _output_logprobs(output, self._texts, top).items():
                 if isinstance(values, list):
                     self._lists.setdefault(name, []).extend(values)
         if output.entropies is not None:

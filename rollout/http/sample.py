@@ -84,7 +84,7 @@ class Sample:
         if wants_text and tokenizer is not None:
             self._tap = _TextTap(tokenizer, sampling, request.prompt_ids)
         self._gathered = Gathered(sampling, self._tap)
-        self._running = RunningReply(wire, request, index) if stream else None
+        self._running = RunningReply(wire, request, tokenizer, index) if stream else None
         self._final: RequestOutput | None = None
         self._num_sent = 0
         self.stop: StopMatch | None = None
@@ -140,7 +140,8 @@ class Sample:
     def _unfinished(self, output: RequestOutput) -> GenerateResponse:
         shown = msgspec.structs.replace(output, finish=output.finish or _RUNNING)
         # Text comes from the tap: what it holds back may yet become part of a stop string.
-        reply = respond(self.wire, self.request, shown, None, index=self.index)
+        texts = self._tokenizer if self.wire.return_text_in_logprobs else None
+        reply = respond(self.wire, self.request, shown, texts, index=self.index)
         meta = {**reply.meta_info, "finish_reason": None}
         text = None if self._tap is None else self._text(self._tap.text)
         return msgspec.structs.replace(reply, text=text, meta_info=meta)

@@ -95,6 +95,7 @@ def test_what_a_stop_string_cuts_off_a_stream_is_gone_from_every_column(sizes: l
         sampling_params=SamplingParams(stop="END"),
         return_logprob=True,
         return_entropy=True,
+        return_text_in_logprobs=True,
         top_logprobs_num=1,
         stream=True,
     )
@@ -128,6 +129,8 @@ def test_what_a_stop_string_cuts_off_a_stream_is_gone_from_every_column(sizes: l
 def _check_columns(ids: list[int], meta: dict[str, object]) -> None:
     for name in ("output_token_logprobs", "output_top_logprobs", "output_token_entropy"):
         assert len(meta[name]) == len(ids), name
+    texts = [text for _, _, text in meta["output_token_logprobs"]]
+    assert texts == [tiny_tokenizer().decode([token]) for token in ids]
 
 
 def test_what_cannot_come_has_a_number_below_all_others() -> None:
