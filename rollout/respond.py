@@ -142,7 +142,8 @@ def _meta_info(
     if wire.return_logprob:
         texts = tokenizer if wire.return_text_in_logprobs else None
         meta |= _output_logprobs(output, texts, wire.top_logprobs_num)
-        if wire.logprob_start_len >= 0:
+        # Of a stream in increments, the first brings the prompt's.
+        if wire.logprob_start_len >= 0 and output.start == 0:
             meta |= _input_logprobs(request, output, texts, wire.top_logprobs_num)
     if output.entropies is not None:
         meta["output_token_entropy"] = output.entropies.tolist()

@@ -97,6 +97,7 @@ def test_what_a_stop_string_cuts_off_a_stream_is_gone_from_every_column(sizes: l
         return_entropy=True,
         return_text_in_logprobs=True,
         top_logprobs_num=1,
+        logprob_start_len=0,
         stream=True,
     )
     request = Request(
@@ -105,6 +106,7 @@ def test_what_a_stop_string_cuts_off_a_stream_is_gone_from_every_column(sizes: l
         sampling=wire.sampling_params,
         seed=0,
         top_logprobs=1,
+        prompt_logprob_start=0,
         entropy=True,
         stream=True,
     )
@@ -114,7 +116,9 @@ def test_what_a_stop_string_cuts_off_a_stream_is_gone_from_every_column(sizes: l
     for size in sizes:
         end = start + size
         finish = FinishReason(type="length", length=6) if end == 6 else None
-        delta = sample.take(output(ids[start:end], start, finish=finish))
+        scores = None if start else np.array([-1, -2], np.float32)
+        piece = output(ids[start:end], start, finish=finish, prompt_logprobs=scores)
+        delta = sample.take(piece)
         partial, more = sample.partial(), sample.increment(delta)
         for reply in (partial, more):
             _check_columns(reply.output_ids, reply.meta_info)
@@ -122,6 +126,8 @@ def test_what_a_stop_string_cuts_off_a_stream_is_gone_from_every_column(sizes: l
         start = end
     assert [token for part in increments for token in part["ids"]] == ids[:5]
     assert [e for part in increments for e in part["output_token_entropy"]] == [0, 1, 2, 3, 4]
+    prompts = [part.get("input_token_logprobs", []) for part in increments]
+    assert [len(prompt) for prompt in prompts] == [PROMPT] + [0] * (len(sizes) - 1)
     assert sample.response().text == "ab"
     _check_columns(sample.response().output_ids, sample.response().meta_info)
 
