@@ -61,7 +61,10 @@ class IncrementalDecoder:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._first = not any(self._is_shown(int(token_id)) for token_id in prompt_ids)
+        self._added = tokenizer.added_bytes(skip_special_tokens=skip_special_tokens)
+        self._first = True
+        # Looked at when a token comes: then the engine has found it to be a prompt.
+        self._prompt_ids = prompt_ids
         self._num_chars = 0
 
     def add(self, token_id: int) -> str:
@@ -93,16 +96,26 @@ class IncrementalDecoder:
 
     def whole(self, token_ids: Sequence[int]) -> str:
         """All that is added by `token_ids`, the last of the text."""
-        text = self._utf8.decode(b"".join(map(self._raw, token_ids)), True)
+        raw, rest = [], iter(token_ids)
+        while self._first and (token_id := next(rest, None)) is not None:
+            raw.append(self._raw(token_id))
+        raw += map(self._added.__getitem__, rest)
+        text = self._utf8.decode(b"".join(raw), True)
         self._num_chars += len(text)
         return text
 
     def _raw(self, token_id: int) -> bytes:
         """The bytes that a token adds to the text."""
+        if not self._first:
+            return self._added[token_id]
+        prompt_ids, self._prompt_ids = self._prompt_ids, ()
+        if any(self._is_shown(int(before)) for before in prompt_ids):
+            self._first = False
+            return self._added[token_id]
         if not self._is_shown(token_id):
             return b""
-        first, self._first = self._first, False
-        return self._tokenizer.token_bytes(token_id, first=first)
+        self._first = False
+        return self._tokenizer.token_bytes(token_id, first=True)
 
     def _is_shown(self, token_id: int) -> bool:
         return self._tokenizer.is_shown(token_id, skip_special_tokens=self._skip)

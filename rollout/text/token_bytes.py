@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tokenizers
@@ -47,23 +47,35 @@ class TokenBytes:
             )
         added = backend.get_added_tokens_decoder().values()
         self._special = frozenset(token.content for token in added if token.special)
-        self._known: dict[tuple[int, bool], bytes] = {}
+        self._whole = _Table(self._of)
+        self._first = _Table(self._of_first)
+        self._shown = _Table(self._of_shown)
+
+    def added(self, *, skip_special_tokens: bool) -> Mapping[int, bytes]:
+        """By id, what a token adds to a text that goes on: nothing where it is not shown."""
+        return self._shown if skip_special_tokens else self._whole
 
     def of(self, token_id: int, *, first: bool = False) -> bytes:
         """The bytes of a token; none for an id beyond the vocabulary. first: where it begins a
         text, which SentencePiece writes without its space."""
-        key = (token_id, first)
-        found = self._known.get(key)
-        if found is None:
-            token = self._backend.id_to_token(token_id)
-            found = b"" if token is None else self._bytes(token, first)
-            self._known[key] = found
-        return found
+        return (self._first if first else self._whole)[token_id]
 
-    def shown(self, token_id: int, *, skip_special_tokens: bool) -> bool:
+    def is_shown(self, token_id: int, *, skip_special_tokens: bool) -> bool:
         """Whether a token is part of the text at all."""
         token = self._backend.id_to_token(token_id)
         return token is not None and not (skip_special_tokens and token in self._special)
+
+    def _of(self, token_id: int) -> bytes:
+        token = self._backend.id_to_token(token_id)
+        return b"" if token is None else self._bytes(token, False)
+
+    def _of_first(self, token_id: int) -> bytes:
+        token = self._backend.id_to_token(token_id)
+        return b"" if token is None else self._bytes(token, True)
+
+    def _of_shown(self, token_id: int) -> bytes:
+        shown = self.is_shown(token_id, skip_special_tokens=True)
+        return self._whole[token_id] if shown else b""
 
     def _bytes(self, token: str, first: bool) -> bytes:
         if self._to_byte:
@@ -85,6 +97,18 @@ class TokenBytes:
             return " ".join(tokens)
         text: str = decoder.decode(tokens)
         return text
+
+
+class _Table(dict[int, bytes]):
+    """Bytes by token id, each found when it is first asked for; at most the vocabulary's."""
+
+    def __init__(self, find: Callable[[int], bytes]) -> None:
+        super().__init__()
+        self._find = find
+
+    def __missing__(self, token_id: int) -> bytes:
+        found = self[token_id] = self._find(token_id)
+        return found
 
 
 def spelled(raw: bytes) -> str:

@@ -69,7 +69,12 @@ class Tokenizer:
 
     def is_shown(self, token_id: int, *, skip_special_tokens: bool) -> bool:
         """Whether `decode` looks at a token: it is in the vocabulary, and not skipped."""
-        return self._bytes.shown(token_id, skip_special_tokens=skip_special_tokens)
+        return self._bytes.is_shown(token_id, skip_special_tokens=skip_special_tokens)
+
+    def added_bytes(self, *, skip_special_tokens: bool) -> Mapping[int, bytes]:
+        """By id, the bytes that a token adds to a text that has begun; none if it is not
+        shown."""
+        return self._bytes.added(skip_special_tokens=skip_special_tokens)
 
     def special_token_id(self, text: str) -> int | None:
         """Id of the special token that is written `text`; None if it is not one."""
