@@ -138,7 +138,7 @@ class _Batch:
                 error = InvalidRequest("stop strings need a tokenizer", field="stop")
                 self._finished.append(refused(request, error))
                 return None
-            detokenizer = Detokenizer(self._tokenizer, request.sampling)
+            detokenizer = Detokenizer(self._tokenizer, request.sampling, request.prompt_ids)
             request = msgspec.structs.replace(request, stream=True)
         self._open[request.rid] = Gathered(request.sampling, detokenizer)
         return request

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from engine.errors import SlipstreamError
 from engine.protocol import (
     FinishReason,
+    FloatArray,
     Request,
     RequestOutput,
     SamplingParams,
@@ -68,7 +70,10 @@ class Gathered:
         whole = join_outputs(self._chunks)
         if self._detokenizer is not None and self.stop is None:
             self.stop = self._detokenizer.finish().stop
-        return whole if self.stop is None else _cut(whole, self.stop)
+        if self.stop is None:
+            return whole
+        finish = FinishReason(type="stop", matched=self.stop.matched)
+        return msgspec.structs.replace(head(whole, self.stop.num_tokens), finish=finish)
 
 
 def join_outputs(chunks: Sequence[RequestOutput]) -> RequestOutput:
@@ -125,19 +130,40 @@ def join_spans(spans: list[VersionSpan]) -> list[VersionSpan]:
     return joined
 
 
-def _cut(output: RequestOutput, stop: StopMatch) -> RequestOutput:
-    end = stop.num_tokens
+def head(output: RequestOutput, count: int) -> RequestOutput:
+    """The first `count` tokens of an output, with all that comes a token each: the one place
+    where outputs are cut."""
+    if count >= len(output.token_ids):
+        return output
     top, entropies = output.top, output.entropies
+    end = output.start + count
     return msgspec.structs.replace(
         output,
-        token_ids=output.token_ids[:end],
-        logprobs=output.logprobs[:end],
-        top=None if top is None else TopLogprobs(top.ids[:end], top.logprobs[:end]),
-        entropies=None if entropies is None else entropies[:end],
-        spans=[
-            VersionSpan(span.version, span.start, min(span.end, end))
-            for span in output.spans
-            if span.start < end
-        ],
-        finish=FinishReason(type="stop", matched=stop.matched),
+        token_ids=output.token_ids[:count],
+        logprobs=output.logprobs[:count],
+        top=None if top is None else TopLogprobs(top.ids[:count], top.logprobs[:count]),
+        entropies=None if entropies is None else entropies[:count],
+        spans=_clip(output.spans, end),
+        kv_spans=_clip(output.kv_spans, output.prompt_tokens + end),
     )
+
+
+LEAST_LOGPROB = -9999.0
+"""What replies show for a token that cannot come, whose logprob is -inf: JSON has no number for
+it, and OpenAI's API documents this one."""
+
+
+def finite_logprobs(values: FloatArray) -> list[Any]:
+    """float32 of any shape as lists to encode. -inf, which banned tokens have among the likeliest,
+    becomes LEAST_LOGPROB, or the least finite of `values` if that is lower, so that the order
+    stays."""
+    banned = np.isneginf(values)
+    if banned.any():
+        least = min(LEAST_LOGPROB, float(values[~banned].min(initial=0.0)))
+        values = np.where(banned, np.float32(least), values)
+    found: list[Any] = values.tolist()
+    return found
+
+
+def _clip(spans: list[VersionSpan], end: int) -> list[VersionSpan]:
+    return [VersionSpan(s.version, s.start, min(s.end, end)) for s in spans if s.start < end]

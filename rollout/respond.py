@@ -15,9 +15,10 @@ from engine.protocol import (
     TopLogprobs,
     VersionSpan,
 )
-from rollout.outputs import join_spans
+from rollout.outputs import finite_logprobs, join_spans
 from rollout.sample_ids import shown
 from rollout.text.detokenizer import final_text
+from rollout.text.token_bytes import spelled
 from rollout.text.tokenizer import Tokenizer
 
 LogprobEntry = list[Any]
@@ -35,10 +36,11 @@ def respond(
 
     index: which of the `n` samples it is; None when one was asked for.
     """
-    ids = output.token_ids.tolist()
-    sampling = wire.sampling_params
+    ids, sampling, text = output.token_ids.tolist(), wire.sampling_params, None
+    if tokenizer is not None:
+        text = final_text(tokenizer, ids, output.finish, sampling, request.prompt_ids)
     return GenerateResponse(
-        text=None if tokenizer is None else final_text(tokenizer, ids, output.finish, sampling),
+        text=text,
         output_ids=ids,
         meta_info=_meta_info(wire, request, output, tokenizer),
         prompt_token_ids=request.prompt_ids.tolist() if wire.return_prompt_token_ids else None,
@@ -64,10 +66,18 @@ def to_wire(response: GenerateResponse) -> dict[str, Any]:
 class RunningReply:
     """The reply to a sequence that still runs: everything so far, each token looked at once.
 
-    `wire` and `request` as in `respond`, without a tokenizer: the caller has the text.
+    Arguments as in `respond`; the tokenizer is for the tokens of logprobs alone: the caller has
+    the text.
     """
 
-    def __init__(self, wire: GenerateRequest, request: Request, index: int | None) -> None:
+    def __init__(
+        self,
+        wire: GenerateRequest,
+        request: Request,
+        tokenizer: Tokenizer | None,
+        index: int | None,
+    ) -> None:
+        self._texts = tokenizer if wire.return_text_in_logprobs else None
         self._wire = wire
         self._request = request
         self._index = index
@@ -84,11 +94,12 @@ class RunningReply:
             self._first = output
             if wire.return_logprob and wire.logprob_start_len >= 0:
                 top = wire.top_logprobs_num
-                self._input = _input_logprobs(self._request, output, None, top)
+                self._input = _input_logprobs(self._request, output, self._texts, top)
         self._ids += output.token_ids.tolist()
         self._spans = join_spans([*self._spans, *output.spans])
         if wire.return_logprob:
-            for name, values in _output_logprobs(output, None, wire.top_logprobs_num).items():
+            top = wire.top_logprobs_num
+            for name, values in _output_logprobs(output, self._texts, top).items():
                 if isinstance(values, list):
                     self._lists.setdefault(name, []).extend(values)
         if output.entropies is not None:
@@ -131,7 +142,8 @@ def _meta_info(
     if wire.return_logprob:
         texts = tokenizer if wire.return_text_in_logprobs else None
         meta |= _output_logprobs(output, texts, wire.top_logprobs_num)
-        if wire.logprob_start_len >= 0:
+        # Of a stream in increments, the first brings the prompt's.
+        if wire.logprob_start_len >= 0 and output.start == 0:
             meta |= _input_logprobs(request, output, texts, wire.top_logprobs_num)
     if output.entropies is not None:
         meta["output_token_entropy"] = output.entropies.tolist()
@@ -213,8 +225,7 @@ def _input_logprobs(
 
 
 def _entries(logprobs: FloatArray, ids: IntArray, texts: Tokenizer | None) -> list[LogprobEntry]:
-    pairs = zip(logprobs.tolist(), ids.tolist(), strict=True)
-    return [[logprob, token_id, _text(token_id, texts)] for logprob, token_id in pairs]
+    return _pairs(finite_logprobs(logprobs), ids.tolist(), texts)
 
 
 def _top_entries(
@@ -222,11 +233,14 @@ def _top_entries(
 ) -> list[list[LogprobEntry]]:
     if top is None:
         return []
-    return [
-        _entries(logprobs[:top_num], ids[:top_num], texts)
-        for logprobs, ids in zip(top.logprobs, top.ids, strict=True)
-    ]
+    rows = zip(finite_logprobs(top.logprobs[:, :top_num]), top.ids[:, :top_num], strict=True)
+    return [_pairs(logprobs, ids.tolist(), texts) for logprobs, ids in rows]
+
+
+def _pairs(logprobs: list[float], ids: list[int], texts: Tokenizer | None) -> list[LogprobEntry]:
+    pairs = zip(logprobs, ids, strict=True)
+    return [[logprob, token_id, _text(token_id, texts)] for logprob, token_id in pairs]
 
 
 def _text(token_id: int, texts: Tokenizer | None) -> str | None:
-    return None if texts is None else texts.decode([token_id], skip_special_tokens=False)
+    return None if texts is None else spelled(texts.token_bytes(token_id))

@@ -32,6 +32,8 @@ class SamplingParams(
     off. Penalties and `logit_bias` change the logits before temperature, so the returned
     logprob is that of the changed distribution; `top_k`, `top_p` and `min_p` only restrict
     which tokens may be drawn and do not renormalise the logprob (DESIGN, decision 9).
+    `min_new_tokens`: no stop token can be drawn before so many tokens were, and no stop string
+    counts that one of them completes.
     """
 
     max_new_tokens: Int32 = 128
@@ -59,7 +61,9 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     `logprob_start_len` >= 0 asks for the logprobs of prompt tokens from that position
     (position 0 has none: nothing comes before it). `return_entropy` asks for the entropy of
-    the distribution that each output token was drawn from, filters aside. `cache_salt` and
+    the distribution that each output token was drawn from, filters aside. Among the
+    `top_logprobs_num` likeliest, a token that cannot come has -9999.0 (its logprob is -inf, which
+    JSON cannot write). `cache_salt` and
     `extra_key` keep the prefix cache of callers apart. Samples of `n` > 1 get seeds derived
     from one seed.
     """

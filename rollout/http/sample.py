@@ -12,13 +12,12 @@ from engine.protocol import (
     FinishReason,
     GenerateRequest,
     GenerateResponse,
+    IntArray,
     Request,
     RequestOutput,
     SamplingParams,
-    TopLogprobs,
-    VersionSpan,
 )
-from rollout.outputs import Gathered
+from rollout.outputs import Gathered, head
 from rollout.respond import RunningReply, respond
 from rollout.text.detokenizer import Detokenizer, StopMatch, TextDelta
 from rollout.text.tokenizer import Tokenizer
@@ -40,8 +39,10 @@ class Delta:
 class _TextTap(Detokenizer):
     """A detokenizer that keeps what it returns, beside giving it to whoever looks for stops."""
 
-    def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams) -> None:
-        super().__init__(tokenizer, sampling)
+    def __init__(
+        self, tokenizer: Tokenizer, sampling: SamplingParams, prompt_ids: IntArray
+    ) -> None:
+        super().__init__(tokenizer, sampling, prompt_ids)
         self.text = ""
 
     def feed(self, token_ids: Sequence[int]) -> TextDelta:
@@ -79,9 +80,11 @@ class Sample:
         self.first_at = 0.0
         self.finish: FinishReason | None = None
         self._tokenizer = tokenizer
-        self._tap = _TextTap(tokenizer, sampling) if wants_text and tokenizer else None
+        self._tap = None
+        if wants_text and tokenizer is not None:
+            self._tap = _TextTap(tokenizer, sampling, request.prompt_ids)
         self._gathered = Gathered(sampling, self._tap)
-        self._running = RunningReply(wire, request, index) if stream else None
+        self._running = RunningReply(wire, request, tokenizer, index) if stream else None
         self._final: RequestOutput | None = None
         self._num_sent = 0
         self.stop: StopMatch | None = None
@@ -137,7 +140,8 @@ class Sample:
     def _unfinished(self, output: RequestOutput) -> GenerateResponse:
         shown = msgspec.structs.replace(output, finish=output.finish or _RUNNING)
         # Text comes from the tap: what it holds back may yet become part of a stop string.
-        reply = respond(self.wire, self.request, shown, None, index=self.index)
+        texts = self._tokenizer if self.wire.return_text_in_logprobs else None
+        reply = respond(self.wire, self.request, shown, texts, index=self.index)
         meta = {**reply.meta_info, "finish_reason": None}
         text = None if self._tap is None else self._text(self._tap.text)
         return msgspec.structs.replace(reply, text=text, meta_info=meta)
@@ -149,23 +153,8 @@ class Sample:
         """The tokens of `output` that come before the stop, kept for `partial` if it streams."""
         end = output.start + len(output.token_ids)
         limit = end if self.stop is None else min(end, self.stop.num_tokens)
-        new = _head(output, max(0, limit - output.start))
+        new = head(output, max(0, limit - output.start))
         self._num_sent = max(self._num_sent, limit)
         if self._running is not None:
             self._running.add(new)
         return new
-
-
-def _head(output: RequestOutput, count: int) -> RequestOutput:
-    """The first `count` tokens of an output."""
-    if count >= len(output.token_ids):
-        return output
-    top, end = output.top, output.start + count
-    spans = [VersionSpan(s.version, s.start, min(s.end, end)) for s in output.spans]
-    return msgspec.structs.replace(
-        output,
-        token_ids=output.token_ids[:count],
-        logprobs=output.logprobs[:count],
-        top=None if top is None else TopLogprobs(top.ids[:count], top.logprobs[:count]),
-        spans=[span for span in spans if span.end > span.start],
-    )

@@ -7,14 +7,16 @@ ever leaves here.
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.protocol import FinishReason, SamplingParams
+import msgspec
+
+from engine.protocol import FinishReason, IntArray, SamplingParams
 from rollout.text.tokenizer import Tokenizer
 
-_BROKEN = "\ufffd"
-_MAX_HELD_TOKENS = 16
+Ids = Sequence[int] | IntArray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,56 +35,109 @@ class TextDelta:
     stop: StopMatch | None = None
 
 
-class IncrementalDecoder:
-    """Text of a growing list of ids, a token at a time.
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A token at its place in a text. raw: the bytes it stands for there. offset: characters of
+    the text before the one that its first byte belongs to; its end for a token without bytes, or
+    a special one that is skipped. text: the characters that it completed."""
 
-    The offset technique of text-generation-inference, which vLLM uses too: decode a short
-    window twice, with and without the new tokens, so that rules which look at neighbours
-    (leading spaces, byte fallback) see them; the difference is new text. Text that ends in
-    U+FFFD waits for the rest of its character, at most `_MAX_HELD_TOKENS` tokens: then the
-    bytes are broken for good.
+    raw: bytes
+    offset: int
+    text: str
+
+
+class IncrementalDecoder:
+    """Text of a growing list of ids, a token at a time: the UTF-8 of their bytes.
+
+    A character appears with its last byte. Bytes that are no UTF-8 become U+FFFD as soon as that
+    is known, one for every maximal part of a character (Unicode 16, section 3.9), so at most
+    three bytes are held. prompt_ids: what the ids follow; where it has any text, the first id
+    does not begin one, and keeps the space that SentencePiece writes before a word.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, *, skip_special_tokens: bool, prompt_ids: Ids = ()
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._window: list[int] = []
-        self._num_read = 0
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._added = tokenizer.added_bytes(skip_special_tokens=skip_special_tokens)
+        self._first = True
+        # Looked at when a token comes: then the engine has found it to be a prompt.
+        self._prompt_ids = prompt_ids
+        self._num_chars = 0
 
     def add(self, token_id: int) -> str:
         """Text that `token_id` completes; empty while a character is unfinished."""
-        self._window.append(token_id)
-        before, after = self._decode(self._window[: self._num_read]), self._decode(self._window)
-        held = len(self._window) - self._num_read
-        if len(after) <= len(before) and held <= _MAX_HELD_TOKENS:
-            return ""
-        if after.endswith(_BROKEN) and held <= _MAX_HELD_TOKENS:
-            return ""
-        self._window = self._window[self._num_read :]
-        self._num_read = len(self._window)
-        return after[len(before) :]
+        text = self._utf8.decode(self._raw(token_id))
+        self._num_chars += len(text)
+        return text
+
+    def place(self, token_id: int) -> Placed:
+        """`add`, with the token's bytes and where they lie."""
+        if not self._is_shown(token_id):
+            return Placed(self._tokenizer.token_bytes(token_id), self._num_chars, "")
+        raw, offset = self._raw(token_id), self._num_chars
+        unfinished = bool(self._utf8.getstate()[0])
+        text = self._utf8.decode(raw[:1])
+        # What was unfinished is broken for good, unless this byte goes on with it.
+        goes_on = 0x80 <= raw[0] < 0xC0 and len(text) <= 1 if raw else True
+        if unfinished and not goes_on:
+            offset += 1
+        text += self._utf8.decode(raw[1:])
+        self._num_chars += len(text)
+        return Placed(raw, offset, text)
 
     def flush(self) -> str:
-        """What is still held back, broken characters as U+FFFD."""
-        before, after = self._decode(self._window[: self._num_read]), self._decode(self._window)
-        self._num_read = len(self._window)
-        return after[len(before) :]
+        """What is still held back, part of a character, as U+FFFD."""
+        text = self._utf8.decode(b"", True)
+        self._num_chars += len(text)
+        return text
 
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
+    def whole(self, token_ids: Sequence[int]) -> str:
+        """All that is added by `token_ids`, the last of the text."""
+        raw, rest = [], iter(token_ids)
+        while self._first and (token_id := next(rest, None)) is not None:
+            raw.append(self._raw(token_id))
+        raw += map(self._added.__getitem__, rest)
+        text = self._utf8.decode(b"".join(raw), True)
+        self._num_chars += len(text)
+        return text
+
+    def _raw(self, token_id: int) -> bytes:
+        """The bytes that a token adds to the text."""
+        if not self._first:
+            return self._added[token_id]
+        prompt_ids, self._prompt_ids = self._prompt_ids, ()
+        if any(self._is_shown(int(before)) for before in prompt_ids):
+            self._first = False
+            return self._added[token_id]
+        if not self._is_shown(token_id):
+            return b""
+        self._first = False
+        return self._tokenizer.token_bytes(token_id, first=True)
+
+    def _is_shown(self, token_id: int) -> bool:
+        return self._tokenizer.is_shown(token_id, skip_special_tokens=self._skip)
 
 
 class Detokenizer:
     """One sequence's text, cut at its first stop string.
 
-    After a match, more tokens are ignored: the engine may have sampled some before it
-    heard of the stop.
+    A stop string counts only where a token beyond the first `min_new_tokens` completes it, as a
+    stop token does. After a match, more tokens are ignored: the engine may have sampled some
+    before it heard of the stop. prompt_ids: what the sequence goes on from.
     """
 
-    def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, sampling: SamplingParams, prompt_ids: Ids = ()
+    ) -> None:
         self._decoder = IncrementalDecoder(
-            tokenizer, skip_special_tokens=sampling.skip_special_tokens
+            tokenizer,
+            skip_special_tokens=sampling.skip_special_tokens,
+            prompt_ids=prompt_ids,
         )
+        self._min_tokens = sampling.min_new_tokens
         self._stops = stop_strings(sampling)
         self._keep_stop = sampling.no_stop_trim
         self._pending = ""
@@ -113,7 +168,10 @@ class Detokenizer:
         if not new_text:
             return ""
         text = self._pending + new_text
-        found = find_stop(text, self._stops)
+        found = None
+        if self._num_tokens > self._min_tokens:
+            # What was pending has been searched, or came too early to count.
+            found = find_stop(text, self._stops, after=len(self._pending))
         if found is not None:
             start, matched = found
             self._stop = StopMatch(num_tokens=self._num_tokens, matched=matched)
@@ -131,14 +189,15 @@ def stop_strings(sampling: SamplingParams) -> list[str]:
     return [sampling.stop] if isinstance(sampling.stop, str) else list(sampling.stop)
 
 
-def find_stop(text: str, stops: Sequence[str]) -> tuple[int, str] | None:
-    """Where the earliest stop string of `text` starts, and which it is; of two at one
-    place the one listed first."""
-    found = [(text.find(stop), rank, stop) for rank, stop in enumerate(stops) if stop in text]
+def find_stop(text: str, stops: Sequence[str], *, after: int = 0) -> tuple[int, str] | None:
+    """Where the earliest stop string of `text` that ends beyond its first `after` characters
+    starts, and which it is; of two at one place the one listed first."""
+    starts = [text.find(stop, max(0, after + 1 - len(stop))) for stop in stops]
+    found = [(start, rank) for rank, start in enumerate(starts) if start >= 0]
     if not found:
         return None
-    start, _, stop = min(found)
-    return start, stop
+    start, rank = min(found)
+    return start, stops[rank]
 
 
 def _held_length(text: str, stops: Sequence[str]) -> int:
@@ -164,13 +223,17 @@ def final_text(
     token_ids: Sequence[int],
     finish: FinishReason | None,
     sampling: SamplingParams,
+    prompt_ids: Ids = (),
 ) -> str:
-    """The whole text of a finished sequence, cut where its stop token or string says."""
+    """The whole text of a finished sequence after `prompt_ids`, cut where its stop token or
+    string says: what a `Detokenizer` gives piece by piece."""
     visible = trim_stop_token(token_ids, finish, sampling)
-    text = tokenizer.decode(visible, skip_special_tokens=sampling.skip_special_tokens)
-    if finish is None or not isinstance(finish.matched, str):
-        return text
-    start = text.find(finish.matched)
-    if start < 0:
-        return text
-    return text[: start + len(finish.matched)] if sampling.no_stop_trim else text[:start]
+    if finish is not None and isinstance(finish.matched, str):
+        # Which match ended it depends on the token that completed it.
+        only = msgspec.structs.replace(sampling, stop=finish.matched)
+        detokenizer = Detokenizer(tokenizer, only, prompt_ids)
+        return detokenizer.feed(visible).text + detokenizer.finish().text
+    decoder = IncrementalDecoder(
+        tokenizer, skip_special_tokens=sampling.skip_special_tokens, prompt_ids=prompt_ids
+    )
+    return decoder.whole(visible)

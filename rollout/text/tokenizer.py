@@ -18,6 +18,7 @@ from rollout.text.gguf_tokenizer import build_gguf_tokenizer
 from rollout.text.hf_folder import read_hf_folder
 from rollout.text.messages import Message
 from rollout.text.special_tokens import SpecialTokens
+from rollout.text.token_bytes import TokenBytes
 
 
 class Tokenizer:
@@ -36,6 +37,7 @@ class Tokenizer:
         backend.no_truncation()
         self._backend = backend
         self._special = special
+        self._bytes = TokenBytes(backend)
         self.chat_template = chat_template
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self.eos_ids = list(special.eos_ids)
@@ -59,6 +61,21 @@ class Tokenizer:
         that are no UTF-8 become U+FFFD; ids beyond the vocabulary give nothing."""
         plain: Sequence[int] = ids.tolist() if isinstance(ids, np.ndarray) else ids
         return self._backend.decode(plain, skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token_id: int, *, first: bool = False) -> bytes:
+        """The bytes that one token stands for, maybe part of a character; none for an id beyond
+        the vocabulary. first: where it begins a text, which SentencePiece writes without the
+        token's space."""
+        return self._bytes.of(token_id, first=first)
+
+    def is_shown(self, token_id: int, *, skip_special_tokens: bool) -> bool:
+        """Whether `decode` looks at a token: it is in the vocabulary, and not skipped."""
+        return self._bytes.is_shown(token_id, skip_special_tokens=skip_special_tokens)
+
+    def added_bytes(self, *, skip_special_tokens: bool) -> Mapping[int, bytes]:
+        """By id, the bytes that a token adds to a text that has begun; none if it is not
+        shown."""
+        return self._bytes.added(skip_special_tokens=skip_special_tokens)
 
     def special_token_id(self, text: str) -> int | None:
         """Id of the special token that is written `text`; None if it is not one."""

@@ -31,6 +31,7 @@ from rollout.http.link import Deliver, Fail, Message
 from rollout.http.services import make_services
 from rollout.ipc import encode_frame
 from rollout.leader import Leader, error_info
+from rollout.step_executor import StepExecutor
 from rollout.text.tokenizer import Tokenizer
 from tests.helpers.fake_executor import FakeExecutor
 from tests.helpers.replicas import fake_config
@@ -48,9 +49,15 @@ class InlineLink:
     stalled: no step is run. late: what it takes long for.
     """
 
-    def __init__(self, config: EngineConfig, *, announces: bool = False) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        announces: bool = False,
+        executor: Callable[[EngineConfig], StepExecutor] = FakeExecutor,
+    ) -> None:
         self.announces = announces
-        self.leader = Leader(config, FakeExecutor(config))
+        self.leader = Leader(config, executor(config))
         self.commands: list[Control] = []
         self.requests: list[Request] = []
         self.answers: dict[type, Answer] = {}
@@ -174,11 +181,12 @@ async def serving(
     ids_only: bool = False,
     reply_s: float = 60.0,
     slow_s: float = 60.0,
+    executor: Callable[[EngineConfig], StepExecutor] = FakeExecutor,
     **options: Any,
 ) -> AsyncIterator[Server]:
-    """A server over the fake engine; `options` go to its `ServeConfig`."""
+    """A server over the fake engine, or over `executor`; `options` go to its `ServeConfig`."""
     config = ServeConfig(engine=engine or fake_config(max_waiting=4000), **options)
-    link = InlineLink(config.engine)
+    link = InlineLink(config.engine, executor=executor)
     client = AsyncEngine(link, reply_s=reply_s, slow_s=slow_s)
     await client.start()
     known = None if ids_only else tokenizer or tiny_tokenizer()

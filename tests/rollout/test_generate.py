@@ -106,6 +106,19 @@ def test_one_bad_request_does_not_touch_the_others(replica: Replica) -> None:
     assert [len(output.token_ids) for output in outputs] == [8, 0, 0, 8]
 
 
+@pytest.mark.parametrize("prompt", [[-1], [2**31 - 1], [[1, 2]], []], ids=str)
+def test_a_prompt_that_is_none_is_refused_also_where_text_is_looked_at(
+    replica: Replica, prompt: list[int]
+) -> None:
+    bad, good = generate(
+        replica,
+        [make_request("bad", prompt, stop=["x"]), make_request("good", [1], stop=["never"])],
+        tokenizer=TOKENIZER,
+    )
+    assert bad.finish is not None and bad.finish.error == "InvalidRequest"
+    assert len(good.token_ids) == 8
+
+
 def test_a_failed_step_is_reported_and_the_rest_is_run(replica: Replica) -> None:
     (bad,) = generate(replica, [make_request("bad", [POISON, 1])])
     assert bad.finish is not None

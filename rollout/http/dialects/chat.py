@@ -14,11 +14,12 @@ from engine.protocol import GenerateRequest, RequestOutput
 from rollout.expand import check_text
 from rollout.http.chat_render import ChatRenderer
 from rollout.http.dialects.openai_bodies import ChatBody, base_request, parse_openai
-from rollout.http.dialects.openai_logprobs import TokenText, chat_logprobs, prompt_logprobs
+from rollout.http.dialects.openai_logprobs import prompt_logprobs
 from rollout.http.dialects.openai_run import (
     OpenAICall,
     finish_fields,
     start,
+    token_writer,
     usage,
     version_fields,
 )
@@ -133,8 +134,7 @@ class _Choices:
         self._call = call
         self._body = body
         self._services = call.services
-        as_ids = bool(body.return_tokens_as_token_ids)
-        self._text = TokenText(tokenizer=call.services.tokenizer, as_ids=as_ids)
+        self._writers = [token_writer(call, sample) for sample in call.samples]
 
     async def reply(self) -> Response:
         """Run to the end."""
@@ -166,7 +166,7 @@ class _Choices:
         return {
             "index": index,
             "message": {"role": "assistant", "content": content},
-            **self._scores(sample.output),
+            **self._scores(index, sample.output),
             **finish_fields(sample.finish, self._body),
             **self._ids(sample.output),
             **version_fields(sample, self._services.labels),
@@ -177,7 +177,7 @@ class _Choices:
         choice = {
             "index": index,
             "delta": {"content": delta.text},
-            **self._scores(delta.output),
+            **self._scores(index, delta.output),
             **finish_fields(finish, self._body),
             **self._ids(delta.output),
         }
@@ -185,12 +185,12 @@ class _Choices:
             choice |= version_fields(sample, self._services.labels)
         return choice
 
-    def _scores(self, output: RequestOutput) -> dict[str, Any]:
+    def _scores(self, index: int, output: RequestOutput) -> dict[str, Any]:
         if not self._body.logprobs:
             return {"logprobs": None}
         count = self._body.top_logprobs or 0
         count = self._services.engine.facts.vocab_size if count < 0 else count
-        return {"logprobs": chat_logprobs(output, count, self._text)}
+        return {"logprobs": self._writers[index].chat(output, count)}
 
     def _ids(self, output: RequestOutput) -> dict[str, Any]:
         return {"token_ids": output.token_ids.tolist()} if self._body.return_token_ids else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -19,11 +18,12 @@ from rollout.http.dialects.openai_bodies import (
     parse_openai,
     prompts_of,
 )
-from rollout.http.dialects.openai_logprobs import TokenText, completion_logprobs, prompt_logprobs
+from rollout.http.dialects.openai_logprobs import Written, columns, prompt_logprobs
 from rollout.http.dialects.openai_run import (
     OpenAICall,
     finish_fields,
     start,
+    token_writer,
     usage,
     version_fields,
 )
@@ -34,6 +34,7 @@ from rollout.http.requests import check_prompt, prompt_room
 from rollout.http.sample import Delta, Sample
 from rollout.http.services import Services
 from rollout.http.sse import EventStream, answer
+from rollout.text.detokenizer import IncrementalDecoder
 
 _DEFAULT_TOKENS = 16
 
@@ -67,6 +68,9 @@ async def _items(services: Services, body: CompletionBody) -> list[GenerateReque
         top_logprobs=body.logprobs,
         vocab_size=services.engine.facts.vocab_size,
     )
+    if body.echo and (body.logprobs is not None or body.max_tokens == 0):
+        # Without a token to sample, the engine is asked for the prompt's scores at least.
+        base = msgspec.structs.replace(base, return_logprob=True, logprob_start_len=0)
     return [
         msgspec.structs.replace(base, text=text, input_ids=ids)
         for text, ids in await _texts_and_ids(services, body)
@@ -103,8 +107,8 @@ class _Choices:
         self._call = call
         self._body = body
         self._services = call.services
-        as_ids = bool(body.return_tokens_as_token_ids)
-        self._text = TokenText(tokenizer=call.services.tokenizer, as_ids=as_ids)
+        self._echo = bool(body.echo)
+        self._writers = [token_writer(call, sample, echo=self._echo) for sample in call.samples]
 
     async def reply(self) -> Response:
         """Run to the end; choices prompt-major."""
@@ -117,49 +121,89 @@ class _Choices:
         return json_response(call.envelope(choices, usage=usage(call.samples)))
 
     async def frames(self) -> AsyncGenerator[dict[str, Any], None]:
-        """A frame for every output."""
+        """A frame for every output; the first of a choice has its prompt, if it is echoed."""
         call = self._call
         position = {id(sample): index for index, sample in enumerate(call.samples)}
-        offsets: defaultdict[int, int] = defaultdict(int)
+        num_chars = [0] * len(call.samples)
+        begun: set[int] = set()
         async with aclosing(self._services.generator.run(call.samples)) as outputs:
             async for sample, delta in outputs:
                 index = position[id(sample)]
-                yield call.envelope([self._part(index, sample, delta, offsets[index])])
-                offsets[index] += len(delta.text)
+                first = index not in begun
+                begun.add(index)
+                text = (self._prompt_text(sample) if first else "") + delta.text
+                num_chars[index] += len(text)
+                part = self._part(index, sample, delta, num_chars[index], first=first)
+                yield call.envelope([{**part, "text": text}])
         for frame in call.usage_frame():
             yield frame
 
     def _whole(self, sample: Sample, index: int) -> dict[str, Any]:
-        response = sample.response()
+        text = self._prompt_text(sample) + (sample.response().text or "")
+        rows = self._rows(index, sample, sample.output, None, first=True)
         return {
             "index": index,
-            "text": response.text or "",
-            **self._scores(sample.output, 0),
+            "text": text,
+            "logprobs": None if rows is None else columns(rows, len(text)),
             **finish_fields(sample.finish, self._body),
-            **self._ids(sample, sample.output, prompt=True),
+            **self._ids(sample, sample.output.token_ids.tolist(), prompt=True),
             **self._prompt_scores(sample),
             **version_fields(sample, self._services.labels),
         }
 
-    def _part(self, index: int, sample: Sample, delta: Delta, offset: int) -> dict[str, Any]:
+    def _part(
+        self, index: int, sample: Sample, delta: Delta, num_chars: int, *, first: bool
+    ) -> dict[str, Any]:
         finish = sample.finish if delta.finished else None
+        certain = None if delta.finished else num_chars
+        rows = self._rows(index, sample, delta.output, certain, first=first)
+        ids = delta.output.token_ids.tolist()
+        if rows is not None:
+            # Beside the logprobs of the same tokens.
+            ids = [row.token_id for row in rows[self._num_echoed(sample, first) :]]
         choice = {
             "index": index,
-            "text": delta.text,
-            **self._scores(delta.output, offset),
+            "text": "",
+            "logprobs": None if rows is None else columns(rows, num_chars),
             **finish_fields(finish, self._body),
-            **self._ids(sample, delta.output, prompt=delta.output.start == 0),
+            **self._ids(sample, ids, prompt=delta.output.start == 0),
         }
         if delta.finished:
             choice |= version_fields(sample, self._services.labels)
         return choice
 
-    def _scores(self, output: RequestOutput, offset: int) -> dict[str, Any]:
-        if self._body.logprobs is None:
-            return {"logprobs": None}
+    def _prompt_text(self, sample: Sample) -> str:
+        """The prompt as its tokens say it, where it is echoed."""
+        tokenizer = self._services.tokenizer
+        if not self._echo or tokenizer is None:
+            return ""
+        skip = sample.request.sampling.skip_special_tokens
+        decoder = IncrementalDecoder(tokenizer, skip_special_tokens=skip)
+        return decoder.whole(sample.request.prompt_ids.tolist())
+
+    def _rows(
+        self,
+        index: int,
+        sample: Sample,
+        output: RequestOutput,
+        num_chars: int | None,
+        *,
+        first: bool,
+    ) -> list[Written] | None:
+        """The tokens whose logprobs are written now, behind those of the prompt where it is echoed
+        with them; None if nobody wants logprobs."""
         count = self._body.logprobs
+        if count is None:
+            return None
         count = self._services.engine.facts.vocab_size if count < 0 else count
-        return {"logprobs": completion_logprobs(output, count, self._text, offset)}
+        writer, prompt = self._writers[index], []
+        if self._num_echoed(sample, first):
+            prompt = writer.echo(sample.request.prompt_ids.tolist(), output, count)
+        return prompt + writer.completion(output, count, num_chars)
+
+    def _num_echoed(self, sample: Sample, first: bool) -> int:
+        """Tokens of the prompt that a frame begins with."""
+        return len(sample.request.prompt_ids) if self._echo and first else 0
 
     def _prompt_scores(self, sample: Sample) -> dict[str, Any]:
         count = self._body.prompt_logprobs
@@ -169,8 +213,8 @@ class _Choices:
         ids, tokenizer = sample.request.prompt_ids, self._services.tokenizer
         return {"prompt_logprobs": prompt_logprobs(ids, sample.output, count, tokenizer)}
 
-    def _ids(self, sample: Sample, output: RequestOutput, *, prompt: bool) -> dict[str, Any]:
+    def _ids(self, sample: Sample, ids: list[int], *, prompt: bool) -> dict[str, Any]:
         if not self._body.return_token_ids:
             return {}
         prompt_ids = sample.request.prompt_ids.tolist() if prompt else None
-        return {"prompt_token_ids": prompt_ids, "token_ids": output.token_ids.tolist()}
+        return {"prompt_token_ids": prompt_ids, "token_ids": ids}

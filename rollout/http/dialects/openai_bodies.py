@@ -75,6 +75,7 @@ class CompletionBody(_Common, kw_only=True):
 
     prompt: msgspec.Raw
     logprobs: Int32 | None = None
+    echo: bool | None = False
     add_special_tokens: bool = True
 
 

@@ -13,6 +13,7 @@ import msgspec
 from engine.errors import InvalidRequest
 from engine.protocol import FinishReason, GenerateRequest
 from rollout.http.dialects.openai_bodies import ChatBody, CompletionBody, renamed
+from rollout.http.dialects.openai_logprobs import TokenWriter
 from rollout.http.dialects.openai_models import check_model
 from rollout.http.requests import GenerateCall
 from rollout.http.sample import Sample
@@ -78,17 +79,31 @@ async def start(
     return found
 
 
+def token_writer(call: OpenAICall, sample: Sample, *, echo: bool = False) -> TokenWriter:
+    """What writes the logprobs of a sample, its output first, or with `echo` its prompt."""
+    return TokenWriter(
+        call.services.tokenizer,
+        as_ids=bool(call.body.return_tokens_as_token_ids),
+        skip_special_tokens=sample.request.sampling.skip_special_tokens,
+        prompt_ids=() if echo else sample.request.prompt_ids,
+    )
+
+
 def usage(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Counts of tokens; a prompt counts once, however many samples it has."""
-    prompts = {sample.request.group: len(sample.request.prompt_ids) for sample in samples}
-    num_prompt = sum(prompts.values())
+    """Counts of tokens; a prompt counts once, however many samples it has. Of a prompt's cached
+    tokens those count that none of its samples computed."""
+    prompts: dict[str, tuple[int, int]] = {}
+    for sample in samples:
+        size, cached = len(sample.request.prompt_ids), sample.output.cached_tokens
+        _, least = prompts.get(sample.request.group, (size, cached))
+        prompts[sample.request.group] = (size, min(least, cached))
+    num_prompt = sum(size for size, _ in prompts.values())
     num_output = sum(len(sample.output.token_ids) for sample in samples)
-    cached = sum(sample.output.cached_tokens for sample in samples)
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_output,
         "total_tokens": num_prompt + num_output,
-        "prompt_tokens_details": {"cached_tokens": cached},
+        "prompt_tokens_details": {"cached_tokens": sum(least for _, least in prompts.values())},
     }
 
 

@@ -26,7 +26,7 @@ from rollout.http.dialects.openai_bodies import (
     parse_openai,
     prompts_of,
 )
-from rollout.http.dialects.openai_logprobs import TokenText, chat_logprobs, prompt_logprobs
+from rollout.http.dialects.openai_logprobs import TokenWriter, prompt_logprobs
 from rollout.http.dialects.openai_run import OpenAICall, finish_fields, start, usage, version_fields
 from rollout.http.errors import json_response
 from rollout.http.long_prompts import check_long_prompt
@@ -155,7 +155,7 @@ class _Choices:
         self._call = call
         self._body = body
         self._services = call.services
-        self._text = TokenText(tokenizer=None, as_ids=True)
+        self._writer = TokenWriter(None, as_ids=True, skip_special_tokens=False)
 
     async def reply(self) -> Response:
         """Run to the end."""
@@ -205,7 +205,7 @@ class _Choices:
     def _scores(self, output: RequestOutput) -> dict[str, Any]:
         if self._body.logprobs is None:
             return {"logprobs": None}
-        return {"logprobs": chat_logprobs(output, self._count(self._body.logprobs), self._text)}
+        return {"logprobs": self._writer.chat(output, self._count(self._body.logprobs))}
 
     def _prompt_scores(self) -> list[dict[str, Any] | None] | None:
         count = self._body.prompt_logprobs

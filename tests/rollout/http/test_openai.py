@@ -268,7 +268,7 @@ def test_chat_without_a_limit_takes_the_rest_of_the_context() -> None:
         ("completions", {"prompt": "a", "temperature": -1}, "InvalidRequest", "temperature"),
         ("completions", {"prompt": "a", "n": 0}, "InvalidRequest", "n"),
         ("completions", {"prompt": "a", "logprobs": VOCAB_SIZE + 1}, "InvalidRequest", "logprobs"),
-        ("completions", {"prompt": "a", "echo": True}, "UnsupportedOption", "echo"),
+        ("chat/completions", {**CHAT, "echo": True}, "UnsupportedOption", "echo"),
         ("completions", {"prompt": "a", "best_of": 3}, "UnsupportedOption", "best_of"),
         ("completions", {"prompt": "a", "structured_outputs": {"regex": "x"}},
          "UnsupportedOption", "structured_outputs"),

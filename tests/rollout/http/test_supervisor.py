@@ -83,6 +83,19 @@ def test_an_engine_without_updates_is_started_as_it_was() -> None:
     run(test)
 
 
+def test_a_stop_string_waits_for_the_minimum_after_a_restart_too() -> None:
+    async def test() -> None:
+        async with bench("on-failure") as found:
+            body = {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": 20}}
+            text = (await found.server.post("/generate", body)).json()["text"]
+            limits = {"max_new_tokens": 20, "min_new_tokens": 12, "stop": list(text)}
+            await found.dies_and_returns()
+            reply = await found.server.post("/generate", {**body, "sampling_params": limits})
+            assert (reply.json()["text"], len(reply.json()["output_ids"])) == (text[:12], 13)
+
+    run(test)
+
+
 def test_an_engine_with_updates_refuses_and_counts_on() -> None:
     async def test() -> None:
         async with bench("on-failure") as found:

@@ -6,7 +6,7 @@ import pytest
 
 from engine.errors import InvalidRequest
 from engine.protocol import VersionSpan
-from tests.helpers.scheduling import Bench, check_output, check_spans, make_request
+from tests.helpers.scheduling import VOCAB, Bench, check_output, check_spans, make_request
 
 POLICIES = ["keep", "recompute", "fresh"]
 
@@ -48,6 +48,18 @@ def test_fresh_starts_again_and_one_version_samples_all():
     assert output.spans == [VersionSpan(1, 0, 12)]
     assert output.kv_spans == [VersionSpan(1, 0, 20)]
     assert output.num_restarts == 1
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("overlap", [True, False])
+def test_the_minimum_holds_across_an_update(policy: str, overlap: bool):
+    stops = list(range(0, VOCAB, 2))
+    _, request, output = run_across_an_update(
+        policy, overlap=overlap, min_new_tokens=8, stop_ids=stops
+    )
+    check_output(request, output)
+    assert not set(output.token_ids[:8].tolist()) & set(stops)
+    assert output.finish.type == "stop" and len(output.token_ids) > 8
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rollout.scheduler.budget import FIRST_RATIO, LEAST_RATIO, PageReserve
-from tests.helpers.scheduling import Bench, check_output, expected, make_request
+from tests.helpers.scheduling import VOCAB, Bench, check_output, expected, make_request
 
 
 @pytest.mark.parametrize("prefix_cache", [True, False])
@@ -26,6 +26,27 @@ def test_retracted_requests_come_out_the_same(prefix_cache: bool, overlap: bool)
     retractions = sum(output.num_retractions for output in outputs.values())
     assert retractions == bench.scheduler.stats().num_retractions > 0
     assert all(output.cached_tokens == 0 for output in outputs.values())
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_the_minimum_holds_for_retracted_requests(overlap: bool):
+    bench = Bench(num_pages=14, page_size=4, overlap=overlap, max_running=6)
+    bench.scheduler._reserve._ratio = 0.0
+    stops = list(range(0, VOCAB, 2))
+    requests = [
+        make_request(
+            str(i), range(10 * i, 10 * i + 5), max_new=24, min_new_tokens=16, stop_ids=stops
+        )
+        for i in range(6)
+    ]
+    bench.add(*requests)
+    outputs = bench.run()
+    assert sum(output.num_retractions for output in outputs.values()) > 0
+    for request in requests:
+        check_output(request, outputs[request.rid])
+        ids = outputs[request.rid].token_ids.tolist()
+        assert not set(ids[:16]) & set(stops)
+        assert outputs[request.rid].finish.type == "stop" and len(ids) > 16
 
 
 def test_victim_is_the_low_priority_one():

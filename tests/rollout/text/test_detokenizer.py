@@ -54,9 +54,7 @@ def test_broken_bytes_are_not_held_for_ever() -> None:
 @given(st.lists(st.integers(0, 299), max_size=60))
 def test_any_ids_give_the_text_of_a_plain_decode(ids: list[int]) -> None:
     texts, _ = feed_each(ids)
-    joined = "".join(texts)
-    plain = TOKENIZER.decode(ids)
-    assert joined.replace("\ufffd", "") == plain.replace("\ufffd", "")
+    assert "".join(texts) == TOKENIZER.decode(ids)
 
 
 def test_special_tokens_are_skipped_or_shown() -> None:
@@ -107,6 +105,40 @@ def test_stops_agree_with_a_search_of_every_prefix(text: str, stops: list[str]) 
     assert stop.num_tokens == ends[0]
     start, matched = find_stop(text[: ends[0]], stops) or (0, "")
     assert (stop.matched, "".join(texts)) == (matched, text[:start])
+
+
+@given(
+    st.text(alphabet="ab", max_size=14),
+    st.lists(st.text("ab", min_size=1, max_size=4)),
+    st.integers(0, 14),
+    st.booleans(),
+)
+def test_stops_that_the_minimum_allows_agree_with_a_search(
+    text: str, stops: list[str], minimum: int, kept: bool
+) -> None:
+    """A token a character: the sequence ends at the first token beyond the minimum that
+    completes a stop string, at the earliest and first listed of those it completes."""
+    sampling = SamplingParams(stop=stops, min_new_tokens=minimum, no_stop_trim=kept)
+    detokenizer = Detokenizer(TOKENIZER, sampling)
+    streamed = "".join(detokenizer.feed([token]).text for token in ids_of(text))
+    last = detokenizer.finish()
+    ends = [
+        (end, end - len(stop), rank, stop)
+        for rank, stop in enumerate(stops)
+        for end in range(minimum + 1, len(text) + 1)
+        if text[:end].endswith(stop)
+    ]
+    shown, finish = text, FinishReason(type="length", length=len(text))
+    if ends:
+        end, start, _, matched = min(ends)
+        assert last.stop == StopMatch(num_tokens=end, matched=matched)
+        shown = text[: end if kept else start]
+        finish = FinishReason(type="stop", matched=matched)
+        text = text[:end]
+    else:
+        assert last.stop is None
+    assert streamed + last.text == shown
+    assert final_text(TOKENIZER, ids_of(text), finish, sampling) == shown
 
 
 def test_one_feed_of_many_tokens_stops_at_the_right_one() -> None:
