@@ -69,7 +69,7 @@ class IncrementalDecoder:
 
     def add(self, token_id: int) -> str:
         """Text that `token_id` completes; empty while a character is unfinished."""
-        text = self._utf8.decode(self._raw(token_id))
+        text = self._decode(self._raw(token_id))
         self._num_chars += len(text)
         return text
 
@@ -79,12 +79,12 @@ class IncrementalDecoder:
             return Placed(self._tokenizer.token_bytes(token_id), self._num_chars, "")
         raw, offset = self._raw(token_id), self._num_chars
         unfinished = bool(self._utf8.getstate()[0])
-        text = self._utf8.decode(raw[:1])
+        text = self._decode(raw[:1])
         # What was unfinished is broken for good, unless this byte goes on with it.
         goes_on = 0x80 <= raw[0] < 0xC0 and len(text) <= 1 if raw else True
         if unfinished and not goes_on:
             offset += 1
-        text += self._utf8.decode(raw[1:])
+        text += self._decode(raw[1:])
         self._num_chars += len(text)
         return Placed(raw, offset, text)
 
@@ -102,6 +102,15 @@ class IncrementalDecoder:
         raw += map(self._added.__getitem__, rest)
         text = self._utf8.decode(b"".join(raw), True)
         self._num_chars += len(text)
+        return text
+
+    def _decode(self, data: bytes) -> str:
+        """The text that `data` completes or breaks."""
+        text = self._utf8.decode(data)
+        held = self._utf8.getstate()[0]
+        if len(held) == 2 and held[0] == 0xED and held[1] >= 0xA0:
+            # The beginning of a surrogate, which CPython holds though nothing can complete it.
+            text += self._utf8.decode(b"", True)
         return text
 
     def _raw(self, token_id: int) -> bytes:

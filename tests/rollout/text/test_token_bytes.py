@@ -124,6 +124,23 @@ def test_broken_characters_come_out_as_the_tokenizers_library_has_them(
     assert found == tokenizer.decode(ids, skip_special_tokens=skip)
 
 
+def test_every_pair_and_triple_of_bytes_is_broken_where_it_breaks() -> None:
+    """All leads and the bounds of what may follow them, a byte a token."""
+    tokenizer = sentencepiece()
+    bounds = [0x41, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF]
+    leads = [0xC0, 0xC2, 0xE0, 0xE1, 0xED, 0xEF, 0xF0, 0xF1, 0xF4, 0xF5]
+    for values in itertools.product([*leads, 0x41], [*bounds, 0xC2], bounds, [0x80, 0x41]):
+        found, text = placed(tokenizer, [3 + value for value in values])
+        assert text == bytes(values).decode(errors="replace")
+        assert [piece.offset for piece in found] == chars_of(bytes(values)), values
+        # Only what may still become a character is held.
+        shown = 0
+        for size, piece in enumerate(found, start=1):
+            shown += len(piece.text)
+            held = len(bytes(values[:size]).decode(errors="replace")) - shown
+            assert held in (0, 1), values
+
+
 def test_parts_of_a_character_are_their_own_bytes() -> None:
     for tokenizer in (byte_level(), sentencepiece()):
         ids = tokenizer.encode("a🎉é", add_special_tokens=False)
