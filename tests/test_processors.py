@@ -1,0 +1,69 @@
+"""The numeric tests as other processors run them: no bound may depend on the instruction set.
+
+torch and oneDNN choose kernels by what the processor has; both can be told to leave instructions
+out, so one machine stands for older ones. What it lacks itself cannot be emulated: such a case
+repeats the best that it has.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers.children import ROOT, child_environment
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
+
+NUMERIC = (
+    "tests/kernels",
+    "tests/parity",
+    "tests/engine/layers",
+    "tests/engine/attention",
+    "tests/engine/models",
+    "tests/engine/test_numerics.py",
+    "tests/engine/test_prompt_logprobs.py",
+    "tests/engine/test_sampling.py",
+    "tests/recipes/trainers",
+    "tests/recipes/algorithms",
+    "tests/rollout/http/test_serve_process.py",
+)
+# The model that `make grpo` trains: minutes without vector instructions.
+LEFT_OUT = "tests/parity/test_default_model.py"
+
+CAPABILITIES = ("default", "avx2", "avx512")
+ONEDNN_SETS = ("AVX2", "AVX512_CORE", "AVX512_CORE_BF16")
+
+
+@pytest.mark.parametrize(
+    ("capability", "onednn"), list(itertools.product(CAPABILITIES, ONEDNN_SETS))
+)
+def test_numeric_tests_hold_on_an_older_processor(capability: str, onednn: str) -> None:
+    _run({"ATEN_CPU_CAPABILITY": capability, "ONEDNN_MAX_CPU_ISA": onednn})
+
+
+@pytest.mark.parametrize("threads", ["2", "8"])
+def test_numeric_tests_hold_with_other_numbers_of_threads(threads: str) -> None:
+    _run({"OMP_NUM_THREADS": threads})
+
+
+def _run(changes: dict[str, str]) -> None:
+    present = [path for path in NUMERIC if (ROOT / path).exists()]
+    assert present == list(NUMERIC)
+    environment = child_environment(**changes)
+    # A test process beside others tells its children so; this one runs alone.
+    for name in [name for name in environment if name.startswith("PYTEST_")]:
+        del environment[name]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    marks = "not long and not gpu and not multi_gpu"
+    done = subprocess.run(
+        [*command, "-m", marks, f"--ignore={LEFT_OUT}", *NUMERIC],
+        cwd=ROOT,
+        env={**environment, "PYTHONHASHSEED": os.environ.get("PYTHONHASHSEED", "0")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
