@@ -13,6 +13,8 @@ import tokenizers
 
 from engine.errors import InvalidRequest, ModelNotFound
 from rollout.text.chat_template import ChatTemplate
+from rollout.text.chat_template import ChatTemplate, Message
+from rollout.text.gguf_keys import chat_templates
 from rollout.text.gguf_metadata import read_gguf_metadata
 from rollout.text.gguf_tokenizer import build_gguf_tokenizer
 from rollout.text.hf_folder import read_hf_folder
@@ -191,7 +193,7 @@ def load_tokenizer(model: str | Path) -> Tokenizer:
     if path.suffix == ".gguf":
         metadata = read_gguf_metadata(path)
         backend, special = build_gguf_tokenizer(metadata)
-        return Tokenizer(backend, special, metadata.get("tokenizer.chat_template"))
+        return Tokenizer(backend, special, chat_templates(metadata))
     raise ModelNotFound(
         f"no model at {path}: give a Hugging Face folder, a GGUF file or a config.json",
         field="model",
