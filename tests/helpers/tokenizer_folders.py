@@ -260,6 +260,9 @@ def _model(rng: random.Random, folder: Path, backend: tokenizers.Tokenizer) -> N
     config = {"model_type": model_type, "eos_token_id": rng.choice([None, 2, [2, 4]])}
     if rng.random() < 0.2 and not plain:
         config["tokenizer_class"] = "GPT2Tokenizer"
-    _write(folder / "config.json", config)
+    if rng.random() < 0.1:
+        del config["model_type"]
+    if rng.random() < 0.95:
+        _write(folder / "config.json", config)
     if rng.random() < 0.6:
         _write(folder / "generation_config.json", {"eos_token_id": ends})

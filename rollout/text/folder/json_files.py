@@ -19,6 +19,9 @@ def read_text(path: Path) -> str:
 
     Raises CheckpointError naming the file if it cannot be read or is not UTF-8.
     """
+    if not path.is_file():
+        # A pipe could be read for ever.
+        raise CheckpointError(f"{path} is no regular file", field="model")
     try:
         return path.read_text("utf-8")
     except OSError as error:

@@ -30,23 +30,25 @@ _MODEL_CLASSES: Mapping[str, str] = MappingProxyType(
 # Of these transformers believes no tokenizer_class.
 _OVERRULED = ("qwen2",)
 
+# Classes of transformers, without "Tokenizer" at the end, that build their own.
 # fmt: off
 _REFUSED = frozenset(
     (
-        "Albert", "Barthez", "Bartpho", "Bert", "BertGeneration", "BertJapanese", "Bertweet",
-        "BigBird", "BioGpt", "Blenderbot", "BlenderbotSmall", "ByT5", "CLIP", "CTRL",
-        "Camembert", "Canine", "Clvp", "CodeGen", "CodeLlama", "Cohere", "ConvBert", "Cpm",
-        "CpmAnt", "DPRContextEncoder", "DPRQuestionEncoder", "DPRReader", "Deberta", "DebertaV2",
-        "Dia", "DistilBert", "Electra", "Esm", "Esmc", "FNet", "FSMT", "FastSpeech2Conformer",
-        "Flaubert", "Funnel", "GPTNeoX", "GPTNeoXJapanese", "GPTSw3", "Gemma", "Herbert", "LED",
-        "Lasr", "LayoutLM", "LayoutLMv2", "LayoutLMv3", "LayoutXLM", "Longformer", "Luke",
-        "Lxmert", "M2M100", "MBart", "MBart50", "MLuke", "MPNet", "MVP", "Marian", "MarkupLM",
-        "Mgpstr", "MobileBert", "MyT5", "Nllb", "Nougat", "OpenAIGPT", "PLBart", "Parakeet",
-        "Pegasus", "Perceiver", "Phobert", "Pop2Piano", "ProphetNet", "Qwen3_5", "Reformer",
-        "RemBert", "RoCBert", "RoFormer", "Roberta", "SeamlessM4T", "Siglip", "Siglip2",
-        "Speech2Text", "SpeechT5", "Splinter", "Squeezebert", "T5", "Tapas", "Tipsv2", "Udop",
-        "VideoPrism", "Vits", "Wav2Vec2", "Wav2Vec2CTC", "Wav2Vec2PhonemeCTC", "Whisper", "XGLM",
-        "XLM", "XLMRoberta", "XLNet",
+        "Albert", "Bart", "Barthez", "Bartpho", "Basic", "Bert", "BertGeneration",
+        "BertJapanese", "Bertweet", "BigBird", "BioGpt", "Blenderbot", "BlenderbotSmall", "ByT5",
+        "CLIP", "CTRL", "Camembert", "Canine", "Character", "Clvp", "CodeGen", "CodeLlama",
+        "Cohere", "ConvBert", "Cpm", "CpmAnt", "DPRContextEncoder", "DPRQuestionEncoder",
+        "DPRReader", "Deberta", "DebertaV2", "Dia", "DistilBert", "Electra", "Esm", "Esmc",
+        "FNet", "FSMT", "FastSpeech2Conformer", "Flaubert", "Funnel", "GPTNeoX",
+        "GPTNeoXJapanese", "GPTSw3", "Gemma", "Herbert", "LED", "Lasr", "LayoutLM", "LayoutLMv2",
+        "LayoutLMv3", "LayoutXLM", "Longformer", "Luke", "Lxmert", "M2M100", "MBart", "MBart50",
+        "MLuke", "MPNet", "Marian", "MarkupLM", "Mecab", "Mgpstr", "MobileBert", "Mvp", "MyT5",
+        "Nllb", "Nougat", "OpenAIGPT", "PLBart", "Parakeet", "Pegasus", "Perceiver", "Phobert",
+        "Pop2Piano", "ProphetNet", "Qwen3_5", "Rag", "Reformer", "RemBert", "RoCBert",
+        "RoFormer", "Roberta", "SeamlessM4T", "Siglip", "Siglip2", "Speech2Text", "SpeechT5",
+        "Splinter", "SqueezeBert", "T5", "Tapas", "Tipsv2", "Udop", "VideoPrism", "Vits",
+        "Wav2Vec2", "Wav2Vec2CTC", "Wav2Vec2PhonemeCTC", "Whisper", "Wordpiece", "XGLM", "XLM",
+        "XLMRoberta", "XLNet",
     )
 )
 # fmt: on
@@ -78,6 +80,7 @@ def read_pipeline(
     backend = _parse(path, text)
     source = parse_object(path, text)
     _refuse_chance(path, source)
+    _check_added(path, source.get("post_processor"))
     name = _class_name(folder, config, model, text)
     if name == _FILE:
         return Pipeline(backend=backend, source=source, defaults={})
@@ -107,6 +110,21 @@ def _refuse_chance(path: Path, source: dict[str, Any]) -> None:
     if isinstance(fields, dict) and fields.get("dropout"):
         what = f"is {fields['dropout']}: ids would differ from call to call; set it to null"
         raise broken(path, "model.dropout", what)
+
+
+def _check_added(path: Path, processor: Any) -> None:
+    """Every token that a template adds must have an id there: the tokenizers library looks it up
+    when it encodes, and ends the thread if it is missing."""
+    fields = processor if isinstance(processor, dict) else {}
+    for part in fields.get("processors") or ():
+        _check_added(path, part)
+    if fields.get("type") != "TemplateProcessing":
+        return
+    for piece in fields["single"]:
+        token = piece.get("SpecialToken", {}).get("id")
+        if token is not None and token not in fields["special_tokens"]:
+            what = f"has no entry for {token!r}, which 'single' adds"
+            raise broken(path, "post_processor.special_tokens", what)
 
 
 def _class_name(folder: Path, config: dict[str, Any], model: dict[str, Any], text: str) -> str:

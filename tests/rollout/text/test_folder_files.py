@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
+from transformers.models.auto import tokenization_auto
 
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, InvalidRequest
+from rollout.text.folder.pipeline import read_pipeline
+from rollout.text.folder.tokens import ROLES
 from rollout.text.tokenizer import load_tokenizer
 from tests.helpers.tiny_tokenizer import TEMPLATE, tiny_tokenizer
 
@@ -105,16 +109,22 @@ def test_an_odd_value_in_the_tokenizer_itself_is_read_or_named(tmp_path: Path) -
     path = tmp_path / "tokenizer.json"
     source = json.loads(path.read_text())
     source["model"]["vocab"] = dict(list(source["model"]["vocab"].items())[:3])
-    source["added_tokens"] = source["added_tokens"][:2]
+    source["added_tokens"] = [
+        {**token, "id": 3 + i} for i, token in enumerate(source["added_tokens"][:2])
+    ]
+    served = 0
     for class_name in ("PreTrainedTokenizerFast", "LlamaTokenizer"):
-        config = {"tokenizer_class": class_name, "eos_token": "<|bos|>"}
+        config = {"tokenizer_class": class_name, **dict.fromkeys(ROLES), "eos_token": "<|bos|>"}
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
         for where, changed in mutations(source):
             path.write_text(json.dumps(changed))
             try:
-                load_tokenizer(tmp_path)
-            except CheckpointError as error:
+                load_tokenizer(tmp_path).encode("a<|bos|>")
+            except (CheckpointError, InvalidRequest) as error:
                 assert "tokenizer" in error.message, where
+            else:
+                served += 1
+    assert served > 50
 
 
 @pytest.mark.parametrize("damage", ["cut", "bom", "latin", "list", "nested", "folder"])
@@ -166,6 +176,35 @@ def test_what_would_give_other_ids_is_refused(
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json") as caught:
         load_tokenizer(tmp_path)
     assert caught.value.field == key
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_token_that_a_template_adds_without_an_id_is_named(nested: bool, tmp_path: Path) -> None:
+    tiny_tokenizer(add_bos=True).write_hf(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    source = json.loads(path.read_text())
+    source["post_processor"]["special_tokens"] = {}
+    if nested:
+        processors = [source["post_processor"]]
+        source["post_processor"] = {"type": "Sequence", "processors": processors}
+    path.write_text(json.dumps(source))
+    with pytest.raises(CheckpointError, match=r"<\|bos\|>") as caught:
+        load_tokenizer(tmp_path)
+    assert caught.value.field == "post_processor.special_tokens"
+
+
+def test_every_class_of_transformers_is_known(tmp_path: Path) -> None:
+    write(tmp_path, {})
+    text = (tmp_path / "tokenizer.json").read_text()
+    mapped = {name for name in tokenization_auto.TOKENIZER_MAPPING_NAMES.values() if name}
+    exported = {n for n in dir(transformers) if n.endswith(("Tokenizer", "TokenizerFast"))}
+    as_they_are = {"PreTrainedTokenizer", "PreTrainedTokenizerFast", "AutoTokenizer"}
+    as_they_are |= {"TokenizersBackend", "MistralCommonBackend"}
+    rebuilt = {"LlamaTokenizer", "Qwen2Tokenizer", "GPT2Tokenizer"}
+    names = (mapped | exported) - as_they_are
+    for name in sorted(name for name in names if name.removesuffix("Fast") not in rebuilt):
+        with pytest.raises(CheckpointError, match=name.removesuffix("Fast")):
+            read_pipeline(tmp_path, {"tokenizer_class": name}, {}, text)
 
 
 def test_a_tokenizer_that_draws_lots_is_refused(tmp_path: Path) -> None:
