@@ -162,12 +162,12 @@ class ChatTemplate:
 
 
 def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages as transformers hands them to a template: without keys that are null, and with
-    reasoning under each name that templates read."""
+    """Messages with their reasoning under each name that templates read, as transformers has
+    them."""
     plain = []
     for message in messages:
-        fields = {key: value for key, value in message.items() if value is not None}
-        reasoning = next((fields[key] for key in _REASONING if key in fields), None)
+        fields = dict(message)
+        reasoning = next((fields[k] for k in _REASONING if fields.get(k) is not None), None)
         if reasoning is not None:
             fields = {"thinking": reasoning, **fields, "reasoning_content": reasoning}
         plain.append(fields)

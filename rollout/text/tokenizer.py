@@ -13,7 +13,6 @@ import tokenizers
 
 from engine.errors import InvalidRequest, ModelNotFound
 from rollout.text.chat_template import ChatTemplate
-from rollout.text.chat_template import ChatTemplate, Message
 from rollout.text.gguf_keys import chat_templates
 from rollout.text.gguf_metadata import read_gguf_metadata
 from rollout.text.gguf_tokenizer import build_gguf_tokenizer

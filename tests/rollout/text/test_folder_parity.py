@@ -24,7 +24,7 @@ TEXTS = [
 CHAT: list[dict[str, Any]] = [
     {"role": "system", "content": " be brief "},
     {"role": "user", "content": "the world 12"},
-    {"role": "assistant", "content": None, "reasoning": "hm", "tool_calls": [
+    {"role": "assistant", "content": "so:", "reasoning": "hm", "tool_calls": [
         {"type": "function", "function": {"name": "f", "arguments": {"x": "é<"}}}]},
     {"role": "tool", "content": "ab"},
 ]  # fmt: skip
