@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from engine.errors import InvalidRequest, ModelNotFound
+from engine.errors import InvalidRequest, ModelError, ModelNotFound
 from rollout.text.chat_template import ChatTemplate
+from rollout.text.folder.json_files import broken
 from rollout.text.gguf_keys import chat_templates
 from rollout.text.gguf_metadata import read_gguf_metadata
 from rollout.text.gguf_tokenizer import build_gguf_tokenizer
@@ -180,15 +181,23 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
+def _from_folder(folder: Path) -> Tokenizer:
+    parts = read_hf_folder(folder)
+    try:
+        return Tokenizer(parts.backend, parts.special, parts.templates)
+    except ModelError as error:
+        raise broken(folder / "tokenizer.json", error.field, f"- {error.message}") from error
+
+
 def load_tokenizer(model: str | Path) -> Tokenizer:
     """The tokenizer of a Hugging Face folder, a GGUF file, or the folder of a config.json.
 
-    Raises ModelNotFound if nothing is there, ModelError if it cannot be rebuilt.
+    Raises ModelNotFound if nothing is there, ModelError if it cannot be rebuilt: of a folder a
+    CheckpointError that names file and key.
     """
     path = Path(model)
     if path.is_dir() or path.suffix == ".json":
-        parts = read_hf_folder(path if path.is_dir() else path.parent)
-        return Tokenizer(parts.backend, parts.special, parts.templates)
+        return _from_folder(path if path.is_dir() else path.parent)
     if path.suffix == ".gguf":
         metadata = read_gguf_metadata(path)
         backend, special = build_gguf_tokenizer(metadata)

@@ -178,6 +178,17 @@ def test_what_would_give_other_ids_is_refused(
     assert caught.value.field == key
 
 
+def test_a_decoder_without_bytes_names_its_file(tmp_path: Path) -> None:
+    write(tmp_path, {})
+    path = tmp_path / "tokenizer.json"
+    source = json.loads(path.read_text())
+    source["decoder"] = {"type": "BPEDecoder", "suffix": "</w>"}
+    path.write_text(json.dumps(source))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: decoder") as caught:
+        load_tokenizer(tmp_path)
+    assert caught.value.field == "decoder"
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_token_that_a_template_adds_without_an_id_is_named(nested: bool, tmp_path: Path) -> None:
     tiny_tokenizer(add_bos=True).write_hf(tmp_path)
