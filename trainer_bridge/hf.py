@@ -25,16 +25,29 @@ def load_causal_lm(
 ) -> torch.nn.Module:
     """Build a transformers causal LM from a config.json's contents and named tensors.
 
-    Raises CheckpointError, naming the tensor, for one that is unknown, missing or misshapen.
+    Raises CheckpointError, naming the tensor, for one that is unknown, missing or misshapen, and
+    for rotary frequencies of a GGUF file that transformers has no setting for.
     """
     import transformers
 
+    _refuse_divisors(hf_config)
     architecture = getattr(transformers, hf_config["architectures"][0])
     values = {key: value for key, value in hf_config.items() if key != "model_type"}
     config = architecture.config_class(**values)
     model: torch.nn.Module = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     _fill(model, tensors)
     return model.to(device)
+
+
+def _refuse_divisors(hf_config: dict[str, Any]) -> None:
+    """The engine divides frequencies by what a GGUF file lists; transformers would not."""
+    divisors = (hf_config.get("rope_parameters") or {}).get("frequency_divisors")
+    if divisors is not None and set(divisors) != {1.0}:
+        raise CheckpointError(
+            "this GGUF file scales its rotary frequencies by rope_freqs.weight, which a trainer's "
+            "model cannot; train from the model's Hugging Face folder",
+            field="rope_freqs.weight",
+        )
 
 
 @torch.no_grad()

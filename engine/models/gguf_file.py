@@ -103,7 +103,7 @@ class _Cursor:
 class GGUFFile:
     """An open GGUF file.
 
-    metadata: scalars and numeric arrays by key; arrays of strings are left out.
+    metadata: scalars and numeric arrays by key. string_lists: keys of arrays of strings.
     tensors: by their names in the file, in file order.
     """
 
@@ -111,13 +111,14 @@ class GGUFFile:
         """Read the header. Raises CheckpointError when `path` is not a whole GGUF file."""
         self.path = path
         self.metadata: dict[str, Any] = {}
+        self.string_lists: list[str] = []
         self.tensors: dict[str, GGUFTensor] = {}
         if path.stat().st_size < 24:
             raise CheckpointError(f"{path} is not a GGUF file: it is too short", field="path")
         self._data = np.memmap(path, dtype=np.uint8, mode="r")
         try:
             self._data_start = self._read_header()
-        except (struct.error, EOFError, KeyError, OverflowError) as error:
+        except (struct.error, EOFError, KeyError, OverflowError, RecursionError) as error:
             raise CheckpointError(
                 f"{path} has a broken GGUF header: {error}", field="path"
             ) from None
@@ -133,17 +134,26 @@ class GGUFFile:
         for _ in range(num_keys):
             key = cursor.string()
             value = cursor.value(cursor.number("<I"))
-            if value is not None:
+            if value is None:
+                self.string_lists.append(key)
+            else:
                 self.metadata[key] = value
         for _ in range(num_tensors):
             tensor = self._read_tensor(cursor)
             self.tensors[tensor.name] = tensor
-        alignment = int(self.metadata.get("general.alignment", 32))
+        alignment = self.metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+            raise CheckpointError(
+                f"{self.path}: general.alignment is {alignment!r}, not a power of two",
+                field="general.alignment",
+            )
         return -(-cursor.position // alignment) * alignment
 
     def _read_tensor(self, cursor: _Cursor) -> GGUFTensor:
         name = cursor.string()
         dims = [cursor.number("<Q") for _ in range(cursor.number("<I"))]
+        if not dims or not all(dims):
+            raise CheckpointError(f"{self.path}: {name} has shape {dims}", field=name)
         return GGUFTensor(name, tuple(reversed(dims)), cursor.number("<I"), cursor.number("<Q"))
 
     def dequantize(self, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:

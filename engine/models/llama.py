@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from engine.models.config_keys import flag
 from engine.models.options import Options
 
 
 def options(source: Mapping[str, Any]) -> Options:
     """`attention_bias` sets all four attention biases, `mlp_bias` those of the MLP."""
-    attention_bias = bool(source.get("attention_bias", False))
+    attention_bias = bool(flag(source, "attention_bias"))
     return Options(
         qkv_bias=attention_bias,
         o_bias=attention_bias,
-        mlp_bias=bool(source.get("mlp_bias", False)),
+        mlp_bias=bool(flag(source, "mlp_bias")),
     )

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.config import LoadFormat
-from engine.errors import CheckpointError, ModelNotFound
+from engine.errors import CheckpointError, ModelError, ModelNotFound
 from engine.models.config import ModelConfig, read_config
-from engine.models.gguf_config import gguf_config
+from engine.models.gguf_config import gguf_config, gguf_key
 from engine.models.gguf_file import GGUFFile
 from engine.models.weight_files import (
     exists,
@@ -78,9 +78,16 @@ def _inside(folder: Path) -> Path:
 def _gguf(path: Path, load_format: LoadFormat) -> ModelFiles:
     if load_format == "safetensors":
         raise CheckpointError(f"load_format 'safetensors', but {path} is GGUF", field="load_format")
-    source = gguf_config(GGUFFile(path))
+    file = GGUFFile(path)
+    source = gguf_config(file)
     kind: FileKind = "random" if load_format == "random" else "gguf"
-    return ModelFiles(kind, path, read_config(source), source)
+    try:
+        config = read_config(source)
+    except ModelError as error:
+        # Say it in the file's own words.
+        key = gguf_key(str(file.metadata["general.architecture"]), error.field)
+        raise type(error)(f"{path}: {key}: {error.message}", field=key) from None
+    return ModelFiles(kind, path, config, source)
 
 
 def _hugging_face(config: Path, load_format: LoadFormat) -> ModelFiles:

@@ -10,4 +10,4 @@ from engine.models.options import Options
 
 def options(source: Mapping[str, Any]) -> Options:
     """No option is left to the configuration."""
-    return Options(slides_by_default=True)
+    return Options(default_window=4096)

@@ -13,7 +13,8 @@ class Options:
     mlp_bias: biases of the MLP's projections.
     qk_norm: per-head norms of queries and keys before the rotary embedding.
     default_head_dim: head dim of a configuration without one; None is hidden size / heads.
-    slides_by_default: a `sliding_window` counts even without `use_sliding_window`.
+    default_window: the `sliding_window` of a configuration without one, where it counts even
+        without `use_sliding_window`; None where that switch decides.
     """
 
     qkv_bias: bool = False
@@ -21,4 +22,4 @@ class Options:
     mlp_bias: bool = False
     qk_norm: bool = False
     default_head_dim: int | None = None
-    slides_by_default: bool = False
+    default_window: int | None = None

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from engine.models.config_keys import flag
 from engine.models.options import Options
 
 
 def options(source: Mapping[str, Any]) -> Options:
     """`attention_bias` sets all four attention biases."""
-    attention_bias = bool(source.get("attention_bias", False))
+    attention_bias = bool(flag(source, "attention_bias"))
     return Options(
         qkv_bias=attention_bias, o_bias=attention_bias, qk_norm=True, default_head_dim=128
     )

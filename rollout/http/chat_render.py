@@ -50,13 +50,13 @@ class ChatRenderer:
         `messages` or `chat_template`, which is refused where it is not trusted, and
         ContextTooLong for a text too long.
         """
-        own = self._tokenizer.template if source is None else None
+        own = self._tokenizer.template_for(variables.get("tools")) if source is None else None
         if own is not None and num_bytes <= _INLINE_BYTES:
             return own.write(messages, variables, max_chars=max_chars)
         if source is not None:
             self._check_source(source)
         job = RenderJob(
-            source=source if source is not None else self._tokenizer.chat_template or "",
+            source=own.source if own is not None else source or "",
             special_tokens=self._tokenizer.special_tokens,
             messages=messages,
             variables=variables,

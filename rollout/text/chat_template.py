@@ -28,17 +28,19 @@ OWN_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_pro
 
 _MAX_REASON = 500
 _MAX_PROBE_CHARS = 1 << 20
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class _Generation(Extension):
     """`{% generation %}` marks the assistant's tokens for training masks; only its body
-    is rendered here."""
+    is rendered here, in a scope of its own."""
 
     tags = {"generation"}
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return [nodes.Scope(body, lineno=line)]
 
 
 def _raise_exception(message: str) -> NoReturn:
@@ -66,7 +68,8 @@ def _strftime_now(layout: str) -> str:
 
 
 class ChatTemplate:
-    """One compiled template. Raises InvalidRequest (`chat_template`) if it does not parse."""
+    """One compiled template, and its `source`. Raises InvalidRequest (`chat_template`) if it does
+    not parse."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         environment = ImmutableSandboxedEnvironment(
@@ -76,7 +79,7 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
         self._special_tokens = dict(special_tokens)
-        self._source = source
+        self.source = source
         try:
             self._template = environment.from_string(source)
         except (jinja2.TemplateError, RecursionError, ValueError, OverflowError) as error:
@@ -126,14 +129,14 @@ class ChatTemplate:
     @cached_property
     def traits(self) -> TemplateTraits:
         """What this template expects of messages."""
-        return TemplateTraits(self._source, self._probe)
+        return TemplateTraits(self.source, self._probe)
 
     def _text(
         self, messages: Sequence[Message], variables: Mapping[str, Any], max_chars: int | None
     ) -> str:
         """What the template writes, up to the piece that passes `max_chars`."""
         defaults = {"add_generation_prompt": True, "tools": None, "documents": None}
-        names = {**self._special_tokens, **defaults, **variables, "messages": list(messages)}
+        names = {**self._special_tokens, **defaults, **variables, "messages": _plain(messages)}
         parts, size = [], 0
         try:
             for part in self._template.generate(names):
@@ -156,6 +159,19 @@ class ChatTemplate:
             return self._text(messages, {}, _MAX_PROBE_CHARS)
         except InvalidRequest:
             return None
+
+
+def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages with their reasoning under each name that templates read, as transformers has
+    them."""
+    plain = []
+    for message in messages:
+        fields = dict(message)
+        reasoning = next((fields[k] for k in _REASONING if fields.get(k) is not None), None)
+        if reasoning is not None:
+            fields = {"thinking": reasoning, **fields, "reasoning_content": reasoning}
+        plain.append(fields)
+    return plain
 
 
 def check_variables(variables: Mapping[str, Any]) -> None:

@@ -43,7 +43,13 @@ def read_gguf_metadata(path: str | Path) -> dict[str, Any]:
     with path.open("rb") as file:
         try:
             return _read_section(file, path)
-        except (struct.error, UnicodeDecodeError, MemoryError, OverflowError) as error:
+        except (
+            struct.error,
+            UnicodeDecodeError,
+            MemoryError,
+            OverflowError,
+            RecursionError,
+        ) as error:
             raise CheckpointError(
                 f"{path} ends or breaks inside its GGUF metadata ({error}); fetch it again",
                 field="model",

@@ -1,118 +1,105 @@
-"""Read the tokenizer of a Hugging Face folder with the tokenizers library alone."""
+"""The tokenizer of a Hugging Face folder, made with the tokenizers library alone.
+
+Ids and chat text are those of `transformers.AutoTokenizer` (5.x), or the folder is refused.
+"""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from engine.errors import CheckpointError, ModelNotFound
-from rollout.text.special_tokens import SpecialTokens, wrap_with_special
+from engine.errors import ModelNotFound
+from rollout.text.folder.json_files import (
+    broken,
+    optional_flag,
+    read_object,
+    read_text,
+    token_ids,
+)
+from rollout.text.folder.pipeline import read_pipeline
+from rollout.text.folder.templates import read_templates
+from rollout.text.folder.tokens import ROLES, DeclaredTokens, add_tokens, content, read_tokens
+from rollout.text.special_tokens import SpecialTokens
+
+_CONFIG = "tokenizer_config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class FolderTokenizer:
-    """What the folder holds: the tokenizer, its role tokens and its chat template."""
+    """What the folder holds: the tokenizer, its role tokens and its chat templates by name."""
 
     backend: Tokenizer
     special: SpecialTokens
-    chat_template: str | None
+    templates: Mapping[str, str]
 
 
 def read_hf_folder(folder: Path) -> FolderTokenizer:
-    """Read `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`.
+    """Read the tokenizer of `folder` from its tokenizer.json and the files beside it.
 
-    Raises ModelNotFound without a `tokenizer.json`, CheckpointError if one is broken.
+    `add_bos_token` and `add_eos_token` change nothing, as in transformers: the post-processor of
+    tokenizer.json says what is added. Raises ModelNotFound without a tokenizer.json,
+    CheckpointError naming file and key if a file is broken or asks for what is not served.
     """
     path = folder / "tokenizer.json"
-    if not path.is_file():
+    if not path.exists():
         raise ModelNotFound(
             f"{folder} has no tokenizer.json; save a fast tokenizer there, or send input_ids",
             field="model",
         )
-    backend = _read_backend(path)
-    config = _read_json(folder / "tokenizer_config.json")
-    _add_missing(backend, config)
-    special = _special_tokens(backend, config, folder)
-    if "add_bos_token" in config or "add_eos_token" in config:
-        bos, eos = bool(config.get("add_bos_token")), bool(config.get("add_eos_token"))
-        wrap_with_special(backend, special, bos=bos, eos=eos)
+    config, model = read_object(folder / _CONFIG), read_object(folder / "config.json")
+    _refuse_unserved(folder / _CONFIG, config)
+    pipeline = read_pipeline(folder, config, model, read_text(path))
+    tokens = read_tokens(folder, config, pipeline.source, pipeline.defaults)
+    backend = pipeline.backend
+    backend.encode_special_tokens = bool(
+        optional_flag(folder / _CONFIG, config, "split_special_tokens")
+    )
+    add_tokens(backend, tokens)
+    if pipeline.finally_special:
+        texts = dict.fromkeys(content(t) for t in [*tokens.roles.values(), *tokens.extra])
+        backend.add_tokens([AddedToken(text, special=True) for text in texts if text])
     return FolderTokenizer(
-        backend=backend, special=special, chat_template=_chat_template(folder, config)
+        backend=backend,
+        special=_special_tokens(folder, backend, tokens, model),
+        templates=read_templates(folder, config),
     )
 
 
-def _read_backend(path: Path) -> Tokenizer:
-    try:
-        return Tokenizer.from_str(path.read_text("utf-8"))
-    except Exception as error:  # the tokenizers library raises bare Exception on bad JSON
-        raise CheckpointError(f"{path} is not a tokenizer: {error}", field="model") from error
+def _refuse_unserved(path: Path, config: dict[str, Any]) -> None:
+    """Keys with which transformers makes another tokenizer than the one made here."""
+    for key, what in {
+        "init_inputs": "passes arguments by position",
+        "fix_mistral_regex": "replaces the pre-tokenizer of tokenizer.json",
+    }.items():
+        if config.get(key):
+            raise broken(path, key, f"{what}, which is not served; remove it")
+    if config.get("fast_tokenizer_files", ["tokenizer.json"]) != ["tokenizer.json"]:
+        raise broken(path, "fast_tokenizer_files", "names other files; only tokenizer.json is read")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}", field="model") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is not a JSON object", field="model")
-    return value
-
-
-def _content(token: Any) -> str | None:
-    """A token in the configuration is a string, or an object with its `content`."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
-
-
-def _add_missing(backend: Tokenizer, config: dict[str, Any]) -> None:
-    """Tokens that only `tokenizer_config.json` knows, at the ids it gives them."""
-    known = backend.get_added_tokens_decoder()
-    decoder = config.get("added_tokens_decoder", {})
-    for index, token in sorted(decoder.items(), key=lambda item: int(item[0])):
-        text = _content(token)
-        if text is None or int(index) in known:
-            continue
-        flags = {k: token[k] for k in ("single_word", "lstrip", "rstrip", "normalized", "special")}
-        added = AddedToken(text, **flags)
-        (backend.add_special_tokens if added.special else backend.add_tokens)([added])
-        if backend.token_to_id(text) != int(index):
-            raise CheckpointError(
-                f"added token {text!r} should have id {index}, the vocabulary gives it "
-                f"{backend.token_to_id(text)}",
-                field="added_tokens_decoder",
-            )
-
-
-def _special_tokens(backend: Tokenizer, config: dict[str, Any], folder: Path) -> SpecialTokens:
-    eos = _content(config.get("eos_token"))
+def _special_tokens(
+    folder: Path, backend: Tokenizer, tokens: DeclaredTokens, model: dict[str, Any]
+) -> SpecialTokens:
+    texts = {role: content(token) for role, token in tokens.roles.items()}
+    eos = texts.get("eos_token")
     ends = [] if eos is None else [backend.token_to_id(eos)]
-    for name in ("generation_config.json", "config.json"):
-        listed = _read_json(folder / name).get("eos_token_id")
-        if listed is not None:
-            ends += listed if isinstance(listed, list) else [listed]
-            break
+    path = folder / "generation_config.json"
+    listed = token_ids(path, read_object(path), "eos_token_id")
+    if listed is None:
+        listed = token_ids(folder / "config.json", model, "eos_token_id")
+    ends += listed or []
     return SpecialTokens(
-        bos=_content(config.get("bos_token")),
+        bos=texts.get("bos_token"),
         eos=eos,
-        unk=_content(config.get("unk_token")),
-        pad=_content(config.get("pad_token")),
+        unk=texts.get("unk_token"),
+        pad=texts.get("pad_token"),
+        others={k: v for k, v in texts.items() if k not in _NAMED},
         eos_ids=[i for i in dict.fromkeys(ends) if i is not None],
     )
 
 
-def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text("utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+_NAMED = tuple(role for role in ROLES if role[:3] in ("bos", "eos", "unk", "pad"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import tokenizers
@@ -12,6 +13,7 @@ from tokenizers.processors import TemplateProcessing
 class SpecialTokens:
     """Strings of the tokens that have a role; None where the model has none.
 
+    others: tokens of further roles by the names that templates use ("image_token").
     eos_ids: every id that ends a sequence; the EOS token and those a generation config adds.
     """
 
@@ -19,13 +21,14 @@ class SpecialTokens:
     eos: str | None = None
     unk: str | None = None
     pad: str | None = None
+    others: Mapping[str, str] = field(default_factory=dict)
     eos_ids: list[int] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, str]:
         """Names as Hugging Face spells them; roles nobody has are left out."""
         roles = {"bos_token": self.bos, "eos_token": self.eos}
         roles |= {"unk_token": self.unk, "pad_token": self.pad}
-        return {name: token for name, token in roles.items() if token is not None}
+        return {name: token for name, token in roles.items() if token is not None} | {**self.others}
 
 
 def wrap_with_special(

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from engine.errors import InvalidRequest, ModelNotFound
+from engine.errors import InvalidRequest, ModelError, ModelNotFound
 from rollout.text.chat_template import ChatTemplate
+from rollout.text.folder.json_files import broken
+from rollout.text.gguf_keys import chat_templates
 from rollout.text.gguf_metadata import read_gguf_metadata
 from rollout.text.gguf_tokenizer import build_gguf_tokenizer
 from rollout.text.hf_folder import read_hf_folder
@@ -25,29 +27,41 @@ class Tokenizer:
     """A tokenizer with its special tokens and chat template.
 
     eos_ids: every id that ends a sequence. bos_id: None where the model has no BOS.
+    chat_template: that of conversations without tools; None where there is none.
     """
 
     def __init__(
         self,
         backend: tokenizers.Tokenizer,
         special: SpecialTokens,
-        chat_template: str | None = None,
+        chat_template: str | Mapping[str, str] | None = None,
     ) -> None:
+        """chat_template: the only one, or several by name: "default", and "tool_use" where
+        conversations with tools have one of their own."""
         backend.no_padding()
         backend.no_truncation()
         self._backend = backend
         self._special = special
         self._bytes = TokenBytes(backend)
-        self.chat_template = chat_template
+        given = {"default": chat_template} if isinstance(chat_template, str) else chat_template
+        self._sources: dict[str, str] = dict(given or {})
+        self._templates: dict[str, ChatTemplate] = {}
+        self.chat_template = self._sources.get("default")
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self.eos_ids = list(special.eos_ids)
         self.bos_id = None if special.bos is None else backend.token_to_id(special.bos)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`; with special tokens, what the model's post-processor adds (a BOS
-        for models trained with one). Other threads run meanwhile."""
-        # Unlike encode(), this lets go of the interpreter, and it computes no offsets.
-        batch = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        for models trained with one). Other threads run meanwhile. Raises InvalidRequest
+        (`prompt`) for text that the vocabulary cannot express."""
+        try:
+            # Unlike encode(), this lets go of the interpreter, and it computes no offsets.
+            batch = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise InvalidRequest(
+                f"the tokenizer cannot encode this text: {error}", field="prompt"
+            ) from error
         ids: list[int] = batch[0].ids
         return ids
 
@@ -93,7 +107,7 @@ class Tokenizer:
 
         Raises InvalidRequest if the model has no template, or the messages do not fit it.
         """
-        return self.template.render(
+        return self.template_for(tools).render(
             messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables
         )
 
@@ -124,8 +138,12 @@ class Tokenizer:
         }
         _write_json(folder / "tokenizer_config.json", config)
         _write_json(folder / "special_tokens_map.json", roles)
-        if self.chat_template is not None:
-            (folder / "chat_template.jinja").write_text(self.chat_template, "utf-8")
+        for name, source in self._sources.items():
+            path = folder / "additional_chat_templates" / f"{name}.jinja"
+            if name == "default":
+                path = folder / "chat_template.jinja"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(source, "utf-8")
 
     @cached_property
     def longest_token_bytes(self) -> int:
@@ -138,14 +156,20 @@ class Tokenizer:
         """The tokens with a role by the names that templates use: `bos_token` and so on."""
         return self._special.as_dict()
 
-    @cached_property
-    def template(self) -> ChatTemplate:
-        """The model's chat template. Raises InvalidRequest (`messages`) if it has none."""
-        if self.chat_template is None:
+    def template_for(self, tools: object | None) -> ChatTemplate:
+        """The model's template for a conversation with `tools`, None being none.
+
+        Raises InvalidRequest (`messages`) if it has none, (`chat_template`) if it does not parse.
+        """
+        name = "tool_use" if tools is not None and "tool_use" in self._sources else "default"
+        if name not in self._sources:
+            others = f" but {', '.join(sorted(self._sources))}" if self._sources else ""
             raise InvalidRequest(
-                "this model has no chat template; send a plain prompt", field="messages"
+                f"this model has no chat template{others}; send a plain prompt", field="messages"
             )
-        return ChatTemplate(self.chat_template, self.special_tokens)
+        if name not in self._templates:
+            self._templates[name] = ChatTemplate(self._sources[name], self.special_tokens)
+        return self._templates[name]
 
     @cached_property
     def _special_ids(self) -> dict[str, int]:
@@ -157,19 +181,27 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
+def _from_folder(folder: Path) -> Tokenizer:
+    parts = read_hf_folder(folder)
+    try:
+        return Tokenizer(parts.backend, parts.special, parts.templates)
+    except ModelError as error:
+        raise broken(folder / "tokenizer.json", error.field, f"- {error.message}") from error
+
+
 def load_tokenizer(model: str | Path) -> Tokenizer:
     """The tokenizer of a Hugging Face folder, a GGUF file, or the folder of a config.json.
 
-    Raises ModelNotFound if nothing is there, ModelError if it cannot be rebuilt.
+    Raises ModelNotFound if nothing is there, ModelError if it cannot be rebuilt: of a folder a
+    CheckpointError that names file and key.
     """
     path = Path(model)
     if path.is_dir() or path.suffix == ".json":
-        parts = read_hf_folder(path if path.is_dir() else path.parent)
-        return Tokenizer(parts.backend, parts.special, parts.chat_template)
+        return _from_folder(path if path.is_dir() else path.parent)
     if path.suffix == ".gguf":
         metadata = read_gguf_metadata(path)
         backend, special = build_gguf_tokenizer(metadata)
-        return Tokenizer(backend, special, metadata.get("tokenizer.chat_template"))
+        return Tokenizer(backend, special, chat_templates(metadata))
     raise ModelNotFound(
         f"no model at {path}: give a Hugging Face folder, a GGUF file or a config.json",
         field="model",

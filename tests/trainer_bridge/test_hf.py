@@ -68,3 +68,9 @@ def test_names_of_wrapped_models_are_bare() -> None:
     parallel = torch.nn.Module()
     parallel.module = inner
     assert [name for name, _ in named_tensors(parallel)] == ["weight", "bias"]
+
+
+def test_rotary_frequencies_that_transformers_cannot_scale_are_refused() -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "frequency_divisors": [1.0, 8.0]}
+    with pytest.raises(CheckpointError, match=r"rope_freqs\.weight"):
+        load_causal_lm({"architectures": ["LlamaForCausalLM"], "rope_parameters": rope}, [])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
+from engine.models.locate import locate
 from tests.helpers.dense_context import dense_logits
 from tests.helpers.load_tiny import load_path
 from tests.helpers.tiny_models import write_tiny
@@ -60,6 +63,23 @@ def _largest_difference(reference: Any, path: Path) -> float:
 def test_logits_equal_transformers(arch: str, overrides: dict[str, Any], tmp_path: Path) -> None:
     reference = write_tiny(tmp_path, arch, **overrides)
     assert _largest_difference(reference, tmp_path) <= TOLERANCE
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
+def test_yarn_as_a_model_card_switches_it_on(arch: str, tmp_path: Path) -> None:
+    write_tiny(tmp_path, arch, max_position_embeddings=32)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    theta = config.pop("rope_parameters")["rope_theta"]
+    card = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    path.write_text(json.dumps({**config, "rope_theta": theta, "rope_scaling": card}))
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).float().eval()
+    # 63 positions: beyond those of pretraining.
+    assert locate(tmp_path).config.max_position == 128
+    assert _largest_difference(reference, tmp_path) <= TOLERANCE
+    without = {**config, "rope_theta": theta, "max_position_embeddings": 128}
+    path.write_text(json.dumps(without))
+    assert _largest_difference(reference, tmp_path) > 100 * TOLERANCE
 
 
 def test_sharded_checkpoint_equals_transformers(tmp_path: Path) -> None:

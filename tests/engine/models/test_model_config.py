@@ -8,6 +8,7 @@ import pytest
 
 from engine.errors import CheckpointError, UnknownArchitecture
 from engine.models.config import read_config
+from engine.models.config_keys import HANDLED
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -63,9 +64,24 @@ def test_an_unknown_architecture_lists_the_known() -> None:
     ],
 )
 def test_options_by_architecture(arch: str, qkv: bool, o: bool, mlp: bool, qk_norm: bool) -> None:
-    config = read_config(with_(architectures=[arch], attention_bias=True, mlp_bias=True))
+    config = read_config(with_(architectures=[arch], attention_bias=qkv, mlp_bias=mlp))
     assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (qkv, o, mlp)
     assert config.qk_norm == qk_norm
+
+
+@pytest.mark.parametrize(
+    ("arch", "key"),
+    [
+        ("MistralForCausalLM", "attention_bias"),
+        ("MistralForCausalLM", "mlp_bias"),
+        ("Qwen2ForCausalLM", "mlp_bias"),
+        ("Qwen3ForCausalLM", "mlp_bias"),
+    ],
+)
+def test_a_bias_that_the_architecture_lacks_is_refused(arch: str, key: str) -> None:
+    with pytest.raises(UnknownArchitecture, match=key) as caught:
+        read_config(with_(architectures=[arch], **{key: True}))
+    assert caught.value.field == key
 
 
 def test_qwen3_has_a_head_dim_of_its_own() -> None:
@@ -137,7 +153,8 @@ def test_a_sliding_window_that_does_not_apply_is_served(changes: dict[str, Any])
     [
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope_type"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types"),
     ],
 )
 def test_what_is_not_served_is_named(changes: dict[str, Any], field: str) -> None:
@@ -159,3 +176,109 @@ def test_contradictions_are_named(changes: dict[str, Any], field: str) -> None:
     with pytest.raises(CheckpointError, match=field) as caught:
         read_config(with_(**changes))
     assert caught.value.field == field
+
+
+def test_mistral_slides_by_default_and_looks_at_nothing_else() -> None:
+    mistral = with_(architectures=["MistralForCausalLM"], max_position_embeddings=8192)
+    for changes in (
+        {},
+        {"sliding_window": 4096, "use_sliding_window": False},
+        {"sliding_window": 4096, "layer_types": ["full_attention"] * 2},
+    ):
+        with pytest.raises(UnknownArchitecture, match="sliding_window 4096"):
+            read_config({**mistral, **changes})
+    assert read_config({**mistral, "sliding_window": None}).max_position == 8192
+    assert read_config({**mistral, "max_position_embeddings": 4096}).max_position == 4096
+
+
+# As transformers writes them, or as people add them: nothing of it is computed.
+INERT: dict[str, Any] = {
+    "_name_or_path": "x",
+    "transformers_version": "4.57.1",
+    "attention_dropout": 0.1,
+    "initializer_range": 0.02,
+    "pretraining_tp": 2,
+    "use_cache": True,
+    "chunk_size_feed_forward": 0,
+    "id2label": {"0": "a"},
+    "auto_map": {},
+    "unsloth_version": "2025.1",
+    "pad_token_id": -1,
+    "hidden_activation": None,
+    "num_experts": 0,
+    "num_experts_per_tok": 2,
+    "logit_scale": 1.0,
+    "some_new_multiplier": 1.0,
+    "some_new_bias": False,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": 0.0,
+}
+
+
+def test_keys_that_change_nothing_are_passed_over() -> None:
+    assert read_config(with_(**INERT)) == read_config(LLAMA)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attn_logit_softcapping", 50.0),
+        ("final_logit_softcapping", 30.0),
+        ("logit_scale", 0.0625),
+        ("logits_scaling", 8.0),
+        ("residual_multiplier", 0.22),
+        ("embedding_multiplier", 12),
+        ("attention_multiplier", 0.015625),
+        ("query_pre_attn_scalar", 256),
+        ("clip_qkv", 8),
+        ("num_local_experts", 8),
+        ("n_routed_experts", 64),
+        ("no_rope_layers", [1, 0]),
+        ("attention_chunk_size", 8192),
+        ("hidden_activation", "gelu_pytorch_tanh"),
+        ("use_qk_norm", True),
+        ("qkv_bias", True),
+        ("kv_lora_rank", 512),
+        ("is_encoder_decoder", True),
+        ("scale_emb", 12),
+        ("some_new_softcap", 5.0),
+        ("local_rope_theta", 10000.0),
+        ("some_new_bias", True),
+        ("some_new_multiplier", 1.5),
+        ("mlp_activation", "relu2"),
+    ],
+)
+def test_a_key_that_would_have_to_be_computed_is_refused(key: str, value: object) -> None:
+    with pytest.raises(UnknownArchitecture, match=key) as caught:
+        read_config(with_(**{key: value}))
+    assert caught.value.field == key
+
+
+ODD: list[Any] = [True, -1, 0, 2.5, 1e400, float("nan"), 10**40, "x", [], [None], {}, {"a": 1}]
+
+
+@pytest.mark.parametrize("arch", ["LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM"])
+@pytest.mark.parametrize("key", sorted(HANDLED))
+def test_an_odd_value_is_read_or_named(key: str, arch: str) -> None:
+    for odd in ODD:
+        for base in (with_(architectures=[arch]), with_(architectures=[arch], **SWITCHES)):
+            try:
+                read_config({**base, key: odd}, {"eos_token_id": None})
+            except (CheckpointError, UnknownArchitecture) as error:
+                assert error.field and error.field in error.message, (odd, error)
+
+
+SWITCHES: dict[str, Any] = {
+    "sliding_window": 64,
+    "use_sliding_window": True,
+    "max_window_layers": 2,
+    "rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64},
+}
+
+
+@pytest.mark.parametrize("listed", [[2, None], [True], ["2"], "2", -1, 2.0])
+def test_end_tokens_that_are_no_ids_are_named(listed: object) -> None:
+    for source, generation in ((with_(eos_token_id=listed), {}), (LLAMA, {"eos_token_id": listed})):
+        with pytest.raises(CheckpointError, match="eos_token_id") as caught:
+            read_config(source, generation)
+        assert caught.value.field == "eos_token_id"

@@ -62,6 +62,13 @@ def test_llama3_splits_digits_by_three_and_adds_its_bos(tmp_path: Path) -> None:
     assert found == ["<|bos|>", "a", "123", "4", "1"]
 
 
+@pytest.mark.parametrize("pre", ["dbrx", "smaug-bpe"])
+def test_of_llama3_some_names_take_the_words_alone(tmp_path: Path, pre: str) -> None:
+    assert pieces(byte_level(pre=pre), tmp_path, "a12341") == ["a", "123", "4", "1"]
+    words = byte_level(pre=pre, merges=["1 2"])
+    assert pieces(words, tmp_path, "ab123") == ["a", "b", "12", "3"]
+
+
 def test_llama3_takes_whole_words_without_merges(tmp_path: Path) -> None:
     tokens = [*ALPHABET, "word", "<|bos|>"]
     metadata = byte_level(

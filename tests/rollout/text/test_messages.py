@@ -135,7 +135,7 @@ def test_a_developer_stays_where_the_template_knows_one() -> None:
 def test_what_says_nothing_is_not_there() -> None:
     keys = "{% for m in messages %}{{ m.keys() | sort | join(',') }};{% endfor %}"
     found = render(keys, [USER, {**CALL, "tool_calls": [], "reasoning_content": "why"}])
-    assert found == "content,role;content,reasoning_content,role;"
+    assert found == "content,role;content,reasoning_content,role,thinking;"
     found = render(keys, [{**USER, "name": None}, {**USER, "name": "ann"}])
     assert found == "content,role;content,name,role;"
 

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken
@@ -97,9 +98,35 @@ def test_eos_ids_join_the_generation_config(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path).eos_ids == [EOS_ID, 258]
 
 
-def test_bos_flag_of_the_configuration(tmp_path: Path) -> None:
-    save(tiny_tokenizer(), tmp_path, add_bos_token=True)
-    assert load_tokenizer(tmp_path).encode("a")[0] == BOS_ID
+@pytest.mark.parametrize("flag", [True, False, "null"])
+@pytest.mark.parametrize("adds", [True, False])
+def test_the_post_processor_alone_says_what_is_added(
+    tmp_path: Path, adds: bool, flag: object
+) -> None:
+    save(tiny_tokenizer(add_bos=adds), tmp_path, add_bos_token=flag, add_eos_token=flag)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(path.read_text().replace('"null"', "null"))
+    assert load_tokenizer(tmp_path).encode("a") == [BOS_ID] * adds + ids_of("a")
+
+
+def test_templates_by_name(tmp_path: Path) -> None:
+    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    save(tiny_tokenizer(template=None), tmp_path, chat_template=named)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.render_chat(CHAT) == "d"
+    assert tokenizer.render_chat(CHAT, tools=[{"a": 1}]) == "t"
+    tokenizer.write_hf(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again").render_chat(CHAT, tools=[]) == "t"
+    save(tiny_tokenizer(template=None), tmp_path / "no", chat_template=named[:1])
+    with pytest.raises(InvalidRequest, match="no chat template but tool_use"):
+        load_tokenizer(tmp_path / "no").render_chat(CHAT)
+
+
+def test_text_that_no_token_can_express_is_refused(tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="<unk>"))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InvalidRequest, match="cannot encode"):
+        load_tokenizer(tmp_path).encode("b")
 
 
 def test_template_from_the_configuration_or_its_list(tmp_path: Path) -> None:
