@@ -6,10 +6,10 @@ import asyncio
 import gc
 from collections import Counter
 
-from tests.faults.test_any_field import answered
 from tests.helpers.hostile_json import HOSTILE, with_value
 from tests.helpers.http_app import Server, serving, until
 from tests.helpers.route_bodies import RouteBody, route_bodies
+from tests.helpers.shared_server import answered
 
 # Routes that change nothing for long, so that a server can take them over and over.
 STEADY = ("/generate", "/v1/completions", "/v1/chat/completions", "/abort_request")
