@@ -34,7 +34,10 @@ class Engine:
         self.version = self.rank.session.version
         self._mode = mode
         self._carrier = update_carriers.make(carrier, self.rank, folder)
-        self._weights = [fresh(self.model, seed) for seed in (1, 2)]
+        new, other = (fresh(self.model, seed) for seed in (1, 2))
+        # In another order, so that no update finds what the engine remembers of the one before:
+        # each passes every point.
+        self._weights = [new, dict(reversed(other.items()))]
         self._manifests = [(new, manifest_of(new)) for new in self._weights]
         self._asked = 10
 

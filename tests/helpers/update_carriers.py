@@ -8,8 +8,10 @@ from contextlib import suppress
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Protocol
+from unittest import mock
 
 import torch
+from torch.distributed import HashStore
 
 from engine.errors import WeightUpdateError
 from engine.protocol import (
@@ -23,8 +25,11 @@ from engine.protocol import (
     TensorPiece,
     encode,
 )
+from engine.weights import rendezvous
 from engine.weights.service import WeightService
+from tests.helpers.peers import until
 from tests.helpers.weight_engines import Tensors, join, pieces, send, split
+from trainer_bridge import process_group
 from trainer_bridge.process_group import SenderGroup
 from trainer_bridge.transports.disk import write
 
@@ -101,8 +106,19 @@ class Disk:
         return self._written[-1][1]
 
 
+class _OwnStore(HashStore):
+    """In place of a TCPStore, whose client asks the resolver for names that no group needs:
+    where that is slow, for seconds."""
+
+    port = 1
+
+
 class GlooGroup:
-    """Broadcasts of a trainer's group, half a tensor at a time, from a thread of its own."""
+    """Broadcasts of a trainer's group, half a tensor at a time, from a thread of its own.
+
+    A group lasts until a transfer over it fails. Its ends meet in this process, since it is not
+    the rendezvous that faults are put into: `test_peers.py` is about that.
+    """
 
     def __init__(self, rank: WeightService) -> None:
         self._rank = rank
@@ -114,7 +130,12 @@ class GlooGroup:
 
     def prepare(self, new: Tensors) -> None:
         if self._sender is None:
-            self._sender = join([self._rank])
+            store = _OwnStore()
+            with (
+                mock.patch.object(process_group, "_listen", lambda *_: store),
+                mock.patch.object(rendezvous, "connect", lambda *_: store),
+            ):
+                self._sender = join([self._rank])
         self._halves = [half for share in split(new, 2) for half in share if half[1].numel()]
 
     def receive(self) -> None:
@@ -137,6 +158,8 @@ class GlooGroup:
         # The engine keeps its end until gloo lets go of it, so the sender's closes first.
         if self._sender is not None:
             self._sender.close()
+        # Asking has it look at once.
+        until(lambda: self._rank.groups.num_parked == 0)
         if self._sent is not None:
             with suppress(WeightUpdateError, AssertionError, ValueError):
                 self._sent.result(30)
