@@ -7,6 +7,7 @@ computes a field, hand over what they like. The leader is the last boundary.
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any, get_args
 
@@ -124,6 +125,16 @@ def test_a_request_with_an_odd_value(field: tuple[str, str], value: Any) -> None
 @given(field=st.sampled_from(COMMAND_FIELDS), value=st.sampled_from(VALUES))
 def test_a_command_with_an_odd_value(field: tuple[type[Any], str], value: Any) -> None:
     check_command(*field, value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["text", [[1], [2, 3]], json.loads("[" * 150 + "]" * 150), {"a": 1}],
+    ids=["text", "ragged", "deep", "object"],
+)
+def test_a_prompt_that_is_no_array(value: Any) -> None:
+    """The refusal itself must not look into what was refused."""
+    check_request("", "prompt_ids", value)
 
 
 @pytest.mark.long

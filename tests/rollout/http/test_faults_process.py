@@ -106,7 +106,7 @@ def test_a_world_size_that_only_one_side_has(client: Client) -> None:
     """The trainer waits for two ranks and the engine was told that it is the only one."""
     sender = SenderGroup("g", world_size=3, backend="gloo", timeout_s=2.0)
     with ThreadPoolExecutor(1) as pool:
-        body = join_body(sender.port, 2, timeout_s=10.0)
+        body = join_body(sender.port, 2, timeout_s=5.0)
         asked = pool.submit(client.call, JOINS["sglang"][0], body)
         until(lambda: sender.num_arrived() == 1 or asked.done())
         with pytest.raises(GroupError, match="rank 2 of 3 did not join group 'g'"):
