@@ -183,6 +183,8 @@ def test_a_fault_leaves_the_old_version_or_a_refusal(
 def test_a_fault_at_every_point_of_a_step(
     mode: str, carrier: str, step: str, tmp_path: Path
 ) -> None:
+    """Nothing is left out but: a second layer, whose tensors are of the first one's kinds;
+    generators that are resumed, and how often a wait looks up, which depends on the time."""
     engine = Engine(mode, carrier, tmp_path)
     for kind in KINDS:
         for at in range(1, engine.points(step, kind) + 1):
