@@ -108,7 +108,7 @@ def test_a_world_size_that_only_one_side_has(client: Client) -> None:
     with ThreadPoolExecutor(1) as pool:
         body = join_body(sender.port, 2, timeout_s=5.0)
         asked = pool.submit(client.call, JOINS["sglang"][0], body)
-        until(lambda: sender.num_arrived() == 1 or asked.done())
+        until(lambda: sender.num_arrived() == 1 or asked.done(), LAUNCH_S)
         with pytest.raises(GroupError, match="rank 2 of 3 did not join group 'g'"):
             sender.connect()
         with pytest.raises(GroupError, match="group 'g'"):
