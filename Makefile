@@ -35,7 +35,7 @@ grpo: setup      ## watch the default model learn by GRPO; ARGS="--task addition
 test: setup      ## the CPU suite, slow tests included
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not long"
 
-test-long: setup ## larger samples of the fault matrices than `make test` runs
+test-long: setup ## the whole fault matrices, of which `make test` runs a slice
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m long
 
 test-fast: setup ## the suite without the slow tests

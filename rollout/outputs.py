@@ -26,18 +26,35 @@ _MAX_CHUNKS = 64
 
 def refused(request: Request, error: SlipstreamError) -> RequestOutput:
     """The final output of a request that was never queued."""
-    return refused_id(request.rid, error, prompt_tokens=np.size(request.prompt_ids))
+    return refused_id(request.rid, error, prompt_tokens=_num_ids(request))
 
 
 def refused_id(rid: str, error: SlipstreamError, *, prompt_tokens: int = 0) -> RequestOutput:
     """`refused`, where no more than the id of the request is known."""
+    finish = FinishReason(type="abort", message=error.message, error=type(error).__name__)
+    return _empty(rid, finish, prompt_tokens)
+
+
+def ended_unsent(request: Request, message: str) -> RequestOutput:
+    """The final output of a request that was aborted before any engine got it."""
+    finish = FinishReason(type="abort", message=message)
+    return _empty(request.rid, finish, _num_ids(request))
+
+
+def _num_ids(request: Request) -> int:
+    """How long the prompt is; 0 for what is no array, which was refused for that: numpy would
+    raise for some of it."""
+    return request.prompt_ids.size if isinstance(request.prompt_ids, np.ndarray) else 0
+
+
+def _empty(rid: str, finish: FinishReason, prompt_tokens: int) -> RequestOutput:
     return RequestOutput(
         rid=rid,
         start=0,
         token_ids=np.zeros(0, np.int32),
         logprobs=np.zeros(0, np.float32),
         prompt_tokens=prompt_tokens,
-        finish=FinishReason(type="abort", message=error.message, error=type(error).__name__),
+        finish=finish,
     )
 
 

@@ -26,6 +26,7 @@ from rollout.http.mailbox import Mailbox, Mailboxes
 from rollout.http.pending import PendingCommand, PendingCommands
 from rollout.http.unsent import Unsent
 from rollout.ipc import encode_frame
+from rollout.outputs import ended_unsent
 from rollout.process_replica import command_name, reply_deadline_s
 from rollout.ranges import check_ranges
 
@@ -63,7 +64,10 @@ class AsyncEngine:
         self._mailboxes = Mailboxes()
         self._pending = PendingCommands()
         self._last_id = _START_ID
-        self._unsent = Unsent()
+        self._holding = False
+        self._held = Unsent()
+        self._sending: asyncio.Task[None] | None = None
+        self._unsent: list[Unsent] = []
         self._dead: EngineDead | None = None
         self._leaving: EngineDead | None = None
         self._starting = False
@@ -183,7 +187,7 @@ class AsyncEngine:
     @property
     def num_open(self) -> int:
         """Sequences sent to the engine whose final output has not come."""
-        return len(self._mailboxes) - self._unsent.num_held
+        return len(self._mailboxes) - len(self._held)
 
     @property
     def facts(self) -> ReplicaState:
@@ -223,10 +227,10 @@ class AsyncEngine:
         box = self._mailboxes.open([request.rid for request in requests])
         queued = False
         try:
-            if self._unsent.holding:
+            if self._holding or self._held:
                 # Sent later, with those of others: what cannot be encoded must not get there.
                 encode_frame(requests)
-                self._unsent.keep(requests)
+                self._held.add(requests)
             else:
                 self._post(requests)
             queued = True
@@ -238,7 +242,8 @@ class AsyncEngine:
     def check_room(self, count: int) -> None:
         """Raise QueueFull if `count` more sequences cannot wait now: before they are made."""
         facts = self.facts
-        num_waiting = max(0, self.num_open - facts.max_running)
+        # Those that are held here will wait in the engine, all at once.
+        num_waiting = max(0, len(self._mailboxes) - facts.max_running)
         if num_waiting + count > facts.max_waiting:
             raise QueueFull(
                 f"{num_waiting} sequences wait, at most {facts.max_waiting} may, and {count} "
@@ -249,27 +254,28 @@ class AsyncEngine:
     async def submit_all(self, requests: Sequence[Request]) -> Mailbox:
         """`submit` of sequences that may be many: the engine gets them in parts, each after it
         has answered since the one before, so that others are served in between."""
-        if len(requests) <= _PART or self._unsent.holding:
+        if len(requests) <= _PART or self._holding or self._held:
             return self.submit(requests)
         self.check_open()
         if not self.num_open:
             self._progress_at = time.monotonic()
+        unsent = Unsent()
+        unsent.add(requests)
         box = self._mailboxes.open([request.rid for request in requests])
-        unsent = self._unsent.begin(requests)
+        self._unsent.append(unsent)
         try:
             while unsent:
                 self.check_open()
                 box.check()
-                self._post(unsent[:_PART])
-                del unsent[:_PART]
+                self._post_first(unsent)
                 if unsent:
-                    await asyncio.wait(self.post([GetState()]), timeout=_PART_S)
+                    await self._part_taken()
         except BaseException:
-            self._mailboxes.forget(box, [request.rid for request in unsent])
+            self._mailboxes.forget(box, unsent.clear())
             self.discard(box)
             raise
         finally:
-            self._unsent.end(unsent)
+            self._unsent = [other for other in self._unsent if other is not unsent]
         return box
 
     def discard(self, mailbox: Mailbox) -> None:
@@ -277,11 +283,8 @@ class AsyncEngine:
         rids = set(mailbox.open)
         if not rids or self._dead is not None:
             return
-        held = self._unsent.discard(rids)
-        if self._unsent.holding:
-            mailbox.open.clear()
-            mailbox.open.update(held)
-            self._mailboxes.cancel(mailbox)
+        held = self._held.forget(rids)
+        self._mailboxes.forget(mailbox, held)
         sent = sorted(rids - held)
         if sent:
             self._mailboxes.drop(sent)
@@ -290,14 +293,38 @@ class AsyncEngine:
 
     def hold(self) -> None:
         """Keep requests submitted from now on here, until `release`. Idempotent."""
-        self._unsent.hold()
+        self._holding = True
 
     def release(self) -> None:
-        """Send the engine what was held. Idempotent."""
-        requests = self._unsent.release()
-        if requests and self._dead is None:
+        """Send the engine what was held, in the order in which it came: in parts, as
+        `submit_all` does, so that its steps go on in between. Idempotent."""
+        self._holding = False
+        if not self._held or self._dead is not None or self._sending is not None:
+            return
+        with contextlib.suppress(EngineDead):
+            self._post_first(self._held)
+        if self._held:
+            self._sending = asyncio.create_task(self._send_held())
+
+    async def _send_held(self) -> None:
+        """The parts after the first, unless `hold` is called again meanwhile."""
+        try:
             with contextlib.suppress(EngineDead):
-                self._post(requests)
+                await self._part_taken()
+                while self._held and not self._holding:
+                    self._post_first(self._held)
+                    await self._part_taken()
+        finally:
+            self._sending = None
+
+    def _post_first(self, requests: Unsent) -> None:
+        part = requests.first(_PART)
+        self._post(part)
+        requests.forget(request.rid for request in part)
+
+    async def _part_taken(self) -> None:
+        """Wait until the engine has taken in what it was sent, or for so long."""
+        await asyncio.wait(self.post([GetState()]), timeout=_PART_S)
 
     async def send(self, command: Control) -> Reply:
         """Run a control command. Raises its typed error, InvalidRequest if it cannot be
@@ -320,7 +347,7 @@ class AsyncEngine:
                 self._admit(command)
         for command in commands:
             if isinstance(command, Abort):
-                self._post_held(command)
+                self._end_unsent(command)
         calls = [Call(id=self._last_id + i, command=c) for i, c in enumerate(commands, 1)]
         self._post(calls)
         self._last_id += len(calls)
@@ -356,12 +383,12 @@ class AsyncEngine:
     def _deadline_s(self, command: Control) -> float:
         return reply_deadline_s(command, reply_s=self._reply_s, slow_s=self._slow_s)
 
-    def _post_held(self, abort: Abort) -> None:
-        """Send the engine those requests that are still here and that it is about to be told to
+    def _end_unsent(self, abort: Abort) -> None:
+        """End those requests that are still here and that the engine is about to be told to
         abort."""
-        named = self._unsent.take(abort)
-        if named:
-            self._post(named)
+        for requests in (self._held, *self._unsent):
+            for request in requests.take_named(abort):
+                self._mailboxes.end(ended_unsent(request, abort.message))
 
     def _post(self, messages: Sequence[Request | Call]) -> None:
         self._require_alive()
@@ -423,7 +450,7 @@ class AsyncEngine:
     def _end(self, error: EngineDead) -> None:
         self._dead = self._dead or error
         self._mailboxes.fail(error)
-        self._unsent.clear()
+        self._held.clear()
         self._pending.fail(error)
 
     def _require_alive(self) -> None:

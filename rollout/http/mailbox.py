@@ -113,6 +113,13 @@ class Mailboxes:
             del self._boxes[rid]
         box.put(output)
 
+    def end(self, output: RequestOutput) -> None:
+        """Put the only output of a request that the engine never got. What it still says of an
+        older request of that id is told apart as before."""
+        box = self._boxes.pop(output.rid, None)
+        if box is not None:
+            box.put(output)
+
     def fail(self, error: EngineDead) -> None:
         """No output will come any more for anybody."""
         for box in set(self._boxes.values()):

@@ -1,78 +1,48 @@
-"""Requests that an HTTP call has made and the engine has not got: held back, or part of a large
-call whose other parts it is still taking in."""
+"""Requests that the engine has not got: held back, or parts of a large call yet to be sent."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Iterable, Sequence
+from itertools import islice
 
 from engine.protocol import Abort, Request
 from rollout.sample_ids import of_sample, starts_with
 
 
 class Unsent:
-    """Requests by the call they are of, in the order of the calls. Used by `AsyncEngine` alone.
-
-    holding: whether calls are held back. num_held: sequences of those that are.
-    """
+    """Requests of all calls, in the order in which they came; its length counts them."""
 
     def __init__(self) -> None:
-        self.holding = False
-        self._held: list[list[Request]] = []
-        self._parts: list[list[Request]] = []
+        self._requests: dict[str, Request] = {}
 
-    @property
-    def num_held(self) -> int:
-        """Sequences that are held back."""
-        return sum(len(requests) for requests in self._held)
+    def __len__(self) -> int:
+        return len(self._requests)
 
-    def hold(self) -> None:
-        """Hold back what comes from now on. Idempotent."""
-        self.holding = True
+    def add(self, requests: Sequence[Request]) -> None:
+        """Append requests, whose ids nobody else uses."""
+        self._requests.update((request.rid, request) for request in requests)
 
-    def keep(self, requests: Sequence[Request]) -> None:
-        """Hold back the requests of one call."""
-        self._held.append(list(requests))
+    def first(self, most: int) -> list[Request]:
+        """The first ones, `most` at most; they stay until they are forgotten."""
+        return list(islice(self._requests.values(), most))
 
-    def release(self) -> list[Request]:
-        """Hold nothing back any more; returns what was held, to be sent. Idempotent."""
-        held = [request for requests in self._held for request in requests]
-        self.holding, self._held = False, []
-        return held
+    def take_named(self, abort: Abort) -> list[Request]:
+        """Remove and return those that `abort` names."""
+        if abort.all:
+            rids = list(self._requests)
+        else:
+            rids = [abort.rid, of_sample(abort.rid), *abort.rids]
+            if abort.rid_prefix:
+                rids += [rid for rid in self._requests if starts_with(rid, abort.rid_prefix)]
+        found = (self._requests.pop(rid, None) for rid in rids)
+        return [request for request in found if request is not None]
 
-    def clear(self) -> None:
-        """Forget what is held, and hold back what comes, if that was so."""
-        self._held = []
+    def forget(self, rids: Iterable[str]) -> set[str]:
+        """Remove those of these ids that are here; which they were."""
+        return {rid for rid in rids if self._requests.pop(rid, None) is not None}
 
-    def begin(self, requests: Sequence[Request]) -> list[Request]:
-        """What a large call has yet to send; the caller takes from it, and calls `end`."""
-        unsent = list(requests)
-        self._parts.append(unsent)
-        return unsent
-
-    def end(self, unsent: list[Request]) -> None:
-        """Forget what `begin` returned."""
-        self._parts = [other for other in self._parts if other is not unsent]
-
-    def discard(self, rids: AbstractSet[str]) -> set[str]:
-        """Forget those of `rids` that are held; returns which were."""
-        found = {request.rid for requests in self._held for request in requests} & rids
-        self._held = [[r for r in requests if r.rid not in found] for requests in self._held]
-        return found
-
-    def take(self, abort: Abort) -> list[Request]:
-        """Take out the requests that `abort` names."""
-        named: list[Request] = []
-        for requests in (*self._held, *self._parts):
-            named += [request for request in requests if _names(abort, request)]
-            requests[:] = [request for request in requests if not _names(abort, request)]
-        return named
-
-
-def _names(abort: Abort, request: Request) -> bool:
-    prefix = abort.rid_prefix
-    if abort.all or request.rid == abort.rid or request.rid in abort.rids:
-        return True
-    if abort.rid and request.rid == of_sample(abort.rid):
-        return True
-    return bool(prefix and starts_with(request.rid, prefix))
+    def clear(self) -> list[str]:
+        """Remove all; their ids."""
+        rids = list(self._requests)
+        self._requests.clear()
+        return rids

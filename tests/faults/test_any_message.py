@@ -21,12 +21,12 @@ from engine.errors import SlipstreamError
 from engine.protocol import Control, GetState, Request, SamplingParams, Shutdown
 from rollout.replica import InlineReplica
 from tests.helpers.fake_executor import expected_tokens
-from tests.helpers.hostile_json import HOSTILE
+from tests.helpers.hostile_json import objects
 from tests.helpers.replicas import inline, make_request
 
 # What a JSON text can say and Python can hold, and what only Python says.
 VALUES: list[Any] = [
-    *(json.loads(text) for name, text in HOSTILE.items() if not name.startswith("deep")),
+    *objects(),
     math.nan,
     math.inf,
     -math.inf,
@@ -125,6 +125,16 @@ def test_a_request_with_an_odd_value(field: tuple[str, str], value: Any) -> None
 @given(field=st.sampled_from(COMMAND_FIELDS), value=st.sampled_from(VALUES))
 def test_a_command_with_an_odd_value(field: tuple[type[Any], str], value: Any) -> None:
     check_command(*field, value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["text", [[1], [2, 3]], json.loads("[" * 150 + "]" * 150), {"a": 1}],
+    ids=["text", "ragged", "deep", "object"],
+)
+def test_a_prompt_that_is_no_array(value: Any) -> None:
+    """The refusal itself must not look into what was refused."""
+    check_request("", "prompt_ids", value)
 
 
 @pytest.mark.long

@@ -3,7 +3,7 @@
 It runs in a process of its own: its plugin for pytest would be in every other test. Every request
 that it makes from the document must be answered by something else than a server error, and the
 engine answers afterwards. Routes that would change what the others see are left to
-`test_any_field.py`, which gives each request a server of its own.
+`test_any_field.py`, which gives what comes after one a server of its own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Values that no field expects, and bodies that carry one of them in one place.
+"""Values that no storage holds, of the wrong type, too long, too deep or no JSON at all, and bodies
+that carry one of them in one place.
 
 Values are JSON texts, not objects: integers beyond any machine word, nesting that Python's own
 encoder refuses and halves of surrogate pairs have to reach the server as they are.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from hypothesis import strategies as st
@@ -21,7 +23,12 @@ HOSTILE: dict[str, str] = {
     "true": "true",
     "false": "false",
     "zero": "0",
+    "minus zero": "-0",
+    "one": "1",
+    "one as a float": "1.0",
     "minus one": "-1",
+    "two to the 16": str(2**16),
+    "largest int32": str(2**31 - 1),
     "two to the 31": str(2**31),
     "below int32": str(-(2**31) - 1),
     "two to the 53, plus one": str(2**53 + 1),
@@ -31,23 +38,36 @@ HOSTILE: dict[str, str] = {
     "largest uint64": str(2**64 - 1),
     "two to the 64": str(2**64),
     "a thousand digits": "9" * 1000,
+    "more digits than Python reads": "9" * 5000,
     "half": "0.5",
+    "below float32": "1e-46",
     "beyond float32": "1e39",
+    "below minus float32": "-1e39",
     "beyond float64": "1e309",
+    "below minus float64": "-1e309",
     "largest float": "1e308",
     "smallest float": "5e-324",
+    "below float64": "1e-400",
     "minus 1e308": "-1e308",
-    "minus zero": "-0.0",
+    "minus zero as a float": "-0.0",
     "NaN": '"NaN"',
     "infinity as text": '"-Infinity"',
+    "a float as text": '"1e308"',
     "NaN as a number": "NaN",
+    "infinity as a number": "Infinity",
     "no text": '""',
+    "a space": '" "',
     "text": '"a"',
     "a number as text": '"1"',
+    "zero as text": '"0"',
+    "a long number as text": '"' + "9" * 400 + '"',
+    "a digit of another script": '"\u0663"',
     "a path": '"/proc/self/mem"',
+    "a long path": '"/' + "a" * 5_000 + '"',
     "a climbing path": '"../../../../etc/passwd"',
     "NUL": '"a\\u0000b"',
     "half a surrogate pair": '"\\ud800"',
+    "its other half": '"a\\udc00"',
     "an emoji": '"\U0001f600"',
     "a format": '"%s%n{0}"',
     "long text": '"' + "x" * 5_000 + '"',
@@ -56,15 +76,35 @@ HOSTILE: dict[str, str] = {
     "list of null": "[null]",
     "list of lists": "[[[]]]",
     "list of numbers": "[1, 2, 3]",
+    "list of no texts": '["", ""]',
+    "list of a list of minus one": "[[-1]]",
+    "a shape of many dimensions": "[[" + "1," * 299 + "1]]",
+    "a shape beyond memory": f"[[{2**62}, {2**62}]]",
     "list of a huge number": f"[{2**63}]",
     "mixed list": '[1, "a", null, {}, 1e308]',
     "long list": "[" + "7," * 20_000 + "7]",
+    "long list of texts": "[" + '"a",' * 5_000 + '"a"]',
     "no object": "{}",
     "object": '{"a": 1}',
+    "object without a name": '{"": 0}',
+    "list of objects": '[{"a": []}]',
     "object of numbers": '{"1": 1e308, "-1": 0}',
+    "moderately deep list": "[" * 150 + "]" * 150,
     "deep list": "[" * DEPTH + "]" * DEPTH,
     "deep object": '{"a":' * DEPTH + "1" + "}" * DEPTH,
+    "no JSON": "[1,",
+    "nothing": "",
 }
+
+
+def objects() -> list[Any]:
+    """Those of the values that Python's own reader takes."""
+    found = []
+    for text in HOSTILE.values():
+        # Too deep, too many digits, or no JSON.
+        with suppress(ValueError, RecursionError):
+            found.append(json.loads(text))
+    return found
 
 
 def any_json() -> st.SearchStrategy[str]:

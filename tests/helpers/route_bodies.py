@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from rollout.http.config import ServeConfig
 from rollout.http.engine_client import AsyncEngine
 from rollout.http.openapi import document
 from rollout.http.services import make_services
+from tests.helpers.control_calls import GROUP, bucket
 from tests.helpers.hostile_json import Bodies, Path
 from tests.helpers.http_app import InlineLink
 from tests.helpers.replicas import fake_config
@@ -34,8 +36,28 @@ _WORKING: dict[tuple[str, int], dict[str, Any]] = {
     },
     # The fake model adds this number to every token, so "0" leaves what is expected as it is.
     ("/update_weights_from_disk", 0): {"model_path": "0"},
+    ("/init_weights_update_group", 0): {
+        **GROUP,
+        "group_name": "g",
+        "backend": "gloo",
+        "timeout_s": 1,
+    },
+    ("/update_weights_from_distributed", 0): bucket(
+        load_format="flattened_bucket", weight_version="1", partial=True, timeout_s=1.0
+    ),
+    ("/update_weights_from_tensor", 0): {
+        "serialized_named_tensors": [base64.b64encode(b"x").decode()],
+        "load_format": "direct",
+    },
+    ("/pull_weights", 0): {
+        "target_version": 1,
+        "local_checkpoint_dir": "/absent/l",
+        "source_dir": "",
+    },
+    ("/get_weights_by_name", 0): {"name": "w", "truncate_size": 4},
     ("/update_weights", 0): {
-        "update_info": {"names": ["a"], "dtype_names": ["float32"], "shapes": [[1]]}
+        "update_info": {"names": ["a"], "dtype_names": ["float32"], "shapes": [[1]]},
+        "partial": True,
     },
 }
 

@@ -8,8 +8,10 @@ from contextlib import suppress
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Protocol
+from unittest import mock
 
 import torch
+from torch.distributed import HashStore
 
 from engine.errors import WeightUpdateError
 from engine.protocol import (
@@ -23,8 +25,11 @@ from engine.protocol import (
     TensorPiece,
     encode,
 )
+from engine.weights import rendezvous
 from engine.weights.service import WeightService
+from tests.helpers.peers import until
 from tests.helpers.weight_engines import Tensors, join, pieces, send, split
+from trainer_bridge import process_group
 from trainer_bridge.process_group import SenderGroup
 from trainer_bridge.transports.disk import write
 
@@ -75,20 +80,45 @@ class Disk:
     def __init__(self, rank: WeightService, folder: Path) -> None:
         self._rank = rank
         self._path = folder / "weights"
+        self._written: list[tuple[Tensors, bytes]] = []
 
     def prepare(self, new: Tensors) -> None:
-        write(self._path, new.items())
+        self._file.write_bytes(self._bytes_of(new))
 
     def receive(self) -> None:
         self._rank.handle(LoadFromDisk(path=str(self._path)))
-        (self._path / "model.safetensors").write_bytes(b"gone")
+        self._file.write_bytes(b"gone")
 
     def recover(self) -> None:
         pass
 
+    @property
+    def _file(self) -> Path:
+        return self._path / "model.safetensors"
+
+    def _bytes_of(self, new: Tensors) -> bytes:
+        """What a trainer writes, once for each set of weights: it waits for the disk."""
+        for tensors, data in self._written:
+            if tensors is new:
+                return data
+        write(self._path, new.items())
+        self._written.append((new, self._file.read_bytes()))
+        return self._written[-1][1]
+
+
+class _OwnStore(HashStore):
+    """In place of a TCPStore, whose client asks the resolver for names that no group needs:
+    where that is slow, for seconds."""
+
+    port = 1
+
 
 class GlooGroup:
-    """Broadcasts of a trainer's group, half a tensor at a time, from a thread of its own."""
+    """Broadcasts of a trainer's group, half a tensor at a time, from a thread of its own.
+
+    A group lasts until a transfer over it fails. Its ends meet in this process, since it is not
+    the rendezvous that faults are put into: `test_peers.py` is about that.
+    """
 
     def __init__(self, rank: WeightService) -> None:
         self._rank = rank
@@ -96,34 +126,45 @@ class GlooGroup:
         self._pool = ThreadPoolExecutor(1)
         self._sent: Future[None] | None = None
         self._halves: list[tuple[TensorPiece, torch.Tensor]] = []
+        self._whole = True
 
     def prepare(self, new: Tensors) -> None:
         if self._sender is None:
-            self._sender = join([self._rank])
+            store = _OwnStore()
+            with (
+                mock.patch.object(process_group, "_listen", lambda *_: store),
+                mock.patch.object(rendezvous, "connect", lambda *_: store),
+            ):
+                self._sender = join([self._rank])
         self._halves = [half for share in split(new, 2) for half in share if half[1].numel()]
 
     def receive(self) -> None:
         assert self._sender is not None
+        self._whole = False
         self._sent = self._pool.submit(send, self._sender, [half for _, half in self._halves])
         named = [piece for piece, _ in self._halves]
         self._rank.handle(
             ReceiveBroadcast(group="g", tensors=named, layout="tensors", timeout_s=20.0)
         )
+        self._whole = True
 
     def recover(self) -> None:
-        if "g" in self._rank.groups.names and (self._sent is None or self._sent.done()):
-            return
-        self._end()
+        # A fault before or after the transfer leaves the group as it is.
+        if not self._whole:
+            self._end()
 
     def _end(self) -> None:
         self._rank.handle(LeaveGroup(name="g"))
         # The engine keeps its end until gloo lets go of it, so the sender's closes first.
         if self._sender is not None:
-            self._sender.abort()
+            self._sender.close()
+        # Asking has it look at once.
+        until(lambda: self._rank.groups.num_parked == 0)
         if self._sent is not None:
             with suppress(WeightUpdateError, AssertionError, ValueError):
                 self._sent.result(30)
         self._sender = self._sent = None
+        self._whole = True
 
     def close(self) -> None:
         """Leave the group, and end the thread."""

@@ -19,7 +19,7 @@ from engine.weights.service import WeightService
 from engine.weights.sources import random
 from trainer_bridge.process_group import SenderGroup
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": 16,
     "num_hidden_layers": 2,
@@ -36,13 +36,19 @@ Tensors = dict[str, torch.Tensor]
 
 
 def make_rank(
-    tp_rank: int = 0, tp_size: int = 1, *, dtype: torch.dtype = torch.float32, **service: Any
+    tp_rank: int = 0,
+    tp_size: int = 1,
+    *,
+    dtype: torch.dtype = torch.float32,
+    num_layers: int = CONFIG["num_hidden_layers"],
+    **service: Any,
 ) -> tuple[Any, WeightService]:
     """(model, its weight service) of one rank, serving version 3 of the weights of seed 0."""
     mesh = Mesh(tp_rank=tp_rank, tp_size=tp_size)
     device = torch.device("cpu")
     runtime = LayerRuntime(device=device, dtype=dtype, backend="torch", mesh=mesh)
-    model = build_model(read_config(CONFIG), runtime=runtime)
+    config = read_config({**CONFIG, "num_hidden_layers": num_layers})
+    model = build_model(config, runtime=runtime)
     settings = {"agree": lambda value: value, "require_weights": lambda: None, **service}
     weights = WeightService(model, version=VERSION, device=device, mesh=mesh, **settings)
     weights.session.load_initial(random.tensors(model.weight_index(), seed=0))

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -64,9 +63,7 @@ def test_a_rank_lost_between_graph_replays_ends_the_replica(tiny: Path, fault: i
         for _ in range(20):
             replica.step()
         os.kill(replica._leader._executor._ranks[0]._process.pid, fault)
-        started = time.monotonic()
         finish = drain(replica)["long"].finish
         assert finish is not None
         assert finish.error == "EngineDead"
         assert "rank 1" in str(finish.message)
-        assert time.monotonic() - started < 60

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 from engine.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
 from engine.errors import ModelError
 from engine.protocol import BeginUpdate, CommitUpdate, LoadFromDisk, RequestOutput
+from engine.protocol.deadlines import MAX_TIMEOUT_S, MEET_S
 from rollout.launch import launch
 from rollout.replica import InlineReplica
 from tests.helpers.engines import drain, request
@@ -32,14 +32,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def config_of(folder: Path, tp_size: int, dtype: str = "float32") -> EngineConfig:
+def config_of(
+    folder: Path, tp_size: int, dtype: str = "float32", *, collective_s: float = MEET_S
+) -> EngineConfig:
     return EngineConfig(
         model=str(folder),
         dtype=dtype,
         device="cpu",
         cache=CacheConfig(num_pages=100, page_size=8),
         scheduler=SchedulerConfig(max_running=8, max_step_tokens=64, max_chunk_tokens=24),
-        parallel=ParallelConfig(tp_size=tp_size, timeout_s=30.0),
+        parallel=ParallelConfig(tp_size=tp_size, timeout_s=collective_s),
     )
 
 
@@ -160,19 +162,18 @@ def test_four_processes_give_the_text_of_one(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_rank_killed_in_the_middle_ends_the_replica(tmp_path: Path) -> None:
     write_tiny(tmp_path, "llama", **DEFAULT_LIKE)
-    replica = launch(config_of(tmp_path, 2))
+    # No test may take as long as that: only its absence can end the wait.
+    replica = launch(config_of(tmp_path, 2, collective_s=MAX_TIMEOUT_S))
     assert isinstance(replica, InlineReplica)
     with replica:
         replica.submit([request("long", PROMPT, temperature=0.0, max_new_tokens=60)])
         for _ in range(10):
             replica.step()
         os.kill(replica._leader._executor._ranks[0]._process.pid, signal.SIGKILL)
-        started = time.monotonic()
         finish = drain(replica)["long"].finish
         assert finish is not None
         assert finish.error == "EngineDead"
         assert "rank 1" in str(finish.message)
-        assert time.monotonic() - started < 60
 
 
 def test_heads_that_ranks_do_not_divide_are_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from engine.errors import EngineDead
 from engine.parallel import nccl
 from engine.parallel.nccl import NcclCollectives
+from engine.protocol.deadlines import LAUNCH_S
 from tests.helpers.children import ROOT, child_environment
 
 
@@ -91,7 +92,7 @@ class Stuck(StandIn):
 
     def abort(self) -> None:
         super().abort()
-        assert self.graphs_dropped.wait(30)
+        assert self.graphs_dropped.wait(LAUNCH_S)
         self.ended.set()
 
 
@@ -101,7 +102,7 @@ def test_closing_waits_for_an_abort_that_had_to_be_left(monkeypatch: pytest.Monk
     collectives = NcclCollectives(group, host)
     collectives.abort()
     assert not group.ended.is_set()
-    monkeypatch.setattr(nccl, "_ABORT_S", 30.0)
+    monkeypatch.setattr(nccl, "_ABORT_S", LAUNCH_S)
     threading.Timer(0.1, group.graphs_dropped.set).start()
     collectives.close()
     assert group.ended.is_set()
@@ -118,20 +119,28 @@ def test_a_group_that_was_given_up_is_never_destructed() -> None:
 
 
 AT_EXIT = """
-import time
-from tests.engine.parallel.test_nccl_collectives import Host, NcclCollectives, StandIn, nccl
+import threading, time
+from tests.engine.parallel.test_nccl_collectives import LAUNCH_S, Host, StandIn, nccl
+
+leaving = threading.Event()
 
 class Late(StandIn):
     def abort(self):
-        time.sleep(1.5)
+        leaving.wait(LAUNCH_S)
+        time.sleep(0.5)
         print("back", flush=True)
 
     def __del__(self):
         print("destructed", flush=True)
 
-nccl._ABORT_S = 1.0
-NcclCollectives(Late(), Host()).abort()
+collectives = nccl.NcclCollectives(Late(), Host())
+nccl._ABORT_S = LAUNCH_S
+given_up = threading.Thread(target=collectives.abort, daemon=True)
+given_up.start()
+while collectives._breaking is None:
+    time.sleep(0.001)
 print("leaving", flush=True)
+leaving.set()
 """
 
 
@@ -142,6 +151,6 @@ def test_the_interpreter_waits_for_an_abort_before_it_ends() -> None:
         env=child_environment(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=LAUNCH_S,
     )
     assert (done.returncode, done.stdout) == (0, "leaving\nback\n"), done.stderr

@@ -33,6 +33,7 @@ from engine.protocol import (
     nccl,
     plan_buckets,
 )
+from engine.protocol.deadlines import MAX_TIMEOUT_S, MEET_S, SILENT_S
 from engine.weights import vllm_group
 from engine.weights.service import WeightService
 from engine.weights.sources import random
@@ -104,7 +105,7 @@ def test_a_vllm_trainer_s_id_is_found(given: bool, monkeypatch) -> None:
         rendezvous="vllm",
         unique_id=unique_id if given else b"",
     )
-    vllm_group.join(command, 1, torch.device("cpu"), time.monotonic() + 5)
+    vllm_group.join(command, 1, torch.device("cpu"), time.monotonic() + MEET_S)
     assert (Recorded.made.rank, Recorded.made.unique_id) == (1, unique_id)
     assert Recorded.made.warm
 
@@ -123,10 +124,10 @@ def test_a_vllm_trainer_that_publishes_no_id_or_another_thing(monkeypatch) -> No
         rendezvous="vllm",
     )
     with pytest.raises(GroupError, match=r"rank 0 \(trainer\).* did not publish a NCCL id"):
-        vllm_group.join(command, 1, torch.device("cpu"), time.monotonic() + 0.2)
+        vllm_group.join(command, 1, torch.device("cpu"), time.monotonic() + 1.0)
     store.set("broadcast_from/0/0", pickle.dumps([1, 2]))
     with pytest.raises(GroupError, match="holds no NCCL id"):
-        vllm_group.join(command, 1, torch.device("cpu"), time.monotonic() + 5)
+        vllm_group.join(command, 1, torch.device("cpu"), time.monotonic() + MEET_S)
 
 
 # --- two GPUs: the trainer on the first, the engine on the second ------------------------
@@ -171,13 +172,13 @@ def sending(
         yield process
     finally:
         process.kill()
-        process.wait(60)
+        process.wait(SILENT_S)
         process.stdout.close()
 
 
 def join_of(port: int) -> JoinGroup:
     return JoinGroup(
-        name="g", address="127.0.0.1", port=port, rank_offset=1, world_size=2, timeout_s=30.0
+        name="g", address="127.0.0.1", port=port, rank_offset=1, world_size=2, timeout_s=MEET_S
     )
 
 
@@ -192,7 +193,7 @@ def packed(new: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     return buckets
 
 
-def receive(new: dict[str, torch.Tensor], timeout_s: float = 30.0) -> ReceiveBroadcast:
+def receive(new: dict[str, torch.Tensor], timeout_s: float = MEET_S) -> ReceiveBroadcast:
     return ReceiveBroadcast(
         group="g", tensors=pieces(new), bucket_bytes=BUCKET_BYTES, timeout_s=timeout_s
     )
@@ -238,10 +239,8 @@ def test_a_sender_that_stalls_is_given_up_and_the_next_update_works(
     before, new = contents(model), fresh(model)
     with sending(rank, tmp_path / "stalls", [packed(new)[:sent]], "stall", "ours"):
         rank.handle(BeginUpdate(version=4, manifest=specs(new), mode=mode))
-        started = time.monotonic()
         with pytest.raises((UpdateTimeout, GroupError), match="rank 0"), torch.cuda.device(1):
             rank.handle(receive(new, timeout_s=4.0))
-        assert time.monotonic() - started < 60
     if mode != "in_place":
         assert_gpu_holds(model, before)
     else:
@@ -261,10 +260,9 @@ def test_a_killed_process_is_noticed_long_before_the_deadline(count: int, tmp_pa
     before, new = contents(model), fresh(model)
     with sending(rank, tmp_path / "dies", [packed(new)[:count]], "die", "ours"):
         rank.handle(BeginUpdate(version=4, manifest=specs(new), mode="shadow"))
-        started = time.monotonic()
+        # No test may take as long as that: only its absence can end the wait.
         with pytest.raises(GroupError, match="rank 0"), torch.cuda.device(1):
-            rank.handle(receive(new, timeout_s=120.0))
-        assert time.monotonic() - started < 60.0
+            rank.handle(receive(new, timeout_s=MAX_TIMEOUT_S))
     assert_gpu_holds(model, before)
     with sending(rank, tmp_path / "works", [packed(new)], "close", "ours"):
         take_in(rank, new, 4, "shadow")
@@ -284,7 +282,7 @@ def test_a_trainer_outlives_an_engine_that_left(tmp_path: Path) -> None:
         line = process.stdout.readline()
         said = line or (tmp_path / "late.err").read_text()
         assert said.startswith(("UpdateTimeout: ", "GroupError: a member of group")), said
-        assert process.wait(60) == 0
+        assert process.wait(MEET_S) == 0
     rank.close()
 
 
@@ -298,9 +296,9 @@ def test_a_raw_communicator_as_vllm_s_trainers_make_it() -> None:
         is_master=True,
         wait_for_workers=False,
         use_libuv=False,
-        timeout=timedelta(seconds=30),
+        timeout=timedelta(seconds=MEET_S),
     )
-    device, deadline = torch.device("cuda", 0), time.monotonic() + 60
+    device, deadline = torch.device("cuda", 0), time.monotonic() + MEET_S
     stream = torch.cuda.Stream(device)
     flat = torch.cat([t.reshape(-1).view(torch.uint8) for t in new.values()]).to(device)
     torch.cuda.synchronize(device)
@@ -327,7 +325,7 @@ def test_a_raw_communicator_as_vllm_s_trainers_make_it() -> None:
             rank_offset=1,
             world_size=2,
             rendezvous="vllm",
-            timeout_s=60.0,
+            timeout_s=MEET_S,
         )
         rank.handle(command)
         rank.handle(BeginUpdate(version=4))
@@ -335,6 +333,6 @@ def test_a_raw_communicator_as_vllm_s_trainers_make_it() -> None:
             ReceiveBroadcast(group="w", tensors=pieces(new), layout="chunks", bucket_bytes=1 << 30)
         )
         rank.handle(CommitUpdate(version=4))
-        sent.result(60)
+        sent.result(MEET_S)
     assert_gpu_holds(model, new)
     rank.close()

@@ -12,6 +12,7 @@ import torch
 
 from engine.parallel.mesh import Mesh
 from engine.protocol import nccl
+from engine.protocol.deadlines import MEET_S
 from engine.protocol.nccl import UNIQUE_ID_BYTES, Communicator, NcclError
 from engine.weights.groups import Groups
 from tests.helpers.peers import until
@@ -37,7 +38,7 @@ class FakeLibrary:
         return 0
 
     def ncclCommAbort(self, comm: Any) -> int:
-        self.release.wait(60)
+        self.release.wait(MEET_S)
         self.aborted.append(comm.value)
         return 0
 
@@ -58,14 +59,17 @@ def form(deadline_s: float, **given: Any) -> Communicator:
     )
 
 
-@pytest.mark.parametrize(("state", "error"), [(_FAILED, NcclError), (_IN_PROGRESS, TimeoutError)])
+@pytest.mark.parametrize(
+    ("state", "deadline_s", "error"),
+    [(_FAILED, MEET_S, NcclError), (_IN_PROGRESS, 0.02, TimeoutError)],
+)
 def test_a_communicator_that_does_not_form_is_aborted(
-    state: int, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+    state: int, deadline_s: float, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library = FakeLibrary(state)
     monkeypatch.setattr(nccl, "library", lambda: library)
     with pytest.raises(error):
-        form(0.02)
+        form(deadline_s)
     assert library.aborted == [1234]
 
 
@@ -79,7 +83,7 @@ def test_a_communicator_that_is_given_up_while_it_forms_is_aborted(
         raise KeyError("given up")
 
     with pytest.raises(KeyError):
-        form(60.0, look=look)
+        form(MEET_S, look=look)
     assert library.aborted == [1234]
 
 
@@ -101,7 +105,7 @@ def test_memory_is_kept_until_a_hung_abort_comes_back(monkeypatch: pytest.Monkey
     monkeypatch.setattr(nccl, "library", lambda: library)
     monkeypatch.setattr(nccl, "ABORT_S", 0.05)
     groups = Groups(torch.device("cpu"), Mesh())
-    comm = form(60.0)
+    comm = form(MEET_S)
     library.release.clear()
     memory = [torch.zeros(1000)]
     groups._open["g"] = (None, Dropped(comm))  # type: ignore[assignment]

@@ -108,41 +108,6 @@ def test_an_id_twice_in_one_submit() -> None:
     run(test)
 
 
-def test_held_requests_that_are_discarded_never_reach_the_engine() -> None:
-    async def test() -> None:
-        async with serving() as server:
-            engine = server.engine
-            engine.hold()
-            dropped = engine.submit([make_request("a", [1])])
-            kept = engine.submit([make_request("b", [1], max_new_tokens=1)])
-            assert engine.num_open == 0
-            engine.discard(dropped)
-            engine.release()
-            (output,) = await kept.take()
-            assert output.rid == "b"
-            assert [request.rid for request in server.link.requests] == ["b"]
-
-    run(test)
-
-
-def test_held_requests_can_be_aborted() -> None:
-    async def test() -> None:
-        async with serving() as server:
-            engine = server.engine
-            engine.hold()
-            mailbox = engine.submit([make_request("a-1", [1]), make_request("b", [1])])
-            await engine.send(Abort(rid_prefix="a"))
-            (output,) = await mailbox.take()
-            assert output.finish is not None
-            assert (output.rid, output.finish.type) == ("a-1", "abort")
-            assert engine.num_open == 0
-            engine.release()
-            (output,) = await mailbox.take()
-            assert (output.rid, len(output.token_ids)) == ("b", 8)
-
-    run(test)
-
-
 def test_one_command_aborts_a_thousand() -> None:
     async def test() -> None:
         async with serving() as server:

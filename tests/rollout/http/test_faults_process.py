@@ -22,8 +22,10 @@ from engine.errors import (
     UpdateOrder,
 )
 from engine.protocol import GenerateRequest, SamplingParams
+from engine.protocol.deadlines import LAUNCH_S, MAX_TIMEOUT_S, MEET_S
 from rollout.client import Client
 from tests.helpers.foreign_trainer import ForeignTrainer, free_port
+from tests.helpers.peers import until
 from tests.helpers.serve_process import ServerProcess
 from tests.helpers.tiny_models import tiny_hf, write_tiny
 from trainer_bridge.bridge import Publisher, PushOptions
@@ -95,36 +97,32 @@ def join_body(port: int, world_size: int, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("dialect", JOINS)
 def test_a_wrong_world_size(client: Client, dialect: str) -> None:
     path, wrapped = JOINS[dialect]
-    started = time.monotonic()
     with pytest.raises(GroupError, match=r"world_size 1.* rank 0") as caught:
         client.call(path, wrapped(join_body(free_port(), 1)))
     assert caught.value.field == "world_size"
-    assert time.monotonic() - started < 60
 
 
 def test_a_world_size_that_only_one_side_has(client: Client) -> None:
     """The trainer waits for two ranks and the engine was told that it is the only one."""
-    sender = SenderGroup("g", world_size=3, backend="gloo", timeout_s=4.0)
-    started = time.monotonic()
+    sender = SenderGroup("g", world_size=3, backend="gloo", timeout_s=2.0)
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(client.call, JOINS["sglang"][0], join_body(sender.port, 2))
+        body = join_body(sender.port, 2, timeout_s=5.0)
+        asked = pool.submit(client.call, JOINS["sglang"][0], body)
+        until(lambda: sender.num_arrived() == 1 or asked.done(), LAUNCH_S)
         with pytest.raises(GroupError, match="rank 2 of 3 did not join group 'g'"):
             sender.connect()
         with pytest.raises(GroupError, match="group 'g'"):
-            asked.result(30)
-    assert time.monotonic() - started < 60
+            asked.result(LAUNCH_S)
 
 
 def test_a_rank_that_never_joins(client: Client) -> None:
     port = free_port()
     sender = SenderGroup("g", world_size=3, backend="gloo")
-    started = time.monotonic()
     with pytest.raises(GroupError, match=f"127.0.0.1:{port} within 1 s"):
         client.call(JOINS["sglang"][0], join_body(port, 2))
     with pytest.raises(GroupError, match="rank 2 of 3 did not join") as caught:
-        client.call(JOINS["sglang"][0], join_body(sender.port, 3))
+        client.call(JOINS["sglang"][0], join_body(sender.port, 3, timeout_s=6.0))
     assert caught.value.field == "rank 2"
-    assert time.monotonic() - started < 60
 
 
 def test_names_the_model_does_not_have(client: Client) -> None:
@@ -139,29 +137,28 @@ def test_names_the_model_does_not_have(client: Client) -> None:
 
 
 def test_a_trainer_that_dies_in_a_bucket(client: Client) -> None:
+    """Noticed when the connection breaks: the bucket's own deadline outlasts this test."""
     tensors = weights(5)
-    sender = SenderGroup("dying", world_size=2, backend="gloo", timeout_s=10.0)
-    body = join_body(sender.port, 2, group_name="dying", timeout_s=10.0)
+    sender = SenderGroup("dying", world_size=2, backend="gloo", timeout_s=MEET_S)
+    body = join_body(sender.port, 2, group_name="dying", timeout_s=MEET_S)
     bucket = {
         "names": [name for name, _ in tensors],
         "dtypes": ["float32"] * len(tensors),
         "shapes": [list(tensor.shape) for _, tensor in tensors],
         "group_name": "dying",
-        "timeout_s": 120.0,
+        "timeout_s": MAX_TIMEOUT_S,
     }
     with ThreadPoolExecutor(1) as pool:
         joined = pool.submit(client.call, JOINS["sglang"][0], body)
         sender.connect()
-        joined.result(30)
-        started = time.monotonic()
+        joined.result(MEET_S)
         asked = pool.submit(client.call, "/update_weights_from_distributed", bucket)
         for _, tensor in tensors[:3]:
-            sender.wait(sender.broadcast(tensor.contiguous()), time.monotonic() + 10)
+            sender.wait(sender.broadcast(tensor.contiguous()), time.monotonic() + MEET_S)
         sender.abort()
         with pytest.raises(GroupError, match="rank 0 of group 'dying' is gone") as caught:
-            asked.result(30)
+            asked.result(LAUNCH_S)
     assert caught.value.field == tensors[3][0]
-    assert time.monotonic() - started < 60, "well before its deadline of 120 s"
     with pytest.raises(SlipstreamError, match="dying"):
         client.call("/update_weights_from_distributed", bucket)
     client.call("/continue_generation", {})
