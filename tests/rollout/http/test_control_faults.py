@@ -19,7 +19,7 @@ from tests.helpers.http_app import run, serving
     "path,body,field",
     [
         ("/init_weights_update_group", {**GROUP, "master_port": "x"}, "master_port"),
-        ("/init_weights_update_group", {"master_port": 1}, ""),
+        ("/init_weights_update_group", {"master_port": 1}, "master_address"),
         ("/update_weights_from_distributed", bucket(names=[]), "names"),
         ("/update_weights_from_distributed", bucket(dtypes=["float32", "int8"]), "dtypes"),
         ("/update_weights_from_distributed", bucket(dtypes=["complex64"]), "dtypes[0]"),
