@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from machine import describe
 
+from recipes.run_folder import RunFolder
+
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (0, 1, 2)
 NEEDED_GAIN = 0.30
@@ -32,7 +34,7 @@ def run_seed(seed: int, flags: list[str], folder: Path) -> dict[str, Any]:
     if done.returncode:
         raise SystemExit(done.stderr)
     summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
-    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = RunFolder(out, active=False).read_metrics()
     steps = [step for step in steps if "timing_s/step" in step]
     for key in ("step", "generate", "train", "push", "score", "other"):
         values = [step[f"timing_s/{key}"] for step in steps]

@@ -25,6 +25,8 @@ import torch
 import tyro
 from machine import describe
 
+from recipes.run_folder import RunFolder
+
 ROOT = Path(__file__).resolve().parent.parent
 WANTED_GAIN = 0.5
 
@@ -79,7 +81,7 @@ def run_one(setting: str, seed: int, flags: list[str], threads: int) -> Outcome:
         if done.returncode:
             return Outcome(setting, seed, [0.0], [], [], [], 0.0, done.stderr[-800:])
         summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
-        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        rows = RunFolder(out, active=False).read_metrics()
         steps = [row for row in rows if "reward" in row]
         seen = [row["eval/accuracy"] for row in steps if "eval/accuracy" in row]
         if summary["steps"] != len(steps) or not seen or seen[-1] != summary["eval_after"]:

@@ -28,6 +28,7 @@
     ├── Unauthorized                   no key, or a wrong one
     ├── Forbidden                      a route that this address does not serve
     ├── OutOfMemory                    the memory planner refuses, with numbers
+    ├── DiskFull                       a file does not fit; names path and bytes
     ├── InternalError                  a mistake of ours: it ended one request or command
     ├── NonFiniteLogits                a sequence whose logits are NaN or infinite; it ends
     └── EngineDead                     a rank died or missed its deadline
@@ -200,6 +201,12 @@ class Forbidden(SlipstreamError):
 
 class OutOfMemory(SlipstreamError):
     """The memory planner refuses; the message holds its arithmetic."""
+
+    status = 507
+
+
+class DiskFull(SlipstreamError):
+    """A file or folder does not fit on its disk; what was there before is whole."""
 
     status = 507
 

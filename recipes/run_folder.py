@@ -13,20 +13,22 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from recipes.types import Group
+from rollout.offline import append_bytes, parse_line, read_lines, replace_file
 
 SAMPLES_A_STEP = 2
 
 
 class RunFolder:
-    """Writes a run's files. Lines of metrics and samples carry their step.
+    """Writes a run's files. Lines of metrics and samples carry their step. A full disk is DiskFull,
+    and what was there before is whole.
 
     active: false in the processes of a run that leave the writing to the first.
     """
@@ -52,7 +54,7 @@ class RunFolder:
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add the row of a step."""
         if self._active:
-            _append(self.metrics_path, [row])
+            append_bytes(self.metrics_path, _lines([row]))
 
     def append_samples(self, step: int, groups: Sequence[Group]) -> None:
         """Add the first replies of the first groups of a step."""
@@ -68,7 +70,7 @@ class RunFolder:
             }
             for group in groups[:SAMPLES_A_STEP]
         ]
-        _append(self.samples_path, rows)
+        append_bytes(self.samples_path, _lines(rows))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The rows of the steps so far."""
@@ -80,7 +82,7 @@ class RunFolder:
             return
         for path in (self.metrics_path, self.samples_path):
             kept = [row for row in _read(path) if row["step"] <= last_step]
-            _replace(path, "".join(json.dumps(row) + "\n" for row in kept))
+            replace_file(path, _lines(kept))
 
     def draw_curve(self, title: str, eval_before: float) -> None:
         """Write reward.png from the metrics so far."""
@@ -99,11 +101,13 @@ class RunFolder:
         axes.set(xlabel="step", ylim=(-0.02, 1.02), title=title)
         axes.grid(alpha=0.3)
         axes.legend()
-        figure.savefig(self.path / "reward.png", dpi=120)
+        picture = io.BytesIO()
+        figure.savefig(picture, dpi=120, format="png")
+        replace_file(self.path / "reward.png", picture.getvalue())
 
     def _write_json(self, name: str, value: dict[str, Any]) -> None:
         if self._active:
-            _replace(self.path / name, json.dumps(value, indent=2) + "\n")
+            replace_file(self.path / name, f"{json.dumps(value, indent=2)}\n".encode())
 
 
 def default_path(task: str) -> Path:
@@ -112,20 +116,17 @@ def default_path(task: str) -> Path:
     return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
 
 
-def _append(path: Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+def _lines(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
     """Whole lines only: a process killed while it wrote may have left half of one."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    lines = read_lines(path, field="resume")
+    return [
+        parse_line(line, dict[str, Any], field="resume", example="a row of the run")
+        for line in lines
+        if line.ended
+    ]

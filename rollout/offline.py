@@ -1,7 +1,7 @@
 """Batches without a server: lists of requests, and files of native `/generate` objects.
 
 What recipes use is here by name: `generate`, `load_tokenizer`, `normalised_messages`, `expand`,
-`respond`.
+`respond`, the reader of lines (`jsonl.py`) and the care for full disks (`disk.py`).
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from io import FileIO
 from pathlib import Path
-from typing import TextIO
 
 import msgspec
 
 from engine.errors import InvalidRequest, SlipstreamError
 from engine.protocol import ErrorInfo, GenerateRequest, ReplicaState, Request, RequestOutput
+from rollout.disk import append_bytes, replace_file, require_room, write_all, writing
 from rollout.expand import expand
 from rollout.generate import OnProgress, Progress, generate, run
+from rollout.jsonl import JsonLine, check_line, parse_line, read_lines
 from rollout.replica import Replica
 from rollout.respond import respond, to_wire
 from rollout.seeds import base_seed, derive_seed
@@ -26,17 +28,25 @@ from rollout.text.tokenizer import Tokenizer, load_tokenizer
 from rollout.wire import parse_request
 
 __all__ = [
+    "JsonLine",
     "OnProgress",
     "Progress",
     "Tokenizer",
+    "append_bytes",
+    "check_line",
     "derive_seed",
     "expand",
     "generate",
     "load_tokenizer",
     "normalised_messages",
+    "parse_line",
+    "read_lines",
+    "replace_file",
+    "require_room",
     "respond",
     "run",
     "run_file",
+    "writing",
 ]
 
 _REFUSED = {"InvalidRequest", "ContextTooLong", "UnsupportedOption", "QueueFull"}
@@ -55,6 +65,7 @@ class FileReport:
 
 @dataclass(kw_only=True)
 class _Line:
+    where: str
     wire: GenerateRequest | None = None
     error: ErrorInfo | None = None
     requests: list[Request] = field(default_factory=list)
@@ -87,13 +98,11 @@ def run_file(
     Output lines are written as soon as every line before them is. Lines without a
     `sampling_seed` get seeds derived from `seed` and the line number; None draws and logs one.
 
-    Raises InvalidRequest naming `input` or `output` if that file cannot be opened, and
-    EngineDead if the replica dies; what was finished is on disk then.
+    Raises InvalidRequest naming `input` or `output` if that file cannot be opened or is no text,
+    EngineDead if the replica dies, and DiskFull if the replies do not fit; what was finished is on
+    disk then, in whole lines.
     """
-    source = Path(input_path)
-    if not source.is_file():
-        raise InvalidRequest(f"no input file at {source}", field="input")
-    lines = [_parse(line) for line in source.read_bytes().splitlines() if line.strip()]
+    lines = [_parse(line) for line in read_lines(Path(input_path), field="input")]
     job = _FileJob(lines, tokenizer, replica.state(), base_seed(seed))
 
     def show(progress: Progress) -> None:
@@ -111,22 +120,32 @@ def run_file(
     return job.report()
 
 
-def _create(path: Path) -> TextIO:
+def _create(path: Path) -> FileIO:
     try:
-        return path.open("w", encoding="utf-8")
+        # Unbuffered: what does not fit is known at once, and can be taken back.
+        return FileIO(path, "w")
     except OSError as error:
         raise InvalidRequest(f"cannot write {path}: {error.strerror}", field="output") from error
 
 
-def _parse(data: bytes) -> _Line:
+def _parse(line: JsonLine) -> _Line:
     try:
-        return _Line(wire=parse_request(data))
+        check_line(line)
+        return _Line(where=line.where, wire=parse_request(line.data))
     except SlipstreamError as error:
-        return _Line(error=_info(error))
+        return _Line(where=line.where, error=_info(error))
 
 
 def _info(error: SlipstreamError) -> ErrorInfo:
     return ErrorInfo(kind=type(error).__name__, message=error.message, field=error.field)
+
+
+def _placed(line: _Line) -> ErrorInfo | None:
+    """The error with the place of its line, which blank lines make another in the output."""
+    error = line.error
+    if error is None:
+        return None
+    return msgspec.structs.replace(error, message=f"{line.where}: {error.message}")
 
 
 class _FileJob:
@@ -173,14 +192,16 @@ class _FileJob:
         if finish is not None and finish.error in _REFUSED:
             line.error = ErrorInfo(kind=finish.error or "", message=finish.message or "")
 
-    def write_ready(self, out: TextIO) -> None:
-        """Write every line that is done and has no unfinished line before it."""
+    def write_ready(self, out: FileIO) -> None:
+        """Write every line that is done and has no unfinished line before it. Raises DiskFull."""
+        written = []
         while self._num_written < len(self._lines) and self._lines[self._num_written].done():
             line = self._lines[self._num_written]
-            out.write(msgspec.json.encode(self._answer(line)).decode() + "\n")
+            written.append(msgspec.json.encode(self._answer(line)) + b"\n")
             self._num_written += 1
             line.wire, line.requests, line.outputs = None, [], {}
-        out.flush()
+        if written:
+            write_all(out, b"".join(written))
 
     def report(self) -> FileReport:
         """Totals, once every line is written."""
@@ -204,7 +225,7 @@ class _FileJob:
     def _answer(self, line: _Line) -> object:
         if line.error is not None or line.wire is None:
             self._num_errors += 1
-            return {"error": line.error}
+            return {"error": _placed(line)}
         many = line.wire.sampling_params.n > 1
         replies, failed = [], False
         for index, request in enumerate(line.requests):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from engine.errors import InvalidRequest
 from recipes.rewards.math import math_match
 from recipes.types import Message, Problem
+from rollout.offline import JsonLine, parse_line, read_lines
+
+EXAMPLE = '{"prompt": text, "answer": text or number}'
 
 
 class Line(msgspec.Struct, frozen=True):
@@ -21,18 +23,27 @@ class Line(msgspec.Struct, frozen=True):
     answer: str | int | float
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Numbered:
+    """A problem and the number of its line."""
+
+    number: int
+    problem: Problem
+
+
 @dataclass(frozen=True, kw_only=True)
 class JsonLines:
     """A file of problems verified by math-verify; an `Environment`. The key is the prompt."""
 
     name: str
-    problems: tuple[Problem, ...]
+    path: Path
+    lines: tuple[Numbered, ...]
     max_new_tokens: int = 256
     heldout_one_in: int = 8
 
     def draw(self, rng: random.Random) -> Problem:
         """Any line of the file, with replacement."""
-        return rng.choice(self.problems)
+        return rng.choice(self.lines).problem
 
     def messages(self, problem: Problem) -> list[Message]:
         """The prompt as the one user turn."""
@@ -44,26 +55,24 @@ class JsonLines:
 
 
 def load_jsonl(path: Path) -> JsonLines:
-    """Read the problems. Raises InvalidRequest naming the line that cannot be read."""
-    if not path.is_file():
-        raise InvalidRequest(f"task: no file {path}", field="task")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    problems = tuple(
-        _problem(line, f"{path}:{number}")
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    )
-    if not problems:
-        raise InvalidRequest(f"task: {path} holds no problems", field="task")
-    return JsonLines(name=path.stem, problems=problems)
-
-
-def _problem(line: str, where: str) -> Problem:
-    try:
-        entry: Any = msgspec.json.decode(line, type=Line)
-    except msgspec.DecodeError as error:
+    """Read the problems of a file, plain or gzip. Raises InvalidRequest naming the line that cannot
+    be read."""
+    lines = tuple(_numbered(line) for line in read_lines(path, field="task"))
+    if not lines:
         raise InvalidRequest(
-            f'task: {where}: {error}; each line is {{"prompt": text, "answer": text or number}}',
-            field="task",
-        ) from error
-    return Problem(question=entry.prompt, answer=str(entry.answer), key=entry.prompt)
+            f"task: {path} holds no problems; each line is {EXAMPLE}", field="task"
+        )
+    return JsonLines(name=path.name.split(".jsonl")[0], path=path, lines=lines)
+
+
+def _numbered(line: JsonLine) -> Numbered:
+    entry = parse_line(line, Line, field="task", example=EXAMPLE)
+    answer = str(entry.answer)
+    for name, text in (("prompt", entry.prompt), ("answer", answer)):
+        if not text.strip():
+            raise InvalidRequest(
+                f"task: {line.where}: the {name} is empty; write it, or leave the line out",
+                field="task",
+            )
+    problem = Problem(question=entry.prompt, answer=answer, key=entry.prompt)
+    return Numbered(number=line.number, problem=problem)

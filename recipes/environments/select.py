@@ -31,7 +31,7 @@ def select_environment(task: str) -> Environment:
         return BUILT_IN[task]()
     if task.startswith("gym:"):
         return load_gym(task.removeprefix("gym:"))
-    if task.endswith(".jsonl"):
+    if task.endswith((".jsonl", ".jsonl.gz")):
         return load_jsonl(Path(task))
     raise InvalidRequest(
         f"task: no task {task!r}; there are {', '.join(BUILT_IN)}, a path to a .jsonl file of "

@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 
-from engine.errors import EngineDead, InvalidRequest
+from engine.errors import DiskFull, EngineDead, InvalidRequest
 from rollout.offline import FileReport, Progress, run_file
 from rollout.replica import Replica
 from rollout.text.tokenizer import Tokenizer
 from tests.helpers.fake_executor import POISON, expected_tokens
+from tests.helpers.file_limit import largest_file
 from tests.helpers.replicas import inline, spawned
 from tests.helpers.tiny_tokenizer import ids_of, tiny_tokenizer
 
@@ -160,6 +161,31 @@ def test_bad_lines_are_answered_and_the_others_go_on(tmp_path: Path, make: Any) 
     ]  # fmt: skip
     assert replies[0]["output_ids"] == replies[-1]["output_ids"]
     assert (report.num_lines, report.num_errors) == (11, 8)
+
+
+def test_errors_name_the_line_of_the_input(tmp_path: Path) -> None:
+    lines = [
+        "",
+        '{"text": "a\\u2028b\u2028"}',
+        "{broken",
+        {"text": "x" * 600},
+        '{"text": "a", "text": 1}',
+    ]
+    replies, _ = answer(tmp_path, lines)
+    assert "error" not in replies[0]
+    told = [reply["error"]["message"] for reply in replies[1:]]
+    for number, message in zip((3, 4, 5), told, strict=True):
+        assert message.startswith(f"{tmp_path / 'in.jsonl'}:{number}: "), message
+    assert "'text' is there twice" in told[-1]
+
+
+def test_replies_that_do_not_fit_leave_whole_lines(tmp_path: Path) -> None:
+    lines = [{"text": "abc", "sampling_params": {"max_new_tokens": 1 + 40 * i}} for i in range(6)]
+    with largest_file(1500), pytest.raises(DiskFull, match=r"out\.jsonl"):
+        answer(tmp_path, lines)
+    written = (tmp_path / "out.jsonl").read_bytes()
+    assert written.endswith(b"\n")
+    assert 1 <= len([json.loads(line) for line in written.splitlines()]) < 6
 
 
 def test_lines_a_full_queue_refuses_are_errors(tmp_path: Path) -> None:
