@@ -30,13 +30,19 @@ from recipes.progress import Progress
 from recipes.prompts import Prompts
 from recipes.report import Collected, push_figures, rollout_figures, time_figures
 from recipes.run_folder import RunFolder, default_path
+from recipes.saving import num_elements, save_folder
 from recipes.tracking import Tracker
 from recipes.trainers.base import Learner
-from recipes.trainers.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from recipes.trainers.checkpoint import (
+    checkpoint_bytes,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from recipes.trainers.schedule import learning_rate
 from recipes.types import Group, Problem
 from recipes.world import World, open_world
-from rollout.offline import Tokenizer, load_tokenizer
+from rollout.offline import Tokenizer, free_bytes, load_tokenizer
 from trainer_bridge import PushReport
 
 logger = logging.getLogger(__name__)
@@ -127,9 +133,21 @@ class Run:
             self.actor.push(self.trainer.weights, version, measure_memcpy=False)
             self.display.note(f"continuing after step {version}")
         self.folder.truncate(self.progress.step)
+        self._look_for_room()
         self._spend("startup")
         if self.progress.eval_before is None:
             self._evaluate()
+
+    def _look_for_room(self) -> None:
+        """Say at once that a checkpoint will not fit: the run may end before one is due."""
+        needed = checkpoint_bytes(self.trainer.weights)
+        if self.options.checkpoint_every and self.world.is_main:
+            free = free_bytes(self.folder.path)
+            if free < needed:
+                self.display.note(
+                    f"a checkpoint takes about {needed:,} bytes, and {free:,} are free at "
+                    f"{self.folder.path}: make room, or give --checkpoint-every 0"
+                )
 
     def finish_step(
         self, collected: Collected, figures: dict[str, float], pushed: PushReport
@@ -173,9 +191,13 @@ class Run:
             self._evaluate()
         self.display.note("saving the model")
         dtype = engine_dtype(self.actor)
-        self.trainer.write_model(self.folder.model, dtype)
-        if self.world.is_main:
-            self.tokenizer.write_hf(self.folder.model)
+        save_folder(
+            self.folder.model,
+            self.world,
+            save=lambda folder: self.trainer.write_model(folder, dtype),
+            complete=self.tokenizer.write_hf,
+            num_bytes=dtype.itemsize * num_elements(self.trainer.weights),
+        )
         assert self.progress.eval_before is not None and self.progress.accuracy is not None
         title = f"{self.environment.name}, {self.options.objective.algorithm}"
         self.folder.draw_curve(title, self.progress.eval_before)
@@ -222,7 +244,13 @@ class Run:
         progress = self.progress.as_dict()
         step, save = self.progress.step, self.trainer.save
         save_checkpoint(
-            self.folder.checkpoints, step, save, progress, self.world, surplus=self.surplus
+            self.folder.checkpoints,
+            step,
+            save,
+            progress,
+            self.world,
+            surplus=self.surplus,
+            num_bytes=checkpoint_bytes(self.trainer.weights),
         )
         self._spend("checkpoint")
 

@@ -16,7 +16,7 @@ import msgspec
 
 from engine.errors import InvalidRequest, SlipstreamError
 from engine.protocol import ErrorInfo, GenerateRequest, ReplicaState, Request, RequestOutput
-from rollout.disk import append_bytes, replace_file, require_room, write_all, writing
+from rollout.disk import append_bytes, free_bytes, replace_file, require_room, write_all, writing
 from rollout.expand import expand
 from rollout.generate import OnProgress, Progress, generate, run
 from rollout.jsonl import JsonLine, check_line, parse_line, read_lines
@@ -36,6 +36,7 @@ __all__ = [
     "check_line",
     "derive_seed",
     "expand",
+    "free_bytes",
     "generate",
     "load_tokenizer",
     "normalised_messages",

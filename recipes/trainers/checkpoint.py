@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import random
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,17 @@ import numpy as np
 import torch
 
 from engine.protocol import decode, encode
+from recipes.saving import (
+    REMOVING,
+    WRITING,
+    num_elements,
+    remove,
+    remove_renamed,
+    save_folder,
+)
 from recipes.types import Group
 from recipes.world import World
+from trainer_bridge.adapters.base import WeightSource
 
 logger = logging.getLogger(__name__)
 
@@ -38,26 +46,50 @@ def save_checkpoint(
     world: World | None = None,
     *,
     surplus: Sequence[Group] = (),
+    num_bytes: int = 0,
 ) -> Path:
     """Write `folder/step_<step>` and remove the checkpoints before it; collective.
 
     save: writes the trainer into a folder (`Learner.save`). progress: what JSON can hold.
-    surplus: groups that were sampled and not yet trained on.
+    surplus: groups that were sampled and not yet trained on. num_bytes: an estimate of what
+    `save` writes (`checkpoint_bytes`).
+
+    Raises DiskFull in all processes, before anything is written where the estimate tells it; the
+    checkpoint before is whole then, and what was begun is gone.
     """
     world = world or World()
     final = folder / f"{PREFIX}{step:06d}"
-    temporary = folder / f".writing_{final.name}"
     if world.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    world.barrier()
-    save(temporary)
-    world.barrier()
+        _remove_unfinished(folder)
+    save_folder(
+        final,
+        world,
+        save=save,
+        complete=lambda temporary: _complete_folder(temporary, progress, surplus),
+        num_bytes=max(num_bytes, _size(latest_checkpoint(folder))),
+    )
     if world.is_main:
-        _complete_folder(temporary, progress, surplus)
-        _put_in_place(temporary, final)
+        _keep_only(final)
     world.barrier()
     return final
+
+
+def checkpoint_bytes(weights: torch.nn.Module | WeightSource) -> int:
+    """About the bytes of a checkpoint of these weights: float32 masters and AdamW's two moments."""
+    return 3 * 4 * num_elements(weights)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote or removed a checkpoint left."""
+    for mark in (WRITING, REMOVING):
+        for path in folder.glob(f"{mark}*"):
+            remove(path)
+
+
+def _size(folder: Path | None) -> int:
+    if folder is None:
+        return 0
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _complete_folder(temporary: Path, progress: dict[str, Any], surplus: Sequence[Group]) -> None:
@@ -70,14 +102,11 @@ def _complete_folder(temporary: Path, progress: dict[str, Any], surplus: Sequenc
         _sync(path)
 
 
-def _put_in_place(temporary: Path, final: Path) -> None:
-    if final.exists():
-        _remove(final)
-    temporary.rename(final)
+def _keep_only(final: Path) -> None:
     _sync(final.parent)
     for old in _complete(final.parent):
         if old != final:
-            _remove(old)
+            remove_renamed(old)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -102,14 +131,6 @@ def load_checkpoint(
 
 def _complete(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"{PREFIX}*")) if folder.is_dir() else []
-
-
-def _remove(checkpoint: Path) -> None:
-    """Rename first, so that a half-removed checkpoint is never taken for a whole one."""
-    doomed = checkpoint.with_name(f".removing_{checkpoint.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    checkpoint.rename(doomed)
-    shutil.rmtree(doomed)
 
 
 def _sync(path: Path) -> None:

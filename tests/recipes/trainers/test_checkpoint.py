@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from engine.errors import DiskFull
+from recipes.saving import together
 from recipes.trainers import checkpoint
-from recipes.trainers.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from recipes.trainers.checkpoint import (
+    checkpoint_bytes,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from recipes.trainers.options import OptimizerOptions
+from recipes.trainers.plain import Trainer
+from recipes.world import World
+from tests.helpers.char_model import char_model
+from tests.helpers.file_limit import largest_file
 
 
 def write(folder: Path) -> None:
@@ -56,3 +73,92 @@ def test_a_kill_while_writing_leaves_the_one_before(
     second = save_checkpoint(tmp_path, 2, write, {"step": 2})
     assert latest_checkpoint(tmp_path) == second
     assert load_checkpoint(second, lambda folder: None) == ({"step": 2}, [])
+
+
+def save_tensors(folder: Path) -> None:
+    torch.save({"a": torch.zeros(100_000)}, folder / "trainer.pt")
+
+
+def test_a_full_disk_is_named_and_the_one_before_stays(tmp_path: Path) -> None:
+    first = save_checkpoint(tmp_path, 1, write, {"step": 1})
+    with largest_file(100_000), pytest.raises(DiskFull) as caught:
+        save_checkpoint(tmp_path, 2, save_tensors, {"step": 2}, num_bytes=400_000)
+    told = str(caught.value)
+    assert str(tmp_path / "step_000002") in told
+    assert "400,000 bytes" in told and "are free there" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
+    assert load_checkpoint(first, lambda folder: None) == ({"step": 1}, [])
+
+
+def test_a_full_disk_is_seen_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path, 1, write, {"step": 1})
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=1000, f_frsize=1))
+
+    def never(folder: Path) -> None:
+        raise AssertionError("the save was begun")
+
+    with pytest.raises(DiskFull, match="about 50,000 bytes, and 1,000 are free"):
+        save_checkpoint(tmp_path, 2, never, {"step": 2}, num_bytes=50_000)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
+
+
+def test_the_size_of_the_one_before_is_the_better_estimate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path, 1, save_tensors, {"step": 1})
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=399_999, f_frsize=1))
+    with pytest.raises(DiskFull, match="no room"):
+        save_checkpoint(tmp_path, 2, save_tensors, {"step": 2}, num_bytes=1)
+
+
+def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
+    for name in (".writing_step_000001", ".removing_step_000000"):
+        (tmp_path / name).mkdir()
+    save_checkpoint(tmp_path, 5, write, {"step": 5})
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000005"]
+
+
+def test_the_estimate_is_what_a_trainer_writes(tmp_path: Path) -> None:
+    model = char_model(64, 2)
+    trainer = Trainer(
+        model,
+        OptimizerOptions(),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        temperature=1.0,
+    )
+    for parameter in trainer.masters.parameters:
+        parameter.grad = torch.ones_like(parameter)
+    trainer.step(1e-3)
+    saved = save_checkpoint(tmp_path, 1, trainer.save, {})
+    written = (saved / "trainer.pt").stat().st_size
+    assert checkpoint_bytes(trainer.weights) == pytest.approx(written, rel=0.1)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_full_disk_of_one_process_is_one_of_all(failing: int) -> None:
+    """Two threads stand for two processes of a run."""
+    with ThreadPoolExecutor(2) as pool:
+        meet = Barrier(2)
+        parts: list[list[str]] = [[], []]
+
+        class Pair(World):
+            def gather(self, items: list[Any]) -> list[Any]:
+                parts[self.rank] = items
+                meet.wait(30)
+                found = parts[0] + parts[1]
+                meet.wait(30)
+                return found
+
+        def run(rank: int) -> str:
+            def part() -> None:
+                if rank == failing:
+                    raise DiskFull("no room for it")
+
+            with pytest.raises(DiskFull) as caught:
+                together(Pair(rank=rank, size=2), part)
+            return str(caught.value)
+
+        assert list(pool.map(run, range(2))) == ["no room for it"] * 2
