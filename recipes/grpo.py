@@ -18,11 +18,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.errors import SlipstreamError
 from recipes.algorithms.losses import policy_loss
 from recipes.batching import make_batch, minibatches, without_rejected
 from recipes.collect import rollout, score
 from recipes.command_line import parse
+from recipes.failures import report_failure
 from recipes.ledger import Ledger
 from recipes.report import Collected
 from recipes.run import Run, open_run
@@ -104,23 +104,26 @@ def update(run: Run, batch: Batch) -> dict[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the recipe. Returns the exit code: 2 for a mistake, which is explained."""
-    ledger = Ledger()
+    """Run the recipe. Returns the exit code: not 0 after an error, which is explained in a line."""
+    ledger, folder = Ledger(), None
     level = logging.WARNING if launched_rank() else logging.INFO
     logging.basicConfig(level=level, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
     try:
         options = parse(sys.argv[1:] if argv is None else argv)
         with open_run(options, ledger) as run:
+            folder = run.folder
             run.begin()
             train(run)
             summary = run.finish()
-    except SlipstreamError as error:
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
-        return 2
+    except (Exception, KeyboardInterrupt) as error:
+        code = report_failure(error, folder)
+        if code is None:
+            raise
+        return code
     logging.getLogger(__name__).info(
         "held-out accuracy %.3f -> %.3f in %d steps, %.0f s; see %s",
         *(summary[key] for key in ("eval_before", "eval_after", "steps", "seconds")),
-        run.folder.path,
+        folder.path,
     )
     return 0
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import tyro
 
@@ -19,16 +20,25 @@ from engine.config import (
     LoadFormat,
     SchedulerConfig,
 )
-from engine.errors import EngineDead, InvalidRequest, ModelNotFound, SlipstreamError
+from engine.errors import InvalidRequest
+from rollout.failures import report
 from rollout.http.options import Serve, serve_config
+from rollout.jsonl import read_lines
 from rollout.launch import launch
-from rollout.offline import load_tokenizer, run_file
+from rollout.offline import run_file
 from rollout.progress import ProgressDisplay
-from rollout.text.tokenizer import Tokenizer
+from rollout.text.tokenizer import find_tokenizer
 
 logger = logging.getLogger("rollout")
 
 _GIB = 1 << 30
+
+ADVICE: Mapping[str, str] = MappingProxyType(
+    {
+        "OutOfMemory": "lower --kv-memory, --max-running or --context-length",
+        "DiskFull": "make room, and ask for the lines that are missing from the output",
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +111,9 @@ def _option(name: str) -> str:
 def run_offline(args: Offline) -> None:
     """`offline`: load the model, answer the file, say what was done."""
     config = engine_config(args)
-    if not Path(args.input).is_file():
-        raise InvalidRequest(f"no file at {args.input}", field="--input")
-    tokenizer = _tokenizer(args)
+    for _ in read_lines(Path(args.input), field="--input"):
+        pass  # What is no text is said before a model is loaded.
+    tokenizer = find_tokenizer(args.model)
     with (
         launch(config, process=args.spawn) as replica,
         ProgressDisplay(replica) as display,
@@ -119,17 +129,6 @@ def run_offline(args: Offline) -> None:
         report.num_output_tokens,
         args.output,
     )
-
-
-def _tokenizer(args: Offline) -> Tokenizer | None:
-    """Random weights need no tokenizer: such a model is asked in ids."""
-    try:
-        return load_tokenizer(args.model)
-    except ModelNotFound:
-        if not args.model.endswith(".json"):
-            raise
-        logger.warning("no tokenizer beside %s: only input_ids are served", args.model)
-        return None
 
 
 def run_serve(args: Serve) -> None:
@@ -149,8 +148,8 @@ def parse(argv: Sequence[str] | None = None) -> Offline | Serve:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command. Exits with 2 after one line on an error of Slipstream's own, with 1 after
-    the reason and the end of its log if the engine died."""
+    """Run one command. Exits with 2 after one line on a mistake of the user's, with 1 after one on
+    what failed on the way; if the engine died, the end of its log comes with it."""
     args = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -158,13 +157,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             run_serve(args)
         else:
             run_offline(args)
-    except SlipstreamError as error:
-        named = f" ({error.field})" if error.field else ""
-        sys.stderr.write(f"{type(error).__name__}{named}: {error}\n")
-        sys.exit(1 if isinstance(error, EngineDead) else 2)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        sys.exit(130)
+    except (Exception, KeyboardInterrupt) as error:
+        code = report(error, advice=ADVICE)
+        if code is None:
+            raise
+        sys.exit(code)
 
 
 if __name__ == "__main__":

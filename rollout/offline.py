@@ -1,7 +1,8 @@
 """Batches without a server: lists of requests, and files of native `/generate` objects.
 
 What recipes use is here by name: `generate`, `load_tokenizer`, `normalised_messages`, `expand`,
-`respond`, the reader of lines (`jsonl.py`) and the care for full disks (`disk.py`).
+`respond`, the reader of lines (`jsonl.py`), the care for full disks (`disk.py`) and what is said
+of errors (`failures.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from engine.errors import InvalidRequest, SlipstreamError
 from engine.protocol import ErrorInfo, GenerateRequest, ReplicaState, Request, RequestOutput
 from rollout.disk import append_bytes, free_bytes, replace_file, require_room, write_all, writing
 from rollout.expand import expand
+from rollout.failures import report
 from rollout.generate import OnProgress, Progress, generate, run
 from rollout.jsonl import JsonLine, check_line, parse_line, read_lines
 from rollout.replica import Replica
@@ -43,6 +45,7 @@ __all__ = [
     "parse_line",
     "read_lines",
     "replace_file",
+    "report",
     "require_room",
     "respond",
     "run",

@@ -11,7 +11,6 @@ import signal
 import socket
 import threading
 from functools import partial
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -20,7 +19,7 @@ import uvloop
 from starlette.types import ASGIApp
 
 from engine.config import EngineConfig
-from engine.errors import EngineDead, InvalidRequest, ModelNotFound
+from engine.errors import EngineDead, InvalidRequest
 from rollout.http.access import is_loopback
 from rollout.http.app import build_app
 from rollout.http.config import ServeConfig
@@ -31,7 +30,7 @@ from rollout.http.services import make_services
 from rollout.http.supervisor import Supervisor
 from rollout.leave import leave_at_once
 from rollout.process_replica import ProcessReplica
-from rollout.text.tokenizer import Tokenizer, load_tokenizer
+from rollout.text.tokenizer import Tokenizer, find_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +55,7 @@ def serve(config: ServeConfig, *, factory: str = _FACTORY) -> None:
     _leave_by_exception()
     _raise_file_limit()
     with _bind(config) as listener:
-        tokenizer = server_tokenizer(config.engine.model)
+        tokenizer = find_tokenizer(config.engine.model)
         engines = _Engines(config, factory)
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -67,18 +66,6 @@ def serve(config: ServeConfig, *, factory: str = _FACTORY) -> None:
         raise failure
     if signal.SIGINT in signals:
         raise KeyboardInterrupt
-
-
-def server_tokenizer(model: str) -> Tokenizer | None:
-    """The model's tokenizer; None, with a warning, for a model that came without one. Raises
-    ModelNotFound if there is no model either."""
-    try:
-        return load_tokenizer(model)
-    except ModelNotFound:
-        if not Path(model).exists():
-            raise
-        logger.warning("no tokenizer beside %s: only input_ids are served", model)
-        return None
 
 
 class _Engines:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,8 @@ from rollout.text.hf_folder import read_hf_folder
 from rollout.text.messages import Message
 from rollout.text.special_tokens import SpecialTokens
 from rollout.text.token_bytes import TokenBytes
+
+logger = logging.getLogger(__name__)
 
 
 class Tokenizer:
@@ -206,3 +209,15 @@ def load_tokenizer(model: str | Path) -> Tokenizer:
         f"no model at {path}: give a Hugging Face folder, a GGUF file or a config.json",
         field="model",
     )
+
+
+def find_tokenizer(model: str | Path) -> Tokenizer | None:
+    """The model's tokenizer, for `serve` and `offline`; None, with a warning, for a model that came
+    without one: it is asked in ids. Raises ModelNotFound if there is no model either."""
+    try:
+        return load_tokenizer(model)
+    except ModelNotFound:
+        if not Path(model).exists():
+            raise
+        logger.warning("no tokenizer beside %s: only input_ids are served", model)
+        return None

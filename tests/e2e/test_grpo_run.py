@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,10 @@ def test_a_run_leaves_a_complete_folder(model: str, tmp_path: Path) -> None:
 
 
 def test_killed_and_resumed_equals_unbroken(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
     assert main(flags(model, unbroken)) == 0
@@ -75,8 +79,47 @@ def test_killed_and_resumed_equals_unbroken(
         return step(self, lr)
 
     monkeypatch.setattr(Trainer, "step", dying_step)
-    with pytest.raises(KeyboardInterrupt):
-        main(flags(model, killed))
+    assert main(flags(model, killed)) == 130
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told == f"interrupted; continue after step 3 with --resume {killed}"
     monkeypatch.setattr(Trainer, "step", step)
     assert main(["--resume", str(killed)]) == 0
     assert rows(killed) == rows(unbroken)
+
+
+def test_a_full_disk_ends_in_one_line_that_says_how_to_go_on(
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "run"
+    save, saves = Trainer.save, 0
+
+    def full(self: Trainer, folder: Path) -> None:
+        nonlocal saves
+        saves += 1
+        if saves == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(self, folder)
+
+    monkeypatch.setattr(Trainer, "save", full)
+    assert main(flags(model, out)) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("DiskFull") and str(out / "checkpoints" / "step_000006") in told
+    assert "bytes are free" in told
+    assert told.endswith(f"continue after step 3 with --resume {out}")
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_000003"]
+    monkeypatch.setattr(Trainer, "save", save)
+    assert main(["--resume", str(out)]) == 0
+
+
+def test_what_nobody_expected_keeps_its_traceback(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mistake(self: Trainer, lr: float) -> float:
+        raise KeyError("a mistake of ours")
+
+    monkeypatch.setattr(Trainer, "step", mistake)
+    with pytest.raises(KeyError, match="mistake of ours"):
+        main(flags(model, tmp_path / "run"))

@@ -212,7 +212,7 @@ def test_a_killed_process_ends_the_run(folder: Path) -> None:
 def test_the_plain_trainer_is_one_process(folder: Path) -> None:
     done = torchrun(2, *flags(folder, folder / "none"))
     assert done.returncode != 0
-    assert "InvalidRequest: trainer: plain is one process" in done.stderr
+    assert "InvalidRequest (trainer): trainer: plain is one process" in done.stderr
 
 
 def run_on_gpu(folder: Path, name: str, num: int, *words: str) -> list[dict[str, Any]]:

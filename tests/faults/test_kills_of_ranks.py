@@ -36,7 +36,7 @@ from engine.config import CacheConfig, EngineConfig, ParallelConfig
 from rollout.http.config import ServeConfig
 from rollout.http import server
 logging.basicConfig(level=logging.INFO)
-server.server_tokenizer = lambda model: None
+server.find_tokenizer = lambda model: None
 server.serve(ServeConfig(
     engine=EngineConfig(
         model=sys.argv[1], device="cpu", dtype="float32",

@@ -26,7 +26,7 @@ from rollout.http import server
 from rollout.http.config import ServeConfig
 from tests.helpers.replicas import fake_config
 logging.basicConfig(level=logging.INFO)
-server.server_tokenizer = lambda model: None
+server.find_tokenizer = lambda model: None
 config = ServeConfig(engine=fake_config(), port=0)
 server.serve(config, factory="tests.helpers.fake_executor:build")
 """
@@ -43,9 +43,9 @@ def fake_server(
 
 
 FAKE_WITH_TEXT = FAKE.replace(
-    "server.server_tokenizer = lambda model: None",
+    "server.find_tokenizer = lambda model: None",
     "from tests.helpers.tiny_tokenizer import tiny_tokenizer\n"
-    "server.server_tokenizer = lambda model: tiny_tokenizer()",
+    "server.find_tokenizer = lambda model: tiny_tokenizer()",
 )
 
 

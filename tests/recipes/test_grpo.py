@@ -227,4 +227,4 @@ def test_minutes_end_a_run_between_steps(tmp_path: Path) -> None:
 
 def test_a_mistake_is_one_line_and_exit_code_two(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--steps", "-3"]) == 2
-    assert capsys.readouterr().err == "InvalidRequest: steps must be at least 0, not -3\n"
+    assert capsys.readouterr().err == "InvalidRequest (steps): steps must be at least 0, not -3\n"

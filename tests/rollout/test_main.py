@@ -12,6 +12,7 @@ from engine.errors import EngineDead
 from rollout.http.config import ServeConfig
 from rollout.http.options import Serve, serve_config
 from rollout.replica import Replica
+from rollout.text.tokenizer import find_tokenizer
 from tests.helpers.fake_executor import expected_tokens
 from tests.helpers.replicas import inline
 from tests.helpers.tiny_tokenizer import ids_of, tiny_tokenizer
@@ -184,5 +185,42 @@ def test_an_interrupt_is_quiet(
 
 def test_a_config_alone_needs_no_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    args = cli.parse(["offline", "--model", str(tmp_path / "config.json"), *REQUIRED[3:]])
-    assert cli._tokenizer(args) is None
+    assert find_tokenizer(tmp_path / "config.json") is None
+
+
+def test_an_input_that_is_no_text_is_noticed_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delattr(cli, "launch")
+    (tmp_path / "in").write_bytes('{"text": "a"}'.encode("utf-16"))
+    with pytest.raises(SystemExit):
+        cli.main(["offline", "--model", "m", "--input", str(tmp_path / "in"), "--output", "o"])
+    assert "is UTF-16; save it as UTF-8" in capsys.readouterr().err
+
+
+def test_offline_serves_ids_of_a_folder_without_a_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `serve` does: the folder is a model, and ids need no tokenizer."""
+    monkeypatch.setattr(cli, "launch", lambda config, process: inline())
+    (tmp_path / "config.json").write_text("{}")
+    lines = [{"input_ids": [1, 2], "sampling_params": {"max_new_tokens": 4}}, {"text": "abc"}]
+    (tmp_path / "in").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    cli.main(
+        ["offline", "--model", str(tmp_path), "--input", str(tmp_path / "in"), "--output",
+         str(tmp_path / "out")]
+    )  # fmt: skip
+    reply, refusal = [json.loads(line) for line in (tmp_path / "out").read_text().split("\n")[:-1]]
+    assert reply["output_ids"] == expected_tokens([1, 2], 4)
+    assert "input_ids" in refusal["error"]["message"]
+
+
+def test_offline_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").write_text("{}\n")
+    with pytest.raises(SystemExit) as caught:
+        cli.main(
+            ["offline", "--model", str(tmp_path / "none"), "--input", str(tmp_path / "in"),
+             "--output", str(tmp_path / "out")]
+        )  # fmt: skip
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("ModelNotFound")
