@@ -16,6 +16,9 @@ AttentionBackendName = Literal["auto", "torch_native", "triton", "flashinfer", "
 KernelBackend = Literal["torch", "triton"]
 QueuePolicy = Literal["fcfs", "longest_prefix"]
 
+DEFAULT_CONTEXT_LIMIT = 32768
+"""Most tokens of a sequence where no `context_length` is given, whatever the model could take."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:

@@ -20,7 +20,7 @@ from engine.attention.base import CapturableBackend
 from engine.attention.select import select
 from engine.attention.spoilt import spoilt_rows
 from engine.batch import RequestTable, StepBatch, build_batch
-from engine.config import EngineConfig
+from engine.config import DEFAULT_CONTEXT_LIMIT, EngineConfig
 from engine.errors import InvalidRequest
 from engine.graphs import DecodeGraphs, row_buckets
 from engine.kv.pool import KVPool
@@ -56,8 +56,6 @@ from engine.weights.open import open_source, origin_of
 from engine.weights.service import WeightService
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_CONTEXT_LIMIT = 32768
 
 
 class Worker:

@@ -12,7 +12,6 @@ from rollout.offline import report
 ADVICE: Mapping[str, str] = MappingProxyType(
     {
         "OutOfMemory": "lower --kv-memory-gb, --samples or --max-tokens-per-microbatch",
-        "ContextTooLong": "lower --max-new-tokens, or shorten the prompts",
         "QueueFull": "lower --prompts-per-step or --samples",
         "NonFiniteLogits": "the weights have diverged: start again with a lower --lr",
         "NonFiniteWeights": "the weights have diverged: start again with a lower --lr",

@@ -61,8 +61,11 @@ class Options:
     """
 
     task: str = "largest"
-    """largest, sorting, addition, letter_count, a .jsonl file of prompts and answers, or
-    gym:<name> for a reasoning-gym task."""
+    """largest, sorting, addition, letter_count, a .jsonl file (or .jsonl.gz) of prompts and
+    answers, or gym:<name> for a reasoning-gym task."""
+    skip_long_prompts: bool = False
+    """Leave out the prompts of a file that do not fit into the model's context, instead of
+    refusing the run."""
     seed: int = 0
     """Seed of the problems and of the sampling."""
     steps: int = 80

@@ -31,6 +31,7 @@ from recipes.prompts import Prompts
 from recipes.report import Collected, push_figures, rollout_figures, time_figures
 from recipes.run_folder import RunFolder, default_path
 from recipes.saving import num_elements, save_folder
+from recipes.task_check import CheckedTask, check_pool, check_task
 from recipes.tracking import Tracker
 from recipes.trainers.base import Learner
 from recipes.trainers.checkpoint import (
@@ -42,6 +43,7 @@ from recipes.trainers.checkpoint import (
 from recipes.trainers.schedule import learning_rate
 from recipes.types import Group, Problem
 from recipes.world import World, open_world
+from rollout.launch import read_checkpoint
 from rollout.offline import Tokenizer, free_bytes, load_tokenizer
 from trainer_bridge import PushReport
 
@@ -262,8 +264,11 @@ class Run:
 
 
 def open_run(options: Options, ledger: Ledger) -> Run:
-    """Load everything the options name, with the other processes of the run if there are any."""
-    environment = select_environment(options.task)
+    """Load everything the options name, with the other processes of the run if there are any.
+
+    The task is checked against tokenizer and context before any weight is read."""
+    tokenizer = load_tokenizer(options.model)
+    task = _read_task(options, tokenizer)
     placement = options.placement
     with ExitStack() as on_failure:
         world = open_world(
@@ -274,17 +279,34 @@ def open_run(options: Options, ledger: Ledger) -> Run:
         on_failure.callback(world.close)
         actor = launch_actor(options, world)
         on_failure.callback(actor.close)
+        check_pool(task, actor.state(), _max_new_tokens(options, task.environment))
         run = assemble(
             options,
             ledger,
-            environment=environment,
+            environment=task.environment,
             actor=actor,
-            tokenizer=load_tokenizer(options.model),
+            tokenizer=tokenizer,
             trainer=load_trainer(options, actor, world),
             world=world,
         )
         on_failure.pop_all()
     return run
+
+
+def _read_task(options: Options, tokenizer: Tokenizer) -> CheckedTask:
+    environment = select_environment(options.task)
+    checkpoint = read_checkpoint(options.model, options.load_format, options.seed)
+    return check_task(
+        environment,
+        Prompts(environment, tokenizer, ()),
+        context_length=checkpoint.context_length,
+        num_heldout=options.eval_prompts,
+        skip_long=options.skip_long_prompts,
+    )
+
+
+def _max_new_tokens(options: Options, environment: Environment) -> int:
+    return options.rollout.max_new_tokens or environment.max_new_tokens
 
 
 def assemble(
@@ -305,7 +327,7 @@ def assemble(
     display = Display(f"{environment.name} -> {folder.path}", options.steps, console)
     if world.is_main:
         actor.watch(display.generating)
-    max_new_tokens = options.rollout.max_new_tokens or environment.max_new_tokens
+    max_new_tokens = _max_new_tokens(options, environment)
     return Run(
         options=options,
         algorithm=resolve(options.objective, max_new_tokens),

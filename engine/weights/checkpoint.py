@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from engine.config import LoadFormat
+from engine.config import DEFAULT_CONTEXT_LIMIT, LoadFormat
 from engine.layers.runtime import LayerRuntime
 from engine.models.build import build_model
 from engine.models.locate import locate
@@ -17,9 +17,12 @@ from engine.weights.open import open_source
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """hf_config: contents of config.json. tensors: (Hugging Face name, full tensor), once."""
+    """hf_config: contents of config.json. tensors: (Hugging Face name, full tensor), once.
+    context_length: tokens of a sequence that an engine serves which is given no length of its own.
+    """
 
     hf_config: dict[str, Any]
+    context_length: int
     tensors: Iterator[tuple[str, torch.Tensor]]
 
 
@@ -32,4 +35,8 @@ def read_checkpoint(model: str, load_format: LoadFormat = "auto", seed: int = 0)
     # Random weights are drawn for the names and shapes of the model; meta tensors have those.
     runtime = LayerRuntime(device=torch.device("meta"), dtype=torch.float32, backend="torch")
     shapes = build_model(files.config, runtime=runtime, max_position=1)
-    return Checkpoint(files.source, open_source(files.kind, files.path, shapes, seed))
+    return Checkpoint(
+        hf_config=files.source,
+        context_length=min(files.config.max_position, DEFAULT_CONTEXT_LIMIT),
+        tensors=open_source(files.kind, files.path, shapes, seed),
+    )

@@ -11,6 +11,7 @@ import random
 from collections.abc import Iterator
 from typing import Literal, Protocol
 
+from engine.errors import InvalidRequest
 from recipes.types import Message, Problem
 
 Split = Literal["train", "heldout"]
@@ -57,13 +58,19 @@ def split_of(key: str, heldout_one_in: int) -> Split:
 
 
 def problem_at(environment: Environment, split: Split, seed: int, index: int) -> Problem:
-    """The problem at a position of the endless stream of a split: a function of its arguments."""
+    """The problem at a position of the endless stream of a split: a function of its arguments.
+
+    Raises InvalidRequest (`task`) for a split that holds none."""
     rng = random.Random(f"{environment.name}/{split}/{seed}/{index}")
     for _ in range(MAX_DRAWS):
         problem = environment.draw(rng)
         if split_of(problem.key, environment.heldout_one_in) == split:
             return problem
-    raise ValueError(f"task {environment.name} has no {split} problem in {MAX_DRAWS} draws")
+    raise InvalidRequest(
+        f"task: {environment.name} has no {split} problem in {MAX_DRAWS} draws; a run needs "
+        "problems to train on and held-out ones, so take a task with more different problems",
+        field="task",
+    )
 
 
 def heldout_problems(environment: Environment, num: int) -> list[Problem]:

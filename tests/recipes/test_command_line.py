@@ -18,8 +18,8 @@ dynamic_sampling
 eval_every eval_prompts gradient_checkpointing is_cap is_level is_mode kl_coef kl_estimator
 kv_memory_gb load_format loss_aggregation lr max_grad_norm max_new_tokens max_resamples
 max_tokens_per_microbatch minutes model num_iterations num_minibatches out overlong_buffer
-prompts_per_step resume rollout_gpus samples schedule seed sleep steps task temperature trainer
-trainer_memory_gb wandb warmup_steps weight_decay zero
+prompts_per_step resume rollout_gpus samples schedule seed skip_long_prompts sleep steps
+task temperature trainer trainer_memory_gb wandb warmup_steps weight_decay zero
 """
 
 
