@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from engine.protocol import Request, RequestOutput, SamplingParams
 from recipes.actor import Actor
+from recipes.grading import Grader, Grading
 from recipes.prompts import Prompts
 from recipes.rewards.shaping import overlong_penalty
 from recipes.types import Group, Problem, Trajectory
@@ -51,16 +52,23 @@ def score(
     replies: Sequence[tuple[Request, RequestOutput]],
     *,
     overlong_buffer: int = 0,
+    grader: Grader | None = None,
 ) -> list[Group]:
-    """Verify replies and put them in groups, `len(replies) // len(problems)` a problem."""
+    """Grade replies and put them in groups, `len(replies) // len(problems)` a problem.
+
+    grader: None calls the task's `verify`, one reply after the other."""
     samples = len(replies) // max(len(problems), 1)
+    texts = [prompts.reply_text(output.token_ids) for _, output in replies]
+    asked = [problem for problem in problems for _ in range(samples)]
+    rewards = (grader or Grading(prompts.environment))(texts, asked)
+    trajectories = [
+        _trajectory(*reply, text, reward, overlong_buffer)
+        for reply, text, reward in zip(replies, texts, rewards, strict=True)
+    ]
     return [
         Group(
             problem=problem,
-            trajectories=tuple(
-                _trajectory(prompts, problem, request, output, overlong_buffer)
-                for request, output in replies[index * samples : (index + 1) * samples]
-            ),
+            trajectories=tuple(trajectories[index * samples : (index + 1) * samples]),
         )
         for index, problem in enumerate(problems)
     ]
@@ -72,6 +80,8 @@ def evaluate(
     problems: Sequence[Problem],
     max_new_tokens: int,
     world: World | None = None,
+    *,
+    grader: Grader | None = None,
 ) -> float:
     """Mean reward of the greedy replies to held-out problems; collective.
 
@@ -83,21 +93,15 @@ def evaluate(
     mine = problems[share.start : share.stop]
     replies = rollout(actor, prompts, mine, sampling, samples=1, seed=0, first=share.start)
     actor.flush()
-    groups = score(prompts, mine, replies)
+    groups = score(prompts, mine, replies, grader=grader)
     rewards = world.gather([group.trajectories[0].correct for group in groups])
     return sum(rewards) / len(rewards)
 
 
 def _trajectory(
-    prompts: Prompts,
-    problem: Problem,
-    request: Request,
-    output: RequestOutput,
-    overlong_buffer: int,
+    request: Request, output: RequestOutput, text: str, correct: float, overlong_buffer: int
 ) -> Trajectory:
     assert output.finish is not None and len(output.token_ids) > 0
-    text = prompts.reply_text(output.token_ids)
-    correct = prompts.environment.verify(text, problem)
     penalty = overlong_penalty(
         len(output.token_ids), request.sampling.max_new_tokens, overlong_buffer
     )

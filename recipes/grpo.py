@@ -73,7 +73,13 @@ def collect(run: Run) -> Collected:
             run.world.barrier()
         with run.ledger.phase("score"):
             groups = run.world.gather(
-                score(run.prompts, problems, replies, overlong_buffer=algorithm.overlong_buffer)
+                score(
+                    run.prompts,
+                    problems,
+                    replies,
+                    overlong_buffer=algorithm.overlong_buffer,
+                    grader=run.grading,
+                )
             )
         result.sampled.extend(groups)
         result.groups.extend(g for g in groups if g.mixed or not algorithm.dynamic_sampling)

@@ -22,6 +22,7 @@ from recipes.command_line import flatten
 from recipes.display import Display
 from recipes.environments.base import Environment, heldout_problems, problem_at
 from recipes.environments.select import select_environment
+from recipes.grading import Grading
 from recipes.launch import launch_actor
 from recipes.ledger import Ledger
 from recipes.model import engine_dtype, load_trainer
@@ -60,6 +61,7 @@ class Run:
     environment: Environment
     sampling: SamplingParams
     prompts: Prompts
+    grading: Grading
     tokenizer: Tokenizer
     heldout: list[Problem]
     actor: Actor
@@ -91,6 +93,7 @@ class Run:
         trace: TracebackType | None,
     ) -> None:
         self.display.__exit__(kind, error, trace)
+        self.grading.close()
         self.actor.close()
         self.world.close()
 
@@ -165,6 +168,7 @@ class Run:
             **figures,
             **push_figures(pushed),
             **time_figures(seconds),
+            **self._tell_ungraded(),
         }
         if _due(step, self.options.eval_every):
             row["timing_s/eval"] = self._evaluate()
@@ -178,6 +182,13 @@ class Run:
             self.display.note(f"push of {pushed}")
         if _due(step, self.options.checkpoint_every):
             self._checkpoint()
+
+    def _tell_ungraded(self) -> dict[str, float]:
+        """Count the replies that no grader got through, and name the first of them."""
+        ungraded = self.world.gather(self.grading.take_ungraded())
+        if ungraded:
+            self.display.note(f"{len(ungraded)} replies not graded, reward 0; {ungraded[0]}")
+        return {"completions/num_ungraded": float(len(ungraded))}
 
     def _advise(self, row: dict[str, float]) -> None:
         """Say so, once each time it begins, when the run has nothing to learn from."""
@@ -235,7 +246,12 @@ class Run:
         self.display.note(f"evaluating {len(self.heldout)} held-out problems")
         with self.ledger.phase("eval"):
             accuracy = evaluate(
-                self.actor, self.prompts, self.heldout, self.max_new_tokens, self.world
+                self.actor,
+                self.prompts,
+                self.heldout,
+                self.max_new_tokens,
+                self.world,
+                grader=self.grading,
             )
         self.progress.measured(accuracy)
         self.display.note(f"held-out accuracy {accuracy:.3f} after step {self.progress.step}")
@@ -336,6 +352,7 @@ def assemble(
             max_new_tokens=max_new_tokens, temperature=options.rollout.temperature
         ),
         prompts=Prompts(environment, tokenizer, actor.state().eos_ids),
+        grading=Grading(environment, processes_here=world.size),
         tokenizer=tokenizer,
         heldout=heldout_problems(environment, options.eval_prompts),
         actor=actor,

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from engine.errors import InvalidRequest
+from recipes.rewards.graders import GraderSpec
 from recipes.types import Message, Problem
 
 Split = Literal["train", "heldout"]
@@ -48,6 +49,21 @@ class Environment(Protocol):
 
     def verify(self, reply: str, problem: Problem) -> float:
         """Reward of a reply, 1.0 for a right one."""
+        ...
+
+
+@runtime_checkable
+class GradedBeside(Protocol):
+    """A task whose grader may take forever or crash: it runs in processes of its own, and `verify`
+    is for a single call."""
+
+    @property
+    def grader(self) -> GraderSpec:
+        """The function that grades."""
+        ...
+
+    def grading(self, reply: str, problem: Problem) -> tuple[str, ...]:
+        """Its arguments for a reply."""
         ...
 
 

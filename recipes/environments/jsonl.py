@@ -9,7 +9,8 @@ from pathlib import Path
 import msgspec
 
 from engine.errors import InvalidRequest
-from recipes.rewards.math import math_match
+from recipes.rewards.graders import GraderSpec
+from recipes.rewards.math import MATH, math_match
 from recipes.types import Message, Problem
 from rollout.offline import JsonLine, parse_line, read_lines
 
@@ -48,6 +49,15 @@ class JsonLines:
     def messages(self, problem: Problem) -> list[Message]:
         """The prompt as the one user turn."""
         return [{"role": "user", "content": problem.question}]
+
+    @property
+    def grader(self) -> GraderSpec:
+        """See `GradedBeside`."""
+        return MATH
+
+    def grading(self, reply: str, problem: Problem) -> tuple[str, ...]:
+        """See `GradedBeside`."""
+        return (reply, problem.answer)
 
     def verify(self, reply: str, problem: Problem) -> float:
         """1.0 if the reply's last expression equals the answer mathematically."""

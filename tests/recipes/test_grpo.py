@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.errors import InvalidRequest
 from recipes.algorithms.presets import AlgorithmOptions
+from recipes.environments.base import Environment
 from recipes.grpo import main, train
 from recipes.ledger import Ledger
 from recipes.options import Options, RolloutOptions
 from recipes.report import PHASES
+from recipes.rewards.graders import GraderSpec
 from recipes.run import Run, assemble
 from recipes.trainers.options import OptimizerOptions
 from recipes.trainers.plain import Trainer
@@ -45,12 +48,12 @@ def make_options(tmp_path: Path, **changes: Any) -> Options:
     return dataclasses.replace(options, **changes)
 
 
-def make_run(options: Options, noise: float = 0.0) -> Run:
+def make_run(options: Options, noise: float = 0.0, environment: Environment | None = None) -> Run:
     model = char_model(16, 1)
     return assemble(
         options,
         Ledger(),
-        environment=LeadingDigit(),
+        environment=environment or LeadingDigit(),
         actor=FakeActor(model, [0], noise),
         tokenizer=char_tokenizer(),
         trainer=Trainer(
@@ -203,6 +206,27 @@ def test_a_resumed_run_has_the_surplus_of_the_killed_one(tmp_path: Path) -> None
     go(options)
     resumed, _ = go(dataclasses.replace(options, resume=options.out, steps=6))
     assert [untimed(r) for r in rows(resumed)] == [untimed(r) for r in rows(unbroken)]
+
+
+class Beside(LeadingDigit):
+    """The same reward from a process beside the run, which some replies end."""
+
+    grader = GraderSpec(function="tests.helpers.odd_graders:leading_digit", sample=("1",))
+
+    def grading(self, reply: str, problem: Any) -> tuple[str, ...]:
+        return (reply,)
+
+
+def test_replies_that_no_grader_gets_through_are_counted_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = make_options(tmp_path, steps=2, checkpoint_every=0)
+    with caplog.at_level(logging.INFO), make_run(options, environment=Beside()) as run:
+        run.begin()
+        train(run)
+    ungraded = [row["completions/num_ungraded"] for row in rows(run)]
+    assert sum(ungraded) > 0
+    assert "replies not graded, reward 0; raised ValueError: no digit" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["dr_grpo", "dapo", "gspo", "cispo", "rloo"])
