@@ -27,7 +27,8 @@ class Checkpoint:
 
 
 def read_checkpoint(model: str, load_format: LoadFormat = "auto", seed: int = 0) -> Checkpoint:
-    """The very tensors an engine of the same `model`, `load_format` and `seed` loads.
+    """The very tensors an engine of the same `model`, `load_format` and `seed` loads; what it passes
+    over (inverse frequencies in older files) is left out.
 
     Raises ModelNotFound, CheckpointError or UnknownArchitecture.
     """
@@ -35,8 +36,10 @@ def read_checkpoint(model: str, load_format: LoadFormat = "auto", seed: int = 0)
     # Random weights are drawn for the names and shapes of the model; meta tensors have those.
     runtime = LayerRuntime(device=torch.device("meta"), dtype=torch.float32, backend="torch")
     shapes = build_model(files.config, runtime=runtime, max_position=1)
+    ignored = shapes.ignored_names()
+    source = open_source(files.kind, files.path, shapes, seed)
     return Checkpoint(
         hf_config=files.source,
         context_length=min(files.config.max_position, DEFAULT_CONTEXT_LIMIT),
-        tensors=open_source(files.kind, files.path, shapes, seed),
+        tensors=((name, tensor) for name, tensor in source if name not in ignored),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from engine.errors import CheckpointError
 from rollout.launch import read_checkpoint
@@ -20,6 +21,16 @@ def test_a_folder(arch: str, tmp_path) -> None:
     ids = torch.arange(20).unsqueeze(0)
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, original(ids).logits)
+
+
+def test_what_the_engine_passes_over_is_left_out(tmp_path) -> None:
+    write_tiny(tmp_path, "llama")
+    (path,) = tmp_path.glob("*.safetensors")
+    tensors = load_file(path)
+    tensors["model.layers.1.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(tensors, path, metadata={"format": "pt"})
+    checkpoint = read_checkpoint(str(tmp_path))
+    load_causal_lm(checkpoint.hf_config, checkpoint.tensors)
 
 
 def test_a_gguf_file_can_be_saved_again(tmp_path) -> None:
