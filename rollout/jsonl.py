@@ -157,23 +157,6 @@ def _text(line: JsonLine) -> str:
         ) from error
 
 
-class _Refused(ValueError):
-    """What `json` would take and no one means."""
-
-
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise _Refused(f"the key {twice!r} is there twice; leave one")
-    return found
-
-
-def _no_such_number(text: str) -> NoReturn:
-    raise _Refused(f"{text} is no number of JSON; write a finite number, or a string")
-
-
 def _not_json(text: str, error: json.JSONDecodeError) -> str:
     told = f"is not JSON at character {error.pos + 1}: {error.msg}"
     if text.lstrip()[:1] in ("{", "[") and error.pos >= len(text.rstrip()):

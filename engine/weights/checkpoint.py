@@ -27,7 +27,7 @@ class Checkpoint:
 
 
 def read_checkpoint(model: str, load_format: LoadFormat = "auto", seed: int = 0) -> Checkpoint:
-    """The very tensors an engine of the same `model`, `load_format` and `seed` loads; what it passes
+    """The very tensors an engine of the same `model`, `load_format`, `seed` loads; what it passes
     over (inverse frequencies in older files) is left out.
 
     Raises ModelNotFound, CheckpointError or UnknownArchitecture.
