@@ -11,6 +11,7 @@ wrong.
 from __future__ import annotations
 
 import json
+import random
 import sys
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -55,14 +56,26 @@ def spelled(number: int) -> str:
 
 
 def numerals() -> list[Row]:
-    """Numbers from 20 to 999, to be written in digits."""
+    """Numbers from 101 to 999, to be written in digits."""
     return [
         {
-            "prompt": f"Write {spelled(number)} as a number. Reply with digits only.",
+            "prompt": f"Which number is {spelled(number)}? Reply with the number in digits only.",
             "answer": number,
         }
-        for number in range(20, 1000)
+        for number in range(101, 1000)
     ]
+
+
+def word_largest() -> list[Row]:
+    """The largest of three different numbers from 1 to 99; 1,200 of the triples, any order."""
+    rng = random.Random("word_largest")
+    rows = {}
+    while len(rows) < 1200:
+        numbers = rng.sample(range(1, 100), 3)
+        listed = ", ".join(spelled(number) for number in numbers)
+        prompt = f"Which is the largest number: {listed}? Reply with the number in digits only."
+        rows[prompt] = max(numbers)
+    return [{"prompt": prompt, "answer": answer} for prompt, answer in rows.items()]
 
 
 def word_sums() -> list[Row]:
@@ -80,7 +93,7 @@ def word_sums() -> list[Row]:
 
 
 TASKS: Mapping[str, Callable[[], list[Row]]] = MappingProxyType(
-    {"numerals": numerals, "word_sums": word_sums}
+    {"numerals": numerals, "word_largest": word_largest, "word_sums": word_sums}
 )
 
 

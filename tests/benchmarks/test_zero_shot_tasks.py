@@ -12,7 +12,7 @@ from recipes.environments.base import split_of
 from recipes.environments.jsonl import load_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("numerals", "word_sums")
+NAMES = ("numerals", "word_largest", "word_sums")
 
 
 @pytest.fixture(autouse=True)
@@ -58,3 +58,14 @@ def test_sums_are_right_and_asked_in_one_order() -> None:
         assert row["answer"] == a + b
         assert (b, a) not in seen or a == b
         seen.add((a, b))
+
+
+def test_the_largest_is_the_largest() -> None:
+    from zero_shot_tasks import spelled, word_largest
+
+    numbers = {spelled(number): number for number in range(100)}
+    rows = word_largest()
+    assert rows == word_largest()
+    for row in rows:
+        listed = row["prompt"].split(": ")[1].split("?")[0].split(", ")
+        assert row["answer"] == max(numbers[word] for word in listed)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import safetensors.torch
 import torch
+from torch.distributed.checkpoint import state_dict_saver
 
 from engine.errors import DiskFull
 from rollout.disk import append_bytes, free_bytes, replace_file, require_room, writing
@@ -47,13 +50,23 @@ def save_safetensors(path: Path) -> None:
     safetensors.torch.save_file({"a": torch.zeros(100_000)}, path)
 
 
-@pytest.mark.parametrize("save", [save_torch, save_safetensors])
+def save_distributed(path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state_dict_saver.save({"a": torch.zeros(100_000)}, checkpoint_id=path, no_dist=True)
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize("save", [save_torch, save_safetensors, save_distributed])
 def test_writers_of_other_languages(tmp_path: Path, save: Callable[[Path], None]) -> None:
     path = tmp_path / "big"
     with (
         largest_file(50_000),
         pytest.raises(DiskFull, match="400,000 bytes") as caught,
-        writing(path, num_bytes=400_000, undo=path.unlink),
+        writing(path, num_bytes=400_000, undo=lambda: remove(path)),
     ):
         save(path)
     assert str(path) in str(caught.value)
