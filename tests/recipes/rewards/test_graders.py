@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from engine.errors import InvalidRequest
+from recipes.environments.base import problem_at
+from recipes.environments.gym import load_gym
 from recipes.environments.jsonl import load_jsonl
 from recipes.grading import Grading
 from recipes.rewards.grader_main import Limits
@@ -96,3 +99,35 @@ def test_mathematics_of_a_file_is_graded_beside_the_run(tmp_path: Path) -> None:
     assert grading(replies, problems) == [1.0] * 8
     assert grading.take_ungraded() == []
     grading.close()
+
+
+FAKE_GYM = """
+class DataSet:
+    def __getitem__(self, index):
+        return {"question": f"q{index}", "answer": str(index)}
+
+    def score_answer(self, answer, entry):
+        while answer == "evaluate me":
+            pass
+        return 1.0 if answer == entry["answer"] else 0.01
+
+def create_dataset(name, **config):
+    return DataSet()
+"""
+
+
+def test_scorers_of_reasoning_gym_run_beside_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "reasoning_gym.py").write_text(FAKE_GYM)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "reasoning_gym", raising=False)
+    task = load_gym("chain_sum")
+    problems = [problem_at(task, "train", 0, index) for index in range(3)]
+    grading = Grading(task)
+    replies = [f" {problems[0].answer} ", "evaluate me", "x"]
+    assert grading(replies, problems) == [1.0, 0.0, 0.01]
+    (ungraded,) = grading.take_ungraded()
+    assert "processor time: reply 'evaluate me'" in str(ungraded)
+    grading.close()
+    sys.modules.pop("reasoning_gym", None)
