@@ -148,8 +148,8 @@ def parse(argv: Sequence[str] | None = None) -> Offline | Serve:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command. Exits with 2 after one line on a mistake of the user's, with 1 after one on
-    what failed on the way; if the engine died, the end of its log comes with it."""
+    """Run one command. Exits after one line on an error that is known (`failures.explain`); if the
+    engine died, the end of its log comes with it."""
     args = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:

@@ -20,7 +20,7 @@ from rollout.disk import disk_refusal
 TRACEBACK = "SLIPSTREAM_TRACEBACK"
 """Set to anything, the traceback is written before the line."""
 
-MISTAKE, FAILED, INTERRUPTED = 2, 1, 130
+REFUSED, FAILED, INTERRUPTED = 2, 1, 130
 
 # By package and name of a class; subclasses follow it. The text comes after the error's own.
 FOREIGN: Mapping[str, str] = MappingProxyType(
@@ -71,14 +71,14 @@ def report(error: BaseException, *, advice: Mapping[str, str], then: str = "") -
 
 
 def explain(error: BaseException, advice: Mapping[str, str]) -> tuple[str, int] | None:
-    """The line and the exit code: 2 for what the user gave, 1 for what failed on the way, 130 for
-    an interrupt. None for what is not in the tables."""
+    """The line and the exit code: 2 for errors of the tree, 1 for EngineDead and those of other
+    libraries, 130 for an interrupt. None for what is not in the tables."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", INTERRUPTED
     if isinstance(error, SlipstreamError):
         named = f" ({error.field})" if error.field else ""
         line = f"{type(error).__name__}{named}: {error}"
-        code = FAILED if isinstance(error, EngineDead) else MISTAKE
+        code = FAILED if isinstance(error, EngineDead) else REFUSED
         return _joined(line, _of_class(error, advice, prefixed=False)), code
     told = _foreign(error)
     return None if told is None else (told, FAILED)
