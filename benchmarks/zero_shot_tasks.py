@@ -19,7 +19,7 @@ from typing import Any
 
 Row = dict[str, Any]
 
-ONES = [
+ONES = (
     "zero",
     "one",
     "two",
@@ -40,8 +40,11 @@ ONES = [
     "seventeen",
     "eighteen",
     "nineteen",
-]
+)
 TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+
+NAMES = "Tom Anna Ben Mia Sam Eva Max Lily".split()  # noqa: SIM905 - read more easily so
+THINGS = "apples books coins eggs cards shells pencils stones".split()  # noqa: SIM905
 
 
 def spelled(number: int) -> str:
@@ -56,14 +59,30 @@ def spelled(number: int) -> str:
 
 
 def numerals() -> list[Row]:
-    """Numbers from 101 to 999, to be written in digits."""
+    """Numbers from 20 to 499, to be written in digits."""
     return [
         {
             "prompt": f"Which number is {spelled(number)}? Reply with the number in digits only.",
             "answer": number,
         }
-        for number in range(101, 1000)
+        for number in range(20, 500)
     ]
+
+
+def leftovers() -> list[Row]:
+    """What is left of 4 to 12 things after some are given away; 1,200 of the stories."""
+    rng = random.Random("leftovers")
+    rows = {}
+    while len(rows) < 1200:
+        had = rng.randrange(4, 13)
+        gone = rng.randrange(1, had - 1)
+        name, things = rng.choice(NAMES), rng.choice(THINGS)
+        prompt = (
+            f"{name} has {spelled(had)} {things} and gives {spelled(gone)} away. "
+            f"How many {things} are left? Reply with the number in digits only."
+        )
+        rows[prompt] = had - gone
+    return [{"prompt": prompt, "answer": answer} for prompt, answer in rows.items()]
 
 
 def word_largest() -> list[Row]:
@@ -78,22 +97,8 @@ def word_largest() -> list[Row]:
     return [{"prompt": prompt, "answer": answer} for prompt, answer in rows.items()]
 
 
-def word_sums() -> list[Row]:
-    """Sums of two numbers from 2 to 20; of the two orders of a sum, one is asked."""
-    return [
-        {
-            "prompt": f"What is {spelled(a)} plus {spelled(b)}? "
-            "Reply with the number in digits only.",
-            "answer": a + b,
-        }
-        for a in range(2, 21)
-        for b in range(2, 21)
-        if (a + b) % 2 == (a <= b)
-    ]
-
-
 TASKS: Mapping[str, Callable[[], list[Row]]] = MappingProxyType(
-    {"numerals": numerals, "word_largest": word_largest, "word_sums": word_sums}
+    {"numerals": numerals, "leftovers": leftovers, "word_largest": word_largest}
 )
 
 

@@ -12,7 +12,7 @@ from recipes.environments.base import split_of
 from recipes.environments.jsonl import load_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("numerals", "word_largest", "word_sums")
+NAMES = ("numerals", "leftovers", "word_largest")
 
 
 @pytest.fixture(autouse=True)
@@ -38,26 +38,24 @@ def test_the_answer_cannot_be_copied(name: str, tmp_path: Path) -> None:
     assert all(not re.search(r"\d", row["prompt"]) for row in rows)
     assert all(re.fullmatch(r"\d+", str(row["answer"])) for row in rows)
     prompts = [row["prompt"] for row in rows]
-    assert len(set(prompts)) == len(prompts) > 150
+    assert len(set(prompts)) == len(prompts) > 400
     heldout = [prompt for prompt in prompts if split_of(prompt, 8) == "heldout"]
-    assert len(heldout) >= 15
+    assert len(heldout) >= 40
     path = tmp_path / "task.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert len(load_jsonl(path).lines) == len(rows)
 
 
-def test_sums_are_right_and_asked_in_one_order() -> None:
-    from zero_shot_tasks import spelled, word_sums
+def test_what_is_left_is_right() -> None:
+    from zero_shot_tasks import leftovers, spelled
 
     numbers = {spelled(number): number for number in range(30)}
-    seen = set()
-    for row in word_sums():
-        words = re.match(r"What is (\S+) plus (\S+)\?", row["prompt"])
+    rows = leftovers()
+    assert rows == leftovers()
+    for row in rows:
+        words = re.search(r"has (\S+) \S+ and gives (\S+) away", row["prompt"])
         assert words is not None
-        a, b = numbers[words[1]], numbers[words[2]]
-        assert row["answer"] == a + b
-        assert (b, a) not in seen or a == b
-        seen.add((a, b))
+        assert row["answer"] == numbers[words[1]] - numbers[words[2]] >= 2
 
 
 def test_the_largest_is_the_largest() -> None:
