@@ -11,7 +11,6 @@ wrong.
 from __future__ import annotations
 
 import json
-import random
 import sys
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -43,9 +42,6 @@ ONES = (
 )
 TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 
-NAMES = "Tom Anna Ben Mia Sam Eva Max Lily".split()  # noqa: SIM905 - read more easily so
-THINGS = "apples books coins eggs cards shells pencils stones".split()  # noqa: SIM905
-
 
 def spelled(number: int) -> str:
     """English for a number from 0 to 999, e.g. "three hundred and forty-two"."""
@@ -69,36 +65,22 @@ def numerals() -> list[Row]:
     ]
 
 
-def leftovers() -> list[Row]:
-    """What is left of 4 to 12 things after some are given away; 1,200 of the stories."""
-    rng = random.Random("leftovers")
-    rows = {}
-    while len(rows) < 1200:
-        had = rng.randrange(4, 13)
-        gone = rng.randrange(1, had - 1)
-        name, things = rng.choice(NAMES), rng.choice(THINGS)
-        prompt = (
-            f"{name} has {spelled(had)} {things} and gives {spelled(gone)} away. "
-            f"How many {things} are left? Reply with the number in digits only."
-        )
-        rows[prompt] = had - gone
-    return [{"prompt": prompt, "answer": answer} for prompt, answer in rows.items()]
-
-
-def word_largest() -> list[Row]:
-    """The largest of three different numbers from 1 to 99; 1,200 of the triples, any order."""
-    rng = random.Random("word_largest")
-    rows = {}
-    while len(rows) < 1200:
-        numbers = rng.sample(range(1, 100), 3)
-        listed = ", ".join(spelled(number) for number in numbers)
-        prompt = f"Which is the largest number: {listed}? Reply with the number in digits only."
-        rows[prompt] = max(numbers)
-    return [{"prompt": prompt, "answer": answer} for prompt, answer in rows.items()]
+def word_sums() -> list[Row]:
+    """Sums of two numbers from 0 to 12, each asked in two ways."""
+    return [
+        {
+            "prompt": f"{asked} {spelled(a)} plus {spelled(b)}? "
+            "Reply with the number in digits only.",
+            "answer": a + b,
+        }
+        for asked in ("What is", "How much is")
+        for a in range(13)
+        for b in range(13)
+    ]
 
 
 TASKS: Mapping[str, Callable[[], list[Row]]] = MappingProxyType(
-    {"numerals": numerals, "leftovers": leftovers, "word_largest": word_largest}
+    {"numerals": numerals, "word_sums": word_sums}
 )
 
 
