@@ -9,9 +9,10 @@ MODEL  := .models/SmolLM2-135M-Instruct.Q4_1.gguf
 CONSTRAINTS := $(if $(shell command -v nvidia-smi),constraints/gpu.txt,constraints/cpu.txt)
 EXTRAS      := dev,train
 STAMP       := $(VENV)/.installed
-# Test processes side by side, a file each at a time; WORKERS=0 runs all in one.
+# Test processes side by side, a file each at a time, in the order of the folders: those of few and
+# long tests must not be the last. WORKERS=0 runs all in one.
 WORKERS     ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 4 ] && n=4; echo $$n)
-SIDE_BY_SIDE := -n $(WORKERS) --dist loadfile
+SIDE_BY_SIDE := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Clients of the server, which are large and run on the CPU only.
 CLIENTS     := .venv-clients
 

@@ -90,4 +90,5 @@ def _with_added(backend: tokenizers.Tokenizer) -> Tokenizer:
     all."""
     backend.add_special_tokens([AddedToken("<|end|>", normalized=False)])
     backend.add_tokens(["<think>", "<思>", "<à>"])
-    return Tokenizer(backend, SpecialTokens(eos="<|end|>", eos_ids=[]))
+    special = SpecialTokens(eos="<|end|>", eos_ids=[])
+    return Tokenizer(backend, special, "{{ messages[0]['content'] }}")

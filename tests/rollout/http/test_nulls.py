@@ -20,9 +20,9 @@ from rollout.http.engine_client import AsyncEngine
 from rollout.http.requests import parse_call
 from rollout.http.services import make_services
 from rollout.offline import run_file
-from tests.helpers.any_json import example, paths
 from tests.helpers.http_app import InlineLink, Server, run, serving
 from tests.helpers.replicas import fake_config, inline
+from tests.helpers.struct_fields import example, paths
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
 BODIES: dict[str, dict[str, Any]] = {
