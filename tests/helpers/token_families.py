@@ -45,7 +45,7 @@ def sentencepiece(*, prefixed: bool = True) -> Tokenizer:
     backend, special = build_gguf_tokenizer(
         {f"tokenizer.ggml.{key}": value for key, value in metadata.items()}
     )
-    return Tokenizer(backend, special)
+    return Tokenizer(backend, special, "{{ messages[0]['content'] }}")
 
 
 def metaspace() -> Tokenizer:
