@@ -9,6 +9,9 @@ import pytest
 
 # Few intra-op threads each: two torch processes with a thread a core on two cores stall.
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+# More threads than cores, or a busy neighbour: a thread that spins at a barrier keeps the one it
+# waits for from running.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 DEFAULT_MODEL = (
