@@ -89,6 +89,11 @@ class Catalog:
         """This rank's elements of a tensor: a view of the live weights."""
         return self._slot(name).target
 
+    def written(self, names: Iterable[str]) -> list[str]:
+        """The tensors of the model, once each, that placing `names` would write: without second
+        names and without what goes nowhere."""
+        return [n for n in dict.fromkeys(map(self.canonical, names)) if n not in self._ignored]
+
     def is_needed(self, name: str) -> bool:
         """Whether a tensor goes anywhere: checkpoints hold some that can be computed."""
         return name not in self._ignored

@@ -19,6 +19,9 @@ from engine.weights.group import seconds_left
 from engine.weights.helpers import Helpers, nothing
 from engine.weights.lane import Look
 
+_MARK_BYTES = 2
+_MARK = 0xFF
+"""Two bytes of it are NaN in every float dtype of two bytes or more, and one is in those of one."""
 _POLL_S = 0.00005
 _LONGEST_POLL_S = 0.002
 
@@ -28,6 +31,7 @@ class _Ticket:
     work: Any
     source: int
     tensor: str
+    buffer: torch.Tensor
 
 
 class GlooGroup:
@@ -74,12 +78,13 @@ class GlooGroup:
         options.rootRank = source
         # The group cannot be destroyed before its operations ended: none may outlive this.
         options.timeout = timedelta(seconds=seconds_left(deadline))
+        buffer[-_MARK_BYTES:] = _MARK
         try:
             work = self._group.broadcast([buffer], options)
         except RuntimeError as error:
             raise self._broken(source, tensor, deadline, error) from error
         self._queued = [other for other in self._queued if not other.is_completed()] + [work]
-        return _Ticket(work, source, tensor)
+        return _Ticket(work, source, tensor, buffer)
 
     def wait(self, ticket: _Ticket, deadline: float) -> None:
         """See `Group`."""
@@ -92,6 +97,7 @@ class GlooGroup:
             ticket.work.wait(timedelta(seconds=seconds_left(deadline)))
         except RuntimeError as error:
             raise self._broken(ticket.source, ticket.tensor, deadline, error) from error
+        self._require_whole(ticket)
 
     def is_alive(self) -> bool:
         """See `Group`."""
@@ -104,6 +110,18 @@ class GlooGroup:
         if not self._queued:
             self._group = None
         return not self._queued
+
+    def _require_whole(self, ticket: _Ticket) -> None:
+        """Gloo takes fewer bytes than it was to receive, and says nothing: the last ones are
+        marked before, with what no weight that can be served ends in."""
+        last = ticket.buffer[-_MARK_BYTES:]
+        if last.numel() and bool((last == _MARK).all()):
+            raise GroupError(
+                f"rank {ticket.source} of group {self.name!r} sent fewer bytes than the "
+                f"{ticket.buffer.numel()} announced, from {ticket.tensor} on, or a tensor that ends "
+                "in NaN: announce the dtype and shape that are sent, in their order",
+                field=ticket.tensor,
+            )
 
     def _broken(
         self, source: int, tensor: str, deadline: float, error: RuntimeError

@@ -188,7 +188,7 @@ class UpdateSession:
                     update.lend(name, tensor)
                 else:
                     if update.in_place:
-                        self._torn.tear([self.catalog.canonical(name)], update.version)
+                        self._torn.tear(self.catalog.written([name]), update.version)
                     update.take(name, tensor.detach(), self.catalog, lasting=False)
                 # Not held while the source makes the next: it may be as large.
                 del tensor
@@ -232,9 +232,8 @@ class UpdateSession:
         self._ranks.join(self._expected.digest(pieces, refusal), refusal)
         update = self.require_open("receive")
         if update.in_place:
-            names = {self.catalog.canonical(piece.name) for piece in pieces}
-            if names:
-                self._torn.tear(names, update.version)
+            names = self.catalog.written(piece.name for piece in pieces)
+            self._torn.tear(names, update.version)
         with self._taking_in(closes=True):
             yield
             verify.scan_staged(update, self.catalog)
@@ -375,7 +374,7 @@ class UpdateSession:
 
     def _place(self, update: OpenUpdate) -> UpdateReport:
         staged = self._untied(update.staged)
-        names = [self.catalog.canonical(name) for name in staged]
+        names = self.catalog.written(staged)
         self._torn.tear(
             names,
             update.version,

@@ -27,8 +27,14 @@ class TornWeights:
         self._before = (dict(self._versions), self.refusal)
 
     def tear(self, names: Iterable[str], version: int, reason: str = "") -> None:
-        """An update is about to write `names`, one at least. reason: replaces the usual one."""
-        self._versions.update(dict.fromkeys(names, version))
+        """An update is about to write the weights `names`; without any, nothing is torn.
+
+        reason: replaces the usual one.
+        """
+        fresh = dict.fromkeys(names, version)
+        if not fresh:
+            return
+        self._versions.update(fresh)
         # Named once an update and not once a tensor: thousands may come one by one.
         if reason or self._named != version:
             self._named = version
