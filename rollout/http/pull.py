@@ -141,6 +141,12 @@ def _bring(
         origin = base if first == 0 else _published(source, first)
         state = _state_of(first, origin)
         _copy_whole(origin, local, look)
+        if _state_of(first, origin) != state:
+            raise CheckpointError(
+                f"{origin} was written anew while it was copied: {local} may be a mixture; pull "
+                "again",
+                field="source_dir",
+            )
         _note(local, state)
     for number, folder in enumerate(deltas, first + 1):
         state = _state_of(number, folder)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine.errors import SlipstreamError, WeightUpdateError
-from engine.protocol import BeginUpdate, CommitUpdate, PrepareUpdate
+from engine.protocol import BeginUpdate, CommitUpdate, LoadFromDisk, PrepareUpdate
 from engine.weights.sources import safetensors
 from tests.helpers.engines import make_replica
 from tests.helpers.tiny_models import tiny_hf, write_tiny
@@ -38,7 +38,7 @@ def test_the_folder_is_there_until_the_last_engine_answered(tiny, tmp_path, fail
             self.replica = replica
 
         def send(self, command):
-            seen.append((type(command), (tmp_path / "weight_v000001").is_dir()))
+            seen.append((type(command), any(tmp_path.glob("weight_v000001.*"))))
             if type(command) is fails:
                 raise WeightUpdateError("no", field="x")
             return self.replica.send(command)
@@ -122,3 +122,40 @@ def test_a_folder_that_cannot_be_made_is_told_as_an_update_error(tiny, tmp_path)
         ):
             publisher.push(1)
         assert replica.state().open_update is None
+
+
+def test_trainers_that_share_a_folder_publish_their_own_weights(tiny, tmp_path) -> None:
+    """Another one publishes the same version to its own engine while this one's is loading."""
+    mine, others = (tiny_hf("qwen2", seed=seed, tie_word_embeddings=True) for seed in (1, 2))
+    options = PushOptions(transport="disk", folder=tmp_path)
+
+    class Interrupted:
+        def __init__(self, replica, other) -> None:
+            self.replica, self.other = replica, other
+
+        def send(self, command):
+            if isinstance(command, LoadFromDisk):
+                with Publisher(others, [self.other], options) as publisher:
+                    publisher.push(1)
+            return self.replica.send(command)
+
+    with make_replica(tiny[0]) as one, make_replica(tiny[0]) as two:
+        with Publisher(mine, [Interrupted(one, two)], options) as publisher:
+            publisher.push(1)
+        assert logprob_gap(one, mine, "mine") < 1e-4
+        assert logprob_gap(two, others, "others") < 1e-4
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("target", ["nowhere", "elsewhere"])
+def test_a_link_in_the_place_of_a_folder_makes_way(tmp_path, target) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "file").write_text("stays")
+    (tmp_path / "w").symlink_to(tmp_path / target)
+    new = named(1)
+    for _ in range(2):
+        path = disk.write(tmp_path / "w", new)
+        assert not path.is_symlink()
+        assert dict(safetensors.tensors(path)).keys() == dict(new).keys()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["elsewhere", "w"]
+    assert (tmp_path / "elsewhere" / "file").read_text() == "stays"

@@ -52,11 +52,13 @@ class Delta(msgspec.Struct, frozen=True):
 
 
 class DiskCarrier(Carrier):
-    """Writes `folder/weight_v<version>` and has the engines load it.
+    """Writes a folder of the version into `folder` and has the engines load it.
 
     delta: from the second update on, write only the tensors whose checksum changed since the
     last one this carrier published, as long as every engine holds that still (`DeltaBase`);
-    else all, and the log says why. keep: leave the folders there.
+    else all, and the log says why. keep: leave the folders there, as `weight_v<version>`; others
+    are this carrier's alone by name, so that trainers which share `folder` neither replace nor
+    remove each other's.
     """
 
     def __init__(
@@ -116,7 +118,8 @@ class DiskCarrier(Carrier):
             shutil.rmtree(self._path(begin), ignore_errors=True)
 
     def _path(self, begin: BeginUpdate) -> Path:
-        return self._folder / f"weight_v{begin.version:06d}"
+        name = f"weight_v{begin.version:06d}"
+        return self._folder / (name if self._keep else f"{name}.{self.owner}")
 
     def close(self) -> None:
         """See `Carrier`."""
@@ -232,11 +235,14 @@ def _in_shards(
 def _put_in_place(partial: Path, path: Path) -> None:
     """Give a finished folder its name; one that is there already makes way whole."""
     old = path.with_name(f"{partial.name}.old")
-    if path.exists():
+    if os.path.lexists(path):
         path.rename(old)
     partial.rename(path)
     _sync_folder(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    if old.is_dir() and not old.is_symlink():
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        old.unlink(missing_ok=True)
 
 
 def _write_bytes(path: Path, data: bytes) -> None:

@@ -8,6 +8,7 @@ huggingface/safetensors: eight bytes of header length, a JSON header, then the t
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
@@ -62,6 +63,21 @@ class Entry:
     num_bytes: int
 
 
+@dataclass(frozen=True)
+class _File:
+    """What tells a file from another of its name, and from itself once it was written to."""
+
+    device: int
+    inode: int
+    num_bytes: int
+    written_ns: int
+
+    @classmethod
+    def of(cls, descriptor: int) -> _File:
+        found = os.fstat(descriptor)
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
 class _Described(msgspec.Struct):
     dtype: str
     shape: list[int]
@@ -70,15 +86,21 @@ class _Described(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Listing:
-    """What the headers of some files say, each looked through before a tensor is read."""
+    """What the headers of some files say, each looked through before a tensor is read.
+
+    found: which file each was. One that is another by the time its tensors are read, or is written
+    meanwhile, would make a mixture of two sets of weights.
+    """
 
     path: Path
     entries: list[Entry]
+    found: Mapping[Path, _File]
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor on the CPU, in memory of its own) of every entry, file by file.
 
-        Raises CheckpointError, naming the file, when one cannot be read as its header says.
+        Raises CheckpointError, naming the file, when one cannot be read as its header says, or
+        was replaced or written to since.
         """
         by_file: dict[Path, list[Entry]] = {}
         for entry in self.entries:
@@ -87,7 +109,16 @@ class Listing:
             try:
                 with file.open("rb", buffering=0) as handle:
                     for entry in entries:
-                        yield entry.name, _read(handle, entry)
+                        tensor = _read(handle, entry)
+                        if _File.of(handle.fileno()) != self.found[file]:
+                            raise _broken(
+                                file,
+                                "it was written anew meanwhile; load weights that nobody writes "
+                                "any more",
+                            )
+                        yield entry.name, tensor
+                        # Not held while the next is read.
+                        del tensor
             except OSError as error:
                 raise unreadable(file, error) from error
 
@@ -108,9 +139,10 @@ def open_listing(path: Path) -> Listing:
     missing, broken or cut off, and for a tensor that an index says is in a file and is not.
     """
     found = weight_files(path)
-    entries = [entry for file in found.files for entry in _header(file)]
+    headers = {file: _header(file) for file in found.files}
+    entries = [entry for _, listed in headers.values() for entry in listed]
     _require_listed(found, entries)
-    return Listing(path, entries)
+    return Listing(path, entries, {file: which for file, (which, _) in headers.items()})
 
 
 def tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -129,10 +161,12 @@ def _require_listed(found: WeightFiles, entries: list[Entry]) -> None:
             )
 
 
-def _header(file: Path) -> list[Entry]:
-    size = require_file(file)
+def _header(file: Path) -> tuple[_File, list[Entry]]:
+    require_file(file)
     try:
         with file.open("rb") as handle:
+            which = _File.of(handle.fileno())
+            size = which.num_bytes
             length = int.from_bytes(handle.read(_LENGTH_BYTES), "little")
             if size < _LENGTH_BYTES or length > min(size - _LENGTH_BYTES, _LARGEST_HEADER):
                 raise _broken(file, f"its {size} bytes do not hold its header")
@@ -149,7 +183,7 @@ def _header(file: Path) -> list[Entry]:
     entries = [_entry(file, name, each, start) for name, each in described.items()]
     entries.sort(key=lambda entry: entry.offset)
     _require_whole(file, entries, start, size)
-    return entries
+    return which, entries
 
 
 def _entry(file: Path, name: str, described: _Described, start: int) -> Entry:

@@ -173,6 +173,39 @@ def test_a_pull_that_dies_leaves_a_mark_and_the_next_one_repairs_it(
         published.check(version)
 
 
+@pytest.mark.parametrize("how", ["replaced", "rewritten"])
+def test_a_whole_version_that_is_written_anew_while_it_is_copied(
+    published: Run, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The local folder would have a file of each under one number."""
+    folder = write_whole(published.source / "weight_v000004", weights(4))
+    newer = write_whole(published.source / "newer", weights(5))
+    published.versions += [weights(5)]
+
+    real, left = Path.replace, [1]
+
+    def replace(path: Path, target: Path) -> Path:
+        if not left:
+            return real(path, target)
+        left.clear()
+        if how == "replaced":
+            folder.rename(folder.with_name("old"))
+            newer.rename(folder)
+        else:
+            for file in sorted(newer.iterdir()):
+                shutil.copyfile(file, folder / file.name)
+        return real(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replace)
+        with pytest.raises(CheckpointError, match="written anew"):
+            pull(published.local, source=published.source, base=published.base, version=4)
+    with pytest.raises(CheckpointError, match="between two versions"):
+        require_pulled(published.local)
+    published.pull(4)
+    published.check(4)
+
+
 def test_local_weights_that_were_changed_are_copied_anew(published: Run) -> None:
     published.pull(1)
     path = published.local / SHARDS[0]
