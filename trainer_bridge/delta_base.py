@@ -44,6 +44,8 @@ class DeltaBase:
         if version is None:
             return "nothing was published before"
         for member in members:
+            if member.state.refusal:
+                return f"{_name(member)} serves nothing ({member.state.refusal})"
             if not member.serves(version):
                 return f"{_name(member)} serves version {member.state.version}, not {version}"
             if id(member.target) not in self._stored:

@@ -72,7 +72,7 @@ class BeginUpdate(Struct, frozen=True, kw_only=True, tag="begin_update"):
         memory for: a rank's undo copy has its part of the tensors, a shadow the whole ones.
     timeout_s: an update not committed within this time is aborted; 1800 s at most.
     owner: drawn by whoever begins. Only commands with the same `owner` go on with the update,
-        and only they begin it again once tensors came.
+        and only they begin in its place once tensors came, the same version or another.
     """
 
     version: Version

@@ -16,16 +16,19 @@ def require_owner(update: OpenUpdate, owner: str, what: str) -> None:
 
 
 def require_begin(update: OpenUpdate, command: BeginUpdate) -> None:
-    """Raise UpdateOrder unless `command` begins the open update again.
+    """Raise UpdateOrder unless `command` may end the open update and begin in its place.
 
-    Its owner may do so at any time; without owners nobody knows whose the tensors are that
-    came, so that only an empty update is begun again.
+    Its owner's may at any time, also for another version: whoever begins the next one has given
+    up the one before, and the abort of that may have been lost. Without owners nobody knows
+    whose the tensors are that came, so that only an empty update is begun again.
     """
+    if command.owner and command.owner == update.begin.owner:
+        return
     if update.begin != command:
         raise UpdateOrder(
             f"version {command.version} cannot begin: {describe(update)}", field="version"
         )
-    if not command.owner and not update.is_empty:
+    if not update.is_empty:
         raise UpdateOrder(
             f"it has received tensors, which may be another trainer's: {describe(update)}",
             field="version",
