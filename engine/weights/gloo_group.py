@@ -19,9 +19,11 @@ from engine.weights.group import seconds_left
 from engine.weights.helpers import Helpers, nothing
 from engine.weights.lane import Look
 
-_MARK_BYTES = 2
 _MARK = 0xFF
 """Two bytes of it are NaN in every float dtype of two bytes or more, and one is in those of one."""
+_LAST_BYTES = 2
+_BEHIND_BYTES = 16
+_ROOM_BYTES = 64 << 10
 _POLL_S = 0.00005
 _LONGEST_POLL_S = 0.002
 
@@ -32,6 +34,7 @@ class _Ticket:
     source: int
     tensor: str
     buffer: torch.Tensor
+    behind: torch.Tensor
 
 
 class GlooGroup:
@@ -53,6 +56,8 @@ class GlooGroup:
         self.name = command.name
         self.look = look
         self._store = store
+        self._rank = rank
+        self._world_size = command.world_size
         self._helpers = helpers or Helpers()
         self._queued: list[Any] = []
         keys = PrefixStore(command.name, store)
@@ -69,8 +74,10 @@ class GlooGroup:
             raise rendezvous.absent_error(command, [0]) from error
 
     def empty(self, num_bytes: int) -> torch.Tensor:
-        """See `Group`."""
-        return torch.empty(num_bytes, dtype=torch.uint8)
+        """See `Group`. There is room behind it, which costs no memory until something comes
+        there: gloo ends the process for a message that is larger than what it may fill, as from
+        a trainer that announces bfloat16 and sends float32."""
+        return torch.empty(2 * num_bytes + _ROOM_BYTES, dtype=torch.uint8)[:num_bytes]
 
     def broadcast(self, buffer: torch.Tensor, source: int, deadline: float, tensor: str) -> _Ticket:
         """See `Group`."""
@@ -78,13 +85,15 @@ class GlooGroup:
         options.rootRank = source
         # The group cannot be destroyed before its operations ended: none may outlive this.
         options.timeout = timedelta(seconds=seconds_left(deadline))
-        buffer[-_MARK_BYTES:] = _MARK
+        room = buffer if self._passes_on(source) else _with_room(buffer)
+        behind = room[buffer.numel() :][:_BEHIND_BYTES]
+        buffer[-_LAST_BYTES:] = behind[:] = _MARK
         try:
-            work = self._group.broadcast([buffer], options)
+            work = self._group.broadcast([room], options)
         except RuntimeError as error:
             raise self._broken(source, tensor, deadline, error) from error
         self._queued = [other for other in self._queued if not other.is_completed()] + [work]
-        return _Ticket(work, source, tensor, buffer)
+        return _Ticket(work, source, tensor, buffer, behind)
 
     def wait(self, ticket: _Ticket, deadline: float) -> None:
         """See `Group`."""
@@ -97,7 +106,7 @@ class GlooGroup:
             ticket.work.wait(timedelta(seconds=seconds_left(deadline)))
         except RuntimeError as error:
             raise self._broken(ticket.source, ticket.tensor, deadline, error) from error
-        self._require_whole(ticket)
+        self._require_size(ticket)
 
     def is_alive(self) -> bool:
         """See `Group`."""
@@ -111,17 +120,29 @@ class GlooGroup:
             self._group = None
         return not self._queued
 
-    def _require_whole(self, ticket: _Ticket) -> None:
-        """Gloo takes fewer bytes than it was to receive, and says nothing: the last ones are
-        marked before, with what no weight that can be served ends in."""
-        last = ticket.buffer[-_MARK_BYTES:]
+    def _passes_on(self, source: int) -> bool:
+        """Whether this rank sends what it gets to others: gloo's broadcast goes down a binomial
+        tree (gloo/broadcast.cc), and would pass on all that there is room for."""
+        place = (self._rank - source) % self._world_size
+        return place + (1 << place.bit_length()) < self._world_size
+
+    def _require_size(self, ticket: _Ticket) -> None:
+        """Gloo says nothing of a message that is smaller than what it may fill. The last bytes
+        are marked before it comes, with what no weight that can be served ends in, and those
+        behind them."""
+        last = ticket.buffer[-_LAST_BYTES:]
         if last.numel() and bool((last == _MARK).all()):
-            raise GroupError(
-                f"rank {ticket.source} of group {self.name!r} sent fewer bytes than the "
-                f"{ticket.buffer.numel()} announced, from {ticket.tensor} on, or a tensor that ends "
-                "in NaN: announce the dtype and shape that are sent, in their order",
-                field=ticket.tensor,
-            )
+            raise self._odd_size(ticket, "fewer", ", or a tensor that ends in NaN")
+        if not bool((ticket.behind == _MARK).all()):
+            raise self._odd_size(ticket, "more", "")
+
+    def _odd_size(self, ticket: _Ticket, which: str, instead: str) -> GroupError:
+        return GroupError(
+            f"rank {ticket.source} of group {self.name!r} sent {which} bytes than the "
+            f"{ticket.buffer.numel()} announced, from {ticket.tensor} on{instead}: announce the "
+            "dtype and shape that are sent, in their order",
+            field=ticket.tensor,
+        )
 
     def _broken(
         self, source: int, tensor: str, deadline: float, error: RuntimeError
@@ -135,3 +156,10 @@ class GlooGroup:
             f"rank {source} of group {self.name!r} is gone; {tensor} did not come ({error})",
             field=tensor,
         )
+
+
+def _with_room(buffer: torch.Tensor) -> torch.Tensor:
+    """The buffer and what lies behind it in its memory."""
+    end = buffer.untyped_storage().nbytes()
+    start = buffer.storage_offset()
+    return buffer.as_strided((end - start,), (1,), start)

@@ -15,19 +15,20 @@ from tests.helpers.weight_engines import assert_holds, contents, fresh, join, ma
 COMPUTED = "model.rotary_emb.inv_freq"
 
 
+@pytest.mark.parametrize("size", ["fewer", "more"])
 @pytest.mark.parametrize("layout", ["tensors", "flat", "buckets"])
 @pytest.mark.parametrize("mode", ["shadow", "undo"])
-def test_a_broadcast_of_fewer_bytes_is_no_update(mode: str, layout: str) -> None:
-    """As from a trainer that announces float32 and sends bfloat16."""
+def test_a_broadcast_of_another_size_is_no_update(mode: str, layout: str, size: str) -> None:
+    """As from a trainer that announces float32 and sends bfloat16, or the other way round."""
     model, rank = make_rank()
     before, new = contents(model), fresh(model)
     wire = list(new.values())
     if layout == "tensors":
-        wire[3] = wire[3].to(torch.bfloat16)
+        wire[3] = wire[3].to(torch.bfloat16 if size == "fewer" else torch.float64)
     else:
-        # One bucket of all: an alignment may pad it, so the last half is what is left out.
+        # One bucket of all, which an alignment may pad.
         whole = torch.cat([tensor.reshape(-1) for tensor in wire])
-        wire = [whole[: whole.numel() // 2].clone()]
+        wire = [whole.to(torch.bfloat16 if size == "fewer" else torch.float64)]
     sender = join([rank])
     with ThreadPoolExecutor(1) as pool:
         rank.handle(BeginUpdate(version=10, mode=mode))
@@ -35,7 +36,7 @@ def test_a_broadcast_of_fewer_bytes_is_no_update(mode: str, layout: str) -> None
         command = ReceiveBroadcast(
             group="g", tensors=pieces(new), layout=layout, bucket_bytes=1 << 20, timeout_s=10.0
         )
-        with pytest.raises(GroupError, match="fewer bytes"):
+        with pytest.raises(GroupError, match=f"{size} bytes"):
             rank.handle(command)
         sender.close()
         with suppress(WeightUpdateError, AssertionError, ValueError):
