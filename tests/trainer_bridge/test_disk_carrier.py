@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from tests.helpers.tiny_models import tiny_hf, write_tiny
 from tests.trainer_bridge.test_push import logprob_gap
 from trainer_bridge.bridge import Publisher, PushOptions
 from trainer_bridge.transports import disk
+from trainer_bridge.transports.scratch_folder import ScratchFolder
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +42,7 @@ def test_the_folder_is_there_until_the_last_engine_answered(tiny, tmp_path, fail
             self.replica = replica
 
         def send(self, command):
-            seen.append((type(command), any(tmp_path.glob("weight_v000001.*"))))
+            seen.append((type(command), any(tmp_path.glob("*/weight_v000001"))))
             if type(command) is fails:
                 raise WeightUpdateError("no", field="x")
             return self.replica.send(command)
@@ -56,6 +60,41 @@ def test_the_folder_is_there_until_the_last_engine_answered(tiny, tmp_path, fail
     there = dict(seen)
     assert there[fails or CommitUpdate] and not there[BeginUpdate]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_trainer_s_folder_goes_with_the_next_and_a_living_one_s_stays(tmp_path) -> None:
+    code = """
+import pathlib, sys, time
+from trainer_bridge.transports.scratch_folder import ScratchFolder
+held = ScratchFolder(pathlib.Path(sys.argv[1]))
+(held.path / "weight_v000001").mkdir()
+print(held.path.name, flush=True)
+time.sleep(600)
+"""
+    (tmp_path / "weights-mine").mkdir()
+    with ExitStack() as stack:
+        trainers = []
+        for _ in range(2):
+            started = subprocess.Popen(
+                [sys.executable, "-c", code, str(tmp_path)],
+                cwd=Path(__file__).resolve().parents[2],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            stack.enter_context(started)
+            stack.callback(started.kill)
+            assert started.stdout is not None
+            trainers.append((started, started.stdout.readline().strip()))
+        (killed, gone), (_, alive) = trainers
+        assert {gone, alive, "weights-mine"} == {path.name for path in tmp_path.iterdir()}
+        killed.kill()
+        killed.wait()
+        next_one = ScratchFolder(tmp_path)
+        names = {path.name for path in tmp_path.iterdir()}
+        assert names == {alive, "weights-mine", next_one.path.name}
+        next_one.close()
+        next_one.close()
+        assert not next_one.path.exists()
 
 
 def test_large_models_are_written_in_shards_with_an_index(tiny, tmp_path) -> None:

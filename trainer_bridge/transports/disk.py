@@ -35,6 +35,7 @@ from trainer_bridge.control import UpdateTarget, try_send
 from trainer_bridge.delta_base import DeltaBase
 from trainer_bridge.fleet import Member, draw_owner, on_each, owned
 from trainer_bridge.transports.base import Carrier
+from trainer_bridge.transports.scratch_folder import ScratchFolder
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +57,9 @@ class DiskCarrier(Carrier):
 
     delta: from the second update on, write only the tensors whose checksum changed since the
     last one this carrier published, as long as every engine holds that still (`DeltaBase`);
-    else all, and the log says why. keep: leave the folders there, as `weight_v<version>`; others
-    are this carrier's alone by name, so that trainers which share `folder` neither replace nor
-    remove each other's.
+    else all, and the log says why. keep: leave the folders there, as `weight_v<version>`. Else
+    they are in a folder of this carrier alone, so that trainers which share `folder` neither
+    replace nor remove each other's, and those that a killed one leaves go with the next.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class DiskCarrier(Carrier):
         self.targets = targets
         self._folder = folder
         self._keep = keep
+        self._scratch: ScratchFolder | None = None
         self._base = DeltaBase() if delta else None
         self._since: int | None = None
 
@@ -104,6 +106,9 @@ class DiskCarrier(Carrier):
         """See `Carrier`."""
         wanted = {spec.name for spec in begin.manifest}
         chosen = ((name, tensor) for name, tensor in source.tensors() if name in wanted)
+        if self._scratch is None and not self._keep:
+            with _writing(self._folder):
+                self._scratch = ScratchFolder(self._folder)
         path = self._path(begin)
         delta = None
         if self._since is not None:
@@ -114,15 +119,18 @@ class DiskCarrier(Carrier):
 
     def settle(self, begin: BeginUpdate) -> None:
         """See `Carrier`: engines may read the folder until they have answered the commit."""
-        if not self._keep:
+        if self._scratch is not None:
             shutil.rmtree(self._path(begin), ignore_errors=True)
 
     def _path(self, begin: BeginUpdate) -> Path:
-        name = f"weight_v{begin.version:06d}"
-        return self._folder / (name if self._keep else f"{name}.{self.owner}")
+        parent = self._folder if self._scratch is None else self._scratch.path
+        return parent / f"weight_v{begin.version:06d}"
 
     def close(self) -> None:
         """See `Carrier`."""
+        scratch, self._scratch = self._scratch, None
+        if scratch is not None:
+            scratch.close()
 
 
 def load(begin: BeginUpdate, path: Path, target: UpdateTarget) -> UpdateReport:

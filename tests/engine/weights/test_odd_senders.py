@@ -10,7 +10,15 @@ import torch
 
 from engine.errors import GroupError, WeightUpdateError
 from engine.protocol import AbortUpdate, BeginUpdate, CommitUpdate, ReceiveBroadcast
-from tests.helpers.weight_engines import assert_holds, contents, fresh, join, make_rank, pieces, send
+from tests.helpers.weight_engines import (
+    assert_holds,
+    contents,
+    fresh,
+    join,
+    make_rank,
+    pieces,
+    send,
+)
 
 COMPUTED = "model.rotary_emb.inv_freq"
 
