@@ -401,6 +401,13 @@ class Updates:
         except ManifestMismatch as error:
             if update.explicit or update.partial:
                 raise
+            refusal = (await self._state()).refusal
+            if refusal:
+                raise ManifestMismatch(
+                    f"update {update.version} was not committed, and nothing serves ({refusal}): "
+                    f"{error.message}. Send the whole model: no partial update is taken until then",
+                    field=error.field,
+                ) from error
             raise ManifestMismatch(
                 f"update {update.version} was not committed, and what served before serves: "
                 f"{error.message}. Send the whole model before the resume, or, while requests "

@@ -210,6 +210,18 @@ def test_a_colocated_step_releases_updates_and_resumes(client: Client, tmp_path:
     assert greedy(client) == (expected(17, tmp_path), "slept")
 
 
+def test_a_part_is_no_answer_to_weights_that_are_gone(client: Client, tmp_path: Path) -> None:
+    """And the reply does not say that anything serves."""
+    save_file(dict(weights(18)[:3]), tmp_path / "part.safetensors")
+    client.call("/weights_checker", {"action": "reset_tensors"})
+    body = {"model_path": str(tmp_path / "part.safetensors"), "partial": True}
+    with pytest.raises(ManifestMismatch, match=r"nothing serves \(.*noise.*Send the whole model"):
+        client.call("/update_weights_from_disk", body)
+    ids = expected(18, tmp_path)
+    client.call("/update_weights_from_disk", {"model_path": str(tmp_path / "18")})
+    assert greedy(client)[0] == ids
+
+
 @pytest.mark.parametrize("transport", ["nccl", "cuda_ipc", "disk"])
 def test_our_own_publisher_over_http(
     client: Client, server: ServerProcess, tmp_path: Path, transport: Any
