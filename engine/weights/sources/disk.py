@@ -7,15 +7,22 @@ checked by the files' headers before the first tensor is taken in, and read befo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
 import torch
 
-from engine.errors import CheckpointError, ManifestMismatch, ModelNotFound, UpdateOrder
+from engine.errors import (
+    CheckpointError,
+    ChecksumMismatch,
+    ManifestMismatch,
+    ModelNotFound,
+    UpdateOrder,
+)
 from engine.models.weight_files import is_folder, read_small, shown, unfinished
 from engine.protocol import LoadFromDisk, TensorPiece, TensorSpec
+from engine.weights.checksum import checksum
 from engine.weights.helpers import nothing
 from engine.weights.lane import Look
 from engine.weights.session import UpdateSession
@@ -39,7 +46,8 @@ def receive(session: UpdateSession, command: LoadFromDisk, look: Look = nothing)
     Raises ModelNotFound or CheckpointError for files that are missing, broken or not yet whole,
     UpdateOrder for a delta against another version than the one that serves, ManifestMismatch
     for tensors that may not come, for a delta whose files are not what it says, and for a folder
-    that lacks tensors of the model and is not `partial`. Nothing was taken in then.
+    that lacks tensors of the model and is not `partial`. Nothing was taken in then. Raises
+    ChecksumMismatch, naming the tensor, for bits that are not those a delta lists.
     """
     session.require_owned("load", command.owner)
     path = Path(command.path)
@@ -59,7 +67,10 @@ def receive(session: UpdateSession, command: LoadFromDisk, look: Look = nothing)
     _check_entries(session, listing)
     if delta is None and not command.partial:
         _require_whole(session, listing)
-    session.receive(_looking(listing.tensors(), look))
+    tensors = listing.tensors()
+    if delta is not None:
+        tensors = _with_sums(tensors, delta, session.require_open("load").announced)
+    session.receive(_looking(tensors, look))
 
 
 def _looking(
@@ -105,14 +116,42 @@ def _require_whole(session: UpdateSession, listing: safetensors.Listing) -> None
 
 
 def _check_listed(delta: Delta, listing: safetensors.Listing) -> None:
-    expected = {spec.name for spec in delta.tensors}
-    wrong = sorted(expected ^ {entry.name for entry in listing.entries})
+    expected = {spec.name: spec for spec in delta.tensors}
+    wrong = sorted(expected.keys() ^ {entry.name for entry in listing.entries})
     if wrong:
         raise ManifestMismatch(
             f"{wrong[0]} is {'listed' if wrong[0] in expected else 'there'} and not "
             f"{'there' if wrong[0] in expected else 'listed'} in {DELTA_FILE}",
             field=wrong[0],
         )
+    for entry in listing.entries:
+        spec = expected[entry.name]
+        dtype = str(entry.dtype).removeprefix("torch.")
+        if (spec.dtype, tuple(spec.shape)) != (dtype, entry.shape):
+            raise ManifestMismatch(
+                f"{entry.name} is {dtype} {list(entry.shape)} in {shown(entry.file)}, listed in "
+                f"{DELTA_FILE} as {spec.dtype} {list(spec.shape)}",
+                field=entry.name,
+            )
+
+
+def _with_sums(
+    tensors: Iterable[tuple[str, torch.Tensor]], delta: Delta, announced: Mapping[str, TensorSpec]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same, each compared with the checksum that the delta lists, if any; the commit does so
+    for those that were `announced` with one. Raises ChecksumMismatch."""
+    sums = {spec.name: spec.checksum for spec in delta.tensors}
+    for name, tensor in tensors:
+        expected = sums[name]
+        known = name in announced and announced[name].checksum is not None
+        if expected is not None and not known and (found := checksum(tensor)) != expected:
+            raise ChecksumMismatch(
+                f"{name} has checksum {found:#018x}, listed in {DELTA_FILE} is {expected:#018x}",
+                field=name,
+            )
+        yield name, tensor
+        # Not held while the next is read.
+        del tensor
 
 
 def _read_delta(path: Path) -> Delta | None:

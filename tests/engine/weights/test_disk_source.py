@@ -351,3 +351,28 @@ def test_a_load_that_is_cancelled_ends_at_the_next_tensor(tmp_path: Path) -> Non
         assert torch.equal(tensor, old[name]), name
     load(rank, tmp_path, BeginUpdate(version=4))
     rank.close()
+
+
+@pytest.mark.parametrize("mode", ["shadow", "undo"])
+@pytest.mark.parametrize("lie", ["bits", "dtype", "shape"])
+def test_what_a_delta_lists_holds_for_callers_that_announce_nothing(
+    tmp_path: Path, lie: str, mode: str
+) -> None:
+    model, rank = make_rank()
+    before = contents(model)
+    there = {NORM: torch.full((16,), 0.5), "model.layers.0.input_layernorm.weight": torch.ones(16)}
+    listed = dict(there)
+    listed[NORM] = {
+        "bits": torch.full((16,), 0.25),
+        "dtype": there[NORM].double(),
+        "shape": there[NORM].view(4, 4),
+    }[lie]
+    path = write(tmp_path / "v4", there.items(), delta=delta(listed))
+    begin = BeginUpdate(version=4, partial=True, mode=mode)
+    with pytest.raises(ChecksumMismatch if lie == "bits" else ManifestMismatch, match=NORM):
+        load(rank, path, begin)
+    rank.handle(AbortUpdate(version=4))
+    assert_holds(model, before)
+    rank.session.require_servable()
+    load(rank, write(tmp_path / "v4", there.items(), delta=delta(there)), begin)
+    assert_holds(model, before | there)
