@@ -27,7 +27,7 @@ class Access:
     def __init__(self, config: ServeConfig) -> None:
         self._exposed = not is_loopback(config.host)
         self._host = config.host
-        self._roots = [Path(root).resolve() for root in config.weights_roots]
+        self._roots = [Path(root).absolute() for root in config.weights_roots]
         self._rendezvous = config.rendezvous_hosts
         root = config.profile_root or Path(tempfile.gettempdir(), "slipstream-profiles")
         self._profiles = Path(root).resolve()
@@ -52,7 +52,8 @@ class Access:
                 )
             return
         real = _real(path, "path")
-        if not any(real.is_relative_to(root) for root in self._roots):
+        # A root may be a link to the run that is the latest now.
+        if not any(real.is_relative_to(_real(str(root), "path")) for root in self._roots):
             named = ", ".join(str(root) for root in self._roots)
             raise Forbidden(
                 f"{path[:200]} is outside of {named}; put the weights there, or start the server "

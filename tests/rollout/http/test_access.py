@@ -56,6 +56,21 @@ def test_folders_are_below_a_root_after_links_are_followed(tmp_path: Path) -> No
         found.check_folder("a\0b")
 
 
+def test_a_root_that_is_a_link_is_where_it_leads_now(tmp_path: Path) -> None:
+    for run_name in ("run1", "run2"):
+        (tmp_path / run_name / "v1").mkdir(parents=True)
+    latest = tmp_path / "latest"
+    latest.symlink_to(tmp_path / "run1")
+    found = access(weights_roots=(str(latest),))
+    for run_name, other in (("run1", "run2"), ("run2", "run1")):
+        latest.unlink()
+        latest.symlink_to(tmp_path / run_name)
+        found.check_folder(str(latest / "v1"))
+        found.check_folder(str(tmp_path / run_name / "v1"))
+        with pytest.raises(Forbidden, match="latest"):
+            found.check_folder(str(tmp_path / other / "v1"))
+
+
 def test_an_exposed_server_without_a_root_names_the_option() -> None:
     with pytest.raises(Forbidden, match="--weights-root DIR"):
         access(**EXPOSED).check(LoadFromDisk(path="/x"))
