@@ -345,6 +345,7 @@ class AsyncEngine:
             check_ranges(command)
             if self._admit is not None:
                 self._admit(command)
+        commands = [self._mailboxes.resolved(command) for command in commands]
         for command in commands:
             if isinstance(command, Abort):
                 self._end_unsent(command)
