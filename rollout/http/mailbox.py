@@ -72,13 +72,18 @@ class Mailboxes:
     def open(self, rids: list[str]) -> Mailbox:
         """One mailbox for `rids`. Raises InvalidRequest (`rid`), having changed nothing, if an
         id comes twice or is in use."""
+        self.check_free(rids)
         box = Mailbox(rids)
-        used = box.open & self._boxes.keys()
-        if used or len(box.open) < len(rids):
-            name = min(used) if used else Counter(rids).most_common(1)[0][0]
-            raise InvalidRequest(f"rid {shown(name)!r} is already in use", field="rid")
         self._boxes.update((rid, box) for rid in rids)
         return box
+
+    def check_free(self, rids: list[str]) -> None:
+        """Raise InvalidRequest (`rid`) if an id comes twice or is in use."""
+        own = set(rids)
+        used = own & self._boxes.keys()
+        if used or len(own) < len(rids):
+            name = min(used) if used else Counter(rids).most_common(1)[0][0]
+            raise InvalidRequest(f"rid {shown(name)!r} is already in use", field="rid")
 
     def cancel(self, box: Mailbox) -> None:
         """Forget a mailbox none of whose requests reached the engine."""
