@@ -39,4 +39,5 @@ def check_client_id(rid: str | None, field: str) -> None:
 
 
 def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdecimal() and len(text) < 12
+    canonical = text == "0" or not text.startswith("0")
+    return canonical and text.isascii() and text.isdecimal() and len(text) < 12

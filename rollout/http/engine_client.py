@@ -214,6 +214,10 @@ class AsyncEngine:
         if self._no_version:
             raise NoVersion(self._no_version, field="version")
 
+    def check_ids(self, rids: list[str]) -> None:
+        """Raise InvalidRequest (`rid`) if one of these ids comes twice or is in use."""
+        self._mailboxes.check_free(rids)
+
     def submit(self, requests: Sequence[Request]) -> Mailbox:
         """Queue sequences; their outputs, refusals included, come to the mailbox.
 
@@ -345,9 +349,9 @@ class AsyncEngine:
             check_ranges(command)
             if self._admit is not None:
                 self._admit(command)
-        for command in commands:
-            if isinstance(command, Abort):
-                self._end_unsent(command)
+        commands = [self._mailboxes.resolved(command) for command in commands]
+        for abort in (command for command in commands if isinstance(command, Abort)):
+            self._end_unsent(abort)
         calls = [Call(id=self._last_id + i, command=c) for i, c in enumerate(commands, 1)]
         self._post(calls)
         self._last_id += len(calls)
@@ -384,8 +388,7 @@ class AsyncEngine:
         return reply_deadline_s(command, reply_s=self._reply_s, slow_s=self._slow_s)
 
     def _end_unsent(self, abort: Abort) -> None:
-        """End those requests that are still here and that the engine is about to be told to
-        abort."""
+        """End those requests that are still here of those that an abort names."""
         for requests in (self._held, *self._unsent):
             for request in requests.take_named(abort):
                 self._mailboxes.end(ended_unsent(request, abort.message))

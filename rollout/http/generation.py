@@ -60,9 +60,15 @@ class Generator:
 
     async def samples(self, call: GenerateCall) -> list[Sample]:
         """The sequences of a call, prompt-major. Raises InvalidRequest, naming the item of a
-        batch, EngineDead, NoVersion, QueueFull; nothing is submitted yet."""
-        # Before a stream has sent its status.
+        batch or an id in use, EngineDead, NoVersion, QueueFull; nothing is submitted yet."""
+        # Everything that can be refused is, before a stream has sent its status.
         self.engine.check_open()
+        samples = await self._expanded(call)
+        self.engine.check_ids([sample.request.rid for sample in samples])
+        return samples
+
+    async def _expanded(self, call: GenerateCall) -> list[Sample]:
+        """The sequences; of a large call made beside the event loop."""
         count = sum(max(item.sampling_params.n, 0) for item in call.items)
         many = any(item.sampling_params.n > 1 for item in call.items)
         name = "text" if call.items[0].input_ids is None else "input_ids"

@@ -6,9 +6,11 @@ import asyncio
 from collections import Counter
 from collections.abc import Iterable
 
+import msgspec
+
 from engine.errors import EngineDead, InvalidRequest
-from engine.protocol import RequestOutput
-from rollout.sample_ids import shown
+from engine.protocol import Abort, Control, RequestOutput
+from rollout.sample_ids import of_sample, shown
 
 
 class Mailbox:
@@ -70,13 +72,18 @@ class Mailboxes:
     def open(self, rids: list[str]) -> Mailbox:
         """One mailbox for `rids`. Raises InvalidRequest (`rid`), having changed nothing, if an
         id comes twice or is in use."""
+        self.check_free(rids)
         box = Mailbox(rids)
-        used = box.open & self._boxes.keys()
-        if used or len(box.open) < len(rids):
-            name = min(used) if used else Counter(rids).most_common(1)[0][0]
-            raise InvalidRequest(f"rid {shown(name)!r} is already in use", field="rid")
         self._boxes.update((rid, box) for rid in rids)
         return box
+
+    def check_free(self, rids: list[str]) -> None:
+        """Raise InvalidRequest (`rid`) if an id comes twice or is in use."""
+        own = set(rids)
+        used = own & self._boxes.keys()
+        if used or len(own) < len(rids):
+            name = min(used) if used else Counter(rids).most_common(1)[0][0]
+            raise InvalidRequest(f"rid {shown(name)!r} is already in use", field="rid")
 
     def cancel(self, box: Mailbox) -> None:
         """Forget a mailbox none of whose requests reached the engine."""
@@ -88,6 +95,18 @@ class Mailboxes:
         for rid in rids:
             self._boxes.pop(rid, None)
             box.open.discard(rid)
+
+    def resolved(self, command: Control) -> Control:
+        """`command`; an Abort of the request that replies show as `rid` names the id that it has.
+
+        Some requests wait in the server and some in the engine, so only here is it known whether
+        a name is a request's own or stands for another's sample.
+        """
+        if isinstance(command, Abort) and command.rid:
+            for rid in (command.rid, of_sample(command.rid)):
+                if rid in self._boxes:
+                    return msgspec.structs.replace(command, rid="", rids=[rid, *command.rids])
+        return command
 
     def drop(self, rids: Iterable[str]) -> None:
         """Nobody reads what still comes for these ids, whose requests the engine has. The ids

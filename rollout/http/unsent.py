@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 
 from engine.protocol import Abort, Request
-from rollout.sample_ids import of_sample, starts_with
+from rollout.sample_ids import starts_with
 
 
 class Unsent:
@@ -27,11 +27,11 @@ class Unsent:
         return list(islice(self._requests.values(), most))
 
     def take_named(self, abort: Abort) -> list[Request]:
-        """Remove and return those that `abort` names."""
+        """Remove and return those that `abort` names by their own ids (`Mailboxes.resolved`)."""
         if abort.all:
             rids = list(self._requests)
         else:
-            rids = [abort.rid, of_sample(abort.rid), *abort.rids]
+            rids = [abort.rid, *abort.rids]
             if abort.rid_prefix:
                 rids += [rid for rid in self._requests if starts_with(rid, abort.rid_prefix)]
         found = (self._requests.pop(rid, None) for rid in rids)

@@ -194,7 +194,7 @@ def _call(call: Any, where: str, traits: CallTraits) -> dict[str, Any]:
 
 def _arguments(found: Any, where: str, traits: CallTraits) -> Any:
     """Arguments of a call, an object or the JSON text of one, as the template writes them."""
-    if found is None or (isinstance(found, str) and not found.strip()):
+    if found is None or (isinstance(found, str) and found.strip() in ("", "null")):
         found = {}
     if traits.text_arguments:
         return found if isinstance(found, str) else _json_text(found, where)

@@ -158,8 +158,16 @@ def base_request(
     """The native request without its prompt.
 
     top_logprobs: alternatives wanted for output tokens, -1 all of them; None without logprobs.
+    Raises InvalidRequest for more of them, or of the prompt's, than there are tokens: both become
+    one number of the native request, which tells them apart no longer.
     """
     scores = body.prompt_logprobs
+    name = "top_logprobs" if isinstance(body, ChatBody) else "logprobs"
+    for field, count in ((name, top_logprobs), ("prompt_logprobs", scores)):
+        if count is not None and count > vocab_size:
+            raise InvalidRequest(
+                f"{field} is {count}; give 0 to {vocab_size}, or -1 for all", field=field
+            )
     wanted = [_all_if_negative(k, vocab_size) for k in (top_logprobs, scores) if k is not None]
     return GenerateRequest(
         sampling_params=sampling_of(body, max_tokens),
@@ -175,13 +183,13 @@ def base_request(
 
 
 def renamed(error: InvalidRequest) -> InvalidRequest:
-    """The error with the names that this dialect gives the fields."""
+    """The error with the names that this dialect gives its field, and others it speaks of."""
     prefix, _, name = error.field.rpartition(".")
-    if name not in NATIVE_NAMES:
-        return error
-    field = f"{prefix}.{NATIVE_NAMES[name]}" if prefix else NATIVE_NAMES[name]
-    message = re.sub(rf"(?<![A-Za-z0-9_]){name}(?![A-Za-z0-9_])", NATIVE_NAMES[name], error.message)
-    return type(error)(message, field=field)
+    own = NATIVE_NAMES.get(name, name)
+    # A name of several words is no word of a sentence.
+    names = {native for native in NATIVE_NAMES if native == name or "_" in native}
+    message = re.sub(r"\w+", lambda m: NATIVE_NAMES[m[0]] if m[0] in names else m[0], error.message)
+    return type(error)(message, field=f"{prefix}.{own}" if prefix else own)
 
 
 def _all_if_negative(count: int, vocab_size: int) -> int:

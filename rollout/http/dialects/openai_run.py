@@ -72,10 +72,13 @@ async def start(
     call = GenerateCall(items=named, batch=len(named) > 1, stream=body.stream, prefix=rid)
     try:
         samples = await services.generator.samples(call)
+        if (other := services.calls.get(rid)) is not None:
+            # Its samples may have other ids than these, if it has more of them.
+            services.engine.check_ids([sample.request.rid for sample in other.samples])
     except InvalidRequest as error:
         raise renamed(error) from error
     found = OpenAICall(services=services, body=body, call=call, samples=samples, object=object_name)
-    services.calls.setdefault(rid, found)
+    services.calls[rid] = found
     return found
 
 

@@ -16,10 +16,12 @@ from rollout.expand import check_text
 from rollout.http.dialects.bodies import read_body
 from rollout.http.dialects.chat import ChatPrompts
 from rollout.http.dialects.openai_bodies import ChatBody, parse_openai
+from rollout.http.dialects.openai_models import check_model
 from rollout.http.errors import json_response
 from rollout.http.openapi import takes
 from rollout.http.services import Services
 from rollout.http.sse import answer
+from rollout.text.token_bytes import spelled
 from rollout.text.tokenizer import Tokenizer
 
 # Of a chat body: what /inference/v1/generate takes under the same name.
@@ -74,10 +76,12 @@ class _Text:
 
     async def _tokenize(self, data: bytes) -> Response:
         fields: dict[str, msgspec.Raw] = decode_json(data or b"{}", dict[str, msgspec.Raw])
+        fields = {name: value for name, value in fields.items() if bytes(value) != b"null"}
         if "messages" in fields:
             chat = await self._chat(data)
             return self._ids(await self._prompts.ids(chat, len(data)), strings=False)
         body: Tokenize = decode_json(data or b"{}", Tokenize, strict=False)
+        check_model(self._services, body.model or "")
         context = self._services.engine.facts.context_length
         check_text(body.prompt, self._tokenizer, context, field="prompt")
         ids = await self._services.generator.workers.run(
@@ -87,12 +91,20 @@ class _Text:
 
     async def detokenize(self, request: Request) -> Response:
         body = await read_body(request, Detokenize)
-        context = self._services.engine.facts.context_length
-        if len(body.tokens) > context:
+        check_model(self._services, body.model or "")
+        facts = self._services.engine.facts
+        if len(body.tokens) > facts.context_length:
             raise ContextTooLong(
-                f"tokens has {len(body.tokens)} ids, more than the context of {context}",
+                f"tokens has {len(body.tokens)} ids, more than the context of "
+                f"{facts.context_length}",
                 field="tokens",
             )
+        for index, token in enumerate(body.tokens):
+            if token >= facts.vocab_size:
+                raise InvalidRequest(
+                    f"tokens [{index}] is {token}; ids must lie in [0, {facts.vocab_size})",
+                    field="tokens",
+                )
         return await answer(request, self._detokenize(body))
 
     async def _detokenize(self, body: Detokenize) -> Response:
@@ -122,7 +134,9 @@ class _Text:
 
     async def _chat(self, data: bytes) -> ChatBody:
         self._prompts.check_size(len(data))
-        return await self._services.generator.parsed(parse_openai, data, ChatBody)
+        body = await self._services.generator.parsed(parse_openai, data, ChatBody)
+        check_model(self._services, body.model)
+        return body
 
     def _sampling(self, body: ChatBody, num_prompt: int) -> dict[str, Any]:
         limit = body.max_completion_tokens
@@ -135,8 +149,9 @@ class _Text:
         }
 
     def _ids(self, ids: list[int], *, strings: bool) -> Response:
-        decode = self._tokenizer.decode
-        texts = [decode([token], skip_special_tokens=False) for token in ids] if strings else None
+        # As logprobs write them: part of a character, or a leading space, shows.
+        raw = self._tokenizer.token_bytes
+        texts = [spelled(raw(token)) for token in ids] if strings else None
         return json_response(
             {
                 "count": len(ids),

@@ -8,6 +8,7 @@ import pytest
 from engine.errors import (
     ManifestMismatch,
     SlipstreamError,
+    UnsupportedOption,
     UpdateTimeout,
 )
 from engine.protocol import (
@@ -282,6 +283,19 @@ def test_pausing_by_wait_lets_requests_end_and_holds_new_ones() -> None:
             assert not second.done()
             await server.post("/resume")
             assert (await second).json()["output_ids"] == expected_tokens([1], 30)
+
+    run(test)
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_a_sleep_that_is_not_served_leaves_generation_as_it_was(paused: bool) -> None:
+    async def test() -> None:
+        async with serving() as server:
+            if paused:
+                await server.post("/pause?mode=keep")
+            refuse(server, ReleaseMemory, UnsupportedOption("no saver", field="memory"))
+            assert (await server.post("/sleep?mode=keep")).status_code == 400
+            assert (await server.get("/is_paused")).json() == {"is_paused": paused}
 
     run(test)
 

@@ -5,6 +5,7 @@ import pytest
 from engine.errors import QueueFull
 from engine.protocol import Abort, GetState, Request
 from rollout.http.engine_client import _PART
+from rollout.sample_ids import sample_id
 from tests.helpers.http_app import Server, run, serving, until
 from tests.helpers.replicas import fake_config, make_request
 
@@ -132,6 +133,31 @@ def test_an_abort_ends_what_is_held_without_the_engine() -> None:
             engine.release()
             await until(lambda: not engine._held)
             assert sum(count for count, _ in parts) == MANY
+
+    run(test)
+
+
+@pytest.mark.parametrize("held", [(), ("q-1",), ("q", "q-1"), ("q",)])
+def test_an_abort_by_name_ends_one_request_wherever_it_waits(held: tuple[str, ...]) -> None:
+    """Of a request called "q-1" and the sample of "q" that replies show so."""
+    requests = {"q": make_request(sample_id("q", 1), [1]), "q-1": make_request("q-1", [1])}
+
+    async def test() -> None:
+        async with serving() as server:
+            engine = server.engine
+            await server.post("/pause_generation", {"mode": "in_place"})
+            engine.release()
+            boxes = {n: engine.submit([r]) for n, r in requests.items() if n not in held}
+            engine.hold()
+            boxes |= {name: engine.submit([requests[name]]) for name in held}
+            await engine.send(Abort(rid="q-01"))
+            assert all(box.open for box in boxes.values())
+            await engine.send(Abort(rid="q-1"))
+            (output,) = await boxes["q-1"].take()
+            assert output.finish is not None and output.finish.type == "abort"
+            assert boxes["q"].open
+            await engine.send(Abort(rid="q-1"))
+            assert not boxes["q"].open
 
     run(test)
 

@@ -261,6 +261,46 @@ def test_an_id_in_use_is_refused_and_the_first_goes_on() -> None:
     run(test)
 
 
+@pytest.mark.parametrize(
+    ("path", "field", "first", "second"),
+    [
+        ("/generate", "rid", {"input_ids": [5]}, {"input_ids": [6], "stream": True}),
+        ("/v1/completions", "request_id", {"prompt": [5]}, {"prompt": [6], "stream": True}),
+        ("/v1/completions", "request_id", {"prompt": [5], "n": 2}, {"prompt": [6]}),
+        ("/v1/completions", "request_id", {"prompt": [5]}, {"prompt": [6], "n": 2, "stream": True}),
+    ],
+)
+def test_an_id_in_use_is_refused_with_a_status(
+    path: str, field: str, first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    async def test() -> None:
+        async with serving() as server:
+            await server.post("/pause_generation", {"mode": "in_place"})
+            open_call = asyncio.create_task(server.post(path, {**first, field: "same"}))
+            await until(lambda: server.engine.num_open > 0)
+            reply = await asyncio.wait_for(server.post(path, {**second, field: "same"}), 60)
+            assert reply.status_code == 400
+            assert reply.json()["error"]["field"] == field
+            await server.post("/abort_requests", {"request_ids": ["same"]})
+            await until(lambda: server.engine.num_open == 0)
+            assert (await open_call).status_code == 200
+            # The id is free again.
+            await server.post("/continue_generation")
+            assert (await server.post(path, {**second, field: "same"})).status_code == 200
+
+    run(test)
+
+
+def test_an_id_that_comes_twice_in_a_batch_is_refused_with_a_status() -> None:
+    async def test() -> None:
+        async with serving() as server:
+            body = {"input_ids": [[5], [6]], "rid": ["a", "a"], "stream": True}
+            reply = await server.post("/generate", body)
+            assert (reply.status_code, reply.json()["error"]["field"]) == (400, "rid")
+
+    run(test)
+
+
 def test_ids_of_samples_take_none_of_another_client() -> None:
     async def test() -> None:
         async with serving() as server:

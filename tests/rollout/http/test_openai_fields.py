@@ -95,6 +95,35 @@ def test_what_would_change_the_answer_is_refused_by_name(
     run(test)
 
 
+@pytest.mark.parametrize(
+    ("path", "more", "field", "said"),
+    [
+        ("completions", {"min_tokens": 3}, "min_tokens", "above max_tokens 2"),
+        ("chat/completions", {"min_tokens": 3}, "min_tokens", "above max_tokens 2"),
+        ("completions", {"logprobs": 10**6}, "logprobs", "logprobs is 1000000"),
+        ("completions", {"prompt_logprobs": 10**6}, "prompt_logprobs", "prompt_logprobs is"),
+        ("completions", {"prompt_logprobs": 10**6, "logprobs": 1}, "prompt_logprobs", "is 1000000"),
+        (
+            "chat/completions",
+            {"logprobs": True, "top_logprobs": 10**6},
+            "top_logprobs",
+            "top_logprobs is",
+        ),
+        ("chat/completions", {"prompt_logprobs": 10**6}, "prompt_logprobs", "prompt_logprobs is"),
+    ],
+)
+def test_a_number_out_of_range_names_the_field_that_was_sent(
+    path: str, more: dict[str, Any], field: str, said: str
+) -> None:
+    async def test() -> None:
+        async with serving() as server:
+            error = await error_of(server, path, {**ROUTES[path], **more})
+            assert error["param"] == field
+            assert said in error["message"]
+
+    run(test)
+
+
 def test_what_asks_for_nothing_or_changes_nothing_passes() -> None:
     told = {
         "user": "u",

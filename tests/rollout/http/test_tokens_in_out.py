@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from rollout.text.token_bytes import spelled
 from tests.helpers.fake_executor import expected_tokens
 from tests.helpers.http_app import run, serving
 from tests.helpers.tiny_tokenizer import BOS_ID, ids_of, tiny_tokenizer
@@ -141,6 +142,59 @@ def test_text_becomes_ids_and_ids_text() -> None:
             assert (reply["tokens"], reply["token_strs"]) == (ids_of("ab"), ["a", "b"])
             asked = {"tokens": [BOS_ID, *ids_of("ab")]}
             assert (await server.post("/detokenize", asked)).json() == {"prompt": "<|bos|>ab"}
+
+    run(test)
+
+
+def test_strings_of_tokens_keep_what_a_token_alone_has_no_text_for() -> None:
+    async def test() -> None:
+        async with serving() as server:
+            asked = {"prompt": "a\U0001f600", "return_token_strs": True}
+            reply = (await server.post("/tokenize", asked)).json()
+            raw = [tiny_tokenizer().token_bytes(token) for token in reply["tokens"]]
+            assert b"".join(raw) == asked["prompt"].encode()
+            assert reply["token_strs"] == [spelled(each) for each in raw]
+            assert "\ufffd" not in "".join(reply["token_strs"])
+
+    run(test)
+
+
+def test_null_messages_are_no_messages() -> None:
+    async def test() -> None:
+        async with serving() as server:
+            reply = await server.post("/tokenize", {"prompt": "ab", "messages": None})
+            assert reply.json()["tokens"] == ids_of("ab")
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/tokenize", {"prompt": "a"}),
+        ("/tokenize", {"messages": [{"role": "user", "content": "a"}]}),
+        ("/detokenize", {"tokens": [1]}),
+        ("/v1/chat/completions/render", {"messages": [{"role": "user", "content": "a"}]}),
+    ],
+)
+def test_the_text_of_another_model_is_not_served(path: str, asked: dict[str, Any]) -> None:
+    async def test() -> None:
+        async with serving(served_model_name="mine") as server:
+            reply = await server.post(path, {**asked, "model": "nope"})
+            assert (reply.status_code, reply.json()["error"]["field"]) == (404, "model")
+            for name in ("mine", None, ""):
+                assert (await server.post(path, {**asked, "model": name})).status_code == 200
+
+    run(test)
+
+
+def test_ids_outside_of_the_vocabulary_have_no_text() -> None:
+    async def test() -> None:
+        async with serving() as server:
+            most = server.engine.facts.vocab_size
+            assert (await server.post("/detokenize", {"tokens": [most - 1]})).status_code == 200
+            reply = await server.post("/detokenize", {"tokens": [1, most]})
+            assert (reply.status_code, reply.json()["error"]["field"]) == (400, "tokens")
 
     run(test)
 

@@ -101,7 +101,17 @@ def test_every_way_to_send_a_call_gives_the_same_text(source: str) -> None:
         assert render(source, [USER, {"role": "assistant", **turn}]) == expected, turn
 
 
-@pytest.mark.parametrize(("sent", "written"), [("", "{}"), (None, "{}"), ("{}", "{}"), ({}, "{}")])
+@pytest.mark.parametrize(
+    ("sent", "written"),
+    [
+        ("", "{}"),
+        (None, "{}"),
+        ("{}", "{}"),
+        ({}, "{}"),
+        ("null", "{}"),
+        (" null\n", "{}"),
+    ],
+)
 def test_a_call_without_arguments(sent: Any, written: str) -> None:
     for source in (QWEN25, TOLD_BY_NONE):
         text = render(source, with_call(arguments=sent))
