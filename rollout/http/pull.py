@@ -1,4 +1,4 @@
-"""A folder of this machine brought to a version that a trainer published (WIRE.md D2).
+"""A folder of this machine brought to a version that a trainer published.
 
 `/pull_weights` calls it in a thread. The trainer writes `weight_v000001`, `weight_v000002`, ...
 into `source`: whole checkpoints, or deltas whose index says so (see `pull_delta`), each against
