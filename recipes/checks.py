@@ -66,8 +66,13 @@ def _check_placement(placement: PlacementOptions) -> None:
 def _check_model(model: str) -> None:
     if Path(model).exists():
         return
-    hint = "; run `make setup` to get it" if model == str(DEFAULT_MODEL) else ""
-    raise ModelNotFound(f"model: nothing at {model}{hint}", field="model")
+    hint = (
+        "run `make setup` to get it"
+        if model == str(DEFAULT_MODEL)
+        else "give a Hugging Face folder, a .gguf file or a config.json of this machine; a name on "
+        "a hub is not downloaded"
+    )
+    raise ModelNotFound(f"model: nothing at {model}; {hint}", field="model")
 
 
 def _at_least(name: str, value: float | None, least: float) -> None:

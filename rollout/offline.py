@@ -17,7 +17,15 @@ import msgspec
 
 from engine.errors import InvalidRequest, SlipstreamError
 from engine.protocol import ErrorInfo, GenerateRequest, ReplicaState, Request, RequestOutput
-from rollout.disk import append_bytes, free_bytes, replace_file, require_room, write_all, writing
+from rollout.disk import (
+    append_bytes,
+    free_bytes,
+    replace_file,
+    require_room,
+    sync,
+    write_all,
+    writing,
+)
 from rollout.expand import expand
 from rollout.failures import report
 from rollout.generate import OnProgress, Progress, generate, run
@@ -50,6 +58,7 @@ __all__ = [
     "respond",
     "run",
     "run_file",
+    "sync",
     "writing",
 ]
 

@@ -66,6 +66,15 @@ def test_a_bad_toml_names_the_key(tmp_path: Path, model: str, line: str, field: 
     assert caught.value.field == field
 
 
+def test_a_toml_of_other_editors(tmp_path: Path, model: str) -> None:
+    toml = tmp_path / "run.toml"
+    toml.write_bytes(b"\xef\xbb\xbfsteps = 3\r\n")
+    assert parse([f"--config={toml}", "--model", model]).steps == 3
+    toml.write_bytes("steps = 3".encode("utf-16"))
+    with pytest.raises(InvalidRequest, match=r"run\.toml"):
+        parse([f"--config={toml}", "--model", model])
+
+
 @pytest.mark.parametrize(
     "flags,field",
     [
@@ -92,7 +101,7 @@ def test_values_no_run_can_work_with(model: str, flags: list[str], field: str) -
 
 
 def test_a_missing_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ModelNotFound, match="nothing at"):
+    with pytest.raises(ModelNotFound, match=r"nothing at no/such/model; .* not downloaded"):
         parse(["--model", "no/such/model"])
     if not DEFAULT_MODEL.exists():
         with pytest.raises(ModelNotFound, match="make setup"):
