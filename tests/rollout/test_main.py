@@ -86,9 +86,7 @@ NUMBERS = [
 @pytest.mark.parametrize("command", [Serve, cli.Offline])
 def test_every_number_has_a_range(command: type) -> None:
     some = (int, float, int | None, float | None)
-    numbers = {
-        name for name, kind in kinds.items() if kind in (int, float, int | None, float | None)
-    }
+    numbers = {name for name, kind in get_type_hints(command).items() if kind in some}
     assert numbers <= set(RANGES)
     for name in numbers:
         assert RANGES[name].holds(getattr(command, name) or RANGES[name].most), name
