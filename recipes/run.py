@@ -12,11 +12,11 @@ from typing import Self
 import torch
 from rich.console import Console
 
-from engine.errors import InvalidRequest
 from engine.protocol import SamplingParams
 from recipes.actor import Actor
 from recipes.advice import WINDOW, advice
 from recipes.algorithms.presets import Algorithm, resolve
+from recipes.checks import holds_a_run, taken
 from recipes.collect import evaluate
 from recipes.command_line import flatten
 from recipes.display import Display
@@ -375,11 +375,8 @@ def open_folder(options: Options, world: World | None = None) -> RunFolder:
     if options.resume is not None:
         return RunFolder(Path(options.resume), active=world.is_main)
     path = world.from_main(Path(options.out) if options.out else default_path(options.task))
-    holds_a_run = world.from_main((path / "config.json").exists())
-    if holds_a_run:
-        raise InvalidRequest(
-            f"out: {path} already holds a run; continue it with --resume {path}", field="out"
-        )
+    if world.from_main(holds_a_run(path)):
+        raise taken(path)
     return RunFolder(path, active=world.is_main)
 
 

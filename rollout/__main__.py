@@ -24,7 +24,7 @@ from rollout.failures import report
 from rollout.http.options import Serve, serve_config
 from rollout.jsonl import read_lines
 from rollout.launch import launch
-from rollout.offline import run_file
+from rollout.offline import check_output, run_file
 from rollout.option_ranges import check_numbers
 from rollout.progress import ProgressDisplay
 from rollout.text.tokenizer import find_tokenizer
@@ -100,6 +100,7 @@ def engine_config(args: Offline) -> EngineConfig:
 def run_offline(args: Offline) -> None:
     """`offline`: load the model, answer the file, say what was done."""
     config = engine_config(args)
+    check_output(args.input, args.output, field="--output")
     for _ in read_lines(Path(args.input), field="--input"):
         pass  # What is no text is said before a model is loaded.
     tokenizer = find_tokenizer(args.model)

@@ -185,6 +185,22 @@ def test_a_missing_input_is_noticed_before_the_model_is_loaded(
     assert "InvalidRequest (--input)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("output", ["in.jsonl", ".", "no/out.jsonl"])
+def test_an_output_is_refused_before_the_model_is_loaded(
+    output: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delattr(cli, "launch")
+    (tmp_path / "in.jsonl").write_text("{}\n")
+    args = ["offline", "--model", "m", "--input", str(tmp_path / "in.jsonl")]
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*args, "--output", str(tmp_path / output)])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("InvalidRequest (--output): --output: ")
+
+
 def test_a_dead_engine_is_exit_code_1_and_its_reason(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
