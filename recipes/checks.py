@@ -68,6 +68,14 @@ def taken(path: Path) -> InvalidRequest:
     )
 
 
+def in_use(path: Path) -> InvalidRequest:
+    """The error for a run in a folder that a running one writes to."""
+    return InvalidRequest(
+        f"out: another run is writing to {path}; wait for it or end it, or give another --out",
+        field="out",
+    )
+
+
 def _check_extra(field: str, flag: str, extra: str) -> None:
     package = {"train": "deepspeed"}.get(extra, extra)
     if package not in sys.modules and find_spec(package) is None:
