@@ -100,9 +100,11 @@ def compare(before: list[dict[str, float]], after: list[dict[str, float]]) -> di
 
 def main() -> None:
     """Run the pairs and print one line a figure."""
-    mine = sys.argv[1 : sys.argv.index("--")]
-    words = sys.argv[sys.argv.index("--") + 1 :]
-    options = tyro.cli(Options, args=mine, description=__doc__)
+    given = sys.argv[1:]
+    cut = given.index("--") if "--" in given else len(given)
+    options, words = tyro.cli(Options, args=given[:cut], description=__doc__), given[cut + 1 :]
+    if not words:
+        raise SystemExit("gpu_pairs.py: name a benchmark and its options behind --")
     runs: dict[str, list[dict[str, float]]] = {"before": [], "after": []}
     for pair in range(options.pairs):
         sides = [("before", Path(options.before).resolve()), ("after", ROOT)]

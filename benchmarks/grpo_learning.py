@@ -13,10 +13,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import tyro
 from machine import describe
 
 from recipes.run_folder import RunFolder
@@ -24,6 +26,14 @@ from recipes.run_folder import RunFolder
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (0, 1, 2)
 NEEDED_GAIN = 0.30
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where the runs are written down."""
+
+    json: str | None = None
+    """Write every run's summary to this file."""
 
 
 def run_seed(seed: int, flags: list[str], folder: Path) -> dict[str, Any]:
@@ -52,6 +62,7 @@ def main(argv: list[str]) -> int:
     own, flags = (
         (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     )
+    options = tyro.cli(Options, args=own, description=__doc__)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for seed in SEEDS:
@@ -64,8 +75,8 @@ def main(argv: list[str]) -> int:
                 flush=True,
             )
     result = {"machine": describe(), "torch": torch.__version__, "flags": flags, "runs": rows}
-    if own[:1] == ["--json"]:
-        Path(own[1]).write_text(json.dumps(result, indent=2) + "\n")
+    if options.json:
+        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
     gains = [row["eval_after"] - row["eval_before"] for row in rows]
     return 0 if min(gains) >= NEEDED_GAIN else 1
 

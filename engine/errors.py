@@ -6,7 +6,6 @@
     ├── InvalidRequest (ValueError)    the caller's mistake; names the field
     │   ├── ContextTooLong             prompt does not fit the context
     │   └── UnsupportedOption          a known wire field this engine does not serve
-    ├── UnknownRequest (KeyError)      no such request id
     ├── QueueFull                      the waiting queue is at its limit; try later
     ├── ModelError                     a model cannot be loaded
     │   ├── ModelNotFound
@@ -79,12 +78,6 @@ class ContextTooLong(InvalidRequest):
 
 class UnsupportedOption(InvalidRequest):
     """A field of the wire dialect that this engine knows but does not serve."""
-
-
-class UnknownRequest(SlipstreamError, KeyError):
-    """No request with that id is waiting or running."""
-
-    status = 404
 
 
 class QueueFull(SlipstreamError):

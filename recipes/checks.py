@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from engine.errors import InvalidRequest, ModelNotFound
@@ -44,7 +46,43 @@ def check_options(options: Options) -> None:
             f"({rollout.prompts_per_step}): a minibatch holds at least one group",
             field="num_minibatches",
         )
+    if options.wandb != "off":
+        _check_extra("wandb", f"--wandb {options.wandb}", "wandb")
+    if options.placement.trainer == "deepspeed":
+        _check_extra("trainer", "--trainer deepspeed", "train")
+    if options.resume is None and options.out is not None and holds_a_run(Path(options.out)):
+        raise taken(Path(options.out))
     _check_model(options.model)
+
+
+def holds_a_run(path: Path) -> bool:
+    """Whether a folder is that of a run."""
+    return (path / "config.json").exists()
+
+
+def taken(path: Path) -> InvalidRequest:
+    """The error for a new run in the folder of another."""
+    return InvalidRequest(
+        f"out: {path} already holds a run; continue it with --resume {path}, or give another --out",
+        field="out",
+    )
+
+
+def in_use(path: Path) -> InvalidRequest:
+    """The error for a run in a folder that a running one writes to."""
+    return InvalidRequest(
+        f"out: another run is writing to {path}; wait for it or end it, or give another --out",
+        field="out",
+    )
+
+
+def _check_extra(field: str, flag: str, extra: str) -> None:
+    package = {"train": "deepspeed"}.get(extra, extra)
+    if package not in sys.modules and find_spec(package) is None:
+        raise InvalidRequest(
+            f"{field}: {flag} needs the {package} package: pip install -e '.[{extra}]'",
+            field=field,
+        )
 
 
 def _check_placement(placement: PlacementOptions) -> None:
@@ -66,8 +104,13 @@ def _check_placement(placement: PlacementOptions) -> None:
 def _check_model(model: str) -> None:
     if Path(model).exists():
         return
-    hint = "; run `make setup` to get it" if model == str(DEFAULT_MODEL) else ""
-    raise ModelNotFound(f"model: nothing at {model}{hint}", field="model")
+    hint = (
+        "run `make setup` to get it"
+        if model == str(DEFAULT_MODEL)
+        else "give a Hugging Face folder, a .gguf file or a config.json of this machine; a name on "
+        "a hub is not downloaded"
+    )
+    raise ModelNotFound(f"model: nothing at {model}; {hint}", field="model")
 
 
 def _at_least(name: str, value: float | None, least: float) -> None:

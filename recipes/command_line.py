@@ -61,8 +61,8 @@ def parse(argv: Sequence[str]) -> Options:
 def read_toml(path: Path) -> dict[str, Any]:
     """The keys of a TOML file of options. Raises InvalidRequest if it cannot be read."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InvalidRequest(f"config: {path}: {error}", field="config") from error
 
 

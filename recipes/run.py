@@ -12,11 +12,11 @@ from typing import Self
 import torch
 from rich.console import Console
 
-from engine.errors import InvalidRequest
 from engine.protocol import SamplingParams
 from recipes.actor import Actor
 from recipes.advice import WINDOW, advice
 from recipes.algorithms.presets import Algorithm, resolve
+from recipes.checks import holds_a_run, in_use, taken
 from recipes.collect import evaluate
 from recipes.command_line import flatten
 from recipes.display import Display
@@ -96,6 +96,7 @@ class Run:
         self.grading.close()
         self.actor.close()
         self.world.close()
+        self.folder.close()
 
     def goes_on(self) -> bool:
         """Whether another step is to be taken; the same in all processes."""
@@ -369,18 +370,22 @@ def assemble(
 def open_folder(options: Options, world: World | None = None) -> RunFolder:
     """The run folder: the one to resume, the one asked for, or a new one; collective.
 
-    Raises InvalidRequest if `out` already holds a run.
+    Raises InvalidRequest if `out` already holds a run, or another process has the folder.
     """
     world = world or World()
     if options.resume is not None:
-        return RunFolder(Path(options.resume), active=world.is_main)
+        return _claimed(Path(options.resume), world)
     path = world.from_main(Path(options.out) if options.out else default_path(options.task))
-    holds_a_run = world.from_main((path / "config.json").exists())
-    if holds_a_run:
-        raise InvalidRequest(
-            f"out: {path} already holds a run; continue it with --resume {path}", field="out"
-        )
-    return RunFolder(path, active=world.is_main)
+    if world.from_main(holds_a_run(path)):
+        raise taken(path)
+    return _claimed(path, world)
+
+
+def _claimed(path: Path, world: World) -> RunFolder:
+    folder = RunFolder(path, active=world.is_main)
+    if not world.from_main(folder.claim()):
+        raise in_use(path)
+    return folder
 
 
 def _due(step: int, every: int) -> bool:

@@ -9,12 +9,16 @@
     reward.png        reward and held-out accuracy over steps
     checkpoints/      the last complete checkpoint
     model/            the final model, Hugging Face format
+    .lock             held by the run that writes here, empty
 """
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
+import logging
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +26,8 @@ from typing import Any
 
 from recipes.types import Group
 from rollout.offline import append_bytes, parse_line, read_lines, replace_file
+
+logger = logging.getLogger(__name__)
 
 SAMPLES_A_STEP = 2
 
@@ -40,8 +46,31 @@ class RunFolder:
         self.samples_path = path / "samples.jsonl"
         self.checkpoints = path / "checkpoints"
         self.model = path / "model"
+        self._claim: int | None = None
         if active:
             path.mkdir(parents=True, exist_ok=True)
+
+    def claim(self) -> bool:
+        """Keep other runs out of the folder until `close`, or the end of the process however it
+        ends. False if another run has it; true where the file system knows no locks."""
+        if not self._active or self._claim is not None:
+            return True
+        lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            return False
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): start no other run there", self.path, error)
+        self._claim = lock
+        return True
+
+    def close(self) -> None:
+        """Let other runs in. Idempotent."""
+        claim, self._claim = self._claim, None
+        if claim is not None:
+            os.close(claim)
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Write config.json."""

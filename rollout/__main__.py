@@ -20,12 +20,12 @@ from engine.config import (
     LoadFormat,
     SchedulerConfig,
 )
-from engine.errors import InvalidRequest
 from rollout.failures import report
 from rollout.http.options import Serve, serve_config
 from rollout.jsonl import read_lines
 from rollout.launch import launch
-from rollout.offline import run_file
+from rollout.offline import check_output, run_file
+from rollout.option_ranges import check_numbers
 from rollout.progress import ProgressDisplay
 from rollout.text.tokenizer import find_tokenizer
 
@@ -80,7 +80,7 @@ def engine_config(args: Offline) -> EngineConfig:
 
     Raises InvalidRequest naming an option whose value has no meaning.
     """
-    _require_positive(args)
+    check_numbers(args)
     memory_bytes = None if args.kv_memory is None else int(args.kv_memory * _GIB)
     return EngineConfig(
         model=args.model,
@@ -97,20 +97,10 @@ def engine_config(args: Offline) -> EngineConfig:
     )
 
 
-def _require_positive(args: Offline) -> None:
-    for name in ("max_running", "kv_memory", "page_size", "context_length"):
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise InvalidRequest(f"is {value}; give a number above 0", field=_option(name))
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
 def run_offline(args: Offline) -> None:
     """`offline`: load the model, answer the file, say what was done."""
     config = engine_config(args)
+    check_output(args.input, args.output, field="--output")
     for _ in read_lines(Path(args.input), field="--input"):
         pass  # What is no text is said before a model is loaded.
     tokenizer = find_tokenizer(args.model)

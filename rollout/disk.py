@@ -114,6 +114,15 @@ def replace_file(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
 
 
+def sync(path: Path) -> None:
+    """Have what a file or folder holds on the disk itself, so that a loss of power leaves it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def append_bytes(path: Path, data: bytes) -> None:
     """Add to the end of a file, all of it or nothing. Raises DiskFull."""
     with FileIO(path, "a") as file:

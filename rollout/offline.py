@@ -7,6 +7,7 @@ of errors (`failures.py`).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,15 @@ import msgspec
 
 from engine.errors import InvalidRequest, SlipstreamError
 from engine.protocol import ErrorInfo, GenerateRequest, ReplicaState, Request, RequestOutput
-from rollout.disk import append_bytes, free_bytes, replace_file, require_room, write_all, writing
+from rollout.disk import (
+    append_bytes,
+    free_bytes,
+    replace_file,
+    require_room,
+    sync,
+    write_all,
+    writing,
+)
 from rollout.expand import expand
 from rollout.failures import report
 from rollout.generate import OnProgress, Progress, generate, run
@@ -36,6 +45,7 @@ __all__ = [
     "Tokenizer",
     "append_bytes",
     "check_line",
+    "check_output",
     "derive_seed",
     "expand",
     "free_bytes",
@@ -50,6 +60,7 @@ __all__ = [
     "respond",
     "run",
     "run_file",
+    "sync",
     "writing",
 ]
 
@@ -106,6 +117,7 @@ def run_file(
     EngineDead if the replica dies, and DiskFull if the replies do not fit; what was finished is on
     disk then, in whole lines.
     """
+    check_output(input_path, output_path)
     lines = [_parse(line) for line in read_lines(Path(input_path), field="input")]
     job = _FileJob(lines, tokenizer, replica.state(), base_seed(seed))
 
@@ -122,6 +134,26 @@ def run_file(
                 job.write_ready(out)
         job.write_ready(out)
     return job.report()
+
+
+def check_output(input_path: str | Path, output_path: str | Path, *, field: str = "output") -> None:
+    """Look whether the replies can be written there, before a model is loaded for them; nothing
+    is made or changed. Raises InvalidRequest for the input itself, which would be lost, for a
+    folder, and for a place that is not there or may not be written."""
+    source, path = Path(input_path), Path(output_path)
+    if path.exists() and source.exists() and path.samefile(source):
+        raise InvalidRequest(
+            f"{field}: {path} is the input, which would be lost; name another file", field=field
+        )
+    told = None
+    if path.is_dir():
+        told = "it is a folder; name a file"
+    elif not path.parent.is_dir():
+        told = f"there is no folder {path.parent}; make it first"
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        told = "it may not be written; check who may, or name another file"
+    if told is not None:
+        raise InvalidRequest(f"{field}: cannot write {path}: {told}", field=field)
 
 
 def _create(path: Path) -> FileIO:

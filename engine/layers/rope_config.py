@@ -37,8 +37,6 @@ _COMMON = (
     "finetuned",
     "frequency_divisors",
 )
-# All that settings without a type may say.
-_TYPELESS = ("rope_theta", "partial_rotary_factor", "frequency_divisors")
 _LARGEST_POSITION = 2**31 - 1
 
 

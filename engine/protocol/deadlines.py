@@ -51,7 +51,6 @@ CLOSE_S = 5.0
 """A transfer ending early, once its engine closes."""
 
 _MARGIN_S = 15.0
-_QUICK_S = 120.0
 _SLOW_S = 600.0
 
 
@@ -128,11 +127,6 @@ def watch_s(collective_s: float = COLLECTIVE_S, *, builds: bool) -> float:
     """How long a leader may be at the launch, or the result, of one step before whoever started
     it ends it: longer than the ranks' own deadlines, whose errors name a rank."""
     return launch_s(collective_s, builds=builds) + _MARGIN_S
-
-
-def silence_s(collective_s: float = COLLECTIVE_S) -> float:
-    """How long a leader that has work may say nothing before it is asked how it is."""
-    return step_s(collective_s) + _MARGIN_S
 
 
 REPLY_S = deadlines(GetState()).caller

@@ -54,8 +54,6 @@ class TensorPiece(Struct, frozen=True, omit_defaults=True):
     stop: Position64 = -1
 
 
-Manifest = Annotated[list[TensorSpec], Meta(max_length=MAX_TENSORS)]
-
 Pieces = Annotated[list[TensorPiece], Meta(max_length=MAX_TENSORS)]
 
 

@@ -86,7 +86,7 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class GenerateResponse(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One native `/generate` reply. `meta_info` holds the keys WIRE.md C2 lists."""
+    """One native `/generate` reply. `meta_info` has what `rollout/respond.py` puts there."""
 
     text: str | None = None
     output_ids: list[int] = msgspec.field(default_factory=list)

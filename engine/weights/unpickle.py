@@ -3,7 +3,7 @@
 A pickle names what it wants called; here every name on the list stands for a function or class
 of this file, and any other name refuses the payload. So nothing of a payload is ever imported,
 and a payload does not need the package it was written with. The list covers what SGLang's and
-vLLM's weight dialects carry (WIRE B5.7, D1): bucket metadata, tensors in CUDA IPC memory,
+vLLM's weight dialects carry: bucket metadata, tensors in CUDA IPC memory,
 tensors whose bytes are in the pickle, and an NCCL id.
 """
 
@@ -22,7 +22,6 @@ from torch.multiprocessing import reductions
 
 from engine.errors import InvalidRequest
 
-_DEVICE_ARGUMENT = 6
 _NCCL_ID_BYTES = 128
 _TRAINERS = frozenset({"sglang", "slime", "miles", "verl", "areal", "torchrl", "openrlhf", "vllm"})
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from recipes.saving import (
 )
 from recipes.types import Group
 from recipes.world import World
+from rollout.offline import sync
 from trainer_bridge.adapters.base import WeightSource
 
 logger = logging.getLogger(__name__)
@@ -99,11 +99,11 @@ def _complete_folder(temporary: Path, progress: dict[str, Any], surplus: Sequenc
     state = {"progress": progress, "rng": _host_rng()}
     (temporary / STATE).write_text(json.dumps(state), encoding="utf-8")
     for path in (*sorted(temporary.rglob("*")), temporary):
-        _sync(path)
+        sync(path)
 
 
 def _keep_only(final: Path) -> None:
-    _sync(final.parent)
+    sync(final.parent)
     for old in _complete(final.parent):
         if old != final:
             remove_renamed(old)
@@ -131,14 +131,6 @@ def load_checkpoint(
 
 def _complete(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"{PREFIX}*")) if folder.is_dir() else []
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _torch_rng() -> dict[str, Any]:

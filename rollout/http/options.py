@@ -17,8 +17,8 @@ from engine.config import (
     ParallelConfig,
     SchedulerConfig,
 )
-from engine.errors import InvalidRequest
 from rollout.http.config import Restart, ServeConfig
+from rollout.option_ranges import check_numbers
 
 _GIB = 1 << 30
 _MIB = 1 << 20
@@ -119,7 +119,7 @@ def serve_config(args: Serve) -> ServeConfig:
 
     Raises InvalidRequest naming an option whose value has no meaning.
     """
-    _check(args)
+    check_numbers(args)
     return ServeConfig(
         engine=_engine_config(args),
         host=args.host,
@@ -175,25 +175,3 @@ def _engine_config(args: Serve) -> EngineConfig:
             reserve_shadow=args.reserve_shadow,
         ),
     )
-
-
-def _check(args: Serve) -> None:
-    positive = {
-        "--tp": args.tp,
-        "--max-running": args.max_running,
-        "--max-waiting": args.max_waiting,
-        "--max-samples": args.max_samples,
-        "--kv-memory": args.kv_memory,
-        "--mem-fraction": args.mem_fraction,
-        "--page-size": args.page_size,
-        "--context-length": args.context_length,
-        "--max-body-mib": args.max_body_mib,
-        "--max-control-body-mib": args.max_control_body_mib,
-        "--max-held-body-mib": args.max_held_body_mib,
-        "--receive-timeout-s": args.receive_timeout_s,
-    }
-    for option, value in positive.items():
-        if value is not None and value <= 0:
-            raise InvalidRequest(f"is {value}; give a number above 0", field=option)
-    if not 0 <= args.port < 1 << 16:
-        raise InvalidRequest(f"is {args.port}; give a port from 0 to 65535", field="--port")

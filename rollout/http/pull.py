@@ -1,4 +1,4 @@
-"""A folder of this machine brought to a version that a trainer published (WIRE.md D2).
+"""A folder of this machine brought to a version that a trainer published.
 
 `/pull_weights` calls it in a thread. The trainer writes `weight_v000001`, `weight_v000002`, ...
 into `source`: whole checkpoints, or deltas whose index says so (see `pull_delta`), each against
@@ -26,6 +26,7 @@ from pathlib import Path
 import msgspec
 
 from engine.errors import CheckpointError, InvalidRequest, ModelNotFound, UpdateTimeout
+from rollout.disk import sync
 from rollout.http.pull_delta import apply_delta, read_delta
 from rollout.http.regular_file import Look, copy, read_small, touched, writing
 
@@ -327,12 +328,4 @@ def _copy_whole(origin: Path, local: Path, look: Look) -> None:
     for path in local.iterdir():
         if path.name not in names and path.name.endswith(_PRUNED):
             path.unlink()
-    _sync(local)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(local)

@@ -77,7 +77,7 @@ def prompt_room(state: ReplicaState, tokenizer: Tokenizer | None) -> PromptRoom:
 
 
 def parse_call(body: bytes, room: PromptRoom | None = None) -> GenerateCall:
-    """Read a body of the native dialect (WIRE.md C1).
+    """Read a body of the native dialect, the fields of `GenerateRequest`.
 
     Fields that the dialect has and this engine does not serve pass while they ask for nothing
     (null, false, empty), since clients send their defaults. Raises InvalidRequest naming the

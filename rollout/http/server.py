@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import logging
 import resource
@@ -212,7 +213,12 @@ def _bind(config: ServeConfig) -> socket.socket:
     except OSError as error:
         listener.close()
         raise InvalidRequest(
-            f"cannot bind {config.host}:{config.port}: {error}; is another server there?",
+            f"cannot bind {config.host}:{config.port}: {error}; "
+            + (
+                "another server is there: end it, or give another --port (0 takes a free one)"
+                if error.errno == errno.EADDRINUSE
+                else "give an address of this machine, and a port that you may bind"
+            ),
             field="--host, --port",
         ) from error
     return listener

@@ -47,7 +47,9 @@ def read_hf_folder(folder: Path) -> FolderTokenizer:
     path = folder / "tokenizer.json"
     if not path.exists():
         raise ModelNotFound(
-            f"{folder} has no tokenizer.json; save a fast tokenizer there, or send input_ids",
+            f"{folder} has no tokenizer.json, which text needs: save a fast tokenizer there"
+            if (folder / "config.json").exists()
+            else f"{folder} holds no model: it has neither a config.json nor a tokenizer.json",
             field="model",
         )
     config, model = read_object(folder / _CONFIG), read_object(folder / "config.json")

@@ -206,7 +206,8 @@ def load_tokenizer(model: str | Path) -> Tokenizer:
         backend, special = build_gguf_tokenizer(metadata)
         return Tokenizer(backend, special, chat_templates(metadata))
     raise ModelNotFound(
-        f"no model at {path}: give a Hugging Face folder, a GGUF file or a config.json",
+        f"no model at {path}: give a Hugging Face folder, a .gguf file or a config.json of this "
+        "machine; a name on a hub is not downloaded",
         field="model",
     )
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from engine.errors import InvalidRequest, ModelNotFound
+from recipes import checks
 from recipes.command_line import flatten, parse
 from recipes.options import DEFAULT_MODEL, Options
 
@@ -66,6 +68,15 @@ def test_a_bad_toml_names_the_key(tmp_path: Path, model: str, line: str, field: 
     assert caught.value.field == field
 
 
+def test_a_toml_of_other_editors(tmp_path: Path, model: str) -> None:
+    toml = tmp_path / "run.toml"
+    toml.write_bytes(b"\xef\xbb\xbfsteps = 3\r\n")
+    assert parse([f"--config={toml}", "--model", model]).steps == 3
+    toml.write_bytes("steps = 3".encode("utf-16"))
+    with pytest.raises(InvalidRequest, match=r"run\.toml"):
+        parse([f"--config={toml}", "--model", model])
+
+
 @pytest.mark.parametrize(
     "flags,field",
     [
@@ -91,8 +102,35 @@ def test_values_no_run_can_work_with(model: str, flags: list[str], field: str) -
     assert field in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "package,flags,field",
+    [
+        ("wandb", ["--wandb", "offline"], "wandb"),
+        ("deepspeed", ["--trainer", "deepspeed"], "trainer"),
+    ],
+)
+def test_a_missing_extra_is_named_before_anything_is_loaded(
+    package: str, flags: list[str], field: str, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, package, raising=False)
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    with pytest.raises(InvalidRequest, match=r"pip install -e '\.\[\w+\]'") as caught:
+        parse(["--model", model, *flags])
+    assert caught.value.field == field
+    monkeypatch.setattr(checks, "find_spec", lambda name: name)
+    assert parse(["--model", model, *flags])
+
+
+def test_the_folder_of_a_run_is_no_place_for_another(tmp_path: Path, model: str) -> None:
+    assert parse(["--model", model, "--out", str(tmp_path)])
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InvalidRequest, match="--resume") as caught:
+        parse(["--model", model, "--out", str(tmp_path)])
+    assert caught.value.field == "out"
+
+
 def test_a_missing_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ModelNotFound, match="nothing at"):
+    with pytest.raises(ModelNotFound, match=r"nothing at no/such/model; .* not downloaded"):
         parse(["--model", "no/such/model"])
     if not DEFAULT_MODEL.exists():
         with pytest.raises(ModelNotFound, match="make setup"):

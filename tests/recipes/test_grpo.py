@@ -72,7 +72,9 @@ def go(options: Options, noise: float = 0.0) -> tuple[Run, dict[str, Any]]:
     with run.display:
         run.begin()
         train(run)
-        return run, run.finish()
+        summary = run.finish()
+    run.folder.close()
+    return run, summary
 
 
 def rows(run: Run) -> list[dict[str, Any]]:
@@ -141,6 +143,7 @@ def test_killed_and_resumed_equals_unbroken(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(killed)
     assert len(rows(killed)) == 5
+    killed.folder.close()  # the kernel does it for a process that is killed
 
     resumed, summary = go(dataclasses.replace(options, resume=options.out))
     assert [untimed(r) for r in rows(resumed)] == [untimed(r) for r in rows(unbroken)]

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+
+from engine.errors import InvalidRequest
+from recipes.options import Options
+from recipes.run import open_folder
 from recipes.run_folder import RunFolder, default_path
 from tests.helpers.trajectories import random_groups
 
@@ -26,6 +33,35 @@ def test_truncate_drops_later_steps_and_torn_lines(tmp_path: Path) -> None:
     assert [row["step"] for row in folder.read_metrics()] == [1, 2]
     samples = folder.samples_path.read_text().splitlines()
     assert [json.loads(line)["step"] for line in samples] == [1, 1, 2, 2]
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
+    first, second = RunFolder(tmp_path), RunFolder(tmp_path)
+    assert first.claim() and first.claim()
+    assert not second.claim()
+    assert RunFolder(tmp_path, active=False).claim()
+    first.close()
+    assert second.claim()
+    with pytest.raises(InvalidRequest, match="another run is writing") as caught:
+        open_folder(Options(resume=str(tmp_path)))
+    assert caught.value.field == "out"
+    second.close()
+    open_folder(Options(resume=str(tmp_path))).close()
+
+
+def test_a_run_that_ends_gives_its_folder_back(tmp_path: Path) -> None:
+    held = "from pathlib import Path; import sys; from recipes.run_folder import RunFolder\n"
+    held += "assert RunFolder(Path(sys.argv[1])).claim(); print(flush=True); sys.stdin.read()"
+    words = [sys.executable, "-c", held, str(tmp_path)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        folder = RunFolder(tmp_path)
+        assert not folder.claim()
+        other.kill()
+        other.wait()
+        assert folder.claim()
+    folder.close()
 
 
 def test_an_empty_run_can_be_cut(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
@@ -11,6 +12,7 @@ from engine.config import EngineConfig
 from engine.errors import EngineDead
 from rollout.http.config import ServeConfig
 from rollout.http.options import Serve, serve_config
+from rollout.option_ranges import RANGES
 from rollout.replica import Replica
 from rollout.text.tokenizer import find_tokenizer
 from tests.helpers.fake_executor import expected_tokens
@@ -64,7 +66,33 @@ def test_options_of_serve_reach_the_configuration() -> None:
     assert (config.restart, config.weights_roots) == ("on-failure", ("/a", "/b"))
 
 
-@pytest.mark.parametrize("option,value", [("--tp", "0"), ("--port", "70000"), ("--kv-memory", "0")])
+NUMBERS = [
+    ("--tp", "0"),
+    ("--port", "70000"),
+    ("--kv-memory", "0"),
+    ("--kv-memory", "nan"),
+    ("--kv-memory", "inf"),
+    ("--mem-fraction", "1.5"),
+    ("--trainer-memory", "-1.0"),
+    ("--base-gpu", "-1"),
+    ("--weight-version", "-1"),
+    ("--weight-version", str(2**53 + 1)),
+    ("--seed", str(2**63)),
+    ("--context-length", str(2**31)),
+    ("--receive-timeout-s", "nan"),
+]
+
+
+@pytest.mark.parametrize("command", [Serve, cli.Offline])
+def test_every_number_has_a_range(command: type) -> None:
+    some = (int, float, int | None, float | None)
+    numbers = {name for name, kind in get_type_hints(command).items() if kind in some}
+    assert numbers <= set(RANGES)
+    for name in numbers:
+        assert RANGES[name].holds(getattr(command, name) or RANGES[name].most), name
+
+
+@pytest.mark.parametrize("option,value", NUMBERS)
 def test_a_value_of_serve_without_a_meaning_names_its_option(
     option: str, value: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -155,6 +183,22 @@ def test_a_missing_input_is_noticed_before_the_model_is_loaded(
     with pytest.raises(SystemExit):
         cli.main(REQUIRED)
     assert "InvalidRequest (--input)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("output", ["in.jsonl", ".", "no/out.jsonl"])
+def test_an_output_is_refused_before_the_model_is_loaded(
+    output: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delattr(cli, "launch")
+    (tmp_path / "in.jsonl").write_text("{}\n")
+    args = ["offline", "--model", "m", "--input", str(tmp_path / "in.jsonl")]
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*args, "--output", str(tmp_path / output)])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("InvalidRequest (--output): --output: ")
 
 
 def test_a_dead_engine_is_exit_code_1_and_its_reason(

@@ -255,6 +255,17 @@ def test_output_that_cannot_be_written(tmp_path: Path) -> None:
     assert caught.value.field == "output"
 
 
+def test_the_input_is_never_written_over(tmp_path: Path) -> None:
+    source, link = tmp_path / "in.jsonl", tmp_path / "link.jsonl"
+    source.write_text("{}\n")
+    link.symlink_to(source)
+    for output in (source, link):
+        with inline() as replica, pytest.raises(InvalidRequest, match="would be lost") as caught:
+            run_file(replica, TOKENIZER, source, output)
+        assert caught.value.field == "output"
+    assert source.read_text() == "{}\n"
+
+
 def test_a_death_leaves_finished_lines_on_disk(tmp_path: Path) -> None:
     with pytest.raises(EngineDead):
         answer(tmp_path, ["{broken", {"text": "abc"}], replica=spawned("die"))

@@ -1,4 +1,4 @@
-"""POST /v1/completions, with the fields that TRL reads (WIRE.md D1.7)."""
+"""POST /v1/completions, with the fields that TRL reads (docs/external_trainers.md)."""
 
 from __future__ import annotations
 

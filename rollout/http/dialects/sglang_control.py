@@ -1,4 +1,4 @@
-"""SGLang's routes for pausing, aborting, the cache and memory (WIRE.md B2)."""
+"""SGLang's routes for pausing, aborting, the cache and memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What slime's patched servers add to SGLang's information routes (WIRE.md B4)."""
+"""What slime's patched servers add to SGLang's information routes."""
 
 from __future__ import annotations
 

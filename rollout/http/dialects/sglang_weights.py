@@ -1,4 +1,4 @@
-"""SGLang's weight routes (WIRE.md B1, B4, D2): bodies in, protocol commands out."""
+"""SGLang's weight routes: bodies in, protocol commands out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bodies of vLLM's weight transfer (WIRE.md D1), which two of its routes share."""
+"""Bodies of vLLM's weight transfer, which two of its routes share."""
 
 from __future__ import annotations
 

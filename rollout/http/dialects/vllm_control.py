@@ -1,4 +1,4 @@
-"""vLLM's routes for pausing, sleeping, aborting and the prefix cache (WIRE.md D1)."""
+"""vLLM's routes for pausing, sleeping, aborting and the prefix cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""vLLM's native weight-transfer routes (WIRE.md D1), and prime-rl's call of the same path (D3)."""
+"""vLLM's native weight-transfer routes, and prime-rl's call of the same path."""
 
 from __future__ import annotations
 

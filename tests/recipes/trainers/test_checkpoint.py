@@ -65,7 +65,7 @@ def test_a_kill_while_writing_leaves_the_one_before(
     def killed(path: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "_sync", killed)
+    monkeypatch.setattr(checkpoint, "sync", killed)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(tmp_path, 2, write, {"step": 2})
     assert latest_checkpoint(tmp_path) == first

@@ -162,7 +162,10 @@ def test_missing_models_are_named(tmp_path: Path, name: str) -> None:
 
 
 def test_folder_without_a_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(ModelNotFound, match=r"tokenizer\.json"):
+    with pytest.raises(ModelNotFound, match="holds no model"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelNotFound, match=r"no tokenizer\.json"):
         load_tokenizer(tmp_path)
 
 
