@@ -19,7 +19,7 @@ import torch
 from engine.errors import UnsupportedOption
 from engine.protocol import BeginUpdate, StagingMode, TensorSpec, UpdateReport
 from trainer_bridge.adapters.base import WeightSource, spec_of
-from trainer_bridge.adapters.plain import PlainSource
+from trainer_bridge.adapters.select import source_of
 from trainer_bridge.checksum import with_checksums
 from trainer_bridge.control import LocalTarget, UpdateTarget
 from trainer_bridge.transports import disk, inproc
@@ -79,7 +79,7 @@ class Publisher:
     """Publishes one trainer's weights to the same engines, update after update.
 
     model: a transformers model or any module whose parameter names are the Hugging Face ones,
-    or a `WeightSource`. targets: replicas of this process, or `HttpTarget`s.
+    a DeepSpeedEngine or FSDP2 module of one, or a `WeightSource`. targets: replicas of this process, or `HttpTarget`s.
     """
 
     def __init__(
@@ -89,7 +89,11 @@ class Publisher:
         options: PushOptions | None = None,
     ) -> None:
         self.options = options or PushOptions()
-        self._source = PlainSource(model) if isinstance(model, torch.nn.Module) else model
+        self._source = (
+            source_of(model, bucket_bytes=self.options.bucket_bytes)
+            if isinstance(model, torch.nn.Module)
+            else model
+        )
         self._targets = targets
         self._carrier: Carrier | None = None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None

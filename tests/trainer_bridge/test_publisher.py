@@ -14,6 +14,7 @@ from engine.protocol import AbortUpdate, BeginUpdate, JoinGroup, LeaveGroup, Rec
 from tests.helpers.engines import make_replica
 from tests.helpers.tiny_models import tiny_hf, write_tiny
 from tests.trainer_bridge.test_push import logprob_gap
+from trainer_bridge.adapters.deepspeed import DeepSpeedSource
 from trainer_bridge.adapters.plain import PlainSource
 from trainer_bridge.bridge import Publisher, PushOptions
 from trainer_bridge.control import state_of
@@ -200,3 +201,11 @@ def test_a_sender_that_dies_between_buckets_leaves_the_old_version(tiny) -> None
         with Publisher(new, [replica], options("nccl")) as publisher:
             publisher.push(2)
         assert logprob_gap(replica, new, "new") < 1e-4
+
+
+def test_a_module_that_an_engine_of_deepspeed_wraps_is_read_by_its_adapter() -> None:
+    class DeepSpeedEngine(torch.nn.Linear):
+        """By its name, as `source_of` tells them."""
+
+    assert isinstance(Publisher(DeepSpeedEngine(2, 2), [])._source, DeepSpeedSource)
+    assert isinstance(Publisher(torch.nn.Linear(2, 2), [])._source, PlainSource)
