@@ -79,7 +79,8 @@ class Publisher:
     """Publishes one trainer's weights to the same engines, update after update.
 
     model: a transformers model or any module whose parameter names are the Hugging Face ones,
-    a DeepSpeedEngine or FSDP2 module of one, or a `WeightSource`. targets: replicas of this process, or `HttpTarget`s.
+    a DeepSpeedEngine or FSDP2 module of one, or a `WeightSource`.
+    targets: replicas of this process, or `HttpTarget`s.
     """
 
     def __init__(
