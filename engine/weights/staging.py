@@ -143,6 +143,14 @@ class OpenUpdate:
         self._keep(fresh, catalog)
         self.touched.update(fresh)
 
+    def _touch_one(self, name: str, catalog: Catalog) -> None:
+        """`touch` without the lists of a batch: tensors that come one by one are thousands."""
+        if name in self.touched or not catalog.held_bytes(name):
+            return
+        if self.undo is not None:
+            self.undo.keep_one(name, catalog.view(name))
+        self.touched.add(name)
+
     def _came(self, name: str, tensor: torch.Tensor) -> None:
         self.names.add(name)
         self.digest = with_tensor(self.digest, name, tensor.dtype, tensor.shape)
@@ -160,7 +168,7 @@ class OpenUpdate:
         canonical = catalog.canonical(name)
         twin = self.placed.get(canonical)
         if twin is None:
-            self.touch([canonical], catalog)
+            self._touch_one(canonical, catalog)
             self.placed_bytes += catalog.place_one(name, tensor)
             self.placed[canonical] = name
             return

@@ -61,6 +61,13 @@ class UndoCopy:
                 kept[name].copy_(tensor, non_blocking=True)
         self._kept.update(kept)
 
+    def keep_one(self, name: str, live: torch.Tensor) -> None:
+        """`keep` of a single tensor, a view without a gradient."""
+        if name in self._kept:
+            return
+        self.reserve()
+        self._kept[name] = self._room_for(live).copy_(live, non_blocking=True)
+
     def _room_for(self, live: torch.Tensor) -> torch.Tensor:
         start = self._end // live.element_size()
         self._end += -(-live.nbytes // _ALIGNMENT) * _ALIGNMENT
