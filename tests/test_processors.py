@@ -8,7 +8,6 @@ repeats the best that it has.
 from __future__ import annotations
 
 import itertools
-import os
 import subprocess
 import sys
 
@@ -31,10 +30,15 @@ NUMERIC = (
     "tests/recipes/algorithms",
     "tests/rollout/http/test_serve_process.py::test_replies_are_those_of_the_engine",
 )
-# The model that `make grpo` trains: minutes without vector instructions. No numbers: imports.
-# Processes that train: a minute a run, so once, on the oldest.
 TRAINERS = "tests/recipes/trainers/test_sharded.py"
-LEFT_OUT = ("tests/parity/test_default_model.py", "tests/kernels/test_package.py", TRAINERS)
+LEFT_OUT = (
+    # The model that `make grpo` trains: minutes without vector instructions.
+    "tests/parity/test_default_model.py",
+    # Imports, no numbers.
+    "tests/kernels/test_package.py",
+    # Processes that train: a minute a run, so they run once, in a case of their own.
+    TRAINERS,
+)
 
 CAPABILITIES = ("default", "avx2", "avx512")
 ONEDNN_SETS = ("AVX2", "AVX512_CORE", "AVX512_CORE_BF16")
@@ -68,7 +72,7 @@ def _run(changes: dict[str, str], only: list[str] | None = None) -> None:
     done = subprocess.run(
         [*command, "-m", marks, *tests],
         cwd=ROOT,
-        env={**environment, "PYTHONHASHSEED": os.environ.get("PYTHONHASHSEED", "0")},
+        env=environment,
         capture_output=True,
         text=True,
     )

@@ -40,9 +40,10 @@ class TokenBytes:
         self._falls_back = "ByteFallback" in kinds
         unknown = kinds - ({"ByteLevel", "Fuse"} if self._to_byte else _CONTEXT_FREE)
         if unknown:
+            served = ", ".join(["ByteLevel", *sorted(_CONTEXT_FREE)])
             raise ModelError(
                 f"tokenizer.json has the decoder {' and '.join(sorted(kinds))}, under which tokens "
-                f"have no bytes of their own; served are ByteLevel, {', '.join(_CONTEXT_FREE)}",
+                f"have no bytes of their own; served are {served}",
                 field="decoder",
             )
         added = backend.get_added_tokens_decoder().values()

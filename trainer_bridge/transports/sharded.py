@@ -81,8 +81,7 @@ class ShardedCarrier:
         `transports.base.publish`.
 
         begin: equal on all ranks but for the owner, of which rank 0's counts. Every rank gets
-        the report, or an error: its own, or a
-        GroupError that quotes the rank that failed.
+        the report, or an error: its own, or a GroupError that quotes the rank that failed.
         """
         begin = owned(begin, self._owner)
         prepared = False

@@ -101,6 +101,9 @@ _UNSERVED: dict[str, tuple[Any, ...]] = {
 """Options that would change the answer and that this engine does not have, with the values that
 ask for what is served; null, false, 0 and what is empty ask for nothing."""
 
+_PAIRED = ("best_of", "parallel_tool_calls")
+"""What `_check_pairs` looks at."""
+
 _STREAM_WITHOUT_EFFECT = frozenset({"include_obfuscation"})
 _STREAM_UNSERVED: dict[str, tuple[Any, ...]] = {"continuous_usage_stats": ()}
 
@@ -127,7 +130,10 @@ def _check(
     unserved: Mapping[str, tuple[Any, ...]],
     prefix: str,
 ) -> None:
-    for name in fields.keys() - set(served) - {"best_of", "parallel_tool_calls"}:
+    # In the body's order, so that of two faults the same one is named every time.
+    for name in fields:
+        if name in served or name in _PAIRED:
+            continue
         if name in unserved:
             value = decode_json(fields[name], Any, field=prefix + name, what=prefix + name)
             if value and value not in unserved[name]:
