@@ -271,7 +271,6 @@ def outside(run: Run) -> None:
         (rewritten(compression_format="lz4"), UnsupportedOption, "lz4"),
         (rewritten(delta_encoding="sparse"), UnsupportedOption, "sparse"),
         (rewritten(checksum_format="crc"), UnsupportedOption, "crc"),
-        (rewritten(checksum_format="xxh3-128"), UnsupportedOption, "xxhash"),
         (rewritten(base_version="000000"), CheckpointError, "leads from version"),
     ],
 )
@@ -287,11 +286,17 @@ def test_a_broken_version_is_refused_by_name_and_the_folder_is_marked(
     found.check(1)
 
 
-def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("package", "change"), [("zstandard", {}), ("xxhash", {"checksum_format": "xxh3-128"})]
+)
+def test_a_missing_package_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, change: dict[str, str]
+) -> None:
     found = Run(tmp_path)
-    monkeypatch.setitem(sys.modules, "zstandard", None)
-    with pytest.raises(UnsupportedOption, match=r"zstandard.*extra 'delta'"):
-        found.pull(1)
+    rewritten(**change)(found)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UnsupportedOption, match=rf"{package}.*extra 'delta'"):
+        found.pull(2)
 
 
 def test_a_delta_that_would_fill_the_memory_is_not_read_to_its_end(
