@@ -17,9 +17,21 @@ from recipes.trainers.forward import TokenScores, score_tree
 from recipes.trainers.prefix_tree import PromptResponse, build_tree, pack
 from recipes.types import Batch, Trajectory
 
+# Most nodes of a tree by default. A CPU's attention under a mask keeps the scores of every pair of
+# nodes, in each layer, for the backward pass: time and memory grow with the square.
+MAX_TOKENS = {"cpu": 1536}
+MAX_TOKENS_ELSEWHERE = 4096
 
-def microbatches(trajectories: Sequence[Trajectory], max_tokens: int) -> list[list[int]]:
-    """Indices of the trajectories of each micro-batch; see `prefix_tree.pack`."""
+
+def microbatches(
+    trajectories: Sequence[Trajectory], max_tokens: int | None, device: torch.device
+) -> list[list[int]]:
+    """Indices of the trajectories of each micro-batch; see `prefix_tree.pack`.
+
+    max_tokens: most distinct prefix tokens at once; None takes what suits the device.
+    """
+    if max_tokens is None:
+        max_tokens = MAX_TOKENS.get(device.type, MAX_TOKENS_ELSEWHERE)
     return pack([_sequence(t) for t in trajectories], max_tokens)
 
 

@@ -29,7 +29,8 @@ class OptimizerOptions:
     dither: Literal["on", "off"] = "on"
     """Start float32 masters of a bfloat16 checkpoint inside its rounding cells, so that small
     steps show at once in the bfloat16 weights; what is served at step 0 does not change."""
-    max_tokens_per_microbatch: int = 4096
-    """Distinct prefix tokens computed at once; more is faster and takes more memory."""
+    max_tokens_per_microbatch: int | None = None
+    """Distinct prefix tokens computed at once; the default is 4096 on a GPU, where more is faster
+    and takes more memory, and 1536 on a CPU, where attention keeps a score for every pair."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: far less memory, a third more time."""

@@ -140,7 +140,7 @@ class Trainer:
         return score(model, trajectories, self.temperature)
 
     def _microbatches(self, trajectories: Sequence[Trajectory]) -> list[list[int]]:
-        return microbatches(trajectories, self.options.max_tokens_per_microbatch)
+        return microbatches(trajectories, self.options.max_tokens_per_microbatch, self.device)
 
 
 def _frozen(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

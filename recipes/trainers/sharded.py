@@ -180,7 +180,8 @@ class ShardedTrainer:
 
     def _microbatches(self, trajectories: Sequence[Trajectory]) -> list[list[int]]:
         """Micro-batches of this process's share, with empty ones up to the most of any."""
-        parts = microbatches(trajectories, self._options.max_tokens_per_microbatch)
+        most_tokens = self._options.max_tokens_per_microbatch
+        parts = microbatches(trajectories, most_tokens, self._backend.model.device)
         most = max(self._world.gather([len(parts)]))
         return [[] for _ in range(most - len(parts))] + parts
 
