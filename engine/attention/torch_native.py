@@ -71,8 +71,9 @@ class TorchNativeBackend:
     def prepare(self, batch: AttentionBatch) -> TorchNativeStep:
         """Find shared runs and pad the rest into few buckets; equal for all layers."""
         pages_RP = batch.host_pages[batch.slots_R]
-        places_T = batch.write_slots_T.cpu().numpy()
-        self._pool.spoilt.written(*np.divmod(places_T, batch.page_size))
+        if self._pool.spoilt.any:
+            places_T = batch.write_slots_T.cpu().numpy()
+            self._pool.spoilt.written(*np.divmod(places_T, batch.page_size))
         own_start_R = np.zeros(len(batch.slots_R), dtype=np.int64)
         segments: list[Segment] = []
         if self._share:

@@ -21,6 +21,11 @@ class SpoiltPages:
         self._first_N = np.full(num_pages, _CLEAN, dtype=np.int32)
         self._any = False
 
+    @property
+    def any(self) -> bool:
+        """Whether a place is marked; while none is, nobody needs to say what is written."""
+        return self._any
+
     def mark(self, pages: np.ndarray, positions: np.ndarray) -> None:
         """These places (any integers; positions in their pages) got zeros for numbers that were
         not finite."""

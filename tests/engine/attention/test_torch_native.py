@@ -149,3 +149,17 @@ def test_a_row_of_nan_does_not_reach_the_next_tenant_of_its_page() -> None:
     good = backend.prepare(make_batch([[1]], [1], [1]))
     q, kv = torch.randn(1, HEADS, DIM), torch.randn(1, KV_HEADS, DIM)
     assert good.attend(0, q, kv, kv).isfinite().all()
+
+
+def test_a_step_says_what_it_writes_only_while_something_is_marked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool = make_pool()
+    backend = TorchNativeBackend(pool, num_heads=HEADS, scale=SCALE)
+    told: list[list[int]] = []
+    monkeypatch.setattr(pool.spoilt, "written", lambda pages, _: told.append(pages.tolist()))
+    backend.prepare(make_batch([[1]], [2], [2]))
+    assert told == []
+    pool.spoilt.mark(np.array([1]), np.array([0]))
+    backend.prepare(make_batch([[1]], [2], [2]))
+    assert told == [[1, 1]]
