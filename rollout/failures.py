@@ -44,7 +44,6 @@ EXTRAS: Mapping[str, str] = MappingProxyType(
         "triton": "gpu",
         "flashinfer": "gpu",
         "torch_memory_saver": "gpu",
-        "ray": "ray",
         "wandb": "wandb",
         "reasoning_gym": "gym",
         "zstandard": "delta",

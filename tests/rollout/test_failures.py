@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -84,9 +86,17 @@ def test_how_to_go_on_ends_the_line(
     assert told.startswith("Traceback") and told.endswith("QueueFull: full\n")
 
 
-def test_the_extras_are_those_of_the_project() -> None:
-    import tomllib
+ROOT = Path(__file__).resolve().parents[2]
 
-    root = Path(__file__).resolve().parents[2]
-    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-    assert set(EXTRAS.values()) <= set(project["optional-dependencies"])
+
+def test_the_extras_are_those_of_the_project() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {*EXTRAS.values(), "dev", "clients"} == set(project["optional-dependencies"])
+
+
+@pytest.mark.parametrize("module", EXTRAS)
+def test_what_an_extra_brings_is_imported(module: str) -> None:
+    imported = re.compile(rf"(import|from) {module}\b|\"{module}[\".]")
+    packages = ("engine", "kernels", "rollout", "recipes", "trainer_bridge")
+    files = [path for name in packages for path in (ROOT / name).rglob("*.py")]
+    assert any(imported.search(path.read_text()) for path in files if path.name != "failures.py")

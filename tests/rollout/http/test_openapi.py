@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter
@@ -11,6 +12,7 @@ from fastapi import APIRouter
 from rollout.http.dialects.refused import REFUSED
 from tests.helpers.http_app import Server, run, serving
 
+_TRAINERS = Path(__file__).resolve().parents[3] / "docs" / "external_trainers.md"
 _NAME = re.compile(r"^[a-zA-Z0-9._-]+$")
 # Routes that change something and read nothing.
 _NO_BODY = {
@@ -128,3 +130,18 @@ def test_it_takes_the_key_and_says_which_routes_do() -> None:
         assert described["post", "/command"]["security"] == [{"adminApiKey": []}]
 
     run(check)
+
+
+def test_the_routes_that_the_docs_name_are_there() -> None:
+    """What clients call, by the table of them; prime-rl's that is refused by 404 is told there."""
+
+    async def test() -> None:
+        async with serving() as server:
+            there = {path for _, path in routes_of(server.app)} | {"/init_broadcaster"}
+        rows = _TRAINERS.read_text().split("| client, with the version")[1].split("\n\n")[0]
+        calls = [row.split(" | ")[1] for row in rows.splitlines()[2:]]
+        named = {path for call in calls for path in re.findall(r"`(/[\w/]+)", call)}
+        assert len(named) > 40
+        assert named <= there, named - there
+
+    run(test)
