@@ -19,6 +19,7 @@ from engine.protocol import (
     ReplicaState,
     Reply,
 )
+from engine.protocol.urls import url_fault
 
 _POLL_S = 0.1
 _CONNECT_S = 10.0
@@ -29,7 +30,8 @@ class Client:
 
     generate_s: deadline of a generation. control_s: deadline of a control command; weight
     commands end by their own before. Every method raises the typed error the server answers
-    with, and EngineDead if the server cannot be reached or misses the deadline.
+    with, and EngineDead if the server cannot be reached or misses the deadline. Raises
+    InvalidRequest for what is no URL of a server.
     """
 
     def __init__(
@@ -42,12 +44,17 @@ class Client:
         control_s: float = 1800.0,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        self._url = url
+        if fault := url_fault(url):
+            raise InvalidRequest(fault, field="url")
+        self._url = url.rstrip("/")
         self._key = api_key
         self._admin_key = admin_api_key or api_key
         self._generate_s = httpx.Timeout(generate_s, connect=_CONNECT_S)
         self._control_s = httpx.Timeout(control_s, connect=_CONNECT_S)
-        self._http = httpx.Client(base_url=url, transport=transport)
+        try:
+            self._http = httpx.Client(base_url=self._url, transport=transport)
+        except httpx.InvalidURL as error:
+            raise InvalidRequest(f"{url[:200]!r} is no URL: {error}", field="url") from error
 
     def generate(
         self, requests: GenerateRequest | Sequence[GenerateRequest]

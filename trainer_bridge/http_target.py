@@ -13,6 +13,7 @@ import msgspec
 from engine.errors import EngineDead, InvalidRequest, SlipstreamError, by_name
 from engine.protocol import Control, Reply
 from engine.protocol.deadlines import deadlines
+from engine.protocol.urls import url_fault
 
 
 class HttpTarget:
@@ -24,8 +25,8 @@ class HttpTarget:
     """
 
     def __init__(self, url: str, *, api_key: str = "", timeout_s: float | None = None) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise InvalidRequest(f"{url!r} is no URL of a server: http://HOST:PORT", field="url")
+        if fault := url_fault(url):
+            raise InvalidRequest(fault, field="url")
         self.url = url.rstrip("/")
         self._api_key = api_key
         self._timeout_s = timeout_s

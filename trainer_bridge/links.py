@@ -22,6 +22,7 @@ from engine.protocol.rendezvous import NCCL_ID_KEY
 
 _POLL_S = 0.00005
 _POLLS_BETWEEN_CHECKS = 500
+_DROPPED = "the group was dropped"
 
 Check = Callable[[], None]
 """Raises when the receivers have given up; what it raises ends the wait."""
@@ -73,7 +74,13 @@ class GlooLink:
 
     def wait(self, work: _GlooWork, deadline: float, check: Check) -> None:
         """See `Link`. A member that goes breaks its connection, so nothing is left to check."""
-        work.work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
+        queued = work.work
+        if queued is None:
+            raise RuntimeError(_DROPPED)
+        queued.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
+        if work.work is None:
+            # Another thread dropped the group meanwhile: what came is not known of all members.
+            raise RuntimeError(_DROPPED)
         work.work = None
         self._queued.remove(work)
 

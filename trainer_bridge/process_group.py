@@ -81,9 +81,9 @@ class SenderGroup:
 
         Raises as `wait` does.
         """
-        assert self._link is not None, "broadcast before connect"
+        link = self._open_link()
         try:
-            return self._link.broadcast(tensor, check)
+            return link.broadcast(tensor, check)
         except (TimeoutError, RuntimeError) as error:
             raise self._broken(error) from error
 
@@ -91,11 +91,12 @@ class SenderGroup:
         """Wait for a broadcast on the host, until `deadline` (of time.monotonic) at most.
 
         Raises UpdateTimeout past it and GroupError when a member is gone, having torn the
-        group down either way; and what `check` raises, which is called now and then.
+        group down either way, or the group was dropped; and what `check` raises, which is called
+        now and then.
         """
-        assert self._link is not None, "wait after the group was dropped"
+        link = self._open_link()
         try:
-            self._link.wait(work, deadline, check)
+            link.wait(work, deadline, check)
         except (TimeoutError, RuntimeError) as error:
             raise self._broken(error, late=time.monotonic() >= deadline) from error
 
@@ -122,6 +123,14 @@ class SenderGroup:
     def _keys(self) -> PrefixStore:
         assert self._held is not None, "a group was used after its close"
         return self._held
+
+    def _open_link(self) -> Link:
+        if self._link is None:
+            raise GroupError(
+                f"group {self.name!r} is not connected, or was dropped; form it again",
+                field=self.name,
+            )
+        return self._link
 
     def _broken(self, error: Exception, *, late: bool = False) -> GroupError | UpdateTimeout:
         self.abort()

@@ -113,6 +113,13 @@ def test_a_server_that_is_not_there() -> None:
                 call()
 
 
+@pytest.mark.parametrize("url", ["localhost:30000", "http://[::1", "http://a:b", "http://"])
+def test_what_is_no_url_is_refused(url: str) -> None:
+    with pytest.raises(InvalidRequest, match="no URL") as caught:
+        Client(url)
+    assert caught.value.field == "url"
+
+
 def test_a_stream_ends_at_done_and_raises_its_errors() -> None:
     lines = 'data: {"output_ids":[1]}\n\ndata: {"output_ids":[1,2]}\n\n'
     failed = 'data: {"error":{"type":"EngineDead","message":"why","field":"leader","code":503}}\n\n'

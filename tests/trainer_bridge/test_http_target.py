@@ -48,6 +48,7 @@ def reply(status: str, body: bytes) -> bytes:
 
 
 REFUSAL = b'{"error": {"type": "UpdateOrder", "message": "busy", "field": "version"}}'
+NO_HOST = f"http://{'a' * 64}:30000"
 HOLDS_NONE = b'{"error": {"type": "WeightUpdateError", "message": "was 7"}}'
 
 
@@ -82,7 +83,7 @@ def test_nobody_at_the_address_is_named() -> None:
         HttpTarget(f"http://127.0.0.1:{port}").send(GetState())
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:30000", "ftp://host", ""])
+@pytest.mark.parametrize("url", ["127.0.0.1:30000", "ftp://host", "", "http://[::1", NO_HOST])
 def test_what_is_no_url_is_refused(url: str) -> None:
     with pytest.raises(InvalidRequest, match="no URL"):
         HttpTarget(url)
