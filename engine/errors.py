@@ -220,6 +220,13 @@ class EngineDead(SlipstreamError):
     status = 503
 
 
+NO_SAVER = (
+    "this engine was built without memory.saver, so its memory cannot be released; start it with "
+    "memory.saver on (--enable-memory-saver)"
+)
+"""What a release is refused with, wherever it is found out."""
+
+
 def of_command(name: str, error: Exception) -> SlipstreamError:
     """What the caller of a command is told of `error`, which its arguments or a mistake of ours
     raised: an error of the tree as it is; a path, value or number that the system refuses as

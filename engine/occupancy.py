@@ -14,7 +14,7 @@ from typing import get_args
 import torch
 
 from engine.config import MemoryConfig
-from engine.errors import InvalidRequest, MemoryReleased, OutOfMemory, UnsupportedOption
+from engine.errors import NO_SAVER, InvalidRequest, MemoryReleased, OutOfMemory, UnsupportedOption
 from engine.host_backup import HostBackup
 from engine.memory import gib
 from engine.protocol import MemoryReport, MemoryTag
@@ -142,11 +142,7 @@ class Occupancy:
 
     def _require_saver(self) -> MemorySaver:
         if self._saver is None:
-            raise UnsupportedOption(
-                "this engine was built without memory.saver, so its memory cannot be released; "
-                "start it with memory.saver on",
-                field="memory.saver",
-            )
+            raise UnsupportedOption(NO_SAVER, field="memory.saver")
         return self._saver
 
     def _check_order(self, wanted: Sequence[MemoryTag]) -> None:

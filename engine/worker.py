@@ -146,6 +146,7 @@ class Worker:
             tp_size=self._mesh.tp_size,
             architecture=files.config.architecture,
             model_type=str(files.source.get("model_type") or ""),
+            releases=config.memory.saver,
         )
 
     def launch(self, plan: StepPlan) -> PendingStep:

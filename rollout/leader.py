@@ -215,6 +215,7 @@ class Leader:
             open_update=self._readiness.open_update,
             refusal=self._readiness.refusal,
             groups=self._readiness.groups,
+            releases=facts.releases,
             receiving=self._weights.in_progress,
             page_size=facts.page_size,
             context_length=facts.context_length,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from msgspec.structs import replace
 
-from engine.errors import InvalidRequest, SlipstreamError, UpdateOrder
+from engine.errors import NO_SAVER, InvalidRequest, SlipstreamError, UnsupportedOption, UpdateOrder
 from engine.protocol import (
     AbortUpdate,
     BeginUpdate,
@@ -171,10 +171,14 @@ class WeightCommands:
 
     def _release(self, command: ReleaseMemory) -> Reply:
         tags = command.tags or ALL_TAGS
+        if command.pause is not None and not self._executor.facts.releases:
+            raise UnsupportedOption(NO_SAVER, field="memory.saver")
         if self._readiness.late_undo is not None:
             # It would put back what is gone by then.
             self.queue.abandon(self._readiness.late_undo)
-        self._readiness.check_release(tags, self._scheduler.stats())
+        self._readiness.check_release(tags, self._scheduler.stats(), pause=command.pause)
+        if command.pause is not None:
+            self._emit(self._scheduler.pause(command.pause))
         if "kv_cache" in tags:
             self._scheduler.flush_cache()
         reply = self._executor.handle(command)

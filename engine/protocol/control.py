@@ -62,9 +62,14 @@ class GetWeight(Struct, frozen=True, kw_only=True, tag="get_weight"):
 
 class ReleaseMemory(Struct, frozen=True, kw_only=True, tag="release_memory"):
     """Give GPU memory back: weights, KV pool, CUDA graphs; empty tags mean all. Refused while
-    requests hold KV pages. `kv_cache` drops every cached prefix. Idempotent."""
+    requests hold KV pages. `kv_cache` drops every cached prefix. Idempotent.
+
+    pause: stop stepping by this mode first, as `Pause` does. What refuses the release is looked at
+        before: then nothing is paused, and no request ended or moved.
+    """
 
     tags: MemoryTags = msgspec.field(default_factory=list)
+    pause: PauseMode | None = None
 
 
 class ResumeMemory(Struct, frozen=True, kw_only=True, tag="resume_memory"):
@@ -202,6 +207,8 @@ class ReplicaState(Struct, frozen=True, kw_only=True, tag="state"):
     """Version of the update between its begin and its commit."""
     refusal: str = ""
     """Why no step may run, if so: weights are released, or an in-place update failed."""
+    releases: bool = False
+    """Whether memory can be given back: the engine was built with `memory.saver`."""
     groups: list[str] = msgspec.field(default_factory=list)
     receiving: list[str] = msgspec.field(default_factory=list)
     """Weight commands in progress beside steps, and those that wait for them, in order."""

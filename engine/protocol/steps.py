@@ -25,7 +25,8 @@ from engine.protocol.types import (
 class EngineFacts(Struct, frozen=True, kw_only=True):
     """What the ranks resolved at start-up; constant for the life of the replica.
 
-    architecture, model_type: as in config.json, "" where nothing says.
+    architecture, model_type: as in config.json, "" where nothing says. releases: memory can be
+    given back and taken again.
     """
 
     model: str
@@ -42,6 +43,7 @@ class EngineFacts(Struct, frozen=True, kw_only=True):
     tp_size: Count = 1
     architecture: str = ""
     model_type: str = ""
+    releases: bool = False
 
 
 class RowSampling(Struct, frozen=True, kw_only=True):

@@ -14,7 +14,14 @@ import time
 from collections.abc import Coroutine
 from typing import Any, Literal, TypeVar
 
-from engine.errors import EngineDead, SlipstreamError
+from engine.errors import (
+    NO_SAVER,
+    EngineDead,
+    InvalidRequest,
+    SlipstreamError,
+    UnsupportedOption,
+    UpdateOrder,
+)
 from engine.protocol import (
     CheckWeights,
     FlushCache,
@@ -120,6 +127,22 @@ class Controller:
         """
         return await self._whole(self._resume())
 
+    async def sleep(
+        self, mode: PauseMode | Literal["wait"], tags: list[MemoryTag], *, wait_s: float = 600.0
+    ) -> Reply:
+        """Pause as `pause` does and give memory back; an empty list means all of it.
+
+        Whoever is told that there is no sleep here does not wake the engine up: what refuses it is
+        looked at first, and leaves generation as it was. Raises what `pause` raises, and
+        UnsupportedOption, InvalidRequest or UpdateOrder where the memory may not go.
+        """
+        state = await self._engine.state(max_age_s=0.0)
+        if not state.releases:
+            raise UnsupportedOption(NO_SAVER, field="memory.saver")
+        if mode == "wait":
+            await self._idle.pause(min(wait_s, MAX_WAIT_S))
+        return await self._whole(self._sleep(mode, tags, was_paused=state.paused))
+
     async def release_memory(self, tags: list[MemoryTag]) -> Reply:
         """Give memory back; an empty list means all of it."""
         return await self._whole(self._release(ReleaseMemory(tags=tags)))
@@ -221,6 +244,22 @@ class Controller:
         finally:
             self._idle.release()
         return waiting
+
+    async def _sleep(
+        self, mode: PauseMode | Literal["wait"], tags: list[MemoryTag], *, was_paused: bool
+    ) -> Reply:
+        await self._updates.settle()
+        if mode != "wait":
+            self._idle.cancel(f"a sleep by mode {mode}")
+        try:
+            pause: PauseMode = "keep" if mode == "wait" else mode
+            return await self._release(ReleaseMemory(tags=tags, pause=pause))
+        except (InvalidRequest, UpdateOrder):
+            if mode == "wait" and not was_paused:
+                await self._engine.send(Resume())
+            raise
+        finally:
+            self._idle.release()
 
     async def _release(self, command: ReleaseMemory) -> Reply:
         await self._updates.quiet("a release of memory")

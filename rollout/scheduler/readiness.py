@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import get_args
 
 from engine.errors import InvalidRequest, MemoryReleased, UpdateOrder
-from engine.protocol import AbortUpdate, BeginUpdate, MemoryTag
+from engine.protocol import AbortUpdate, BeginUpdate, MemoryTag, PauseMode
 from engine.protocol.deadlines import capped
 from rollout.scheduler.stats import SchedulerStats
 
@@ -102,9 +102,12 @@ class Readiness:
             return None
         return self.written
 
-    def check_release(self, tags: Iterable[MemoryTag], stats: SchedulerStats) -> None:
-        """Raise unless `tags` may be released now: InvalidRequest while requests need them,
-        UpdateOrder while an update writes weights, or one that timed out can still be undone."""
+    def check_release(
+        self, tags: Iterable[MemoryTag], stats: SchedulerStats, *, pause: PauseMode | None = None
+    ) -> None:
+        """Raise unless `tags` may be released now, or once a `pause` has stopped generation:
+        InvalidRequest while requests need them, UpdateOrder while an update writes weights, or one
+        that timed out can still be undone."""
         asked = set(tags) - self._released
         late = self.late_undo
         version = self.open_update if late is None else late.version
@@ -114,7 +117,7 @@ class Readiness:
                 "weights",
                 field="version",
             )
-        if not asked or stats.num_running == 0:
+        if not asked or stats.num_running == 0 or pause in ("abort", "retract"):
             return
         if "kv_cache" in asked:
             raise InvalidRequest(
@@ -122,7 +125,7 @@ class Readiness:
                 "'retract' or 'abort', before releasing kv_cache",
                 field="tags",
             )
-        if not stats.paused:
+        if not stats.paused and pause is None:
             raise InvalidRequest(
                 f"{stats.num_running} requests are running; pause before releasing "
                 f"{', '.join(sorted(asked))}",

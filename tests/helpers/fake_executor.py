@@ -99,8 +99,8 @@ class Answered:
 
 class FakeExecutor:
     """See the module. `model` "missing" is not found, "exit" leaves the process while it
-    loads, "raise" raises what is no error of ours, "hang" sleeps in its first step, "die" leaves
-    in it."""
+    loads, "lasting" gives no memory back, "raise" raises what is no error of ours, "hang" sleeps
+    in its first step, "die" leaves in it."""
 
     def __init__(self, config: EngineConfig) -> None:
         if config.model == "missing":
@@ -122,6 +122,7 @@ class FakeExecutor:
             architecture="FakeForCausalLM",
             model_type="fake",
         )
+            releases=config.model != "lasting",
         self.closed = False
         self._rows: dict[int, list[int]] = {}
         self._prompts: dict[int, tuple[int, int]] = {}

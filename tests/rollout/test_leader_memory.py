@@ -8,7 +8,13 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from engine.errors import InvalidRequest, MemoryReleased, UpdateOrder, WeightUpdateError
+from engine.errors import (
+    InvalidRequest,
+    MemoryReleased,
+    NoVersion,
+    UnsupportedOption,
+    UpdateOrder,
+)
 from engine.protocol import (
     AbortUpdate,
     BeginUpdate,
@@ -136,6 +142,37 @@ def test_release_is_refused_under_requests_and_works_once_they_are_retracted(rep
     replica.send(Resume())
     assert replica.state().pause_mode is None
     assert run(replica)["a"].token_ids.tolist() == expected_tokens(PROMPT, 8)
+
+
+def test_a_release_that_pauses_is_refused_before_it_pauses(replica) -> None:
+    replica.submit([make_request("a", PROMPT)])
+    replica.step()
+    replica.send(BeginUpdate(version=1))
+    with pytest.raises(UpdateOrder, match="version 1 is open"):
+        replica.send(ReleaseMemory(pause="abort"))
+    replica.send(AbortUpdate(version=1))
+    with pytest.raises(InvalidRequest, match="hold KV pages"):
+        replica.send(ReleaseMemory(pause="keep"))
+    assert not replica.state().paused
+    replica.send(ReleaseMemory(tags=["kv_cache"], pause="retract"))
+    assert replica.state().pause_mode == "retract"
+    replica.send(ResumeMemory())
+    replica.send(Resume())
+    assert run(replica)["a"].token_ids.tolist() == expected_tokens(PROMPT, 8)
+
+
+@pytest.mark.parametrize("model,kind", [("fake", "abort"), ("lasting", "length")])
+def test_a_release_that_aborts_needs_memory_that_goes(model: str, kind: str) -> None:
+    with inline(model) as replica:
+        replica.submit([make_request("a", PROMPT)])
+        replica.step()
+        if model == "lasting":
+            with pytest.raises(UnsupportedOption, match=r"memory\.saver"):
+                replica.send(ReleaseMemory(pause="abort"))
+        else:
+            replica.send(ReleaseMemory(pause="abort"))
+        finish = run(replica)["a"].finish
+        assert finish is not None and finish.type == kind
 
 
 def test_an_update_while_requests_run_follows_their_policies(replica) -> None:

@@ -8,7 +8,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from msgspec import Meta
 
-from engine.errors import EngineDead, InvalidRequest, SlipstreamError
+from engine.errors import EngineDead, SlipstreamError
 from engine.protocol import Abort, MemoryTag
 from engine.protocol.types import Patience, RequestId
 from rollout.http.dialects.bodies import read_body, read_query
@@ -82,17 +82,11 @@ class _Generation:
         return await answer(request, self._sleep(read_query(request, _Sleep)))
 
     async def _sleep(self, query: _Sleep) -> Response:
-        was_paused = (await self._engine.state(max_age_s=0.0)).paused
-        await self._control.pause(query.mode, wait_s=query.timeout_s)
         tags = _memory(query.tags)
         if query.level > 0 and (tags or not query.tags):
-            try:
-                await self._control.release_memory(tags)
-            except InvalidRequest:
-                # Whoever is told that there is no sleep here does not wake the engine up.
-                if not was_paused:
-                    await self._control.resume()
-                raise
+            await self._control.sleep(query.mode, tags, wait_s=query.timeout_s)
+        else:
+            await self._control.pause(query.mode, wait_s=query.timeout_s)
         return json_response({"status": "asleep"})
 
     async def wake_up(self, request: Request) -> Response:

@@ -31,6 +31,7 @@ from engine.protocol import (
 from tests.helpers.control_calls import FOUR, accept, kinds, push, refuse
 from tests.helpers.fake_executor import expected_tokens
 from tests.helpers.http_app import run, serving, until
+from tests.helpers.replicas import fake_config
 
 
 def test_tensors_open_an_update_and_the_resume_commits_it() -> None:
@@ -300,6 +301,27 @@ def test_a_sleep_that_is_not_served_leaves_generation_as_it_was(paused: bool) ->
     run(test)
 
 
+@pytest.mark.parametrize("mode", ["abort", "wait", "keep"])
+@pytest.mark.parametrize("why", ["no saver", "an update is open"])
+def test_what_refuses_a_sleep_does_so_before_any_request_ends(why: str, mode: str) -> None:
+    async def test() -> None:
+        engine = fake_config("lasting" if why == "no saver" else "fake")
+        async with serving(engine=engine) as server:
+            if why != "no saver":
+                await server.post("/command", {"type": "begin_update", "version": 1})
+            body = {"input_ids": [1], "sampling_params": {"max_new_tokens": 200}}
+            running = asyncio.create_task(server.post("/generate", body))
+            await until(lambda: server.engine.num_open == 1)
+            reply = await server.post(f"/sleep?mode={mode}&tags=weights")
+            kind = "UnsupportedOption" if why == "no saver" else "UpdateOrder"
+            assert reply.json()["error"]["type"] == kind, reply.text
+            assert mode == "wait" or not running.done()
+            assert (await running).json()["output_ids"] == expected_tokens([1], 200)
+            assert (await server.get("/is_paused")).json() == {"is_paused": False}
+
+    run(test)
+
+
 def test_sleep_and_wake() -> None:
     async def test() -> None:
         async with serving() as server:
@@ -312,8 +334,7 @@ def test_sleep_and_wake() -> None:
             assert (await server.get("/is_sleeping")).json() == {"is_sleeping": False}
             assert (await server.get("/is_paused")).json() == {"is_paused": False}
             assert server.commands() == [
-                Pause(mode="keep"),
-                ReleaseMemory(),
+                ReleaseMemory(pause="keep"),
                 ResumeMemory(tags=["weights"]),
                 ResumeMemory(tags=["kv_cache", "cuda_graph"]),
                 Resume(),
