@@ -150,8 +150,9 @@ class FleetDivided(WeightUpdateError):
 
 
 class NoVersion(WeightUpdateError):
-    """The engine was started again after it had taken an update, and what it could load is older
-    than what was published: it serves nothing until a whole version is published again."""
+    """The engine holds no version that it may serve, and refuses every request until a whole one is
+    published: it was started again after an update, and could load only what is older; or an
+    update that was written in place failed, and its weights may be a mixture."""
 
     status = 503
 

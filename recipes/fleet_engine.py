@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 Launch = Callable[[], Replica]
 """Starts the engine's replica anew, from its configuration."""
 
-_LOST = {"EngineDead", "WeightUpdateError"}
+_LOST = {"EngineDead", "WeightUpdateError", "NoVersion"}
 """Errors of a request that say nothing of it: its engine died, or holds no whole weights."""
 
 

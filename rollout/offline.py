@@ -64,7 +64,7 @@ __all__ = [
     "writing",
 ]
 
-_REFUSED = {"InvalidRequest", "ContextTooLong", "UnsupportedOption", "QueueFull"}
+_REFUSED = {"InvalidRequest", "ContextTooLong", "UnsupportedOption", "QueueFull", "NoVersion"}
 
 
 @dataclass(frozen=True, kw_only=True)

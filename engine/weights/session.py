@@ -29,11 +29,11 @@ from contextlib import contextmanager
 import torch
 
 from engine.errors import (
+    NoVersion,
     OutOfMemory,
     SlipstreamError,
     UpdateOrder,
     UpdateTimeout,
-    WeightUpdateError,
 )
 from engine.memory import free_bytes
 from engine.protocol import BeginUpdate, TensorPiece, TensorSpec, UpdateReport
@@ -125,10 +125,10 @@ class UpdateSession:
         load_initial(self._model, self.catalog, source, origin)
 
     def require_servable(self) -> None:
-        """Raise WeightUpdateError while the weights may be a mixture. From any thread."""
+        """Raise NoVersion while the weights may be a mixture. From any thread."""
         refusal = self._torn.refusal
         if refusal:
-            raise WeightUpdateError(refusal, field="version")
+            raise NoVersion(refusal, field="version")
 
     def begin(self, command: BeginUpdate) -> OpenUpdate:
         """Open the update to `command.version`, and return it; the same again starts it again.

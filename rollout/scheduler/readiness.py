@@ -78,9 +78,9 @@ class Readiness:
 
     @property
     def no_version(self) -> str:
-        """Why requests are refused at once, or "": the engine was started again and nothing whole
-        was published since."""
-        return self._no_version
+        """Why requests are refused at once, or "": ranks hold unfinished weights, or the engine was
+        started again and nothing whole was published since."""
+        return self._broken or self._no_version
 
     @property
     def _writes_in_place(self) -> bool:

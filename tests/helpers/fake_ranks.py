@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from engine.config import EngineConfig
-from engine.errors import EngineDead, OutOfMemory, WeightUpdateError
+from engine.errors import EngineDead, NoVersion, OutOfMemory, WeightUpdateError
 from engine.protocol import (
     BeginUpdate,
     BesideSteps,
@@ -88,7 +88,7 @@ class FakeRank(FakeExecutor):
         """Misbehave, or queue the step. As on a GPU, rank 0 waits for its result only."""
         self._trace.append(f"step {plan.step}")
         if self._kind == "refuse":
-            raise WeightUpdateError("the weights are a mixture", field="version")
+            raise NoVersion("the weights are a mixture", field="version")
         if self._kind == "leave" and self._is_bad:
             os._exit(5)
         if self._kind == "stall" and self._is_bad:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from engine.errors import ContextTooLong, EngineDead, ManifestMismatch
 from engine.protocol import (
     BeginUpdate,
     CommitUpdate,
+    FinishReason,
     GetState,
     JoinGroup,
     PrepareUpdate,
@@ -21,6 +23,7 @@ from engine.protocol import (
     Request,
     RequestOutput,
 )
+from recipes import fleet_engine
 from recipes.fleet import FleetActor, _deal
 from recipes.world import World
 from tests.helpers.char_model import char_model
@@ -107,8 +110,6 @@ def test_outputs_come_in_the_order_of_the_requests() -> None:
 def test_a_refused_request_raises_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
     from msgspec.structs import replace
 
-    from engine.protocol import FinishReason
-
     actor, replicas = fleet(1)
     generate = replicas[0].actor.generate
     finish = FinishReason(type="abort", message="too long", error="ContextTooLong")
@@ -119,6 +120,25 @@ def test_a_refused_request_raises_its_error(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(replicas[0].actor, "generate", refusing)
     with pytest.raises(ContextTooLong, match="0-0: too long"):
         actor.generate(requests(1, 1))
+
+
+@pytest.mark.parametrize("kind,lost", [("NoVersion", True), ("ContextTooLong", False)])
+def test_an_engine_without_whole_weights_is_lost_and_answers_nothing(
+    kind: str, lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = requests(1, 2)
+    finish = FinishReason(type="abort", message="publish a whole version", error=kind)
+    none = np.zeros(0, np.int32)
+    outputs = [
+        RequestOutput(
+            rid=r.rid, start=0, token_ids=none, logprobs=none.view(np.float32), finish=finish
+        )
+        for r in asked
+    ]
+    monkeypatch.setattr(fleet_engine, "run", lambda *_, **__: iter(outputs))
+    done: dict[str, RequestOutput] = {}
+    error = fleet_engine.FleetEngine(0, FakeReplica(), None).generate(asked, done)
+    assert (error is not None, len(done)) == (lost, 0 if lost else 2)
 
 
 def test_every_engine_is_flushed_and_closed() -> None:

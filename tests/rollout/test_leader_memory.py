@@ -228,7 +228,7 @@ class DeadExecutor(FakeExecutor):
 
     def execute(self, plan: StepPlan):
         if self.dead:
-            raise WeightUpdateError("the weights are a mixture", field="version")
+            raise NoVersion("the weights are a mixture", field="version")
         return super().execute(plan)
 
     def launch(self, plan: StepPlan) -> FakePending:
@@ -242,12 +242,15 @@ class DeadExecutor(FakeExecutor):
 @pytest.mark.parametrize("overlap", [True, False])
 def test_an_update_that_died_in_place_is_told_until_the_next(overlap: bool) -> None:
     config = fake_config(overlap=overlap)
-    with InlineReplica(config, DeadExecutor(config)) as replica:
+    executor = DeadExecutor(config)
+    with InlineReplica(config, executor) as replica:
         replica.submit([make_request("a", PROMPT)])
-        assert run(replica)["a"].finish.error == "WeightUpdateError"
+        assert run(replica)["a"].finish.error == "NoVersion"
         assert replica.state().refusal == "the weights are a mixture"
+        executor.dead = False
         replica.submit([make_request("b", PROMPT)])
-        assert run(replica)["b"].finish.error == "WeightUpdateError", "it is told at once"
+        finish = run(replica)["b"].finish
+        assert (finish.error, finish.message) == ("NoVersion", "the weights are a mixture")
         publish(replica, 1, 0)
         assert replica.state().refusal == ""
         replica.submit([make_request("c", PROMPT)])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.errors import GroupError, UpdateOrder, WeightUpdateError
+from engine.errors import GroupError, NoVersion, UpdateOrder
 from engine.protocol import (
     AbortUpdate,
     BeginUpdate,
@@ -121,7 +121,7 @@ def test_a_sender_that_dies_leaves_the_engine_as_stated(folder, new, mode: str) 
             assert list(after.token_ids) == list(want.token_ids)
             assert list(after.logprobs) == list(want.logprobs), "bit for bit"
         else:
-            assert after.finish.error == WeightUpdateError.__name__
+            assert after.finish.error == NoVersion.__name__
             assert "written in place" in replica.state().refusal
         sender = join(replica)
         replica.send(BeginUpdate(version=2, manifest=specs(new), mode=mode))
