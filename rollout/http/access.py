@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import os
 import socket
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -37,11 +39,12 @@ class Access:
         its way to the engine, whichever route it came by."""
         if isinstance(command, LoadFromDisk):
             self.check_folder(command.path)
+            self.check_links(command.path)
         elif isinstance(command, StartProfile):
             self.profile_folder(command.folder)
 
     def check_folder(self, path: str) -> None:
-        """Raise Forbidden (`path`) unless the folder, its links followed, is below a
+        """Raise Forbidden (`path`) unless the folder or file, its links followed, is below a
         `--weights-root`; without roots, unless only this machine reaches the server."""
         if not self._roots:
             if self._exposed:
@@ -51,15 +54,40 @@ class Access:
                     field="path",
                 )
             return
-        real = _real(path, "path")
-        # A root may be a link to the run that is the latest now.
-        if not any(real.is_relative_to(_real(str(root), "path")) for root in self._roots):
-            named = ", ".join(str(root) for root in self._roots)
+        real, roots = _real(path, "path"), self._real_roots()
+        # A file of a snapshot is itself a link to a blob.
+        beside = roots + hub_blobs(_real(os.path.dirname(path), "path"), roots)
+        if not any(real.is_relative_to(root) for root in beside):
             raise Forbidden(
-                f"{path[:200]} is outside of {named}; put the weights there, or start the server "
-                "with another --weights-root",
+                f"{path[:200]} is outside of {self._named_roots()}; put the weights there, or "
+                "start the server with another --weights-root",
                 field="path",
             )
+
+    def check_links(self, path: str) -> None:
+        """Raise Forbidden (`path`), naming the link, for one in the folder, or beside the file,
+        that leads out of the roots; without roots there is nothing to leave. Those of a hub's cache
+        may lead to its blobs. They are looked at now: whoever may write below a root is trusted not
+        to exchange them meanwhile."""
+        if not self._roots:
+            return
+        real, roots = _real(path, "path"), self._real_roots()
+        folder = real if real.is_dir() else _real(os.path.dirname(path), "path")
+        open_to = roots + hub_blobs(folder, roots)
+        for link in links_in(folder):
+            if not any(_real(str(link), "path").is_relative_to(place) for place in open_to):
+                raise Forbidden(
+                    f"{str(link)[:200]} is a link that leads out of {self._named_roots()}; put the "
+                    "file itself there, or start the server with another --weights-root",
+                    field="path",
+                )
+
+    def _real_roots(self) -> list[Path]:
+        """Where the roots are now: one may be a link to the run that is the latest."""
+        return [_real(str(root), "path") for root in self._roots]
+
+    def _named_roots(self) -> str:
+        return ", ".join(str(root) for root in self._roots)
 
     def profile_folder(self, path: str | None) -> str:
         """The folder that a profile is written to: `path`, or one of the root where none is
@@ -112,6 +140,28 @@ class Access:
         if found == _plain(caller):
             return True
         return any(found in network for entry in self._rendezvous if (network := _network(entry)))
+
+
+def links_in(folder: Path) -> Iterator[Path]:
+    """Every link in a folder and in those within it; a link to a folder is not entered."""
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            found = Path(place, name)
+            if found.is_symlink():
+                yield found
+
+
+def hub_blobs(folder: Path, roots: Sequence[Path]) -> list[Path]:
+    """Where the links of a folder lead that is a snapshot in a cache of Hugging Face's hub, which
+    is laid out as models--OWNER--NAME/{blobs,snapshots/REVISION}. Empty for another folder, and
+    for one outside of `roots`."""
+    if not any(folder.is_relative_to(root) for root in roots):
+        return []
+    for place in (folder, *folder.parents):
+        model = place.parent.parent
+        if place.parent.name == "snapshots" and model.name.startswith("models--"):
+            return [model / "blobs"]
+    return []
 
 
 def _real(path: str, field: str) -> Path:

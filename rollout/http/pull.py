@@ -18,6 +18,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator
 from hashlib import blake2b
@@ -37,6 +38,7 @@ STATE_FOLDER = ".weight_sync"
 _MARK = "unfinished"
 _BESIDE = "beside"
 _POLL_S = 0.05
+_NAME = re.compile(r"weight_v\d{6,}")
 _PRUNED = (".safetensors", ".safetensors.index.json")
 
 
@@ -179,6 +181,17 @@ def _published(source: Path | None, version: int) -> Path:
     if not folder.is_dir():
         raise ModelNotFound(f"{folder} is not there", field="source_dir")
     return folder
+
+
+def publications(source: Path | None, version: int) -> list[Path]:
+    """The folders of `source` that a pull to `version` may read."""
+    if source is None or not source.is_dir():
+        return []
+    return [
+        folder
+        for folder in sorted(source.iterdir())
+        if _NAME.fullmatch(folder.name) and int(folder.name.removeprefix("weight_v")) <= version
+    ]
 
 
 def _folder_of(source: Path, version: int) -> Path:

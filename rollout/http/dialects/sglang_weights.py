@@ -49,7 +49,7 @@ from rollout.http.dialects.sglang_replies import admin
 from rollout.http.errors import json_response
 from rollout.http.openapi import takes
 from rollout.http.operations import Operations
-from rollout.http.pull import pull, require_pulled
+from rollout.http.pull import publications, pull, require_pulled
 from rollout.http.services import Services
 
 _FLAT = "flattened_bucket"
@@ -132,7 +132,7 @@ class _Weights:
         self._access = services.access
         self._control = services.control
         self._engine = services.engine
-        self._check_folder = services.access.check_folder
+        self._access = services.access
         self._base = services.config.engine.model
         self._operations = Operations()
         self._num_pulls = 0
@@ -212,14 +212,14 @@ class _Weights:
         local = Path(folder(body.local_checkpoint_dir, "local_checkpoint_dir"))
         source = Path(folder(body.source_dir, "source_dir")) if body.source_dir else None
         for path in (local, source) if source is not None else (local,):
-            self._check_folder(str(path))
+            self._access.check_folder(str(path))
         await self._operations.run(self._pull(local, source, body))
         return {"message": f"{local} holds version {body.target_version}"}
 
     async def _pull(self, local: Path, source: Path | None, body: _Pull) -> None:
         limit_s = capped(body.timeout_s)
         run = partial(
-            pull,
+            self._checked_pull,
             local,
             source=source,
             base=Path(self._base),
@@ -239,6 +239,11 @@ class _Weights:
             ) from error
         finally:
             self._num_pulls -= 1
+
+    def _checked_pull(self, local: Path, *, source: Path | None, version: int, **more: Any) -> None:
+        for place in (local, *publications(source, version)):
+            self._access.check_links(str(place))
+        pull(local, source=source, version=version, **more)
 
     async def new_version(self, request: Request) -> dict[str, Any]:
         body = await read_body(request, _NewVersion)

@@ -71,6 +71,84 @@ def test_a_root_that_is_a_link_is_where_it_leads_now(tmp_path: Path) -> None:
             found.check_folder(str(tmp_path / other / "v1"))
 
 
+def test_a_link_within_a_folder_stays_below_the_roots(tmp_path: Path) -> None:
+    root, other = tmp_path / "root", tmp_path / "other"
+    (root / "v1" / "parts").mkdir(parents=True)
+    (root / "shared").mkdir()
+    other.mkdir()
+    for place in (root / "shared" / "a", other / "a"):
+        place.touch()
+    (root / "v1" / "a").symlink_to(root / "shared" / "a")
+    (root / "v1" / "b").symlink_to("../shared/absent")
+    (root / "v1" / "back").symlink_to(other)
+    found, unbound = access(weights_roots=(str(root),)), access()
+    both = access(weights_roots=(str(root), str(other)))
+    for place, target in (("back", other), ("parts/c", other / "a"), ("d", "../../other/a")):
+        (root / "v1" / "back").unlink(missing_ok=True)
+        found.check(LoadFromDisk(path=str(root / "v1")))
+        link = root / "v1" / place
+        link.symlink_to(target)
+        with pytest.raises(Forbidden, match=f"{place} is a link that leads out") as caught:
+            found.check(LoadFromDisk(path=str(root / "v1")))
+        assert caught.value.field == "path"
+        with pytest.raises(Forbidden):
+            found.check(LoadFromDisk(path=str(root / "v1" / "model.safetensors.index.json")))
+        for other_access in (unbound, both):
+            other_access.check(LoadFromDisk(path=str(root / "v1")))
+        link.unlink()
+
+
+@pytest.mark.parametrize("root", ["", "models--o--m", "models--o--m/snapshots/r1"])
+def test_a_snapshot_of_a_hub_is_read_with_its_blobs(root: str, tmp_path: Path) -> None:
+    model = tmp_path / "models--o--m"
+    snapshot = model / "snapshots" / "r1"
+    snapshot.mkdir(parents=True)
+    (model / "blobs").mkdir()
+    (model / "blobs" / "f00").touch()
+    (snapshot / "model.safetensors").symlink_to("../../blobs/f00")
+    found = access(weights_roots=(str(tmp_path / root),))
+    for path in (snapshot, snapshot / "model.safetensors"):
+        found.check(LoadFromDisk(path=str(path)))
+    (snapshot / "more").symlink_to(tmp_path / ".." / "elsewhere")
+    with pytest.raises(Forbidden, match="more is a link"):
+        found.check(LoadFromDisk(path=str(snapshot)))
+
+
+def test_a_name_like_a_hubs_opens_nothing_outside_of_the_roots(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "models--o--m").mkdir(parents=True)
+    blobs = tmp_path / "models--o--m" / "blobs"
+    snapshot = tmp_path / "models--o--m" / "snapshots" / "r1"
+    for folder in (blobs, snapshot):
+        folder.mkdir(parents=True)
+    (blobs / "f00").touch()
+    (root / "snapshots").symlink_to(snapshot.parent)
+    with pytest.raises(Forbidden):
+        access(weights_roots=(str(root),)).check(LoadFromDisk(path=str(root / "snapshots" / "r1")))
+
+
+def test_a_pull_follows_no_link_out_of_the_roots(tmp_path: Path) -> None:
+    async def test() -> None:
+        root, other = tmp_path / "root", tmp_path / "other"
+        version = root / "published" / "weight_v000001"
+        version.mkdir(parents=True)
+        other.mkdir()
+        (other / "model.safetensors").write_bytes(b"secret")
+        (version / "model.safetensors").symlink_to(other / "model.safetensors")
+        async with serving(weights_roots=(str(root),)) as server:
+            body = {
+                "target_version": 1,
+                "local_checkpoint_dir": str(root / "local"),
+                "source_dir": str(root / "published"),
+            }
+            reply = await server.post("/pull_weights", body)
+            assert reply.status_code in (400, 403)
+            assert "is a link that leads out" in reply.text
+            assert not (root / "local").exists()
+
+    run(test)
+
+
 def test_an_exposed_server_without_a_root_names_the_option() -> None:
     with pytest.raises(Forbidden, match="--weights-root DIR"):
         access(**EXPOSED).check(LoadFromDisk(path="/x"))
