@@ -19,6 +19,7 @@ from torch._C._distributed_c10d import HashStore
 
 from engine.config import Device
 from engine.errors import InvalidRequest
+from engine.protocol.rendezvous import RES_OPTIONS
 
 T = TypeVar("T")
 
@@ -131,6 +132,8 @@ def uses_gpu(device: Device) -> bool:
 
 
 def _join(backend: str, *, alone: bool) -> None:
+    # Read by threads that ask the resolver for the first time, as those of the stores do.
+    os.environ.setdefault("RES_OPTIONS", RES_OPTIONS)
     timeout = timedelta(seconds=TIMEOUT_S)
     if alone:
         store = HashStore()

@@ -37,6 +37,7 @@ from engine.protocol import (
     UpdateReport,
 )
 from engine.protocol.deadlines import REPLY_S, SILENT_S, START_S, deadlines
+from engine.protocol.rendezvous import RES_OPTIONS
 from rollout.columns import from_columns
 from rollout.ipc import Channel, encode_frame
 from rollout.last_words import cause_of_death, log_tail
@@ -213,6 +214,7 @@ class ProcessReplica:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         # Threads of a CPU engine that spin at barriers take the processor from whoever feeds it.
         environment.setdefault("OMP_WAIT_POLICY", "passive")
+        environment.setdefault("RES_OPTIONS", RES_OPTIONS)
         with self._log_path().open("a+b") as log:
             return subprocess.Popen(
                 command,

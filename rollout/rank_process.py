@@ -13,6 +13,7 @@ from pathlib import Path
 
 from engine.errors import EngineDead
 from engine.protocol import Reply
+from engine.protocol.rendezvous import RES_OPTIONS
 from rollout.ipc import Channel
 
 _POLL_S = 0.1
@@ -63,6 +64,7 @@ class RankProcess:
         # Ranks that all start a thread a core stall each other.
         threads = max(1, (os.cpu_count() or 1) // num_ranks)
         environment.setdefault("OMP_NUM_THREADS", str(threads))
+        environment.setdefault("RES_OPTIONS", RES_OPTIONS)
         with self._log.open("a+b") as log:
             self._process = subprocess.Popen(
                 command,

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
@@ -30,6 +31,7 @@ from engine.protocol import (
     Resume,
     SetVersion,
 )
+from engine.protocol.rendezvous import RES_OPTIONS
 from rollout.process_replica import ProcessReplica
 from rollout.replica import InlineReplica, Replica
 from tests.helpers.fake_executor import POISON, FakeExecutor, expected_tokens
@@ -219,6 +221,18 @@ def test_a_model_that_is_missing_is_typed_also_when_spawned() -> None:
     with pytest.raises(ModelNotFound) as caught:
         spawned("missing")
     assert caught.value.field == "model"
+
+
+@pytest.mark.parametrize("own", [None, "timeout:3"])
+def test_a_spawned_leader_asks_the_resolver_again_soon(
+    own: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RES_OPTIONS", raising=False)
+    if own is not None:
+        monkeypatch.setenv("RES_OPTIONS", own)
+    with spawned() as replica:
+        environment = Path(f"/proc/{replica._process.pid}/environ").read_bytes().split(b"\0")
+    assert f"RES_OPTIONS={own or RES_OPTIONS}".encode() in environment
 
 
 def test_a_leader_that_leaves_while_loading() -> None:
