@@ -76,7 +76,8 @@ class GlooGroup:
     def empty(self, num_bytes: int) -> torch.Tensor:
         """See `Group`. There is room behind it, which costs no memory until something comes
         there: gloo ends the process for a message that is larger than what it may fill, as from
-        a trainer that announces bfloat16 and sends float32."""
+        a trainer that announces bfloat16 and sends float32. Its size comes with the message
+        itself, to gloo alone, so it cannot be looked at before."""
         return torch.empty(2 * num_bytes + _ROOM_BYTES, dtype=torch.uint8)[:num_bytes]
 
     def broadcast(self, buffer: torch.Tensor, source: int, deadline: float, tensor: str) -> _Ticket:
