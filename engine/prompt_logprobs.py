@@ -1,6 +1,6 @@
 """Logprobs of prompt tokens, for the rows that ask for them.
 
-Legend: n scored positions of a row, H hidden, V vocabulary, k likeliest tokens.
+Legend: n scored positions of a row, H hidden, V vocabulary, k likeliest tokens, N named ones.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from engine.batch import StepBatch
 from engine.models.decoder import CausalLM
 from engine.protocol import NewRow, PromptLogprobs, StepPlan
 from engine.sampling import Sampler, to_top
-from kernels.sampling import token_logprobs, top_logprobs
+from kernels.sampling import named_logprobs, token_logprobs, top_logprobs
 
 # Positions scored at once: the float32 logits of a piece take this many times V * 4 bytes.
 PIECE = 256
@@ -22,11 +22,13 @@ PIECE = 256
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What one slot still wants: positions [start, stop) of its prompt."""
+    """What one slot still wants: positions [start, stop) of its prompt; at each, the `top`
+    likeliest tokens and those of `named`, int64 [N]."""
 
     start: int
     token_ids: torch.Tensor
     top: int
+    named: torch.Tensor
 
 
 class PromptScorer:
@@ -45,7 +47,8 @@ class PromptScorer:
                 ids = torch.from_numpy(row.token_ids[: row.prompt_len].astype("int64"))
                 # Nothing precedes position 0, so it has no logprob.
                 start = max(row.prompt_logprob_start, 1)
-                self._wanted[row.slot] = _Wanted(start, ids, row.sampling.top_logprobs)
+                named = torch.tensor(row.sampling.logprob_ids, dtype=torch.int64)
+                self._wanted[row.slot] = _Wanted(start, ids, row.sampling.top_logprobs, named)
 
     def wants(self, plan: StepPlan) -> bool:
         """Whether the step makes any prompt token scorable that somebody asked for."""
@@ -87,18 +90,21 @@ class PromptScorer:
         targets = wanted.token_ids[start:stop].to(hidden_nH.device)
         slots = torch.full((len(targets),), slot, device=hidden_nH.device)
         temperature = self._sampler.temperature(slots)
+        named_N = wanted.named.to(hidden_nH.device)
         logprobs, ids, tops = [], [], []
         for at in range(0, len(targets), PIECE):
             piece = slice(at, at + PIECE)
             logits = self._model.compute_logits(hidden_nH[piece])
             logprobs.append(token_logprobs(logits, targets[piece], temperature[piece]))
-            if wanted.top:
+            if wanted.top or len(named_N):
                 top_ids, top_values = top_logprobs(logits, temperature[piece], wanted.top)
-                ids.append(top_ids)
-                tops.append(top_values)
+                ids_nN = named_N.expand(len(logits), -1)
+                named_values = named_logprobs(logits, temperature[piece], ids_nN)
+                ids.append(torch.cat([top_ids, ids_nN.int()], dim=1))
+                tops.append(torch.cat([top_values, named_values], dim=1))
         return PromptLogprobs(
             row=row,
             start=start,
             logprobs=torch.cat(logprobs).cpu().numpy(),
-            top=to_top(torch.cat(ids), torch.cat(tops)) if wanted.top else None,
+            top=to_top(torch.cat(ids), torch.cat(tops)) if tops else None,
         )

@@ -19,7 +19,7 @@ from engine.batch import RequestTable, StepBatch
 from engine.config import KernelBackend
 from engine.protocol import NewRow, RowSampling, TopLogprobs
 from engine.transfer import to_device
-from kernels.sampling import sample, top_logprobs
+from kernels.sampling import named_logprobs, sample, top_logprobs
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,13 @@ class DrawOptions:
 
 
 PLAIN = DrawOptions()
+_NO_IDS = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
 class Top:
-    """The k likeliest tokens of some rows: `rows` int32 [T] on the host, indices into the S rows;
-    ids int32 and logprobs float32 [T, k] on the device."""
+    """The likeliest and the named tokens of some rows, as `TopLogprobs` has them: `rows` int32 [T]
+    on the host, indices into the S rows; ids int32 and logprobs float32 [T, k] on the device."""
 
     rows: np.ndarray
     ids: torch.Tensor
@@ -62,7 +63,7 @@ class LogitEdit:
 @dataclass(frozen=True)
 class Drawn:
     """One token a row: int64 [S], its logprob float32 [S], and on request the entropies
-    float32 [S] and the k likeliest tokens of the rows that asked."""
+    float32 [S] and the likeliest and named tokens of the rows that asked."""
 
     token_S: torch.Tensor
     logprob_S: torch.Tensor
@@ -84,6 +85,9 @@ class Sampler:
         self._filtered = np.zeros(num_slots, dtype=np.bool_)
         self._entropy = np.zeros(num_slots, dtype=np.bool_)
         self._top_logprobs = np.zeros(num_slots, dtype=np.int32)
+        self._alternatives = np.zeros(num_slots, dtype=np.int32)
+        # Tokens whose logprobs are wanted by name; few rows have any.
+        self._named: dict[int, np.ndarray] = {}
         # Rows whose logits are changed before the draw; few, and handled one by one.
         self._edited: dict[int, LogitEdit] = {}
 
@@ -103,24 +107,30 @@ class Sampler:
         ]
         filtered = [p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0 for p in params]
         top = np.array([p.top_logprobs for p in params], np.int32)
+        alternatives = np.array([p.num_alternatives for p in params], np.int32)
+        named = [np.array(p.logprob_ids, np.int64) for p in params]
         edits = [edit_of(row, self._device) for row in rows]
         slots_N = to_device(slots, self._device)
         for state, values in columns:
             state[slots_N] = to_device(values, self._device)
         self._filtered[slots], self._top_logprobs[slots] = filtered, top
+        self._alternatives[slots] = alternatives
         self._entropy[slots] = [p.entropy for p in params]
-        for slot, edit in zip(slots.tolist(), edits, strict=True):
+        for slot, edit, ids in zip(slots.tolist(), edits, named, strict=True):
             self._edited.pop(slot, None)
+            self._named.pop(slot, None)
             if edit is not None:
                 self._edited[slot] = edit
+            if len(ids):
+                self._named[slot] = ids
 
     def temperature(self, slots_S: torch.Tensor) -> torch.Tensor:
         """Temperatures of some slots, float32 [S]."""
         return self._temperature[slots_S]
 
     def is_capturable(self, slots: np.ndarray) -> bool:
-        """Whether `draw_plain` serves these rows: no edit and no top logprobs."""
-        return not self._top_logprobs[slots].any() and not self.edits(slots)
+        """Whether `draw_plain` serves these rows: no edit and no logprobs of other tokens."""
+        return not self._alternatives[slots].any() and not self.edits(slots)
 
     def options(self, slots: np.ndarray) -> DrawOptions:
         """What `draw_plain` has to be told for these rows."""
@@ -170,14 +180,30 @@ class Sampler:
         tokens, logprobs = self.draw_plain(
             logits_SV, batch.slots_S, batch.kv_lens_S, options, entropy_S
         )
-        wanted = self._top_logprobs[slots]
-        rows = np.flatnonzero(wanted).astype(np.int32)
+        rows = np.flatnonzero(self._alternatives[slots]).astype(np.int32)
         if len(rows):
             # Only of the rows that ask: the others pay nothing for a neighbour's wide answer.
             rows_T = to_device(rows.astype(np.int64), self._device)
             temperature_T = self._temperature[batch.slots_S[rows_T]]
-            top = Top(rows, *top_logprobs(logits_SV[rows_T], temperature_T, int(wanted.max())))
+            top = Top(rows, *self._others(logits_SV[rows_T], temperature_T, slots[rows]))
         return Drawn(tokens, logprobs, entropy_S, top)
+
+    def _others(
+        self, logits_TV: torch.Tensor, temperature_T: torch.Tensor, slots_T: np.ndarray
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and logprobs, both [T, k], as `StepResult.top` has them."""
+        counts_T = self._top_logprobs[slots_T]
+        top = top_logprobs(logits_TV, temperature_T, int(counts_T.max()))
+        if self._named.keys().isdisjoint(slots_T.tolist()):
+            return top
+        named = [self._named.get(slot, _NO_IDS) for slot in slots_T.tolist()]
+        ids, columns, width = _places(named, counts_T)
+        ids_TN, columns_TN = to_device(ids, self._device), to_device(columns, self._device)
+        values_TN = named_logprobs(logits_TV, temperature_T, ids_TN)
+        wide = [_widened(part, width + 1) for part in top]
+        wide[0].scatter_(1, columns_TN, ids_TN.int())
+        wide[1].scatter_(1, columns_TN, values_TN)
+        return wide[0][:, :width].contiguous(), wide[1][:, :width].contiguous()
 
     def _filters(self, slots_S: torch.Tensor) -> dict[str, torch.Tensor]:
         return {
@@ -197,6 +223,24 @@ class Sampler:
             length = int(batch.kv_lens_S[row])
             known = table.token_ids[slot, :length].long()
             edit_logits(logits_SV[row], known, self._edited[slot])
+
+
+def _places(named: list[np.ndarray], counts_T: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """The named ids of T rows, padded with 0, and the column of each: behind the `counts_T`
+    likeliest of its row. Both int64 [T, N]. How many columns there are; the padding is put behind
+    them."""
+    sizes = np.array([len(found) for found in named])
+    ids, columns = np.zeros((2, len(named), int(sizes.max())), np.int64)
+    width = int((counts_T + sizes).max())
+    columns[:] = width
+    for row, (found, count) in enumerate(zip(named, counts_T.tolist(), strict=True)):
+        ids[row, : len(found)] = found
+        columns[row, : len(found)] = count + np.arange(len(found))
+    return ids, columns, width
+
+
+def _widened(values_Tk: torch.Tensor, width: int) -> torch.Tensor:
+    return torch.nn.functional.pad(values_Tk, (0, width - values_Tk.shape[1]))
 
 
 def edit_logits(logits_V: torch.Tensor, token_ids: torch.Tensor, edit: LogitEdit) -> None:

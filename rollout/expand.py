@@ -60,6 +60,7 @@ def expand(
         stream=wire.stream or bool(strings),
         kv_policy=wire.kv_policy,
         entropy=wire.return_entropy,
+        logprob_ids=list(wire.token_ids_logprob or []) if wire.return_logprob else [],
     )
     _check(wire, first, state)
     check_top_entries(num_top_entries(first, sampling.n, state))
@@ -105,6 +106,7 @@ def _check(wire: GenerateRequest, request: Request, state: ReplicaState) -> None
         "prompt_ids": "text" if wire.input_ids is None else "input_ids",
         "top_logprobs": "top_logprobs_num",
         "prompt_logprob_start": "logprob_start_len",
+        "logprob_ids": "token_ids_logprob",
     }
     try:
         check_served(request, limits)
@@ -115,22 +117,22 @@ def _check(wire: GenerateRequest, request: Request, state: ReplicaState) -> None
 
 
 def num_top_entries(request: Request, count: int, state: ReplicaState) -> int:
-    """Entries of likeliest tokens that `count` samples of `request` may have."""
+    """Entries of likeliest and named tokens that `count` samples of `request` may have."""
     num_output = min(
         request.sampling.max_new_tokens, state.context_length - len(request.prompt_ids)
     )
     start = request.prompt_logprob_start
     num_rows = num_output + (len(request.prompt_ids) - start if start >= 0 else 0)
-    return request.top_logprobs * num_rows * count
+    return request.num_alternatives * num_rows * count
 
 
 def check_top_entries(entries: int) -> None:
     """Refuse likeliest tokens by the million, which are held until the call ends."""
     if entries > MAX_TOP_ENTRIES:
         raise InvalidRequest(
-            f"top_logprobs_num times the positions of all samples is up to {entries}; at most "
-            f"{MAX_TOP_ENTRIES} entries fit into one call, so ask for fewer of either, or send "
-            "several calls",
+            "top_logprobs_num (and the tokens of token_ids_logprob) times the positions of all "
+            f"samples is up to {entries}; at most {MAX_TOP_ENTRIES} entries fit into one call, so "
+            "ask for fewer of either, or send several calls",
             field="top_logprobs_num",
         )
 

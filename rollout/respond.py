@@ -93,13 +93,11 @@ class RunningReply:
         if self._first is None:
             self._first = output
             if wire.return_logprob and wire.logprob_start_len >= 0:
-                top = wire.top_logprobs_num
-                self._input = _input_logprobs(self._request, output, self._texts, top)
+                self._input = _input_logprobs(wire, self._request, output, self._texts)
         self._ids += output.token_ids.tolist()
         self._spans = join_spans([*self._spans, *output.spans])
         if wire.return_logprob:
-            top = wire.top_logprobs_num
-            for name, values in _output_logprobs(output, self._texts, top).items():
+            for name, values in _output_logprobs(wire, output, self._texts).items():
                 if isinstance(values, list):
                     self._lists.setdefault(name, []).extend(values)
         if output.entropies is not None:
@@ -141,10 +139,10 @@ def _meta_info(
     meta["finish_reason"] = _finish_reason(output.finish, size)
     if wire.return_logprob:
         texts = tokenizer if wire.return_text_in_logprobs else None
-        meta |= _output_logprobs(output, texts, wire.top_logprobs_num)
+        meta |= _output_logprobs(wire, output, texts)
         # Of a stream in increments, the first brings the prompt's.
         if wire.logprob_start_len >= 0 and output.start == 0:
-            meta |= _input_logprobs(request, output, texts, wire.top_logprobs_num)
+            meta |= _input_logprobs(wire, request, output, texts)
     if output.entropies is not None:
         meta["output_token_entropy"] = output.entropies.tolist()
     return meta
@@ -192,20 +190,20 @@ def _finish_reason(finish: FinishReason, length: int) -> dict[str, Any]:
 
 
 def _output_logprobs(
-    output: RequestOutput, texts: Tokenizer | None, top_num: int
+    wire: GenerateRequest, output: RequestOutput, texts: Tokenizer | None
 ) -> dict[str, Any]:
     entries = _entries(output.logprobs, output.token_ids, texts)
     found: dict[str, Any] = {
         "output_token_logprobs": entries,
         "output_token_logprobs_length": len(entries),
     }
-    if top_num > 0:
-        found["output_top_logprobs"] = _top_entries(output.top, texts, top_num)
+    for name, columns in _alternatives(wire):
+        found[f"output_{name}"] = _top_entries(output.top, texts, columns)
     return found
 
 
 def _input_logprobs(
-    request: Request, output: RequestOutput, texts: Tokenizer | None, top_num: int
+    wire: GenerateRequest, request: Request, output: RequestOutput, texts: Tokenizer | None
 ) -> dict[str, Any]:
     """Entries for prompt positions from the start asked for; position 0 has no logprob."""
     start = request.prompt_logprob_start
@@ -218,9 +216,20 @@ def _input_logprobs(
         end = first_scored + len(output.prompt_logprobs)
         scored = _entries(output.prompt_logprobs, ids[first_scored:end], texts)
     found: dict[str, Any] = {"input_token_logprobs": unscored + scored}
-    if top_num > 0:
-        nothing = [None] * len(unscored)
-        found["input_top_logprobs"] = nothing + _top_entries(output.prompt_top, texts, top_num)
+    nothing = [None] * len(unscored)
+    for name, columns in _alternatives(wire):
+        found[f"input_{name}"] = nothing + _top_entries(output.prompt_top, texts, columns)
+    return found
+
+
+def _alternatives(wire: GenerateRequest) -> list[tuple[str, slice]]:
+    """What is returned of other tokens: the key's end, and its columns of `TopLogprobs`."""
+    count = wire.top_logprobs_num
+    found: list[tuple[str, slice]] = []
+    if count > 0:
+        found.append(("top_logprobs", slice(0, count)))
+    if wire.token_ids_logprob:
+        found.append(("token_ids_logprobs", slice(count, count + len(wire.token_ids_logprob))))
     return found
 
 
@@ -229,11 +238,11 @@ def _entries(logprobs: FloatArray, ids: IntArray, texts: Tokenizer | None) -> li
 
 
 def _top_entries(
-    top: TopLogprobs | None, texts: Tokenizer | None, top_num: int
+    top: TopLogprobs | None, texts: Tokenizer | None, columns: slice
 ) -> list[list[LogprobEntry]]:
     if top is None:
         return []
-    rows = zip(finite_logprobs(top.logprobs[:, :top_num]), top.ids[:, :top_num], strict=True)
+    rows = zip(finite_logprobs(top.logprobs[:, columns]), top.ids[:, columns], strict=True)
     return [_pairs(logprobs, ids.tolist(), texts) for logprobs, ids in rows]
 
 

@@ -40,7 +40,7 @@ def _brings(row: NewRow) -> int:
         s.top_k > 0 or s.top_p < 1 or s.min_p > 0,
         bool(s.frequency_penalty or s.presence_penalty or s.repetition_penalty != 1),
         bool(s.logit_bias or s.banned_ids),
-        s.top_logprobs > 0,
+        s.num_alternatives > 0,
         s.entropy,
         row.prompt_logprob_start >= 0,
     )

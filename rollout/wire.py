@@ -19,7 +19,6 @@ NOT_SERVED = frozenset(
         "session_id",
         "lora_path",
         "lora_id",
-        "token_ids_logprob",
         "custom_logit_processor",
         "require_reasoning",
         "max_thinking_tokens",

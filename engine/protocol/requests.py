@@ -23,6 +23,7 @@ from engine.protocol.types import (
     RequestIds,
     StopIds,
     StopString,
+    TokenIds,
     Version,
 )
 from engine.protocol.wire import SamplingParams
@@ -43,6 +44,8 @@ class Request(Struct, frozen=True, kw_only=True, tag="request"):
         by the new weights, its tokens stay; fresh: it starts again from its prompt, so that
         one version samples all of it (a stream, which cannot take tokens back, ends).
     entropy: the entropy behind every output token is wanted.
+    logprob_ids: tokens whose logprobs are wanted at every position that has one, whatever comes
+        there; any order, and twice is twice.
     """
 
     rid: RequestId
@@ -58,6 +61,12 @@ class Request(Struct, frozen=True, kw_only=True, tag="request"):
     stream: bool = False
     kv_policy: KvPolicy = "keep"
     entropy: bool = False
+    logprob_ids: TokenIds = msgspec.field(default_factory=list)
+
+    @property
+    def num_alternatives(self) -> int:
+        """Tokens a position whose logprobs are wanted beside that of the one that came."""
+        return self.top_logprobs + len(self.logprob_ids)
 
 
 class Abort(Struct, frozen=True, kw_only=True, tag="abort"):
@@ -118,7 +127,8 @@ class VersionSpan(Struct, frozen=True):
 
 
 class TopLogprobs(Struct, frozen=True):
-    """The k likeliest tokens of n positions: int32 [n, k] and float32 [n, k]."""
+    """Logprobs of k tokens of n positions, int32 [n, k] and float32 [n, k]: the likeliest that a
+    request asked for (`top_logprobs`), likeliest first, then those it named (`logprob_ids`)."""
 
     ids: IntArray
     logprobs: FloatArray

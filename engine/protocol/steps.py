@@ -63,6 +63,12 @@ class RowSampling(Struct, frozen=True, kw_only=True):
     banned_ids: list[Int32]
     top_logprobs: Count
     entropy: bool = False
+    logprob_ids: list[Int32] = msgspec.field(default_factory=list)
+
+    @property
+    def num_alternatives(self) -> int:
+        """As `Request.num_alternatives`."""
+        return self.top_logprobs + len(self.logprob_ids)
 
 
 class NewRow(Struct, frozen=True, kw_only=True):
@@ -106,7 +112,7 @@ class StepPlan(Struct, frozen=True, kw_only=True, tag="step"):
 class PromptLogprobs(Struct, frozen=True):
     """Logprobs of a row's prompt tokens [start, start + n) computed in one step.
 
-    logprobs: float32 [n]; top: the k likeliest at each of these positions, if asked."""
+    logprobs: float32 [n]; top: the alternatives at each of these positions, if asked."""
 
     row: Count
     start: Count
@@ -119,7 +125,8 @@ class StepResult(Struct, frozen=True, kw_only=True, tag="step_result"):
 
     token_ids: int32 [S]; logprobs: float32 [S].
         A row whose logits are not finite has a logprob that is not, and some valid id.
-    top: int32 and float32 [T, k] with k the largest `top_logprobs` among the S rows.
+    top: int32 and float32 [T, k] with k the largest `num_alternatives` among the S rows; what is
+        behind a row's own says nothing.
     top_rows: int32 [T], ascending, the rows of the S that `top` speaks of; None for all.
     entropies: float32 [S], of rows that did not ask too; None if none of the S rows asked.
     """

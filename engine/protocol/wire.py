@@ -63,7 +63,8 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     (position 0 has none: nothing comes before it). `return_entropy` asks for the entropy of
     the distribution that each output token was drawn from, filters aside. Among the
     `top_logprobs_num` likeliest, a token that cannot come has -9999.0 (its logprob is -inf, which
-    JSON cannot write). `cache_salt` and
+    JSON cannot write); so has one of `token_ids_logprob`, the tokens whose logprobs are returned at
+    every position, whatever came there. `cache_salt` and
     `extra_key` keep the prefix cache of callers apart. Samples of `n` > 1 get seeds derived
     from one seed.
     """
@@ -75,6 +76,7 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     return_logprob: bool = False
     logprob_start_len: Int32 = -1
     top_logprobs_num: Int32 = 0
+    token_ids_logprob: TokenIds | None = None
     return_text_in_logprobs: bool = False
     return_prompt_token_ids: bool = False
     return_entropy: bool = False

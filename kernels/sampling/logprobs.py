@@ -1,4 +1,4 @@
-"""Logprobs of given or likeliest tokens. S rows, V vocabulary, k tokens."""
+"""Logprobs of given or likeliest tokens. S rows, V vocabulary, k or N tokens."""
 
 from __future__ import annotations
 
@@ -25,9 +25,21 @@ def top_logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The k likeliest tokens of each row, likeliest first: int32 ids and float32 logprobs
     [S, k]. Logprobs as in `token_logprobs`."""
+    if k == 0:
+        nothing = logits_SV.new_empty((len(logits_SV), 0), dtype=torch.float32)
+        return nothing.int(), nothing
     scaled_SV = _scaled(logits_SV, temperature_S)
     values_Sk, ids_Sk = scaled_SV.topk(k, dim=-1)
     return ids_Sk.int(), values_Sk - scaled_SV.logsumexp(-1, keepdim=True)
+
+
+def named_logprobs(
+    logits_SV: torch.Tensor, temperature_S: torch.Tensor, ids_SN: torch.Tensor
+) -> torch.Tensor:
+    """Logprobs of N tokens of each row, float32 [S, N]. ids_SN: int64, any N rows alike or not.
+    Logprobs as in `token_logprobs`."""
+    scaled_SV = _scaled(logits_SV, temperature_S)
+    return scaled_SV.gather(1, ids_SN) - scaled_SV.logsumexp(-1, keepdim=True)
 
 
 def _scaled(logits_SV: torch.Tensor, temperature_S: torch.Tensor) -> torch.Tensor:

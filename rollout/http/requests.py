@@ -44,6 +44,8 @@ _OWN = frozenset(GenerateRequest.__struct_fields__)
 _OWN_SAMPLING = frozenset(SamplingParams.__struct_fields__)
 # A list here is a list an item; in `text` and `input_ids` it decides that there are items.
 _PER_ITEM = _OWN - {"text", "input_ids", "stream"}
+# Fields whose one value is a list of numbers, which stands for every item.
+_LISTS = frozenset({"token_ids_logprob"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,13 +197,19 @@ def _lists(shared: Fields, count: int) -> dict[str, list[Raw]]:
     """Fields of `shared` that have a value an item."""
     found = {}
     for name in _PER_ITEM & shared.keys():
-        if bytes(shared[name])[:1] != b"[":
+        if bytes(shared[name])[:1] != b"[" or (name in _LISTS and _is_flat(shared[name])):
             continue
         column = decode_json(shared[name], list[Raw], field=name, what=name)
         if len(column) != count:
             raise InvalidRequest(f"{name} has {len(column)} entries for {count} items", field=name)
         found[name] = column
     return found
+
+
+def _is_flat(value: Raw) -> bool:
+    """Whether a list holds numbers, or nothing."""
+    inner = bytes(memoryview(value)[:64])[1:].lstrip()[:1]
+    return inner.isdigit() or inner in (b"-", b"]")
 
 
 def _cleaned(fields: Fields) -> Fields:

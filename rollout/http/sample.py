@@ -133,7 +133,7 @@ class Sample:
     def num_scores(self) -> int:
         """Tokens and scores that the reply writes out: what its text costs to make."""
         output = self.output
-        wanted = self.request.top_logprobs + 1
+        wanted = self.request.num_alternatives + 1
         scored = 0 if output.prompt_logprobs is None else len(output.prompt_logprobs)
         return (len(output.token_ids) + scored) * wanted
 

@@ -32,7 +32,7 @@ class RowNumbers:
     priority: int
     max_new_tokens: int
     min_new_tokens: int
-    top_logprobs: int
+    num_alternatives: int
     stop_ids: IntArray
 
 
@@ -56,9 +56,16 @@ def row_numbers(request: Request, room: int) -> RowNumbers:
         max_new_tokens=min(_require_within("max_new_tokens", sampling.max_new_tokens, 0), room),
         # Above what the sequence can reach, every larger minimum means the same.
         min_new_tokens=min(_require_within("min_new_tokens", sampling.min_new_tokens, 0), room + 1),
-        top_logprobs=_require_within("top_logprobs", request.top_logprobs, 0, _INT32.max),
+        num_alternatives=_num_alternatives(request),
         stop_ids=_stop_ids(request.stop_ids),
     )
+
+
+def _num_alternatives(request: Request) -> int:
+    _require_within("top_logprobs", request.top_logprobs, 0, _INT32.max)
+    for token in request.logprob_ids:
+        _require_within("logprob_ids", token, 0, _INT32.max)
+    return _require_within("logprob_ids", request.num_alternatives, 0, _INT32.max)
 
 
 def _stop_ids(ids: list[int]) -> IntArray:

@@ -66,7 +66,7 @@ def _prompt_logprobs(sequence: Sequence) -> FloatArray | None:
 
 
 def _prompt_top(sequence: Sequence) -> TopLogprobs | None:
-    count = sequence.request.top_logprobs
+    count = sequence.request.num_alternatives
     if sequence.request.prompt_logprob_start < 0 or count == 0:
         return None
     parts = [part.top for part in sequence.prompt_parts if part.top is not None]

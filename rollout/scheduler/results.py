@@ -35,7 +35,7 @@ class Appended:
 class _Rows:
     """The part of a step's result that is appended: S rows, arrays by row.
 
-    top, top_slots: the likeliest tokens of those rows that asked, and their slots.
+    top, top_slots: the alternatives of those rows that asked, and their slots.
     """
 
     slots: IntArray
@@ -114,7 +114,7 @@ class ResultWriter:
             found |= {slot for slot in slots if self._running[slot].request.entropy}
         if rows.top is not None:
             for slot, values in zip(rows.top_slots.tolist(), rows.top.logprobs, strict=True):
-                if np.isnan(values[: self._running.table.top_logprobs[slot]]).any():
+                if np.isnan(values[: self._running.table.num_alternatives[slot]]).any():
                     found.add(slot)
         return found
 
@@ -148,7 +148,7 @@ class ResultWriter:
         table.version[slots[other]] = version
 
     def _collect_top(self, slots: IntArray, top: TopLogprobs) -> None:
-        counts = self._running.table.top_logprobs[slots]
+        counts = self._running.table.num_alternatives[slots]
         for row in np.flatnonzero(counts).tolist():
             count = int(counts[row])
             self._running[int(slots[row])].top.append(

@@ -137,8 +137,8 @@ class Sequence:
         )
 
     def top_between(self, start: int, end: int) -> TopLogprobs | None:
-        """The top logprobs of output tokens [start, end); None if not asked for."""
-        count = self.request.top_logprobs
+        """The alternatives of output tokens [start, end); None if not asked for."""
+        count = self.request.num_alternatives
         if count == 0:
             return None
         rows = self.top[start:end]
@@ -163,6 +163,7 @@ class Sequence:
             banned_ids=list(self.request.stop_ids) if sampling.min_new_tokens > 0 else [],
             top_logprobs=self.request.top_logprobs,
             entropy=self.request.entropy,
+            logprob_ids=self.request.logprob_ids,
         )
 
 

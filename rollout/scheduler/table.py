@@ -53,7 +53,7 @@ class SlotTable:
         self.group_order = np.zeros(num_slots, np.int64)
         self.version = np.zeros(num_slots, np.int64)
         self.stream = np.zeros(num_slots, np.bool_)
-        self.top_logprobs = np.zeros(num_slots, np.int32)
+        self.num_alternatives = np.zeros(num_slots, np.int32)
         self.stop_ids = np.full((num_slots, STOP_COLUMNS), -1, np.int32)
         self.many_stops: dict[int, frozenset[int]] = {}
         self.tokens = np.zeros((num_slots, context_length), np.int32)
@@ -80,7 +80,7 @@ class SlotTable:
         self.group_order[slot] = sequence.group_order
         self.version[slot] = sequence.span_version
         self.stream[slot] = request.stream
-        self.top_logprobs[slot] = numbers.top_logprobs
+        self.num_alternatives[slot] = numbers.num_alternatives
         self.tokens[slot, :size] = sequence.tokens
         self.logprobs[slot, prompt_len:size] = sequence.logprobs
         if request.entropy:
@@ -116,7 +116,7 @@ class SlotTable:
         self.num_pages[slot] = 0
         self.stop_ids[slot] = -1
         self.stream[slot] = False
-        self.top_logprobs[slot] = 0
+        self.num_alternatives[slot] = 0
 
     def _set_stop_ids(self, slot: int, stop_ids: IntArray) -> None:
         self.stop_ids[slot] = -1

@@ -43,6 +43,7 @@ def check_served(request: Request, limits: Limits) -> None:
 def _check_meaning(request: Request, limits: Limits) -> None:
     _check_sampling(request.sampling, limits.vocab_size)
     _check_ids("stop_ids", request.stop_ids, limits.vocab_size)
+    _check_ids("logprob_ids", request.logprob_ids, limits.vocab_size)
     prompt_len = len(request.prompt_ids)
     if not -1 <= request.prompt_logprob_start < prompt_len:
         _refuse(

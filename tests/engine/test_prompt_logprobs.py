@@ -5,14 +5,22 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 
 from engine.prompt_logprobs import PromptScorer
 from engine.protocol import NewRow, StepPlan
 from engine.sampling import Sampler
-from tests.engine.test_sampling import PLAIN
+from tests.engine.test_sampling import PLAIN, changed
 
 PROMPT = [3, 1, 4, 1, 5]
+
+
+class Rising:
+    """A model whose logits are the ids, whatever comes before."""
+
+    def compute_logits(self, hidden_nH: torch.Tensor) -> torch.Tensor:
+        return torch.arange(8.0).expand(len(hidden_nH), 8)
 
 
 class Uniform:
@@ -62,3 +70,25 @@ def test_every_position_is_scored_once_and_then_the_row_is_forgotten() -> None:
     assert scored == [1, 2, 3, 4]
     assert scorer._wanted == {}
     assert not scorer.wants(plan(1, 6))
+
+
+@pytest.mark.parametrize("top", [0, 2])
+def test_tokens_are_scored_by_name_at_every_position(top: int) -> None:
+    sampler = Sampler(num_slots=4, device=torch.device("cpu"), backend="torch")
+    scorer = PromptScorer(Rising(), sampler)
+    row = NewRow(
+        slot=2,
+        token_ids=np.array(PROMPT, np.int32),
+        prompt_len=len(PROMPT),
+        sampling=changed(top_logprobs=top, logprob_ids=[6, 0, 6]),
+        prompt_logprob_start=2,
+    )
+    sampler.enter([row])
+    scorer.enter([row])
+    batch = SimpleNamespace(query_start_R1=np.array([0, 5]))
+    [part] = scorer.score(plan(5, 5), batch, torch.zeros(5, 4))
+    assert part.top is not None and part.start == 2
+    ids = [*[7, 6][:top], 6, 0, 6]
+    assert part.top.ids.tolist() == [ids] * 3
+    want = torch.arange(8.0).log_softmax(-1)[ids]
+    np.testing.assert_allclose(part.top.logprobs, want.expand(3, -1), rtol=1e-6)

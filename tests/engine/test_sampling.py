@@ -126,6 +126,38 @@ def test_a_wide_answer_is_computed_for_the_rows_that_ask_alone() -> None:
     assert top.ids[0, 0] == logits[1].argmax()
 
 
+def test_named_tokens_come_behind_the_likeliest_of_their_row() -> None:
+    asked = [
+        PLAIN,
+        changed(top_logprobs=2, logprob_ids=[7, 7, 0], temperature=0.5),
+        changed(top_logprobs=6),
+        changed(logprob_ids=[99], logit_bias={98: 3.0}),
+    ]
+    sampler, table = make([row(slot, sampling) for slot, sampling in enumerate(asked)])
+    logits = torch.randn(4, 100)
+    top = draw(sampler, table, [3, 2, 1, 0], [3] * 4, logits[[3, 2, 1, 0]]).top
+    assert top is not None and top.rows.tolist() == [0, 1, 2]
+    assert top.ids.shape == top.logprobs.shape == (3, 6)
+    assert top.ids[0, :1].tolist() == [99]
+    assert top.ids[1].tolist() == logits[2].topk(6).indices.tolist()
+    assert top.ids[2, :5].tolist() == [*logits[1].topk(2).indices.tolist(), 7, 7, 0]
+    logits[1] /= 0.5
+    logits[3, 98] += 3.0
+    want = logits.log_softmax(-1)
+    for place, (slot, count) in enumerate(((3, 1), (2, 6), (1, 5))):
+        expected = want[slot, top.ids[place, :count].long()]
+        torch.testing.assert_close(top.logprobs[place, :count], expected)
+
+
+def test_a_slot_forgets_the_tokens_that_were_named() -> None:
+    sampler, table = make([row(0, changed(logprob_ids=[3])), row(1, PLAIN)])
+    slots = np.array([0])
+    assert not sampler.is_capturable(slots) and sampler.is_capturable(np.array([1]))
+    sampler.enter([row(0, PLAIN)])
+    assert sampler.is_capturable(slots)
+    assert draw(sampler, table, [0], [3], torch.randn(1, 100)).top is None
+
+
 @pytest.mark.parametrize("bad", [{"top_k": 2**63}, {"top_logprobs": 2**31}])
 def test_a_row_that_no_table_holds_changes_nothing(bad: dict[str, int]) -> None:
     sampler, table = make([row(0, changed(temperature=0.0)), row(1, changed(seed=9))])

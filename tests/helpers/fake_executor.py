@@ -36,6 +36,7 @@ from engine.protocol import (
     PromptLogprobs,
     Reply,
     ResumeMemory,
+    RowSampling,
     StartProfile,
     StepPlan,
     StepResult,
@@ -121,13 +122,12 @@ class FakeExecutor:
             attention="fake",
             architecture="FakeForCausalLM",
             model_type="fake",
-        )
             releases=config.model != "lasting",
+        )
         self.closed = False
         self._rows: dict[int, list[int]] = {}
         self._prompts: dict[int, tuple[int, int]] = {}
-        self._top: dict[int, int] = {}
-        self._entropy: dict[int, bool] = {}
+        self._sampling: dict[int, RowSampling] = {}
         self._shift = 0
         self._open: BeginUpdate | None = None
         self._staged = 0
@@ -139,8 +139,7 @@ class FakeExecutor:
         for row in plan.new_rows:
             self._rows[row.slot] = row.token_ids.tolist()
             self._prompts[row.slot] = (row.prompt_logprob_start, row.prompt_len)
-            self._top[row.slot] = row.sampling.top_logprobs
-            self._entropy[row.slot] = row.sampling.entropy
+            self._sampling[row.slot] = row.sampling
         self._misbehave(plan)
         tokens = []
         for slot in plan.slots[plan.samples].tolist():
@@ -236,12 +235,11 @@ class FakeExecutor:
         return np.array(wrong, np.bool_)
 
     def _top_of(self, plan: StepPlan, token_ids: np.ndarray) -> TopLogprobs | None:
-        slots = plan.slots[plan.samples].tolist()
-        k = max((self._top[slot] for slot in slots), default=0)
-        return _top(token_ids, k)
+        asked = [self._sampling[slot] for slot in plan.slots[plan.samples].tolist()]
+        return _top(token_ids, asked)
 
     def _entropies(self, plan: StepPlan, token_ids: np.ndarray) -> np.ndarray | None:
-        wanted = any(self._entropy[slot] for slot in plan.slots[plan.samples].tolist())
+        wanted = any(self._sampling[slot].entropy for slot in plan.slots[plan.samples].tolist())
         return (token_ids / 50).astype(np.float32) if wanted else None
 
     def _prompt_logprobs(self, plan: StepPlan) -> list[PromptLogprobs]:
@@ -254,7 +252,7 @@ class FakeExecutor:
             if start < 0 or first >= end:
                 continue
             ids = np.array(self._rows[slot][first:end], np.int32)
-            top = _top(ids, self._top[slot])
+            top = _top(ids, [self._sampling[slot]] * len(ids))
             found.append(PromptLogprobs(row, first, _logprobs(ids), top))
         return found
 
@@ -263,11 +261,16 @@ def _logprobs(ids: np.ndarray) -> np.ndarray:
     return (-ids / 100).astype(np.float32)
 
 
-def _top(ids: np.ndarray, k: int) -> TopLogprobs | None:
-    if k == 0:
+def _top(ids: np.ndarray, asked: list[RowSampling]) -> TopLogprobs | None:
+    """For each of `ids`: itself and those after it as the likeliest, and those that were named."""
+    width = max((sampling.num_alternatives for sampling in asked), default=0)
+    if width == 0:
         return None
-    ids_NK = (ids[:, None] + np.arange(k, dtype=np.int32)[None]) % VOCAB_SIZE
-    return TopLogprobs(ids_NK.astype(np.int32), _logprobs(ids_NK))
+    found = np.zeros((len(ids), width), np.int32)
+    for row, (token, sampling) in enumerate(zip(ids.tolist(), asked, strict=True)):
+        likeliest = [(token + i) % VOCAB_SIZE for i in range(sampling.top_logprobs)]
+        found[row, : sampling.num_alternatives] = [*likeliest, *sampling.logprob_ids]
+    return TopLogprobs(found, _logprobs(found))
 
 
 def build(config: EngineConfig) -> FakeExecutor:

@@ -73,6 +73,41 @@ def test_logprobs_with_text_top_and_prompt(tmp_path: Path) -> None:
     assert reply["prompt_token_ids"] == ids_of("abc")
 
 
+@pytest.mark.parametrize("top", [0, 2])
+def test_logprobs_of_named_tokens(tmp_path: Path, top: int) -> None:
+    line = {
+        "text": "abc",
+        "sampling_params": GREEDY,
+        "return_logprob": True,
+        "logprob_start_len": 0,
+        "top_logprobs_num": top,
+        "token_ids_logprob": [9, 4, 9],
+        "return_text_in_logprobs": True,
+    }
+    unasked = {**line, "return_logprob": False}
+    (reply, without), _ = answer(tmp_path, [line, unasked])
+    meta = reply["meta_info"]
+    spelled = [TOKENIZER.decode([token]) for token in (9, 4, 9)]
+    row = [
+        [pytest.approx(-token / 100), token, text]
+        for token, text in zip((9, 4, 9), spelled, strict=True)
+    ]
+    assert meta["output_token_ids_logprobs"] == [row] * 6
+    assert meta["input_token_ids_logprobs"] == [None, row, row]
+    assert ("output_top_logprobs" in meta) == bool(top)
+    if top:
+        assert [len(entries) for entries in meta["output_top_logprobs"]] == [2] * 6
+        assert [entries[0][1] for entries in meta["output_top_logprobs"]] == reply["output_ids"]
+    assert not [key for key in without["meta_info"] if "logprobs" in key]
+
+
+@pytest.mark.parametrize("ids", [[4000], [-1], list(range(40)) * 40, "a", [1.5]])
+def test_named_tokens_that_are_none_are_refused_by_name(tmp_path: Path, ids: Any) -> None:
+    line = {"text": "abc", "return_logprob": True, "token_ids_logprob": ids}
+    (reply,), _ = answer(tmp_path, [line])
+    assert reply["error"]["field"].startswith("token_ids_logprob")
+
+
 def test_prompt_logprobs_from_a_later_position(tmp_path: Path) -> None:
     line = {"text": "abcd", "sampling_params": GREEDY, "return_logprob": True}
     (reply,), _ = answer(tmp_path, [{**line, "logprob_start_len": 2}])

@@ -84,6 +84,7 @@ _UNSERVED: dict[str, tuple[Any, ...]] = {
             "structured_outputs",
             "suffix",
             "thinking_token_budget",
+            "token_ids_logprob",
             "truncate_prompt_tokens",
             "use_beam_search",
             "vllm_xargs",
