@@ -20,14 +20,15 @@ from engine.config import (
     LoadFormat,
     SchedulerConfig,
 )
-from rollout.failures import report
+from rollout.failures import ALL_FAILED, SOME_FAILED, report
 from rollout.http.options import Serve, serve_config
 from rollout.jsonl import read_lines
 from rollout.launch import launch
-from rollout.offline import check_output, run_file
+from rollout.offline import FileReport, check_output, is_batch, run_file
 from rollout.option_ranges import check_numbers
+from rollout.process_replica import ProcessReplica
 from rollout.progress import ProgressDisplay
-from rollout.text.tokenizer import find_tokenizer
+from rollout.text.tokenizer import Tokenizer, find_tokenizer
 
 logger = logging.getLogger("rollout")
 
@@ -43,12 +44,13 @@ ADVICE: Mapping[str, str] = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class Offline:
-    """Answer a jsonl file of native /generate objects, without a server."""
+    """Answer a jsonl file without a server: native /generate objects, or OpenAI's batch lines."""
 
     model: str
     """Hugging Face folder, GGUF file, or a config.json (with --load-format random)."""
     input: str
-    """Input file: one /generate object a line, with text or input_ids."""
+    """Input file: one /generate object a line, with text or input_ids; or one line of OpenAI's
+    batch format, with custom_id, method, url and body."""
     output: str
     """Output file: one reply a line, in input order; a bad line gets an error object."""
     load_format: LoadFormat = "auto"
@@ -72,7 +74,9 @@ class Offline:
     seed: int | None = None
     """Seed of requests that bring none, and of random weights; drawn and logged by default."""
     spawn: bool = False
-    """Run the engine in a process of its own."""
+    """Run the engine in a process of its own; batch lines always do."""
+    served_model_name: str = ""
+    """What the bodies of batch lines call the model; its path by default."""
 
 
 def engine_config(args: Offline) -> EngineConfig:
@@ -97,28 +101,51 @@ def engine_config(args: Offline) -> EngineConfig:
     )
 
 
-def run_offline(args: Offline) -> None:
+def run_offline(args: Offline) -> FileReport:
     """`offline`: load the model, answer the file, say what was done."""
     config = engine_config(args)
     check_output(args.input, args.output, field="--output")
-    for _ in read_lines(Path(args.input), field="--input"):
-        pass  # What is no text is said before a model is loaded.
+    # What is no text is said before a model is loaded.
+    lines = list(read_lines(Path(args.input), field="--input"))
     tokenizer = find_tokenizer(args.model)
-    with (
-        launch(config, process=args.spawn) as replica,
-        ProgressDisplay(replica) as display,
-    ):
-        report = run_file(
-            replica, tokenizer, args.input, args.output, seed=args.seed, on_progress=display
-        )
+    if is_batch(lines):
+        done = _run_batch(args, config, tokenizer)
+    else:
+        with (
+            launch(config, process=args.spawn) as replica,
+            ProgressDisplay(replica) as display,
+        ):
+            done = run_file(
+                replica, tokenizer, args.input, args.output, seed=args.seed, on_progress=display
+            )
     logger.info(
         "%d lines (%d errors), %d prompt tokens, %d output tokens -> %s",
-        report.num_lines,
-        report.num_errors,
-        report.num_prompt_tokens,
-        report.num_output_tokens,
+        done.num_lines,
+        done.num_errors,
+        done.num_prompt_tokens,
+        done.num_output_tokens,
         args.output,
     )
+    return done
+
+
+def _run_batch(args: Offline, config: EngineConfig, tokenizer: Tokenizer | None) -> FileReport:
+    # Only the routes of a server need the HTTP stack.
+    from rollout.http.batch import run_batch
+    from rollout.http.config import ServeConfig
+
+    served = ServeConfig(engine=config, served_model_name=args.served_model_name)
+    with launch(config, process=True) as replica:
+        assert isinstance(replica, ProcessReplica)
+        return run_batch(replica, tokenizer, served, args.input, args.output, seed=args.seed)
+
+
+def exit_code(done: FileReport, output: str) -> int:
+    """0 if every line was answered, ALL_FAILED or SOME_FAILED otherwise, with a line on stderr."""
+    if not done.num_errors:
+        return 0
+    sys.stderr.write(f"{done.num_errors} of {done.num_lines} lines failed; {output} says why\n")
+    return ALL_FAILED if done.num_errors == done.num_lines else SOME_FAILED
 
 
 def run_serve(args: Serve) -> None:
@@ -139,18 +166,19 @@ def parse(argv: Sequence[str] | None = None) -> Offline | Serve:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command. Exits after one line on an error that is known (`failures.explain`); if the
-    engine died, the end of its log comes with it."""
+    engine died, the end of its log comes with it. Exits too after a file with lines that failed."""
     args = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         if isinstance(args, Serve):
             run_serve(args)
-        else:
-            run_offline(args)
+            return
+        code: int | None = exit_code(run_offline(args), args.output)
     except (Exception, KeyboardInterrupt) as error:
         code = report(error, advice=ADVICE)
         if code is None:
             raise
+    if code:
         sys.exit(code)
 
 

@@ -22,6 +22,9 @@ TRACEBACK = "SLIPSTREAM_TRACEBACK"
 
 REFUSED, FAILED, INTERRUPTED = 2, 1, 130
 
+ALL_FAILED, SOME_FAILED = 1, 3
+"""Exit codes of a file of requests that was answered to its end: no line succeeded, or some did."""
+
 # By package and name of a class; subclasses follow it. The text comes after the error's own.
 FOREIGN: Mapping[str, str] = MappingProxyType(
     {

@@ -8,7 +8,7 @@ of errors (`failures.py`).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from io import FileIO
@@ -46,10 +46,12 @@ __all__ = [
     "append_bytes",
     "check_line",
     "check_output",
+    "create_output",
     "derive_seed",
     "expand",
     "free_bytes",
     "generate",
+    "is_batch",
     "load_tokenizer",
     "normalised_messages",
     "parse_line",
@@ -125,7 +127,7 @@ def run_file(
         if on_progress is not None:
             on_progress(replace(progress, num_requests=job.num_sequences))
 
-    with _create(Path(output_path)) as out:
+    with create_output(Path(output_path)) as out:
         job.write_ready(out)
         outputs = run(replica, job.requests(), total=0, tokenizer=tokenizer, on_progress=show)
         with closing(outputs):
@@ -134,6 +136,18 @@ def run_file(
                 job.write_ready(out)
         job.write_ready(out)
     return job.report()
+
+
+def is_batch(lines: Iterable[JsonLine]) -> bool:
+    """Whether the first line that can be read is one of OpenAI's batch format
+    (`rollout/http/batch.py` answers those)."""
+    for line in lines:
+        try:
+            found = check_line(line)
+        except InvalidRequest:
+            continue
+        return "custom_id" in found or "url" in found
+    return False
 
 
 def check_output(input_path: str | Path, output_path: str | Path, *, field: str = "output") -> None:
@@ -156,7 +170,8 @@ def check_output(input_path: str | Path, output_path: str | Path, *, field: str 
         raise InvalidRequest(f"{field}: cannot write {path}: {told}", field=field)
 
 
-def _create(path: Path) -> FileIO:
+def create_output(path: Path) -> FileIO:
+    """The file of replies, empty. Raises InvalidRequest (`output`)."""
     try:
         # Unbuffered: what does not fit is known at once, and can be taken back.
         return FileIO(path, "w")

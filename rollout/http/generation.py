@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator, Callable, Sequence
+from copy import copy
 from itertools import count
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -57,6 +58,13 @@ class Generator:
         self._numbers = count()
         self.workers = TextWorkers()
         self._num_expanding = 0
+
+    def seeded(self, seed: int) -> Generator:
+        """The same, with seeds derived from `seed` and counted anew: what a call draws then depends
+        on no other call."""
+        other = copy(self)
+        other.seed, other._numbers = seed, count()
+        return other
 
     async def samples(self, call: GenerateCall) -> list[Sample]:
         """The sequences of a call, prompt-major. Raises InvalidRequest, naming the item of a

@@ -3,7 +3,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import pytest
 
@@ -16,11 +16,22 @@ from rollout.option_ranges import RANGES
 from rollout.replica import Replica
 from rollout.text.tokenizer import find_tokenizer
 from tests.helpers.fake_executor import expected_tokens
-from tests.helpers.replicas import inline
+from tests.helpers.replicas import inline, spawned
 from tests.helpers.tiny_tokenizer import ids_of, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 REQUIRED = ["offline", "--model", "m", "--input", "i", "--output", "o"]
+
+
+def offline(folder: Path, *more: str) -> int:
+    """Answer the file `in` of a model's folder into `out`; the exit code."""
+    args = ["offline", "--model", str(folder), "--input", str(folder / "in")]
+    try:
+        cli.main([*args, "--output", str(folder / "out"), *more])
+    except SystemExit as ended:
+        assert isinstance(ended.code, int)
+        return ended.code
+    return 0
 
 
 def test_the_options_are_these() -> None:
@@ -28,6 +39,7 @@ def test_the_options_are_these() -> None:
     assert names == [
         "model", "input", "output", "load_format", "device", "dtype", "context_length",
         "attention", "max_running", "kv_memory", "page_size", "prefix_cache", "seed", "spawn",
+        "served_model_name",
     ]  # fmt: skip
 
 
@@ -250,13 +262,54 @@ def test_offline_serves_ids_of_a_folder_without_a_tokenizer(
     (tmp_path / "config.json").write_text("{}")
     lines = [{"input_ids": [1, 2], "sampling_params": {"max_new_tokens": 4}}, {"text": "abc"}]
     (tmp_path / "in").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    cli.main(
-        ["offline", "--model", str(tmp_path), "--input", str(tmp_path / "in"), "--output",
-         str(tmp_path / "out")]
-    )  # fmt: skip
+    assert offline(tmp_path) == 3
     reply, refusal = [json.loads(line) for line in (tmp_path / "out").read_text().split("\n")[:-1]]
     assert reply["output_ids"] == expected_tokens([1, 2], 4)
     assert "input_ids" in refusal["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "lines,code,told",
+    [
+        ([{"input_ids": [1]}], 0, ""),
+        ([], 0, ""),
+        ([{"text": "a"}, {"input_ids": [4000]}], 1, "2 of 2 lines failed; "),
+        ([{"input_ids": [4000]}, {"input_ids": [1]}], 3, "1 of 2 lines failed; "),
+    ],
+)
+def test_the_exit_code_says_whether_lines_failed(
+    lines: list[Any],
+    code: int,
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(cli, "launch", lambda config, process: inline())
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "in").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert offline(tmp_path) == code
+    error = capsys.readouterr().err
+    assert error.startswith(told) and (str(tmp_path / "out") in error) == bool(told)
+    assert len((tmp_path / "out").read_text().splitlines()) == len(lines)
+
+
+def test_batch_lines_are_answered_in_a_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fake_launch(config: EngineConfig, *, process: bool) -> Replica:
+        assert process
+        return spawned()
+
+    monkeypatch.setattr(cli, "launch", fake_launch)
+    tiny_tokenizer().write_hf(tmp_path)
+    body = {"model": "mine", "prompt": "abc", "max_tokens": 4, "return_token_ids": True}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
+    (tmp_path / "in").write_text(json.dumps(line) + "\n")
+    assert offline(tmp_path, "--served-model-name", "mine") == 0
+    reply = json.loads((tmp_path / "out").read_text())
+    assert (reply["custom_id"], reply["error"]) == ("a", None)
+    assert reply["response"]["body"]["choices"][0]["token_ids"] == expected_tokens(ids_of("abc"), 4)
 
 
 def test_offline_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,30 +37,34 @@ _MORE_BYTES = 1 << 20
 
 def router(services: Services) -> APIRouter:
     """The route."""
-    routes = APIRouter()
-    prompts = None if services.tokenizer is None else ChatPrompts(services, services.tokenizer)
+    routes, prompts = APIRouter(), chat_prompts(services)
 
     async def chat(request: Request) -> Response:
-        return await answer(request, run(await request.body()))
-
-    async def run(data: bytes) -> Response:
-        if prompts is not None:
-            prompts.check_size(len(data))
-        body = await services.generator.parsed(parse_openai, data, ChatBody)
-        if prompts is None:
-            raise InvalidRequest(
-                "this model has no tokenizer; send ids to /generate", field="messages"
-            )
-        item = _item(services, body, await prompts.ids(body, len(data)))
-        name = "chat.completion.chunk" if body.stream else "chat.completion"
-        call = await start(services, body, [item], prefix="chatcmpl", object_name=name)
-        writer = _Choices(call, body)
-        return EventStream(writer.frames()) if body.stream else await writer.reply()
+        return await answer(request, reply_to_chat(services, prompts, await request.body()))
 
     routes.add_api_route(
         "/v1/chat/completions", chat, methods=["POST"], openapi_extra=takes(ChatBody)
     )
     return routes
+
+
+def chat_prompts(services: Services) -> ChatPrompts | None:
+    """What renders conversations; None for a model without a tokenizer."""
+    return None if services.tokenizer is None else ChatPrompts(services, services.tokenizer)
+
+
+async def reply_to_chat(services: Services, prompts: ChatPrompts | None, data: bytes) -> Response:
+    """The reply to one body. Raises the typed error that it is refused or fails with."""
+    if prompts is not None:
+        prompts.check_size(len(data))
+    body = await services.generator.parsed(parse_openai, data, ChatBody)
+    if prompts is None:
+        raise InvalidRequest("this model has no tokenizer; send ids to /generate", field="messages")
+    item = _item(services, body, await prompts.ids(body, len(data)))
+    name = "chat.completion.chunk" if body.stream else "chat.completion"
+    call = await start(services, body, [item], prefix="chatcmpl", object_name=name)
+    writer = _Choices(call, body)
+    return EventStream(writer.frames()) if body.stream else await writer.reply()
 
 
 def _item(services: Services, body: ChatBody, prompt_ids: list[int]) -> GenerateRequest:

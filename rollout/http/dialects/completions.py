@@ -44,21 +44,23 @@ def router(services: Services) -> APIRouter:
     routes = APIRouter()
 
     async def completions(request: Request) -> Response:
-        return await answer(request, run(await request.body()))
-
-    async def run(data: bytes) -> Response:
-        room = prompt_room(services.engine.facts, services.tokenizer)
-        check_long_prompt(data, text_bytes=room.text_bytes, num_ids=room.num_ids)
-        body = await services.generator.parsed(parse_openai, data, CompletionBody)
-        items = await _items(services, body)
-        call = await start(services, body, items, prefix="cmpl", object_name="text_completion")
-        writer = _Choices(call, body)
-        return EventStream(writer.frames()) if body.stream else await writer.reply()
+        return await answer(request, complete(services, await request.body()))
 
     routes.add_api_route(
         "/v1/completions", completions, methods=["POST"], openapi_extra=takes(CompletionBody)
     )
     return routes
+
+
+async def complete(services: Services, data: bytes) -> Response:
+    """The reply to one body. Raises the typed error that it is refused or fails with."""
+    room = prompt_room(services.engine.facts, services.tokenizer)
+    check_long_prompt(data, text_bytes=room.text_bytes, num_ids=room.num_ids)
+    body = await services.generator.parsed(parse_openai, data, CompletionBody)
+    items = await _items(services, body)
+    call = await start(services, body, items, prefix="cmpl", object_name="text_completion")
+    writer = _Choices(call, body)
+    return EventStream(writer.frames()) if body.stream else await writer.reply()
 
 
 async def _items(services: Services, body: CompletionBody) -> list[GenerateRequest]:
