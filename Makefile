@@ -46,7 +46,7 @@ gpu-test: setup  ## tests that need a GPU; skipped without one
 	$(BIN)/python -m pytest -m "gpu or multi_gpu" -rs
 
 clients-test: $(CLIENTS)/.installed ## TRL, openai, langchain-openai and lm-eval against a server
-	$(CLIENTS)/bin/python -m pytest tests/clients tests/rollout/http/test_trl_client.py -W default
+	$(CLIENTS)/bin/python -m pytest tests/clients tests/rollout/http/vllm/test_trl_client.py -W default
 
 $(CLIENTS)/.installed: pyproject.toml constraints/clients.txt scripts/make_venv.sh
 	PYTHON=$(PYTHON) sh scripts/make_venv.sh $(CLIENTS) constraints/clients.txt "dev,clients"

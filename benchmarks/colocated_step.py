@@ -41,7 +41,7 @@ from recipes.options import Options, PlacementOptions, RolloutOptions
 from recipes.prompts import Prompts
 from recipes.report import PHASES
 from recipes.run import Run, assemble
-from recipes.trainers.options import OptimizerOptions
+from recipes.trainers.optimizer_options import OptimizerOptions
 from recipes.types import Message, Problem
 
 SMALL = Path(__file__).parent / "shapes" / "tiny.json"

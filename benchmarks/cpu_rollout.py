@@ -24,7 +24,7 @@ from engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from engine.protocol import FlushCache, Request, SamplingParams
 from rollout.launch import launch
 from rollout.offline import generate, load_tokenizer
-from rollout.seeds import derive_seed
+from rollout.requests.seeds import derive_seed
 
 DEFAULT_MODEL = ".models/SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -25,7 +25,7 @@ from engine.protocol import (
     StepResult,
     WeightCommand,
 )
-from rollout.replica import InlineReplica
+from rollout.replica.inline import InlineReplica
 
 
 class TimedExecutor:

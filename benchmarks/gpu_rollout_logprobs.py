@@ -18,7 +18,7 @@ from gpu_rollout_engine import Bench
 from gpu_rollout_workloads import Workload
 
 from engine.protocol import GenerateRequest, Request, RequestOutput
-from rollout.respond import respond, to_wire
+from rollout.requests.respond import respond, to_wire
 
 
 def logprob_cost(

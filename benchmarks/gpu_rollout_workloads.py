@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from engine.protocol import Request, SamplingParams
-from rollout.seeds import derive_seed
+from rollout.requests.seeds import derive_seed
 
 WorkloadName = Literal["group", "group8", "single", "tail", "wa", "wb_long"]
 

@@ -15,7 +15,7 @@ from grpo_padded import PaddedTrainer
 
 from recipes.algorithms.presets import AlgorithmOptions
 from recipes.environments.base import Environment, problem_at
-from recipes.environments.select import select_environment
+from recipes.environments.named_tasks import select_environment
 from recipes.grpo import train
 from recipes.launch import launch_actor
 from recipes.ledger import Ledger
@@ -24,7 +24,7 @@ from recipes.options import Options, RolloutOptions
 from recipes.prompts import Prompts
 from recipes.run import assemble
 from recipes.trainers.base import Learner
-from recipes.trainers.options import OptimizerOptions
+from recipes.trainers.optimizer_options import OptimizerOptions
 from recipes.types import Message, Problem
 from recipes.world import World
 from rollout.launch import read_checkpoint

@@ -19,7 +19,7 @@ from engine.config import EngineConfig
 from engine.protocol import Request, SamplingParams
 from rollout.launch import launch
 from rollout.offline import generate
-from rollout.replica import Replica
+from rollout.replica.base import Replica
 
 
 def first_tokens(replica: Replica, requests: list[Request]) -> tuple[list[float], int]:

@@ -53,7 +53,7 @@ from engine.protocol import (
 )
 from engine.saver import TorchMemorySaver
 from rollout.launch import launch
-from rollout.replica import InlineReplica
+from rollout.replica.inline import InlineReplica
 
 SMALL = Path(__file__).parent / "shapes" / "tiny.json"
 

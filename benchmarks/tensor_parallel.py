@@ -34,7 +34,7 @@ from engine.parallel.connect import connect
 from engine.parallel.mesh import Mesh
 from engine.protocol import FlushCache, Request, RequestOutput, SamplingParams
 from rollout.launch import launch
-from rollout.replica import Replica
+from rollout.replica.base import Replica
 
 SMALL = {
     "architectures": ["Qwen3ForCausalLM"],

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class LocalExecutor:
-    """One rank in this process; what a leader needs of it is `rollout.step_executor`'s to say."""
+    """One rank in this process; `rollout.ranks.step_executor` says what a leader needs of it."""
 
     def __init__(self, config: EngineConfig, *, rank: int = 0, meeting_place: str = "") -> None:
         from engine.worker import Worker

@@ -20,7 +20,7 @@ from engine.protocol import (
     ResumeMemory,
 )
 from rollout.offline import OnProgress, Progress, generate
-from rollout.replica import Replica
+from rollout.replica.base import Replica
 from trainer_bridge import PushReport, push
 from trainer_bridge.adapters.base import WeightSource
 

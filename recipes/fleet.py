@@ -28,7 +28,7 @@ from engine.protocol import (
 from recipes.actor import Watcher, Weights, raise_if_failed
 from recipes.fleet_engine import FleetEngine
 from recipes.world import World
-from rollout.replica import Replica
+from rollout.replica.base import Replica
 from trainer_bridge import PushReport
 from trainer_bridge.adapters.base import WeightSource
 from trainer_bridge.adapters.plain import PlainSource

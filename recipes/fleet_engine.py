@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from engine.errors import EngineDead, SlipstreamError, WeightUpdateError
 from engine.protocol import Control, ReplicaState, Reply, Request, RequestOutput
 from rollout.offline import run
-from rollout.replica import Replica
+from rollout.replica.base import Replica
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from recipes.fleet import FleetActor
 from recipes.options import Options
 from recipes.world import World, uses_gpu
 from rollout.launch import launch
-from rollout.replica import Replica
+from rollout.replica.base import Replica
 
 MOST_RUNNING = 1024
 """Sequences of one engine that run at once, at most."""

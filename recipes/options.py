@@ -10,7 +10,7 @@ import tyro
 
 from engine.config import Device, LoadFormat
 from recipes.algorithms.presets import AlgorithmOptions
-from recipes.trainers.options import OptimizerOptions
+from recipes.trainers.optimizer_options import OptimizerOptions
 
 DEFAULT_MODEL = Path(__file__).parent.parent / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 

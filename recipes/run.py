@@ -21,7 +21,7 @@ from recipes.collect import evaluate
 from recipes.command_line import flatten
 from recipes.display import Display
 from recipes.environments.base import Environment, heldout_problems, problem_at
-from recipes.environments.select import select_environment
+from recipes.environments.named_tasks import select_environment
 from recipes.grading import Grading
 from recipes.launch import launch_actor
 from recipes.ledger import Ledger

@@ -20,14 +20,14 @@ from engine.config import (
     LoadFormat,
     SchedulerConfig,
 )
-from rollout.failures import ALL_FAILED, SOME_FAILED, report
-from rollout.http.options import Serve, serve_config
-from rollout.jsonl import read_lines
+from rollout.cli.failures import ALL_FAILED, SOME_FAILED, report
+from rollout.cli.flag_ranges import check_numbers
+from rollout.cli.progress_bar import ProgressDisplay
+from rollout.cli.serve_flags import Serve, serve_config
+from rollout.files.jsonl import read_lines
 from rollout.launch import launch
 from rollout.offline import FileReport, check_output, is_batch, run_file
-from rollout.option_ranges import check_numbers
-from rollout.process_replica import ProcessReplica
-from rollout.progress import ProgressDisplay
+from rollout.replica.spawned import ProcessReplica
 from rollout.text.tokenizer import Tokenizer, find_tokenizer
 
 logger = logging.getLogger("rollout")
@@ -131,8 +131,8 @@ def run_offline(args: Offline) -> FileReport:
 
 def _run_batch(args: Offline, config: EngineConfig, tokenizer: Tokenizer | None) -> FileReport:
     # Only the routes of a server need the HTTP stack.
-    from rollout.http.batch import run_batch
     from rollout.http.config import ServeConfig
+    from rollout.http.openai.batch_file import run_batch
 
     served = ServeConfig(engine=config, served_model_name=args.served_model_name)
     with launch(config, process=True) as replica:

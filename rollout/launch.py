@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from engine.config import EngineConfig, LoadFormat
-from rollout.process_replica import ProcessReplica
-from rollout.ranks import build_executor
-from rollout.replica import InlineReplica, Replica
+from rollout.ranks.ranked_executor import build_executor
+from rollout.replica.base import Replica
+from rollout.replica.inline import InlineReplica
+from rollout.replica.spawned import ProcessReplica
 
 if TYPE_CHECKING:
     from engine.executor import Checkpoint

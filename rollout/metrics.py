@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from engine.protocol import ReplicaState
-from rollout.vllm_metrics import VllmNames
+from rollout.http.vllm.metric_names import VllmNames
 
 _SECONDS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _TOKENS = (1, 16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)

@@ -1,8 +1,8 @@
 """Batches without a server: lists of requests, and files of native `/generate` objects.
 
 What recipes use is here by name: `generate`, `load_tokenizer`, `normalised_messages`, `expand`,
-`respond`, the reader of lines (`jsonl.py`), the care for full disks (`disk.py`) and what is said
-of errors (`failures.py`).
+`respond`, the reader of lines (`files/jsonl.py`), the care for full disks (`files/disk_space.py`)
+and what is said of errors (`cli/failures.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import msgspec
 
 from engine.errors import InvalidRequest, SlipstreamError
 from engine.protocol import ErrorInfo, GenerateRequest, ReplicaState, Request, RequestOutput
-from rollout.disk import (
+from rollout.cli.failures import report
+from rollout.files.disk_space import (
     append_bytes,
     free_bytes,
     replace_file,
@@ -27,16 +28,15 @@ from rollout.disk import (
     write_all,
     writing,
 )
-from rollout.expand import expand
-from rollout.failures import report
-from rollout.generate import OnProgress, Progress, generate, run
-from rollout.jsonl import JsonLine, check_line, parse_line, read_lines
-from rollout.replica import Replica
-from rollout.respond import respond, to_wire
-from rollout.seeds import base_seed, derive_seed
+from rollout.files.jsonl import JsonLine, check_line, parse_line, read_lines
+from rollout.replica.base import Replica
+from rollout.requests.expand import expand
+from rollout.requests.generate import OnProgress, Progress, generate, run
+from rollout.requests.respond import respond, to_wire
+from rollout.requests.seeds import base_seed, derive_seed
+from rollout.requests.wire import parse_request
 from rollout.text.messages import normalised_messages
 from rollout.text.tokenizer import Tokenizer, load_tokenizer
-from rollout.wire import parse_request
 
 __all__ = [
     "JsonLine",
@@ -140,7 +140,7 @@ def run_file(
 
 def is_batch(lines: Iterable[JsonLine]) -> bool:
     """Whether the first line that can be read is one of OpenAI's batch format
-    (`rollout/http/batch.py` answers those)."""
+    (`rollout/http/openai/batch_file.py` answers those)."""
     for line in lines:
         try:
             found = check_line(line)

@@ -19,13 +19,13 @@ import torch
 from engine.errors import UnsupportedOption
 from engine.protocol import BeginUpdate, StagingMode, TensorSpec, UpdateReport
 from trainer_bridge.adapters.base import WeightSource, spec_of
-from trainer_bridge.adapters.select import source_of
+from trainer_bridge.adapters.fitting import source_of
 from trainer_bridge.checksum import with_checksums
-from trainer_bridge.control import LocalTarget, UpdateTarget
 from trainer_bridge.transports import disk, inproc
 from trainer_bridge.transports.base import Carrier, publish
 from trainer_bridge.transports.cuda_ipc import IpcCarrier
 from trainer_bridge.transports.nccl import NcclCarrier
+from trainer_bridge.update_target import LocalTarget, UpdateTarget
 
 Transport = Literal["inproc", "disk", "delta", "nccl", "cuda_ipc"]
 

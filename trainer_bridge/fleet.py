@@ -31,8 +31,8 @@ from engine.protocol import (
     Reply,
     UpdateReport,
 )
-from trainer_bridge.control import UpdateTarget, state_of, try_send
 from trainer_bridge.http_target import HttpTarget
+from trainer_bridge.update_target import UpdateTarget, state_of, try_send
 
 logger = logging.getLogger(__name__)
 

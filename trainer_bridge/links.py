@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
-from engine.protocol.nccl import Communicator, new_unique_id
-from engine.protocol.rendezvous import NCCL_ID_KEY
+from engine.comm.nccl import Communicator, new_unique_id
+from engine.comm.rendezvous import NCCL_ID_KEY
 
 _POLL_S = 0.00005
 _POLLS_BETWEEN_CHECKS = 500

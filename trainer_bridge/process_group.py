@@ -1,7 +1,7 @@
 """A process group between one trainer rank and the ranks of engines, beside any other group.
 
 The sender is rank 0, hosts the store and is known by (address, port); everybody else joins by
-`JoinGroup`. The store's keys are `engine.protocol.rendezvous`'s, so either side may be another
+`JoinGroup`. The store's keys are `engine.comm.rendezvous`'s, so either side may be another
 project's.
 """
 
@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
+from engine.comm.rendezvous import backend_prefix, joined_key
 from engine.errors import GroupError, UpdateTimeout
-from engine.protocol.rendezvous import backend_prefix, joined_key
 from trainer_bridge.links import Check, Link, connect
 
 logger = logging.getLogger(__name__)

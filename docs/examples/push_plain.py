@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from trainer_bridge.bridge import Publisher, PushOptions
-from trainer_bridge.control import state_of
 from trainer_bridge.http_target import HttpTarget
+from trainer_bridge.update_target import state_of
 
 arguments = argparse.ArgumentParser()
 arguments.add_argument("--model", required=True)

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from engine.protocol import BeginUpdate
 from trainer_bridge.adapters.deepspeed import DeepSpeedSource
-from trainer_bridge.control import state_of
 from trainer_bridge.http_target import HttpTarget
 from trainer_bridge.transports.sharded import ShardedCarrier
+from trainer_bridge.update_target import state_of
 
 arguments = argparse.ArgumentParser()
 arguments.add_argument("--model", required=True)

@@ -9,7 +9,7 @@ from typing import Any
 from engine.errors import CheckpointError, UnknownArchitecture
 from engine.layers.rope_config import RopeConfig, read_rope, served_positions
 from engine.models.config_keys import check_keys, flag, number, token_ids
-from engine.models.options import Options
+from engine.models.decoder_options import Options
 from engine.models.registry import find
 
 

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from engine.errors import CheckpointError, UnknownArchitecture
-from engine.models.options import Options
+from engine.models.decoder_options import Options
 
 HANDLED = frozenset(
     {

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.models.config_keys import flag
-from engine.models.options import Options
+from engine.models.decoder_options import Options
 
 
 def options(source: Mapping[str, Any]) -> Options:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from engine.models.options import Options
+from engine.models.decoder_options import Options
 
 
 def options(source: Mapping[str, Any]) -> Options:

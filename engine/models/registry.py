@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any, Protocol, cast
 
 from engine.errors import UnknownArchitecture
-from engine.models.options import Options
+from engine.models.decoder_options import Options
 
 ARCHITECTURES: Mapping[str, str] = MappingProxyType(
     {

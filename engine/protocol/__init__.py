@@ -2,13 +2,13 @@
 
 Three layers speak them, in the order a request meets them:
 
-1. `wire`: `GenerateRequest` -> `GenerateResponse`, SGLang's native `/generate`;
+1. `native`: `GenerateRequest` -> `GenerateResponse`, SGLang's native `/generate`;
 2. `requests`, `updates`, `control`, client -> replica: `Command` (one ordered stream, each control
    command in a `Call`) -> `RequestOutput` and `Reply`;
 3. `steps`, leader -> ranks: `StepPlan` -> `StepResult`, and the engine's commands unchanged.
 
 In process the structs travel as they are, without a copy; `codec` makes bytes of them. Beside the
-messages, `buckets`, `rendezvous` and `nccl` hold what both ends of a weight transfer must do alike.
+messages, `buckets` says how pieces of tensors share a broadcast; `engine.comm` carries them.
 """
 
 from engine.protocol.buckets import (
@@ -45,6 +45,7 @@ from engine.protocol.control import (
     StopProfile,
     WeightsReport,
 )
+from engine.protocol.native import GenerateRequest, GenerateResponse, SamplingParams
 from engine.protocol.requests import (
     Abort,
     FinishReason,
@@ -99,11 +100,6 @@ from engine.protocol.updates import (
     TransferCommand,
     UpdateReport,
     WeightCommand,
-)
-from engine.protocol.wire import (
-    GenerateRequest,
-    GenerateResponse,
-    SamplingParams,
 )
 
 __all__ = [

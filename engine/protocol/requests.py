@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
+from engine.protocol.native import SamplingParams
 from engine.protocol.types import (
     CacheKey,
     Count,
@@ -26,7 +27,6 @@ from engine.protocol.types import (
     TokenIds,
     Version,
 )
-from engine.protocol.wire import SamplingParams
 
 
 class Request(Struct, frozen=True, kw_only=True, tag="request"):
@@ -166,7 +166,8 @@ class RequestOutput(Struct, frozen=True, kw_only=True, tag="output"):
 
 class TokenRows(Struct, frozen=True, kw_only=True, tag="token_rows"):
     """The outputs of n streams that got tokens and nothing else, as columns: what one step brings
-    each of hundreds of streams travels as a few arrays. `rollout.columns` makes and reads it.
+    each of hundreds of streams travels as a few arrays. `rollout.replica.columns` makes and reads
+    it.
 
     starts, sizes: int32 [n], as `RequestOutput.start` and the length of its `token_ids`.
     versions: int64 [n], of the weights that sampled a row's tokens. token_ids int32 and logprobs

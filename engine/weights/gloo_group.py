@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
+from engine.comm.rendezvous import backend_prefix
 from engine.errors import GroupError, UpdateTimeout, WeightUpdateError
 from engine.protocol import JoinGroup
-from engine.protocol.rendezvous import backend_prefix
-from engine.weights import rendezvous
+from engine.weights import trainer_store
 from engine.weights.group import seconds_left
 from engine.weights.helpers import Helpers, nothing
 from engine.weights.lane import Look
@@ -61,7 +61,7 @@ class GlooGroup:
         self._helpers = helpers or Helpers()
         self._queued: list[Any] = []
         keys = PrefixStore(command.name, store)
-        rendezvous.announce_and_await(keys, command, rank, deadline, look)
+        trainer_store.announce_and_await(keys, command, rank, deadline, look)
         backend_keys = PrefixStore(backend_prefix(command.name, "cpu"), keys)
         timeout = timedelta(seconds=seconds_left(deadline))
         try:
@@ -70,8 +70,8 @@ class GlooGroup:
             )
         except RuntimeError as error:
             if time.monotonic() < deadline:
-                raise rendezvous.store_lost(command, error) from error
-            raise rendezvous.absent_error(command, [0]) from error
+                raise trainer_store.store_lost(command, error) from error
+            raise trainer_store.absent_error(command, [0]) from error
 
     def empty(self, num_bytes: int) -> torch.Tensor:
         """See `Group`. There is room behind it, which costs no memory until something comes
@@ -111,7 +111,7 @@ class GlooGroup:
 
     def is_alive(self) -> bool:
         """See `Group`."""
-        return self._group is not None and rendezvous.answers(self._store, self._helpers)
+        return self._group is not None and trainer_store.answers(self._store, self._helpers)
 
     def abort(self) -> bool:
         """See `Group`. Gloo ends no operation before its time, and its group waits for them: one

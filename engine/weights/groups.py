@@ -13,7 +13,7 @@ from engine.errors import GroupError
 from engine.parallel.mesh import Mesh
 from engine.protocol import JoinGroup
 from engine.protocol.deadlines import capped
-from engine.weights import rendezvous, vllm_group
+from engine.weights import trainer_store, vllm_group
 from engine.weights.gloo_group import GlooGroup
 from engine.weights.group import Group
 from engine.weights.helpers import Helpers, nothing
@@ -36,7 +36,7 @@ class _Parked:
     A thread of its own holds both until the back end has let go. Whoever held them last would
     run the group's destructor, which waits for what is queued, up to that one's own deadline,
     and lets no other thread of the process run meanwhile: not even once nobody knows this object
-    any more. A process that ends sooner is left at once (`rollout.leave`).
+    any more. A process that ends sooner is left at once (`rollout.replica.leave`).
     """
 
     def __init__(self, group: Group, memory: Sequence[torch.Tensor]) -> None:
@@ -217,14 +217,14 @@ class Groups:
             )
         except TimeoutError as error:
             # What it waits for says nothing and heeds no deadline.
-            raise rendezvous.nobody_answers(command, "it stopped answering") from error
+            raise trainer_store.nobody_answers(command, "it stopped answering") from error
 
     def _connect(self, command: JoinGroup, deadline: float, look: Look) -> Group:
         rank = command.rank_offset + self._mesh.tp_rank
         helpers = self._helpers
         if command.rendezvous == "vllm":
             return vllm_group.join(command, rank, self._device, deadline, look, helpers, self._park)
-        store = rendezvous.connect(command, deadline, look)
+        store = trainer_store.connect(command, deadline, look)
         if command.backend == "gloo":
             return GlooGroup(store, command, rank, deadline, look, helpers)
         return NcclGroup.behind_store(store, command, rank, self._device, deadline, look, helpers)

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch._C._distributed_c10d import PrefixStore, Store
 
+from engine.comm.nccl import Communicator, NcclError
+from engine.comm.rendezvous import NCCL_ID_KEY, backend_prefix
 from engine.errors import GroupError, UpdateTimeout, WeightUpdateError
 from engine.protocol import JoinGroup
-from engine.protocol.nccl import Communicator, NcclError
-from engine.protocol.rendezvous import NCCL_ID_KEY, backend_prefix
-from engine.weights import rendezvous
+from engine.weights import trainer_store
 from engine.weights.helpers import Helpers, nothing
 from engine.weights.lane import Look
 
@@ -73,11 +73,11 @@ class NcclGroup:
         """A group whose rank 0 is a `torch.distributed` NCCL process group, which publishes the
         unique id of its first communicator under the key "0" of its device."""
         keys = PrefixStore(command.name, store)
-        rendezvous.announce_and_await(keys, command, rank, deadline, look)
+        trainer_store.announce_and_await(keys, command, rank, deadline, look)
         backend_keys = PrefixStore(backend_prefix(command.name, "cuda"), keys)
 
         def unique_id(deadline: float) -> bytes:
-            return rendezvous.await_key(backend_keys, NCCL_ID_KEY, command, deadline)
+            return trainer_store.await_key(backend_keys, NCCL_ID_KEY, command, deadline)
 
         return cls(command, rank, device, unique_id, store, look, helpers)
 
@@ -153,7 +153,7 @@ class NcclGroup:
 
     def is_alive(self) -> bool:
         """See `Group`."""
-        return self._store is None or rendezvous.answers(self._store, self._helpers)
+        return self._store is None or trainer_store.answers(self._store, self._helpers)
 
     def abort(self) -> bool:
         """See `Group`."""
@@ -168,7 +168,7 @@ class NcclGroup:
         """A kernel that waits for a dead process over NVLink waits for ever: ask elsewhere."""
         if self._comm is not None:
             self._comm.poll()
-        if self._store is not None and not rendezvous.is_listening(self._command):
+        if self._store is not None and not trainer_store.is_listening(self._command):
             raise NcclError("its store no longer answers")
 
     def _broken(self, source: int, tensor: str, error: Exception) -> WeightUpdateError:

@@ -12,10 +12,10 @@ from collections.abc import Callable
 import torch
 from torch._C._distributed_c10d import Store
 
+from engine.comm.nccl import UNIQUE_ID_BYTES
 from engine.errors import GroupError
 from engine.protocol import JoinGroup
-from engine.protocol.nccl import UNIQUE_ID_BYTES
-from engine.weights import rendezvous
+from engine.weights import trainer_store
 from engine.weights.helpers import Helpers, nothing
 from engine.weights.lane import Look
 from engine.weights.nccl_group import NcclGroup
@@ -43,7 +43,7 @@ def join(
     if command.unique_id:
         unique_id, store = command.unique_id, None
     else:
-        store = rendezvous.connect(command, deadline, look, use_libuv=False)
+        store = trainer_store.connect(command, deadline, look, use_libuv=False)
         unique_id = _id_bytes(_published(store, command, deadline, look))
     group = NcclGroup(command, rank, device, lambda _deadline: unique_id, store, look, helpers)
     formed = False
@@ -58,7 +58,7 @@ def join(
 
 def _published(store: Store, command: JoinGroup, deadline: float, look: Look) -> object:
     try:
-        return restricted_loads(rendezvous.await_key(store, _ID_KEY, command, deadline, look))
+        return restricted_loads(trainer_store.await_key(store, _ID_KEY, command, deadline, look))
     except TimeoutError as error:
         raise GroupError(
             f"rank 0 (trainer) of group {command.name!r} did not publish a NCCL id in time",

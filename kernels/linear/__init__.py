@@ -9,7 +9,7 @@ import torch
 
 from kernels.backend import KernelBackend, unknown_backend
 from kernels.linear import reference
-from kernels.linear.options import Options
+from kernels.linear.fusion import Options
 
 __all__ = ["Options", "fused_linear", "new_counters"]
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.activation import reference as activation
-from kernels.linear.options import Options
+from kernels.linear.fusion import Options
 from kernels.norm import reference as norm
 
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 import triton
 
 from kernels.activation.triton import silu_mul
+from kernels.linear.fusion import Options
 from kernels.linear.gemv import gemv_kernel
-from kernels.linear.options import Options
 from kernels.linear.plan import Config, Gemv, Tiles, choose
 from kernels.linear.tiles import tiles_kernel
 from kernels.norm.triton import rms_norm

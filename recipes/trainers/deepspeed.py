@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from engine.errors import InvalidRequest
 from recipes.trainers.memory import recompute_layers
-from recipes.trainers.options import OptimizerOptions
+from recipes.trainers.optimizer_options import OptimizerOptions
 from recipes.trainers.sharded import write_hf_config
 from trainer_bridge.adapters.base import WeightSource
 from trainer_bridge.adapters.deepspeed import DeepSpeedSource

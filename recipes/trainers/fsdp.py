@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from recipes.trainers.memory import recompute_layers
-from recipes.trainers.options import OptimizerOptions
+from recipes.trainers.optimizer_options import OptimizerOptions
 from recipes.trainers.sharded import write_hf_config
 from trainer_bridge.adapters.base import WeightSource
 from trainer_bridge.adapters.fsdp import FsdpSource

@@ -19,7 +19,7 @@ from recipes.trainers.masters import Masters
 from recipes.trainers.memory import recompute_layers
 from recipes.trainers.metrics import TokenMetrics
 from recipes.trainers.microbatch import by_sequence, loss_inputs, microbatches, score
-from recipes.trainers.options import OptimizerOptions
+from recipes.trainers.optimizer_options import OptimizerOptions
 from recipes.types import Batch, Trajectory
 
 TENSORS = "trainer.pt"

@@ -19,7 +19,7 @@ from engine.protocol import FloatArray
 from recipes.trainers.base import Logprobs, Loss
 from recipes.trainers.metrics import TokenMetrics
 from recipes.trainers.microbatch import by_sequence, loss_inputs, microbatches, score
-from recipes.trainers.options import OptimizerOptions
+from recipes.trainers.optimizer_options import OptimizerOptions
 from recipes.types import Batch, Trajectory
 from recipes.world import World
 from trainer_bridge.adapters.base import WeightSource

@@ -9,24 +9,22 @@ from fastapi import APIRouter, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
-from rollout.http import command, errors, health, info, native, openapi
-from rollout.http.dialects import (
-    chat,
-    completions,
-    openai_models,
-    profiling,
-    refused,
-    sglang_control,
-    sglang_info,
-    sglang_weights,
-    vllm_control,
-    vllm_generate,
-    vllm_text,
-    vllm_weights,
-)
-from rollout.http.guard import Guard
+from rollout.http import openapi
+from rollout.http.edge import errors, unserved_routes
+from rollout.http.edge.guard import Guard
+from rollout.http.edge.shortcut import Shortcut
+from rollout.http.native import command_routes
+from rollout.http.native import generate_routes as native_generate_routes
+from rollout.http.openai import chat_routes, completion_routes, model_routes
 from rollout.http.services import Services
-from rollout.http.shortcut import Shortcut
+from rollout.http.sglang import pause_routes as sglang_pause_routes
+from rollout.http.sglang import slime_routes
+from rollout.http.sglang import weight_routes as sglang_weight_routes
+from rollout.http.status import health_routes, info_routes, profile_routes
+from rollout.http.vllm import generate_routes as vllm_generate_routes
+from rollout.http.vllm import pause_routes as vllm_pause_routes
+from rollout.http.vllm import text_routes
+from rollout.http.vllm import weight_routes as vllm_weight_routes
 
 
 def build_app(services: Services) -> FastAPI:
@@ -41,17 +39,21 @@ def build_app(services: Services) -> FastAPI:
 
     app = FastAPI(title="Slipstream", lifespan=lifespan, openapi_url=None)
     control = [
-        command.router(services),
-        sglang_weights.router(services),
-        sglang_control.router(services),
-        vllm_weights.router(services),
-        vllm_control.router(services),
-        profiling.router(services),
-        refused.router(),
+        command_routes.router(services),
+        sglang_weight_routes.router(services),
+        sglang_pause_routes.router(services),
+        vllm_weight_routes.router(services),
+        vllm_pause_routes.router(services),
+        profile_routes.router(services),
+        unserved_routes.router(),
     ]
-    generating = [module.router(services) for module in (native, completions, chat, vllm_generate)]
+    generating = [
+        module.router(services)
+        for module in (native_generate_routes, completion_routes, chat_routes, vllm_generate_routes)
+    ]
     others = [
-        module.router(services) for module in (health, info, openai_models, sglang_info, vllm_text)
+        module.router(services)
+        for module in (health_routes, info_routes, model_routes, slime_routes, text_routes)
     ]
     routers = [*generating, *others, *control]
     routers.append(openapi.router(services.config, routers, _paths(control)))

@@ -17,9 +17,9 @@ from fastapi.routing import APIRoute
 
 from engine.protocol import GenerateRequest
 from rollout.http.config import ServeConfig
-from rollout.http.errors import json_response
-from rollout.http.facts import package_version
-from rollout.http.guard import OPEN_PATHS
+from rollout.http.edge.errors import json_response
+from rollout.http.edge.guard import OPEN_PATHS
+from rollout.http.status.facts import package_version
 
 PATH = "/openapi.json"
 _SCHEMAS = "#/components/schemas/"

@@ -21,16 +21,16 @@ from starlette.types import ASGIApp
 
 from engine.config import EngineConfig
 from engine.errors import EngineDead, InvalidRequest
-from rollout.http.access import is_loopback
 from rollout.http.app import build_app
 from rollout.http.config import ServeConfig
-from rollout.http.connection import PatientProtocol
-from rollout.http.engine_client import AsyncEngine
-from rollout.http.link import ProcessLink
+from rollout.http.edge.access import is_loopback
+from rollout.http.edge.connection import PatientProtocol
+from rollout.http.engine.client import AsyncEngine
+from rollout.http.engine.link import ProcessLink
+from rollout.http.engine.supervisor import Supervisor
 from rollout.http.services import make_services
-from rollout.http.supervisor import Supervisor
-from rollout.leave import leave_at_once
-from rollout.process_replica import ProcessReplica
+from rollout.replica.leave import leave_at_once
+from rollout.replica.spawned import ProcessReplica
 from rollout.text.tokenizer import Tokenizer, find_tokenizer
 
 logger = logging.getLogger(__name__)

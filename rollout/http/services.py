@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from typing import Protocol
 from weakref import WeakValueDictionary
 
-from rollout.http.access import Access
 from rollout.http.config import ServeConfig
-from rollout.http.control import Controller
-from rollout.http.engine_client import AsyncEngine
-from rollout.http.generation import Generator
-from rollout.http.sample import Sample
-from rollout.http.versions import VersionLabels
+from rollout.http.edge.access import Access
+from rollout.http.engine.client import AsyncEngine
+from rollout.http.native.generator import Generator
+from rollout.http.native.sample import Sample
+from rollout.http.updates.lifecycle import Controller
+from rollout.http.updates.version_labels import VersionLabels
 from rollout.metrics import Metrics
-from rollout.seeds import base_seed
+from rollout.requests.seeds import base_seed
 from rollout.text.tokenizer import Tokenizer
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from engine.protocol import FinishReason
-from rollout.scheduler.preempt import Preemption
-from rollout.scheduler.queue import WaitingQueue
+from rollout.scheduler.planning.preempt import Preemption
+from rollout.scheduler.planning.queue import WaitingQueue
 from rollout.scheduler.running import RunningSet
 from rollout.scheduler.sequence import Sequence
 

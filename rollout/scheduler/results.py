@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from engine.protocol import FloatArray, IntArray, PromptLogprobs, StepResult, TopLogprobs
-from rollout.scheduler.plan_builder import InFlight
+from rollout.scheduler.planning.plan_builder import InFlight
 from rollout.scheduler.running import RunningSet
 
 BoolArray = np.ndarray[Any, np.dtype[np.bool_]]

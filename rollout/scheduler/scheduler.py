@@ -24,16 +24,16 @@ from engine.protocol import (
     StepResult,
 )
 from rollout.cache.manager import CacheManager
-from rollout.sample_ids import of_sample, starts_with
-from rollout.scheduler.budget import PageReserve
-from rollout.scheduler.decode import DecodePlanner
+from rollout.requests.sample_ids import of_sample, starts_with
+from rollout.scheduler.emit import final_output, make_output
 from rollout.scheduler.encode import row_numbers
 from rollout.scheduler.kv_policy import CANNOT_RESTART, KvPolicies
-from rollout.scheduler.outputs import final_output, make_output
-from rollout.scheduler.plan_builder import InFlight, PlanBuilder
-from rollout.scheduler.preempt import Preemption
-from rollout.scheduler.prefill import PrefillPlanner
-from rollout.scheduler.queue import WaitingQueue
+from rollout.scheduler.planning.decode import DecodePlanner
+from rollout.scheduler.planning.page_reserve import PageReserve
+from rollout.scheduler.planning.plan_builder import InFlight, PlanBuilder
+from rollout.scheduler.planning.preempt import Preemption
+from rollout.scheduler.planning.prefill import PrefillPlanner
+from rollout.scheduler.planning.queue import WaitingQueue
 from rollout.scheduler.results import ResultWriter
 from rollout.scheduler.running import RunningSet
 from rollout.scheduler.sequence import Sequence

@@ -9,7 +9,7 @@ import numpy as np
 from engine.errors import ContextTooLong, InvalidRequest
 from engine.protocol import Request, SamplingParams
 from engine.protocol.types import FLOAT32_TINY
-from rollout.ranges import check_ranges
+from rollout.requests.message_ranges import check_ranges
 
 MIN_FACTOR, MAX_FACTOR = 1e-6, 1e6
 """Times or divided into a logit, such a factor leaves it finite in float32."""

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.errors import InvalidRequest, UnsupportedOption
-from rollout.decoding import check_depth, decode_json
+from rollout.requests.json_types import check_depth, decode_json
 from rollout.text.template_traits import PLAIN, CallTraits, Traits
 
 Message = Mapping[str, Any]

@@ -63,7 +63,7 @@ def test_padded_rows_have_the_scores_of_the_tree(arch: str) -> None:
 def test_a_coin_grades_by_the_reply_alone() -> None:
     from grpo_sides import Coin
 
-    from recipes.environments.select import select_environment
+    from recipes.environments.named_tasks import select_environment
 
     coin = Coin(select_environment("largest"))
     problem: Problem = coin.draw(random.Random(0))

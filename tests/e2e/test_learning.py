@@ -23,7 +23,7 @@ from recipes.ledger import Ledger
 from recipes.model import load_trainer
 from recipes.options import Options, RolloutOptions
 from recipes.run import assemble
-from recipes.trainers.options import OptimizerOptions
+from recipes.trainers.optimizer_options import OptimizerOptions
 from rollout.offline import load_tokenizer
 from tests.helpers.char_model import CharAddition, char_model, fine_tune, write_char_model
 

@@ -12,7 +12,7 @@ import torch
 from msgspec.structs import replace
 
 from engine.protocol import FlushCache, Request, RequestOutput
-from rollout.replica import InlineReplica
+from rollout.replica.inline import InlineReplica
 from tests.helpers.engines import drain, make_replica, request
 from tests.helpers.tiny_models import tiny_hf
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from engine.errors import SlipstreamError
 from engine.protocol import Control, GetState, Request, SamplingParams, Shutdown
-from rollout.replica import InlineReplica
+from rollout.replica.inline import InlineReplica
 from tests.helpers.fake_executor import expected_tokens
 from tests.helpers.hostile_json import objects
 from tests.helpers.replicas import inline, make_request

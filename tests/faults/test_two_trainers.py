@@ -29,7 +29,7 @@ from engine.protocol import (
     encode,
 )
 from engine.weights.service import WeightService
-from rollout.ranges import check_ranges
+from rollout.requests.message_ranges import check_ranges
 from tests.helpers.update_carriers import SharedMemoryIpc
 from tests.helpers.weight_engines import (
     Tensors,

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from engine.protocol import BeginUpdate
-from rollout.replica import InlineReplica
+from rollout.replica.inline import InlineReplica
 from tests.helpers.engines import drain, make_replica, request
 from tests.helpers.tiny_models import tiny_hf, write_tiny
 from tests.helpers.weight_engines import Tensors, specs

@@ -11,7 +11,7 @@ import torch
 from engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from engine.protocol import Request, RequestOutput, SamplingParams
 from rollout.launch import launch
-from rollout.replica import InlineReplica
+from rollout.replica.inline import InlineReplica
 
 
 def make_replica(

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from engine.protocol import FinishReason, ReplicaState, Request, RequestOutput, VersionSpan
-from rollout.seeds import derive_seed
+from rollout.requests.seeds import derive_seed
 from trainer_bridge import PushReport
 
 

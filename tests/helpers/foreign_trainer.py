@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, _new_process_group_helper, _world
 from torch.distributed.rendezvous import rendezvous
 
-from engine.protocol.nccl import Communicator, new_unique_id
+from engine.comm.nccl import Communicator, new_unique_id
 from rollout.client import Client
 from tests.helpers.foreign_classes import foreign_classes
 

@@ -26,12 +26,12 @@ from engine.protocol import (
 )
 from rollout.http.app import build_app
 from rollout.http.config import ServeConfig
-from rollout.http.engine_client import AsyncEngine
-from rollout.http.link import Deliver, Fail, Message
+from rollout.http.engine.client import AsyncEngine
+from rollout.http.engine.link import Deliver, Fail, Message
 from rollout.http.services import make_services
-from rollout.ipc import encode_frame
-from rollout.leader import Leader, error_info
-from rollout.step_executor import StepExecutor
+from rollout.ranks.step_executor import StepExecutor
+from rollout.replica.ipc import encode_frame
+from rollout.replica.leader import Leader, error_info
 from rollout.text.tokenizer import Tokenizer
 from tests.helpers.fake_executor import FakeExecutor
 from tests.helpers.replicas import fake_config

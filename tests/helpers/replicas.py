@@ -6,8 +6,8 @@ import numpy as np
 
 from engine.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
 from engine.protocol import Request, SamplingParams
-from rollout.process_replica import ProcessReplica
-from rollout.replica import InlineReplica
+from rollout.replica.inline import InlineReplica
+from rollout.replica.spawned import ProcessReplica
 from tests.helpers.fake_executor import EOS_ID, FakeExecutor
 
 FACTORY = "tests.helpers.fake_executor:build"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rollout.http.config import ServeConfig
-from rollout.http.engine_client import AsyncEngine
+from rollout.http.engine.client import AsyncEngine
 from rollout.http.openapi import document
 from rollout.http.services import make_services
 from tests.helpers.control_calls import GROUP, bucket

@@ -14,8 +14,8 @@ from engine.errors import UnsupportedOption
 from tests.helpers import sharded_models as models
 from trainer_bridge.adapters.base import WeightSource
 from trainer_bridge.adapters.deepspeed import DeepSpeedSource
+from trainer_bridge.adapters.fitting import source_of
 from trainer_bridge.adapters.fsdp import FsdpSource
-from trainer_bridge.adapters.select import source_of
 
 Results = dict[str, Any]
 

@@ -17,7 +17,7 @@ from engine.parallel.collectives import Collectives
 from engine.parallel.connect import connect
 from engine.parallel.mesh import Mesh
 from engine.protocol import BesideSteps, EngineCommand, Reply, StepPlan, StepResult
-from rollout.weight_queue import PendingReply
+from rollout.replica.weight_queue import PendingReply
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ from recipes.algorithms.losses import policy_loss
 from recipes.algorithms.presets import preset
 from recipes.trainers.base import Learner
 from recipes.trainers.metrics import TokenMetrics, merge
-from recipes.trainers.options import OptimizerOptions
+from recipes.trainers.optimizer_options import OptimizerOptions
 from recipes.trainers.plain import Trainer
 from recipes.trainers.sharded import ShardedTrainer
 from recipes.types import Batch

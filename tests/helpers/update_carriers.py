@@ -25,7 +25,7 @@ from engine.protocol import (
     TensorPiece,
     encode,
 )
-from engine.weights import rendezvous
+from engine.weights import trainer_store
 from engine.weights.service import WeightService
 from tests.helpers.peers import until
 from tests.helpers.weight_engines import Tensors, join, pieces, send, split
@@ -133,7 +133,7 @@ class GlooGroup:
             store = _OwnStore()
             with (
                 mock.patch.object(process_group, "_listen", lambda *_: store),
-                mock.patch.object(rendezvous, "connect", lambda *_: store),
+                mock.patch.object(trainer_store, "connect", lambda *_: store),
             ):
                 self._sender = join([self._rank])
         self._halves = [half for share in split(new, 2) for half in share if half[1].numel()]

@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from rollout.replica import InlineReplica
+from rollout.replica.inline import InlineReplica
 from tests.helpers.engines import drain, exact_logprobs, make_replica, request
 from tests.helpers.tiny_models import tiny_hf, write_tiny
 from trainer_bridge import push

@@ -11,7 +11,7 @@ from engine.config import CacheConfig, EngineConfig, MemoryConfig, SchedulerConf
 from engine.errors import MemoryReleased, UnsupportedOption
 from engine.protocol import FlushCache, Pause, ReleaseMemory, Resume, ResumeMemory
 from rollout.launch import launch
-from rollout.replica import Replica
+from rollout.replica.base import Replica
 from tests.helpers.engines import drain, request
 from tests.helpers.tiny_models import write_tiny
 from trainer_bridge import push

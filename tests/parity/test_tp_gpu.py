@@ -12,7 +12,7 @@ import pytest
 
 from engine.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
 from rollout.launch import launch
-from rollout.replica import InlineReplica
+from rollout.replica.inline import InlineReplica
 from tests.helpers.engines import drain, request
 from tests.helpers.tiny_models import write_tiny
 

@@ -16,7 +16,7 @@ from engine.errors import ModelError
 from engine.protocol import BeginUpdate, CommitUpdate, LoadFromDisk, RequestOutput
 from engine.protocol.deadlines import MAX_TIMEOUT_S, MEET_S
 from rollout.launch import launch
-from rollout.replica import InlineReplica
+from rollout.replica.inline import InlineReplica
 from tests.helpers.engines import drain, request
 from tests.helpers.thread_ranks import ThreadedExecutor
 from tests.helpers.tiny_models import write_tiny

@@ -22,7 +22,7 @@ from recipes.options import Options, RolloutOptions
 from recipes.report import PHASES
 from recipes.rewards.graders import GraderSpec
 from recipes.run import Run, assemble
-from recipes.trainers.options import OptimizerOptions
+from recipes.trainers.optimizer_options import OptimizerOptions
 from recipes.trainers.plain import Trainer
 from tests.helpers.char_model import CharAddition, char_model, char_tokenizer
 from tests.helpers.fake_actor import FakeActor

@@ -10,10 +10,10 @@ import pytest
 import rollout.__main__ as cli
 from engine.config import EngineConfig
 from engine.errors import EngineDead
+from rollout.cli.flag_ranges import RANGES
+from rollout.cli.serve_flags import Serve, serve_config
 from rollout.http.config import ServeConfig
-from rollout.http.options import Serve, serve_config
-from rollout.option_ranges import RANGES
-from rollout.replica import Replica
+from rollout.replica.base import Replica
 from rollout.text.tokenizer import find_tokenizer
 from tests.helpers.fake_executor import expected_tokens
 from tests.helpers.replicas import inline, spawned

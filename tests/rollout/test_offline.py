@@ -6,7 +6,7 @@ import pytest
 
 from engine.errors import DiskFull, EngineDead, InvalidRequest
 from rollout.offline import FileReport, Progress, run_file
-from rollout.replica import Replica
+from rollout.replica.base import Replica
 from rollout.text.tokenizer import Tokenizer
 from tests.helpers.fake_executor import POISON, expected_tokens
 from tests.helpers.file_limit import largest_file

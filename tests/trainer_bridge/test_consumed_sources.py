@@ -16,7 +16,7 @@ from tests.helpers.tiny_models import tiny_hf, write_tiny
 from tests.trainer_bridge.test_push import logprob_gap
 from trainer_bridge.adapters.plain import PlainSource
 from trainer_bridge.bridge import Publisher, PushOptions
-from trainer_bridge.control import state_of
+from trainer_bridge.update_target import state_of
 
 TRANSPORTS = ["inproc", "nccl", "cuda_ipc", "disk", "delta"]
 

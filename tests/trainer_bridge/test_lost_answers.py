@@ -8,7 +8,7 @@ import pytest
 
 from engine.errors import EngineDead
 from engine.protocol import AbortUpdate, CommitUpdate, Control, LoadFromDisk, PrepareUpdate, Reply
-from rollout.replica import InlineReplica
+from rollout.replica.inline import InlineReplica
 from tests.helpers.engines import make_replica
 from tests.helpers.tiny_models import tiny_hf, write_tiny
 from tests.trainer_bridge.test_push import logprob_gap

@@ -17,8 +17,8 @@ from tests.trainer_bridge.test_push import logprob_gap
 from trainer_bridge.adapters.deepspeed import DeepSpeedSource
 from trainer_bridge.adapters.plain import PlainSource
 from trainer_bridge.bridge import Publisher, PushOptions
-from trainer_bridge.control import state_of
 from trainer_bridge.process_group import SenderGroup
+from trainer_bridge.update_target import state_of
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,14 @@ import torch.distributed as dist
 
 from engine.errors import UnsupportedOption
 from engine.protocol import TensorPiece, TensorSpec
+from trainer_bridge.adapters.bucketing import (
+    BUCKET_BYTES,
+    even_share,
+    in_buckets,
+    piece_of,
+    wire_spec,
+)
 from trainer_bridge.adapters.plain import bare_name
-from trainer_bridge.adapters.wire import BUCKET_BYTES, even_share, in_buckets, piece_of, wire_spec
 
 
 class DeepSpeedSource:

@@ -8,7 +8,6 @@ from functools import cached_property
 
 from engine.protocol import BeginUpdate, UpdateReport
 from trainer_bridge.adapters.base import WeightSource
-from trainer_bridge.control import UpdateTarget
 from trainer_bridge.fleet import (
     Member,
     commit,
@@ -19,6 +18,7 @@ from trainer_bridge.fleet import (
     owned,
     prepare,
 )
+from trainer_bridge.update_target import UpdateTarget
 
 
 class Carrier(ABC):

@@ -26,10 +26,10 @@ from engine.protocol import (
     plan_buckets,
 )
 from trainer_bridge.adapters.base import WeightSource, in_order, whole_piece
-from trainer_bridge.control import UpdateTarget
 from trainer_bridge.fleet import Member, on_each
 from trainer_bridge.transports.base import Carrier
 from trainer_bridge.transports.handles import CudaAllocations, HandleCache
+from trainer_bridge.update_target import UpdateTarget
 
 BUCKET_BYTES = 256 << 20
 

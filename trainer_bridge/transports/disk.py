@@ -31,11 +31,11 @@ from engine.protocol import (
 )
 from trainer_bridge.adapters.base import WeightSource
 from trainer_bridge.checksum import with_checksums
-from trainer_bridge.control import UpdateTarget, try_send
 from trainer_bridge.delta_base import DeltaBase
 from trainer_bridge.fleet import Member, draw_owner, on_each, owned
 from trainer_bridge.transports.base import Carrier
 from trainer_bridge.transports.scratch_folder import ScratchFolder
+from trainer_bridge.update_target import UpdateTarget, try_send
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from engine.protocol import BeginUpdate, UpdateReport
 from trainer_bridge.adapters.base import WeightSource
-from trainer_bridge.control import LocalTarget
 from trainer_bridge.fleet import draw_owner, owned
+from trainer_bridge.update_target import LocalTarget
 
 
 def send(begin: BeginUpdate, source: WeightSource, target: LocalTarget) -> UpdateReport:

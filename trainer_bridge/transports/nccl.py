@@ -23,11 +23,11 @@ from engine.protocol import (
     plan_buckets,
 )
 from trainer_bridge.adapters.base import WeightSource, in_order, whole_piece
-from trainer_bridge.control import UpdateTarget, try_send
 from trainer_bridge.fleet import Member
 from trainer_bridge.packing import BucketPacker
 from trainer_bridge.process_group import Backend, SenderGroup
 from trainer_bridge.transports.base import Carrier
+from trainer_bridge.update_target import UpdateTarget, try_send
 
 BUCKET_BYTES = 256 << 20
 

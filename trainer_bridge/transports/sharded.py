@@ -26,7 +26,6 @@ from engine.protocol import (
     UpdateReport,
 )
 from trainer_bridge.adapters.base import WeightSource
-from trainer_bridge.control import UpdateTarget, try_send
 from trainer_bridge.fleet import (
     Member,
     commit,
@@ -39,6 +38,7 @@ from trainer_bridge.fleet import (
 )
 from trainer_bridge.process_group import Backend, SenderGroup, stop
 from trainer_bridge.transports.nccl import BUCKET_BYTES, Broadcaster, check, complete, join_commands
+from trainer_bridge.update_target import UpdateTarget, try_send
 
 
 class ShardedCarrier:

@@ -211,7 +211,7 @@ def test_a_group_that_is_not_there_and_a_source_that_is_no_rank() -> None:
 DROPPED = """
 import gc, sys
 from engine.protocol import AbortUpdate, BeginUpdate, ReceiveBroadcast
-from rollout.leave import run_and_leave
+from rollout.replica.leave import run_and_leave
 from tests.helpers.weight_engines import fresh, join, make_rank, pieces
 
 def main(arguments):

@@ -19,6 +19,7 @@ from unittest import mock
 import pytest
 import torch
 
+from engine.comm import nccl
 from engine.errors import GroupError, UpdateTimeout, WeightUpdateError
 from engine.layers.runtime import LayerRuntime
 from engine.models.build import build_model
@@ -30,7 +31,6 @@ from engine.protocol import (
     JoinGroup,
     LeaveGroup,
     ReceiveBroadcast,
-    nccl,
     plan_buckets,
 )
 from engine.protocol.deadlines import MAX_TIMEOUT_S, MEET_S, SILENT_S

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from engine.comm import nccl
+from engine.comm.nccl import UNIQUE_ID_BYTES, Communicator, NcclError
 from engine.parallel.mesh import Mesh
-from engine.protocol import nccl
 from engine.protocol.deadlines import MEET_S
-from engine.protocol.nccl import UNIQUE_ID_BYTES, Communicator, NcclError
 from engine.weights.groups import Groups
 from tests.helpers.peers import until
 

@@ -8,7 +8,7 @@ import pytest
 
 from recipes.environments.base import Environment, heldout_problems, problem_at, split_of
 from recipes.environments.few_shot import FewShot
-from recipes.environments.select import BUILT_IN
+from recipes.environments.named_tasks import BUILT_IN
 from recipes.types import Problem
 
 TASKS = sorted(BUILT_IN)

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from recipes.environments.base import problem_at
-from recipes.environments.select import BUILT_IN
+from recipes.environments.named_tasks import BUILT_IN
 from recipes.types import Problem
 
 

@@ -23,7 +23,7 @@ from recipes.trainers.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from recipes.trainers.options import OptimizerOptions
+from recipes.trainers.optimizer_options import OptimizerOptions
 from recipes.trainers.plain import Trainer
 from recipes.world import World
 from tests.helpers.char_model import char_model

@@ -12,7 +12,7 @@ import torch
 from recipes.algorithms.losses import LossInputs, LossOutput, policy_loss
 from recipes.algorithms.presets import preset
 from recipes.trainers.metrics import TokenMetrics
-from recipes.trainers.options import OptimizerOptions
+from recipes.trainers.optimizer_options import OptimizerOptions
 from recipes.trainers.plain import Trainer
 from recipes.types import Batch
 from tests.helpers.tiny_models import tiny_hf

@@ -12,14 +12,14 @@ from fastapi import APIRouter
 
 from engine.errors import InvalidRequest
 from engine.protocol import Control, GenerateRequest
-from rollout.decoding import decode_json
 from rollout.http.app import build_app
 from rollout.http.config import ServeConfig
-from rollout.http.dialects.openai_bodies import ChatBody, CompletionBody
-from rollout.http.engine_client import AsyncEngine
-from rollout.http.requests import parse_call
+from rollout.http.engine.client import AsyncEngine
+from rollout.http.native.generate_call import parse_call
+from rollout.http.openai.bodies import ChatBody, CompletionBody
 from rollout.http.services import make_services
 from rollout.offline import run_file
+from rollout.requests.json_types import decode_json
 from tests.helpers.http_app import InlineLink, Server, run, serving
 from tests.helpers.replicas import fake_config, inline
 from tests.helpers.struct_fields import example, paths

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from rollout.http.dialects.refused import REFUSED
+from rollout.http.edge.unserved_routes import REFUSED
 from tests.helpers.http_app import Server, run, serving
 
 _TRAINERS = Path(__file__).resolve().parents[3] / "docs" / "external_trainers.md"

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 import rollout.__main__ as cli
 from engine.errors import EngineDead, InvalidRequest
 from engine.protocol import GenerateRequest, GenerateResponse, Pause, Resume, SamplingParams
-from rollout.http.options import Serve, serve_config
+from rollout.cli.serve_flags import Serve, serve_config
 from rollout.launch import launch
 from rollout.offline import expand, generate, load_tokenizer, respond
 from tests.helpers.fake_executor import expected_tokens

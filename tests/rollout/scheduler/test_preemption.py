@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rollout.scheduler.budget import FIRST_RATIO, LEAST_RATIO, PageReserve
+from rollout.scheduler.planning.page_reserve import FIRST_RATIO, LEAST_RATIO, PageReserve
 from tests.helpers.scheduling import VOCAB, Bench, check_output, expected, make_request
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from engine.errors import InvalidRequest, QueueFull, SlipstreamError
 from engine.protocol import ErrorInfo, StepResult
-from rollout.sample_ids import sample_id
+from rollout.requests.sample_ids import sample_id
 from tests.helpers.mock_executor import top_of
 from tests.helpers.scheduling import (
     Bench,

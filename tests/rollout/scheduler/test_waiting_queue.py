@@ -10,7 +10,7 @@ import pytest
 
 from engine.config import QueuePolicy
 from rollout.scheduler.encode import row_numbers
-from rollout.scheduler.queue import PREFIX_WINDOW, WaitingQueue
+from rollout.scheduler.planning.queue import PREFIX_WINDOW, WaitingQueue
 from rollout.scheduler.sequence import Sequence
 from tests.helpers.scheduling import make_request
 

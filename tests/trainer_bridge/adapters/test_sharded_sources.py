@@ -11,9 +11,9 @@ from engine.protocol import TensorSpec
 from tests.helpers import sharded_models as models
 from tests.helpers.rank_processes import run_ranks
 from tests.helpers.source_ranks import deepspeed_sources, fsdp_sources
+from trainer_bridge.adapters.bucketing import even_share, in_buckets
+from trainer_bridge.adapters.fitting import source_of
 from trainer_bridge.adapters.plain import PlainSource
-from trainer_bridge.adapters.select import source_of
-from trainer_bridge.adapters.wire import even_share, in_buckets
 
 SIZE = 2
 

@@ -1,0 +1,97 @@
+"""The wire: SGLang's native `/generate`, as typed structs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from engine.protocol.types import (
+    ClientId,
+    Count,
+    Float32,
+    Int32,
+    Int64,
+    KvPolicy,
+    LogitBias,
+    Penalty,
+    Salt,
+    StopString,
+    StopStrings,
+    TokenIds,
+)
+
+
+class SamplingParams(
+    Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """How one request is sampled; names and defaults of SGLang's native API.
+
+    `temperature` below 1e-6 is greedy (its logprobs are at temperature 1). `top_k` -1 is
+    off. Penalties and `logit_bias` change the logits before temperature, so the returned
+    logprob is that of the changed distribution; `top_k`, `top_p` and `min_p` only restrict
+    which tokens may be drawn and do not renormalise the logprob (DESIGN, decision 9).
+    `min_new_tokens`: no stop token can be drawn before so many tokens were, and no stop string
+    counts that one of them completes.
+    """
+
+    max_new_tokens: Int32 = 128
+    min_new_tokens: Int32 = 0
+    temperature: Float32 = 1.0
+    top_p: Float32 = 1.0
+    top_k: Int32 = -1
+    min_p: Float32 = 0.0
+    frequency_penalty: Penalty = 0.0
+    presence_penalty: Penalty = 0.0
+    repetition_penalty: Float32 = 1.0
+    logit_bias: LogitBias = {}
+    stop: StopString | StopStrings | None = None
+    stop_token_ids: TokenIds | None = None
+    ignore_eos: bool = False
+    no_stop_trim: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    n: Int32 = 1
+    sampling_seed: Int64 | None = None
+
+
+class GenerateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One native `/generate` object: exactly one of `text` and `input_ids`.
+
+    `logprob_start_len` >= 0 asks for the logprobs of prompt tokens from that position
+    (position 0 has none: nothing comes before it). `return_entropy` asks for the entropy of
+    the distribution that each output token was drawn from, filters aside. Among the
+    `top_logprobs_num` likeliest, a token that cannot come has -9999.0 (its logprob is -inf, which
+    JSON cannot write); so has one of `token_ids_logprob`, the tokens whose logprobs are returned at
+    every position, whatever came there. `cache_salt` and
+    `extra_key` keep the prefix cache of callers apart. Samples of `n` > 1 get seeds derived
+    from one seed.
+    """
+
+    text: str | None = None
+    input_ids: list[Int32] | None = None
+    sampling_params: SamplingParams = SamplingParams()
+    rid: ClientId | None = None
+    return_logprob: bool = False
+    logprob_start_len: Int32 = -1
+    top_logprobs_num: Int32 = 0
+    token_ids_logprob: TokenIds | None = None
+    return_text_in_logprobs: bool = False
+    return_prompt_token_ids: bool = False
+    return_entropy: bool = False
+    stream: bool = False
+    priority: Int64 = 0
+    cache_salt: Salt = ""
+    extra_key: Salt = ""
+    kv_policy: KvPolicy = "keep"
+
+
+class GenerateResponse(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One native `/generate` reply. `rollout/requests/respond.py` fills `meta_info`."""
+
+    text: str | None = None
+    output_ids: list[int] = msgspec.field(default_factory=list)
+    meta_info: dict[str, Any] = msgspec.field(default_factory=dict)
+    prompt_token_ids: list[int] | None = None
+    index: Count | None = None

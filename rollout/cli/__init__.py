@@ -1,0 +1,1 @@
+"""Commands: their flags, what they show, and what they say when they fail."""

@@ -1,0 +1,1 @@
+"""Files of lines and of tensors, and disks that are full."""

@@ -1,1 +1,0 @@
-"""Dialects of external trainers: each file translates, `rollout.http.control` decides."""

@@ -1,0 +1,114 @@
+"""One shape for every error: {"error": {"type", "message", "field", "param", "code"}}.
+
+`param` is what OpenAI's clients call the field, null where there is none. `code` is the status, or
+the word that those clients know for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from engine.errors import InvalidRequest, SlipstreamError
+from rollout.requests.nearest import nearest
+
+MAX_MESSAGE_CHARS = 4096
+"""Longest message of an error on the wire."""
+
+
+class BodyTooLarge(InvalidRequest):
+    """The body exceeds the server's limit; the message names the option that raises it."""
+
+    status = 413
+
+
+def json_response(value: Any, status: int = 200) -> Response:
+    """A JSON reply, encoded by msgspec: structs and plain objects alike."""
+    return Response(msgspec.json.encode(value), status, media_type="application/json")
+
+
+def error_body(error: SlipstreamError) -> dict[str, Any]:
+    """The error as an object of the one shape."""
+    return _body(type(error).__name__, error.message, error.field, error.code or error.status)
+
+
+def error_response(error: SlipstreamError) -> Response:
+    """The error as a reply."""
+    return json_response(error_body(error), error.status)
+
+
+def install(app: FastAPI, routes: Mapping[str, Sequence[str]]) -> None:
+    """Answer typed errors, and routes or methods that do not exist, in the one shape.
+
+    routes: the methods of every path.
+    """
+
+    async def typed(_: Request, error: Exception) -> Response:
+        assert isinstance(error, SlipstreamError)
+        return error_response(error)
+
+    async def http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        name = HTTPStatus(error.status_code).phrase.replace(" ", "")
+        message, methods = _misdirected(request, error, routes)
+        reply = json_response(_body(name, message, "", error.status_code), error.status_code)
+        if methods:
+            reply.headers["allow"] = ", ".join(methods)
+        return reply
+
+    async def unexpected(_: Request, error: Exception) -> Response:
+        reply = json_response(
+            _body("InternalError", f"{type(error).__name__}: {error}", "", 500), 500
+        )
+        # The error goes on to the server, which then drops the connection: the client must not
+        # send its next request there.
+        reply.headers["connection"] = "close"
+        return reply
+
+    async def left(_: Request, __: Exception) -> Response:
+        return Response(status_code=499)
+
+    app.add_exception_handler(SlipstreamError, typed)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(ClientDisconnect, left)
+    app.add_exception_handler(Exception, unexpected)
+
+
+def _misdirected(
+    request: Request, error: HTTPException, routes: Mapping[str, Sequence[str]]
+) -> tuple[str, Sequence[str]]:
+    """What to say of a route or a method that does not exist, and the methods that do."""
+    path, method = request.url.path, request.method
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        allowed = (error.headers or {}).get("Allow", "")
+        methods = routes.get(path) or [name for name in allowed.split(", ") if name]
+        return f"{path} takes {', '.join(methods)}, not {method}", methods
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        near = nearest(path, routes, like=0.0) or "/"
+        methods = ", ".join(routes.get(near, ()))
+        return (
+            f"there is no route {path}; the nearest is {methods} {near}, and GET /openapi.json "
+            "lists all",
+            (),
+        )
+    return str(error.detail), ()
+
+
+def _body(kind: str, message: str, field: str, code: int | str) -> dict[str, Any]:
+    field = _short(field)
+    error = {"type": kind, "message": _short(message), "field": field, "param": field or None}
+    return {"error": {**error, "code": code}}
+
+
+def _short(text: str) -> str:
+    """A text that may quote what a client sent, its middle left out if it is long."""
+    if len(text) <= MAX_MESSAGE_CHARS:
+        return text
+    half = MAX_MESSAGE_CHARS // 2
+    return f"{text[:half]} [...{len(text) - 2 * half} characters...] {text[-half:]}"

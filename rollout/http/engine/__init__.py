@@ -1,0 +1,1 @@
+"""The engine as the server's handlers see it."""

@@ -1,0 +1,143 @@
+"""How the server reaches its engine: messages out, messages in, on one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from engine.errors import EngineDead
+from engine.protocol import Call, Reply, Request, RequestOutput
+from rollout.replica.spawned import ProcessReplica
+
+Message = RequestOutput | Reply
+Deliver = Callable[[Sequence[Message]], None]
+Fail = Callable[[EngineDead], None]
+
+_LOOK_S = 0.25
+_HANDLER_TURNS = 3
+"""Turns of the event loop that handlers take to send on what was delivered."""
+_REST = 2.0
+"""Rest after a delivery, in times of what its handling took: under a load of streams the server
+keeps to a third of a core, and what comes meanwhile leaves in one piece a stream."""
+_LEAST_REST_S, _MOST_REST_S = 0.002, 0.04
+
+
+class EngineLink(Protocol):
+    """An ordered, two-way stream to one engine. All calls come from one event loop."""
+
+    def start(self, deliver: Deliver, fail: Fail) -> None:
+        """Call `deliver` with what arrives and, once, `fail` when the engine is gone."""
+        ...
+
+    def post(self, messages: Sequence[Request | Call]) -> None:
+        """Queue messages in order, without waiting. Raises InvalidRequest, having queued none,
+        if one cannot be encoded, and EngineDead."""
+        ...
+
+    @property
+    def late(self) -> str:
+        """What the engine takes unusually long for, "" if nothing does."""
+        ...
+
+    def kill(self, why: str) -> EngineDead:
+        """End an engine that missed its deadline; returns the error that says so."""
+        ...
+
+    def stop(self) -> None:
+        """Deliver nothing more. Idempotent."""
+        ...
+
+    def close(self) -> None:
+        """After `stop`: tell the engine to leave and wait until it has. Blocks; idempotent, and
+        may be called from another thread."""
+        ...
+
+
+class ProcessLink:
+    """A link to a spawned replica, woken by its socket; a look every `_LOOK_S` notices a
+    leader that left without a word.
+
+    A delivery that keeps the handlers busy is followed by a rest (`_REST`), so that hundreds of
+    streams do not take the processor from the engine that feeds them. A few streams never rest.
+    """
+
+    def __init__(self, replica: ProcessReplica) -> None:
+        self._replica = replica
+        self._timer: asyncio.TimerHandle | None = None
+        self._resting = False
+        self._deliver: Deliver | None = None
+        self._fail: Fail | None = None
+
+    def start(self, deliver: Deliver, fail: Fail) -> None:
+        """See `EngineLink`."""
+        self._deliver, self._fail = deliver, fail
+        asyncio.get_running_loop().add_reader(self._replica.fileno(), self._drain)
+        self._look()
+
+    def post(self, messages: Sequence[Request | Call]) -> None:
+        """See `EngineLink`."""
+        self._replica.post(messages)
+        # Sending may use up the one notice that the socket gives of something to read.
+        asyncio.get_running_loop().call_soon(self._drain)
+
+    @property
+    def late(self) -> str:
+        """See `EngineLink`."""
+        return self._replica.late
+
+    def kill(self, why: str) -> EngineDead:
+        """See `EngineLink`."""
+        return self._replica.fail(why)
+
+    def close(self) -> None:
+        """See `EngineLink`."""
+        self._replica.close()
+
+    def stop(self) -> None:
+        """See `EngineLink`."""
+        if self._deliver is None:
+            return
+        self._deliver = self._fail = None
+        asyncio.get_running_loop().remove_reader(self._replica.fileno())
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _look(self) -> None:
+        self._drain()
+        if self._deliver is not None:
+            self._timer = asyncio.get_running_loop().call_later(_LOOK_S, self._look)
+
+    def _drain(self) -> None:
+        if self._deliver is None or self._fail is None or self._resting:
+            return
+        loop = asyncio.get_running_loop()
+        started, delivered = loop.time(), False
+        try:
+            while self._deliver is not None and (messages := self._replica.collect()):
+                self._deliver(messages)
+                delivered = True
+        except EngineDead as error:
+            fail = self._fail
+            self.stop()
+            fail(error)
+            return
+        if delivered:
+            self._resting = True
+            loop.call_soon(self._handled, started, _HANDLER_TURNS)
+
+    def _handled(self, started: float, turns: int) -> None:
+        """Called turn after turn of the loop until the handlers have had theirs."""
+        loop = asyncio.get_running_loop()
+        if turns:
+            loop.call_soon(self._handled, started, turns - 1)
+            return
+        busy_s = loop.time() - started
+        if busy_s < _LEAST_REST_S:
+            self._rested()
+        else:
+            loop.call_later(min(_REST * busy_s, _MOST_REST_S), self._rested)
+
+    def _rested(self) -> None:
+        self._resting = False
+        self._drain()

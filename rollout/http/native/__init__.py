@@ -1,0 +1,1 @@
+"""The native dialect, which the others translate into."""

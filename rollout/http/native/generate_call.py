@@ -1,0 +1,250 @@
+"""The body of POST /generate: one native object, or a batch in the lists of its fields."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import msgspec
+from msgspec import Raw
+
+from engine.errors import ContextTooLong, InvalidRequest
+from engine.protocol import GenerateRequest, ReplicaState, SamplingParams
+from rollout.http.native.long_prompts import check_long_prompt
+from rollout.requests.json_types import decode_json
+from rollout.requests.sample_ids import check_client_id
+from rollout.requests.wire import parse_request
+from rollout.text.tokenizer import Tokenizer
+
+Fields = dict[str, Raw]
+
+HINTS = frozenset(
+    {
+        "background",
+        "conversation_id",
+        "custom_labels",
+        "data_parallel_rank",
+        "external_trace_header",
+        "kv_hints",
+        "log_metrics",
+        "modalities",
+        "no_logs",
+        "received_time",
+        "routed_dp_rank",
+        "routed_experts_start_len",
+        "routing_key",
+        "stream_interval",
+    }
+)
+"""Accepted and without effect: hints to routers, logs and schedulers of other servers."""
+
+_INERT = frozenset({b"null", b"false", b'""', b"[]", b"{}"})
+_OWN = frozenset(GenerateRequest.__struct_fields__)
+_OWN_SAMPLING = frozenset(SamplingParams.__struct_fields__)
+# A list here is a list an item; in `text` and `input_ids` it decides that there are items.
+_PER_ITEM = _OWN - {"text", "input_ids", "stream"}
+# Fields whose one value is a list of numbers, which stands for every item.
+_LISTS = frozenset({"token_ids_logprob"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateCall:
+    """One POST. prefix: what every id of the call begins with, if the server made them."""
+
+    items: list[GenerateRequest]
+    batch: bool
+    stream: bool
+    prefix: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptRoom:
+    """What a body may bring at most, looked at before it is decoded. text_bytes: of the longest
+    text that tokens of the context can hold. num_ids: of a prompt. num_items: of a batch."""
+
+    text_bytes: int
+    num_ids: int
+    num_items: int
+
+
+def prompt_room(state: ReplicaState, tokenizer: Tokenizer | None) -> PromptRoom:
+    """The room that an engine has."""
+    longest = 0 if tokenizer is None else tokenizer.longest_token_bytes
+    return PromptRoom(
+        text_bytes=state.context_length * longest,
+        num_ids=state.context_length,
+        num_items=state.max_waiting,
+    )
+
+
+def parse_call(body: bytes, room: PromptRoom | None = None) -> GenerateCall:
+    """Read a body of the native dialect, the fields of `GenerateRequest`.
+
+    Fields that the dialect has and this engine does not serve pass while they ask for nothing
+    (null, false, empty), since clients send their defaults. Raises InvalidRequest naming the
+    field, and the item for a batch.
+    """
+    if room is not None:
+        check_long_prompt(body, text_bytes=room.text_bytes, num_ids=room.num_ids)
+    fields = _known(_decode(body), _OWN)
+    for name in ("text", "input_ids"):
+        if room is not None and name in fields:
+            check_prompt(fields[name], room, name)
+    prompts = _prompts(fields)
+    if prompts is None:
+        wire = parse_request(_encode(_cleaned(fields)))
+        check_client_id(wire.rid, "rid")
+        wire, prefix = _with_rid(wire)
+        return GenerateCall(items=[wire], batch=False, stream=wire.stream, prefix=prefix)
+    name, values = prompts
+    if room is not None:
+        _check_prompts(values, room, name)
+    return _parse_batch({k: v for k, v in fields.items() if k != name}, name, values)
+
+
+def _check_prompts(values: list[Raw], room: PromptRoom, name: str) -> None:
+    for index, value in enumerate(values):
+        try:
+            check_prompt(value, room, name)
+        except InvalidRequest as error:
+            raise in_item(error, index) from error
+
+
+def _parse_batch(shared: Fields, name: str, values: list[Raw]) -> GenerateCall:
+    if not values:
+        raise InvalidRequest(f"{name} is an empty batch; send at least one prompt", field=name)
+    lists = _lists(shared, len(values))
+    prefix = "" if "rid" in shared else f"{uuid.uuid4().hex}-"
+    common = _cleaned({key: value for key, value in shared.items() if key not in lists})
+    if "rid" in common:
+        raise InvalidRequest("rid must be a list with one id an item in a batch", field="rid")
+    items = []
+    for index, value in enumerate(values):
+        own = {key: column[index] for key, column in lists.items()}
+        item = {**common, **_cleaned(own), name: value}
+        if prefix:
+            item["rid"] = Raw(f'"{prefix}{index}"'.encode())
+        items.append(_parse_item(item, index))
+    return GenerateCall(items=items, batch=True, stream=items[0].stream, prefix=prefix)
+
+
+def _parse_item(item: Fields, index: int) -> GenerateRequest:
+    try:
+        found = parse_request(_encode(item))
+        check_client_id(found.rid, "rid")
+        return found
+    except InvalidRequest as error:
+        raise in_item(error, index) from error
+
+
+def in_item(error: InvalidRequest, index: int) -> InvalidRequest:
+    """The error as one of item `index` of a batch."""
+    return type(error)(f"item {index}: {error.message}", field=f"[{index}].{error.field}")
+
+
+def check_prompt(raw: Raw, room: PromptRoom, field: str) -> None:
+    """Refuse a text, a list of ids, or a batch of either that is too long however it is decoded,
+    before there is an object for every part of it.
+
+    Raises ContextTooLong for a prompt, InvalidRequest for a batch that could not wait together.
+    """
+    if len(raw) <= 2 * min(room.num_ids, room.num_items):
+        return
+    start = bytes(memoryview(raw)[:64]).lstrip()
+    inner = start[1:].lstrip()[:1]
+    if start.startswith(b'"'):
+        # A byte of text is at most six of JSON.
+        if room.text_bytes and len(raw) > 6 * room.text_bytes + 2:
+            raise ContextTooLong(
+                f"{field} has {len(raw)} bytes, more than {room.num_ids} tokens can hold; "
+                "shorten it",
+                field=field,
+            )
+    elif inner in (b"[", b'"'):
+        _check_items(bytes(raw), inner, room, field)
+    elif start.startswith(b"[") and (num_ids := bytes(raw).count(b",") + 1) >= room.num_ids:
+        raise ContextTooLong(
+            f"{field} has {num_ids} tokens, too many for a context of {room.num_ids}; shorten "
+            "the prompt",
+            field=field,
+        )
+
+
+def _check_items(data: bytes, inner: bytes, room: PromptRoom, field: str) -> None:
+    # Quotes inside texts are escaped; every text has two of its own.
+    quotes = data.count(b'"') - data.count(b'\\"')
+    count = quotes // 2 if inner == b'"' else data.count(b"]") - 1
+    if count > room.num_items:
+        raise InvalidRequest(
+            f"{field} has {count} prompts; send at most {room.num_items} at once", field=field
+        )
+
+
+def _prompts(fields: Fields) -> tuple[str, list[Raw]] | None:
+    """Field and values of the items of a batch; None for a single prompt."""
+    for name in ("text", "input_ids"):
+        raw = bytes(memoryview(fields.get(name, b""))[:64]).lstrip()
+        if not raw.startswith(b"["):
+            continue
+        if name == "input_ids" and not raw[1:].lstrip().startswith(b"["):
+            continue
+        return name, decode_json(fields[name], list[Raw], field=name, what=name)
+    return None
+
+
+def _lists(shared: Fields, count: int) -> dict[str, list[Raw]]:
+    """Fields of `shared` that have a value an item."""
+    found = {}
+    for name in _PER_ITEM & shared.keys():
+        if bytes(shared[name])[:1] != b"[" or (name in _LISTS and _is_flat(shared[name])):
+            continue
+        column = decode_json(shared[name], list[Raw], field=name, what=name)
+        if len(column) != count:
+            raise InvalidRequest(f"{name} has {len(column)} entries for {count} items", field=name)
+        found[name] = column
+    return found
+
+
+def _is_flat(value: Raw) -> bool:
+    """Whether a list holds numbers, or nothing."""
+    inner = bytes(memoryview(value)[:64])[1:].lstrip()[:1]
+    return inner.isdigit() or inner in (b"-", b"]")
+
+
+def _cleaned(fields: Fields) -> Fields:
+    """`fields` with sampling parameters that ask for nothing left out."""
+    raw = fields.get("sampling_params")
+    if raw is None or bytes(raw)[:1] != b"{":
+        return fields
+    known = _known(_decode(raw), _OWN_SAMPLING)
+    return {**fields, "sampling_params": Raw(_encode(known))}
+
+
+def _known(fields: Fields, own: frozenset[str]) -> Fields:
+    """Without nulls, hints, and fields of others that ask for nothing."""
+    return {
+        name: value
+        for name, value in fields.items()
+        if not (_is_null(value) if name in own else name in HINTS or bytes(value) in _INERT)
+    }
+
+
+def _is_null(value: Raw) -> bool:
+    return bytes(value) == b"null"
+
+
+def _decode(body: bytes | Raw) -> Fields:
+    fields: Fields = decode_json(body, Fields)
+    return fields
+
+
+def _encode(fields: Mapping[str, Raw]) -> bytes:
+    return msgspec.json.encode(fields)
+
+
+def _with_rid(wire: GenerateRequest) -> tuple[GenerateRequest, str]:
+    if wire.rid is not None:
+        return wire, ""
+    rid = uuid.uuid4().hex
+    return msgspec.structs.replace(wire, rid=rid), rid

@@ -1,0 +1,233 @@
+"""Run the sequences of one HTTP call on the engine."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Sequence
+from copy import copy
+from itertools import count
+from typing import Concatenate, ParamSpec, TypeVar
+
+import msgspec
+
+from engine.errors import EngineDead, InvalidRequest, SlipstreamError, by_name
+from engine.protocol import GenerateRequest, Request, Stop
+from rollout.http.engine.client import AsyncEngine
+from rollout.http.native.generate_call import GenerateCall, in_item
+from rollout.http.native.sample import Delta, Sample
+from rollout.http.native.text_workers import TextWorkers
+from rollout.metrics import Metrics
+from rollout.requests.expand import check_top_entries, check_total, expand, num_top_entries
+from rollout.requests.outputs import coalesced
+from rollout.requests.seeds import derive_seed
+from rollout.text.tokenizer import Tokenizer
+
+_REFUSED = frozenset(
+    {"InvalidRequest", "ContextTooLong", "UnsupportedOption", "QueueFull", "NoVersion"}
+)
+# A call with a sequence that ended by one of these is answered by the error.
+_FAILED = _REFUSED | {"NonFiniteLogits", "InternalError"}
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Body = TypeVar("Body", bytes, msgspec.Raw)
+
+_MAX_CALL_TOKENS = 1 << 27
+
+_INLINE_BYTES = 256 << 10
+_INLINE_SEQUENCES = 64
+_INLINE_SCORES = 8192
+_INLINE_CHARS = 8192
+_INLINE_IDS = 65_536
+
+
+class Generator:
+    """Expands calls into samples and drives them.
+
+    workers: where long texts are encoded, beside the event loop.
+    seed: requests without a `sampling_seed` get seeds derived from it and their number.
+    """
+
+    def __init__(
+        self, engine: AsyncEngine, tokenizer: Tokenizer | None, metrics: Metrics, *, seed: int
+    ) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self._metrics = metrics
+        self.seed = seed
+        self._numbers = count()
+        self.workers = TextWorkers()
+        self._num_expanding = 0
+
+    def seeded(self, seed: int) -> Generator:
+        """The same, with seeds derived from `seed` and counted anew: what a call draws then depends
+        on no other call."""
+        other = copy(self)
+        other.seed, other._numbers = seed, count()
+        return other
+
+    async def samples(self, call: GenerateCall) -> list[Sample]:
+        """The sequences of a call, prompt-major. Raises InvalidRequest, naming the item of a
+        batch or an id in use, EngineDead, NoVersion, QueueFull; nothing is submitted yet."""
+        # Everything that can be refused is, before a stream has sent its status.
+        self.engine.check_open()
+        samples = await self._expanded(call)
+        self.engine.check_ids([sample.request.rid for sample in samples])
+        return samples
+
+    async def _expanded(self, call: GenerateCall) -> list[Sample]:
+        """The sequences; of a large call made beside the event loop."""
+        count = sum(max(item.sampling_params.n, 0) for item in call.items)
+        many = any(item.sampling_params.n > 1 for item in call.items)
+        name = "text" if call.items[0].input_ids is None else "input_ids"
+        facts = self.engine.facts
+        if len(call.items) > 1:
+            check_total(count, facts, field="n" if many else name)
+        if count <= facts.max_waiting:
+            self.engine.check_room(count + self._num_expanding)
+        num_chars = sum(len(item.text or "") for item in call.items)
+        num_ids = sum(len(item.input_ids or ()) for item in call.items)
+        small = count <= _INLINE_SEQUENCES and num_ids <= _INLINE_IDS
+        if small and num_chars <= _INLINE_CHARS:
+            return self._expand(call)
+        self._num_expanding += count
+        try:
+            return await self.workers.run(self._expand, call)
+        finally:
+            self._num_expanding -= count
+
+    async def parsed(
+        self,
+        parse: Callable[Concatenate[Body, P], T],
+        body: Body,
+        *args: P.args,
+        **options: P.kwargs,
+    ) -> T:
+        """What `parse` makes of `body`; of a large one beside the event loop."""
+        if len(body) <= _INLINE_BYTES:
+            return parse(body, *args, **options)
+        return await self.workers.run(parse, body, *args, **options)
+
+    async def encoded(self, text: str, *, many: bool = False) -> list[int]:
+        """Ids of `text` without special tokens; of a long one, or one of `many`, beside the
+        event loop."""
+        assert self.tokenizer is not None
+        if not many and len(text) <= _INLINE_CHARS:
+            return self.tokenizer.encode(text, add_special_tokens=False)
+        return await self.workers.run(self.tokenizer.encode, text, add_special_tokens=False)
+
+    async def written(
+        self,
+        write: Callable[Concatenate[Sample, P], T],
+        sample: Sample,
+        *args: P.args,
+        **more: P.kwargs,
+    ) -> T:
+        """What `write` makes of a finished sample; of a large one beside the event loop."""
+        if sample.num_scores <= _INLINE_SCORES:
+            return write(sample, *args, **more)
+        return await self.workers.run(write, sample, *args, **more)
+
+    async def run(self, samples: Sequence[Sample]) -> AsyncGenerator[tuple[Sample, Delta], None]:
+        """Submit the samples and yield what each output added, until all have finished.
+
+        Whoever iterates closes the generator (`contextlib.aclosing`), which aborts what still
+        runs. Raises the typed error of a request that the engine refused, and of one whose
+        logits were not finite, after the tokens it had before; EngineDead if the server leaves
+        before any sample has a token.
+        """
+        open_samples = {sample.request.rid: sample for sample in samples}
+        mailbox = await self.engine.submit_all([sample.request for sample in samples])
+        try:
+            while open_samples:
+                for output in coalesced(await mailbox.take()):
+                    sample = open_samples[output.rid]
+                    stopped = sample.stop is not None
+                    delta = sample.take(output)
+                    if delta.finished:
+                        del open_samples[output.rid]
+                        self._count(sample)
+                    elif sample.stop is not None and not stopped:
+                        self._post_stop(sample)
+                    failure = _failure(sample)
+                    if failure is None or len(delta.output.token_ids):
+                        yield sample, delta
+                    if failure is not None:
+                        raise failure
+        finally:
+            self.engine.discard(mailbox)
+        leaving = self.engine.leaving
+        if leaving is not None and not any(sample.first_at for sample in samples):
+            raise EngineDead(leaving.message, field=leaving.field)
+
+    async def finish(self, samples: Sequence[Sample]) -> None:
+        """Run the samples to their end."""
+        async with contextlib.aclosing(self.run(samples)) as outputs:
+            async for _ in outputs:
+                pass
+
+    def _expand(self, call: GenerateCall) -> list[Sample]:
+        samples: list[Sample] = []
+        num_tokens = num_entries = 0
+        many = call.batch or call.items[0].sampling_params.n > 1
+        for number, item in enumerate(call.items):
+            try:
+                requests = self._requests(item)
+            except InvalidRequest as error:
+                if not call.batch:
+                    raise
+                raise in_item(error, number) from error
+            num_tokens += len(requests) * len(requests[0].prompt_ids)
+            _check_tokens(num_tokens, "n" if len(requests) > 1 else "input_ids")
+            num_entries += num_top_entries(requests[0], len(requests), self.engine.facts)
+            check_top_entries(num_entries)
+            for request in requests:
+                index = len(samples) if many else None
+                samples.append(
+                    Sample(item, request, self.tokenizer, index=index, stream=call.stream)
+                )
+        return samples
+
+    def _requests(self, item: GenerateRequest) -> list[Request]:
+        seed = derive_seed(self.seed, next(self._numbers))
+        return expand(item, self.tokenizer, self.engine.facts, seed)
+
+    def _post_stop(self, sample: Sample) -> None:
+        assert sample.stop is not None
+        self.engine.post(
+            [
+                Stop(
+                    rid=sample.request.rid,
+                    num_tokens=sample.stop.num_tokens,
+                    matched=sample.stop.matched,
+                )
+            ]
+        )
+
+    def _count(self, sample: Sample) -> None:
+        finish = sample.output.finish
+        assert finish is not None
+        self._metrics.finished(
+            finish.type,
+            started_at=sample.started_at,
+            first_at=sample.first_at,
+            num_prompt=len(sample.request.prompt_ids),
+            num_output=len(sample.output.token_ids),
+        )
+
+
+def _failure(sample: Sample) -> SlipstreamError | None:
+    finish = sample.finish
+    if finish is None or finish.error not in _FAILED:
+        return None
+    return by_name(finish.error or "", finish.message or "")
+
+
+def _check_tokens(count: int, field: str) -> None:
+    """The engine gets a prompt for every sample: 4 bytes a token."""
+    if count > _MAX_CALL_TOKENS:
+        raise InvalidRequest(
+            f"the prompts of all samples have more than {_MAX_CALL_TOKENS} tokens together; send "
+            "several calls",
+            field=field,
+        )

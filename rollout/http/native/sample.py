@@ -1,0 +1,160 @@
+"""One sequence of an HTTP call, from its outputs to its reply."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from engine.protocol import (
+    FinishReason,
+    GenerateRequest,
+    GenerateResponse,
+    IntArray,
+    Request,
+    RequestOutput,
+    SamplingParams,
+)
+from rollout.requests.outputs import Gathered, head
+from rollout.requests.respond import RunningReply, respond
+from rollout.text.detokenizer import Detokenizer, StopMatch, TextDelta
+from rollout.text.tokenizer import Tokenizer
+
+_RUNNING = FinishReason(type="length")
+_AT_THE_END = ("finish_reason", "weight_versions", "kv_versions", "num_retractions")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delta:
+    """What one output added. output: its tokens, cut at a stop string; text: what became
+    certain with them; finished: nothing more comes."""
+
+    output: RequestOutput
+    text: str
+    finished: bool
+
+
+class _TextTap(Detokenizer):
+    """A detokenizer that keeps what it returns, beside giving it to whoever looks for stops."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, sampling: SamplingParams, prompt_ids: IntArray
+    ) -> None:
+        super().__init__(tokenizer, sampling, prompt_ids)
+        self.text = ""
+
+    def feed(self, token_ids: Sequence[int]) -> TextDelta:
+        return self._kept(super().feed(token_ids))
+
+    def finish(self) -> TextDelta:
+        return self._kept(super().finish())
+
+    def _kept(self, delta: TextDelta) -> TextDelta:
+        self.text += delta.text
+        return delta
+
+
+class Sample:
+    """Takes the outputs of one request; gives deltas, and the reply at the end.
+
+    stream: text is wanted as it grows. tokenizer: None for a model without text.
+    """
+
+    def __init__(
+        self,
+        wire: GenerateRequest,
+        request: Request,
+        tokenizer: Tokenizer | None,
+        *,
+        index: int | None = None,
+        stream: bool = False,
+    ) -> None:
+        sampling = request.sampling
+        wants_text = tokenizer is not None and (stream or bool(sampling.stop))
+        self.wire = wire
+        self.request = request
+        self.index = index
+        self.started_at = time.monotonic()
+        self.first_at = 0.0
+        self.finish: FinishReason | None = None
+        self._tokenizer = tokenizer
+        self._tap = None
+        if wants_text and tokenizer is not None:
+            self._tap = _TextTap(tokenizer, sampling, request.prompt_ids)
+        self._gathered = Gathered(sampling, self._tap)
+        self._running = RunningReply(wire, request, tokenizer, index) if stream else None
+        self._final: RequestOutput | None = None
+        self._num_sent = 0
+        self.stop: StopMatch | None = None
+
+    def take(self, output: RequestOutput) -> Delta:
+        """Take the next output. `stop` is set once a stop string has been seen."""
+        if not self.first_at and len(output.token_ids):
+            self.first_at = time.monotonic()
+        known = 0 if self._tap is None else len(self._tap.text)
+        self._gathered.add(output)
+        self.stop = self._gathered.stop
+        if output.finish is not None:
+            self._final = self._gathered.result()
+            self.finish, self.stop = self._final.finish, self._gathered.stop
+        text = "" if self._tap is None else self._tap.text[known:]
+        return Delta(output=self._new(output), text=text, finished=output.finish is not None)
+
+    def response(self) -> GenerateResponse:
+        """The reply, once the sequence has finished."""
+        assert self._final is not None, f"request {self.request.rid} has not finished"
+        return respond(self.wire, self.request, self._final, self._tokenizer, index=self.index)
+
+    def partial(self) -> GenerateResponse:
+        """The reply with everything so far; `finish_reason` is null while the sequence runs."""
+        if self._final is not None:
+            return self.response()
+        assert self._running is not None, "partial replies are those of a stream"
+        return self._running.response(None if self._tap is None else self._text(self._tap.text))
+
+    def increment(self, delta: Delta) -> GenerateResponse:
+        """The reply with what `delta` added; counts of tokens are of everything so far."""
+        reply = self._unfinished(delta.output)
+        meta = {**reply.meta_info, "completion_tokens": self._num_sent}
+        if self._final is not None:
+            whole = self.response().meta_info
+            meta |= {key: whole[key] for key in _AT_THE_END if key in whole}
+        return msgspec.structs.replace(reply, text=self._text(delta.text), meta_info=meta)
+
+    @property
+    def output(self) -> RequestOutput:
+        """The whole output, once the sequence has finished."""
+        assert self._final is not None, f"request {self.request.rid} has not finished"
+        return self._final
+
+    @property
+    def num_scores(self) -> int:
+        """Tokens and scores that the reply writes out: what its text costs to make."""
+        output = self.output
+        wanted = self.request.num_alternatives + 1
+        scored = 0 if output.prompt_logprobs is None else len(output.prompt_logprobs)
+        return (len(output.token_ids) + scored) * wanted
+
+    def _unfinished(self, output: RequestOutput) -> GenerateResponse:
+        shown = msgspec.structs.replace(output, finish=output.finish or _RUNNING)
+        # Text comes from the tap: what it holds back may yet become part of a stop string.
+        texts = self._tokenizer if self.wire.return_text_in_logprobs else None
+        reply = respond(self.wire, self.request, shown, texts, index=self.index)
+        meta = {**reply.meta_info, "finish_reason": None}
+        text = None if self._tap is None else self._text(self._tap.text)
+        return msgspec.structs.replace(reply, text=text, meta_info=meta)
+
+    def _text(self, text: str) -> str | None:
+        return None if self._tokenizer is None else text
+
+    def _new(self, output: RequestOutput) -> RequestOutput:
+        """The tokens of `output` that come before the stop, kept for `partial` if it streams."""
+        end = output.start + len(output.token_ids)
+        limit = end if self.stop is None else min(end, self.stop.num_tokens)
+        new = head(output, max(0, limit - output.start))
+        self._num_sent = max(self._num_sent, limit)
+        if self._running is not None:
+            self._running.add(new)
+        return new

@@ -1,0 +1,131 @@
+"""What completions and chat share: ids, usage, finish reasons, and running a call."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from engine.errors import InvalidRequest
+from engine.protocol import FinishReason, GenerateRequest
+from rollout.http.native.generate_call import GenerateCall
+from rollout.http.native.sample import Sample
+from rollout.http.openai.bodies import ChatBody, CompletionBody, renamed
+from rollout.http.openai.logprobs import TokenWriter
+from rollout.http.openai.model_routes import check_model
+from rollout.http.services import Services
+from rollout.http.updates.version_labels import VersionLabels
+from rollout.requests.sample_ids import check_client_id, sample_id
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenAICall:
+    """One POST of either route, on its way."""
+
+    services: Services
+    body: CompletionBody | ChatBody
+    call: GenerateCall
+    samples: list[Sample]
+    object: str
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def envelope(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        """The reply, or a frame of it, around its choices."""
+        return {
+            "id": self.call.prefix,
+            "object": self.object,
+            "created": self.created,
+            "model": self.services.config.model_name,
+            "choices": choices,
+            **more,
+        }
+
+    def usage_frame(self) -> list[dict[str, Any]]:
+        """The last frame of a stream, if it was asked for."""
+        options = self.body.stream_options
+        if options is None or not options.include_usage:
+            return []
+        return [self.envelope([], usage=usage(self.samples))]
+
+
+async def start(
+    services: Services,
+    body: CompletionBody | ChatBody,
+    items: Sequence[GenerateRequest],
+    *,
+    prefix: str,
+    object_name: str,
+) -> OpenAICall:
+    """Expand the items of a call into samples, prompt-major. Raises InvalidRequest with this
+    dialect's names of the fields, UnknownModel for a model that is not served."""
+    check_model(services, body.model)
+    check_client_id(body.request_id, "request_id")
+    rid = body.request_id or f"{prefix}-{uuid.uuid4().hex}"
+    named = [
+        msgspec.structs.replace(item, rid=sample_id(rid, number))
+        for number, item in enumerate(items)
+    ]
+    call = GenerateCall(items=named, batch=len(named) > 1, stream=body.stream, prefix=rid)
+    try:
+        samples = await services.generator.samples(call)
+        if (other := services.calls.get(rid)) is not None:
+            # Its samples may have other ids than these, if it has more of them.
+            services.engine.check_ids([sample.request.rid for sample in other.samples])
+    except InvalidRequest as error:
+        raise renamed(error) from error
+    found = OpenAICall(services=services, body=body, call=call, samples=samples, object=object_name)
+    services.calls[rid] = found
+    return found
+
+
+def token_writer(call: OpenAICall, sample: Sample, *, echo: bool = False) -> TokenWriter:
+    """What writes the logprobs of a sample, its output first, or with `echo` its prompt."""
+    return TokenWriter(
+        call.services.tokenizer,
+        as_ids=bool(call.body.return_tokens_as_token_ids),
+        skip_special_tokens=sample.request.sampling.skip_special_tokens,
+        prompt_ids=() if echo else sample.request.prompt_ids,
+    )
+
+
+def usage(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Counts of tokens; a prompt counts once, however many samples it has. Of a prompt's cached
+    tokens those count that none of its samples computed."""
+    prompts: dict[str, tuple[int, int]] = {}
+    for sample in samples:
+        size, cached = len(sample.request.prompt_ids), sample.output.cached_tokens
+        _, least = prompts.get(sample.request.group, (size, cached))
+        prompts[sample.request.group] = (size, min(least, cached))
+    num_prompt = sum(size for size, _ in prompts.values())
+    num_output = sum(len(sample.output.token_ids) for sample in samples)
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_output,
+        "total_tokens": num_prompt + num_output,
+        "prompt_tokens_details": {"cached_tokens": sum(least for _, least in prompts.values())},
+    }
+
+
+def finish_fields(finish: FinishReason | None, body: CompletionBody | ChatBody) -> dict[str, Any]:
+    """`finish_reason`, and vLLM's `stop_reason`: the stop string or asked-for token, no EOS."""
+    if finish is None:
+        return {"finish_reason": None, "stop_reason": None}
+    matched = finish.matched
+    asked = isinstance(matched, str) or matched in (body.stop_token_ids or [])
+    return {"finish_reason": finish.type, "stop_reason": matched if asked else None}
+
+
+def version_fields(sample: Sample, labels: VersionLabels) -> dict[str, Any]:
+    """Which weights sampled a finished sequence, beside what the dialect has."""
+    spans = sample.output.spans
+    return {
+        "weight_version": labels.text(spans[-1].version) if spans else None,
+        "weight_versions": [
+            {"version": labels.text(span.version), "start": span.start, "end": span.end}
+            for span in spans
+        ],
+    }

@@ -1,0 +1,1 @@
+"""SGLang's dialect: each file translates, `rollout.http.updates` decides."""

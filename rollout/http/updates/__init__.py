@@ -1,0 +1,1 @@
+"""Pauses, memory and weight updates, under every dialect."""

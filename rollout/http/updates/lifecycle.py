@@ -1,0 +1,284 @@
+"""Pause, memory and weight updates, as one state machine under every dialect.
+
+serving -> paused -> updating -> serving; an update may also run while serving. Who waits for
+whom: commands of updates wait for each other (`Updates`), a pause that waits for requests is
+ended by any other pause or resume (`IdlePause`), and nothing else waits for anything here:
+while a group forms or tensors are received, pauses, resumes, aborts and looks at the state go
+to the engine at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine
+from typing import Any, Literal, TypeVar
+
+from engine.errors import (
+    NO_SAVER,
+    EngineDead,
+    InvalidRequest,
+    SlipstreamError,
+    UnsupportedOption,
+    UpdateOrder,
+)
+from engine.protocol import (
+    CheckWeights,
+    FlushCache,
+    GetWeight,
+    MemoryTag,
+    Pause,
+    PauseMode,
+    ReleaseMemory,
+    Reply,
+    Resume,
+    ResumeMemory,
+    SetVersion,
+    UpdateReport,
+)
+from engine.protocol import Control as Command
+from rollout.http.engine.client import AsyncEngine
+from rollout.http.updates.idle_pause import IdlePause
+from rollout.http.updates.open_update import Feed, UpdateCommand
+from rollout.http.updates.operations import Operations
+from rollout.http.updates.update_sessions import Updates
+from rollout.http.updates.version_labels import VersionLabels
+from rollout.metrics import Metrics
+
+T = TypeVar("T")
+
+MAX_WAIT_S = 3600.0
+
+_POLL_S = 0.02
+
+_NOT_WHILE_RECEIVING = (CheckWeights, GetWeight, SetVersion)
+
+
+class Controller:
+    """The control operations of the dialects.
+
+    Every method raises the engine's typed error. What failed leaves no update open, and the
+    engine serves what it served before, or refuses and says why. An operation that was begun
+    ends as a whole, also when its caller is cancelled; only a pause that waits ends with its
+    caller, since nobody would know of it.
+
+    keeps_weights: released weights come back with their values.
+    """
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        labels: VersionLabels,
+        metrics: Metrics,
+        *,
+        keeps_weights: bool,
+    ) -> None:
+        self._engine = engine
+        self._keeps_weights = keeps_weights
+        self._idle = IdlePause(engine)
+        self._updates = Updates(engine, labels, metrics, stands_still=lambda: self._idle.waiting)
+        self._operations = Operations()
+
+    @property
+    def updating(self) -> bool:
+        """Whether an update is open."""
+        return self._updates.is_open
+
+    def reset(self, *, weights_lost: bool = False) -> None:
+        """Forget open updates and pauses: the engine was started anew. Called once every call
+        to the old one has failed. weights_lost: it had taken an update and holds base weights,
+        so that only a whole version serves again."""
+        self._idle.cancel("a restart of the engine")
+        self._idle.release()
+        self._updates.reset(weights_lost=weights_lost)
+
+    async def send(self, command: Command) -> Reply:
+        """Run a command that has nothing to do with an open update. Raises UpdateOrder for one
+        that cannot run beside tensors that are being received, unless they are soon there."""
+        if isinstance(command, _NOT_WHILE_RECEIVING):
+            await self._updates.quiet(str(command.__struct_config__.tag))
+        return await self._whole(self._engine.send(command))
+
+    async def pause(
+        self, mode: PauseMode | Literal["wait"], *, clear_cache: bool = False, wait_s: float = 600.0
+    ) -> str:
+        """Stop stepping; idempotent. What became of an update that nobody had ended, or "".
+
+        wait: once everything that runs has finished, within `wait_s` (MAX_WAIT_S at most);
+        requests that come meanwhile wait for the resume. Raises UpdateTimeout, PauseCancelled
+        when a resume or another pause came first, InvalidRequest when requests that are paused
+        already would have to finish.
+        """
+        if mode == "wait":
+            await self._idle.pause(min(wait_s, MAX_WAIT_S))
+        dropped = await self._whole(self._updates.settle())
+        if mode != "wait":
+            await self._whole(self._pause_now(mode))
+        if clear_cache:
+            await self._whole(self._flush_if_idle())
+        return dropped
+
+    async def resume(self) -> str:
+        """Commit an update that nobody else is going to, and step again. Idempotent. What is
+        still on its way, or "".
+
+        Raises what the commit was refused with, once: the update is dropped and nothing runs
+        yet, and a second resume goes on with what served before.
+        """
+        return await self._whole(self._resume())
+
+    async def sleep(
+        self, mode: PauseMode | Literal["wait"], tags: list[MemoryTag], *, wait_s: float = 600.0
+    ) -> Reply:
+        """Pause as `pause` does and give memory back; an empty list means all of it.
+
+        Whoever is told that there is no sleep here does not wake the engine up: what refuses it is
+        looked at first, and leaves generation as it was. Raises what `pause` raises, and
+        UnsupportedOption, InvalidRequest or UpdateOrder where the memory may not go.
+        """
+        state = await self._engine.state(max_age_s=0.0)
+        if not state.releases:
+            raise UnsupportedOption(NO_SAVER, field="memory.saver")
+        if mode == "wait":
+            await self._idle.pause(min(wait_s, MAX_WAIT_S))
+        return await self._whole(self._sleep(mode, tags, was_paused=state.paused))
+
+    async def release_memory(self, tags: list[MemoryTag]) -> Reply:
+        """Give memory back; an empty list means all of it."""
+        return await self._whole(self._release(ReleaseMemory(tags=tags)))
+
+    async def resume_memory(self, tags: list[MemoryTag]) -> Reply:
+        """Take memory back; with the KV cache, an update that nobody else is going to commit
+        is complete, since generation follows."""
+        return await self._whole(self._resume_memory(tags))
+
+    async def flush(self, timeout_s: float = 0.0) -> None:
+        """Drop every cached prefix; while requests hold pages, try again until `timeout_s`.
+        Raises what the engine refused with. While requests run, an update that nobody else is
+        going to commit is complete if it covers the model."""
+        await self._whole(self._updates.flushed())
+        deadline = time.monotonic() + min(timeout_s, MAX_WAIT_S)
+        while True:
+            try:
+                await self.send(FlushCache())
+                return
+            except EngineDead:
+                raise
+            except SlipstreamError:
+                if time.monotonic() >= deadline:
+                    raise
+            await asyncio.sleep(_POLL_S)
+
+    async def begin(self, label: str | None = None, *, partial: bool = True) -> int:
+        """Open an update that `commit` will end; its version. See `Updates.begin`."""
+        return await self._whole(self._updates.begin(label, partial=partial))
+
+    async def feed(
+        self,
+        command: Feed,
+        label: str | None = None,
+        *,
+        last: bool = False,
+        partial: bool = False,
+        peer: str = "",
+    ) -> UpdateReport | None:
+        """Feed the open update, or one opened here; the report if it was committed. See
+        `Updates.feed`."""
+        return await self._whole(
+            self._updates.feed(command, label, last=last, partial=partial, peer=peer)
+        )
+
+    async def abandon(self, command: Feed) -> None:
+        """The caller of a feed that has not ended has left. See `Updates.abandon`."""
+        await self._whole(self._updates.abandon(command))
+
+    async def commit(self, label: str | None = None) -> UpdateReport:
+        """End the open update. Raises UpdateOrder without one."""
+        return await self._whole(self._updates.commit(label))
+
+    async def load(
+        self, path: str, label: str | None = None, *, partial: bool = False
+    ) -> UpdateReport:
+        """One update from a folder, whole unless `partial`. See `Updates.load`."""
+        return await self._whole(self._updates.load(path, label, partial=partial))
+
+    async def set_version(self, label: str) -> int:
+        """Call the weights that serve `label`; the version that stands for it."""
+        return await self._whole(self._updates.set_version(label))
+
+    async def forward(self, command: Command) -> Reply:
+        """Run a command of a caller that speaks the protocol itself, which sees and moves the
+        same state as the dialects."""
+        match command:
+            case Pause():
+                await self.pause(command.mode)
+                return Reply()
+            case Resume():
+                await self.resume()
+                return Reply()
+            case ReleaseMemory():
+                return await self.release_memory(command.tags)
+            case ResumeMemory():
+                return await self.resume_memory(command.tags)
+            case _ if isinstance(command, UpdateCommand):
+                return await self._whole(self._updates.forward(command))
+            case _:
+                return await self.send(command)
+
+    async def _whole(self, operation: Coroutine[Any, Any, T]) -> T:
+        return await self._operations.run(operation)
+
+    async def _pause_now(self, mode: PauseMode) -> None:
+        try:
+            # The call that waits runs on only after the engine was sent the pause.
+            self._idle.cancel(f"a pause by mode {mode}")
+            await self._engine.send(Pause(mode=mode))
+        finally:
+            self._idle.release()
+
+    async def _resume(self) -> str:
+        self._idle.cancel("a resume")
+        try:
+            waiting = await self._updates.finish()
+            await self._engine.send(Resume())
+        finally:
+            self._idle.release()
+        return waiting
+
+    async def _sleep(
+        self, mode: PauseMode | Literal["wait"], tags: list[MemoryTag], *, was_paused: bool
+    ) -> Reply:
+        await self._updates.settle()
+        if mode != "wait":
+            self._idle.cancel(f"a sleep by mode {mode}")
+        try:
+            pause: PauseMode = "keep" if mode == "wait" else mode
+            return await self._release(ReleaseMemory(tags=tags, pause=pause))
+        except (InvalidRequest, UpdateOrder):
+            if mode == "wait" and not was_paused:
+                await self._engine.send(Resume())
+            raise
+        finally:
+            self._idle.release()
+
+    async def _release(self, command: ReleaseMemory) -> Reply:
+        await self._updates.quiet("a release of memory")
+        reply = await self._engine.send(command)
+        if not self._keeps_weights and (not command.tags or "weights" in command.tags):
+            self._updates.weights_lost()
+        return reply
+
+    async def _resume_memory(self, tags: list[MemoryTag]) -> Reply:
+        if not tags or "kv_cache" in tags:
+            await self._updates.finish()
+        await self._updates.quiet("a resume of memory")
+        return await self._engine.send(ResumeMemory(tags=tags))
+
+    async def _flush_if_idle(self) -> None:
+        try:
+            await self._engine.send(FlushCache())
+        except EngineDead:
+            raise
+        except SlipstreamError:
+            # Requests kept by the pause hold pages; prefixes are keyed by version anyway.
+            return

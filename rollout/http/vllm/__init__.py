@@ -1,0 +1,1 @@
+"""vLLM's dialect: each file translates, `rollout.http.updates` decides."""

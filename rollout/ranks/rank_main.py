@@ -1,0 +1,141 @@
+"""A further rank: `python -m rollout.ranks.rank_main ENDPOINT FOLDER FACTORY RANK PARENT`.
+
+`rollout.ranks.process` starts it. FOLDER holds what `RankFiles` names, FACTORY is the
+"module:function" that builds a rank, PARENT the process to outlive by no more than a moment.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import msgspec
+from msgspec.structs import replace
+
+from engine.config import EngineConfig
+from engine.errors import SlipstreamError, of_command
+from engine.protocol import (
+    BesideSteps,
+    Call,
+    CancelTransfers,
+    EngineCommand,
+    Reply,
+    Shutdown,
+    StepPlan,
+)
+from rollout.ranks.board import StepBoard
+from rollout.ranks.process import RankFiles
+from rollout.ranks.ranked_executor import RankExecutor, resolve
+from rollout.replica.bounded_log import log_to_stderr
+from rollout.replica.ipc import Channel
+from rollout.replica.leader import error_info
+from rollout.replica.leave import run_and_leave
+from rollout.replica.weight_queue import PendingReply
+
+logger = logging.getLogger(__name__)
+
+_IDLE_S = 1.0
+_BESIDE_S = 0.001
+"""Between looks at commands that run beside steps."""
+_SEND_S = 30.0
+_PARENT_POLL_S = 0.5
+_ORPHANED = 4
+
+
+def main(argv: list[str]) -> int:
+    """Build the rank and execute what comes until told to leave."""
+    endpoint, folder, factory, number, parent = argv
+    rank, files = int(number), RankFiles(folder=Path(folder))
+    log_to_stderr(f"rank {rank}")
+    _leave_with(int(parent))
+    channel = Channel.connect(endpoint, Call | StepPlan | CancelTransfers | Shutdown)
+    try:
+        return _build_and_serve(channel, files, factory, rank)
+    finally:
+        channel.close(linger_s=_SEND_S)
+
+
+def _build_and_serve(channel: Channel, files: RankFiles, factory: str, rank: int) -> int:
+    config = msgspec.json.decode(files.config.read_bytes(), type=EngineConfig)
+    board = StepBoard(files.board, config.parallel.tp_size)
+    build = resolve(factory)
+    channel.send([Reply()], timeout_s=_SEND_S)
+    try:
+        executor: RankExecutor = build(config, rank=rank, meeting_place=str(files.meeting_place))
+    except SlipstreamError as error:
+        channel.send([Reply(error=error_info(error))], timeout_s=_SEND_S)
+        return 1
+    channel.send([Reply()], timeout_s=_SEND_S)
+    _serve(executor, channel, board, rank)
+    executor.close()
+    return 0
+
+
+def _leave_with(parent: int) -> None:
+    """End this process, whatever it waits for, once `parent` is gone."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_PARENT_POLL_S)
+        os._exit(_ORPHANED)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def _serve(executor: RankExecutor, channel: Channel, board: StepBoard, rank: int) -> None:
+    beside: dict[int, PendingReply] = {}
+    while True:
+        for message in channel.receive(timeout_s=_BESIDE_S if beside else _IDLE_S):
+            match message:
+                case Shutdown():
+                    return
+                case StepPlan():
+                    _launch(executor, message, board, rank)
+                case CancelTransfers():
+                    executor.cancel(message.reason, group=message.group)
+                case Call() if isinstance(message.command, BesideSteps):
+                    beside[message.id] = executor.start(message.command)
+                case _:
+                    command = message.command
+                    _reply(channel, message.id, command, partial(executor.handle, command))
+        for call in [call for call, pending in beside.items() if pending.done()]:
+            pending = beside.pop(call)
+            _reply(channel, call, None, pending.result)
+
+
+def _reply(
+    channel: Channel, call: int, command: EngineCommand | None, run: Callable[[], Reply]
+) -> None:
+    channel.send([replace(_answer(command, run), id=call)], timeout_s=_SEND_S)
+
+
+def _launch(executor: RankExecutor, plan: StepPlan, board: StepBoard, rank: int) -> None:
+    """Queue the step; its result is rank 0's to return. A refusal is every rank's alike."""
+    try:
+        executor.launch(plan)
+    except SlipstreamError as error:
+        logger.error("step %d refused: %s", plan.step, error)
+        return
+    board.note(rank, plan.step)
+
+
+def _answer(command: EngineCommand | None, run: Callable[[], Reply]) -> Reply:
+    try:
+        return run()
+    except SlipstreamError as error:
+        return Reply(error=error_info(error))
+    except Exception as error:
+        # A boundary: a command that breaks ends itself; the leader sees to ranks that differ.
+        name = "a command" if command is None else str(command.__struct_config__.tag)
+        logger.exception("command %s", name)
+        return Reply(error=error_info(of_command(name, error)))
+
+
+if __name__ == "__main__":
+    run_and_leave(main, sys.argv[1:])

@@ -1,0 +1,390 @@
+"""The ranks of a replica as one executor: rank 0 in this process, each other in its own.
+
+Every rank gets the same plans and commands in the same order, so that their collectives
+match; they sample the same tokens from the same bits, so only rank 0 returns any.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from engine.config import EngineConfig
+from engine.errors import (
+    EngineDead,
+    InternalError,
+    InvalidRequest,
+    SlipstreamError,
+    UnsupportedOption,
+    by_name,
+    of_command,
+)
+from engine.protocol import (
+    BesideSteps,
+    Call,
+    CancelTransfers,
+    CommitUpdate,
+    EngineCommand,
+    EngineFacts,
+    Reply,
+    Shutdown,
+    StepPlan,
+    StepResult,
+    encode,
+)
+from engine.protocol.deadlines import START_S, deadlines, launch_s
+from rollout.ranks.board import StepBoard
+from rollout.ranks.monitor import RankMonitor
+from rollout.ranks.process import RankFiles, RankProcess
+from rollout.ranks.replies import merge
+from rollout.ranks.step_executor import PendingStep, StepExecutor
+from rollout.ranks.step_kinds import StepKinds
+from rollout.replica.leader import error_info
+from rollout.replica.weight_queue import PendingReply
+
+logger = logging.getLogger(__name__)
+
+_LEAVE_S = 4.0
+"""For ranks to leave: less than whoever waits for the leader gives it, so that one that is
+stopped is ended by the leader."""
+_BESIDE_S = 0.001
+_LAST_WORDS_S = 5.0
+
+
+class RankExecutor(StepExecutor, Protocol):
+    """An executor of one rank among several."""
+
+    def abort(self) -> None:
+        """Give up on the other ranks: a call that waits for them ends. From any thread."""
+        ...
+
+
+def resolve(factory: str) -> Callable[..., Any]:
+    """The function that "module:function" names."""
+    module, _, name = factory.partition(":")
+    build: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return build
+
+
+def build_executor(
+    config: EngineConfig,
+    factory: str = "engine.executor:build_executor",
+    *,
+    folder: Path | None = None,
+) -> StepExecutor:
+    """All ranks of one replica, as `config.parallel` has them.
+
+    factory: "module:function" that builds one rank: `function(config)`, and with several
+    ranks `function(config, rank=..., meeting_place=...)`.
+    folder: an empty one for the ranks' files, which the caller removes; None makes one.
+
+    Raises the typed error of a rank that could not be built.
+    """
+    if config.parallel.tp_size < 1:
+        raise InvalidRequest("takes at least one rank", field="parallel.tp_size")
+    if config.parallel.tp_size == 1:
+        executor: StepExecutor = resolve(factory)(config)
+        return executor
+    return RankedExecutor(config, factory, folder=folder)
+
+
+@dataclass(frozen=True)
+class RankedStep:
+    """A step that every rank was sent."""
+
+    plan: StepPlan
+    local: PendingStep
+    monitor: RankMonitor
+    timeout_s: float
+
+    def result(self) -> StepResult:
+        """Wait for it. Raises EngineDead, naming the rank that is missing."""
+        step = self.plan.step
+        return self.monitor.guard(
+            f"step {step}", self.local.result, timeout_s=self.timeout_s, step=step
+        )
+
+
+@dataclass(kw_only=True)
+class RankedReply:
+    """A command that every rank runs beside steps: one answer, once all have answered."""
+
+    command: BesideSteps
+    call: int
+    local: PendingReply
+    ranks: Sequence[RankProcess]
+    monitor: RankMonitor
+    alike: Callable[[str, Sequence[Reply]], None]
+    timeout_s: float
+    started: float = field(default_factory=time.monotonic)
+    found: dict[int, Reply] = field(default_factory=dict)
+
+    def done(self) -> bool:
+        """Whether every rank has answered, or one never will."""
+        if self.monitor.failure is not None:
+            return True
+        try:
+            self._look()
+        except EngineDead as error:
+            self.monitor.fail(error)
+            return True
+        return len(self.found) == len(self.ranks) and self.local.done()
+
+    def result(self) -> Reply:
+        """The answer of all. Raises the error of the first rank that failed, EngineDead when one
+        is gone or late, or when a mistake of ours met only some."""
+        while not self.done():
+            time.sleep(_BESIDE_S)
+        self.monitor.require_alive()
+        what = str(self.command.__struct_config__.tag)
+        own = own_reply(self.command, self.local.result)
+        replies = [own, *(self.found[rank.rank] for rank in self.ranks)]
+        self.alike(what, replies)
+        return merge(replies)
+
+    def _look(self) -> None:
+        """Take in what has come. Raises EngineDead for a rank that is gone or late."""
+        late = time.monotonic() - self.started > self.timeout_s
+        what = str(self.command.__struct_config__.tag)
+        for rank in self.ranks:
+            if rank.rank in self.found:
+                continue
+            reply = rank.poll(self.call)
+            if reply is not None:
+                self.found[rank.rank] = reply
+            elif late:
+                raise rank.error(f"did not answer '{what}' within {self.timeout_s:g} s")
+        if late and not self.local.done():
+            raise EngineDead(f"rank 0 does not end '{what}'", field="rank 0")
+
+
+def own_reply(command: EngineCommand, run: Callable[[], Reply]) -> Reply:
+    """Rank 0's answer, its error in it, as the other ranks' processes send theirs."""
+    try:
+        return run()
+    except SlipstreamError as error:
+        return Reply(error=error_info(error))
+    except Exception as error:
+        # A boundary, the same as in the other ranks' processes.
+        name = str(command.__struct_config__.tag)
+        logger.exception("command %s", name)
+        return Reply(error=error_info(of_command(name, error)))
+
+
+class RankedExecutor:
+    """Executes plans and commands on every rank. See `build_executor`.
+
+    start_s: deadline for a rank to be built.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        factory: str = "engine.executor:build_executor",
+        *,
+        folder: Path | None = None,
+        start_s: float = START_S,
+    ) -> None:
+        self._timeout_s = config.parallel.timeout_s
+        self._closed = False
+        self._last_call = 0
+        self._kinds = StepKinds()
+        files = RankFiles(folder=folder or Path(tempfile.mkdtemp(prefix="slipstream-ranks-")))
+        self._remove: Callable[[], Any] | None = None
+        if folder is None:
+            self._remove = weakref.finalize(self, shutil.rmtree, files.folder, ignore_errors=True)
+        files.config.write_bytes(msgspec.json.encode(config))
+        size = config.parallel.tp_size
+        board = StepBoard(files.board, size, create=True)
+        self._ranks = [RankProcess(rank, size, files, factory) for rank in range(1, size)]
+        built = False
+        try:
+            self._local: RankExecutor = self._build(config, files, factory, start_s)
+            built = True
+        finally:
+            if not built:
+                self._end_ranks(0.0)
+                if self._remove is not None:
+                    self._remove()
+        self.facts: EngineFacts = self._local.facts
+        self._board = board
+        self._monitor = RankMonitor(self._ranks, board, self._local.abort)
+
+    @property
+    def failure(self) -> EngineDead | None:
+        """What the replica ended with, if it has."""
+        return self._monitor.failure
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one step to its end."""
+        return self.launch(plan).result()
+
+    def launch(self, plan: StepPlan) -> RankedStep:
+        """Queue one step on every rank. Raises EngineDead, naming a rank that is missing."""
+
+        def run() -> PendingStep:
+            self._post([plan])
+            pending = self._local.launch(plan)
+            self._board.note(0, plan.step)
+            return pending
+
+        what, kind = f"step {plan.step}", self._kinds.of(plan)
+        builds = self.facts.device == "cpu" or self._kinds.is_new(kind)
+        timeout_s = launch_s(self._timeout_s, builds=builds)
+        pending = self._monitor.guard(what, run, timeout_s=timeout_s, step=plan.step)
+        self._kinds.launched(kind)
+        return RankedStep(plan, pending, self._monitor, self._timeout_s)
+
+    def handle(self, command: EngineCommand) -> Reply:
+        """Run one command on every rank. The reply's lists have an entry a rank.
+
+        Raises the error of the first rank that failed, with those of the others. A commit
+        that only some ranks made ends the replica: it would serve a mixture.
+        """
+        what = str(command.__struct_config__.tag)
+        times = deadlines(command, collective_s=self._timeout_s)
+        replies = self._monitor.guard(
+            what, lambda: self._ask(command, what, times.rank), timeout_s=times.monitor
+        )
+        failed = [reply.error is not None for reply in replies]
+        if isinstance(command, CommitUpdate) and any(failed) and not all(failed):
+            named = [f"rank {rank}" for rank, was in enumerate(failed) if was]
+            raise self._monitor.fail(
+                EngineDead(
+                    f"version {command.version} was committed, but not by {', '.join(named)}: the "
+                    "replica would serve a mixture. Start it again",
+                    field=named[0],
+                )
+            )
+        self._require_alike(what, replies)
+        return merge(replies)
+
+    def start(self, command: BesideSteps) -> RankedReply:
+        """Run one command on every rank, beside steps. Its deadline is its own, apart from that
+        of steps; a rank that misses it ends the replica."""
+        self._monitor.require_alive()
+        call = self._next_call()
+        self._post([Call(id=call, command=command)])
+        return RankedReply(
+            command=command,
+            call=call,
+            local=self._local.start(command),
+            ranks=self._ranks,
+            monitor=self._monitor,
+            alike=self._require_alike,
+            timeout_s=deadlines(command, collective_s=self._timeout_s).monitor,
+        )
+
+    def cancel(self, reason: str, *, group: str = "") -> None:
+        """Have transfers in progress end early, on every rank."""
+        self._post([CancelTransfers(reason=reason, group=group)])
+        self._local.cancel(reason, group=group)
+
+    def receive(self, tensors: Iterable[tuple[str, Any]], *, lasting: bool = False) -> None:
+        """Refused: tensors of this process do not reach the other ranks."""
+        raise UnsupportedOption(
+            f"{len(self._ranks) + 1} ranks in as many processes cannot read this process's "
+            "tensors; use the transport 'nccl', 'cuda_ipc' or 'disk'",
+            field="transport",
+        )
+
+    def close(self) -> None:
+        """Tell the ranks to leave, end those that do not, and clean up. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._monitor.stop()
+        try:
+            if self._monitor.failure is None:
+                self._post([Shutdown()])
+        except EngineDead as error:
+            logger.warning("%s", error)
+        finally:
+            self._local.close()
+            self._end_ranks(_LEAVE_S)
+            if self._remove is not None:
+                self._remove()
+
+    def _build(
+        self, config: EngineConfig, files: RankFiles, factory: str, start_s: float
+    ) -> RankExecutor:
+        """Rank 0, once every other rank is built too."""
+        build = resolve(factory)
+        # A rank answers first when it can run at all, and then when it is built: by the
+        # first, rank 0 knows that somebody will come to the place where it waits.
+        for rank in self._ranks:
+            rank.reply(start_s, "start")
+        try:
+            local: RankExecutor = build(config, rank=0, meeting_place=str(files.meeting_place))
+        except EngineDead as error:
+            raise self._first_cause(error) from error
+        built = False
+        try:
+            merge([Reply(), *(rank.reply(start_s, "build") for rank in self._ranks)])
+            built = True
+        finally:
+            if not built:
+                local.close()
+        return local
+
+    def _first_cause(self, error: EngineDead) -> SlipstreamError:
+        """Why rank 0 was left alone: what another rank died of, not that others miss it."""
+        causes: list[SlipstreamError] = []
+        for rank in self._ranks:
+            try:
+                said = rank.reply(_LAST_WORDS_S, "build").error
+            except EngineDead as silent:
+                causes.append(silent)
+                continue
+            if said is not None and said.kind != EngineDead.__name__:
+                return by_name(said.kind, said.message, said.field)
+        return causes[0] if causes else error
+
+    def _ask(self, command: EngineCommand, what: str, timeout_s: float) -> list[Reply]:
+        call = self._next_call()
+        self._post([Call(id=call, command=command)])
+        replies = [own_reply(command, lambda: self._local.handle(command))]
+        deadline = time.monotonic() + timeout_s
+        for rank in self._ranks:
+            left = max(deadline - time.monotonic(), 0.0)
+            replies.append(rank.reply(left, what, call))
+        return replies
+
+    def _require_alike(self, what: str, replies: Sequence[Reply]) -> None:
+        """Raise EngineDead if a mistake of ours met some ranks and not the others: they may not
+        be in step any more."""
+        broken = [
+            reply.error is not None and reply.error.kind == InternalError.__name__
+            for reply in replies
+        ]
+        if any(broken) and not all(broken):
+            rank = broken.index(True)
+            error = replies[rank].error
+            why = error.message if error is not None else ""
+            raise self._monitor.fail(
+                EngineDead(f"rank {rank} alone broke in {what}: {why}", field=f"rank {rank}")
+            )
+
+    def _next_call(self) -> int:
+        self._last_call += 1
+        return self._last_call
+
+    def _post(self, messages: Sequence[msgspec.Struct]) -> None:
+        frame = encode(list(messages))
+        for rank in self._ranks:
+            rank.post(frame)
+
+    def _end_ranks(self, leave_s: float) -> None:
+        deadline = time.monotonic() + leave_s
+        for rank in self._ranks:
+            rank.close(max(deadline - time.monotonic(), 0.0))

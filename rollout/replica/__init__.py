@@ -1,0 +1,1 @@
+"""One engine behind one interface, in this process or in a spawned one."""

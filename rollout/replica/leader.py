@@ -1,0 +1,362 @@
+"""The leader: one scheduler and one executor, driven a step at a time.
+
+Every replica, inline or spawned, runs this class; commands reach it in one order, and
+none of them falls inside a step.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+from engine.config import EngineConfig
+from engine.errors import (
+    EngineDead,
+    InternalError,
+    NoVersion,
+    SlipstreamError,
+    WeightUpdateError,
+    of_command,
+)
+from engine.protocol import (
+    Abort,
+    AbortUpdate,
+    BeginUpdate,
+    CommitUpdate,
+    Control,
+    EngineCommand,
+    ErrorInfo,
+    FlushCache,
+    GetState,
+    Pause,
+    ReplicaState,
+    Reply,
+    Request,
+    RequestOutput,
+    Resume,
+    SetVersion,
+    Shutdown,
+    StepPlan,
+    StepResult,
+    Stop,
+    UpdateReport,
+)
+from rollout.cache.manager import CacheManager
+from rollout.ranks.device_errors import breaks_device
+from rollout.ranks.step_executor import PendingStep, StepExecutor
+from rollout.replica.weight_commands import WeightCommands
+from rollout.replica.weight_queue import Ticket
+from rollout.requests.outputs import refused
+from rollout.scheduler.readiness import Readiness
+from rollout.scheduler.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_MAX_EMPTY_PLANS = 1000
+_MAX_FAILURES = 3
+"""Steps in a row that may fail by a mistake of ours before the engine gives up."""
+_BESIDE_STEPS = (GetState, Abort, Stop)
+"""Commands that leave steps in flight alone: at most they mark rows, whose results are dropped."""
+_POLL_S = 0.00005
+_LONGEST_POLL_S = 0.001
+
+
+class Leader:
+    """Takes requests and commands, steps, and returns outputs.
+
+    With `overlap`, a step is planned and launched before the result of the one before it is
+    asked for, so the ranks never wait for the host; outputs come one step later and are the
+    same. Without it every step is planned, run and applied in turn: the reference. A control
+    command that could matter to a step finds none in flight either way; see `weight_queue` for
+    those that run beside steps.
+    """
+
+    def __init__(self, config: EngineConfig, executor: StepExecutor) -> None:
+        facts = executor.facts
+        cache = CacheManager(
+            num_pages=facts.num_pages,
+            page_size=facts.page_size,
+            prefix_cache=config.cache.prefix_cache,
+        )
+        self._config = config
+        self._executor = executor
+        self._scheduler = Scheduler(
+            config.scheduler,
+            cache,
+            context_length=facts.context_length,
+            vocab_size=facts.vocab_size,
+            version=config.weight_version,
+        )
+        self._readiness = Readiness(
+            version=config.weight_version,
+            keeps_weights=config.memory.cpu_backup,
+            no_version=config.refusal,
+        )
+        self._weights = WeightCommands(
+            executor, self._scheduler, self._readiness, drain=self._drain, emit=self._emit
+        ).queue
+        self._checks_integrity = config.scheduler.check_integrity
+        overlap = config.scheduler.overlap
+        self._overlap = facts.device == "cuda" if overlap is None else overlap
+        self._in_flight: deque[tuple[StepPlan, PendingStep]] = deque()
+        self._outputs: list[RequestOutput] = []
+        self._num_empty_plans = 0
+        self._num_failures = 0
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue requests; one that is refused comes back from `step` as an abort."""
+        for request in requests:
+            try:
+                if self._readiness.no_version:
+                    raise NoVersion(self._readiness.no_version, field="version")
+                self._scheduler.add(request)
+            except SlipstreamError as error:
+                self._outputs.append(refused(request, error))
+            except Exception as error:
+                # A boundary: what is wrong with one request is its own.
+                logger.exception("request %s", request.rid)
+                self._outputs.append(refused(request, of_command("request", error)))
+
+    def handle(self, command: Control) -> Reply:
+        """Run one control command to its end; raises the typed error of one that failed.
+
+        Whatever goes wrong in it is typed: see `engine.errors.of_command`.
+        """
+        ticket = self.start(command)
+        pause_s = _POLL_S
+        while not ticket.done():
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_POLL_S)
+            self.poll()
+        return ticket.result()
+
+    def start(self, command: Control) -> Ticket:
+        """Take in one control command. Most have ended when this returns; those that wait for
+        others, and weight commands behind such, end in a later `poll` or `step`."""
+        ticket = Ticket(command)
+        if isinstance(command, EngineCommand | SetVersion):
+            self._weights.start(ticket)
+        else:
+            ticket.settle(lambda: self._handle(command))
+        return ticket
+
+    def poll(self) -> None:
+        """Take in commands that ended beside steps, and start what waited for them."""
+        self._weights.poll()
+
+    def busy(self) -> bool:
+        """Whether a command is in progress beside steps, so that `poll` is worth a look."""
+        return self._weights.busy
+
+    def _handle(self, command: Control) -> Reply:
+        if not isinstance(command, _BESIDE_STEPS):
+            self._drain()
+        match command:
+            case Abort():
+                self._outputs += self._scheduler.abort(
+                    command.rid_prefix,
+                    command.all,
+                    command.message,
+                    rid=command.rid,
+                    rids=command.rids,
+                )
+            case Stop():
+                output = self._scheduler.stop(command.rid, command.num_tokens, command.matched)
+                self._outputs += [] if output is None else [output]
+            case Pause():
+                self._outputs += self._scheduler.pause(command.mode)
+            case Resume():
+                self._scheduler.resume()
+            case FlushCache():
+                self._scheduler.flush_cache()
+            case GetState():
+                return Reply(state=self.state())
+            case _:
+                assert isinstance(command, Shutdown), command
+        return Reply()
+
+    def step(self) -> list[RequestOutput]:
+        """Run at most one step; every output since the last call, those of commands too."""
+        if self._readiness.late_undo is not None:
+            self._weights.abandon(self._readiness.late_undo)
+        self.poll()
+        plan = None if self._readiness.hold else self._plan()
+        if plan is not None or self._in_flight:
+            self._num_empty_plans = 0
+            self._advance(plan)
+        elif self._may_plan():
+            self._num_empty_plans += 1
+            if self._num_empty_plans >= _MAX_EMPTY_PLANS:
+                self._num_empty_plans = 0
+                self._recover(AssertionError("work waits but nothing is planned"), "planning")
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def can_step(self) -> bool:
+        """Whether `step` would do something: outputs wait, or work does and may run."""
+        return bool(self._outputs or self._in_flight) or self._may_plan()
+
+    def idle(self) -> bool:
+        """Whether nothing runs, waits or has yet to be returned."""
+        return not (self._outputs or self._in_flight or self._scheduler.has_work())
+
+    def state(self) -> ReplicaState:
+        """What the replica is and does right now."""
+        facts, scheduler = self._executor.facts, self._config.scheduler
+        return ReplicaState(
+            **asdict(self._scheduler.stats()),
+            released=self._readiness.released,
+            open_update=self._readiness.open_update,
+            refusal=self._readiness.refusal,
+            groups=self._readiness.groups,
+            releases=facts.releases,
+            receiving=self._weights.in_progress,
+            page_size=facts.page_size,
+            context_length=facts.context_length,
+            vocab_size=facts.vocab_size,
+            eos_ids=facts.eos_ids,
+            model=facts.model,
+            architecture=facts.architecture,
+            model_type=facts.model_type,
+            dtype=facts.dtype,
+            device=facts.device,
+            attention=facts.attention,
+            max_running=scheduler.max_running,
+            max_waiting=scheduler.max_waiting,
+            max_samples=scheduler.max_samples,
+            tp_size=facts.tp_size,
+        )
+
+    def update_weights_inproc(
+        self, begin: BeginUpdate, tensors: Iterable[tuple[str, Any]], *, lasting: bool = False
+    ) -> UpdateReport:
+        """One whole update from tensors of this process: begin, receive, commit.
+
+        lasting: the tensors stay as they are until this returns, and none is copied before the
+        commit. Else each is read before the next is asked for, so a source may gather them one
+        by one into the same memory.
+
+        Whatever goes wrong in between, also in `tensors` itself, aborts the update, and
+        the error is raised on.
+        """
+        self.handle(begin)
+        committed = False
+        try:
+            self._executor.receive(tensors, lasting=lasting)
+            reply = self.handle(CommitUpdate(version=begin.version, owner=begin.owner))
+            committed = True
+        finally:
+            if not committed:
+                self._weights.abandon(AbortUpdate(version=begin.version, owner=begin.owner))
+        assert reply.report is not None, "a commit must report what it moved"
+        return reply.report
+
+    def close(self) -> None:
+        """Free the executor."""
+        self._weights.close()
+        self._executor.close()
+
+    def _may_plan(self) -> bool:
+        if self._readiness.hold or not self._scheduler.has_work():
+            return False
+        return not self._scheduler.paused
+
+    def _plan(self) -> StepPlan | None:
+        try:
+            return self._scheduler.plan()
+        except Exception as error:
+            # A boundary. No rank has seen the plan, so whatever broke is the scheduler's.
+            self._recover(error, "planning")
+            return None
+
+    def _advance(self, plan: StepPlan | None) -> None:
+        """Launch the plan, if any, and take in the results that are due."""
+        if plan is not None and self._overlap:
+            pending = self._guarded(plan, lambda: self._executor.launch(plan))
+            if pending is not None:
+                self._in_flight.append((plan, pending))
+        elif plan is not None:
+            self._apply(self._guarded(plan, lambda: self._executor.execute(plan)))
+        while len(self._in_flight) > (0 if plan is None else 1):
+            self._collect()
+        if self._checks_integrity and not (self._in_flight or self._scheduler.has_work()):
+            self._scheduler.check_integrity()
+
+    def _collect(self) -> None:
+        plan, pending = self._in_flight.popleft()
+        self._apply(self._guarded(plan, pending.result))
+
+    def _emit(self, outputs: list[RequestOutput]) -> None:
+        self._outputs += outputs
+
+    def _drain(self) -> None:
+        """Wait for the steps in flight: what follows must not fall between them."""
+        while self._in_flight:
+            self._collect()
+
+    def _apply(self, result: StepResult | None) -> None:
+        if result is None:
+            return
+        try:
+            self._outputs += self._scheduler.apply(result)
+            self._num_failures = 0
+        except Exception as error:
+            # A boundary, as in `_plan`.
+            self._recover(error, f"the result of step {result.step}")
+
+    def _guarded(self, plan: StepPlan, run: Callable[[], T]) -> T | None:
+        """Run a part of the plan. If it fails, None: every request ends with the error, since
+        the KV that was promised may not be there, and steps in flight are forgotten.
+
+        An error that is not ours ends the replica if the device may be broken or other ranks
+        may have gone on.
+        """
+        step = f"step {plan.step}"
+        ended = False
+        try:
+            done = run()
+            ended = True
+            return done
+        except SlipstreamError as error:
+            ended = True
+            logger.error("%s failed: %s", step, error)
+            if isinstance(error, WeightUpdateError):
+                self._readiness.died(error.message)
+            self._end_all(error)
+            return None
+        except Exception as error:
+            # A boundary: what no single request is to blame for ends those that run.
+            ended = True
+            lasting = self._executor.facts.tp_size > 1 or breaks_device(error)
+            self._recover(error, step, lasting=lasting)
+            return None
+        finally:
+            if not ended:
+                self._end_all(EngineDead(f"{step} was interrupted"))
+
+    def _recover(self, error: Exception, what: str, *, lasting: bool = False) -> None:
+        """End every request with a typed error, and go on. Raises EngineDead where there is no
+        going on: the error is `lasting`, or no step succeeds any more."""
+        logger.error("%s broke", what, exc_info=error)
+        self._num_failures += 1
+        why = f"{what} failed: {type(error).__name__}: {error}"
+        if lasting or self._num_failures >= _MAX_FAILURES:
+            dead = EngineDead(f"{why} ({self._num_failures} in a row)", field="step")
+            self._end_all(dead)
+            raise dead from error
+        self._end_all(InternalError(why, field="step"))
+
+    def _end_all(self, error: SlipstreamError) -> None:
+        self._in_flight.clear()
+        self._outputs += self._scheduler.fail_all(error_info(error))
+
+
+def error_info(error: SlipstreamError) -> ErrorInfo:
+    """The error as it crosses a process boundary."""
+    return ErrorInfo(kind=type(error).__name__, message=error.message, field=error.field)

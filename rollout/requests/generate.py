@@ -1,0 +1,158 @@
+"""Run many requests on one replica until each has its final output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+
+import msgspec
+
+from engine.errors import InvalidRequest, SlipstreamError
+from engine.protocol import Abort, Request, RequestOutput, Stop
+from rollout.replica.base import Replica
+from rollout.requests.outputs import Gathered, refused
+from rollout.text.detokenizer import Detokenizer
+from rollout.text.tokenizer import Tokenizer
+
+_MIN_WINDOW = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a batch is. num_tokens: output tokens returned so far."""
+
+    num_done: int
+    num_requests: int
+    num_tokens: int
+
+
+OnProgress = Callable[[Progress], None]
+
+
+def generate(
+    replica: Replica,
+    requests: Sequence[Request],
+    *,
+    tokenizer: Tokenizer | None = None,
+    on_progress: OnProgress | None = None,
+) -> list[RequestOutput]:
+    """Final outputs of `requests`, whole and in their order.
+
+    A request that is refused or fails comes back with finish type "abort" and the error in
+    it; the others go on. Requests with stop strings need the tokenizer. `on_progress` is
+    called after every step.
+
+    Raises InvalidRequest if two requests share an id or the replica is paused, EngineDead
+    if the replica dies.
+    """
+    seen: set[str] = set()
+    for request in requests:
+        if request.rid in seen:
+            raise InvalidRequest(f"two requests have the id {request.rid!r}", field="rid")
+        seen.add(request.rid)
+    outputs = run(
+        replica, requests, total=len(requests), tokenizer=tokenizer, on_progress=on_progress
+    )
+    by_rid = {output.rid: output for output in outputs}
+    return [by_rid[request.rid] for request in requests]
+
+
+def run(
+    replica: Replica,
+    requests: Iterable[Request],
+    *,
+    total: int,
+    tokenizer: Tokenizer | None = None,
+    on_progress: OnProgress | None = None,
+) -> Generator[RequestOutput, None, None]:
+    """Final outputs as they come. `requests` is read as fast as the replica works, so it
+    may be long; `total` is its length, for progress. Closing the iterator early aborts
+    what still runs. Errors as in `generate`."""
+    state = replica.state()
+    if state.paused:
+        raise InvalidRequest("the replica is paused; send Resume first", field="pause")
+    batch = _Batch(replica, tokenizer, window=max(_MIN_WINDOW, 4 * state.max_running))
+    source = iter(requests)
+    try:
+        while batch.refill(source):
+            yield from batch.step()
+            if on_progress is not None:
+                on_progress(batch.progress(total))
+    finally:
+        batch.abandon()
+
+
+class _Batch:
+    """The requests of one `run` that are under way, at most `window` of them."""
+
+    def __init__(self, replica: Replica, tokenizer: Tokenizer | None, *, window: int) -> None:
+        self._replica = replica
+        self._tokenizer = tokenizer
+        self._window = window
+        self._open: dict[str, Gathered] = {}
+        self._finished: list[RequestOutput] = []
+        self._num_done = 0
+        self._num_tokens = 0
+        self._in_replica = False
+
+    def refill(self, source: Iterator[Request]) -> bool:
+        """Submit what fits; whether anything is left to wait for."""
+        room = self._window - len(self._open)
+        accepted = [r for request in islice(source, room) if (r := self._open_one(request))]
+        if accepted:
+            self._in_replica = True
+            self._replica.submit(accepted)
+            self._in_replica = False
+        return bool(self._open or self._finished)
+
+    def step(self) -> list[RequestOutput]:
+        """Advance the replica; the requests that finished."""
+        self._in_replica = True
+        outputs = self._replica.step()
+        self._in_replica = False
+        for output in outputs:
+            self._take(output)
+        finished, self._finished = self._finished, []
+        self._num_done += len(finished)
+        return finished
+
+    def progress(self, total: int) -> Progress:
+        """How far this batch is."""
+        return Progress(num_done=self._num_done, num_requests=total, num_tokens=self._num_tokens)
+
+    def abandon(self) -> None:
+        """Abort what is still open; nobody will read it. A replica that has raised is asked for
+        nothing more: what it would say hides why it failed."""
+        rids = list(self._open)
+        self._open.clear()
+        if rids and not self._in_replica:
+            with suppress(SlipstreamError):
+                self._replica.send(Abort(rids=rids, message="the caller left"))
+
+    def _open_one(self, request: Request) -> Request | None:
+        detokenizer = None
+        if request.sampling.stop:
+            if self._tokenizer is None:
+                error = InvalidRequest("stop strings need a tokenizer", field="stop")
+                self._finished.append(refused(request, error))
+                return None
+            detokenizer = Detokenizer(self._tokenizer, request.sampling, request.prompt_ids)
+            request = msgspec.structs.replace(request, stream=True)
+        self._open[request.rid] = Gathered(request.sampling, detokenizer)
+        return request
+
+    def _take(self, output: RequestOutput) -> None:
+        gathered = self._open.get(output.rid)
+        if gathered is None:
+            return
+        self._num_tokens += len(output.token_ids)
+        match = gathered.add(output)
+        if output.finish is not None:
+            del self._open[output.rid]
+            self._finished.append(gathered.result())
+        elif match is not None:
+            self._replica.send(
+                Stop(rid=output.rid, num_tokens=match.num_tokens, matched=match.matched)
+            )

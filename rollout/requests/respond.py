@@ -1,0 +1,255 @@
+"""From a finished sequence to the native `/generate` reply (keys of SGLang's meta_info)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine.protocol import (
+    FinishReason,
+    FloatArray,
+    GenerateRequest,
+    GenerateResponse,
+    IntArray,
+    Request,
+    RequestOutput,
+    TopLogprobs,
+    VersionSpan,
+)
+from rollout.requests.outputs import finite_logprobs, join_spans
+from rollout.requests.sample_ids import shown
+from rollout.text.detokenizer import final_text
+from rollout.text.token_bytes import spelled
+from rollout.text.tokenizer import Tokenizer
+
+LogprobEntry = list[Any]
+
+
+def respond(
+    wire: GenerateRequest,
+    request: Request,
+    output: RequestOutput,
+    tokenizer: Tokenizer | None,
+    *,
+    index: int | None = None,
+) -> GenerateResponse:
+    """The reply to one of the sequences of `wire`; `text` is None without a tokenizer.
+
+    index: which of the `n` samples it is; None when one was asked for.
+    """
+    ids, sampling, text = output.token_ids.tolist(), wire.sampling_params, None
+    if tokenizer is not None:
+        text = final_text(tokenizer, ids, output.finish, sampling, request.prompt_ids)
+    return GenerateResponse(
+        text=text,
+        output_ids=ids,
+        meta_info=_meta_info(wire, request, output, tokenizer),
+        prompt_token_ids=request.prompt_ids.tolist() if wire.return_prompt_token_ids else None,
+        index=index,
+    )
+
+
+def to_wire(response: GenerateResponse) -> dict[str, Any]:
+    """The reply as an object to encode: `output_ids` also when empty, no absent fields. What the
+    reply holds is not copied."""
+    found: dict[str, Any] = {"output_ids": response.output_ids}
+    if response.text is not None:
+        found["text"] = response.text
+    if response.meta_info:
+        found["meta_info"] = response.meta_info
+    if response.prompt_token_ids is not None:
+        found["prompt_token_ids"] = response.prompt_token_ids
+    if response.index is not None:
+        found["index"] = response.index
+    return found
+
+
+class RunningReply:
+    """The reply to a sequence that still runs: everything so far, each token looked at once.
+
+    Arguments as in `respond`; the tokenizer is for the tokens of logprobs alone: the caller has
+    the text.
+    """
+
+    def __init__(
+        self,
+        wire: GenerateRequest,
+        request: Request,
+        tokenizer: Tokenizer | None,
+        index: int | None,
+    ) -> None:
+        self._texts = tokenizer if wire.return_text_in_logprobs else None
+        self._wire = wire
+        self._request = request
+        self._index = index
+        self._ids: list[int] = []
+        self._lists: dict[str, list[Any]] = {}
+        self._spans: list[VersionSpan] = []
+        self._first: RequestOutput | None = None
+        self._input: dict[str, Any] = {}
+
+    def add(self, output: RequestOutput) -> None:
+        """Take the next output."""
+        wire = self._wire
+        if self._first is None:
+            self._first = output
+            if wire.return_logprob and wire.logprob_start_len >= 0:
+                self._input = _input_logprobs(wire, self._request, output, self._texts)
+        self._ids += output.token_ids.tolist()
+        self._spans = join_spans([*self._spans, *output.spans])
+        if wire.return_logprob:
+            for name, values in _output_logprobs(wire, output, self._texts).items():
+                if isinstance(values, list):
+                    self._lists.setdefault(name, []).extend(values)
+        if output.entropies is not None:
+            self._lists.setdefault("output_token_entropy", []).extend(output.entropies.tolist())
+        self._last = output
+
+    def response(self, text: str | None) -> GenerateResponse:
+        """The reply with everything so far; its lists grow with the next `add`."""
+        wire, request = self._wire, self._request
+        assert self._first is not None, "a partial reply needs an output"
+        lists = dict(self._lists)
+        entropies = lists.pop("output_token_entropy", None)
+        meta = _counts(request, self._first, self._last, self._spans, len(self._ids))
+        if (entries := lists.pop("output_token_logprobs", None)) is not None:
+            meta["output_token_logprobs"] = entries
+            meta["output_token_logprobs_length"] = len(entries)
+        meta |= lists
+        meta |= self._input
+        if entropies is not None:
+            meta["output_token_entropy"] = entropies
+        return GenerateResponse(
+            text=text,
+            output_ids=self._ids,
+            meta_info=meta,
+            prompt_token_ids=request.prompt_ids.tolist() if wire.return_prompt_token_ids else None,
+            index=self._index,
+        )
+
+
+def _meta_info(
+    wire: GenerateRequest,
+    request: Request,
+    output: RequestOutput,
+    tokenizer: Tokenizer | None,
+) -> dict[str, Any]:
+    assert output.finish is not None, f"request {output.rid} has not finished"
+    size = len(output.token_ids)
+    meta = _counts(request, output, output, output.spans, size)
+    meta["finish_reason"] = _finish_reason(output.finish, size)
+    if wire.return_logprob:
+        texts = tokenizer if wire.return_text_in_logprobs else None
+        meta |= _output_logprobs(wire, output, texts)
+        # Of a stream in increments, the first brings the prompt's.
+        if wire.logprob_start_len >= 0 and output.start == 0:
+            meta |= _input_logprobs(wire, request, output, texts)
+    if output.entropies is not None:
+        meta["output_token_entropy"] = output.entropies.tolist()
+    return meta
+
+
+def _counts(
+    request: Request,
+    first: RequestOutput,
+    last: RequestOutput,
+    spans: list[VersionSpan],
+    size: int,
+) -> dict[str, Any]:
+    """What every reply says of its `size` output tokens; first, last: the outputs it is made of."""
+    return {
+        "id": shown(last.rid),
+        "finish_reason": None,
+        "prompt_tokens": len(request.prompt_ids),
+        "completion_tokens": size,
+        "cached_tokens": first.cached_tokens,
+        "num_retractions": last.num_retractions,
+        "num_restarts": last.num_restarts,
+        "weight_version": str(spans[-1].version) if spans else None,
+        "weight_versions": _versions(spans, size),
+        # Positions of prompt and output together: which weights computed the KV.
+        "kv_versions": _versions(last.kv_spans, len(request.prompt_ids) + size),
+    }
+
+
+def _versions(spans: list[VersionSpan], size: int) -> list[dict[str, Any]]:
+    """Spans of the first `size` tokens; a stop string may have cut off what came after."""
+    return [
+        {"version": str(span.version), "start": span.start, "end": min(span.end, size)}
+        for span in spans
+        if span.start < size
+    ]
+
+
+def _finish_reason(finish: FinishReason, length: int) -> dict[str, Any]:
+    if finish.type == "stop":
+        return {"type": "stop", "matched": finish.matched}
+    if finish.type == "length":
+        return {"type": "length", "length": length if finish.length is None else finish.length}
+    reason: dict[str, Any] = {"type": "abort", "message": finish.message}
+    return reason if finish.error is None else {**reason, "error": finish.error}
+
+
+def _output_logprobs(
+    wire: GenerateRequest, output: RequestOutput, texts: Tokenizer | None
+) -> dict[str, Any]:
+    entries = _entries(output.logprobs, output.token_ids, texts)
+    found: dict[str, Any] = {
+        "output_token_logprobs": entries,
+        "output_token_logprobs_length": len(entries),
+    }
+    for name, columns in _alternatives(wire):
+        found[f"output_{name}"] = _top_entries(output.top, texts, columns)
+    return found
+
+
+def _input_logprobs(
+    wire: GenerateRequest, request: Request, output: RequestOutput, texts: Tokenizer | None
+) -> dict[str, Any]:
+    """Entries for prompt positions from the start asked for; position 0 has no logprob."""
+    start = request.prompt_logprob_start
+    first_scored = max(start, 1)
+    ids = request.prompt_ids
+    unscored: list[Any] = [[None, int(ids[0]), _text(int(ids[0]), texts)]] if start == 0 else []
+    scored = []
+    if output.prompt_logprobs is not None:
+        # An abort may come before the whole prompt was scored.
+        end = first_scored + len(output.prompt_logprobs)
+        scored = _entries(output.prompt_logprobs, ids[first_scored:end], texts)
+    found: dict[str, Any] = {"input_token_logprobs": unscored + scored}
+    nothing = [None] * len(unscored)
+    for name, columns in _alternatives(wire):
+        found[f"input_{name}"] = nothing + _top_entries(output.prompt_top, texts, columns)
+    return found
+
+
+def _alternatives(wire: GenerateRequest) -> list[tuple[str, slice]]:
+    """What is returned of other tokens: the key's end, and its columns of `TopLogprobs`."""
+    count = wire.top_logprobs_num
+    found: list[tuple[str, slice]] = []
+    if count > 0:
+        found.append(("top_logprobs", slice(0, count)))
+    if wire.token_ids_logprob:
+        found.append(("token_ids_logprobs", slice(count, count + len(wire.token_ids_logprob))))
+    return found
+
+
+def _entries(logprobs: FloatArray, ids: IntArray, texts: Tokenizer | None) -> list[LogprobEntry]:
+    return _pairs(finite_logprobs(logprobs), ids.tolist(), texts)
+
+
+def _top_entries(
+    top: TopLogprobs | None, texts: Tokenizer | None, columns: slice
+) -> list[list[LogprobEntry]]:
+    if top is None:
+        return []
+    rows = zip(finite_logprobs(top.logprobs[:, columns]), top.ids[:, columns], strict=True)
+    return [_pairs(logprobs, ids.tolist(), texts) for logprobs, ids in rows]
+
+
+def _pairs(logprobs: list[float], ids: list[int], texts: Tokenizer | None) -> list[LogprobEntry]:
+    pairs = zip(logprobs, ids, strict=True)
+    return [[logprob, token_id, _text(token_id, texts)] for logprob, token_id in pairs]
+
+
+def _text(token_id: int, texts: Tokenizer | None) -> str | None:
+    return None if texts is None else spelled(texts.token_bytes(token_id))

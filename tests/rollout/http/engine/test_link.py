@@ -1,0 +1,101 @@
+"""The link between server and engine under a load of streams."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from engine.errors import EngineDead
+from engine.protocol import RequestOutput
+from rollout.http.engine.link import Message, ProcessLink
+from rollout.http.engine.mailbox import Mailbox
+from rollout.requests.outputs import coalesced
+from tests.helpers.http_app import run, until
+
+
+class Frames:
+    """Stands for a `ProcessReplica`: a pipe that turns readable, and frames that wait."""
+
+    def __init__(self) -> None:
+        self._read, self._write = os.pipe()
+        self.frames: list[list[Message]] = []
+        self.num_collected = 0
+
+    def put(self, messages: list[Message]) -> None:
+        self.frames.append(messages)
+        os.write(self._write, b".")
+
+    def fileno(self) -> int:
+        return self._read
+
+    def collect(self) -> list[Message]:
+        self.num_collected += 1
+        if not self.frames:
+            return []
+        os.read(self._read, 1)
+        return self.frames.pop(0)
+
+
+def token(rid: str, at: int) -> RequestOutput:
+    ids = np.array([at], np.int32)
+    return RequestOutput(rid=rid, start=at, token_ids=ids, logprobs=ids.astype(np.float32))
+
+
+def never(error: EngineDead) -> None:
+    raise error
+
+
+def test_what_comes_while_handlers_are_busy_leaves_in_one_piece_and_in_order() -> None:
+    async def test() -> None:
+        frames, mailbox = Frames(), Mailbox(["a"])
+        link = ProcessLink(frames)
+        pieces: list[list[int]] = []
+
+        def deliver(messages: Sequence[Message]) -> None:
+            for message in messages:
+                mailbox.put(message)
+
+        async def handle() -> None:
+            while True:
+                for output in coalesced(await mailbox.take()):
+                    assert output.start == output.token_ids[0]
+                    pieces.append(output.token_ids.tolist())
+                    time.sleep(0.03)  # a slow write, which holds up the loop
+
+        link.start(deliver, never)
+        handler = asyncio.ensure_future(handle())
+        for at in range(60):
+            frames.put([token("a", at)])
+            await asyncio.sleep(0.001)
+        await until(lambda: sum(map(len, pieces)) == 60)
+        handler.cancel()
+        link.stop()
+        assert [at for piece in pieces for at in piece] == list(range(60))
+        assert len(pieces) < 60
+
+    run(test)
+
+
+def test_the_last_frame_is_delivered_though_nothing_wakes_the_link_again() -> None:
+    async def test() -> None:
+        frames, found = Frames(), []
+        link = ProcessLink(frames)
+
+        def deliver(messages: Sequence[Message]) -> None:
+            found.extend(messages)
+            time.sleep(0.005)
+
+        link.start(deliver, never)
+        for at in range(20):
+            frames.put([token("a", at)])
+            if at % 5 == 0:
+                await asyncio.sleep(0.002)
+        await until(lambda: len(found) == 20)
+        link.stop()
+        assert [output.start for output in found] == list(range(20))
+
+    run(test)
