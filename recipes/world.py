@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
-from engine.comm.rendezvous import RES_OPTIONS
 from engine.config import Device
 from engine.errors import InvalidRequest
+from engine.protocol.deadlines import RES_OPTIONS
 
 T = TypeVar("T")
 

@@ -25,6 +25,11 @@ from engine.protocol.updates import (
     ReceiveIpc,
 )
 
+RES_OPTIONS = "timeout:1 attempts:5"
+"""For the environment variable of that name, by which glibc's resolver asks again after one second
+in place of five (resolv.conf(5)). torch's stores look up the name of every peer for their log;
+they connect by IPv6, `::ffff:127.0.0.1` included, which no /etc/hosts names, so that one lost
+packet of a name server stalls whoever forms a group."""
 MAX_TIMEOUT_S = 1800.0
 """Longest `timeout_s` that a caller may give; more is cut to it."""
 COLLECTIVE_S = 60.0

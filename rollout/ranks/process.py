@@ -11,9 +11,9 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.comm.rendezvous import RES_OPTIONS
 from engine.errors import EngineDead
 from engine.protocol import Reply
+from engine.protocol.deadlines import RES_OPTIONS
 from rollout.replica.ipc import Channel
 
 _POLL_S = 0.1

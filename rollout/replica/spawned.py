@@ -18,7 +18,6 @@ from typing import Any, Self
 
 import msgspec
 
-from engine.comm.rendezvous import RES_OPTIONS
 from engine.config import EngineConfig
 from engine.errors import EngineDead, InvalidRequest, SlipstreamError, UnsupportedOption, by_name
 from engine.protocol import (
@@ -37,7 +36,7 @@ from engine.protocol import (
     TokenRows,
     UpdateReport,
 )
-from engine.protocol.deadlines import REPLY_S, SILENT_S, START_S, deadlines
+from engine.protocol.deadlines import REPLY_S, RES_OPTIONS, SILENT_S, START_S, deadlines
 from rollout.replica.columns import from_columns
 from rollout.replica.ipc import Channel, encode_frame
 from rollout.replica.last_words import cause_of_death, log_tail

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from engine.comm.rendezvous import RES_OPTIONS
 from engine.errors import (
     EngineDead,
     InvalidRequest,
@@ -32,6 +31,7 @@ from engine.protocol import (
     Resume,
     SetVersion,
 )
+from engine.protocol.deadlines import RES_OPTIONS
 from rollout.replica.base import Replica
 from rollout.replica.inline import InlineReplica
 from rollout.replica.spawned import ProcessReplica
