@@ -185,12 +185,13 @@ class UpdateSession:
         with self._taking_in(closes=False):
             for name, tensor in tensors:
                 self._expected.check_whole(update, name, tensor)
+                tensor = tensor.detach()
                 if lasting:
                     update.lend(name, tensor)
                 else:
                     if update.in_place:
                         self._torn.tear(self.catalog.written([name]), update.version)
-                    update.take({name: tensor.detach()}, self.catalog, lasting=False)
+                    update.take({name: tensor}, self.catalog, lasting=False)
                 # Not held while the source makes the next: it may be as large.
                 del tensor
 

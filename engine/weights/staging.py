@@ -26,6 +26,8 @@ Arrived = tuple[TensorPiece, torch.Tensor]
 """A piece and its elements, flat [stop - start]."""
 
 _BATCH_BYTES = 16 << 20
+_BATCH_TENSORS = 256
+"""So few objects at a time never set off a full collection of garbage."""
 
 
 @dataclass
@@ -181,7 +183,7 @@ def batches(pieces: Iterable[Arrived]) -> Iterator[list[Arrived]]:
         batch.append(arrived)
         num_bytes += arrived[1].nbytes
         del arrived
-        if num_bytes >= _BATCH_BYTES:
+        if num_bytes >= _BATCH_BYTES or len(batch) == _BATCH_TENSORS:
             yield batch
             batch, num_bytes = [], 0
     if batch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -10,6 +10,8 @@ from engine.errors import OutOfMemory
 from engine.weights.catalog import Catalog, copy_each
 
 _ALIGNMENT = 256
+_AT_ONCE = 256
+"""Tensors whose views are there at a time; see `_starts`."""
 
 
 class UndoCopy:
@@ -52,20 +54,22 @@ class UndoCopy:
         What was kept before is left out: what is live now may be half of what came.
         Raises OutOfMemory.
         """
-        starts: dict[str, int] = {}
-        end, views = self._end, []
-        for name in names:
-            if name in self._starts or name in starts or not catalog.held_bytes(name):
-                continue
-            live = catalog.view(name)
-            starts[name] = end
-            end += -(-live.nbytes // _ALIGNMENT) * _ALIGNMENT
-            views.append(live)
-        if not starts:
+        fresh = [n for n in names if n not in self._starts and catalog.held_bytes(n)]
+        if not fresh:
             return
         self.reserve()
-        copy_each([self._at(start, live) for start, live in zip(starts.values(), views, strict=True)], views)
-        self._starts.update(starts)
+        fresh = list(dict.fromkeys(fresh))
+        for first in range(0, len(fresh), _AT_ONCE):
+            self._keep_some(fresh[first : first + _AT_ONCE], catalog)
+
+    def _keep_some(self, names: Sequence[str], catalog: Catalog) -> None:
+        views = [catalog.view(name) for name in names]
+        starts, end = [], self._end
+        for live in views:
+            starts.append(end)
+            end += -(-live.nbytes // _ALIGNMENT) * _ALIGNMENT
+        copy_each([self._at(at, live) for at, live in zip(starts, views, strict=True)], views)
+        self._starts.update(zip(names, starts, strict=True))
         self._end = end
 
     def put_back(self, catalog: Catalog) -> None:
