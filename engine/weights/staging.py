@@ -21,7 +21,6 @@ from engine.weights.checksum import Checksums
 from engine.weights.coverage import Coverage
 from engine.weights.undo import UndoCopy
 
-
 Arrived = tuple[TensorPiece, torch.Tensor]
 """A piece and its elements, flat [stop - start]."""
 
@@ -114,9 +113,7 @@ class OpenUpdate:
                 self._add_part(piece, flat, catalog)
         self.take(whole, catalog, lasting=lasting)
 
-    def take(
-        self, tensors: Mapping[str, torch.Tensor], catalog: Catalog, *, lasting: bool
-    ) -> None:
+    def take(self, tensors: Mapping[str, torch.Tensor], catalog: Catalog, *, lasting: bool) -> None:
         """Take in whole tensors: hold each, or a copy of it unless it is `lasting`, or write
         them in place."""
         self.digest = None

@@ -75,7 +75,8 @@ class UndoCopy:
     def put_back(self, catalog: Catalog) -> None:
         """Write the old values again, and wait for the device."""
         views = [catalog.view(name) for name in self._starts]
-        kept = [self._at(start, live) for start, live in zip(self._starts.values(), views, strict=True)]
+        starts = self._starts.values()
+        kept = [self._at(at, live) for at, live in zip(starts, views, strict=True)]
         copy_each(views, kept)
         if kept and self._memory.is_cuda:
             torch.cuda.current_stream(self._memory.device).synchronize()

@@ -44,7 +44,7 @@ def _fill(
 
 
 def _fused(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.stack(torch._foreach_norm(tensors, math.inf))
+    return torch.stack(torch._foreach_norm(list(tensors), math.inf))
 
 
 def _each(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
