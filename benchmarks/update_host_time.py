@@ -93,8 +93,7 @@ def _receive(
         return
     session.expect(pieces)
     with session.receiving(pieces):
-        for piece in pieces:
-            session.feed(piece, new[piece.name], lasting=False)
+        session.feed(((piece, new[piece.name]) for piece in pieces), lasting=False)
 
 
 def _ms(run: Callable[[], object]) -> float:

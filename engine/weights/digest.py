@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from hashlib import blake2b
+
+import torch
 
 from engine.protocol import TensorPiece
 
 _MASK = (1 << 61) - 1
-"""Sums stay below 2**62, and so does a number after them, in int64 of either sign."""
+"""What ranks compare, and one more, is int64 of either sign."""
 
 
 def digest_of(pieces: Iterable[TensorPiece]) -> int:
     """Of names, dtypes, shapes and elements, in [0, 2**61); their order does not matter."""
-    total = 0
-    for piece in pieces:
-        total += _one(f"{piece.name} {piece.dtype} {piece.shape} {piece.start} {piece.stop}")
-    return total & _MASK
+    return _digest(f"{p.name} {p.dtype} {p.shape} {p.start} {p.stop}" for p in pieces)
 
 
-def with_tensor(digest: int, name: str, dtype: object, shape: Iterable[int]) -> int:
-    """The digest of the same tensors and one more."""
-    return (digest + _one(f"{name} {dtype} {tuple(shape)}")) & _MASK
+def digest_of_whole(dtypes: Mapping[str, torch.dtype]) -> int:
+    """Of the names and dtypes of whole tensors, whose shapes are the model's; likewise."""
+    return _digest(f"{name} {dtype}" for name, dtype in dtypes.items())
 
 
-def _one(text: str) -> int:
-    return int.from_bytes(blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest())
+def _digest(lines: Iterable[str]) -> int:
+    text = "\n".join(sorted(lines)).encode(errors="surrogatepass")
+    return int.from_bytes(blake2b(text, digest_size=8).digest()) & _MASK

@@ -9,7 +9,7 @@ before the reply, since the sender may overwrite it as soon as it has that.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 import torch
@@ -35,6 +35,7 @@ from engine.weights.helpers import nothing
 from engine.weights.lane import Look
 from engine.weights.mapping import MappedBuffers
 from engine.weights.session import UpdateSession
+from engine.weights.staging import Arrived
 from engine.weights.unpickle import FlattenedTensorMetadata, restricted_loads
 
 Named = tuple[str, torch.Tensor]
@@ -70,9 +71,7 @@ class IpcReceiver:
             self._session.lend(pieces, tensors, refusal)
             return
         with self._session.receiving(pieces, refusal):
-            for piece, (_, tensor) in zip(pieces, tensors, strict=True):
-                look()
-                self._session.feed(piece, tensor.reshape(-1), lasting=False)
+            self._session.feed(_looking(pieces, tensors, look), lasting=False)
             _synchronize(tensors)
 
     def close(self) -> None:
@@ -127,6 +126,14 @@ class IpcReceiver:
             (data, tensors, pieces) if _are_views(payload.tensors, tensors, buffers) else None
         )
         return tensors, pieces
+
+
+def _looking(
+    pieces: Sequence[TensorPiece], tensors: Sequence[Named], look: Look
+) -> Iterator[Arrived]:
+    for piece, (_, tensor) in zip(pieces, tensors, strict=True):
+        look()
+        yield piece, tensor.reshape(-1)
 
 
 def _piece(name: str, tensor: torch.Tensor) -> TensorPiece:

@@ -7,7 +7,6 @@ pass through two staging buffers in turn.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +22,7 @@ from engine.weights.groups import Groups
 from engine.weights.helpers import nothing
 from engine.weights.lane import Look
 from engine.weights.session import UpdateSession
-from engine.weights.staging import bounds
+from engine.weights.staging import is_whole
 
 _STAGING_BUFFERS = 2
 _SHADOW_IN_FLIGHT = 8
@@ -90,7 +89,7 @@ def _transfer(
 ) -> None:
     """memory: filled with what broadcasts may be writing to, as long as they may."""
     deadline = session.deadline(capped(command.timeout_s))
-    lasting = session.keeps_memory() and all(_is_whole(bucket) for bucket in buckets)
+    lasting = session.keeps_memory() and all(map(is_whole, command.tensors))
     buffers = _Buffers(group, buckets, lasting=lasting)
     in_flight: deque[tuple[Any, Bucket, torch.Tensor]] = deque()
     for index, bucket in enumerate(buckets):
@@ -116,8 +115,8 @@ def _take_in(
 ) -> None:
     ticket, bucket, buffer = arrival
     group.wait(ticket, deadline)
-    for placement in bucket.placements:
-        session.feed(placement.piece, layouts.elements(buffer, placement), lasting=lasting)
+    pieces = ((placed.piece, layouts.elements(buffer, placed)) for placed in bucket.placements)
+    session.feed(pieces, lasting=lasting)
 
 
 class _Buffers:
@@ -143,14 +142,6 @@ class _Buffers:
         if self._staging and self._staging[0].is_cuda:
             torch.cuda.current_stream(self._staging[0].device).synchronize()
         self._staging = []
-
-
-def _is_whole(bucket: Bucket) -> bool:
-    """Whether no tensor of the bucket comes in pieces."""
-    return all(
-        bounds(placement.piece) == (0, math.prod(placement.piece.shape))
-        for placement in bucket.placements
-    )
 
 
 def _first_name(bucket: Bucket) -> str:

@@ -41,11 +41,12 @@ from engine.protocol.deadlines import capped
 from engine.weights import owner, verify
 from engine.weights.agreement import Agreement, settle
 from engine.weights.catalog import Catalog
+from engine.weights.digest import digest_of_whole
 from engine.weights.expected import Expected
 from engine.weights.initial import load_initial
 from engine.weights.load import Loadable
 from engine.weights.modes import REFUSED, SHADOW, UNDO, choose_mode, undo_size
-from engine.weights.staging import OpenUpdate
+from engine.weights.staging import Arrived, OpenUpdate, batches
 from engine.weights.torn import TornWeights
 from engine.weights.undo import UndoCopy
 
@@ -184,12 +185,13 @@ class UpdateSession:
         with self._taking_in(closes=False):
             for name, tensor in tensors:
                 self._expected.check_whole(update, name, tensor)
+                tensor = tensor.detach()
                 if lasting:
                     update.lend(name, tensor)
                 else:
                     if update.in_place:
                         self._torn.tear(self.catalog.written([name]), update.version)
-                    update.take(name, tensor.detach(), self.catalog, lasting=False)
+                    update.take({name: tensor}, self.catalog, lasting=False)
                 # Not held while the source makes the next: it may be as large.
                 del tensor
 
@@ -238,11 +240,15 @@ class UpdateSession:
             yield
             verify.scan_staged(update, self.catalog)
 
-    def feed(self, piece: TensorPiece, flat: torch.Tensor, *, lasting: bool) -> None:
-        """Take in the elements of a piece; see `OpenUpdate.add`."""
-        update = self.require_open("receive")
-        update.check(piece)
-        update.add(piece, flat, self.catalog, lasting=lasting)
+    def feed(self, pieces: Iterable[Arrived], *, lasting: bool) -> None:
+        """Take in pieces and their elements, some of them together; see `OpenUpdate.add`.
+
+        Returns once all were read, in the order of the current stream, unless `lasting`.
+        """
+        for batch in batches(pieces):
+            self.require_open("receive").add(batch, self.catalog, lasting=lasting)
+            # Not held while the next are made.
+            del batch
 
     def keeps_memory(self) -> bool:
         """Whether memory that tensors arrive in can serve as their shadow."""
@@ -343,7 +349,7 @@ class UpdateSession:
         """Raise unless all ranks can place what came, and got the same; see `_check_commit`."""
         repeated = self._ranks.run(lambda: self._check_commit(version, who, placing))
         update = self._open if repeated is None else None
-        self._ranks.require_alike(0 if update is None else update.digest)
+        self._ranks.require_alike(0 if update is None else update.digest or 0)
         return repeated
 
     def _check_commit(self, version: int, who: str, placing: bool) -> UpdateReport | None:
@@ -362,14 +368,14 @@ class UpdateSession:
             )
         # Other engines may keep a fleet between its two phases for long: what was lent is read
         # again before it is placed. In one phase the read beside steps was a moment ago.
-        again = frozenset(update.lent if placing and update.verified else ())
+        again = frozenset(update.lent if placing and update.digest is not None else ())
         if again:
             verify.require_bits(update, self.catalog, self.device, again=again, only=again)
-        elif not update.verified:
+        elif update.digest is None:
             verify.require_complete(update, self.catalog, self._torn.versions)
             verify.require_bits(update, self.catalog, self.device)
-            update.keep_staged(self.catalog)
-            update.verified = True
+            update.keep(update.staged, self.catalog)
+            update.digest = digest_of_whole(update.names)
         return None
 
     def _place(self, update: OpenUpdate) -> UpdateReport:
@@ -381,7 +387,7 @@ class UpdateSession:
             f"the commit of version {update.version} died while writing; the weights are a "
             "mixture. Commit it again, or publish a whole version, to serve again",
         )
-        update.touch(names, self.catalog)
+        update.keep(names, self.catalog)
         num_bytes = update.placed_bytes + self.catalog.place(staged)
         # The sender may change what it lent, and staged memory goes back, once this returns.
         self._synchronize()
@@ -442,7 +448,7 @@ class UpdateSession:
         update, self._open = self._open, None
         if update is None:
             return
-        if update.undo is not None and update.undo.has(update.touched):
+        if update.undo is not None:
             # Refused until the last of them is back.
             update.undo.put_back(self.catalog)
             self._torn.restored()

@@ -9,7 +9,7 @@ Whatever is looked up for each tensor is a set or a dict: a model may have tens 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,8 +19,14 @@ from engine.protocol import BeginUpdate, TensorPiece, TensorSpec
 from engine.weights.catalog import Catalog
 from engine.weights.checksum import Checksums
 from engine.weights.coverage import Coverage
-from engine.weights.digest import with_tensor
 from engine.weights.undo import UndoCopy
+
+Arrived = tuple[TensorPiece, torch.Tensor]
+"""A piece and its elements, flat [stop - start]."""
+
+_BATCH_BYTES = 16 << 20
+_BATCH_TENSORS = 256
+"""So few objects at a time never set off a full collection of garbage."""
 
 
 @dataclass
@@ -41,22 +47,18 @@ class OpenUpdate:
     undo: UndoCopy | None
     started: float
     expires: float
+    names: dict[str, torch.dtype] = field(default_factory=dict)
+    """Tensors that came completely, and the dtypes they came in."""
     staged: dict[str, torch.Tensor] = field(default_factory=dict)
     placed: dict[str, str] = field(default_factory=dict)
     """In-place mode: names by canonical name."""
     placed_bytes: int = 0
-    touched: set[str] = field(default_factory=set)
-    """Canonical names of live tensors that were written, or were about to be."""
-    verified: bool = False
-    """Whether what came was verified, and nothing came since."""
+    lent: set[str] = field(default_factory=set)
+    """Those that lie in memory of the trainer, which may change it."""
+    digest: int | None = None
+    """Of all that came, once it was verified and nothing came since."""
     peaks: dict[str, float] = field(default_factory=dict)
     """Largest magnitudes of staged tensors that were read for it already."""
-    names: set[str] = field(default_factory=set)
-    """Tensors that came completely."""
-    lent: set[str] = field(default_factory=set)
-    """Those of them that lie in memory of the trainer, which may change it."""
-    digest: int = 0
-    """Of the names, shapes and dtypes of the tensors that came completely."""
     sums: Checksums = field(default_factory=Checksums)
     _parts: dict[str, _Part] = field(default_factory=dict)
 
@@ -78,112 +80,111 @@ class OpenUpdate:
             return name, missing
         return None
 
+    def awaits(self, piece: TensorPiece) -> bool:
+        """Whether a tensor of this name, dtype and shape was announced."""
+        spec = self.announced.get(piece.name)
+        return spec is not None and spec.dtype == piece.dtype and list(spec.shape) == piece.shape
+
     def check(self, piece: TensorPiece) -> None:
         """Raise ManifestMismatch for a piece that was not announced like this or came before."""
         name = piece.name
         if name in self.names:
-            raise ManifestMismatch(f"{name} came twice", field=name)
-        spec = self.announced.get(name)
-        if self.announced and spec is None:
-            raise ManifestMismatch(f"{name} was not announced in the manifest", field=name)
-        if spec is not None and (spec.dtype != piece.dtype or list(spec.shape) != piece.shape):
-            raise ManifestMismatch(
-                f"{name} came as {piece.dtype} {piece.shape}, announced was "
-                f"{spec.dtype} {list(spec.shape)}",
-                field=name,
-            )
+            raise _came_twice(name)
+        if self.announced and not self.awaits(piece):
+            raise _unlike(piece, self.announced.get(name))
         if name in self._parts:
             self._parts[name].coverage.check(*bounds(piece))
 
-    def add(
-        self, piece: TensorPiece, flat: torch.Tensor, catalog: Catalog, *, lasting: bool
-    ) -> None:
-        """Take in a piece that passed `check`.
+    def add(self, batch: Sequence[Arrived], catalog: Catalog, *, lasting: bool) -> None:
+        """Take in pieces. Their memory stays as it is until this returns, and until the commit
+        if it is `lasting`; else it is read in the order of the current stream.
 
-        flat: its elements [stop - start]. lasting: that memory stays as it is until the commit;
-        else it is read before this returns, in the order of the current stream.
+        Raises ManifestMismatch for a piece that may not come.
         """
-        self.verified = False
-        start, stop = bounds(piece)
-        size = math.prod(piece.shape)
-        if stop - start == size and piece.name not in self._parts:
-            self.take(piece.name, flat.view(piece.shape), catalog, lasting=lasting)
-            return
-        part = self._part_of(piece, flat, size)
-        part.elements[start:stop].copy_(flat, non_blocking=True)
-        part.coverage.add(start, stop)
-        if part.coverage.complete:
-            self.take(piece.name, part.elements.view(piece.shape), catalog, lasting=True)
-            del self._parts[piece.name]
+        self.digest = None
+        whole: dict[str, torch.Tensor] = {}
+        for piece, flat in batch:
+            if piece.name in whole:
+                raise _came_twice(piece.name)
+            self.check(piece)
+            if is_whole(piece) and piece.name not in self._parts:
+                whole[piece.name] = flat.view(piece.shape)
+            else:
+                self._add_part(piece, flat, catalog)
+        self.take(whole, catalog, lasting=lasting)
 
-    def take(self, name: str, tensor: torch.Tensor, catalog: Catalog, *, lasting: bool) -> None:
-        """Take in a whole tensor: hold it, or a copy of it unless it is `lasting`, or write it
-        in place."""
-        self.verified = False
+    def take(self, tensors: Mapping[str, torch.Tensor], catalog: Catalog, *, lasting: bool) -> None:
+        """Take in whole tensors: hold each, or a copy of it unless it is `lasting`, or write
+        them in place."""
+        self.digest = None
         if self.in_place:
-            self._write(name, tensor, catalog)
+            self._write(tensors, catalog)
+        elif lasting:
+            self.staged.update(tensors)
         else:
-            self.staged[name] = tensor if lasting else copy_of(tensor, catalog.device)
-        self._came(name, tensor)
+            self.staged.update({n: copy_of(t, catalog.device) for n, t in tensors.items()})
+        self.names.update({name: tensor.dtype for name, tensor in tensors.items()})
 
     def lend(self, name: str, tensor: torch.Tensor) -> None:
         """Take in a whole tensor that stays as it is until the commit, without reading it."""
-        self.verified = False
+        self.digest = None
         self.staged[name] = tensor
         self.lent.add(name)
-        self._came(name, tensor)
+        self.names[name] = tensor.dtype
 
-    def keep_staged(self, catalog: Catalog) -> None:
-        """Undo mode: copy what the commit will replace. Raises OutOfMemory."""
-        self._keep([catalog.canonical(name) for name in self.staged], catalog)
-
-    def touch(self, canonical: Iterable[str], catalog: Catalog) -> None:
-        """Live tensors are about to be written: undo mode keeps each of them first."""
-        fresh = [n for n in canonical if n not in self.touched and catalog.held_bytes(n)]
-        self._keep(fresh, catalog)
-        self.touched.update(fresh)
-
-    def _touch_one(self, name: str, catalog: Catalog) -> None:
-        """`touch` without the lists of a batch: tensors that come one by one are thousands."""
-        if name in self.touched or not catalog.held_bytes(name):
-            return
+    def keep(self, names: Iterable[str], catalog: Catalog) -> None:
+        """Undo mode: copy what is live of tensors, by any of their names, that are to be
+        written. Raises OutOfMemory."""
         if self.undo is not None:
-            self.undo.keep_one(name, catalog.view(name))
-        self.touched.add(name)
+            self.undo.keep(map(catalog.canonical, names), catalog)
 
-    def _came(self, name: str, tensor: torch.Tensor) -> None:
-        self.names.add(name)
-        self.digest = with_tensor(self.digest, name, tensor.dtype, tensor.shape)
-
-    def _part_of(self, piece: TensorPiece, flat: torch.Tensor, size: int) -> _Part:
-        if piece.name not in self._parts:
+    def _add_part(self, piece: TensorPiece, flat: torch.Tensor, catalog: Catalog) -> None:
+        part = self._parts.get(piece.name)
+        if part is None:
+            size = math.prod(piece.shape)
             elements = torch.empty(size, dtype=flat.dtype, device=flat.device)
-            self._parts[piece.name] = _Part(elements, Coverage(piece.name, size))
-        return self._parts[piece.name]
+            part = self._parts[piece.name] = _Part(elements, Coverage(piece.name, size))
+        start, stop = bounds(piece)
+        part.elements[start:stop].copy_(flat, non_blocking=True)
+        part.coverage.add(start, stop)
+        if part.coverage.complete:
+            self.take({piece.name: part.elements.view(piece.shape)}, catalog, lasting=True)
+            del self._parts[piece.name]
 
-    def _write(self, name: str, tensor: torch.Tensor, catalog: Catalog) -> None:
-        spec = self.announced.get(name)
-        if spec is not None and spec.checksum is not None:
-            self.sums.add(name, tensor)
-        canonical = catalog.canonical(name)
-        twin = self.placed.get(canonical)
-        if twin is None:
-            self._touch_one(canonical, catalog)
-            self.placed_bytes += catalog.place_one(name, tensor)
-            self.placed[canonical] = name
-            return
-        if not catalog.holds(name, tensor):
-            raise tied_differ(name, twin)
+    def _write(self, tensors: Mapping[str, torch.Tensor], catalog: Catalog) -> None:
+        fresh: dict[str, str] = {}
+        twins: dict[str, str] = {}
+        for name, tensor in tensors.items():
+            spec = self.announced.get(name)
+            if spec is not None and spec.checksum is not None:
+                self.sums.add(name, tensor)
+            canonical = catalog.canonical(name)
+            if canonical in self.placed or canonical in fresh:
+                twins[name] = canonical
+            else:
+                fresh[canonical] = name
+        self.keep(fresh, catalog)
+        self.placed_bytes += catalog.place({name: tensors[name] for name in fresh.values()})
+        self.placed.update(fresh)
+        for name, canonical in twins.items():
+            if not catalog.holds(name, tensors[name]):
+                raise tied_differ(name, self.placed[canonical])
 
-    def _keep(self, canonical: Iterable[str], catalog: Catalog) -> None:
-        if self.undo is not None:
-            self.undo.keep(
-                {
-                    name: catalog.view(name)
-                    for name in self.undo.without(canonical)
-                    if catalog.held_bytes(name)
-                }
-            )
+
+def batches(pieces: Iterable[Arrived]) -> Iterator[list[Arrived]]:
+    """Pieces to take in together: few enough that it does not matter if each is a copy that was
+    made for it. No reference to them is kept while the next ones are made."""
+    batch: list[Arrived] = []
+    num_bytes = 0
+    for arrived in pieces:
+        batch.append(arrived)
+        num_bytes += arrived[1].nbytes
+        del arrived
+        if num_bytes >= _BATCH_BYTES or len(batch) == _BATCH_TENSORS:
+            yield batch
+            batch, num_bytes = [], 0
+    if batch:
+        yield batch
 
 
 def copy_of(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -193,9 +194,29 @@ def copy_of(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return copy.copy_(tensor)
 
 
+def is_whole(piece: TensorPiece) -> bool:
+    """Whether a piece is all of its tensor."""
+    return piece.start == 0 and (piece.stop < 0 or piece.stop == math.prod(piece.shape))
+
+
 def bounds(piece: TensorPiece) -> tuple[int, int]:
     """[start, stop) of a piece's elements in the flattened tensor."""
     return piece.start, math.prod(piece.shape) if piece.stop < 0 else piece.stop
+
+
+def _came_twice(name: str) -> ManifestMismatch:
+    return ManifestMismatch(f"{name} came twice", field=name)
+
+
+def _unlike(piece: TensorPiece, spec: TensorSpec | None) -> ManifestMismatch:
+    name = piece.name
+    if spec is None:
+        return ManifestMismatch(f"{name} was not announced in the manifest", field=name)
+    return ManifestMismatch(
+        f"{name} came as {piece.dtype} {piece.shape}, announced was {spec.dtype} "
+        f"{list(spec.shape)}",
+        field=name,
+    )
 
 
 def tied_differ(name: str, twin: str) -> ManifestMismatch:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from engine.errors import OutOfMemory
-from engine.weights.catalog import LARGE_BYTES, Catalog
+from engine.weights.catalog import Catalog, copy_each
 
 _ALIGNMENT = 256
+_AT_ONCE = 256
+"""Tensors whose views are there at a time; see `_starts`."""
 
 
 class UndoCopy:
@@ -20,9 +22,11 @@ class UndoCopy:
         self._size = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT + num_tensors * _ALIGNMENT
         self._device = device
         self._memory = torch.empty(0, dtype=torch.uint8)
-        self._end = 0
-        self._kept: dict[str, torch.Tensor] = {}
         self._typed: dict[torch.dtype, torch.Tensor] = {}
+        self._starts: dict[str, int] = {}
+        """First byte of each tensor that was kept. No views: tens of thousands of objects that
+        stay slow down every collection of garbage."""
+        self._end = 0
 
     def reserve(self) -> None:
         """Take the memory, before anything is replaced.
@@ -40,56 +44,49 @@ class UndoCopy:
                 field="mode",
             ) from error
 
-    def without(self, names: Iterable[str]) -> list[str]:
-        """Those of `names` that were not kept yet: what is there a second time may be half of
-        what came."""
-        return [name for name in names if name not in self._kept]
+    def has(self, names: Iterable[str]) -> bool:
+        """Whether the old values of all of `names` were kept."""
+        return self._starts.keys() >= set(names)
 
-    @torch.no_grad()
-    def keep(self, live: Mapping[str, torch.Tensor]) -> None:
-        """Copy live tensors that were not kept, in the order of the current stream."""
-        if not live:
+    def keep(self, names: Iterable[str], catalog: Catalog) -> None:
+        """Copy the live tensors `names`, in the order of the current stream.
+
+        What was kept before is left out: what is live now may be half of what came.
+        Raises OutOfMemory.
+        """
+        fresh = [n for n in names if n not in self._starts and catalog.held_bytes(n)]
+        if not fresh:
             return
         self.reserve()
-        kept = {name: self._room_for(tensor) for name, tensor in live.items()}
-        small = [name for name, tensor in live.items() if tensor.nbytes < LARGE_BYTES]
-        if small:
-            targets, sources = [kept[name] for name in small], [live[name] for name in small]
-            torch._foreach_copy_(targets, sources, non_blocking=True)
-        for name, tensor in live.items():
-            if tensor.nbytes >= LARGE_BYTES:
-                kept[name].copy_(tensor, non_blocking=True)
-        self._kept.update(kept)
+        fresh = list(dict.fromkeys(fresh))
+        for first in range(0, len(fresh), _AT_ONCE):
+            self._keep_some(fresh[first : first + _AT_ONCE], catalog)
 
-    def keep_one(self, name: str, live: torch.Tensor) -> None:
-        """`keep` of a single tensor, a view without a gradient."""
-        if name in self._kept:
-            return
-        self.reserve()
-        self._kept[name] = self._room_for(live).copy_(live, non_blocking=True)
+    def _keep_some(self, names: Sequence[str], catalog: Catalog) -> None:
+        views = [catalog.view(name) for name in names]
+        starts, end = [], self._end
+        for live in views:
+            starts.append(end)
+            end += -(-live.nbytes // _ALIGNMENT) * _ALIGNMENT
+        copy_each([self._at(at, live) for at, live in zip(starts, views, strict=True)], views)
+        self._starts.update(zip(names, starts, strict=True))
+        self._end = end
 
-    def _room_for(self, live: torch.Tensor) -> torch.Tensor:
-        start = self._end // live.element_size()
-        self._end += -(-live.nbytes // _ALIGNMENT) * _ALIGNMENT
-        return self._as(live.dtype).as_strided(live.shape, _strides(live.shape), start)
-
-    @torch.no_grad()
     def put_back(self, catalog: Catalog) -> None:
         """Write the old values again, and wait for the device."""
-        for name, kept in self._kept.items():
-            catalog.view(name).copy_(kept)
-        if self._kept and self._memory.is_cuda:
+        views = [catalog.view(name) for name in self._starts]
+        starts = self._starts.values()
+        kept = [self._at(at, live) for at, live in zip(starts, views, strict=True)]
+        copy_each(views, kept)
+        if kept and self._memory.is_cuda:
             torch.cuda.current_stream(self._memory.device).synchronize()
 
-    def _as(self, dtype: torch.dtype) -> torch.Tensor:
-        """The memory as elements of a dtype; made once, for thousands of tensors."""
-        if dtype not in self._typed:
-            self._typed[dtype] = self._memory.view(dtype)
-        return self._typed[dtype]
-
-    def has(self, names: set[str]) -> bool:
-        """Whether the old values of all of `names` were kept."""
-        return names <= self._kept.keys()
+    def _at(self, start: int, live: torch.Tensor) -> torch.Tensor:
+        """The memory from byte `start` on, as contiguous elements like those of `live`."""
+        if live.dtype not in self._typed:
+            self._typed[live.dtype] = self._memory.view(live.dtype)
+        typed = self._typed[live.dtype]
+        return typed.as_strided(live.shape, _strides(live.shape), start // live.element_size())
 
 
 def _strides(shape: torch.Size) -> list[int]:

@@ -1,42 +1,63 @@
-"""Peaks in plain torch: fused over many tensors on a GPU, one reduction a tensor on a CPU."""
+"""Peaks in plain torch: on a GPU fused over many tensors; on a CPU small ones together, and one
+reduction for each of the others."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
-_SMALL = 1 << 14
-"""Elements below which launching costs a CPU more than its slower fused kernel."""
-_AT_ONCE = 4096
-"""Scalars stacked together."""
+_SMALL = 1 << 12
+"""Elements below which a call of torch costs a CPU more than to copy them."""
+_AT_ONCE = 1024
+"""Tensors that are joined, or scalars stacked: of tens of thousands that is slow."""
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+@torch.no_grad()
 def peaks(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """See `kernels.finite.peaks`."""
-    values = [_wide(tensor.detach()) for tensor in tensors]
-    fused = [i for i, value in enumerate(values) if value.numel() and _is_fused(value)]
-    found = torch._foreach_norm([values[i] for i in fused], math.inf) if fused else []
-    by_index = dict(zip(fused, found, strict=True))
-    scalars = [by_index[i] if i in by_index else _peak(value) for i, value in enumerate(values)]
-    # A stack of tens of thousands is slow.
-    joined = [torch.stack(scalars[i : i + _AT_ONCE]) for i in range(0, len(scalars), _AT_ONCE)]
-    return joined[0] if len(joined) == 1 else torch.cat(joined)
+    if tensors[0].element_size() == 1:
+        # Torch reduces no one-byte floats.
+        tensors = [tensor.float() for tensor in tensors]
+    found = torch.zeros(len(tensors), dtype=tensors[0].dtype, device=tensors[0].device)
+    sizes = [tensor.numel() for tensor in tensors]
+    if found.is_cuda:
+        _fill(found, [i for i, size in enumerate(sizes) if size], tensors, _fused)
+        return found
+    _fill(found, [i for i, size in enumerate(sizes) if 0 < size < _SMALL], tensors, _joined)
+    _fill(found, [i for i, size in enumerate(sizes) if size >= _SMALL], tensors, _each)
+    return found
 
 
-def _is_fused(tensor: torch.Tensor) -> bool:
-    return tensor.is_cuda or tensor.numel() < _SMALL
+def _fill(
+    found: torch.Tensor,
+    members: Sequence[int],
+    tensors: Sequence[torch.Tensor],
+    peaks_of: Callable[[Sequence[torch.Tensor]], torch.Tensor],
+) -> None:
+    for start in range(0, len(members), _AT_ONCE):
+        some = list(members[start : start + _AT_ONCE])
+        found[some] = peaks_of([tensors[i] for i in some])
 
 
-def _peak(tensor: torch.Tensor) -> torch.Tensor:
-    if not tensor.numel():
-        return torch.zeros((), dtype=tensor.dtype, device=tensor.device)
-    # Both propagate NaN.
-    least, most = torch.aminmax(tensor)
-    return torch.maximum(-least, most)
+def _fused(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(torch._foreach_norm(list(tensors), math.inf))
 
 
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    """One-byte floats as float32: torch reduces none of them."""
-    return tensor.float() if tensor.element_size() == 1 else tensor
+def _each(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    # Both ends propagate NaN.
+    ends = [torch.aminmax(tensor) for tensor in tensors]
+    return torch.stack([torch.maximum(-least, most) for least, most in ends])
+
+
+def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A magnitude is what is left of a float's bits without the sign, an integer of the same
+    order in which NaN is above inf."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    words = flat.view(_WORDS[flat.element_size()])
+    magnitudes = (words & torch.iinfo(words.dtype).max).numpy()
+    starts = np.cumsum([0, *(tensor.numel() for tensor in tensors[:-1])])
+    return torch.from_numpy(np.maximum.reduceat(magnitudes, starts)).view(flat.dtype)

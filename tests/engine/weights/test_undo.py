@@ -96,8 +96,8 @@ def test_a_tied_twin_that_is_lent_is_compared_with_the_one_that_was_written(firs
     session.begin(BeginUpdate(version=4, mode="undo"))
     plan = pieces(written)
     with session.receiving(plan):
-        for piece in plan:
-            session.feed(piece, written[piece.name].reshape(-1), lasting=False)
+        arrived = [(piece, written[piece.name].reshape(-1)) for piece in plan]
+        session.feed(arrived, lasting=False)
     session.receive([(second, new[EMBED] + 1)], lasting=True)
     with pytest.raises(ManifestMismatch, match="ties the two"):
         session.commit(4)

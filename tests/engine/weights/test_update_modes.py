@@ -37,10 +37,10 @@ def feed(session: UpdateSession, tensors: dict[str, torch.Tensor]) -> None:
     plan = pieces(tensors)
     session.expect(plan)
     with session.receiving(plan):
-        for piece, tensor in zip(plan, tensors.values(), strict=True):
-            memory = tensor.reshape(-1).clone()
-            session.feed(piece, memory, lasting=False)
-            memory.zero_()
+        memory = {name: tensor.reshape(-1).clone() for name, tensor in tensors.items()}
+        session.feed([(piece, memory[piece.name]) for piece in plan], lasting=False)
+        for flat in memory.values():
+            flat.zero_()
 
 
 def full_bytes(tensors: dict[str, torch.Tensor]) -> int:
