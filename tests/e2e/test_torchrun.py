@@ -165,8 +165,14 @@ def test_two_fsdp_processes_asleep_while_training(folder: Path, reference: Path)
     assert (summary["trainer"], summary["trainer_processes"]) == ("fsdp", 2)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("num,stage", [(1, 3), (2, 3), (2, 1)])
+@pytest.mark.parametrize(
+    "num,stage",
+    [
+        pytest.param(2, 3, marks=pytest.mark.slow),
+        pytest.param(1, 3, marks=pytest.mark.long),
+        pytest.param(2, 1, marks=pytest.mark.long),
+    ],
+)
 def test_colocated_deepspeed(folder: Path, reference: Path, num: int, stage: int) -> None:
     pytest.importorskip("deepspeed", exc_type=ImportError)
     words = ("--trainer", "deepspeed", "--zero", str(stage))

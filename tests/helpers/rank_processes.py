@@ -6,6 +6,7 @@ several seconds of a processor to import, which is most of what a rank would do 
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -28,6 +29,8 @@ DEADLINE_S = 300.0
 # What is not installed is passed over.
 _IMPORTED = [
     "deepspeed",
+    # At its import it asks torch to compile functions, which imports all of inductor.
+    "deepspeed.runtime.zero.muon.muon_optimizer",
     "recipes.grpo",
     "recipes.fleet",
     "recipes.trainers.deepspeed",
@@ -81,6 +84,8 @@ def join(processes: list[BaseProcess], timeout_s: float = DEADLINE_S) -> list[in
 
 def become_rank(rank: int, size: int, **more: str) -> None:
     """Set what `torchrun` tells a process of one host, and one thread for torch."""
+    # DeepSpeed collects garbage again and again: the modules that are there are none.
+    gc.freeze()
     os.environ.update(
         OMP_NUM_THREADS="1",
         RANK=str(rank),

@@ -184,7 +184,8 @@ def test_the_first_layers_of_the_default_model_equal_transformers(
     for name, tensor in file.tensors.items():
         if not name.startswith("blk.") or int(name.split(".")[1]) < num_layers:
             kind = gguf.GGMLQuantizationType(tensor.type_id)
-            writer.add_tensor(name, file._bytes_of(tensor, kind), raw_dtype=kind)
+            data = file._bytes_of(tensor, kind).reshape(*tensor.shape[:-1], -1)
+            writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
