@@ -67,7 +67,10 @@ def test_a_leader_that_stops_for_good_is_given_up_at_its_deadline() -> None:
 
 @pytest.mark.slow
 def test_an_idle_leader_that_stops_is_seen_by_health_and_then_given_up() -> None:
-    with slow_server(timeout_s=2 * SHORT_S) as server, httpx.Client(base_url=server.url) as http:
+    with (
+        slow_server(timeout_s=2 * SHORT_S, last_answers_s=2.0) as server,
+        httpx.Client(base_url=server.url) as http,
+    ):
         processes = family(server.process.pid)
         assert http.get("/health").status_code == 200
         os.kill(processes["leader"], signal.SIGSTOP)
