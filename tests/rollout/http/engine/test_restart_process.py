@@ -27,8 +27,8 @@ from tests.helpers.serve_process import ServerProcess, fake_server, gone
 
 # It waits less than it would for an engine that does not end by itself.
 IMPATIENT = """
-import rollout.http.server, rollout.process_replica
-rollout.http.server._PATIENCE_S = rollout.process_replica._LEAVE_S = 1.0
+import rollout.http.server, rollout.replica.spawned
+rollout.http.server._PATIENCE_S = rollout.replica.spawned._LEAVE_S = 1.0
 """
 RESTARTING = fake_server(server='restart="on-failure"')
 SHORT = GenerateRequest(input_ids=[5], sampling_params=SamplingParams(max_new_tokens=3))
