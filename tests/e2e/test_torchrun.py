@@ -155,6 +155,7 @@ def moved(out: Path, folder: Path) -> float:
     return math.hypot(*(float((after[name] - before[name]).norm()) for name in before))
 
 
+@pytest.mark.slow
 def test_two_fsdp_processes_asleep_while_training(folder: Path, reference: Path) -> None:
     out = folder / "fsdp2"
     done = torchrun(2, *flags(folder, out), "--trainer", "fsdp", "--sleep", "True")

@@ -29,6 +29,8 @@ from tests.helpers.thread_ranks import ThreadedExecutor
 from tests.helpers.tiny_models import tiny_hf, write_tiny
 from trainer_bridge.process_group import SenderGroup
 
+pytestmark = pytest.mark.slow
+
 PROMPT = [3, 14, 15, 92, 65]
 
 

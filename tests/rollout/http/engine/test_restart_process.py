@@ -25,6 +25,8 @@ from rollout.client import Client
 from tests.helpers.fake_executor import expected_tokens
 from tests.helpers.serve_process import ServerProcess, fake_server, gone
 
+pytestmark = pytest.mark.slow
+
 # It waits less than it would for an engine that does not end by itself.
 IMPATIENT = """
 import rollout.http.server, rollout.replica.spawned
