@@ -8,12 +8,16 @@ engine start from equal numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from engine.errors import CheckpointError
+
+# In-place draws: methods of tensors, and the functions of `torch.nn.init` that ask a mode first.
+_RANDOM = frozenset({"normal_", "uniform_", "kaiming_uniform_"})
 
 
 def load_causal_lm(
@@ -34,9 +38,29 @@ def load_causal_lm(
     architecture = getattr(transformers, hf_config["architectures"][0])
     values = {key: value for key, value in hf_config.items() if key != "model_type"}
     config = architecture.config_class(**values)
-    model: torch.nn.Module = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with _NoRandomParameters():
+        model: torch.nn.Module = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     _fill(model, tensors)
     return model.to(device)
+
+
+class _NoRandomParameters(TorchFunctionMode):
+    """Leaves parameters uninitialised that torch or transformers would draw at random, which
+    takes longer than everything else, and every one of which is filled afterwards. Constants,
+    buffers and ties are made as ever."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        options = kwargs or {}
+        target = args[0] if args else options.get("tensor")
+        if isinstance(target, torch.nn.Parameter) and func.__name__ in _RANDOM:
+            return target
+        return func(*args, **options)
 
 
 def _refuse_divisors(hf_config: dict[str, Any]) -> None:

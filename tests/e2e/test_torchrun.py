@@ -6,6 +6,9 @@ gradient of zero but for rounding moves a weight by the whole learning rate, in 
 depends on the processor. So these runs clip gradients to MAX_GRAD_NORM, where Adam's epsilon
 counts: a step is then at most lr / epsilon times the gradient, and what is rounding in a gradient
 stays rounding in the weights.
+
+Two runs are torchrun's own; the processes of the others are told what torchrun tells its own, but
+are forked from one that has imported everything.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from safetensors.torch import load_file
 
 from tests.helpers.char_model import char_model, write_char_model
 from tests.helpers.children import ROOT, child_environment
+from tests.helpers.recipe_ranks import run_recipe
 
 DEADLINE_S = 240
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
@@ -60,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reference(folder: Path) -> Path:
     """The run of one process with the plain trainer, which the others are compared with."""
     out = folder / "plain"
-    done = execute([sys.executable, "recipes/grpo.py", *flags(folder, out)])
+    done = run_recipe(1, flags(folder, out), folder / "plain-said")
     assert done.returncode == 0, done.stderr
     assert any(row["grad_norm"] > 0 for row in rows(out)), "nothing was learned"
     # Else equal weights would say nothing.
@@ -79,11 +83,8 @@ def flags(folder: Path, out: Path, *, device: str = "cpu", model: str = "model")
 
 
 def torchrun(num: int, *words: str) -> subprocess.CompletedProcess[str]:
-    return execute([*TORCHRUN, "--nproc-per-node", str(num), "recipes/grpo.py", *words])
-
-
-def execute(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run to the end."""
+    """torchrun itself, to the end."""
+    command = [*TORCHRUN, "--nproc-per-node", str(num), "recipes/grpo.py", *words]
     with started(command) as process:
         out, err = process.communicate(timeout=DEADLINE_S)
         return subprocess.CompletedProcess(command, process.returncode, out, err)
@@ -119,7 +120,7 @@ def wait_for(done: Callable[[], bool], process: subprocess.Popen[str]) -> None:
 
 def run(folder: Path, name: str, num: int, *words: str) -> Path:
     out = folder / name
-    done = torchrun(num, *flags(folder, out), *words)
+    done = run_recipe(num, [*flags(folder, out), *words], folder / f"{name}-said")
     assert done.returncode == 0, done.stderr[-4000:]
     return out
 
@@ -154,16 +155,25 @@ def moved(out: Path, folder: Path) -> float:
     return math.hypot(*(float((after[name] - before[name]).norm()) for name in before))
 
 
+@pytest.mark.slow
 def test_two_fsdp_processes_asleep_while_training(folder: Path, reference: Path) -> None:
-    out = run(folder, "fsdp2", 2, "--trainer", "fsdp", "--sleep", "True")
+    out = folder / "fsdp2"
+    done = torchrun(2, *flags(folder, out), "--trainer", "fsdp", "--sleep", "True")
+    assert done.returncode == 0, done.stderr[-4000:]
     assert_same_run(out, reference)
     assert max(row["timing_s/sleep"] for row in rows(out)) > 0
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["trainer"], summary["trainer_processes"]) == ("fsdp", 2)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("num,stage", [(1, 3), (2, 3), (2, 1)])
+@pytest.mark.parametrize(
+    "num,stage",
+    [
+        pytest.param(2, 3, marks=pytest.mark.slow),
+        pytest.param(1, 3, marks=pytest.mark.long),
+        pytest.param(2, 1, marks=pytest.mark.long),
+    ],
+)
 def test_colocated_deepspeed(folder: Path, reference: Path, num: int, stage: int) -> None:
     pytest.importorskip("deepspeed", exc_type=ImportError)
     words = ("--trainer", "deepspeed", "--zero", str(stage))
@@ -187,9 +197,10 @@ def test_a_resumed_run_ends_like_an_unbroken_one(folder: Path, reference: Path) 
     pytest.importorskip("deepspeed", exc_type=ImportError)
     words = ("--trainer", "deepspeed", "--zero", "3", "--steps", "2")
     out = run(folder, "resumed", 2, *words)
-    refused = torchrun(1, "--resume", str(out), "--steps", str(STEPS))
+    resume = ["--resume", str(out), "--steps", str(STEPS)]
+    refused = run_recipe(1, resume, folder / "refused-said")
     assert refused.returncode != 0 and "--nproc-per-node 2" in refused.stderr
-    done = torchrun(2, "--resume", str(out), "--steps", str(STEPS))
+    done = run_recipe(2, resume, folder / "resumed-said")
     assert done.returncode == 0, done.stderr[-4000:]
     assert_same_run(out, reference)
 
@@ -210,7 +221,7 @@ def test_a_killed_process_ends_the_run(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_the_plain_trainer_is_one_process(folder: Path) -> None:
-    done = torchrun(2, *flags(folder, folder / "none"))
+    done = run_recipe(2, flags(folder, folder / "none"), folder / "none-said")
     assert done.returncode != 0
     assert "InvalidRequest (trainer): trainer: plain is one process" in done.stderr
 

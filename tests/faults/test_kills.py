@@ -15,6 +15,8 @@ import pytest
 from tests.helpers.loaded_server import Load, family, slow_server, untyped
 from tests.helpers.serve_process import ServerProcess, gone
 
+pytestmark = pytest.mark.slow
+
 SHORT_S = 3.0
 EXIT_S = 60.0
 
@@ -53,7 +55,6 @@ def test_a_killed_part_of_the_engine_answers_everybody_and_shows_in_the_exit_cod
         assert_nothing_left(processes)
 
 
-@pytest.mark.slow
 def test_a_leader_that_stops_for_good_is_given_up_at_its_deadline() -> None:
     with loaded(timeout_s=SHORT_S) as (server, processes, load):
         os.kill(processes["leader"], signal.SIGSTOP)
@@ -65,9 +66,11 @@ def test_a_leader_that_stops_for_good_is_given_up_at_its_deadline() -> None:
         assert_nothing_left(processes)
 
 
-@pytest.mark.slow
 def test_an_idle_leader_that_stops_is_seen_by_health_and_then_given_up() -> None:
-    with slow_server(timeout_s=2 * SHORT_S) as server, httpx.Client(base_url=server.url) as http:
+    with (
+        slow_server(timeout_s=2 * SHORT_S, last_answers_s=2.0) as server,
+        httpx.Client(base_url=server.url) as http,
+    ):
         processes = family(server.process.pid)
         assert http.get("/health").status_code == 200
         os.kill(processes["leader"], signal.SIGSTOP)
@@ -83,7 +86,6 @@ def test_an_idle_leader_that_stops_is_seen_by_health_and_then_given_up() -> None
         assert_nothing_left(processes)
 
 
-@pytest.mark.slow
 def test_a_rank_that_stops_for_good_keeps_nobody_waiting() -> None:
     """Ranks of the fake engine have no collectives, so rank 0 may well finish the steps by itself;
     the rank that stopped is ended with the others all the same."""
@@ -98,7 +100,6 @@ def test_a_rank_that_stops_for_good_keeps_nobody_waiting() -> None:
         assert_nothing_left(processes)
 
 
-@pytest.mark.slow
 def test_a_part_that_stops_for_a_while_costs_nothing_but_time() -> None:
     with slow_server(2) as server:
         processes = family(server.process.pid)
@@ -126,7 +127,6 @@ def test_a_server_that_is_told_to_leave_answers_everybody() -> None:
         assert_nothing_left(processes)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("who", ["leader", "rank"])
 def test_a_part_that_is_told_to_leave_by_itself_answers_everybody(who: str) -> None:
     """As a whole process group is told by a terminal or a scheduler: it may go on until the
@@ -148,7 +148,6 @@ def test_a_killed_server_takes_its_engine_along() -> None:
         assert_nothing_left(processes)
 
 
-@pytest.mark.slow
 def test_the_whole_group_told_to_leave_at_once() -> None:
     with loaded() as (server, processes, load):
         for pid in processes.values():
@@ -158,7 +157,6 @@ def test_the_whole_group_told_to_leave_at_once() -> None:
         assert_nothing_left(processes)
 
 
-@pytest.mark.slow
 def test_a_leader_that_is_killed_takes_a_rank_along_that_is_stopped() -> None:
     """A rank that is stopped cannot see that its leader is gone."""
     with loaded() as (server, processes, load):

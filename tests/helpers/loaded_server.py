@@ -18,17 +18,20 @@ from tests.helpers.fake_executor import expected_tokens
 from tests.helpers.serve_process import ServerProcess, fake_server
 
 ANSWER_S = 120.0
+LAST_ANSWERS = "import rollout.http.server\nrollout.http.server._LAST_ANSWERS_S"
 
 
-def slow_server(tp: int = 1, *, timeout_s: float = 60.0, options: str = "") -> ServerProcess:
+def slow_server(
+    tp: int = 1, *, timeout_s: float = 60.0, last_answers_s: float = 0.5, options: str = ""
+) -> ServerProcess:
     """A server of `tp` ranks, with room for every request of a `Load` at once: one that waited for
     others to end would not begin. timeout_s: for the engine's replies and its ranks' steps.
+    last_answers_s: how long it says that its engine is gone, before it leaves as well.
     options: further keyword arguments of its `ServeConfig`, as source text."""
     engine = f"num_pages=4096, parallel=ParallelConfig(tp_size={tp}, timeout_s={timeout_s})"
     server = f"reply_s={timeout_s}, {options}"
-    return ServerProcess(
-        ["-c", fake_server(engine, server, factory="tests.helpers.slow_ranks:build")]
-    )
+    code = fake_server(engine, server, factory="tests.helpers.slow_ranks:build")
+    return ServerProcess(["-c", f"{LAST_ANSWERS} = {last_answers_s}\n{code}"])
 
 
 def family(pid: int) -> dict[str, int]:

@@ -109,6 +109,15 @@ def no_gradient(trainer: Learner) -> bool:
     return trainer.accumulate(drawn, LOSS, TokenMetrics())
 
 
+def deepspeed_alone(rank: int, size: int, folder: Path) -> Results:
+    """What is compared of one process."""
+    world = World(rank=rank, size=size, rollout_ranks=size)
+    return {
+        f"zero{stage}": figures(deepspeed(world, stage, checkpointing=stage == 2), world)
+        for stage in range(4)
+    }
+
+
 def deepspeed_ranks(rank: int, size: int, folder: Path) -> Results:
     world = World(rank=rank, size=size, rollout_ranks=size)
     results: Results = {}
@@ -147,13 +156,16 @@ def fsdp_ranks(rank: int, size: int, folder: Path) -> Results:
     return results
 
 
-def fsdp_of_two(rank: int, size: int, folder: Path) -> Any:
-    """Go on from the checkpoint that two processes wrote beside this folder."""
+def fsdp_alone(rank: int, size: int, folder: Path) -> Results:
+    """What is compared of one process, which also goes on from the checkpoint that two processes
+    wrote beside this folder."""
     world = World(rank=rank, size=size, rollout_ranks=size)
+    results: Results = {"fsdp": figures(fsdp(world), world)}
     trainer = fsdp(world)
     trainer.load(folder.parent / "fsdp2" / "checkpoint")
     learn(trainer, world, STEPS - 1)
-    return np.concatenate(trainer.logprobs(batch(0).trajectories))
+    results["after two"] = np.concatenate(trainer.logprobs(batch(0).trajectories))
+    return results
 
 
 def resumed(build: Any, world: World, folder: Path) -> Results:

@@ -21,17 +21,25 @@ QUESTIONS = [
     "List the first five even numbers.",
     "Say hello in Spanish.",
 ]
-NEW_TOKENS = 64
 
 
-@pytest.mark.slow
-def test_greedy_text_and_logprobs_equal_transformers(default_model: str) -> None:
+@pytest.mark.parametrize(
+    "questions,num_tokens",
+    [
+        pytest.param(QUESTIONS[:3], 24, marks=pytest.mark.slow),
+        pytest.param(QUESTIONS, 64, marks=pytest.mark.long),
+    ],
+    ids=["some", "all"],
+)
+def test_greedy_text_and_logprobs_equal_transformers(
+    default_model: str, questions: list[str], num_tokens: int
+) -> None:
     tokenizer = load_tokenizer(default_model)
     prompts = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True
         )
-        for question in QUESTIONS
+        for question in questions
     ]
     checkpoint = read_checkpoint(default_model)
     model = load_causal_lm(checkpoint.hf_config, checkpoint.tensors).eval()
@@ -39,7 +47,7 @@ def test_greedy_text_and_logprobs_equal_transformers(default_model: str) -> None
         outputs = generate(
             replica,
             [
-                request(str(i), ids, temperature=0.0, max_new_tokens=NEW_TOKENS)
+                request(str(i), ids, temperature=0.0, max_new_tokens=num_tokens)
                 for i, ids in enumerate(prompts)
             ],
         )
@@ -52,4 +60,4 @@ def test_greedy_text_and_logprobs_equal_transformers(default_model: str) -> None
         assert output.token_ids.tolist() == logits.argmax(-1).tolist()
         exact = logits.log_softmax(-1).amax(-1).numpy()
         np.testing.assert_allclose(output.logprobs, exact, atol=1e-3)
-        assert len(exact) == NEW_TOKENS
+        assert len(exact) == num_tokens

@@ -14,6 +14,7 @@ from engine.errors import InvalidRequest
 from recipes.tracking import Tracker
 
 
+@pytest.mark.slow
 def test_off_imports_nothing(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; import recipes.grpo\n"

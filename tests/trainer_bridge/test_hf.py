@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,12 +14,39 @@ from tests.helpers.tiny_models import write_tiny, write_tiny_gguf
 from trainer_bridge import load_causal_lm
 from trainer_bridge.adapters.plain import named_tensors
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
-def test_a_folder(arch: str, tmp_path) -> None:
-    original = write_tiny(tmp_path, arch)
+
+@pytest.mark.parametrize(
+    "arch,options",
+    [
+        ("llama", {}),
+        ("llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
+        ("mistral", {}),
+        ("qwen2", {"tie_word_embeddings": True}),
+        ("qwen3", {}),
+    ],
+)
+def test_a_folder(arch: str, options: dict[str, Any], tmp_path) -> None:
+    """Parameters, buffers that no file holds, and ties are those of the model that was saved."""
+    original = write_tiny(tmp_path, arch, **options)
     checkpoint = read_checkpoint(str(tmp_path))
+    drawn = torch.get_rng_state()
     model = load_causal_lm(checkpoint.hf_config, checkpoint.tensors)
+    assert torch.equal(torch.get_rng_state(), drawn), "weights were drawn that the file then gave"
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    assert tied == options.get("tie_word_embeddings", False)
+    buffers, wanted = dict(model.named_buffers()), dict(original.named_buffers())
+    assert buffers.keys() == wanted.keys() and len(wanted) >= 1
+    for name, buffer in wanted.items():
+        assert torch.equal(buffers[name], buffer), name
     ids = torch.arange(20).unsqueeze(0)
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, original(ids).logits)

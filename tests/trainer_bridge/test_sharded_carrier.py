@@ -10,6 +10,8 @@ import pytest
 from tests.helpers.rank_processes import run_ranks
 from tests.helpers.sharded_publish import publish_despite_faults, publish_some
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:

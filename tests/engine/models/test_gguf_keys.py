@@ -13,6 +13,7 @@ import pytest
 from engine.errors import CheckpointError, ModelError, UnknownArchitecture
 from engine.models.gguf_keys import HARMLESS, NEUTRAL, READ
 from engine.models.locate import locate
+from tests.helpers.gguf_writer import add_key
 from tests.helpers.tiny_models import SIZES, write_tiny_gguf
 
 HEAD_DIM = SIZES["hidden_size"] // SIZES["num_attention_heads"]
@@ -32,26 +33,13 @@ def write(path: Path, changes: dict[str, Any], arch: str = "llama") -> Path:
     writer = gguf.GGUFWriter(str(path), arch)
     for key, value in keys.items():
         if value is not None:
-            add(writer, key, value)
+            add_key(writer, key, value)
     writer.add_tensor("token_embd.weight", np.zeros((100, SIZES["hidden_size"]), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-def add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        (writer.add_uint32 if value >= 0 else writer.add_int32)(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    else:
-        writer.add_array(key, value)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from engine.models.gguf_file import GGUFFile
 from engine.models.locate import locate
 from engine.weights.sources import gguf as gguf_source
 from tests.helpers.dense_context import dense_logits
+from tests.helpers.gguf_writer import add_key
 from tests.helpers.load_tiny import load_path
 from tests.helpers.tiny_models import write_tiny_gguf
 
@@ -168,8 +169,36 @@ def test_names_of_unknown_form_are_refused() -> None:
 
 
 @pytest.mark.slow
+def test_the_first_layers_of_the_default_model_equal_transformers(
+    default_model: str, tmp_path: Path
+) -> None:
+    """Without the tokenizer, which takes transformers longer to read than all tensors."""
+    file = GGUFFile(Path(default_model))
+    arch, num_layers = file.metadata["general.architecture"], 2
+    path = tmp_path / "first.gguf"
+    writer = gguf.GGUFWriter(str(path), arch)
+    sizes = {**file.metadata, f"{arch}.block_count": num_layers}
+    for key, value in sizes.items():
+        if key.startswith(f"{arch}."):
+            add_key(writer, key, value)
+    for name, tensor in file.tensors.items():
+        if not name.startswith("blk.") or int(name.split(".")[1]) < num_layers:
+            kind = gguf.GGMLQuantizationType(tensor.type_id)
+            data = file._bytes_of(tensor, kind).reshape(*tensor.shape[:-1], -1)
+            writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    _assert_equals_transformers(path)
+
+
+@pytest.mark.long
 def test_the_default_model_equals_transformers(default_model: str) -> None:
-    path = Path(default_model)
+    _assert_equals_transformers(Path(default_model))
+
+
+def _assert_equals_transformers(path: Path) -> None:
     ids_T = torch.randint(0, 49152, (40,), generator=torch.Generator().manual_seed(3))
     reference = transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32

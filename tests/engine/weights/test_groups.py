@@ -144,9 +144,9 @@ def test_nobody_listens() -> None:
 
 def test_a_rank_that_never_joins_is_named_by_both_sides() -> None:
     _, rank = make_rank()
-    sender = SenderGroup("g", world_size=4, backend="gloo", timeout_s=4.5)
+    sender = SenderGroup("g", world_size=4, backend="gloo", timeout_s=2.5)
     with ThreadPoolExecutor(1) as pool:
-        joined = pool.submit(rank.handle, join_command(sender, 2, timeout_s=4.0))
+        joined = pool.submit(rank.handle, join_command(sender, 2, timeout_s=2.0))
         with pytest.raises(GroupError, match="rank 1, 3 of 4"):
             sender.connect()
         with pytest.raises(GroupError, match=r"rank 1, rank 3 of 4 did not join group 'g'") as late:
@@ -159,7 +159,7 @@ def test_a_trainer_that_listens_and_never_connects_is_named() -> None:
     _, rank = make_rank()
     sender = SenderGroup("g", world_size=2, backend="gloo", timeout_s=60.0)
     with pytest.raises(GroupError, match=r"rank 0 \(trainer\)"):
-        rank.handle(join_command(sender, 1, timeout_s=4.0))
+        rank.handle(join_command(sender, 1, timeout_s=2.0))
 
 
 @pytest.mark.parametrize("offset,world_size", [(0, 2), (1, 1), (2, 2), (1, 2)])

@@ -178,6 +178,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_noticed() -> None:
     model, rank = make_rank()
     before, new = contents(model), fresh(model)

@@ -185,6 +185,7 @@ def test_a_rank_that_leaves_in_a_step_is_named() -> None:
         assert all(process.poll() is not None for process in processes(replica))
 
 
+@pytest.mark.slow
 def test_a_rank_that_stalls_misses_its_deadline_and_is_named() -> None:
     # Long enough for rank 1, which does not stall, to launch its step.
     with ranked("stall 2", tp_size=3, timeout_s=6.0) as replica:

@@ -29,6 +29,8 @@ from tests.helpers.thread_ranks import ThreadedExecutor
 from tests.helpers.tiny_models import tiny_hf, write_tiny
 from trainer_bridge.process_group import SenderGroup
 
+pytestmark = pytest.mark.slow
+
 PROMPT = [3, 14, 15, 92, 65]
 
 
@@ -95,7 +97,7 @@ def test_tokens_go_on_while_a_peer_keeps_a_group_waiting(
             rank_offset=1,
             world_size=1 + tp_size,
             backend="gloo",
-            timeout_s=3.0,
+            timeout_s=1.5,
         )
         ticket = leader_of(replica).start(command)
         assert generate(replica, 60) == expected
@@ -138,7 +140,7 @@ def test_tokens_go_on_while_a_trainer_is_silent_and_the_update_can_be_aborted(
     sender = form(replica)
     new = weights(1)
     replica.send(BeginUpdate(version=1, mode="shadow"))
-    receive = ReceiveBroadcast(group="g", tensors=pieces(new), layout="tensors", timeout_s=8.0)
+    receive = ReceiveBroadcast(group="g", tensors=pieces(new), layout="tensors", timeout_s=60.0)
     ticket = leader_of(replica).start(receive)
     # Half of it comes; the old version serves, bit for bit.
     for _, tensor in new[: len(new) // 2]:

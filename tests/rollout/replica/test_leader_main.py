@@ -116,19 +116,20 @@ def test_messages_outside_the_protocol_are_refused_one_by_one(
     caller.send_frame(b"\xc1\xff\x00 no message pack", timeout_s=5)
     caller.send_frame(b"", timeout_s=5)
     caller.send([Call(id=8, command=GetState())], timeout_s=5)
-    for _ in range(20):
-        answers, leaving = leader_main._obey(
-            leader, channel.receive_waiting(timeout_s=1, max_messages=100), {}
-        )
+    sent: list[Reply | RequestOutput] = []
+
+    def hand_over(messages: list[Any]) -> None:
+        if messages:
+            channel.send(messages, timeout_s=5)
+            sent.extend(caller.receive(timeout_s=5))
+
+    while 8 not in {m.id for m in sent if isinstance(m, Reply)}:
+        waiting = channel.receive_waiting(timeout_s=5, max_messages=100)
+        answers, leaving = leader_main._obey(leader, waiting, {})
         assert not leaving
-        if answers:
-            channel.send(answers, timeout_s=5)
-        outputs = leader.step()
-        if outputs:
-            channel.send(outputs, timeout_s=5)
-        if leader.idle():
-            break
-    sent = [message for _ in range(20) for message in caller.receive(timeout_s=0.1)]
+        hand_over(answers)
+    while not leader.idle():
+        hand_over(leader.step())
     replies = {m.id: m for m in sent if isinstance(m, Reply)}
     outputs_by = {m.rid: m for m in sent if isinstance(m, RequestOutput)}
     assert replies[7].error is not None

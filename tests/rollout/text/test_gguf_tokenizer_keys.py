@@ -13,6 +13,7 @@ from tokenizers import pre_tokenizers
 from engine.errors import CheckpointError, ModelError
 from rollout.text.gguf_keys import HARMLESS, NEUTRAL, READ
 from rollout.text.tokenizer import Tokenizer, load_tokenizer
+from tests.helpers.gguf_writer import add_key
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
@@ -51,24 +52,11 @@ def load(folder: Path, keys: dict[str, Any], **others: Any) -> Tokenizer:
     written = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
     for key, value in {**written, **others}.items():
         if value is not None:
-            add(writer, key, value)
+            add_key(writer, key, value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
     return load_tokenizer(path)
-
-
-def add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        (writer.add_uint32 if value >= 0 else writer.add_int32)(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    elif value:
-        writer.add_array(key, value)
 
 
 @pytest.mark.parametrize("make", [byte_level, sentencepiece])

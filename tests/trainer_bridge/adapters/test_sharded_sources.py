@@ -100,11 +100,13 @@ def test_zero3_gathers_a_bucket_at_a_time(deepspeed: list[dict[str, Any]]) -> No
     assert 0 < most <= models.BUCKET_BYTES + persistent < total / 2
 
 
+@pytest.mark.slow
 def test_fsdp_is_the_plain_model(fsdp: list[dict[str, Any]]) -> None:
     check(fsdp, "fsdp", plain())
     assert not fsdp[0]["fsdp"]["lasting"]
 
 
+@pytest.mark.slow
 def test_fsdp_after_a_step_has_the_new_weights(fsdp: list[dict[str, Any]]) -> None:
     trained = dict(fsdp[0]["fsdp-trained"]["tensors"])
     check(fsdp, "fsdp-trained", trained)
@@ -113,17 +115,20 @@ def test_fsdp_after_a_step_has_the_new_weights(fsdp: list[dict[str, Any]]) -> No
     check(fsdp, "fsdp-bfloat16", rounded)
 
 
+@pytest.mark.slow
 def test_of_replicas_only_one_sends(fsdp: list[dict[str, Any]]) -> None:
     assert_equal(from_shards([rank["fsdp-replicas"] for rank in fsdp]), plain())
     assert fsdp[1]["fsdp-replicas"]["shards"] == []
 
 
+@pytest.mark.slow
 def test_fsdp_gathers_a_bucket_at_a_time(fsdp: list[dict[str, Any]]) -> None:
     total = sum(tensor.nbytes for tensor in plain().values())
     largest = max(tensor.nbytes for tensor in plain().values())
     assert 0 < fsdp[0]["fsdp-alive"] <= models.BUCKET_BYTES + largest < total / 2
 
 
+@pytest.mark.slow
 def test_columns_are_refused_by_name(fsdp: list[dict[str, Any]]) -> None:
     assert fsdp[0]["columns"].startswith("weight: weight is sharded as")
 

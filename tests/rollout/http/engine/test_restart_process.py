@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -24,6 +25,13 @@ from rollout.client import Client
 from tests.helpers.fake_executor import expected_tokens
 from tests.helpers.serve_process import ServerProcess, fake_server, gone
 
+pytestmark = pytest.mark.slow
+
+# It waits less than it would for an engine that does not end by itself.
+IMPATIENT = """
+import rollout.http.server, rollout.replica.spawned
+rollout.http.server._PATIENCE_S = rollout.replica.spawned._LEAVE_S = 1.0
+"""
 RESTARTING = fake_server(server='restart="on-failure"')
 SHORT = GenerateRequest(input_ids=[5], sampling_params=SamplingParams(max_new_tokens=3))
 
@@ -104,7 +112,7 @@ def test_an_engine_that_cannot_be_started_again_ends_the_server() -> None:
 
 
 def test_everybody_is_answered_before_a_silent_engine_is_ended() -> None:
-    with ServerProcess(["-c", fake_server(engine='model="hang"')]) as server:
+    with ServerProcess(["-c", IMPATIENT + fake_server(engine='model="hang"')]) as server:
         (leader,) = server.children()
         with server.client() as first, server.client() as second, ThreadPoolExecutor(2) as pool:
             generating = pool.submit(first.generate, SHORT)
@@ -140,6 +148,13 @@ def _ignoring_errors(client: Client) -> None:
         return
 
 
+@pytest.fixture(scope="module")
+def hurried() -> Iterator[ServerProcess]:
+    """A server that waits half a second for what a client sends."""
+    with ServerProcess(["-c", fake_server(server="receive_timeout_s=0.5")]) as found:
+        yield found
+
+
 HEAD = b" HTTP/1.1\r\nHost: localhost\r\n"
 
 
@@ -161,18 +176,17 @@ HEAD = b" HTTP/1.1\r\nHost: localhost\r\n"
     ids=["nothing", "headers", "body", "a body nobody reads", "the next headers"],
 )
 def test_a_request_that_does_not_arrive_is_closed(
-    parts: list[bytes], statuses: list[bytes]
+    hurried: ServerProcess, parts: list[bytes], statuses: list[bytes]
 ) -> None:
-    with ServerProcess(["-c", fake_server(server="receive_timeout_s=0.5")]) as server:
-        host, port = server.url.removeprefix("http://").split(":")
-        received = b""
-        with socket.create_connection((host, int(port)), timeout=60) as connection:
-            for part in parts:
-                connection.sendall(part)
-                if len(parts) > 1 and part is parts[0]:
-                    received += connection.recv(65536)
-            while data := connection.recv(65536):
-                received += data
-        assert re.findall(rb"HTTP/1.1 (\d+) ", received) == statuses
-        with server.client() as client:
-            assert client.generate(SHORT)[0].output_ids == expected_tokens([5], 3)
+    host, port = hurried.url.removeprefix("http://").split(":")
+    received = b""
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        for part in parts:
+            connection.sendall(part)
+            if len(parts) > 1 and part is parts[0]:
+                received += connection.recv(65536)
+        while data := connection.recv(65536):
+            received += data
+    assert re.findall(rb"HTTP/1.1 (\d+) ", received) == statuses
+    with hurried.client() as client:
+        assert client.generate(SHORT)[0].output_ids == expected_tokens([5], 3)

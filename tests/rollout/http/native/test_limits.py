@@ -293,6 +293,7 @@ def test_a_template_of_a_request_needs_the_operators_word() -> None:
     run(test)
 
 
+@pytest.mark.slow
 def test_an_endless_template_holds_up_nobody_and_is_stopped() -> None:
     async def test() -> None:
         async with serving(trust_request_chat_template=True) as server:

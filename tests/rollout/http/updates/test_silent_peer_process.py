@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,15 +23,21 @@ BODY = {
 }
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    folder = tmp_path_factory.mktemp("model")
+    write_tiny(folder, "llama", seed=0)
+    options = ["--model", str(folder / "config.json"), "--load-format", "random"]
+    options += ["--device", "cpu", "--dtype", "float32", "--kv-memory", "0.02", "--port", "0"]
+    with ServerProcess(["-m", "rollout", "serve", *options]) as found:
+        yield found
+
+
 @pytest.mark.parametrize("act", [peers.silent, peers.cunning], ids=lambda act: act.__name__)
 def test_requests_and_commands_are_served_while_a_group_forms(
-    act: peers.Act, tmp_path: Path
+    act: peers.Act, server: ServerProcess
 ) -> None:
-    write_tiny(tmp_path, "llama", seed=0)
-    options = ["--model", str(tmp_path / "config.json"), "--load-format", "random"]
-    options += ["--device", "cpu", "--dtype", "float32", "--kv-memory", "0.02", "--port", "0"]
-    server = ServerProcess(["-m", "rollout", "serve", *options])
-    with listening(act) as port, server, server.client() as client:
+    with listening(act) as port, server.client() as client:
         expected = client.call("/generate", BODY)["output_ids"]
         meeting = JoinGroup(
             name="g",
