@@ -13,6 +13,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.envi
 # More threads than cores, or a busy neighbour: a thread that spins at a barrier keeps the one it
 # waits for from running.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# One lost packet of a name server costs whoever forms a group a second, and not five.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:5")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 DEFAULT_MODEL = (
