@@ -30,7 +30,7 @@ from rollout.files.disk_space import (
 )
 from rollout.files.jsonl import JsonLine, check_line, parse_line, read_lines
 from rollout.replica.base import Replica
-from rollout.requests.expand import expand
+from rollout.requests.expand import expand, with_seed
 from rollout.requests.generate import OnProgress, Progress, generate, run
 from rollout.requests.respond import respond, to_wire
 from rollout.requests.seeds import base_seed, derive_seed
@@ -266,7 +266,9 @@ class _FileJob:
 
     def _expand(self, number: int, wire: GenerateRequest) -> list[Request]:
         line = self._lines[number]
-        requests = expand(wire, self._tokenizer, self._state, derive_seed(self._seed, number))
+        seed = derive_seed(self._seed, number)
+        requests = expand(wire, self._tokenizer, self._state, seed)
+        line.wire = with_seed(wire, seed)
         for request in requests:
             if request.rid in self._line_of:
                 raise InvalidRequest(f"rid {request.rid!r} was used by another line", field="rid")

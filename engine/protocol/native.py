@@ -15,6 +15,7 @@ from engine.protocol.types import (
     Int64,
     KvPolicy,
     LogitBias,
+    OutputIds,
     Penalty,
     Salt,
     StopString,
@@ -67,6 +68,11 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     every position, whatever came there. `cache_salt` and
     `extra_key` keep the prefix cache of callers apart. Samples of `n` > 1 get seeds derived
     from one seed.
+
+    `output_ids` continues a reply: the output tokens it had, of `n` > 1 samples a list each, in
+    the order of their index. With the fields of the first request, and its `sampling_seed`, the
+    reply goes on as if it had not been cut. `hold_at` ends it before the output token of that
+    index, counted from the first of all, with the finish reason "hold"; -1 for never.
     """
 
     text: str | None = None
@@ -85,10 +91,13 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     cache_salt: Salt = ""
     extra_key: Salt = ""
     kv_policy: KvPolicy = "keep"
+    output_ids: OutputIds | None = None
+    hold_at: Int32 = -1
 
 
 class GenerateResponse(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One native `/generate` reply. `rollout/requests/respond.py` fills `meta_info`."""
+    """One native `/generate` reply. `rollout/requests/respond.py` fills `meta_info`. What came with
+    the request as its `output_ids` is not in it: `rollout/requests/parts.py` joins replies."""
 
     text: str | None = None
     output_ids: list[int] = msgspec.field(default_factory=list)

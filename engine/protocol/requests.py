@@ -46,6 +46,14 @@ class Request(Struct, frozen=True, kw_only=True, tag="request"):
     entropy: the entropy behind every output token is wanted.
     logprob_ids: tokens whose logprobs are wanted at every position that has one, whatever comes
         there; any order, and twice is twice.
+    output_ids: int32 [k], output tokens that were sampled before, here or by another engine; None
+        to begin. The request enters as a retracted sequence does: draws, penalties, lengths and
+        stops are those of a run that was never cut. Outputs begin behind these tokens. If they
+        end with a stop token or reach `max_new_tokens`, it ends at once as that run did, cut at
+        the first stop token that counts. What advances over output tokens, as masks of a grammar
+        do, has to advance over these first.
+    hold_at: it ends, with finish type "hold", before the output token of this index; -1 for
+        never. Whatever else ends it at the same token comes first. `output_ids` continues it.
     """
 
     rid: RequestId
@@ -62,6 +70,8 @@ class Request(Struct, frozen=True, kw_only=True, tag="request"):
     kv_policy: KvPolicy = "keep"
     entropy: bool = False
     logprob_ids: TokenIds = msgspec.field(default_factory=list)
+    output_ids: IntArray | None = None
+    hold_at: Int32 = -1
 
     @property
     def num_alternatives(self) -> int:
@@ -108,7 +118,8 @@ class FlushCache(Struct, frozen=True, kw_only=True, tag="flush_cache"):
 
 
 class FinishReason(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Why a sequence ended: a stop token or string, its length, or an abort."""
+    """Why a sequence ended: a stop token or string, its length, an abort, or a hold, after which
+    it may be continued (`Request.output_ids`). length: output tokens, of a length or a hold."""
 
     type: FinishType
     matched: int | str | None = None
@@ -137,7 +148,8 @@ class TopLogprobs(Struct, frozen=True):
 class RequestOutput(Struct, frozen=True, kw_only=True, tag="output"):
     """What a sequence produced: since the last output if it streams, else all of it.
 
-    start: index of the first token of `token_ids` in the whole output.
+    start: index of the first token of `token_ids` in the whole output, which the request's own
+        `output_ids` begin.
     logprobs: float32 [len(token_ids)].
     entropies: float32 [len(token_ids)], nats, of softmax(logits / temperature) over the whole
         vocabulary (temperature 1 where greedy); None unless asked for.

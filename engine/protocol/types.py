@@ -133,6 +133,10 @@ TokenIds = Annotated[list[Int32], Meta(max_length=MAX_TOKEN_LIST)]
 StopIds = Annotated[list[Int32], Meta(max_length=2 * MAX_TOKEN_LIST)]
 """`stop_token_ids` and what a server adds: the model's EOS ids, stop strings that are tokens."""
 
+OutputIds = list[Int32 | list[Int32]]
+"""Output tokens of the one sample of a request, or a list for each of its samples. How many there
+may be depends on the model's context."""
+
 LogitBias = Annotated[dict[Int32, Bias], Meta(max_length=MAX_TOKEN_LIST)]
 
 Names = Annotated[list[Name], Meta(max_length=MAX_TENSORS)]
@@ -168,4 +172,5 @@ ProfileActivity = Literal["cpu", "gpu"]
 
 CheckAction = Literal["checksum", "snapshot", "reset_tensors", "compare"]
 
-FinishType = Literal["stop", "length", "abort"]
+FinishType = Literal["stop", "length", "abort", "hold"]
+"""hold: the request asked to end there, and may be continued."""

@@ -115,7 +115,8 @@ class Leader:
             try:
                 if self._readiness.no_version:
                     raise NoVersion(self._readiness.no_version, field="version")
-                self._scheduler.add(request)
+                answer = self._scheduler.add(request)
+                self._outputs += [] if answer is None else [answer]
             except SlipstreamError as error:
                 self._outputs.append(refused(request, error))
             except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -12,7 +13,7 @@ from engine.protocol import GenerateRequest, IntArray, ReplicaState, Request, Sa
 from rollout.requests.message_ranges import check_ranges
 from rollout.requests.sample_ids import sample_id
 from rollout.requests.seeds import derive_seed
-from rollout.scheduler.validate import Limits, check_served
+from rollout.scheduler.validate import check_continued, check_served, limits_of
 from rollout.text.detokenizer import stop_strings
 from rollout.text.tokenizer import Tokenizer
 
@@ -32,6 +33,7 @@ def expand(
     rid: the wire's, or a fresh one; when n > 1, those of its samples (`sample_ids`).
     Seeds: sample i has `derive_seed(base, i)` with the wire's `sampling_seed` as base, or
     `default_seed`; two requests without a seed need two default seeds to differ.
+    Output tokens: those of `output_ids`, a list for each sample where n > 1.
     Stop tokens are the model's EOS ids unless `ignore_eos`, `stop_token_ids`, and stop
     strings that are written exactly as a special token.
 
@@ -43,6 +45,7 @@ def expand(
     check_ranges(wire, skip=("input_ids", "sampling_params"))
     _check_count(sampling.n, state)
     prompt_ids = _prompt_ids(wire, tokenizer, state)
+    given = _given(wire, state)
     stop_ids, strings = _stops(sampling, tokenizer, state)
     base = default_seed if sampling.sampling_seed is None else sampling.sampling_seed
     group = wire.rid if wire.rid is not None else uuid.uuid4().hex
@@ -61,14 +64,44 @@ def expand(
         kv_policy=wire.kv_policy,
         entropy=wire.return_entropy,
         logprob_ids=list(wire.token_ids_logprob or []) if wire.return_logprob else [],
+        output_ids=given[0] if given else None,
+        hold_at=wire.hold_at,
     )
     _check(wire, first, state)
     check_top_entries(num_top_entries(first, sampling.n, state))
-    others = (
+    others = [
         msgspec.structs.replace(first, rid=sample_id(group, i), seed=derive_seed(base, i))
         for i in range(1, sampling.n)
-    )
+    ]
+    if given:
+        others = _continued(others, given[1:], state)
     return [first, *others]
+
+
+def with_seed(wire: GenerateRequest, default_seed: int) -> GenerateRequest:
+    """`wire` as it is to be kept for its reply: a request that will be held, and has no seed,
+    states the one that `expand` would use, which whoever continues it has to send."""
+    sampling = wire.sampling_params
+    if wire.hold_at < 0 or sampling.sampling_seed is not None:
+        return wire
+    stated = msgspec.structs.replace(sampling, sampling_seed=default_seed)
+    return msgspec.structs.replace(wire, sampling_params=stated)
+
+
+def _continued(
+    requests: list[Request], given: list[IntArray], state: ReplicaState
+) -> list[Request]:
+    """The samples after the first, each with its own output tokens."""
+    found = []
+    for number, (request, ids) in enumerate(zip(requests, given, strict=True), start=1):
+        request = msgspec.structs.replace(request, output_ids=ids)
+        try:
+            check_continued(request, limits_of(state))
+        except InvalidRequest as error:
+            message = f"sample {number}: {error.message}"
+            raise type(error)(message, field=error.field) from error
+        found.append(request)
+    return found
 
 
 def _check_count(count: int, state: ReplicaState) -> None:
@@ -97,11 +130,6 @@ def check_total(count: int, state: ReplicaState, *, field: str) -> None:
 def _check(wire: GenerateRequest, request: Request, state: ReplicaState) -> None:
     """The engine's own checks but for the ranges that `expand` has looked at, with the names that
     the wire gives the fields."""
-    limits = Limits(
-        context_length=state.context_length,
-        vocab_size=state.vocab_size,
-        kv_tokens=state.total_pages * state.page_size,
-    )
     names = {
         "prompt_ids": "text" if wire.input_ids is None else "input_ids",
         "top_logprobs": "top_logprobs_num",
@@ -109,7 +137,7 @@ def _check(wire: GenerateRequest, request: Request, state: ReplicaState) -> None
         "logprob_ids": "token_ids_logprob",
     }
     try:
-        check_served(request, limits)
+        check_served(request, limits_of(state))
     except InvalidRequest as error:
         name = names.get(error.field, error.field)
         message = error.message.replace(error.field, name) if error.field else error.message
@@ -170,7 +198,7 @@ def _prompt_ids(
             f"send exactly one of text and input_ids; {found} came", field="text, input_ids"
         )
     if wire.input_ids is not None:
-        return _as_int32(wire.input_ids, state)
+        return _as_int32(wire.input_ids, "input_ids", state)
     if tokenizer is None:
         raise InvalidRequest(
             "this model came without a tokenizer; send input_ids instead of text", field="text"
@@ -183,20 +211,42 @@ def _prompt_ids(
     return np.array(ids, dtype=np.int32)
 
 
-def _as_int32(ids: list[int], state: ReplicaState) -> IntArray:
+def _given(wire: GenerateRequest, state: ReplicaState) -> list[IntArray]:
+    """The output tokens that each of the `n` samples begins with; empty if none does."""
+    given, count = wire.output_ids, wire.sampling_params.n
+    if not given:
+        return []
+    num_lists = sum(isinstance(ids, list) for ids in given)
+    if num_lists not in (0, len(given)):
+        raise InvalidRequest(
+            "output_ids mixes ids and lists; send the ids of one sample, or a list a sample",
+            field="output_ids",
+        )
+    lists: list[Any] = list(given) if num_lists else [given]
+    if len(lists) != count:
+        found = f"{num_lists} lists" if num_lists else "the ids of one sample"
+        raise InvalidRequest(
+            f"output_ids has {found} where n is {count}; send a list for each sample, in the "
+            "order of their index, empty for one that has no tokens yet",
+            field="output_ids",
+        )
+    return [_as_int32(ids, "output_ids", state) for ids in lists]
+
+
+def _as_int32(ids: list[int], field: str, state: ReplicaState) -> IntArray:
     if len(ids) >= state.context_length:
         raise ContextTooLong(
-            f"input_ids has {len(ids)} tokens, too many for a context of {state.context_length}; "
-            "shorten the prompt",
-            field="input_ids",
+            f"{field} has {len(ids)} tokens, too many for a context of {state.context_length}; "
+            "shorten it",
+            field=field,
         )
     try:
         found = np.array(ids)
     except ValueError as error:
-        raise InvalidRequest(f"input_ids: {error}", field="input_ids") from error
+        raise InvalidRequest(f"{field}: {error}", field=field) from error
     plain = found.ndim == 1 and found.dtype.kind == "i"
     if len(ids) and not (plain and -(1 << 31) <= found.min() <= found.max() < 1 << 31):
-        raise InvalidRequest("input_ids must be a list of token ids", field="input_ids")
+        raise InvalidRequest(f"{field} must be a list of token ids", field=field)
     return found.astype(np.int32)
 
 

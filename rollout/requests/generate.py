@@ -10,9 +10,10 @@ from itertools import islice
 import msgspec
 
 from engine.errors import InvalidRequest, SlipstreamError
-from engine.protocol import Abort, Request, RequestOutput, Stop
+from engine.protocol import Abort, ReplicaState, Request, RequestOutput, Stop
 from rollout.replica.base import Replica
 from rollout.requests.outputs import Gathered, refused
+from rollout.scheduler.validate import check_request, limits_of
 from rollout.text.detokenizer import Detokenizer
 from rollout.text.tokenizer import Tokenizer
 
@@ -73,7 +74,7 @@ def run(
     state = replica.state()
     if state.paused:
         raise InvalidRequest("the replica is paused; send Resume first", field="pause")
-    batch = _Batch(replica, tokenizer, window=max(_MIN_WINDOW, 4 * state.max_running))
+    batch = _Batch(replica, tokenizer, state)
     source = iter(requests)
     try:
         while batch.refill(source):
@@ -85,12 +86,13 @@ def run(
 
 
 class _Batch:
-    """The requests of one `run` that are under way, at most `window` of them."""
+    """The requests of one `run` that are under way: some more than may run at once."""
 
-    def __init__(self, replica: Replica, tokenizer: Tokenizer | None, *, window: int) -> None:
+    def __init__(self, replica: Replica, tokenizer: Tokenizer | None, state: ReplicaState) -> None:
         self._replica = replica
         self._tokenizer = tokenizer
-        self._window = window
+        self._limits = limits_of(state)
+        self._window = max(_MIN_WINDOW, 4 * state.max_running)
         self._open: dict[str, Gathered] = {}
         self._finished: list[RequestOutput] = []
         self._num_done = 0
@@ -132,16 +134,27 @@ class _Batch:
                 self._replica.send(Abort(rids=rids, message="the caller left"))
 
     def _open_one(self, request: Request) -> Request | None:
-        detokenizer = None
-        if request.sampling.stop:
-            if self._tokenizer is None:
-                error = InvalidRequest("stop strings need a tokenizer", field="stop")
-                self._finished.append(refused(request, error))
-                return None
-            detokenizer = Detokenizer(self._tokenizer, request.sampling, request.prompt_ids)
+        try:
+            detokenizer = self._detokenizer(request)
+        except InvalidRequest as error:
+            self._finished.append(refused(request, error))
+            return None
+        if detokenizer is not None:
             request = msgspec.structs.replace(request, stream=True)
-        self._open[request.rid] = Gathered(request.sampling, detokenizer)
-        return request
+        gathered = Gathered(request, detokenizer)
+        self._open[request.rid] = gathered
+        return gathered.request
+
+    def _detokenizer(self, request: Request) -> Detokenizer | None:
+        """What looks for the stop strings of a request, if it has any. Raises InvalidRequest."""
+        if not request.sampling.stop:
+            return None
+        if self._tokenizer is None:
+            raise InvalidRequest("stop strings need a tokenizer", field="stop")
+        if request.output_ids is not None:
+            # Their text is looked at before the engine has seen the request.
+            check_request(request, self._limits)
+        return Detokenizer(self._tokenizer, request.sampling, request.prompt_ids)
 
     def _take(self, output: RequestOutput) -> None:
         gathered = self._open.get(output.rid)

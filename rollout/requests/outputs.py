@@ -12,12 +12,13 @@ from engine.errors import SlipstreamError
 from engine.protocol import (
     FinishReason,
     FloatArray,
+    IntArray,
     Request,
     RequestOutput,
-    SamplingParams,
     TopLogprobs,
     VersionSpan,
 )
+from rollout.scheduler.continued import ended_with, shown_given
 from rollout.text.detokenizer import Detokenizer, StopMatch, trim_stop_token
 
 _MAX_CHUNKS = 64
@@ -26,31 +27,38 @@ _MAX_CHUNKS = 64
 
 def refused(request: Request, error: SlipstreamError) -> RequestOutput:
     """The final output of a request that was never queued."""
-    return refused_id(request.rid, error, prompt_tokens=_num_ids(request))
+    finish = _refusal(error)
+    start = _num_ids(request.output_ids)
+    return _empty(request.rid, finish, _num_ids(request.prompt_ids), start=start)
 
 
 def refused_id(rid: str, error: SlipstreamError, *, prompt_tokens: int = 0) -> RequestOutput:
     """`refused`, where no more than the id of the request is known."""
-    finish = FinishReason(type="abort", message=error.message, error=type(error).__name__)
-    return _empty(rid, finish, prompt_tokens)
+    return _empty(rid, _refusal(error), prompt_tokens)
+
+
+def _refusal(error: SlipstreamError) -> FinishReason:
+    return FinishReason(type="abort", message=error.message, error=type(error).__name__)
 
 
 def ended_unsent(request: Request, message: str) -> RequestOutput:
     """The final output of a request that was aborted before any engine got it."""
     finish = FinishReason(type="abort", message=message)
-    return _empty(request.rid, finish, _num_ids(request))
+    return _empty(
+        request.rid, finish, _num_ids(request.prompt_ids), start=_num_ids(request.output_ids)
+    )
 
 
-def _num_ids(request: Request) -> int:
-    """How long the prompt is; 0 for what is no array, which was refused for that: numpy would
+def _num_ids(ids: IntArray | None) -> int:
+    """How many ids there are; 0 for what is no array, which was refused for that: numpy would
     raise for some of it."""
-    return request.prompt_ids.size if isinstance(request.prompt_ids, np.ndarray) else 0
+    return ids.size if isinstance(ids, np.ndarray) else 0
 
 
-def _empty(rid: str, finish: FinishReason, prompt_tokens: int) -> RequestOutput:
+def _empty(rid: str, finish: FinishReason, prompt_tokens: int, *, start: int = 0) -> RequestOutput:
     return RequestOutput(
         rid=rid,
-        start=0,
+        start=start,
         token_ids=np.zeros(0, np.int32),
         logprobs=np.zeros(0, np.float32),
         prompt_tokens=prompt_tokens,
@@ -62,14 +70,22 @@ class Gathered:
     """The outputs of one request, joined and cut at its stop string.
 
     The engine runs ahead of the text: tokens that come after a match are dropped here,
-    and how the engine itself ended the request no longer matters.
+    and how the engine itself ended the request no longer matters. `stop` is the match, once there
+    is one. detokenizer: a new one; None if neither text nor stop strings are wanted. The tokens
+    that came with the request, which was found good, may have a stop string already: `request`,
+    which is what to send to the engine, ends with it then.
     """
 
-    def __init__(self, sampling: SamplingParams, detokenizer: Detokenizer | None) -> None:
-        self._sampling = sampling
+    def __init__(self, request: Request, detokenizer: Detokenizer | None) -> None:
+        self.request = request
+        self._sampling = request.sampling
         self._detokenizer = detokenizer
         self._chunks: list[RequestOutput] = []
         self.stop: StopMatch | None = None
+        if detokenizer is not None and request.output_ids is not None:
+            self.stop = detokenizer.feed(shown_given(request)).stop
+            if self.stop is not None:
+                self.request = ended_with(request, self.stop.num_tokens)
 
     def add(self, output: RequestOutput) -> StopMatch | None:
         """Take the next output; the stop string it completes, once."""
@@ -85,12 +101,19 @@ class Gathered:
     def result(self) -> RequestOutput:
         """The whole output, once the last chunk has its finish."""
         whole = join_outputs(self._chunks)
-        if self._detokenizer is not None and self.stop is None:
+        if self._detokenizer is not None and self.stop is None and not _is_held(whole):
             self.stop = self._detokenizer.finish().stop
         if self.stop is None:
             return whole
+        end = self.stop.num_tokens
         finish = FinishReason(type="stop", matched=self.stop.matched)
-        return msgspec.structs.replace(head(whole, self.stop.num_tokens), finish=finish)
+        whole = msgspec.structs.replace(whole, start=min(whole.start, end), finish=finish)
+        return head(whole, end - whole.start)
+
+
+def _is_held(output: RequestOutput) -> bool:
+    """Whether the text goes on: what its last tokens begin may yet be completed."""
+    return output.finish is not None and output.finish.type == "hold"
 
 
 def join_outputs(chunks: Sequence[RequestOutput]) -> RequestOutput:

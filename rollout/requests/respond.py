@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from engine.protocol import (
@@ -17,11 +18,39 @@ from engine.protocol import (
 )
 from rollout.requests.outputs import finite_logprobs, join_spans
 from rollout.requests.sample_ids import shown
-from rollout.text.detokenizer import final_text
+from rollout.scheduler.continued import given_stop, shown_given
+from rollout.text.detokenizer import Detokenizer, final_text
 from rollout.text.token_bytes import spelled
 from rollout.text.tokenizer import Tokenizer
 
 LogprobEntry = list[Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seam:
+    """Where the reply to a continued request goes on from those before.
+
+    num_tokens: output tokens that came with the request, up to the stop that ended them if one
+    did. num_chars: characters of the output's text that were certain with them, which a reply
+    held there ends with; None without a tokenizer.
+    """
+
+    num_tokens: int
+    num_chars: int | None
+
+
+def seam(request: Request, tokenizer: Tokenizer | None) -> Seam | None:
+    """The seam of a request; None if it came with no output tokens."""
+    if request.output_ids is None:
+        return None
+    num_tokens, num_chars = given_stop(request) + 1 or len(request.output_ids), None
+    if tokenizer is not None:
+        detokenizer = Detokenizer(tokenizer, request.sampling, request.prompt_ids)
+        certain = detokenizer.feed(shown_given(request))
+        num_chars = len(certain.text)
+        if certain.stop is not None:
+            num_tokens = certain.stop.num_tokens
+    return Seam(num_tokens=num_tokens, num_chars=num_chars)
 
 
 def respond(
@@ -31,21 +60,35 @@ def respond(
     tokenizer: Tokenizer | None,
     *,
     index: int | None = None,
+    begin: Seam | None = None,
 ) -> GenerateResponse:
     """The reply to one of the sequences of `wire`; `text` is None without a tokenizer.
 
-    index: which of the `n` samples it is; None when one was asked for.
+    index: which of the `n` samples it is; None when one was asked for. begin: the `seam` of a
+    continued request, if the caller has it.
     """
-    ids, sampling, text = output.token_ids.tolist(), wire.sampling_params, None
-    if tokenizer is not None:
-        text = final_text(tokenizer, ids, output.finish, sampling, request.prompt_ids)
+    begin = begin or seam(request, tokenizer)
+    text = None if tokenizer is None else _text_of(request, output, tokenizer, begin)
     return GenerateResponse(
         text=text,
-        output_ids=ids,
-        meta_info=_meta_info(wire, request, output, tokenizer),
+        output_ids=output.token_ids.tolist(),
+        meta_info=_meta_info(wire, request, output, tokenizer, begin),
         prompt_token_ids=request.prompt_ids.tolist() if wire.return_prompt_token_ids else None,
         index=index,
     )
+
+
+def _text_of(
+    request: Request, output: RequestOutput, tokenizer: Tokenizer, begin: Seam | None
+) -> str:
+    """The text of a finished sequence from its seam on."""
+    ids, sampling = output.token_ids.tolist(), request.sampling
+    if begin is None:
+        return final_text(tokenizer, ids, output.finish, sampling, request.prompt_ids)
+    assert request.output_ids is not None and begin.num_chars is not None
+    ids = [*request.output_ids[: begin.num_tokens].tolist(), *ids]
+    whole = final_text(tokenizer, ids, output.finish, sampling, request.prompt_ids)
+    return whole[begin.num_chars :]
 
 
 def to_wire(response: GenerateResponse) -> dict[str, Any]:
@@ -76,7 +119,9 @@ class RunningReply:
         request: Request,
         tokenizer: Tokenizer | None,
         index: int | None,
+        begin: Seam | None,
     ) -> None:
+        self._begin = begin
         self._texts = tokenizer if wire.return_text_in_logprobs else None
         self._wire = wire
         self._request = request
@@ -110,7 +155,8 @@ class RunningReply:
         assert self._first is not None, "a partial reply needs an output"
         lists = dict(self._lists)
         entropies = lists.pop("output_token_entropy", None)
-        meta = _counts(request, self._first, self._last, self._spans, len(self._ids))
+        size = self._first.start + len(self._ids)
+        meta = _counts(request, self._first, self._last, self._spans, size, self._begin)
         if (entries := lists.pop("output_token_logprobs", None)) is not None:
             meta["output_token_logprobs"] = entries
             meta["output_token_logprobs_length"] = len(entries)
@@ -132,16 +178,20 @@ def _meta_info(
     request: Request,
     output: RequestOutput,
     tokenizer: Tokenizer | None,
+    begin: Seam | None,
 ) -> dict[str, Any]:
     assert output.finish is not None, f"request {output.rid} has not finished"
-    size = len(output.token_ids)
-    meta = _counts(request, output, output, output.spans, size)
+    size = output.start + len(output.token_ids)
+    meta = _counts(request, output, output, output.spans, size, begin)
     meta["finish_reason"] = _finish_reason(output.finish, size)
+    if output.finish.type == "hold":
+        meta["sampling_seed"] = wire.sampling_params.sampling_seed
     if wire.return_logprob:
         texts = tokenizer if wire.return_text_in_logprobs else None
         meta |= _output_logprobs(wire, output, texts)
         # Of a stream in increments, the first brings the prompt's.
-        if wire.logprob_start_len >= 0 and output.start == 0:
+        first = 0 if begin is None else begin.num_tokens
+        if wire.logprob_start_len >= 0 and output.start == first:
             meta |= _input_logprobs(wire, request, output, texts)
     if output.entropies is not None:
         meta["output_token_entropy"] = output.entropies.tolist()
@@ -154,9 +204,11 @@ def _counts(
     last: RequestOutput,
     spans: list[VersionSpan],
     size: int,
+    begin: Seam | None,
 ) -> dict[str, Any]:
-    """What every reply says of its `size` output tokens; first, last: the outputs it is made of."""
-    return {
+    """What every reply says of the `size` output tokens there are, those that came with the request
+    included; first, last: the outputs it is made of."""
+    counts = {
         "id": shown(last.rid),
         "finish_reason": None,
         "prompt_tokens": len(request.prompt_ids),
@@ -169,6 +221,9 @@ def _counts(
         # Positions of prompt and output together: which weights computed the KV.
         "kv_versions": _versions(last.kv_spans, len(request.prompt_ids) + size),
     }
+    if begin is not None:
+        counts |= {"output_start": begin.num_tokens, "text_start": begin.num_chars}
+    return counts
 
 
 def _versions(spans: list[VersionSpan], size: int) -> list[dict[str, Any]]:
@@ -183,8 +238,8 @@ def _versions(spans: list[VersionSpan], size: int) -> list[dict[str, Any]]:
 def _finish_reason(finish: FinishReason, length: int) -> dict[str, Any]:
     if finish.type == "stop":
         return {"type": "stop", "matched": finish.matched}
-    if finish.type == "length":
-        return {"type": "length", "length": length if finish.length is None else finish.length}
+    if finish.type in ("length", "hold"):
+        return {"type": finish.type, "length": length if finish.length is None else finish.length}
     reason: dict[str, Any] = {"type": "abort", "message": finish.message}
     return reason if finish.error is None else {**reason, "error": finish.error}
 

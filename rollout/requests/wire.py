@@ -74,6 +74,8 @@ def _advice(name: str, parent: str) -> str:
     their own."""
     sampling = [f"sampling_params.{field}" for field in SamplingParams.__struct_fields__]
     own = [] if parent else GenerateRequest.__struct_fields__
+    if parent and name in GenerateRequest.__struct_fields__:
+        return f"write {name} beside {parent}"
     if f"sampling_params.{name}" in sampling:
         return f"did you mean sampling_params.{name}?"
     by_name = {field.rpartition(".")[2]: field for field in (*sampling, *own)}

@@ -26,11 +26,13 @@ _FLOATS = (
 class RowNumbers:
     """What `SlotTable.load` writes of a request, within the range of its columns.
 
-    max_new_tokens: at most what the context leaves. stop_ids: int32, each once.
+    max_new_tokens: at most what the context leaves. end_at: output tokens at which the sequence
+    ends, unless it stops before: that, or its `hold_at`. stop_ids: int32, each once.
     """
 
     priority: int
     max_new_tokens: int
+    end_at: int
     min_new_tokens: int
     num_alternatives: int
     stop_ids: IntArray
@@ -51,9 +53,12 @@ def row_numbers(request: Request, room: int) -> RowNumbers:
             _require_float32("logit_bias", bias)
         _require_within("logit_bias", token, 0, _INT32.max)
     _require_within("top_k", sampling.top_k, -1, _INT64.max)
+    max_new = min(_require_within("max_new_tokens", sampling.max_new_tokens, 0), room)
+    hold_at = _require_within("hold_at", request.hold_at, -1, _INT32.max)
     return RowNumbers(
         priority=_require_within("priority", request.priority, _INT64.min, _INT64.max),
-        max_new_tokens=min(_require_within("max_new_tokens", sampling.max_new_tokens, 0), room),
+        max_new_tokens=max_new,
+        end_at=max_new if hold_at < 0 else min(max_new, hold_at),
         # Above what the sequence can reach, every larger minimum means the same.
         min_new_tokens=min(_require_within("min_new_tokens", sampling.min_new_tokens, 0), room + 1),
         num_alternatives=_num_alternatives(request),

@@ -14,8 +14,8 @@ from rollout.scheduler.sequence import Sequence
 CANNOT_RESTART = FinishReason(
     type="abort",
     message=(
-        "new weights came and kv_policy is 'fresh', but this request has streamed tokens, which "
-        "it cannot take back; send it again, or choose 'recompute' or 'keep'"
+        "new weights came and kv_policy is 'fresh', but this request has streamed tokens or came "
+        "with some, which it cannot take back; send it again, or choose 'recompute' or 'keep'"
     ),
     error="WeightUpdateError",
 )
@@ -24,7 +24,8 @@ CANNOT_RESTART = FinishReason(
 @dataclass(frozen=True)
 class Treated:
     """restarted: sequences that took the place of those of the same request, and wait.
-    stuck: streams that would have to start again and cannot; nothing was done to them."""
+    stuck: streams and continued requests that would have to start again and cannot; nothing was
+    done to them."""
 
     restarted: list[Sequence] = field(default_factory=list)
     stuck: list[Sequence] = field(default_factory=list)

@@ -25,6 +25,7 @@ from engine.protocol import (
 )
 from rollout.cache.manager import CacheManager
 from rollout.requests.sample_ids import of_sample, starts_with
+from rollout.scheduler.continued import give
 from rollout.scheduler.emit import final_output, make_output
 from rollout.scheduler.encode import row_numbers
 from rollout.scheduler.kv_policy import CANNOT_RESTART, KvPolicies
@@ -98,8 +99,8 @@ class Scheduler:
         """Whether `plan` plans nothing until `resume`."""
         return self._pause_mode is not None
 
-    def add(self, request: Request) -> None:
-        """Queue one request.
+    def add(self, request: Request) -> RequestOutput | None:
+        """Queue one request; its answer if the tokens that it came with are all of its output.
 
         Raises InvalidRequest or ContextTooLong, naming the field, for one that can never be
         served, and QueueFull when too many wait.
@@ -107,14 +108,16 @@ class Scheduler:
         check_request(request, self._limits)
         if request.rid in self._requests:
             raise InvalidRequest(f"rid {request.rid!r} is already in use", field="rid")
+        sequence = self._make_sequence(request)
+        if sequence.ended is not None and request.prompt_logprob_start < 0:
+            return final_output(sequence, sequence.ended)
         if len(self._queue) >= self._config.max_waiting:
             raise QueueFull(
                 f"{len(self._queue)} requests wait, the limit; send it again later",
                 field="max_waiting",
             )
-        sequence = self._make_sequence(request)
-        self._requests[request.rid] = sequence
-        self._queue.push(sequence)
+        self._enter(sequence)
+        return None
 
     def abort(
         self,
@@ -229,8 +232,9 @@ class Scheduler:
             sequence = self._running[slot]
             outputs.append(self._finish(sequence, self._reason(sequence, matched)))
         for slot in self._results.scored(flight):
-            finish = FinishReason(type="length", length=0)
-            outputs.append(self._finish(self._running[slot], finish))
+            sequence = self._running[slot]
+            finish = sequence.ended or FinishReason(type="length", length=0)
+            outputs.append(self._finish(sequence, finish))
         return outputs
 
     def has_work(self) -> bool:
@@ -313,30 +317,35 @@ class Scheduler:
             self._preemption.retract_one(self._next_step)
 
     def _make_sequence(self, request: Request) -> Sequence:
-        # Whatever can fail comes before anything is noted.
-        tokens = request.prompt_ids.astype(np.int32)
+        """The next to arrive; nothing is noted yet."""
         room = self._limits.context_length - len(request.prompt_ids)
-        numbers = row_numbers(request, room)
-        arrival = self._next_arrival
-        self._next_arrival += 1
-        order = arrival
-        if request.group:
-            entry = self._groups.setdefault(request.group, [arrival, 0])
-            entry[1] += 1
-            order = entry[0]
-        return Sequence(
+        sequence = Sequence(
             request=request,
-            arrival=arrival,
-            group_order=order,
-            numbers=numbers,
-            tokens=tokens,
+            arrival=self._next_arrival,
+            group_order=self._next_arrival,
+            numbers=row_numbers(request, room),
+            tokens=request.prompt_ids.astype(np.int32),
         )
+        if request.output_ids is not None:
+            give(sequence, request.output_ids)
+        return sequence
+
+    def _enter(self, sequence: Sequence) -> None:
+        request = sequence.request
+        self._next_arrival += 1
+        if request.group:
+            entry = self._groups.setdefault(request.group, [sequence.arrival, 0])
+            entry[1] += 1
+            sequence.group_order = entry[0]
+        self._requests[request.rid] = sequence
+        self._queue.push(sequence)
 
     def _admitted(self, sequence: Sequence) -> None:
         if sequence.admitted:
             return
         sequence.admitted = True
-        sequence.cached_tokens = int(self._running.table.num_computed[sequence.slot])
+        cached = int(self._running.table.num_computed[sequence.slot])
+        sequence.cached_tokens = min(cached, sequence.prompt_len)
         self._counters.num_prompt_tokens += sequence.prompt_len
         self._counters.num_cached_tokens += sequence.cached_tokens
 
@@ -363,9 +372,12 @@ class Scheduler:
     def _reason(self, sequence: Sequence, matched: int) -> FinishReason:
         if matched >= 0:
             return FinishReason(type="stop", matched=matched)
-        length = int(self._running.table.num_tokens[sequence.slot]) - sequence.prompt_len
+        size = int(self._running.table.num_tokens[sequence.slot])
+        length = size - sequence.prompt_len
         if length >= sequence.max_new_tokens:
             return FinishReason(type="length", length=length)
+        if size <= self._limits.kv_tokens:
+            return FinishReason(type="hold", length=length)
         return FinishReason(
             type="abort",
             message=f"the sequence fills the whole KV pool of {self._limits.kv_tokens} tokens",

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from engine.protocol import (
+    FinishReason,
     FloatArray,
     IntArray,
     PromptLogprobs,
@@ -34,7 +35,9 @@ class Sequence:
     tokens: int32, prompt and outputs as of the last time it entered the queue.
     logprobs: float32, those of the outputs in `tokens`. entropies: the same, if wanted.
     span_start, span_version: the span of output tokens still open; -1 before the first.
-    num_emitted: output tokens already returned by a stream.
+    num_given: output tokens that came with the request. ended: why it is over with them, if it is;
+        then its prompt may have to be scored, but nothing is sampled.
+    num_emitted: output tokens that were returned by a stream, or came with the request.
     kv_spans, kv_end: which version computed the KV of tokens before `kv_end`; that of later
         ones is by the version that serves. Empty while it has no KV.
     """
@@ -54,6 +57,8 @@ class Sequence:
     cached_tokens: int = 0
     num_retractions: int = 0
     num_restarts: int = 0
+    num_given: int = 0
+    ended: FinishReason | None = None
     num_emitted: int = 0
     spans: list[VersionSpan] = field(default_factory=list)
     span_start: int = 0
@@ -68,6 +73,16 @@ class Sequence:
     def max_new_tokens(self) -> int:
         """As requested, at most what the context leaves."""
         return self.numbers.max_new_tokens
+
+    @property
+    def end_at(self) -> int:
+        """Output tokens at which it ends, unless it stops before."""
+        return self.numbers.end_at if self.ended is None else self.num_given
+
+    @property
+    def samples(self) -> bool:
+        """Whether any token is to be sampled."""
+        return self.ended is None and self.max_new_tokens > 0
 
     @property
     def prompt_len(self) -> int:
@@ -141,7 +156,8 @@ class Sequence:
         count = self.request.num_alternatives
         if count == 0:
             return None
-        rows = self.top[start:end]
+        first = self.num_given
+        rows = self.top[max(0, start - first) : max(0, end - first)]
         if not rows:
             return TopLogprobs(np.empty((0, count), np.int32), np.empty((0, count), np.float32))
         return TopLogprobs(np.stack([ids for ids, _ in rows]), np.stack([lps for _, lps in rows]))

@@ -73,7 +73,7 @@ class SlotTable:
         self.prompt_len[slot] = prompt_len
         self.num_computed[slot] = self.num_pages[slot] = 0
         # A token's KV is written one step after it was sampled, so the last needs no room.
-        self.max_tokens[slot] = min(prompt_len + numbers.max_new_tokens, kv_tokens + 1)
+        self.max_tokens[slot] = min(prompt_len + sequence.end_at, kv_tokens + 1)
         self.min_tokens[slot] = prompt_len + numbers.min_new_tokens
         self.priority[slot] = numbers.priority
         self.arrival[slot] = sequence.arrival

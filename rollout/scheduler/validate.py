@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.errors import ContextTooLong, InvalidRequest
-from engine.protocol import Request, SamplingParams
+from engine.protocol import IntArray, ReplicaState, Request, SamplingParams
 from engine.protocol.types import FLOAT32_TINY
 from rollout.requests.message_ranges import check_ranges
 
@@ -22,6 +22,15 @@ class Limits:
     context_length: int
     vocab_size: int
     kv_tokens: int
+
+
+def limits_of(state: ReplicaState) -> Limits:
+    """What the replica of that state can serve."""
+    return Limits(
+        context_length=state.context_length,
+        vocab_size=state.vocab_size,
+        kv_tokens=state.total_pages * state.page_size,
+    )
 
 
 def check_request(request: Request, limits: Limits) -> None:
@@ -54,6 +63,7 @@ def _check_meaning(request: Request, limits: Limits) -> None:
         _refuse("max_new_tokens", "may be 0 only when prompt logprobs are asked for")
     if not 0 <= request.top_logprobs <= limits.vocab_size:
         _refuse("top_logprobs", f"is {request.top_logprobs}; give 0 to {limits.vocab_size}")
+    check_continued(request, limits)
     if request.seed < 0:
         _refuse("seed", f"is {request.seed}; give 0 to 2**63 - 1")
 
@@ -79,20 +89,50 @@ def _check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
 
 def _check_prompt(request: Request, limits: Limits) -> None:
     prompt = request.prompt_ids
-    if not isinstance(prompt, np.ndarray) or prompt.ndim != 1 or prompt.dtype.kind not in "iu":
-        _refuse("prompt_ids", "must be a one-dimensional array of integers")
+    _check_tokens("prompt_ids", prompt, limits.vocab_size)
     if len(prompt) == 0:
         _refuse("prompt_ids", "is empty; give at least one token")
-    wrong = np.flatnonzero((prompt < 0) | (prompt >= limits.vocab_size))
-    if len(wrong):
-        _refuse(
-            "prompt_ids",
-            f"[{wrong[0]}] is {prompt[wrong[0]]}; ids must lie in [0, {limits.vocab_size})",
-        )
     if len(prompt) >= limits.context_length:
         _refuse_length(len(prompt), f"a context of {limits.context_length}")
     if len(prompt) > limits.kv_tokens:
         _refuse_length(len(prompt), f"a KV pool of {limits.kv_tokens} tokens")
+
+
+def check_continued(request: Request, limits: Limits) -> None:
+    """Raise InvalidRequest or ContextTooLong unless the request, whose prompt and sampling
+    parameters were found good, may go on from its `output_ids` and to its `hold_at`."""
+    num_given = 0
+    if request.output_ids is not None:
+        _check_given(request, request.output_ids, limits)
+        num_given = len(request.output_ids)
+    if request.hold_at != -1 and request.hold_at <= num_given:
+        _refuse(
+            "hold_at",
+            f"is {request.hold_at}; give more than the {num_given} tokens of output_ids, or -1",
+        )
+
+
+def _check_given(request: Request, given: IntArray, limits: Limits) -> None:
+    _check_tokens("output_ids", given, limits.vocab_size)
+    most = request.sampling.max_new_tokens
+    if len(given) > most:
+        _refuse("output_ids", f"has {len(given)} tokens, more than max_new_tokens, {most}")
+    size = len(request.prompt_ids) + len(given)
+    room = min(limits.context_length, limits.kv_tokens)
+    if size > room:
+        raise ContextTooLong(
+            f"output_ids has {len(given)} tokens, which with a prompt of {len(request.prompt_ids)} "
+            f"are too many for the {room} that this engine holds; they cannot be continued here",
+            field="output_ids",
+        )
+
+
+def _check_tokens(field: str, ids: IntArray, vocab_size: int) -> None:
+    if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype.kind not in "iu":
+        _refuse(field, "must be a one-dimensional array of integers")
+    wrong = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+    if len(wrong):
+        _refuse(field, f"[{wrong[0]}] is {ids[wrong[0]]}; ids must lie in [0, {vocab_size})")
 
 
 def _check_lengths(sampling: SamplingParams) -> None:

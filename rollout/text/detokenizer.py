@@ -235,7 +235,10 @@ def final_text(
     prompt_ids: Ids = (),
 ) -> str:
     """The whole text of a finished sequence after `prompt_ids`, cut where its stop token or
-    string says: what a `Detokenizer` gives piece by piece."""
+    string says: what a `Detokenizer` gives piece by piece. A sequence that is held has what is
+    certain: the rest comes with the tokens that go on from it."""
+    if finish is not None and finish.type == "hold":
+        return Detokenizer(tokenizer, sampling, prompt_ids).feed(token_ids).text
     visible = trim_stop_token(token_ids, finish, sampling)
     if finish is not None and isinstance(finish.matched, str):
         # Which match ended it depends on the token that completed it.

@@ -73,7 +73,8 @@ class Bench:
     def add(self, *requests: Request) -> None:
         """Queue requests."""
         for request in requests:
-            self.scheduler.add(request)
+            answer = self.scheduler.add(request)
+            self.keep([] if answer is None else [answer])
 
     def keep(self, outputs: list[RequestOutput]) -> list[RequestOutput]:
         """File outputs that came from a command."""
@@ -133,7 +134,7 @@ class Bench:
 
 def joined(outputs: list[RequestOutput]) -> RequestOutput:
     """The pieces of a stream as one output; checks that they fit together."""
-    size = 0
+    size = outputs[0].start
     for output in outputs:
         assert output.start == size, f"{output.rid}: piece starts at {output.start}, not {size}"
         size += len(output.token_ids)
@@ -142,7 +143,7 @@ def joined(outputs: list[RequestOutput]) -> RequestOutput:
     assert all(output.prompt_logprobs is None for output in outputs[1:])
     return RequestOutput(
         rid=outputs[0].rid,
-        start=0,
+        start=outputs[0].start,
         token_ids=np.concatenate([output.token_ids for output in outputs]),
         logprobs=np.concatenate([output.logprobs for output in outputs]),
         finish=outputs[-1].finish,
@@ -199,15 +200,16 @@ def check_entropies(request: Request, output: RequestOutput) -> None:
     assert (output.entropies is not None) == request.entropy
     if output.entropies is not None:
         assert output.entropies.dtype == np.float32
-        tokens = output.token_ids.tolist()
-        assert output.entropies.tolist() == expected_entropies(request, tokens), request.rid
+        tokens = expected(request)[0][: output.start] + output.token_ids.tolist()
+        entropies = expected_entropies(request, tokens)
+        assert output.entropies.tolist() == entropies[output.start :], request.rid
 
 
 def check_output(request: Request, output: RequestOutput) -> None:
-    """`output` is that of a request which ran to its own end."""
+    """`output` is that of a request which ran to its own end, from where it went on."""
     tokens, logprobs = expected(request)
-    assert output.token_ids.tolist() == tokens, request.rid
-    assert output.logprobs.tolist() == logprobs, request.rid
+    assert output.token_ids.tolist() == tokens[output.start :], request.rid
+    assert output.logprobs.tolist() == logprobs[output.start :], request.rid
     check_entropies(request, output)
     assert output.finish is not None and output.finish.type in ("stop", "length")
     check_spans(output)
@@ -218,9 +220,9 @@ def check_output(request: Request, output: RequestOutput) -> None:
 
 def check_spans(output: RequestOutput) -> None:
     """Spans cover the output tokens without gap or overlap, versions rising."""
-    position, version = 0, -1
+    position, version = output.start, -1
     for span in output.spans:
         assert span.start == position and span.end > span.start
         assert span.version >= version
         position, version = span.end, span.version
-    assert position == len(output.token_ids)
+    assert position == output.start + len(output.token_ids)

@@ -91,6 +91,9 @@ def parse_call(body: bytes, room: PromptRoom | None = None) -> GenerateCall:
     for name in ("text", "input_ids"):
         if room is not None and name in fields:
             check_prompt(fields[name], room, name)
+    given = fields.get("output_ids")
+    if room is not None and given is not None and not _is_list(given, inner=True):
+        check_prompt(given, room, "output_ids")
     prompts = _prompts(fields)
     if prompts is None:
         wire = parse_request(_encode(_cleaned(fields)))
@@ -165,8 +168,7 @@ def check_prompt(raw: Raw, room: PromptRoom, field: str) -> None:
         _check_items(bytes(raw), inner, room, field)
     elif start.startswith(b"[") and (num_ids := bytes(raw).count(b",") + 1) >= room.num_ids:
         raise ContextTooLong(
-            f"{field} has {num_ids} tokens, too many for a context of {room.num_ids}; shorten "
-            "the prompt",
+            f"{field} has {num_ids} tokens, too many for a context of {room.num_ids}; shorten it",
             field=field,
         )
 
@@ -184,13 +186,15 @@ def _check_items(data: bytes, inner: bytes, room: PromptRoom, field: str) -> Non
 def _prompts(fields: Fields) -> tuple[str, list[Raw]] | None:
     """Field and values of the items of a batch; None for a single prompt."""
     for name in ("text", "input_ids"):
-        raw = bytes(memoryview(fields.get(name, b""))[:64]).lstrip()
-        if not raw.startswith(b"["):
-            continue
-        if name == "input_ids" and not raw[1:].lstrip().startswith(b"["):
-            continue
-        return name, decode_json(fields[name], list[Raw], field=name, what=name)
+        if _is_list(fields.get(name)) and (name == "text" or _is_list(fields[name], inner=True)):
+            return name, decode_json(fields[name], list[Raw], field=name, what=name)
     return None
+
+
+def _is_list(raw: Raw | None, *, inner: bool = False) -> bool:
+    """Whether a value is a list, or with `inner` its first entry."""
+    start = b"" if raw is None else bytes(memoryview(raw)[:64]).lstrip()
+    return (start[1:].lstrip() if inner else start).startswith(b"[")
 
 
 def _lists(shared: Fields, count: int) -> dict[str, list[Raw]]:

@@ -11,15 +11,22 @@ from typing import Concatenate, ParamSpec, TypeVar
 import msgspec
 
 from engine.errors import EngineDead, InvalidRequest, SlipstreamError, by_name
-from engine.protocol import GenerateRequest, Request, Stop
+from engine.protocol import Stop
 from rollout.http.engine.client import AsyncEngine
 from rollout.http.native.generate_call import GenerateCall, in_item
 from rollout.http.native.sample import Delta, Sample
 from rollout.http.native.text_workers import TextWorkers
 from rollout.metrics import Metrics
-from rollout.requests.expand import check_top_entries, check_total, expand, num_top_entries
+from rollout.requests.expand import (
+    check_top_entries,
+    check_total,
+    expand,
+    num_top_entries,
+    with_seed,
+)
 from rollout.requests.outputs import coalesced
 from rollout.requests.seeds import derive_seed
+from rollout.scheduler.continued import num_given
 from rollout.text.tokenizer import Tokenizer
 
 _REFUSED = frozenset(
@@ -86,7 +93,7 @@ class Generator:
         if count <= facts.max_waiting:
             self.engine.check_room(count + self._num_expanding)
         num_chars = sum(len(item.text or "") for item in call.items)
-        num_ids = sum(len(item.input_ids or ()) for item in call.items)
+        num_ids = sum(len(item.input_ids or ()) + len(item.output_ids or ()) for item in call.items)
         small = count <= _INLINE_SEQUENCES and num_ids <= _INLINE_IDS
         if small and num_chars <= _INLINE_CHARS:
             return self._expand(call)
@@ -171,26 +178,25 @@ class Generator:
         num_tokens = num_entries = 0
         many = call.batch or call.items[0].sampling_params.n > 1
         for number, item in enumerate(call.items):
+            seed = derive_seed(self.seed, next(self._numbers))
             try:
-                requests = self._requests(item)
+                requests = expand(item, self.tokenizer, self.engine.facts, seed)
             except InvalidRequest as error:
                 if not call.batch:
                     raise
                 raise in_item(error, number) from error
             num_tokens += len(requests) * len(requests[0].prompt_ids)
+            num_tokens += sum(num_given(request) for request in requests)
             _check_tokens(num_tokens, "n" if len(requests) > 1 else "input_ids")
             num_entries += num_top_entries(requests[0], len(requests), self.engine.facts)
             check_top_entries(num_entries)
+            wire = with_seed(item, seed)
             for request in requests:
                 index = len(samples) if many else None
                 samples.append(
-                    Sample(item, request, self.tokenizer, index=index, stream=call.stream)
+                    Sample(wire, request, self.tokenizer, index=index, stream=call.stream)
                 )
         return samples
-
-    def _requests(self, item: GenerateRequest) -> list[Request]:
-        seed = derive_seed(self.seed, next(self._numbers))
-        return expand(item, self.tokenizer, self.engine.facts, seed)
 
     def _post_stop(self, sample: Sample) -> None:
         assert sample.stop is not None

@@ -18,7 +18,7 @@ from engine.protocol import (
     SamplingParams,
 )
 from rollout.requests.outputs import Gathered, head
-from rollout.requests.respond import RunningReply, respond
+from rollout.requests.respond import RunningReply, Seam, respond, seam
 from rollout.text.detokenizer import Detokenizer, StopMatch, TextDelta
 from rollout.text.tokenizer import Tokenizer
 
@@ -57,7 +57,8 @@ class _TextTap(Detokenizer):
 
 
 class Sample:
-    """Takes the outputs of one request; gives deltas, and the reply at the end.
+    """Takes the outputs of one request; gives deltas, and the reply at the end. `request` is what
+    the engine gets; `stop` is the stop string that was found.
 
     stream: text is wanted as it grows. tokenizer: None for a model without text.
     """
@@ -74,7 +75,6 @@ class Sample:
         sampling = request.sampling
         wants_text = tokenizer is not None and (stream or bool(sampling.stop))
         self.wire = wire
-        self.request = request
         self.index = index
         self.started_at = time.monotonic()
         self.first_at = 0.0
@@ -83,11 +83,23 @@ class Sample:
         self._tap = None
         if wants_text and tokenizer is not None:
             self._tap = _TextTap(tokenizer, sampling, request.prompt_ids)
-        self._gathered = Gathered(sampling, self._tap)
-        self._running = RunningReply(wire, request, tokenizer, index) if stream else None
+        self._gathered = Gathered(request, self._tap)
+        self.request = self._gathered.request
+        self._begin = self._begun()
+        self._running = (
+            RunningReply(wire, request, tokenizer, index, self._begin) if stream else None
+        )
         self._final: RequestOutput | None = None
         self._num_sent = 0
-        self.stop: StopMatch | None = None
+        self.stop: StopMatch | None = self._gathered.stop
+
+    def _begun(self) -> Seam | None:
+        """Where a continued request goes on; its text begins there."""
+        if self.request.output_ids is None:
+            return None
+        if self._tap is not None:
+            self._tap.text = ""
+        return seam(self.request, self._tokenizer)
 
     def take(self, output: RequestOutput) -> Delta:
         """Take the next output. `stop` is set once a stop string has been seen."""
@@ -105,7 +117,14 @@ class Sample:
     def response(self) -> GenerateResponse:
         """The reply, once the sequence has finished."""
         assert self._final is not None, f"request {self.request.rid} has not finished"
-        return respond(self.wire, self.request, self._final, self._tokenizer, index=self.index)
+        return respond(
+            self.wire,
+            self.request,
+            self._final,
+            self._tokenizer,
+            index=self.index,
+            begin=self._begin,
+        )
 
     def partial(self) -> GenerateResponse:
         """The reply with everything so far; `finish_reason` is null while the sequence runs."""
@@ -141,7 +160,7 @@ class Sample:
         shown = msgspec.structs.replace(output, finish=output.finish or _RUNNING)
         # Text comes from the tap: what it holds back may yet become part of a stop string.
         texts = self._tokenizer if self.wire.return_text_in_logprobs else None
-        reply = respond(self.wire, self.request, shown, texts, index=self.index)
+        reply = respond(self.wire, self.request, shown, texts, index=self.index, begin=self._begin)
         meta = {**reply.meta_info, "finish_reason": None}
         text = None if self._tap is None else self._text(self._tap.text)
         return msgspec.structs.replace(reply, text=text, meta_info=meta)

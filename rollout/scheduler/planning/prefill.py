@@ -129,7 +129,7 @@ class PrefillPlanner:
             builder.add_pages(slot, table.add_pages(slot, pages), pages)
         table.num_computed[slot] = end
         last = end == target
-        sample = last and sequence.max_new_tokens > 0
+        sample = last and sequence.samples
         builder.add_prefill(slot, end - computed, sample=sample, last=last)
         shared = end if last else end // cache.page_size * cache.page_size
         self._running.share(sequence, shared, builder.step)

@@ -47,6 +47,7 @@ def test_mistakes_name_their_field(line: str, error: type[Exception], field: str
         ('{"max_new_tokens": 3}', "did you mean sampling_params.max_new_tokens?"),
         ('{"temprature": 1}', "did you mean sampling_params.temperature?"),
         ('{"sampling_params": {"temprature": 1}}', "did you mean sampling_params.temperature?"),
+        ('{"sampling_params": {"hold_at": 3}}', "write hold_at beside sampling_params"),
         ('{"custom_id": "x"}', "leave it out"),
     ],
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 
+import msgspec
 import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -50,6 +51,7 @@ FIELDS = st.fixed_dictionaries(
         "entropy": st.booleans(),
         "salt": st.sampled_from(["", "s"]),
         "kv_policy": st.sampled_from(["keep", "recompute", "fresh"]),
+        "hold_at": st.integers(1, 14),
     },
 )
 
@@ -77,13 +79,22 @@ class SchedulerMachine(RuleBasedStateMachine):
     def start(self, **config: object) -> None:
         self.bench = Bench(context_length=CONTEXT, **config)
 
-    @rule(prompt=PROMPTS, samples=st.integers(1, 4), fields=FIELDS)
-    def add(self, prompt: list[int], samples: int, fields: dict[str, object]) -> None:
+    @rule(
+        prompt=PROMPTS,
+        samples=st.integers(1, 4),
+        fields=FIELDS,
+        given=st.integers(0, 14) | st.just(0),
+    )
+    def add(self, prompt: list[int], samples: int, fields: dict[str, object], given: int) -> None:
+        """given: output tokens that the requests come with, those that they would sample."""
         group = f"g{len(self.requests)}" if samples > 1 else ""
         for _ in range(samples):
             rid = f"r{len(self.requests)}."
             seed = len(self.requests)
             request = make_request(rid, prompt, group=group, seed=seed, **fields)
+            if given:
+                known = np.array(expected(request)[0][:given], np.int32)
+                request = msgspec.structs.replace(request, output_ids=known)
             with suppress(InvalidRequest):
                 self.bench.add(request)
                 self.requests[rid] = request
@@ -145,9 +156,9 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def _check(self, request: Request, output: RequestOutput) -> None:
         tokens, logprobs = expected(request)
-        size = len(output.token_ids)
-        assert output.token_ids.tolist() == tokens[:size]
-        assert output.logprobs.tolist() == logprobs[:size]
+        size, start = len(output.token_ids), output.start
+        assert output.token_ids.tolist() == tokens[start : start + size]
+        assert output.logprobs.tolist() == logprobs[start : start + size]
         assert len(output.logprobs) == size
         check_entropies(request, output)
         check_spans(output)
@@ -156,9 +167,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert output.top.ids.shape == (size, request.top_logprobs)
         if request.rid in self.ended_early:
             return
-        assert size == self._full_size(request, len(tokens))
+        end = start + size
+        assert start == (0 if request.output_ids is None else len(request.output_ids))
+        assert end == self._full_size(request, len(tokens))
+        held = 0 < request.hold_at == end < min(len(tokens), request.sampling.max_new_tokens)
+        assert (output.finish.type == "hold") == held
         if size:
-            assert output.kv_spans[-1].end == len(request.prompt_ids) + size - 1 or size == 1
+            assert output.kv_spans[-1].end == len(request.prompt_ids) + end - 1 or size == 1
         if request.prompt_logprob_start >= 0:
             assert output.prompt_logprobs is not None
             assert output.prompt_logprobs.tolist() == expected_prompt_logprobs(request)
@@ -167,6 +182,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Output tokens of a request that nobody cut off: context and pool may."""
         prompt_len = len(request.prompt_ids)
         pool = self.bench.cache.num_pages * self.bench.cache.page_size
+        size = size if request.hold_at < 0 else min(size, request.hold_at)
         return int(np.minimum(size, min(CONTEXT, pool + 1) - prompt_len))
 
 
