@@ -147,6 +147,7 @@ def test_held_at_every_index(pair: Pair, sampler: str) -> None:
         assert output.finish == uncut.finish if at >= size else output.finish.type == "hold"
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(
     sampler=st.sampled_from(sorted(SAMPLERS)),
