@@ -193,7 +193,6 @@ class DecodeGraphs:
             host_pages=self._table.host_pages,
             max_kv_len=bound,
             page_size=self._table.page_size,
-            scratch_slot=self._scratch_slot,
         )
 
     def _forward(self, rows: int, step: AttentionStep, options: DrawOptions) -> None:

@@ -127,11 +127,6 @@ class Listing:
         return next((entry.file for entry in self.entries if entry.name == name), self.path)
 
 
-def files(path: Path) -> list[Path]:
-    """The files that hold the weights at `path`; see `weight_files`."""
-    return weight_files(path).files
-
-
 def open_listing(path: Path) -> Listing:
     """Look through the headers of the weights at `path`.
 

@@ -13,7 +13,6 @@ from engine.errors import ManifestMismatch
 from engine.models.decoder import CausalLM
 from engine.models.locate import locate
 from engine.weights.load import load
-from engine.weights.sources import inproc
 from tests.helpers.dense_context import dense_logits
 from tests.helpers.load_tiny import poisoned
 from tests.helpers.tiny_models import tiny_hf, write_tiny
@@ -37,11 +36,11 @@ def test_every_tensor_in_any_order_and_dtype(tmp_path: Path) -> None:
 
 def test_a_second_load_changes_the_model_in_place(tmp_path: Path) -> None:
     model, state = setup(tmp_path)
-    load(model, inproc.tensors(state))
+    load(model, state.items())
     addresses = {name: p.data_ptr() for name, p in model.named_parameters()}
     ids_T = torch.arange(20)
     other = tiny_hf("llama", seed=5)
-    load(model, inproc.tensors(other.state_dict()))
+    load(model, other.state_dict().items())
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == addresses
     with torch.inference_mode():
         expected_TV = other(ids_T[None]).logits[0]
@@ -57,7 +56,7 @@ def test_an_unknown_name_fails(tmp_path: Path) -> None:
     model, state = setup(tmp_path)
     state["model.layers.9.mlp.up_proj.weight"] = torch.zeros(96, 64)
     with pytest.raises(ManifestMismatch, match=r"layers\.9.*no tensor of this model") as caught:
-        load(model, inproc.tensors(state))
+        load(model, state.items())
     assert caught.value.field == "model.layers.9.mlp.up_proj.weight"
 
 
@@ -65,9 +64,9 @@ def test_a_missing_name_fails_unless_partial(tmp_path: Path) -> None:
     model, state = setup(tmp_path)
     del state[Q_PROJ]
     with pytest.raises(ManifestMismatch, match="did not come") as caught:
-        load(model, inproc.tensors(state))
+        load(model, state.items())
     assert caught.value.field == Q_PROJ
-    report = load(model, inproc.tensors({EMBED: state[EMBED]}), partial=True)
+    report = load(model, {EMBED: state[EMBED]}.items(), partial=True)
     assert report.num_tensors == 1
 
 
@@ -87,7 +86,7 @@ def test_a_wrong_shape_fails(tmp_path: Path) -> None:
     model, state = setup(tmp_path)
     state[Q_PROJ] = torch.zeros(64, 63)
     with pytest.raises(ManifestMismatch, match=r"\[64, 63\].*\[64, 64\]") as caught:
-        load(model, inproc.tensors(state))
+        load(model, state.items())
     assert caught.value.field == Q_PROJ
 
 
@@ -108,7 +107,7 @@ def test_tied_names_with_different_values_fail(tmp_path: Path) -> None:
     state.pop(HEAD, None)
     state[HEAD] = state[EMBED] + 1
     with pytest.raises(ManifestMismatch, match="ties") as caught:
-        load(model, inproc.tensors(state))
+        load(model, state.items())
     assert caught.value.field == HEAD
 
 
@@ -116,7 +115,7 @@ def test_rotary_frequencies_of_old_checkpoints_are_ignored(tmp_path: Path) -> No
     model, state = setup(tmp_path)
     num_tensors = len(state)
     state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)
-    assert load(model, inproc.tensors(state)).num_tensors == num_tensors
+    assert load(model, state.items()).num_tensors == num_tensors
     state["model.layers.7.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)
     with pytest.raises(ManifestMismatch, match=r"layers\.7"):
-        load(model, inproc.tensors(state))
+        load(model, state.items())
