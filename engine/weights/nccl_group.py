@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch._C._distributed_c10d import PrefixStore, Store
 
 from engine.comm.nccl import Communicator, NcclError
 from engine.comm.rendezvous import NCCL_ID_KEY, backend_prefix
+from kernels.compat import PrefixStore, Store
 from engine.errors import GroupError, UpdateTimeout, WeightUpdateError
 from engine.protocol import JoinGroup
 from engine.weights import trainer_store

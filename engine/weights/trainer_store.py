@@ -15,9 +15,9 @@ import time
 from collections.abc import Iterable
 from datetime import timedelta
 
-from torch._C._distributed_c10d import Store, TCPStore
 
 from engine.comm.rendezvous import joined_key
+from kernels.compat import Store, TCPStore
 from engine.errors import GroupError
 from engine.protocol import JoinGroup
 from engine.protocol.deadlines import capped

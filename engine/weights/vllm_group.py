@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch._C._distributed_c10d import Store
 
 from engine.comm.nccl import UNIQUE_ID_BYTES
+from kernels.compat import Store
 from engine.errors import GroupError
 from engine.protocol import JoinGroup
 from engine.weights import trainer_store
