@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from engine.errors import CheckpointError, ManifestMismatch
+from engine.numerics import dtype_name
 from engine.weights import finite
 from engine.weights.catalog import Catalog
 from engine.weights.load import Loadable, load
@@ -33,7 +34,7 @@ def load_initial(
     unfit = finite.find_unfit([(name, view, view.dtype) for name, view in views])
     if unfit is not None:
         name, why = unfit
-        dtype = str(catalog.dtype(name)).removeprefix("torch.")
+        dtype = dtype_name(catalog.dtype(name))
         raise CheckpointError(
             f"{name} ({origin(name)}) {why} in {dtype}: the checkpoint is broken, or its "
             "values are beyond what this dtype holds",
