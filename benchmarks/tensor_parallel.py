@@ -45,6 +45,8 @@ SMALL = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+
+
 @dataclass(frozen=True)
 class Options:
     """What to measure."""

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from kernels.compat import TCPStore
 from engine.protocol import BeginUpdate, Control, Reply, StagingMode, TensorPiece, TensorSpec
+from kernels.compat import TCPStore
 from trainer_bridge.adapters.base import WeightSource
 from trainer_bridge.adapters.deepspeed import DeepSpeedSource
 from trainer_bridge.bridge import Publisher, PushOptions

@@ -129,7 +129,7 @@ def weakly(storage: torch.UntypedStorage) -> WeakStorage:
 
 
 def rebuild_tensor(storage: Any, offset: int, size: Any, stride: Any) -> torch.Tensor:
-    """What a pickle of a tensor calls: a view of a typed storage, offset and strides in elements."""
+    """What a pickle of a tensor calls: a view of a typed storage. offset, stride: in elements."""
     return torch._utils._rebuild_tensor(storage, offset, size, stride)
 
 

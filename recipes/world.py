@@ -16,7 +16,6 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from kernels.compat import HashStore
 from engine.config import Device
 from engine.errors import InvalidRequest
 from engine.protocol.deadlines import RES_OPTIONS

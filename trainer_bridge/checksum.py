@@ -31,6 +31,5 @@ def with_checksums(
 def _total(tensor: torch.Tensor) -> torch.Tensor:
     """The checksum, int64 [1] on the tensor's device."""
     total = torch.zeros(1, dtype=torch.int64, device=tensor.device)
-    backend = "triton" if tensor.is_cuda else "torch"
-    checksum_into(total, tensor.detach(), backend=backend)
+    checksum_into(total, tensor.detach(), backend="triton" if tensor.is_cuda else "torch")
     return total

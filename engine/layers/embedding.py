@@ -14,7 +14,7 @@ from engine.layers.parameter import ShardedParameter, sliced, uneven_shard
 from engine.layers.runtime import LayerRuntime
 from engine.parallel.mesh import Mesh
 from kernels.embedding import embed_rms_norm
-from kernels.linear import Options, fused_linear
+from kernels.linear import fused_linear
 
 
 def vocab_sizes(vocab_size: int, mesh: Mesh) -> list[int]:

@@ -18,6 +18,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("rollout", "engine", "kernels", "trainer_bridge", "recipes")
 OTHERS = ("tests", "benchmarks", "docs", "scripts")
+OF_A_TABLE = ("main", "router", "options")
+"""Found by their name in modules that a table lists or a process runs: entry points, routes,
+architectures."""
+_LONGEST = 300
+"""Characters of a text that may be more than prose."""
 _DOTTED = re.compile(r"([A-Za-z_][\w.]*)[.:](\w+)")
 
 Name = tuple[str, str]
@@ -78,7 +83,8 @@ def _imported(tree: ast.Module) -> Iterator[tuple[str, Name]]:
                 yield alias.asname or alias.name, (node.module, alias.name)
         elif isinstance(node, ast.Import):
             for alias in node.names:
-                yield alias.asname or alias.name.split(".")[0], ("", alias.asname or alias.name)
+                top = alias.name.split(".")[0]
+                yield alias.asname or top, ("", alias.name if alias.asname else top)
 
 
 class Uses:
@@ -128,38 +134,54 @@ class Uses:
         return {used for name in module.tops for used in self._from[module.name, name]}
 
     def _read(self, module: Module) -> None:
-        owners: dict[int, str] = {id(node): name for name, node in module.tops.items()}
+        owners: dict[int, list[Name]] = defaultdict(list)
+        for name, node in module.tops.items():
+            owners[id(node)].append((module.name, name))
         for statement in module.tree.body:
-            names = [name for name, node in module.tops.items() if node is statement]
-            for used in self._used(module, statement, passes_on=not module.is_init):
-                if not names or used != (module.name, names[0]):
-                    self.by[used].add(module.name)
-                if id(statement) in owners:
-                    for name in names:
-                        self._from[module.name, name].add(used)
-                else:
-                    self._roots[module.name].add(used)
+            defined = owners[id(statement)]
+            used = set(self._used(module, statement))
+            for name in used.difference(defined):
+                self.by[name].add(module.name)
+            for name in defined:
+                self._from[name] |= used
+            if not defined:
+                self._roots[module.name] |= used
 
-    def _used(self, module: Module, tree: ast.AST, *, passes_on: bool) -> Iterator[Name]:
+    def _used(self, module: Module, tree: ast.AST) -> Iterator[Name]:
+        owners = set()
         for node in ast.walk(tree):
-            match node:
-                case ast.Name(id=name, ctx=ast.Load()):
-                    if name in module.imported:
-                        yield self._origin(*module.imported[name])
-                    elif name in module.tops:
-                        yield module.name, name
-                case ast.Attribute(value=value, attr=attr):
-                    owner = self._module_of(module, value)
-                    if owner:
-                        yield self._origin(owner, attr)
-                case ast.ImportFrom(module=str(source)) if passes_on:
-                    # An import that is not at the top binds what is used right there.
-                    for alias in node.names:
-                        yield self._origin(source, alias.name)
-                case ast.Constant(value=str(text)) if len(text) < 300:
-                    for source, name in _DOTTED.findall(text):
-                        if source in self.modules:
-                            yield source, name
+            if isinstance(node, ast.Attribute):
+                owners.add(id(node.value))
+                owner = self._module_of(module, node.value)
+                if owner:
+                    yield self._origin(owner, node.attr)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+                yield from self._named(module, node.id, whole=id(node) not in owners)
+            elif isinstance(node, ast.ImportFrom) and node.module and not module.is_init:
+                for alias in node.names:
+                    yield self._origin(node.module, alias.name)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield from self._spelled(node.value)
+
+    def _named(self, module: Module, name: str, *, whole: bool) -> Iterator[Name]:
+        """What a bare name stands for. whole: not for the sake of one attribute of it, so that a
+        module may be asked for any name that tables find in modules."""
+        if name in module.tops:
+            yield module.name, name
+        elif name in module.imported:
+            source, of = module.imported[name]
+            yield self._origin(source, of)
+            if whole and f"{source}.{of}" in self.modules:
+                yield from ((f"{source}.{of}", by_table) for by_table in OF_A_TABLE)
+
+    def _spelled(self, text: str) -> Iterator[Name]:
+        """ "a.b:c" and "a.b.c" are names; "a.b" alone is a module that a table or a process opens."""
+        if text in self.modules:
+            yield from ((text, by_table) for by_table in OF_A_TABLE)
+        elif len(text) < _LONGEST:
+            for source, name in _DOTTED.findall(text):
+                if source in self.modules:
+                    yield source, name
 
     def _module_of(self, module: Module, value: ast.expr) -> str:
         """The module that an expression is, if it is one."""
@@ -202,7 +224,7 @@ def members(modules: dict[str, Module]) -> Iterator[tuple[str, str, str]]:
 
 
 def read_attributes(module: Module) -> set[str]:
-    """Names of attributes that a module reads, and words of its strings that may be such."""
+    """Names of the attributes that a module reads."""
     found: set[str] = set()
     for node in ast.walk(module.tree):
         match node:
@@ -210,6 +232,4 @@ def read_attributes(module: Module) -> set[str]:
                 found.add(attr)
             case ast.MatchClass(kwd_attrs=names):
                 found.update(names)
-            case ast.Constant(value=str(text)) if text.isidentifier():
-                found.add(text)
     return found

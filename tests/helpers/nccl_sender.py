@@ -20,8 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from kernels.compat import PrefixStore, TCPStore
 from engine.errors import WeightUpdateError
+from kernels.compat import PrefixStore, TCPStore
 from trainer_bridge.process_group import SenderGroup
 
 NAME = "g"

@@ -21,8 +21,8 @@ from engine.errors import (
     UpdateOrder,
 )
 from engine.models.weight_files import is_folder, read_small, shown, unfinished
-from engine.protocol import LoadFromDisk, TensorPiece, TensorSpec
 from engine.numerics import dtype_name
+from engine.protocol import LoadFromDisk, TensorPiece, TensorSpec
 from engine.weights.checksum import checksum
 from engine.weights.helpers import nothing
 from engine.weights.lane import Look

@@ -29,7 +29,7 @@ from engine.models.weight_files import (
     weight_files,
 )
 
-__all__ = ["INDEX_NAME", "Entry", "Listing", "files", "open_listing", "tensors"]
+__all__ = ["INDEX_NAME", "Entry", "Listing", "open_listing", "tensors"]
 
 _DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
