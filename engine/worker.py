@@ -175,9 +175,9 @@ class Worker:
             sampled = self._graphs.run(plan.slots, plan.kv_lens, options)
             return PendingStep(plan.step, Fetch(sampled), num_rows=len(plan.slots))
         batch = build_batch(plan, self._table, self._attention)
-        hidden_TH = self._model(batch.input_ids_T, batch)
+        hidden_TH = self._model(batch.input_ids_T, batch.context)
         prompt = self._scorer.score(plan, batch, hidden_TH)
-        spoilt_R = spoilt_rows(batch.step)
+        spoilt_R = spoilt_rows(batch.context.step)
         if spoilt_R is None:
             return self._sample(plan, batch, hidden_TH, prompt)
         # The logits of these rows may look finite: attention read zeros where NaN had been.

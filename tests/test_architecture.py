@@ -132,6 +132,20 @@ def test_importing_rollout_leaves_torch_out() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Of the product, and of the benchmarks, which are scripts that import by file name."""
+    files = dict(modules())
+    files |= {path.stem: path for path in (ROOT / "benchmarks").glob("*.py")}
+    graph = {
+        name: {found if found in files else found.rpartition(".")[0] for found in imports(path)}
+        for name, path in files.items()
+    }
+    left = set(graph)
+    while free := {name for name in left if not (graph[name] - {name}) & left}:
+        left -= free
+    assert not left, sorted(left)
+
+
 def test_package_roots_import_nothing() -> None:
     for package in PACKAGES:
         if package in ("kernels", "trainer_bridge"):

@@ -175,7 +175,7 @@ class Uses:
                 yield from ((f"{source}.{of}", by_table) for by_table in OF_A_TABLE)
 
     def _spelled(self, text: str) -> Iterator[Name]:
-        """ "a.b:c" and "a.b.c" are names; "a.b" alone is a module that a table or a process opens."""
+        """A text "a.b:c" or "a.b.c" means a name, "a.b" a module that a table or process opens."""
         if text in self.modules:
             yield from ((text, by_table) for by_table in OF_A_TABLE)
         elif len(text) < _LONGEST:
