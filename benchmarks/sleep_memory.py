@@ -57,7 +57,7 @@ def raw_cycle(saver: TorchMemorySaver, tag: MemoryTag, tensors: list[torch.Tenso
 
     actions = {
         "unmap": lambda: saver.release(tag, tensors),
-        "map": lambda: saver.resume(tag, tensors),
+        "map": lambda: saver.resume(tag),
         "zero": zero,
     }
     found = {}

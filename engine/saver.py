@@ -38,7 +38,7 @@ class MemorySaver(Protocol):
         """Give back the memory of the region, in which `tensors` live; contents are lost."""
         ...
 
-    def resume(self, tag: MemoryTag, tensors: Sequence[torch.Tensor]) -> None:
+    def resume(self, tag: MemoryTag) -> None:
         """Take the memory again; contents are undefined."""
         ...
 
@@ -64,7 +64,7 @@ class PlainSaver:
         for storage in storages.values():
             storage.resize_(0)
 
-    def resume(self, tag: MemoryTag, tensors: Sequence[torch.Tensor]) -> None:
+    def resume(self, tag: MemoryTag) -> None:
         """Resize every storage to what it was."""
         for storage, num_bytes in self._sizes.pop(tag):
             storage.resize_(num_bytes)
@@ -113,7 +113,7 @@ class TorchMemorySaver:
         self._library.pause(self._name(tag))
         self._active.discard(self._name(tag))
 
-    def resume(self, tag: MemoryTag, tensors: Sequence[torch.Tensor]) -> None:
+    def resume(self, tag: MemoryTag) -> None:
         """Map physical memory at the same addresses."""
         self._library.resume(self._name(tag))
         self._active.add(self._name(tag))

@@ -160,7 +160,7 @@ def test_a_graph_replays_after_its_memory_came_back() -> None:
     before = torch.cuda.mem_get_info()[0]
     saver.release("cuda_graph", [])
     assert torch.cuda.mem_get_info()[0] - before >= 256 << 20, "the graph's memory did not go"
-    saver.resume("cuda_graph", [])
+    saver.resume("cuda_graph")
     result.zero_()
     graph.replay()
     assert torch.equal(result, expected)
