@@ -51,6 +51,7 @@ from engine.protocol import (
 )
 from engine.sampling import Sampler
 from engine.transfer import Fetch, to_device
+from engine.weights.initial import load_initial
 from engine.weights.lane import PendingCommand
 from engine.weights.open import open_source, origin_of
 from engine.weights.service import WeightService
@@ -101,7 +102,8 @@ class Worker:
             require_weights=partial(self._occupancy.require, "weights"),
         )
         source = open_source(files.kind, files.path, self._model, config.weight_seed)
-        self._weights.session.load_initial(source, origin_of(files.kind, files.path))
+        catalog = self._weights.session.catalog
+        load_initial(catalog, source, origin_of(files.kind, files.path))
         if config.refusal:
             self._weights.session.invalidate(config.refusal)
         # A graph pads its batch with rows that need a slot and a page of nobody's.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import math
 import pickle
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -42,7 +43,7 @@ __all__ = [
     "TCPStore",
     "WeakStorage",
     "all_gather_flat",
-    "copy_each",
+    "copy_together",
     "export_cuda",
     "flash_attention_cpu",
     "gloo_backend",
@@ -170,14 +171,14 @@ def flash_attention_cpu(
     return out, lse
 
 
-def copy_each(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+def copy_together(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
     """Copy many small tensors in few kernels, in the order of the current stream."""
-    torch._foreach_copy_(targets, sources, non_blocking=True)
+    torch._foreach_copy_(list(targets), list(sources), non_blocking=True)
 
 
-def largest_magnitudes(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+def largest_magnitudes(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The largest magnitude of each tensor, NaN if any is NaN, in few kernels."""
-    return list(torch._foreach_norm(tensors, math.inf))
+    return list(torch._foreach_norm(list(tensors), math.inf))
 
 
 def keep_for_ever(thing: object) -> None:

@@ -10,14 +10,13 @@ from engine.errors import CheckpointError, ManifestMismatch
 from engine.numerics import dtype_name
 from engine.weights import finite
 from engine.weights.catalog import Catalog
-from engine.weights.load import Loadable, load
+from engine.weights.load import load
 
 
 def load_initial(
-    model: Loadable,
     catalog: Catalog,
     source: Iterable[tuple[str, torch.Tensor]],
-    origin: Callable[[str], object],
+    origin: Callable[[str], object] = lambda _name: "no file",
 ) -> None:
     """Fill a fresh model. origin: the file that holds a tensor, for errors.
 
@@ -25,7 +24,7 @@ def load_initial(
     CheckpointError for one that is not finite; both name the tensor and its file.
     """
     try:
-        load(model, source)
+        load(catalog, source)
     except ManifestMismatch as error:
         raise ManifestMismatch(
             f"{error.message} ({origin(error.field)})", field=error.field

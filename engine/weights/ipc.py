@@ -30,6 +30,7 @@ from engine.protocol import (
     decode,
     piece_bytes,
 )
+from engine.transfer import wait_for
 from engine.weights import layouts, shared_memory
 from engine.weights.helpers import nothing
 from engine.weights.lane import Look
@@ -243,5 +244,5 @@ def _as_tensor(name: str, value: object) -> torch.Tensor:
 
 def _synchronize(tensors: Sequence[Named]) -> None:
     """Wait for the copies: the sender may overwrite its memory once it has the reply."""
-    for device in {tensor.device for _, tensor in tensors if tensor.is_cuda}:
-        torch.cuda.current_stream(device).synchronize()
+    for device in {tensor.device for _, tensor in tensors}:
+        wait_for(device)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from kernels.compat import copy_each
+from kernels.compat import copy_together
 
 _HALF_BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
@@ -63,7 +63,7 @@ class Masters:
     def publish(self) -> None:
         """Round the masters into the parameters that the model computes with."""
         if self._named is not self._computing:
-            copy_each(
+            copy_together(
                 [parameter.detach() for parameter in self._computing.values()],
                 [master.detach() for master in self._named.values()],
             )

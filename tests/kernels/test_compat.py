@@ -189,7 +189,7 @@ def test_attention_on_a_cpu_and_its_normaliser() -> None:
 def test_many_tensors_are_copied_and_read_at_once() -> None:
     sources = [torch.randn(3), torch.randn(2, 2), torch.tensor([1.0, math.nan])]
     targets = [torch.zeros_like(source) for source in sources]
-    compat.copy_each(targets, sources)
+    compat.copy_together(targets, sources)
     assert all(torch.equal(a[:1], b[:1]) for a, b in zip(targets, sources, strict=True))
     peaks = compat.largest_magnitudes(sources)
     assert [float(peak) for peak in peaks[:2]] == [float(s.abs().max()) for s in sources[:2]]

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from engine.errors import CheckpointError, ManifestMismatch, ModelNotFound
 from engine.models.locate import locate
 from engine.models.weight_files import weight_files
+from engine.weights.catalog import Catalog
 from engine.weights.load import load
 from engine.weights.sources import random, safetensors
 from tests.helpers.load_tiny import load_path, poisoned
@@ -85,7 +86,7 @@ def test_random_weights_do_not_depend_on_order_or_neighbours(tmp_path: Path) -> 
 def test_random_weights_have_the_stated_distribution(tmp_path: Path) -> None:
     write_tiny(tmp_path, "qwen2", vocab_size=2000)
     model = poisoned(locate(tmp_path).config)
-    load(model, random.tensors(model.weight_index(), 0))
+    load(Catalog(model), random.tensors(model.weight_index(), 0))
     assert torch.equal(model.model.norm.weight, torch.ones(64))
     bias = model.model.layers[0].self_attn.qkv_proj.bias
     assert torch.equal(bias, torch.zeros_like(bias))
