@@ -156,10 +156,12 @@ def test_package_roots_import_nothing() -> None:
 
 
 def test_files_stay_small() -> None:
-    """The cap of the style guide: 500 lines a file."""
-    for name, path in modules():
+    """At most 400 lines a file; 500 in `rollout`, whose files are still to be divided."""
+    files = [*modules(), *((path.name, path) for path in (ROOT / "benchmarks").glob("*.py"))]
+    for name, path in files:
         lines = len(path.read_text().splitlines())
-        assert lines <= 500, f"{name} has {lines} lines"
+        most = 500 if within(name, "rollout") else 400
+        assert lines <= most, f"{name} has {lines} lines"
 
 
 def test_no_room_of_the_deciding_side_is_crowded() -> None:
