@@ -46,7 +46,7 @@ def test_every_member_is_read_by_the_product(uses: Uses) -> None:
         for module, owner, member in members(uses.modules)
         if member not in read and not owner.startswith("_")
     }
-    assert unread == NOT_READ.keys()
+    assert unread <= NOT_READ.keys()
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from engine.errors import (
     SlipstreamError,
     UnsupportedOption,
 )
+from engine.numerics import dtype_name
 from engine.parallel.mesh import Mesh
 from engine.protocol import (
     IpcBuffer,
@@ -138,7 +139,7 @@ def _looking(
 
 
 def _piece(name: str, tensor: torch.Tensor) -> TensorPiece:
-    return TensorPiece(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
+    return TensorPiece(name, dtype_name(tensor.dtype), list(tensor.shape))
 
 
 def _are_views(

@@ -45,10 +45,6 @@ class UndoCopy:
                 field="mode",
             ) from error
 
-    def has(self, names: Iterable[str]) -> bool:
-        """Whether the old values of all of `names` were kept."""
-        return self._starts.keys() >= set(names)
-
     def keep(self, names: Iterable[str], catalog: Catalog) -> None:
         """Copy the live tensors `names`, in the order of the current stream.
 

@@ -19,7 +19,7 @@ from engine.weights import trainer_store
 from engine.weights.helpers import Helpers, nothing
 from engine.weights.lane import Look
 from engine.weights.nccl_group import NcclGroup
-from engine.weights.unpickle import restricted_loads
+from engine.weights.unpickle import NcclUniqueId, restricted_loads
 
 _ID_KEY = "broadcast_from/0/0"
 
@@ -67,7 +67,7 @@ def _published(store: Store, command: JoinGroup, deadline: float, look: Look) ->
 
 
 def _id_bytes(unpickled: object) -> bytes:
-    raw = getattr(unpickled, "internal", unpickled)
+    raw = unpickled.internal if isinstance(unpickled, NcclUniqueId) else unpickled
     try:
         unique_id = bytes(raw)  # type: ignore[call-overload]
     except TypeError:
