@@ -21,7 +21,7 @@ from engine.protocol import (
     SamplingParams,
 )
 from rollout.launch import launch
-from rollout.replica import InlineReplica
+from rollout.replica.inline import InlineReplica
 
 SMALL = Path(__file__).parent / "shapes" / "tiny.json"
 

@@ -23,7 +23,7 @@ from engine.parallel.connect import connect
 from engine.parallel.mesh import Mesh
 from engine.protocol import FlushCache, Request, RequestOutput, SamplingParams
 from rollout.launch import launch
-from rollout.replica import Replica
+from rollout.replica.base import Replica
 
 FAULT_S, PATIENT_S = 20.0, 120.0
 """Deadlines of a collective: where ranks are lost, and where kernels are still compiled."""

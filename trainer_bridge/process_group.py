@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from engine.comm.rendezvous import backend_prefix, joined_key
-from kernels.compat import PrefixStore, TCPStore
 from engine.errors import GroupError, UpdateTimeout
+from kernels.compat import PrefixStore, TCPStore
 from trainer_bridge.links import Check, Link, connect
 
 logger = logging.getLogger(__name__)

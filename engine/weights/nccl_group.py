@@ -10,13 +10,13 @@ import torch
 
 from engine.comm.nccl import Communicator, NcclError
 from engine.comm.rendezvous import NCCL_ID_KEY, backend_prefix
-from kernels.compat import PrefixStore, Store
 from engine.errors import GroupError, WeightUpdateError
 from engine.protocol import JoinGroup
 from engine.weights import trainer_store
 from engine.weights.group import broken
 from engine.weights.helpers import Helpers, nothing
 from engine.weights.lane import Look
+from kernels.compat import PrefixStore, Store
 
 _POLL_S = 0.00005
 _LIVENESS_S = 2.0

@@ -15,15 +15,14 @@ import time
 from collections.abc import Iterable
 from datetime import timedelta
 
-
 from engine.comm.rendezvous import joined_key
-from kernels.compat import Store, TCPStore
 from engine.errors import GroupError
 from engine.protocol import JoinGroup
 from engine.protocol.deadlines import capped
 from engine.weights.group import seconds_left
 from engine.weights.helpers import Helpers, nothing
 from engine.weights.lane import Look
+from kernels.compat import Store, TCPStore
 
 _POLL_S = 0.001
 _SLICE_S = 0.1

@@ -12,7 +12,6 @@ from collections.abc import Callable
 import torch
 
 from engine.comm.nccl import UNIQUE_ID_BYTES
-from kernels.compat import Store
 from engine.errors import GroupError
 from engine.protocol import JoinGroup
 from engine.weights import trainer_store
@@ -20,6 +19,7 @@ from engine.weights.helpers import Helpers, nothing
 from engine.weights.lane import Look
 from engine.weights.nccl_group import NcclGroup
 from engine.weights.unpickle import NcclUniqueId, restricted_loads
+from kernels.compat import Store
 
 _ID_KEY = "broadcast_from/0/0"
 

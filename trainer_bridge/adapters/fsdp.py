@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from engine.errors import UnsupportedOption
 from engine.protocol import TensorPiece, TensorSpec
+from kernels.compat import local_part
 from trainer_bridge.adapters.bucketing import (
     BUCKET_BYTES,
     even_share,
@@ -23,7 +24,6 @@ from trainer_bridge.adapters.bucketing import (
     piece_of,
     wire_spec,
 )
-from kernels.compat import local_part
 from trainer_bridge.adapters.plain import bare_name
 
 
