@@ -163,7 +163,11 @@ def speed(job: Job) -> dict[str, Any]:
     shorten = 64 if job.device == "cpu" else 1
     config = config_of(job, max_running=len(work.output_lens), context=4096)
     if job.device == "cpu":
-        work = replace(work, prompts=1, prompt_tokens=32, output_lens=work.output_lens[:2])
+        num_rows = min(work.samples, 2)
+        lens = np.full(1, 32)
+        work = replace(
+            work, samples=num_rows, prompt_lens=lens, output_lens=work.output_lens[:num_rows]
+        )
     with launch(config) as replica:
         vocab = replica.state().vocab_size
         replica.submit(work.requests(vocab, seed=1, shorten=16 * shorten))
