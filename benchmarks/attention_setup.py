@@ -122,7 +122,6 @@ class Setup:
             host_pages=self.table,
             max_kv_len=int(lens.max()),
             page_size=PAGE,
-            scratch_slot=num_rows,
         )
         return layout, slots, lens
 

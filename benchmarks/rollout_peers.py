@@ -21,10 +21,11 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import tyro
 from gpu_rollout_workloads import WorkloadName, make_workload
+from rollout_peers_calls import Answer, Ask, Run
 
 PeerName = Literal["transformers", "vllm", "sglang"]
 
@@ -47,24 +48,6 @@ class PeerOptions:
     """Most sequences the peer may run at once; fewer take less memory."""
     timeout_s: float = 1200.0
     """Longest that the run may take, start-up included."""
-
-
-class Ask(NamedTuple):
-    """One request: ids in, so many tokens out."""
-
-    prompt_ids: list[int]
-    num_tokens: int
-
-
-class Answer(NamedTuple):
-    """What came back: how many tokens and how many logprobs."""
-
-    num_tokens: int
-    num_logprobs: int
-
-
-Run = Callable[[list[Ask]], list[Answer]]
-"""Answers a batch of requests, in order; raises TimeoutError past its deadline."""
 
 
 def asks(workload: WorkloadName, vocab_size: int, *, seed: int, shorten: int) -> list[Ask]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import sglang
-from rollout_peers import Answer, Ask, Run
+from rollout_peers_calls import Answer, Ask, Run
 
 MEMORY_SHARE = 0.85
 

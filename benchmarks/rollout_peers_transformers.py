@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rollout_peers import Answer, Ask, Run
+from rollout_peers_calls import Answer, Ask, Run
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.utils import WorkloadHints

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rollout_peers import Answer, Ask, Run
+from rollout_peers_calls import Answer, Ask, Run
 from vllm import LLM, SamplingParams
 
 MEMORY_SHARE = 0.88

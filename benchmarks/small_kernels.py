@@ -5,7 +5,7 @@ products of few rows against cuBLAS and the bandwidth.
 
 Every time is microseconds of one call inside a CUDA graph of many, over enough copies of the
 weights that none is found in the L2 cache. `chain` runs the layers of a decode step without
-their attention: as separate kernels, fused, and fused with programmatic dependent launch.
+their attention: as separate kernels and fused.
 `--tune` tries every configuration of the products first, and the later parts use the best.
 """
 

@@ -98,24 +98,22 @@ class Chain:
         write_kv(k, v, layer.k_pages, layer.v_pages, self.slots, backend="triton")
         return q
 
-    def fused(self, overlap: bool, rotate: bool = True) -> torch.Tensor:
+    def fused(self, rotate: bool = True) -> torch.Tensor:
         """The kernels of this project; `rotate` off leaves the separate rotation and write."""
-        total, base = self.total, Options(eps=1e-6, counters=self.counters, overlap=overlap)
+        total, base = self.total, Options(eps=1e-6, counters=self.counters)
         for layer in self.layers:
             options = replace(base, norm_weight_I=layer.norms[0], bias_O=self.bias)
             qkv = self._product(layer, "qkv", total, options)
-            q = self._stored(layer, qkv, overlap) if rotate else self._rotated(layer, qkv)
+            q = self._stored(layer, qkv) if rotate else self._rotated(layer, qkv)
             total = self._product(layer, "o", q.flatten(1), replace(base, residual_RO=total))
             options = replace(base, norm_weight_I=layer.norms[1], gated=True)
             gated = self._product(layer, "gate_up", total, options)
             total = self._product(layer, "down", gated, replace(base, residual_RO=total))
         return total
 
-    def _stored(self, layer: Layer, qkv: torch.Tensor, overlap: bool) -> torch.Tensor:
+    def _stored(self, layer: Layer, qkv: torch.Tensor) -> torch.Tensor:
         target = KVTarget(layer.k_pages, layer.v_pages, self.slots)
-        return rotate_and_store(
-            qkv, self.positions, self.cos_sin, target, self.norms, overlap=overlap
-        )
+        return rotate_and_store(qkv, self.positions, self.cos_sin, target, self.norms)
 
     def _product(self, layer: Layer, name: str, x: torch.Tensor, options: Options) -> torch.Tensor:
         shape: Shape = self.shapes[name]
@@ -130,7 +128,7 @@ def _random(*shape: int) -> torch.Tensor:
 def table(best: Best, bandwidth: float) -> list[dict[str, Any]]:
     """Microseconds of a layer by each chain, and the bandwidth's floor."""
     out = []
-    heads = ("separate", "fused, rotation apart", "fused", "fused, early", "floor")
+    heads = ("separate", "fused, rotation apart", "fused", "floor")
     print(f"{'model':<6}{'rows':>5}" + "".join(f"{head:>23}" for head in heads))
     for model in HEADS:
         for rows in (1, 2, 4, 8, 16):
@@ -138,9 +136,8 @@ def table(best: Best, bandwidth: float) -> list[dict[str, Any]]:
             _check(chain)
             times = {
                 "separate": time_us([chain.separate] * 4) / LAYERS,
-                "rotation_apart": time_us([lambda c=chain: c.fused(False, False)] * 4) / LAYERS,
-                "fused": time_us([lambda c=chain: c.fused(False)] * 4) / LAYERS,
-                "early": time_us([lambda c=chain: c.fused(True)] * 4) / LAYERS,
+                "rotation_apart": time_us([lambda c=chain: c.fused(rotate=False)] * 4) / LAYERS,
+                "fused": time_us([chain.fused] * 4) / LAYERS,
                 "floor": chain.bytes / bandwidth * 1e6,
             }
             print(f"{model:<6}{rows:>5}" + "".join(f"{us:23.1f}" for us in times.values()))
@@ -151,19 +148,18 @@ def table(best: Best, bandwidth: float) -> list[dict[str, Any]]:
 
 
 def _check(chain: Chain) -> None:
-    """Early launches in a graph change no bit; fused is near the separate chain."""
-    want, separate = chain.fused(False), chain.separate()
+    """Fused is near the separate chain, and a graph of it gives its bits."""
+    want, separate = chain.fused(), chain.separate()
     error = ((want - separate).double().norm() / separate.double().norm()).item()
     assert error < 0.03, f"the fused chain is {error:.3f} away"
     graph = torch.cuda.CUDAGraph()
-    chain.fused(True)
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
-        got = chain.fused(True)
+        got = chain.fused()
     for _ in range(20):
         graph.replay()
         torch.cuda.synchronize()
-        assert torch.equal(got, want), "an early launch read what was not written yet"
+        assert torch.equal(got, want), "a replay read what was not written yet"
 
 
 def fused_kernels() -> list[dict[str, Any]]:

@@ -98,7 +98,7 @@ def pick(best: Best, shape: Shape, rows: int) -> Config | None:
 class Case:
     """Tensors of one shape: rows, and enough weights that none stays in the cache."""
 
-    def __init__(self, shape: Shape, *, overlap: bool = False) -> None:
+    def __init__(self, shape: Shape) -> None:
         self.shape = shape
         copies = max(1, min(32, COLD_BYTES // shape.bytes))
         scale = shape.ins**-0.5
@@ -116,7 +116,6 @@ class Case:
             eps=1e-6,
             gated=shape.gated,
             counters=new_counters(torch.device("cuda")),
-            overlap=overlap,
         )
 
     def run(self, rows: int, weight: torch.Tensor, config: Config | None) -> torch.Tensor:
@@ -175,17 +174,12 @@ def tune(best: Best, bandwidth: float) -> list[dict[str, Any]]:
         case = Case(shape)
         for one_row, rows in ((True, 1), (False, 8)):
             timed = _timed(case, rows, [None, *candidates(shape, one_row)])
-            leaders = [config for _, config in timed[:4] if config is not None]
-            again = [replace(config, prefetch=True) for config in leaders]
-            timed = sorted([*timed, *_timed(case, rows, again)], key=lambda item: item[0])
             best[shape.name, one_row] = timed[0][1]
             floor = shape.bytes / bandwidth * 1e6
             print(f"{shape.name:<14} rows {rows:<3} floor {floor:7.1f}", end="")
             print(f"  cuBLAS alone {case.plain_us(rows):7.1f}", flush=True)
             for microseconds, config in timed[:4]:
                 print(f"    {microseconds:7.1f}  {config}", flush=True)
-            key = (shape.outs, shape.ins, shape.gated, one_row)
-            print(f"    TABLE {key}: {timed[0][1]},")
             rows_out.append({"shape": shape.name, "rows": rows, "floor_us": floor, "best": []})
             rows_out[-1]["best"] = [[us, repr(config)] for us, config in timed[:8]]
     return rows_out
@@ -204,18 +198,15 @@ def _timed(
 
 
 def table(best: Best, bandwidth: float) -> list[dict[str, Any]]:
-    """Ours, ours launched early, cuBLAS with separate kernels, cuBLAS alone, the floor."""
+    """Ours, cuBLAS with separate kernels, cuBLAS alone, the floor."""
     out = []
-    print(
-        f"{'shape':<14}{'rows':>5}{'ours':>9}{'early':>9}{'separate':>10}{'cuBLAS':>9}{'floor':>8}"
-    )
+    print(f"{'shape':<14}{'rows':>5}{'ours':>9}{'separate':>10}{'cuBLAS':>9}{'floor':>8}")
     for shape in SHAPES:
-        case, early = Case(shape), Case(shape, overlap=True)
+        case = Case(shape)
         for rows in (1, 2, 4, 8, 16):
             config = pick(best, shape, rows)
             times = {
                 "ours": case.us(rows, config),
-                "early": early.us(rows, config),
                 "separate": case.us(rows, None),
                 "cublas": case.plain_us(rows),
                 "floor": shape.bytes / bandwidth * 1e6,

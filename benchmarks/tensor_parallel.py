@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,16 +24,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
-from gpu_rollout_workloads import make_workload
 from machine import describe
+from tensor_parallel_jobs import Job
 
-from engine.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
-from engine.parallel.connect import connect
-from engine.parallel.mesh import Mesh
-from engine.protocol import FlushCache, Request, RequestOutput, SamplingParams
-from rollout.launch import launch
-from rollout.replica.base import Replica
-
+_JOBS = Path(__file__).with_name("tensor_parallel_jobs.py")
 SMALL = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
@@ -53,8 +45,6 @@ SMALL = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-FAULT_S, PATIENT_S = 20.0, 120.0
-"""Deadlines of a collective: where ranks are lost, and where kernels are still compiled."""
 
 
 @dataclass(frozen=True)
@@ -82,173 +72,6 @@ class Options:
     """Write the figures to this file."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One measurement, in its own process."""
-
-    part: str
-    model: str
-    tp: int
-    device: str
-    dtype: str = "bfloat16"
-    name: str = ""
-    rank: int = 0
-    meeting_place: str = ""
-
-
-def config_of(job: Job, max_running: int = 64, context: int = 2048) -> EngineConfig:
-    timeout_s = FAULT_S if job.part == "faults" else PATIENT_S
-    on_cpu = job.device == "cpu"
-    return EngineConfig(
-        model=job.model,
-        load_format="random",
-        device="cpu" if on_cpu else "cuda",
-        dtype=job.dtype,
-        context_length=256 if on_cpu else context,
-        cache=CacheConfig(memory_bytes=(64 << 20) if on_cpu else None),
-        scheduler=SchedulerConfig(max_running=max_running),
-        parallel=ParallelConfig(tp_size=job.tp, timeout_s=timeout_s),
-    )
-
-
-def finish(replica: Replica) -> dict[str, RequestOutput]:
-    """Step until idle; final outputs by id."""
-    finals = {}
-    while not replica.idle():
-        finals |= {o.rid: o for o in replica.step() if o.finish is not None}
-    return finals
-
-
-def greedy(count: int, prompt_tokens: int, new_tokens: int) -> list[Request]:
-    rng = np.random.default_rng(7)
-    params = SamplingParams(temperature=0.0, max_new_tokens=new_tokens, ignore_eos=True)
-    return [
-        Request(
-            rid=str(row),
-            prompt_ids=rng.integers(3, 32000, prompt_tokens, dtype=np.int32),
-            sampling=params,
-            seed=row,
-            prompt_logprob_start=0 if row == 0 else -1,
-        )
-        for row in range(count)
-    ]
-
-
-def agreement(job: Job) -> dict[str, Any]:
-    """Greedy tokens of 16 rows, and the prompt logprobs of one of them."""
-    rows, new = (4, 8) if job.device == "cpu" else (16, 128)
-    with launch(config_of(job)) as replica:
-        replica.submit(greedy(rows, 96, new))
-        outputs = finish(replica)
-    scored = outputs["0"].prompt_logprobs
-    assert scored is not None
-    return {
-        "tokens": [outputs[str(row)].token_ids.tolist() for row in range(rows)],
-        "logprobs": [outputs[str(row)].logprobs.tolist() for row in range(rows)],
-        "prompt": scored.tolist(),
-    }
-
-
-def faults(job: Job) -> dict[str, Any]:
-    """Seconds from the fault to the error, and the error."""
-    with launch(config_of(job)) as replica:
-        replica.submit(greedy(8, 32, 100 if job.device == "cpu" else 1500))
-        for _ in range(20):
-            replica.step()
-        pid = replica._leader._executor._ranks[0]._process.pid  # type: ignore[attr-defined]
-        os.kill(pid, signal.SIGKILL if job.name == "killed" else signal.SIGSTOP)
-        started = time.perf_counter()
-        finals = finish(replica)
-        seconds = time.perf_counter() - started
-        end = finals["1"].finish
-        assert end is not None
-        closing = time.perf_counter()
-    return {
-        "error": end.error,
-        "message": (end.message or "").splitlines()[:1],
-        "seconds": seconds,
-        "close_s": time.perf_counter() - closing,
-    }
-
-
-def collectives(job: Job) -> dict[str, Any]:
-    """Microseconds of one all-reduce of [rows, 4096] bf16 within a captured graph."""
-    device = torch.device("cuda", job.rank)
-    torch.cuda.set_device(device)
-    mesh = Mesh(tp_rank=job.rank, tp_size=job.tp)
-    group = connect(mesh, device, meeting_place=job.meeting_place, timeout_s=PATIENT_S)
-    figures: dict[str, Any] = {}
-    for rows in (1, 8, 64, 256, 1024):
-        x = torch.full((rows, 4096), float(job.rank + 1), dtype=torch.bfloat16, device=device)
-        total = group.all_reduce(x.clone())
-        assert bool((total == job.tp * (job.tp + 1) / 2).all()), "a wrong sum"
-        figures[str(rows)] = graph_us(lambda x=x: group.all_reduce(x.zero_()))
-        figures[f"{rows} without"] = graph_us(lambda x=x: x.zero_())
-    group.minimum(0)
-    group.close()
-    return figures
-
-
-def graph_us(run: Any, repeats: int = 100) -> float:
-    """Microseconds of `run` captured `repeats` times in one graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream), torch.inference_mode():
-        run()
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(capture_error_mode="thread_local")
-        for _ in range(repeats):
-            run()
-        graph.capture_end()
-        for _ in range(3):
-            graph.replay()
-        stream.synchronize()
-        started = time.perf_counter()
-        for _ in range(5):
-            graph.replay()
-        stream.synchronize()
-    return (time.perf_counter() - started) / 5 / repeats * 1e6
-
-
-def speed(job: Job) -> dict[str, Any]:
-    """Tokens a second, and the median time between steps that only decode."""
-    work = make_workload(job.name)
-    shorten = 64 if job.device == "cpu" else 1
-    config = config_of(job, max_running=len(work.output_lens), context=4096)
-    if job.device == "cpu":
-        work = replace(work, prompts=1, prompt_tokens=32, output_lens=work.output_lens[:2])
-    with launch(config) as replica:
-        vocab = replica.state().vocab_size
-        replica.submit(work.requests(vocab, seed=1, shorten=16 * shorten))
-        finish(replica)
-        replica.send(FlushCache())
-        requests = work.requests(vocab, seed=2, shorten=shorten)
-        replica.submit(requests)
-        started = time.perf_counter()
-        walls = []
-        while not replica.idle():
-            before = time.perf_counter()
-            replica.step()
-            walls.append(time.perf_counter() - before)
-        seconds = time.perf_counter() - started
-        num_tokens = sum(request.sampling.max_new_tokens for request in requests)
-        pages = replica.state().total_pages
-    return {
-        "tokens_per_s": num_tokens / seconds,
-        "seconds": seconds,
-        "step_ms": 1e3 * float(np.median(walls)),
-        "pages": pages,
-    }
-
-
-PARTS = {
-    "agreement": agreement,
-    "faults": faults,
-    "collectives": collectives,
-    "speed": speed,
-}
-
-
 def run_job(job: Job, deadline_s: float) -> dict[str, Any]:
     """The figures of one job, taken in a process of its own; {"failed": why} if it fails."""
     ranks = job.tp if job.part == "collectives" else 1
@@ -257,7 +80,7 @@ def run_job(job: Job, deadline_s: float) -> dict[str, Any]:
         place = str(Path(folder) / "meeting")
         children = [
             subprocess.Popen(
-                [sys.executable, __file__, "--job", json.dumps(asdict(each)), str(out)],
+                [sys.executable, str(_JOBS), json.dumps(asdict(each)), str(out)],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -278,14 +101,6 @@ def run_job(job: Job, deadline_s: float) -> dict[str, Any]:
             return {"failed": f"exit code {children[0].returncode}\n{text[-4000:]}"}
         figures: dict[str, Any] = json.loads(out.read_text())
         return figures
-
-
-def child_main(job_text: str, out: str) -> int:
-    job = Job(**json.loads(job_text))
-    figures = PARTS[job.part](job)
-    if job.rank == 0:
-        Path(out).write_text(json.dumps(figures))
-    return 0
 
 
 def compare(alone: dict[str, Any], together: dict[str, Any]) -> dict[str, Any]:
@@ -398,6 +213,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--job"]:
-        sys.exit(child_main(*sys.argv[2:]))
     sys.exit(main())

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import TCPStore
 
 from engine.protocol import BeginUpdate, Control, Reply, StagingMode, TensorPiece, TensorSpec
+from kernels.compat import TCPStore
 from trainer_bridge.adapters.base import WeightSource
 from trainer_bridge.adapters.deepspeed import DeepSpeedSource
 from trainer_bridge.bridge import Publisher, PushOptions

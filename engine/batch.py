@@ -15,11 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from engine.attention.base import AttentionBackend, AttentionBatch, AttentionStep
-from engine.attention.stored import attend_stored, kv_target
+from engine.attention.base import AttentionBackend, AttentionBatch
+from engine.attention.stored import ForwardContext
 from engine.protocol import NewRow, StepPlan
 from engine.transfer import to_device
-from kernels.rotary import KVTarget
 
 
 class RequestTable:
@@ -71,33 +70,18 @@ class RequestTable:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One step's tensors. `attend` is what the model's attention layers call.
+    """One step's tensors. context: what the model's layers are given.
 
-    input_ids_T, positions_T: int64 [T]. last_T_of_S: int64 [S], index into T of each sampling
+    input_ids_T: int64 [T]. last_T_of_S: int64 [S], index into T of each sampling
     row's last token. slots_S, kv_lens_S: int64 [S].
     """
 
     input_ids_T: torch.Tensor
-    positions_T: torch.Tensor
     last_T_of_S: torch.Tensor
     slots_S: torch.Tensor
     kv_lens_S: torch.Tensor
     query_start_R1: np.ndarray
-    step: AttentionStep
-
-    def attend(
-        self, layer_index: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
-    ) -> torch.Tensor:
-        """Write this step's K and V of a layer into the pool, then attend. Returns [T, H, D]."""
-        return self.step.attend(layer_index, q_THD, k_TKD, v_TKD)
-
-    def kv_target(self, layer_index: int) -> KVTarget | None:
-        """Where a fused kernel may write K and V in place of `attend`; None if none may."""
-        return kv_target(self.step, layer_index)
-
-    def attend_stored(self, layer_index: int, q_THD: torch.Tensor) -> torch.Tensor:
-        """`attend`, K and V being in `kv_target` already. Returns [T, H, D]."""
-        return attend_stored(self.step, layer_index, q_THD)
+    context: ForwardContext
 
 
 def token_layout(plan: StepPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -145,10 +129,9 @@ def build_batch(plan: StepPlan, table: RequestTable, attention: AttentionBackend
     )
     return StepBatch(
         input_ids_T=table.token_ids[slots, positions].long(),
-        positions_T=positions,
         last_T_of_S=last,
         slots_S=slots_S,
         kv_lens_S=kv_lens_S,
         query_start_R1=starts,
-        step=attention.prepare(batch),
+        context=ForwardContext(positions, attention.prepare(batch)),
     )

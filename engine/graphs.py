@@ -26,12 +26,11 @@ from engine.attention.base import (
     CapturedDecode,
     DecodeLayout,
 )
-from engine.attention.stored import attend_stored, kv_target
+from engine.attention.stored import ForwardContext
 from engine.batch import RequestTable
 from engine.models.decoder import CausalLM
 from engine.sampling import PLAIN, DrawOptions, Sampler
 from engine.transfer import to_device
-from kernels.rotary import KVTarget
 
 logger = logging.getLogger(__name__)
 
@@ -47,25 +46,6 @@ def row_buckets(max_rows: int) -> list[int]:
     """
     sizes = [*_BUCKETS, *range(1024, max_rows, 256)]
     return [size for size in sizes if size < max_rows] + [max_rows]
-
-
-@dataclass(frozen=True)
-class _DecodeBatch:
-    """The step context of a captured forward pass: one token a row."""
-
-    positions_T: torch.Tensor
-    step: AttentionStep
-
-    def attend(
-        self, layer_index: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
-    ) -> torch.Tensor:
-        return self.step.attend(layer_index, q_THD, k_TKD, v_TKD)
-
-    def kv_target(self, layer_index: int) -> KVTarget | None:
-        return kv_target(self.step, layer_index)
-
-    def attend_stored(self, layer_index: int, q_THD: torch.Tensor) -> torch.Tensor:
-        return attend_stored(self.step, layer_index, q_THD)
 
 
 @dataclass(frozen=True)
@@ -193,7 +173,6 @@ class DecodeGraphs:
             host_pages=self._table.host_pages,
             max_kv_len=bound,
             page_size=self._table.page_size,
-            scratch_slot=self._scratch_slot,
         )
 
     def _forward(self, rows: int, step: AttentionStep, options: DrawOptions) -> None:
@@ -203,8 +182,8 @@ class DecodeGraphs:
         pages_R = table.page_table[slots_R, positions_R // page_size].long()
         first_R, offset_R = pages_R * page_size, positions_R % page_size
         torch.add(first_R, offset_R, out=self._write_slots[:rows])
-        batch = _DecodeBatch(positions_R, step)
-        hidden_RE = self._model(table.token_ids[slots_R, positions_R], batch)
+        context = ForwardContext(positions_R, step)
+        hidden_RE = self._model(table.token_ids[slots_R, positions_R], context)
         logits_RV = self._model.compute_logits(hidden_RE, widen=False)
         outputs_3R = self._outputs[: 3 * rows].view(3, rows)
         entropy_R = outputs_3R[2].view(torch.float32) if options.entropy else None

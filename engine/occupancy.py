@@ -108,7 +108,7 @@ class Occupancy:
         self._check_room(wanted)
         taken: dict[str, int] = {}
         for tag in wanted:
-            saver.resume(tag, self._tensors[tag])
+            saver.resume(tag)
             taken[tag] = self._out.pop(tag)
             self._refill(tag)
         if self._backup is not None:

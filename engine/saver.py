@@ -8,7 +8,6 @@ storages are resized.
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import os
 import uuid
@@ -21,6 +20,7 @@ import torch
 
 from engine.errors import UnsupportedOption
 from engine.protocol import MemoryTag
+from kernels.compat import keep_for_ever
 
 _BLOCK_BYTES = 4 << 30
 _ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
@@ -38,7 +38,7 @@ class MemorySaver(Protocol):
         """Give back the memory of the region, in which `tensors` live; contents are lost."""
         ...
 
-    def resume(self, tag: MemoryTag, tensors: Sequence[torch.Tensor]) -> None:
+    def resume(self, tag: MemoryTag) -> None:
         """Take the memory again; contents are undefined."""
         ...
 
@@ -64,7 +64,7 @@ class PlainSaver:
         for storage in storages.values():
             storage.resize_(0)
 
-    def resume(self, tag: MemoryTag, tensors: Sequence[torch.Tensor]) -> None:
+    def resume(self, tag: MemoryTag) -> None:
         """Resize every storage to what it was."""
         for storage, num_bytes in self._sizes.pop(tag):
             storage.resize_(num_bytes)
@@ -90,8 +90,8 @@ class TorchMemorySaver:
         self._library = library
         self._prefix = f"slipstream-{uuid.uuid4().hex[:8]}"
         self._active: set[str] = set()
-        # One reference that nobody drops: freed pools would be freed outside a region.
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(library))
+        # Freed pools would be freed outside a region.
+        keep_for_ever(library)
         self._close = weakref.finalize(self, _pause_all, library, self._active)
         self._close.atexit = False
 
@@ -113,7 +113,7 @@ class TorchMemorySaver:
         self._library.pause(self._name(tag))
         self._active.discard(self._name(tag))
 
-    def resume(self, tag: MemoryTag, tensors: Sequence[torch.Tensor]) -> None:
+    def resume(self, tag: MemoryTag) -> None:
         """Map physical memory at the same addresses."""
         self._library.resume(self._name(tag))
         self._active.add(self._name(tag))

@@ -11,6 +11,13 @@ import numpy as np
 import torch
 
 
+def wait_for(device: torch.device) -> None:
+    """Wait for what is queued on the current stream of `device`, so that another thread, stream
+    or process may go on from here."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """The array as a tensor on `device`; on a CPU it shares the array's memory."""
     tensor = torch.from_numpy(array)

@@ -51,6 +51,7 @@ from engine.protocol import (
 )
 from engine.sampling import Sampler
 from engine.transfer import Fetch, to_device
+from engine.weights.initial import load_initial
 from engine.weights.lane import PendingCommand
 from engine.weights.open import open_source, origin_of
 from engine.weights.service import WeightService
@@ -101,7 +102,8 @@ class Worker:
             require_weights=partial(self._occupancy.require, "weights"),
         )
         source = open_source(files.kind, files.path, self._model, config.weight_seed)
-        self._weights.session.load_initial(source, origin_of(files.kind, files.path))
+        catalog = self._weights.session.catalog
+        load_initial(catalog, source, origin_of(files.kind, files.path))
         if config.refusal:
             self._weights.session.invalidate(config.refusal)
         # A graph pads its batch with rows that need a slot and a page of nobody's.
@@ -175,9 +177,9 @@ class Worker:
             sampled = self._graphs.run(plan.slots, plan.kv_lens, options)
             return PendingStep(plan.step, Fetch(sampled), num_rows=len(plan.slots))
         batch = build_batch(plan, self._table, self._attention)
-        hidden_TH = self._model(batch.input_ids_T, batch)
+        hidden_TH = self._model(batch.input_ids_T, batch.context)
         prompt = self._scorer.score(plan, batch, hidden_TH)
-        spoilt_R = spoilt_rows(batch.step)
+        spoilt_R = spoilt_rows(batch.context.step)
         if spoilt_R is None:
             return self._sample(plan, batch, hidden_TH, prompt)
         # The logits of these rows may look finite: attention read zeros where NaN had been.

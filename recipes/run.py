@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,8 +46,6 @@ from recipes.world import World, open_world
 from rollout.launch import read_checkpoint
 from rollout.offline import Tokenizer, free_bytes, load_tokenizer
 from trainer_bridge import PushReport
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)

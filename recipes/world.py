@@ -15,11 +15,11 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
 
 from engine.config import Device
 from engine.errors import InvalidRequest
 from engine.protocol.deadlines import RES_OPTIONS
+from kernels.compat import HashStore
 
 T = TypeVar("T")
 

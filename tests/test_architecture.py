@@ -132,6 +132,20 @@ def test_importing_rollout_leaves_torch_out() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Of the product, and of the benchmarks, which are scripts that import by file name."""
+    files = dict(modules())
+    files |= {path.stem: path for path in (ROOT / "benchmarks").glob("*.py")}
+    graph = {
+        name: {found if found in files else found.rpartition(".")[0] for found in imports(path)}
+        for name, path in files.items()
+    }
+    left = set(graph)
+    while free := {name for name in left if not (graph[name] - {name}) & left}:
+        left -= free
+    assert not left, sorted(left)
+
+
 def test_package_roots_import_nothing() -> None:
     for package in PACKAGES:
         if package in ("kernels", "trainer_bridge"):
@@ -142,10 +156,12 @@ def test_package_roots_import_nothing() -> None:
 
 
 def test_files_stay_small() -> None:
-    """The cap of the style guide: 500 lines a file."""
-    for name, path in modules():
+    """At most 400 lines a file; 500 in `rollout`, whose files are still to be divided."""
+    files = [*modules(), *((path.name, path) for path in (ROOT / "benchmarks").glob("*.py"))]
+    for name, path in files:
         lines = len(path.read_text().splitlines())
-        assert lines <= 500, f"{name} has {lines} lines"
+        most = 500 if within(name, "rollout") else 400
+        assert lines <= most, f"{name} has {lines} lines"
 
 
 def test_no_room_of_the_deciding_side_is_crowded() -> None:

@@ -17,8 +17,8 @@ from typing import Literal, cast
 import torch
 
 from engine.errors import UnsupportedOption
-from engine.protocol import BeginUpdate, StagingMode, TensorSpec, UpdateReport
-from trainer_bridge.adapters.base import WeightSource, spec_of
+from engine.protocol import BeginUpdate, StagingMode, UpdateReport
+from trainer_bridge.adapters.base import WeightSource
 from trainer_bridge.adapters.fitting import source_of
 from trainer_bridge.checksum import with_checksums
 from trainer_bridge.transports import disk, inproc
@@ -219,11 +219,6 @@ def push(
     options = PushOptions(transport=transport, folder=folder)
     with Publisher(model, [replica], options) as publisher:
         return publisher.push(version, measure_memcpy=measure_memcpy)
-
-
-def manifest(tensors: Sequence[tuple[str, torch.Tensor]]) -> list[TensorSpec]:
-    """Names, dtypes and shapes of the tensors that will come."""
-    return [spec_of(name, tensor) for name, tensor in tensors]
 
 
 def memcpy_seconds(tensors: Sequence[tuple[str, torch.Tensor]]) -> float:

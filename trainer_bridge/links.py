@@ -15,10 +15,10 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import Store
 
 from engine.comm.nccl import Communicator, new_unique_id
 from engine.comm.rendezvous import NCCL_ID_KEY
+from kernels.compat import Store
 
 _POLL_S = 0.00005
 _POLLS_BETWEEN_CHECKS = 500

@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from engine.comm.rendezvous import backend_prefix, joined_key
 from engine.errors import GroupError, UpdateTimeout
+from kernels.compat import PrefixStore, TCPStore
 from trainer_bridge.links import Check, Link, connect
 
 logger = logging.getLogger(__name__)

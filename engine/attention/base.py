@@ -65,9 +65,10 @@ class DecodeLayout:
 
     The tensors are static: their addresses stay, their contents are those of the step that is
     replayed, written before attention runs. slots_R, kv_lens_R: int32 [R]; rows past the
-    batch hold `scratch_slot` and length 1. write_slots_R: int64 [R], as in `AttentionBatch`.
-    query_start_R1: int32, 0 to R. page_table: int32 [slots, P]; host_pages: the same on the
-    host, current whenever a step is refreshed. max_kv_len: no row of this graph is longer.
+    batch hold a slot that no request takes, and length 1. write_slots_R: int64 [R], as in
+    `AttentionBatch`. query_start_R1: int32, 0 to R. page_table: int32 [slots, P]; host_pages: the
+    same on the host, current whenever a step is refreshed. max_kv_len: no row of this graph is
+    longer.
     """
 
     rows: int
@@ -79,7 +80,6 @@ class DecodeLayout:
     host_pages: np.ndarray
     max_kv_len: int
     page_size: int
-    scratch_slot: int
 
 
 class CapturedDecode(Protocol):

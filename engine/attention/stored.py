@@ -1,10 +1,12 @@
-"""Steps whose keys and values another kernel writes: the one that rotates them.
+"""A step as a model's layers see it, and steps whose keys and values another kernel writes: the
+one that rotates them.
 
 Legend: T tokens of the step, H query heads, D head dim.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -29,12 +31,27 @@ class StoredStep(Protocol):
         ...
 
 
-def kv_target(step: AttentionStep, layer_index: int) -> KVTarget | None:
-    """Where the step's keys and values belong; None if only its `attend` may write them."""
-    return step.kv_target(layer_index) if isinstance(step, StoredStep) else None
+@dataclass(frozen=True)
+class ForwardContext:
+    """What the layers of a model are told of a step; see `engine.layers.attention.StepContext`.
 
+    positions_T: int64 [T].
+    """
 
-def attend_stored(step: AttentionStep, layer_index: int, q_THD: torch.Tensor) -> torch.Tensor:
-    """Attend with KV written to `kv_target`, which was not None."""
-    assert isinstance(step, StoredStep)
-    return step.attend_stored(layer_index, q_THD)
+    positions_T: torch.Tensor
+    step: AttentionStep
+
+    def attend(
+        self, layer_index: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
+    ) -> torch.Tensor:
+        """Write this step's K and V of a layer into the pool, then attend. Returns [T, H, D]."""
+        return self.step.attend(layer_index, q_THD, k_TKD, v_TKD)
+
+    def kv_target(self, layer_index: int) -> KVTarget | None:
+        """Where the step's keys and values belong; None if only `attend` may write them."""
+        return self.step.kv_target(layer_index) if isinstance(self.step, StoredStep) else None
+
+    def attend_stored(self, layer_index: int, q_THD: torch.Tensor) -> torch.Tensor:
+        """Attend with KV written to `kv_target`, which was not None."""
+        assert isinstance(self.step, StoredStep)
+        return self.step.attend_stored(layer_index, q_THD)

@@ -20,6 +20,7 @@ import torch
 from engine.attention.base import AttentionBatch
 from engine.attention.sharing import Segment, find_shared_prefixes
 from engine.kv.pool import KVPool
+from kernels.compat import flash_attention_cpu
 from kernels.kv_copy import write_kv
 
 # Rows are padded together while the longest is at most this many times the shortest.
@@ -215,9 +216,7 @@ def _dense(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if q.device.type == "cpu":
-        attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, lse = attention(q, k, v, 0.0, False, attn_mask=bias, scale=scale)
-        return out, lse
+        return flash_attention_cpu(q, k, v, bias, scale)
     scores = torch.matmul(q.float(), k.float().transpose(-1, -2)) * scale
     if bias is not None:
         scores = scores + bias.float()

@@ -14,7 +14,7 @@ from engine.layers.parameter import ShardedParameter, sliced, uneven_shard
 from engine.layers.runtime import LayerRuntime
 from engine.parallel.mesh import Mesh
 from kernels.embedding import embed_rms_norm
-from kernels.linear import Options, fused_linear
+from kernels.linear import fused_linear
 
 
 def vocab_sizes(vocab_size: int, mesh: Mesh) -> list[int]:
@@ -72,7 +72,6 @@ class LMHead(nn.Module):
         self.collectives = runtime.collectives
         self.sizes = vocab_sizes(vocab_size, runtime.mesh)
         self.backend, self.few_rows = runtime.backend, runtime.few_rows
-        self.options = Options(overlap=runtime.overlap)
         if tied_to is None:
             self.weight = _vocab_parameter(vocab_size, hidden_size, runtime)
         else:
@@ -84,7 +83,7 @@ class LMHead(nn.Module):
         widen: False returns the product as it is, the same values in half the bytes.
         """
         if len(hidden_SE) <= self.few_rows:
-            own = fused_linear(hidden_SE, self.weight, self.options, backend=self.backend)
+            own = fused_linear(hidden_SE, self.weight, backend=self.backend)
         else:
             own = F.linear(hidden_SE, self.weight)
         logits_SV = self.collectives.all_gather_last(own, self.sizes)

@@ -76,7 +76,6 @@ class Fusion:
 
     def __init__(self, runtime: LayerRuntime) -> None:
         self.backend = runtime.backend
-        self.overlap = runtime.overlap
         self.counters = new_counters(runtime.device) if runtime.few_rows else None
 
     def options(
@@ -95,7 +94,6 @@ class Fusion:
             gated=gated,
             residual_RO=residual_RO,
             counters=self.counters,
-            overlap=self.overlap,
         )
 
 

@@ -15,6 +15,7 @@ import torch
 
 from engine.errors import ManifestMismatch, ModelError
 from engine.parallel.mesh import Mesh
+from kernels.compat import parameter_of
 
 SINGLE = ""
 """Part key of a parameter that holds slices of one tensor only."""
@@ -94,7 +95,7 @@ class ShardedParameter(torch.nn.Parameter):
     parts: Mapping[str, Part]
 
     def __new__(cls, data: torch.Tensor, parts: Mapping[str, Part]) -> ShardedParameter:
-        parameter = torch.Tensor._make_subclass(cls, data, False)
+        parameter = parameter_of(cls, data)
         parameter.parts = dict(parts)
         return parameter
 

@@ -87,10 +87,8 @@ class Rotary:
         *,
         device: torch.device,
         backend: KernelBackend,
-        overlap: bool = False,
     ) -> None:
         self.backend = backend
-        self.overlap = overlap
         frequencies, scale = inverse_frequencies(rope, head_dim)
         angles = torch.outer(torch.arange(max_position, dtype=torch.float32), frequencies)
         table = torch.cat([angles.cos(), angles.sin()], dim=-1) * scale
@@ -117,6 +115,5 @@ class Rotary:
             self.cos_sin_MD,
             target,
             norms=norms,
-            overlap=self.overlap,
             backend=self.backend,
         )

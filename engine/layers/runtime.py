@@ -22,7 +22,6 @@ class LayerRuntime:
     collectives: how it reaches the ranks that hold the others; without, layers return what
         this rank has computed.
     linear: how linear layers store and apply their weights.
-    overlap: launch the kernels of few rows early, as `kernels.pdl` describes.
     """
 
     device: torch.device
@@ -31,7 +30,6 @@ class LayerRuntime:
     mesh: Mesh = field(default_factory=Mesh)
     collectives: Collectives = field(default_factory=NoCollectives)
     linear: LinearMethod = field(default_factory=Unquantized)
-    overlap: bool = False
 
     @property
     def few_rows(self) -> int:

@@ -82,7 +82,6 @@ class Decoder(nn.Module):
             max_position,
             device=runtime.device,
             backend=runtime.backend,
-            overlap=runtime.overlap,
         )
         self.few_rows = runtime.few_rows
         self.embed_tokens = VocabEmbedding(config.vocab_size, config.hidden_size, runtime=runtime)

@@ -11,11 +11,11 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch._C._distributed_c10d import AllgatherOptions
 
 from engine.errors import EngineDead
 from engine.parallel.collectives import gather_last
 from engine.protocol.deadlines import AGREE_S, START_AGREE_S
+from kernels.compat import AllgatherOptions, all_gather_flat
 
 
 class GlooCollectives:
@@ -71,7 +71,7 @@ class GlooCollectives:
         options.timeout = timedelta(seconds=timeout_s)
         source, target = x.reshape(-1).view(torch.uint8), out.view(-1).view(torch.uint8)
         try:
-            (group or self._group)._allgather_base(target, source, options).wait()
+            all_gather_flat(group or self._group, target, source, options).wait()
         except RuntimeError as error:
             raise EngineDead(
                 f"a rank left or missed a collective: {error}", field="ranks"

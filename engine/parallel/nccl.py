@@ -6,17 +6,16 @@ Legend: N ranks; `...` any dims.
 from __future__ import annotations
 
 import atexit
-import ctypes
 import threading
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch._C._distributed_c10d import AllgatherOptions, AllreduceOptions
 
 from engine.errors import EngineDead
 from engine.parallel.collectives import gather_last
 from engine.parallel.gloo import GlooCollectives
+from kernels.compat import AllgatherOptions, AllreduceOptions, all_gather_flat, keep_for_ever
 
 _ABORT_S = 5.0
 
@@ -79,7 +78,7 @@ class NcclCollectives:
     def _gather(self, x: torch.Tensor) -> torch.Tensor:
         """Contiguous x [...] -> [N, ...]."""
         out = x.new_empty((self._size, *x.shape))
-        _join(self._joined()._allgather_base(out, x, self._side_by_side))
+        _join(all_gather_flat(self._joined(), out, x, self._side_by_side))
         return out
 
     def _joined(self) -> Any:
@@ -91,9 +90,8 @@ class NcclCollectives:
 
 def _break(group: Any) -> threading.Thread:
     """Abort `group` in a thread that may never return, with both in nobody's way at exit."""
-    # One reference that nobody drops: the thread, and torch's own behind it, may still be in
-    # the group when the interpreter ends, and a group destructed under them ends the process.
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+    # The thread, and torch's own behind it, may still be in the group when the interpreter ends.
+    keep_for_ever(group)
     thread = threading.Thread(target=group.abort, name="nccl-abort", daemon=True)
     thread.start()
     # So does a thread that comes back from C++ to an interpreter that has ended.

@@ -12,12 +12,11 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch._C._distributed_c10d import FileStore, PrefixStore, Store
 
 from engine.errors import EngineDead
 from engine.parallel.mesh import Mesh
 from engine.protocol.deadlines import MEET_S
+from kernels.compat import FileStore, PrefixStore, Store, gloo_backend, nccl_backend
 
 LOOPBACK = "127.0.0.1"
 
@@ -35,13 +34,9 @@ def gloo_group(store: Store, mesh: Mesh, name: str = "gloo") -> Any:
 
     Raises EngineDead if a rank does not come in `MEET_S`.
     """
-    gloo: Any = dist.ProcessGroupGloo
-    options = gloo._Options()
-    options._devices = [gloo.create_device(hostname=LOOPBACK)]
-    options._timeout = timedelta(seconds=MEET_S)
-    place = PrefixStore(name, store)
+    place, timeout = PrefixStore(name, store), timedelta(seconds=MEET_S)
     try:
-        return gloo(place, mesh.tp_rank, mesh.tp_size, options)
+        return gloo_backend(place, mesh.tp_rank, mesh.tp_size, hostname=LOOPBACK, timeout=timeout)
     except RuntimeError as error:
         raise EngineDead(
             f"{mesh.tp_size} ranks did not meet within {MEET_S:g} s: {error}", field="ranks"
@@ -54,10 +49,5 @@ def nccl_group(store: Store, mesh: Mesh, timeout_s: float, device: torch.device)
     timeout_s: after which torch's own watchdog ends the process; replays of captured
     collectives are not among those it sees.
     """
-    nccl: Any = dist.ProcessGroupNCCL
-    options = nccl.Options()
-    options._timeout = timedelta(seconds=timeout_s)
-    place = PrefixStore("nccl", store)
-    group = nccl(place, mesh.tp_rank, mesh.tp_size, options)
-    group.eager_connect_single_device(device)
-    return group
+    place, timeout = PrefixStore("nccl", store), timedelta(seconds=timeout_s)
+    return nccl_backend(place, mesh.tp_rank, mesh.tp_size, timeout=timeout, device=device)

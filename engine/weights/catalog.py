@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from engine.errors import ManifestMismatch
 from engine.layers.parameter import Part, ShardedParameter
-from engine.weights.load import Loadable
+from kernels.compat import copy_together
 
 _LARGE_BYTES = 1 << 20
 
@@ -32,7 +33,23 @@ def copy_each(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) 
         small_targets.append(target)
         small_sources.append(source)
     for small_targets, small_sources in together.values():
-        torch._foreach_copy_(small_targets, small_sources, non_blocking=True)
+        copy_together(small_targets, small_sources)
+
+
+class Loadable(Protocol):
+    """A model whose weights have Hugging Face names."""
+
+    def weight_index(self) -> Mapping[str, tuple[ShardedParameter, str]]:
+        """Each full tensor by name: the parameter and part it goes to."""
+        ...
+
+    def aliases(self) -> Mapping[str, str]:
+        """Second names of tensors in the index."""
+        ...
+
+    def ignored_names(self) -> frozenset[str]:
+        """Names that may come and are not needed."""
+        ...
 
 
 @dataclass(frozen=True)

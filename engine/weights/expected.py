@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from engine.errors import ManifestMismatch, SlipstreamError
+from engine.numerics import dtype_name
 from engine.protocol import BeginUpdate, TensorPiece, TensorSpec
 from engine.weights import verify
 from engine.weights.catalog import Catalog
@@ -66,8 +67,7 @@ class Expected:
         """Raise ManifestMismatch unless `tensor` may come as the whole of `name`."""
         if not tensor.is_floating_point():
             raise ManifestMismatch(f"{name} has dtype {tensor.dtype}, not a float", field=name)
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        self.check(update, TensorPiece(name, dtype, list(tensor.shape)))
+        self.check(update, TensorPiece(name, dtype_name(tensor.dtype), list(tensor.shape)))
 
     def digest(self, pieces: Sequence[TensorPiece], refusal: SlipstreamError | None) -> int:
         """Of what this rank is to take in, by which ranks agree; 0 if it refuses."""

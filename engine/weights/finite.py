@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from engine.numerics import dtype_name
 from kernels.backend import KernelBackend
 from kernels.finite import peaks
 
@@ -39,7 +40,7 @@ def first_unfit(
         if not math.isfinite(peak):
             return name, f"holds {'NaN' if math.isnan(peak) else 'inf'}"
         if served != dtype and not _holds(peak, dtype, served):
-            return name, f"has values up to {peak:g}, which {_name(served)} cannot hold"
+            return name, f"has values up to {peak:g}, which {dtype_name(served)} cannot hold"
     return None
 
 
@@ -58,7 +59,3 @@ def _holds(peak: float, dtype: torch.dtype, served: torch.dtype) -> bool:
     if peak <= torch.finfo(served).max:
         return True
     return math.isfinite(float(torch.tensor(peak, dtype=torch.float64).to(dtype).to(served)))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store
 
 from engine.comm.rendezvous import backend_prefix
-from engine.errors import GroupError, UpdateTimeout, WeightUpdateError
+from engine.errors import GroupError, WeightUpdateError
 from engine.protocol import JoinGroup
 from engine.weights import trainer_store
-from engine.weights.group import seconds_left
+from engine.weights.group import broken, seconds_left
 from engine.weights.helpers import Helpers, nothing
 from engine.weights.lane import Look
+from kernels.compat import PrefixStore, Store
 
 _MARK = 0xFF
 """Two bytes of it are NaN in every float dtype of two bytes or more, and one is in those of one."""
@@ -148,15 +148,8 @@ class GlooGroup:
     def _broken(
         self, source: int, tensor: str, deadline: float, error: RuntimeError
     ) -> WeightUpdateError:
-        if time.monotonic() >= deadline - 0.01:
-            return UpdateTimeout(
-                f"{tensor} did not come from rank {source} of group {self.name!r} in time",
-                field=tensor,
-            )
-        return GroupError(
-            f"rank {source} of group {self.name!r} is gone; {tensor} did not come ({error})",
-            field=tensor,
-        )
+        late = time.monotonic() >= deadline - 0.01
+        return broken(self.name, source, tensor, error, late=late)
 
 
 def _with_room(buffer: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from engine.errors import GroupError, UpdateTimeout, WeightUpdateError
 from engine.weights.lane import Look
 
 
@@ -48,6 +49,19 @@ class Group(Protocol):
         """Drop the group at once, whatever is queued on it; whether nothing writes into the
         memory of its broadcasts any more. Idempotent: asked again, it looks again."""
         ...
+
+
+def broken(
+    group: str, source: int, tensor: str, cause: Exception, *, late: bool
+) -> WeightUpdateError:
+    """The error of a broadcast from rank `source` that did not come: out of time, or `cause`."""
+    if late:
+        return UpdateTimeout(
+            f"{tensor} did not come from rank {source} of group {group!r} in time", field=tensor
+        )
+    return GroupError(
+        f"rank {source} of group {group!r} is gone; {tensor} did not come ({cause})", field=tensor
+    )
 
 
 def seconds_left(deadline: float) -> float:

@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterable
 import torch
 
 from engine.errors import CheckpointError, ManifestMismatch
+from engine.numerics import dtype_name
 from engine.weights import finite
 from engine.weights.catalog import Catalog
-from engine.weights.load import Loadable, load
+from engine.weights.load import load
 
 
 def load_initial(
-    model: Loadable,
     catalog: Catalog,
     source: Iterable[tuple[str, torch.Tensor]],
-    origin: Callable[[str], object],
+    origin: Callable[[str], object] = lambda _name: "no file",
 ) -> None:
     """Fill a fresh model. origin: the file that holds a tensor, for errors.
 
@@ -24,7 +24,7 @@ def load_initial(
     CheckpointError for one that is not finite; both name the tensor and its file.
     """
     try:
-        load(model, source)
+        load(catalog, source)
     except ManifestMismatch as error:
         raise ManifestMismatch(
             f"{error.message} ({origin(error.field)})", field=error.field
@@ -33,7 +33,7 @@ def load_initial(
     unfit = finite.find_unfit([(name, view, view.dtype) for name, view in views])
     if unfit is not None:
         name, why = unfit
-        dtype = str(catalog.dtype(name)).removeprefix("torch.")
+        dtype = dtype_name(catalog.dtype(name))
         raise CheckpointError(
             f"{name} ({origin(name)}) {why} in {dtype}: the checkpoint is broken, or its "
             "values are beyond what this dtype holds",

@@ -20,6 +20,7 @@ from engine.errors import (
     SlipstreamError,
     UnsupportedOption,
 )
+from engine.numerics import dtype_name
 from engine.parallel.mesh import Mesh
 from engine.protocol import (
     IpcBuffer,
@@ -30,6 +31,7 @@ from engine.protocol import (
     decode,
     piece_bytes,
 )
+from engine.transfer import wait_for
 from engine.weights import layouts, shared_memory
 from engine.weights.helpers import nothing
 from engine.weights.lane import Look
@@ -137,7 +139,7 @@ def _looking(
 
 
 def _piece(name: str, tensor: torch.Tensor) -> TensorPiece:
-    return TensorPiece(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
+    return TensorPiece(name, dtype_name(tensor.dtype), list(tensor.shape))
 
 
 def _are_views(
@@ -243,5 +245,5 @@ def _as_tensor(name: str, value: object) -> torch.Tensor:
 
 def _synchronize(tensors: Sequence[Named]) -> None:
     """Wait for the copies: the sender may overwrite its memory once it has the reply."""
-    for device in {tensor.device for _, tensor in tensors if tensor.is_cuda}:
-        torch.cuda.current_stream(device).synchronize()
+    for device in {tensor.device for _, tensor in tensors}:
+        wait_for(device)

@@ -6,6 +6,7 @@ import torch
 
 from engine.errors import InvalidRequest, WeightUpdateError
 from engine.protocol import IpcBuffer
+from kernels.compat import import_cuda
 
 _KEPT_UPDATES = 2
 
@@ -69,7 +70,7 @@ class MappedBuffers:
                 field="payloads",
             )
         try:
-            storage = torch.UntypedStorage._new_shared_cuda(
+            storage = import_cuda(
                 index,
                 buffer.handle,
                 buffer.size,

@@ -7,15 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch._C._distributed_c10d import PrefixStore, Store
 
 from engine.comm.nccl import Communicator, NcclError
 from engine.comm.rendezvous import NCCL_ID_KEY, backend_prefix
-from engine.errors import GroupError, UpdateTimeout, WeightUpdateError
+from engine.errors import GroupError, WeightUpdateError
 from engine.protocol import JoinGroup
 from engine.weights import trainer_store
+from engine.weights.group import broken
 from engine.weights.helpers import Helpers, nothing
 from engine.weights.lane import Look
+from kernels.compat import PrefixStore, Store
 
 _POLL_S = 0.00005
 _LIVENESS_S = 2.0
@@ -172,12 +173,5 @@ class NcclGroup:
             raise NcclError("its store no longer answers")
 
     def _broken(self, source: int, tensor: str, error: Exception) -> WeightUpdateError:
-        if isinstance(error, TimeoutError):
-            return UpdateTimeout(
-                f"{tensor} did not come from rank {source} of group {self.name!r} in time",
-                field=tensor,
-            )
-        return GroupError(
-            f"rank {source} of group {self.name!r} is gone; {tensor} did not come ({error})",
-            field=tensor,
-        )
+        late = isinstance(error, TimeoutError)
+        return broken(self.name, source, tensor, error, late=late)

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from engine.weights.load import Loadable
+from engine.weights.catalog import Loadable
 from engine.weights.sources import gguf, random, safetensors
 
 

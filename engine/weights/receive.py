@@ -16,6 +16,7 @@ import torch
 from engine.errors import GroupError, SlipstreamError
 from engine.protocol import Bucket, ReceiveBroadcast
 from engine.protocol.deadlines import capped
+from engine.transfer import wait_for
 from engine.weights import layouts
 from engine.weights.group import Group
 from engine.weights.groups import Groups
@@ -139,8 +140,8 @@ class _Buffers:
 
     def release(self) -> None:
         """Wait for the copies out of the staging buffers, so that their memory can go back."""
-        if self._staging and self._staging[0].is_cuda:
-            torch.cuda.current_stream(self._staging[0].device).synchronize()
+        if self._staging:
+            wait_for(self._staging[0].device)
         self._staging = []
 
 

@@ -26,12 +26,12 @@ from engine.protocol import (
     Reply,
 )
 from engine.protocol.deadlines import ABORT_S, CLOSE_S
+from engine.weights.catalog import Loadable
 from engine.weights.groups import Groups
 from engine.weights.helpers import nothing
 from engine.weights.inspect import WeightInspector
 from engine.weights.ipc import IpcReceiver
 from engine.weights.lane import Crew, Lane, Look, PendingCommand
-from engine.weights.load import Loadable
 from engine.weights.receive import receive_broadcast
 from engine.weights.session import UpdateSession
 from engine.weights.sources import disk

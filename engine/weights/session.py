@@ -38,13 +38,11 @@ from engine.errors import (
 from engine.memory import free_bytes
 from engine.protocol import BeginUpdate, TensorPiece, TensorSpec, UpdateReport
 from engine.protocol.deadlines import capped
-from engine.weights import owner, verify
+from engine.transfer import wait_for
+from engine.weights import commit, owner, verify
 from engine.weights.agreement import Agreement, settle
-from engine.weights.catalog import Catalog
-from engine.weights.digest import digest_of_whole
+from engine.weights.catalog import Catalog, Loadable
 from engine.weights.expected import Expected
-from engine.weights.initial import load_initial
-from engine.weights.load import Loadable
 from engine.weights.modes import REFUSED, SHADOW, UNDO, choose_mode, undo_size
 from engine.weights.staging import Arrived, OpenUpdate, batches
 from engine.weights.torn import TornWeights
@@ -59,10 +57,6 @@ def _alone(value: int) -> int:
 
 def _nothing_released() -> None:
     """The check of an engine whose weights are always there."""
-
-
-def _nowhere(_name: str) -> str:
-    return "no file"
 
 
 class UpdateSession:
@@ -82,7 +76,6 @@ class UpdateSession:
         free: Callable[[torch.device], int] = free_bytes,
     ) -> None:
         self.catalog = Catalog(model)
-        self._model = model
         self._version = version
         self._ranks = Agreement(agree)
         self._require_weights = require_weights
@@ -112,18 +105,6 @@ class UpdateSession:
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.catalog.device
-
-    def load_initial(
-        self,
-        source: Iterable[tuple[str, torch.Tensor]],
-        origin: Callable[[str], object] = _nowhere,
-    ) -> None:
-        """Fill the fresh model. origin: the file that holds a tensor, for errors.
-
-        Raises ManifestMismatch for a tensor that is missing or does not belong to the model,
-        CheckpointError for one that is not finite; both name the tensor and its file.
-        """
-        load_initial(self._model, self.catalog, source, origin)
 
     def require_servable(self) -> None:
         """Raise NoVersion while the weights may be a mixture. From any thread."""
@@ -285,7 +266,7 @@ class UpdateSession:
         assert update is not None, "what was verified is open"
         placed = False
         try:
-            report = self._ranks.run(lambda: self._place(update))
+            report = self._ranks.run(lambda: commit.place(update, self.catalog, self._torn))
             placed = True
         finally:
             if not placed and update.undo is not None:
@@ -366,42 +347,8 @@ class UpdateSession:
                 f"nothing came for version {version}: send tensors before the commit, or abort it",
                 field="version",
             )
-        # Other engines may keep a fleet between its two phases for long: what was lent is read
-        # again before it is placed. In one phase the read beside steps was a moment ago.
-        again = frozenset(update.lent if placing and update.digest is not None else ())
-        if again:
-            verify.require_bits(update, self.catalog, self.device, again=again, only=again)
-        elif update.digest is None:
-            verify.require_complete(update, self.catalog, self._torn.versions)
-            verify.require_bits(update, self.catalog, self.device)
-            update.keep(update.staged, self.catalog)
-            update.digest = digest_of_whole(update.names)
+        commit.verify_all(update, self.catalog, self._torn, placing=placing)
         return None
-
-    def _place(self, update: OpenUpdate) -> UpdateReport:
-        staged = self._untied(update.staged)
-        names = self.catalog.written(staged)
-        self._torn.tear(
-            names,
-            update.version,
-            f"the commit of version {update.version} died while writing; the weights are a "
-            "mixture. Commit it again, or publish a whole version, to serve again",
-        )
-        update.keep(names, self.catalog)
-        num_bytes = update.placed_bytes + self.catalog.place(staged)
-        # The sender may change what it lent, and staged memory goes back, once this returns.
-        self._synchronize()
-        return UpdateReport(
-            version=update.version,
-            num_tensors=len(self.catalog.covered(update.names)),
-            num_bytes=num_bytes,
-            seconds=time.monotonic() - update.started,
-        )
-
-    def _untied(self, staged: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Staged tensors without the second name of a tied one, which were compared."""
-        twins = {n for n, other in self.catalog.aliases.items() if n in staged and other in staged}
-        return {name: tensor for name, tensor in staged.items() if name not in twins}
 
     @contextmanager
     def _taking_in(self, *, closes: bool) -> Iterator[None]:
@@ -411,13 +358,13 @@ class UpdateSession:
         try:
             yield
             ours = True
-            self._synchronize()
+            wait_for(self.device)
         except SlipstreamError as error:
             ours = True
             if closes:
                 self._close(error.message)
             else:
-                self._synchronize()
+                wait_for(self.device)
             raise
         except torch.OutOfMemoryError as error:
             version = self._open.version if self._open is not None else -1
@@ -430,11 +377,6 @@ class UpdateSession:
         finally:
             if not ours and self._open is not None:
                 self._close("it was interrupted")
-
-    def _synchronize(self) -> None:
-        """Wait for the device, so that another thread and stream may go on from here."""
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
 
     def _drop_expired(self) -> bool:
         update = self._open

@@ -15,8 +15,6 @@ import time
 from collections.abc import Iterable
 from datetime import timedelta
 
-from torch._C._distributed_c10d import Store, TCPStore
-
 from engine.comm.rendezvous import joined_key
 from engine.errors import GroupError
 from engine.protocol import JoinGroup
@@ -24,6 +22,7 @@ from engine.protocol.deadlines import capped
 from engine.weights.group import seconds_left
 from engine.weights.helpers import Helpers, nothing
 from engine.weights.lane import Look
+from kernels.compat import Store, TCPStore
 
 _POLL_S = 0.001
 _SLICE_S = 0.1

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from engine.errors import OutOfMemory
+from engine.transfer import wait_for
 from engine.weights.catalog import Catalog, copy_each
 
 _ALIGNMENT = 256
@@ -44,10 +45,6 @@ class UndoCopy:
                 field="mode",
             ) from error
 
-    def has(self, names: Iterable[str]) -> bool:
-        """Whether the old values of all of `names` were kept."""
-        return self._starts.keys() >= set(names)
-
     def keep(self, names: Iterable[str], catalog: Catalog) -> None:
         """Copy the live tensors `names`, in the order of the current stream.
 
@@ -78,8 +75,8 @@ class UndoCopy:
         starts = self._starts.values()
         kept = [self._at(at, live) for at, live in zip(starts, views, strict=True)]
         copy_each(views, kept)
-        if kept and self._memory.is_cuda:
-            torch.cuda.current_stream(self._memory.device).synchronize()
+        if kept:
+            wait_for(self._memory.device)
 
     def _at(self, start: int, live: torch.Tensor) -> torch.Tensor:
         """The memory from byte `start` on, as contiguous elements like those of `live`."""

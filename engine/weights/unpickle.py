@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.multiprocessing import reductions
 
 from engine.errors import InvalidRequest
+from kernels.compat import PythonUnpickler, rebuild_cuda_tensor, rebuild_tensor, storage_bytes
 
 _NCCL_ID_BYTES = 128
 _TRAINERS = frozenset({"sglang", "slime", "miles", "verl", "areal", "torchrl", "openrlhf", "vllm"})
@@ -101,14 +101,10 @@ class _Name:
     text: str
 
 
-# The C unpickler would let a payload set attributes of classes; this one can be told not to.
-_PythonUnpickler: Any = pickle._Unpickler
-
-
-class _Reader(_PythonUnpickler):
+class _Reader(PythonUnpickler):
     """The unpickler of the standard library in Python, with some opcodes narrowed."""
 
-    dispatch = dict(_PythonUnpickler.dispatch)
+    dispatch = dict(PythonUnpickler.dispatch)
 
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data))
@@ -192,9 +188,8 @@ def _encoded(text: str, encoding: str) -> bytes:
 
 
 def _tensor(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> torch.Tensor:
-    num_bytes = storage._untyped_storage.nbytes()
-    _check_bounds(num_bytes // storage.dtype.itemsize, offset, size, stride)
-    return torch._utils._rebuild_tensor(storage, offset, size, stride)
+    _check_bounds(storage_bytes(storage) // storage.dtype.itemsize, offset, size, stride)
+    return rebuild_tensor(storage, offset, size, stride)
 
 
 def _check_bounds(num_elements: int, offset: int, size: Any, stride: Any) -> None:
@@ -220,9 +215,7 @@ def _cuda_tensor(*arguments: Any) -> torch.Tensor:
     own = _device_index(device)
     # No gradient, whatever the sender's tensor had.
     rest[3] = False
-    return reductions.rebuild_cuda_tensor(
-        torch.Tensor, size, stride, offset, storage, dtype, own, *rest
-    )
+    return rebuild_cuda_tensor(torch.Tensor, size, stride, offset, storage, dtype, own, *rest)
 
 
 def _device_index(device: int | str) -> int:

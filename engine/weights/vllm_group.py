@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch._C._distributed_c10d import Store
 
 from engine.comm.nccl import UNIQUE_ID_BYTES
 from engine.errors import GroupError
@@ -19,7 +18,8 @@ from engine.weights import trainer_store
 from engine.weights.helpers import Helpers, nothing
 from engine.weights.lane import Look
 from engine.weights.nccl_group import NcclGroup
-from engine.weights.unpickle import restricted_loads
+from engine.weights.unpickle import NcclUniqueId, restricted_loads
+from kernels.compat import Store
 
 _ID_KEY = "broadcast_from/0/0"
 
@@ -67,7 +67,7 @@ def _published(store: Store, command: JoinGroup, deadline: float, look: Look) ->
 
 
 def _id_bytes(unpickled: object) -> bytes:
-    raw = getattr(unpickled, "internal", unpickled)
+    raw = unpickled.internal if isinstance(unpickled, NcclUniqueId) else unpickled
     try:
         unique_id = bytes(raw)  # type: ignore[call-overload]
     except TypeError:

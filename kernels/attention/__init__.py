@@ -11,11 +11,10 @@ from __future__ import annotations
 import torch
 
 from kernels.attention import reference
-from kernels.attention.merge import merge_states
 from kernels.attention.tiles import SharedTiles, takes_whole_rows
 from kernels.backend import KernelBackend, unknown_backend
 
-__all__ = ["SharedTiles", "merge_states", "paged_attention", "takes_whole_rows"]
+__all__ = ["SharedTiles", "paged_attention", "takes_whole_rows"]
 
 
 def paged_attention(

@@ -3,11 +3,12 @@ reduction for each of the others."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+
+from kernels.compat import largest_magnitudes
 
 _SMALL = 1 << 12
 """Elements below which a call of torch costs a CPU more than to copy them."""
@@ -44,7 +45,7 @@ def _fill(
 
 
 def _fused(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.stack(torch._foreach_norm(list(tensors), math.inf))
+    return torch.stack(largest_magnitudes(tensors))
 
 
 def _each(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

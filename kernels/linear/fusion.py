@@ -16,9 +16,6 @@ class Options:
     gated: the product is [gate, up] side by side; the result is silu(gate) * up.
     residual_RO: added to the rounded product; rows may be strided. Not with `gated`.
     counters: see `new_counters`; without them no product is split over its inputs.
-    overlap: launch by programmatic dependent launch (see `kernels.pdl`); needs Hopper. The
-        kernel then fetches its weight before the kernel ahead of it has ended: nothing in the
-        stream since the last kernel launched without it may write the weight.
     """
 
     bias_O: torch.Tensor | None = None
@@ -27,4 +24,3 @@ class Options:
     gated: bool = False
     residual_RO: torch.Tensor | None = None
     counters: torch.Tensor | None = None
-    overlap: bool = False

@@ -10,21 +10,6 @@ import triton
 import triton.language as tl
 
 from kernels.linear.epilogue import gate, store, with_bias
-from kernels.pdl import await_previous, prefetch, release_next
-
-
-@triton.jit
-def _prefetch_rows(
-    weight_ptr: tl.tensor,
-    feature_O: tl.tensor,
-    OUT: tl.constexpr,
-    IN: tl.constexpr,
-    LINES: tl.constexpr,
-) -> None:
-    # 128 bytes hold 64 elements of 16 bits. Out of range: the last line once more.
-    element_1L = tl.minimum(tl.arange(0, LINES) * 64, IN - 1)[None, :]
-    row_O1 = tl.minimum(feature_O, OUT - 1).to(tl.int64)[:, None]
-    prefetch(weight_ptr + row_O1 * IN + element_1L)
 
 
 @triton.jit
@@ -87,29 +72,18 @@ def gemv_kernel(
     eps: tl.float32,
     OUT: tl.constexpr,
     IN: tl.constexpr,
-    LINES: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     STAGES: tl.constexpr,
     UNROLL: tl.constexpr,
-    PREFETCH: tl.constexpr,
     BIAS: tl.constexpr,
     NORM: tl.constexpr,
     GATED: tl.constexpr,
     RESIDUAL: tl.constexpr,
-    PDL: tl.constexpr,
 ) -> None:
     """OUT: features of the result, half of those of a gated weight."""
     feature_O = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     up_ptr = weight_ptr + tl.cast(OUT, tl.int64) * IN
-    if PDL:
-        release_next()
-    if PREFETCH:
-        _prefetch_rows(weight_ptr, feature_O, OUT, IN, LINES)
-        if GATED:
-            _prefetch_rows(up_ptr, feature_O, OUT, IN, LINES)
-    if PDL:
-        await_previous()
     scale = 1.0
     if NORM:
         scale = _inverse_rms(x_ptr, eps, IN, BLOCK_I)

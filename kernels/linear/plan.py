@@ -5,9 +5,7 @@ R rows, O output features of the result (half of a gated weight's), I input feat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 
 MAX_ROWS = 16
 """Rows from which on cuBLAS multiplies."""
@@ -19,15 +17,12 @@ class Gemv:
 
     stages: turns of the loop in flight through shared memory; 1 loads into registers.
     unroll: passes of a turn, all of whose loads are in flight together.
-    prefetch: first ask the L2 cache for the program's whole share of the weight, as a kernel
-        launched early does in any case.
     """
 
     block_o: int
     warps: int
     stages: int = 1
     unroll: int = 1
-    prefetch: bool = False
 
     @property
     def block_i(self) -> int:
@@ -38,29 +33,19 @@ class Gemv:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Up to 16 rows: tiles of `block_o` x `block_i`, inputs divided over `splits` programs.
-
-    prefetch: as in `Gemv`.
-    """
+    """Up to 16 rows: tiles of `block_o` x `block_i`, inputs divided over `splits` programs."""
 
     block_o: int
     block_i: int
     warps: int
     stages: int
     splits: int = 1
-    prefetch: bool = False
 
 
 Config = Gemv | Tiles
 
-MEASURED: Mapping[tuple[int, int, bool, bool], Config | None] = MappingProxyType({})
-"""The fastest configuration by (outputs, inputs, gated, one row); None is cuBLAS.
-
-From `benchmarks/small_kernels.py --tune`, which prints the lines.
-"""
-
 _PROCESSORS = 132
-"""Of an H100 and an H200; the guesses below aim at filling them."""
+"""Of an H100 and an H200; the rules below aim at filling them."""
 
 
 def choose(rows: int, outs: int, ins: int, *, gated: bool, can_split: bool) -> Config | None:
@@ -70,16 +55,10 @@ def choose(rows: int, outs: int, ins: int, *, gated: bool, can_split: bool) -> C
     """
     if not 0 < rows <= MAX_ROWS:
         return None
-    key = (outs, ins, gated, rows == 1)
-    config = MEASURED[key] if key in MEASURED else guess(*key)
-    if isinstance(config, Tiles) and config.splits > 1 and not can_split:
-        return replace(config, splits=1)
-    return config
-
-
-def guess(outs: int, ins: int, gated: bool, one_row: bool) -> Config:
-    """A configuration for a shape that nobody has measured."""
-    return _gemv(outs, ins) if one_row else _tiles(outs, ins, gated)
+    if rows == 1:
+        return _gemv(outs, ins)
+    config = _tiles(outs, ins, gated)
+    return config if can_split else replace(config, splits=1)
 
 
 def _gemv(outs: int, ins: int) -> Gemv:

@@ -14,22 +14,6 @@ import triton
 import triton.language as tl
 
 from kernels.linear.epilogue import gate, store, with_bias
-from kernels.pdl import await_previous, prefetch, release_next
-
-
-@triton.jit
-def _prefetch_tile(
-    weight_ptr: tl.tensor,
-    feature_O: tl.tensor,
-    begin: tl.tensor,
-    OUT: tl.constexpr,
-    IN: tl.constexpr,
-    LINES: tl.constexpr,
-) -> None:
-    # 128 bytes hold 64 elements of 16 bits. Out of range: the last line once more.
-    element_1L = tl.minimum(begin + tl.arange(0, LINES) * 64, IN - 1)[None, :]
-    row_O1 = tl.minimum(feature_O, OUT - 1).to(tl.int64)[:, None]
-    prefetch(weight_ptr + row_O1 * IN + element_1L)
 
 
 @triton.jit
@@ -95,31 +79,20 @@ def tiles_kernel(
     rows: tl.int32,
     OUT: tl.constexpr,
     IN: tl.constexpr,
-    LINES: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_R: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
-    PREFETCH: tl.constexpr,
     BIAS: tl.constexpr,
     GATED: tl.constexpr,
     RESIDUAL: tl.constexpr,
-    PDL: tl.constexpr,
 ) -> None:
     """OUT: features of the result, half of those of a gated weight."""
     feature_O = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     SHARE: tl.constexpr = ((IN + BLOCK_I - 1) // BLOCK_I + SPLITS - 1) // SPLITS * BLOCK_I
     begin = tl.program_id(1) * SHARE
     up_ptr = weight_ptr + tl.cast(OUT, tl.int64) * IN
-    if PDL:
-        release_next()
-    if PREFETCH:
-        _prefetch_tile(weight_ptr, feature_O, begin, OUT, IN, LINES)
-        if GATED:
-            _prefetch_tile(up_ptr, feature_O, begin, OUT, IN, LINES)
-    if PDL:
-        await_previous()
     row_R = tl.arange(0, BLOCK_R)
     sum_OR = tl.zeros((BLOCK_O, BLOCK_R), tl.float32)
     up_sum_OR = tl.zeros((BLOCK_O, BLOCK_R), tl.float32)

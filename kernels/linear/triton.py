@@ -38,7 +38,7 @@ def with_config(
     if isinstance(config, Gemv):
         return _one_row(x_RI, weight_OI, options, config)
     if options.norm_weight_I is not None:
-        x_RI = rms_norm(x_RI, options.norm_weight_I, options.eps, overlap=options.overlap)
+        x_RI = rms_norm(x_RI, options.norm_weight_I, options.eps)
     if config is None:
         return _composed(x_RI, weight_OI, options)
     return _few_rows(x_RI, weight_OI, options, config)
@@ -68,19 +68,15 @@ def _one_row(
         options.eps,
         OUT=outs,
         IN=ins,
-        LINES=triton.next_power_of_2(triton.cdiv(ins, 64)),
         BLOCK_O=config.block_o,
         BLOCK_I=config.block_i,
         STAGES=config.stages,
         UNROLL=config.unroll,
-        PREFETCH=config.prefetch or options.overlap,
         BIAS=options.bias_O is not None,
         NORM=options.norm_weight_I is not None,
         GATED=options.gated,
         RESIDUAL=options.residual_RO is not None,
-        PDL=options.overlap,
         num_warps=config.warps,
-        **_launch_options(options),
     )
     return out_RO
 
@@ -100,7 +96,6 @@ def _few_rows(
         assert not options.gated
         partial = x_RI.new_empty(config.splits, rows, outs, dtype=torch.float32)
         counters = options.counters
-    share = triton.cdiv(triton.cdiv(ins, config.block_i), config.splits) * config.block_i
     tiles_kernel[(tiles, config.splits)](
         x_RI,
         weight_OI,
@@ -114,19 +109,15 @@ def _few_rows(
         rows,
         OUT=outs,
         IN=ins,
-        LINES=triton.next_power_of_2(triton.cdiv(share, 64)),
         BLOCK_O=config.block_o,
         BLOCK_I=config.block_i,
         BLOCK_R=_ROW_BLOCK,
         SPLITS=config.splits,
         STAGES=config.stages,
-        PREFETCH=config.prefetch or options.overlap,
         BIAS=options.bias_O is not None,
         GATED=options.gated,
         RESIDUAL=options.residual_RO is not None,
-        PDL=options.overlap,
         num_warps=config.warps,
-        **_launch_options(options),
     )
     return out_RO
 
@@ -134,7 +125,3 @@ def _few_rows(
 def _or(tensor: torch.Tensor | None, unused: torch.Tensor) -> torch.Tensor:
     """A pointer that the kernel does not follow where there is no tensor."""
     return unused if tensor is None else tensor
-
-
-def _launch_options(options: Options) -> dict[str, bool]:
-    return {"launch_pdl": True} if options.overlap else {}

@@ -6,8 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.pdl import await_previous, release_next
-
 
 @triton.jit
 def _rms_norm_kernel(
@@ -25,11 +23,7 @@ def _rms_norm_kernel(
     BLOCK: tl.constexpr,
     INNER: tl.constexpr,
     ADD: tl.constexpr,
-    PDL: tl.constexpr,
 ) -> None:
-    if PDL:
-        release_next()
-        await_previous()
     row = tl.program_id(0).to(tl.int64)
     outer, inner = row // INNER, row % INNER
     x_row_ptr = x_ptr + outer * x_stride + inner * x_inner_stride
@@ -48,13 +42,11 @@ def _rms_norm_kernel(
     tl.store(out_ptr + row * D + offset_D, (normed_D * weight_D).to(x_D.dtype), mask=inside_D)
 
 
-def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, *, overlap: bool = False
-) -> torch.Tensor:
-    """See `kernels.norm.rms_norm`. overlap: launch as `kernels.pdl` describes."""
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """See `kernels.norm.rms_norm`."""
     rows = _rows(x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch(rows, rows, weight, out, out, eps, add=False, overlap=overlap)
+    _launch(rows, rows, weight, out, out, eps, add=False)
     return out
 
 
@@ -64,7 +56,7 @@ def add_rms_norm(
     """See `kernels.norm.add_rms_norm`."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = torch.empty_like(out)
-    _launch(_rows(x), _rows(residual), weight, out, total, eps, add=True, overlap=False)
+    _launch(_rows(x), _rows(residual), weight, out, total, eps, add=True)
     return out, total
 
 
@@ -84,7 +76,6 @@ def _launch(
     eps: float,
     *,
     add: bool,
-    overlap: bool,
 ) -> None:
     outer, inner, width = rows.shape
     if outer * inner == 0:
@@ -103,7 +94,5 @@ def _launch(
         BLOCK=block,
         INNER=inner,
         ADD=add,
-        PDL=overlap,
         num_warps=min(max(block // 512, 1), 16),
-        **({"launch_pdl": True} if overlap else {}),
     )

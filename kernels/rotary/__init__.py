@@ -46,7 +46,6 @@ def rotate_and_store(
     target: KVTarget,
     *,
     norms: HeadNorms | None = None,
-    overlap: bool = False,
     backend: KernelBackend,
 ) -> torch.Tensor:
     """Normalise and rotate the heads of a fused projection, and store its keys and values.
@@ -55,7 +54,6 @@ def rotate_and_store(
     `write_kv`, rounding where these round; K and D are those of the target's pages and H is what
     is left of C. Rows of qkv_TC may be strided. Returns the queries [T, H, D], contiguous; the
     pages change in place, in the slots of the target only, and a negative slot is skipped.
-    overlap: launch as `kernels.pdl` describes; "triton" only.
     Raises ValueError on an unknown backend.
     """
     if backend == "torch":
@@ -63,7 +61,5 @@ def rotate_and_store(
     if backend == "triton":
         from kernels.rotary import store
 
-        return store.rotate_and_store(
-            qkv_TC, positions_T, cos_sin_MD, target, norms, overlap=overlap
-        )
+        return store.rotate_and_store(qkv_TC, positions_T, cos_sin_MD, target, norms)
     raise unknown_backend(backend)

@@ -10,7 +10,6 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.pdl import await_previous, release_next
 from kernels.rotary.types import HeadNorms, KVTarget
 
 _HEADS_PER_PROGRAM = 4
@@ -77,11 +76,7 @@ def _rotate_and_store_kernel(
     NORM: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    PDL: tl.constexpr,
 ) -> None:
-    if PDL:
-        release_next()
-        await_previous()
     token = tl.program_id(0).to(tl.int64)
     head_H1 = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
     half_1E = tl.arange(0, BLOCK_E)[None, :]
@@ -127,7 +122,6 @@ def rotate_and_store(
     target: KVTarget,
     norms: HeadNorms | None,
     *,
-    overlap: bool = False,
     block_h: int = _HEADS_PER_PROGRAM,
 ) -> torch.Tensor:
     """See `kernels.rotary.rotate_and_store`.
@@ -161,8 +155,6 @@ def rotate_and_store(
             NORM=norms is not None,
             BLOCK_H=block_h,
             BLOCK_E=triton.next_power_of_2(head_dim // 2),
-            PDL=overlap,
             num_warps=1,
-            **({"launch_pdl": True} if overlap else {}),
         )
     return q_THD

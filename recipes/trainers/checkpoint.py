@@ -7,7 +7,6 @@ killed at any moment finds the last complete one. Older ones are removed only af
 from __future__ import annotations
 
 import json
-import logging
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,8 +28,6 @@ from recipes.types import Group
 from recipes.world import World
 from rollout.offline import sync
 from trainer_bridge.adapters.base import WeightSource
-
-logger = logging.getLogger(__name__)
 
 PREFIX = "step_"
 RNG = "rng.pt"

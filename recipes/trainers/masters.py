@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from kernels.compat import copy_together
+
 _HALF_BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
@@ -61,7 +63,7 @@ class Masters:
     def publish(self) -> None:
         """Round the masters into the parameters that the model computes with."""
         if self._named is not self._computing:
-            torch._foreach_copy_(
+            copy_together(
                 [parameter.detach() for parameter in self._computing.values()],
                 [master.detach() for master in self._named.values()],
             )

@@ -23,7 +23,7 @@ def test_plain_storages_go_and_come_back_under_their_views() -> None:
     tail, other = whole[8:], torch.ones(3)
     saver.release("kv_cache", [whole, tail, other])
     assert whole.untyped_storage().nbytes() == other.untyped_storage().nbytes() == 0
-    saver.resume("kv_cache", [whole, tail, other])
+    saver.resume("kv_cache")
     assert whole.untyped_storage().nbytes() == 48
     whole.zero_()
     assert tail.tolist() == [0.0] * 4, "a view sees what is written to its base"
@@ -127,7 +127,7 @@ def test_gpu_memory_goes_and_comes_back_at_the_same_address() -> None:
     before = torch.cuda.mem_get_info()[0]
     saver.release("weights", parts)
     assert torch.cuda.mem_get_info()[0] - before >= GIB
-    saver.resume("weights", parts)
+    saver.resume("weights")
     for part in parts:
         part.fill_(7)
     assert [part.data_ptr() for part in parts] == addresses
@@ -160,7 +160,7 @@ def test_a_graph_replays_after_its_memory_came_back() -> None:
     before = torch.cuda.mem_get_info()[0]
     saver.release("cuda_graph", [])
     assert torch.cuda.mem_get_info()[0] - before >= 256 << 20, "the graph's memory did not go"
-    saver.resume("cuda_graph", [])
+    saver.resume("cuda_graph")
     result.zero_()
     graph.replay()
     assert torch.equal(result, expected)

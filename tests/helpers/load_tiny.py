@@ -13,6 +13,7 @@ from engine.models.config import ModelConfig
 from engine.models.decoder import CausalLM
 from engine.models.locate import locate
 from engine.parallel.mesh import Mesh
+from engine.weights.catalog import Catalog
 from engine.weights.load import load
 from engine.weights.open import open_source
 
@@ -44,5 +45,5 @@ def load_path(
     """The model at `path` with its weights."""
     files = locate(path, load_format)
     model = poisoned(files.config, dtype=dtype)
-    load(model, open_source(files.kind, files.path, model, seed))
+    load(Catalog(model), open_source(files.kind, files.path, model, seed))
     return model

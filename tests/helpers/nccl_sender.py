@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from engine.errors import WeightUpdateError
+from kernels.compat import PrefixStore, TCPStore
 from trainer_bridge.process_group import SenderGroup
 
 NAME = "g"

@@ -15,6 +15,7 @@ from engine.models.build import build_model
 from engine.models.config import read_config
 from engine.parallel.mesh import Mesh
 from engine.protocol import JoinGroup, TensorPiece, TensorSpec
+from engine.weights.initial import load_initial
 from engine.weights.service import WeightService
 from engine.weights.sources import random
 from trainer_bridge.process_group import SenderGroup
@@ -51,7 +52,7 @@ def make_rank(
     model = build_model(config, runtime=runtime)
     settings = {"agree": lambda value: value, "require_weights": lambda: None, **service}
     weights = WeightService(model, version=VERSION, device=device, mesh=mesh, **settings)
-    weights.session.load_initial(random.tensors(model.weight_index(), seed=0))
+    load_initial(weights.session.catalog, random.tensors(model.weight_index(), seed=0))
     return model, weights
 
 

@@ -121,7 +121,7 @@ def test_a_model_that_does_not_fit_is_refused_by_name(tiny, how, named, transpor
 
 def test_a_source_that_dies_leaves_the_old_version(tiny) -> None:
     from engine.protocol import BeginUpdate
-    from trainer_bridge.bridge import manifest
+    from trainer_bridge.adapters.base import spec_of
 
     folder, old = tiny
     new = tiny_hf("qwen2", seed=1, tie_word_embeddings=True)
@@ -134,7 +134,7 @@ def test_a_source_that_dies_leaves_the_old_version(tiny) -> None:
     with make_replica(folder) as replica:
         with pytest.raises(ConnectionResetError):
             replica.update_weights_inproc(
-                BeginUpdate(version=1, manifest=manifest(tensors)), dies()
+                BeginUpdate(version=1, manifest=[spec_of(*named) for named in tensors]), dies()
             )
         assert logprob_gap(replica, old, "old") < 1e-4
         push(new, 1, replica)

@@ -1,4 +1,4 @@
-"""The sender's checksum is the engine's: two texts of one definition."""
+"""What a sender announces is what the engine finds."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def test_both_ends_compute_the_same(dtype: torch.dtype, shape: tuple[int, ...]) 
     assert (announced.name, announced.shape) == ("w", list(shape))
 
 
-def test_chunks_of_the_sender_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    from trainer_bridge import checksum as sender
-
-    monkeypatch.setattr(sender, "_CHUNK", 10)
-    tensor = torch.randn(101)
-    (announced,) = with_checksums([TensorSpec("w", "float32", [101])], [("w", tensor)])
-    assert announced.checksum == checksum(tensor)
+def test_every_tensor_gets_its_own() -> None:
+    tensors = {"a": torch.randn(5), "b": torch.randn(3, 7), "c": torch.empty(0)}
+    specs = [TensorSpec(name, "float32", list(t.shape)) for name, t in tensors.items()]
+    announced = with_checksums(specs, tensors.items())
+    assert [(s.name, s.checksum) for s in announced] == [
+        (name, checksum(tensor)) for name, tensor in tensors.items()
+    ]
 
 
 def test_nothing_to_announce() -> None:

@@ -77,11 +77,3 @@ def whole_piece(spec: TensorSpec) -> TensorPiece:
 def dtype_name(dtype: torch.dtype) -> str:
     """torch.bfloat16 -> 'bfloat16'."""
     return str(dtype).removeprefix("torch.")
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """'bfloat16' -> torch.bfloat16. Raises KeyError for what is no dtype."""
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise KeyError(name)
-    return dtype

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from engine.errors import UnsupportedOption
 from engine.protocol import TensorPiece, TensorSpec
+from kernels.compat import local_part
 from trainer_bridge.adapters.bucketing import (
     BUCKET_BYTES,
     even_share,
@@ -101,9 +101,7 @@ def _local_run(name: str, parameter: torch.Tensor) -> tuple[int, torch.Tensor]:
     local = parameter.to_local()
     if not _is_first_replica(parameter):
         return 0, local.reshape(-1)[:0]
-    shape, offset = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
+    shape, offset = local_part(parameter)
     if 0 in shape:
         return 0, local.reshape(-1)[:0]
     if not _is_one_run(parameter.shape, shape):

@@ -25,6 +25,7 @@ from engine.protocol import (
     encode,
     plan_buckets,
 )
+from kernels.compat import export_cuda
 from trainer_bridge.adapters.base import WeightSource, in_order, whole_piece
 from trainer_bridge.fleet import Member, on_each
 from trainer_bridge.transports.base import Carrier
@@ -141,7 +142,7 @@ class _SharedBuffer:
 
 def _export_cuda(storage: torch.UntypedStorage, device: torch.device) -> IpcBuffer:
     try:
-        _, handle, size, offset, ref_handle, ref_offset, event, event_sync = storage._share_cuda_()
+        _, handle, size, offset, ref_handle, ref_offset, event, event_sync = export_cuda(storage)
     except RuntimeError as error:
         raise UnsupportedOption(
             f"this allocation cannot be shared between processes ({error}); unset "

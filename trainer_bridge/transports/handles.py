@@ -5,33 +5,22 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from engine.protocol import IpcBuffer
+from kernels.compat import WeakStorage, weakly
 
 _BUFFER_ID = 7
 """CU_POINTER_ATTRIBUTE_BUFFER_ID of the CUDA driver: differs for any two allocations of a
 process, also where the second has the address of the first."""
 
 
-class _WeakReference(Protocol):
-    """What torch's own cache of shared storages holds of one: not its memory."""
-
-    cdata: int
-
-    def expired(self) -> bool:
-        """Whether the storage is gone."""
-        ...
-
-
 @dataclass(frozen=True)
 class _Exported:
     """What was exported, and the memory that it was exported of."""
 
-    storage: _WeakReference
+    storage: WeakStorage
     memory: tuple[int, int, int]
     buffer: IpcBuffer
 
@@ -63,7 +52,7 @@ class HandleCache:
         """The handle of a storage, made now if there is none that holds."""
         address = storage.data_ptr()
         memory = (address, storage.nbytes(), self._allocation(address))
-        reference = _weakly(storage)
+        reference = weakly(storage)
         known = self._exported.get(reference.cdata)
         if known is None or known.storage.expired() or known.memory != memory:
             known = _Exported(reference, memory, self._export(storage))
@@ -79,11 +68,6 @@ class HandleCache:
     def clear(self) -> None:
         """Forget everything."""
         self._exported.clear()
-
-
-def _weakly(storage: torch.UntypedStorage) -> _WeakReference:
-    reference: _WeakReference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-    return reference
 
 
 class CudaAllocations:

@@ -21,6 +21,7 @@ from engine.errors import (
     UpdateOrder,
 )
 from engine.models.weight_files import is_folder, read_small, shown, unfinished
+from engine.numerics import dtype_name
 from engine.protocol import LoadFromDisk, TensorPiece, TensorSpec
 from engine.weights.checksum import checksum
 from engine.weights.helpers import nothing
@@ -96,7 +97,7 @@ def _check_entries(session: UpdateSession, listing: safetensors.Listing) -> None
                 raise ManifestMismatch(
                     f"{entry.name} has dtype {entry.dtype}, not a float", field=entry.name
                 )
-            dtype = str(entry.dtype).removeprefix("torch.")
+            dtype = dtype_name(entry.dtype)
             session.expect_one(TensorPiece(entry.name, dtype, list(entry.shape)))
         except ManifestMismatch as error:
             raise ManifestMismatch(
@@ -126,7 +127,7 @@ def _check_listed(delta: Delta, listing: safetensors.Listing) -> None:
         )
     for entry in listing.entries:
         spec = expected[entry.name]
-        dtype = str(entry.dtype).removeprefix("torch.")
+        dtype = dtype_name(entry.dtype)
         if (spec.dtype, tuple(spec.shape)) != (dtype, entry.shape):
             raise ManifestMismatch(
                 f"{entry.name} is {dtype} {list(entry.shape)} in {shown(entry.file)}, listed in "

@@ -29,7 +29,7 @@ from engine.models.weight_files import (
     weight_files,
 )
 
-__all__ = ["INDEX_NAME", "Entry", "Listing", "files", "open_listing", "tensors"]
+__all__ = ["INDEX_NAME", "Entry", "Listing", "open_listing", "tensors"]
 
 _DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
@@ -125,11 +125,6 @@ class Listing:
     def file_of(self, name: str) -> Path:
         """The file that holds a tensor, or the path that was asked for."""
         return next((entry.file for entry in self.entries if entry.name == name), self.path)
-
-
-def files(path: Path) -> list[Path]:
-    """The files that hold the weights at `path`; see `weight_files`."""
-    return weight_files(path).files
 
 
 def open_listing(path: Path) -> Listing:

@@ -79,11 +79,6 @@ class Controller:
         self._updates = Updates(engine, labels, metrics, stands_still=lambda: self._idle.waiting)
         self._operations = Operations()
 
-    @property
-    def updating(self) -> bool:
-        """Whether an update is open."""
-        return self._updates.is_open
-
     def reset(self, *, weights_lost: bool = False) -> None:
         """Forget open updates and pauses: the engine was started anew. Called once every call
         to the old one has failed. weights_lost: it had taken an update and holds base weights,

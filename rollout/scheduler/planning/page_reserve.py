@@ -26,11 +26,6 @@ class PageReserve:
         self._page_size = page_size
         self._ratio = FIRST_RATIO
 
-    @property
-    def ratio(self) -> float:
-        """Share of its remaining tokens a running sequence is expected to produce."""
-        return self._ratio
-
     def decay(self) -> None:
         """One step passed in which pages sufficed."""
         step = (FIRST_RATIO - LEAST_RATIO) / DECAY_STEPS

@@ -248,7 +248,6 @@ def test_a_graph_serves_rows_that_change() -> None:
         host_pages=rows.table,
         max_kv_len=333,
         page_size=PAGE,
-        scratch_slot=scratch,
     )
     captured = rows.backend().capture_decode(layout)
     q = torch.randn(bucket, 12, 128, device="cuda", dtype=rows.dtype)

@@ -50,7 +50,6 @@ def layout(rows: int = ROWS) -> DecodeLayout:
         host_pages=host_pages,
         max_kv_len=COLUMNS * PAGE,
         page_size=PAGE,
-        scratch_slot=SLOTS - 1,
     )
 
 

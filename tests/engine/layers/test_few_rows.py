@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from engine.attention.base import AttentionBatch
+from engine.attention.stored import ForwardContext
 from engine.attention.triton import TritonBackend
-from engine.batch import StepBatch
 from engine.kv.pool import KVPool
 from engine.layers.runtime import LayerRuntime
 from engine.models.build import build_model
@@ -102,18 +102,9 @@ class Sequences:
             device=device,
         )
         ids_T = ids_RN.reshape(-1).to(device)
-        none = torch.zeros(0, dtype=torch.int64, device=device)
-        step = StepBatch(
-            input_ids_T=ids_T,
-            positions_T=positions_T,
-            last_T_of_S=none,
-            slots_S=none,
-            kv_lens_S=none,
-            query_start_R1=starts,
-            step=self.attention.prepare(batch),
-        )
+        context = ForwardContext(positions_T, self.attention.prepare(batch))
         with torch.inference_mode():
-            return self.model.compute_logits(self.model(ids_T, step))
+            return self.model.compute_logits(self.model(ids_T, context))
 
 
 @pytest.mark.gpu

@@ -17,6 +17,7 @@ from engine.layers.mlp import GatedMLP
 from engine.models.build import build_model
 from engine.models.locate import locate
 from engine.parallel.mesh import Mesh
+from engine.weights.catalog import Catalog
 from engine.weights.load import load
 from engine.weights.sources import safetensors
 from tests.helpers.load_tiny import cpu_runtime
@@ -94,7 +95,7 @@ def test_slices_of_a_whole_model_reassemble_every_full_tensor(tp_size: int, tmp_
     rebuilt = {name: torch.full_like(full, float("nan")) for name, full in reference.items()}
     for mesh in meshes(tp_size):
         model = build_model(config, runtime=cpu_runtime(mesh))
-        load(model, safetensors.tensors(tmp_path))
+        load(Catalog(model), safetensors.tensors(tmp_path))
         for name, (parameter, key) in model.weight_index().items():
             part = parameter.parts[key]
             target = rebuilt[name].narrow(part.dim, part.shard.start, part.shard.length)

@@ -35,6 +35,7 @@ from engine.protocol import (
 )
 from engine.protocol.deadlines import MAX_TIMEOUT_S, MEET_S, SILENT_S
 from engine.weights import vllm_group
+from engine.weights.initial import load_initial
 from engine.weights.service import WeightService
 from engine.weights.sources import random
 from tests.helpers.weight_engines import CONFIG, VERSION, contents, fresh, pieces, specs
@@ -145,7 +146,7 @@ def make_gpu_rank() -> tuple[Any, WeightService]:
         agree=lambda value: value,
         require_weights=lambda: None,
     )
-    rank.session.load_initial(random.tensors(model.weight_index(), seed=0))
+    load_initial(rank.session.catalog, random.tensors(model.weight_index(), seed=0))
     return model, rank
 
 

@@ -10,6 +10,7 @@ from engine.layers.runtime import LayerRuntime
 from engine.models.build import build_model
 from engine.models.config import read_config
 from engine.protocol import BeginUpdate, TensorSpec
+from engine.weights.initial import load_initial
 from engine.weights.session import UpdateSession
 from engine.weights.sources import random
 
@@ -34,7 +35,7 @@ def make(tied: bool = True):
     config = read_config({**CONFIG, "tie_word_embeddings": tied})
     model = build_model(config, runtime=runtime)
     session = UpdateSession(model, version=3)
-    session.load_initial(random.tensors(model.weight_index(), seed=0))
+    load_initial(session.catalog, random.tensors(model.weight_index(), seed=0))
     return model, session
 
 

@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 
 from engine.errors import CheckpointError, ManifestMismatch, ModelNotFound
 from engine.models.locate import locate
+from engine.models.weight_files import weight_files
+from engine.weights.catalog import Catalog
 from engine.weights.load import load
 from engine.weights.sources import random, safetensors
 from tests.helpers.load_tiny import load_path, poisoned
@@ -44,7 +46,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 def test_a_broken_index_is_named(text: str, tmp_path: Path) -> None:
     (tmp_path / safetensors.INDEX_NAME).write_text(text)
     with pytest.raises(CheckpointError, match=safetensors.INDEX_NAME):
-        safetensors.files(tmp_path)
+        weight_files(tmp_path)
 
 
 @pytest.mark.parametrize("keep", [0, 7, 200, -1000])
@@ -58,9 +60,9 @@ def test_a_cut_off_file_is_named(keep: int, tmp_path: Path) -> None:
 
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound):
-        safetensors.files(tmp_path)
+        weight_files(tmp_path)
     with pytest.raises(ModelNotFound):
-        safetensors.files(tmp_path / "absent")
+        weight_files(tmp_path / "absent")
 
 
 def test_random_weights_repeat_by_seed_and_name(tmp_path: Path) -> None:
@@ -84,7 +86,7 @@ def test_random_weights_do_not_depend_on_order_or_neighbours(tmp_path: Path) -> 
 def test_random_weights_have_the_stated_distribution(tmp_path: Path) -> None:
     write_tiny(tmp_path, "qwen2", vocab_size=2000)
     model = poisoned(locate(tmp_path).config)
-    load(model, random.tensors(model.weight_index(), 0))
+    load(Catalog(model), random.tensors(model.weight_index(), 0))
     assert torch.equal(model.model.norm.weight, torch.ones(64))
     bias = model.model.layers[0].self_attn.qkv_proj.bias
     assert torch.equal(bias, torch.zeros_like(bias))

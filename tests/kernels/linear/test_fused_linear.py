@@ -174,31 +174,3 @@ def test_bfloat16_as_the_engine_calls_it(shape: tuple[int, int], rows: int, kind
     want, absolute = exact(x, weight, options), 0.06
     assert ((got.double() - want).abs() <= absolute + 0.03 * want.abs()).all()
     assert torch.equal(fused_linear(x, weight, options, backend="triton"), got)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 8])
-def test_an_early_launch_waits_for_its_input(rows: int) -> None:
-    """A chain in a CUDA graph, each product reading the one before: no bit may change."""
-    if triton_device() == "cpu" or torch.cuda.get_device_capability()[0] < 9:
-        pytest.skip("programmatic dependent launch needs Hopper")
-    x, _, options = make(rows, 1024, 1024, torch.bfloat16, "cuda", norm=True)
-    weights = [make(1, 1024, 1024, torch.bfloat16, "cuda")[1] for _ in range(24)]
-
-    def chain(overlap: bool) -> torch.Tensor:
-        out = x.contiguous()
-        for weight in weights:
-            step = replace(options, overlap=overlap)
-            out = fused_linear(out, weight, step, backend="triton")
-        return out
-
-    want = chain(False)
-    chain(True)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = chain(True)
-    for _ in range(20):
-        got.fill_(float("nan"))
-        graph.replay()
-        assert torch.equal(got, want)

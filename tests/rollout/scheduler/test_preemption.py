@@ -96,10 +96,10 @@ def test_reserve_ratio_falls_and_rises():
     reserve = PageReserve(4)
     for _ in range(2000):
         reserve.decay()
-    assert reserve.ratio == LEAST_RATIO < FIRST_RATIO
+    assert reserve._ratio == LEAST_RATIO < FIRST_RATIO
     for _ in range(20):
         reserve.retracted()
-    assert reserve.ratio == 1.0
+    assert reserve._ratio == 1.0
 
 
 def test_prompts_stuck_for_pages_make_way_for_one(monkeypatch: pytest.MonkeyPatch):

@@ -365,7 +365,7 @@ def test_a_new_engine_is_met_with_a_clean_slate() -> None:
             await control.begin()
             server.link.leader.handle(AbortUpdate(version=1))
             control.reset(weights_lost=True)
-            assert not control.updating
+            assert not control._updates.is_open
             await control.load("/1", partial=True)
             await control.load("/2", partial=True)
             begun = [c.partial for c in server.commands() if isinstance(c, BeginUpdate)]

@@ -1,0 +1,55 @@
+"""No name without a use: what nobody calls is not there, and what is there a test reaches."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.helpers.name_uses import PACKAGES, Uses, members, read_attributes
+
+NOT_CALLED = {
+    "kernels.testing": "what tests of kernels compare with",
+    "engine.errors.NonFiniteLogits": "known by its name, which crosses processes in a reply",
+    "rollout.client.Client": "what a program that uses a server imports",
+}
+"""Modules and names that the product offers and does not use itself, and why."""
+NOT_READ = {
+    "engine.models.config.ModelConfig.bos_token_id": "checked when a config.json is read",
+    "engine.protocol.control.MemoryReport.used_bytes": "for whoever asked to release memory",
+    "engine.protocol.steps.EngineFacts.load_seconds": "for a benchmark's table",
+    "engine.protocol.steps.EngineFacts.num_parameters": "for a benchmark's table",
+    "rollout.client.Client.wait_ready": "for a program that started the server",
+}
+"""Members of public classes that the product does not read itself, and why."""
+
+
+@pytest.fixture(scope="module")
+def uses() -> Uses:
+    return Uses()
+
+
+@pytest.mark.slow
+def test_every_public_name_is_used_by_the_product(uses: Uses) -> None:
+    unused = {
+        f"{module}.{name}" for module, name in uses.public() if not uses.in_product((module, name))
+    }
+    assert {
+        name for name in unused if name.rpartition(".")[0] not in NOT_CALLED
+    } <= NOT_CALLED.keys()
+
+
+@pytest.mark.slow
+def test_every_member_is_read_by_the_product(uses: Uses) -> None:
+    product = [module for module in uses.modules.values() if module.package in PACKAGES]
+    read = set().union(*(read_attributes(module) for module in product))
+    unread = {
+        f"{module}.{owner}.{member}"
+        for module, owner, member in members(uses.modules)
+        if member not in read and not owner.startswith("_")
+    }
+    assert unread <= NOT_READ.keys()
+
+
+@pytest.mark.slow
+def test_every_public_name_is_reached_by_a_test(uses: Uses) -> None:
+    unreached = {f"{m}.{name}" for m, name in uses.public() if (m, name) not in uses.tested}
+    assert unreached == set()
