@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from kernels.pdl import await_previous, release_next
+from kernels.weighting import Weighting
 
 
 @triton.jit
@@ -25,6 +26,8 @@ def _rms_norm_kernel(
     BLOCK: tl.constexpr,
     INNER: tl.constexpr,
     ADD: tl.constexpr,
+    WIDE: tl.constexpr,
+    OFFSET: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
     if PDL:
@@ -43,28 +46,42 @@ def _rms_norm_kernel(
         tl.store(total_ptr + row * D + offset_D, x_D, mask=inside_D)
     wide_D = x_D.to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(wide_D * wide_D, axis=0) / D + eps)
-    normed_D = (wide_D * scale).to(x_D.dtype).to(tl.float32)
+    normed_D = wide_D * scale
+    if not WIDE:
+        normed_D = normed_D.to(x_D.dtype).to(tl.float32)
     weight_D = tl.load(weight_ptr + offset_D, mask=inside_D, other=0.0).to(tl.float32)
+    if OFFSET:
+        weight_D = 1.0 + weight_D
     tl.store(out_ptr + row * D + offset_D, (normed_D * weight_D).to(x_D.dtype), mask=inside_D)
 
 
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, *, overlap: bool = False
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    weighting: Weighting = "rounded",
+    *,
+    overlap: bool = False,
 ) -> torch.Tensor:
     """See `kernels.norm.rms_norm`. overlap: launch as `kernels.pdl` describes."""
     rows = _rows(x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch(rows, rows, weight, out, out, eps, add=False, overlap=overlap)
+    _launch(rows, rows, weight, out, out, eps, weighting, add=False, overlap=overlap)
     return out
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    weighting: Weighting = "rounded",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `kernels.norm.add_rms_norm`."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = torch.empty_like(out)
-    _launch(_rows(x), _rows(residual), weight, out, total, eps, add=True, overlap=False)
+    rows, residual_rows = _rows(x), _rows(residual)
+    _launch(rows, residual_rows, weight, out, total, eps, weighting, add=True, overlap=False)
     return out, total
 
 
@@ -82,6 +99,7 @@ def _launch(
     out: torch.Tensor,
     total: torch.Tensor,
     eps: float,
+    weighting: Weighting,
     *,
     add: bool,
     overlap: bool,
@@ -103,6 +121,8 @@ def _launch(
         BLOCK=block,
         INNER=inner,
         ADD=add,
+        WIDE=weighting != "rounded",
+        OFFSET=weighting == "offset",
         PDL=overlap,
         num_warps=min(max(block // 512, 1), 16),
         **({"launch_pdl": True} if overlap else {}),
