@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 PROMPT = list(range(5, 60))
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3", "olmo2", "smollm3", "gemma3"])
 def tiny(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     return folder, write_tiny(folder, request.param, head_dim=64, max_position_embeddings=256)
