@@ -59,7 +59,7 @@ def tree_gradient(trainer: Trainer, batch: Batch) -> list[torch.Tensor]:
     return [p.grad for p in trainer.model.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "olmo2", "smollm3", "gemma3"])
 def test_logprobs_are_those_of_plain_forward_passes(arch: str) -> None:
     trainer, batch = trainer_of(arch), random_batch(3, 4, vocab=VOCAB)
     with torch.no_grad():
