@@ -1,7 +1,7 @@
 """What the layers of a decoder can be made of: plain data, one class for each kind of block.
 
 A family's page (`engine/models/`) names the kinds of its layers one by one;
-`engine/layers/build.py` has the module of each kind. Torch-free.
+`engine/layers/layer_blocks.py` has the module of each kind. Torch-free.
 """
 
 from __future__ import annotations

@@ -158,12 +158,16 @@ class NoRotary:
         num_heads = heads_TCD.shape[1] - 2 * kv_heads
         q_THD, k_TKD, v_TKD = heads_TCD.split([num_heads, kv_heads, kv_heads], dim=1)
         if norms is not None:
-            options = {"weighting": norms.weighting, "backend": self.backend}
-            q_THD = rms_norm(q_THD, norms.q_weight_D, norms.eps, **options)
-            k_TKD = rms_norm(k_TKD, norms.k_weight_D, norms.eps, **options)
+            q_THD = self._normed(q_THD, norms.q_weight_D, norms)
+            k_TKD = self._normed(k_TKD, norms.k_weight_D, norms)
         pages = (target.k_pages_NGKD, target.v_pages_NGKD)
         write_kv(k_TKD, v_TKD, *pages, target.slots_T, backend=self.backend)
         return q_THD
+
+    def _normed(
+        self, x_THD: torch.Tensor, weight_D: torch.Tensor, norms: HeadNorms
+    ) -> torch.Tensor:
+        return rms_norm(x_THD, weight_D, norms.eps, weighting=norms.weighting, backend=self.backend)
 
 
 AnyRotary = Rotary | NoRotary

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from engine.layers.attention import StepContext
-from engine.layers.build import build_layer
 from engine.layers.decoder_layers import DecoderLayer
 from engine.layers.embedding import LMHead, VocabEmbedding
+from engine.layers.layer_blocks import build_layer
 from engine.layers.norm import RMSNorm
 from engine.layers.parameter import SINGLE, ShardedParameter
 from engine.layers.rotary import RotaryTables

@@ -53,6 +53,7 @@ def gguf_config(file: GGUFFile) -> dict[str, Any]:
     config["rope_parameters"] = _rope(file, architecture)
     config["eos_token_id"] = _eos_ids(metadata)
     config["bos_token_id"] = metadata.get("tokenizer.ggml.bos_token_id")
+    config["pad_token_id"] = metadata.get("tokenizer.ggml.padding_token_id")
     family.complete(metadata, config)
     return config
 

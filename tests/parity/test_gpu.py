@@ -74,7 +74,7 @@ def test_bfloat16_logprobs_are_close_to_float32(tiny) -> None:
 
 
 def test_a_push_from_gpu_tensors_is_served(tiny) -> None:
-    arch = tiny[1].config.model_type
+    arch = tiny[1].config.model_type.removesuffix("_text")
     new = tiny_hf(arch, seed=1, head_dim=64, max_position_embeddings=256)
     with make_replica(tiny[0], device="cuda") as replica:
         push(new.cuda(), 1, replica)
