@@ -114,8 +114,19 @@ def test_other_weights_give_other_logits(tmp_path: Path) -> None:
     assert _largest_difference(other, tmp_path / "a") > 100 * TOLERANCE
 
 
-def test_bfloat16_is_close_to_transformers(tmp_path: Path) -> None:
-    reference = write_tiny(tmp_path, "llama", dtype=torch.bfloat16)
+@pytest.mark.parametrize(
+    ("arch", "overrides"),
+    [
+        ("llama", {}),
+        ("olmo2", {}),
+        ("smollm3", {"num_hidden_layers": 2, "no_rope_layers": [1, 0]}),
+        ("gemma3", {}),
+    ],
+)
+def test_bfloat16_is_close_to_transformers(
+    arch: str, overrides: dict[str, Any], tmp_path: Path
+) -> None:
+    reference = write_tiny(tmp_path, arch, dtype=torch.bfloat16, **overrides)
     ids_T = torch.arange(63)
     with torch.inference_mode():
         expected_TV = reference(ids_T[None]).logits[0].float()
