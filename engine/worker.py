@@ -110,12 +110,12 @@ class Worker:
         num_scratch = int(config.cuda_graphs and device.type == "cuda")
         self._pool = self._build_pool(config, context, dtype, num_scratch)
         num_pages = self._pool.num_pages - num_scratch
-        head_dim = files.config.head_dim
         choice = select(
             config.attention,
             self._pool,
             num_heads=files.config.num_heads // self._mesh.tp_size,
-            scale=head_dim**-0.5,
+            scale=files.config.attention_scale,
+            windows=files.config.windows,
             device=device,
         )
         logger.info("attention back end %s (%s)", choice.backend.name, choice.reason)

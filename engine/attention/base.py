@@ -50,12 +50,17 @@ class AttentionStep(Protocol):
 
 
 class AttentionBackend(Protocol):
-    """Builds steps over one KV pool."""
+    """Builds steps over one KV pool.
+
+    A back end is built with the `windows` of the model's layers, in order: how many positions a
+    query of that layer sees, its own the last of them, or None for all; None in place of the
+    list where no layer has a window. A step is prepared for all of them.
+    """
 
     name: str
 
     def prepare(self, batch: AttentionBatch) -> AttentionStep:
-        """Everything that is equal for all layers of a step."""
+        """Everything that is equal for all layers of a step, or for all with one window."""
         ...
 
 

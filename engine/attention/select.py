@@ -5,12 +5,14 @@ has kernels that fit the model and has compiled them already: that takes about 9
 who asks for 'split' waits for. Decode stays with Triton: there what a row gets does not depend on
 its batch, and the prompt of a group is read once for all its samples. Prefill is bound by matrix
 products, for which FlashInfer has kernels written for Hopper; those do not cut a row's KV either,
-unlike the ones it has for other GPUs.
+unlike the ones it has for other GPUs. Models with a sliding window are served by torch and Triton:
+FlashInfer plans a window into a whole step, not into single layers.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,14 +48,23 @@ def select(
     num_heads: int,
     scale: float,
     device: torch.device,
+    windows: Sequence[int | None] | None = None,
 ) -> Choice:
     """Build the back end `name`; 'auto' as at the top of this file.
+
+    windows: of each layer, see `engine.attention.base.AttentionBackend`.
 
     Raises InvalidRequest when the back end cannot run this model on `device`, or needs a package
     that is not there.
     """
     dtype, head_dim = pool.dtype, pool.head_dim
-    refusal = flashinfer_refusal(device.type, dtype, head_dim, installed=flashinfer_installed())
+    refusal = flashinfer_refusal(
+        device.type,
+        dtype,
+        head_dim,
+        installed=flashinfer_installed(),
+        windowed=windows is not None,
+    )
     found, reason = name, "asked for"
     if name == "auto":
         found, reason = _automatic(device, dtype, head_dim, refusal)
@@ -65,7 +76,7 @@ def select(
         raise InvalidRequest(
             f"{found!r} cannot serve: {refusal}; use 'triton' or 'auto'", field="attention"
         )
-    return Choice(_build(found, pool, num_heads=num_heads, scale=scale), reason)
+    return Choice(_build(found, pool, num_heads=num_heads, scale=scale, windows=windows), reason)
 
 
 def flashinfer_installed() -> bool:
@@ -74,11 +85,18 @@ def flashinfer_installed() -> bool:
 
 
 def flashinfer_refusal(
-    device_type: str, dtype: torch.dtype, head_dim: int, *, installed: bool
+    device_type: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    installed: bool,
+    windowed: bool = False,
 ) -> str:
     """Why FlashInfer cannot serve; empty if it can."""
     if device_type != "cuda":
         return "FlashInfer needs a GPU"
+    if windowed:
+        return "FlashInfer plans no sliding windows of single layers"
     if dtype not in DTYPES:
         return f"FlashInfer has no kernels for {str(dtype).removeprefix('torch.')}"
     if head_dim not in HEAD_DIMS:
@@ -117,17 +135,22 @@ def _automatic(
 
 
 def _build(
-    name: AttentionBackendName, pool: KVPool, *, num_heads: int, scale: float
+    name: AttentionBackendName,
+    pool: KVPool,
+    *,
+    num_heads: int,
+    scale: float,
+    windows: Sequence[int | None] | None,
 ) -> AttentionBackend:
     if name == "torch_native":
         from engine.attention.torch_native import TorchNativeBackend
 
-        return TorchNativeBackend(pool, num_heads=num_heads, scale=scale)
+        return TorchNativeBackend(pool, num_heads=num_heads, scale=scale, windows=windows)
     if name == "flashinfer":
         return FlashInferBackend(pool, num_heads=num_heads, scale=scale)
     from engine.attention.triton import TritonBackend
 
-    triton = TritonBackend(pool, scale=scale)
+    triton = TritonBackend(pool, scale=scale, windows=windows)
     if name == "triton":
         return triton
     flashinfer = FlashInferBackend(pool, num_heads=num_heads, scale=scale, long_queries=0)

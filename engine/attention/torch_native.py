@@ -6,12 +6,14 @@ K kv heads, M = H // K query heads of one kv head, D head dim, L padded KV lengt
 Every query attends to up to a few disjoint runs of KV: the pages its row shares with its
 neighbours (one dense product for all of them, `engine.attention.sharing`) and the pages of
 its own. Partial results are merged by their log-sum-exp, as in FlashAttention's split-KV
-(Dao et al., arXiv 2205.14135, and "Flash-Decoding").
+(Dao et al., arXiv 2205.14135, and "Flash-Decoding"). Layers with a sliding window share nothing,
+and gather only the pages that their window reaches.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,41 +58,70 @@ class SharedRun:
     pages: torch.Tensor | slice
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of a step are attended, equal for all layers of one window.
+
+    order_T: see `_token_order`.
+    """
+
+    buckets: list[Bucket]
+    order_T: torch.Tensor | None
+    runs: list[SharedRun]
+
+
 class TorchNativeBackend:
     """Back end over scaled dot products of torch; any device and dtype."""
 
     name = "torch_native"
 
     def __init__(
-        self, pool: KVPool, *, num_heads: int, scale: float, share_prefixes: bool = True
+        self,
+        pool: KVPool,
+        *,
+        num_heads: int,
+        scale: float,
+        windows: Sequence[int | None] | None = None,
+        share_prefixes: bool = True,
     ) -> None:
+        """windows: of each layer, see `engine.attention.base.AttentionBackend`."""
         self._pool = pool
+        self._windows = windows
         self._group = num_heads // pool.num_kv_heads
         self._scale = scale
         self._share = share_prefixes
 
     def prepare(self, batch: AttentionBatch) -> TorchNativeStep:
-        """Find shared runs and pad the rest into few buckets; equal for all layers."""
+        """Find shared runs and pad the rest into few buckets, once for each window."""
         pages_RP = batch.host_pages[batch.slots_R]
         if self._pool.spoilt.any:
             places_T = batch.write_slots_T.cpu().numpy()
             self._pool.spoilt.written(*np.divmod(places_T, batch.page_size))
-        own_start_R = np.zeros(len(batch.slots_R), dtype=np.int64)
-        segments: list[Segment] = []
-        if self._share:
-            computed = batch.kv_lens_R - batch.query_lens_R
-            found = find_shared_prefixes(pages_RP, computed, batch.page_size)
-            segments, own_start_R = found.segments, found.own_start_R
-        dtype = self._pool.dtype
-        buckets = [
-            _bucket(batch, pages_RP, own_start_R, rows, dtype, self._group)
-            for rows in _group_rows(batch)
-        ]
+        kinds = {None} if self._windows is None else set(self._windows)
         return TorchNativeStep(
             pool=self._pool,
             scale=self._scale,
             batch=batch,
             pages_RP=pages_RP,
+            windows=self._windows,
+            layouts={window: self._layout(batch, pages_RP, window) for window in kinds},
+        )
+
+    def _layout(self, batch: AttentionBatch, pages_RP: np.ndarray, window: int | None) -> Layout:
+        own_start_R = np.zeros(len(batch.slots_R), dtype=np.int64)
+        segments: list[Segment] = []
+        computed = batch.kv_lens_R - batch.query_lens_R
+        if window is not None:
+            own_start_R = np.maximum(computed - (window - 1), 0) // batch.page_size
+        elif self._share:
+            found = find_shared_prefixes(pages_RP, computed, batch.page_size)
+            segments, own_start_R = found.segments, found.own_start_R
+        dtype = self._pool.dtype
+        buckets = [
+            _bucket(batch, pages_RP, own_start_R, rows, dtype, self._group, window)
+            for rows in _group_rows(batch)
+        ]
+        return Layout(
             buckets=buckets,
             order_T=_token_order(buckets),
             runs=[_shared_run(batch, pages_RP, segment) for segment in segments],
@@ -99,15 +130,21 @@ class TorchNativeBackend:
 
 @dataclass(frozen=True)
 class TorchNativeStep:
-    """One prepared step. pages_RP: int32, the page table of its rows on the host."""
+    """One prepared step. pages_RP: int32, the page table of its rows on the host.
+
+    layouts: by window, of which `windows` names that of each layer; None: no layer has one.
+    """
 
     pool: KVPool
     scale: float
     batch: AttentionBatch
     pages_RP: np.ndarray
-    buckets: list[Bucket]
-    order_T: torch.Tensor | None
-    runs: list[SharedRun]
+    windows: Sequence[int | None] | None
+    layouts: Mapping[int | None, Layout]
+
+    def layout(self, layer_index: int) -> Layout:
+        """That of one layer."""
+        return self.layouts[None if self.windows is None else self.windows[layer_index]]
 
     def attend(
         self, layer_index: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
@@ -121,15 +158,16 @@ class TorchNativeStep:
             self.pool.spoilt.mark(*np.divmod(places, self.batch.page_size))
             k_TKD, v_TKD = _zeroed(k_TKD), _zeroed(v_TKD)
         write_kv(k_TKD, v_TKD, k_NGKD, v_NGKD, write_slots_T, backend="torch")
-        partial = [self._own(bucket, q_THD, k_NGKD, v_NGKD) for bucket in self.buckets]
+        layout = self.layout(layer_index)
+        partial = [self._own(bucket, q_THD, k_NGKD, v_NGKD) for bucket in layout.buckets]
         out_THD, lse_TH = partial[0]
-        if self.order_T is not None:
-            out_THD = torch.cat([out for out, _ in partial])[self.order_T]
-            lse_TH = torch.cat([lse for _, lse in partial])[self.order_T]
-        for index, run in enumerate(self.runs):
+        if layout.order_T is not None:
+            out_THD = torch.cat([out for out, _ in partial])[layout.order_T]
+            lse_TH = torch.cat([lse for _, lse in partial])[layout.order_T]
+        for index, run in enumerate(layout.runs):
             rows = slice(run.start, run.stop)
             out, lse = self._shared(run, q_THD[rows], k_NGKD, v_NGKD)
-            last = index + 1 == len(self.runs)
+            last = index + 1 == len(layout.runs)
             _merge_into(out_THD[rows], lse_TH[rows], out, lse, need_lse=not last)
         return out_THD
 
@@ -269,6 +307,7 @@ def _bucket(
     rows: np.ndarray,
     dtype: torch.dtype,
     group: int,
+    window: int | None,
 ) -> Bucket:
     lens = batch.query_lens_R[rows]
     kv_lens = batch.kv_lens_R[rows]
@@ -287,6 +326,8 @@ def _bucket(
         columns.max() * batch.page_size
     )
     visible_BQL = kv_position_BL[:, None, :] <= last_seen_BQ[:, :, None]
+    if window is not None:
+        visible_BQL &= kv_position_BL[:, None, :] > last_seen_BQ[:, :, None] - window
     bias = torch.zeros(visible_BQL.shape, dtype=dtype)
     bias.masked_fill_(~torch.from_numpy(visible_BQL), float("-inf"))
     tokens = token_BQ[valid_BQ]

@@ -5,6 +5,7 @@ Legend: T tokens, R rows, H query heads, K kv heads, D head dim, P page columns.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -58,8 +59,17 @@ class TritonBackend:
 
     name = "triton"
 
-    def __init__(self, pool: KVPool, *, scale: float, share_prefixes: bool = True) -> None:
+    def __init__(
+        self,
+        pool: KVPool,
+        *,
+        scale: float,
+        windows: Sequence[int | None] | None = None,
+        share_prefixes: bool = True,
+    ) -> None:
+        """windows: of each layer, see `engine.attention.base.AttentionBackend`."""
         self._pool = pool
+        self._windows = windows
         self._scale = scale
         self._tracker: GroupTracker | None = None
         num_kv_heads, head_dim = pool.num_kv_heads, pool.head_dim
@@ -86,6 +96,7 @@ class TritonBackend:
             kv_lens_R=kv_lens,
             max_query_len=int(batch.query_lens_R.max()),
             max_kv_len=int(batch.kv_lens_R.max()),
+            windows=self._windows,
         )
 
     def capture_decode(self, layout: DecodeLayout) -> TritonDecode:
@@ -100,6 +111,7 @@ class TritonBackend:
             kv_lens_R=layout.kv_lens_R,
             max_query_len=1,
             max_kv_len=layout.max_kv_len,
+            windows=self._windows,
         )
         tracker = self._tracker
         if tracker is not None and layout.rows < tracker.rule.min_tiles * tracker.rule.min_rows:
@@ -115,7 +127,8 @@ class TritonBackend:
 
 @dataclass(frozen=True, eq=False)
 class TritonStep:
-    """One prepared step. table_rows_R: where each row's pages are in `page_table`."""
+    """One prepared step. table_rows_R: where each row's pages are in `page_table`. shared: of the
+    layers without a window; those with one read too little to share."""
 
     pool: KVPool
     scale: float
@@ -126,6 +139,7 @@ class TritonStep:
     kv_lens_R: torch.Tensor
     max_query_len: int
     max_kv_len: int
+    windows: Sequence[int | None] | None = None
     shared: SharedTiles | None = None
 
     def attend(
@@ -143,6 +157,7 @@ class TritonStep:
     def attend_stored(self, layer_index: int, q_THD: torch.Tensor) -> torch.Tensor:
         """Attend to KV that is written already. Returns [T, H, D]."""
         k_NGKD, v_NGKD = self.pool.layer(layer_index)
+        window = None if self.windows is None else self.windows[layer_index]
         return paged_attention(
             q_THD,
             k_NGKD,
@@ -152,9 +167,10 @@ class TritonStep:
             self.kv_lens_R,
             scale=self.scale,
             max_query_len=self.max_query_len,
+            window=window,
             table_rows_R=self.table_rows_R,
             max_kv_len=self.max_kv_len,
-            shared=self.shared,
+            shared=self.shared if window is None else None,
             backend="triton",
         )
 

@@ -1,21 +1,28 @@
-"""The gated activation of an MLP."""
+"""The gated activations of an MLP."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
 import torch
-from torch import nn
 
 from engine.config import KernelBackend
-from kernels.activation import silu_mul
+from engine.layers.kinds import Activation
+from kernels.activation import gelu_tanh_mul, silu_mul
+
+_KERNELS: Mapping[Activation, Callable[..., torch.Tensor]] = MappingProxyType(
+    {"silu": silu_mul, "gelu_tanh": gelu_tanh_mul}
+)
 
 
-class SiluMul(nn.Module):
-    """silu(gate) * up of a merged gate-and-up projection (SwiGLU, arXiv:2002.05202)."""
+class GatedActivation:
+    """activation(gate) * up of a merged gate-and-up projection (arXiv:2002.05202)."""
 
-    def __init__(self, backend: KernelBackend) -> None:
-        super().__init__()
+    def __init__(self, activation: Activation, backend: KernelBackend) -> None:
+        self.kernel = _KERNELS[activation]
         self.backend = backend
 
-    def forward(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """gate_up [T, 2 * I] -> [T, I]."""
-        return silu_mul(gate_up, backend=self.backend)
+    def __call__(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """gate_up [..., 2 * I] -> [..., I]."""
+        return self.kernel(gate_up, backend=self.backend)

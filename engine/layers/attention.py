@@ -6,15 +6,17 @@ query, key and value projection.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import nn
 
-from engine.layers.linear import MergedLinear, RowLinear, qkv_outputs
+from engine.layers.kinds import AttentionKind
+from engine.layers.linear import MergedLinear, Output, RowLinear, qkv_outputs
 from engine.layers.norm import RMSNorm
-from engine.layers.rotary import Rotary
+from engine.layers.projection_norm import ProjectionNorm, ProjectionNorms
+from engine.layers.rotary import AnyRotary
 from engine.layers.runtime import LayerRuntime
 from kernels.rotary import HeadNorms, KVTarget
 
@@ -30,10 +32,8 @@ class StepContext(Protocol):
     def attend(
         self, layer_index: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
     ) -> torch.Tensor:
-        """Store the new keys and values of a layer, attend to all of each sequence: [T, H, D].
-
-        Scores are scaled by D ** -0.5.
-        """
+        """Store the new keys and values of a layer, attend to each sequence as far as the layer's
+        window reaches, its scores scaled as the model's are: [T, H, D]."""
         ...
 
     def kv_target(self, layer_index: int) -> KVTarget | None:
@@ -46,48 +46,56 @@ class StepContext(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class AttentionShape:
-    """Sizes and options of the attention of one model.
-
-    norm_eps: epsilon of the per-head norms of queries and keys; None for no such norms.
-    """
-
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    qkv_bias: bool
-    o_bias: bool
-    norm_eps: float | None
-
-
 class Attention(nn.Module):
-    """Grouped-query self-attention with rotary positions."""
+    """Grouped-query self-attention. Whoever keeps the KV knows scale and window."""
 
     def __init__(
-        self, layer_index: int, shape: AttentionShape, rotary: Rotary, *, runtime: LayerRuntime
+        self,
+        layer_index: int,
+        hidden_size: int,
+        kind: AttentionKind,
+        rotary: AnyRotary,
+        *,
+        runtime: LayerRuntime,
     ) -> None:
         super().__init__()
         self.layer_index = layer_index
-        self.head_dim = shape.head_dim
+        self.head_dim = kind.head_dim
         self.rotary = rotary
-        outputs = qkv_outputs(shape.num_heads, shape.num_kv_heads, shape.head_dim, runtime.mesh)
-        self.qkv_proj = MergedLinear(
-            shape.hidden_size, outputs, bias=shape.qkv_bias, runtime=runtime
-        )
+        outputs = qkv_outputs(kind.num_heads, kind.num_kv_heads, kind.head_dim, runtime.mesh)
+        self.qkv_proj = MergedLinear(hidden_size, outputs, bias=kind.qkv_bias, runtime=runtime)
         self.o_proj = RowLinear(
-            shape.num_heads * shape.head_dim,
-            shape.hidden_size,
-            bias=shape.o_bias,
+            kind.num_heads * kind.head_dim,
+            hidden_size,
+            bias=kind.o_bias,
             runtime=runtime,
             what="num_attention_heads",
         )
-        self.q_norm: RMSNorm | None = None
-        self.k_norm: RMSNorm | None = None
-        if shape.norm_eps is not None:
-            self.q_norm = RMSNorm(shape.head_dim, shape.norm_eps, runtime=runtime)
-            self.k_norm = RMSNorm(shape.head_dim, shape.norm_eps, runtime=runtime)
+        self.q_norm: nn.Module | None = None
+        self.k_norm: nn.Module | None = None
+        self._head_norms: HeadNorms | None = None
+        self._projection_norms: ProjectionNorms | None = None
+        if kind.qk_norm == "head":
+            self._add_head_norms(kind, runtime)
+        elif kind.qk_norm == "projection":
+            self._add_projection_norms(kind, outputs, runtime)
+
+    def _add_head_norms(self, kind: AttentionKind, runtime: LayerRuntime) -> None:
+        q_norm, k_norm = (RMSNorm(kind.head_dim, kind.norm, runtime=runtime) for _ in range(2))
+        self.q_norm, self.k_norm = q_norm, k_norm
+        self._head_norms = HeadNorms(
+            q_norm.weight, k_norm.weight, kind.norm.eps, kind.norm.weighting
+        )
+
+    def _add_projection_norms(
+        self, kind: AttentionKind, outputs: Sequence[Output], runtime: LayerRuntime
+    ) -> None:
+        q, k, _ = outputs
+        kv_copies = max(runtime.mesh.tp_size // kind.num_kv_heads, 1)
+        q_norm = ProjectionNorm(q.size, q.shard, 1, kind.norm, runtime=runtime)
+        k_norm = ProjectionNorm(k.size, k.shard, kv_copies, kind.norm, runtime=runtime)
+        self.q_norm, self.k_norm = q_norm, k_norm
+        self._projection_norms = ProjectionNorms(q_norm, k_norm, runtime)
 
     def forward(self, hidden_TE: torch.Tensor, context: StepContext) -> torch.Tensor:
         """[T, E] -> [T, E], the sum over ranks."""
@@ -100,18 +108,16 @@ class Attention(nn.Module):
 
     def _attend(self, qkv_TC: torch.Tensor, context: StepContext) -> torch.Tensor:
         """Fused projection [T, C] -> [T, H * D]."""
+        if self._projection_norms is not None:
+            self._projection_norms(qkv_TC)
         target = context.kv_target(self.layer_index)
         if target is not None:
-            q_THD = self.rotary.store(qkv_TC, context.positions_T, target, self._head_norms())
+            q_THD = self.rotary.store(qkv_TC, context.positions_T, target, self._head_norms)
             return context.attend_stored(self.layer_index, q_THD).flatten(1)
         parts = qkv_TC.split(self.qkv_proj.sizes, dim=-1)
         q_THD, k_TKD, v_TKD = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
-        if self.q_norm is not None and self.k_norm is not None:
+        if self._head_norms is not None:
+            assert self.q_norm is not None and self.k_norm is not None
             q_THD, k_TKD = self.q_norm(q_THD), self.k_norm(k_TKD)
         q_THD, k_TKD = self.rotary(q_THD, k_TKD, context.positions_T)
         return context.attend(self.layer_index, q_THD, k_TKD, v_TKD).flatten(1)
-
-    def _head_norms(self) -> HeadNorms | None:
-        if self.q_norm is None or self.k_norm is None:
-            return None
-        return HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)

@@ -30,10 +30,17 @@ def _vocab_parameter(vocab_size: int, hidden_size: int, runtime: LayerRuntime) -
 
 
 class VocabEmbedding(nn.Module):
-    """Rows of the vocabulary, which ranks divide; a token's row is on one of them."""
+    """Rows of the vocabulary, which ranks divide; a token's row is on one of them.
 
-    def __init__(self, vocab_size: int, hidden_size: int, *, runtime: LayerRuntime) -> None:
+    scale: what a row is multiplied by after it is looked up, rounded to the dtype first, as
+    Hugging Face's Gemma does; the head that is tied to this has none.
+    """
+
+    def __init__(
+        self, vocab_size: int, hidden_size: int, *, runtime: LayerRuntime, scale: float = 1.0
+    ) -> None:
         super().__init__()
+        self.scale = float(torch.tensor(scale, dtype=runtime.dtype, device="cpu"))
         self.shard = uneven_shard(vocab_size, runtime.mesh)
         self.is_sharded = runtime.mesh.tp_size > 1
         self.collectives = runtime.collectives
@@ -42,6 +49,10 @@ class VocabEmbedding(nn.Module):
 
     def forward(self, ids_T: torch.Tensor) -> torch.Tensor:
         """Token ids int [T] -> [T, E]; each rank adds zeros for the rows of others."""
+        rows_TE = self._rows(ids_T)
+        return rows_TE if self.scale == 1.0 else rows_TE * self.scale
+
+    def _rows(self, ids_T: torch.Tensor) -> torch.Tensor:
         if not self.is_sharded:
             return F.embedding(ids_T, self.weight)
         local_T = ids_T - self.shard.start
@@ -51,7 +62,7 @@ class VocabEmbedding(nn.Module):
 
     def normed(self, ids_T: torch.Tensor, norm: RMSNorm) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids int [T] -> (norm of their rows, their rows), both [T, E]."""
-        if self.is_sharded:
+        if self.is_sharded or self.scale != 1.0 or norm.weighting != "rounded":
             rows_TE = self(ids_T)
             return norm(rows_TE), rows_TE
         return embed_rms_norm(ids_T, self.weight, norm.weight, norm.eps, backend=self.backend)

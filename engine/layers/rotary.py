@@ -11,7 +11,11 @@ import math
 import torch
 
 from engine.config import KernelBackend
+from engine.layers.kinds import AttentionKind
 from engine.layers.rope_config import RopeConfig
+from engine.layers.runtime import LayerRuntime
+from kernels.kv_copy import write_kv
+from kernels.norm import rms_norm
 from kernels.rotary import HeadNorms, KVTarget, apply_rotary, rotate_and_store
 
 
@@ -74,8 +78,9 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[torch.Tensor, 
 
 
 class Rotary:
-    """The cos/sin table of a model, one for all its layers.
+    """A cos/sin table, one for all layers of a model that rotate alike.
 
+    wide: rotate in float32; see `kernels.rotary`.
     cos_sin_MD: float32 [M, D], cosines in the first half of D and sines in the second.
     """
 
@@ -87,8 +92,10 @@ class Rotary:
         *,
         device: torch.device,
         backend: KernelBackend,
+        wide: bool = False,
     ) -> None:
         self.backend = backend
+        self.wide = wide
         frequencies, scale = inverse_frequencies(rope, head_dim)
         angles = torch.outer(torch.arange(max_position, dtype=torch.float32), frequencies)
         table = torch.cat([angles.cos(), angles.sin()], dim=-1) * scale
@@ -98,7 +105,9 @@ class Rotary:
         self, q_THD: torch.Tensor, k_TKD: torch.Tensor, positions_T: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotate queries [T, H, D] and keys [T, K, D] by their positions, int [T]."""
-        return apply_rotary(q_THD, k_TKD, positions_T, self.cos_sin_MD, backend=self.backend)
+        return apply_rotary(
+            q_THD, k_TKD, positions_T, self.cos_sin_MD, wide=self.wide, backend=self.backend
+        )
 
     def store(
         self,
@@ -115,5 +124,76 @@ class Rotary:
             self.cos_sin_MD,
             target,
             norms=norms,
+            wide=self.wide,
             backend=self.backend,
+        )
+
+
+class NoRotary:
+    """In place of `Rotary` in layers that know no positions: queries and keys stay as they are
+    (NoPE, Kazemnejad et al. 2023, arXiv:2305.19466)."""
+
+    def __init__(self, backend: KernelBackend) -> None:
+        self.backend = backend
+
+    def __call__(
+        self, q_THD: torch.Tensor, k_TKD: torch.Tensor, positions_T: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The arguments themselves."""
+        return q_THD, k_TKD
+
+    def store(
+        self,
+        qkv_TC: torch.Tensor,
+        positions_T: torch.Tensor,
+        target: KVTarget,
+        norms: HeadNorms | None,
+    ) -> torch.Tensor:
+        """`Rotary.store` without the rotation."""
+        kv_heads, head_dim = target.k_pages_NGKD.shape[2:]
+        heads_TCD = qkv_TC.unflatten(-1, (-1, head_dim))
+        num_heads = heads_TCD.shape[1] - 2 * kv_heads
+        q_THD, k_TKD, v_TKD = heads_TCD.split([num_heads, kv_heads, kv_heads], dim=1)
+        if norms is not None:
+            q_THD = self._normed(q_THD, norms.q_weight_D, norms)
+            k_TKD = self._normed(k_TKD, norms.k_weight_D, norms)
+        pages = (target.k_pages_NGKD, target.v_pages_NGKD)
+        write_kv(k_TKD, v_TKD, *pages, target.slots_T, backend=self.backend)
+        return q_THD
+
+    def _normed(
+        self, x_THD: torch.Tensor, weight_D: torch.Tensor, norms: HeadNorms
+    ) -> torch.Tensor:
+        return rms_norm(x_THD, weight_D, norms.eps, weighting=norms.weighting, backend=self.backend)
+
+
+AnyRotary = Rotary | NoRotary
+
+
+class RotaryTables:
+    """The tables of one model, each built once."""
+
+    def __init__(self, max_position: int, runtime: LayerRuntime) -> None:
+        self._max_position = max_position
+        self._runtime = runtime
+        self._tables: dict[tuple[RopeConfig | None, int, bool], AnyRotary] = {}
+
+    def of(self, attention: AttentionKind) -> AnyRotary:
+        """What rotates the queries and keys of layers of this kind."""
+        key = (attention.rope, attention.head_dim, attention.rope_wide)
+        if key not in self._tables:
+            self._tables[key] = self._build(attention)
+        return self._tables[key]
+
+    def _build(self, attention: AttentionKind) -> AnyRotary:
+        runtime = self._runtime
+        if attention.rope is None:
+            return NoRotary(runtime.backend)
+        return Rotary(
+            attention.rope,
+            attention.head_dim,
+            self._max_position,
+            device=runtime.device,
+            backend=runtime.backend,
+            wide=attention.rope_wide,
         )

@@ -1,9 +1,9 @@
 """Keys of config.json that change what a model computes, and what becomes of each.
 
-A key is read by `engine/models/config.py` or `engine/layers/rope_config.py` and computed; or it
-is one of `NEUTRAL`, whose other values are refused; or it is unknown. An unknown key whose name
-speaks of the computation (`_COMPUTES`) is refused unless its value switches nothing on; any other
-is of no concern here, as in transformers. Torch-free.
+A key is read by `engine/models/config.py`, `engine/layers/rope_config.py` or the family's page
+(`Options.reads`) and computed; or it is one of `NEUTRAL`, whose other values are refused; or it is
+unknown. An unknown key whose name speaks of the computation (`_COMPUTES`) is refused unless its
+value switches nothing on; any other is of no concern here, as in transformers. Torch-free.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from engine.errors import CheckpointError, UnknownArchitecture
+from engine.layers.kinds import LayerKind
 from engine.models.decoder_options import Options
 
 HANDLED = frozenset(
@@ -108,6 +109,8 @@ def check_keys(source: Mapping[str, Any], options: Options) -> None:
     Raises UnknownArchitecture naming the key, CheckpointError for a switch that is none.
     """
     for key, value in source.items():
+        if key in options.reads:
+            continue
         if key in NEUTRAL:
             if not any(_same(value, neutral) for neutral in NEUTRAL[key]):
                 raise _unserved(key, value)
@@ -115,10 +118,18 @@ def check_keys(source: Mapping[str, Any], options: Options) -> None:
             continue
         elif not switches_nothing(value):
             raise _unserved(key, value)
-    for key, has in (("attention_bias", options.qkv_bias), ("mlp_bias", options.mlp_bias)):
+
+
+def check_biases(source: Mapping[str, Any], layer: LayerKind) -> None:
+    """Refuse a config.json dict that asks for biases which its layers do not have.
+
+    Raises UnknownArchitecture naming the key, CheckpointError for a switch that is none.
+    """
+    qkv_bias, mlp_bias = layer.attention.qkv_bias, layer.mlp.bias
+    for key, has in (("attention_bias", qkv_bias), ("mlp_bias", mlp_bias)):
         if flag(source, key) and not has:
             raise _unserved(key, source[key])
-    if flag(source, "qkv_bias") not in (None, options.qkv_bias):
+    if flag(source, "qkv_bias") not in (None, qkv_bias):
         raise _unserved("qkv_bias", source["qkv_bias"])
 
 
@@ -132,6 +143,22 @@ def flag(source: Mapping[str, Any], key: str) -> bool | None:
     value = source.get(key)
     if value is not None and not isinstance(value, bool):
         raise CheckpointError(f"{key!r} is {value!r}, not true or false", field=key)
+    return value
+
+
+def needed(source: Mapping[str, Any], key: str) -> Any:
+    """The value of a key. Raises CheckpointError naming it where there is none."""
+    value = source.get(key)
+    if value is None:
+        raise CheckpointError(f"the model's configuration has no {key!r}", field=key)
+    return value
+
+
+def whole_number(source: Mapping[str, Any], key: str) -> int:
+    """A whole number above zero. Raises CheckpointError naming the key for anything else."""
+    value = needed(source, key)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+        raise CheckpointError(f"{key!r} is {value!r}, not a positive integer", field=key)
     return value
 
 

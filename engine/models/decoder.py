@@ -1,4 +1,4 @@
-"""The dense pre-norm decoder that Llama, Mistral, Qwen2 and Qwen3 share.
+"""A decoder of layers of any kind, and its head.
 
 Module names are Hugging Face's, so a parameter's path is the name of its full tensor.
 
@@ -12,12 +12,13 @@ from typing import cast
 import torch
 from torch import nn
 
-from engine.layers.attention import Attention, AttentionShape, StepContext
+from engine.layers.attention import StepContext
+from engine.layers.decoder_layers import DecoderLayer
 from engine.layers.embedding import LMHead, VocabEmbedding
-from engine.layers.mlp import GatedMLP
+from engine.layers.layer_blocks import build_layer
 from engine.layers.norm import RMSNorm
 from engine.layers.parameter import SINGLE, ShardedParameter
-from engine.layers.rotary import Rotary
+from engine.layers.rotary import RotaryTables
 from engine.layers.runtime import LayerRuntime
 from engine.models.config import ModelConfig
 
@@ -25,82 +26,35 @@ Target = tuple[ShardedParameter, str]
 """A parameter and the key of one of its parts."""
 
 
-def _attention_shape(config: ModelConfig) -> AttentionShape:
-    return AttentionShape(
-        hidden_size=config.hidden_size,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        qkv_bias=config.qkv_bias,
-        o_bias=config.o_bias,
-        norm_eps=config.rms_norm_eps if config.qk_norm else None,
-    )
-
-
-class DecoderLayer(nn.Module):
-    """Attention and MLP, each behind a norm that also closes the residual before it."""
-
-    def __init__(
-        self, index: int, config: ModelConfig, rotary: Rotary, *, runtime: LayerRuntime
-    ) -> None:
-        super().__init__()
-        size, eps = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = RMSNorm(size, eps, runtime=runtime)
-        self.self_attn = Attention(index, _attention_shape(config), rotary, runtime=runtime)
-        self.post_attention_layernorm = RMSNorm(size, eps, runtime=runtime)
-        self.mlp = GatedMLP(size, config.intermediate_size, bias=config.mlp_bias, runtime=runtime)
-
-    def forward(
-        self, hidden_TE: torch.Tensor, residual_TE: torch.Tensor, context: StepContext
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layer's output as (last summand, residual it is still to be added to)."""
-        normed_TE, residual_TE = self.input_layernorm.add(hidden_TE, residual_TE)
-        return self.after_norm(normed_TE, residual_TE, context)
-
-    def after_norm(
-        self, normed_TE: torch.Tensor, residual_TE: torch.Tensor, context: StepContext
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layer from its first norm on; `forward` for the rest."""
-        hidden_TE = self.self_attn(normed_TE, context)
-        hidden_TE, residual_TE = self.post_attention_layernorm.add(hidden_TE, residual_TE)
-        return self.mlp(hidden_TE), residual_TE
-
-    def add_to(self, total_TE: torch.Tensor, context: StepContext) -> torch.Tensor:
-        """The residual stream after the layer, for the few rows of `LayerRuntime.few_rows`."""
-        total_TE = self.self_attn.add_to(total_TE, self.input_layernorm, context)
-        return self.mlp.add_to(total_TE, self.post_attention_layernorm)
-
-
 class Decoder(nn.Module):
     """Embedding, layers and final norm."""
 
     def __init__(self, config: ModelConfig, max_position: int, *, runtime: LayerRuntime) -> None:
         super().__init__()
-        rotary = Rotary(
-            config.rope,
-            config.head_dim,
-            max_position,
-            device=runtime.device,
-            backend=runtime.backend,
+        rotaries = RotaryTables(max_position, runtime)
+        self.embed_tokens = VocabEmbedding(
+            config.vocab_size, config.hidden_size, scale=config.embedding_scale, runtime=runtime
         )
-        self.few_rows = runtime.few_rows
-        self.embed_tokens = VocabEmbedding(config.vocab_size, config.hidden_size, runtime=runtime)
         self.layers = nn.ModuleList(
-            DecoderLayer(index, config, rotary, runtime=runtime)
-            for index in range(config.num_layers)
+            build_layer(index, kind, rotaries, runtime=runtime)
+            for index, kind in enumerate(config.layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, runtime=runtime)
+        self.norm = RMSNorm(config.hidden_size, config.norm, runtime=runtime)
+        fuses = all(layer.fuses_few_rows for layer in self._layers())
+        self.few_rows = runtime.few_rows if fuses else 0
+
+    def _layers(self) -> list[DecoderLayer]:
+        return [cast(DecoderLayer, layer) for layer in self.layers]
 
     def forward(self, ids_T: torch.Tensor, context: StepContext) -> torch.Tensor:
         """Token ids int [T] -> hidden states after the final norm [T, E]."""
-        first, *rest = (cast(DecoderLayer, layer) for layer in self.layers)
+        first, *rest = self._layers()
         if len(ids_T) <= self.few_rows:
             total_TE = self.embed_tokens(ids_T)
             for layer in (first, *rest):
                 total_TE = layer.add_to(total_TE, context)
             return self.norm(total_TE)
-        normed_TE, residual_TE = self.embed_tokens.normed(ids_T, first.input_layernorm)
-        hidden_TE, residual_TE = first.after_norm(normed_TE, residual_TE, context)
+        hidden_TE, residual_TE = first.first(self.embed_tokens, ids_T, context)
         for layer in rest:
             hidden_TE, residual_TE = layer(hidden_TE, residual_TE, context)
         return self.norm.add(hidden_TE, residual_TE)[0]

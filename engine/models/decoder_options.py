@@ -1,25 +1,35 @@
-"""What tells one dense decoder architecture from another. Torch-free."""
+"""How a family's config.json is read, as far as that is alike for all. Torch-free."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from engine.layers.rope_config import RopeConfig, read_rope
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of the common decoder that an architecture fixes or its configuration sets.
+    """What a family's page says of its config.json.
 
-    qkv_bias, o_bias: biases of the attention's input and output projections.
-    mlp_bias: biases of the MLP's projections.
-    qk_norm: per-head norms of queries and keys before the rotary embedding.
-    default_head_dim: head dim of a configuration without one; None is hidden size / heads.
-    default_window: the `sliding_window` of a configuration without one, where it counts even
-        without `use_sliding_window`; None where that switch decides.
+    reads: keys that the page reads itself, beside those that every family has
+        (`engine.models.config_keys.HANDLED`).
+    defaults: what transformers takes for keys that a file may leave out.
+    default_head_dim: head dim where there is none or null; None is hidden size / heads.
+    has_windows: the page serves sliding windows; elsewhere one that applies is refused.
+    activation_key, activations: the key that names the gated activation, and the names of the one
+        that the page computes.
+    rope: reads the rotary settings, of a family with several those that say how far it reaches.
+    scales_embedding: rows of the embedding are multiplied by the root of the hidden size.
     """
 
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
+    reads: frozenset[str] = frozenset()
+    defaults: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     default_head_dim: int | None = None
-    default_window: int | None = None
+    has_windows: bool = False
+    activation_key: str = "hidden_act"
+    activations: tuple[str, ...] = ("silu", "swish")
+    rope: Callable[[Mapping[str, Any]], RopeConfig] = read_rope
+    scales_embedding: bool = False

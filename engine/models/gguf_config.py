@@ -8,12 +8,10 @@ from types import MappingProxyType
 from typing import Any
 
 from engine.errors import CheckpointError, UnknownArchitecture
+from engine.models.gguf_families import find_family
 from engine.models.gguf_file import GGUFFile
 from engine.models.gguf_keys import READ, Sizes, check_gguf_keys
 
-_ARCHITECTURES: Mapping[str, str] = MappingProxyType(
-    {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-)
 _ROPE_NUMBERS = frozenset(
     key.removeprefix("rope.")
     for key in READ
@@ -41,18 +39,13 @@ def gguf_config(file: GGUFFile) -> dict[str, Any]:
     """
     metadata = file.metadata
     architecture = str(metadata.get("general.architecture"))
-    if architecture not in _ARCHITECTURES:
-        raise UnknownArchitecture(
-            f"GGUF architecture {architecture!r} is not served; known: {', '.join(_ARCHITECTURES)}",
-            field="general.architecture",
-        )
+    family = find_family(architecture)
     config = _sizes(metadata, architecture)
     sizes = _checked_sizes(config, architecture, _scaling(metadata, architecture))
-    check_gguf_keys(metadata, architecture, sizes)
+    check_gguf_keys(metadata, architecture, sizes, family.reads)
     _refuse_lists(file, architecture)
-    config["architectures"] = [_ARCHITECTURES[architecture]]
-    # llama.cpp and transformers call the kinds that are served alike.
-    config["model_type"] = architecture
+    config["architectures"] = [family.architecture]
+    config["model_type"] = family.model_type
     config["vocab_size"] = _embedding_rows(file)
     config["tie_word_embeddings"] = "output.weight" not in file.tensors
     config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
@@ -60,12 +53,14 @@ def gguf_config(file: GGUFFile) -> dict[str, Any]:
     config["rope_parameters"] = _rope(file, architecture)
     config["eos_token_id"] = _eos_ids(metadata)
     config["bos_token_id"] = metadata.get("tokenizer.ggml.bos_token_id")
+    config["pad_token_id"] = metadata.get("tokenizer.ggml.padding_token_id")
+    family.complete(metadata, config)
     return config
 
 
 def gguf_key(architecture: str, key: str) -> str:
     """The key of a GGUF file that says what `key` of config.json says; `key` if none does."""
-    for own, name in READ.items():
+    for own, name in (*find_family(architecture).reads.items(), *READ.items()):
         if name == key:
             return f"{architecture}.{own}"
     return _TOKENS.get(key, key)
@@ -97,7 +92,8 @@ def _uniform(key: str, value: Any) -> Any:
 
 
 def _checked_sizes(config: dict[str, Any], architecture: str, scaling: str) -> Sizes:
-    for name in ("hidden_size", "num_attention_heads", "max_position_embeddings"):
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+    for name in sizes:
         value = config[name]
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             key = gguf_key(architecture, name)

@@ -1,15 +1,16 @@
 """Keys of a GGUF file below its architecture's prefix, and what becomes of each.
 
-Every key is in one of three places: `READ` is computed by `engine/models/gguf_config.py`,
-`HARMLESS` changes nothing in the families that are served, and `NEUTRAL` is refused unless its
-value changes nothing. A key that is in none is refused unless it is zero, false or empty.
+Every key is in one of four places: `READ` is computed by `engine/models/gguf_config.py`,
+`GGUFFamily.reads` by that of one architecture, `HARMLESS` changes nothing in the families that are
+served, and `NEUTRAL` is refused unless its value changes nothing. A key that is in none is refused
+unless it is zero, false or empty.
 What the keys mean: ggml-org/ggml docs/gguf.md and llama.cpp's src/llama-model.cpp.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -46,10 +47,7 @@ HARMLESS = frozenset(
         # How the converter found the rows; in the file they lie as llama.cpp wants them.
         "tensor_data_layout",
         "rope.scaling.finetuned",
-        # Of layers with a sliding window, which are refused by that key.
-        "attention.key_length_swa",
-        "attention.value_length_swa",
-        "rope.dimension_count_swa",
+        # Of layers with a sliding window, which are refused by that key or read it.
         "rope.freq_base_swa",
     }
 )
@@ -76,6 +74,10 @@ def _one(sizes: Sizes) -> Iterable[Any]:
     return (0, 1)
 
 
+def _head_dim(sizes: Sizes) -> Iterable[Any]:
+    return (sizes.head_dim,)
+
+
 NEUTRAL: Mapping[str, _Neutral] = MappingProxyType(
     {
         "attention.causal": lambda sizes: (True,),
@@ -85,7 +87,9 @@ NEUTRAL: Mapping[str, _Neutral] = MappingProxyType(
         "attention.scale": lambda sizes: (0, sizes.head_dim**-0.5),
         "attention.temperature_length": _off,
         "attention.temperature_scale": _off,
-        "attention.value_length": lambda sizes: (sizes.head_dim,),
+        "attention.value_length": _head_dim,
+        "attention.key_length_swa": _head_dim,
+        "attention.value_length_swa": _head_dim,
         "attn_logit_softcapping": _off,
         "embedding_length_out": lambda sizes: (0, sizes.hidden_size),
         "embedding_scale": _one,
@@ -97,7 +101,8 @@ NEUTRAL: Mapping[str, _Neutral] = MappingProxyType(
         "nextn_predict_layers": _off,
         "pooling_type": _off,
         "residual_scale": _one,
-        "rope.dimension_count": lambda sizes: (sizes.head_dim,),
+        "rope.dimension_count": _head_dim,
+        "rope.dimension_count_swa": _head_dim,
         "rope.scaling.alpha": _one,
         "rope.scaling.yarn_attn_factor": _one,
         "rope.scaling.yarn_ext_factor": lambda sizes: (-1, 1 if sizes.scaling == "yarn" else 0),
@@ -108,15 +113,19 @@ NEUTRAL: Mapping[str, _Neutral] = MappingProxyType(
 """Keys that are refused, but for the values with which they change nothing."""
 
 
-def check_gguf_keys(metadata: Mapping[str, Any], architecture: str, sizes: Sizes) -> None:
+def check_gguf_keys(
+    metadata: Mapping[str, Any], architecture: str, sizes: Sizes, reads: Collection[str] = ()
+) -> None:
     """Refuse a file with a key that would have to be computed and is not.
+
+    reads: keys that this architecture computes beside `READ`.
 
     Raises UnknownArchitecture naming the key; CheckpointError for a file that is no whole model.
     """
     _check_kind(metadata)
     for name, value in metadata.items():
         key = name.removeprefix(f"{architecture}.")
-        if key == name or key in READ or key in HARMLESS:
+        if key == name or key in READ or key in reads or key in HARMLESS:
             continue
         if key == "attention.sliding_window":
             neutral = value == 0 or _number(value) >= sizes.context_length

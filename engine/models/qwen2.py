@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from engine.layers.kinds import LayerKind
 from engine.models.decoder_options import Options
+from engine.models.sizes import Sizes
+from engine.models.windows import switched_windows
+
+OPTIONS = Options(has_windows=True)
 
 
-def options(source: Mapping[str, Any]) -> Options:
-    """No option is left to the configuration."""
-    return Options(qkv_bias=True)
+def layers(source: Mapping[str, Any], sizes: Sizes) -> tuple[LayerKind, ...]:
+    """Some layers may have a sliding window."""
+    layer = sizes.layer(qkv_bias=True)
+    return sizes.windowed(sizes.alike(layer), switched_windows(source, sizes.num_layers))

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from engine.layers.kinds import LayerKind
 from engine.models.config_keys import flag
 from engine.models.decoder_options import Options
+from engine.models.sizes import Sizes
+from engine.models.windows import switched_windows
+
+OPTIONS = Options(default_head_dim=128, has_windows=True)
 
 
-def options(source: Mapping[str, Any]) -> Options:
-    """`attention_bias` sets all four attention biases."""
-    attention_bias = bool(flag(source, "attention_bias"))
-    return Options(
-        qkv_bias=attention_bias, o_bias=attention_bias, qk_norm=True, default_head_dim=128
-    )
+def layers(source: Mapping[str, Any], sizes: Sizes) -> tuple[LayerKind, ...]:
+    """`attention_bias` sets all four attention biases; some layers may have a sliding window."""
+    bias = bool(flag(source, "attention_bias"))
+    layer = sizes.layer(qkv_bias=bias, o_bias=bias, qk_norm="head")
+    return sizes.windowed(sizes.alike(layer), switched_windows(source, sizes.num_layers))

@@ -1,4 +1,4 @@
-"""Architecture names and the modules that know them, imported when first asked for."""
+"""Architecture names and the pages that know them, imported when first asked for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from types import MappingProxyType
 from typing import Any, Protocol, cast
 
 from engine.errors import UnknownArchitecture
+from engine.layers.kinds import LayerKind
 from engine.models.decoder_options import Options
+from engine.models.sizes import Sizes
 
 ARCHITECTURES: Mapping[str, str] = MappingProxyType(
     {
@@ -16,15 +18,24 @@ ARCHITECTURES: Mapping[str, str] = MappingProxyType(
         "MistralForCausalLM": "engine.models.mistral",
         "Qwen2ForCausalLM": "engine.models.qwen2",
         "Qwen3ForCausalLM": "engine.models.qwen3",
+        "Olmo2ForCausalLM": "engine.models.olmo2",
+        "SmolLM3ForCausalLM": "engine.models.smollm3",
+        "Gemma3ForCausalLM": "engine.models.gemma3",
     }
 )
 
 
 class Architecture(Protocol):
-    """What a module of one architecture offers."""
+    """The page of a family: a module that offers these."""
 
-    def options(self, source: Mapping[str, Any]) -> Options:
-        """The decoder options of a config.json dict."""
+    OPTIONS: Options
+    """How its config.json is read."""
+
+    def layers(self, source: Mapping[str, Any], sizes: Sizes) -> tuple[LayerKind, ...]:
+        """The layers of a config.json dict, `Options.defaults` filled in, from first to last.
+
+        Raises UnknownArchitecture and CheckpointError, naming the key.
+        """
         ...
 
 

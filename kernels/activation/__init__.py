@@ -1,4 +1,4 @@
-"""Gated activation of a feed-forward block (SwiGLU; Shazeer, 2020)."""
+"""Gated activations of a feed-forward block (SwiGLU and GEGLU; Shazeer, 2020)."""
 
 from __future__ import annotations
 
@@ -21,4 +21,15 @@ def silu_mul(gate_up_T2I: torch.Tensor, *, backend: KernelBackend) -> torch.Tens
         from kernels.activation import triton
 
         return triton.silu_mul(gate_up_T2I)
+    raise unknown_backend(backend)
+
+
+def gelu_tanh_mul(gate_up_T2I: torch.Tensor, *, backend: KernelBackend) -> torch.Tensor:
+    """`gelu(gate) * up`, gelu by its tanh approximation; otherwise as `silu_mul`."""
+    if backend == "torch":
+        return reference.gelu_tanh_mul(gate_up_T2I)
+    if backend == "triton":
+        from kernels.activation import triton
+
+        return triton.gelu_tanh_mul(gate_up_T2I)
     raise unknown_backend(backend)

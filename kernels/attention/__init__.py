@@ -27,6 +27,7 @@ def paged_attention(
     *,
     scale: float,
     max_query_len: int,
+    window: int | None = None,
     table_rows_R: torch.Tensor | None = None,
     max_kv_len: int | None = None,
     shared: SharedTiles | None = None,
@@ -41,12 +42,14 @@ def paged_attention(
     positions <= kv_len - n + i. A row without queries (n = 0) is allowed.
     Query head h reads kv head h // (H // K); scores are multiplied by `scale`, above zero.
     max_query_len: host-side upper bound of the rows' query counts; 1 takes the decode kernel.
+    window: a query sees the last `window` of those positions, its own among them, at least 1;
+    None for all of them. Positions that no query of a row sees are never read.
     table_rows_R: int32; row r's pages are page_table[table_rows[r]] instead, so that a batch
     reads a table of all requests in place.
     max_kv_len: host-side upper bound of `kv_len`; None takes what the table could hold. What
     a row gets does not depend on it.
     shared: rows of one query that hold the same pages in front; "triton" reads those once for
-    a tile of rows. What a row gets does not depend on it.
+    a tile of rows. What a row gets does not depend on it. None where there is a window.
     Softmax and sums are float32. With "triton", what a row gets does not depend on the other
     rows of the batch. Raises ValueError on an unknown backend.
     """
@@ -54,7 +57,14 @@ def paged_attention(
         if table_rows_R is not None:
             page_table_RP = page_table_RP[table_rows_R.long()]
         return reference.paged_attention(
-            q_THD, k_pages_NGKD, v_pages_NGKD, page_table_RP, query_start_R1, kv_len_R, scale
+            q_THD,
+            k_pages_NGKD,
+            v_pages_NGKD,
+            page_table_RP,
+            query_start_R1,
+            kv_len_R,
+            scale,
+            window,
         )
     if backend == "triton":
         from kernels.attention import triton
@@ -68,6 +78,7 @@ def paged_attention(
             kv_len_R,
             scale,
             max_query_len,
+            window,
             table_rows_R,
             max_kv_len,
             shared,

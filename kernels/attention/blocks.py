@@ -23,8 +23,26 @@ LOG2_E = 1.4426950408889634
 def split_size(
     kv_len: tl.tensor, B: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr
 ) -> tl.tensor:
-    """Positions of a split, a multiple of B. It follows from the row's own length alone."""
+    """Positions of a split, a multiple of B. It follows from the row's own length alone.
+
+    kv_len: positions that the row walks, from `first_block` on.
+    """
     return tl.maximum(tl.cdiv(tl.cdiv(kv_len, SPLITS), B) * B, LEAST)
+
+
+@triton.jit
+def first_block(low: tl.tensor, B: tl.constexpr) -> tl.tensor:
+    """Where a row that sees nothing before position `low` begins to walk its KV."""
+    return low // B * B
+
+
+@triton.jit
+def lowest_seen(last: tl.tensor, WINDOW: tl.constexpr) -> tl.tensor:
+    """First position that a query at position `last` sees; WINDOW 0 is no window."""
+    low = last * 0
+    if WINDOW:
+        low = tl.maximum(last - (WINDOW - 1), 0)
+    return low
 
 
 @triton.jit
@@ -66,6 +84,7 @@ def block_state(
     v_ptr: tl.tensor,
     page_B: tl.tensor,
     block: tl.tensor,
+    low: tl.tensor,
     end: tl.tensor,
     head_offset: tl.tensor,
     kv_stride_n: tl.int64,
@@ -76,6 +95,7 @@ def block_state(
     acc_MD: tl.tensor,
     FIRST: tl.constexpr,
     FULL: tl.constexpr,
+    WINDOW: tl.constexpr,
     M: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
@@ -84,12 +104,15 @@ def block_state(
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """One block of KV into the running (max, sum, weighted sum) of a split; `scale` > 0.
 
-    FIRST: it is the first of its split. FULL: `end` is no nearer than the block's end. Both
+    Positions [low, end) count, of which the block has one at least; without a WINDOW, low is
+    0. FIRST: it is the first of its split. FULL: `end` is no nearer than the block's end. Both
     save work and change no bit.
     """
     dim_D = tl.arange(0, DP)
     position_B = block + tl.arange(0, B)
     seen_B = tl.full([B], True, tl.int1) if FULL else position_B < end
+    if WINDOW:
+        seen_B = seen_B & (position_B >= low)
     base_B = page_B.to(tl.int64) * kv_stride_n + (position_B % G) * kv_stride_g + head_offset
     offset_BD = base_B[:, None] + dim_D[None, :]
     inside_BD = seen_B[:, None] & (dim_D[None, :] < D)

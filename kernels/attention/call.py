@@ -20,6 +20,7 @@ class DecodeCall:
 
     inputs: (q, k pages, v pages, page table, table rows, query starts). scale: in base 2.
     strides: of q, of the pages, of the table. shape: constants of the model and the pool.
+    cut: how a row's KV is cut. max_kv_len: positions that a row walks at most.
     """
 
     inputs: tuple[torch.Tensor, ...]
@@ -48,13 +49,18 @@ def decode_call(
     out_THD: torch.Tensor,
     table_rows_R: torch.Tensor | None,
     max_kv_len: int | None,
+    window: int | None = None,
 ) -> DecodeCall:
     """See `kernels.attention.decode.decode_attention`."""
     num_heads, head_dim = q_THD.shape[1:]
     page_size, num_kv_heads = k_pages_NGKD.shape[1:3]
     padded_dim = max(triton.next_power_of_2(head_dim), 16)
     wide = q_THD.dtype == torch.float32 or padded_dim > 128
+    block = 32 if wide else 128
     rows_R = kv_len_R if table_rows_R is None else table_rows_R
+    longest = page_table_RP.shape[1] * page_size if max_kv_len is None else max_kv_len
+    if window is not None:
+        longest = min(longest, window + block - 1)
     return DecodeCall(
         inputs=(q_THD, k_pages_NGKD, v_pages_NGKD, page_table_RP, rows_R, query_start_R1),
         kv_len_R=kv_len_R,
@@ -66,10 +72,10 @@ def decode_call(
             "D": head_dim,
             "DP": padded_dim,
             "G": page_size,
-            "B": 32 if wide else 128,
+            "B": block,
             "INDIRECT": table_rows_R is not None,
         },
-        cut={"SPLITS": MAX_SPLITS, "LEAST": MIN_SPLIT},
+        cut={"SPLITS": MAX_SPLITS, "LEAST": MIN_SPLIT, "WINDOW": window or 0},
         num_kv_heads=num_kv_heads,
-        max_kv_len=page_table_RP.shape[1] * page_size if max_kv_len is None else max_kv_len,
+        max_kv_len=longest,
     )

@@ -16,7 +16,13 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention.blocks import block_state, load_pages, split_size
+from kernels.attention.blocks import (
+    block_state,
+    first_block,
+    load_pages,
+    lowest_seen,
+    split_size,
+)
 from kernels.attention.call import DecodeCall, decode_call
 from kernels.attention.grouped import shared_states
 from kernels.attention.tiles import MAX_SPLITS, MIN_SPLIT, SharedTiles, takes_whole_rows
@@ -48,6 +54,7 @@ def _decode_split_kernel(
     B: tl.constexpr,
     SPLITS: tl.constexpr,
     LEAST: tl.constexpr,
+    WINDOW: tl.constexpr,
     INDIRECT: tl.constexpr,
 ) -> None:
     row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
@@ -55,8 +62,10 @@ def _decode_split_kernel(
     query_end = tl.load(query_start_ptr + row + 1)
     kv_len = tl.load(kv_len_ptr + row)
     table_row = tl.load(table_rows_ptr + row).to(tl.int64) if INDIRECT else row
-    size = split_size(kv_len, B, SPLITS, LEAST)
-    begin = split * size
+    low = lowest_seen(kv_len - 1, WINDOW)
+    first = first_block(low, B)
+    size = split_size(kv_len - first, B, SPLITS, LEAST)
+    begin = first + split * size
     if (query_end - query != 1) | (begin >= kv_len):
         return
     end = tl.minimum(begin + size, kv_len)
@@ -78,6 +87,7 @@ def _decode_split_kernel(
             v_ptr,
             page_B,
             block,
+            low,
             end,
             kv_head * kv_stride_k,
             kv_stride_n,
@@ -88,6 +98,7 @@ def _decode_split_kernel(
             acc_MD,
             False,
             False,
+            WINDOW,
             M,
             D,
             DP,
@@ -114,6 +125,7 @@ def _decode_merge_kernel(
     B: tl.constexpr,
     SPLITS: tl.constexpr,
     LEAST: tl.constexpr,
+    WINDOW: tl.constexpr,
     Z: tl.constexpr,
 ) -> None:
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -121,7 +133,8 @@ def _decode_merge_kernel(
     if tl.load(query_start_ptr + row + 1) - query != 1:
         return
     kv_len = tl.load(kv_len_ptr + row)
-    used = tl.cdiv(kv_len, split_size(kv_len, B, SPLITS, LEAST))
+    walked = kv_len - first_block(lowest_seen(kv_len - 1, WINDOW), B)
+    used = tl.cdiv(walked, split_size(walked, B, SPLITS, LEAST))
     slot = (row * tl.num_programs(1) + head) * Z
     dim_D = tl.arange(0, DP)
     run_max, run_sum = tl.full([], float("-inf"), tl.float32), tl.full([], 0.0, tl.float32)
@@ -159,15 +172,16 @@ def decode_attention(
     max_kv_len: int | None = None,
     shared: SharedTiles | None = None,
     whole: bool | None = None,
+    window: int | None = None,
 ) -> None:
     """Fill `out_THD` for the rows that have exactly one query; other rows are left alone.
 
-    table_rows_R, max_kv_len, shared: see `kernels.attention.paged_attention`.
+    table_rows_R, max_kv_len, shared, window: see `kernels.attention.paged_attention`.
     whole: one program takes all splits of a row, in place of one for each and a merge; the
     result is the same. None does so when the rows alone fill the GPU or share tiles.
     """
     batch = (q_THD, k_pages_NGKD, v_pages_NGKD, page_table_RP, query_start_R1, kv_len_R)
-    call = decode_call(*batch, scale, out_THD, table_rows_R, max_kv_len)
+    call = decode_call(*batch, scale, out_THD, table_rows_R, max_kv_len, window)
     if shared is not None:
         whole_rows(call, (shared.tokens_R, *shared_states(call, shared)))
     elif takes_whole_rows(call.num_rows, call.num_kv_heads) if whole is None else whole:

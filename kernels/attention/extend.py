@@ -5,7 +5,9 @@ is one query of one head of the group), D head dim padded to DP, N pages, G page
 columns, B KV positions of a block.
 
 A query walks the KV in blocks from position 0, wherever its tile begins, so that its result
-does not depend on how the prompt was cut into chunks nor on the other rows.
+does not depend on how the prompt was cut into chunks nor on the other rows. With a window, tiles
+skip the blocks that none of their queries sees: what a query does not see leaves its state as it
+was, to the bit.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention.blocks import LOG2_E
+from kernels.attention.blocks import LOG2_E, first_block, lowest_seen
 
 
 @triton.jit
@@ -39,6 +41,7 @@ def _extend_kernel(
     DP: tl.constexpr,
     G: tl.constexpr,
     B: tl.constexpr,
+    WINDOW: tl.constexpr,
     INDIRECT: tl.constexpr,
 ) -> None:
     # Late tiles see the most KV: started first, they do not trail at the end.
@@ -66,9 +69,12 @@ def _extend_kernel(
     acc_MD = tl.zeros([M, DP], tl.float32)
     last_M = seen_before + query_M
     end = seen_before + tl.minimum(first + M // U, num_queries)
-    for block in range(0, end, B):
+    low = lowest_seen(seen_before + first, WINDOW)
+    for block in range(first_block(low, B), end, B):
         position_B = block + tl.arange(0, B)
         seen_B = position_B < end
+        if WINDOW:
+            seen_B = seen_B & (position_B >= low)
         page_B = tl.load(pages_ptr + position_B // G, mask=seen_B, other=0).to(tl.int64)
         base_B = page_B * kv_stride_n + (position_B % G) * kv_stride_g + kv_head * kv_stride_k
         kv_offset_BD = base_B[:, None] + dim_D[None, :]
@@ -76,15 +82,25 @@ def _extend_kernel(
         k_BD = tl.load(k_ptr + kv_offset_BD, mask=inside_BD, other=0.0)
         v_BD = tl.load(v_ptr + kv_offset_BD, mask=inside_BD, other=0.0)
         score_MB = tl.dot(q_MD, tl.trans(k_BD), input_precision="ieee") * scale
-        score_MB = tl.where(position_B[None, :] <= last_M[:, None], score_MB, float("-inf"))
+        visible_MB = position_B[None, :] <= last_M[:, None]
+        if WINDOW:
+            visible_MB = visible_MB & (position_B[None, :] > (last_M - WINDOW)[:, None])
+        score_MB = tl.where(visible_MB, score_MB, float("-inf"))
         new_max_M = tl.maximum(max_M, tl.max(score_MB, axis=1))
-        shrink_M = tl.exp2(max_M - new_max_M)
-        prob_MB = tl.exp2(score_MB - new_max_M[:, None])
+        finite_max_M = new_max_M
+        if WINDOW:
+            # A query that has seen nothing yet has no maximum to subtract.
+            finite_max_M = tl.where(new_max_M == float("-inf"), 0.0, new_max_M)
+        shrink_M = tl.exp2(max_M - finite_max_M)
+        prob_MB = tl.exp2(score_MB - finite_max_M[:, None])
         sum_M = sum_M * shrink_M + tl.sum(prob_MB, axis=1)
         acc_MD = acc_MD * shrink_M[:, None]
         acc_MD = tl.dot(prob_MB.to(v_BD.dtype), v_BD, acc_MD, input_precision="ieee")
         max_M = new_max_M
 
+    if WINDOW:
+        # Rows that pad the tile may have seen nothing.
+        sum_M = tl.where(sum_M == 0.0, 1.0, sum_M)
     out_offset_MD = (start + query_M)[:, None] * (tl.num_programs(1) * U * D) + offset_MD
     out_MD = (acc_MD / sum_M[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + out_offset_MD, out_MD, mask=inside_MD)
@@ -101,10 +117,11 @@ def extend_attention(
     max_query_len: int,
     out_THD: torch.Tensor,
     table_rows_R: torch.Tensor | None = None,
+    window: int | None = None,
 ) -> None:
     """Fill `out_THD` for the rows that have two or more queries; others are left alone.
 
-    table_rows_R: see `kernels.attention.paged_attention`.
+    table_rows_R, window: see `kernels.attention.paged_attention`.
     """
     num_heads, head_dim = q_THD.shape[1:]
     page_size, num_kv_heads = k_pages_NGKD.shape[1:3]
@@ -131,6 +148,7 @@ def extend_attention(
         DP=padded_dim,
         G=page_size,
         B=32 if wide else 64,
+        WINDOW=window or 0,
         INDIRECT=table_rows_R is not None,
         num_warps=4,
         num_stages=2,

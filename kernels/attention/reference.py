@@ -17,6 +17,7 @@ def paged_attention(
     query_start_R1: torch.Tensor,
     kv_len_R: torch.Tensor,
     scale: float,
+    window: int | None = None,
 ) -> torch.Tensor:
     """See `kernels.attention.paged_attention`."""
     out_THD = torch.empty_like(q_THD)
@@ -27,7 +28,7 @@ def paged_attention(
             continue
         k_sKD = gather_row(k_pages_NGKD, page_table_RP[row], kv_len)
         v_sKD = gather_row(v_pages_NGKD, page_table_RP[row], kv_len)
-        out_THD[begin:end] = attend(q_THD[begin:end], k_sKD, v_sKD, scale)
+        out_THD[begin:end] = attend(q_THD[begin:end], k_sKD, v_sKD, scale, window)
     return out_THD
 
 
@@ -39,15 +40,28 @@ def gather_row(pages_NGKD: torch.Tensor, page_ids_P: torch.Tensor, kv_len: int) 
 
 
 def attend(
-    q_nHD: torch.Tensor, k_sKD: torch.Tensor, v_sKD: torch.Tensor, scale: float
+    q_nHD: torch.Tensor,
+    k_sKD: torch.Tensor,
+    v_sKD: torch.Tensor,
+    scale: float,
+    window: int | None = None,
 ) -> torch.Tensor:
-    """Causal attention of the last n tokens of one sequence: [n, H, D] in q's dtype."""
+    """Causal attention of the last n tokens of one sequence: [n, H, D] in q's dtype.
+
+    Positions that no query sees are left out, and what they hold has no effect.
+    """
+    if window is not None:
+        seen = min(k_sKD.shape[0], q_nHD.shape[0] + window - 1)
+        k_sKD, v_sKD = k_sKD[-seen:], v_sKD[-seen:]
     num_queries, num_heads, head_dim = q_nHD.shape
     kv_len, num_kv_heads, _ = k_sKD.shape
     q_nKUD = q_nHD.float().view(num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
     scores_KUns = torch.einsum("nkud,skd->kuns", q_nKUD, k_sKD.float()) * scale
     last_n1 = torch.arange(kv_len - num_queries, kv_len, device=q_nHD.device).unsqueeze(1)
-    hidden_ns = torch.arange(kv_len, device=q_nHD.device) > last_n1
+    position_s = torch.arange(kv_len, device=q_nHD.device)
+    hidden_ns = position_s > last_n1
+    if window is not None:
+        hidden_ns |= position_s <= last_n1 - window
     probs_KUns = scores_KUns.masked_fill(hidden_ns, float("-inf")).softmax(-1)
     out_nKUD = torch.einsum("kuns,skd->nkud", probs_KUns, v_sKD.float())
     return out_nKUD.reshape(num_queries, num_heads, head_dim).to(q_nHD.dtype)

@@ -22,6 +22,7 @@ def paged_attention(
     kv_len_R: torch.Tensor,
     scale: float,
     max_query_len: int,
+    window: int | None = None,
     table_rows_R: torch.Tensor | None = None,
     max_kv_len: int | None = None,
     shared: SharedTiles | None = None,
@@ -29,13 +30,14 @@ def paged_attention(
     """See `kernels.attention.paged_attention`."""
     assert k_pages_NGKD.stride() == v_pages_NGKD.stride() and k_pages_NGKD.stride(3) == 1
     assert page_table_RP.stride(1) == 1
+    assert shared is None or window is None
     if q_THD.stride(2) != 1 or q_THD.stride(1) != q_THD.shape[2]:
         q_THD = q_THD.contiguous()
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     if kv_len_R.shape[0] == 0 or q_THD.shape[0] == 0:
         return out_THD
     batch = (q_THD, k_pages_NGKD, v_pages_NGKD, page_table_RP, query_start_R1, kv_len_R, scale)
-    decode_attention(*batch, out_THD, table_rows_R, max_kv_len, shared)
+    decode_attention(*batch, out_THD, table_rows_R, max_kv_len, shared, window=window)
     if max_query_len > 1:
-        extend_attention(*batch, max_query_len, out_THD, table_rows_R)
+        extend_attention(*batch, max_query_len, out_THD, table_rows_R, window)
     return out_THD

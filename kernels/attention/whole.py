@@ -9,7 +9,14 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention.blocks import block_state, fold_split, load_pages, split_size
+from kernels.attention.blocks import (
+    block_state,
+    first_block,
+    fold_split,
+    load_pages,
+    lowest_seen,
+    split_size,
+)
 from kernels.attention.call import DecodeCall
 
 
@@ -40,6 +47,7 @@ def whole_kernel(
     B: tl.constexpr,
     SPLITS: tl.constexpr,
     LEAST: tl.constexpr,
+    WINDOW: tl.constexpr,
     INDIRECT: tl.constexpr,
     RESUME: tl.constexpr,
 ) -> None:
@@ -53,11 +61,13 @@ def whole_kernel(
     shared = tl.load(tokens_ptr + row) if RESUME else 0
     if query_end - query != 1:
         return
-    size = split_size(kv_len, B, SPLITS, LEAST)
+    low = lowest_seen(kv_len - 1, WINDOW)
+    begin = first_block(low, B)
+    size = split_size(kv_len - begin, B, SPLITS, LEAST)
     pages_ptr = table_ptr + table_row * table_stride
 
     # Larger splits end elsewhere than those of a tile: such a row reads all its KV itself.
-    start = tl.where(size == LEAST, shared, 0)
+    start = tl.where(size == LEAST, shared, 0) if RESUME else begin
     page_B = load_pages(pages_ptr, start, kv_len, G, B)
 
     head_M, dim_D = tl.arange(0, M), tl.arange(0, DP)
@@ -87,6 +97,7 @@ def whole_kernel(
             v_ptr,
             page_B,
             block,
+            low,
             kv_len,
             kv_head * kv_stride_k,
             kv_stride_n,
@@ -97,6 +108,7 @@ def whole_kernel(
             acc_MD,
             False,
             False,
+            WINDOW,
             M,
             D,
             DP,
@@ -104,7 +116,7 @@ def whole_kernel(
             B,
         )
         page_B = next_B
-        if ((block + B) % size == 0) | (block + B >= kv_len):
+        if ((block + B - begin) % size == 0) | (block + B >= kv_len):
             run_max_M, run_sum_M, run_acc_MD = fold_split(
                 run_max_M, run_sum_M, run_acc_MD, max_M, sum_M, acc_MD, M, DP
             )

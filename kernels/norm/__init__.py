@@ -6,23 +6,31 @@ import torch
 
 from kernels.backend import KernelBackend, unknown_backend
 from kernels.norm import reference
+from kernels.weighting import Weighting
+
+__all__ = ["Weighting", "add_rms_norm", "rms_norm"]
 
 
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, *, backend: KernelBackend
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    weighting: Weighting = "rounded",
+    backend: KernelBackend,
 ) -> torch.Tensor:
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension.
 
     x: [..., D], float32, bfloat16 or float16; weight: [D], the same dtype. The result has
-    the shape and dtype of x. Normalised in float32, rounded to the dtype of x, then scaled:
-    the order of Hugging Face's Llama. Raises ValueError on an unknown backend.
+    the shape and dtype of x. Normalised in float32; `weighting` says where that is rounded.
+    Raises ValueError on an unknown backend.
     """
     if backend == "torch":
-        return reference.rms_norm(x, weight, eps)
+        return reference.rms_norm(x, weight, eps, weighting)
     if backend == "triton":
         from kernels.norm import triton
 
-        return triton.rms_norm(x, weight, eps)
+        return triton.rms_norm(x, weight, eps, weighting)
     raise unknown_backend(backend)
 
 
@@ -32,6 +40,7 @@ def add_rms_norm(
     weight: torch.Tensor,
     eps: float,
     *,
+    weighting: Weighting = "rounded",
     backend: KernelBackend,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add a residual, then `rms_norm`: returns (normed, x + residual).
@@ -40,9 +49,9 @@ def add_rms_norm(
     normalised. Neither argument is changed. Raises ValueError on an unknown backend.
     """
     if backend == "torch":
-        return reference.add_rms_norm(x, residual, weight, eps)
+        return reference.add_rms_norm(x, residual, weight, eps, weighting)
     if backend == "triton":
         from kernels.norm import triton
 
-        return triton.add_rms_norm(x, residual, weight, eps)
+        return triton.add_rms_norm(x, residual, weight, eps, weighting)
     raise unknown_backend(backend)

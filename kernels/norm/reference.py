@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import torch
 
+from kernels.weighting import Weighting
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, weighting: Weighting = "rounded"
+) -> torch.Tensor:
     """See `kernels.norm.rms_norm`."""
     # Step by step, not torch's rms_norm: on a CPU that decomposes into more passes than these,
     # and in 16 bits it would skip the rounding before the weight.
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return weight * (wide * scale).to(x.dtype)
+    if weighting == "rounded":
+        return weight * (wide * scale).to(x.dtype)
+    factor = 1.0 + weight.float() if weighting == "offset" else weight.float()
+    return (wide * scale * factor).to(x.dtype)
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    weighting: Weighting = "rounded",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `kernels.norm.add_rms_norm`."""
     total = x + residual
-    return rms_norm(total, weight, eps), total
+    return rms_norm(total, weight, eps, weighting), total

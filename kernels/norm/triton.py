@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.weighting import Weighting
+
 
 @triton.jit
 def _rms_norm_kernel(
@@ -23,6 +25,8 @@ def _rms_norm_kernel(
     BLOCK: tl.constexpr,
     INNER: tl.constexpr,
     ADD: tl.constexpr,
+    WIDE: tl.constexpr,
+    OFFSET: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     outer, inner = row // INNER, row % INNER
@@ -37,26 +41,40 @@ def _rms_norm_kernel(
         tl.store(total_ptr + row * D + offset_D, x_D, mask=inside_D)
     wide_D = x_D.to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(wide_D * wide_D, axis=0) / D + eps)
-    normed_D = (wide_D * scale).to(x_D.dtype).to(tl.float32)
+    normed_D = wide_D * scale
+    if not WIDE:
+        normed_D = normed_D.to(x_D.dtype).to(tl.float32)
     weight_D = tl.load(weight_ptr + offset_D, mask=inside_D, other=0.0).to(tl.float32)
+    if OFFSET:
+        weight_D = 1.0 + weight_D
     tl.store(out_ptr + row * D + offset_D, (normed_D * weight_D).to(x_D.dtype), mask=inside_D)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    weighting: Weighting = "rounded",
+) -> torch.Tensor:
     """See `kernels.norm.rms_norm`."""
     rows = _rows(x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch(rows, rows, weight, out, out, eps, add=False)
+    _launch(rows, rows, weight, out, out, eps, weighting, add=False)
     return out
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    weighting: Weighting = "rounded",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `kernels.norm.add_rms_norm`."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = torch.empty_like(out)
-    _launch(_rows(x), _rows(residual), weight, out, total, eps, add=True)
+    rows, residual_rows = _rows(x), _rows(residual)
+    _launch(rows, residual_rows, weight, out, total, eps, weighting, add=True)
     return out, total
 
 
@@ -74,6 +92,7 @@ def _launch(
     out: torch.Tensor,
     total: torch.Tensor,
     eps: float,
+    weighting: Weighting,
     *,
     add: bool,
 ) -> None:
@@ -94,5 +113,7 @@ def _launch(
         BLOCK=block,
         INNER=inner,
         ADD=add,
+        WIDE=weighting != "rounded",
+        OFFSET=weighting == "offset",
         num_warps=min(max(block // 512, 1), 16),
     )

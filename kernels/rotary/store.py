@@ -25,6 +25,8 @@ def _normed(
     half_1E: tl.tensor,
     eps: tl.float32,
     HALF: tl.constexpr,
+    WIDE: tl.constexpr,
+    OFFSET: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     dtype: tl.constexpr = low_HE.dtype
     low_HE, high_HE = low_HE.to(tl.float32), high_HE.to(tl.float32)
@@ -37,23 +39,34 @@ def _normed(
     k_high_1E = tl.load(k_weight_ptr + HALF + half_1E, mask=inside_1E, other=0.0)
     low_weight_HE = tl.where(is_q_H1, q_low_1E, k_low_1E).to(tl.float32)
     high_weight_HE = tl.where(is_q_H1, q_high_1E, k_high_1E).to(tl.float32)
-    low_HE = (low_HE * scale_H1).to(dtype).to(tl.float32) * low_weight_HE
-    high_HE = (high_HE * scale_H1).to(dtype).to(tl.float32) * high_weight_HE
-    return low_HE.to(dtype), high_HE.to(dtype)
+    if OFFSET:
+        low_weight_HE, high_weight_HE = 1.0 + low_weight_HE, 1.0 + high_weight_HE
+    low_HE, high_HE = low_HE * scale_H1, high_HE * scale_H1
+    if not WIDE:
+        low_HE, high_HE = low_HE.to(dtype).to(tl.float32), high_HE.to(dtype).to(tl.float32)
+    return (low_HE * low_weight_HE).to(dtype), (high_HE * high_weight_HE).to(dtype)
 
 
 @triton.jit
 def _rotated(
-    low_HE: tl.tensor, high_HE: tl.tensor, cos_1E: tl.tensor, sin_1E: tl.tensor
+    low_HE: tl.tensor,
+    high_HE: tl.tensor,
+    cos_1E: tl.tensor,
+    sin_1E: tl.tensor,
+    WIDE: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     dtype: tl.constexpr = low_HE.dtype
     low_HE, high_HE = low_HE.to(tl.float32), high_HE.to(tl.float32)
-    cos_1E, sin_1E = cos_1E.to(dtype).to(tl.float32), sin_1E.to(dtype).to(tl.float32)
-    # Each product is rounded to the dtype, as separate torch ops round it.
-    low_cos_HE = (low_HE * cos_1E).to(dtype).to(tl.float32)
-    high_sin_HE = (high_HE * sin_1E).to(dtype).to(tl.float32)
-    high_cos_HE = (high_HE * cos_1E).to(dtype).to(tl.float32)
-    low_sin_HE = (low_HE * sin_1E).to(dtype).to(tl.float32)
+    if not WIDE:
+        cos_1E, sin_1E = cos_1E.to(dtype).to(tl.float32), sin_1E.to(dtype).to(tl.float32)
+    low_cos_HE, high_sin_HE = low_HE * cos_1E, high_HE * sin_1E
+    high_cos_HE, low_sin_HE = high_HE * cos_1E, low_HE * sin_1E
+    if not WIDE:
+        # Each product is rounded to the dtype, as separate torch ops round it.
+        low_cos_HE = low_cos_HE.to(dtype).to(tl.float32)
+        high_sin_HE = high_sin_HE.to(dtype).to(tl.float32)
+        high_cos_HE = high_cos_HE.to(dtype).to(tl.float32)
+        low_sin_HE = low_sin_HE.to(dtype).to(tl.float32)
     return (low_cos_HE - high_sin_HE).to(dtype), (high_cos_HE + low_sin_HE).to(dtype)
 
 
@@ -74,6 +87,9 @@ def _rotate_and_store_kernel(
     KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
     NORM: tl.constexpr,
+    WIDE_NORM: tl.constexpr,
+    OFFSET_NORM: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ) -> None:
@@ -97,9 +113,18 @@ def _rotate_and_store_kernel(
     new_low_HE, new_high_HE = low_HE, high_HE
     if NORM:
         new_low_HE, new_high_HE = _normed(
-            low_HE, high_HE, is_q_H1, q_weight_ptr, k_weight_ptr, half_1E, eps, HALF
+            low_HE,
+            high_HE,
+            is_q_H1,
+            q_weight_ptr,
+            k_weight_ptr,
+            half_1E,
+            eps,
+            HALF,
+            WIDE_NORM,
+            OFFSET_NORM,
         )
-    new_low_HE, new_high_HE = _rotated(new_low_HE, new_high_HE, cos_1E, sin_1E)
+    new_low_HE, new_high_HE = _rotated(new_low_HE, new_high_HE, cos_1E, sin_1E, WIDE)
 
     q_HE = q_out_ptr + (token * Q_HEADS + head_H1) * DIM + half_1E
     tl.store(q_HE, new_low_HE, mask=inside_HE & is_q_H1)
@@ -122,6 +147,7 @@ def rotate_and_store(
     target: KVTarget,
     norms: HeadNorms | None,
     *,
+    wide: bool = False,
     block_h: int = _HEADS_PER_PROGRAM,
 ) -> torch.Tensor:
     """See `kernels.rotary.rotate_and_store`.
@@ -153,6 +179,9 @@ def rotate_and_store(
             KV_HEADS=kv_heads,
             HALF=head_dim // 2,
             NORM=norms is not None,
+            WIDE_NORM=norms is not None and norms.weighting != "rounded",
+            OFFSET_NORM=norms is not None and norms.weighting == "offset",
+            WIDE=wide,
             BLOCK_H=block_h,
             BLOCK_E=triton.next_power_of_2(head_dim // 2),
             num_warps=1,

@@ -20,6 +20,7 @@ def _rotate_heads(
     HALF: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    WIDE: tl.constexpr,
 ) -> None:
     head_H1 = tl.arange(0, BLOCK_H)[:, None]
     half_1E = tl.arange(0, BLOCK_E)[None, :]
@@ -29,12 +30,16 @@ def _rotate_heads(
     high_HE = tl.load(x_ptr + offset_HE + HALF, mask=inside_HE, other=0.0)
     dtype = low_HE.dtype
     wide_low_HE, wide_high_HE = low_HE.to(tl.float32), high_HE.to(tl.float32)
-    cos_1E, sin_1E = cos_1E.to(dtype).to(tl.float32), sin_1E.to(dtype).to(tl.float32)
-    # Each product is rounded to the dtype, as separate torch ops round it.
-    low_cos_HE = (wide_low_HE * cos_1E).to(dtype).to(tl.float32)
-    high_sin_HE = (wide_high_HE * sin_1E).to(dtype).to(tl.float32)
-    high_cos_HE = (wide_high_HE * cos_1E).to(dtype).to(tl.float32)
-    low_sin_HE = (wide_low_HE * sin_1E).to(dtype).to(tl.float32)
+    if not WIDE:
+        cos_1E, sin_1E = cos_1E.to(dtype).to(tl.float32), sin_1E.to(dtype).to(tl.float32)
+    low_cos_HE, high_sin_HE = wide_low_HE * cos_1E, wide_high_HE * sin_1E
+    high_cos_HE, low_sin_HE = wide_high_HE * cos_1E, wide_low_HE * sin_1E
+    if not WIDE:
+        # Each product is rounded to the dtype, as separate torch ops round it.
+        low_cos_HE = low_cos_HE.to(dtype).to(tl.float32)
+        high_sin_HE = high_sin_HE.to(dtype).to(tl.float32)
+        high_cos_HE = high_cos_HE.to(dtype).to(tl.float32)
+        low_sin_HE = low_sin_HE.to(dtype).to(tl.float32)
     tl.store(out_ptr + offset_HE, (low_cos_HE - high_sin_HE).to(dtype), mask=inside_HE)
     tl.store(out_ptr + offset_HE + HALF, (high_cos_HE + low_sin_HE).to(dtype), mask=inside_HE)
 
@@ -55,6 +60,7 @@ def _rotary_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    WIDE: tl.constexpr,
 ) -> None:
     token = tl.program_id(0).to(tl.int64)
     position = tl.load(positions_ptr + token).to(tl.int64)
@@ -65,12 +71,17 @@ def _rotary_kernel(
     q_out = q_out_ptr + token * (Q_HEADS * 2 * HALF)
     k_out = k_out_ptr + token * (K_HEADS * 2 * HALF)
     q_row, k_row = q_ptr + token * q_stride, k_ptr + token * k_stride
-    _rotate_heads(q_row, q_out, cos_1E, sin_1E, Q_HEADS, HALF, BLOCK_Q, BLOCK_E)
-    _rotate_heads(k_row, k_out, cos_1E, sin_1E, K_HEADS, HALF, BLOCK_K, BLOCK_E)
+    _rotate_heads(q_row, q_out, cos_1E, sin_1E, Q_HEADS, HALF, BLOCK_Q, BLOCK_E, WIDE)
+    _rotate_heads(k_row, k_out, cos_1E, sin_1E, K_HEADS, HALF, BLOCK_K, BLOCK_E, WIDE)
 
 
 def apply_rotary(
-    q_THD: torch.Tensor, k_TKD: torch.Tensor, positions_T: torch.Tensor, cos_sin_MD: torch.Tensor
+    q_THD: torch.Tensor,
+    k_TKD: torch.Tensor,
+    positions_T: torch.Tensor,
+    cos_sin_MD: torch.Tensor,
+    *,
+    wide: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `kernels.rotary.apply_rotary`."""
     q_THD, k_TKD = _packed_heads(q_THD), _packed_heads(k_TKD)
@@ -94,6 +105,7 @@ def apply_rotary(
             BLOCK_Q=triton.next_power_of_2(q_heads),
             BLOCK_K=triton.next_power_of_2(k_heads),
             BLOCK_E=triton.next_power_of_2(half),
+            WIDE=wide,
         )
     return q_out_THD, k_out_TKD
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.weighting import Weighting
+
 
 @dataclass(frozen=True)
 class KVTarget:
@@ -22,8 +24,9 @@ class KVTarget:
 
 @dataclass(frozen=True)
 class HeadNorms:
-    """RMS norms of single query and key heads: their weights, and the epsilon of both."""
+    """RMS norms of single query and key heads: their weights, and what both have in common."""
 
     q_weight_D: torch.Tensor
     k_weight_D: torch.Tensor
     eps: float
+    weighting: Weighting = "rounded"

@@ -63,6 +63,12 @@ class PrefixTree:
             mask_TT[node, node] = True
         return mask_TT
 
+    def window_mask(self, window: int) -> BoolArray:
+        """bool [T, T]: `ancestor_mask` as far as the last `window` nodes of a path, t the last."""
+        distance_TT = self.depths[:, None] - self.depths[None, :]
+        mask_TT: BoolArray = self.ancestor_mask() & (distance_TT < window)
+        return mask_TT
+
 
 @dataclass(slots=True)
 class _Trie:

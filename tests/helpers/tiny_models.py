@@ -28,10 +28,22 @@ _CLASSES = {
     "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "gemma3": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
+    "smollm3": (transformers.SmolLM3Config, transformers.SmolLM3ForCausalLM),
+    "olmo2": (transformers.Olmo2Config, transformers.Olmo2ForCausalLM),
 }
 _OWN_SIZES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 32},
     "mistral": {"sliding_window": None},
+    "smollm3": {"num_hidden_layers": 4},
+    # Two kinds of layers, a window that texts of tests exceed, and a scale that is not the usual.
+    "gemma3": {
+        "num_hidden_layers": 7,
+        "head_dim": 32,
+        "sliding_window": 16,
+        "query_pre_attn_scalar": 32,
+        "tie_word_embeddings": True,
+    },
 }
 _GGUF_NAMES = {
     "model.embed_tokens": "token_embd",
@@ -45,10 +57,13 @@ _GGUF_NAMES = {
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+_POST_NORMS = ("olmo2", "gemma3")
 _K_QUANT_SCALES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q2_K": (80, 82), "Q3_K": (108,)}
 
 
@@ -61,7 +76,10 @@ def tiny_hf(arch: str, seed: int = 0, **overrides: Any) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.2 * noise if name.endswith("norm.weight") else 0.15 * noise)
+            is_norm = name.endswith("norm.weight")
+            # Gemma keeps the difference of a norm's weight from one.
+            one = 0.0 if arch == "gemma3" else 1.0
+            parameter.copy_(one + 0.2 * noise if is_norm else 0.15 * noise)
     return model
 
 
@@ -76,7 +94,7 @@ def write_tiny(
 ) -> Any:
     """Write a Hugging Face folder of safetensors; return the transformers model in it.
 
-    arch: llama, mistral, qwen2 or qwen3; overrides go to its configuration
+    arch: a key of `_CLASSES`; overrides go to its configuration
     (`tie_word_embeddings`, `attention_bias`, `rope_parameters`, sizes ...).
     max_shard_size: small values give several files and an index.
     """
@@ -128,26 +146,36 @@ def _write_sizes(writer: gguf.GGUFWriter, config: Any, arch: str) -> None:
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
-    if arch == "qwen3":
+    if arch in ("qwen3", "gemma3"):
         writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+    if arch == "gemma3":
+        writer.add_sliding_window(config.sliding_window)
     writer.add_bos_token_id(config.bos_token_id)
     writer.add_eos_token_id(config.eos_token_id)
     # An array of strings, as real files have, that a reader of sizes has to step over.
     writer.add_token_list([f"token{index}" for index in range(config.vocab_size)])
 
 
-def _gguf_name(name: str) -> str:
+def _layer_name(rest: str, arch: str) -> str:
+    if rest == "post_attention_layernorm" and arch in _POST_NORMS:
+        return "post_attention_norm"
+    return _GGUF_NAMES[rest]
+
+
+def _gguf_name(name: str, arch: str) -> str:
     stem, _, leaf = name.rpartition(".")
     if stem.startswith("model.layers."):
         _, _, index, rest = stem.split(".", 3)
-        return f"blk.{index}.{_GGUF_NAMES[rest]}.{leaf}"
+        return f"blk.{index}.{_layer_name(rest, arch)}.{leaf}"
     return f"{_GGUF_NAMES[stem]}.{leaf}"
 
 
 def _heads(name: str, config: Any, arch: str) -> int | None:
-    if arch != "llama":
+    if arch not in ("llama", "smollm3"):
         return None
     if ".q_proj." in name:
         return int(config.num_attention_heads)
@@ -169,10 +197,13 @@ def _write_tensor(
     half = 0 if heads is None else array.shape[0] // heads // 2
     if heads is not None:
         array = _swap_pairs(array, heads, (2, half))
+    offset = 1.0 if arch == "gemma3" and name.endswith("norm.weight") else 0.0
+    array = array + np.float32(offset)
     kind = gguf.GGMLQuantizationType["F32" if array.ndim == 1 else quant]
     data = _quantize(array, kind)
-    writer.add_tensor(_gguf_name(name), data, raw_dtype=kind)
+    writer.add_tensor(_gguf_name(name, arch), data, raw_dtype=kind)
     values = np.array(gguf.quants.dequantize(data, kind), dtype=np.float32).reshape(array.shape)
+    values = values - np.float32(offset)
     if heads is not None:
         values = _swap_pairs(values, heads, (half, 2))
     return torch.from_numpy(values)

@@ -253,7 +253,7 @@ def _templates(rng: random.Random, config: dict[str, Any], folder: Path) -> None
 def _model(rng: random.Random, folder: Path, backend: tokenizers.Tokenizer) -> None:
     size = backend.get_vocab_size()
     ends = rng.choice([None, 3, [3, 5], [size - 1]])
-    types = ["llama", "mistral", "qwen3", "qwen2"]
+    types = ["llama", "mistral", "qwen3", "qwen2", "olmo2", "smollm3"]
     # transformers makes a BPE of every qwen2 folder, whatever its files hold.
     plain = not isinstance(backend.model, models.BPE) and rng.random() < 0.9
     model_type = rng.choice(types[:2] if plain else types)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kernels
-from kernels.activation import silu_mul
+from kernels.activation import gelu_tanh_mul, silu_mul
 from kernels.attention import paged_attention
 from kernels.kv_copy import write_kv
 from kernels.norm import add_rms_norm, rms_norm
@@ -64,6 +64,7 @@ def test_unknown_backend_lists_the_known_ones() -> None:
         lambda name: add_rms_norm(x, x, table[0], 1e-5, backend=name),
         lambda name: apply_rotary(x, x, ids, table, backend=name),
         lambda name: silu_mul(x, backend=name),
+        lambda name: gelu_tanh_mul(x, backend=name),
         lambda name: write_kv(x, x, pages, pages, ids, backend=name),
         lambda name: paged_attention(
             x, pages, pages, ids[None], starts, ids, scale=1.0, max_query_len=1, backend=name

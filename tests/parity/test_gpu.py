@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 PROMPT = list(range(5, 60))
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3", "olmo2", "smollm3", "gemma3"])
 def tiny(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     return folder, write_tiny(folder, request.param, head_dim=64, max_position_embeddings=256)
@@ -74,7 +74,7 @@ def test_bfloat16_logprobs_are_close_to_float32(tiny) -> None:
 
 
 def test_a_push_from_gpu_tensors_is_served(tiny) -> None:
-    arch = tiny[1].config.model_type
+    arch = tiny[1].config.model_type.removesuffix("_text")
     new = tiny_hf(arch, seed=1, head_dim=64, max_position_embeddings=256)
     with make_replica(tiny[0], device="cuda") as replica:
         push(new.cuda(), 1, replica)

@@ -42,10 +42,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_float32_text_and_logprobs_are_those_of_one_gpu(tiny: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen3", "olmo2", "smollm3", "gemma3"])
+def test_float32_text_and_logprobs_are_those_of_one_gpu(family: str, tmp_path: Path) -> None:
+    write_tiny(tmp_path, family, head_dim=64, max_position_embeddings=2048, vocab_size=101)
     outputs = []
     for tp_size in (1, 2):
-        with replica_of(tiny, tp_size) as replica:
+        with replica_of(tmp_path, tp_size) as replica:
             common = {"temperature": 0.0, "max_new_tokens": 60}
             replica.submit([request(f"{n}", PROMPT[:n], **common) for n in (5, 31, 55)])
             replica.submit([request("drawn", PROMPT, seed=4, max_new_tokens=60)])

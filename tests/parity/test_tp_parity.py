@@ -28,6 +28,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "default-like": ("llama", DEFAULT_LIKE),
     "odd vocabulary, biases": ("qwen2", {"vocab_size": 97}),
     "head norms, one KV head": ("qwen3", {"vocab_size": 101, "num_key_value_heads": 1}),
+    "norms over all heads": ("olmo2", {}),
+    "norms over one KV head": ("olmo2", {"num_key_value_heads": 1}),
+    "windows, scaled embeddings": ("gemma3", {}),
+    "layers without positions": ("smollm3", {}),
     "attention biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
 }
 

@@ -23,6 +23,8 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 
+FAMILIES = ["llama", "qwen2", "qwen3", "olmo2", "smollm3", "gemma3"]
+
 
 @pytest.mark.parametrize(
     "arch,options",
@@ -32,6 +34,9 @@ LLAMA3 = {
         ("mistral", {}),
         ("qwen2", {"tie_word_embeddings": True}),
         ("qwen3", {}),
+        ("olmo2", {}),
+        ("smollm3", {"tie_word_embeddings": True}),
+        ("gemma3", {"tie_word_embeddings": True}),
     ],
 )
 def test_a_folder(arch: str, options: dict[str, Any], tmp_path) -> None:
@@ -50,6 +55,16 @@ def test_a_folder(arch: str, options: dict[str, Any], tmp_path) -> None:
     ids = torch.arange(20).unsqueeze(0)
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, original(ids).logits)
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_a_gguf_file(arch: str, tmp_path) -> None:
+    original = write_tiny_gguf(tmp_path / "m.gguf", arch, num_hidden_layers=5)
+    checkpoint = read_checkpoint(str(tmp_path / "m.gguf"))
+    model = load_causal_lm(checkpoint.hf_config, checkpoint.tensors)
+    ids = torch.arange(40).unsqueeze(0)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, original(ids).logits, atol=1e-4, rtol=0)
 
 
 def test_what_the_engine_passes_over_is_left_out(tmp_path) -> None:

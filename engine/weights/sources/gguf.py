@@ -10,6 +10,7 @@ from types import MappingProxyType
 import torch
 
 from engine.errors import CheckpointError
+from engine.models.gguf_families import GGUFFamily, find_family
 from engine.models.gguf_file import GGUFFile
 
 _GLOBAL_NAMES: Mapping[str, str] = MappingProxyType(
@@ -42,11 +43,12 @@ _HEAD_COUNTS: Mapping[str, str] = MappingProxyType(
 )
 
 
-def hf_name(name: str) -> str:
+def hf_name(name: str, family: GGUFFamily) -> str:
     """The Hugging Face name of a GGUF tensor. Raises CheckpointError for an unknown one."""
     layer = _LAYER.fullmatch(name)
-    if layer is not None and layer[2] in _LAYER_NAMES:
-        return f"model.layers.{layer[1]}.{_LAYER_NAMES[layer[2]]}.{layer[3]}"
+    names = {**_LAYER_NAMES, **family.layer_names}
+    if layer is not None and layer[2] in names:
+        return f"model.layers.{layer[1]}.{names[layer[2]]}.{layer[3]}"
     stem, _, leaf = name.rpartition(".")
     if stem in _GLOBAL_NAMES:
         return f"{_GLOBAL_NAMES[stem]}.{leaf}"
@@ -63,16 +65,16 @@ def _unpermute(rows: torch.Tensor, num_heads: int) -> torch.Tensor:
     return pairs.transpose(1, 2).reshape(rows.shape)
 
 
-def _permuted_heads(file: GGUFFile, name: str) -> int | None:
-    """Heads of a tensor whose rows llama.cpp reorders: q and k of the llama architecture."""
+def _permuted_heads(file: GGUFFile, family: GGUFFamily, name: str) -> int | None:
+    """Heads of a tensor whose rows llama.cpp reorders: q and k of some architectures."""
     layer = _LAYER.fullmatch(name)
-    if layer is None or file.metadata.get("general.architecture") != "llama":
+    if layer is None or not family.pairs_rows:
         return None
     key = _HEAD_COUNTS.get(layer[2])
     if key is None:
         return None
-    counts = file.metadata
-    return int(counts.get(f"llama.attention.{key}", counts["llama.attention.head_count"]))
+    counts, prefix = file.metadata, f"{file.metadata['general.architecture']}.attention"
+    return int(counts.get(f"{prefix}.{key}", counts[f"{prefix}.head_count"]))
 
 
 def tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -82,9 +84,14 @@ def tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     library cannot dequantise.
     """
     file = GGUFFile(path)
+    family = find_family(file.metadata.get("general.architecture"))
     for name in file.tensors:
         if _NOT_WEIGHTS.fullmatch(name):
             continue
         tensor = torch.from_numpy(file.dequantize(name))
-        num_heads = _permuted_heads(file, name)
-        yield hf_name(name), tensor if num_heads is None else _unpermute(tensor, num_heads)
+        num_heads = _permuted_heads(file, family, name)
+        if num_heads is not None:
+            tensor = _unpermute(tensor, num_heads)
+        if name.endswith("norm.weight"):
+            tensor -= family.norm_offset
+        yield hf_name(name, family), tensor

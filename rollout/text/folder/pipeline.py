@@ -18,14 +18,27 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from engine.errors import CheckpointError
-from rollout.text.folder.json_files import broken, optional_flag, optional_text, parse_object
+from rollout.text.folder.json_files import (
+    as_text,
+    broken,
+    optional_flag,
+    optional_text,
+    parse_object,
+)
 
 _CONFIG = "tokenizer_config.json"
 _CLASS = "tokenizer_class"
 _FILE = "TokenizersBackend"
 
 _MODEL_CLASSES: Mapping[str, str] = MappingProxyType(
-    {"mistral": _FILE, "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}
+    {
+        "gemma3": "GemmaTokenizer",
+        "gemma3_text": "GemmaTokenizer",
+        "mistral": _FILE,
+        "olmo2": _FILE,
+        "qwen2": "Qwen2Tokenizer",
+        "qwen3": "Qwen2Tokenizer",
+    }
 )
 # Of these transformers believes no tokenizer_class.
 _OVERRULED = ("qwen2",)
@@ -40,7 +53,7 @@ _REFUSED = frozenset(
         "Cohere", "ConvBert", "Cpm", "CpmAnt", "DPRContextEncoder", "DPRQuestionEncoder",
         "DPRReader", "Deberta", "DebertaV2", "Dia", "DistilBert", "Electra", "Esm", "Esmc",
         "FNet", "FSMT", "FastSpeech2Conformer", "Flaubert", "Funnel", "GPTNeoX",
-        "GPTNeoXJapanese", "GPTSw3", "Gemma", "Herbert", "LED", "Lasr", "LayoutLM", "LayoutLMv2",
+        "GPTNeoXJapanese", "GPTSw3", "Herbert", "LED", "Lasr", "LayoutLM", "LayoutLMv2",
         "LayoutLMv3", "LayoutXLM", "Longformer", "Luke", "Lxmert", "M2M100", "MBart", "MBart50",
         "MLuke", "MPNet", "Marian", "MarkupLM", "Mecab", "Mgpstr", "MobileBert", "Mvp", "MyT5",
         "Nllb", "Nougat", "OpenAIGPT", "PLBart", "Parakeet", "Pegasus", "Perceiver", "Phobert",
@@ -224,9 +237,29 @@ def _gpt2(path: Path, config: dict[str, Any], fields: dict[str, Any]) -> Tokeniz
     return backend
 
 
+def _gemma(path: Path, config: dict[str, Any], fields: dict[str, Any]) -> Tokenizer:
+    found = config.get("unk_token")
+    unknown = found.get("content") if isinstance(found, dict) else found
+    unknown = "<unk>" if unknown is None else as_text(path, "unk_token", unknown)
+    backend = _bpe(fields, fuse_unk=True, unk_token=unknown, byte_fallback=True)
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.pre_tokenizer = pre_tokenizers.Split(
+        pattern=" ", behavior="merged_with_previous", invert=False
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return backend
+
+
 _Build = Callable[[Path, dict[str, Any], dict[str, Any]], Tokenizer]
 _REBUILT: Mapping[str, _Build] = MappingProxyType(
-    {"LlamaTokenizer": _llama, "Qwen2Tokenizer": _qwen2, "GPT2Tokenizer": _gpt2}
+    {
+        "LlamaTokenizer": _llama,
+        "Qwen2Tokenizer": _qwen2,
+        "GPT2Tokenizer": _gpt2,
+        "GemmaTokenizer": _gemma,
+    }
 )
 _END = "<|endoftext|>"
 _DEFAULTS: Mapping[str, Mapping[str, str | None]] = MappingProxyType(
@@ -238,6 +271,13 @@ _DEFAULTS: Mapping[str, Mapping[str, str | None]] = MappingProxyType(
             "bos_token": _END,
             "eos_token": _END,
             "pad_token": None,
+        },
+        "GemmaTokenizer": {
+            "unk_token": "<unk>",
+            "bos_token": "<bos>",
+            "eos_token": "<eos>",
+            "pad_token": "<pad>",
+            "mask_token": "<mask>",
         },
     }
 )

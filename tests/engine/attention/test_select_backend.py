@@ -27,8 +27,20 @@ def make_pool(dtype: torch.dtype = torch.bfloat16, head_dim: int = 128) -> KVPoo
     )
 
 
-def choose(name: str, device: str, pool: KVPool | None = None):
-    return select(name, pool or make_pool(), num_heads=4, scale=0.1, device=torch.device(device))
+def choose(
+    name: str,
+    device: str,
+    pool: KVPool | None = None,
+    windows: tuple[int | None, ...] | None = None,
+):
+    return select(
+        name,
+        pool or make_pool(),
+        num_heads=4,
+        scale=0.1,
+        device=torch.device(device),
+        windows=windows,
+    )
 
 
 @pytest.fixture
@@ -132,6 +144,16 @@ def test_what_is_asked_for_is_taken(installed: None, name: str, found: str) -> N
 def test_the_captured_back_ends_are_capturable(installed: None) -> None:
     assert isinstance(choose("flashinfer", "cuda").backend, CapturableBackend)
     assert not isinstance(choose("torch_native", "cuda").backend, CapturableBackend)
+
+
+def test_windows_of_layers_leave_triton(installed: None) -> None:
+    choice = choose("auto", "cuda", windows=(64, None))
+    assert choice.backend.name == "triton"
+    assert "sliding windows" in choice.reason
+    for name in ("flashinfer", "split"):
+        with pytest.raises(InvalidRequest, match="sliding windows") as caught:
+            choose(name, "cuda", windows=(64, None))
+        assert caught.value.field == "attention"
 
 
 def test_refusals() -> None:

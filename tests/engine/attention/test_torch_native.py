@@ -16,10 +16,10 @@ PAGE, HEADS, KV_HEADS, DIM = 4, 6, 2, 16
 SCALE = DIM**-0.5
 
 
-def make_pool(dtype: torch.dtype = torch.float32) -> KVPool:
+def make_pool(dtype: torch.dtype = torch.float32, num_pages: int = 64) -> KVPool:
     pool = KVPool(
         num_layers=2,
-        num_pages=64,
+        num_pages=num_pages,
         page_size=PAGE,
         num_kv_heads=KV_HEADS,
         head_dim=DIM,
@@ -52,14 +52,17 @@ def make_batch(pages: list[list[int]], query_lens: list[int], kv_lens: list[int]
     )
 
 
-def compare(batch: AttentionBatch, pool: KVPool, *, tolerance: float) -> None:
+def compare(
+    batch: AttentionBatch, pool: KVPool, *, tolerance: float, window: int | None = None
+) -> None:
     num_tokens = int(batch.query_start_R1[-1])
     dtype = pool.dtype
     q = torch.randn(num_tokens, HEADS, DIM).to(dtype)
     k = torch.randn(num_tokens, KV_HEADS, DIM).to(dtype)
     v = torch.randn(num_tokens, KV_HEADS, DIM).to(dtype)
-    step = TorchNativeBackend(pool, num_heads=HEADS, scale=SCALE).prepare(batch)
-    got = step.attend(1, q, k, v)
+    windows = None if window is None else (None, window)
+    backend = TorchNativeBackend(pool, num_heads=HEADS, scale=SCALE, windows=windows)
+    got = backend.prepare(batch).attend(1, q, k, v)
     want = paged_attention(
         q,
         *pool.layer(1),
@@ -68,6 +71,7 @@ def compare(batch: AttentionBatch, pool: KVPool, *, tolerance: float) -> None:
         torch.from_numpy(batch.kv_lens_R.astype(np.int32)),
         scale=SCALE,
         max_query_len=int(batch.query_lens_R.max()),
+        window=window,
         backend="torch",
     )
     torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
@@ -106,6 +110,37 @@ def test_equals_the_reference(case: str, monkeypatch: pytest.MonkeyPatch) -> Non
     compare(make_batch(*CASES[case]), make_pool(), tolerance=2e-5)
 
 
+@pytest.mark.parametrize("window", [1, 3, 4, 9, 26, 100])
+@pytest.mark.parametrize("case", CASES)
+def test_a_window_equals_the_reference(case: str, window: int) -> None:
+    torch.manual_seed(0)
+    compare(make_batch(*CASES[case]), make_pool(), tolerance=2e-5, window=window)
+
+
+@pytest.mark.parametrize("window", [1, 60, 700])
+def test_a_window_in_rows_of_many_blocks(window: int) -> None:
+    """Queries of one chunk that see nothing of its first blocks, and a row beside them."""
+    torch.manual_seed(0)
+    pages = torch.randperm(600).tolist()
+    pool = make_pool(num_pages=600)
+    batch = make_batch([pages[:375], pages[375:500]], [1100, 3], [1500, 500])
+    compare(batch, pool, tolerance=2e-5, window=window)
+
+
+def test_each_layer_has_its_own_window() -> None:
+    torch.manual_seed(0)
+    batch, pool = make_batch(*CASES["group decode"]), make_pool()
+    q = torch.randn(5, HEADS, DIM)
+    k, v = torch.randn(2, 5, KV_HEADS, DIM).unbind(0)
+    for layer in (0, 1):
+        for pages in pool.layer(layer):
+            pages.copy_(pool.layer(0)[0])
+    backend = TorchNativeBackend(pool, num_heads=HEADS, scale=SCALE, windows=(None, 5))
+    step = backend.prepare(batch)
+    assert step.layout(0).runs and not step.layout(1).runs
+    assert not torch.allclose(step.attend(0, q, k, v), step.attend(1, q, k, v))
+
+
 @pytest.mark.parametrize("case", ["group decode", "mixed"])
 def test_bfloat16(case: str) -> None:
     torch.manual_seed(0)
@@ -116,7 +151,7 @@ def test_the_group_case_does_share() -> None:
     """Else the cases above would not test the merge."""
     batch = make_batch(*CASES["group decode"])
     step = TorchNativeBackend(make_pool(), num_heads=HEADS, scale=SCALE).prepare(batch)
-    assert len(step.runs) == 1
+    assert len(step.layout(0).runs) == 1
     assert 4 * len(SHARED) >= sharing.MIN_PAGES_SAVED
 
 

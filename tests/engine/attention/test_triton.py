@@ -24,9 +24,11 @@ def few_bytes_are_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "PROGRAMS", 2)
 
 
-def backend(dtype: torch.dtype = torch.bfloat16, head_dim: int = 8, **options) -> TritonBackend:
+def backend(
+    dtype: torch.dtype = torch.bfloat16, head_dim: int = 8, num_layers: int = 1, **options
+) -> TritonBackend:
     pool = KVPool(
-        num_layers=1,
+        num_layers=num_layers,
         num_pages=1,
         page_size=PAGE,
         num_kv_heads=2,
@@ -83,6 +85,24 @@ def test_a_group_takes_the_grouped_step_and_its_rows_reach_the_device() -> None:
     assert tiles.tokens_R.tolist() == [512] * 8 + [0] * (ROWS - 8)
     captured.refresh(*rows_of(list(range(24, 84)), 602))
     assert captured.step is plain
+
+
+def test_a_layer_with_a_window_has_its_window_and_shares_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+    monkeypatch.setattr(triton, "paged_attention", lambda *_, **options: calls.append(options))
+    where = layout()
+    share(where, range(8, 24), 512)
+    served = backend(num_layers=3, windows=(64, None, 128))
+    captured = served.capture_decode(where)
+    captured.refresh(*rows_of(list(range(60)), 600))
+    tiles = captured.step.shared
+    assert tiles is not None
+    for layer in range(3):
+        captured.step.attend_stored(layer, torch.zeros(ROWS, 2, 8))
+    assert [call["window"] for call in calls] == [64, None, 128]
+    assert [call["shared"] for call in calls] == [None, tiles, None]
 
 
 def test_two_layouts_each_get_the_groups_that_one_of_them_found() -> None:

@@ -32,7 +32,12 @@ CONFIG = {
     "rope_theta": 10000.0,
     "max_position_embeddings": CONTEXT,
 }
-ARCHITECTURES = ["Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM"]
+ARCHITECTURES = [
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "LlamaForCausalLM",
+    "SmolLM3ForCausalLM",
+]
 
 
 def runtime_on(device: str, dtype: torch.dtype, **options: object) -> LayerRuntime:
@@ -49,8 +54,18 @@ def test_who_takes_the_fused_products() -> None:
     assert plain.few_rows == 0
 
 
-def random_model(architecture: str) -> CausalLM:
+@pytest.mark.parametrize("architecture", ["Olmo2ForCausalLM", "Gemma3ForCausalLM"])
+def test_families_whose_norms_follow_a_product_take_none(architecture: str) -> None:
     config = read_config({"architectures": [architecture], **CONFIG})
+    runtime = runtime_on("cpu", torch.bfloat16)
+    assert build_model(config, runtime=runtime).model.few_rows == 0
+    plain = read_config({"architectures": ["SmolLM3ForCausalLM"], **CONFIG})
+    assert build_model(plain, runtime=runtime).model.few_rows == 16
+
+
+def random_model(architecture: str) -> CausalLM:
+    own = {"no_rope_layers": [1, 0]} if architecture.startswith("SmolLM3") else {}
+    config = read_config({"architectures": [architecture], **CONFIG, **own})
     model = build_model(config, runtime=runtime_on(triton_device(), torch.float16))
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():

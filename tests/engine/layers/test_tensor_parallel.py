@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from engine.layers.embedding import LMHead, VocabEmbedding
+from engine.layers.kinds import DenseMLPKind
 from engine.layers.linear import MergedLinear, RowLinear, gate_up_outputs
 from engine.layers.mlp import GatedMLP
 from engine.models.build import build_model
@@ -64,7 +65,7 @@ def test_mlp_summands_add_up() -> None:
     x = torch.randn(5, 4)
     total = torch.zeros(5, 4)
     for mesh in meshes(4):
-        mlp = GatedMLP(4, 8, bias=False, runtime=cpu_runtime(mesh))
+        mlp = GatedMLP(4, DenseMLPKind(intermediate_size=8), runtime=cpu_runtime(mesh))
         mlp.gate_up_proj.weight.place(tensors["gate"], "gate_proj")
         mlp.gate_up_proj.weight.place(tensors["up"], "up_proj")
         mlp.down_proj.weight.place(tensors["down"])
@@ -87,10 +88,14 @@ def test_embedding_summands_and_head_columns_of_an_odd_vocabulary() -> None:
     torch.testing.assert_close(torch.cat(logits, -1), hidden @ table.T)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "olmo2", "gemma3"])
 @pytest.mark.parametrize("tp_size", [2, 4])
-def test_slices_of_a_whole_model_reassemble_every_full_tensor(tp_size: int, tmp_path: Path) -> None:
+def test_slices_of_a_whole_model_reassemble_every_full_tensor(
+    tp_size: int, family: str, tmp_path: Path
+) -> None:
     """With 4 ranks and 2 KV heads, ranks share heads: every element is held at least once."""
-    reference = write_tiny(tmp_path, "qwen3", attention_bias=True).state_dict()
+    reference = write_tiny(tmp_path, family, attention_bias=True, tie_word_embeddings=False)
+    reference = reference.state_dict()
     config = locate(tmp_path).config
     rebuilt = {name: torch.full_like(full, float("nan")) for name, full in reference.items()}
     for mesh in meshes(tp_size):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from engine.errors import CheckpointError, ModelError, UnknownArchitecture
+from engine.models.gguf_families import FAMILIES
 from engine.models.gguf_keys import HARMLESS, NEUTRAL, READ
 from engine.models.locate import locate
 from tests.helpers.gguf_writer import add_key
@@ -188,6 +189,66 @@ def test_head_dim_of_qwen3_is_the_files_own(tmp_path: Path) -> None:
     assert locate(write(tmp_path / "x.gguf", {}, "qwen3"), "random").config.head_dim == HEAD_DIM
 
 
+def test_gemma3_says_what_llama_cpp_takes_for_granted(tmp_path: Path) -> None:
+    plain = {"gemma3.block_count": 7, "gemma3.rope.freq_base": 1e6}
+    windowed = {**plain, "gemma3.attention.sliding_window": 64}
+    config = locate(write(tmp_path / "a.gguf", windowed, "gemma3"), "random").config
+    assert config.windows == (64,) * 5 + (None, 64)
+    full, sliding = config.layers[5].attention.rope, config.layers[0].attention.rope
+    assert full is not None and sliding is not None
+    assert (full.theta, sliding.theta) == (1e6, 1e4)
+    assert config.attention_scale == HEAD_DIM**-0.5
+    assert config.tie_word_embeddings
+    # Without a window all layers are of the one kind.
+    config = locate(write(tmp_path / "b.gguf", plain, "gemma3"), "random").config
+    assert config.windows is None
+    assert {layer.attention.rope for layer in config.layers} == {config.rope}
+    said = {
+        **windowed,
+        "gemma3.rope.freq_base_swa": 3e4,
+        "gemma3.attention.sliding_window_pattern": 2,
+    }
+    config = locate(write(tmp_path / "c.gguf", said, "gemma3"), "random").config
+    assert config.windows == (64, None) * 3 + (64,)
+    local = config.layers[0].attention.rope
+    assert local is not None and local.theta == pytest.approx(3e4)
+    listed = {**windowed, "gemma3.attention.sliding_window_pattern": [True] + [False] * 6}
+    config = locate(write(tmp_path / "d.gguf", listed, "gemma3"), "random").config
+    assert config.windows == (64,) + (None,) * 6
+    # Only the largest has another scale, and only its depth says so.
+    largest = {
+        **windowed,
+        "gemma3.block_count": 62,
+        "gemma3.attention.key_length": 2 * HEAD_DIM,
+        "gemma3.attention.value_length": 2 * HEAD_DIM,
+    }
+    config = locate(write(tmp_path / "e.gguf", largest, "gemma3"), "random").config
+    assert (config.head_dim, config.attention_scale) == (2 * HEAD_DIM, HEAD_DIM**-0.5)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attention.key_length_swa", 2 * HEAD_DIM),
+        ("rope.dimension_count_swa", HEAD_DIM // 2),
+        ("final_logit_softcapping", 30.0),
+        ("attn_logit_softcapping", 50.0),
+    ],
+)
+def test_what_gemma3_might_have_and_is_not_served_is_named(
+    key: str, value: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(UnknownArchitecture, match=key) as caught:
+        locate(write(tmp_path / "x.gguf", {f"gemma3.{key}": value}, "gemma3"), "random")
+    assert caught.value.field == f"gemma3.{key}"
+
+
+def test_smollm3_does_not_rotate_every_fourth_layer(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.gguf", {"smollm3.block_count": 5}, "smollm3")
+    layers = locate(path, "random").config.layers
+    assert [layer.attention.rope is None for layer in layers] == [False] * 3 + [True, False]
+
+
 def test_no_key_has_two_fates() -> None:
     assert not READ.keys() & HARMLESS
     assert not READ.keys() & NEUTRAL.keys()
@@ -195,15 +256,17 @@ def test_no_key_has_two_fates() -> None:
 
 
 @pytest.mark.parametrize("odd", [True, -1, 0, 2.5, math.inf, "x", [1, 2], [0.5], ["a"]])
-@pytest.mark.parametrize("key", sorted({*READ, *HARMLESS, *NEUTRAL}))
+@pytest.mark.parametrize("key", sorted({*READ, *HARMLESS, *NEUTRAL, *FAMILIES["gemma3"].reads}))
 def test_an_odd_value_is_read_or_named(key: str, odd: Any, tmp_path: Path) -> None:
-    try:
-        locate(write(tmp_path / "x.gguf", {f"llama.{key}": odd}), "random")
-    except ModelError as error:
-        assert error.field and error.field in error.message
+    for arch in ("llama", "gemma3"):
+        try:
+            locate(write(tmp_path / "x.gguf", {f"{arch}.{key}": odd}, arch), "random")
+        except ModelError as error:
+            assert error.field and error.field in error.message
 
 
 def test_what_the_converter_writes_is_served(tmp_path: Path) -> None:
-    for arch in ("llama", "qwen2", "qwen3"):
-        write_tiny_gguf(tmp_path / f"{arch}.gguf", arch)
-        assert locate(tmp_path / f"{arch}.gguf").config.num_layers == 2
+    for arch in FAMILIES:
+        model = write_tiny_gguf(tmp_path / f"{arch}.gguf", arch)
+        config = locate(tmp_path / f"{arch}.gguf").config
+        assert config.num_layers == model.config.num_hidden_layers

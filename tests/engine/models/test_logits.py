@@ -32,6 +32,12 @@ YARN = {
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 
+GEMMA_TYPES = ["full_attention", "sliding_attention"] * 4
+GEMMA_ROPE = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
+}
+
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
     ("llama", {"tie_word_embeddings": True}),
@@ -47,6 +53,20 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {"tie_word_embeddings": True, "rope_parameters": YARN}),
     ("qwen3", {}),
     ("qwen3", {"tie_word_embeddings": True, "attention_bias": True}),
+    ("mistral", {"sliding_window": 16}),
+    ("qwen2", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1}),
+    ("qwen3", {"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 0}),
+    ("smollm3", {}),
+    ("smollm3", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    ("smollm3", {"no_rope_layers": [0, 1, 1, 0]}),
+    ("smollm3", {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 11}),
+    ("gemma3", {}),
+    ("gemma3", {"tie_word_embeddings": False, "query_pre_attn_scalar": 20, "sliding_window": 1}),
+    ("gemma3", {"attention_bias": True, "num_key_value_heads": 1, "sliding_window": 200}),
+    ("gemma3", {"num_hidden_layers": 8, "layer_types": GEMMA_TYPES, "rope_parameters": GEMMA_ROPE}),
+    ("olmo2", {}),
+    ("olmo2", {"tie_word_embeddings": True, "attention_bias": True, "num_key_value_heads": 4}),
+    ("olmo2", {"num_key_value_heads": 1, "rope_parameters": YARN}),
 ]
 
 
@@ -94,8 +114,19 @@ def test_other_weights_give_other_logits(tmp_path: Path) -> None:
     assert _largest_difference(other, tmp_path / "a") > 100 * TOLERANCE
 
 
-def test_bfloat16_is_close_to_transformers(tmp_path: Path) -> None:
-    reference = write_tiny(tmp_path, "llama", dtype=torch.bfloat16)
+@pytest.mark.parametrize(
+    ("arch", "overrides"),
+    [
+        ("llama", {}),
+        ("olmo2", {}),
+        ("smollm3", {"num_hidden_layers": 2, "no_rope_layers": [1, 0]}),
+        ("gemma3", {}),
+    ],
+)
+def test_bfloat16_is_close_to_transformers(
+    arch: str, overrides: dict[str, Any], tmp_path: Path
+) -> None:
+    reference = write_tiny(tmp_path, arch, dtype=torch.bfloat16, **overrides)
     ids_T = torch.arange(63)
     with torch.inference_mode():
         expected_TV = reference(ids_T[None]).logits[0].float()

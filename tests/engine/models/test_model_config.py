@@ -9,6 +9,7 @@ import pytest
 from engine.errors import CheckpointError, UnknownArchitecture
 from engine.models.config import read_config
 from engine.models.config_keys import HANDLED
+from engine.models.registry import ARCHITECTURES, find
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -65,8 +66,9 @@ def test_an_unknown_architecture_lists_the_known() -> None:
 )
 def test_options_by_architecture(arch: str, qkv: bool, o: bool, mlp: bool, qk_norm: bool) -> None:
     config = read_config(with_(architectures=[arch], attention_bias=qkv, mlp_bias=mlp))
-    assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (qkv, o, mlp)
-    assert config.qk_norm == qk_norm
+    for layer in config.layers:
+        assert (layer.attention.qkv_bias, layer.attention.o_bias, layer.mlp.bias) == (qkv, o, mlp)
+        assert layer.attention.qk_norm == ("head" if qk_norm else "none")
 
 
 @pytest.mark.parametrize(
@@ -103,26 +105,47 @@ def test_both_names_of_the_dtype() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "windows"),
     [
-        {"architectures": ["MistralForCausalLM"], "sliding_window": 64},
-        {
-            "architectures": ["Qwen2ForCausalLM"],
-            "sliding_window": 64,
-            "use_sliding_window": True,
-            "max_window_layers": 1,
-        },
-        {
-            "architectures": ["Qwen3ForCausalLM"],
-            "sliding_window": 64,
-            "use_sliding_window": True,
-            "layer_types": ["full_attention", "sliding_attention"],
-        },
+        ({"architectures": ["MistralForCausalLM"]}, (64, 64)),
+        ({"architectures": ["Qwen2ForCausalLM"], "max_window_layers": 1}, (None, 64)),
+        ({"architectures": ["Qwen2ForCausalLM"]}, (64, 64)),
+        (
+            {
+                "architectures": ["Qwen3ForCausalLM"],
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            (64, None),
+        ),
+        ({"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1, 0]}, (None, 64)),
+        (
+            {
+                "architectures": ["SmolLM3ForCausalLM"],
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            (64, None),
+        ),
+        (
+            {"architectures": ["Gemma3ForCausalLM"], "sliding_window_pattern": 2, "head_dim": 16},
+            (64, None),
+        ),
     ],
 )
-def test_a_sliding_window_that_applies_is_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(UnknownArchitecture, match="sliding_window 64"):
-        read_config(with_(**changes))
+def test_a_sliding_window_is_that_of_its_layers(
+    changes: dict[str, Any], windows: tuple[int | None, ...]
+) -> None:
+    source = with_(use_sliding_window=True, sliding_window=64, hidden_act="silu", **changes)
+    config = read_config(source)
+    assert config.windows == windows
+    # No context is longer than this.
+    assert read_config({**source, "sliding_window": 128}).windows is None
+
+
+@pytest.mark.parametrize("arch", ["LlamaForCausalLM", "Olmo2ForCausalLM"])
+def test_a_window_is_refused_where_no_layer_may_have_one(arch: str) -> None:
+    with pytest.raises(UnknownArchitecture, match="sliding_window 64") as caught:
+        read_config(with_(architectures=[arch], sliding_window=64, use_sliding_window=True))
+    assert caught.value.field == "sliding_window"
 
 
 @pytest.mark.parametrize(
@@ -130,6 +153,7 @@ def test_a_sliding_window_that_applies_is_refused(changes: dict[str, Any]) -> No
     [
         {"architectures": ["MistralForCausalLM"], "sliding_window": None},
         {"architectures": ["MistralForCausalLM"], "sliding_window": 128},
+        {"architectures": ["LlamaForCausalLM"], "sliding_window": 64},
         {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 64, "max_window_layers": 1},
         {
             "architectures": ["Qwen2ForCausalLM"],
@@ -142,10 +166,11 @@ def test_a_sliding_window_that_applies_is_refused(changes: dict[str, Any]) -> No
             "sliding_window": 64,
             "use_sliding_window": False,
         },
+        {"architectures": ["SmolLM3ForCausalLM"], "sliding_window": 64},
     ],
 )
-def test_a_sliding_window_that_does_not_apply_is_served(changes: dict[str, Any]) -> None:
-    assert read_config(with_(**changes)).architecture == changes["architectures"][0]
+def test_a_sliding_window_that_does_not_apply_is_none(changes: dict[str, Any]) -> None:
+    assert read_config(with_(**changes)).windows is None
 
 
 @pytest.mark.parametrize(
@@ -185,10 +210,104 @@ def test_mistral_slides_by_default_and_looks_at_nothing_else() -> None:
         {"sliding_window": 4096, "use_sliding_window": False},
         {"sliding_window": 4096, "layer_types": ["full_attention"] * 2},
     ):
-        with pytest.raises(UnknownArchitecture, match="sliding_window 4096"):
-            read_config({**mistral, **changes})
-    assert read_config({**mistral, "sliding_window": None}).max_position == 8192
-    assert read_config({**mistral, "max_position_embeddings": 4096}).max_position == 4096
+        assert read_config({**mistral, **changes}).windows == (4096, 4096)
+    assert read_config({**mistral, "sliding_window": None}).windows is None
+    assert read_config({**mistral, "max_position_embeddings": 4096}).windows is None
+
+
+def test_smollm3_does_not_rotate_every_fourth_layer() -> None:
+    smollm3 = with_(architectures=["SmolLM3ForCausalLM"], num_hidden_layers=6)
+    for changes, rotates in (
+        ({}, [1, 1, 1, 0, 1, 1]),
+        ({"no_rope_layer_interval": 3}, [1, 1, 0, 1, 1, 0]),
+        ({"no_rope_layers": [0, 1, 1, 1, 1, 0, 1]}, [0, 1, 1, 1, 1, 0]),
+    ):
+        config = read_config({**smollm3, **changes})
+        assert [int(layer.attention.rope is not None) for layer in config.layers] == rotates
+    assert read_config(smollm3).tie_word_embeddings
+    assert read_config(smollm3).rope.theta == 2_000_000.0
+
+
+GEMMA: dict[str, Any] = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "hidden_size": 64,
+    "num_hidden_layers": 7,
+    "intermediate_size": 96,
+    "max_position_embeddings": 8192,
+}
+
+
+def test_gemma3_takes_the_defaults_of_its_class() -> None:
+    config = read_config({**GEMMA, "sliding_window": 512, "rope_scaling": None})
+    full, sliding = config.layers[5].attention, config.layers[6].attention
+    assert [layer.attention.window for layer in config.layers] == [512] * 5 + [None, 512]
+    assert full.rope is not None and sliding.rope is not None
+    assert (full.rope.theta, sliding.rope.theta) == (1e6, 1e4)
+    assert (config.attention_scale, config.embedding_scale) == (256**-0.5, 8.0)
+    assert (config.num_heads, config.num_kv_heads, config.head_dim) == (8, 4, 256)
+    assert config.tie_word_embeddings
+    assert config.vocab_size == 262208
+
+
+def test_gemma3_scales_positions_of_full_layers_only() -> None:
+    linear = {"rope_type": "linear", "factor": 8.0}
+    older = {"rope_theta": 5e5, "rope_local_base_freq": 3e4, "rope_scaling": linear}
+    newer = {
+        "rope_parameters": {
+            "full_attention": {**linear, "rope_theta": 5e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 3e4},
+        }
+    }
+    for settings in (older, newer):
+        config = read_config({**GEMMA, **settings})
+        full, sliding = config.layers[5].attention.rope, config.layers[0].attention.rope
+        assert full is not None and sliding is not None
+        assert (full.rope_type, full.factor, full.theta) == ("linear", 8.0, 5e5)
+        assert (sliding.rope_type, sliding.factor, sliding.theta) == ("default", 1.0, 3e4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"hidden_activation": "gelu"}, "hidden_activation"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"rope_parameters": {"rope_type": "default"}}, "rope_parameters"),
+        ({"layer_types": ["chunked_attention"] * 7}, "layer_types"),
+    ],
+)
+def test_what_gemma3_might_compute_and_is_not_served_is_named(
+    changes: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(UnknownArchitecture, match=field) as caught:
+        read_config({**GEMMA, **changes})
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("arch", "changes", "field"),
+    [
+        ("Gemma3ForCausalLM", {"layer_types": ["full_attention"]}, "layer_types"),
+        ("Gemma3ForCausalLM", {"sliding_window_pattern": 0}, "sliding_window_pattern"),
+        ("Gemma3ForCausalLM", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar"),
+        ("SmolLM3ForCausalLM", {"no_rope_layers": [1]}, "no_rope_layers"),
+        ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 2]}, "no_rope_layers"),
+        ("SmolLM3ForCausalLM", {"no_rope_layers": []}, "no_rope_layers"),
+        ("SmolLM3ForCausalLM", {"no_rope_layer_interval": 0}, "no_rope_layer_interval"),
+        (
+            "SmolLM3ForCausalLM",
+            {"layer_types": ["sliding_attention"] * 2, "sliding_window": 64},
+            "layer_types",
+        ),
+    ],
+)
+def test_what_layers_cannot_be_built_from_is_named(
+    arch: str, changes: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(CheckpointError, match=field) as caught:
+        read_config(with_(architectures=[arch], **changes))
+    assert caught.value.field == field
 
 
 # As transformers writes them, or as people add them: nothing of it is computed.
@@ -254,11 +373,12 @@ def test_a_key_that_would_have_to_be_computed_is_refused(key: str, value: object
     assert caught.value.field == key
 
 
+READ_BY_PAGES = frozenset().union(*(find(arch).OPTIONS.reads for arch in ARCHITECTURES))
 ODD: list[Any] = [True, -1, 0, 2.5, 1e400, float("nan"), 10**40, "x", [], [None], {}, {"a": 1}]
 
 
-@pytest.mark.parametrize("arch", ["LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM"])
-@pytest.mark.parametrize("key", sorted(HANDLED))
+@pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("key", sorted(HANDLED | READ_BY_PAGES))
 def test_an_odd_value_is_read_or_named(key: str, arch: str) -> None:
     for odd in ODD:
         for base in (with_(architectures=[arch]), with_(architectures=[arch], **SWITCHES)):

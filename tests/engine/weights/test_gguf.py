@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from engine.errors import CheckpointError, UnknownArchitecture
+from engine.models.gguf_families import find_family
 from engine.models.gguf_file import GGUFFile
 from engine.models.locate import locate
 from engine.weights.sources import gguf as gguf_source
@@ -53,6 +54,13 @@ def test_logits_of_k_quants(quant: str, tmp_path: Path) -> None:
         ("qwen2", {"tie_word_embeddings": True}),
         ("qwen3", {}),
         ("qwen3", {"tie_word_embeddings": True}),
+        ("olmo2", {}),
+        ("olmo2", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+        ("smollm3", {"num_hidden_layers": 5}),
+        ("smollm3", {"num_hidden_layers": 5, "tie_word_embeddings": True}),
+        ("gemma3", {}),
+        ("gemma3", {"tie_word_embeddings": False, "num_key_value_heads": 1}),
+        ("gemma3", {"sliding_window": 200}),
     ],
 )
 def test_logits_of_every_architecture(arch: str, overrides: dict[str, Any], tmp_path: Path) -> None:
@@ -165,7 +173,7 @@ def test_a_file_that_is_no_gguf_is_an_error(tmp_path: Path) -> None:
 
 def test_names_of_unknown_form_are_refused() -> None:
     with pytest.raises(CheckpointError, match="cls"):
-        gguf_source.hf_name("cls.weight")
+        gguf_source.hf_name("cls.weight", find_family("llama"))
 
 
 @pytest.mark.slow

@@ -25,10 +25,14 @@ class Case(NamedTuple):
     query_start: torch.Tensor
     kv_len: torch.Tensor
 
-    def run(self, backend: str, max_query_len: int | None = None) -> torch.Tensor:
+    def run(
+        self, backend: str, max_query_len: int | None = None, window: int | None = None
+    ) -> torch.Tensor:
         longest = int(self.query_start.diff().max()) if max_query_len is None else max_query_len
         scale = self.q.shape[-1] ** -0.5
-        return paged_attention(*self, scale=scale, max_query_len=longest, backend=backend)
+        return paged_attention(
+            *self, scale=scale, max_query_len=longest, window=window, backend=backend
+        )
 
 
 def make(
@@ -60,7 +64,7 @@ def make(
     return Case(*floats, *(t.to(device).contiguous() for t in (table, starts, lengths[:, 1])))
 
 
-def with_sdpa(case: Case) -> torch.Tensor:
+def with_sdpa(case: Case, window: int | None = None) -> torch.Tensor:
     """The same rows through torch's scaled_dot_product_attention in float32."""
     outputs = []
     group = case.q.shape[1] // case.k_pages.shape[2]
@@ -74,7 +78,10 @@ def with_sdpa(case: Case) -> torch.Tensor:
             pool[pages].flatten(0, 1)[:kv_len].float().transpose(0, 1).repeat_interleave(group, 0)
             for pool in (case.k_pages, case.v_pages)
         )
-        mask = torch.ones(q.shape[1], kv_len, dtype=torch.bool).tril(kv_len - q.shape[1])
+        last = kv_len - q.shape[1]
+        mask = torch.ones(q.shape[1], kv_len, dtype=torch.bool).tril(last)
+        if window is not None:
+            mask = mask.triu(last - window + 1)
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         outputs.append(out.transpose(0, 1))
     return torch.cat(outputs).to(case.q.dtype)
@@ -85,6 +92,25 @@ def with_sdpa(case: Case) -> torch.Tensor:
 def test_reference_equals_sdpa(heads: tuple[int, int], dtype: torch.dtype) -> None:
     case = make(ROWS, heads, head_dim=20, dtype=dtype)
     assert_close("paged_attention", case.run("torch"), with_sdpa(case), dtype)
+
+
+@pytest.mark.parametrize("window", [1, 4, 7, 16, 30, 100])
+def test_reference_equals_sdpa_in_a_window(window: int) -> None:
+    case = make(ROWS, head_dim=20)
+    want = with_sdpa(case, window)
+    hide_unseen(case, window)
+    assert_close("paged_attention", case.run("torch", window=window), want, torch.float32)
+
+
+def hide_unseen(case: Case, window: int) -> None:
+    """Poison the KV that no query of a row sees."""
+    page_size = case.k_pages.shape[1]
+    lengths = zip(case.query_start.diff().tolist(), case.kv_len.tolist(), strict=True)
+    for row, (queries, kv_len) in enumerate(lengths):
+        for position in range(kv_len - queries - window + 1):
+            page = int(case.table[row, position // page_size])
+            for pages in (case.k_pages, case.v_pages):
+                poison(pages[page, position % page_size])
 
 
 def test_reference_is_causal() -> None:
@@ -126,6 +152,80 @@ def test_triton_decode_over_many_splits() -> None:
     with poisoned_allocations():
         got = case.run("triton")
     assert_close("paged_attention", got, case.run("torch"), torch.float32)
+
+
+WINDOWED = [(1, 1), (5, 5), (1, 30), (3, 17), (0, 0), (16, 16), (2, 300), (1, 290), (150, 290)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("window", [1, 7, 16, 33, 128, 200, 1000])
+def test_triton_matches_reference_in_a_window(window: int, dtype: torch.dtype) -> None:
+    case = make(WINDOWED, head_dim=32, page_size=16, dtype=dtype, device=triton_device())
+    hide_unseen(case, window)
+    with poisoned_allocations():
+        got = case.run("triton", window=window)
+    assert_close("paged_attention", got, case.run("torch", window=window), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [80, 256])
+def test_triton_matches_reference_in_a_window_of_wide_heads(head_dim: int) -> None:
+    case = make(WINDOWED, head_dim=head_dim, page_size=16, device=triton_device())
+    with poisoned_allocations():
+        got = case.run("triton", window=40)
+    assert_close("paged_attention", got, case.run("torch", window=40), torch.float32)
+
+
+@pytest.mark.gpu
+def test_triton_windows_over_many_splits() -> None:
+    rows = [(1, 4500), (1, 1000), (1, 129), (1, 128), (1, 5)]
+    if triton_device() == "cpu":
+        rows = rows[1:]
+    case = make(rows, (4, 2), page_size=16, device=triton_device())
+    for window in (1, 129, 700, 4400):
+        with poisoned_allocations():
+            got = case.run("triton", window=window)
+        want = case.run("torch", window=window)
+        assert_close("paged_attention", got, want, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [5, 40, 150])
+def test_triton_in_a_window_does_not_depend_on_batch_or_chunk(window: int) -> None:
+    """The last queries of a row alone equal the same among all of it and beside other rows."""
+    device = triton_device()
+    whole = make([(200, 200), (1, 40)], device=device)
+    together = whole.run("triton", window=window)
+    for tail in (2, 37, 150):
+        part = whole._replace(
+            q=whole.q[200 - tail : 200],
+            table=torch.nn.functional.pad(whole.table[:1], (0, 50)),
+            query_start=torch.tensor([0, tail], dtype=torch.int32, device=device),
+            kv_len=whole.kv_len[:1],
+        )
+        assert torch.equal(part.run("triton", window=window), together[200 - tail : 200])
+    one = whole._replace(
+        q=whole.q[200:],
+        table=whole.table[1:],
+        query_start=torch.tensor([0, 1], dtype=torch.int32, device=device),
+        kv_len=whole.kv_len[1:],
+    )
+    assert torch.equal(one.run("triton", window=window), together[200:])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [1, 100, 300])
+def test_triton_in_a_window_gives_whole_rows_the_bits_of_splits(window: int) -> None:
+    from kernels.attention.decode import decode_attention
+
+    case = make([(1, 700), (1, 3), (1, 257)], (4, 2), page_size=16, device=triton_device())
+    outs = []
+    for whole in (False, True):
+        out = torch.zeros_like(case.q)
+        decode_attention(*case, 0.25, out, whole=whole, window=window)
+        outs.append(out)
+    assert torch.equal(*outs)
 
 
 @pytest.mark.gpu

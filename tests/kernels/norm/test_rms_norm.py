@@ -1,4 +1,4 @@
-"""RMSNorm against transformers' Llama norm, and Triton against the reference."""
+"""RMSNorm against the norms of transformers, and Triton against the reference."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 
 from kernels.norm import add_rms_norm, rms_norm
 from kernels.testing import assert_close, poisoned_allocations, triton_device
+from kernels.weighting import Weighting
 
 EPS = 1e-5
 SHAPES = [(1, 16), (7, 63), (3, 5, 100), (33, 576), (0, 64)]
@@ -33,6 +34,46 @@ def test_reference_has_the_rounding_of_llama(shape: tuple[int, ...], dtype: torc
         assert ((got - want).abs() <= last_place).all()
     else:
         assert torch.equal(got, want)
+
+
+def module_of(weighting: str, width: int) -> torch.nn.Module:
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+    from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+
+    return Gemma3RMSNorm(width, EPS) if weighting == "offset" else Olmo2RMSNorm(width, EPS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weighting", ["wide", "offset"])
+def test_reference_has_the_weighting_of_olmo2_and_gemma3(
+    weighting: Weighting, dtype: torch.dtype
+) -> None:
+    x, residual, weight = make((33, 576), dtype)
+    module = module_of(weighting, 576).to(dtype)
+    module.weight.data.copy_(weight)
+    normed, total = add_rms_norm(x, residual, weight, EPS, weighting=weighting, backend="torch")
+    want = module(total)
+    assert_close("add_rms_norm", normed, want, dtype)
+    if dtype == torch.bfloat16:
+        # Rounded in the same places, not merely close.
+        assert torch.equal(normed, want)
+        rounded = rms_norm(total, weight, EPS, backend="torch")
+        assert not torch.equal(normed, rounded)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("weighting", ["wide", "offset"])
+def test_triton_weights_as_the_reference(weighting: Weighting, dtype: torch.dtype) -> None:
+    x, residual, weight = make((7, 100), dtype, triton_device())
+    with poisoned_allocations():
+        normed = rms_norm(x, weight, EPS, weighting=weighting, backend="triton")
+        both = add_rms_norm(x, residual, weight, EPS, weighting=weighting, backend="triton")
+    want = rms_norm(x, weight, EPS, weighting=weighting, backend="torch")
+    assert_close("rms_norm", normed, want, dtype)
+    want, total = add_rms_norm(x, residual, weight, EPS, weighting=weighting, backend="torch")
+    assert torch.equal(both[1], total)
+    assert_close("add_rms_norm", both[0], want, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -42,6 +42,20 @@ def test_reference_equals_llama(dims: tuple[int, int, int], dtype: torch.dtype) 
     assert torch.equal(got_k, want_k[0].transpose(0, 1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_wide_reference_equals_olmo2(dtype: torch.dtype) -> None:
+    from transformers.models.olmo2.modeling_olmo2 import apply_rotary_pos_emb
+
+    q, k, positions, cos_sin = make(*DIMS[1], dtype)
+    cos, sin = (torch.cat((half, half), dim=-1) for half in cos_sin[positions].chunk(2, dim=-1))
+    want_q, want_k = apply_rotary_pos_emb(
+        q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos[None], sin[None]
+    )
+    got_q, got_k = apply_rotary(q, k, positions, cos_sin, wide=True, backend="torch")
+    assert torch.equal(got_q, want_q[0].transpose(0, 1))
+    assert torch.equal(got_k, want_k[0].transpose(0, 1))
+
+
 def test_scores_depend_on_relative_position_only() -> None:
     q, k = torch.randn(2, 1, 1, 64, dtype=torch.float32)
     cos_sin = table(100, 64)

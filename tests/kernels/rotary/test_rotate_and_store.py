@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from kernels.kv_copy import write_kv
 from kernels.norm import rms_norm
 from kernels.rotary import HeadNorms, KVTarget, apply_rotary, rotate_and_store
 from kernels.testing import assert_close, poison, poisoned_allocations, triton_device
+from kernels.weighting import Weighting
 
 DIMS = [(1, 1, 16), (9, 3, 64), (4, 2, 80), (3, 1, 12)]
 TOKENS, PAGES, SIZE = 11, 7, 4
@@ -37,14 +40,15 @@ def target_for(dims: tuple[int, int, int], dtype: torch.dtype, slots: torch.Tens
     return KVTarget(pages[0], pages[1], slots)
 
 
-def separately(qkv, positions, cos_sin, target, norms, dims, backend):
+def separately(qkv, positions, cos_sin, target, norms, dims, backend, wide=False):
     heads, kv_heads, head_dim = dims
     parts = qkv.unflatten(-1, (-1, head_dim)).split([heads, kv_heads, kv_heads], dim=1)
     q, k, v = parts
     if norms is not None:
-        q = rms_norm(q, norms.q_weight_D, norms.eps, backend=backend)
-        k = rms_norm(k, norms.k_weight_D, norms.eps, backend=backend)
-    q, k = apply_rotary(q, k, positions, cos_sin, backend=backend)
+        options = {"weighting": norms.weighting, "backend": backend}
+        q = rms_norm(q, norms.q_weight_D, norms.eps, **options)
+        k = rms_norm(k, norms.k_weight_D, norms.eps, **options)
+    q, k = apply_rotary(q, k, positions, cos_sin, wide=wide, backend=backend)
     write_kv(k, v, target.k_pages_NGKD, target.v_pages_NGKD, target.slots_T, backend=backend)
     return q
 
@@ -65,6 +69,47 @@ def test_reference_is_the_three_ops(
         (target.v_pages_NGKD, want_target.v_pages_NGKD),
     ):
         assert torch.equal(mine.nan_to_num(9.0), theirs.nan_to_num(9.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weighting", ["wide", "offset"])
+def test_reference_is_the_three_ops_of_other_roundings(
+    weighting: Weighting, dtype: torch.dtype
+) -> None:
+    dims = (9, 3, 64)
+    qkv, positions, cos_sin, slots, norms = make(dims, dtype, norm=True)
+    norms = replace(norms, weighting=weighting)
+    want_target, target = target_for(dims, dtype, slots), target_for(dims, dtype, slots)
+    want = separately(qkv, positions, cos_sin, want_target, norms, dims, "torch", wide=True)
+    options = {"norms": norms, "wide": True, "backend": "torch"}
+    assert torch.equal(rotate_and_store(qkv, positions, cos_sin, target, **options), want)
+    keys, want_keys = (t.k_pages_NGKD.nan_to_num(9.0) for t in (target, want_target))
+    assert torch.equal(keys, want_keys)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("weighting", ["rounded", "wide", "offset"])
+@pytest.mark.parametrize("wide", [False, True])
+def test_triton_rounds_as_the_reference(
+    wide: bool, weighting: Weighting, dtype: torch.dtype
+) -> None:
+    dims = (9, 3, 64)
+    qkv, positions, cos_sin, slots, norms = make(dims, dtype, triton_device(), True)
+    norms = replace(norms, weighting=weighting)
+    want_target, target = target_for(dims, dtype, slots), target_for(dims, dtype, slots)
+    options = {"norms": norms, "wide": wide}
+    want = rotate_and_store(qkv, positions, cos_sin, want_target, **options, backend="torch")
+    with poisoned_allocations():
+        got = rotate_and_store(qkv, positions, cos_sin, target, **options, backend="triton")
+    assert_close("queries", got, want, dtype)
+    keys, want_keys = (t.k_pages_NGKD.nan_to_num(9.0) for t in (target, want_target))
+    assert_close("keys", keys, want_keys, dtype)
+    q, k = qkv.unflatten(-1, (-1, 64)).split([9, 6], dim=1)
+    turned = apply_rotary(q, k, positions, cos_sin, wide=wide, backend="triton")
+    expected = apply_rotary(q, k, positions, cos_sin, wide=wide, backend="torch")
+    for name, mine, theirs in zip("qk", turned, expected, strict=True):
+        assert_close(name, mine, theirs, dtype)
 
 
 def test_unknown_backend_lists_the_known_ones() -> None:

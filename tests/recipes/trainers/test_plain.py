@@ -23,14 +23,17 @@ TEMPERATURE = 0.7
 LOSS = functools.partial(policy_loss, algorithm=preset("grpo", 8))
 
 
-def trainer_of(arch: str = "llama", budget: int = 4096, **options: Any) -> Trainer:
+def trainer_of(
+    arch: str = "llama", budget: int = 4096, sizes: dict[str, Any] | None = None, **options: Any
+) -> Trainer:
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "head_dim": 8, **(sizes or {})}
     return Trainer(
-        tiny_hf(arch, vocab_size=VOCAB, hidden_size=32, head_dim=8),
+        tiny_hf(arch, **sizes),
         OptimizerOptions(max_tokens_per_microbatch=budget, **options),
         device=torch.device("cpu"),
         dtype=torch.float32,
         temperature=TEMPERATURE,
-        reference=tiny_hf(arch, vocab_size=VOCAB, hidden_size=32, head_dim=8),
+        reference=tiny_hf(arch, **sizes),
     )
 
 
@@ -59,11 +62,36 @@ def tree_gradient(trainer: Trainer, batch: Batch) -> list[torch.Tensor]:
     return [p.grad for p in trainer.model.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "olmo2", "smollm3", "gemma3"])
 def test_logprobs_are_those_of_plain_forward_passes(arch: str) -> None:
     trainer, batch = trainer_of(arch), random_batch(3, 4, vocab=VOCAB)
     with torch.no_grad():
         expected = plain_logprobs(trainer.model, batch)
+    for got, want in zip(trainer.logprobs(batch.trajectories), expected, strict=True):
+        torch.testing.assert_close(torch.from_numpy(got), want, atol=1e-5, rtol=0)
+
+
+WINDOWS: dict[str, dict[str, Any]] = {
+    "gemma3": {},
+    "mistral": {},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
+    "qwen3": {"use_sliding_window": True, "max_window_layers": 0},
+    "smollm3": {"use_sliding_window": True},
+}
+
+
+@pytest.mark.parametrize("arch", WINDOWS)
+def test_windows_shorter_than_the_sequences_are_those_of_plain_forward_passes(arch: str) -> None:
+    """The model masks a plain sequence itself; over a tree it takes the masks that it is given."""
+    sizes = {"sliding_window": 3, **WINDOWS[arch]}
+    trainer, batch = trainer_of(arch, sizes=sizes), random_batch(3, 4, vocab=VOCAB)
+    assert max(len(t.prompt_ids) + len(t.response_ids) for t in batch.trajectories) > 6
+    with torch.no_grad():
+        expected = plain_logprobs(trainer.model, batch)
+        trainer.model.config.sliding_window = 100
+        wider = plain_logprobs(trainer.model, batch)
+        trainer.model.config.sliding_window = 3
+    assert any(not torch.allclose(a, b, atol=1e-3) for a, b in zip(expected, wider, strict=True))
     for got, want in zip(trainer.logprobs(batch.trajectories), expected, strict=True):
         torch.testing.assert_close(torch.from_numpy(got), want, atol=1e-5, rtol=0)
 

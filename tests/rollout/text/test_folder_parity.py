@@ -100,3 +100,37 @@ def test_some_folders_equal_transformers(first: int, tmp_path: Path) -> None:
 def test_two_hundred_folders_equal_transformers(tmp_path: Path) -> None:
     count = sum(served(seed, tmp_path) for seed in range(1000, 1000 + NUM_FOLDERS))
     assert count >= LEAST_SERVED * NUM_FOLDERS
+
+
+def write_gemma(folder: Path, model_type: str, **changes: Any) -> None:
+    """As transformers writes one; `changes` replace keys of tokenizer_config.json."""
+    vocab = {token: i for i, token in enumerate(("<pad>", "<eos>", "<bos>", "<unk>", "<mask>"))}
+    for piece in (*(f"<0x{byte:02X}>" for byte in range(256)), *"▁helowrdtquick12", "he", "▁t"):
+        vocab.setdefault(piece, len(vocab))
+    merges = [("h", "e"), ("▁", "t")]
+    tokenizer = transformers.GemmaTokenizer(vocab=vocab, merges=merges)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|tool|>"]})
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type, "eos_token_id": 1}))
+
+
+@pytest.mark.parametrize("model_type", ["gemma3_text", "gemma3", "llama"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"add_bos_token": True, "add_eos_token": False},
+        {"add_bos_token": False},
+        {"tokenizer_class": "GemmaTokenizerFast", "bos_token": None},
+        {"tokenizer_class": None},
+        {"unk_token": {"__type": "AddedToken", "content": "<unk>"}},
+    ],
+)
+def test_gemma_folders_equal_transformers(
+    changes: dict[str, Any], model_type: str, tmp_path: Path
+) -> None:
+    write_gemma(tmp_path, model_type, **changes)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    compare(load_tokenizer(tmp_path), theirs, tmp_path)

@@ -1,0 +1,71 @@
+"""Which layers of a config.json have a sliding window. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from engine.errors import CheckpointError, UnknownArchitecture
+from engine.models.config_keys import flag, whole_number
+
+SLIDING = "sliding_attention"
+_FULL = "full_attention"
+
+
+def layer_types(source: Mapping[str, Any], num_layers: int) -> list[str] | None:
+    """`layer_types`, one a layer; None where there are none.
+
+    Raises UnknownArchitecture for a type that is neither full nor sliding attention,
+    CheckpointError for anything but a list of them that is long enough.
+    """
+    found = source.get("layer_types")
+    if found is None:
+        return None
+    if not isinstance(found, list):
+        raise CheckpointError(f"'layer_types' is {found!r}, not a list", field="layer_types")
+    for kind in found:
+        if kind not in (_FULL, SLIDING):
+            raise UnknownArchitecture(
+                f"layer_types: {kind!r} is not served; known: {_FULL}, {SLIDING}",
+                field="layer_types",
+            )
+    if len(found) < num_layers:
+        raise CheckpointError(
+            f"'layer_types' has {len(found)} entries for {num_layers} layers", field="layer_types"
+        )
+    return found[:num_layers]
+
+
+def windows_of(source: Mapping[str, Any], sliding: Sequence[bool]) -> list[int | None]:
+    """`sliding_window`, if there is one, for each layer that slides."""
+    if source.get("sliding_window") is None or not any(sliding):
+        return [None] * len(sliding)
+    length = whole_number(source, "sliding_window")
+    return [length if slides else None for slides in sliding]
+
+
+def switched_windows(source: Mapping[str, Any], num_layers: int) -> list[int | None]:
+    """Windows of the families that have them where `use_sliding_window` is on: in the layers
+    that `layer_types` says, or in those from `max_window_layers` on."""
+    types = layer_types(source, num_layers)
+    if not flag(source, "use_sliding_window"):
+        return [None] * num_layers
+    if types is not None:
+        return windows_of(source, [kind == SLIDING for kind in types])
+    first = source.get("max_window_layers")
+    if first is not None and (isinstance(first, bool) or not isinstance(first, int)):
+        raise CheckpointError(
+            f"'max_window_layers' is {first!r}, not an integer", field="max_window_layers"
+        )
+    return windows_of(source, [index >= (first or 0) for index in range(num_layers)])
+
+
+def refuse_windows(source: Mapping[str, Any], num_layers: int, positions: int) -> None:
+    """For families that have none: raise UnknownArchitecture for a window that would count."""
+    windows = switched_windows(source, num_layers)
+    if any(window is not None and window < positions for window in windows):
+        raise UnknownArchitecture(
+            f"sliding_window {source['sliding_window']} is not served with this architecture: "
+            "only full attention is",
+            field="sliding_window",
+        )
