@@ -164,6 +164,13 @@ def test_files_stay_small() -> None:
         assert lines <= most, f"{name} has {lines} lines"
 
 
+def test_every_room_says_what_it_is() -> None:
+    for name, path in modules():
+        if path.name == "__init__.py":
+            told = ast.get_docstring(ast.parse(path.read_text()))
+            assert told and told.splitlines()[0].endswith("."), f"{name} does not say what it is"
+
+
 def test_no_room_of_the_deciding_side_is_crowded() -> None:
     """Each folder of `rollout/` has two to 14 files."""
     for folder in sorted({path.parent for name, path in modules() if within(name, "rollout")}):

@@ -25,6 +25,14 @@ FOLDERS = (
     "docs",
 )
 
+WALKS = [ROOT / "docs" / name for name in ("request.md", "weight_update.md", "state.md")]
+# Flags in the documents that are other programs': torchrun's, pytest's, curl's.
+FOREIGN_FLAGS = {"nproc-per-node", "noconftest", "json"}
+
+_SYMBOL = re.compile(r"`([\w/.-]+\.py)::([\w.]+)`")
+_PLACE = re.compile(r"`([\w./{},-]+(?:\.py|/))(?:::[\w.]+)?`")
+_FLAG = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]+)")
+_TEN = re.compile(r"^\d+\. \[([^]]+)\]\(\1\): (.+)$", re.MULTILINE)
 _NAMED = re.compile(rf"`((?:{'|'.join(FOLDERS)})/[\w./*{{}},-]*?)(?:::\w+)?`")
 _BRACES = re.compile(r"{([^{}]+)}")
 _LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
@@ -74,6 +82,51 @@ def test_named_files_exist(document: Path) -> None:
     names = [n for found in _NAMED.findall(document.read_text()) for n in expanded(found)]
     missing = [name for name in names if not any(ROOT.glob(name.rstrip("/")))]
     assert not missing
+
+
+@pytest.mark.parametrize("walk", WALKS, ids=by_name)
+def test_a_bare_file_name_is_in_the_folder_named_last(walk: Path) -> None:
+    folder, missing = ROOT, []
+    for found in _PLACE.findall(walk.read_text()):
+        for name in expanded(found):
+            path = ROOT / name
+            if name.split("/")[0] not in FOLDERS:
+                missing += [] if (folder / name).is_file() else [f"{name} in {folder.name}"]
+            elif path.exists():
+                folder = path if name.endswith("/") else path.parent
+    assert not missing
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=by_name)
+def test_named_functions_and_classes_exist(document: Path) -> None:
+    missing = []
+    for name, symbol in _SYMBOL.findall(document.read_text()):
+        wanted = re.compile(
+            rf"^\s*(?:async )?(?:def|class) {symbol.split('.')[-1]}\b", re.MULTILINE
+        )
+        files = [p for folder in FOLDERS for p in (ROOT / folder).rglob(Path(name).name)]
+        texts = [p.read_text() for p in files if p.as_posix().endswith(f"/{name}")]
+        missing += [] if any(map(wanted.search, texts)) else [f"{name}::{symbol}"]
+    assert not missing
+
+
+def test_named_flags_are_read_by_some_program() -> None:
+    sources = [p.read_text() for folder in FOLDERS[:-2] for p in (ROOT / folder).rglob("*.py")]
+    sources += [p.read_text() for p in EXAMPLES]
+    text = "\n".join(sources)
+    fields = set(re.findall(r"^    (\w+): ", text, flags=re.MULTILINE))
+    known = {name.replace("_", "-") for name in fields} | set(re.findall(r'"--([\w-]+)"', text))
+    named = {flag for path in DOCUMENTS for flag in _FLAG.findall(path.read_text())}
+    assert named - known - FOREIGN_FLAGS - {"help"} == set()
+
+
+def test_ten_files_to_read_are_short() -> None:
+    ten = _TEN.findall((ROOT / "README.md").read_text())
+    assert len(ten) == 10
+    for name, sentence in ten:
+        lines = len((ROOT / name).read_text().splitlines())
+        assert lines <= 400, f"{name} has {lines} lines"
+        assert sentence.endswith("."), sentence
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=by_name)

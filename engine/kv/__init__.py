@@ -1,1 +1,1 @@
-"""KV storage of one rank, addressed by page."""
+"""The keys and values of all tokens on one rank, addressed by page."""

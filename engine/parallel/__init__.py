@@ -1,1 +1,1 @@
-"""How ranks divide a replica."""
+"""How the ranks of a replica divide a model: mesh, process groups, timed collectives."""

@@ -1,1 +1,1 @@
-"""Tasks: procedural prompts with answers that can be verified."""
+"""Tasks: where prompts come from, and how a reply to one is verified."""

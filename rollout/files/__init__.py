@@ -1,1 +1,1 @@
-"""Files of lines and of tensors, and disks that are full."""
+"""Files of lines and of tensors that callers name, and disks that may be full."""

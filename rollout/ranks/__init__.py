@@ -1,1 +1,1 @@
-"""The ranks of a replica: what a leader sends them, and who watches them."""
+"""The ranks of a replica: who sends them plans and commands, and who watches them."""

@@ -1,1 +1,1 @@
-"""One engine behind one interface, in this process or in a spawned one."""
+"""One engine behind one interface, in this process or in a spawned one, and its leader."""

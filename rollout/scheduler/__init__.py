@@ -1,1 +1,1 @@
-"""Which sequence computes what, step by step."""
+"""Continuous batching: which sequence computes what in each step, and what came of it."""

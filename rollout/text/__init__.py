@@ -1,1 +1,1 @@
-"""Text at the edges of an engine that speaks token ids. Imports nothing heavy."""
+"""Text to ids and back, and chats to text, without torch: the engine speaks ids only."""

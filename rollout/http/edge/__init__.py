@@ -1,1 +1,1 @@
-"""What stands between a connection and the routes."""
+"""What a call passes before its route, and on the way back: keys, limits, errors, streams."""

@@ -1,1 +1,1 @@
-"""The engine as the server's handlers see it."""
+"""The server's side of the engine: commands and their replies, and what follows its death."""

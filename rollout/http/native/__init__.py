@@ -1,1 +1,1 @@
-"""The native dialect, which the others translate into."""
+"""The native dialect, POST /generate and /command; the other dialects translate into it."""

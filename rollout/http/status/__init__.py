@@ -1,1 +1,1 @@
-"""What the server is and how it does."""
+"""Routes that say what the server is and how it does: health, facts, metrics, profiles."""

@@ -1,1 +1,1 @@
-"""Pauses, memory and weight updates, under every dialect."""
+"""Pauses, memory and weight updates: one state machine, which every dialect calls."""

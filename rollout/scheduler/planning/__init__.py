@@ -1,1 +1,1 @@
-"""What the next step computes, and on which pages."""
+"""The parts of one plan: rows that decode, prompts, pages, and who has to wait."""
