@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("rollout", "engine", "kernels", "trainer_bridge", "recipes")
 OTHERS = ("tests", "benchmarks", "docs", "scripts")
-OF_A_TABLE = ("main", "router", "options")
+OF_A_TABLE = ("main", "router", "OPTIONS", "layers")
 """Found by their name in modules that a table lists or a process runs: entry points, routes,
 architectures."""
 _LONGEST = 300
