@@ -1,13 +1,18 @@
 """Configuration of one engine replica: frozen, resolved once, never mutated.
 
-Torch-free: `rollout` reads it too. Fields documented here are the help text of the
-command line, which `tyro` builds from these classes.
+Torch-free: `rollout` reads it too. `tyro` builds the command lines of `serve` and `offline` from
+these classes: a field is an option of its own name, or of the name that `arg` gives it, and its
+documentation is the option's help. `Suppress` keeps a field off the command line.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from tyro.conf import OmitArgPrefixes, Suppress, arg
+from tyro.constructors import PrimitiveConstructorSpec
 
 LoadFormat = Literal["auto", "safetensors", "gguf", "random"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -19,6 +24,31 @@ QueuePolicy = Literal["fcfs", "longest_prefix"]
 DEFAULT_CONTEXT_LIMIT = 32768
 """Most tokens of a sequence where no `context_length` is given, whatever the model could take."""
 
+GIB = 1 << 30
+MIB = 1 << 20
+
+
+def bytes_option(unit: int, kind: type[int] | type[float]) -> PrimitiveConstructorSpec[int | None]:
+    """How a command line takes a field of bytes, whose type may have None: as a number of `unit`.
+
+    kind: of that number. What is no number of bytes, such as nan, stays what it is, for the check
+    of ranges to name.
+    """
+
+    def read(words: list[str]) -> int | None:
+        if words == ["None"]:
+            return None
+        value = kind(words[0]) * unit
+        return int(value) if math.isfinite(value) else value  # type: ignore[return-value]
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=kind.__name__.upper(),
+        instance_from_str=read,
+        is_instance=lambda value: value is None or isinstance(value, int),
+        str_from_instance=lambda value: [str(None if value is None else kind(value / unit))],
+    )
+
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
@@ -26,14 +56,15 @@ class CacheConfig:
 
     page_size: int = 16
     """Tokens a KV page holds."""
-    num_pages: int | None = None
+    num_pages: Suppress[int | None] = None
     """KV pages to allocate; None sizes the pool from `memory_bytes` or `memory_fraction`."""
-    memory_bytes: int | None = None
-    """Bytes for the KV pool; None takes `memory_fraction` of what is free."""
-    memory_fraction: float = 0.85
-    """Share of free GPU memory for the KV pool (on CPU: a quarter of this share)."""
+    memory_bytes: Annotated[int | None, arg(name="kv-memory"), bytes_option(GIB, float)] = None
+    """GiB for the KV cache; by default a share of the free memory."""
+    memory_fraction: Annotated[float, arg(name="mem-fraction")] = 0.85
+    """Share of free GPU memory for the KV cache, where --kv-memory is not given; on CPU a quarter
+    of this share."""
     prefix_cache: bool = True
-    """Reuse the KV of shared prefixes through the radix tree."""
+    """Reuse the KV of shared prefixes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,22 +72,22 @@ class SchedulerConfig:
     """What the scheduler may put into one step and how it orders the waiting queue."""
 
     max_running: int = 256
-    """Most sequences running at once; each holds one slot of the device tables."""
-    max_step_tokens: int = 8192
+    """Most sequences running at once."""
+    max_step_tokens: Suppress[int] = 8192
     """Most tokens computed in one step, prefill and decode together."""
-    max_chunk_tokens: int = 2048
+    max_chunk_tokens: Suppress[int] = 2048
     """Longest piece of one prompt computed in one step."""
     max_waiting: int = 65536
-    """Most requests in the waiting queue; one more is refused."""
+    """Most requests in the waiting queue; one more gets 503."""
     max_samples: int = 1024
-    """Most samples (`n`) of one request."""
-    policy: QueuePolicy = "longest_prefix"
+    """Most samples (n) of one request."""
+    policy: Suppress[QueuePolicy] = "longest_prefix"
     """Order of the waiting queue: arrival, or longest cached prefix first."""
-    starvation_steps: int = 64
+    starvation_steps: Suppress[int] = 64
     """Plans that may pass a waiting request over before it goes first."""
-    overlap: bool | None = None
+    overlap: Suppress[bool | None] = None
     """Plan a step while the one before it runs; None does so on a GPU. Same outputs."""
-    check_integrity: bool = False
+    check_integrity: Suppress[bool] = False
     """Check slots, pages and the whole prefix tree whenever the engine has become idle."""
 
 
@@ -64,11 +95,11 @@ class SchedulerConfig:
 class ParallelConfig:
     """How many ranks a replica has and how long they wait for each other."""
 
-    tp_size: int = 1
-    """Tensor-parallel ranks, one GPU each; 1, 2, 4 or 8."""
+    tp_size: Annotated[int, arg(name="tp")] = 1
+    """Tensor-parallel ranks, one GPU each."""
     base_gpu: int = 0
     """First GPU of the replica, among those visible."""
-    timeout_s: float = 60.0
+    timeout_s: Suppress[float] = 60.0
     """Deadline of a collective; a rank that misses it ends the replica with EngineDead."""
 
 
@@ -76,16 +107,17 @@ class ParallelConfig:
 class MemoryConfig:
     """Giving GPU memory back between rollouts, and sharing it with a trainer."""
 
-    saver: bool = False
-    """Allocate weights and KV so that release and resume work; on a GPU this takes
-    torch-memory-saver."""
-    cpu_backup: bool = False
-    """Keep released weights in pinned host memory, and bring them back on resume."""
-    trainer_bytes: int = 0
-    """GPU memory per rank that a trainer beside the engine needs while the engine is awake."""
-    trainer_training_bytes: int = 0
-    """GPU memory per rank that the trainer needs at the peak of its step, the engine asleep."""
-    trainer_publishing_bytes: int = 0
+    saver: Annotated[bool, arg(name="enable-memory-saver")] = False
+    """Make release and resume of GPU memory work; on a GPU this takes torch-memory-saver."""
+    cpu_backup: Annotated[bool, arg(name="enable-weights-cpu-backup")] = False
+    """Keep released weights in host memory, and bring them back on resume."""
+    trainer_bytes: Annotated[int, arg(name="trainer-memory"), bytes_option(GIB, float)] = 0
+    """GiB per GPU that a trainer beside the engine needs while the engine is awake."""
+    trainer_training_bytes: Annotated[
+        int, arg(name="trainer-training-memory"), bytes_option(GIB, float)
+    ] = 0
+    """GiB per GPU that it needs while the engine sleeps; what does not fit is refused at start."""
+    trainer_publishing_bytes: Suppress[int] = 0
     """GPU memory per rank that the trainer needs while it publishes, its buckets included."""
     reserve_shadow: bool = False
     """Leave room for a second copy of the weights, so that updates never write in place."""
@@ -96,35 +128,35 @@ class EngineConfig:
     """Everything a replica is built from."""
 
     model: str
-    """Hugging Face folder, GGUF file, or a config.json (with load_format 'random')."""
+    """Hugging Face folder, GGUF file, or a config.json (with --load-format random)."""
     load_format: LoadFormat = "auto"
     """Where the weights come from; 'random' needs only a config.json."""
     device: Device = "auto"
-    """'auto' takes a GPU when torch sees one."""
+    """'auto' takes a GPU when there is one."""
     dtype: DType = "auto"
     """Weights and KV; 'auto' is bfloat16 where the device computes it fast, else float32."""
     context_length: int | None = None
-    """Most tokens of a sequence; None takes the model's own, at most 32768."""
+    """Most tokens of a sequence; by default the model's own, at most 32768."""
     attention: AttentionBackendName = "auto"
     """Attention back end: 'triton' and 'flashinfer' need a GPU, 'split' takes prefill from
     flashinfer and decode from triton; 'auto' asks engine.attention.select."""
     cuda_graphs: bool = True
-    """On a GPU, replay decode steps as CUDA graphs; off runs every step kernel by kernel."""
+    """On a GPU, replay decode steps as CUDA graphs."""
     capture_at_start: bool = False
-    """Capture the graphs of every batch size at start-up, not when a step first needs one."""
+    """Capture the graphs before the first request, not when a step first needs one."""
     seed: int | None = None
-    """Seed of requests that bring none, and of random weights; None draws the first from the
-    operating system, and gives random weights their fixed seed 0."""
+    """Seed of requests that bring none, and of random weights; by default the first is drawn and
+    logged, and random weights have their fixed seed 0."""
     weight_version: int = 0
-    """Version the loaded weights are served as."""
-    refusal: str = ""
+    """Version that the loaded weights are served as."""
+    refusal: Suppress[str] = ""
     """Why the loaded weights must not serve, if so: an engine that is started again after updates
     loads what is older than they were. It refuses to generate, with this reason, until a whole
     version is published; `weight_version` is the last one that was."""
-    cache: CacheConfig = field(default_factory=CacheConfig)
-    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    cache: OmitArgPrefixes[CacheConfig] = field(default_factory=CacheConfig)
+    scheduler: OmitArgPrefixes[SchedulerConfig] = field(default_factory=SchedulerConfig)
+    parallel: OmitArgPrefixes[ParallelConfig] = field(default_factory=ParallelConfig)
+    memory: OmitArgPrefixes[MemoryConfig] = field(default_factory=MemoryConfig)
 
     @property
     def weight_seed(self) -> int:

@@ -39,6 +39,9 @@ reply can be made from it without parsing the message.
 
 from __future__ import annotations
 
+import json
+from typing import Any, Self
+
 
 class SlipstreamError(Exception):
     """Base of every error the project raises on purpose.
@@ -57,6 +60,11 @@ class SlipstreamError(Exception):
 
     def __str__(self) -> str:
         return self.message
+
+    def copy(self) -> Self:
+        """An error that says the same, to be raised to another caller: a traceback grows with
+        every raise of one object."""
+        return type(self)(self.message, field=self.field)
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild, (type(self), self.message, self.field))
@@ -250,3 +258,13 @@ def by_name(kind: str, message: str, field: str = "") -> SlipstreamError:
             return cls(message, field=field)
         pending.extend(cls.__subclasses__())
     return SlipstreamError(f"{kind}: {message}", field=field)
+
+
+def of_body(body: bytes) -> SlipstreamError | None:
+    """The typed error that the body of a server's reply describes, as its clients raise it:
+    `{"error": {"type": ..., "message": ..., "field": ...}}`. None for any other body."""
+    try:
+        error: Any = json.loads(body)["error"]
+        return by_name(str(error["type"]), str(error["message"]), str(error.get("field", "")))
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -4,42 +4,49 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from engine.errors import InvalidRequest, ModelNotFound
-from recipes.options import DEFAULT_MODEL, Options, PlacementOptions
+from recipes.options import DEFAULT_MODEL, Options, PlacementOptions, flatten
+
+LEAST: Mapping[str, int] = MappingProxyType(
+    {
+        "steps": 0,
+        "eval_every": 0,
+        "eval_prompts": 1,
+        "checkpoint_every": 0,
+        "prompts_per_step": 1,
+        "samples": 2,
+        "max_new_tokens": 1,
+        "rollout_gpus": 0,
+        "warmup_steps": 0,
+        "weight_decay": 0,
+        "max_tokens_per_microbatch": 1,
+        "max_resamples": 0,
+        "num_iterations": 1,
+        "num_minibatches": 1,
+        "clip_low": 0,
+        "clip_high": 0,
+        "overlong_buffer": 0,
+        "kl_coef": 0,
+        "is_cap": 1,
+    }
+)
+"""Least values of the numbers among the options."""
+
+ABOVE_ZERO = frozenset({"minutes", "temperature", "kv_memory_gb", "lr", "max_grad_norm"})
+BELOW_ONE = frozenset({"beta1", "beta2"})
 
 
 def check_options(options: Options) -> None:
     """Raises InvalidRequest, its `field` an option's name; ModelNotFound for the model."""
-    rollout, optimizer, algorithm = options.rollout, options.optimizer, options.objective
-    _at_least("steps", options.steps, 0)
-    _at_least("eval_every", options.eval_every, 0)
-    _at_least("eval_prompts", options.eval_prompts, 1)
-    _at_least("checkpoint_every", options.checkpoint_every, 0)
-    _at_least("prompts_per_step", rollout.prompts_per_step, 1)
-    _at_least("samples", rollout.samples, 2)
-    _at_least("warmup_steps", optimizer.warmup_steps, 0)
-    _at_least("max_tokens_per_microbatch", optimizer.max_tokens_per_microbatch, 1)
-    _at_least("max_resamples", algorithm.max_resamples, 0)
-    _at_least("num_iterations", algorithm.num_iterations, 1)
-    _at_least("num_minibatches", algorithm.num_minibatches, 1)
-    _positive("minutes", options.minutes)
-    _positive("temperature", rollout.temperature)
-    _positive("kv_memory_gb", rollout.kv_memory_gb)
-    _positive("lr", optimizer.lr)
-    _positive("max_grad_norm", optimizer.max_grad_norm)
-    _at_least("is_cap", algorithm.is_cap, 1)
-    _at_least("kl_coef", algorithm.kl_coef, 0)
-    _at_least("weight_decay", optimizer.weight_decay, 0)
-    _at_least("clip_low", algorithm.clip_low, 0)
-    _at_least("clip_high", algorithm.clip_high, 0)
-    _at_least("overlong_buffer", algorithm.overlong_buffer, 0)
-    _at_least("max_new_tokens", rollout.max_new_tokens, 1)
+    _check_numbers(flatten(options))
     _check_placement(options.placement)
-    _below_one("beta1", optimizer.beta1)
-    _below_one("beta2", optimizer.beta2)
+    rollout, algorithm = options.rollout, options.objective
     if algorithm.num_minibatches > rollout.prompts_per_step:
         raise InvalidRequest(
             f"num_minibatches ({algorithm.num_minibatches}) is more than prompts_per_step "
@@ -86,7 +93,6 @@ def _check_extra(field: str, flag: str, extra: str) -> None:
 
 
 def _check_placement(placement: PlacementOptions) -> None:
-    _at_least("rollout_gpus", placement.rollout_gpus, 0)
     if placement.zero is not None and placement.trainer != "deepspeed":
         raise InvalidRequest(
             f"zero: stage {placement.zero} is one of --trainer deepspeed, not of "
@@ -113,16 +119,18 @@ def _check_model(model: str) -> None:
     raise ModelNotFound(f"model: nothing at {model}; {hint}", field="model")
 
 
-def _at_least(name: str, value: float | None, least: float) -> None:
-    if value is not None and not (math.isfinite(value) and value >= least):
-        raise InvalidRequest(f"{name} must be at least {least}, not {value}", field=name)
+def _check_numbers(flat: Mapping[str, Any]) -> None:
+    """None is a number that was not given."""
+    numbers = {name: value for name, value in flat.items() if value is not None}
+    for name, value in numbers.items():
+        if name in LEAST:
+            _require(name, value, value >= LEAST[name], f"at least {LEAST[name]}")
+        elif name in ABOVE_ZERO:
+            _require(name, value, value > 0, "above 0")
+        elif name in BELOW_ONE:
+            _require(name, value, 0 <= value < 1, "in [0, 1)")
 
 
-def _positive(name: str, value: float | None) -> None:
-    if value is not None and not (math.isfinite(value) and value > 0):
-        raise InvalidRequest(f"{name} must be above 0, not {value}", field=name)
-
-
-def _below_one(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise InvalidRequest(f"{name} must be in [0, 1), not {value}", field=name)
+def _require(name: str, value: float, holds: bool, what: str) -> None:
+    if not (holds and math.isfinite(value)):
+        raise InvalidRequest(f"{name} must be {what}, not {value}", field=name)

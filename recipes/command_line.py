@@ -17,9 +17,7 @@ import tyro
 
 from engine.errors import InvalidRequest
 from recipes.checks import check_options
-from recipes.options import Options
-
-GROUPS = ("rollout", "optimizer", "placement", "objective")
+from recipes.options import GROUPS, Options, flatten
 
 CHANGEABLE = frozenset(
     {
@@ -64,14 +62,6 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InvalidRequest(f"config: {path}: {error}", field="config") from error
-
-
-def flatten(options: Options) -> dict[str, Any]:
-    """Every option by its name, groups dissolved; names are unique over the groups."""
-    flat = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
-    for group in GROUPS:
-        flat.update(dataclasses.asdict(flat.pop(group)))
-    return flat
 
 
 def with_values(options: Options, values: dict[str, Any]) -> Options:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -98,3 +99,15 @@ class Options:
     optimizer: tyro.conf.OmitArgPrefixes[OptimizerOptions] = field(default_factory=OptimizerOptions)
     placement: tyro.conf.OmitArgPrefixes[PlacementOptions] = field(default_factory=PlacementOptions)
     objective: tyro.conf.OmitArgPrefixes[AlgorithmOptions] = field(default_factory=AlgorithmOptions)
+
+
+GROUPS = ("rollout", "optimizer", "placement", "objective")
+"""Fields of `Options` that are groups of options."""
+
+
+def flatten(options: Options) -> dict[str, Any]:
+    """Every option by its name, groups dissolved; names are unique over the groups."""
+    flat = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
+    for group in GROUPS:
+        flat.update(dataclasses.asdict(flat.pop(group)))
+    return flat

@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import torch
@@ -17,7 +16,6 @@ from recipes.advice import WINDOW, advice
 from recipes.algorithms.presets import Algorithm, resolve
 from recipes.checks import holds_a_run, in_use, taken
 from recipes.collect import evaluate
-from recipes.command_line import flatten
 from recipes.display import Display
 from recipes.environments.base import Environment, heldout_problems, problem_at
 from recipes.environments.named_tasks import select_environment
@@ -25,7 +23,7 @@ from recipes.grading import Grading
 from recipes.launch import launch_actor
 from recipes.ledger import Ledger
 from recipes.model import engine_dtype, load_trainer
-from recipes.options import Options
+from recipes.options import Options, flatten
 from recipes.progress import Progress
 from recipes.prompts import Prompts
 from recipes.report import Collected, push_figures, rollout_figures, time_figures
@@ -83,13 +81,8 @@ class Run:
         self.display.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.display.__exit__(kind, error, trace)
+    def __exit__(self, *_: object) -> None:
+        self.display.__exit__()
         self.grading.close()
         self.actor.close()
         self.world.close()

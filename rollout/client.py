@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from types import TracebackType
 from typing import Any, Self
 
 import httpx
 import msgspec
 
-from engine.errors import EngineDead, InvalidRequest, SlipstreamError, by_name
+from engine.errors import EngineDead, InvalidRequest, SlipstreamError, of_body
 from engine.protocol import (
     Control,
     GenerateRequest,
@@ -127,12 +126,7 @@ class Client:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _post(self, path: str, body: bytes, key: str, timeout: httpx.Timeout) -> bytes:
@@ -193,10 +187,5 @@ def _replies(lines: Iterator[str]) -> Iterator[GenerateResponse]:
 
 
 def _error(data: bytes, status: int) -> SlipstreamError:
-    """The typed error of a reply in the server's one shape."""
-    try:
-        found = msgspec.json.decode(data)["error"]
-        return by_name(str(found["type"]), str(found["message"]), str(found["field"]))
-    except (msgspec.DecodeError, KeyError, TypeError):
-        text = data[:500].decode(errors="replace")
-        return SlipstreamError(f"status {status}: {text}", field="server")
+    told = f"status {status}: {data[:500].decode(errors='replace')}"
+    return of_body(data) or SlipstreamError(told, field="server")

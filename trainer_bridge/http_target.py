@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import http.client
-import json
 import urllib.error
 import urllib.request
-from typing import Any
 
 import msgspec
 
-from engine.errors import EngineDead, InvalidRequest, SlipstreamError, by_name
+from engine.errors import EngineDead, InvalidRequest, SlipstreamError, of_body
 from engine.protocol import Control, Reply
 from engine.protocol.deadlines import deadlines
 from engine.protocol.urls import url_fault
@@ -65,12 +63,8 @@ def _rest(error: urllib.error.HTTPError) -> bytes:
 
 
 def _refusal(body: bytes, status: int) -> SlipstreamError:
-    """The typed error a server's JSON describes."""
-    try:
-        error: Any = json.loads(body)["error"]
-        return by_name(error["type"], error["message"], error.get("field", ""))
-    except (ValueError, KeyError, TypeError):
-        return SlipstreamError(f"the server answered {status}: {_text(body)}", field="url")
+    told = f"the server answered {status}: {_text(body)}"
+    return of_body(body) or SlipstreamError(told, field="url")
 
 
 def _text(body: bytes) -> str:

@@ -81,10 +81,12 @@ from engine.protocol.types import (
     StagingMode,
 )
 from engine.protocol.updates import (
+    DELTA_FILE,
     AbortUpdate,
     BeginUpdate,
     BesideSteps,
     CommitUpdate,
+    FolderDelta,
     GroupCommand,
     IpcBuffer,
     IpcPayload,
@@ -119,6 +121,7 @@ __all__ = [
     "Command",
     "CommitUpdate",
     "Control",
+    "DELTA_FILE",
     "EngineCommand",
     "EngineFacts",
     "ErrorInfo",
@@ -126,6 +129,7 @@ __all__ = [
     "FinishType",
     "FloatArray",
     "FlushCache",
+    "FolderDelta",
     "GenerateRequest",
     "GenerateResponse",
     "GetState",

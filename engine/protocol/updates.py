@@ -43,6 +43,18 @@ class TensorSpec(Struct, frozen=True, omit_defaults=True):
     checksum: Checksum | None = None
 
 
+DELTA_FILE = "delta.json"
+
+
+class FolderDelta(Struct, frozen=True):
+    """What `delta.json` says of its folder: the tensors that `version` changed since
+    `base_version`. The trainer writes it, and the engine takes the folder on no other version."""
+
+    base_version: int
+    version: int
+    tensors: list[TensorSpec]
+
+
 class TensorPiece(Struct, frozen=True, omit_defaults=True):
     """A tensor on the wire, or elements [start, stop) of it laid out flat, where each trainer
     rank sends what it holds. stop -1 stands for the whole tensor."""

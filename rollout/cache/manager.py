@@ -15,7 +15,8 @@ import numpy as np
 from engine.errors import SlipstreamError
 from engine.protocol import IntArray
 from rollout.cache.pages import PagePool
-from rollout.cache.radix_tree import Match, Node, RadixTree
+from rollout.cache.radix_node import Match, Node
+from rollout.cache.radix_tree import RadixTree
 
 
 class CacheManager:

@@ -2,68 +2,82 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
+from operator import attrgetter
 from types import MappingProxyType
-from typing import Any
 
+from engine.config import GIB, MIB, EngineConfig
 from engine.errors import InvalidRequest
 from engine.protocol.types import INT32_MAX, INT64_MAX, MAX_VERSION
+from rollout.http.config import ServeConfig
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Range:
-    """From `least` to `most`, both included; above `least` if `open`. NaN is in no range."""
+    """The field at `path` of a configuration, counted in `unit`: from `least` to `most`, both
+    included; above `least` if `open`. NaN is in no range; None is an option not given."""
 
+    path: str
     least: float
     most: float
     open: bool = False
+    unit: int = 1
 
-    def holds(self, value: float) -> bool:
-        """Whether the value lies in it."""
-        return self.least <= value <= self.most and not (self.open and value == self.least)
+    def check(self, config: EngineConfig | ServeConfig, option: str) -> None:
+        """Raise InvalidRequest, naming the option, for a number out of the range."""
+        found = attrgetter(self.path)(config)
+        if found is None:
+            return
+        value = found if self.unit == 1 else found / self.unit
+        if not self.least <= value <= self.most or (self.open and value == self.least):
+            above = "above" if self.open else "from"
+            raise InvalidRequest(
+                f"is {value}; give a number {above} {self.least} to {self.most}", field=option
+            )
 
-    def __str__(self) -> str:
-        return f"{'above' if self.open else 'from'} {self.least} to {self.most}"
 
+_TIB = 1 << 20
+"""In MiB, and a PiB in GiB: more than any machine has."""
 
-_COUNT = Range(1, INT32_MAX)
-_GIB_OF_MEMORY = 1 << 20
-_MIB_OF_BODY = Range(1, 1 << 20)
-
-RANGES: Mapping[str, Range] = MappingProxyType(
+ENGINE_RANGES: Mapping[str, Range] = MappingProxyType(
     {
-        "tp": Range(1, 1024),
-        "port": Range(0, 65535),
-        "context_length": _COUNT,
-        "max_running": _COUNT,
-        "max_waiting": _COUNT,
-        "max_samples": _COUNT,
-        "kv_memory": Range(0, _GIB_OF_MEMORY, open=True),
-        "mem_fraction": Range(0, 1, open=True),
-        "page_size": _COUNT,
-        "trainer_memory": Range(0, _GIB_OF_MEMORY),
-        "trainer_training_memory": Range(0, _GIB_OF_MEMORY),
-        "base_gpu": Range(0, 1023),
-        "weight_version": Range(0, MAX_VERSION),
-        "seed": Range(-INT64_MAX - 1, INT64_MAX),
-        "max_body_mib": _MIB_OF_BODY,
-        "max_control_body_mib": _MIB_OF_BODY,
-        "max_held_body_mib": _MIB_OF_BODY,
-        "receive_timeout_s": Range(0, 86400, open=True),
+        "--tp": Range("parallel.tp_size", 1, 1024),
+        "--context-length": Range("context_length", 1, INT32_MAX),
+        "--max-running": Range("scheduler.max_running", 1, INT32_MAX),
+        "--max-waiting": Range("scheduler.max_waiting", 1, INT32_MAX),
+        "--max-samples": Range("scheduler.max_samples", 1, INT32_MAX),
+        "--kv-memory": Range("cache.memory_bytes", 0, _TIB, open=True, unit=GIB),
+        "--mem-fraction": Range("cache.memory_fraction", 0, 1, open=True),
+        "--page-size": Range("cache.page_size", 1, INT32_MAX),
+        "--trainer-memory": Range("memory.trainer_bytes", 0, _TIB, unit=GIB),
+        "--trainer-training-memory": Range("memory.trainer_training_bytes", 0, _TIB, unit=GIB),
+        "--base-gpu": Range("parallel.base_gpu", 0, 1023),
+        "--weight-version": Range("weight_version", 0, MAX_VERSION),
+        "--seed": Range("seed", -INT64_MAX - 1, INT64_MAX),
+    }
+)
+
+SERVE_RANGES: Mapping[str, Range] = MappingProxyType(
+    {
+        "--port": Range("port", 0, 65535),
+        "--max-body-mib": Range("max_body_bytes", 1, _TIB, unit=MIB),
+        "--max-control-body-mib": Range("max_control_body_bytes", 1, _TIB, unit=MIB),
+        "--max-held-body-mib": Range("max_held_body_bytes", 1, _TIB, unit=MIB),
+        "--receive-timeout-s": Range("receive_timeout_s", 0, 86400, open=True),
     }
 )
 
 
-def check_numbers(args: Any) -> None:
-    """Look at every number of a command's options, a dataclass; None is an option not given.
+def check_engine(config: EngineConfig) -> None:
+    """Look at every number that the options of an engine give. Raises InvalidRequest naming the
+    option."""
+    for option, span in ENGINE_RANGES.items():
+        span.check(config, option)
 
-    Raises InvalidRequest naming the option.
-    """
-    for name in (field.name for field in dataclasses.fields(args)):
-        value = getattr(args, name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        if not RANGES[name].holds(value):
-            option = f"--{name.replace('_', '-')}"
-            raise InvalidRequest(f"is {value}; give a number {RANGES[name]}", field=option)
+
+def check_serve(config: ServeConfig) -> None:
+    """`check_engine`, and the numbers of the server itself."""
+    check_engine(config.engine)
+    for option, span in SERVE_RANGES.items():
+        span.check(config, option)

@@ -1,11 +1,13 @@
-"""Configuration of one server."""
+"""Configuration of one server, from which `tyro` builds the options of `serve`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from engine.config import EngineConfig
+from tyro.conf import OmitArgPrefixes, Suppress, UseAppendAction, arg
+
+from engine.config import MIB, EngineConfig, bytes_option
 from engine.protocol.deadlines import REPLY_S, START_S
 
 Restart = Literal["never", "on-failure"]
@@ -13,51 +15,55 @@ Restart = Literal["never", "on-failure"]
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
-    """One HTTP server and the engine behind it."""
+    """Serve a model over HTTP: /generate, OpenAI's completions, and two RL dialects."""
 
-    engine: EngineConfig
+    engine: OmitArgPrefixes[EngineConfig]
     """What the engine is built from."""
     host: str = "127.0.0.1"
-    """Address to bind; on any other than loopback, control routes need an admin key."""
+    """Address to bind; beyond loopback, control routes need --admin-api-key."""
     port: int = 30000
     """Port to bind; 0 takes a free one."""
     served_model_name: str = ""
-    """Name that /v1/models gives; the model's path if empty."""
+    """Name that /v1/models gives; by default the model's path."""
     api_key: str = ""
-    """Bearer key of every route but /health; no key if empty."""
+    """Bearer key of every route but /health."""
     admin_api_key: str = ""
-    """Bearer key of the control routes in place of `api_key`."""
-    max_body_bytes: int = 64 << 20
-    """Largest request body."""
-    max_control_body_bytes: int = 256 << 20
-    """Largest body of a control route, which may carry tensors as base64."""
-    max_held_body_bytes: int = 1 << 30
-    """Bytes of all bodies that are on their way, and of those over 1 MiB until their replies."""
+    """Bearer key of the control routes, in place of --api-key."""
+    max_body_bytes: Annotated[int, arg(name="max-body-mib"), bytes_option(MIB, int)] = 64 * MIB
+    """Largest request body, MiB."""
+    max_control_body_bytes: Annotated[
+        int, arg(name="max-control-body-mib"), bytes_option(MIB, int)
+    ] = 256 * MIB
+    """Largest body of a control route, MiB; it may carry tensors as base64."""
+    max_held_body_bytes: Annotated[int, arg(name="max-held-body-mib"), bytes_option(MIB, int)] = (
+        1024 * MIB
+    )
+    """Bodies that are held at a time, MiB together; what does not fit gets 503. Those are held
+    that are on their way, and those over 1 MiB until their replies."""
     replica_id: str = ""
-    """Sets apart servers that share one engine seed: each derives other seeds of requests."""
+    """Sets this server apart from others that share its --seed."""
     trust_request_chat_template: bool = False
-    """Render the `chat_template` that a request brings, in a process with limits."""
+    """Render the chat_template that a request brings, in a process with limits."""
     incremental_streaming_output: bool = False
     """Native streams send what is new instead of everything so far."""
     restart: Restart = "never"
-    """What follows when the engine dies: the server leaves, or starts the engine again."""
-    allowed_hosts: tuple[str, ...] = ()
-    """Names that a Host header may have; bound to loopback, those of this machine always may."""
-    allowed_origins: tuple[str, ...] = ()
-    """Origins whose web pages may call; "*" allows every page."""
-    weights_roots: tuple[str, ...] = ()
-    """Folders that weights may be read from; without any, all folders if bound to loopback, none
-    on other addresses."""
-    rendezvous_hosts: tuple[str, ...] = ()
-    """Hosts and networks where the engine may meet a trainer, beside the caller's own address;
-    without any, all if bound to loopback."""
+    """When the engine dies: 'never' leaves with exit code 1, 'on-failure' starts it again."""
+    allowed_hosts: Annotated[UseAppendAction[tuple[str, ...]], arg(name="allowed-host")] = ()
+    """A name that the Host header may have; on loopback, this machine's own always may."""
+    allowed_origins: Annotated[UseAppendAction[tuple[str, ...]], arg(name="allowed-origin")] = ()
+    """An origin, such as https://example.org, whose web pages may call; '*' for all."""
+    weights_roots: Annotated[UseAppendAction[tuple[str, ...]], arg(name="weights-root")] = ()
+    """A folder below which weights may be read by updates; needed beyond loopback."""
+    rendezvous_hosts: Annotated[UseAppendAction[tuple[str, ...]], arg(name="rendezvous-host")] = ()
+    """A host or network (10.0.0.0/8) to meet trainers at, beside the caller's own address; on
+    loopback without any, trainers are met everywhere."""
     profile_root: str = ""
-    """Folder below which profiles are written; one of the system's temporary files if empty."""
+    """Folder below which /start_profile writes; 'slipstream-profiles' among temporary files."""
     receive_timeout_s: float = 60.0
-    """Within which the headers, and then the body, of a request have to arrive."""
-    reply_s: float = REPLY_S
+    """Seconds for the headers, and then the body, of a request to arrive."""
+    reply_s: Suppress[float] = REPLY_S
     """Deadline for the engine to answer a command that touches no weights."""
-    start_s: float = START_S
+    start_s: Suppress[float] = START_S
     """Deadline for loading the model, and for commands that touch weights or memory."""
 
     @property

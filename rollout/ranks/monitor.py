@@ -95,7 +95,7 @@ class RankMonitor:
     def require_alive(self) -> None:
         """Raise what the replica ended with, if it has."""
         if self._failure is not None:
-            raise EngineDead(self._failure.message, field=self._failure.field)
+            raise self._failure.copy()
 
     def stop(self) -> None:
         """Stop watching. Idempotent."""

@@ -19,7 +19,7 @@ import msgspec
 from msgspec.structs import replace
 
 from engine.config import EngineConfig
-from engine.errors import SlipstreamError, of_command
+from engine.errors import SlipstreamError
 from engine.protocol import (
     BesideSteps,
     Call,
@@ -33,8 +33,8 @@ from rollout.ranks.board import StepBoard
 from rollout.ranks.process import RankFiles
 from rollout.ranks.ranked_executor import RankExecutor, resolve
 from rollout.replica.bounded_log import log_to_stderr
+from rollout.replica.command_replies import error_info, reply_of
 from rollout.replica.ipc import Channel
-from rollout.replica.leader import error_info
 from rollout.replica.leave import run_and_leave
 from rollout.replica.weight_queue import PendingReply
 
@@ -89,7 +89,7 @@ def _leave_with(parent: int) -> None:
 
 
 def _serve(executor: RankExecutor, channel: Channel, board: StepBoard, rank: int) -> None:
-    beside: dict[int, PendingReply] = {}
+    beside: dict[int, tuple[EngineCommand, PendingReply]] = {}
     while True:
         for message in channel.receive(timeout_s=_BESIDE_S if beside else _IDLE_S):
             match message:
@@ -100,19 +100,17 @@ def _serve(executor: RankExecutor, channel: Channel, board: StepBoard, rank: int
                 case CancelTransfers():
                     executor.cancel(message.reason, group=message.group)
                 case Call() if isinstance(message.command, BesideSteps):
-                    beside[message.id] = executor.start(message.command)
+                    beside[message.id] = message.command, executor.start(message.command)
                 case _:
                     command = message.command
                     _reply(channel, message.id, command, partial(executor.handle, command))
-        for call in [call for call, pending in beside.items() if pending.done()]:
-            pending = beside.pop(call)
-            _reply(channel, call, None, pending.result)
+        for call in [call for call, (_, pending) in beside.items() if pending.done()]:
+            command, pending = beside.pop(call)
+            _reply(channel, call, command, pending.result)
 
 
-def _reply(
-    channel: Channel, call: int, command: EngineCommand | None, run: Callable[[], Reply]
-) -> None:
-    channel.send([replace(_answer(command, run), id=call)], timeout_s=_SEND_S)
+def _reply(channel: Channel, call: int, command: EngineCommand, run: Callable[[], Reply]) -> None:
+    channel.send([replace(reply_of(command, run), id=call)], timeout_s=_SEND_S)
 
 
 def _launch(executor: RankExecutor, plan: StepPlan, board: StepBoard, rank: int) -> None:
@@ -123,18 +121,6 @@ def _launch(executor: RankExecutor, plan: StepPlan, board: StepBoard, rank: int)
         logger.error("step %d refused: %s", plan.step, error)
         return
     board.note(rank, plan.step)
-
-
-def _answer(command: EngineCommand | None, run: Callable[[], Reply]) -> Reply:
-    try:
-        return run()
-    except SlipstreamError as error:
-        return Reply(error=error_info(error))
-    except Exception as error:
-        # A boundary: a command that breaks ends itself; the leader sees to ranks that differ.
-        name = "a command" if command is None else str(command.__struct_config__.tag)
-        logger.exception("command %s", name)
-        return Reply(error=error_info(of_command(name, error)))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ from engine.errors import (
     SlipstreamError,
     UnsupportedOption,
     by_name,
-    of_command,
 )
 from engine.protocol import (
     BesideSteps,
@@ -49,7 +48,7 @@ from rollout.ranks.process import RankFiles, RankProcess
 from rollout.ranks.replies import merge
 from rollout.ranks.step_executor import PendingStep, StepExecutor
 from rollout.ranks.step_kinds import StepKinds
-from rollout.replica.leader import error_info
+from rollout.replica.command_replies import command_name, reply_of
 from rollout.replica.weight_queue import PendingReply
 
 logger = logging.getLogger(__name__)
@@ -146,8 +145,8 @@ class RankedReply:
         while not self.done():
             time.sleep(_BESIDE_S)
         self.monitor.require_alive()
-        what = str(self.command.__struct_config__.tag)
-        own = own_reply(self.command, self.local.result)
+        what = command_name(self.command)
+        own = reply_of(self.command, self.local.result)
         replies = [own, *(self.found[rank.rank] for rank in self.ranks)]
         self.alike(what, replies)
         return merge(replies)
@@ -155,7 +154,7 @@ class RankedReply:
     def _look(self) -> None:
         """Take in what has come. Raises EngineDead for a rank that is gone or late."""
         late = time.monotonic() - self.started > self.timeout_s
-        what = str(self.command.__struct_config__.tag)
+        what = command_name(self.command)
         for rank in self.ranks:
             if rank.rank in self.found:
                 continue
@@ -166,19 +165,6 @@ class RankedReply:
                 raise rank.error(f"did not answer '{what}' within {self.timeout_s:g} s")
         if late and not self.local.done():
             raise EngineDead(f"rank 0 does not end '{what}'", field="rank 0")
-
-
-def own_reply(command: EngineCommand, run: Callable[[], Reply]) -> Reply:
-    """Rank 0's answer, its error in it, as the other ranks' processes send theirs."""
-    try:
-        return run()
-    except SlipstreamError as error:
-        return Reply(error=error_info(error))
-    except Exception as error:
-        # A boundary, the same as in the other ranks' processes.
-        name = str(command.__struct_config__.tag)
-        logger.exception("command %s", name)
-        return Reply(error=error_info(of_command(name, error)))
 
 
 class RankedExecutor:
@@ -251,7 +237,7 @@ class RankedExecutor:
         Raises the error of the first rank that failed, with those of the others. A commit
         that only some ranks made ends the replica: it would serve a mixture.
         """
-        what = str(command.__struct_config__.tag)
+        what = command_name(command)
         times = deadlines(command, collective_s=self._timeout_s)
         replies = self._monitor.guard(
             what, lambda: self._ask(command, what, times.rank), timeout_s=times.monitor
@@ -353,7 +339,7 @@ class RankedExecutor:
     def _ask(self, command: EngineCommand, what: str, timeout_s: float) -> list[Reply]:
         call = self._next_call()
         self._post([Call(id=call, command=command)])
-        replies = [own_reply(command, lambda: self._local.handle(command))]
+        replies = [reply_of(command, lambda: self._local.handle(command))]
         deadline = time.monotonic() + timeout_s
         for rank in self._ranks:
             left = max(deadline - time.monotonic(), 0.0)

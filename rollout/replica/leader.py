@@ -29,7 +29,6 @@ from engine.protocol import (
     CommitUpdate,
     Control,
     EngineCommand,
-    ErrorInfo,
     FlushCache,
     GetState,
     Pause,
@@ -48,6 +47,7 @@ from engine.protocol import (
 from rollout.cache.manager import CacheManager
 from rollout.ranks.device_errors import breaks_device
 from rollout.ranks.step_executor import PendingStep, StepExecutor
+from rollout.replica.command_replies import error_info
 from rollout.replica.weight_commands import WeightCommands
 from rollout.replica.weight_queue import Ticket
 from rollout.requests.outputs import refused
@@ -356,8 +356,3 @@ class Leader:
     def _end_all(self, error: SlipstreamError) -> None:
         self._in_flight.clear()
         self._outputs += self._scheduler.fail_all(error_info(error))
-
-
-def error_info(error: SlipstreamError) -> ErrorInfo:
-    """The error as it crosses a process boundary."""
-    return ErrorInfo(kind=type(error).__name__, message=error.message, field=error.field)

@@ -26,8 +26,9 @@ from rollout.ranks.ranked_executor import RankedExecutor, build_executor
 from rollout.ranks.watched_executor import WatchedExecutor
 from rollout.replica.bounded_log import log_to_stderr
 from rollout.replica.columns import to_columns
+from rollout.replica.command_replies import error_info
 from rollout.replica.ipc import Channel, Unreadable
-from rollout.replica.leader import Leader, error_info
+from rollout.replica.leader import Leader
 from rollout.replica.leave import run_and_leave
 from rollout.replica.pulse import Activity, Pulse, pulse_path
 from rollout.replica.weight_queue import Ticket

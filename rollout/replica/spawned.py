@@ -13,21 +13,17 @@ import time
 import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import msgspec
 
 from engine.config import EngineConfig
-from engine.errors import EngineDead, InvalidRequest, SlipstreamError, UnsupportedOption, by_name
+from engine.errors import EngineDead, InvalidRequest, SlipstreamError, UnsupportedOption
 from engine.protocol import (
     BeginUpdate,
     Call,
     Control,
-    EngineCommand,
     GetState,
-    JoinGroup,
-    ReceiveBroadcast,
     ReplicaState,
     Reply,
     Request,
@@ -36,8 +32,9 @@ from engine.protocol import (
     TokenRows,
     UpdateReport,
 )
-from engine.protocol.deadlines import REPLY_S, RES_OPTIONS, SILENT_S, START_S, deadlines
+from engine.protocol.deadlines import REPLY_S, RES_OPTIONS, SILENT_S, START_S
 from rollout.replica.columns import from_columns
+from rollout.replica.command_replies import command_name, reply_deadline_s, unless_refused
 from rollout.replica.ipc import Channel, encode_frame
 from rollout.replica.last_words import cause_of_death, log_tail
 from rollout.replica.pulse import PulseWatch, pulse_path
@@ -196,12 +193,7 @@ class ProcessReplica:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _spawn(self, config: EngineConfig, endpoint: str, factory: str) -> subprocess.Popen[bytes]:
@@ -283,14 +275,11 @@ class ProcessReplica:
             if time.monotonic() > deadline:
                 raise self._die(f"did not answer '{what}' within {timeout_s:g} s")
             self._receive(_POLL_S)
-        reply = self._replies.pop(call)
-        if reply.error is not None:
-            raise by_name(reply.error.kind, reply.error.message, reply.error.field)
-        return reply
+        return unless_refused(self._replies.pop(call))
 
     def _require_alive(self) -> None:
         if self._dead is not None:
-            raise EngineDead(self._dead.message, field=self._dead.field)
+            raise self._dead.copy()
         if self._closed:
             raise EngineDead("the replica is closed", field="leader")
 
@@ -321,20 +310,6 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def command_name(command: Control) -> str:
-    """The tag of a command, as errors name it."""
-    return str(command.__struct_config__.tag)
-
-
-def reply_deadline_s(command: Control, *, reply_s: float, slow_s: float) -> float:
-    """How long the leader may take to answer: `slow_s` for what touches weights or memory, else
-    `reply_s`; and for what brings its own deadline what the table of deadlines says, so that its
-    typed error comes first."""
-    if isinstance(command, JoinGroup | ReceiveBroadcast):
-        return max(slow_s, deadlines(command).caller)
-    return slow_s if isinstance(command, EngineCommand) else reply_s
 
 
 def _exit_text(code: int) -> str:

@@ -23,6 +23,7 @@ from engine.protocol import (
     Reply,
     TransferCommand,
 )
+from rollout.replica.command_replies import command_name
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class Ticket:
     @property
     def name(self) -> str:
         """The command's name, as errors give it."""
-        return str(self.command.__struct_config__.tag)
+        return command_name(self.command)
 
     def done(self) -> bool:
         """Whether `result` may be asked for."""

@@ -16,8 +16,8 @@ from engine.protocol import (
     Request,
     RequestOutput,
     TopLogprobs,
-    VersionSpan,
 )
+from rollout.requests.version_spans import clip_spans, join_spans
 from rollout.scheduler.continued import ended_with, shown_given
 from rollout.text.detokenizer import Detokenizer, StopMatch, trim_stop_token
 
@@ -128,7 +128,7 @@ def join_outputs(chunks: Sequence[RequestOutput]) -> RequestOutput:
         start=first.start,
         token_ids=np.concatenate([chunk.token_ids for chunk in chunks]),
         logprobs=np.concatenate([chunk.logprobs for chunk in chunks]),
-        spans=join_spans([span for chunk in chunks for span in chunk.spans]),
+        spans=join_spans(span for chunk in chunks for span in chunk.spans),
         top=_join_tops(tops),
         entropies=np.concatenate(entropies) if entropies else None,
         prompt_logprobs=first.prompt_logprobs,
@@ -157,19 +157,6 @@ def coalesced(outputs: list[RequestOutput]) -> list[RequestOutput]:
     return [join_outputs(chunks) for chunks in by_rid.values()]
 
 
-def join_spans(spans: list[VersionSpan]) -> list[VersionSpan]:
-    """The same spans, neighbours of one version joined and empty ones left out."""
-    if len(spans) == 1 and spans[0].end > spans[0].start:
-        return spans
-    joined: list[VersionSpan] = []
-    for span in spans:
-        if joined and joined[-1].version == span.version:
-            joined[-1] = VersionSpan(span.version, joined[-1].start, span.end)
-        elif span.end > span.start:
-            joined.append(span)
-    return joined
-
-
 def head(output: RequestOutput, count: int) -> RequestOutput:
     """The first `count` tokens of an output, with all that comes a token each: the one place
     where outputs are cut."""
@@ -183,8 +170,8 @@ def head(output: RequestOutput, count: int) -> RequestOutput:
         logprobs=output.logprobs[:count],
         top=None if top is None else TopLogprobs(top.ids[:count], top.logprobs[:count]),
         entropies=None if entropies is None else entropies[:count],
-        spans=_clip(output.spans, end),
-        kv_spans=_clip(output.kv_spans, output.prompt_tokens + end),
+        spans=clip_spans(output.spans, end),
+        kv_spans=clip_spans(output.kv_spans, output.prompt_tokens + end),
     )
 
 
@@ -203,7 +190,3 @@ def finite_logprobs(values: FloatArray) -> list[Any]:
         values = np.where(banned, np.float32(least), values)
     found: list[Any] = values.tolist()
     return found
-
-
-def _clip(spans: list[VersionSpan], end: int) -> list[VersionSpan]:
-    return [VersionSpan(s.version, s.start, min(s.end, end)) for s in spans if s.start < end]

@@ -16,8 +16,9 @@ from engine.protocol import (
     TopLogprobs,
     VersionSpan,
 )
-from rollout.requests.outputs import finite_logprobs, join_spans
+from rollout.requests.outputs import finite_logprobs
 from rollout.requests.sample_ids import shown
+from rollout.requests.version_spans import clip_spans, join_spans
 from rollout.scheduler.continued import given_stop, shown_given
 from rollout.text.detokenizer import Detokenizer, final_text
 from rollout.text.token_bytes import spelled
@@ -229,9 +230,8 @@ def _counts(
 def _versions(spans: list[VersionSpan], size: int) -> list[dict[str, Any]]:
     """Spans of the first `size` tokens; a stop string may have cut off what came after."""
     return [
-        {"version": str(span.version), "start": span.start, "end": min(span.end, size)}
-        for span in spans
-        if span.start < size
+        {"version": str(span.version), "start": span.start, "end": span.end}
+        for span in clip_spans(spans, size)
     ]
 
 

@@ -7,41 +7,8 @@ import re
 from engine.errors import InvalidRequest, UnsupportedOption
 from engine.protocol import GenerateRequest, SamplingParams
 from rollout.requests.json_types import decode_json
+from rollout.requests.known_fields import UNSERVED
 from rollout.requests.nearest import nearest
-
-NOT_SERVED = frozenset(
-    {
-        "input_embeds",
-        "image_data",
-        "video_data",
-        "audio_data",
-        "session_params",
-        "session_id",
-        "lora_path",
-        "lora_id",
-        "custom_logit_processor",
-        "require_reasoning",
-        "max_thinking_tokens",
-        "return_hidden_states",
-        "return_routed_experts",
-        "routed_experts_start_len",
-        "return_indexer_topk",
-        "return_sampling_mask",
-        "return_bytes",
-        "bootstrap_host",
-        "bootstrap_port",
-        "bootstrap_room",
-        "json_schema",
-        "regex",
-        "ebnf",
-        "structural_tag",
-        "stop_regex",
-        "beam_width",
-        "custom_params",
-        "watermark",
-    }
-)
-"""Fields of the native dialect that mean something this engine does not do."""
 
 _UNKNOWN = re.compile(r"contains unknown field `([^`]+)`")
 
@@ -62,7 +29,7 @@ def _explain(error: InvalidRequest) -> InvalidRequest:
         return error
     name, parent = unknown.group(1), error.field
     field = f"{parent}.{name}" if parent else name
-    if name in NOT_SERVED:
+    if name in UNSERVED["native"]:
         return UnsupportedOption(f"{field} is not served by this engine; leave it out", field=field)
     return InvalidRequest(
         f"{field} is not a field of a generate request; {_advice(name, parent)}", field=field

@@ -5,20 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from engine.protocol import FinishReason
 from rollout.scheduler.planning.preempt import Preemption
 from rollout.scheduler.planning.queue import WaitingQueue
 from rollout.scheduler.running import RunningSet
 from rollout.scheduler.sequence import Sequence
-
-CANNOT_RESTART = FinishReason(
-    type="abort",
-    message=(
-        "new weights came and kv_policy is 'fresh', but this request has streamed tokens or came "
-        "with some, which it cannot take back; send it again, or choose 'recompute' or 'keep'"
-    ),
-    error="WeightUpdateError",
-)
 
 
 @dataclass(frozen=True)

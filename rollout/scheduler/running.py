@@ -6,7 +6,7 @@ import numpy as np
 
 from engine.protocol import IntArray
 from rollout.cache.manager import CacheManager
-from rollout.cache.radix_tree import Match
+from rollout.cache.radix_node import Match
 from rollout.scheduler.sequence import Sequence
 from rollout.scheduler.table import DECODING, PREFILLING, SlotTable
 

@@ -28,28 +28,21 @@ from rollout.requests.sample_ids import of_sample, starts_with
 from rollout.scheduler.continued import give
 from rollout.scheduler.emit import final_output, make_output
 from rollout.scheduler.encode import row_numbers
-from rollout.scheduler.kv_policy import CANNOT_RESTART, KvPolicies
+from rollout.scheduler.finish import CANNOT_RESTART, NOT_FINITE, finish_of
+from rollout.scheduler.kv_policy import KvPolicies
 from rollout.scheduler.planning.decode import DecodePlanner
 from rollout.scheduler.planning.page_reserve import PageReserve
 from rollout.scheduler.planning.plan_builder import InFlight, PlanBuilder
 from rollout.scheduler.planning.preempt import Preemption
 from rollout.scheduler.planning.prefill import PrefillPlanner
 from rollout.scheduler.planning.queue import WaitingQueue
+from rollout.scheduler.planning.queue_groups import QueueGroups
 from rollout.scheduler.results import ResultWriter
 from rollout.scheduler.running import RunningSet
 from rollout.scheduler.sequence import Sequence
 from rollout.scheduler.stats import Counters, SchedulerStats
 from rollout.scheduler.table import SlotTable
 from rollout.scheduler.validate import Limits, check_request
-
-NOT_FINITE = FinishReason(
-    type="abort",
-    message=(
-        "the logits of this sequence are NaN or infinite, so it ends with the tokens sampled "
-        "before; look at the weights published last, and at overflow in 16 bits"
-    ),
-    error="NonFiniteLogits",
-)
 
 
 class Scheduler:
@@ -81,7 +74,7 @@ class Scheduler:
         self._num_slots = num_slots
         self._build_parts(version)
         self._requests: dict[str, Sequence] = {}
-        self._groups: dict[str, list[int]] = {}
+        self._groups = QueueGroups()
         self._in_flight: deque[InFlight] = deque()
         self._ones = np.ones(num_slots, np.int32)
         self._counters = Counters()
@@ -230,7 +223,9 @@ class Scheduler:
         ended = zip(appended.ended.tolist(), appended.matched.tolist(), strict=True)
         for slot, matched in ended:
             sequence = self._running[slot]
-            outputs.append(self._finish(sequence, self._reason(sequence, matched)))
+            size = int(self._running.table.num_tokens[slot])
+            finish = finish_of(sequence, matched, size, self._limits.kv_tokens)
+            outputs.append(self._finish(sequence, finish))
         for slot in self._results.scored(flight):
             sequence = self._running[slot]
             finish = sequence.ended or FinishReason(type="length", length=0)
@@ -267,8 +262,8 @@ class Scheduler:
         assert held == set(self._requests), "a request is neither waiting nor running"
         count = len(self._queue) + len(self._running)
         assert count == len(held), f"{count} sequences for {len(held)} requests"
-        members = sum(count for _, count in self._groups.values())
-        assert members == sum(bool(s.request.group) for s in self._requests.values())
+        members = sum(bool(sequence.request.group) for sequence in self._requests.values())
+        assert members == self._groups.num_members, "a group lost a request"
 
     def fail_all(self, error: ErrorInfo) -> list[RequestOutput]:
         """A step failed, planned or not: end every request with `error`, and trust no KV.
@@ -333,10 +328,7 @@ class Scheduler:
     def _enter(self, sequence: Sequence) -> None:
         request = sequence.request
         self._next_arrival += 1
-        if request.group:
-            entry = self._groups.setdefault(request.group, [sequence.arrival, 0])
-            entry[1] += 1
-            sequence.group_order = entry[0]
+        sequence.group_order = self._groups.join(request.group, sequence.arrival)
         self._requests[request.rid] = sequence
         self._queue.push(sequence)
 
@@ -369,21 +361,6 @@ class Scheduler:
             None,
         )
 
-    def _reason(self, sequence: Sequence, matched: int) -> FinishReason:
-        if matched >= 0:
-            return FinishReason(type="stop", matched=matched)
-        size = int(self._running.table.num_tokens[sequence.slot])
-        length = size - sequence.prompt_len
-        if length >= sequence.max_new_tokens:
-            return FinishReason(type="length", length=length)
-        if size <= self._limits.kv_tokens:
-            return FinishReason(type="hold", length=length)
-        return FinishReason(
-            type="abort",
-            message=f"the sequence fills the whole KV pool of {self._limits.kv_tokens} tokens",
-            error="OutOfMemory",
-        )
-
     def _finish_each(
         self, sequences: list[Sequence], finish: FinishReason, *, keep_kv: bool = True
     ) -> list[RequestOutput]:
@@ -410,13 +387,5 @@ class Scheduler:
     def _close(self, sequence: Sequence, finish: FinishReason) -> RequestOutput:
         """Forget a sequence that neither runs nor waits any more; its last output."""
         del self._requests[sequence.request.rid]
-        self._leave_group(sequence.request.group)
+        self._groups.leave(sequence.request.group)
         return final_output(sequence, finish)
-
-    def _leave_group(self, group: str) -> None:
-        if not group:
-            return
-        entry = self._groups[group]
-        entry[1] -= 1
-        if entry[1] == 0:
-            del self._groups[group]

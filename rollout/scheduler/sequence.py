@@ -20,7 +20,8 @@ from engine.protocol import (
     TopLogprobs,
     VersionSpan,
 )
-from rollout.cache.radix_tree import Node
+from rollout.cache.radix_node import Node
+from rollout.requests.version_spans import clip_spans
 from rollout.scheduler.encode import RowNumbers
 
 NO_LOGPROBS: FloatArray = np.empty(0, np.float32)
@@ -118,9 +119,8 @@ class Sequence:
 
     def spans_between(self, start: int, end: int) -> list[VersionSpan]:
         """The spans of output tokens [start, end)."""
-        found = [*self.spans, VersionSpan(self.span_version, self.span_start, end)]
-        clipped = [VersionSpan(s.version, max(s.start, start), min(s.end, end)) for s in found]
-        return _merge([span for span in clipped if span.start < span.end])
+        open_span = VersionSpan(self.span_version, self.span_start, end)
+        return clip_spans([*self.spans, open_span], end, start=start)
 
     def close_kv(self, end: int, version: int) -> None:
         """The KV of tokens before `end` is there, the part since `kv_end` by `version`."""
@@ -134,8 +134,7 @@ class Sequence:
 
     def kv_spans_before(self, end: int) -> list[VersionSpan]:
         """The KV versions of tokens [0, end), as far as they were computed."""
-        clipped = [VersionSpan(s.version, s.start, min(s.end, end)) for s in self.kv_spans]
-        return _merge([span for span in clipped if span.start < span.end])
+        return clip_spans(self.kv_spans, end)
 
     def restarted(self) -> Sequence:
         """The same request with nothing sampled yet; only what was counted is carried over."""
@@ -181,14 +180,3 @@ class Sequence:
             entropy=self.request.entropy,
             logprob_ids=self.request.logprob_ids,
         )
-
-
-def _merge(spans: list[VersionSpan]) -> list[VersionSpan]:
-    """Join neighbours of one version: an update may repeat a version number."""
-    merged: list[VersionSpan] = []
-    for span in spans:
-        if merged and merged[-1].version == span.version:
-            merged[-1] = VersionSpan(span.version, merged[-1].start, span.end)
-        else:
-            merged.append(span)
-    return merged

@@ -31,8 +31,9 @@ from rollout.http.engine.client import AsyncEngine
 from rollout.http.engine.link import Deliver, Fail, Message
 from rollout.http.services import make_services
 from rollout.ranks.step_executor import StepExecutor
+from rollout.replica.command_replies import error_info
 from rollout.replica.ipc import encode_frame
-from rollout.replica.leader import Leader, error_info
+from rollout.replica.leader import Leader
 from rollout.text.tokenizer import Tokenizer
 from tests.helpers.fake_executor import FakeExecutor
 from tests.helpers.replicas import fake_config

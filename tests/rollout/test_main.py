@@ -1,17 +1,19 @@
 import dataclasses
 import json
+import re
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
+import msgspec
 import pytest
 
 import rollout.__main__ as cli
 from engine.config import EngineConfig
 from engine.errors import EngineDead
-from rollout.cli.flag_ranges import RANGES
-from rollout.cli.serve_flags import Serve, serve_config
+from rollout.cli.flag_ranges import ENGINE_RANGES, SERVE_RANGES, check_serve
 from rollout.http.config import ServeConfig
 from rollout.replica.base import Replica
 from rollout.text.tokenizer import find_tokenizer
@@ -34,48 +36,121 @@ def offline(folder: Path, *more: str) -> int:
     return 0
 
 
-def test_the_options_are_these() -> None:
-    names = [field.name for field in dataclasses.fields(cli.Offline)]
-    assert names == [
-        "model", "input", "output", "load_format", "device", "dtype", "context_length",
-        "attention", "max_running", "kv_memory", "page_size", "prefix_cache", "seed", "spawn",
-        "served_model_name",
-    ]  # fmt: skip
+ENGINE: dict[str, tuple[list[str], str, object]] = {
+    "model": (["m"], "model", "m"),
+    "load-format": (["random"], "load_format", "random"),
+    "device": (["cpu"], "device", "cpu"),
+    "dtype": (["float16"], "dtype", "float16"),
+    "context-length": (["99"], "context_length", 99),
+    "attention": (["triton"], "attention", "triton"),
+    "cuda-graphs": ([], "cuda_graphs", True),
+    "no-cuda-graphs": ([], "cuda_graphs", False),
+    "capture-at-start": ([], "capture_at_start", True),
+    "seed": (["-5"], "seed", -5),
+    "weight-version": (["7"], "weight_version", 7),
+    "page-size": (["8"], "cache.page_size", 8),
+    "kv-memory": (["0.5"], "cache.memory_bytes", 1 << 29),
+    "mem-fraction": (["0.25"], "cache.memory_fraction", 0.25),
+    "no-prefix-cache": ([], "cache.prefix_cache", False),
+    "max-running": (["7"], "scheduler.max_running", 7),
+    "max-waiting": (["8"], "scheduler.max_waiting", 8),
+    "max-samples": (["9"], "scheduler.max_samples", 9),
+    "tp": (["2"], "parallel.tp_size", 2),
+    "base-gpu": (["3"], "parallel.base_gpu", 3),
+    "enable-memory-saver": ([], "memory.saver", True),
+    "enable-weights-cpu-backup": ([], "memory.cpu_backup", True),
+    "trainer-memory": (["2"], "memory.trainer_bytes", 2 << 30),
+    "trainer-training-memory": (["0.5"], "memory.trainer_training_bytes", 1 << 29),
+    "reserve-shadow": ([], "memory.reserve_shadow", True),
+}
+"""Every option of an engine: what may follow it, and the field of the configuration it sets."""
+
+SERVE: dict[str, tuple[list[str], str, object]] = {
+    "host": (["h"], "host", "h"),
+    "port": (["0"], "port", 0),
+    "served-model-name": (["n"], "served_model_name", "n"),
+    "api-key": (["k"], "api_key", "k"),
+    "admin-api-key": (["a"], "admin_api_key", "a"),
+    "trust-request-chat-template": ([], "trust_request_chat_template", True),
+    "replica-id": (["r"], "replica_id", "r"),
+    "incremental-streaming-output": ([], "incremental_streaming_output", True),
+    "max-body-mib": (["1"], "max_body_bytes", 1 << 20),
+    "max-control-body-mib": (["2"], "max_control_body_bytes", 2 << 20),
+    "max-held-body-mib": (["3"], "max_held_body_bytes", 3 << 20),
+    "restart": (["on-failure"], "restart", "on-failure"),
+    "allowed-host": (["a", "--allowed-host", "b"], "allowed_hosts", ("a", "b")),
+    "allowed-origin": (["a", "--allowed-origin", "b"], "allowed_origins", ("a", "b")),
+    "weights-root": (["/a", "--weights-root", "/b"], "weights_roots", ("/a", "/b")),
+    "rendezvous-host": (["a", "--rendezvous-host", "b"], "rendezvous_hosts", ("a", "b")),
+    "profile-root": (["/p"], "profile_root", "/p"),
+    "receive-timeout-s": (["2.5"], "receive_timeout_s", 2.5),
+}
 
 
-def test_the_options_of_serve_are_these() -> None:
-    names = [field.name for field in dataclasses.fields(Serve)]
-    assert names == [
-        "model", "tp", "host", "port", "served_model_name", "api_key", "admin_api_key",
-        "load_format", "device", "dtype", "context_length", "attention", "cuda_graphs",
-        "capture_at_start",
-        "max_running", "max_waiting", "max_samples",
-        "trust_request_chat_template", "kv_memory", "mem_fraction", "page_size", "prefix_cache",
-        "enable_memory_saver", "enable_weights_cpu_backup", "trainer_memory",
-        "trainer_training_memory", "reserve_shadow",
-        "base_gpu", "weight_version", "seed", "replica_id", "incremental_streaming_output",
-        "max_body_mib", "max_control_body_mib", "max_held_body_mib", "restart",
-        "allowed_host", "allowed_origin",
-        "weights_root", "rendezvous_host", "profile_root", "receive_timeout_s",
-    ]  # fmt: skip
+@pytest.mark.parametrize("command", ["offline", "serve"])
+def test_the_options_are_these(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, "--help"])
+    assert caught.value.code == 0
+    found = set(re.findall(r"--([a-z][a-z-]*[a-z])\b(?!-)", capsys.readouterr().out))
+    own = {"offline": {"input", "output", "spawn", "served-model-name"}, "serve": set(SERVE)}[
+        command
+    ]
+    wanted = {*ENGINE, *own, "prefix-cache", "help"}
+    # A switch has a negative.
+    assert {name for name in found if name.removeprefix("no-") not in wanted} == set()
+    assert wanted <= found
 
 
-def test_options_of_serve_reach_the_configuration() -> None:
-    assert serve_config(Serve(model="m")) == ServeConfig(engine=EngineConfig(model="m"))
-    args = cli.parse(
-        ["serve", "--model", "m", "--tp", "2", "--kv-memory", "0.5", "--enable-memory-saver",
-         "--admin-api-key", "a", "--max-body-mib", "1", "--trainer-memory", "2",
-         "--restart", "on-failure", "--weights-root", "/a", "--weights-root", "/b"]
-    )  # fmt: skip
-    assert isinstance(args, Serve)
-    config = serve_config(args)
-    assert config.engine.parallel.tp_size == 2
-    assert config.engine.cache.memory_bytes == 1 << 29
-    assert config.engine.memory.saver
-    assert config.engine.memory.trainer_bytes == 2 << 30
-    assert (config.admin_api_key, config.max_body_bytes) == ("a", 1 << 20)
-    assert config.model_name == "m"
-    assert (config.restart, config.weights_roots) == ("on-failure", ("/a", "/b"))
+@pytest.mark.parametrize("name", ENGINE)
+def test_an_option_of_the_engine_sets_its_field_for_both_commands(name: str) -> None:
+    words, path, value = ENGINE[name]
+    argv = [f"--{name}", *words] + ([] if name == "model" else ["--model", "m"])
+    offline = cli.parse(["offline", "--input", "i", "--output", "o", *argv])
+    served = cli.parse(["serve", *argv])
+    plain = EngineConfig(model="m")
+    for args in (offline, served):
+        assert attrgetter(path)(args.engine) == value
+        if name not in ("model", "cuda-graphs"):
+            assert args.engine != plain
+        assert _with(plain, path, value) == args.engine, "another field changed too"
+
+
+@pytest.mark.parametrize("name", SERVE)
+def test_an_option_of_serve_sets_its_field(name: str) -> None:
+    words, path, value = SERVE[name]
+    config = cli.parse(["serve", "--model", "m", f"--{name}", *words])
+    plain = ServeConfig(engine=EngineConfig(model="m"))
+    assert config == dataclasses.replace(plain, **{path: value}) != plain
+
+
+def _with(config: EngineConfig, path: str, value: object) -> EngineConfig:
+    first, _, rest = path.partition(".")
+    if rest:
+        value = dataclasses.replace(getattr(config, first), **{rest: value})
+    return dataclasses.replace(config, **{first: value})
+
+
+def test_no_option_leaves_the_defaults_of_the_configuration() -> None:
+    plain = EngineConfig(model="m")
+    assert cli.parse(["serve", "--model", "m"]) == ServeConfig(engine=plain)
+    assert cli.parse(REQUIRED) == cli.Offline(engine=plain, input="i", output="o")
+
+
+@pytest.mark.parametrize("option", ["--num-pages", "--max-step-tokens", "--refusal", "--start-s"])
+def test_what_is_no_option_is_refused(option: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.parse(["serve", "--model", "m", option, "1"])
+    assert caught.value.code == 2
+
+
+def test_a_configuration_survives_its_way_to_a_process() -> None:
+    args = ["serve", "--model", "m", "--kv-memory", "0.5", "--seed", "3", "--no-prefix-cache"]
+    engine = cli.parse(args).engine
+    assert msgspec.json.decode(msgspec.json.encode(engine), type=EngineConfig) == engine
 
 
 NUMBERS = [
@@ -91,17 +166,22 @@ NUMBERS = [
     ("--weight-version", str(2**53 + 1)),
     ("--seed", str(2**63)),
     ("--context-length", str(2**31)),
+    ("--max-body-mib", "0"),
     ("--receive-timeout-s", "nan"),
 ]
 
 
-@pytest.mark.parametrize("command", [Serve, cli.Offline])
-def test_every_number_has_a_range(command: type) -> None:
-    some = (int, float, int | None, float | None)
-    numbers = {name for name, kind in get_type_hints(command).items() if kind in some}
-    assert numbers <= set(RANGES)
-    for name in numbers:
-        assert RANGES[name].holds(getattr(command, name) or RANGES[name].most), name
+def test_every_number_has_a_range() -> None:
+    """Which holds its default and what the tables above set."""
+    config = ServeConfig(engine=EngineConfig(model="m"))
+    check_serve(config)
+    for table, ranges in ((ENGINE, ENGINE_RANGES), (SERVE, SERVE_RANGES)):
+        numbers = {
+            f"--{name}": path
+            for name, (_, path, value) in table.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        assert numbers == {option: span.path for option, span in ranges.items()}
 
 
 @pytest.mark.parametrize("option,value", NUMBERS)
@@ -112,26 +192,6 @@ def test_a_value_of_serve_without_a_meaning_names_its_option(
         cli.main(["serve", "--model", "m", option, value])
     assert caught.value.code == 2
     assert capsys.readouterr().err.startswith(f"InvalidRequest ({option}): is {value}")
-
-
-def test_options_reach_the_configuration() -> None:
-    args = cli.parse([*REQUIRED, "--kv-memory", "0.5", "--max-running", "7", "--device", "cpu"])
-    config = cli.engine_config(args)
-    assert config.model == "m"
-    assert config.device == "cpu"
-    assert config.cache.memory_bytes == 1 << 29
-    assert config.scheduler.max_running == 7
-    assert not args.spawn
-    assert cli.engine_config(cli.parse(REQUIRED)) == EngineConfig(model="m")
-
-
-def test_help_explains_each_option(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        cli.main(["offline", "--help"])
-    assert caught.value.code == 0
-    text = capsys.readouterr().out
-    for field in dataclasses.fields(cli.Offline):
-        assert f"--{field.name.replace('_', '-')}" in text
 
 
 def test_help_without_torch() -> None:

@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from engine.errors import UpdateOrder
-from engine.protocol import CheckWeights, LoadFromDisk
+from engine.protocol import DELTA_FILE, CheckWeights, LoadFromDisk
 from tests.helpers.engines import make_replica
 from tests.helpers.tiny_models import tiny_hf, write_tiny
 from tests.trainer_bridge.test_push import logprob_gap
 from trainer_bridge.bridge import Publisher, PushOptions, push
-from trainer_bridge.transports.disk import DELTA_FILE
 
 LOGGER = "trainer_bridge.transports.disk"
 

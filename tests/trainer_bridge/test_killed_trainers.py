@@ -16,7 +16,7 @@ import pytest
 
 from engine.errors import SlipstreamError
 from engine.protocol import Control, Reply
-from rollout.replica.leader import error_info
+from rollout.replica.command_replies import error_info
 from tests.helpers.doomed_trainers import trained
 from tests.helpers.engines import make_replica
 from tests.helpers.tiny_models import tiny_hf, write_tiny

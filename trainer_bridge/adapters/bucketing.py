@@ -1,4 +1,4 @@
-"""Parameters in buckets, and in the dtype they travel in: what the sharded sources share."""
+"""Parameters in buckets, and in the dtype they travel in: what the sources share."""
 
 from __future__ import annotations
 
@@ -38,6 +38,11 @@ def wire_spec(
 ) -> TensorSpec:
     """The announcement of a tensor that is sent as `wire`, or as it is for None."""
     return TensorSpec(name, dtype_name(wire or dtype), list(shape))
+
+
+def on_wire(tensor: torch.Tensor, wire: torch.dtype | None) -> torch.Tensor:
+    """The tensor as it is sent: as `wire`, or as it is for None."""
+    return tensor if wire is None else tensor.to(wire)
 
 
 def piece_of(spec: TensorSpec, start: int, stop: int) -> TensorPiece:

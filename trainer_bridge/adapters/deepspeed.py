@@ -20,6 +20,7 @@ from trainer_bridge.adapters.bucketing import (
     BUCKET_BYTES,
     even_share,
     in_buckets,
+    on_wire,
     piece_of,
     wire_spec,
 )
@@ -61,7 +62,7 @@ class DeepSpeedSource:
         for bucket in in_buckets(self._parameters(), num_bytes, self._bucket_bytes):
             with _gathered([parameter for _, parameter in bucket]):
                 for name, parameter in bucket:
-                    yield name, self._on_wire(parameter.detach())
+                    yield name, on_wire(parameter.detach(), self._dtype)
 
     def shards(self) -> Iterator[tuple[TensorPiece, torch.Tensor]]:
         """See `WeightSource`. Raises UnsupportedOption for parameters offloaded to NVMe."""
@@ -72,7 +73,7 @@ class DeepSpeedSource:
             else:
                 start, flat = _replica_share(parameter)
             if flat.numel():
-                yield piece_of(spec, start, start + flat.numel()), self._on_wire(flat)
+                yield piece_of(spec, start, start + flat.numel()), on_wire(flat, self._dtype)
 
     def _parameters(self) -> Iterator[tuple[str, Any]]:
         for name, parameter in self._model.named_parameters():
@@ -81,9 +82,6 @@ class DeepSpeedSource:
     def _spec(self, name: str, parameter: Any) -> TensorSpec:
         shape = parameter.ds_shape if _is_partitioned(parameter) else parameter.shape
         return wire_spec(name, shape, parameter.dtype, self._dtype)
-
-    def _on_wire(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if self._dtype is None else tensor.to(self._dtype)
 
 
 def _is_partitioned(parameter: Any) -> bool:

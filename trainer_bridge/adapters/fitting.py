@@ -25,7 +25,6 @@ def source_of(
     if any(isinstance(parameter, DTensor) for parameter in parameters):
         return FsdpSource(model, dtype=dtype, bucket_bytes=bucket_bytes)
     by_deepspeed = any(kind.__name__ == "DeepSpeedEngine" for kind in type(model).__mro__)
-    converts = dtype is not None and any(p.dtype != dtype for p in parameters)
-    if by_deepspeed or converts or any(hasattr(p, "ds_id") for p in parameters):
+    if by_deepspeed or any(hasattr(p, "ds_id") for p in parameters):
         return DeepSpeedSource(model, dtype=dtype, bucket_bytes=bucket_bytes)
-    return PlainSource(model)
+    return PlainSource(model, dtype=dtype)

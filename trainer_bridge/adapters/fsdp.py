@@ -21,6 +21,7 @@ from trainer_bridge.adapters.bucketing import (
     BUCKET_BYTES,
     even_share,
     in_buckets,
+    on_wire,
     piece_of,
     wire_spec,
 )
@@ -59,7 +60,7 @@ class FsdpSource:
 
         for bucket in in_buckets(self._parameters(), num_bytes, self._bucket_bytes):
             # Shards are converted first: a gather in the dtype of the wire moves less.
-            whole = [(name, _whole(self._on_wire(parameter))) for name, parameter in bucket]
+            whole = [(name, _whole(on_wire(parameter, self._dtype))) for name, parameter in bucket]
             yield from whole
             del whole
 
@@ -70,7 +71,7 @@ class FsdpSource:
             start, flat = _local_run(name, parameter)
             if flat.numel():
                 piece = piece_of(self._spec(name, parameter), start, start + flat.numel())
-                yield piece, self._on_wire(flat)
+                yield piece, on_wire(flat, self._dtype)
 
     def _parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Sharded parameters: a forward pass may have left some modules gathered."""
@@ -82,9 +83,6 @@ class FsdpSource:
 
     def _spec(self, name: str, parameter: torch.Tensor) -> TensorSpec:
         return wire_spec(name, parameter.shape, parameter.dtype, self._dtype)
-
-    def _on_wire(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if self._dtype is None else tensor.to(self._dtype)
 
 
 def _whole(parameter: torch.Tensor) -> torch.Tensor:

@@ -2,48 +2,59 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
 
 from engine.protocol import TensorPiece, TensorSpec
-from trainer_bridge.adapters.base import spec_of
+from trainer_bridge.adapters.bucketing import even_share, on_wire, piece_of, wire_spec
 
 
 class PlainSource:
     """A `WeightSource` over a module that this process holds whole.
 
-    rank, world_size: of trainer ranks that all hold the same whole module (data parallel):
-    `shards` then divides the elements among them, so that every rank sends its own part.
+    dtype: of the tensors on the wire; None sends the module's own. rank, world_size: of trainer
+    ranks that all hold the same whole module (data parallel): `shards` then divides the elements
+    among them, so that every rank sends its own part.
     """
 
     lasting = True
 
-    def __init__(self, model: torch.nn.Module, *, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        dtype: torch.dtype | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
         self._model = model
+        self._dtype = dtype
         self._rank = rank
         self._world_size = world_size
+        if dtype is not None and any(p.dtype != dtype for p in model.parameters()):
+            self.lasting = False
 
     def specs(self) -> list[TensorSpec]:
         """See `WeightSource`."""
-        return [spec_of(name, tensor) for name, tensor in self.tensors()]
+        return [
+            wire_spec(name, tensor.shape, tensor.dtype, self._dtype)
+            for name, tensor in named_tensors(self._model)
+        ]
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See `WeightSource`."""
-        return named_tensors(self._model)
+        for name, tensor in named_tensors(self._model):
+            yield name, on_wire(tensor, self._dtype)
 
     def shards(self) -> Iterator[tuple[TensorPiece, torch.Tensor]]:
         """Equal runs of each flattened tensor; see `WeightSource`."""
-        for name, tensor in self.tensors():
-            spec = spec_of(name, tensor)
-            size = math.prod(spec.shape)
-            per_rank = -(-size // self._world_size)
-            start = min(self._rank * per_rank, size)
-            stop = min(start + per_rank, size)
+        for name, tensor in named_tensors(self._model):
+            start, stop = even_share(tensor.numel(), self._rank, self._world_size)
             if start < stop:
-                piece = TensorPiece(name, spec.dtype, spec.shape, start, stop)
-                yield piece, tensor.reshape(-1)[start:stop]
+                spec = wire_spec(name, tensor.shape, tensor.dtype, self._dtype)
+                run = tensor.reshape(-1)[start:stop]
+                yield piece_of(spec, start, stop), on_wire(run, self._dtype)
 
 
 def named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -22,11 +22,12 @@ from safetensors.torch import save_file
 
 from engine.errors import WeightUpdateError
 from engine.protocol import (
+    DELTA_FILE,
     AbortUpdate,
     BeginUpdate,
     CommitUpdate,
+    FolderDelta,
     LoadFromDisk,
-    TensorSpec,
     UpdateReport,
 )
 from trainer_bridge.adapters.base import WeightSource
@@ -39,17 +40,8 @@ from trainer_bridge.update_target import UpdateTarget, try_send
 
 logger = logging.getLogger(__name__)
 
-DELTA_FILE = "delta.json"
 SHARD_BYTES = 4 << 30
 """Most bytes of one file, unless one tensor is larger."""
-
-
-class Delta(msgspec.Struct, frozen=True):
-    """What `delta.json` says of its folder: the tensors that `version` changed."""
-
-    base_version: int
-    version: int
-    tensors: list[TensorSpec]
 
 
 class DiskCarrier(Carrier):
@@ -112,7 +104,7 @@ class DiskCarrier(Carrier):
         path = self._path(begin)
         delta = None
         if self._since is not None:
-            delta = Delta(self._since, begin.version, begin.manifest)
+            delta = FolderDelta(self._since, begin.version, begin.manifest)
         write(path, chosen, delta=delta)
         load = LoadFromDisk(path=str(path), owner=begin.owner)
         on_each(members, lambda member: member.send(load))
@@ -157,7 +149,7 @@ def write(
     path: Path,
     tensors: Iterable[tuple[str, torch.Tensor]],
     *,
-    delta: Delta | None = None,
+    delta: FolderDelta | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write safetensors files into `path`, atomically. Returns `path`.

@@ -22,22 +22,12 @@ from engine.errors import (
 )
 from engine.models.weight_files import is_folder, read_small, shown, unfinished
 from engine.numerics import dtype_name
-from engine.protocol import LoadFromDisk, TensorPiece, TensorSpec
+from engine.protocol import DELTA_FILE, FolderDelta, LoadFromDisk, TensorPiece, TensorSpec
 from engine.weights.checksum import checksum
 from engine.weights.helpers import nothing
 from engine.weights.lane import Look
 from engine.weights.session import UpdateSession
 from engine.weights.sources import safetensors
-
-DELTA_FILE = "delta.json"
-
-
-class Delta(msgspec.Struct, frozen=True):
-    """Contents of `delta.json`: the tensors of the folder, those that `version` changed."""
-
-    base_version: int
-    version: int
-    tensors: list[TensorSpec]
 
 
 def receive(session: UpdateSession, command: LoadFromDisk, look: Look = nothing) -> None:
@@ -116,7 +106,7 @@ def _require_whole(session: UpdateSession, listing: safetensors.Listing) -> None
         )
 
 
-def _check_listed(delta: Delta, listing: safetensors.Listing) -> None:
+def _check_listed(delta: FolderDelta, listing: safetensors.Listing) -> None:
     expected = {spec.name: spec for spec in delta.tensors}
     wrong = sorted(expected.keys() ^ {entry.name for entry in listing.entries})
     if wrong:
@@ -137,7 +127,9 @@ def _check_listed(delta: Delta, listing: safetensors.Listing) -> None:
 
 
 def _with_sums(
-    tensors: Iterable[tuple[str, torch.Tensor]], delta: Delta, announced: Mapping[str, TensorSpec]
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    delta: FolderDelta,
+    announced: Mapping[str, TensorSpec],
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The same, each compared with the checksum that the delta lists, if any; the commit does so
     for those that were `announced` with one. Raises ChecksumMismatch."""
@@ -155,18 +147,18 @@ def _with_sums(
         del tensor
 
 
-def _read_delta(path: Path) -> Delta | None:
+def _read_delta(path: Path) -> FolderDelta | None:
     try:
         raw = read_small(path)
     except ModelNotFound:
         return None
     try:
-        return msgspec.json.decode(raw, type=Delta)
+        return msgspec.json.decode(raw, type=FolderDelta)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{shown(path)} cannot be read: {error}", field="path") from error
 
 
-def _check_order(session: UpdateSession, delta: Delta) -> None:
+def _check_order(session: UpdateSession, delta: FolderDelta) -> None:
     if delta.base_version != session.version:
         raise UpdateOrder(
             f"the delta changes version {delta.base_version}, and {session.version} serves: load "

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-from engine.errors import CommandTimeout, EngineDead, NoVersion, QueueFull, by_name
+from engine.errors import CommandTimeout, EngineDead, NoVersion, QueueFull
 from engine.protocol import (
     Abort,
     Call,
@@ -18,15 +18,14 @@ from engine.protocol import (
     ReplicaState,
     Reply,
     Request,
-    SetVersion,
 )
 from engine.protocol.deadlines import REPLY_S, START_S
+from rollout.http.engine.last_heard import LastHeard
 from rollout.http.engine.link import EngineLink, Message
 from rollout.http.engine.mailbox import Mailbox, Mailboxes
-from rollout.http.engine.pending_commands import PendingCommand, PendingCommands
-from rollout.http.engine.unsent import Unsent
-from rollout.replica.ipc import encode_frame
-from rollout.replica.spawned import command_name, reply_deadline_s
+from rollout.http.engine.outbox import PART, Outbox, Unsent
+from rollout.http.engine.pending_commands import AwaitedReplies
+from rollout.replica.command_replies import command_name, reply_deadline_s, unless_refused
 from rollout.requests.message_ranges import check_ranges
 from rollout.requests.outputs import ended_unsent
 
@@ -34,8 +33,6 @@ logger = logging.getLogger(__name__)
 
 _TICK_S = 1.0
 _BEAT_S = 5.0
-_PART = 512
-"""Most sequences that the engine gets at a time."""
 _PART_S = 1.0
 """For how long a part waits for the engine to have taken in the one before."""
 _START_ID = 0
@@ -62,21 +59,13 @@ class AsyncEngine:
         self._reply_s = reply_s
         self._slow_s = slow_s
         self._mailboxes = Mailboxes()
-        self._pending = PendingCommands()
+        self._pending = AwaitedReplies()
         self._last_id = _START_ID
-        self._holding = False
-        self._held = Unsent()
-        self._sending: asyncio.Task[None] | None = None
-        self._unsent: list[Unsent] = []
+        self._outbox = Outbox(self._post, self._part_taken)
         self._dead: EngineDead | None = None
         self._leaving: EngineDead | None = None
         self._starting = False
-        self._no_version = ""
-        self._version = 0
-        self._took_update = False
-        self._state: ReplicaState | None = None
-        self._state_at = 0.0
-        self._heard_at = self._progress_at = time.monotonic()
+        self._heard = LastHeard()
         self._watch: asyncio.Task[None] | None = None
         self._on_death: list[Callable[[EngineDead], None]] = []
         self._on_restart: list[Callable[[], None]] = []
@@ -97,19 +86,16 @@ class AsyncEngine:
         """
         assert self._dead is not None, "the engine is alive"
         self._link = link
-        future = self._register(_START_ID, GetState(), start_s)
+        future = self._pending.add(_START_ID, GetState(), time.monotonic(), start_s)
         self._starting = True
         try:
             link.start(self._deliver, self._fail)
-            reply = await future
-            if reply.error is not None:
-                raise by_name(reply.error.kind, reply.error.message, reply.error.field)
+            unless_refused(await future)
         finally:
             self._starting = False
             self._pending.fail(self._dead)
-        self._no_version = no_version
+        self._heard.renewed(no_version)
         self._dead = None
-        self._heard_at = self._progress_at = time.monotonic()
         for call in self._on_restart:
             call()
 
@@ -171,36 +157,35 @@ class AsyncEngine:
     @property
     def no_version(self) -> str:
         """Why requests are refused since the engine was started again, or ""."""
-        return self._no_version
+        return self._heard.no_version
 
     @property
     def version(self) -> int:
         """The last version that was loaded, committed, or given to the weights by name."""
-        return max(self._version, self.facts.version)
+        return max(self._heard.version, self.facts.version)
 
     @property
     def took_update(self) -> bool:
         """Whether an engine behind this object has committed any update: then the weights that
         the model's folder holds are not those of `version`."""
-        return self._took_update
+        return self._heard.took_update
 
     @property
     def num_open(self) -> int:
         """Sequences sent to the engine whose final output has not come."""
-        return len(self._mailboxes) - len(self._held)
+        return len(self._mailboxes) - len(self._outbox)
 
     @property
     def facts(self) -> ReplicaState:
         """The last state heard: its constants hold, its counts may be old."""
-        assert self._state is not None, "start() has not finished"
-        return self._state
+        return self._heard.facts
 
     def stalled_s(self) -> float:
         """For how long requests that may run have seen no step and no output; 0.0 if that is
         less than the deadline for the leader to say anything."""
-        if self._dead is not None or not self.num_open or self._may_wait():
+        if self._dead is not None or not self.num_open or self._heard.may_wait:
             return 0.0
-        stalled_s = time.monotonic() - self._progress_at
+        stalled_s = time.monotonic() - self._heard.progress_at
         return stalled_s if stalled_s > self._reply_s else 0.0
 
     @property
@@ -211,8 +196,8 @@ class AsyncEngine:
     def check_open(self) -> None:
         """Raise EngineDead or NoVersion if requests are refused now, whatever they ask for."""
         self._require_open()
-        if self._no_version:
-            raise NoVersion(self._no_version, field="version")
+        if self.no_version:
+            raise NoVersion(self.no_version, field="version")
 
     def check_ids(self, rids: list[str]) -> None:
         """Raise InvalidRequest (`rid`) if one of these ids comes twice or is in use."""
@@ -225,22 +210,11 @@ class AsyncEngine:
         NoVersion while an engine that was started again has no version to serve; nothing is
         queued then.
         """
-        self.check_open()
-        if not self.num_open:
-            self._progress_at = time.monotonic()
-        box = self._mailboxes.open([request.rid for request in requests])
-        queued = False
-        try:
-            if self._holding or self._held:
-                # Sent later, with those of others: what cannot be encoded must not get there.
-                encode_frame(requests)
-                self._held.add(requests)
-            else:
-                self._post(requests)
-            queued = True
-        finally:
-            if not queued:
-                self._mailboxes.cancel(box)
+        box = self._mailbox_of(requests)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._mailboxes.cancel, box)
+            self._outbox.send(requests)
+            undo.pop_all()
         return box
 
     def check_room(self, count: int) -> None:
@@ -258,28 +232,20 @@ class AsyncEngine:
     async def submit_all(self, requests: Sequence[Request]) -> Mailbox:
         """`submit` of sequences that may be many: the engine gets them in parts, each after it
         has answered since the one before, so that others are served in between."""
-        if len(requests) <= _PART or self._holding or self._held:
+        if len(requests) <= PART or self._outbox.holds:
             return self.submit(requests)
-        self.check_open()
-        if not self.num_open:
-            self._progress_at = time.monotonic()
-        unsent = Unsent()
-        unsent.add(requests)
-        box = self._mailboxes.open([request.rid for request in requests])
-        self._unsent.append(unsent)
+        unsent, box = Unsent(requests), self._mailbox_of(requests)
+
+        def check() -> None:
+            self.check_open()
+            box.check()
+
         try:
-            while unsent:
-                self.check_open()
-                box.check()
-                self._post_first(unsent)
-                if unsent:
-                    await self._part_taken()
+            await self._outbox.send_parts(unsent, check)
         except BaseException:
             self._mailboxes.forget(box, unsent.clear())
             self.discard(box)
             raise
-        finally:
-            self._unsent = [other for other in self._unsent if other is not unsent]
         return box
 
     def discard(self, mailbox: Mailbox) -> None:
@@ -287,7 +253,7 @@ class AsyncEngine:
         rids = set(mailbox.open)
         if not rids or self._dead is not None:
             return
-        held = self._held.forget(rids)
+        held = self._outbox.forget(rids)
         self._mailboxes.forget(mailbox, held)
         sent = sorted(rids - held)
         if sent:
@@ -297,34 +263,17 @@ class AsyncEngine:
 
     def hold(self) -> None:
         """Keep requests submitted from now on here, until `release`. Idempotent."""
-        self._holding = True
+        self._outbox.hold()
 
     def release(self) -> None:
-        """Send the engine what was held, in the order in which it came: in parts, as
-        `submit_all` does, so that its steps go on in between. Idempotent."""
-        self._holding = False
-        if not self._held or self._dead is not None or self._sending is not None:
-            return
-        with contextlib.suppress(EngineDead):
-            self._post_first(self._held)
-        if self._held:
-            self._sending = asyncio.create_task(self._send_held())
+        """Send the engine what was held, as `Outbox.release` does. Idempotent."""
+        self._outbox.release()
 
-    async def _send_held(self) -> None:
-        """The parts after the first, unless `hold` is called again meanwhile."""
-        try:
-            with contextlib.suppress(EngineDead):
-                await self._part_taken()
-                while self._held and not self._holding:
-                    self._post_first(self._held)
-                    await self._part_taken()
-        finally:
-            self._sending = None
-
-    def _post_first(self, requests: Unsent) -> None:
-        part = requests.first(_PART)
-        self._post(part)
-        requests.forget(request.rid for request in part)
+    def _mailbox_of(self, requests: Sequence[Request]) -> Mailbox:
+        self.check_open()
+        if not self.num_open:
+            self._heard.progress_at = time.monotonic()
+        return self._mailboxes.open([request.rid for request in requests])
 
     async def _part_taken(self) -> None:
         """Wait until the engine has taken in what it was sent, or for so long."""
@@ -335,10 +284,8 @@ class AsyncEngine:
         encoded, CommandTimeout, or EngineDead."""
         self._require_open()
         (future,) = self.post([command])
-        reply = await asyncio.shield(future)
-        if reply.error is not None:
-            raise by_name(reply.error.kind, reply.error.message, reply.error.field)
-        if self._no_version and isinstance(command, CommitUpdate):
+        reply = unless_refused(await asyncio.shield(future))
+        if self.no_version and isinstance(command, CommitUpdate):
             await asyncio.shield(self.post([GetState()])[0])
         return reply
 
@@ -351,47 +298,30 @@ class AsyncEngine:
                 self._admit(command)
         commands = [self._mailboxes.resolved(command) for command in commands]
         for abort in (command for command in commands if isinstance(command, Abort)):
-            self._end_unsent(abort)
+            for request in self._outbox.take_named(abort):
+                self._mailboxes.end(ended_unsent(request, abort.message))
         calls = [Call(id=self._last_id + i, command=c) for i, c in enumerate(commands, 1)]
         self._post(calls)
         self._last_id += len(calls)
-        return [
-            self._register(call.id, call.command, self._deadline_s(call.command)) for call in calls
-        ]
+        return [self._await(call) for call in calls]
 
     async def state(self, *, max_age_s: float = 0.2, patience_s: float = 0.5) -> ReplicaState:
         """State of the engine, at most `max_age_s` old; an older one if a long command keeps
         the engine from answering within `patience_s`. Raises EngineDead."""
         self._require_alive()
-        if time.monotonic() - self._state_at > max_age_s:
+        if time.monotonic() - self._heard.state_at > max_age_s:
             await asyncio.wait([self._ask_state()], timeout=patience_s)
             self._require_alive()
         return self.facts
 
     def _ask_state(self) -> asyncio.Future[Reply]:
         """The reply to the last GetState that is under way, or to a new one."""
-        last = None
-        for entry in self._pending:
-            last = entry.future if isinstance(entry.command, GetState) else last
+        last = self._pending.last_of(GetState)
         return last if last is not None else self.post([GetState()])[0]
 
-    def _register(self, call_id: int, command: Control, limit_s: float) -> asyncio.Future[Reply]:
-        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        # A failure nobody waits for is told to everyone else by `dead`.
-        future.add_done_callback(_look_at)
-        now = time.monotonic()
-        entry = PendingCommand(command=command, future=future, since=now, limit_s=limit_s)
-        self._pending.add(call_id, entry)
-        return future
-
-    def _deadline_s(self, command: Control) -> float:
-        return reply_deadline_s(command, reply_s=self._reply_s, slow_s=self._slow_s)
-
-    def _end_unsent(self, abort: Abort) -> None:
-        """End those requests that are still here of those that an abort names."""
-        for requests in (self._held, *self._unsent):
-            for request in requests.take_named(abort):
-                self._mailboxes.end(ended_unsent(request, abort.message))
+    def _await(self, call: Call) -> asyncio.Future[Reply]:
+        limit_s = reply_deadline_s(call.command, reply_s=self._reply_s, slow_s=self._slow_s)
+        return self._pending.add(call.id, call.command, time.monotonic(), limit_s)
 
     def _post(self, messages: Sequence[Request | Call]) -> None:
         self._require_alive()
@@ -402,12 +332,12 @@ class AsyncEngine:
             self._require_alive()
 
     def _deliver(self, messages: Sequence[Message]) -> None:
-        self._heard_at = time.monotonic()
+        self._heard.heard_at = time.monotonic()
         for message in messages:
             if isinstance(message, Reply):
                 self._answer(message)
             else:
-                self._progress_at = self._heard_at
+                self._heard.progress_at = self._heard.heard_at
                 self._mailboxes.deliver(message)
 
     def _answer(self, reply: Reply) -> None:
@@ -415,29 +345,9 @@ class AsyncEngine:
         if entry is None:
             logger.warning("a reply to call %d, which nobody waits for, is ignored", reply.id)
             return
-        self._learn(entry.command, reply)
+        self._heard.learn(entry.command, reply, starting=self._starting)
         if not entry.future.done():
             entry.future.set_result(reply)
-
-    def _learn(self, command: Control, reply: Reply) -> None:
-        """What a reply says about the engine as a whole."""
-        if reply.error is None and isinstance(command, CommitUpdate | SetVersion):
-            self._version = command.version
-            self._took_update = self._took_update or isinstance(command, CommitUpdate)
-        if reply.state is None:
-            # Any other command may have changed what was known.
-            self._state_at = 0.0
-            return
-        old, self._state, self._state_at = self._state, reply.state, self._heard_at
-        if old is None or old.num_steps != reply.state.num_steps:
-            self._progress_at = self._heard_at
-        if not reply.state.refusal and not self._starting:
-            self._no_version = ""
-
-    def _may_wait(self) -> bool:
-        """Whether requests that see no step are only doing what they were told to."""
-        state = self._state
-        return state is None or state.paused or bool(state.refusal)
 
     def _fail(self, error: EngineDead) -> None:
         # What the old engine's link still notices must not be taken for the next one's end.
@@ -453,16 +363,16 @@ class AsyncEngine:
     def _end(self, error: EngineDead) -> None:
         self._dead = self._dead or error
         self._mailboxes.fail(error)
-        self._held.clear()
+        self._outbox.clear()
         self._pending.fail(error)
 
     def _require_alive(self) -> None:
         if self._dead is not None:
-            raise EngineDead(self._dead.message, field=self._dead.field)
+            raise self._dead.copy()
 
     def _require_open(self) -> None:
         if self._leaving is not None:
-            raise EngineDead(self._leaving.message, field=self._leaving.field)
+            raise self._leaving.copy()
         self._require_alive()
 
     async def _watchdog(self) -> None:
@@ -471,30 +381,20 @@ class AsyncEngine:
             self._look_at_the_clock(time.monotonic())
 
     def _look_at_the_clock(self, now: float) -> None:
-        silent_s = now - self._heard_at
+        silent_s = now - self._heard.heard_at
         for entry in self._pending.take_late(now):
             name = command_name(entry.command)
             if self._starting or silent_s > self._reply_s:
                 self._link.stop()
                 error = self._link.kill(f"did not answer '{name}' within {entry.limit_s:g} s")
-                _give(entry, error)
+                entry.fail(error)
                 self._fail(error)
                 return
             message = f"the engine lives but did not answer '{name}' within {entry.limit_s:g} s"
             logger.error("%s", message)
-            _give(entry, CommandTimeout(message, field=name))
+            entry.fail(CommandTimeout(message, field=name))
         waited_for = len(self._pending) or len(self._mailboxes)
         if self._dead is None and waited_for and silent_s > min(_BEAT_S, self._reply_s / 4):
             # Alive is what answers anything, whatever else is slow.
             with contextlib.suppress(EngineDead):
                 self._ask_state()
-
-
-def _give(entry: PendingCommand, error: EngineDead | CommandTimeout) -> None:
-    if not entry.future.done():
-        entry.future.set_exception(type(error)(error.message, field=error.field))
-
-
-def _look_at(future: asyncio.Future[Reply]) -> None:
-    if not future.cancelled():
-        future.exception()

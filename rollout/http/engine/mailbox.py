@@ -40,7 +40,7 @@ class Mailbox:
     def check(self) -> None:
         """Raise EngineDead once the engine is gone."""
         if self._error is not None:
-            raise EngineDead(self._error.message, field=self._error.field)
+            raise self._error.copy()
 
     async def take(self) -> list[RequestOutput]:
         """All outputs that came since the last call; waits for the first. Raises EngineDead

@@ -13,32 +13,14 @@ from engine.errors import ContextTooLong, InvalidRequest
 from engine.protocol import GenerateRequest, ReplicaState, SamplingParams
 from rollout.http.native.long_prompts import check_long_prompt
 from rollout.requests.json_types import decode_json
+from rollout.requests.known_fields import WITHOUT_EFFECT
 from rollout.requests.sample_ids import check_client_id
 from rollout.requests.wire import parse_request
 from rollout.text.tokenizer import Tokenizer
 
 Fields = dict[str, Raw]
 
-HINTS = frozenset(
-    {
-        "background",
-        "conversation_id",
-        "custom_labels",
-        "data_parallel_rank",
-        "external_trace_header",
-        "kv_hints",
-        "log_metrics",
-        "modalities",
-        "no_logs",
-        "received_time",
-        "routed_dp_rank",
-        "routed_experts_start_len",
-        "routing_key",
-        "stream_interval",
-    }
-)
-"""Accepted and without effect: hints to routers, logs and schedulers of other servers."""
-
+_HINTS = WITHOUT_EFFECT["native"]
 _INERT = frozenset({b"null", b"false", b'""', b"[]", b"{}"})
 _OWN = frozenset(GenerateRequest.__struct_fields__)
 _OWN_SAMPLING = frozenset(SamplingParams.__struct_fields__)
@@ -230,7 +212,7 @@ def _known(fields: Fields, own: frozenset[str]) -> Fields:
     return {
         name: value
         for name, value in fields.items()
-        if not (_is_null(value) if name in own else name in HINTS or bytes(value) in _INERT)
+        if not (_is_null(value) if name in own else name in _HINTS or bytes(value) in _INERT)
     }
 
 

@@ -10,11 +10,11 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 import msgspec
 
-from engine.errors import EngineDead, InvalidRequest, SlipstreamError, by_name
+from engine.errors import InvalidRequest, SlipstreamError, by_name
 from engine.protocol import Stop
 from rollout.http.engine.client import AsyncEngine
 from rollout.http.native.generate_call import GenerateCall, in_item
-from rollout.http.native.sample import Delta, Sample
+from rollout.http.native.sample import Sample, SampleDelta
 from rollout.http.native.text_workers import TextWorkers
 from rollout.metrics import Metrics
 from rollout.requests.expand import (
@@ -135,7 +135,9 @@ class Generator:
             return write(sample, *args, **more)
         return await self.workers.run(write, sample, *args, **more)
 
-    async def run(self, samples: Sequence[Sample]) -> AsyncGenerator[tuple[Sample, Delta], None]:
+    async def run(
+        self, samples: Sequence[Sample]
+    ) -> AsyncGenerator[tuple[Sample, SampleDelta], None]:
         """Submit the samples and yield what each output added, until all have finished.
 
         Whoever iterates closes the generator (`contextlib.aclosing`), which aborts what still
@@ -165,7 +167,7 @@ class Generator:
             self.engine.discard(mailbox)
         leaving = self.engine.leaving
         if leaving is not None and not any(sample.first_at for sample in samples):
-            raise EngineDead(leaving.message, field=leaving.field)
+            raise leaving.copy()
 
     async def finish(self, samples: Sequence[Sample]) -> None:
         """Run the samples to their end."""

@@ -27,7 +27,7 @@ _AT_THE_END = ("finish_reason", "weight_versions", "kv_versions", "num_retractio
 
 
 @dataclass(frozen=True, kw_only=True)
-class Delta:
+class SampleDelta:
     """What one output added. output: its tokens, cut at a stop string; text: what became
     certain with them; finished: nothing more comes."""
 
@@ -101,7 +101,7 @@ class Sample:
             self._tap.text = ""
         return seam(self.request, self._tokenizer)
 
-    def take(self, output: RequestOutput) -> Delta:
+    def take(self, output: RequestOutput) -> SampleDelta:
         """Take the next output. `stop` is set once a stop string has been seen."""
         if not self.first_at and len(output.token_ids):
             self.first_at = time.monotonic()
@@ -112,7 +112,7 @@ class Sample:
             self._final = self._gathered.result()
             self.finish, self.stop = self._final.finish, self._gathered.stop
         text = "" if self._tap is None else self._tap.text[known:]
-        return Delta(output=self._new(output), text=text, finished=output.finish is not None)
+        return SampleDelta(output=self._new(output), text=text, finished=output.finish is not None)
 
     def response(self) -> GenerateResponse:
         """The reply, once the sequence has finished."""
@@ -133,7 +133,7 @@ class Sample:
         assert self._running is not None, "partial replies are those of a stream"
         return self._running.response(None if self._tap is None else self._text(self._tap.text))
 
-    def increment(self, delta: Delta) -> GenerateResponse:
+    def increment(self, delta: SampleDelta) -> GenerateResponse:
         """The reply with what `delta` added; counts of tokens are of everything so far."""
         reply = self._unfinished(delta.output)
         meta = {**reply.meta_info, "completion_tokens": self._num_sent}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +14,9 @@ import msgspec
 from engine.errors import InvalidRequest
 from engine.protocol import FinishReason, GenerateRequest
 from rollout.http.native.generate_call import GenerateCall
-from rollout.http.native.sample import Sample
+from rollout.http.native.sample import Sample, SampleDelta
 from rollout.http.openai.bodies import ChatBody, CompletionBody, renamed
-from rollout.http.openai.logprobs import TokenWriter
+from rollout.http.openai.logprobs import TokenWriter, prompt_logprobs
 from rollout.http.openai.model_routes import check_model
 from rollout.http.services import Services
 from rollout.http.updates.version_labels import VersionLabels
@@ -43,6 +44,34 @@ class OpenAICall:
             "choices": choices,
             **more,
         }
+
+    async def choices(self, write: Callable[[Sample, int], dict[str, Any]]) -> list[dict[str, Any]]:
+        """Run to the end; what `write` makes of every sample and its index, in their order."""
+        generator = self.services.generator
+        await generator.finish(self.samples)
+        return [
+            await generator.written(write, sample, index)
+            for index, sample in enumerate(self.samples)
+        ]
+
+    async def outputs(self) -> AsyncGenerator[tuple[int, Sample, SampleDelta], None]:
+        """What every output added, with the index of its sample."""
+        position = {id(sample): index for index, sample in enumerate(self.samples)}
+        async with aclosing(self.services.generator.run(self.samples)) as outputs:
+            async for sample, delta in outputs:
+                yield position[id(sample)], sample, delta
+
+    def num_likeliest(self, wanted: int) -> int:
+        """How many of the likeliest tokens are meant: by -1, the whole vocabulary."""
+        return self.services.engine.facts.vocab_size if wanted < 0 else wanted
+
+    def prompt_scores(self, sample: Sample) -> list[dict[str, Any] | None] | None:
+        """vLLM's `prompt_logprobs` of a finished sample; None where they are not asked for."""
+        wanted = self.body.prompt_logprobs
+        if wanted is None:
+            return None
+        ids, tokenizer = sample.request.prompt_ids, self.services.tokenizer
+        return prompt_logprobs(ids, sample.output, self.num_likeliest(wanted), tokenizer)
 
     def usage_frame(self) -> list[dict[str, Any]]:
         """The last frame of a stream, if it was asked for."""

@@ -13,7 +13,7 @@ from engine.errors import ContextTooLong, InvalidRequest, UnsupportedOption
 from engine.protocol import GenerateRequest, RequestOutput
 from rollout.http.edge.errors import json_response
 from rollout.http.edge.sse import EventStream, answer
-from rollout.http.native.sample import Delta, Sample
+from rollout.http.native.sample import Sample, SampleDelta
 from rollout.http.openai.bodies import ChatBody, base_request, parse_openai
 from rollout.http.openai.call import (
     OpenAICall,
@@ -24,7 +24,6 @@ from rollout.http.openai.call import (
     version_fields,
 )
 from rollout.http.openai.chat_render import ChatRenderer
-from rollout.http.openai.logprobs import prompt_logprobs
 from rollout.http.openapi import takes
 from rollout.http.services import Services
 from rollout.requests.expand import check_text
@@ -63,7 +62,7 @@ async def reply_to_chat(services: Services, prompts: ChatPrompts | None, data: b
     item = _item(services, body, await prompts.ids(body, len(data)))
     name = "chat.completion.chunk" if body.stream else "chat.completion"
     call = await start(services, body, [item], prefix="chatcmpl", object_name=name)
-    writer = _Choices(call, body)
+    writer = _ChatChoices(call, body)
     return EventStream(writer.frames()) if body.stream else await writer.reply()
 
 
@@ -131,7 +130,7 @@ class ChatPrompts:
         return ids
 
 
-class _Choices:
+class _ChatChoices:
     """Writes the choices of one call."""
 
     def __init__(self, call: OpenAICall, body: ChatBody) -> None:
@@ -143,11 +142,7 @@ class _Choices:
     async def reply(self) -> Response:
         """Run to the end."""
         call = self._call
-        await self._services.generator.finish(call.samples)
-        write = self._services.generator.written
-        choices = [
-            await write(self._whole, sample, index) for index, sample in enumerate(call.samples)
-        ]
+        choices = await call.choices(self._whole)
         more = {"usage": usage(call.samples), **self._prompt_fields()}
         return json_response(call.envelope(choices, **more))
 
@@ -158,10 +153,9 @@ class _Choices:
         for index in range(len(call.samples)):
             opening = {"index": index, "delta": {"role": "assistant", "content": ""}}
             yield call.envelope([{**opening, "finish_reason": None}], **prompt)
-        position = {id(sample): index for index, sample in enumerate(call.samples)}
-        async with aclosing(self._services.generator.run(call.samples)) as outputs:
-            async for sample, delta in outputs:
-                yield call.envelope([self._part(position[id(sample)], sample, delta)])
+        async with aclosing(call.outputs()) as outputs:
+            async for index, sample, delta in outputs:
+                yield call.envelope([self._part(index, sample, delta)])
         for frame in call.usage_frame():
             yield frame
 
@@ -176,7 +170,7 @@ class _Choices:
             **version_fields(sample, self._services.labels),
         }
 
-    def _part(self, index: int, sample: Sample, delta: Delta) -> dict[str, Any]:
+    def _part(self, index: int, sample: Sample, delta: SampleDelta) -> dict[str, Any]:
         finish = sample.finish if delta.finished else None
         choice = {
             "index": index,
@@ -192,8 +186,7 @@ class _Choices:
     def _scores(self, index: int, output: RequestOutput) -> dict[str, Any]:
         if not self._body.logprobs:
             return {"logprobs": None}
-        count = self._body.top_logprobs or 0
-        count = self._services.engine.facts.vocab_size if count < 0 else count
+        count = self._call.num_likeliest(self._body.top_logprobs or 0)
         return {"logprobs": self._writers[index].chat(output, count)}
 
     def _ids(self, output: RequestOutput) -> dict[str, Any]:
@@ -204,9 +197,6 @@ class _Choices:
         found: dict[str, Any] = {}
         if self._body.return_token_ids:
             found["prompt_token_ids"] = sample.request.prompt_ids.tolist()
-        count = self._body.prompt_logprobs
-        if count is not None and sample.finish is not None:
-            count = self._services.engine.facts.vocab_size if count < 0 else count
-            ids, tokenizer = sample.request.prompt_ids, self._services.tokenizer
-            found["prompt_logprobs"] = prompt_logprobs(ids, sample.output, count, tokenizer)
+        if self._body.prompt_logprobs is not None and sample.finish is not None:
+            found["prompt_logprobs"] = self._call.prompt_scores(sample)
         return found

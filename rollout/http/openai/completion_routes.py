@@ -15,7 +15,7 @@ from rollout.http.edge.errors import json_response
 from rollout.http.edge.sse import EventStream, answer
 from rollout.http.native.generate_call import check_prompt, prompt_room
 from rollout.http.native.long_prompts import check_long_prompt
-from rollout.http.native.sample import Delta, Sample
+from rollout.http.native.sample import Sample, SampleDelta
 from rollout.http.openai.bodies import CompletionBody, base_request, parse_openai, prompts_of
 from rollout.http.openai.call import (
     OpenAICall,
@@ -25,7 +25,7 @@ from rollout.http.openai.call import (
     usage,
     version_fields,
 )
-from rollout.http.openai.logprobs import Written, columns, prompt_logprobs
+from rollout.http.openai.logprobs import Written, columns
 from rollout.http.openapi import takes
 from rollout.http.services import Services
 from rollout.requests.expand import check_text, check_total
@@ -54,7 +54,7 @@ async def complete(services: Services, data: bytes) -> Response:
     body = await services.generator.parsed(parse_openai, data, CompletionBody)
     items = await _items(services, body)
     call = await start(services, body, items, prefix="cmpl", object_name="text_completion")
-    writer = _Choices(call, body)
+    writer = _CompletionChoices(call, body)
     return EventStream(writer.frames()) if body.stream else await writer.reply()
 
 
@@ -97,7 +97,7 @@ async def _texts_and_ids(
     return pairs
 
 
-class _Choices:
+class _CompletionChoices:
     """Writes the choices of one call."""
 
     def __init__(self, call: OpenAICall, body: CompletionBody) -> None:
@@ -109,23 +109,16 @@ class _Choices:
 
     async def reply(self) -> Response:
         """Run to the end; choices prompt-major."""
-        call = self._call
-        await self._services.generator.finish(call.samples)
-        write = self._services.generator.written
-        choices = [
-            await write(self._whole, sample, index) for index, sample in enumerate(call.samples)
-        ]
-        return json_response(call.envelope(choices, usage=usage(call.samples)))
+        choices = await self._call.choices(self._whole)
+        return json_response(self._call.envelope(choices, usage=usage(self._call.samples)))
 
     async def frames(self) -> AsyncGenerator[dict[str, Any], None]:
         """A frame for every output; the first of a choice has its prompt, if it is echoed."""
         call = self._call
-        position = {id(sample): index for index, sample in enumerate(call.samples)}
         num_chars = [0] * len(call.samples)
         begun: set[int] = set()
-        async with aclosing(self._services.generator.run(call.samples)) as outputs:
-            async for sample, delta in outputs:
-                index = position[id(sample)]
+        async with aclosing(call.outputs()) as outputs:
+            async for index, sample, delta in outputs:
                 first = index not in begun
                 begun.add(index)
                 text = (self._prompt_text(sample) if first else "") + delta.text
@@ -144,12 +137,12 @@ class _Choices:
             "logprobs": None if rows is None else columns(rows, len(text)),
             **finish_fields(sample.finish, self._body),
             **self._ids(sample, sample.output.token_ids.tolist(), prompt=True),
-            **self._prompt_scores(sample),
+            "prompt_logprobs": self._call.prompt_scores(sample),
             **version_fields(sample, self._services.labels),
         }
 
     def _part(
-        self, index: int, sample: Sample, delta: Delta, num_chars: int, *, first: bool
+        self, index: int, sample: Sample, delta: SampleDelta, num_chars: int, *, first: bool
     ) -> dict[str, Any]:
         finish = sample.finish if delta.finished else None
         certain = None if delta.finished else num_chars
@@ -192,7 +185,7 @@ class _Choices:
         count = self._body.logprobs
         if count is None:
             return None
-        count = self._services.engine.facts.vocab_size if count < 0 else count
+        count = self._call.num_likeliest(count)
         writer, prompt = self._writers[index], []
         if self._num_echoed(sample, first):
             prompt = writer.echo(sample.request.prompt_ids.tolist(), output, count)
@@ -201,14 +194,6 @@ class _Choices:
     def _num_echoed(self, sample: Sample, first: bool) -> int:
         """Tokens of the prompt that a frame begins with."""
         return len(sample.request.prompt_ids) if self._echo and first else 0
-
-    def _prompt_scores(self, sample: Sample) -> dict[str, Any]:
-        count = self._body.prompt_logprobs
-        if count is None:
-            return {"prompt_logprobs": None}
-        count = self._services.engine.facts.vocab_size if count < 0 else count
-        ids, tokenizer = sample.request.prompt_ids, self._services.tokenizer
-        return {"prompt_logprobs": prompt_logprobs(ids, sample.output, count, tokenizer)}
 
     def _ids(self, sample: Sample, ids: list[int], *, prompt: bool) -> dict[str, Any]:
         if not self._body.return_token_ids:

@@ -160,11 +160,11 @@ class _Weights:
     async def begin(self, request: Request) -> dict[str, Any]:
         body = await read_body(request, _Begin)
         _check_selector(body.selector)
-        version = await self._control.begin(partial=body.partial)
+        version = await self._control.updates.begin(partial=body.partial)
         return {"message": f"update {version} is open"}
 
     async def end(self, _: Request) -> dict[str, Any]:
-        report = await self._control.commit()
+        report = await self._control.updates.commit()
         return {"message": f"version {report.version} serves"}
 
     async def distributed(self, request: Request) -> dict[str, Any]:
@@ -202,7 +202,7 @@ class _Weights:
         path = folder(body.model_path, "model_path")
         await asyncio.to_thread(require_pulled, Path(path))
         await self._prepare(body)
-        report = await self._control.load(path, body.weight_version, partial=body.partial)
+        report = await self._control.updates.load(path, body.weight_version, partial=body.partial)
         message = f"version {report.version} from {path} serves"
         return {"message": message, "num_paused_requests": 0}
 
@@ -249,7 +249,7 @@ class _Weights:
         body = await read_body(request, _NewVersion)
         if body.abort_all_requests:
             await self._engine.send(Abort(all=True, message="the weights have a new version"))
-        await self._control.set_version(body.new_version)
+        await self._control.updates.set_version(body.new_version)
         return {"new_version": body.new_version}
 
     async def check(self, request: Request) -> dict[str, Any]:
@@ -276,7 +276,7 @@ class _Weights:
         self, command: ReceiveBroadcast | ReceiveIpc, body: _Update, peer: str
     ) -> dict[str, Any]:
         await self._prepare(body)
-        report = await self._control.feed(
+        report = await self._control.updates.feed(
             command,
             body.weight_version,
             last=body.flush_cache,

@@ -7,7 +7,7 @@ import asyncio
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from engine.errors import EngineDead, SlipstreamError
+from engine.errors import SlipstreamError
 from engine.protocol import GenerateRequest, SamplingParams
 from rollout.http.edge.errors import error_response, json_response
 from rollout.http.native.generate_call import GenerateCall
@@ -30,7 +30,7 @@ def router(services: Services) -> APIRouter:
 
     async def health() -> Response:
         if engine.dead is not None:
-            return error_response(EngineDead(engine.dead.message, field=engine.dead.field))
+            return error_response(engine.dead)
         if engine.late:
             return error_response(NotReady(f"the engine {engine.late}", field="leader"))
         stalled_s = engine.stalled_s()

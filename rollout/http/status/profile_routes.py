@@ -18,6 +18,7 @@ from rollout.http.edge.read_body import read_body
 from rollout.http.openapi import takes
 from rollout.http.services import Services
 from rollout.http.sglang.admin_replies import admin
+from rollout.requests.known_fields import UNSERVED
 
 _SERVED: dict[str, ProfileActivity] = {"CPU": "cpu", "GPU": "gpu"}
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -41,9 +42,6 @@ class _Start(msgspec.Struct, kw_only=True):
     merge_profiles: bool | None = None
 
 
-_UNSERVED = ("profile_by_stage", "profile_stages", "merge_profiles")
-
-
 def router(services: Services) -> APIRouter:
     """The routes."""
     routes = APIRouter()
@@ -51,7 +49,7 @@ def router(services: Services) -> APIRouter:
 
     async def start(request: Request) -> dict[str, Any]:
         body = await read_body(request, _Start)
-        for name in _UNSERVED:
+        for name in UNSERVED["control"]:
             if getattr(body, name):
                 raise UnsupportedOption(f"{name} is not served; leave it out", field=name)
         command = StartProfile(

@@ -40,7 +40,7 @@ async def received(
     """Result of `work`, which has the engine receive by `command`; when the caller leaves while
     it does, the update is aborted."""
     what = f"the receive from group {command.group!r}"
-    return await _while_there(request, work, lambda: control.abandon(command), what)
+    return await _while_there(request, work, lambda: control.updates.abandon(command), what)
 
 
 async def forward(control: Controller, command: Control, request: Request) -> Reply:

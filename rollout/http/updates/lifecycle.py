@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 from engine.errors import (
     NO_SAVER,
@@ -34,18 +33,16 @@ from engine.protocol import (
     Resume,
     ResumeMemory,
     SetVersion,
-    UpdateReport,
 )
 from engine.protocol import Control as Command
 from rollout.http.engine.client import AsyncEngine
 from rollout.http.updates.idle_pause import IdlePause
-from rollout.http.updates.open_update import Feed, UpdateCommand
-from rollout.http.updates.operations import Operations
+from rollout.http.updates.open_update import UpdateCommand
+from rollout.http.updates.operations import Operations, as_a_whole
 from rollout.http.updates.update_sessions import Updates
 from rollout.http.updates.version_labels import VersionLabels
 from rollout.metrics import Metrics
-
-T = TypeVar("T")
+from rollout.replica.command_replies import command_name
 
 MAX_WAIT_S = 3600.0
 
@@ -76,8 +73,8 @@ class Controller:
         self._engine = engine
         self._keeps_weights = keeps_weights
         self._idle = IdlePause(engine)
-        self._updates = Updates(engine, labels, metrics, stands_still=lambda: self._idle.waiting)
-        self._operations = Operations()
+        self.updates = Updates(engine, labels, metrics, stands_still=lambda: self._idle.waiting)
+        self.operations = Operations()
 
     def reset(self, *, weights_lost: bool = False) -> None:
         """Forget open updates and pauses: the engine was started anew. Called once every call
@@ -85,14 +82,14 @@ class Controller:
         so that only a whole version serves again."""
         self._idle.cancel("a restart of the engine")
         self._idle.release()
-        self._updates.reset(weights_lost=weights_lost)
+        self.updates.reset(weights_lost=weights_lost)
 
     async def send(self, command: Command) -> Reply:
         """Run a command that has nothing to do with an open update. Raises UpdateOrder for one
         that cannot run beside tensors that are being received, unless they are soon there."""
         if isinstance(command, _NOT_WHILE_RECEIVING):
-            await self._updates.quiet(str(command.__struct_config__.tag))
-        return await self._whole(self._engine.send(command))
+            await self.updates.quiet(command_name(command))
+        return await self.operations.run(self._engine.send(command))
 
     async def pause(
         self, mode: PauseMode | Literal["wait"], *, clear_cache: bool = False, wait_s: float = 600.0
@@ -106,13 +103,14 @@ class Controller:
         """
         if mode == "wait":
             await self._idle.pause(min(wait_s, MAX_WAIT_S))
-        dropped = await self._whole(self._updates.settle())
+        dropped = await self.updates.settle()
         if mode != "wait":
-            await self._whole(self._pause_now(mode))
+            await self._pause_now(mode)
         if clear_cache:
-            await self._whole(self._flush_if_idle())
+            await self._flush_if_idle()
         return dropped
 
+    @as_a_whole
     async def resume(self) -> str:
         """Commit an update that nobody else is going to, and step again. Idempotent. What is
         still on its way, or "".
@@ -120,7 +118,13 @@ class Controller:
         Raises what the commit was refused with, once: the update is dropped and nothing runs
         yet, and a second resume goes on with what served before.
         """
-        return await self._whole(self._resume())
+        self._idle.cancel("a resume")
+        try:
+            waiting = await self.updates.finish()
+            await self._engine.send(Resume())
+        finally:
+            self._idle.release()
+        return waiting
 
     async def sleep(
         self, mode: PauseMode | Literal["wait"], tags: list[MemoryTag], *, wait_s: float = 600.0
@@ -136,22 +140,27 @@ class Controller:
             raise UnsupportedOption(NO_SAVER, field="memory.saver")
         if mode == "wait":
             await self._idle.pause(min(wait_s, MAX_WAIT_S))
-        return await self._whole(self._sleep(mode, tags, was_paused=state.paused))
+        return await self._sleep(mode, tags, was_paused=state.paused)
 
+    @as_a_whole
     async def release_memory(self, tags: list[MemoryTag]) -> Reply:
         """Give memory back; an empty list means all of it."""
-        return await self._whole(self._release(ReleaseMemory(tags=tags)))
+        return await self._release(ReleaseMemory(tags=tags))
 
+    @as_a_whole
     async def resume_memory(self, tags: list[MemoryTag]) -> Reply:
         """Take memory back; with the KV cache, an update that nobody else is going to commit
         is complete, since generation follows."""
-        return await self._whole(self._resume_memory(tags))
+        if not tags or "kv_cache" in tags:
+            await self.updates.finish()
+        await self.updates.quiet("a resume of memory")
+        return await self._engine.send(ResumeMemory(tags=tags))
 
     async def flush(self, timeout_s: float = 0.0) -> None:
         """Drop every cached prefix; while requests hold pages, try again until `timeout_s`.
         Raises what the engine refused with. While requests run, an update that nobody else is
         going to commit is complete if it covers the model."""
-        await self._whole(self._updates.flushed())
+        await self.updates.flushed()
         deadline = time.monotonic() + min(timeout_s, MAX_WAIT_S)
         while True:
             try:
@@ -163,43 +172,6 @@ class Controller:
                 if time.monotonic() >= deadline:
                     raise
             await asyncio.sleep(_POLL_S)
-
-    async def begin(self, label: str | None = None, *, partial: bool = True) -> int:
-        """Open an update that `commit` will end; its version. See `Updates.begin`."""
-        return await self._whole(self._updates.begin(label, partial=partial))
-
-    async def feed(
-        self,
-        command: Feed,
-        label: str | None = None,
-        *,
-        last: bool = False,
-        partial: bool = False,
-        peer: str = "",
-    ) -> UpdateReport | None:
-        """Feed the open update, or one opened here; the report if it was committed. See
-        `Updates.feed`."""
-        return await self._whole(
-            self._updates.feed(command, label, last=last, partial=partial, peer=peer)
-        )
-
-    async def abandon(self, command: Feed) -> None:
-        """The caller of a feed that has not ended has left. See `Updates.abandon`."""
-        await self._whole(self._updates.abandon(command))
-
-    async def commit(self, label: str | None = None) -> UpdateReport:
-        """End the open update. Raises UpdateOrder without one."""
-        return await self._whole(self._updates.commit(label))
-
-    async def load(
-        self, path: str, label: str | None = None, *, partial: bool = False
-    ) -> UpdateReport:
-        """One update from a folder, whole unless `partial`. See `Updates.load`."""
-        return await self._whole(self._updates.load(path, label, partial=partial))
-
-    async def set_version(self, label: str) -> int:
-        """Call the weights that serve `label`; the version that stands for it."""
-        return await self._whole(self._updates.set_version(label))
 
     async def forward(self, command: Command) -> Reply:
         """Run a command of a caller that speaks the protocol itself, which sees and moves the
@@ -216,34 +188,15 @@ class Controller:
             case ResumeMemory():
                 return await self.resume_memory(command.tags)
             case _ if isinstance(command, UpdateCommand):
-                return await self._whole(self._updates.forward(command))
+                return await self.updates.forward(command)
             case _:
                 return await self.send(command)
 
-    async def _whole(self, operation: Coroutine[Any, Any, T]) -> T:
-        return await self._operations.run(operation)
-
-    async def _pause_now(self, mode: PauseMode) -> None:
-        try:
-            # The call that waits runs on only after the engine was sent the pause.
-            self._idle.cancel(f"a pause by mode {mode}")
-            await self._engine.send(Pause(mode=mode))
-        finally:
-            self._idle.release()
-
-    async def _resume(self) -> str:
-        self._idle.cancel("a resume")
-        try:
-            waiting = await self._updates.finish()
-            await self._engine.send(Resume())
-        finally:
-            self._idle.release()
-        return waiting
-
+    @as_a_whole
     async def _sleep(
         self, mode: PauseMode | Literal["wait"], tags: list[MemoryTag], *, was_paused: bool
     ) -> Reply:
-        await self._updates.settle()
+        await self.updates.settle()
         if mode != "wait":
             self._idle.cancel(f"a sleep by mode {mode}")
         try:
@@ -257,18 +210,22 @@ class Controller:
             self._idle.release()
 
     async def _release(self, command: ReleaseMemory) -> Reply:
-        await self._updates.quiet("a release of memory")
+        await self.updates.quiet("a release of memory")
         reply = await self._engine.send(command)
         if not self._keeps_weights and (not command.tags or "weights" in command.tags):
-            self._updates.weights_lost()
+            self.updates.weights_lost()
         return reply
 
-    async def _resume_memory(self, tags: list[MemoryTag]) -> Reply:
-        if not tags or "kv_cache" in tags:
-            await self._updates.finish()
-        await self._updates.quiet("a resume of memory")
-        return await self._engine.send(ResumeMemory(tags=tags))
+    @as_a_whole
+    async def _pause_now(self, mode: PauseMode) -> None:
+        try:
+            # The call that waits runs on only after the engine was sent the pause.
+            self._idle.cancel(f"a pause by mode {mode}")
+            await self._engine.send(Pause(mode=mode))
+        finally:
+            self._idle.release()
 
+    @as_a_whole
     async def _flush_if_idle(self) -> None:
         try:
             await self._engine.send(FlushCache())

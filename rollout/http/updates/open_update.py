@@ -15,6 +15,7 @@ from engine.protocol import (
     ReceiveBroadcast,
     ReceiveIpc,
 )
+from rollout.replica.command_replies import command_name
 
 Feed = ReceiveBroadcast | ReceiveIpc | LoadFromDisk
 UpdateCommand = (
@@ -52,7 +53,7 @@ class OpenUpdate:
 def origin_of(command: Feed, peer: str) -> tuple[str, ...]:
     """How tensors came: the carrier, its group, the caller's host. A trainer of several pipeline
     stages has a group a stage, whose names differ in their number only."""
-    kind = str(command.__struct_config__.tag)
+    kind = command_name(command)
     if isinstance(command, ReceiveBroadcast):
         return kind, command.group.rstrip("0123456789"), peer
     return kind, peer

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+import functools
+from collections.abc import Callable, Coroutine
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 class Operations:
@@ -29,3 +31,24 @@ class Operations:
         if not task.cancelled():
             # Looked at: an error that nobody waits for any more is no warning of the loop.
             task.exception()
+
+
+class Operates(Protocol):
+    """What has methods that end as a whole."""
+
+    operations: Operations
+
+
+Owner = TypeVar("Owner", bound=Operates)
+
+
+def as_a_whole(
+    method: Callable[Concatenate[Owner, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[Owner, P], Coroutine[Any, Any, T]]:
+    """Have every call of a method run by `Operations.run` of its object."""
+
+    @functools.wraps(method)
+    async def run(self: Owner, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self.operations.run(method(self, *args, **kwargs))
+
+    return run

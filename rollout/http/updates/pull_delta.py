@@ -46,7 +46,7 @@ class _Index(msgspec.Struct):
 
 
 @dataclass(frozen=True)
-class Delta:
+class PublishedDelta:
     """What the index of a delta says. files: names, in the folder."""
 
     encoding: str
@@ -68,7 +68,7 @@ class _Change:
     at: Placed
 
 
-def read_delta(folder: Path) -> Delta | None:
+def read_delta(folder: Path) -> PublishedDelta | None:
     """The delta in `folder`; None for a whole checkpoint. Raises CheckpointError,
     UnsupportedOption for an encoding or a compression that is not known."""
     path = folder / INDEX
@@ -95,7 +95,7 @@ def read_delta(folder: Path) -> Delta | None:
     for name in files:
         if Path(name).name != name:
             raise CheckpointError(f"{path} names {name!r}, outside its folder", field=INDEX)
-    return Delta(
+    return PublishedDelta(
         meta.delta_encoding, meta.checksum_format, str(meta.version), str(meta.base_version), files
     )
 
@@ -133,7 +133,7 @@ def _locations(local: Path) -> dict[str, tuple[Path, Placed]]:
 
 
 def _read_changes(
-    folder: Path, delta: Delta, locations: dict[str, tuple[Path, Placed]]
+    folder: Path, delta: PublishedDelta, locations: dict[str, tuple[Path, Placed]]
 ) -> dict[Path, list[_Change]]:
     """The changes by the local file that they change."""
     found: dict[Path, list[_Change]] = {}

@@ -22,7 +22,7 @@ from rollout.http.edge.read_body import read_query
 from rollout.http.edge.sse import EventStream, answer
 from rollout.http.native.generate_call import check_prompt, prompt_room
 from rollout.http.native.long_prompts import check_long_prompt
-from rollout.http.native.sample import Delta, Sample
+from rollout.http.native.sample import Sample, SampleDelta
 from rollout.http.openai.bodies import (
     CompletionBody,
     StreamOptions,
@@ -31,10 +31,11 @@ from rollout.http.openai.bodies import (
     prompts_of,
 )
 from rollout.http.openai.call import OpenAICall, finish_fields, start, usage, version_fields
-from rollout.http.openai.logprobs import TokenWriter, prompt_logprobs
+from rollout.http.openai.logprobs import TokenWriter
 from rollout.http.openapi import takes
 from rollout.http.services import Services
 from rollout.requests.json_types import decode_json
+from rollout.requests.known_fields import WITHOUT_EFFECT
 
 _DEFAULT_TOKENS = 16
 _INERT = frozenset({b"null", b"false", b'""', b"[]", b"{}"})
@@ -42,9 +43,6 @@ _INERT = frozenset({b"null", b"false", b'""', b"[]", b"{}"})
 _BESIDE = ("model", "request_id", "stream", "stream_options", "cache_salt", "priority")
 # Fields of /v1/completions that are no sampling parameters here.
 _ELSEWHERE = frozenset({"prompt", "echo", *_BESIDE})
-# How other engines hold or send a result, not what it is; prime-rl's compact logprobs, which
-# `extra_args` asks for, are an extension that its client does without.
-_HINTS = frozenset({"detokenize", "output_kind", "flat_logprobs", "extra_args"})
 
 
 class TokensBody(msgspec.Struct, kw_only=True):
@@ -92,7 +90,7 @@ def router(services: Services) -> APIRouter:
         check_prompt(body.prompt, room, "token_ids")
         item = _item(services, body, _ids(await services.generator.parsed(prompts_of, body.prompt)))
         call = await start(services, body, [item], prefix="generate", object_name="generate")
-        writer = _Choices(call, body)
+        writer = _TokenChoices(call, body)
         return EventStream(writer.frames()) if body.stream else await writer.reply()
 
     async def finish_session(request: Request) -> Response:
@@ -122,7 +120,7 @@ def parse_tokens(data: bytes) -> CompletionBody:
     merged = {name: fields[name] for name in _BESIDE if name in fields}
     for name, value in body.sampling_params.items():
         if name not in _ELSEWHERE:
-            merged |= {} if name in _HINTS else {name: value}
+            merged |= {} if name in WITHOUT_EFFECT["tokens"] else {name: value}
         elif bytes(value) not in _INERT:
             raise InvalidRequest(
                 f"{name} is no sampling parameter", field=f"sampling_params.{name}"
@@ -148,7 +146,7 @@ def _item(services: Services, body: CompletionBody, ids: list[int]) -> GenerateR
     return msgspec.structs.replace(base, input_ids=ids)
 
 
-class _Choices:
+class _TokenChoices:
     """Writes the choices of one call."""
 
     def __init__(self, call: OpenAICall, body: CompletionBody) -> None:
@@ -160,21 +158,17 @@ class _Choices:
     async def reply(self) -> Response:
         """Run to the end."""
         call = self._call
-        await self._services.generator.finish(call.samples)
-        write = self._services.generator.written
-        choices = [
-            await write(self._whole, sample, index) for index, sample in enumerate(call.samples)
-        ]
-        more = {"usage": usage(call.samples), "prompt_logprobs": self._prompt_scores()}
+        choices = await call.choices(self._whole)
+        scores = call.prompt_scores(call.samples[0])
+        more = {"usage": usage(call.samples), "prompt_logprobs": scores}
         return json_response({**self._envelope(choices), **more})
 
     async def frames(self) -> AsyncGenerator[dict[str, Any], None]:
         """A frame for every output."""
         call = self._call
-        position = {id(sample): index for index, sample in enumerate(call.samples)}
-        async with aclosing(self._services.generator.run(call.samples)) as outputs:
-            async for sample, delta in outputs:
-                yield self._envelope([self._part(position[id(sample)], sample, delta)])
+        async with aclosing(call.outputs()) as outputs:
+            async for index, sample, delta in outputs:
+                yield self._envelope([self._part(index, sample, delta)])
         if call.usage_frame():
             yield {**self._envelope([]), "usage": usage(call.samples)}
 
@@ -191,7 +185,7 @@ class _Choices:
             **version_fields(sample, self._services.labels),
         }
 
-    def _part(self, index: int, sample: Sample, delta: Delta) -> dict[str, Any]:
+    def _part(self, index: int, sample: Sample, delta: SampleDelta) -> dict[str, Any]:
         choice = {
             "index": index,
             "token_ids": delta.output.token_ids.tolist(),
@@ -205,15 +199,6 @@ class _Choices:
     def _scores(self, output: RequestOutput) -> dict[str, Any]:
         if self._body.logprobs is None:
             return {"logprobs": None}
-        return {"logprobs": self._writer.chat(output, self._count(self._body.logprobs))}
-
-    def _prompt_scores(self) -> list[dict[str, Any] | None] | None:
-        count = self._body.prompt_logprobs
-        if count is None:
-            return None
-        sample = self._call.samples[0]
-        ids, tokenizer = sample.request.prompt_ids, self._services.tokenizer
-        return prompt_logprobs(ids, sample.output, self._count(count), tokenizer)
-
-    def _count(self, wanted: int) -> int:
-        return self._services.engine.facts.vocab_size if wanted < 0 else wanted
+        return {
+            "logprobs": self._writer.chat(output, self._call.num_likeliest(self._body.logprobs))
+        }

@@ -123,7 +123,7 @@ class _Transfer:
                 "weights come under their Hugging Face names; leave is_checkpoint_format true",
                 field="is_checkpoint_format",
             )
-        await self._control.begin(partial=body.partial)
+        await self._control.updates.begin(partial=body.partial)
 
     async def update(self, request: Request) -> Response:
         body = await read_body(request, _Update)
@@ -132,7 +132,7 @@ class _Transfer:
         elif body.weight_dir is not None:
             path = folder(body.weight_dir, "weight_dir")
             await asyncio.to_thread(require_pulled, Path(path))
-            await self._control.load(path, partial=body.partial)
+            await self._control.updates.load(path, partial=body.partial)
         else:
             raise InvalidRequest(
                 "send update_info with names, dtype_names and shapes, or weight_dir, a folder of "
@@ -145,7 +145,7 @@ class _Transfer:
         """Receive announced tensors. Without a session, and while requests run, a call is an
         update of its own."""
         command = self._broadcast(info)
-        feed = self._control.feed(command, last=True, partial=partial, peer=caller(request))
+        feed = self._control.updates.feed(command, last=True, partial=partial, peer=caller(request))
         await callers.received(self._control, command, request, feed)
 
     async def finish(self, request: Request) -> Response:
@@ -155,7 +155,7 @@ class _Transfer:
     async def commit(self, body: Finish) -> None:
         """End the open update."""
         label = None if body.weight_version is None else str(body.weight_version)
-        await self._control.commit(label)
+        await self._control.updates.commit(label)
 
     async def info(self, _: Request) -> Response:
         state = await self._engine.state(max_age_s=0.0)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from engine.protocol import IntArray, NewRow, StepPlan
-from rollout.cache.radix_tree import Match
+from rollout.cache.radix_node import Match
 from rollout.scheduler.running import RunningSet
 from rollout.scheduler.sequence import Sequence
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from engine.config import SchedulerConfig
-from rollout.cache.radix_tree import Match, common_prefix
+from rollout.cache.radix_node import Match, common_prefix
 from rollout.scheduler.planning.page_reserve import PageReserve
 from rollout.scheduler.planning.plan_builder import PlanBuilder
 from rollout.scheduler.planning.queue import WaitingQueue

@@ -20,19 +20,25 @@ from engine.errors import (
     UpdateOrder,
     WeightUpdateError,
 )
-from engine.protocol import AbortUpdate, BeginUpdate, CommitUpdate, LoadFromDisk
+from engine.protocol import (
+    DELTA_FILE,
+    AbortUpdate,
+    BeginUpdate,
+    CommitUpdate,
+    FolderDelta,
+    LoadFromDisk,
+)
 from engine.weights.checksum import checksum
-from engine.weights.sources.disk import DELTA_FILE
 from engine.weights.sources.safetensors import INDEX_NAME
 from tests.helpers.weight_engines import assert_holds, contents, fresh, make_rank, specs
-from trainer_bridge.transports.disk import Delta, write
+from trainer_bridge.transports.disk import write
 
 NORM = "model.norm.weight"
 
 
-def delta(tensors: dict[str, torch.Tensor], base: int = 3, version: int = 4) -> Delta:
+def delta(tensors: dict[str, torch.Tensor], base: int = 3, version: int = 4) -> FolderDelta:
     listed = specs(tensors)
-    return Delta(
+    return FolderDelta(
         base,
         version,
         [type(s)(s.name, s.dtype, s.shape, checksum(tensors[s.name])) for s in listed],

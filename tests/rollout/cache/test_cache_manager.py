@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from engine.errors import SlipstreamError
 from rollout.cache.manager import CacheManager
-from rollout.cache.radix_tree import Node
+from rollout.cache.radix_node import Node
 
 SIZE = 3
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollout.cache.radix_tree import Match, RadixTree, common_prefix
+from rollout.cache.radix_node import Match, common_prefix
+from rollout.cache.radix_tree import RadixTree
 
 SIZE = 4
 

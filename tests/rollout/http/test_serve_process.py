@@ -18,7 +18,7 @@ from transformers import AutoConfig
 import rollout.__main__ as cli
 from engine.errors import EngineDead, InvalidRequest
 from engine.protocol import GenerateRequest, GenerateResponse, Pause, Resume, SamplingParams
-from rollout.cli.serve_flags import Serve, serve_config
+from rollout.http.config import ServeConfig
 from rollout.launch import launch
 from rollout.offline import expand, generate, load_tokenizer, respond
 from tests.helpers.fake_executor import expected_tokens
@@ -98,9 +98,9 @@ def sampled_wires() -> list[GenerateRequest]:
 def in_process(model: str, wires: list[GenerateRequest]) -> list[GenerateResponse]:
     """What a replica in this process, with the server's options, answers."""
     args = cli.parse(["serve", *OPTIONS, "--model", model, "--kv-memory", "0.05"])
-    assert isinstance(args, Serve)
+    assert isinstance(args, ServeConfig)
     tokenizer = load_tokenizer(model)
-    with launch(serve_config(args).engine) as replica:
+    with launch(args.engine) as replica:
         pairs = [
             (wire, request)
             for wire in wires

@@ -11,6 +11,7 @@ from engine.protocol import TensorSpec
 from tests.helpers import sharded_models as models
 from tests.helpers.rank_processes import run_ranks
 from tests.helpers.source_ranks import deepspeed_sources, fsdp_sources
+from trainer_bridge.adapters.base import spec_of
 from trainer_bridge.adapters.bucketing import even_share, in_buckets
 from trainer_bridge.adapters.fitting import source_of
 from trainer_bridge.adapters.plain import PlainSource
@@ -133,12 +134,29 @@ def test_columns_are_refused_by_name(fsdp: list[dict[str, Any]]) -> None:
     assert fsdp[0]["columns"].startswith("weight: weight is sharded as")
 
 
-def test_a_plain_module_is_a_plain_source_unless_it_is_converted() -> None:
+def test_a_plain_module_is_a_plain_source_also_where_it_is_converted() -> None:
     module = models.model()
-    assert isinstance(source_of(module), PlainSource)
-    rounded = source_of(module, dtype=torch.bfloat16)
-    assert not rounded.lasting
-    assert_equal(dict(rounded.tensors()), plain(torch.bfloat16))
+    for dtype in (None, torch.float32, torch.bfloat16):
+        source = source_of(module, dtype=dtype)
+        assert isinstance(source, PlainSource)
+        assert source.lasting == (dtype is not torch.bfloat16)
+        want = plain(dtype or torch.float32)
+        assert_equal(dict(source.tensors()), want)
+        assert source.specs() == [spec_of(name, tensor) for name, tensor in want.items()]
+
+
+def test_ranks_that_hold_a_module_whole_send_its_elements_once_and_as_they_are_announced() -> None:
+    sources = [
+        PlainSource(models.model(), dtype=torch.bfloat16, rank=rank, world_size=3)
+        for rank in range(3)
+    ]
+    flats = {spec.name: torch.empty(spec.shape).flatten().bfloat16() for spec in sources[0].specs()}
+    for source in sources:
+        for piece, run in source.shards():
+            assert piece.dtype == "bfloat16"
+            flats[piece.name][piece.start : piece.stop] = run
+    want = plain(torch.bfloat16)
+    assert_equal({name: flat.view_as(want[name]) for name, flat in flats.items()}, want)
 
 
 def test_buckets_keep_the_order_and_the_limit() -> None:

@@ -26,7 +26,7 @@ from engine.protocol import (
     SetVersion,
 )
 from engine.protocol.deadlines import MAX_TIMEOUT_S
-from rollout.replica.spawned import reply_deadline_s
+from rollout.replica.command_replies import reply_deadline_s
 from tests.helpers.fake_executor import expected_tokens
 from tests.helpers.http_app import Server, run, serving, until
 from tests.helpers.replicas import fake_config, make_request

@@ -4,12 +4,12 @@ import pytest
 
 from engine.errors import QueueFull
 from engine.protocol import Abort, GetState, Request
-from rollout.http.engine.client import _PART
+from rollout.http.engine.outbox import PART
 from rollout.requests.sample_ids import sample_id
 from tests.helpers.http_app import Server, run, serving, until
 from tests.helpers.replicas import fake_config, make_request
 
-MANY = 4 * _PART + 100
+MANY = 4 * PART + 100
 
 
 def requests_of(name: str, count: int) -> list[Request]:
@@ -76,11 +76,11 @@ def test_a_release_of_many_lets_steps_go_on_between_its_parts() -> None:
             parts = parts_of(server)
             engine.release()
             late = engine.submit(requests_of("late", 1))
-            await until(lambda: not engine._held)
+            await until(lambda: not engine._outbox)
             asked = [request.rid for request in server.link.requests]
             want = [f"call{call}-{i}" for call in range(4) for i in range(MANY // 4)]
             assert asked == ["running", *want, "late-0"], "the order of the calls"
-            assert max(count for count, _ in parts) <= _PART
+            assert max(count for count, _ in parts) <= PART
             steps = [before for _, before in parts]
             assert steps == sorted(set(steps)), "no step was made between two parts"
             for box in (running, *held, late):
@@ -101,9 +101,9 @@ def test_a_hold_keeps_the_parts_that_have_not_left() -> None:
             engine.hold()
             for _ in range(3):
                 await engine.send(GetState())
-            assert (len(server.link.requests), len(engine._held)) == (_PART, MANY - _PART)
+            assert (len(server.link.requests), len(engine._outbox)) == (PART, MANY - PART)
             engine.release()
-            await until(lambda: not engine._held)
+            await until(lambda: not engine._outbox)
             while box.open:
                 await box.take()
             assert len(server.link.requests) == MANY
@@ -131,7 +131,7 @@ def test_an_abort_ends_what_is_held_without_the_engine() -> None:
             assert finish is not None and finish.message == "a left"
             assert parts == []
             engine.release()
-            await until(lambda: not engine._held)
+            await until(lambda: not engine._outbox)
             assert sum(count for count, _ in parts) == MANY
 
     run(test)

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from engine.errors import EngineDead
-from engine.protocol import Control, GetState, JoinGroup, LoadFromDisk, Pause
-from rollout.http.engine.pending_commands import PendingCommand, PendingCommands
+from engine.protocol import Control, GetState, JoinGroup, LoadFromDisk, Pause, Reply
+from rollout.http.engine.pending_commands import AwaitedReplies
 from tests.helpers.http_app import run
 
 JOIN = JoinGroup(name="g", address="h", port=1, rank_offset=1, world_size=2)
@@ -19,15 +19,14 @@ class Bench:
     """Commands sent at given times; fast ones have 10 s, others 100 s."""
 
     def __init__(self) -> None:
-        self.pending = PendingCommands()
+        self.pending = AwaitedReplies()
         self.last = 0
+        self.futures: list[asyncio.Future[Reply]] = []
 
     def send(self, command: Control, at: float) -> int:
         self.last += 1
         limit_s = 10.0 if isinstance(command, GetState | Pause) else 100.0
-        future = asyncio.get_running_loop().create_future()
-        entry = PendingCommand(command=command, future=future, since=at, limit_s=limit_s)
-        self.pending.add(self.last, entry)
+        self.futures.append(self.pending.add(self.last, command, at, limit_s))
         return self.last
 
     def late(self, now: float) -> list[Control]:
@@ -95,8 +94,7 @@ def test_an_unknown_reply_changes_nothing(bench: Bench) -> None:
 @on_a_loop
 def test_all_fail_at_once(bench: Bench) -> None:
     bench.send(Pause(), 0)
-    futures = [entry.future for entry in bench.pending]
     bench.pending.fail(EngineDead("gone", field="leader"))
     assert len(bench.pending) == 0
     with pytest.raises(EngineDead, match="gone"):
-        futures[0].result()
+        bench.futures[0].result()

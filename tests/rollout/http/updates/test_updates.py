@@ -274,11 +274,11 @@ def test_a_label_is_there_before_the_first_token_and_gone_after_a_failure() -> N
                 seen.append(labels.text(command.version))
 
             server.link.answers[CommitUpdate] = commit
-            await control.load("/1", "first")
+            await control.updates.load("/1", "first")
             assert (seen, labels.text(1)) == (["first"], "first")
             refuse(server, CommitUpdate, ManifestMismatch("missing v", field="v"))
             with pytest.raises(ManifestMismatch):
-                await control.load("/2", "second")
+                await control.updates.load("/2", "second")
             assert labels.text(2) == "2"
 
     run(test)
@@ -338,21 +338,21 @@ def test_a_client_that_leaves_during_its_call_leaves_no_half_state() -> None:
         async with serving() as server:
             control = Controller(server.engine, VersionLabels(), Metrics(), keeps_weights=True)
             gate = Gate(server, BeginUpdate)
-            begin = asyncio.create_task(control.begin())
+            begin = asyncio.create_task(control.updates.begin())
             await until(lambda: bool(gate.held))
             begin.cancel()
             await asyncio.gather(begin, return_exceptions=True)
             gate.open()
-            await asyncio.wait_for(control.begin(), 30)
+            await asyncio.wait_for(control.updates.begin(), 30)
             assert kinds(server) == [BeginUpdate]
             gate = Gate(server, LoadFromDisk)
             command = LoadFromDisk(path="/1")
-            feed = asyncio.create_task(control.feed(command))
+            feed = asyncio.create_task(control.updates.feed(command))
             await until(lambda: bool(gate.held))
             feed.cancel()
             await asyncio.gather(feed, return_exceptions=True)
             gate.open()
-            report = await asyncio.wait_for(control.commit(), 30)
+            report = await asyncio.wait_for(control.updates.commit(), 30)
             assert report.version == 1
 
     run(test)
@@ -362,12 +362,12 @@ def test_a_new_engine_is_met_with_a_clean_slate() -> None:
     async def test() -> None:
         async with serving() as server:
             control = Controller(server.engine, VersionLabels(), Metrics(), keeps_weights=True)
-            await control.begin()
+            await control.updates.begin()
             server.link.leader.handle(AbortUpdate(version=1))
             control.reset(weights_lost=True)
-            assert not control._updates.is_open
-            await control.load("/1", partial=True)
-            await control.load("/2", partial=True)
+            assert control.updates._current.update is None
+            await control.updates.load("/1", partial=True)
+            await control.updates.load("/2", partial=True)
             begun = [c.partial for c in server.commands() if isinstance(c, BeginUpdate)]
             assert begun == [True, False, True]
 
@@ -379,7 +379,7 @@ def test_a_dead_engine_ends_every_call() -> None:
         async with serving() as server:
             control = Controller(server.engine, VersionLabels(), Metrics(), keeps_weights=True)
             gate = Gate(server, LoadFromDisk)
-            load = asyncio.create_task(control.load("/1"))
+            load = asyncio.create_task(control.updates.load("/1"))
             await until(lambda: bool(gate.held))
             server.link.die()
             with pytest.raises(EngineDead):

@@ -1,0 +1,56 @@
+"""What an engine has said of itself, and when."""
+
+from __future__ import annotations
+
+import time
+
+from engine.protocol import CommitUpdate, Control, ReplicaState, Reply, SetVersion
+
+
+class LastHeard:
+    """Kept by `AsyncEngine` from the replies that arrive. Times are of `time.monotonic`.
+
+    state: the last one heard, at `state_at`. heard_at: when anything came. progress_at: when a
+    step or an output came. version: the last one committed, or given to the weights by name.
+    took_update: whether an update was committed. no_version: why what the engine loaded may not
+    serve, "" if it may.
+    """
+
+    def __init__(self) -> None:
+        self.state: ReplicaState | None = None
+        self.state_at = 0.0
+        self.version = 0
+        self.took_update = False
+        self.no_version = ""
+        self.renewed()
+
+    def renewed(self, no_version: str = "") -> None:
+        """The engine that answers from now on is another one."""
+        self.no_version = no_version
+        self.heard_at = self.progress_at = time.monotonic()
+
+    @property
+    def facts(self) -> ReplicaState:
+        """The last state heard."""
+        assert self.state is not None, "start() has not finished"
+        return self.state
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether requests that see no step are only doing what they were told to."""
+        return self.state is None or self.state.paused or bool(self.state.refusal)
+
+    def learn(self, command: Control, reply: Reply, *, starting: bool) -> None:
+        """Note what a reply says of the engine as a whole. starting: it is not ready yet."""
+        if reply.error is None and isinstance(command, CommitUpdate | SetVersion):
+            self.version = command.version
+            self.took_update = self.took_update or isinstance(command, CommitUpdate)
+        if reply.state is None:
+            # Any other command may have changed what was known.
+            self.state_at = 0.0
+            return
+        old, self.state, self.state_at = self.state, reply.state, self.heard_at
+        if old is None or old.num_steps != reply.state.num_steps:
+            self.progress_at = self.heard_at
+        if not reply.state.refusal and not starting:
+            self.no_version = ""
