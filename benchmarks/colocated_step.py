@@ -37,7 +37,7 @@ from recipes.grpo import train
 from recipes.launch import launch_actor
 from recipes.ledger import Ledger
 from recipes.model import load_trainer
-from recipes.options import Options, PlacementOptions, RolloutOptions
+from recipes.options import PlacementOptions, RolloutOptions, RunOptions
 from recipes.prompts import Prompts
 from recipes.report import PHASES
 from recipes.run import Run, assemble
@@ -197,7 +197,7 @@ class WatchedLedger(Ledger):
 def open_bench(bench: Bench, folder: Path, ledger: Ledger) -> Run:
     """The recipe's run over random prompts."""
     sizes = bench.sized()
-    options = Options(
+    options = RunOptions(
         task="random",
         model=bench.model,
         load_format="random",

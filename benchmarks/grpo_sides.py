@@ -20,7 +20,7 @@ from recipes.grpo import train
 from recipes.launch import launch_actor
 from recipes.ledger import Ledger
 from recipes.model import engine_dtype, load_trainer, trainer_device
-from recipes.options import Options, RolloutOptions
+from recipes.options import RolloutOptions, RunOptions
 from recipes.prompts import Prompts
 from recipes.run import assemble
 from recipes.trainers.base import Learner
@@ -99,7 +99,7 @@ class OurSide:
     """The recipe with its engine. tree: whether its trainer packs a batch as a prefix tree."""
 
     def __init__(self, work: Work, folder: Path, *, tree: bool) -> None:
-        options = Options(
+        options = RunOptions(
             task=work.task,
             model=work.model,
             dtype=work.dtype,  # type: ignore[arg-type]
@@ -190,7 +190,7 @@ class PlainSide:
         """See `Side`."""
 
 
-def _padded(options: Options, dtype: torch.dtype, rows: int) -> PaddedTrainer:
+def _padded(options: RunOptions, dtype: torch.dtype, rows: int) -> PaddedTrainer:
     """As `load_trainer` makes the other."""
     checkpoint = read_checkpoint(options.model)
     trainer = PaddedTrainer(

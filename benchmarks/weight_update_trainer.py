@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engine.protocol import BeginUpdate, Control, Reply, StagingMode, TensorPiece, TensorSpec
+from engine.protocol import BeginUpdate, Command, Reply, StagingMode, TensorPiece, TensorSpec
 from kernels.compat import TCPStore
 from trainer_bridge.adapters.base import WeightSource
 from trainer_bridge.adapters.deepspeed import DeepSpeedSource
@@ -125,7 +125,7 @@ class PipeTarget:
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
 
-    def send(self, command: Control) -> Reply:
+    def send(self, command: Command) -> Reply:
         self._pipe.send(("command", command))
         reply = self._pipe.recv()
         if isinstance(reply, Exception):

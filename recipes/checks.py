@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from engine.errors import InvalidRequest, ModelNotFound
-from recipes.options import DEFAULT_MODEL, Options, PlacementOptions, flatten
+from recipes.options import DEFAULT_MODEL, PlacementOptions, RunOptions, flatten
 
 LEAST: Mapping[str, int] = MappingProxyType(
     {
@@ -42,7 +42,7 @@ ABOVE_ZERO = frozenset({"minutes", "temperature", "kv_memory_gb", "lr", "max_gra
 BELOW_ONE = frozenset({"beta1", "beta2"})
 
 
-def check_options(options: Options) -> None:
+def check_options(options: RunOptions) -> None:
     """Raises InvalidRequest, its `field` an option's name; ModelNotFound for the model."""
     _check_numbers(flatten(options))
     _check_placement(options.placement)

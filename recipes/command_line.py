@@ -1,4 +1,4 @@
-"""From arguments, a TOML file and a run to resume to one `Options`.
+"""From arguments, a TOML file and a run to resume to one `RunOptions`.
 
 Flags override the TOML file, which overrides the defaults. A resumed run takes its own
 config.json as the defaults, and refuses changes that would make it another run.
@@ -17,7 +17,7 @@ import tyro
 
 from engine.errors import InvalidRequest
 from recipes.checks import check_options
-from recipes.options import GROUPS, Options, flatten
+from recipes.options import GROUPS, RunOptions, flatten
 
 CHANGEABLE = frozenset(
     {
@@ -37,26 +37,26 @@ CHANGEABLE = frozenset(
 """Options a resumed run may be given anew: none of them changes a step that both runs take."""
 
 
-def parse(argv: Sequence[str]) -> Options:
+def parse(argv: Sequence[str]) -> RunOptions:
     """Options of a command line. Raises InvalidRequest or ModelNotFound naming the option;
     a flag that does not exist, or --help, ends the process as command lines do."""
-    defaults = Options()
+    defaults = RunOptions()
     resume = _peek(argv, "--resume")
     saved = None
     if resume is not None:
-        saved = load_config(Path(resume) / "config.json")
+        saved = _load_config(Path(resume) / "config.json")
         defaults = saved
     toml = _peek(argv, "--config")
     if toml is not None:
-        defaults = with_values(defaults, read_toml(Path(toml)))
-    options = tyro.cli(Options, default=defaults, args=list(argv), prog="grpo.py")
+        defaults = with_values(defaults, _read_toml(Path(toml)))
+    options = tyro.cli(RunOptions, default=defaults, args=list(argv), prog="grpo.py")
     if saved is not None:
-        check_unchanged(saved, options)
+        _check_unchanged(saved, options)
     check_options(options)
     return options
 
 
-def read_toml(path: Path) -> dict[str, Any]:
+def _read_toml(path: Path) -> dict[str, Any]:
     """The keys of a TOML file of options. Raises InvalidRequest if it cannot be read."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
@@ -64,7 +64,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise InvalidRequest(f"config: {path}: {error}", field="config") from error
 
 
-def with_values(options: Options, values: dict[str, Any]) -> Options:
+def with_values(options: RunOptions, values: dict[str, Any]) -> RunOptions:
     """The options with some replaced. InvalidRequest names a key that is unknown or a value
     of the wrong type."""
     known = flatten(options)
@@ -75,7 +75,7 @@ def with_values(options: Options, values: dict[str, Any]) -> Options:
             )
     replaced = {group: _replace(getattr(options, group), values) for group in GROUPS}
     result = _replace(dataclasses.replace(options, **replaced), values)
-    assert isinstance(result, Options)
+    assert isinstance(result, RunOptions)
     return result
 
 
@@ -93,7 +93,7 @@ def _typed(key: str, value: Any, kind: Any) -> Any:
         raise InvalidRequest(f"{key}: {error}, not {value!r}", field=key) from error
 
 
-def load_config(path: Path) -> Options:
+def _load_config(path: Path) -> RunOptions:
     """The options a run was started with. InvalidRequest if there is no such run."""
     try:
         values = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
@@ -101,10 +101,10 @@ def load_config(path: Path) -> Options:
         raise InvalidRequest(
             f"resume: cannot read {path} ({error}); give the folder of a run", field="resume"
         ) from error
-    return with_values(Options(), values)
+    return with_values(RunOptions(), values)
 
 
-def check_unchanged(saved: Options, options: Options) -> None:
+def _check_unchanged(saved: RunOptions, options: RunOptions) -> None:
     """Refuse a resumed run an option that would make its steps others than those it took."""
     before, after = flatten(saved), flatten(options)
     changeable = set(CHANGEABLE)

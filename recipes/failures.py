@@ -26,10 +26,10 @@ def report_failure(error: BaseException, folder: RunFolder | None) -> int | None
 
     folder: of the run, if it got that far.
     """
-    return report(error, advice=ADVICE, then=how_to_go_on(folder))
+    return report(error, advice=ADVICE, then=_how_to_go_on(folder))
 
 
-def how_to_go_on(folder: RunFolder | None) -> str:
+def _how_to_go_on(folder: RunFolder | None) -> str:
     """How to continue the run; "" where there is nothing to continue from."""
     checkpoint = None if folder is None else latest_checkpoint(folder.checkpoints)
     if folder is None or checkpoint is None:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from engine.errors import EngineDead, SlipstreamError, WeightUpdateError
-from engine.protocol import Control, ReplicaState, Reply, Request, RequestOutput
+from engine.protocol import Command, ReplicaState, Reply, Request, RequestOutput
 from rollout.offline import run
 from rollout.replica.base import Replica
 
@@ -30,7 +30,7 @@ class FleetEngine:
         self._replica = replica
         self._launch = launch
 
-    def send(self, command: Control) -> Reply:
+    def send(self, command: Command) -> Reply:
         """Run one control command on the replica; raises its typed error."""
         return self._replica.send(command)
 

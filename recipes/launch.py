@@ -16,7 +16,7 @@ from engine.config import (
 from engine.errors import InvalidRequest
 from recipes.actor import Actor, InlineActor
 from recipes.fleet import FleetActor
-from recipes.options import Options
+from recipes.options import RunOptions
 from recipes.world import World, uses_gpu
 from rollout.launch import launch
 from rollout.replica.base import Replica
@@ -25,7 +25,7 @@ MOST_RUNNING = 1024
 """Sequences of one engine that run at once, at most."""
 
 
-def launch_actor(options: Options, world: World | None = None) -> Actor:
+def launch_actor(options: RunOptions, world: World | None = None) -> Actor:
     """Start this process's engine, or, with `rollout_gpus`, those that the main process
     speaks with; collective. Raises InvalidRequest when there are too few GPUs."""
     world = world or World()
@@ -46,7 +46,7 @@ def launch_actor(options: Options, world: World | None = None) -> Actor:
     return FleetActor(replicas, world, device=device, launch=launch_place)
 
 
-def engine_config(options: Options, *, gpu: int = 0, saver: bool = False) -> EngineConfig:
+def engine_config(options: RunOptions, *, gpu: int = 0, saver: bool = False) -> EngineConfig:
     """The engine that the options name. gpu: the one it runs on, where it runs on one."""
     return EngineConfig(
         model=options.model,
@@ -64,14 +64,14 @@ def engine_config(options: Options, *, gpu: int = 0, saver: bool = False) -> Eng
     )
 
 
-def _max_running(options: Options) -> int:
+def _max_running(options: RunOptions) -> int:
     """A step's samples at once where that is reasonable: waves of fewer would leave the last
     one half empty."""
     wanted = options.rollout.prompts_per_step * options.rollout.samples
     return min(max(wanted, SchedulerConfig().max_running), MOST_RUNNING)
 
 
-def _sleeps(options: Options) -> bool:
+def _sleeps(options: RunOptions) -> bool:
     asked = options.placement.sleep
     if asked is not None:
         return asked

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from engine.errors import InvalidRequest
 from recipes.actor import Actor
-from recipes.options import Options
+from recipes.options import RunOptions
 from recipes.trainers.base import Learner
 from recipes.trainers.masters import dither
 from recipes.trainers.plain import Trainer
@@ -23,7 +23,7 @@ from trainer_bridge import load_causal_lm
 logger = logging.getLogger(__name__)
 
 
-def load_trainer(options: Options, actor: Actor, world: World | None = None) -> Learner:
+def load_trainer(options: RunOptions, actor: Actor, world: World | None = None) -> Learner:
     """The trainer that the options name, computing in the engine's dtype; collective.
 
     Raises InvalidRequest for several processes of a trainer of one, and for a trainer whose
@@ -58,7 +58,7 @@ def load_trainer(options: Options, actor: Actor, world: World | None = None) -> 
     return ShardedTrainer(backend, options.optimizer, world, temperature=temperature)
 
 
-def trainer_device(options: Options, world: World) -> torch.device:
+def trainer_device(options: RunOptions, world: World) -> torch.device:
     """Where this process trains."""
     if uses_gpu(options.device):
         return torch.device("cuda", world.local_rank)
@@ -81,7 +81,7 @@ def _dither(model: PreTrainedModel, dtype: torch.dtype, seed: int) -> None:
 
 
 def _backend(
-    options: Options,
+    options: RunOptions,
     model: PreTrainedModel,
     reference: PreTrainedModel | None,
     world: World,

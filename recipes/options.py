@@ -55,7 +55,7 @@ class PlacementOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class RunOptions:
     """Train a language model by GRPO, or one of its relatives, on a task with verifiable rewards.
 
     Rollouts come from the Slipstream engine, which takes the new weights in place each step.
@@ -102,10 +102,10 @@ class Options:
 
 
 GROUPS = ("rollout", "optimizer", "placement", "objective")
-"""Fields of `Options` that are groups of options."""
+"""Fields of `RunOptions` that are groups of options."""
 
 
-def flatten(options: Options) -> dict[str, Any]:
+def flatten(options: RunOptions) -> dict[str, Any]:
     """Every option by its name, groups dissolved; names are unique over the groups."""
     flat = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
     for group in GROUPS:

@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(kw_only=True)
-class Progress:
+class RunProgress:
     """Changes as the run goes on.
 
     step: optimizer steps taken; also the weight version the engine serves.
@@ -46,5 +46,5 @@ class Progress:
         return sum(self.seconds.values())
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; `Progress(**d)` is the inverse."""
+        """For JSON; `RunProgress(**d)` is the inverse."""
         return dataclasses.asdict(self)

@@ -13,7 +13,7 @@ from recipes.types import Message, Problem
 from rollout.offline import normalised_messages
 
 
-class Tokenizer(Protocol):
+class PromptTokenizer(Protocol):
     """What prompts need of a tokenizer; `rollout.offline.load_tokenizer` returns one."""
 
     chat_template: str | None
@@ -40,7 +40,7 @@ class Prompts:
     """
 
     def __init__(
-        self, environment: Environment, tokenizer: Tokenizer, eos_ids: Sequence[int]
+        self, environment: Environment, tokenizer: PromptTokenizer, eos_ids: Sequence[int]
     ) -> None:
         self.environment = environment
         self.tokenizer = tokenizer

@@ -23,8 +23,8 @@ from recipes.grading import Grading
 from recipes.launch import launch_actor
 from recipes.ledger import Ledger
 from recipes.model import engine_dtype, load_trainer
-from recipes.options import Options, flatten
-from recipes.progress import Progress
+from recipes.options import RunOptions, flatten
+from recipes.progress import RunProgress
 from recipes.prompts import Prompts
 from recipes.report import Collected, push_figures, rollout_figures, time_figures
 from recipes.run_folder import RunFolder, default_path
@@ -51,7 +51,7 @@ class Run:
     """Everything the loop works with; see `open_run`. Used as a context manager around the loop,
     it shows the display, and frees the engine and leaves the other processes at the end."""
 
-    options: Options
+    options: RunOptions
     algorithm: Algorithm
     environment: Environment
     sampling: SamplingParams
@@ -66,7 +66,7 @@ class Run:
     ledger: Ledger
     display: Display
     tracker: Tracker
-    progress: Progress
+    progress: RunProgress
     surplus: list[Group] = field(default_factory=list)
     """Groups with spread that were sampled beyond what a step trains on, oldest first."""
     _recent: list[dict[str, float]] = field(default_factory=list)
@@ -124,7 +124,7 @@ class Run:
         checkpoint = latest_checkpoint(self.folder.checkpoints)
         if checkpoint is not None:
             progress, self.surplus = load_checkpoint(checkpoint, self.trainer.load)
-            self.progress = Progress(**progress)
+            self.progress = RunProgress(**progress)
             version = self.progress.step
             self.actor.push(self.trainer.weights, version, measure_memcpy=False)
             self.display.note(f"continuing after step {version}")
@@ -270,7 +270,7 @@ class Run:
         return seconds
 
 
-def open_run(options: Options, ledger: Ledger) -> Run:
+def open_run(options: RunOptions, ledger: Ledger) -> Run:
     """Load everything the options name, with the other processes of the run if there are any.
 
     The task is checked against tokenizer and context before any weight is read."""
@@ -300,7 +300,7 @@ def open_run(options: Options, ledger: Ledger) -> Run:
     return run
 
 
-def _read_task(options: Options, tokenizer: Tokenizer) -> CheckedTask:
+def _read_task(options: RunOptions, tokenizer: Tokenizer) -> CheckedTask:
     environment = select_environment(options.task)
     checkpoint = read_checkpoint(options.model, options.load_format, options.seed)
     return check_task(
@@ -312,12 +312,12 @@ def _read_task(options: Options, tokenizer: Tokenizer) -> CheckedTask:
     )
 
 
-def _max_new_tokens(options: Options, environment: Environment) -> int:
+def _max_new_tokens(options: RunOptions, environment: Environment) -> int:
     return options.rollout.max_new_tokens or environment.max_new_tokens
 
 
 def assemble(
-    options: Options,
+    options: RunOptions,
     ledger: Ledger,
     *,
     environment: Environment,
@@ -353,11 +353,11 @@ def assemble(
         ledger=ledger,
         display=display,
         tracker=Tracker(options.wandb if world.is_main else "off", folder.path, flatten(options)),
-        progress=Progress(),
+        progress=RunProgress(),
     )
 
 
-def open_folder(options: Options, world: World | None = None) -> RunFolder:
+def open_folder(options: RunOptions, world: World | None = None) -> RunFolder:
     """The run folder: the one to resume, the one asked for, or a new one; collective.
 
     Raises InvalidRequest if `out` already holds a run, or another process has the folder.

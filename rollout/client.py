@@ -11,7 +11,7 @@ import msgspec
 
 from engine.errors import EngineDead, InvalidRequest, SlipstreamError, of_body
 from engine.protocol import (
-    Control,
+    Command,
     GenerateRequest,
     GenerateResponse,
     GetState,
@@ -87,7 +87,7 @@ class Client:
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
 
-    def send(self, command: Control) -> Reply:
+    def send(self, command: Command) -> Reply:
         """Run a control command of the protocol."""
         body = msgspec.json.encode(command)
         data = self._post("/command", body, self._admin_key, self._control_s)

@@ -24,8 +24,8 @@ from engine.protocol import (
     AbortUpdate,
     BeginUpdate,
     CheckWeights,
+    Command,
     CommitUpdate,
-    Control,
     PrepareUpdate,
     ReplicaState,
     Reply,
@@ -55,7 +55,7 @@ class Member:
     name: str
     state: ReplicaState
 
-    def send(self, command: Control) -> Reply:
+    def send(self, command: Command) -> Reply:
         """Run one control command; the error of a refusal names the engine."""
         try:
             return self.target.send(command)

@@ -9,7 +9,7 @@ import urllib.request
 import msgspec
 
 from engine.errors import EngineDead, InvalidRequest, SlipstreamError, of_body
-from engine.protocol import Control, Reply
+from engine.protocol import Command, Reply
 from engine.protocol.deadlines import deadlines
 from engine.protocol.urls import url_fault
 
@@ -29,7 +29,7 @@ class HttpTarget:
         self._api_key = api_key
         self._timeout_s = timeout_s
 
-    def send(self, command: Control) -> Reply:
+    def send(self, command: Command) -> Reply:
         """Run one control command. Raises the typed error of a refusal, and EngineDead when no
         answer comes: whether the command took effect is then unknown."""
         headers = {"Content-Type": "application/json"}

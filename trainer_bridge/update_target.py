@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from engine.errors import SlipstreamError
-from engine.protocol import BeginUpdate, Control, GetState, ReplicaState, Reply, UpdateReport
+from engine.protocol import BeginUpdate, Command, GetState, ReplicaState, Reply, UpdateReport
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 class UpdateTarget(Protocol):
     """An engine that takes weight updates: a `rollout.replica`, or an `HttpTarget`."""
 
-    def send(self, command: Control) -> Reply:
+    def send(self, command: Command) -> Reply:
         """Run one control command; raises the typed error of a refusal."""
         ...
 
@@ -44,7 +44,7 @@ def state_of(target: UpdateTarget) -> ReplicaState:
     return state
 
 
-def try_send(target: UpdateTarget, command: Control) -> None:
+def try_send(target: UpdateTarget, command: Command) -> None:
     """Send on the way out of a failure: a second error is logged, the first one is raised."""
     try:
         target.send(command)

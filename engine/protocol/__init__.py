@@ -3,7 +3,7 @@
 Three layers speak them, in the order a request meets them:
 
 1. `native`: `GenerateRequest` -> `GenerateResponse`, SGLang's native `/generate`;
-2. `requests`, `updates`, `control`, client -> replica: `Command` (one ordered stream, each control
+2. `requests`, `updates`, `commands`, client -> replica: `LeaderMessage` (one ordered stream, each
    command in a `Call`) -> `RequestOutput` and `Reply`;
 3. `steps`, leader -> ranks: `StepPlan` -> `StepResult`, and the engine's commands unchanged.
 
@@ -23,16 +23,16 @@ from engine.protocol.codec import (
     decode,
     encode,
 )
-from engine.protocol.control import (
+from engine.protocol.commands import (
     Call,
     CancelTransfers,
     CheckWeights,
     Command,
-    Control,
     EngineCommand,
     ErrorInfo,
     GetState,
     GetWeight,
+    LeaderMessage,
     MemoryReport,
     ProfileCommand,
     ReleaseMemory,
@@ -118,9 +118,9 @@ __all__ = [
     "Call",
     "CheckAction",
     "CheckWeights",
-    "Command",
+    "LeaderMessage",
     "CommitUpdate",
-    "Control",
+    "Command",
     "DELTA_FILE",
     "EngineCommand",
     "EngineFacts",

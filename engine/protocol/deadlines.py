@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.protocol.control import CheckWeights, Control, EngineCommand, GetState, StopProfile
+from engine.protocol.commands import CheckWeights, Command, EngineCommand, GetState, StopProfile
 from engine.protocol.updates import (
     AbortUpdate,
     BeginUpdate,
@@ -81,7 +81,7 @@ class Deadlines:
         return (self.operation, self.rank, self.monitor, self.leader, self.caller, self.http)
 
 
-def deadlines(command: Control, *, collective_s: float = COLLECTIVE_S) -> Deadlines:
+def deadlines(command: Command, *, collective_s: float = COLLECTIVE_S) -> Deadlines:
     """The deadlines of one command. collective_s: of the replica's configuration."""
     operation = operation_s(command)
     rank = max(operation + AGREE_S, collective_s) + _MARGIN_S
@@ -97,7 +97,7 @@ def deadlines(command: Control, *, collective_s: float = COLLECTIVE_S) -> Deadli
     )
 
 
-def operation_s(command: Control) -> float:
+def operation_s(command: Command) -> float:
     """How long what a command does may take on a rank; a caller's own deadline, capped."""
     match command:
         case JoinGroup() | ReceiveBroadcast():

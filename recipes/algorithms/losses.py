@@ -54,7 +54,7 @@ class LossOutput:
     kl: torch.Tensor | None
 
 
-def clip_loss(
+def _clip_loss(
     log_ratio_K: torch.Tensor, advantages_K: torch.Tensor, clip_low: float, clip_high: float
 ) -> torch.Tensor:
     """-min(r A, clip(r, 1 - low, 1 + high) A), the PPO surrogate (arXiv 1707.06347).
@@ -66,7 +66,7 @@ def clip_loss(
     return -torch.minimum(ratio_K * advantages_K, clipped_K * advantages_K)
 
 
-def sequence_log_ratio(
+def _sequence_log_ratio(
     log_ratio_K: torch.Tensor, sequence_K: torch.Tensor, num_sequences: int
 ) -> torch.Tensor:
     """GSPO's ratio (arXiv 2507.18071): the geometric mean over the sequence, on every token.
@@ -79,7 +79,7 @@ def sequence_log_ratio(
     return mean_K + log_ratio_K - log_ratio_K.detach()
 
 
-def cispo_loss(
+def _cispo_loss(
     logprobs_K: torch.Tensor,
     log_ratio_K: torch.Tensor,
     advantages_K: torch.Tensor,
@@ -99,11 +99,11 @@ def policy_loss(inputs: LossInputs, algorithm: Algorithm) -> LossOutput:
     low, high = algorithm.clip_low, algorithm.clip_high
     log_ratio_K = inputs.logprobs - inputs.old.detach()
     if algorithm.policy_loss == "sequence_clip":
-        log_ratio_K = sequence_log_ratio(log_ratio_K, inputs.sequence, inputs.num_sequences)
+        log_ratio_K = _sequence_log_ratio(log_ratio_K, inputs.sequence, inputs.num_sequences)
     if algorithm.policy_loss == "cispo":
-        token_loss_K = cispo_loss(inputs.logprobs, log_ratio_K, inputs.advantages, low, high)
+        token_loss_K = _cispo_loss(inputs.logprobs, log_ratio_K, inputs.advantages, low, high)
     else:
-        token_loss_K = clip_loss(log_ratio_K, inputs.advantages, low, high)
+        token_loss_K = _clip_loss(log_ratio_K, inputs.advantages, low, high)
     importance_K = importance_weights(
         inputs.old,
         inputs.rollout,

@@ -33,7 +33,7 @@ _REASONS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class GraderLimits:
     """Of one reply: limit_s of processor time, wall_s of the clock; memory_bytes of the process."""
 
     limit_s: float
@@ -41,7 +41,7 @@ class Limits:
     memory_bytes: int
 
 
-def main(name: str, sample: list[str], limits: Limits) -> None:
+def main(name: str, sample: list[str], limits: GraderLimits) -> None:
     """Say that the grader is there, or why not; then grade until the input ends."""
     source, sink = os.dup(0), os.dup(1)
     nothing = os.open(os.devnull, os.O_RDWR)
@@ -76,7 +76,7 @@ def load(name: str) -> Callable[..., float]:
 
 
 def _serve(
-    grader: Callable[..., float], limits: Limits, source: int, sink: int, current: mmap.mmap
+    grader: Callable[..., float], limits: GraderLimits, source: int, sink: int, current: mmap.mmap
 ) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (limits.memory_bytes, limits.memory_bytes))
@@ -103,7 +103,7 @@ def _grade(grader: Callable[..., float], arguments: list[str]) -> dict[str, Any]
     return {"reward": reward}
 
 
-def _reason(exit_code: int, limits: Limits) -> str:
+def _reason(exit_code: int, limits: GraderLimits) -> str:
     if exit_code > 0:
         return f"ended its process with exit code {exit_code}"
     try:
@@ -145,4 +145,4 @@ def _read(source: int, size: int) -> bytes | None:
 
 if __name__ == "__main__":
     settings = json.loads(sys.argv[1])
-    main(settings["grader"], settings["sample"], Limits(**settings["limits"]))
+    main(settings["grader"], settings["sample"], GraderLimits(**settings["limits"]))

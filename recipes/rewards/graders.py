@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import InvalidRequest
-from recipes.rewards.grader_main import Limits, read_frame, write_frame
+from recipes.rewards.grader_main import GraderLimits, read_frame, write_frame
 
-LIMITS = Limits(limit_s=1.0, wall_s=30.0, memory_bytes=4 << 30)
+LIMITS = GraderLimits(limit_s=1.0, wall_s=30.0, memory_bytes=4 << 30)
 START_S = 300.0
 """Time for a grader to be imported."""
 MARGIN_S = 30.0
@@ -57,7 +57,7 @@ class GraderPool:
     """
 
     def __init__(
-        self, spec: GraderSpec, *, num_processes: int | None = None, limits: Limits = LIMITS
+        self, spec: GraderSpec, *, num_processes: int | None = None, limits: GraderLimits = LIMITS
     ) -> None:
         self._spec = spec
         self._limits = limits
@@ -113,7 +113,7 @@ def _run(
 class _Worker:
     """One process, with at most one job. job: its arguments; deadline: when it is given up."""
 
-    def __init__(self, spec: GraderSpec, limits: Limits) -> None:
+    def __init__(self, spec: GraderSpec, limits: GraderLimits) -> None:
         self._spec = spec
         self._limits = limits
         self._process: subprocess.Popen[bytes] | None = None
@@ -197,7 +197,7 @@ class _Worker:
             write_frame(process.stdin.fileno(), {"id": self._number, "arguments": self.job})
 
 
-def _start(spec: GraderSpec, limits: Limits) -> subprocess.Popen[bytes]:
+def _start(spec: GraderSpec, limits: GraderLimits) -> subprocess.Popen[bytes]:
     settings: dict[str, Any] = {
         "grader": spec.function,
         "sample": spec.sample,

@@ -22,7 +22,7 @@ class _Entry(msgspec.Struct):
 
 
 @dataclass(frozen=True)
-class Placed:
+class TensorSpan:
     """Bytes of one tensor: where they start in the file, and how many there are."""
 
     start: int
@@ -33,7 +33,7 @@ class Placed:
 class Header:
     """Where the tensors lie, and the free text beside them."""
 
-    tensors: dict[str, Placed]
+    tensors: dict[str, TensorSpan]
     metadata: dict[str, str]
 
 
@@ -56,10 +56,10 @@ def read_header(path: Path) -> Header:
             f"{path} is no safetensors file, or is cut off: {error}", field=path.name
         ) from error
     start = _LENGTH_BYTES + length
-    tensors: dict[str, Placed] = {}
+    tensors: dict[str, TensorSpan] = {}
     for name, entry in entries.items():
         begin, end = entry.data_offsets
         if not 0 <= begin <= end <= size - start:
             raise CheckpointError(f"{path} is cut off before the end of {name}", field=path.name)
-        tensors[name] = Placed(start + begin, end - begin)
+        tensors[name] = TensorSpan(start + begin, end - begin)
     return Header(tensors, texts)

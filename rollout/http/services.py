@@ -12,7 +12,7 @@ from rollout.http.edge.access import Access
 from rollout.http.engine.client import AsyncEngine
 from rollout.http.native.generator import Generator
 from rollout.http.native.sample import Sample
-from rollout.http.updates.lifecycle import Controller
+from rollout.http.updates.lifecycle import Lifecycle
 from rollout.http.updates.version_labels import VersionLabels
 from rollout.metrics import Metrics
 from rollout.requests.seeds import base_seed
@@ -39,7 +39,7 @@ class Services:
     access: Access
     engine: AsyncEngine
     generator: Generator
-    control: Controller
+    lifecycle: Lifecycle
     labels: VersionLabels
     metrics: Metrics
     tokenizer: Tokenizer | None
@@ -51,16 +51,16 @@ def make_services(
 ) -> Services:
     """The parts of a server in front of `engine`."""
     metrics, labels, access = Metrics(config.model_name), VersionLabels(), Access(config)
-    control = Controller(engine, labels, metrics, keeps_weights=config.engine.memory.cpu_backup)
+    lifecycle = Lifecycle(engine, labels, metrics, keeps_weights=config.engine.memory.cpu_backup)
     engine.guard(access.check)
-    engine.on_restart(lambda: control.reset(weights_lost=bool(engine.no_version)))
+    engine.on_restart(lambda: lifecycle.reset(weights_lost=bool(engine.no_version)))
     seed = base_seed(config.engine.seed, config.replica_id)
     return Services(
         config=config,
         access=access,
         engine=engine,
         generator=Generator(engine, tokenizer, metrics, seed=seed),
-        control=control,
+        lifecycle=lifecycle,
         labels=labels,
         metrics=metrics,
         tokenizer=tokenizer,

@@ -8,7 +8,7 @@ from typing import Any, Protocol, Self
 
 from engine.protocol import (
     BeginUpdate,
-    Control,
+    Command,
     ReplicaState,
     Reply,
     Request,
@@ -29,7 +29,7 @@ class Replica(Protocol):
         """Advance, and return the outputs there are; may be empty."""
         ...
 
-    def send(self, command: Control) -> Reply:
+    def send(self, command: Command) -> Reply:
         """Run a control command. Raises the typed error of a command that failed, and
         EngineDead if the engine is gone or misses its deadline."""
         ...

@@ -6,13 +6,13 @@ import logging
 from collections.abc import Callable
 
 from engine.errors import SlipstreamError, by_name, of_command
-from engine.protocol import Control, EngineCommand, ErrorInfo, JoinGroup, ReceiveBroadcast, Reply
+from engine.protocol import Command, EngineCommand, ErrorInfo, JoinGroup, ReceiveBroadcast, Reply
 from engine.protocol.deadlines import deadlines
 
 logger = logging.getLogger(__name__)
 
 
-def command_name(command: Control) -> str:
+def command_name(command: Command) -> str:
     """The tag of a command, as errors name it."""
     return str(command.__struct_config__.tag)
 
@@ -22,7 +22,7 @@ def error_info(error: SlipstreamError) -> ErrorInfo:
     return ErrorInfo(kind=type(error).__name__, message=error.message, field=error.field)
 
 
-def reply_of(command: Control, run: Callable[[], Reply]) -> Reply:
+def reply_of(command: Command, run: Callable[[], Reply]) -> Reply:
     """What `run` answers to the command, or the error that it raised: what a rank says."""
     try:
         return run()
@@ -42,7 +42,7 @@ def unless_refused(reply: Reply) -> Reply:
     return reply
 
 
-def reply_deadline_s(command: Control, *, reply_s: float, slow_s: float) -> float:
+def reply_deadline_s(command: Command, *, reply_s: float, slow_s: float) -> float:
     """How long the leader may take to answer: `slow_s` for what touches weights or memory, else
     `reply_s`; and for what brings its own deadline what the table of deadlines says, so that its
     typed error comes first."""

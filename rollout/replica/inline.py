@@ -8,7 +8,7 @@ from typing import Any, Self
 from engine.config import EngineConfig
 from engine.protocol import (
     BeginUpdate,
-    Control,
+    Command,
     GetState,
     ReplicaState,
     Reply,
@@ -36,7 +36,7 @@ class InlineReplica:
         """Run one step of the engine."""
         return self._leader.step()
 
-    def send(self, command: Control) -> Reply:
+    def send(self, command: Command) -> Reply:
         """Run a control command now; raises its typed error."""
         check_ranges(command)
         return self._leader.handle(command)

@@ -26,8 +26,8 @@ from engine.protocol import (
     Abort,
     AbortUpdate,
     BeginUpdate,
+    Command,
     CommitUpdate,
-    Control,
     EngineCommand,
     FlushCache,
     GetState,
@@ -124,7 +124,7 @@ class Leader:
                 logger.exception("request %s", request.rid)
                 self._outputs.append(refused(request, of_command("request", error)))
 
-    def handle(self, command: Control) -> Reply:
+    def handle(self, command: Command) -> Reply:
         """Run one control command to its end; raises the typed error of one that failed.
 
         Whatever goes wrong in it is typed: see `engine.errors.of_command`.
@@ -137,7 +137,7 @@ class Leader:
             self.poll()
         return ticket.result()
 
-    def start(self, command: Control) -> Ticket:
+    def start(self, command: Command) -> Ticket:
         """Take in one control command. Most have ended when this returns; those that wait for
         others, and weight commands behind such, end in a later `poll` or `step`."""
         ticket = Ticket(command)
@@ -155,7 +155,7 @@ class Leader:
         """Whether a command is in progress beside steps, so that `poll` is worth a look."""
         return self._weights.busy
 
-    def _handle(self, command: Control) -> Reply:
+    def _handle(self, command: Command) -> Reply:
         if not isinstance(command, _BESIDE_STEPS):
             self._drain()
         match command:

@@ -20,7 +20,7 @@ from msgspec.structs import replace
 
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest, SlipstreamError
-from engine.protocol import Command, Reply, Request, RequestOutput, Shutdown
+from engine.protocol import LeaderMessage, Reply, Request, RequestOutput, Shutdown
 from engine.protocol.deadlines import watch_s
 from rollout.ranks.ranked_executor import RankedExecutor, build_executor
 from rollout.ranks.watched_executor import WatchedExecutor
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     """Build the engine, say so, and serve until told to stop or orphaned."""
     endpoint, config_path, factory, parent = argv
     log_to_stderr("leader")
-    channel = Channel.connect(endpoint, Command)
+    channel = Channel.connect(endpoint, LeaderMessage)
     folder = Path(config_path).parent
     pulse = Pulse(pulse_path(folder))
     try:

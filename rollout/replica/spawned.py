@@ -22,7 +22,7 @@ from engine.errors import EngineDead, InvalidRequest, SlipstreamError, Unsupport
 from engine.protocol import (
     BeginUpdate,
     Call,
-    Control,
+    Command,
     GetState,
     ReplicaState,
     Reply,
@@ -118,7 +118,7 @@ class ProcessReplica:
         self._open.difference_update(o.rid for o in outputs if o.finish is not None)
         return outputs
 
-    def send(self, command: Control) -> Reply:
+    def send(self, command: Command) -> Reply:
         """Run a control command and wait for its answer. Raises its typed error."""
         check_ranges(command)
         self._last_id += 1

@@ -17,8 +17,8 @@ from engine.protocol import (
     BeginUpdate,
     BesideSteps,
     CheckWeights,
+    Command,
     CommitUpdate,
-    Control,
     GetWeight,
     GroupCommand,
     JoinGroup,
@@ -81,7 +81,7 @@ class WeightCommands:
             ends=readiness.is_open_for,
         )
 
-    def _between_steps(self, command: Control) -> Reply:
+    def _between_steps(self, command: Command) -> Reply:
         """Run a weight command that is not beside steps."""
         self._drain()
         self._check(command)
@@ -100,7 +100,7 @@ class WeightCommands:
         assert isinstance(command, WeightCommand), command
         return self._update(command)
 
-    def _check(self, command: Control) -> None:
+    def _check(self, command: Command) -> None:
         """Raise if a weight command may not come now."""
         if isinstance(command, SetVersion | BeginUpdate) and command.version > MAX_VERSION:
             raise InvalidRequest(f"version {command.version} is above 2**53", field="version")

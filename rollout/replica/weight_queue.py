@@ -17,7 +17,7 @@ from engine.errors import SlipstreamError, of_command
 from engine.protocol import (
     AbortUpdate,
     BesideSteps,
-    Control,
+    Command,
     GroupCommand,
     ReceiveBroadcast,
     Reply,
@@ -55,7 +55,7 @@ class BesideExecutor(Protocol):
 class Ticket:
     """A command given to the leader: its reply or its typed error, once there is one."""
 
-    def __init__(self, command: Control) -> None:
+    def __init__(self, command: Command) -> None:
         self.command = command
         self._reply: Reply | None = None
         self._error: SlipstreamError | None = None
@@ -101,8 +101,8 @@ class WeightQueue:
         self,
         executor: BesideExecutor,
         *,
-        check: Callable[[Control], None],
-        run: Callable[[Control], Reply],
+        check: Callable[[Command], None],
+        run: Callable[[Command], Reply],
         ended: Callable[[BesideSteps, PendingReply], Reply],
         ends: Callable[[AbortUpdate], bool],
     ) -> None:
@@ -178,7 +178,7 @@ class WeightQueue:
         if not self._beside or self._beside[-1][0] is not ticket:
             ticket.settle(started.result)
 
-    def _may_start(self, command: Control) -> bool:
+    def _may_start(self, command: Command) -> bool:
         if isinstance(command, TransferCommand):
             return not self._forms(command)
         return not self._transfers()

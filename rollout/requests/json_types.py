@@ -38,7 +38,7 @@ def decode_json(
     try:
         return msgspec.json.decode(without_nulls(data, kind), type=kind, strict=strict)
     except msgspec.ValidationError as error:
-        raise misfit(error) from error
+        raise _misfit(error) from error
     except RecursionError as error:
         raise InvalidRequest(
             f"{what} has lists or objects nested too deeply; the most is {MAX_DEPTH}", field=field
@@ -53,13 +53,13 @@ def convert(value: Any, kind: Any, *, strict: bool = True, field: str = "") -> A
     try:
         return msgspec.convert(value, kind, strict=strict)
     except msgspec.ValidationError as error:
-        found = misfit(error)
+        found = _misfit(error)
         raise InvalidRequest(found.message, field=field or found.field) from error
     except (RecursionError, ValueError, OverflowError) as error:
         raise InvalidRequest(f"{field or 'a value'} does not fit: {error}", field=field) from error
 
 
-def misfit(error: msgspec.ValidationError) -> InvalidRequest:
+def _misfit(error: msgspec.ValidationError) -> InvalidRequest:
     """What msgspec says of a value that is not of its field's type, or is not there, with the
     field's path."""
     message = str(error)

@@ -21,7 +21,7 @@ from recipes.grpo import train
 from recipes.launch import launch_actor
 from recipes.ledger import Ledger
 from recipes.model import load_trainer
-from recipes.options import Options, RolloutOptions
+from recipes.options import RolloutOptions, RunOptions
 from recipes.run import assemble
 from recipes.trainers.optimizer_options import OptimizerOptions
 from rollout.offline import load_tokenizer
@@ -52,7 +52,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def learn(model: str, out: Path, *, lr: float, steps: int) -> dict[str, Any]:
-    options = Options(
+    options = RunOptions(
         model=model,
         out=str(out),
         steps=steps,

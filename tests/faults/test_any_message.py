@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.errors import SlipstreamError
-from engine.protocol import Control, GetState, Request, SamplingParams, Shutdown
+from engine.protocol import Command, GetState, Request, SamplingParams, Shutdown
 from rollout.replica.inline import InlineReplica
 from tests.helpers.fake_executor import expected_tokens
 from tests.helpers.hostile_json import objects
@@ -40,7 +40,7 @@ VALUES: list[Any] = [
 STEPS = 2_000
 REQUEST_FIELDS = [("", name) for name in Request.__struct_fields__]
 REQUEST_FIELDS += [("sampling", name) for name in SamplingParams.__struct_fields__]
-COMMANDS = [kind for kind in get_args(Control) if kind is not Shutdown]
+COMMANDS = [kind for kind in get_args(Command) if kind is not Shutdown]
 COMMAND_FIELDS = [(kind, name) for kind in COMMANDS for name in kind.__struct_fields__]
 seeded = settings(
     max_examples=200,

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from engine.protocol import CommitUpdate, Control, PrepareUpdate, Reply, TensorSpec
+from engine.protocol import Command, CommitUpdate, PrepareUpdate, Reply, TensorSpec
 from tests.helpers.tiny_models import tiny_hf
 from trainer_bridge.adapters.plain import PlainSource
 from trainer_bridge.bridge import Publisher, PushOptions
@@ -30,7 +30,7 @@ class Doomed:
         self._target = HttpTarget(url)
         self._stage = stage
 
-    def send(self, command: Control) -> Reply:
+    def send(self, command: Command) -> Reply:
         """See `UpdateTarget`."""
         if self._stage == "prepare" and isinstance(command, CommitUpdate):
             self._target.send(PrepareUpdate(version=command.version, owner=command.owner))

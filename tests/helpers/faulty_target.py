@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from engine.errors import SlipstreamError
-from engine.protocol import Control, Reply
+from engine.protocol import Command, Reply
 
 Fault = Callable[[], SlipstreamError]
 
@@ -38,7 +38,7 @@ class FaultyTarget:
         """No command fails any more."""
         self._faults.clear()
 
-    def send(self, command: Control) -> Reply:
+    def send(self, command: Command) -> Reply:
         """See `UpdateTarget`."""
         kind = type(command).__name__
         self.seen.append(kind)

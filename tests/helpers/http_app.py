@@ -17,8 +17,8 @@ from engine.errors import EngineDead, SlipstreamError
 from engine.protocol import (
     Call,
     Command,
-    Control,
     GetState,
+    LeaderMessage,
     Reply,
     Request,
     Shutdown,
@@ -60,7 +60,7 @@ class InlineLink:
     ) -> None:
         self.announces = announces
         self.leader = Leader(config, executor(config))
-        self.commands: list[Control] = []
+        self.commands: list[Command] = []
         self.requests: list[Request] = []
         self.answers: dict[type, Answer] = {}
         self.silent = False
@@ -88,7 +88,7 @@ class InlineLink:
             elif not isinstance(message.command, GetState):
                 self.commands.append(message.command)
         # As over a channel: a message that its bytes do not hold shows here.
-        self._inbox += [decode(encode(message), Command) for message in messages]
+        self._inbox += [decode(encode(message), LeaderMessage) for message in messages]
         self._schedule()
 
     def kill(self, why: str) -> EngineDead:
@@ -139,7 +139,7 @@ class InlineLink:
         if self.leader.can_step():
             self._schedule()
 
-    def _answer(self, command: Control) -> Reply:
+    def _answer(self, command: Command) -> Reply:
         assert not isinstance(command, Shutdown)
         try:
             answer = self.answers.get(type(command))
@@ -163,7 +163,7 @@ class Server:
         self.link = InlineLink(config or fake_config(), announces=True)
         return self.link
 
-    def commands(self) -> list[Control]:
+    def commands(self) -> list[Command]:
         """Commands the engine got since the last call, `GetState` aside."""
         found, self.link.commands = self.link.commands, []
         return found

@@ -18,8 +18,8 @@ from engine.protocol import (
     Abort,
     AbortUpdate,
     BeginUpdate,
+    Command,
     CommitUpdate,
-    Control,
     JoinGroup,
     LoadFromDisk,
     ReceiveBroadcast,
@@ -171,7 +171,7 @@ async def take_back(server: Server) -> None:
     assert left == (False, "", [], None), left
 
 
-async def command(server: Server, message: Control) -> None:
+async def command(server: Server, message: Command) -> None:
     """Give the engine a command by HTTP."""
     reply = await answered(server, "POST", "/command", json=msgspec.to_builtins(message))
     assert reply.status_code == 200, reply.text

@@ -12,7 +12,7 @@ import pytest
 from engine.errors import InvalidRequest, ModelNotFound
 from recipes import checks
 from recipes.command_line import flatten, parse
-from recipes.options import DEFAULT_MODEL, Options
+from recipes.options import DEFAULT_MODEL, RunOptions
 
 FLAGS = """
 algorithm beta1 beta2 checkpoint_every clip_high clip_low config device dither dtype
@@ -34,7 +34,7 @@ def model(tmp_path: Path) -> str:
 
 def test_the_flags_are_these() -> None:
     """A new option is a decision: write it here too."""
-    assert sorted(flatten(Options())) == FLAGS.split()
+    assert sorted(flatten(RunOptions())) == FLAGS.split()
 
 
 def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:

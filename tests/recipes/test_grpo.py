@@ -18,7 +18,7 @@ from recipes.algorithms.presets import AlgorithmOptions
 from recipes.environments.base import Environment
 from recipes.grpo import main, train
 from recipes.ledger import Ledger
-from recipes.options import Options, RolloutOptions
+from recipes.options import RolloutOptions, RunOptions
 from recipes.report import PHASES
 from recipes.rewards.graders import GraderSpec
 from recipes.run import Run, assemble
@@ -35,8 +35,8 @@ class LeadingDigit(CharAddition):
         return float(reply[:1].isdigit())
 
 
-def make_options(tmp_path: Path, **changes: Any) -> Options:
-    options = Options(
+def make_options(tmp_path: Path, **changes: Any) -> RunOptions:
+    options = RunOptions(
         out=str(tmp_path / "run"),
         steps=4,
         eval_every=2,
@@ -48,7 +48,9 @@ def make_options(tmp_path: Path, **changes: Any) -> Options:
     return dataclasses.replace(options, **changes)
 
 
-def make_run(options: Options, noise: float = 0.0, environment: Environment | None = None) -> Run:
+def make_run(
+    options: RunOptions, noise: float = 0.0, environment: Environment | None = None
+) -> Run:
     model = char_model(16, 1)
     return assemble(
         options,
@@ -67,7 +69,7 @@ def make_run(options: Options, noise: float = 0.0, environment: Environment | No
     )
 
 
-def go(options: Options, noise: float = 0.0) -> tuple[Run, dict[str, Any]]:
+def go(options: RunOptions, noise: float = 0.0) -> tuple[Run, dict[str, Any]]:
     run = make_run(options, noise)
     with run.display:
         run.begin()

@@ -17,7 +17,7 @@ from engine.protocol import ReleaseMemory, ResumeMemory
 from recipes.actor import InlineActor
 from recipes.launch import engine_config, launch_actor
 from recipes.model import load_trainer
-from recipes.options import Options, PlacementOptions, RolloutOptions
+from recipes.options import PlacementOptions, RolloutOptions, RunOptions
 from recipes.world import World
 from rollout.offline import generate
 from tests.helpers.engines import request
@@ -31,8 +31,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def options(model: str, **placement: Any) -> Options:
-    return Options(
+def options(model: str, **placement: Any) -> RunOptions:
+    return RunOptions(
         model=model,
         device="cpu",
         dtype="float32",
@@ -42,7 +42,7 @@ def options(model: str, **placement: Any) -> Options:
 
 
 @contextmanager
-def launch_actor_of(asked: Options) -> Iterator[InlineActor]:
+def launch_actor_of(asked: RunOptions) -> Iterator[InlineActor]:
     actor = launch_actor(asked)
     assert isinstance(actor, InlineActor)
     try:
@@ -128,10 +128,10 @@ def test_a_step_runs_in_one_wave_where_that_is_reasonable(
     prompts: int, samples: int, wanted: int
 ) -> None:
     rollout = RolloutOptions(prompts_per_step=prompts, samples=samples)
-    assert engine_config(Options(rollout=rollout)).scheduler.max_running == wanted
+    assert engine_config(RunOptions(rollout=rollout)).scheduler.max_running == wanted
 
 
 def test_the_trainers_memory_is_planned_for() -> None:
     placement = PlacementOptions(trainer_memory_gb=1.5)
-    memory = engine_config(Options(placement=placement)).memory
+    memory = engine_config(RunOptions(placement=placement)).memory
     assert memory.trainer_training_bytes == 3 << 29

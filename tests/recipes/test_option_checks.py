@@ -9,7 +9,7 @@ import pytest
 from engine.errors import InvalidRequest
 from recipes.checks import ABOVE_ZERO, BELOW_ONE, LEAST, check_options
 from recipes.command_line import with_values
-from recipes.options import Options, flatten
+from recipes.options import RunOptions, flatten
 
 BAD: list[tuple[str, Any, str]] = [
     *((name, least - 1, f"at least {least}") for name, least in LEAST.items()),
@@ -23,12 +23,12 @@ BAD: list[tuple[str, Any, str]] = [
 
 @pytest.mark.parametrize("name,value,what", BAD)
 def test_a_number_out_of_its_range_is_refused_by_name(name: str, value: Any, what: str) -> None:
-    kind = type(flatten(Options())[name])
+    kind = type(flatten(RunOptions())[name])
     given = int(value) if kind is int else value
     with pytest.raises(InvalidRequest, match=f"^{name} must be {what}, not ") as caught:
-        check_options(with_values(Options(model=__file__), {name: given}))
+        check_options(with_values(RunOptions(model=__file__), {name: given}))
     assert caught.value.field == name
 
 
 def test_the_defaults_are_in_their_ranges() -> None:
-    check_options(Options(model=__file__))
+    check_options(RunOptions(model=__file__))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import InvalidRequest
-from recipes.options import Options
+from recipes.options import RunOptions
 from recipes.run import open_folder
 from recipes.run_folder import RunFolder, default_path
 from tests.helpers.trajectories import random_groups
@@ -43,10 +43,10 @@ def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
     first.close()
     assert second.claim()
     with pytest.raises(InvalidRequest, match="another run is writing") as caught:
-        open_folder(Options(resume=str(tmp_path)))
+        open_folder(RunOptions(resume=str(tmp_path)))
     assert caught.value.field == "out"
     second.close()
-    open_folder(Options(resume=str(tmp_path))).close()
+    open_folder(RunOptions(resume=str(tmp_path))).close()
 
 
 def test_a_run_that_ends_gives_its_folder_back(tmp_path: Path) -> None:

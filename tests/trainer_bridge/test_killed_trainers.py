@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from engine.errors import SlipstreamError
-from engine.protocol import Control, Reply
+from engine.protocol import Command, Reply
 from rollout.replica.command_replies import error_info
 from tests.helpers.doomed_trainers import trained
 from tests.helpers.engines import make_replica
@@ -44,7 +44,7 @@ class Engines(ThreadingHTTPServer):
         self.engines = [make_replica(model, num_pages=32) for _ in range(num)]
         self.locks = [threading.Lock() for _ in range(num)]
 
-    def run(self, place: int, command: Control) -> Reply:
+    def run(self, place: int, command: Command) -> Reply:
         with self.locks[place]:
             return self.engines[place].send(command)
 
@@ -56,7 +56,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         place = int(self.path.split("/")[1])
         try:
-            reply, status = self.server.run(place, msgspec.json.decode(body, type=Control)), 200
+            reply, status = self.server.run(place, msgspec.json.decode(body, type=Command)), 200
             data = msgspec.json.encode(reply)
         except SlipstreamError as error:
             info = error_info(error)

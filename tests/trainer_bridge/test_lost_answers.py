@@ -7,7 +7,7 @@ from collections.abc import Collection
 import pytest
 
 from engine.errors import EngineDead
-from engine.protocol import AbortUpdate, CommitUpdate, Control, LoadFromDisk, PrepareUpdate, Reply
+from engine.protocol import AbortUpdate, Command, CommitUpdate, LoadFromDisk, PrepareUpdate, Reply
 from rollout.replica.inline import InlineReplica
 from tests.helpers.engines import make_replica
 from tests.helpers.tiny_models import tiny_hf, write_tiny
@@ -22,7 +22,7 @@ class Lossy:
         self._replica = replica
         self.lost: Collection[type] = ()
 
-    def send(self, command: Control) -> Reply:
+    def send(self, command: Command) -> Reply:
         """See `UpdateTarget`."""
         if type(command) in self.lost:
             raise EngineDead(f"{type(command).__name__} is lost", field="url")

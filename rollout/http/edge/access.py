@@ -19,7 +19,7 @@ import msgspec
 from fastapi import Request
 
 from engine.errors import Forbidden, InvalidRequest
-from engine.protocol import Control, JoinGroup, LoadFromDisk, StartProfile
+from engine.protocol import Command, JoinGroup, LoadFromDisk, StartProfile
 from rollout.http.config import ServeConfig
 
 
@@ -34,7 +34,7 @@ class Access:
         root = config.profile_root or Path(tempfile.gettempdir(), "slipstream-profiles")
         self._profiles = Path(root).resolve()
 
-    def check(self, command: Control) -> None:
+    def check(self, command: Command) -> None:
         """Raise Forbidden for a command whose folder is closed; every command passes here on
         its way to the engine, whichever route it came by."""
         if isinstance(command, LoadFromDisk):

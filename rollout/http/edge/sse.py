@@ -45,7 +45,7 @@ class EventStream(Response):
         headers = self.raw_headers
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         with contextlib.suppress(ClientGone):
-            await until_gone(self._send_frames(send), receive)
+            await _until_gone(self._send_frames(send), receive)
 
     async def _send_frames(self, send: Send) -> None:
         async with contextlib.aclosing(self._source) as source:
@@ -62,7 +62,7 @@ def frame(value: Any) -> bytes:
     return b"data: " + msgspec.json.encode(value) + b"\n\n"
 
 
-async def until_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
+async def _until_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
     """Result of `work`, which is cancelled when the client leaves. Raises ClientGone then.
 
     receive: of the ASGI protocol, the body having been read.
@@ -120,7 +120,7 @@ class _Watch:
 async def answer(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
     """The reply of `work`, or an empty one that nobody reads if the client left before."""
     try:
-        return await until_gone(work, request.receive)
+        return await _until_gone(work, request.receive)
     except ClientGone:
         return Response(status_code=499)
 

@@ -12,8 +12,8 @@ from engine.errors import CommandTimeout, EngineDead, NoVersion, QueueFull
 from engine.protocol import (
     Abort,
     Call,
+    Command,
     CommitUpdate,
-    Control,
     GetState,
     ReplicaState,
     Reply,
@@ -69,7 +69,7 @@ class AsyncEngine:
         self._watch: asyncio.Task[None] | None = None
         self._on_death: list[Callable[[EngineDead], None]] = []
         self._on_restart: list[Callable[[], None]] = []
-        self._admit: Callable[[Control], None] | None = None
+        self._admit: Callable[[Command], None] | None = None
 
     async def start(self) -> None:
         """Begin to listen, and learn what the engine is."""
@@ -125,7 +125,7 @@ class AsyncEngine:
         self._end(EngineDead("the server is shutting down", field="server"))
         await asyncio.to_thread(self._link.close)
 
-    def guard(self, admit: Callable[[Control], None]) -> None:
+    def guard(self, admit: Callable[[Command], None]) -> None:
         """Have `admit` called with every command before it is sent; what it raises, the caller
         gets."""
         self._admit = admit
@@ -279,7 +279,7 @@ class AsyncEngine:
         """Wait until the engine has taken in what it was sent, or for so long."""
         await asyncio.wait(self.post([GetState()]), timeout=_PART_S)
 
-    async def send(self, command: Control) -> Reply:
+    async def send(self, command: Command) -> Reply:
         """Run a control command. Raises its typed error, InvalidRequest if it cannot be
         encoded, CommandTimeout, or EngineDead."""
         self._require_open()
@@ -289,7 +289,7 @@ class AsyncEngine:
             await asyncio.shield(self.post([GetState()])[0])
         return reply
 
-    def post(self, commands: Sequence[Control]) -> list[asyncio.Future[Reply]]:
+    def post(self, commands: Sequence[Command]) -> list[asyncio.Future[Reply]]:
         """Queue commands without waiting; a reply may be left unread. Raises like `send`, all
         of them or none being queued."""
         for command in commands:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from engine.protocol import CommitUpdate, Control, ReplicaState, Reply, SetVersion
+from engine.protocol import Command, CommitUpdate, ReplicaState, Reply, SetVersion
 
 
 class LastHeard:
@@ -40,7 +40,7 @@ class LastHeard:
         """Whether requests that see no step are only doing what they were told to."""
         return self.state is None or self.state.paused or bool(self.state.refusal)
 
-    def learn(self, command: Control, reply: Reply, *, starting: bool) -> None:
+    def learn(self, command: Command, reply: Reply, *, starting: bool) -> None:
         """Note what a reply says of the engine as a whole. starting: it is not ready yet."""
         if reply.error is None and isinstance(command, CommitUpdate | SetVersion):
             self.version = command.version

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import msgspec
 
 from engine.errors import EngineDead, InvalidRequest
-from engine.protocol import Abort, Control, RequestOutput
+from engine.protocol import Abort, Command, RequestOutput
 from rollout.requests.sample_ids import of_sample, shown
 
 
@@ -96,7 +96,7 @@ class Mailboxes:
             self._boxes.pop(rid, None)
             box.open.discard(rid)
 
-    def resolved(self, command: Control) -> Control:
+    def resolved(self, command: Command) -> Command:
         """`command`; an Abort of the request that replies show as `rid` names the id that it has.
 
         Some requests wait in the server and some in the engine, so only here is it known whether

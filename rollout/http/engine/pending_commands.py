@@ -10,7 +10,7 @@ import asyncio
 from dataclasses import dataclass
 
 from engine.errors import SlipstreamError
-from engine.protocol import Control, EngineCommand, Reply
+from engine.protocol import Command, EngineCommand, Reply
 
 
 @dataclass(kw_only=True)
@@ -21,7 +21,7 @@ class AwaitedReply:
     those was answered. limit_s: how long the reply may take from then on.
     """
 
-    command: Control
+    command: Command
     future: asyncio.Future[Reply]
     since: float
     limit_s: float
@@ -48,7 +48,7 @@ class AwaitedReplies:
         return len(self._entries)
 
     def add(
-        self, call_id: int, command: Control, now: float, limit_s: float
+        self, call_id: int, command: Command, now: float, limit_s: float
     ) -> asyncio.Future[Reply]:
         """A command was sent as `Call.id`; what becomes its reply."""
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
@@ -58,7 +58,7 @@ class AwaitedReplies:
         self._entries[call_id] = entry
         return future
 
-    def last_of(self, kind: type[Control]) -> asyncio.Future[Reply] | None:
+    def last_of(self, kind: type[Command]) -> asyncio.Future[Reply] | None:
         """What becomes the reply to the last command of a kind that is under way."""
         found = (e.future for e in reversed(self._entries.values()) if isinstance(e.command, kind))
         return next(found, None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 
 from engine.errors import InvalidRequest
-from engine.protocol import Control, JoinGroup, Shutdown
+from engine.protocol import Command, JoinGroup, Shutdown
 from rollout.http.edge.access import caller
 from rollout.http.edge.errors import json_response
 from rollout.http.openapi import takes
@@ -25,18 +25,18 @@ def router(services: Services) -> APIRouter:
     routes = APIRouter()
 
     async def command(request: Request) -> Response:
-        parsed = parse_command(await request.body())
+        parsed = _parse_command(await request.body())
         if isinstance(parsed, JoinGroup):
             parsed = await services.access.checked_join(parsed, caller(request))
-        return json_response(await callers.forward(services.control, parsed, request))
+        return json_response(await callers.forward(services.lifecycle, parsed, request))
 
-    routes.add_api_route("/command", command, methods=["POST"], openapi_extra=takes(Control))
+    routes.add_api_route("/command", command, methods=["POST"], openapi_extra=takes(Command))
     return routes
 
 
-def parse_command(body: bytes) -> Control:
+def _parse_command(body: bytes) -> Command:
     """The command a body holds. Raises InvalidRequest naming the field."""
-    command: Control = decode_json(body, Control, what="the command")
+    command: Command = decode_json(body, Command, what="the command")
     # What no bound of a type says: unsigned numbers end at 2**64.
     check_ranges(command)
     if isinstance(command, Shutdown):

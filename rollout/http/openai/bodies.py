@@ -128,7 +128,7 @@ def _prompt(prompt: msgspec.Raw, kind: Any) -> Any:
         raise InvalidRequest(f"prompt: {error.message}", field="prompt") from error
 
 
-def sampling_of(body: CompletionBody | ChatBody, max_tokens: int) -> SamplingParams:
+def _sampling_of(body: CompletionBody | ChatBody, max_tokens: int) -> SamplingParams:
     """The options under their native names; vLLM's `top_k` 0 stands for all tokens."""
     return SamplingParams(
         max_new_tokens=max_tokens,
@@ -170,7 +170,7 @@ def base_request(
             )
     wanted = [_all_if_negative(k, vocab_size) for k in (top_logprobs, scores) if k is not None]
     return GenerateRequest(
-        sampling_params=sampling_of(body, max_tokens),
+        sampling_params=_sampling_of(body, max_tokens),
         return_logprob=bool(wanted),
         top_logprobs_num=max(wanted, default=0),
         logprob_start_len=-1 if scores is None else 0,

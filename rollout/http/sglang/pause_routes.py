@@ -40,16 +40,16 @@ class _Generation:
     """The handlers."""
 
     def __init__(self, services: Services) -> None:
-        self._control = services.control
+        self._lifecycle = services.lifecycle
         self._engine = services.engine
 
     async def pause(self, request: Request) -> dict[str, Any]:
         body = await read_body(request, _Pause)
-        dropped = await self._control.pause(_MODES[body.mode])
+        dropped = await self._lifecycle.pause(_MODES[body.mode])
         return {"message": f"paused by mode {body.mode}{dropped}", "status": "ok"}
 
     async def resume(self, _: Request) -> dict[str, Any]:
-        waiting = await self._control.resume()
+        waiting = await self._lifecycle.resume()
         return {"message": f"generation goes on{waiting}", "status": "ok"}
 
     async def abort(self, request: Request) -> Response:
@@ -63,7 +63,7 @@ class _Generation:
     async def flush(self, request: Request) -> Response:
         timeout = read_query(request, _Flush).timeout or 0.0
         try:
-            await self._control.flush(timeout)
+            await self._lifecycle.flush(timeout)
         except EngineDead:
             raise
         except SlipstreamError as error:
@@ -72,11 +72,11 @@ class _Generation:
 
     async def release(self, request: Request) -> dict[str, Any]:
         tags = (await read_body_or_query(request, _Memory)).tags or []
-        return _memory_report(await self._control.release_memory(tags))
+        return _memory_report(await self._lifecycle.release_memory(tags))
 
     async def resume_memory(self, request: Request) -> dict[str, Any]:
         tags = (await read_body_or_query(request, _Memory)).tags or []
-        return _memory_report(await self._control.resume_memory(tags))
+        return _memory_report(await self._lifecycle.resume_memory(tags))
 
 
 def router(services: Services) -> APIRouter:

@@ -130,7 +130,7 @@ class _Weights:
 
     def __init__(self, services: Services) -> None:
         self._access = services.access
-        self._control = services.control
+        self._lifecycle = services.lifecycle
         self._engine = services.engine
         self._access = services.access
         self._base = services.config.engine.model
@@ -149,22 +149,22 @@ class _Weights:
             timeout_s=body.timeout_s,
         )
         command = await self._access.checked_join(command, caller(request))
-        await callers.join(self._control, command, request)
+        await callers.join(self._lifecycle, command, request)
         return {"message": f"joined {body.group_name} of {body.world_size} ranks"}
 
     async def destroy_group(self, request: Request) -> dict[str, Any]:
         body = await read_body(request, _DestroyGroup)
-        await self._control.send(LeaveGroup(name=body.group_name))
+        await self._lifecycle.send(LeaveGroup(name=body.group_name))
         return {"message": f"left {body.group_name}"}
 
     async def begin(self, request: Request) -> dict[str, Any]:
         body = await read_body(request, _Begin)
         _check_selector(body.selector)
-        version = await self._control.updates.begin(partial=body.partial)
+        version = await self._lifecycle.updates.begin(partial=body.partial)
         return {"message": f"update {version} is open"}
 
     async def end(self, _: Request) -> dict[str, Any]:
-        report = await self._control.updates.commit()
+        report = await self._lifecycle.updates.commit()
         return {"message": f"version {report.version} serves"}
 
     async def distributed(self, request: Request) -> dict[str, Any]:
@@ -179,7 +179,7 @@ class _Weights:
             timeout_s=body.timeout_s,
         )
         feed = self._feed(command, body, caller(request))
-        return await callers.received(self._control, command, request, feed)
+        return await callers.received(self._lifecycle, command, request, feed)
 
     async def tensors(self, request: Request) -> dict[str, Any]:
         body = await read_body(request, _Tensors)
@@ -202,7 +202,7 @@ class _Weights:
         path = folder(body.model_path, "model_path")
         await asyncio.to_thread(require_pulled, Path(path))
         await self._prepare(body)
-        report = await self._control.updates.load(path, body.weight_version, partial=body.partial)
+        report = await self._lifecycle.updates.load(path, body.weight_version, partial=body.partial)
         message = f"version {report.version} from {path} serves"
         return {"message": message, "num_paused_requests": 0}
 
@@ -249,12 +249,12 @@ class _Weights:
         body = await read_body(request, _NewVersion)
         if body.abort_all_requests:
             await self._engine.send(Abort(all=True, message="the weights have a new version"))
-        await self._control.updates.set_version(body.new_version)
+        await self._lifecycle.updates.set_version(body.new_version)
         return {"new_version": body.new_version}
 
     async def check(self, request: Request) -> dict[str, Any]:
         body = await read_body(request, _Check)
-        reply = await self._control.send(CheckWeights(action=body.action))
+        reply = await self._lifecycle.send(CheckWeights(action=body.action))
         differing = sorted({name for report in reply.weights for name in report.differing})
         found = check_summary(reply)
         if differing:
@@ -269,14 +269,14 @@ class _Weights:
     async def by_name(self, request: Request) -> Response:
         body = await read_body_or_query(request, _Name)
         command = GetWeight(name=body.name, count=body.truncate_size)
-        reply = await self._control.send(command)
+        reply = await self._lifecycle.send(command)
         return json_response(reply.weights[0].values if reply.weights else None)
 
     async def _feed(
         self, command: ReceiveBroadcast | ReceiveIpc, body: _Update, peer: str
     ) -> dict[str, Any]:
         await self._prepare(body)
-        report = await self._control.updates.feed(
+        report = await self._lifecycle.updates.feed(
             command,
             body.weight_version,
             last=body.flush_cache,

@@ -130,7 +130,7 @@ def load(state: ReplicaState) -> dict[str, Any]:
         "num_total_tokens": used,
         "max_total_num_tokens": total,
         "max_running_requests": state.max_running,
-        "token_usage": kv_usage(state),
+        "token_usage": _kv_usage(state),
         "utilization": state.num_running / state.max_running if state.max_running else 0.0,
         "cache_hit_rate": state.num_cached_tokens / prompt if prompt else 0.0,
         "num_retractions": state.num_retractions,
@@ -146,7 +146,7 @@ def loads_total(state: ReplicaState) -> dict[str, Any]:
     }
 
 
-def kv_usage(state: ReplicaState) -> float:
+def _kv_usage(state: ReplicaState) -> float:
     """Share of the KV pool that requests hold; cached prefixes of nobody are free."""
     total = _total_tokens(state)
     return _used_tokens(state) / total if total else 0.0

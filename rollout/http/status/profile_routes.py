@@ -45,7 +45,7 @@ class _Start(msgspec.Struct, kw_only=True):
 def router(services: Services) -> APIRouter:
     """The routes."""
     routes = APIRouter()
-    access, control = services.access, services.control
+    access, lifecycle = services.access, services.lifecycle
 
     async def start(request: Request) -> dict[str, Any]:
         body = await read_body(request, _Start)
@@ -61,11 +61,11 @@ def router(services: Services) -> APIRouter:
             with_stack=bool(body.with_stack),
             record_shapes=bool(body.record_shapes),
         )
-        await control.send(command)
+        await lifecycle.send(command)
         return {"message": f"profiling into {command.folder}", "output_dir": command.folder}
 
     async def stop(_: Request) -> dict[str, Any]:
-        reply = await control.send(StopProfile())
+        reply = await lifecycle.send(StopProfile())
         return {"message": "profile written", "traces": reply.traces}
 
     for path, handler, reads in (

@@ -14,25 +14,25 @@ from typing import Any, TypeVar
 from fastapi import Request
 
 from engine.errors import SlipstreamError
-from engine.protocol import Control, JoinGroup, LeaveGroup, ReceiveBroadcast, Reply
-from rollout.http.updates.lifecycle import Controller
+from engine.protocol import Command, JoinGroup, LeaveGroup, ReceiveBroadcast, Reply
+from rollout.http.updates.lifecycle import Lifecycle
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 
-async def join(control: Controller, command: JoinGroup, request: Request) -> Reply:
+async def join(lifecycle: Lifecycle, command: JoinGroup, request: Request) -> Reply:
     """Form a group; the engine gives it up when the caller leaves."""
 
     async def leave() -> None:
-        await control.send(LeaveGroup(name=command.name))
+        await lifecycle.send(LeaveGroup(name=command.name))
 
-    return await _while_there(request, control.send(command), leave, f"group {command.name!r}")
+    return await _while_there(request, lifecycle.send(command), leave, f"group {command.name!r}")
 
 
 async def received(
-    control: Controller,
+    lifecycle: Lifecycle,
     command: ReceiveBroadcast,
     request: Request,
     work: Coroutine[Any, Any, T],
@@ -40,18 +40,18 @@ async def received(
     """Result of `work`, which has the engine receive by `command`; when the caller leaves while
     it does, the update is aborted."""
     what = f"the receive from group {command.group!r}"
-    return await _while_there(request, work, lambda: control.updates.abandon(command), what)
+    return await _while_there(request, work, lambda: lifecycle.updates.abandon(command), what)
 
 
-async def forward(control: Controller, command: Control, request: Request) -> Reply:
+async def forward(lifecycle: Lifecycle, command: Command, request: Request) -> Reply:
     """Run a command of a caller that speaks the protocol itself."""
     match command:
         case JoinGroup():
-            return await join(control, command, request)
+            return await join(lifecycle, command, request)
         case ReceiveBroadcast():
-            return await received(control, command, request, control.forward(command))
+            return await received(lifecycle, command, request, lifecycle.forward(command))
         case _:
-            return await control.forward(command)
+            return await lifecycle.forward(command)
 
 
 async def _while_there(

@@ -20,7 +20,7 @@ from engine.protocol import (
     UpdateReport,
 )
 from rollout.http.engine.client import AsyncEngine
-from rollout.http.updates.open_update import OpenUpdate, UpdateCommand
+from rollout.http.updates.open_update import TrackedUpdate, UpdateCommand
 from rollout.http.updates.version_labels import VersionLabels
 from rollout.metrics import Metrics
 
@@ -40,7 +40,7 @@ class CurrentUpdate:
         self._engine = engine
         self._labels = labels
         self._metrics = metrics
-        self.update: OpenUpdate | None = None
+        self.update: TrackedUpdate | None = None
         self.failure: SlipstreamError | None = None
         self.needs_whole = False
 
@@ -62,7 +62,7 @@ class CurrentUpdate:
         partial: bool,
         explicit: bool,
         origin: tuple[str, ...] = (),
-    ) -> OpenUpdate:
+    ) -> TrackedUpdate:
         """Begin an update, for which no other may be open. One that leaves out tensors is begun
         as a whole one where only a whole one may serve. Raises the engine's typed error."""
         state = await self.state()
@@ -72,7 +72,7 @@ class CurrentUpdate:
         owner = uuid.uuid4().hex
         await self._engine.send(BeginUpdate(version=version, partial=partial, owner=owner))
         self.failure = None
-        self.update = OpenUpdate(
+        self.update = TrackedUpdate(
             version=version,
             explicit=explicit,
             partial=partial,
@@ -82,7 +82,7 @@ class CurrentUpdate:
         )
         return self.update
 
-    async def commit(self, update: OpenUpdate) -> UpdateReport:
+    async def commit(self, update: TrackedUpdate) -> UpdateReport:
         """Commit the open update. Raises the engine's typed error: the update is dropped then;
         for an implicit one that does not cover the model it says what its caller may do."""
         try:
@@ -110,7 +110,7 @@ class CurrentUpdate:
         assert reply.report is not None, "a commit reports what it moved"
         return reply.report
 
-    async def abort(self, update: OpenUpdate) -> None:
+    async def abort(self, update: TrackedUpdate) -> None:
         """Drop the open update."""
         self.update = None
         with contextlib.suppress(SlipstreamError):
@@ -118,7 +118,7 @@ class CurrentUpdate:
             abort = AbortUpdate(version=update.version, owner=update.owner)
             await self._engine.send(abort)
 
-    async def alive_explicit(self) -> OpenUpdate | None:
+    async def alive_explicit(self) -> TrackedUpdate | None:
         """The explicit update that is open. One that failed is dropped, and one that the engine
         dropped, since its time was up, is forgotten."""
         update = self.update
@@ -164,7 +164,7 @@ class CurrentUpdate:
         match command:
             case BeginUpdate():
                 self.failure = None
-                self.update = OpenUpdate(
+                self.update = TrackedUpdate(
                     version=command.version,
                     explicit=True,
                     partial=command.partial,
@@ -195,7 +195,7 @@ class CurrentUpdate:
 
     @contextlib.asynccontextmanager
     async def dropped_on_error(
-        self, update: OpenUpdate, *, rest_follows: bool
+        self, update: TrackedUpdate, *, rest_follows: bool
     ) -> AsyncIterator[None]:
         """Abort the update if what is inside fails. rest_follows: parts may come that are no
         whole without what was dropped, and have to be refused."""

@@ -23,6 +23,7 @@ from engine.errors import (
 )
 from engine.protocol import (
     CheckWeights,
+    Command,
     FlushCache,
     GetWeight,
     MemoryTag,
@@ -34,7 +35,6 @@ from engine.protocol import (
     ResumeMemory,
     SetVersion,
 )
-from engine.protocol import Control as Command
 from rollout.http.engine.client import AsyncEngine
 from rollout.http.updates.idle_pause import IdlePause
 from rollout.http.updates.open_update import UpdateCommand
@@ -51,7 +51,7 @@ _POLL_S = 0.02
 _NOT_WHILE_RECEIVING = (CheckWeights, GetWeight, SetVersion)
 
 
-class Controller:
+class Lifecycle:
     """The control operations of the dialects.
 
     Every method raises the engine's typed error. What failed leaves no update open, and the

@@ -30,7 +30,7 @@ UpdateCommand = (
 
 
 @dataclass(kw_only=True)
-class OpenUpdate:
+class TrackedUpdate:
     """The update between its begin and its commit.
 
     explicit: its caller commits it. failed: its last command failed, so that whoever wants to
@@ -59,7 +59,7 @@ def origin_of(command: Feed, peer: str) -> tuple[str, ...]:
     return kind, peer
 
 
-def require_ours(update: OpenUpdate) -> None:
+def require_ours(update: TrackedUpdate) -> None:
     """Raise UpdateOrder for a caller that names no owner, where the update has one."""
     if update.foreign and update.owner:
         raise UpdateOrder(
@@ -69,7 +69,7 @@ def require_ours(update: OpenUpdate) -> None:
         )
 
 
-def begun_again(update: OpenUpdate) -> int:
+def begun_again(update: TrackedUpdate) -> int:
     """The version of an update that is begun again. Raises UpdateOrder once tensors came."""
     require_ours(update)
     if update.num_feeds:

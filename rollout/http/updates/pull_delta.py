@@ -23,7 +23,7 @@ import numpy as np
 
 from engine.errors import CheckpointError, ModelNotFound, UnsupportedOption
 from rollout.files.regular_file import Look, copy, read_small, reading, writing
-from rollout.files.safetensors_header import Placed, read_header
+from rollout.files.safetensors_header import TensorSpan, read_header
 
 INDEX = "model.safetensors.index.json"
 
@@ -63,9 +63,9 @@ class _Change:
 
     name: str
     file: Path
-    packed: Placed
+    packed: TensorSpan
     checksum: str
-    at: Placed
+    at: TensorSpan
 
 
 def read_delta(folder: Path) -> PublishedDelta | None:
@@ -123,7 +123,7 @@ def apply_delta(folder: Path, local: Path, *, version: int, beside: Path, look: 
         _rewrite(path, beside, changed, delta.encoding, hasher, decompressor, look)
 
 
-def _locations(local: Path) -> dict[str, tuple[Path, Placed]]:
+def _locations(local: Path) -> dict[str, tuple[Path, TensorSpan]]:
     """Where every tensor of the checkpoint lies."""
     return {
         name: (path, placed)
@@ -133,7 +133,7 @@ def _locations(local: Path) -> dict[str, tuple[Path, Placed]]:
 
 
 def _read_changes(
-    folder: Path, delta: PublishedDelta, locations: dict[str, tuple[Path, Placed]]
+    folder: Path, delta: PublishedDelta, locations: dict[str, tuple[Path, TensorSpan]]
 ) -> dict[Path, list[_Change]]:
     """The changes by the local file that they change."""
     found: dict[Path, list[_Change]] = {}

@@ -33,7 +33,7 @@ from rollout.http.engine.client import AsyncEngine
 from rollout.http.updates.current_update import CurrentUpdate
 from rollout.http.updates.open_update import (
     Feed,
-    OpenUpdate,
+    TrackedUpdate,
     UpdateCommand,
     begun_again,
     origin_of,
@@ -264,7 +264,7 @@ class Updates:
 
     async def _update_of(
         self, label: str | None, partial: bool, origin: tuple[str, ...]
-    ) -> OpenUpdate:
+    ) -> TrackedUpdate:
         """The update that a call with this label feeds, whose tensors come by `origin`."""
         update = self._current.update
         if update is not None and update.explicit and update.failed:

@@ -86,7 +86,7 @@ def router(services: Services) -> APIRouter:
         facts = services.engine.facts
         room = prompt_room(facts, services.tokenizer)
         check_long_prompt(data, text_bytes=room.text_bytes, num_ids=room.num_ids)
-        body = await services.generator.parsed(parse_tokens, data)
+        body = await services.generator.parsed(_parse_tokens, data)
         check_prompt(body.prompt, room, "token_ids")
         item = _item(services, body, _ids(await services.generator.parsed(prompts_of, body.prompt)))
         call = await start(services, body, [item], prefix="generate", object_name="generate")
@@ -106,7 +106,7 @@ def router(services: Services) -> APIRouter:
     return routes
 
 
-def parse_tokens(data: bytes) -> CompletionBody:
+def _parse_tokens(data: bytes) -> CompletionBody:
     """The body, as one of /v1/completions. Raises InvalidRequest naming the field, and
     UnsupportedOption for an option of the dialect that is set and not served."""
     body: TokensBody = decode_json(data or b"{}", TokensBody, strict=False)

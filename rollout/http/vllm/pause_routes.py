@@ -54,7 +54,7 @@ class _Generation:
     """The handlers."""
 
     def __init__(self, services: Services) -> None:
-        self._control = services.control
+        self._lifecycle = services.lifecycle
         self._engine = services.engine
         self._calls = services.calls
 
@@ -65,11 +65,11 @@ class _Generation:
 
     async def _pause(self, query: _Pause) -> Response:
         mode: Mode = "wait" if query.wait_for_inflight_requests else query.mode
-        await self._control.pause(mode, clear_cache=query.clear_cache, wait_s=query.timeout_s)
+        await self._lifecycle.pause(mode, clear_cache=query.clear_cache, wait_s=query.timeout_s)
         return json_response({"status": "paused"})
 
     async def resume(self, _: Request) -> Response:
-        await self._control.resume()
+        await self._lifecycle.resume()
         return json_response({"status": "resumed"})
 
     async def is_paused(self, _: Request) -> Response:
@@ -84,9 +84,9 @@ class _Generation:
     async def _sleep(self, query: _Sleep) -> Response:
         tags = _memory(query.tags)
         if query.level > 0 and (tags or not query.tags):
-            await self._control.sleep(query.mode, tags, wait_s=query.timeout_s)
+            await self._lifecycle.sleep(query.mode, tags, wait_s=query.timeout_s)
         else:
-            await self._control.pause(query.mode, wait_s=query.timeout_s)
+            await self._lifecycle.pause(query.mode, wait_s=query.timeout_s)
         return json_response({"status": "asleep"})
 
     async def wake_up(self, request: Request) -> Response:
@@ -94,10 +94,10 @@ class _Generation:
         asked = read_query(request, _WakeUp).tags
         tags = _memory(asked)
         if tags or not asked:
-            await self._control.resume_memory(tags)
+            await self._lifecycle.resume_memory(tags)
         state = await self._engine.state(max_age_s=0.0)
         if not state.released:
-            await self._control.resume()
+            await self._lifecycle.resume()
         return json_response({"status": "awake" if not state.released else "asleep"})
 
     async def is_sleeping(self, _: Request) -> Response:
@@ -106,7 +106,7 @@ class _Generation:
 
     async def reset_prefix_cache(self, _: Request) -> Response:
         try:
-            await self._control.flush()
+            await self._lifecycle.flush()
         except EngineDead:
             raise
         except SlipstreamError as error:

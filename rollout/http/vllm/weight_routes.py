@@ -76,7 +76,7 @@ class _Transfer:
 
     def __init__(self, services: Services) -> None:
         self._access = services.access
-        self._control = services.control
+        self._lifecycle = services.lifecycle
         self._engine = services.engine
         self._labels = services.labels
         self._packed = False
@@ -104,12 +104,12 @@ class _Transfer:
             timeout_s=info.timeout_s,
         )
         command = await self._access.checked_join(command, caller(request))
-        await callers.join(self._control, command, request)
+        await callers.join(self._lifecycle, command, request)
         self._packed = info.packed
         return _message("Weight transfer initialized")
 
     async def shutdown(self, _: Request) -> Response:
-        await self._control.send(LeaveGroup(name=GROUP))
+        await self._lifecycle.send(LeaveGroup(name=GROUP))
         return _message("Weight transfer shut down")
 
     async def start(self, request: Request) -> Response:
@@ -123,7 +123,7 @@ class _Transfer:
                 "weights come under their Hugging Face names; leave is_checkpoint_format true",
                 field="is_checkpoint_format",
             )
-        await self._control.updates.begin(partial=body.partial)
+        await self._lifecycle.updates.begin(partial=body.partial)
 
     async def update(self, request: Request) -> Response:
         body = await read_body(request, _Update)
@@ -132,7 +132,7 @@ class _Transfer:
         elif body.weight_dir is not None:
             path = folder(body.weight_dir, "weight_dir")
             await asyncio.to_thread(require_pulled, Path(path))
-            await self._control.updates.load(path, partial=body.partial)
+            await self._lifecycle.updates.load(path, partial=body.partial)
         else:
             raise InvalidRequest(
                 "send update_info with names, dtype_names and shapes, or weight_dir, a folder of "
@@ -145,8 +145,10 @@ class _Transfer:
         """Receive announced tensors. Without a session, and while requests run, a call is an
         update of its own."""
         command = self._broadcast(info)
-        feed = self._control.updates.feed(command, last=True, partial=partial, peer=caller(request))
-        await callers.received(self._control, command, request, feed)
+        feed = self._lifecycle.updates.feed(
+            command, last=True, partial=partial, peer=caller(request)
+        )
+        await callers.received(self._lifecycle, command, request, feed)
 
     async def finish(self, request: Request) -> Response:
         await self.commit(await read_body(request, Finish))
@@ -155,7 +157,7 @@ class _Transfer:
     async def commit(self, body: Finish) -> None:
         """End the open update."""
         label = None if body.weight_version is None else str(body.weight_version)
-        await self._control.updates.commit(label)
+        await self._lifecycle.updates.commit(label)
 
     async def info(self, _: Request) -> Response:
         state = await self._engine.state(max_age_s=0.0)
@@ -169,7 +171,7 @@ class _Transfer:
 
     async def check(self, request: Request) -> Response:
         body = await read_body(request, _Check)
-        reply = await self._control.send(CheckWeights(action=_ACTIONS[body.action]))
+        reply = await self._lifecycle.send(CheckWeights(action=_ACTIONS[body.action]))
         differing = sorted({name for report in reply.weights for name in report.differing})
         found = {"success": not differing, "differing": differing, **check_summary(reply)}
         return json_response(found)

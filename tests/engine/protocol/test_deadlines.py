@@ -8,11 +8,11 @@ from typing import Any, get_args
 import msgspec
 import pytest
 
-from engine.protocol import Control, JoinGroup, ReceiveBroadcast
+from engine.protocol import Command, JoinGroup, ReceiveBroadcast
 from engine.protocol import deadlines as table
 from engine.protocol.deadlines import deadlines
 
-COMMANDS = get_args(Control)
+COMMANDS = get_args(Command)
 TIMEOUTS = [0.0, -1.0, 1.0, 300.0, 1e9, 1e308, float("inf"), float("nan")]
 
 

@@ -16,11 +16,11 @@ from recipes.environments.base import problem_at
 from recipes.environments.gym import load_gym
 from recipes.environments.jsonl import load_jsonl
 from recipes.grading import Grading
-from recipes.rewards.grader_main import Limits
+from recipes.rewards.grader_main import GraderLimits
 from recipes.rewards.graders import GraderPool, GraderSpec
 
 SPEC = GraderSpec(function="tests.helpers.odd_graders:grade", sample=("1",))
-LIMITS = Limits(limit_s=0.5, wall_s=3.0, memory_bytes=1 << 30)
+LIMITS = GraderLimits(limit_s=0.5, wall_s=3.0, memory_bytes=1 << 30)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from fastapi import APIRouter
 
 from engine.errors import InvalidRequest
-from engine.protocol import Control, GenerateRequest
+from engine.protocol import Command, GenerateRequest
 from rollout.http.app import build_app
 from rollout.http.config import ServeConfig
 from rollout.http.engine.client import AsyncEngine
@@ -98,7 +98,7 @@ def outcome(decode: Any, body: dict[str, Any]) -> Any:
 @pytest.mark.parametrize("kind", list(body_kinds()), ids=lambda kind: kind.__name__)
 def test_null_at_any_field_of_any_body_is_its_default(kind: type[msgspec.Struct]) -> None:
     is_command = kind.__struct_config__.tag is not None
-    read = Control if is_command else kind
+    read = Command if is_command else kind
     base = example(kind)
     for path in paths(kind):
         found, expected = (

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from engine.errors import EngineDead
-from engine.protocol import Call, Command, GetState, Pause, Reply, Request, SamplingParams
+from engine.protocol import Call, GetState, LeaderMessage, Pause, Reply, Request, SamplingParams
 from rollout.replica.ipc import Channel
 
 
@@ -16,7 +16,7 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_structs_cross_in_order_with_their_arrays(endpoint: str) -> None:
-    server = Channel.listen(endpoint, Command)
+    server = Channel.listen(endpoint, LeaderMessage)
     client = Channel.connect(endpoint, Reply)
     ids = np.array([1, 2, 3], np.int32)
     request = Request(rid="a", prompt_ids=ids, sampling=SamplingParams(top_k=3), seed=2**62)
@@ -34,7 +34,7 @@ def test_structs_cross_in_order_with_their_arrays(endpoint: str) -> None:
 
 
 def test_deadlines_of_both_directions(endpoint: str) -> None:
-    server = Channel.listen(endpoint, Command)
+    server = Channel.listen(endpoint, LeaderMessage)
     assert server.receive(timeout_s=0.01) == []
     with pytest.raises(EngineDead, match=r"within 0\.01 s"):
         server.send([Reply()], timeout_s=0.01)

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from engine.protocol import Call, Command, GetState, Pause, Reply, RequestOutput, Shutdown
+from engine.protocol import Call, GetState, LeaderMessage, Pause, Reply, RequestOutput, Shutdown
 from rollout.replica import leader_main
 from rollout.replica.bounded_log import BoundedStderr
 from rollout.replica.ipc import Channel, Unreadable
@@ -30,7 +30,7 @@ def ends(tmp_path: Path) -> Iterator[tuple[Channel, Channel]]:
     """(the caller's end, the leader's end)."""
     endpoint = f"ipc://{tmp_path}/c"
     caller = Channel.listen(endpoint, RequestOutput | Reply)
-    leader = Channel.connect(endpoint, Command)
+    leader = Channel.connect(endpoint, LeaderMessage)
     yield caller, leader
     caller.close()
     leader.close()

@@ -13,8 +13,8 @@ from engine.protocol import (
     Abort,
     BeginUpdate,
     CheckWeights,
+    Command,
     CommitUpdate,
-    Control,
     ErrorInfo,
     GetState,
     GetWeight,
@@ -180,7 +180,7 @@ def test_a_request_that_cannot_be_encoded_leaves_no_trace(held: bool) -> None:
 @pytest.mark.parametrize(
     "command", [GetWeight(name="w", count=WIDE), Abort(message="\ud800"), SetVersion(version=WIDE)]
 )
-def test_a_command_that_cannot_be_encoded_leaves_every_later_reply_right(command: Control) -> None:
+def test_a_command_that_cannot_be_encoded_leaves_every_later_reply_right(command: Command) -> None:
     async def test() -> None:
         async with serving() as server:
             with pytest.raises(InvalidRequest, match=r"message|give an integer|surrogate"):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from engine.errors import EngineDead
-from engine.protocol import Control, GetState, JoinGroup, LoadFromDisk, Pause, Reply
+from engine.protocol import Command, GetState, JoinGroup, LoadFromDisk, Pause, Reply
 from rollout.http.engine.pending_commands import AwaitedReplies
 from tests.helpers.http_app import run
 
@@ -23,13 +23,13 @@ class Bench:
         self.last = 0
         self.futures: list[asyncio.Future[Reply]] = []
 
-    def send(self, command: Control, at: float) -> int:
+    def send(self, command: Command, at: float) -> int:
         self.last += 1
         limit_s = 10.0 if isinstance(command, GetState | Pause) else 100.0
         self.futures.append(self.pending.add(self.last, command, at, limit_s))
         return self.last
 
-    def late(self, now: float) -> list[Control]:
+    def late(self, now: float) -> list[Command]:
         return [entry.command for entry in self.pending.take_late(now)]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from engine.errors import NoVersion
-from engine.protocol import CommitUpdate, Control, Reply, StepPlan, StepResult
+from engine.protocol import Command, CommitUpdate, Reply, StepPlan, StepResult
 from tests.helpers.fake_executor import FakeExecutor, FakePending, expected_tokens
 from tests.helpers.http_app import run, serving
 
@@ -28,7 +28,7 @@ class Unfinished(FakeExecutor):
     def launch(self, plan: StepPlan) -> FakePending:
         return FakePending(self.execute(plan))
 
-    def handle(self, command: Control) -> Reply:
+    def handle(self, command: Command) -> Reply:
         self.torn = self.torn and not isinstance(command, CommitUpdate)
         return super().handle(command)
 

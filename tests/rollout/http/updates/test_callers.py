@@ -12,13 +12,13 @@ from engine.errors import UpdateOrder
 from engine.protocol import (
     AbortUpdate,
     BeginUpdate,
+    Command,
     JoinGroup,
     LeaveGroup,
     ReceiveBroadcast,
     Reply,
     TensorPiece,
 )
-from engine.protocol import Control as Command
 from tests.helpers.control_calls import GROUP, Gate, kinds, one, refuse
 from tests.helpers.http_app import Server, run, serving, until
 

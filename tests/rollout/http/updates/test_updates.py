@@ -17,7 +17,7 @@ from engine.protocol import (
     ReceiveBroadcast,
     Resume,
 )
-from rollout.http.updates.lifecycle import Controller
+from rollout.http.updates.lifecycle import Lifecycle
 from rollout.http.updates.version_labels import VersionLabels
 from rollout.metrics import Metrics
 from tests.helpers.control_calls import GROUP, Gate, WholeModel, kinds, one, refuse
@@ -267,7 +267,7 @@ def test_a_label_is_there_before_the_first_token_and_gone_after_a_failure() -> N
     async def test() -> None:
         async with serving() as server:
             labels = VersionLabels()
-            control = Controller(server.engine, labels, Metrics(), keeps_weights=True)
+            control = Lifecycle(server.engine, labels, Metrics(), keeps_weights=True)
             seen: list[str] = []
 
             def commit(command: CommitUpdate) -> None:
@@ -336,7 +336,7 @@ def test_a_group_that_forms_holds_up_no_other_call() -> None:
 def test_a_client_that_leaves_during_its_call_leaves_no_half_state() -> None:
     async def test() -> None:
         async with serving() as server:
-            control = Controller(server.engine, VersionLabels(), Metrics(), keeps_weights=True)
+            control = Lifecycle(server.engine, VersionLabels(), Metrics(), keeps_weights=True)
             gate = Gate(server, BeginUpdate)
             begin = asyncio.create_task(control.updates.begin())
             await until(lambda: bool(gate.held))
@@ -361,7 +361,7 @@ def test_a_client_that_leaves_during_its_call_leaves_no_half_state() -> None:
 def test_a_new_engine_is_met_with_a_clean_slate() -> None:
     async def test() -> None:
         async with serving() as server:
-            control = Controller(server.engine, VersionLabels(), Metrics(), keeps_weights=True)
+            control = Lifecycle(server.engine, VersionLabels(), Metrics(), keeps_weights=True)
             await control.updates.begin()
             server.link.leader.handle(AbortUpdate(version=1))
             control.reset(weights_lost=True)
@@ -377,7 +377,7 @@ def test_a_new_engine_is_met_with_a_clean_slate() -> None:
 def test_a_dead_engine_ends_every_call() -> None:
     async def test() -> None:
         async with serving() as server:
-            control = Controller(server.engine, VersionLabels(), Metrics(), keeps_weights=True)
+            control = Lifecycle(server.engine, VersionLabels(), Metrics(), keeps_weights=True)
             gate = Gate(server, LoadFromDisk)
             load = asyncio.create_task(control.updates.load("/1"))
             await until(lambda: bool(gate.held))

@@ -116,7 +116,7 @@ EngineCommand = (
 )
 """What a rank does beside stepping."""
 
-Control = (
+Command = (
     Abort
     | Stop
     | Pause
@@ -148,7 +148,7 @@ class Call(Struct, frozen=True, kw_only=True, tag="call"):
     replies may come in another order than their commands."""
 
     id: Size
-    command: Control
+    command: Command
 
 
 class CancelTransfers(Struct, frozen=True, kw_only=True, tag="cancel_transfers"):
@@ -159,7 +159,7 @@ class CancelTransfers(Struct, frozen=True, kw_only=True, tag="cancel_transfers")
     group: str = ""
 
 
-Command = Request | Call
+LeaderMessage = Request | Call
 """What a leader receives, in the order it was sent."""
 
 
