@@ -274,7 +274,7 @@ def test_a_call_that_is_held_back_goes_on_too() -> None:
                 "sampling_params": {"max_new_tokens": 12, "stop": TEXT[4:6]},
             }
             call = asyncio.ensure_future(server.post("/generate", body))
-            while not server.engine._held:
+            while not server.engine._outbox:
                 await asyncio.sleep(0)
             server.engine.release()
             found = (await call).json()
