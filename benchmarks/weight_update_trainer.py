@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from engine.protocol import BeginUpdate, Command, Reply, StagingMode, TensorPiece, TensorSpec
-from kernels.compat import TCPStore
+from kernels.torch_compat import TCPStore
 from trainer_bridge.adapters.base import WeightSource
 from trainer_bridge.adapters.deepspeed import DeepSpeedSource
 from trainer_bridge.bridge import Publisher, PushOptions

@@ -20,7 +20,7 @@ import torch
 
 from engine.errors import UnsupportedOption
 from engine.protocol import MemoryTag
-from kernels.compat import keep_for_ever
+from kernels.torch_compat import keep_for_ever
 
 _BLOCK_BYTES = 4 << 30
 _ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")

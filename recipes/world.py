@@ -19,7 +19,7 @@ import torch.distributed as dist
 from engine.config import Device
 from engine.errors import InvalidRequest
 from engine.protocol.deadlines import RES_OPTIONS
-from kernels.compat import HashStore
+from kernels.torch_compat import HashStore
 
 T = TypeVar("T")
 

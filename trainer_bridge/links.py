@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from engine.comm.nccl import Communicator, new_unique_id
 from engine.comm.rendezvous import NCCL_ID_KEY
-from kernels.compat import Store
+from kernels.torch_compat import Store
 
 _POLL_S = 0.00005
 _POLLS_BETWEEN_CHECKS = 500

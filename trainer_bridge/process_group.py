@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from engine.comm.rendezvous import backend_prefix, joined_key
 from engine.errors import GroupError, UpdateTimeout
-from kernels.compat import PrefixStore, TCPStore
+from kernels.torch_compat import PrefixStore, TCPStore
 from trainer_bridge.links import Check, Link, connect
 
 logger = logging.getLogger(__name__)

@@ -22,8 +22,8 @@ import torch
 from engine.attention.base import AttentionBatch
 from engine.attention.sharing import Segment, find_shared_prefixes
 from engine.kv.pool import KVPool
-from kernels.compat import flash_attention_cpu
 from kernels.kv_copy import write_kv
+from kernels.torch_compat import flash_attention_cpu
 
 # Rows are padded together while the longest is at most this many times the shortest.
 MAX_PADDING = 2

@@ -15,7 +15,7 @@ import torch
 
 from engine.errors import ManifestMismatch, ModelError
 from engine.parallel.mesh import Mesh
-from kernels.compat import parameter_of
+from kernels.torch_compat import parameter_of
 
 SINGLE = ""
 """Part key of a parameter that holds slices of one tensor only."""

@@ -15,7 +15,7 @@ import torch
 from engine.errors import EngineDead
 from engine.parallel.collectives import gather_last
 from engine.protocol.deadlines import AGREE_S, START_AGREE_S
-from kernels.compat import AllgatherOptions, all_gather_flat
+from kernels.torch_compat import AllgatherOptions, all_gather_flat
 
 
 class GlooCollectives:

@@ -15,7 +15,7 @@ import torch
 from engine.errors import EngineDead
 from engine.parallel.collectives import gather_last
 from engine.parallel.gloo import GlooCollectives
-from kernels.compat import AllgatherOptions, AllreduceOptions, all_gather_flat, keep_for_ever
+from kernels.torch_compat import AllgatherOptions, AllreduceOptions, all_gather_flat, keep_for_ever
 
 _ABORT_S = 5.0
 

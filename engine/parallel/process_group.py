@@ -16,7 +16,7 @@ import torch
 from engine.errors import EngineDead
 from engine.parallel.mesh import Mesh
 from engine.protocol.deadlines import MEET_S
-from kernels.compat import FileStore, PrefixStore, Store, gloo_backend, nccl_backend
+from kernels.torch_compat import FileStore, PrefixStore, Store, gloo_backend, nccl_backend
 
 LOOPBACK = "127.0.0.1"
 

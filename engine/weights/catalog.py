@@ -11,7 +11,7 @@ import torch
 
 from engine.errors import ManifestMismatch
 from engine.layers.parameter import Part, ShardedParameter
-from kernels.compat import copy_together
+from kernels.torch_compat import copy_together
 
 _LARGE_BYTES = 1 << 20
 

@@ -17,7 +17,7 @@ from engine.weights import trainer_store
 from engine.weights.group import broken, seconds_left
 from engine.weights.helpers import Helpers, nothing
 from engine.weights.lane import Look
-from kernels.compat import PrefixStore, Store
+from kernels.torch_compat import PrefixStore, Store
 
 _MARK = 0xFF
 """Two bytes of it are NaN in every float dtype of two bytes or more, and one is in those of one."""

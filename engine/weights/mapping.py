@@ -6,7 +6,7 @@ import torch
 
 from engine.errors import InvalidRequest, WeightUpdateError
 from engine.protocol import IpcBuffer
-from kernels.compat import import_cuda
+from kernels.torch_compat import import_cuda
 
 _KEPT_UPDATES = 2
 

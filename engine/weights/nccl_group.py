@@ -16,7 +16,7 @@ from engine.weights import trainer_store
 from engine.weights.group import broken
 from engine.weights.helpers import Helpers, nothing
 from engine.weights.lane import Look
-from kernels.compat import PrefixStore, Store
+from kernels.torch_compat import PrefixStore, Store
 
 _POLL_S = 0.00005
 _LIVENESS_S = 2.0

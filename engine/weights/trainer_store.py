@@ -22,7 +22,7 @@ from engine.protocol.deadlines import capped
 from engine.weights.group import seconds_left
 from engine.weights.helpers import Helpers, nothing
 from engine.weights.lane import Look
-from kernels.compat import Store, TCPStore
+from kernels.torch_compat import Store, TCPStore
 
 _POLL_S = 0.001
 _SLICE_S = 0.1

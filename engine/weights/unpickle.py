@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from engine.errors import InvalidRequest
-from kernels.compat import PythonUnpickler, rebuild_cuda_tensor, rebuild_tensor, storage_bytes
+from kernels.torch_compat import PythonUnpickler, rebuild_cuda_tensor, rebuild_tensor, storage_bytes
 
 _NCCL_ID_BYTES = 128
 _TRAINERS = frozenset({"sglang", "slime", "miles", "verl", "areal", "torchrl", "openrlhf", "vllm"})

@@ -19,7 +19,7 @@ from engine.weights.helpers import Helpers, nothing
 from engine.weights.lane import Look
 from engine.weights.nccl_group import NcclGroup
 from engine.weights.unpickle import NcclUniqueId, restricted_loads
-from kernels.compat import Store
+from kernels.torch_compat import Store
 
 _ID_KEY = "broadcast_from/0/0"
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from kernels.compat import largest_magnitudes
+from kernels.torch_compat import largest_magnitudes
 
 _SMALL = 1 << 12
 """Elements below which a call of torch costs a CPU more than to copy them."""

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from kernels.compat import copy_together
+from kernels.torch_compat import copy_together
 
 _HALF_BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16}
 

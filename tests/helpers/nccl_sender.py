@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from engine.errors import WeightUpdateError
-from kernels.compat import PrefixStore, TCPStore
+from kernels.torch_compat import PrefixStore, TCPStore
 from trainer_bridge.process_group import SenderGroup
 
 NAME = "g"

@@ -36,6 +36,39 @@ LAYER = "".join(
 )
 ROOT_FILE = f"__version__ = '0.18.2'\nfrom kernels.layer import {', '.join(NAMES)}\n"
 
+# Other modules of theirs: none may have the name of one of ours.
+THEIRS = [
+    "archs",
+    "backends",
+    "benchmark",
+    "benchmarks",
+    "check",
+    "cli",
+    "compat",
+    "deps",
+    "digest",
+    "hf_hub",
+    "importer",
+    "init",
+    "install",
+    "load",
+    "lockfile",
+    "locking",
+    "metadata",
+    "minver",
+    "python_deps",
+    "redirect",
+    "resolver",
+    "status",
+    "upload",
+    "utils",
+    "validate",
+    "variants",
+    "verify",
+    "verify_cache",
+    "versions_cli",
+]
+
 USES = """
 import importlib, pkgutil, sys
 import trainer_bridge
@@ -66,6 +99,8 @@ def write_hub(folder: Path) -> None:
     package.mkdir(parents=True, exist_ok=True)
     (package / "__init__.py").write_text(ROOT_FILE)
     (package / "layer.py").write_text(LAYER)
+    for name in THEIRS:
+        (package / f"{name}.py").touch()
     metadata = folder / "kernels-0.18.2.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
@@ -110,6 +145,11 @@ def test_both_packages_may_be_installed_into_one_folder(last: str, tmp_path: Pat
         copy_ours(tmp_path)
         write_hub(tmp_path)
     assert run(USES, tmp_path) == "all found"
+
+
+def test_no_module_of_ours_has_the_name_of_one_of_theirs() -> None:
+    ours = {path.stem for path in (ROOT / "kernels").iterdir()}
+    assert not ours & {"layer", *THEIRS}
 
 
 def test_a_name_of_neither_package_is_no_attribute() -> None:

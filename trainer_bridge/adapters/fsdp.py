@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from engine.errors import UnsupportedOption
 from engine.protocol import TensorPiece, TensorSpec
-from kernels.compat import local_part
+from kernels.torch_compat import local_part
 from trainer_bridge.adapters.bucketing import (
     BUCKET_BYTES,
     even_share,

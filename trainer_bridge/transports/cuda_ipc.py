@@ -25,7 +25,7 @@ from engine.protocol import (
     encode,
     plan_buckets,
 )
-from kernels.compat import export_cuda
+from kernels.torch_compat import export_cuda
 from trainer_bridge.adapters.base import WeightSource, in_order, whole_piece
 from trainer_bridge.fleet import Member, on_each
 from trainer_bridge.transports.base import Carrier

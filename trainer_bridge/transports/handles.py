@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.protocol import IpcBuffer
-from kernels.compat import WeakStorage, weakly
+from kernels.torch_compat import WeakStorage, weakly
 
 _BUFFER_ID = 7
 """CU_POINTER_ATTRIBUTE_BUFFER_ID of the CUDA driver: differs for any two allocations of a

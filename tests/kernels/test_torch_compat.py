@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from kernels import compat
+from kernels import torch_compat as compat
 
 ROOT = Path(compat.__file__).resolve().parents[1]
 PACKAGES = ("rollout", "engine", "kernels", "trainer_bridge", "recipes")
@@ -168,7 +168,7 @@ def test_the_part_of_a_sharded_tensor() -> None:
         "import torch, torch.distributed as dist\n"
         "from torch.distributed.device_mesh import init_device_mesh\n"
         "from torch.distributed.tensor import Shard, distribute_tensor\n"
-        "from kernels.compat import HashStore, local_part\n"
+        "from kernels.torch_compat import HashStore, local_part\n"
         "dist.init_process_group('gloo', store=HashStore(), rank=0, world_size=1)\n"
         "mesh = init_device_mesh('cpu', (1,))\n"
         "print(local_part(distribute_tensor(torch.zeros(4, 3), mesh, [Shard(0)])))\n"
@@ -199,7 +199,7 @@ def test_many_tensors_are_copied_and_read_at_once() -> None:
 def test_what_is_kept_for_ever_is_never_destructed() -> None:
     code = (
         "import gc, weakref\n"
-        "from kernels.compat import keep_for_ever\n"
+        "from kernels.torch_compat import keep_for_ever\n"
         "class Thing: pass\n"
         "def kept(keep):\n"
         "    thing = Thing(); keep(thing); seen = weakref.ref(thing)\n"
