@@ -15,7 +15,7 @@ NOT_CALLED = {
 """Modules and names that the product offers and does not use itself, and why."""
 NOT_READ = {
     "engine.models.config.ModelConfig.bos_token_id": "checked when a config.json is read",
-    "engine.protocol.control.MemoryReport.used_bytes": "for whoever asked to release memory",
+    "engine.protocol.commands.MemoryReport.used_bytes": "for whoever asked to release memory",
     "engine.protocol.steps.EngineFacts.load_seconds": "for a benchmark's table",
     "engine.protocol.steps.EngineFacts.num_parameters": "for a benchmark's table",
     "rollout.client.Client.wait_ready": "for a program that started the server",
