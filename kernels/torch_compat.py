@@ -1,7 +1,8 @@
 """What we use of torch, pickle and the interpreter that they do not offer to others.
 
 Each entry stands here once, with why it is needed; `tests/kernels/test_torch_compat.py` holds, on
-the torch at hand, that it is there and does what we need. No other file of ours names one. It lies in `kernels` since both the engine and a trainer need it.
+the torch at hand, that it is there and does what we need. No other file of ours names one.
+It lies in `kernels` since both the engine and a trainer need it.
 """
 
 from __future__ import annotations
