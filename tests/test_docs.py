@@ -116,6 +116,7 @@ def test_named_flags_are_read_by_some_program() -> None:
     text = "\n".join(sources)
     fields = set(re.findall(r"^    (\w+): ", text, flags=re.MULTILINE))
     known = {name.replace("_", "-") for name in fields} | set(re.findall(r'"--([\w-]+)"', text))
+    known |= set(re.findall(r'\barg\(name="([\w-]+)"', text))
     named = {flag for path in DOCUMENTS for flag in _FLAG.findall(path.read_text())}
     assert named - known - FOREIGN_FLAGS - {"help"} == set()
 
