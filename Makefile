@@ -10,8 +10,9 @@ CONSTRAINTS := $(if $(shell command -v nvidia-smi),constraints/gpu.txt,constrain
 EXTRAS      := dev,train
 STAMP       := $(VENV)/.installed
 # Test processes side by side, a file each at a time, in the order of the folders: those of few and
-# long tests must not be the last. WORKERS=0 runs all in one.
-WORKERS     ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 4 ] && n=4; echo $$n)
+# long tests must not be the last. One more than cores, at most 4: much of the suite waits for
+# deadlines and other processes. WORKERS=0 runs all in one.
+WORKERS     ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 3 ] && n=3; echo $$((n + 1)))
 SIDE_BY_SIDE := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Clients of the server, which are large and run on the CPU only.
 CLIENTS     := .venv-clients

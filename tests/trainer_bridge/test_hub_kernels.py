@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -69,6 +70,8 @@ THEIRS = [
     "versions_cli",
 ]
 
+LONG = functools.partial(pytest.param, marks=pytest.mark.long)
+
 USES = """
 import importlib, pkgutil, sys
 import trainer_bridge
@@ -127,7 +130,7 @@ def copy_ours(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["before ours", "behind ours", "imported first"])
+@pytest.mark.parametrize("how", [*map(LONG, ["before ours", "behind ours"]), "imported first"])
 def test_both_packages_are_found_whichever_comes_first(how: str, tmp_path: Path) -> None:
     write_hub(tmp_path)
     path = (ROOT, tmp_path) if how == "behind ours" else (tmp_path, ROOT)
@@ -136,7 +139,7 @@ def test_both_packages_are_found_whichever_comes_first(how: str, tmp_path: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("last", ["ours", "theirs"])
+@pytest.mark.parametrize("last", [LONG("ours"), "theirs"])
 def test_both_packages_may_be_installed_into_one_folder(last: str, tmp_path: Path) -> None:
     if last == "ours":
         write_hub(tmp_path)
