@@ -54,10 +54,10 @@ def run_offline(args: Offline) -> FileReport:
     """`offline`: load the model, answer the file, say what was done."""
     check_engine(args.engine)
     check_output(args.input, args.output, field="--output")
-    # What is no text is said before a model is loaded.
-    lines = list(read_lines(Path(args.input), field="--input"))
+    # All of it is read: what is no text is said before a model is loaded.
+    batch = is_batch(list(read_lines(Path(args.input), field="--input")))
     tokenizer = find_tokenizer(args.engine.model)
-    if is_batch(lines):
+    if batch:
         done = _run_batch(args, tokenizer)
     else:
         with (

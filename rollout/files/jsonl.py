@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ T = TypeVar("T")
 _BOM = b"\xef\xbb\xbf"
 _BLANK = b" \t\r\n"
 _GZIP = b"\x1f\x8b"
+# What a backslash begins in a string; a half of a surrogate pair alone takes six bytes.
+_ESCAPE = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\u[dD][89a-fA-F]..|\\.")
 # How files begin that are no lines of text; UTF-32 before UTF-16, whose mark it starts with.
 _ENCODINGS = (
     (b"\xff\xfe\x00\x00", "UTF-32"),
@@ -108,7 +111,8 @@ def check_line(line: JsonLine) -> dict[str, Any]:
     """The line as a plain object, as `json` reads it.
 
     Raises InvalidRequest, which leaves the place to the caller, for bytes that are not UTF-8, for
-    what is not JSON or not one whole object, and for a key that an object has twice.
+    what is not JSON or not one whole object, for a key that an object has twice, and for half of
+    a surrogate pair.
     """
     text = _text(line)
     try:
@@ -128,20 +132,35 @@ def check_line(line: JsonLine) -> dict[str, Any]:
         raise InvalidRequest("is a list; write one object a line (`jq -c '.[]'` makes them)")
     if not isinstance(value, dict):
         raise InvalidRequest(f"is {type(value).__name__}, no object; write one object a line")
+    _check_escapes(line.data)
     return value
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise InvalidRequest(f"the key {twice!r} is there twice; leave one")
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise InvalidRequest(f"the key {key!r} is there twice; leave one")
+            seen.add(key)
     return found
 
 
 def _no_such_number(text: str) -> NoReturn:
     raise InvalidRequest(f"{text} is no number of JSON; write a finite number, or a string")
+
+
+def _check_escapes(data: bytes) -> None:
+    """`json` reads half of a surrogate pair as a character; nothing can write it again."""
+    if b"\\ud" not in data and b"\\uD" not in data:
+        return
+    for escape in _ESCAPE.findall(data):
+        if len(escape) == 6:
+            raise InvalidRequest(
+                f"{escape.decode()} is half of a surrogate pair, no character; write both halves, "
+                "or the character itself in UTF-8"
+            )
 
 
 def _text(line: JsonLine) -> str:

@@ -78,6 +78,11 @@ def expand(
     return [first, *others]
 
 
+def num_sent(wire: GenerateRequest) -> int:
+    """Output tokens that `wire` brings, of all its samples."""
+    return sum(len(ids) if isinstance(ids, list) else 1 for ids in wire.output_ids or ())
+
+
 def with_seed(wire: GenerateRequest, default_seed: int) -> GenerateRequest:
     """`wire` as it is to be kept for its reply: a request that will be held, and has no seed,
     states the one that `expand` would use, which whoever continues it has to send."""

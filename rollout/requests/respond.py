@@ -62,14 +62,18 @@ def respond(
     *,
     index: int | None = None,
     begin: Seam | None = None,
+    text: str | None = None,
 ) -> GenerateResponse:
-    """The reply to one of the sequences of `wire`; `text` is None without a tokenizer.
+    """The reply to one of the sequences of `wire`; its text is None without a tokenizer.
 
-    index: which of the `n` samples it is; None when one was asked for. begin: the `seam` of a
-    continued request, if the caller has it.
+    index: which of the `n` samples it is; None when one was asked for. begin, text: the `seam` of
+    a continued request and the text of the reply, if the caller has them.
     """
     begin = begin or seam(request, tokenizer)
-    text = None if tokenizer is None else _text_of(request, output, tokenizer, begin)
+    if tokenizer is None:
+        text = None
+    elif text is None:
+        text = _text_of(request, output, tokenizer, begin)
     return GenerateResponse(
         text=text,
         output_ids=output.token_ids.tolist(),

@@ -1,26 +1,65 @@
-"""Parse native `/generate` objects: one JSON object into a `GenerateRequest`."""
+"""Parse native `/generate` objects: one JSON object into a `GenerateRequest`.
+
+Fields that the dialect has and this engine does not serve pass while they ask for nothing (null,
+false, empty), since clients send their defaults; so do hints to other servers.
+"""
 
 from __future__ import annotations
 
 import re
 
+import msgspec
+from msgspec import Raw
+
 from engine.errors import InvalidRequest, UnsupportedOption
 from engine.protocol import GenerateRequest, SamplingParams
 from rollout.requests.json_types import decode_json
-from rollout.requests.known_fields import UNSERVED
+from rollout.requests.known_fields import UNSERVED, WITHOUT_EFFECT
 from rollout.requests.nearest import nearest
 
+Fields = dict[str, Raw]
+
 _UNKNOWN = re.compile(r"contains unknown field `([^`]+)`")
+_INERT = frozenset({b"null", b"false", b'""', b"[]", b"{}"})
+_HINTS = WITHOUT_EFFECT["native"]
+_OWN = frozenset(GenerateRequest.__struct_fields__)
+_OWN_SAMPLING = frozenset(SamplingParams.__struct_fields__)
 
 
 def parse_request(data: bytes | str) -> GenerateRequest:
     """Raises InvalidRequest naming the field, UnsupportedOption for one that the dialect
     has and this engine does not serve."""
+    fields: Fields = decode_json(data, Fields, field="", what="the request")
+    return parse_fields(meaningful_fields(fields))
+
+
+def meaningful_fields(fields: Fields) -> Fields:
+    """Without nulls, hints, and fields of others that ask for nothing."""
+    return _known(fields, _OWN)
+
+
+def parse_fields(fields: Fields) -> GenerateRequest:
+    """`parse_request` of an object in its fields, those of `meaningful_fields`."""
+    sampling = fields.get("sampling_params")
+    if sampling is not None and bytes(sampling)[:1] == b"{":
+        own: Fields = decode_json(sampling, Fields, field="sampling_params", what="sampling_params")
+        found = msgspec.json.encode(_known(own, _OWN_SAMPLING))
+        fields = {**fields, "sampling_params": Raw(found)}
     try:
-        found: GenerateRequest = decode_json(data, GenerateRequest, field="", what="the request")
+        wire: GenerateRequest = decode_json(msgspec.json.encode(fields), GenerateRequest)
     except InvalidRequest as error:
         raise _explain(error) from error
-    return found
+    return wire
+
+
+def _known(fields: Fields, own: frozenset[str]) -> Fields:
+    return {
+        name: value
+        for name, value in fields.items()
+        if not (
+            bytes(value) == b"null" if name in own else name in _HINTS or bytes(value) in _INERT
+        )
+    }
 
 
 def _explain(error: InvalidRequest) -> InvalidRequest:

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import msgspec
 from msgspec import Raw
 
 from engine.errors import ContextTooLong, InvalidRequest
-from engine.protocol import GenerateRequest, ReplicaState, SamplingParams
+from engine.protocol import GenerateRequest, ReplicaState
 from rollout.http.native.long_prompts import check_long_prompt
 from rollout.requests.json_types import decode_json
-from rollout.requests.known_fields import WITHOUT_EFFECT
 from rollout.requests.sample_ids import check_client_id
-from rollout.requests.wire import parse_request
+from rollout.requests.wire import Fields, meaningful_fields, parse_fields
 from rollout.text.tokenizer import Tokenizer
 
-Fields = dict[str, Raw]
-
-_HINTS = WITHOUT_EFFECT["native"]
-_INERT = frozenset({b"null", b"false", b'""', b"[]", b"{}"})
-_OWN = frozenset(GenerateRequest.__struct_fields__)
-_OWN_SAMPLING = frozenset(SamplingParams.__struct_fields__)
 # A list here is a list an item; in `text` and `input_ids` it decides that there are items.
-_PER_ITEM = _OWN - {"text", "input_ids", "stream"}
+_PER_ITEM = frozenset(GenerateRequest.__struct_fields__) - {"text", "input_ids", "stream"}
 # Fields whose one value is a list of numbers, which stands for every item.
 _LISTS = frozenset({"token_ids_logprob"})
 
@@ -69,16 +61,15 @@ def parse_call(body: bytes, room: PromptRoom | None = None) -> GenerateCall:
     """
     if room is not None:
         check_long_prompt(body, text_bytes=room.text_bytes, num_ids=room.num_ids)
-    fields = _known(_decode(body), _OWN)
+    fields = meaningful_fields(decode_json(body, Fields))
     for name in ("text", "input_ids"):
         if room is not None and name in fields:
             check_prompt(fields[name], room, name)
-    given = fields.get("output_ids")
-    if room is not None and given is not None and not _is_list(given, inner=True):
-        check_prompt(given, room, "output_ids")
+    if room is not None and "output_ids" in fields:
+        _check_given(fields["output_ids"], room)
     prompts = _prompts(fields)
     if prompts is None:
-        wire = parse_request(_encode(_cleaned(fields)))
+        wire = parse_fields(fields)
         check_client_id(wire.rid, "rid")
         wire, prefix = _with_rid(wire)
         return GenerateCall(items=[wire], batch=False, stream=wire.stream, prefix=prefix)
@@ -86,6 +77,20 @@ def parse_call(body: bytes, room: PromptRoom | None = None) -> GenerateCall:
     if room is not None:
         _check_prompts(values, room, name)
     return _parse_batch({k: v for k, v in fields.items() if k != name}, name, values)
+
+
+def _check_given(raw: Raw, room: PromptRoom) -> None:
+    """As `check_prompt`, for output tokens: one list, a list for each sample, and either for each
+    prompt of a batch."""
+    if not _is_list(raw, inner=True):
+        check_prompt(raw, room, "output_ids")
+        return
+    most = 1 + 2 * room.num_items
+    if len(raw) > most and (num_lists := bytes(raw).count(b"[")) > most:
+        raise InvalidRequest(
+            f"output_ids has {num_lists} lists; a call has at most {room.num_items} samples",
+            field="output_ids",
+        )
 
 
 def _check_prompts(values: list[Raw], room: PromptRoom, name: str) -> None:
@@ -101,13 +106,13 @@ def _parse_batch(shared: Fields, name: str, values: list[Raw]) -> GenerateCall:
         raise InvalidRequest(f"{name} is an empty batch; send at least one prompt", field=name)
     lists = _lists(shared, len(values))
     prefix = "" if "rid" in shared else f"{uuid.uuid4().hex}-"
-    common = _cleaned({key: value for key, value in shared.items() if key not in lists})
+    common = {key: value for key, value in shared.items() if key not in lists}
     if "rid" in common:
         raise InvalidRequest("rid must be a list with one id an item in a batch", field="rid")
     items = []
     for index, value in enumerate(values):
         own = {key: column[index] for key, column in lists.items()}
-        item = {**common, **_cleaned(own), name: value}
+        item = meaningful_fields({**common, **own, name: value})
         if prefix:
             item["rid"] = Raw(f'"{prefix}{index}"'.encode())
         items.append(_parse_item(item, index))
@@ -116,7 +121,7 @@ def _parse_batch(shared: Fields, name: str, values: list[Raw]) -> GenerateCall:
 
 def _parse_item(item: Fields, index: int) -> GenerateRequest:
     try:
-        found = parse_request(_encode(item))
+        found = parse_fields(item)
         check_client_id(found.rid, "rid")
         return found
     except InvalidRequest as error:
@@ -196,37 +201,6 @@ def _is_flat(value: Raw) -> bool:
     """Whether a list holds numbers, or nothing."""
     inner = bytes(memoryview(value)[:64])[1:].lstrip()[:1]
     return inner.isdigit() or inner in (b"-", b"]")
-
-
-def _cleaned(fields: Fields) -> Fields:
-    """`fields` with sampling parameters that ask for nothing left out."""
-    raw = fields.get("sampling_params")
-    if raw is None or bytes(raw)[:1] != b"{":
-        return fields
-    known = _known(_decode(raw), _OWN_SAMPLING)
-    return {**fields, "sampling_params": Raw(_encode(known))}
-
-
-def _known(fields: Fields, own: frozenset[str]) -> Fields:
-    """Without nulls, hints, and fields of others that ask for nothing."""
-    return {
-        name: value
-        for name, value in fields.items()
-        if not (_is_null(value) if name in own else name in _HINTS or bytes(value) in _INERT)
-    }
-
-
-def _is_null(value: Raw) -> bool:
-    return bytes(value) == b"null"
-
-
-def _decode(body: bytes | Raw) -> Fields:
-    fields: Fields = decode_json(body, Fields)
-    return fields
-
-
-def _encode(fields: Mapping[str, Raw]) -> bytes:
-    return msgspec.json.encode(fields)
 
 
 def _with_rid(wire: GenerateRequest) -> tuple[GenerateRequest, str]:

@@ -21,6 +21,7 @@ from rollout.requests.expand import (
     check_top_entries,
     check_total,
     expand,
+    num_sent,
     num_top_entries,
     with_seed,
 )
@@ -93,7 +94,9 @@ class Generator:
         if count <= facts.max_waiting:
             self.engine.check_room(count + self._num_expanding)
         num_chars = sum(len(item.text or "") for item in call.items)
-        num_ids = sum(len(item.input_ids or ()) + len(item.output_ids or ()) for item in call.items)
+        num_ids = sum(len(item.input_ids or ()) for item in call.items)
+        # Output tokens become text one by one, to find where it goes on.
+        num_chars += sum(map(num_sent, call.items))
         small = count <= _INLINE_SEQUENCES and num_ids <= _INLINE_IDS
         if small and num_chars <= _INLINE_CHARS:
             return self._expand(call)

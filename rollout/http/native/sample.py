@@ -19,6 +19,7 @@ from engine.protocol import (
 )
 from rollout.requests.outputs import Gathered, head
 from rollout.requests.respond import RunningReply, Seam, respond, seam
+from rollout.scheduler.continued import num_given
 from rollout.text.detokenizer import Detokenizer, StopMatch, TextDelta
 from rollout.text.tokenizer import Tokenizer
 
@@ -135,12 +136,23 @@ class Sample:
 
     def increment(self, delta: SampleDelta) -> GenerateResponse:
         """The reply with what `delta` added; counts of tokens are of everything so far."""
-        reply = self._unfinished(delta.output)
-        meta = {**reply.meta_info, "completion_tokens": self._num_sent}
+        output = delta.output
+        reply = respond(
+            self.wire,
+            self.request,
+            msgspec.structs.replace(output, finish=output.finish or _RUNNING),
+            self._tokenizer,
+            index=self.index,
+            begin=self._begin,
+            # What the tap holds back may yet become part of a stop string.
+            text=delta.text,
+        )
+        more = {"finish_reason": None, "completion_tokens": self._num_sent}
+        meta = {**reply.meta_info, **more}
         if self._final is not None:
             whole = self.response().meta_info
             meta |= {key: whole[key] for key in _AT_THE_END if key in whole}
-        return msgspec.structs.replace(reply, text=self._text(delta.text), meta_info=meta)
+        return msgspec.structs.replace(reply, meta_info=meta)
 
     @property
     def output(self) -> RequestOutput:
@@ -150,20 +162,12 @@ class Sample:
 
     @property
     def num_scores(self) -> int:
-        """Tokens and scores that the reply writes out: what its text costs to make."""
+        """Tokens and scores that the reply writes out, and tokens that its text goes on from: what
+        it costs to make."""
         output = self.output
         wanted = self.request.num_alternatives + 1
         scored = 0 if output.prompt_logprobs is None else len(output.prompt_logprobs)
-        return (len(output.token_ids) + scored) * wanted
-
-    def _unfinished(self, output: RequestOutput) -> GenerateResponse:
-        shown = msgspec.structs.replace(output, finish=output.finish or _RUNNING)
-        # Text comes from the tap: what it holds back may yet become part of a stop string.
-        texts = self._tokenizer if self.wire.return_text_in_logprobs else None
-        reply = respond(self.wire, self.request, shown, texts, index=self.index, begin=self._begin)
-        meta = {**reply.meta_info, "finish_reason": None}
-        text = None if self._tap is None else self._text(self._tap.text)
-        return msgspec.structs.replace(reply, text=text, meta_info=meta)
+        return (len(output.token_ids) + scored) * wanted + num_given(self.request)
 
     def _text(self, text: str) -> str | None:
         return None if self._tokenizer is None else text

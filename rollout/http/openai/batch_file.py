@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from io import FileIO
 from pathlib import Path
@@ -32,6 +32,7 @@ from rollout.http.openai.completion_routes import complete
 from rollout.http.services import Services, make_services
 from rollout.offline import FileReport, check_output, create_output
 from rollout.replica.spawned import ProcessReplica
+from rollout.requests.json_types import decode_json
 from rollout.requests.seeds import base_seed, derive_seed
 from rollout.text.tokenizer import Tokenizer
 
@@ -39,6 +40,11 @@ logger = logging.getLogger(__name__)
 
 _MIN_WINDOW = 64
 _AGAIN_S = 0.1
+
+_A_LINE = (
+    "a line has custom_id, method POST, url, which is /v1/chat/completions or /v1/completions, and "
+    "body"
+)
 
 CustomId = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
 
@@ -106,7 +112,8 @@ def run_batch(
     disk then, in whole lines.
     """
     check_output(input_path, output_path)
-    lines = list(read_lines(Path(input_path), field="input"))
+    # While the event loop runs, nothing may hold it up for as long as a large file takes.
+    lines = _parsed(read_lines(Path(input_path), field="input"))
     with (
         create_output(Path(output_path)) as out,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
@@ -118,7 +125,7 @@ async def _run(
     link: ProcessLink,
     tokenizer: Tokenizer | None,
     config: ServeConfig,
-    lines: list[JsonLine],
+    lines: list[BatchRequest | BatchReply],
     out: FileIO,
     seed: int | None,
 ) -> FileReport:
@@ -126,14 +133,14 @@ async def _run(
     try:
         await engine.start()
         services = make_services(config, engine, tokenizer)
-        job = _Job(services, _parsed(lines), out, base_seed(seed))
+        job = _Job(services, lines, out, base_seed(seed))
         await job.run(max(_MIN_WINDOW, 2 * engine.facts.max_running))
         return job.report()
     finally:
         await engine.close()
 
 
-def _parsed(lines: list[JsonLine]) -> list[BatchRequest | BatchReply]:
+def _parsed(lines: Iterable[JsonLine]) -> list[BatchRequest | BatchReply]:
     """The requests; in place of a line that is none, its reply."""
     found: list[BatchRequest | BatchReply] = []
     taken: set[str] = set()
@@ -141,13 +148,13 @@ def _parsed(lines: list[JsonLine]) -> list[BatchRequest | BatchReply]:
         named: Any = None
         try:
             named = check_line(line).get("custom_id")
-            request = msgspec.json.decode(line.data, type=BatchRequest)
+            request: BatchRequest = decode_json(line.data, BatchRequest, field="", what="the line")
             if request.custom_id in taken:
                 raise InvalidRequest(f"custom_id {request.custom_id!r} was used by another line")
             taken.add(request.custom_id)
             found.append(request)
-        except (InvalidRequest, msgspec.DecodeError) as error:
-            told = f"{line.where}: {error}; a line has custom_id, method, url and body"
+        except InvalidRequest as error:
+            told = f"{line.where}: {error}; {_A_LINE}"
             reply = BatchReply(id=_new_id("batch_req"), custom_id=None)
             reply.custom_id = named if isinstance(named, str) else None
             reply.error = _Error(code="invalid_request", message=told)
@@ -252,8 +259,8 @@ class _Job:
 
 def _is_streamed(data: bytes) -> bool:
     try:
-        return bool(msgspec.json.decode(data, type=_Streamed).stream)
-    except msgspec.DecodeError:
+        return bool(decode_json(data, _Streamed).stream)
+    except InvalidRequest:
         return False  # The route says what is wrong with the body.
 
 

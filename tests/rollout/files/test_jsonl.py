@@ -81,7 +81,9 @@ ROW = b'{"name": "a", "size": 1}\n'
         (b'{"name": "a"}', "missing required field `size`; each line is a pair"),
         (b'{"name": 1, "size": 1}', r"\$\.name.*; each line is a pair"),
         (b'{"name": "a", "size": true}', r"\$\.size.*; each line is a pair"),
-        (b'{"name": "\\ud800", "size": 1}', "each line is a pair"),
+        (b'{"name": "\\ud800", "size": 1}', r"\\ud800 is half of a surrogate pair"),
+        (b'{"name": "a\\uDE00", "size": 1}', r"\\uDE00 is half of a surrogate pair"),
+        (b'{"name": "\\\\\\ud83d\\ud83d\\ude00", "size": 1}', r"\\ud83d is half of a"),
         (b'{"name": "a", "size": ' + b"9" * 5000 + b"}", "number that can be read"),
         (b'{"name": ' + b"[" * 100_000, "nested too deeply"),
     ],
@@ -118,3 +120,17 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 def test_an_object_comes_as_it_is(tmp_path: Path) -> None:
     (line,) = read_lines(write(tmp_path / "in", b'{"a": {"b": [1]}}'), field="input")
     assert check_line(line) == {"a": {"b": [1]}}
+
+
+def test_halves_of_a_pair_stand_together(tmp_path: Path) -> None:
+    data = b'{"name": "\\ud83d\\uDE00 \\\\ud800 \\\\\\\\udc00 \\u0041", "size": 1}'
+    ((_, found),) = pairs(write(tmp_path / "in", data))
+    assert found.name == "\U0001f600 \\ud800 \\\\udc00 A"
+
+
+def test_a_key_that_is_there_twice_is_found_in_a_wide_object(tmp_path: Path) -> None:
+    """Every key is looked at once: of so many, pairs of them would take hours."""
+    keys = "".join(f'"{number}": 0, ' for number in range(400_000))
+    (line,) = read_lines(write(tmp_path / "in", b"{%b" % keys.encode() + b'"399999": 0}'), field="")
+    with pytest.raises(InvalidRequest, match="'399999' is there twice"):
+        check_line(line)

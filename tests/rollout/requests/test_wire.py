@@ -60,3 +60,17 @@ def test_a_null_is_no_field() -> None:
     line = '{"text": "a", "rid": null, "lora_path": null, "sampling_params": {"n": null}}'
     assert parse_request(line) == parse_request('{"text": "a"}')
     assert parse_request('{"text": "a", "sampling_params": null}') == parse_request('{"text": "a"}')
+
+
+def test_what_asks_for_nothing_is_no_field() -> None:
+    """Lines of a file may be what a client would send a server, its defaults written out."""
+    plain = parse_request('{"text": "a", "sampling_params": {"n": 2}}')
+    line = (
+        '{"text": "a", "return_hidden_states": false, "lora_path": null, "image_data": [],'
+        ' "log_metrics": true, "routing_key": "k",'
+        ' "sampling_params": {"n": 2, "regex": "", "json_schema": null, "custom_params": {}}}'
+    )
+    assert parse_request(line) == plain
+    with pytest.raises(UnsupportedOption) as caught:
+        parse_request(line.replace("false", "true"))
+    assert caught.value.field == "return_hidden_states"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,19 @@ import pytest
 
 from engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from engine.errors import ContextTooLong, InvalidRequest
-from engine.protocol import GenerateRequest, GenerateResponse, SamplingParams
+from engine.protocol import GenerateRequest, GenerateResponse, Request, SamplingParams
 from rollout.client import Client
+from rollout.http.native.generate_call import PromptRoom, parse_call
+from rollout.http.native.text_workers import TextWorkers
 from rollout.offline import run_file
 from rollout.ranks.ranked_executor import build_executor
+from rollout.requests import respond
 from rollout.requests.expand import expand
 from rollout.requests.parts import continued, joined, unfinished
 from tests.helpers.fake_executor import EOS_ID, expected_tokens
 from tests.helpers.http_app import Server, run, serving
 from tests.helpers.near_edges import on_an_edge
-from tests.helpers.replicas import inline
+from tests.helpers.replicas import fake_config, inline
 from tests.helpers.samplers import SAMPLERS
 from tests.helpers.tiny_models import write_tiny
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
@@ -193,6 +197,54 @@ def test_a_model_without_a_tokenizer_goes_on_in_ids() -> None:
     found = post(body, ids_only=True).json()
     assert found["output_ids"] == IDS[5:] and "text" not in found
     assert (found["meta_info"]["output_start"], found["meta_info"]["text_start"]) == (5, None)
+
+
+def test_many_output_tokens_become_text_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    beside: list[str] = []
+    run_beside = TextWorkers.run
+
+    async def noted(self: TextWorkers, work: Any, *args: Any, **options: Any) -> Any:
+        beside.append(work.__name__)
+        return await run_beside(self, work, *args, **options)
+
+    monkeypatch.setattr(TextWorkers, "run", noted)
+    engine = dataclasses.replace(fake_config(num_pages=4000), context_length=12_000)
+    sampling = {"max_new_tokens": 10_000, "stop": "no such"}
+    for count, found in ((9000, ["_expand", "_whole"]), (100, [])):
+        body = {"input_ids": PROMPT, "output_ids": [1] * count, "hold_at": count + 2}
+        assert len(post({**body, "sampling_params": sampling}, engine=engine).json()) == 3
+        assert beside == found
+        beside.clear()
+
+
+def test_an_increment_makes_its_own_text_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of all tokens before it, for each of them."""
+    asked: list[str] = []
+    text_of = respond._text_of
+
+    def noted(request: Request, *args: Any) -> str:
+        asked.append(request.rid)
+        return text_of(request, *args)
+
+    monkeypatch.setattr(respond, "_text_of", noted)
+    body = {"input_ids": PROMPT, "output_ids": IDS[:4], "sampling_params": SAMPLING, "stream": True}
+    body |= {"return_logprob": True, "return_text_in_logprobs": True}
+    frames = post(body, incremental_streaming_output=True).text.split("\n\n")[:-2]
+    found = [json.loads(frame.removeprefix("data: ")) for frame in frames]
+    assert "".join(frame["text"] for frame in found) == TEXT[4:]
+    texts = [entry[2] for frame in found for entry in frame["meta_info"]["output_token_logprobs"]]
+    assert "".join(texts) == TEXT[4:]
+    assert len(asked) == 1 < len(found)
+
+
+def test_more_lists_than_samples_are_refused_before_each_is_an_object() -> None:
+    body = b'{"input_ids": [1], "output_ids": [%b[]]}' % (b"[]," * 100_000)
+    room = PromptRoom(text_bytes=100, num_ids=100, num_items=50)
+    with pytest.raises(InvalidRequest, match="100002 lists") as caught:
+        parse_call(body, room)
+    assert caught.value.field == "output_ids"
+    most = json.dumps({"input_ids": [[1]] * 50, "output_ids": [[[]]] * 50})
+    assert len(parse_call(most.encode(), room).items) == 50
 
 
 BAD: list[tuple[dict[str, Any], str, str]] = [

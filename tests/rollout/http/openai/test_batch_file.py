@@ -120,6 +120,44 @@ def test_a_line_that_names_no_request_has_an_error_of_its_own(tmp_path: Path) ->
     assert (report.num_lines, report.num_errors) == (10, 8)
 
 
+def test_whatever_a_line_holds_the_others_are_answered(tmp_path: Path) -> None:
+    """Text that nothing can write again, and nesting that one reader follows and another does
+    not."""
+    deep = [
+        f'{{"custom_id": "{depth}", "url": "/v1/completions", "body": '
+        + '{"prompt": ' + "[" * depth + "]" * depth + "}}"
+        for depth in (99, 300, 800, *range(900, 1000, 3), 3000, 30_000)
+    ]  # fmt: skip
+    lines = [
+        '{"custom_id": "\\ud800", "url": "/v1/completions", "body": {}}',
+        '{"custom_id": "a\\udc00", "url": "/v1/completions"}',
+        '{"custom_id": "b", "url": "/v1/completions", "body": {"prompt": "\\ud800"}}',
+        *deep,
+        completion("c"),
+    ]
+    replies, report = answer(tmp_path, lines)
+    assert [reply["custom_id"] for reply in replies[:3]] == [None, None, None]
+    assert all("half of a surrogate pair" in reply["error"]["message"] for reply in replies[:3])
+    for reply in replies[3:-1]:
+        status = 400 if reply["error"] else reply["response"]["status_code"]
+        assert status == 400, reply
+    assert replies[-1]["response"]["status_code"] == 200
+    assert report.num_errors == len(lines) - 1
+
+
+def test_a_null_is_no_field_and_a_refusal_says_what_a_line_has(tmp_path: Path) -> None:
+    lines = [
+        completion("a") | {"method": None},
+        line("b", "/v1/embeddings", {}),
+        completion("c") | {"custom_id": None},
+    ]
+    replies, _ = answer(tmp_path, lines)
+    assert replies[0]["response"]["status_code"] == 200
+    for reply, told in zip(replies[1:], ("/v1/embeddings", "custom_id"), strict=True):
+        message = reply["error"]["message"]
+        assert told in message and "/v1/chat/completions or /v1/completions" in message
+
+
 def test_seeds_come_from_the_lines_number(tmp_path: Path) -> None:
     """What is drawn depends neither on the other lines nor on when each was answered."""
     sampled = completion("b", prompt=["abc", "abc"], temperature=1.0, seed=None)
