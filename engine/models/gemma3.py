@@ -59,13 +59,23 @@ def _global_rope(source: Mapping[str, Any]) -> RopeConfig:
     """Of the layers that see everything: the only ones that a context extension changes."""
     settings = _rope_settings(source, _FULL)
     older = {"rope_scaling": source.get("rope_scaling"), "rope_theta": source.get("rope_theta")}
-    return read_rope({**older, **settings})
+    return _as_trained(read_rope({**older, **settings}))
 
 
 def _local_rope(source: Mapping[str, Any]) -> RopeConfig:
-    return read_rope(
-        {"rope_theta": source.get("rope_local_base_freq"), **_rope_settings(source, SLIDING)}
-    )
+    older = {"rope_theta": source.get("rope_local_base_freq")}
+    return _as_trained(read_rope({**older, **_rope_settings(source, SLIDING)}))
+
+
+def _as_trained(rope: RopeConfig) -> RopeConfig:
+    """`rope`, unless transformers, which trains, would pass over a setting of it: it looks for
+    `truncate` beside the settings of both kinds of layers, where no file has it."""
+    if not rope.truncate:
+        raise UnknownArchitecture(
+            "rope setting 'truncate' is False, which transformers does not compute for Gemma 3",
+            field="truncate",
+        )
+    return rope
 
 
 OPTIONS = Options(

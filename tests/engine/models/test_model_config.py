@@ -279,6 +279,7 @@ def test_gemma3_scales_positions_of_full_layers_only() -> None:
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ({"rope_parameters": {"rope_type": "default"}}, "rope_parameters"),
         ({"layer_types": ["chunked_attention"] * 7}, "layer_types"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": False}}, "truncate"),
         (
             {
                 "rope_parameters": {
