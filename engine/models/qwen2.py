@@ -11,7 +11,8 @@ from engine.models.sizes import Sizes
 from engine.models.windows import switched_windows
 
 OPTIONS = Options(
-    defaults={"max_window_layers": 28, "num_key_value_heads": 32, "sliding_window": 4096}, has_windows=True
+    defaults={"max_window_layers": 28, "num_key_value_heads": 32, "sliding_window": 4096},
+    has_windows=True,
 )
 
 

@@ -16,7 +16,6 @@ from engine.models.decoder_options import Options
 from engine.models.sizes import Sizes
 from engine.models.windows import layer_types, switched_types, windows_of
 
-
 OPTIONS = Options(
     reads=frozenset({"no_rope_layers", "no_rope_layer_interval"}),
     defaults={

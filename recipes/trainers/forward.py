@@ -72,7 +72,9 @@ def _attention_masks(
     config = getattr(model, "module", model).config
     if config.model_type in _ALL_LAYERS_SLIDE:
         window = config.sliding_window
-        return _as_mask(tree.ancestor_mask() if window is None else tree.window_mask(window), device)
+        return _as_mask(
+            tree.ancestor_mask() if window is None else tree.window_mask(window), device
+        )
     types = set(getattr(config, "layer_types", None) or ())
     full = _as_mask(tree.ancestor_mask(), device)
     if _SLIDING in types:
