@@ -12,6 +12,7 @@ from engine.layers.rope_config import RopeConfig, served_positions
 from engine.models.config_keys import (
     check_biases,
     check_keys,
+    filled,
     flag,
     needed,
     number,
@@ -80,7 +81,7 @@ def read_config(
     architecture = _architecture(source)
     family = find(architecture)
     options = family.OPTIONS
-    source = {**options.defaults, **source}
+    source = filled(source, options)
     sizes = _sizes(source, options)
     layers = family.layers(source, sizes)
     check_biases(source, layers[0])

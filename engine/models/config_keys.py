@@ -73,6 +73,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "num_experts": (None, 0),
         "num_local_experts": (None, 0),
         "parallel_attn": (None, False),
+        "per_layer_config": (None, {}),
         "pruned_heads": (None, {}, []),
         "q_lora_rank": (None, 0),
         "qk_layernorm": (None, False),
@@ -91,6 +92,8 @@ _COMPUTES = re.compile(
     r"|alibi|qk_norm|qk_layernorm|residual|bias|sinks?\b|mup|lora_rank|linear_attn|mamba|ssm"
     r"|block_type|layer_type|_act$|activation"
 )
+# No window, and as many heads as there are of queries.
+_MAY_BE_NULL = frozenset({"num_key_value_heads", "sliding_window"})
 # They speak of training, of printing or of how to compute, not of what.
 _HARMLESS = frozenset(
     {
@@ -101,6 +104,20 @@ _HARMLESS = frozenset(
         "router_aux_loss_coef",
     }
 )
+
+
+def filled(source: Mapping[str, Any], options: Options) -> dict[str, Any]:
+    """A config.json dict with what its family takes for keys that it leaves out.
+
+    Raises CheckpointError for a null in place of such a key: only of a few does it say something.
+    """
+    for key in options.defaults.keys() - _MAY_BE_NULL:
+        if key in source and source[key] is None:
+            raise CheckpointError(
+                f"{key!r} is null in the model's configuration; give it a value or leave it out",
+                field=key,
+            )
+    return {**options.defaults, **source}
 
 
 def check_keys(source: Mapping[str, Any], options: Options) -> None:

@@ -15,7 +15,7 @@ from engine.layers.rope_config import RopeConfig, read_rope
 from engine.models.config_keys import flag, number, whole_number
 from engine.models.decoder_options import Options
 from engine.models.sizes import Sizes
-from engine.models.windows import SLIDING, layer_types, windows_of
+from engine.models.windows import SLIDING, layer_types, listed_windows
 
 _FULL = "full_attention"
 _DEFAULTS: Mapping[str, Any] = MappingProxyType(
@@ -59,13 +59,23 @@ def _global_rope(source: Mapping[str, Any]) -> RopeConfig:
     """Of the layers that see everything: the only ones that a context extension changes."""
     settings = _rope_settings(source, _FULL)
     older = {"rope_scaling": source.get("rope_scaling"), "rope_theta": source.get("rope_theta")}
-    return read_rope({**older, **settings})
+    return _as_trained(read_rope({**older, **settings}))
 
 
 def _local_rope(source: Mapping[str, Any]) -> RopeConfig:
-    return read_rope(
-        {"rope_theta": source.get("rope_local_base_freq"), **_rope_settings(source, SLIDING)}
-    )
+    older = {"rope_theta": source.get("rope_local_base_freq")}
+    return _as_trained(read_rope({**older, **_rope_settings(source, SLIDING)}))
+
+
+def _as_trained(rope: RopeConfig) -> RopeConfig:
+    """`rope`, unless transformers, which trains, would pass over a setting of it: it looks for
+    `truncate` beside the settings of both kinds of layers, where no file has it."""
+    if not rope.truncate:
+        raise UnknownArchitecture(
+            "rope setting 'truncate' is False, which transformers does not compute for Gemma 3",
+            field="truncate",
+        )
+    return rope
 
 
 OPTIONS = Options(
@@ -101,11 +111,23 @@ def layers(source: Mapping[str, Any], sizes: Sizes) -> tuple[LayerKind, ...]:
         activation="gelu_tanh",
         scale=number(source, "query_pre_attn_scalar") ** -0.5,
     )
-    local = replace(seeing_all.attention, rope=_local_rope(source))
+    local = replace(seeing_all.attention, rope=_reaching(_local_rope(source), source, sizes))
     sliding = replace(seeing_all, attention=local)
     slides = _slides(source, sizes.num_layers)
     kinds = [sliding if slide else seeing_all for slide in slides]
-    return sizes.windowed(kinds, windows_of(source, slides))
+    return sizes.windowed(kinds, listed_windows(source, slides))
+
+
+def _reaching(local: RopeConfig, source: Mapping[str, Any], sizes: Sizes) -> RopeConfig:
+    """`local`, unless it is scaled by a length that the other layers' settings exceed."""
+    trained = whole_number(source, "max_position_embeddings")
+    if local.rope_type == "dynamic" and sizes.positions > trained:
+        raise UnknownArchitecture(
+            f"rope_parameters: type dynamic of {SLIDING} is served up to {trained} positions, "
+            f"but those of {_FULL} reach {sizes.positions}",
+            field="rope_parameters",
+        )
+    return local
 
 
 def _slides(source: Mapping[str, Any], num_layers: int) -> list[bool]:

@@ -10,7 +10,7 @@ from engine.models.decoder_options import Options
 from engine.models.sizes import Sizes
 from engine.models.windows import windows_of
 
-OPTIONS = Options(defaults={"sliding_window": 4096}, has_windows=True)
+OPTIONS = Options(defaults={"num_key_value_heads": 8, "sliding_window": 4096}, has_windows=True)
 
 
 def layers(source: Mapping[str, Any], sizes: Sizes) -> tuple[LayerKind, ...]:

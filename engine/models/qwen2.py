@@ -10,7 +10,10 @@ from engine.models.decoder_options import Options
 from engine.models.sizes import Sizes
 from engine.models.windows import switched_windows
 
-OPTIONS = Options(has_windows=True)
+OPTIONS = Options(
+    defaults={"max_window_layers": 28, "num_key_value_heads": 32, "sliding_window": 4096},
+    has_windows=True,
+)
 
 
 def layers(source: Mapping[str, Any], sizes: Sizes) -> tuple[LayerKind, ...]:

@@ -11,7 +11,11 @@ from engine.models.decoder_options import Options
 from engine.models.sizes import Sizes
 from engine.models.windows import switched_windows
 
-OPTIONS = Options(default_head_dim=128, has_windows=True)
+OPTIONS = Options(
+    defaults={"max_window_layers": 28, "num_key_value_heads": 32, "sliding_window": 4096},
+    default_head_dim=128,
+    has_windows=True,
+)
 
 
 def layers(source: Mapping[str, Any], sizes: Sizes) -> tuple[LayerKind, ...]:

@@ -11,22 +11,19 @@ from typing import Any
 
 from engine.errors import CheckpointError
 from engine.layers.kinds import LayerKind
-from engine.layers.rope_config import RopeConfig, read_rope
 from engine.models.config_keys import flag, whole_number
 from engine.models.decoder_options import Options
 from engine.models.sizes import Sizes
-from engine.models.windows import SLIDING, layer_types, windows_of
-
-
-def _rope(source: Mapping[str, Any]) -> RopeConfig:
-    return read_rope({"rope_theta": 2_000_000.0, **source})
-
+from engine.models.windows import layer_types, switched_types, windows_of
 
 OPTIONS = Options(
     reads=frozenset({"no_rope_layers", "no_rope_layer_interval"}),
-    defaults={"tie_word_embeddings": True},
+    defaults={
+        "num_key_value_heads": 4,
+        "rope_theta": 2_000_000.0,
+        "tie_word_embeddings": True,
+    },
     has_windows=True,
-    rope=_rope,
 )
 _INTERVAL = 4
 
@@ -61,13 +58,8 @@ def _rotates(source: Mapping[str, Any], num_layers: int) -> list[bool]:
 
 
 def _windows(source: Mapping[str, Any], rotates: list[bool]) -> list[int | None]:
-    switched = bool(flag(source, "use_sliding_window"))
     types = layer_types(source, len(rotates))
-    if types is None:
-        return windows_of(source, [switched and not turns for turns in rotates])
-    windows = windows_of(source, [kind == SLIDING for kind in types])
-    if any(windows) and not switched:
-        raise CheckpointError(
-            f"'layer_types' has {SLIDING}, but 'use_sliding_window' is not on", field="layer_types"
-        )
-    return windows
+    if types is not None:
+        return switched_types(source, types)
+    switched = bool(flag(source, "use_sliding_window"))
+    return windows_of(source, [switched and not turns for turns in rotates])

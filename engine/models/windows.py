@@ -36,6 +36,31 @@ def layer_types(source: Mapping[str, Any], num_layers: int) -> list[str] | None:
     return found[:num_layers]
 
 
+def listed_windows(source: Mapping[str, Any], sliding: Sequence[bool]) -> list[int | None]:
+    """`sliding_window` for each layer that `layer_types` or a pattern says slides.
+
+    Raises CheckpointError where one slides and there is no window.
+    """
+    if any(sliding) and source.get("sliding_window") is None:
+        raise CheckpointError(
+            "some layers have sliding attention, but there is no 'sliding_window'",
+            field="sliding_window",
+        )
+    return windows_of(source, sliding)
+
+
+def switched_types(source: Mapping[str, Any], types: Sequence[str]) -> list[int | None]:
+    """Windows of layers of these types, in families where `use_sliding_window` must be on too.
+
+    Raises CheckpointError where it is not and a layer slides.
+    """
+    if SLIDING in types and not flag(source, "use_sliding_window"):
+        raise CheckpointError(
+            f"'layer_types' has {SLIDING}, but 'use_sliding_window' is not on", field="layer_types"
+        )
+    return listed_windows(source, [kind == SLIDING for kind in types])
+
+
 def windows_of(source: Mapping[str, Any], sliding: Sequence[bool]) -> list[int | None]:
     """`sliding_window`, if there is one, for each layer that slides."""
     if source.get("sliding_window") is None or not any(sliding):
@@ -48,21 +73,29 @@ def switched_windows(source: Mapping[str, Any], num_layers: int) -> list[int | N
     """Windows of the families that have them where `use_sliding_window` is on: in the layers
     that `layer_types` says, or in those from `max_window_layers` on."""
     types = layer_types(source, num_layers)
+    if types is not None:
+        return switched_types(source, types)
     if not flag(source, "use_sliding_window"):
         return [None] * num_layers
-    if types is not None:
-        return windows_of(source, [kind == SLIDING for kind in types])
+    return windows_of(source, _late_layers(source, num_layers))
+
+
+def _late_layers(source: Mapping[str, Any], num_layers: int) -> list[bool]:
     first = source.get("max_window_layers")
     if first is not None and (isinstance(first, bool) or not isinstance(first, int)):
         raise CheckpointError(
             f"'max_window_layers' is {first!r}, not an integer", field="max_window_layers"
         )
-    return windows_of(source, [index >= (first or 0) for index in range(num_layers)])
+    return [index >= (first or 0) for index in range(num_layers)]
 
 
 def refuse_windows(source: Mapping[str, Any], num_layers: int, positions: int) -> None:
     """For families that have none: raise UnknownArchitecture for a window that would count."""
-    windows = switched_windows(source, num_layers)
+    types = layer_types(source, num_layers)
+    if not flag(source, "use_sliding_window"):
+        return
+    late = _late_layers(source, num_layers)
+    windows = windows_of(source, late if types is None else [kind == SLIDING for kind in types])
     if any(window is not None and window < positions for window in windows):
         raise UnknownArchitecture(
             f"sliding_window {source['sliding_window']} is not served with this architecture: "

@@ -70,13 +70,16 @@ def _attention_masks(
     """
     # A wrapper has settings of its own under that name.
     config = getattr(model, "module", model).config
+    if config.model_type in _ALL_LAYERS_SLIDE:
+        window = config.sliding_window
+        return _as_mask(
+            tree.ancestor_mask() if window is None else tree.window_mask(window), device
+        )
     types = set(getattr(config, "layer_types", None) or ())
     full = _as_mask(tree.ancestor_mask(), device)
     if _SLIDING in types:
         window = _as_mask(tree.window_mask(config.sliding_window), device)
         return {kind: window if kind == _SLIDING else full for kind in types}
-    if config.model_type in _ALL_LAYERS_SLIDE and config.sliding_window is not None:
-        return _as_mask(tree.window_mask(config.sliding_window), device)
     return full
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
+import transformers
 
 from engine.errors import CheckpointError, UnknownArchitecture
 from engine.models.config import read_config
@@ -24,7 +26,7 @@ LLAMA: dict[str, Any] = {
 
 
 def with_(**changes: Any) -> dict[str, Any]:
-    return {**LLAMA, **changes}
+    return {**LLAMA, "num_key_value_heads": 2, **changes}
 
 
 def test_defaults_of_a_minimal_llama() -> None:
@@ -109,11 +111,12 @@ def test_both_names_of_the_dtype() -> None:
     [
         ({"architectures": ["MistralForCausalLM"]}, (64, 64)),
         ({"architectures": ["Qwen2ForCausalLM"], "max_window_layers": 1}, (None, 64)),
-        ({"architectures": ["Qwen2ForCausalLM"]}, (64, 64)),
+        ({"architectures": ["Qwen2ForCausalLM"], "max_window_layers": 0}, (64, 64)),
         (
             {
                 "architectures": ["Qwen3ForCausalLM"],
                 "layer_types": ["sliding_attention", "full_attention"],
+                "max_window_layers": 2,
             },
             (64, None),
         ),
@@ -166,6 +169,7 @@ def test_a_window_is_refused_where_no_layer_may_have_one(arch: str) -> None:
             "sliding_window": 64,
             "use_sliding_window": False,
         },
+        {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 64, "use_sliding_window": True},
         {"architectures": ["SmolLM3ForCausalLM"], "sliding_window": 64},
     ],
 )
@@ -275,6 +279,16 @@ def test_gemma3_scales_positions_of_full_layers_only() -> None:
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ({"rope_parameters": {"rope_type": "default"}}, "rope_parameters"),
         ({"layer_types": ["chunked_attention"] * 7}, "layer_types"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": False}}, "truncate"),
+        (
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "yarn", "factor": 2.0},
+                    "sliding_attention": {"rope_type": "dynamic", "factor": 2.0},
+                }
+            },
+            "rope_parameters",
+        ),
     ],
 )
 def test_what_gemma3_might_compute_and_is_not_served_is_named(
@@ -291,6 +305,21 @@ def test_what_gemma3_might_compute_and_is_not_served_is_named(
         ("Gemma3ForCausalLM", {"layer_types": ["full_attention"]}, "layer_types"),
         ("Gemma3ForCausalLM", {"sliding_window_pattern": 0}, "sliding_window_pattern"),
         ("Gemma3ForCausalLM", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar"),
+        ("Gemma3ForCausalLM", {"sliding_window": None}, "sliding_window"),
+        (
+            "Qwen2ForCausalLM",
+            {"layer_types": ["sliding_attention"] * 2, "sliding_window": 64},
+            "layer_types",
+        ),
+        (
+            "Qwen3ForCausalLM",
+            {
+                "layer_types": ["sliding_attention"] * 2,
+                "sliding_window": None,
+                "use_sliding_window": True,
+            },
+            "sliding_window",
+        ),
         ("SmolLM3ForCausalLM", {"no_rope_layers": [1]}, "no_rope_layers"),
         ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 2]}, "no_rope_layers"),
         ("SmolLM3ForCausalLM", {"no_rope_layers": []}, "no_rope_layers"),
@@ -335,7 +364,7 @@ INERT: dict[str, Any] = {
 
 
 def test_keys_that_change_nothing_are_passed_over() -> None:
-    assert read_config(with_(**INERT)) == read_config(LLAMA)
+    assert read_config(with_(**INERT)) == read_config(with_())
 
 
 @pytest.mark.parametrize(
@@ -354,6 +383,7 @@ def test_keys_that_change_nothing_are_passed_over() -> None:
         ("n_routed_experts", 64),
         ("no_rope_layers", [1, 0]),
         ("attention_chunk_size", 8192),
+        ("per_layer_config", {"1": {"sliding_window": 8}}),
         ("hidden_activation", "gelu_pytorch_tanh"),
         ("use_qk_norm", True),
         ("qkv_bias", True),
@@ -371,6 +401,53 @@ def test_a_key_that_would_have_to_be_computed_is_refused(key: str, value: object
     with pytest.raises(UnknownArchitecture, match=key) as caught:
         read_config(with_(**{key: value}))
     assert caught.value.field == key
+
+
+def config_class(arch: str) -> Any:
+    """That of transformers."""
+    name = "Gemma3TextConfig" if arch.startswith("Gemma3") else arch.removesuffix("ForCausalLM")
+    return getattr(transformers, name if name.endswith("Config") else f"{name}Config")
+
+
+@pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
+def test_a_key_that_is_left_out_has_the_value_that_transformers_takes(arch: str) -> None:
+    """Or it is asked for by its name. Tokens are generation_config.json's affair."""
+    base = with_(
+        architectures=[arch],
+        hidden_size=1024,
+        num_attention_heads=64,
+        num_key_value_heads=2,
+        num_hidden_layers=30,
+        head_dim=32,
+        max_position_embeddings=8192,
+        rope_theta=5e5,
+        tie_word_embeddings=False,
+        **{**SWITCHES, "rope_scaling": None},
+    )
+    if arch in ("LlamaForCausalLM", "Olmo2ForCausalLM"):
+        base["use_sliding_window"] = False
+    asked_for = []
+    for field in dataclasses.fields(config_class(arch)):
+        key, default = field.name, field.default
+        if key.endswith("_token_id") or key not in HANDLED | find(arch).OPTIONS.reads:
+            continue
+        left_out = {name: value for name, value in base.items() if name != key}
+        try:
+            config = read_config(left_out)
+        except CheckpointError as error:
+            assert error.field == key
+            asked_for.append(key)
+        else:
+            assert config == read_config({**left_out, key: default}), key
+    assert "num_key_value_heads" not in asked_for
+
+
+@pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
+def test_null_is_no_way_to_leave_a_key_out(arch: str) -> None:
+    for key in find(arch).OPTIONS.defaults.keys() - {"num_key_value_heads", "sliding_window"}:
+        with pytest.raises(CheckpointError, match=key) as caught:
+            read_config(with_(architectures=[arch], **{key: None}))
+        assert caught.value.field == key
 
 
 READ_BY_PAGES = frozenset().union(*(find(arch).OPTIONS.reads for arch in ARCHITECTURES))

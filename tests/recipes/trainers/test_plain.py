@@ -71,19 +71,23 @@ def test_logprobs_are_those_of_plain_forward_passes(arch: str) -> None:
         torch.testing.assert_close(torch.from_numpy(got), want, atol=1e-5, rtol=0)
 
 
-WINDOWS: dict[str, dict[str, Any]] = {
-    "gemma3": {},
-    "mistral": {},
-    "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
-    "qwen3": {"use_sliding_window": True, "max_window_layers": 0},
-    "smollm3": {"use_sliding_window": True},
-}
+WINDOWS: list[tuple[str, dict[str, Any]]] = [
+    ("gemma3", {}),
+    ("mistral", {}),
+    # All its layers slide, whatever this says.
+    ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}),
+    ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}),
+    ("qwen3", {"use_sliding_window": True, "max_window_layers": 0}),
+    ("smollm3", {"use_sliding_window": True}),
+]
 
 
-@pytest.mark.parametrize("arch", WINDOWS)
-def test_windows_shorter_than_the_sequences_are_those_of_plain_forward_passes(arch: str) -> None:
+@pytest.mark.parametrize(("arch", "own"), WINDOWS)
+def test_windows_shorter_than_the_sequences_are_those_of_plain_forward_passes(
+    arch: str, own: dict[str, Any]
+) -> None:
     """The model masks a plain sequence itself; over a tree it takes the masks that it is given."""
-    sizes = {"sliding_window": 3, **WINDOWS[arch]}
+    sizes = {"sliding_window": 3, **own}
     trainer, batch = trainer_of(arch, sizes=sizes), random_batch(3, 4, vocab=VOCAB)
     assert max(len(t.prompt_ids) + len(t.response_ids) for t in batch.trajectories) > 6
     with torch.no_grad():
