@@ -155,8 +155,8 @@ class Updates:
     async def load(
         self, path: str, label: str | None = None, *, partial: bool = False
     ) -> UpdateReport:
-        """One update from a folder, committed at once; a caller's open update is left to its
-        caller."""
+        """One update from a folder, committed at once. Raises UpdateOrder while a caller's own
+        update is open, which is left to its caller."""
         await self.quiet("an update from a folder")
         async with self._lock:
             open_one = await self._current.alive_explicit()
