@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import checkout  # noqa: F401
 import msgspec
 import numpy as np
 from machine import processor

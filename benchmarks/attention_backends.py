@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import checkout  # noqa: F401
 import numpy as np
 import torch
 import tyro

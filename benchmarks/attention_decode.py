@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import checkout  # noqa: F401
 import torch
 import tyro
 from attention_decode_cases import (

@@ -15,6 +15,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import checkout  # noqa: F401
 import numpy as np
 import torch
 import tyro

@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+from checkout import ROOT
 from machine import describe
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+import checkout  # noqa: F401
 import torch
 import tyro
 from gpu_rollout_engine import Bench

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import checkout
 import torch
 import tyro
 from machine import describe
 
 from recipes.run_folder import RunFolder
 
-ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (0, 1, 2)
 NEEDED_GAIN = 0.30
 
@@ -40,7 +40,9 @@ def run_seed(seed: int, flags: list[str], folder: Path) -> dict[str, Any]:
     """One run of the recipe; its summary, with step figures from its metrics."""
     out = folder / f"seed{seed}"
     command = [sys.executable, "recipes/grpo.py", "--seed", str(seed), "--out", str(out), *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=checkout.ROOT, env=checkout.environment(), capture_output=True, text=True
+    )
     if done.returncode:
         raise SystemExit(done.stderr)
     summary: dict[str, Any] = json.loads((out / "summary.json").read_text())

@@ -11,7 +11,6 @@ many seeds gained 0.5 or more, and the lowest accuracy at the end.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -21,13 +20,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import checkout
 import torch
 import tyro
 from machine import describe
 
 from recipes.run_folder import RunFolder
 
-ROOT = Path(__file__).resolve().parent.parent
 WANTED_GAIN = 0.5
 
 
@@ -73,8 +72,8 @@ def run_one(setting: str, seed: int, flags: list[str], threads: int) -> Outcome:
         words = [*setting.split(), *flags, "--seed", str(seed), "--out", str(out)]
         done = subprocess.run(
             [sys.executable, "recipes/grpo.py", *words, "--checkpoint-every", "0"],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            cwd=checkout.ROOT,
+            env=checkout.environment(OMP_NUM_THREADS=str(threads)),
             capture_output=True,
             text=True,
         )

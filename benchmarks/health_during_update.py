@@ -12,7 +12,6 @@ from __future__ import annotations
 import http.client
 import json
 import multiprocessing
-import os
 import socket
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
+import checkout
 import torch
 import tyro
 from machine import describe
@@ -32,8 +32,6 @@ from weight_update_trainer import TensorList, TrainerJob, free_port
 
 from trainer_bridge.bridge import Publisher, PushOptions
 from trainer_bridge.http_target import HttpTarget
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -176,7 +174,10 @@ def main() -> None:
     words += ["--context-length", "4096"]
     log = tempfile.TemporaryFile()  # noqa: SIM115
     server = subprocess.Popen(
-        [sys.executable, "-m", "rollout", "serve", *words], stdout=log, stderr=log, env=os.environ
+        [sys.executable, "-m", "rollout", "serve", *words],
+        stdout=log,
+        stderr=log,
+        env=checkout.environment(),
     )
     try:
         wait_for(port, server)

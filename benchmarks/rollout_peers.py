@@ -23,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import checkout  # noqa: F401
 import tyro
 from gpu_rollout_workloads import WorkloadName, make_workload
 from rollout_peers_calls import Answer, Ask, Run

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import checkout  # noqa: F401
 import torch
 from machine import describe
 from sampling_correct import VOCAB, checks

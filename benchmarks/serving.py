@@ -27,14 +27,14 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import checkout
 import msgspec
 import numpy as np
 from machine import processor
 
 from engine.config import CacheConfig, EngineConfig
 
-ROOT = Path(__file__).resolve().parent.parent
-SMOLLM2 = ROOT / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2 = checkout.ROOT / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 TINY = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -56,7 +56,7 @@ class Worker:
     """A child that answers one JSON line with another."""
 
     def __init__(self, script: str, *args: str) -> None:
-        command = [sys.executable, str(ROOT / "benchmarks" / script), *args]
+        command = [sys.executable, str(checkout.ROOT / "benchmarks" / script), *args]
         self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def read(self) -> dict[str, Any]:
@@ -93,7 +93,9 @@ class Server:
         command += ["--device", "cpu", "--dtype", config.dtype, "--kv-memory", "1"]
         command += ["--context-length", str(config.context_length), *options]
         with log.open("wb") as out:
-            self._child = subprocess.Popen(command, stdout=out, stderr=out)
+            self._child = subprocess.Popen(
+                command, env=checkout.environment(), stdout=out, stderr=out
+            )
         deadline = time.monotonic() + 120
         while not self._answers():
             assert self._child.poll() is None, f"the server ended; see {log}"

@@ -12,6 +12,7 @@ import json
 import sys
 import time
 
+import checkout  # noqa: F401
 import msgspec
 import numpy as np
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import checkout  # noqa: F401
 import small_kernels_chain as chain
 import small_kernels_correct as correct
 import small_kernels_products as products

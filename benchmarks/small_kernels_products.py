@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import checkout  # noqa: F401
 import torch
 
 from kernels.linear import Options, new_counters

@@ -12,7 +12,6 @@ Collectives: one all-reduce of a decode step's hidden states, captured 100 times
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import checkout
 import numpy as np
 import torch
 import tyro
@@ -84,7 +84,7 @@ def run_job(job: Job, deadline_s: float) -> dict[str, Any]:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+                env=checkout.environment(),
             )
             for each in (replace(job, rank=rank, meeting_place=place) for rank in range(ranks))
         ]

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import checkout  # noqa: F401
 import torch
 from machine import describe
 

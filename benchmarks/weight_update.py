@@ -28,6 +28,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
+import checkout  # noqa: F401
 import numpy as np
 import torch
 import tyro

@@ -73,7 +73,8 @@ class StepBatch:
     """One step's tensors. context: what the model's layers are given.
 
     input_ids_T: int64 [T]. last_T_of_S: int64 [S], index into T of each sampling
-    row's last token. slots_S, kv_lens_S: int64 [S].
+    row's last token. slots_S, kv_lens_S: int64 [S]. query_start_R1: int64 numpy [R + 1], where
+    each row begins among the T, and T.
     """
 
     input_ids_T: torch.Tensor

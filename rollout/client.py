@@ -71,7 +71,8 @@ class Client:
 
     def stream(self, request: GenerateRequest) -> Iterator[GenerateResponse]:
         """Replies as the output grows; each holds everything so far unless the server streams
-        increments. Closing the iterator aborts the request."""
+        increments. Closing the iterator aborts the request. Raises the server's typed error, also
+        one that comes in the middle of the stream."""
         body = msgspec.json.encode(msgspec.structs.replace(request, stream=True))
         try:
             with self._http.stream(

@@ -192,6 +192,14 @@ def test_one_file_speaks_zmq() -> None:
     assert found == {"rollout.replica.ipc"}
 
 
+def test_one_helper_gives_tests_children_their_path() -> None:
+    """Where packages come by PYTHONPATH, a child that gets another one lacks them."""
+    files = (ROOT / "tests").rglob("*.py")
+    given = re.compile(r'"PYTHONPATH"(:|\] =)')
+    named = {path.name for path in files if given.search(path.read_text())}
+    assert named == {"children.py"}
+
+
 def test_what_is_imported_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"].values()

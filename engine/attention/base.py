@@ -36,6 +36,7 @@ class AttentionBatch:
 
     @property
     def query_lens_R(self) -> np.ndarray:
+        """Tokens of each row that this step computes, int64 [R]."""
         return np.diff(self.query_start_R1)
 
 

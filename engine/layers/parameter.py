@@ -41,7 +41,10 @@ def even_shard(size: int, mesh: Mesh, what: str) -> Shard:
 
 
 def kv_head_shard(num_kv_heads: int, mesh: Mesh) -> Shard:
-    """This rank's KV heads; with more ranks than heads, neighbouring ranks share one."""
+    """This rank's KV heads; with more ranks than heads, neighbouring ranks share one.
+
+    Raises ModelError, naming `num_key_value_heads`, when neither number divides the other.
+    """
     if num_kv_heads >= mesh.tp_size:
         return even_shard(num_kv_heads, mesh, "num_key_value_heads")
     if mesh.tp_size % num_kv_heads:

@@ -71,7 +71,8 @@ def windows_of(source: Mapping[str, Any], sliding: Sequence[bool]) -> list[int |
 
 def switched_windows(source: Mapping[str, Any], num_layers: int) -> list[int | None]:
     """Windows of the families that have them where `use_sliding_window` is on: in the layers
-    that `layer_types` says, or in those from `max_window_layers` on."""
+    that `layer_types` says, or in those from `max_window_layers` on. Raises as `layer_types` and
+    `windows_of`, and CheckpointError for a `max_window_layers` that is no integer."""
     types = layer_types(source, num_layers)
     if types is not None:
         return switched_types(source, types)

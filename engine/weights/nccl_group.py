@@ -97,7 +97,10 @@ class NcclGroup:
         return self._comm
 
     def warm_up(self, deadline: float) -> None:
-        """The all-reduce of one zero that vLLM's trainers expect of every rank that joined."""
+        """The all-reduce of one zero that vLLM's trainers expect of every rank that joined.
+
+        Raises GroupError, and drops the group, if it has not ended by `deadline`.
+        """
         try:
             with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
                 # Kept as long as the group: its abort may leave it to be written.

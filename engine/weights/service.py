@@ -69,7 +69,8 @@ class WeightService:
         """Run a `BesideSteps` command beside whatever this thread does next; returns at once.
 
         Transfers run one after another, on a stream of their own; groups form and are left all
-        at once. A group that is joined or left ends what still forms or uses one of its name.
+        at once. A group that is joined or left ends what still forms or uses one of its name; if
+        that does not end in time, the command fails with GroupError.
         """
         if not isinstance(command, GroupCommand):
             return self._lane.start(command, lambda look: self.handle(command, look))

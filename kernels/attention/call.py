@@ -35,6 +35,7 @@ class DecodeCall:
 
     @property
     def num_rows(self) -> int:
+        """Rows of the batch."""
         return self.kv_len_R.shape[0]
 
 

@@ -42,7 +42,10 @@ def leave_one_out(rewards_GS: torch.Tensor) -> torch.Tensor:
 
 
 def advantages(rewards_GS: torch.Tensor, estimator: AdvantageEstimator) -> torch.Tensor:
-    """Advantage of each sample by the named estimator; float [G, S] -> [G, S]."""
+    """Advantage of each sample by the named estimator; float [G, S] -> [G, S].
+
+    Raises ValueError for another name.
+    """
     if estimator == "group_norm":
         return group_norm(rewards_GS)
     if estimator == "group_mean":

@@ -26,6 +26,8 @@ def token_weights(lengths: list[int], aggregation: LossAggregation, max_length: 
     seq-mean-token-mean: 1 / (N * length) (GRPO, arXiv 2402.03300).
     seq-mean-token-sum: 1 / N (RLOO, arXiv 2402.14740).
     seq-mean-token-sum-norm: 1 / (N * max_length), a constant (Dr.GRPO, arXiv 2503.20783).
+
+    Raises ValueError for another name.
     """
     num = max(sum(length > 0 for length in lengths), 1)
     lengths_N = np.maximum(np.asarray(lengths, dtype=np.float64), 1)

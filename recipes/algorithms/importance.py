@@ -77,7 +77,7 @@ def importance_weights(
     old_K: log-probabilities of the trainer's policy when the batch was made.
     level: "none" gives ones; "token" one ratio a token; "sequence" their product.
     mode: "truncate" caps the ratio at `cap`; "mask" gives what lies outside [1/cap, cap] none; see
-    `accepted` for what else becomes of those tokens.
+    `accepted` for what else becomes of those tokens. Raises ValueError for another mode.
     """
     if level == "none":
         return torch.ones_like(rollout_K)

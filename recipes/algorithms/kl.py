@@ -30,7 +30,10 @@ def k3(logprobs: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 def kl(logprobs: torch.Tensor, other: torch.Tensor, estimator: KLEstimator) -> torch.Tensor:
-    """The named estimator of KL(policy || other), token by token."""
+    """The named estimator of KL(policy || other), token by token; float [K], [K] -> [K].
+
+    Raises ValueError for another name.
+    """
     if estimator == "k1":
         return k1(logprobs, other)
     if estimator == "k2":

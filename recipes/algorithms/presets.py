@@ -86,7 +86,7 @@ def preset(name: AlgorithmName, max_new_tokens: int) -> Algorithm:
     """The published choices of an algorithm; the papers are cited at the losses.
 
     DAPO's buffer is a fifth of the longest reply, as in its paper. CISPO bounds the ratio only
-    from above, at 5 (ScaleRL, arXiv 2510.13786).
+    from above, at 5 (ScaleRL, arXiv 2510.13786). Raises ValueError for another name.
     """
     grpo = Algorithm(
         advantage="group_norm",

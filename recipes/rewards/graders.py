@@ -15,7 +15,6 @@ import os
 import selectors
 import signal
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from typing import Any
 
 from engine.errors import InvalidRequest
 from recipes.rewards.grader_main import GraderLimits, read_frame, write_frame
+from rollout.replica.python_child import child_command, child_environment
 
 LIMITS = GraderLimits(limit_s=1.0, wall_s=30.0, memory_bytes=4 << 30)
 START_S = 300.0
@@ -204,12 +204,12 @@ def _start(spec: GraderSpec, limits: GraderLimits) -> subprocess.Popen[bytes]:
         "limits": dataclasses.asdict(limits),
     }
     return subprocess.Popen(
-        [sys.executable, "-m", "recipes.rewards.grader_main", json.dumps(settings)],
+        child_command("recipes.rewards.grader_main", json.dumps(settings)),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         bufsize=0,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        env=child_environment(),
         start_new_session=True,
     )
 

@@ -12,7 +12,8 @@ def learning_rate(
     step: int, *, peak: float, schedule: Schedule, warmup_steps: int, total_steps: int
 ) -> float:
     """Rate of update `step` (0-based). It rises over the warm-up, reaching `peak` at step
-    `warmup_steps`, then stays there or falls to 0 at `total_steps`."""
+    `warmup_steps`, then stays there or falls to 0 at `total_steps`. Raises ValueError for another
+    schedule."""
     if step < warmup_steps:
         return peak * (step + 1) / (warmup_steps + 1)
     if schedule == "constant":

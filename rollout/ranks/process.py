@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 import weakref
 from collections import deque
@@ -15,6 +14,7 @@ from engine.errors import EngineDead
 from engine.protocol import Reply
 from engine.protocol.deadlines import RES_OPTIONS
 from rollout.replica.ipc import Channel
+from rollout.replica.python_child import child_command, child_environment
 
 _POLL_S = 0.1
 _SEND_S = 30.0
@@ -56,19 +56,15 @@ class RankProcess:
         endpoint = f"ipc://{files.folder}/rank-{rank}"
         self._channel = Channel.listen(endpoint, Reply)
         self._replies: dict[int, deque[Reply]] = {}
-        command = [sys.executable, "-m", "rollout.ranks.rank_main", endpoint, str(files.folder)]
-        command += [factory, str(rank), str(os.getpid())]
-        # The child finds the modules this process finds. A Ctrl-C here is not one there; a spawned
-        # leader has none, and whoever ends it ends its ranks with it, as one process group.
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        arguments = [endpoint, str(files.folder), factory, str(rank), str(os.getpid())]
         # Ranks that all start a thread a core stall each other.
         threads = max(1, (os.cpu_count() or 1) // num_ranks)
-        environment.setdefault("OMP_NUM_THREADS", str(threads))
-        environment.setdefault("RES_OPTIONS", RES_OPTIONS)
+        # A Ctrl-C here is not one there; a spawned leader has none, and whoever ends it ends its
+        # ranks with it, as one process group.
         with self._log.open("a+b") as log:
             self._process = subprocess.Popen(
-                command,
-                env=environment,
+                child_command("rollout.ranks.rank_main", *arguments),
+                env=child_environment(OMP_NUM_THREADS=str(threads), RES_OPTIONS=RES_OPTIONS),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -32,10 +32,10 @@ from engine.protocol import (
 from rollout.ranks.board import StepBoard
 from rollout.ranks.process import RankFiles
 from rollout.ranks.ranked_executor import RankExecutor, resolve
-from rollout.replica.bounded_log import log_to_stderr
 from rollout.replica.command_replies import error_info, reply_of
 from rollout.replica.ipc import Channel
 from rollout.replica.leave import run_and_leave
+from rollout.replica.process_log import log_to_stderr
 from rollout.replica.weight_queue import PendingReply
 
 logger = logging.getLogger(__name__)

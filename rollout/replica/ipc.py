@@ -70,7 +70,8 @@ class Channel:
         self.send_frame(encode_frame(messages), timeout_s=timeout_s)
 
     def send_frame(self, frame: bytes, *, timeout_s: float) -> None:
-        """`send` of what `encode_frame` returned, such as for several peers to get."""
+        """`send` of what `encode_frame` returned, such as for several peers to get. Raises
+        EngineDead if nobody takes it in time."""
         if not self.sent_at_once(frame):
             if not self.can_send(timeout_s=timeout_s):
                 raise EngineDead(f"no peer took a message within {timeout_s:g} s", field="channel")

@@ -24,12 +24,12 @@ from engine.protocol import LeaderMessage, Reply, Request, RequestOutput, Shutdo
 from engine.protocol.deadlines import watch_s
 from rollout.ranks.ranked_executor import RankedExecutor, build_executor
 from rollout.ranks.watched_executor import WatchedExecutor
-from rollout.replica.bounded_log import log_to_stderr
 from rollout.replica.columns import to_columns
 from rollout.replica.command_replies import error_info
 from rollout.replica.ipc import Channel, Unreadable
 from rollout.replica.leader import Leader
 from rollout.replica.leave import run_and_leave
+from rollout.replica.process_log import log_to_stderr
 from rollout.replica.pulse import Activity, Pulse, pulse_path
 from rollout.replica.weight_queue import Ticket
 from rollout.requests.outputs import refused_id

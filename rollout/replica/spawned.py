@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import weakref
@@ -36,8 +35,9 @@ from engine.protocol.deadlines import REPLY_S, RES_OPTIONS, SILENT_S, START_S
 from rollout.replica.columns import from_columns
 from rollout.replica.command_replies import command_name, reply_deadline_s, unless_refused
 from rollout.replica.ipc import Channel, encode_frame
-from rollout.replica.last_words import cause_of_death, log_tail
+from rollout.replica.process_log import cause_of_death, log_tail
 from rollout.replica.pulse import PulseWatch, pulse_path
+from rollout.replica.python_child import child_command, child_environment
 from rollout.requests.message_ranges import check_ranges
 from rollout.requests.outputs import refused
 
@@ -199,16 +199,13 @@ class ProcessReplica:
     def _spawn(self, config: EngineConfig, endpoint: str, factory: str) -> subprocess.Popen[bytes]:
         config_path = self._folder / "config.json"
         config_path.write_bytes(msgspec.json.encode(config))
-        command = [sys.executable, "-m", "rollout.replica.leader_main", endpoint, str(config_path)]
-        command += [factory, str(os.getpid())]
-        # The child finds the modules this process finds, and a Ctrl-C here is not one there.
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        arguments = [endpoint, str(config_path), factory, str(os.getpid())]
         # Threads of a CPU engine that spin at barriers take the processor from whoever feeds it.
-        environment.setdefault("OMP_WAIT_POLICY", "passive")
-        environment.setdefault("RES_OPTIONS", RES_OPTIONS)
+        environment = child_environment(OMP_WAIT_POLICY="passive", RES_OPTIONS=RES_OPTIONS)
+        # A Ctrl-C here is not one there.
         with self._log_path().open("a+b") as log:
             return subprocess.Popen(
-                command,
+                child_command("rollout.replica.leader_main", *arguments),
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

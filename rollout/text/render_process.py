@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
-import sys
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -19,6 +17,7 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from engine.errors import InvalidRequest, SlipstreamError, by_name
+from rollout.replica.python_child import child_command, child_environment
 from rollout.text.messages import Message
 
 _MEMORY_BYTES = 1 << 30
@@ -100,13 +99,12 @@ class RenderProcess:
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
             self._close()
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "rollout.text.render_main", str(self._memory_bytes)],
+                child_command("rollout.text.render_main", str(self._memory_bytes)),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                env=environment,
+                env=child_environment(),
                 start_new_session=True,
             )
             self._remove = weakref.finalize(self, _end, self._process)

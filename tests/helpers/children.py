@@ -8,8 +8,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def child_environment(**changes: str) -> dict[str, str]:
-    """This process's environment, one thread for torch, and this repository first among what
-    PYTHONPATH names: where packages come by PYTHONPATH, the child needs the rest of it too."""
-    path = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+def child_environment(*first: Path, **changes: str) -> dict[str, str]:
+    """This process's environment and one thread for torch, with PYTHONPATH led by `first`, this
+    repository by default. What PYTHONPATH names already stays: packages may come by it."""
+    here = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    path = [*map(str, first or (ROOT,)), *filter(None, here)]
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path), **changes}

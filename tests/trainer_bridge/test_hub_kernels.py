@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.children import ROOT
+from tests.helpers.children import ROOT, child_environment
 
 # What transformers asks of it, defined where it defines it.
 NAMES = [
@@ -110,11 +109,10 @@ def write_hub(folder: Path) -> None:
 
 
 def run(code: str, *path: Path) -> str:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
     done = subprocess.run(
         [sys.executable, "-P", "-c", code],
         cwd="/",
-        env=environment,
+        env=child_environment(*path),
         capture_output=True,
         text=True,
         check=False,

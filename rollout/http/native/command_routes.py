@@ -1,4 +1,4 @@
-"""POST /command: one control struct of the protocol in, its `Reply` out, both as JSON.
+"""POST /command: one command of the protocol in, its `Reply` out, both as JSON.
 
 What a trainer that speaks the protocol itself uses. Byte fields are base64, as msgspec has
 them. An answer may take minutes: a command ends by its own deadline, not by this route's, or, if

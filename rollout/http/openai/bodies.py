@@ -108,7 +108,10 @@ def parse_openai(data: bytes, kind: type[T]) -> T:
 
 
 def prompts_of(prompt: msgspec.Raw) -> list[str] | list[list[int]]:
-    """The prompts of `prompt`: a text, a list of texts, ids, or a list of lists of ids."""
+    """The prompts of `prompt`: a text, a list of texts, ids, or a list of lists of ids.
+
+    Raises InvalidRequest for anything else.
+    """
     start = bytes(memoryview(prompt)[:64]).lstrip()
     if start.startswith(b'"'):
         return [_prompt(prompt, str)]

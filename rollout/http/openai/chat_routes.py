@@ -103,7 +103,12 @@ class ChatPrompts:
         return facts.context_length * self._tokenizer.longest_token_bytes
 
     async def ids(self, body: ChatBody, num_bytes: int) -> list[int]:
-        """Ids of a conversation; num_bytes: of the body that it came in."""
+        """Ids of a conversation; num_bytes: of the body that it came in.
+
+        Raises InvalidRequest for messages that the template cannot write or writes nothing for,
+        ContextTooLong for text beyond the context, UnsupportedOption for a `tool_choice` that
+        forces a call.
+        """
         if body.tool_choice not in (None, "none", "auto"):
             raise UnsupportedOption(
                 "tool_choice is 'none' or 'auto' here; a call cannot be forced",

@@ -20,7 +20,7 @@ from engine.protocol import (
     UpdateReport,
 )
 from rollout.http.engine.client import AsyncEngine
-from rollout.http.updates.open_update import TrackedUpdate, UpdateCommand
+from rollout.http.updates.tracked_update import TrackedUpdate, UpdateCommand
 from rollout.http.updates.version_labels import VersionLabels
 from rollout.metrics import Metrics
 

@@ -37,8 +37,8 @@ from engine.protocol import (
 )
 from rollout.http.engine.client import AsyncEngine
 from rollout.http.updates.idle_pause import IdlePause
-from rollout.http.updates.open_update import UpdateCommand
 from rollout.http.updates.operations import Operations, as_a_whole
+from rollout.http.updates.tracked_update import UpdateCommand
 from rollout.http.updates.update_sessions import Updates
 from rollout.http.updates.version_labels import VersionLabels
 from rollout.metrics import Metrics

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from engine.errors import UpdateOrder
 from engine.protocol import Reply
 from rollout.http.engine.client import AsyncEngine
-from rollout.http.updates.open_update import Feed, UpdateCommand
+from rollout.http.updates.tracked_update import Feed, UpdateCommand
 
 _PATIENCE_S = 2.0
 """For how long whatever cannot run beside tensors that are being received waits for their end."""

@@ -1,4 +1,4 @@
-"""The weight update that is open, whoever opened it.
+"""Commands of weight updates, one at a time, from callers with sessions and without.
 
 Explicit: its caller opened it and ends it. Implicit: the first tensors of a caller that knows
 no sessions opened it. A bucket is no commit: while generation stands still (paused, or its
@@ -31,7 +31,8 @@ from engine.protocol import (
 )
 from rollout.http.engine.client import AsyncEngine
 from rollout.http.updates.current_update import CurrentUpdate
-from rollout.http.updates.open_update import (
+from rollout.http.updates.operations import Operations, as_a_whole
+from rollout.http.updates.tracked_update import (
     Feed,
     TrackedUpdate,
     UpdateCommand,
@@ -39,7 +40,6 @@ from rollout.http.updates.open_update import (
     origin_of,
     require_ours,
 )
-from rollout.http.updates.operations import Operations, as_a_whole
 from rollout.http.updates.transfers import Transfers
 from rollout.http.updates.version_labels import VersionLabels
 from rollout.metrics import Metrics
@@ -155,8 +155,8 @@ class Updates:
     async def load(
         self, path: str, label: str | None = None, *, partial: bool = False
     ) -> UpdateReport:
-        """One update from a folder, committed at once; a caller's open update is left to its
-        caller."""
+        """One update from a folder, committed at once. Raises UpdateOrder while a caller's own
+        update is open, which is left to its caller."""
         await self.quiet("an update from a folder")
         async with self._lock:
             open_one = await self._current.alive_explicit()

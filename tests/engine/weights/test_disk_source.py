@@ -30,6 +30,7 @@ from engine.protocol import (
 )
 from engine.weights.checksum import checksum
 from engine.weights.sources.safetensors import INDEX_NAME
+from tests.helpers.children import ROOT, child_environment
 from tests.helpers.weight_engines import assert_holds, contents, fresh, make_rank, specs
 from trainer_bridge.transports.disk import write
 
@@ -178,14 +179,13 @@ def test_a_file_that_is_cut_while_it_is_read_is_an_error_and_no_signal(tmp_path:
         "except CheckpointError as error:\n"
         "    print(error)\n"
     )
-    root = Path(__file__).resolve().parents[3]
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],
         capture_output=True,
         text=True,
         check=False,
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
+        cwd=ROOT,
+        env=child_environment(),
         timeout=120,
     )
     assert done.returncode == 0, done.stderr

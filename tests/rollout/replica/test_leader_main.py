@@ -17,9 +17,9 @@ import pytest
 
 from engine.protocol import Call, GetState, LeaderMessage, Pause, Reply, RequestOutput, Shutdown
 from rollout.replica import leader_main
-from rollout.replica.bounded_log import BoundedStderr
 from rollout.replica.ipc import Channel, Unreadable
 from rollout.replica.leader import Leader
+from rollout.replica.process_log import BoundedStderr
 from rollout.replica.pulse import Pulse, pulse_path
 from tests.helpers.fake_executor import FakeExecutor, expected_tokens
 from tests.helpers.replicas import fake_config, make_request

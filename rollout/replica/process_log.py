@@ -1,14 +1,21 @@
-"""The log of a spawned process of the engine: its stderr, kept below a size."""
+"""The log of a spawned process: its stderr, kept below a size, and why the process ended."""
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import stat
 import sys
+from pathlib import Path
 
 _MAX_BYTES = 16 << 20
 _KEPT_BYTES = 1 << 20
+_READ_BYTES = 65536
+_TRACEBACK = "Traceback (most recent call last):"
+_RAISED = re.compile(r"^[A-Za-z_][\w.]*(: .*)?$")
+_CRASH = re.compile(r"^(Fatal Python error|terminate called|Segmentation fault|MemoryError).*")
+_LONGEST = 500
 
 
 class BoundedStderr(logging.StreamHandler):  # type: ignore[type-arg]
@@ -48,3 +55,33 @@ def log_to_stderr(name: str) -> None:
     handler = BoundedStderr()
     handler.setFormatter(logging.Formatter(f"%(asctime)s {name} %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+def log_tail(path: Path) -> str:
+    """The last 64 KiB of a log; empty if it was never written or cannot be read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _READ_BYTES))
+            return file.read().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def cause_of_death(log: str) -> str:
+    """The error that ended the process: the last line of the last traceback, else the line of a
+    crash of the interpreter, else "". One line, at most 500 characters."""
+    lines = log.splitlines()
+    for number in range(len(lines) - 1, -1, -1):
+        if _CRASH.match(lines[number]):
+            return lines[number][:_LONGEST]
+        if lines[number].strip() == _TRACEBACK:
+            return _raised(lines[number + 1 :])
+    return ""
+
+
+def _raised(lines: list[str]) -> str:
+    """The first line after the frames of a traceback, which are indented."""
+    for line in lines:
+        if _RAISED.match(line):
+            return line[:_LONGEST]
+    return ""

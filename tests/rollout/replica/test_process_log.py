@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import EngineDead
-from rollout.replica.last_words import cause_of_death, log_tail
+from rollout.replica.process_log import cause_of_death, log_tail
 from tests.helpers.replicas import spawned
 
 TRACEBACK = """2026 leader rollout.replica.leader: loading
