@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from engine.models.gguf_families import FAMILIES
+from engine.models.registry import ARCHITECTURES
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
@@ -119,6 +122,15 @@ def test_named_flags_are_read_by_some_program() -> None:
     known |= set(re.findall(r'\barg\(name="([\w-]+)"', text))
     named = {flag for path in DOCUMENTS for flag in _FLAG.findall(path.read_text())}
     assert named - known - FOREIGN_FLAGS - {"help"} == set()
+
+
+def test_every_family_is_in_the_table_of_models() -> None:
+    rows = re.findall(
+        r"^\| [^|]+ \| `(\w+)` \|(?: `(\w+)`)? \|$", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    assert {name for name, _ in rows} == set(ARCHITECTURES)
+    told = {(gguf, name) for name, gguf in rows if gguf}
+    assert told == {(gguf, family.architecture) for gguf, family in FAMILIES.items()}
 
 
 def test_ten_files_to_read_are_short() -> None:
