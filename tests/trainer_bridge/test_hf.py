@@ -28,15 +28,15 @@ FAMILIES = ["llama", "qwen2", "qwen3", "olmo2", "smollm3", "gemma3"]
 
 
 FOLDERS: list[tuple[str, dict[str, Any]]] = [
-        ("llama", {}),
-        ("llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
-        ("mistral", {}),
-        ("qwen2", {"tie_word_embeddings": True}),
-        ("qwen3", {}),
-        ("olmo2", {}),
-        ("smollm3", {"tie_word_embeddings": True}),
-        ("gemma3", {"tie_word_embeddings": True}),
-    ]
+    ("llama", {}),
+    ("llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
+    ("mistral", {}),
+    ("qwen2", {"tie_word_embeddings": True}),
+    ("qwen3", {}),
+    ("olmo2", {}),
+    ("smollm3", {"tie_word_embeddings": True}),
+    ("gemma3", {"tie_word_embeddings": True}),
+]
 
 
 @pytest.mark.parametrize("arch,options", FOLDERS)
