@@ -53,6 +53,7 @@ __all__ = [
     "local_part",
     "nccl_backend",
     "parameter_of",
+    "ran_out_of_memory",
     "rebuild_cuda_tensor",
     "rebuild_tensor",
     "storage_bytes",
@@ -179,6 +180,11 @@ def copy_together(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tenso
 def largest_magnitudes(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The largest magnitude of each tensor, NaN if any is NaN, in few kernels."""
     return list(torch._foreach_norm(list(tensors), math.inf))
+
+
+def ran_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that no memory was found. On the host that has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def keep_for_ever(thing: object) -> None:

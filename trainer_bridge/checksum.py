@@ -15,17 +15,20 @@ from trainer_bridge.adapters.base import in_order
 def with_checksums(
     specs: Sequence[TensorSpec], tensors: Iterable[tuple[str, torch.Tensor]]
 ) -> list[TensorSpec]:
-    """The manifest with the checksum of every tensor; waits for the device once.
+    """The manifest with the checksum of every tensor; waits for every device once.
 
     Raises ManifestMismatch where the tensors are not those of `specs`.
     """
     totals = [_total(tensor) for tensor in in_order(specs, iter(tensors))]
-    if not totals:
-        return []
-    values = torch.cat(totals).tolist()
-    return [
-        replace(spec, checksum=value % (1 << 64)) for spec, value in zip(specs, values, strict=True)
-    ]
+    # A model may lie on several GPUs, or partly in host memory.
+    by_device: dict[torch.device, list[int]] = {}
+    for index, total in enumerate(totals):
+        by_device.setdefault(total.device, []).append(index)
+    values: dict[int, int] = {}
+    for members in by_device.values():
+        found = torch.cat([totals[index] for index in members]).tolist()
+        values.update(zip(members, found, strict=True))
+    return [replace(spec, checksum=values[i] % (1 << 64)) for i, spec in enumerate(specs)]
 
 
 def _total(tensor: torch.Tensor) -> torch.Tensor:

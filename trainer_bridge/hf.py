@@ -29,8 +29,9 @@ def load_causal_lm(
 ) -> torch.nn.Module:
     """Build a transformers causal LM from a config.json's contents and named tensors.
 
-    Raises CheckpointError, naming the tensor, for one that is unknown, missing or misshapen, and
-    for rotary frequencies of a GGUF file that transformers has no setting for.
+    Raises CheckpointError, naming the tensor, for one that is unknown, missing, misshapen or no
+    float, that comes twice, or unlike the other name of a tied one; and for rotary frequencies of
+    a GGUF file that transformers has no setting for.
     """
     import transformers
 
@@ -77,20 +78,37 @@ def _refuse_divisors(hf_config: dict[str, Any]) -> None:
 @torch.no_grad()
 def _fill(model: torch.nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    filled: set[int] = set()
+    filled: dict[int, str] = {}
+    names: set[str] = set()
     for name, tensor in tensors:
-        if name not in parameters:
-            raise CheckpointError(f"the model has no tensor {name!r}", field=name)
-        target = parameters[name]
-        if target.shape != tensor.shape:
-            raise CheckpointError(
-                f"{name!r} has shape {list(tensor.shape)}, the model {list(target.shape)}",
-                field=name,
-            )
-        target.copy_(tensor)
-        filled.add(id(target))
+        if name in names:
+            raise CheckpointError(f"{name!r} came twice", field=name)
+        names.add(name)
+        target = _target(parameters, name, tensor)
+        twin = filled.setdefault(id(target), name)
+        if twin == name:
+            target.copy_(tensor)
+        elif not torch.equal(target, tensor.to(target)):
+            raise CheckpointError(f"{name!r} differs from {twin!r}: the two are tied", field=name)
     missing = [name for name, target in parameters.items() if id(target) not in filled]
     if missing:
         raise CheckpointError(
             f"no tensor for {missing[0]!r} ({len(missing)} missing)", field=missing[0]
         )
+
+
+def _target(
+    parameters: Mapping[str, torch.Tensor], name: str, tensor: torch.Tensor
+) -> torch.Tensor:
+    """The parameter that a tensor fills. Raises CheckpointError for one that fits none."""
+    if name not in parameters:
+        raise CheckpointError(f"the model has no tensor {name!r}", field=name)
+    target = parameters[name]
+    if target.shape != tensor.shape:
+        raise CheckpointError(
+            f"{name!r} has shape {list(tensor.shape)}, the model {list(target.shape)}",
+            field=name,
+        )
+    if not tensor.is_floating_point():
+        raise CheckpointError(f"{name!r} has dtype {tensor.dtype}, not a float", field=name)
+    return target

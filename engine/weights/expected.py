@@ -19,7 +19,7 @@ from engine.weights.catalog import Catalog
 from engine.weights.coverage import Coverage
 from engine.weights.digest import digest_of
 from engine.weights.layouts import torch_dtype
-from engine.weights.staging import OpenUpdate, bounds
+from engine.weights.staging import OpenUpdate, bounds, require_alike
 
 
 class Expected:
@@ -38,7 +38,8 @@ class Expected:
             announced = verify.announced_tensors(
                 command.manifest, self._catalog, partial=command.partial
             )
-            known = self._announced = (command.manifest, command.partial, announced)
+            # Lists of their own: a trainer of this process may write its list anew.
+            known = self._announced = ([*command.manifest], command.partial, announced)
         return known[2]
 
     def check_all(self, update: OpenUpdate, pieces: Sequence[TensorPiece]) -> None:
@@ -46,14 +47,15 @@ class Expected:
         known = self._pieces if update.is_empty else None
         if known is not None and known[0] is update.announced and known[1] == pieces:
             return
-        seen: dict[str, Coverage] = {}
+        seen: dict[str, tuple[TensorPiece, Coverage]] = {}
         for piece in pieces:
             self.check(update, piece)
-            size = math.prod(piece.shape)
-            coverage = seen.setdefault(piece.name, Coverage(piece.name, size))
+            fresh = (piece, Coverage(piece.name, math.prod(piece.shape)))
+            first, coverage = seen.setdefault(piece.name, fresh)
+            require_alike(piece, first.dtype)
             coverage.add(*bounds(piece))
         if update.is_empty:
-            self._pieces = (update.announced, pieces)
+            self._pieces = (update.announced, [*pieces])
 
     def check(self, update: OpenUpdate, piece: TensorPiece) -> None:
         """Raise ManifestMismatch unless `piece` may come."""
@@ -74,5 +76,5 @@ class Expected:
         if refusal is not None:
             return 0
         if self._digest is None or self._digest[0] != pieces:
-            self._digest = (pieces, digest_of(pieces))
+            self._digest = ([*pieces], digest_of(pieces))
         return self._digest[1]

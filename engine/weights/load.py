@@ -40,6 +40,7 @@ def load(
     expected = Expected(catalog)
     for name, tensor in source:
         expected.check_whole(update, name, tensor)
+        tensor = tensor.detach()
         update.take({name: tensor}, catalog, lasting=False)
         # Not held while the source makes the next: it may be as large.
         del tensor

@@ -28,13 +28,7 @@ from contextlib import contextmanager
 
 import torch
 
-from engine.errors import (
-    NoVersion,
-    OutOfMemory,
-    SlipstreamError,
-    UpdateOrder,
-    UpdateTimeout,
-)
+from engine.errors import NoVersion, OutOfMemory, SlipstreamError, UpdateOrder, UpdateTimeout
 from engine.memory import free_bytes
 from engine.protocol import BeginUpdate, TensorPiece, TensorSpec, UpdateReport
 from engine.protocol.deadlines import capped
@@ -47,6 +41,7 @@ from engine.weights.modes import REFUSED, SHADOW, UNDO, choose_mode, undo_size
 from engine.weights.staging import Arrived, OpenUpdate, batches
 from engine.weights.torn import TornWeights
 from engine.weights.undo import UndoCopy
+from kernels.torch_compat import ran_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -366,7 +361,9 @@ class UpdateSession:
             else:
                 wait_for(self.device)
             raise
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not ran_out_of_memory(error):
+                raise
             version = self._open.version if self._open is not None else -1
             self._close("memory ran out")
             raise OutOfMemory(

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from engine.errors import ManifestMismatch
+from engine.numerics import dtype_name
 from engine.protocol import BeginUpdate, TensorPiece, TensorSpec
 from engine.weights.catalog import Catalog
 from engine.weights.checksum import Checksums
@@ -92,8 +93,10 @@ class OpenUpdate:
             raise _came_twice(name)
         if self.announced and not self.awaits(piece):
             raise _unlike(piece, self.announced.get(name))
-        if name in self._parts:
-            self._parts[name].coverage.check(*bounds(piece))
+        part = self._parts.get(name)
+        if part is not None:
+            require_alike(piece, dtype_name(part.elements.dtype))
+            part.coverage.check(*bounds(piece))
 
     def add(self, batch: Sequence[Arrived], catalog: Catalog, *, lasting: bool) -> None:
         """Take in pieces. Their memory stays as it is until this returns, and until the commit
@@ -202,6 +205,16 @@ def is_whole(piece: TensorPiece) -> bool:
 def bounds(piece: TensorPiece) -> tuple[int, int]:
     """[start, stop) of a piece's elements in the flattened tensor."""
     return piece.start, math.prod(piece.shape) if piece.stop < 0 else piece.stop
+
+
+def require_alike(piece: TensorPiece, dtype: str) -> None:
+    """Raise ManifestMismatch unless a piece has the dtype of those of its tensor before it."""
+    if piece.dtype != dtype:
+        raise ManifestMismatch(
+            f"{piece.name} comes in pieces of {dtype} and of {piece.dtype}; send all of a tensor "
+            "in one dtype",
+            field=piece.name,
+        )
 
 
 def _came_twice(name: str) -> ManifestMismatch:

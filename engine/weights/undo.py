@@ -9,6 +9,7 @@ import torch
 from engine.errors import OutOfMemory
 from engine.transfer import wait_for
 from engine.weights.catalog import Catalog, copy_each
+from kernels.torch_compat import ran_out_of_memory
 
 _ALIGNMENT = 256
 _AT_ONCE = 256
@@ -38,7 +39,9 @@ class UndoCopy:
             return
         try:
             self._memory = torch.empty(self._size, dtype=torch.uint8, device=self._device)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not ran_out_of_memory(error):
+                raise
             raise OutOfMemory(
                 f"no {self._size / 2**30:.2f} GiB for an undo copy ({error}); begin with mode "
                 "'in_place', or give the KV pool less",

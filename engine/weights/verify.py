@@ -144,7 +144,8 @@ def _compare_tied(update: OpenUpdate, catalog: Catalog) -> None:
     for alias, name in catalog.aliases.items():
         one, other = update.staged.get(alias), update.staged.get(name)
         if one is not None and other is not None:
-            differ = not torch.equal(one, other.to(one.device))
+            served = catalog.dtype(name)
+            differ = not torch.equal(one.to(served), other.to(one.device, served))
         elif name in update.placed and (one is not None or other is not None):
             staged = alias if one is not None else name
             differ = not catalog.holds(staged, update.staged[staged])

@@ -63,17 +63,19 @@ def checksum_into(
     if words.numel() == 0:
         return
     num_programs = min(triton.cdiv(words.numel(), _BLOCK), _MAX_PROGRAMS)
-    _checksum_kernel[(num_programs,)](
-        total,
-        total if peak is None else peak,
-        words,
-        words.numel(),
-        GOLDEN=GOLDEN,
-        MIX_1=MIX_1,
-        MIX_2=MIX_2,
-        SHIFT=SHIFT,
-        MASK=magnitude_mask(tensor),
-        PEAK=peak is not None,
-        BLOCK=_BLOCK,
-        num_warps=8,
-    )
+    # A trainer's tensors may lie on another GPU than the one that kernels are launched on.
+    with torch.cuda.device(words.device):
+        _checksum_kernel[(num_programs,)](
+            total,
+            total if peak is None else peak,
+            words,
+            words.numel(),
+            GOLDEN=GOLDEN,
+            MIX_1=MIX_1,
+            MIX_2=MIX_2,
+            SHIFT=SHIFT,
+            MASK=magnitude_mask(tensor),
+            PEAK=peak is not None,
+            BLOCK=_BLOCK,
+            num_warps=8,
+        )

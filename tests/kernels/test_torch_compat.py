@@ -255,3 +255,11 @@ def test_no_other_file_names_what_is_private_elsewhere() -> None:
     }
     assert found == OF_OTHERS
     assert "_share_cuda_" in private_names(Path(compat.__file__))
+
+
+def test_the_host_has_no_memory_left() -> None:
+    with pytest.raises(RuntimeError) as host:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert compat.ran_out_of_memory(host.value)
+    assert compat.ran_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not compat.ran_out_of_memory(RuntimeError("CUDA error: misaligned address"))

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from engine.errors import CheckpointError
@@ -26,19 +27,19 @@ LLAMA3 = {
 FAMILIES = ["llama", "qwen2", "qwen3", "olmo2", "smollm3", "gemma3"]
 
 
-@pytest.mark.parametrize(
-    "arch,options",
-    [
-        ("llama", {}),
-        ("llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
-        ("mistral", {}),
-        ("qwen2", {"tie_word_embeddings": True}),
-        ("qwen3", {}),
-        ("olmo2", {}),
-        ("smollm3", {"tie_word_embeddings": True}),
-        ("gemma3", {"tie_word_embeddings": True}),
-    ],
-)
+FOLDERS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
+    ("mistral", {}),
+    ("qwen2", {"tie_word_embeddings": True}),
+    ("qwen3", {}),
+    ("olmo2", {}),
+    ("smollm3", {"tie_word_embeddings": True}),
+    ("gemma3", {"tie_word_embeddings": True}),
+]
+
+
+@pytest.mark.parametrize("arch,options", FOLDERS)
 def test_a_folder(arch: str, options: dict[str, Any], tmp_path) -> None:
     """Parameters, buffers that no file holds, and ties are those of the model that was saved."""
     original = write_tiny(tmp_path, arch, **options)
@@ -98,6 +99,36 @@ def test_random_weights_are_the_engines(tmp_path) -> None:
     assert not torch.equal(first[name], other[name])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("arch,options", FOLDERS)
+def test_a_folder_is_what_transformers_loads_bit_for_bit(
+    arch: str, options: dict[str, Any], dtype: torch.dtype, tmp_path
+) -> None:
+    write_tiny(tmp_path, arch, **options)
+    checkpoint = read_checkpoint(str(tmp_path))
+    model = load_causal_lm(checkpoint.hf_config, checkpoint.tensors, dtype=dtype)
+    wanted = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    for kind in ("named_parameters", "named_buffers"):
+        found, expected = (dict(getattr(m, kind)()) for m in (model, wanted))
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            same = found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+            assert same and found[name].requires_grad == tensor.requires_grad, name
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_no_tensor_may_be_missing(arch: str, tmp_path) -> None:
+    """Nothing else gives a parameter its values."""
+    write_tiny(tmp_path, arch)
+    checkpoint = read_checkpoint(str(tmp_path))
+    tensors = dict(checkpoint.tensors)
+    for name in tensors:
+        rest = [(other, tensor) for other, tensor in tensors.items() if other != name]
+        with pytest.raises(CheckpointError, match="no tensor for") as refusal:
+            load_causal_lm(checkpoint.hf_config, rest)
+        assert refusal.value.field == name
+
+
 @pytest.mark.parametrize("how", ["unknown", "missing", "shape"])
 def test_tensors_that_do_not_fit_are_named(how: str, tmp_path) -> None:
     write_tiny(tmp_path, "llama")
@@ -113,6 +144,42 @@ def test_tensors_that_do_not_fit_are_named(how: str, tmp_path) -> None:
     with pytest.raises(CheckpointError) as refusal:
         load_causal_lm(checkpoint.hf_config, tensors.items())
     assert refusal.value.field == ("strange" if how == "unknown" else name)
+
+
+EMBED, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    "name,why", [(NORM, "came twice"), (HEAD, "differs from"), (NORM, "not a float")]
+)
+def test_tensors_that_contradict_each_other_or_are_no_weights_are_named(
+    name: str, why: str, tmp_path
+) -> None:
+    """As the engine refuses them: the two would start from other numbers."""
+    write_tiny(tmp_path, "llama", tie_word_embeddings=True)
+    checkpoint = read_checkpoint(str(tmp_path))
+    tensors = list(checkpoint.tensors)
+    values = dict(tensors)
+    again = values[EMBED if name == HEAD else name]
+    if why == "not a float":
+        tensors = [(n, t.to(torch.int8) if n == name else t) for n, t in tensors]
+    else:
+        tensors.append((name, again + 1))
+    with pytest.raises(CheckpointError, match=why) as refusal:
+        load_causal_lm(checkpoint.hf_config, tensors)
+    assert refusal.value.field == name
+
+
+def test_a_tied_tensor_may_come_under_either_name_or_both(tmp_path) -> None:
+    write_tiny(tmp_path, "llama", tie_word_embeddings=True)
+    checkpoint = read_checkpoint(str(tmp_path))
+    values = dict(checkpoint.tensors)
+    tied = values.pop(EMBED)
+    for names in ([HEAD], [EMBED, HEAD], [HEAD, EMBED]):
+        tensors = [*values.items(), *((name, tied) for name in names)]
+        model = load_causal_lm(checkpoint.hf_config, tensors)
+        assert torch.equal(model.lm_head.weight, tied)
+        assert torch.equal(model.model.embed_tokens.weight, tied)
 
 
 def test_names_of_wrapped_models_are_bare() -> None:

@@ -31,3 +31,25 @@ def test_every_tensor_gets_its_own() -> None:
 
 def test_nothing_to_announce() -> None:
     assert with_checksums([], []) == []
+
+
+def check_devices(devices: list[str]) -> None:
+    """Tensors on several devices in turn, none of which need be the current one."""
+    values = [torch.randn(100, generator=torch.Generator().manual_seed(i)) for i in range(6)]
+    specs = [TensorSpec(str(i), "float32", [100]) for i in range(6)]
+    lying = [(str(i), v.to(devices[i % len(devices)])) for i, v in enumerate(values)]
+    announced = with_checksums(specs, lying)
+    assert [spec.checksum for spec in announced] == [checksum(value) for value in values]
+    assert {name: checksum(tensor) for name, tensor in lying} == {
+        spec.name: spec.checksum for spec in announced
+    }
+
+
+@pytest.mark.gpu
+def test_a_model_that_lies_partly_in_host_memory() -> None:
+    check_devices(["cpu", "cuda"])
+
+
+@pytest.mark.multi_gpu
+def test_a_model_that_lies_on_several_gpus() -> None:
+    check_devices(["cuda:1", "cpu", "cuda:0"])

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from engine.errors import ManifestMismatch, OutOfMemory, UpdateOrder
 from engine.protocol import BeginUpdate, TensorPiece
@@ -172,3 +173,62 @@ def test_tensors_of_an_autograd_graph_leave_none_behind(lasting: bool) -> None:
     session.commit(4)
     assert_holds(model, new)
     assert not any(session.catalog.view(name).requires_grad for name in new)
+
+
+@pytest.mark.parametrize("lasting", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+def test_two_names_of_one_tensor_may_come_in_two_dtypes(mode: str, lasting: bool) -> None:
+    """They are alike if they are served as the same bits."""
+    model, rank = make_rank(dtype=torch.bfloat16)
+    session, new = rank.session, fresh(model)
+    for version, error in ((4, 0.0), (5, 1.0)):
+        tensors = {**new, HEAD: (new[EMBED] + error).to(torch.bfloat16)}
+        session.begin(BeginUpdate(version=version, manifest=specs(tensors), mode=mode))
+        if version == 4:
+            session.receive(tensors.items(), lasting=lasting)
+            session.commit(version)
+            assert_holds(model, new)
+            continue
+        with pytest.raises(ManifestMismatch, match="ties the two"):
+            session.receive(tensors.items(), lasting=lasting)
+            session.commit(version)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("announced", [True, False])
+def test_pieces_of_one_tensor_come_in_one_dtype(mode: str, announced: bool) -> None:
+    """Whether they come in one command or in two."""
+    model, rank = make_rank()
+    session, before, new = rank.session, contents(model), fresh(model)
+    first = TensorPiece(NORM, "float32", [16], 0, 9)
+    second = TensorPiece(NORM, "bfloat16", [16], 9, 16)
+    arrived = [(first, new[NORM][:9]), (second, new[NORM][9:].bfloat16())]
+    manifest = specs({NORM: new[NORM]}) if announced else []
+    for together in (True, False):
+        session.begin(BeginUpdate(version=4, manifest=manifest, partial=True, mode=mode))
+        if not together:
+            session.expect([first])
+            with session.receiving([first]):
+                session.feed(arrived[:1], lasting=False)
+        with pytest.raises(ManifestMismatch, match="bfloat16") as refusal:
+            session.expect([first, second] if together else [second])
+        assert refusal.value.field == NORM
+        session.abort(4)
+        if mode != "in_place":
+            assert_holds(model, before)
+
+
+def test_a_list_that_its_owner_writes_anew_is_read_anew() -> None:
+    model, rank = make_rank()
+    session, new = rank.session, fresh(model)
+    manifest, plan = specs(new), pieces(new)
+    session.begin(BeginUpdate(version=4, manifest=manifest))
+    session.expect(plan)
+    session.abort(4)
+    at = next(i for i, spec in enumerate(manifest) if spec.name == NORM)
+    manifest[at] = replace(manifest[at], checksum=1)
+    plan[at] = replace(plan[at], shape=[15])
+    update = session.begin(BeginUpdate(version=4, manifest=manifest))
+    assert update.announced[NORM].checksum == 1
+    with pytest.raises(ManifestMismatch, match="shape"):
+        session.expect(plan)

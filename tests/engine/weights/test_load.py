@@ -48,6 +48,14 @@ def test_a_second_load_changes_the_model_in_place(tmp_path: Path) -> None:
     torch.testing.assert_close(dense_logits(model, ids_T), expected_TV, rtol=0, atol=1e-4)
 
 
+def test_tensors_of_an_autograd_graph_leave_none_behind(tmp_path: Path) -> None:
+    model, state = setup(tmp_path)
+    catalog = Catalog(model)
+    load(catalog, ((name, (tensor * 1).requires_grad_()) for name, tensor in state.items()))
+    assert not any(catalog.view(name).requires_grad for name in catalog.names)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_the_index_names_what_transformers_names(tmp_path: Path) -> None:
     model, state = setup(tmp_path, attention_bias=True, mlp_bias=True)
     assert set(model.weight_index()) == set(state)

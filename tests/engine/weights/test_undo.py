@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.errors import ManifestMismatch, WeightUpdateError
+from engine.errors import ManifestMismatch, OutOfMemory, WeightUpdateError
 from engine.protocol import BeginUpdate
+from engine.weights.undo import UndoCopy
 from tests.helpers.weight_engines import assert_holds, contents, fresh, make_rank, pieces, specs
 
 NORM = "model.norm.weight"
@@ -117,3 +118,24 @@ def test_released_weights_take_no_undo_copy_back() -> None:
     with pytest.raises(WeightUpdateError, match="without a backup"):
         session.require_servable()
     assert torch.equal(contents(model)[NORM], new[NORM])
+
+
+def test_an_undo_copy_that_the_host_cannot_hold_is_refused_with_its_size() -> None:
+    with pytest.raises(OutOfMemory, match=r"GiB for an undo copy.*begin with mode") as refusal:
+        UndoCopy(1 << 60, 1, torch.device("cpu")).reserve()
+    assert refusal.value.field == "mode"
+
+
+def test_tensors_that_the_host_cannot_hold_end_the_update_with_a_reason() -> None:
+    model, rank = make_rank()
+    session, before, new = rank.session, contents(model), fresh(model)
+    session.begin(BeginUpdate(version=4, manifest=specs(new), mode="undo"))
+
+    def more_than_there_is():
+        yield NORM, new[NORM]
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    with pytest.raises(OutOfMemory, match="no memory for the tensors of version 4"):
+        session.receive(more_than_there_is())
+    assert_holds(model, before)
+    session.require_servable()
