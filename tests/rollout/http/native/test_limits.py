@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tracemalloc
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,8 @@ import httpx
 import pytest
 
 from engine.config import EngineConfig
+from engine.errors import InvalidRequest
+from rollout.http.native.generate_call import parse_call
 from tests.helpers.fake_executor import expected_tokens
 from tests.helpers.http_app import Server, run, serving, until
 from tests.helpers.replicas import fake_config
@@ -423,3 +426,17 @@ def test_a_refusal_does_not_repeat_what_was_sent() -> None:
                 assert len(reply.content) < 20_000, path
 
     run(test)
+
+
+@pytest.mark.parametrize("field", ["rid", "hold_at", "sampling_params", "token_ids_logprob"])
+def test_values_for_more_items_than_there_are_cost_nothing(field: str) -> None:
+    values = b",".join([b"{}"] * 100_000)
+    body = b'{"text": ["a", "b"], "%s": [%s]}' % (field.encode(), values)
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidRequest, match="2 entries") as caught:
+            parse_call(body)
+        assert tracemalloc.get_traced_memory()[1] < 4 * len(body)
+    finally:
+        tracemalloc.stop()
+    assert caught.value.field == field
