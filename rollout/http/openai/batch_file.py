@@ -185,8 +185,12 @@ class _Job:
             async with asyncio.TaskGroup() as group:
                 for _ in range(workers):
                     group.create_task(self._work())
-        except* SlipstreamError as errors:
-            raise _first(errors) from errors
+        except BaseExceptionGroup as errors:
+            # What `except*` raises would be a group again.
+            found, rest = errors.split(SlipstreamError)
+            if found is None or rest is not None:
+                raise
+            raise _first(found) from errors
 
     def report(self) -> FileReport:
         """Totals, once every line is written."""
