@@ -64,10 +64,12 @@ def _run(changes: dict[str, str], only: list[str] | None = None) -> None:
     tests = only or [*NUMERIC, *(f"--ignore={path}" for path in LEFT_OUT)]
     assert all((ROOT / path.split("::")[0]).exists() for path in [*NUMERIC, *LEFT_OUT])
     environment = child_environment(**changes)
-    # A test process beside others tells its children so; this one runs alone.
+    # A test process beside others tells its children so; these are their own.
     for name in [name for name in environment if name.startswith("PYTEST_")]:
         del environment[name]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    # Near the end of a run, when other files are done, this one has both of two cores.
+    command += ["-n", "2", "--dist", "loadfile"]
     marks = "not long and not gpu and not multi_gpu"
     done = subprocess.run(
         [*command, "-m", marks, *tests],
