@@ -20,6 +20,8 @@ import torch.distributed as dist
 
 from kernels import torch_compat as compat
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(compat.__file__).resolve().parents[1]
 PACKAGES = ("rollout", "engine", "kernels", "trainer_bridge", "recipes")
 LIMIT = timedelta(seconds=30)

@@ -17,6 +17,8 @@ from tests.helpers.near_edges import on_an_edge
 from tests.helpers.samplers import SAMPLERS
 from tests.helpers.tiny_models import write_tiny
 
+pytestmark = pytest.mark.slow
+
 SIZE = 24
 PROMPT = list(range(5, 30))
 

@@ -13,6 +13,8 @@ from tests.helpers.engines import drain, exact_logprobs, make_replica, request
 from tests.helpers.tiny_models import tiny_hf, write_tiny
 from trainer_bridge import push
 
+pytestmark = pytest.mark.slow
+
 PROMPT = list(range(5, 60))
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("olmo2", {}),

@@ -21,6 +21,8 @@ from tests.helpers.engines import drain, request
 from tests.helpers.thread_ranks import ThreadedExecutor
 from tests.helpers.tiny_models import write_tiny
 
+pytestmark = pytest.mark.slow
+
 PROMPT = list(range(5, 45))
 # What the default model is made of: tied embeddings, several query heads a KV head, no bias.
 DEFAULT_LIKE: dict[str, Any] = {"tie_word_embeddings": True, "num_key_value_heads": 2}

@@ -33,6 +33,8 @@ from tests.helpers.samplers import SAMPLERS
 from tests.helpers.tiny_models import write_tiny
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 PROMPT = [5, 6, 7]
 IDS = expected_tokens(PROMPT, 12)
 TEXT = tiny_tokenizer().decode(IDS)

@@ -18,6 +18,8 @@ from tests.helpers.http_app import run, serving
 from tests.helpers.replicas import fake_config, spawned
 from tests.helpers.tiny_tokenizer import ids_of, tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 TOKENIZER = tiny_tokenizer()
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, "temperature": 0.0}
 TEXT = {"prompt": "abc", "max_tokens": 4, "return_token_ids": True}
