@@ -45,8 +45,8 @@ class DecoderLayer(Protocol):
         ...
 
 
-class NormBeforeLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): Llama and most others."""
+class _NormedInput(nn.Module):
+    """A layer whose attention has a norm before it, which closes the sum of the stream."""
 
     def __init__(
         self, kind: LayerKind, attention: Attention, mlp: GatedMLP, *, runtime: LayerRuntime
@@ -56,7 +56,6 @@ class NormBeforeLayer(nn.Module):
         self.self_attn = attention
         self.post_attention_layernorm = RMSNorm(kind.hidden_size, kind.norm, runtime=runtime)
         self.mlp = mlp
-        self.fuses_few_rows = mlp.fuses_few_rows and kind.norm.weighting == "rounded"
 
     def first(self, embedding: VocabEmbedding, ids_T: torch.Tensor, context: StepContext) -> Stream:
         """See `DecoderLayer`."""
@@ -67,6 +66,22 @@ class NormBeforeLayer(nn.Module):
     ) -> Stream:
         """See `DecoderLayer`."""
         return self._after_norm(*self.input_layernorm.add(hidden_TE, residual_TE), context)
+
+    def _after_norm(
+        self, normed_TE: torch.Tensor, residual_TE: torch.Tensor, context: StepContext
+    ) -> Stream:
+        """The layer from the output of its first norm on."""
+        raise NotImplementedError
+
+
+class NormBeforeLayer(_NormedInput):
+    """x + attention(norm(x)), then x + mlp(norm(x)): Llama and most others."""
+
+    def __init__(
+        self, kind: LayerKind, attention: Attention, mlp: GatedMLP, *, runtime: LayerRuntime
+    ) -> None:
+        super().__init__(kind, attention, mlp, runtime=runtime)
+        self.fuses_few_rows = mlp.fuses_few_rows and kind.norm.weighting == "rounded"
 
     def _after_norm(
         self, normed_TE: torch.Tensor, residual_TE: torch.Tensor, context: StepContext
@@ -114,7 +129,7 @@ class NormAfterLayer(nn.Module):
         raise AssertionError
 
 
-class NormBothLayer(nn.Module):
+class NormBothLayer(_NormedInput):
     """x + norm(attention(norm(x))), then x + norm(mlp(norm(x))): Gemma 2 and 3."""
 
     fuses_few_rows = False
@@ -122,24 +137,10 @@ class NormBothLayer(nn.Module):
     def __init__(
         self, kind: LayerKind, attention: Attention, mlp: GatedMLP, *, runtime: LayerRuntime
     ) -> None:
-        super().__init__()
+        super().__init__(kind, attention, mlp, runtime=runtime)
         size, norm = kind.hidden_size, kind.norm
-        self.input_layernorm = RMSNorm(size, norm, runtime=runtime)
-        self.self_attn = attention
-        self.post_attention_layernorm = RMSNorm(size, norm, runtime=runtime)
         self.pre_feedforward_layernorm = RMSNorm(size, norm, runtime=runtime)
-        self.mlp = mlp
         self.post_feedforward_layernorm = RMSNorm(size, norm, runtime=runtime)
-
-    def first(self, embedding: VocabEmbedding, ids_T: torch.Tensor, context: StepContext) -> Stream:
-        """See `DecoderLayer`."""
-        return self._after_norm(*embedding.normed(ids_T, self.input_layernorm), context)
-
-    def forward(
-        self, hidden_TE: torch.Tensor, residual_TE: torch.Tensor, context: StepContext
-    ) -> Stream:
-        """See `DecoderLayer`."""
-        return self._after_norm(*self.input_layernorm.add(hidden_TE, residual_TE), context)
 
     def _after_norm(
         self, normed_TE: torch.Tensor, residual_TE: torch.Tensor, context: StepContext

@@ -44,7 +44,7 @@ class Decoder(nn.Module):
         self.few_rows = runtime.few_rows if fuses else 0
 
     def _layers(self) -> list[DecoderLayer]:
-        return [cast(DecoderLayer, layer) for layer in self.layers]
+        return cast(list[DecoderLayer], [*self.layers])
 
     def forward(self, ids_T: torch.Tensor, context: StepContext) -> torch.Tensor:
         """Token ids int [T] -> hidden states after the final norm [T, E]."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.errors import EngineDead, SlipstreamError
+from engine.errors import SlipstreamError
 from engine.protocol import GenerateRequest, SamplingParams
 from rollout.client import Client
 from tests.helpers.engines import drain, make_replica, request
@@ -114,7 +113,7 @@ def test_an_engine_that_dies_in_an_update_fails_it_and_another_takes_the_next(
         killing = Killing(new, processes[who])
         with pytest.raises(SlipstreamError):
             Publisher(killing, [HttpTarget(server.url)], options).push(1)
-        wait_for_another(server, client)
+        server.wait_for_another(client)
         assert client.state().open_update is None
         with Publisher(PlainSource(new), [HttpTarget(server.url)], options) as publisher:
             publisher.push(2)
@@ -125,19 +124,6 @@ def test_an_engine_that_dies_in_an_update_fails_it_and_another_takes_the_next(
         assert server.terminate() == 0
         for pid in {*old.values(), *processes.values()}:
             assert gone(pid, EXIT_S)
-
-
-def wait_for_another(server: ServerProcess, client: Client) -> None:
-    """Until another engine answers."""
-    deadline = time.monotonic() + 120
-    while True:
-        try:
-            client.state()
-            return
-        except EngineDead as error:
-            assert server.process.poll() is None, "the server has left"
-            assert time.monotonic() < deadline, error
-        time.sleep(0.1)
 
 
 def greedy(client: Client) -> list[int]:

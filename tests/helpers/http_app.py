@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -219,3 +220,9 @@ async def until(condition: Callable[[], bool]) -> None:
         assert time.monotonic() < deadline, "the condition never came true"
         await asyncio.sleep(0 if turn < 2000 else 0.005)
         turn += 1
+
+
+def events(text: str) -> list[Any]:
+    """The frames of a stream's body, decoded; the last is None for [DONE]."""
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    return [None if line == "[DONE]" else json.loads(line) for line in lines]

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from engine.errors import EngineDead
 from rollout.client import Client
 from tests.helpers.children import ROOT, child_environment
 
@@ -79,6 +80,18 @@ class ServerProcess:
         """Processes it started that still run."""
         path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         return [int(pid) for pid in path.read_text().split()]
+
+    def wait_for_another(self, client: Client, most_s: float = 120.0) -> None:
+        """Until another engine answers, in place of one that died."""
+        deadline = time.monotonic() + most_s
+        while True:
+            try:
+                client.state()
+                return
+            except EngineDead as error:
+                assert self.process.poll() is None, "the server has left"
+                assert time.monotonic() < deadline, f"no other engine came: {error}"
+            time.sleep(0.05)
 
     def terminate(self) -> int:
         """SIGTERM; the exit code."""

@@ -49,25 +49,11 @@ def kill_leader(server: ServerProcess) -> int:
     return leader
 
 
-def wait_for_another(server: ServerProcess, client: Client) -> None:
-    """Until another engine answers."""
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            client.state()
-            return
-        except EngineDead as error:
-            assert server.process.poll() is None, "the server has left"
-            if time.monotonic() > deadline:
-                raise AssertionError("no other engine came") from error
-        time.sleep(0.05)
-
-
 def test_an_engine_that_had_taken_no_update_serves_again() -> None:
     with ServerProcess(["-c", RESTARTING]) as server, server.client() as client:
         assert client.generate(SHORT)[0].output_ids == expected_tokens([5], 3)
         leader = kill_leader(server)
-        wait_for_another(server, client)
+        server.wait_for_another(client, 60.0)
         assert client.generate(SHORT)[0].output_ids == expected_tokens([5], 3)
         assert client.state().version == 0
         assert client.call("/ready") == {"status": "ready"}
@@ -82,7 +68,7 @@ def test_an_engine_that_had_taken_an_update_waits_for_a_whole_version() -> None:
         publish(client, 7, shift=2)
         assert client.generate(SHORT)[0].output_ids == expected_tokens([5], 3, 2)
         kill_leader(server)
-        wait_for_another(server, client)
+        server.wait_for_another(client, 60.0)
         with pytest.raises(NoVersion, match=r"version 7.*publish a whole version"):
             client.generate(SHORT)
         state = client.state()

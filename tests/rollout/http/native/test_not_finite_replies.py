@@ -8,16 +8,11 @@ import pytest
 
 from rollout.offline import run_file
 from tests.helpers.fake_executor import NOT_FINITE, expected_tokens
-from tests.helpers.http_app import run, serving, until
+from tests.helpers.http_app import events, run, serving, until
 from tests.helpers.replicas import inline
 
 BAD, GOOD = [NOT_FINITE, 5], [6, 5]
 SIX = {"max_new_tokens": 6}
-
-
-def frames(text: str) -> list[Any]:
-    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
-    return [None if line == "[DONE]" else json.loads(line) for line in lines]
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -51,7 +46,7 @@ def test_a_native_stream_has_its_tokens_and_then_the_error(n: int) -> None:
     async def test() -> None:
         async with serving() as server:
             body = {"input_ids": BAD, "sampling_params": {**SIX, "n": n}, "stream": True}
-            found = frames((await server.post("/generate", body)).text)
+            found = events((await server.post("/generate", body)).text)
             assert found[-1] is None and found[-2]["error"]["type"] == "NonFiniteLogits"
             assert found[-2]["error"]["code"] == 500
             assert len(found) > 2
@@ -65,14 +60,14 @@ def test_an_openai_stream_has_an_error_frame() -> None:
     async def test() -> None:
         async with serving() as server:
             body = {"prompt": BAD, "max_tokens": 6, "stream": True}
-            found = frames((await server.post("/v1/completions", body)).text)
+            found = events((await server.post("/v1/completions", body)).text)
             assert found[-1] is None and "NonFiniteLogits" in json.dumps(found[-2])
             chat = {
                 "messages": [{"role": "user", "content": "hi"}],
                 "max_tokens": 3,
                 "stream": True,
             }
-            good = frames((await server.post("/v1/chat/completions", chat)).text)
+            good = events((await server.post("/v1/chat/completions", chat)).text)
             assert all("error" not in frame for frame in good[:-1])
 
     run(test)
