@@ -16,6 +16,8 @@ from recipes.grpo import main
 from recipes.trainers.plain import Trainer
 from tests.helpers.char_model import CharAddition, char_model, write_char_model
 
+pytestmark = pytest.mark.slow
+
 
 class SmallSum(CharAddition):
     """Partial credit for a reply that begins with a digit, so that rewards differ at once."""

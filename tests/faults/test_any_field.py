@@ -18,6 +18,8 @@ from tests.helpers.hostile_json import HOSTILE, any_json, with_value
 from tests.helpers.route_bodies import RouteBody, query_routes, route_bodies
 from tests.helpers.shared_server import SharedServer
 
+pytestmark = pytest.mark.slow
+
 ROUTES = list(route_bodies())
 QUERIES = list(query_routes())
 seeded = settings(

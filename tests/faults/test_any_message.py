@@ -24,6 +24,8 @@ from tests.helpers.fake_executor import expected_tokens
 from tests.helpers.hostile_json import objects
 from tests.helpers.replicas import inline, make_request
 
+pytestmark = pytest.mark.slow
+
 # What a JSON text can say and Python can hold, and what only Python says.
 VALUES: list[Any] = [
     *objects(),

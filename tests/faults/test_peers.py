@@ -19,6 +19,8 @@ from tests.helpers.loaded_server import family
 from tests.helpers.serve_process import FAKE, ServerProcess
 from tests.helpers.tiny_models import write_tiny
 
+pytestmark = pytest.mark.slow
+
 ANSWER_S = 60.0
 REQUEST = b'{"input_ids": [5], "sampling_params": {"max_new_tokens": 300, "ignore_eos": true}}'
 HEAD = (

@@ -19,6 +19,8 @@ from tests.helpers import update_carriers
 from tests.helpers.update_faults import ERRORS, counting, fault
 from tests.helpers.weight_engines import Tensors, contents, fresh, make_rank, specs
 
+pytestmark = pytest.mark.slow
+
 MODES = ("shadow", "undo", "in_place")
 STEPS = ("begin", "receive", "prepare", "commit", "abort")
 KINDS = ("operation", "call")

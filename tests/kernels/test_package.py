@@ -17,6 +17,8 @@ from kernels.norm import add_rms_norm, rms_norm
 from kernels.rotary import apply_rotary
 from kernels.sampling import sample
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(kernels.__file__).resolve().parents[1]
 
 

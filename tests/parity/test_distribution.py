@@ -9,6 +9,8 @@ import torch
 from tests.helpers.engines import drain, make_replica, request
 from tests.helpers.tiny_models import write_tiny
 
+pytestmark = pytest.mark.slow
+
 PROMPT = [3, 14, 15, 9, 26]
 DRAWS = 4000
 

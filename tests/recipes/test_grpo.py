@@ -27,6 +27,8 @@ from recipes.trainers.plain import Trainer
 from tests.helpers.char_model import CharAddition, char_model, char_tokenizer
 from tests.helpers.fake_actor import FakeActor
 
+pytestmark = pytest.mark.slow
+
 
 class LeadingDigit(CharAddition):
     """A reward that a random model can find: the reply begins with a digit."""

@@ -13,6 +13,8 @@ from engine.errors import InvalidRequest
 from recipes.world import World, open_world
 from tests.helpers.children import ROOT, child_environment
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 @pytest.mark.parametrize("num", [0, 1, 7, 8])

@@ -15,6 +15,8 @@ from tests.helpers.tiny_models import write_tiny, write_tiny_gguf
 from trainer_bridge import load_causal_lm
 from trainer_bridge.adapters.plain import named_tensors
 
+pytestmark = pytest.mark.slow
+
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,

@@ -23,6 +23,8 @@ from tests.helpers.tiny_models import tiny_hf, write_tiny
 from tests.trainer_bridge.test_push import logprob_gap
 from trainer_bridge.bridge import Publisher, PushOptions
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ["begin", "carry", "prepare", "commit"]
 CASES = [

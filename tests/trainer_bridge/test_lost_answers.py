@@ -14,6 +14,8 @@ from tests.helpers.tiny_models import tiny_hf, write_tiny
 from tests.trainer_bridge.test_push import logprob_gap
 from trainer_bridge.bridge import Publisher, PushOptions
 
+pytestmark = pytest.mark.slow
+
 
 class Lossy:
     """A target that some commands do not reach. lost: their types."""

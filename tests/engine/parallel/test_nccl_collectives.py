@@ -18,6 +18,8 @@ from engine.parallel.nccl import NcclCollectives
 from engine.protocol.deadlines import LAUNCH_S
 from tests.helpers.children import ROOT, child_environment
 
+pytestmark = pytest.mark.slow
+
 
 class StandIn:
     """Two ranks that hold the same; like torch, no handle for what is on the caller's stream."""

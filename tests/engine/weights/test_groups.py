@@ -17,6 +17,8 @@ from tests.helpers.children import ROOT, child_environment
 from tests.helpers.weight_engines import fresh, join, join_command, make_rank, pieces
 from trainer_bridge.process_group import SenderGroup
 
+pytestmark = pytest.mark.slow
+
 
 def free_port() -> int:
     with socket.socket() as listener:

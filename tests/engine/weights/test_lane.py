@@ -33,6 +33,8 @@ from tests.helpers.weight_engines import (
     send,
 )
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

@@ -19,6 +19,8 @@ from recipes.grading import Grading
 from recipes.rewards.grader_main import GraderLimits
 from recipes.rewards.graders import GraderPool, GraderSpec
 
+pytestmark = pytest.mark.slow
+
 SPEC = GraderSpec(function="tests.helpers.odd_graders:grade", sample=("1",))
 LIMITS = GraderLimits(limit_s=0.5, wall_s=3.0, memory_bytes=1 << 30)
 

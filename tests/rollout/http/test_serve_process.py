@@ -26,6 +26,8 @@ from tests.helpers.rounding import logprob_bound
 from tests.helpers.serve_process import FAKE, ROOT, ServerProcess, gone
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = ["--port", "0", "--device", "cpu", "--dtype", "float32", "--max-running", "8"]
 LOGPROB_FIELDS = (
     "output_token_logprobs",

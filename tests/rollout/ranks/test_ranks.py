@@ -46,6 +46,8 @@ from tests.helpers.fake_executor import expected_tokens
 from tests.helpers.peers import until
 from tests.helpers.replicas import fake_config, make_request
 
+pytestmark = pytest.mark.slow
+
 FACTORY = "tests.helpers.fake_ranks:build"
 
 

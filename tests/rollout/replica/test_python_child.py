@@ -12,6 +12,8 @@ import pytest
 from rollout.replica import python_child
 from tests.helpers.children import child_environment
 
+pytestmark = pytest.mark.slow
+
 ASK_A_SPAWNED_LEADER = """
 from tests.helpers.replicas import spawned
 with spawned() as replica:

@@ -38,6 +38,8 @@ from rollout.replica.spawned import ProcessReplica
 from tests.helpers.fake_executor import POISON, FakeExecutor, expected_tokens
 from tests.helpers.replicas import fake_config, inline, make_request, overlapped, spawned
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., Replica]
 
 

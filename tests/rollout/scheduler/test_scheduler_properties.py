@@ -10,6 +10,7 @@ from contextlib import suppress
 
 import msgspec
 import numpy as np
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -31,6 +32,8 @@ from tests.helpers.scheduling import (
     joined,
     make_request,
 )
+
+pytestmark = pytest.mark.slow
 
 CONTEXT = 40
 FEW_SHOT = [0, 1, 1, 0, 2, 2, 0, 1, 0, 0, 1, 2, 1, 1, 2, 0, 2, 1, 0, 1, 2, 2]
