@@ -11,8 +11,8 @@ EXTRAS      := dev,train
 STAMP       := $(VENV)/.installed
 # Test processes side by side, a file each at a time, in the order of the folders: those of few and
 # long tests must not be the last. One more than cores, at most 4: much of the suite waits for
-# deadlines and other processes. WORKERS=0 runs all in one.
-WORKERS     ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 3 ] && n=3; echo $$((n + 1)))
+# deadlines and other processes. WORKERS=0 runs all in one. (nproc would count OMP_NUM_THREADS.)
+WORKERS     ?= $(shell n=$$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || echo 2); [ $$n -gt 3 ] && n=3; echo $$((n + 1)))
 SIDE_BY_SIDE := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Clients of the server, which are large and run on the CPU only.
 CLIENTS     := .venv-clients

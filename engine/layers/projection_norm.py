@@ -12,6 +12,7 @@ from engine.layers.kinds import NormKind
 from engine.layers.parameter import Shard, ShardedParameter, sliced
 from engine.layers.runtime import LayerRuntime
 from kernels.norm import rms_norm
+from kernels.norm.reference import weighted
 
 
 class ProjectionNorm(nn.Module):
@@ -66,8 +67,4 @@ class ProjectionNorms:
         for part, norm, total_T in zip(parts, self.norms, totals, strict=True):
             mean_T1 = total_T.unsqueeze(-1) / (norm.copies * norm.size)
             normed = part.float() * torch.rsqrt(mean_T1 + norm.eps)
-            if norm.weighting == "rounded":
-                part.copy_(normed.to(part.dtype) * norm.weight)
-                continue
-            offset = 1.0 if norm.weighting == "offset" else 0.0
-            part.copy_(normed * (norm.weight.float() + offset))
+            part.copy_(weighted(normed, norm.weight, norm.weighting, part.dtype))

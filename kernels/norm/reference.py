@@ -15,10 +15,17 @@ def rms_norm(
     # and in 16 bits it would skip the rounding before the weight.
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weighted(wide * scale, weight, weighting, x.dtype)
+
+
+def weighted(
+    normed: torch.Tensor, weight: torch.Tensor, weighting: Weighting, dtype: torch.dtype
+) -> torch.Tensor:
+    """Normalised values, float32 [..., D], times the weight [D], rounded to `dtype`."""
     if weighting == "rounded":
-        return weight * (wide * scale).to(x.dtype)
+        return weight * normed.to(dtype)
     factor = 1.0 + weight.float() if weighting == "offset" else weight.float()
-    return (wide * scale * factor).to(x.dtype)
+    return (normed * factor).to(dtype)
 
 
 def add_rms_norm(
