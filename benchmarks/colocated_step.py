@@ -34,14 +34,15 @@ import tyro
 from machine import describe
 
 from engine.protocol import IntArray
+from recipes.actors.launch import launch_actor
+from recipes.collecting.prompts import Prompts
 from recipes.grpo import train
-from recipes.launch import launch_actor
-from recipes.ledger import Ledger
-from recipes.model import load_trainer
-from recipes.options import PlacementOptions, RolloutOptions, RunOptions
-from recipes.prompts import Prompts
-from recipes.report import PHASES
-from recipes.run import Run, assemble
+from recipes.run.ledger import Ledger
+from recipes.run.opening import assemble
+from recipes.run.report import PHASES
+from recipes.run.run import Run
+from recipes.settings.options import PlacementOptions, RolloutOptions, RunOptions
+from recipes.trainers.model import load_trainer
 from recipes.trainers.optimizer_options import OptimizerOptions
 from recipes.types import Message, Problem
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from recipes.collecting.prompts import Prompts
 from recipes.environments.base import Environment
-from recipes.prompts import Prompts
 from recipes.types import Problem
 
 STD_EPSILON = 1e-4

@@ -22,7 +22,7 @@ import torch
 import tyro
 from machine import describe
 
-from recipes.run_folder import RunFolder
+from recipes.run.run_folder import RunFolder
 
 SEEDS = (0, 1, 2)
 NEEDED_GAIN = 0.30

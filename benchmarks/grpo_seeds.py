@@ -25,7 +25,7 @@ import torch
 import tyro
 from machine import describe
 
-from recipes.run_folder import RunFolder
+from recipes.run.run_folder import RunFolder
 
 WANTED_GAIN = 0.5
 

@@ -13,17 +13,17 @@ import torch
 from grpo_baseline import Baseline
 from grpo_padded import PaddedTrainer
 
+from recipes.actors.launch import launch_actor
 from recipes.algorithms.presets import AlgorithmOptions
+from recipes.collecting.prompts import Prompts
 from recipes.environments.base import Environment, problem_at
 from recipes.environments.named_tasks import select_environment
 from recipes.grpo import train
-from recipes.launch import launch_actor
-from recipes.ledger import Ledger
-from recipes.model import engine_dtype, load_trainer, trainer_device
-from recipes.options import RolloutOptions, RunOptions
-from recipes.prompts import Prompts
-from recipes.run import assemble
+from recipes.run.ledger import Ledger
+from recipes.run.opening import assemble
+from recipes.settings.options import RolloutOptions, RunOptions
 from recipes.trainers.base import Learner
+from recipes.trainers.model import engine_dtype, load_trainer, trainer_device
 from recipes.trainers.optimizer_options import OptimizerOptions
 from recipes.types import Message, Problem
 from recipes.world import World

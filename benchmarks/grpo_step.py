@@ -26,7 +26,7 @@ import tyro
 from grpo_sides import FIGURES, OurSide, PlainSide, Side, Work
 from machine import describe
 
-from recipes.options import DEFAULT_MODEL
+from recipes.settings.options import DEFAULT_MODEL
 
 TREE, PADDED, PLAIN = "slipstream", "slipstream, no prefix tree", "plain script"
 

@@ -19,13 +19,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recipes.algorithms.losses import policy_loss
-from recipes.batching import make_batch, minibatches, without_rejected
-from recipes.collect import rollout, score
-from recipes.command_line import parse
-from recipes.failures import report_failure
-from recipes.ledger import Ledger
-from recipes.report import Collected
-from recipes.run import Run, open_run
+from recipes.collecting.batching import make_batch, minibatches, without_rejected
+from recipes.collecting.collect import rollout, score
+from recipes.run.failures import report_failure
+from recipes.run.ledger import Ledger
+from recipes.run.opening import open_run
+from recipes.run.report import Collected
+from recipes.run.run import Run
+from recipes.settings.command_line import parse
 from recipes.trainers.metrics import TokenMetrics, merge
 from recipes.types import Batch
 from recipes.world import launched_rank, leave

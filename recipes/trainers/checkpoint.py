@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from engine.protocol import decode, encode
-from recipes.saving import (
+from recipes.run.saving import (
     REMOVING,
     WRITING,
     num_elements,

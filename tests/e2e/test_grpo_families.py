@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.models.registry import ARCHITECTURES
 from recipes.grpo import main
-from recipes.run_folder import RunFolder
+from recipes.run.run_folder import RunFolder
 from tests.helpers.tiny_models import write_tiny
 from tests.helpers.tiny_tokenizer import EOS_ID, tiny_tokenizer
 

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 import torch
 
+from recipes.actors.launch import launch_actor
 from recipes.grpo import train
-from recipes.launch import launch_actor
-from recipes.ledger import Ledger
-from recipes.model import load_trainer
-from recipes.options import RolloutOptions, RunOptions
-from recipes.run import assemble
+from recipes.run.ledger import Ledger
+from recipes.run.opening import assemble
+from recipes.settings.options import RolloutOptions, RunOptions
+from recipes.trainers.model import load_trainer
 from recipes.trainers.optimizer_options import OptimizerOptions
 from rollout.offline import load_tokenizer
 from tests.helpers.char_model import CharAddition, char_model, fine_tune, write_char_model

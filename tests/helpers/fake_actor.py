@@ -15,7 +15,7 @@ from trainer_bridge import PushReport
 
 
 class FakeActor:
-    """A `recipes.actor.Actor`: samples token by token with a copy of the model.
+    """A `recipes.actors.actor.Actor`: samples token by token with a copy of the model.
 
     noise: added to every returned logprob, as an engine with other kernels would.
     """

@@ -32,7 +32,7 @@ _IMPORTED = [
     # At its import it asks torch to compile functions, which imports all of inductor.
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "recipes.grpo",
-    "recipes.fleet",
+    "recipes.actors.fleet",
     "recipes.trainers.deepspeed",
     "recipes.trainers.fsdp",
     "tests.helpers.sharded_publish",

@@ -17,11 +17,12 @@ from engine.errors import InvalidRequest
 from recipes.algorithms.presets import AlgorithmOptions
 from recipes.environments.base import Environment
 from recipes.grpo import main, train
-from recipes.ledger import Ledger
-from recipes.options import RolloutOptions, RunOptions
-from recipes.report import PHASES
 from recipes.rewards.graders import GraderSpec
-from recipes.run import Run, assemble
+from recipes.run.ledger import Ledger
+from recipes.run.opening import assemble
+from recipes.run.report import PHASES
+from recipes.run.run import Run
+from recipes.settings.options import RolloutOptions, RunOptions
 from recipes.trainers.optimizer_options import OptimizerOptions
 from recipes.trainers.plain import Trainer
 from tests.helpers.char_model import CharAddition, char_model, char_tokenizer

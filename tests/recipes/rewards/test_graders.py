@@ -15,9 +15,9 @@ from engine.errors import InvalidRequest
 from recipes.environments.base import problem_at
 from recipes.environments.gym import load_gym
 from recipes.environments.jsonl import load_jsonl
-from recipes.grading import Grading
 from recipes.rewards.grader_main import GraderLimits
 from recipes.rewards.graders import GraderPool, GraderSpec
+from recipes.rewards.grading import Grading
 
 pytestmark = pytest.mark.slow
 

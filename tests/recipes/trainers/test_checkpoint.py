@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from engine.errors import DiskFull
-from recipes.saving import together
+from recipes.run.saving import together
 from recipes.trainers import checkpoint
 from recipes.trainers.checkpoint import (
     checkpoint_bytes,

@@ -1,0 +1,89 @@
+"""The engines of a run: one in every trainer process, or some on GPUs of their own."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from engine.config import (
+    CacheConfig,
+    EngineConfig,
+    MemoryConfig,
+    ParallelConfig,
+    SchedulerConfig,
+)
+from engine.errors import InvalidRequest
+from recipes.actors.actor import Actor, InlineActor
+from recipes.actors.fleet import FleetActor
+from recipes.settings.options import RunOptions
+from recipes.world import World, uses_gpu
+from rollout.launch import launch
+from rollout.replica.base import Replica
+
+MOST_RUNNING = 1024
+"""Sequences of one engine that run at once, at most."""
+
+
+def launch_actor(options: RunOptions, world: World | None = None) -> Actor:
+    """Start this process's engine, or, with `rollout_gpus`, those that the main process
+    speaks with; collective. Raises InvalidRequest when there are too few GPUs."""
+    world = world or World()
+    num_engines = options.placement.rollout_gpus
+    if num_engines == 0:
+        sleeps = _sleeps(options)
+        config = engine_config(options, gpu=world.local_rank, saver=sleeps)
+        return InlineActor(launch(config), sleeps=sleeps)
+    on_gpu = uses_gpu(options.device)
+    first = _first_rollout_gpu(num_engines, world.size) if on_gpu else 0
+
+    def launch_place(place: int) -> Replica:
+        config = engine_config(options, gpu=first + place if on_gpu else 0)
+        return launch(config, process=True)
+
+    replicas = [launch_place(place) for place in range(num_engines)] if world.is_main else []
+    device = torch.device("cuda", world.local_rank) if on_gpu else torch.device("cpu")
+    return FleetActor(replicas, world, device=device, launch=launch_place)
+
+
+def engine_config(options: RunOptions, *, gpu: int = 0, saver: bool = False) -> EngineConfig:
+    """The engine that the options name. gpu: the one it runs on, where it runs on one."""
+    return EngineConfig(
+        model=options.model,
+        load_format=options.load_format,
+        device=options.device,
+        dtype=options.dtype,
+        seed=options.seed,
+        cache=CacheConfig(memory_bytes=int(options.rollout.kv_memory_gb * 2**30)),
+        scheduler=SchedulerConfig(max_running=_max_running(options)),
+        parallel=ParallelConfig(base_gpu=gpu),
+        memory=MemoryConfig(
+            saver=saver,
+            trainer_training_bytes=int(options.placement.trainer_memory_gb * 2**30),
+        ),
+    )
+
+
+def _max_running(options: RunOptions) -> int:
+    """A step's samples at once where that is reasonable: waves of fewer would leave the last
+    one half empty."""
+    wanted = options.rollout.prompts_per_step * options.rollout.samples
+    return min(max(wanted, SchedulerConfig().max_running), MOST_RUNNING)
+
+
+def _sleeps(options: RunOptions) -> bool:
+    asked = options.placement.sleep
+    if asked is not None:
+        return asked
+    return uses_gpu(options.device) and importlib.util.find_spec("torch_memory_saver") is not None
+
+
+def _first_rollout_gpu(num_engines: int, num_trainers: int) -> int:
+    num_gpus = torch.cuda.device_count()
+    if num_engines + num_trainers > num_gpus:
+        raise InvalidRequest(
+            f"rollout_gpus: {num_engines} GPUs for rollouts and {num_trainers} for training are "
+            f"more than the {num_gpus} there are; lower --rollout-gpus or --nproc-per-node",
+            field="rollout_gpus",
+        )
+    return num_gpus - num_engines

@@ -1,0 +1,1 @@
+"""From problems to the batches of an update."""

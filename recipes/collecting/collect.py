@@ -1,0 +1,117 @@
+"""Rollouts and rewards: problems in, groups of scored trajectories out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from engine.protocol import Request, RequestOutput, SamplingParams
+from recipes.actors.actor import Actor
+from recipes.collecting.prompts import Prompts
+from recipes.rewards.grading import Grader, Grading
+from recipes.rewards.shaping import overlong_penalty
+from recipes.types import Group, Problem, Trajectory
+from recipes.world import World
+from rollout.offline import derive_seed
+
+
+def rollout(
+    actor: Actor,
+    prompts: Prompts,
+    problems: Sequence[Problem],
+    sampling: SamplingParams,
+    *,
+    samples: int,
+    seed: int,
+    first: int = 0,
+) -> list[tuple[Request, RequestOutput]]:
+    """Sample replies to each problem; `samples` pairs a problem, in the order of the problems.
+
+    seed: of this call; every sample's own is derived from it and its place. first: place of the
+    first problem among those that several processes share out.
+    """
+    requests = []
+    for index, problem in enumerate(problems, start=first):
+        prompt_ids = prompts.prompt_ids(problem)
+        requests += [
+            Request(
+                rid=f"{seed:x}-{index}-{sample}",
+                prompt_ids=prompt_ids,
+                sampling=sampling,
+                seed=derive_seed(seed, index, sample),
+                group=f"{seed:x}-{index}",
+                stop_ids=prompts.stop_ids,
+            )
+            for sample in range(samples)
+        ]
+    return list(zip(requests, actor.generate(requests), strict=True))
+
+
+def score(
+    prompts: Prompts,
+    problems: Sequence[Problem],
+    replies: Sequence[tuple[Request, RequestOutput]],
+    *,
+    overlong_buffer: int = 0,
+    grader: Grader | None = None,
+) -> list[Group]:
+    """Grade replies and put them in groups, `len(replies) // len(problems)` a problem.
+
+    grader: None calls the task's `verify`, one reply after the other."""
+    samples = len(replies) // max(len(problems), 1)
+    texts = [prompts.reply_text(output.token_ids) for _, output in replies]
+    asked = [problem for problem in problems for _ in range(samples)]
+    rewards = (grader or Grading(prompts.environment))(texts, asked)
+    trajectories = [
+        _trajectory(*reply, text, reward, overlong_buffer)
+        for reply, text, reward in zip(replies, texts, rewards, strict=True)
+    ]
+    return [
+        Group(
+            problem=problem,
+            trajectories=tuple(trajectories[index * samples : (index + 1) * samples]),
+        )
+        for index, problem in enumerate(problems)
+    ]
+
+
+def evaluate(
+    actor: Actor,
+    prompts: Prompts,
+    problems: Sequence[Problem],
+    max_new_tokens: int,
+    world: World | None = None,
+    *,
+    grader: Grader | None = None,
+) -> float:
+    """Mean reward of the greedy replies to held-out problems; collective.
+
+    Leaves no cached prefix behind: training goes on as if no evaluation had been.
+    """
+    sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
+    world = world or World()
+    share = world.share(len(problems))
+    mine = problems[share.start : share.stop]
+    replies = rollout(actor, prompts, mine, sampling, samples=1, seed=0, first=share.start)
+    actor.flush()
+    groups = score(prompts, mine, replies, grader=grader)
+    rewards = world.gather([group.trajectories[0].correct for group in groups])
+    return sum(rewards) / len(rewards)
+
+
+def _trajectory(
+    request: Request, output: RequestOutput, text: str, correct: float, overlong_buffer: int
+) -> Trajectory:
+    assert output.finish is not None and len(output.token_ids) > 0
+    penalty = overlong_penalty(
+        len(output.token_ids), request.sampling.max_new_tokens, overlong_buffer
+    )
+    return Trajectory(
+        prompt_ids=request.prompt_ids,
+        response_ids=output.token_ids,
+        rollout_logprobs=output.logprobs,
+        spans=tuple(output.spans),
+        text=text,
+        truncated=output.finish.type == "length",
+        reward=correct + penalty,
+        correct=correct,
+    )

@@ -1,0 +1,266 @@
+"""A training run: its parts, its beginning or resumption, and what follows each step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+
+from engine.protocol import SamplingParams
+from recipes.actors.actor import Actor
+from recipes.algorithms.presets import Algorithm
+from recipes.collecting.collect import evaluate
+from recipes.collecting.prompts import Prompts
+from recipes.environments.base import Environment, problem_at
+from recipes.rewards.grading import Grading
+from recipes.run.advice import WINDOW, advice
+from recipes.run.display import Display
+from recipes.run.ledger import Ledger
+from recipes.run.progress import RunProgress
+from recipes.run.report import Collected, push_figures, rollout_figures, time_figures
+from recipes.run.run_folder import RunFolder
+from recipes.run.saving import num_elements, save_folder
+from recipes.run.tracking import Tracker
+from recipes.settings.options import RunOptions
+from recipes.trainers.base import Learner
+from recipes.trainers.checkpoint import (
+    checkpoint_bytes,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from recipes.trainers.model import engine_dtype
+from recipes.trainers.schedule import learning_rate
+from recipes.types import Group, Problem
+from recipes.world import World
+from rollout.offline import Tokenizer, free_bytes
+from trainer_bridge import PushReport
+
+
+@dataclass(kw_only=True)
+class Run:
+    """Everything the loop works with; see `open_run`. Used as a context manager around the loop,
+    it shows the display, and frees the engine and leaves the other processes at the end."""
+
+    options: RunOptions
+    algorithm: Algorithm
+    environment: Environment
+    sampling: SamplingParams
+    prompts: Prompts
+    grading: Grading
+    tokenizer: Tokenizer
+    heldout: list[Problem]
+    actor: Actor
+    trainer: Learner
+    world: World
+    folder: RunFolder
+    ledger: Ledger
+    display: Display
+    tracker: Tracker
+    progress: RunProgress
+    surplus: list[Group] = field(default_factory=list)
+    """Groups with spread that were sampled beyond what a step trains on, oldest first."""
+    _recent: list[dict[str, float]] = field(default_factory=list)
+    _advised: bool = False
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Longest reply, in tokens."""
+        return self.sampling.max_new_tokens
+
+    def __enter__(self) -> Self:
+        self.display.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.display.__exit__()
+        self.grading.close()
+        self.actor.close()
+        self.world.close()
+        self.folder.close()
+
+    def goes_on(self) -> bool:
+        """Whether another step is to be taken; the same in all processes."""
+        in_time = True
+        if self.options.minutes is not None:
+            spent = self.world.from_main(self.progress.total_seconds)
+            in_time = spent < 60 * self.options.minutes
+        return self.progress.step < self.options.steps and in_time
+
+    def next_problems(self) -> tuple[list[Problem], int]:
+        """This process's share of the next problems of the training stream, which depends on
+        the seed alone, and the place of the first of them among those of the step."""
+        position, num = self.progress.position, self.options.rollout.prompts_per_step
+        self.progress.position += num
+        share = self.world.share(num)
+        problems = [
+            problem_at(self.environment, "train", self.options.seed, position + index)
+            for index in share
+        ]
+        return problems, share.start
+
+    def learning_rate(self) -> float:
+        """The rate of the current step."""
+        optimizer = self.options.optimizer
+        return learning_rate(
+            self.progress.step,
+            peak=optimizer.lr,
+            schedule=optimizer.schedule,
+            warmup_steps=optimizer.warmup_steps,
+            total_steps=self.options.steps,
+        )
+
+    def begin(self) -> None:
+        """Continue from the last checkpoint, or measure the model before it learns."""
+        checkpoint = latest_checkpoint(self.folder.checkpoints)
+        if checkpoint is not None:
+            progress, self.surplus = load_checkpoint(checkpoint, self.trainer.load)
+            self.progress = RunProgress(**progress)
+            version = self.progress.step
+            self.actor.push(self.trainer.weights, version, measure_memcpy=False)
+            self.display.note(f"continuing after step {version}")
+        self.folder.truncate(self.progress.step)
+        self._look_for_room()
+        self._spend("startup")
+        if self.progress.eval_before is None:
+            self._evaluate()
+
+    def _look_for_room(self) -> None:
+        """Say at once that a checkpoint will not fit: the run may end before one is due."""
+        needed = checkpoint_bytes(self.trainer.weights)
+        if self.options.checkpoint_every and self.world.is_main:
+            free = free_bytes(self.folder.path)
+            if free < needed:
+                self.display.note(
+                    f"a checkpoint takes about {needed:,} bytes, and {free:,} are free at "
+                    f"{self.folder.path}: make room, or give --checkpoint-every 0"
+                )
+
+    def finish_step(
+        self, collected: Collected, figures: dict[str, float], pushed: PushReport
+    ) -> None:
+        """Count the step; report it; evaluate and checkpoint where they are due."""
+        seconds = self.ledger.take()
+        self.progress.spent(seconds)
+        self.progress.step += 1
+        step = self.progress.step
+        row: dict[str, float] = {
+            "step": step,
+            **rollout_figures(collected.sampled, seconds),
+            **figures,
+            **push_figures(pushed),
+            **time_figures(seconds),
+            **self._tell_ungraded(),
+        }
+        if _due(step, self.options.eval_every):
+            row["timing_s/eval"] = self._evaluate()
+            row["eval/accuracy"] = self.progress.accuracy or 0.0
+        self.folder.append_metrics(row)
+        self.folder.append_samples(step, collected.sampled)
+        self.tracker.log(row)
+        self.display.show(row)
+        self._advise(row)
+        if pushed.memcpy_seconds is not None:
+            self.display.note(f"push of {pushed}")
+        if _due(step, self.options.checkpoint_every):
+            self._checkpoint()
+
+    def _tell_ungraded(self) -> dict[str, float]:
+        """Count the replies that no grader got through, and name the first of them."""
+        ungraded = self.world.gather(self.grading.take_ungraded())
+        if ungraded:
+            self.display.note(f"{len(ungraded)} replies not graded, reward 0; {ungraded[0]}")
+        return {"completions/num_ungraded": float(len(ungraded))}
+
+    def _advise(self, row: dict[str, float]) -> None:
+        """Say so, once each time it begins, when the run has nothing to learn from."""
+        self._recent = [*self._recent[1 - WINDOW :], row]
+        told = advice(self._recent)
+        if told and not self._advised:
+            self.display.note(told)
+        self._advised = bool(told)
+
+    def finish(self) -> dict[str, object]:
+        """Measure, save the model and write the summary, which is returned."""
+        if self.progress.accuracy_step != self.progress.step:
+            self._evaluate()
+        self.display.note("saving the model")
+        dtype = engine_dtype(self.actor)
+        save_folder(
+            self.folder.model,
+            self.world,
+            save=lambda folder: self.trainer.write_model(folder, dtype),
+            complete=self.tokenizer.write_hf,
+            num_bytes=dtype.itemsize * num_elements(self.trainer.weights),
+        )
+        assert self.progress.eval_before is not None and self.progress.accuracy is not None
+        title = f"{self.environment.name}, {self.options.objective.algorithm}"
+        self.folder.draw_curve(title, self.progress.eval_before)
+        self._spend("save")
+        summary = self._summary(dtype)
+        self.folder.write_summary(summary)
+        self.tracker.close(summary)
+        # A process that fails on its way out must not end one that is still writing.
+        self.world.barrier()
+        return summary
+
+    def _summary(self, dtype: torch.dtype) -> dict[str, object]:
+        progress = self.progress
+        return {
+            "task": self.environment.name,
+            "seed": self.options.seed,
+            "steps": progress.step,
+            "seconds": progress.total_seconds,
+            "eval_before": progress.eval_before,
+            "eval_after": progress.accuracy,
+            "model": self.options.model,
+            "device": self.actor.state().device,
+            "dtype": str(dtype).removeprefix("torch."),
+            "algorithm": self.options.objective.algorithm,
+            "trainer": self.options.placement.trainer,
+            "trainer_processes": self.world.size,
+            "best": {"accuracy": progress.best_accuracy, "step": progress.best_step},
+            "eval_prompts": len(self.heldout),
+            "seconds_by_phase": progress.seconds,
+        }
+
+    def _evaluate(self) -> float:
+        self.display.note(f"evaluating {len(self.heldout)} held-out problems")
+        with self.ledger.phase("eval"):
+            accuracy = evaluate(
+                self.actor,
+                self.prompts,
+                self.heldout,
+                self.max_new_tokens,
+                self.world,
+                grader=self.grading,
+            )
+        self.progress.measured(accuracy)
+        self.display.note(f"held-out accuracy {accuracy:.3f} after step {self.progress.step}")
+        return self._spend("eval")
+
+    def _checkpoint(self) -> None:
+        """The time it takes is not in its own record: it is not over when that is written."""
+        progress = self.progress.as_dict()
+        step, save = self.progress.step, self.trainer.save
+        save_checkpoint(
+            self.folder.checkpoints,
+            step,
+            save,
+            progress,
+            self.world,
+            surplus=self.surplus,
+            num_bytes=checkpoint_bytes(self.trainer.weights),
+        )
+        self._spend("checkpoint")
+
+    def _spend(self, phase: str) -> float:
+        """Book all time since the last reading under one phase; returns it."""
+        seconds = sum(self.ledger.take().values())
+        self.progress.spent({phase: seconds})
+        return seconds
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,136 @@
+"""Values no run can work with, refused before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from engine.errors import InvalidRequest, ModelNotFound
+from recipes.settings.options import DEFAULT_MODEL, PlacementOptions, RunOptions, flatten
+
+LEAST: Mapping[str, int] = MappingProxyType(
+    {
+        "steps": 0,
+        "eval_every": 0,
+        "eval_prompts": 1,
+        "checkpoint_every": 0,
+        "prompts_per_step": 1,
+        "samples": 2,
+        "max_new_tokens": 1,
+        "rollout_gpus": 0,
+        "warmup_steps": 0,
+        "weight_decay": 0,
+        "max_tokens_per_microbatch": 1,
+        "max_resamples": 0,
+        "num_iterations": 1,
+        "num_minibatches": 1,
+        "clip_low": 0,
+        "clip_high": 0,
+        "overlong_buffer": 0,
+        "kl_coef": 0,
+        "is_cap": 1,
+    }
+)
+"""Least values of the numbers among the options."""
+
+ABOVE_ZERO = frozenset({"minutes", "temperature", "kv_memory_gb", "lr", "max_grad_norm"})
+BELOW_ONE = frozenset({"beta1", "beta2"})
+
+
+def check_options(options: RunOptions) -> None:
+    """Raises InvalidRequest, its `field` an option's name; ModelNotFound for the model."""
+    _check_numbers(flatten(options))
+    _check_placement(options.placement)
+    rollout, algorithm = options.rollout, options.objective
+    if algorithm.num_minibatches > rollout.prompts_per_step:
+        raise InvalidRequest(
+            f"num_minibatches ({algorithm.num_minibatches}) is more than prompts_per_step "
+            f"({rollout.prompts_per_step}): a minibatch holds at least one group",
+            field="num_minibatches",
+        )
+    if options.wandb != "off":
+        _check_extra("wandb", f"--wandb {options.wandb}", "wandb")
+    if options.placement.trainer == "deepspeed":
+        _check_extra("trainer", "--trainer deepspeed", "train")
+    if options.resume is None and options.out is not None and holds_a_run(Path(options.out)):
+        raise taken(Path(options.out))
+    _check_model(options.model)
+
+
+def holds_a_run(path: Path) -> bool:
+    """Whether a folder is that of a run."""
+    return (path / "config.json").exists()
+
+
+def taken(path: Path) -> InvalidRequest:
+    """The error for a new run in the folder of another."""
+    return InvalidRequest(
+        f"out: {path} already holds a run; continue it with --resume {path}, or give another --out",
+        field="out",
+    )
+
+
+def in_use(path: Path) -> InvalidRequest:
+    """The error for a run in a folder that a running one writes to."""
+    return InvalidRequest(
+        f"out: another run is writing to {path}; wait for it or end it, or give another --out",
+        field="out",
+    )
+
+
+def _check_extra(field: str, flag: str, extra: str) -> None:
+    package = {"train": "deepspeed"}.get(extra, extra)
+    if package not in sys.modules and find_spec(package) is None:
+        raise InvalidRequest(
+            f"{field}: {flag} needs the {package} package: pip install -e '.[{extra}]'",
+            field=field,
+        )
+
+
+def _check_placement(placement: PlacementOptions) -> None:
+    if placement.zero is not None and placement.trainer != "deepspeed":
+        raise InvalidRequest(
+            f"zero: stage {placement.zero} is one of --trainer deepspeed, not of "
+            f"{placement.trainer}; add --trainer deepspeed, or leave --zero out",
+            field="zero",
+        )
+    if placement.sleep and placement.rollout_gpus:
+        raise InvalidRequest(
+            "sleep: engines on GPUs of their own (--rollout-gpus) share no memory with the "
+            "trainer; leave one of the two out",
+            field="sleep",
+        )
+
+
+def _check_model(model: str) -> None:
+    if Path(model).exists():
+        return
+    hint = (
+        "run `make setup` to get it"
+        if model == str(DEFAULT_MODEL)
+        else "give a Hugging Face folder, a .gguf file or a config.json of this machine; a name on "
+        "a hub is not downloaded"
+    )
+    raise ModelNotFound(f"model: nothing at {model}; {hint}", field="model")
+
+
+def _check_numbers(flat: Mapping[str, Any]) -> None:
+    """None is a number that was not given."""
+    numbers = {name: value for name, value in flat.items() if value is not None}
+    for name, value in numbers.items():
+        if name in LEAST:
+            _require(name, value, value >= LEAST[name], f"at least {LEAST[name]}")
+        elif name in ABOVE_ZERO:
+            _require(name, value, value > 0, "above 0")
+        elif name in BELOW_ONE:
+            _require(name, value, 0 <= value < 1, "in [0, 1)")
+
+
+def _require(name: str, value: float, holds: bool, what: str) -> None:
+    if not (holds and math.isfinite(value)):
+        raise InvalidRequest(f"{name} must be {what}, not {value}", field=name)

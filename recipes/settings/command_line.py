@@ -1,0 +1,129 @@
+"""From arguments, a TOML file and a run to resume to one `RunOptions`.
+
+Flags override the TOML file, which overrides the defaults. A resumed run takes its own
+config.json as the defaults, and refuses changes that would make it another run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import msgspec
+import tyro
+
+from engine.errors import InvalidRequest
+from recipes.settings.checks import check_options
+from recipes.settings.options import GROUPS, RunOptions, flatten
+
+CHANGEABLE = frozenset(
+    {
+        "steps",
+        "minutes",
+        "out",
+        "resume",
+        "wandb",
+        "eval_every",
+        "checkpoint_every",
+        "config",
+        "kv_memory_gb",
+        "rollout_gpus",
+        "sleep",
+    }
+)
+"""Options a resumed run may be given anew: none of them changes a step that both runs take."""
+
+
+def parse(argv: Sequence[str]) -> RunOptions:
+    """Options of a command line. Raises InvalidRequest or ModelNotFound naming the option;
+    a flag that does not exist, or --help, ends the process as command lines do."""
+    defaults = RunOptions()
+    resume = _peek(argv, "--resume")
+    saved = None
+    if resume is not None:
+        saved = _load_config(Path(resume) / "config.json")
+        defaults = saved
+    toml = _peek(argv, "--config")
+    if toml is not None:
+        defaults = with_values(defaults, _read_toml(Path(toml)))
+    options = tyro.cli(RunOptions, default=defaults, args=list(argv), prog="grpo.py")
+    if saved is not None:
+        _check_unchanged(saved, options)
+    check_options(options)
+    return options
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    """The keys of a TOML file of options. Raises InvalidRequest if it cannot be read."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InvalidRequest(f"config: {path}: {error}", field="config") from error
+
+
+def with_values(options: RunOptions, values: dict[str, Any]) -> RunOptions:
+    """The options with some replaced. InvalidRequest names a key that is unknown or a value
+    of the wrong type."""
+    known = flatten(options)
+    for key in values:
+        if key not in known:
+            raise InvalidRequest(
+                f"{key} is not an option; see --help (names have _ for -)", field=key
+            )
+    replaced = {group: _replace(getattr(options, group), values) for group in GROUPS}
+    result = _replace(dataclasses.replace(options, **replaced), values)
+    assert isinstance(result, RunOptions)
+    return result
+
+
+def _replace(target: Any, values: dict[str, Any]) -> Any:
+    names = {f.name for f in dataclasses.fields(target)} - set(GROUPS)
+    hints = get_type_hints(type(target))
+    mine = {key: _typed(key, value, hints[key]) for key, value in values.items() if key in names}
+    return dataclasses.replace(target, **mine)
+
+
+def _typed(key: str, value: Any, kind: Any) -> Any:
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"{key}: {error}, not {value!r}", field=key) from error
+
+
+def _load_config(path: Path) -> RunOptions:
+    """The options a run was started with. InvalidRequest if there is no such run."""
+    try:
+        values = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.DecodeError) as error:
+        raise InvalidRequest(
+            f"resume: cannot read {path} ({error}); give the folder of a run", field="resume"
+        ) from error
+    return with_values(RunOptions(), values)
+
+
+def _check_unchanged(saved: RunOptions, options: RunOptions) -> None:
+    """Refuse a resumed run an option that would make its steps others than those it took."""
+    before, after = flatten(saved), flatten(options)
+    changeable = set(CHANGEABLE)
+    if saved.optimizer.schedule != "constant":
+        changeable.remove("steps")
+    for name, value in before.items():
+        if name not in changeable and after[name] != value:
+            raise InvalidRequest(
+                f"{name} is {value!r} in the run to resume and {after[name]!r} here; leave it "
+                "out to continue, or start a new run",
+                field=name,
+            )
+
+
+def _peek(argv: Sequence[str], flag: str) -> str | None:
+    """The value of a flag, read before the others are known."""
+    for position, argument in enumerate(argv):
+        if argument == flag and position + 1 < len(argv):
+            return argv[position + 1]
+        if argument.startswith(f"{flag}="):
+            return argument.removeprefix(f"{flag}=")
+    return None

@@ -1,0 +1,113 @@
+"""Everything a run can be told, as flags (`--help`), as a TOML file, and in config.json."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from engine.config import Device, LoadFormat
+from recipes.algorithms.presets import AlgorithmOptions
+from recipes.trainers.optimizer_options import OptimizerOptions
+
+DEFAULT_MODEL = Path(__file__).parent.parent.parent / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+WandbMode = Literal["off", "offline", "online"]
+TrainerName = Literal["plain", "deepspeed", "fsdp"]
+ZeroStage = Literal[0, 1, 2, 3]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutOptions:
+    """How replies are sampled."""
+
+    prompts_per_step: int = 8
+    """Problems sampled each step: groups of the batch."""
+    samples: int = 8
+    """Replies to each problem."""
+    temperature: float = 1.0
+    """Sampling temperature of training rollouts; evaluation is greedy."""
+    max_new_tokens: int | None = None
+    """Longest reply in tokens; None takes the task's own."""
+    kv_memory_gb: float = 1.0
+    """Memory of the engine's KV cache, GiB."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacementOptions:
+    """Which trainer learns, and where it and the engines are."""
+
+    trainer: TrainerName = "plain"
+    """plain (one process), deepspeed or fsdp; with several processes, start by torchrun."""
+    zero: ZeroStage | None = None
+    """ZeRO stage of the DeepSpeed trainer; None takes 2."""
+    rollout_gpus: int = 0
+    """Give the last GPUs to engines of their own; 0 has every trainer process roll out too."""
+    sleep: bool | None = None
+    """Release the engine's memory while training; None does so on a GPU with
+    torch-memory-saver, where they share it."""
+    trainer_memory_gb: float = 0.0
+    """GPU memory of one trainer process at the peak of its step, GiB, where it shares a GPU with
+    an engine: the run is refused, with numbers, if a phase does not fit. 0 plans nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Train a language model by GRPO, or one of its relatives, on a task with verifiable rewards.
+
+    Rollouts come from the Slipstream engine, which takes the new weights in place each step.
+    """
+
+    task: str = "largest"
+    """largest, sorting, addition, letter_count, a .jsonl file (or .jsonl.gz) of prompts and
+    answers, or gym:<name> for a reasoning-gym task."""
+    skip_long_prompts: bool = False
+    """Leave out the prompts of a file that do not fit into the model's context, instead of
+    refusing the run."""
+    seed: int = 0
+    """Seed of the problems and of the sampling."""
+    steps: int = 80
+    """Optimizer steps of the run."""
+    minutes: float | None = None
+    """Stop before the first step that begins after so many minutes; None never does."""
+    out: str | None = None
+    """Run folder; None makes runs/<time>-<task>."""
+    model: str = str(DEFAULT_MODEL)
+    """Hugging Face folder, GGUF file, or a config.json (with --load-format random)."""
+    load_format: LoadFormat = "auto"
+    """Where the weights come from; 'random' needs only a config.json."""
+    device: Device = "auto"
+    """'auto' takes a GPU when torch sees one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the engine serves and the trainer computes in; the trainer's masters are float32."""
+    resume: str | None = None
+    """Run folder to continue from its last complete checkpoint."""
+    wandb: WandbMode = "off"
+    """Also log to Weights & Biases: to local files, or to the service."""
+    eval_every: int = 20
+    """Steps between held-out evaluations; 0 evaluates only before and after."""
+    eval_prompts: int = 256
+    """Held-out problems of an evaluation."""
+    checkpoint_every: int = 20
+    """Steps between checkpoints; 0 writes none."""
+    config: str | None = None
+    """TOML file with defaults for these options, named as here with _ for -."""
+    rollout: tyro.conf.OmitArgPrefixes[RolloutOptions] = field(default_factory=RolloutOptions)
+    optimizer: tyro.conf.OmitArgPrefixes[OptimizerOptions] = field(default_factory=OptimizerOptions)
+    placement: tyro.conf.OmitArgPrefixes[PlacementOptions] = field(default_factory=PlacementOptions)
+    objective: tyro.conf.OmitArgPrefixes[AlgorithmOptions] = field(default_factory=AlgorithmOptions)
+
+
+GROUPS = ("rollout", "optimizer", "placement", "objective")
+"""Fields of `RunOptions` that are groups of options."""
+
+
+def flatten(options: RunOptions) -> dict[str, Any]:
+    """Every option by its name, groups dissolved; names are unique over the groups."""
+    flat = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
+    for group in GROUPS:
+        flat.update(dataclasses.asdict(flat.pop(group)))
+    return flat

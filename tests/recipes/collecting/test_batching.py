@@ -1,0 +1,109 @@
+"""Batches: advantages in place, weights by update, minibatches of whole groups."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from recipes.algorithms.losses import policy_loss
+from recipes.algorithms.presets import preset
+from recipes.collecting.batching import make_batch, minibatches, without_rejected
+from recipes.trainers.metrics import TokenMetrics
+from recipes.trainers.microbatch import loss_inputs
+from tests.helpers.trajectories import random_groups
+
+GROUPS = random_groups(5, 4, vocab=9)
+
+
+def test_advantages_follow_the_trajectories() -> None:
+    batch = make_batch(GROUPS, preset("dr_grpo", 8), 8)
+    expected = np.concatenate([g.rewards - g.rewards.mean() for g in GROUPS])
+    assert batch.advantages == pytest.approx(expected)
+    assert [t.reward for t in batch.trajectories] == [
+        t.reward for g in GROUPS for t in g.trajectories
+    ]
+
+
+def test_one_update_is_the_batch_itself() -> None:
+    algorithm = preset("grpo", 8)
+    batch = make_batch(GROUPS, algorithm, 8)
+    assert minibatches(batch, algorithm, 8, seed=0) == [batch]
+
+
+def test_minibatches_deal_whole_groups_with_weights_of_their_own() -> None:
+    algorithm = dataclasses.replace(preset("grpo", 8), num_minibatches=2)
+    batch = make_batch(GROUPS, algorithm, 8)
+    parts = minibatches(batch, algorithm, 8, seed=0)
+    assert [len(p.trajectories) for p in parts] == [12, 8]
+    dealt = sorted(id(t) for p in parts for t in p.trajectories)
+    assert dealt == sorted(id(t) for t in batch.trajectories)
+    for part in parts:
+        lengths = np.array([len(t.response_ids) for t in part.trajectories])
+        assert float((part.weights * lengths).sum()) == pytest.approx(1.0)
+        prompts = [t.prompt_ids.tobytes() for t in part.trajectories]
+        assert all(len(set(prompts[i : i + 4])) == 1 for i in range(0, len(prompts), 4))
+
+
+def test_the_shuffle_follows_the_seed() -> None:
+    algorithm = dataclasses.replace(preset("grpo", 8), num_minibatches=5)
+    batch = make_batch(GROUPS, algorithm, 8)
+
+    def order(seed: int) -> list[int]:
+        parts = minibatches(batch, algorithm, 8, seed=seed)
+        return [id(p.trajectories[0]) for p in parts]
+
+    assert order(1) == order(1)
+    assert order(1) != order(2)
+
+
+def test_rejected_tokens_are_in_no_average() -> None:
+    """One token of the first sequence and all of the second lie beyond the cap: the mean is over
+    what is left, as if they had never been sampled."""
+    algorithm = dataclasses.replace(
+        preset("grpo", 8), is_level="token", is_mode="mask", loss_aggregation="token-mean"
+    )
+    batch = make_batch(GROUPS, algorithm, 8)
+    old = [t.rollout_logprobs.copy() for t in batch.trajectories]
+    old[0][0] += 5.0
+    old[1] -= 5.0
+    batch = dataclasses.replace(batch, old_logprobs=tuple(old))
+    total = sum(len(array) for array in old)
+    left = without_rejected(batch, algorithm, 8)
+    assert left.kept is not None
+    assert sum(int(kept.sum()) for kept in left.kept) == total - 1 - len(old[1])
+    assert left.weights == pytest.approx(1 / (total - 1 - len(old[1])))
+    by_sequence = dataclasses.replace(algorithm, loss_aggregation="seq-mean-token-mean")
+    weights = without_rejected(batch, by_sequence, 8).weights
+    lengths = [int(kept.sum()) for kept in left.kept]
+    num = sum(length > 0 for length in lengths)
+    assert lengths[:2] == [len(old[0]) - 1, 0] and num < len(old)
+    assert weights[2] == pytest.approx(1 / (num * lengths[2]))
+    assert (weights * lengths).sum() == pytest.approx(1.0)
+    whole = dataclasses.replace(algorithm, is_mode="truncate")
+    assert without_rejected(batch, whole, 8) is batch
+
+
+def test_stale_sequences_are_compared_with_the_policy_that_sampled_them() -> None:
+    """Their ratio starts at trainer / rollout, and the mismatch of engine and trainer is measured
+    without them."""
+    algorithm = preset("grpo", 8)
+    versions = {span.version for g in GROUPS for t in g.trajectories for span in t.spans}
+    batch = make_batch(GROUPS, algorithm, 8, version=max(versions, default=0))
+    stale = np.zeros(len(batch.trajectories), dtype=bool)
+    stale[:3] = True
+    batch = dataclasses.replace(batch, stale=stale)
+    lengths = [len(t.response_ids) for t in batch.trajectories]
+    logprobs = torch.randn(sum(lengths), requires_grad=True)
+    inputs = loss_inputs(batch, logprobs, torch.device("cpu"))
+    cut = sum(lengths[:3])
+    assert torch.equal(inputs.old[:cut], inputs.rollout[:cut])
+    assert torch.equal(inputs.old[cut:], logprobs.detach()[cut:])
+    metrics = TokenMetrics()
+    metrics.add(inputs, policy_loss(inputs, algorithm), torch.zeros(sum(lengths)), 1)
+    expected = (inputs.old - inputs.rollout)[cut:].abs().mean()
+    named = metrics.result()
+    assert named["sampling/sampling_logp_difference/mean"] == pytest.approx(float(expected))
+    assert named["perf/stale_response_tokens"] == cut

@@ -1,0 +1,80 @@
+"""Prompts, rollouts and scores with the fake engine."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from engine.protocol import SamplingParams
+from recipes.collecting.collect import evaluate, rollout, score
+from recipes.collecting.prompts import Prompts
+from recipes.environments.procedural import largest
+from tests.helpers.char_model import VOCAB, CharAddition, char_model, char_tokenizer
+from tests.helpers.fake_actor import FakeActor
+
+TASK = CharAddition()
+SAMPLING = SamplingParams(max_new_tokens=5, temperature=1.0)
+
+
+def actor() -> FakeActor:
+    return FakeActor(char_model(16, 1), eos_ids=[0])
+
+
+def prompts() -> Prompts:
+    return Prompts(TASK, char_tokenizer(), [0])
+
+
+def problems() -> list:
+    import random
+
+    rng = random.Random(0)
+    return [TASK.draw(rng) for _ in range(3)]
+
+
+def test_plain_text_prompts_end_at_the_line() -> None:
+    written, problem = prompts(), problems()[0]
+    assert written.stop_ids == sorted([0, VOCAB["\n"]])
+    assert written.tokenizer.decode(written.prompt_ids(problem).tolist()) == problem.question
+    reply = np.array([VOCAB["4"], VOCAB["6"], VOCAB["\n"]], np.int32)
+    assert written.reply_text(reply) == "46"
+    assert written.reply_text(reply[:2]) == "46"
+
+
+def test_examples_become_lines_without_a_chat_template() -> None:
+    from recipes.collecting.prompts import _plain_text
+
+    task = largest()
+    text = _plain_text(task.messages(task.examples[0]))
+    assert text.endswith("largest number: 9, 85, 51? 85\nWhich is the largest number: 62, 14, 37?")
+
+
+def test_samples_of_a_problem_share_prompt_and_group_but_not_seed() -> None:
+    pairs = rollout(actor(), prompts(), problems(), SAMPLING, samples=4, seed=7)
+    assert len(pairs) == 12
+    requests = [request for request, _ in pairs]
+    assert len({r.rid for r in requests}) == len({r.seed for r in requests}) == 12
+    assert [r.group for r in requests[:4]] == [requests[0].group] * 4
+    assert len({r.group for r in requests}) == 3
+    assert all(r.prompt_ids is requests[0].prompt_ids for r in requests[:4])
+    again = rollout(actor(), prompts(), problems(), SAMPLING, samples=4, seed=7)
+    assert [o.token_ids.tolist() for _, o in pairs] == [o.token_ids.tolist() for _, o in again]
+
+
+def test_scores_are_the_tasks_own_and_penalties_come_off() -> None:
+    given = problems()
+    pairs = rollout(actor(), prompts(), given, SAMPLING, samples=4, seed=7)
+    groups = score(prompts(), given, pairs, overlong_buffer=2)
+    assert [g.problem for g in groups] == given
+    for group, first in zip(groups, range(0, 12, 4), strict=True):
+        for t, (_, output) in zip(group.trajectories, pairs[first : first + 4], strict=True):
+            assert t.correct == TASK.verify(t.text, group.problem)
+            penalty = max(0.0, (len(output.token_ids) - 3) / 2)
+            assert t.reward == pytest.approx(t.correct - penalty)
+            assert t.truncated == (output.finish is not None and output.finish.type == "length")
+
+
+def test_evaluation_is_greedy_and_leaves_nothing_behind() -> None:
+    engine = actor()
+    first = evaluate(engine, prompts(), problems(), 5)
+    assert evaluate(engine, prompts(), problems(), 5) == first
+    assert engine.num_requests == 6 and engine.num_flushes == 2

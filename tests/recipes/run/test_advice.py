@@ -1,0 +1,33 @@
+"""What a run that learns nothing is told."""
+
+from __future__ import annotations
+
+from recipes.run.advice import WINDOW, advice
+
+
+def rows(**figures: float) -> list[dict[str, float]]:
+    row = {"frac_reward_zero_std": 0.95, "frac_groups_all_wrong": 0.3, "reward": 0.4}
+    return [row | {"entropy": 0.01, "completions/clipped_ratio": 0.0} | figures] * WINDOW
+
+
+def test_a_collapse_is_named_with_its_entropy_and_what_to_try() -> None:
+    told = advice(rows())
+    assert told.startswith("collapsed: in 95% of the groups")
+    assert "entropy 0.010" in told and "--algorithm dapo" in told
+
+
+def test_a_task_without_any_right_answer_is_named() -> None:
+    told = advice(rows(frac_groups_all_wrong=0.97, reward=0.01))
+    assert told.startswith("no sample is right in 97% of the groups")
+    assert "max-new-tokens" not in told
+    cut = advice(rows(frac_groups_all_wrong=0.97, reward=0.01) + rows(frac_groups_all_wrong=1.0))
+    assert cut.startswith("no sample is right in 100%")
+    assert "--max-new-tokens" in advice(
+        [r | {"completions/clipped_ratio": 0.9} for r in rows(frac_groups_all_wrong=1.0, reward=0)]
+    )
+
+
+def test_a_run_that_learns_or_has_learned_is_left_alone() -> None:
+    assert advice(rows(frac_reward_zero_std=0.6)) == ""
+    assert advice(rows(reward=0.95, frac_groups_all_wrong=0.0)) == ""
+    assert advice(rows()[:-1]) == ""

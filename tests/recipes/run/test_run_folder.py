@@ -1,0 +1,81 @@
+"""Files of a run: appended by step, cut back on resumption."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine.errors import InvalidRequest
+from recipes.run.opening import open_folder
+from recipes.run.run_folder import RunFolder, default_path
+from recipes.settings.options import RunOptions
+from tests.helpers.trajectories import random_groups
+
+
+def folder_with_steps(tmp_path: Path, num: int) -> RunFolder:
+    folder = RunFolder(tmp_path / "run")
+    for step in range(1, num + 1):
+        row = {"step": step, "reward": step / 10}
+        folder.append_metrics({**row, "eval/accuracy": 0.5} if step == 2 else row)
+        folder.append_samples(step, random_groups(3, 2, vocab=5))
+    return folder
+
+
+def test_truncate_drops_later_steps_and_torn_lines(tmp_path: Path) -> None:
+    folder = folder_with_steps(tmp_path, 4)
+    with folder.metrics_path.open("a") as file:
+        file.write('{"step": 5, "rew')
+    folder.truncate(2)
+    assert [row["step"] for row in folder.read_metrics()] == [1, 2]
+    samples = folder.samples_path.read_text().splitlines()
+    assert [json.loads(line)["step"] for line in samples] == [1, 1, 2, 2]
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
+    first, second = RunFolder(tmp_path), RunFolder(tmp_path)
+    assert first.claim() and first.claim()
+    assert not second.claim()
+    assert RunFolder(tmp_path, active=False).claim()
+    first.close()
+    assert second.claim()
+    with pytest.raises(InvalidRequest, match="another run is writing") as caught:
+        open_folder(RunOptions(resume=str(tmp_path)))
+    assert caught.value.field == "out"
+    second.close()
+    open_folder(RunOptions(resume=str(tmp_path))).close()
+
+
+def test_a_run_that_ends_gives_its_folder_back(tmp_path: Path) -> None:
+    held = "from pathlib import Path; import sys; from recipes.run.run_folder import RunFolder\n"
+    held += "assert RunFolder(Path(sys.argv[1])).claim(); print(flush=True); sys.stdin.read()"
+    words = [sys.executable, "-c", held, str(tmp_path)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        folder = RunFolder(tmp_path)
+        assert not folder.claim()
+        other.kill()
+        other.wait()
+        assert folder.claim()
+    folder.close()
+
+
+def test_an_empty_run_can_be_cut(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "new")
+    folder.truncate(0)
+    assert folder.read_metrics() == []
+
+
+def test_the_curve_is_a_picture(tmp_path: Path) -> None:
+    folder = folder_with_steps(tmp_path, 3)
+    folder.draw_curve("largest", 0.2)
+    assert (folder.path / "reward.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_default_paths_name_the_task() -> None:
+    assert default_path("gym:chain_sum").name.endswith("-gym-chain_sum")
+    assert default_path("data/sums.jsonl").name.endswith("-sums")

@@ -1,0 +1,177 @@
+"""Flags, TOML and resumption; the set of flags is frozen."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine.errors import InvalidRequest, ModelNotFound
+from recipes.settings import checks
+from recipes.settings.command_line import flatten, parse
+from recipes.settings.options import DEFAULT_MODEL, RunOptions
+
+FLAGS = """
+algorithm beta1 beta2 checkpoint_every clip_high clip_low config device dither dtype
+dynamic_sampling
+eval_every eval_prompts gradient_checkpointing is_cap is_level is_mode kl_coef kl_estimator
+kv_memory_gb load_format loss_aggregation lr max_grad_norm max_new_tokens max_resamples
+max_tokens_per_microbatch minutes model num_iterations num_minibatches out overlong_buffer
+prompts_per_step resume rollout_gpus samples schedule seed skip_long_prompts sleep steps
+task temperature trainer trainer_memory_gb wandb warmup_steps weight_decay zero
+"""
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    path = tmp_path / "model"
+    path.mkdir()
+    return str(path)
+
+
+def test_the_flags_are_these() -> None:
+    """A new option is a decision: write it here too."""
+    assert sorted(flatten(RunOptions())) == FLAGS.split()
+
+
+def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for flag in FLAGS.split():
+        assert re.search(f"--{flag.replace('_', '-')}[ ,]", text), flag
+
+
+def test_flags_override_toml_overrides_defaults(tmp_path: Path, model: str) -> None:
+    toml = tmp_path / "run.toml"
+    toml.write_text('task = "addition"\nlr = 3e-5\nalgorithm = "dapo"\nsteps = 7\nkl_coef = 1\n')
+    options = parse(["--config", str(toml), "--model", model, "--steps", "9"])
+    assert (options.task, options.steps, options.seed) == ("addition", 9, 0)
+    assert options.optimizer.lr == 3e-5
+    assert options.objective.algorithm == "dapo"
+    assert options.objective.kl_coef == 1.0
+
+
+@pytest.mark.parametrize(
+    "line,field",
+    [("stpes = 3", "stpes"), ("rollout = 3", "rollout"), ('lr = "fast"', "lr"), ("a b", "config")],
+)
+def test_a_bad_toml_names_the_key(tmp_path: Path, model: str, line: str, field: str) -> None:
+    toml = tmp_path / "run.toml"
+    toml.write_text(line + "\n")
+    with pytest.raises(InvalidRequest) as caught:
+        parse([f"--config={toml}", "--model", model])
+    assert caught.value.field == field
+
+
+def test_a_toml_of_other_editors(tmp_path: Path, model: str) -> None:
+    toml = tmp_path / "run.toml"
+    toml.write_bytes(b"\xef\xbb\xbfsteps = 3\r\n")
+    assert parse([f"--config={toml}", "--model", model]).steps == 3
+    toml.write_bytes("steps = 3".encode("utf-16"))
+    with pytest.raises(InvalidRequest, match=r"run\.toml"):
+        parse([f"--config={toml}", "--model", model])
+
+
+@pytest.mark.parametrize(
+    "flags,field",
+    [
+        (["--steps", "-1"], "steps"),
+        (["--minutes", "0"], "minutes"),
+        (["--samples", "1"], "samples"),
+        (["--temperature", "0"], "temperature"),
+        (["--lr", "nan"], "lr"),
+        (["--beta2", "1"], "beta2"),
+        (["--is-cap", "0.5"], "is_cap"),
+        (["--clip-low", "-0.1"], "clip_low"),
+        (["--num-minibatches", "9"], "num_minibatches"),
+        (["--zero", "3"], "zero"),
+        (["--zero", "1", "--trainer", "fsdp"], "zero"),
+        (["--rollout-gpus", "-1"], "rollout_gpus"),
+        (["--rollout-gpus", "1", "--sleep", "True"], "sleep"),
+    ],
+)
+def test_values_no_run_can_work_with(model: str, flags: list[str], field: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse(["--model", model, *flags])
+    assert caught.value.field == field
+    assert field in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "package,flags,field",
+    [
+        ("wandb", ["--wandb", "offline"], "wandb"),
+        ("deepspeed", ["--trainer", "deepspeed"], "trainer"),
+    ],
+)
+def test_a_missing_extra_is_named_before_anything_is_loaded(
+    package: str, flags: list[str], field: str, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, package, raising=False)
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    with pytest.raises(InvalidRequest, match=r"pip install -e '\.\[\w+\]'") as caught:
+        parse(["--model", model, *flags])
+    assert caught.value.field == field
+    monkeypatch.setattr(checks, "find_spec", lambda name: name)
+    assert parse(["--model", model, *flags])
+
+
+def test_the_folder_of_a_run_is_no_place_for_another(tmp_path: Path, model: str) -> None:
+    assert parse(["--model", model, "--out", str(tmp_path)])
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InvalidRequest, match="--resume") as caught:
+        parse(["--model", model, "--out", str(tmp_path)])
+    assert caught.value.field == "out"
+
+
+def test_a_missing_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelNotFound, match=r"nothing at no/such/model; .* not downloaded"):
+        parse(["--model", "no/such/model"])
+    if not DEFAULT_MODEL.exists():
+        with pytest.raises(ModelNotFound, match="make setup"):
+            parse([])
+
+
+def saved_run(tmp_path: Path, *flags: str) -> str:
+    model = tmp_path / "model"
+    model.mkdir(exist_ok=True)
+    run = tmp_path / "run"
+    run.mkdir()
+    options = parse(["--model", str(model), *flags])
+    (run / "config.json").write_text(json.dumps(flatten(options)))
+    return str(run)
+
+
+def test_a_resumed_run_takes_its_own_options(tmp_path: Path) -> None:
+    run = saved_run(tmp_path, "--lr", "1e-4", "--steps", "5", "--algorithm", "rloo")
+    options = parse(["--resume", run, "--steps", "8"])
+    assert options.optimizer.lr == 1e-4
+    assert options.objective.algorithm == "rloo"
+    assert (options.steps, options.resume) == (8, run)
+
+
+@pytest.mark.parametrize("flags,field", [(["--lr", "1e-3"], "lr"), (["--seed", "2"], "seed")])
+def test_a_resumed_run_refuses_to_become_another(
+    tmp_path: Path, flags: list[str], field: str
+) -> None:
+    run = saved_run(tmp_path)
+    with pytest.raises(InvalidRequest, match="run to resume") as caught:
+        parse(["--resume", run, *flags])
+    assert caught.value.field == field
+
+
+def test_a_schedule_that_ends_fixes_the_steps(tmp_path: Path) -> None:
+    run = saved_run(tmp_path, "--schedule", "linear", "--steps", "5")
+    with pytest.raises(InvalidRequest) as caught:
+        parse(["--resume", run, "--steps", "8"])
+    assert caught.value.field == "steps"
+
+
+def test_resuming_what_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="folder of a run"):
+        parse(["--resume", str(tmp_path)])
