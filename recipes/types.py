@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,11 +23,13 @@ class Problem:
 
     key: canonical form; problems with equal keys are the same problem in other words, and the
     key alone decides whether a problem is for training or held out.
+    columns: what else its source says of it, for rewards.
     """
 
     question: str
     answer: str
     key: str
+    columns: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +41,8 @@ class Trajectory:
     rollout_logprobs: float32 [response_len], log_softmax(logits / temperature) in the engine.
     spans: weight versions that sampled the response.
     truncated: the reply was cut by the token limit.
+    failed: why it could not be graded, or "". A failed sample has no part in its group's
+        statistics nor in the loss; its reward and `correct` are 0 and mean nothing.
     """
 
     prompt_ids: IntArray
@@ -49,6 +53,7 @@ class Trajectory:
     truncated: bool
     reward: float
     correct: float
+    failed: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,22 +64,27 @@ class Group:
     trajectories: tuple[Trajectory, ...]
 
     @property
+    def graded(self) -> tuple[Trajectory, ...]:
+        """The samples that have a reward."""
+        return tuple(t for t in self.trajectories if not t.failed)
+
+    @property
     def rewards(self) -> FloatArray:
-        """float32 [S], one reward a sample."""
-        return np.array([t.reward for t in self.trajectories], dtype=np.float32)
+        """float32 [S'], one reward a graded sample."""
+        return np.array([t.reward for t in self.graded], dtype=np.float32)
 
     @property
     def mixed(self) -> bool:
         """Whether the rewards differ: a group without spread has zero advantage."""
         rewards = self.rewards
-        return bool(rewards.max() > rewards.min())
+        return len(rewards) > 0 and bool(rewards.max() > rewards.min())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
     """Sequences of one optimizer update.
 
-    advantages: float32 [N].
+    advantages: N arrays float32 [response_len], of each response token.
     weights: float32 [N], weight of each token of a sequence in the loss. They are computed
         over the whole update, so the gradient does not depend on how it is cut into
         micro-batches.
@@ -88,12 +98,18 @@ class Batch:
     """
 
     trajectories: tuple[Trajectory, ...]
-    advantages: FloatArray
+    advantages: tuple[FloatArray, ...]
     weights: FloatArray
     old_logprobs: tuple[FloatArray, ...] | None = None
     reference_logprobs: tuple[FloatArray, ...] | None = None
     stale: BoolArray | None = None
     kept: tuple[BoolArray, ...] | None = None
+
+    @property
+    def learns(self) -> BoolArray:
+        """bool [N]: sequences with a gradient, which those without advantage have of a KL alone."""
+        has_kl = self.reference_logprobs is not None
+        return np.array([has_kl or bool(a.any()) for a in self.advantages], dtype=np.bool_)
 
     def select(self, indices: list[int]) -> Batch:
         """The sub-batch of these sequences, weights unchanged."""
@@ -103,7 +119,7 @@ class Batch:
 
         return Batch(
             trajectories=tuple(self.trajectories[i] for i in indices),
-            advantages=self.advantages[indices],
+            advantages=tuple(self.advantages[i] for i in indices),
             weights=self.weights[indices],
             old_logprobs=pick(self.old_logprobs),
             reference_logprobs=pick(self.reference_logprobs),

@@ -26,18 +26,34 @@ def make_batch(
     *,
     version: int | None = None,
 ) -> Batch:
-    """All trajectories with their advantages, and the weights of one update over all of them.
+    """All graded trajectories with their advantages, and the weights of one update over all of
+    them. Each token has the advantage of its reply.
 
     version: of the weights that learn; what others sampled is marked stale. None marks nothing.
     """
-    trajectories = tuple(t for group in groups for t in group.trajectories)
-    rewards_GS = torch.from_numpy(np.stack([group.rewards for group in groups]))
+    trajectories = tuple(t for group in groups for t in group.graded)
     return Batch(
         trajectories=trajectories,
-        advantages=advantages(rewards_GS, algorithm.advantage).reshape(-1).numpy(),
+        advantages=_group_advantages(groups, algorithm),
         weights=_weights([len(t.response_ids) for t in trajectories], algorithm, max_new_tokens),
         stale=None if version is None else np.array([_is_stale(t, version) for t in trajectories]),
     )
+
+
+def _group_advantages(groups: Sequence[Group], algorithm: Algorithm) -> tuple[FloatArray, ...]:
+    """float32 [response_len] a graded trajectory. A group with fewer than two of them compares
+    nothing: its advantage is zero."""
+    arrays: list[FloatArray] = []
+    for group in groups:
+        if not group.graded:
+            continue
+        rewards_1S = torch.from_numpy(group.rewards)[None]
+        advantages_S = advantages(rewards_1S, algorithm.advantage)[0].tolist()
+        arrays += [
+            np.full(len(trajectory.response_ids), advantage, dtype=np.float32)
+            for trajectory, advantage in zip(group.graded, advantages_S, strict=True)
+        ]
+    return tuple(arrays)
 
 
 def _is_stale(trajectory: Trajectory, version: int) -> bool:

@@ -25,10 +25,11 @@ def rollout_figures(sampled: Sequence[Group], seconds: dict[str, float]) -> dict
     """Rewards, lengths and speed of the rollouts of one step."""
     trajectories = [t for group in sampled for t in group.trajectories]
     lengths = np.array([len(t.response_ids) for t in trajectories])
-    rewards_GS = np.stack([group.rewards for group in sampled])
+    rewards = [group.rewards for group in sampled if len(group.rewards)]
+    spreads = [float(graded.std(ddof=1)) for graded in rewards if len(graded) > 1]
     return {
-        "reward": float(rewards_GS.mean()),
-        "reward_std": float(rewards_GS.std(axis=1, ddof=1).mean()),
+        "reward": float(np.concatenate([*rewards, np.zeros(0)]).mean()) if rewards else 0.0,
+        "reward_std": float(np.mean(spreads)) if spreads else 0.0,
         "frac_reward_zero_std": float(np.mean([not group.mixed for group in sampled])),
         "frac_groups_all_wrong": float(np.mean([not _any_right(group) for group in sampled])),
         "completions/mean_length": float(lengths.mean()),

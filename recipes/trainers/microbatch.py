@@ -75,7 +75,7 @@ def loss_inputs(batch: Batch, logprobs_K: torch.Tensor, device: torch.device) ->
         rollout=rollout_K,
         fresh=fresh_K,
         reference=flat(batch.reference_logprobs),
-        advantages=tokens(np.repeat(batch.advantages, lengths_N)),
+        advantages=tokens(np.concatenate(batch.advantages)),
         weights=tokens(weights_K),
         sequence=tokens(np.repeat(np.arange(len(lengths_N)), lengths_N)),
         num_sequences=len(lengths_N),

@@ -66,7 +66,7 @@ class Trainer:
         Sequences without advantage have no gradient, unless there is a KL term: they are only
         measured. Returns whether there is any gradient; if not, do not `step`.
         """
-        learns = (batch.advantages != 0) | (batch.reference_logprobs is not None)
+        learns = batch.learns
         metrics.num_updates += 1
         for with_grad in (True, False):
             part = batch.select(np.flatnonzero(learns == with_grad).tolist())

@@ -74,7 +74,7 @@ class ShardedTrainer:
     def accumulate(self, batch: Batch, loss: Loss, metrics: TokenMetrics) -> bool:
         """See `Learner`. Sequences without advantage are only measured, unless there is a KL
         term; both kinds are divided among the processes, so that all have equal work."""
-        learns = (batch.advantages != 0) | (batch.reference_logprobs is not None)
+        learns = batch.learns
         metrics.num_updates += 1
         for with_grad in (False, True):
             rows = np.flatnonzero(learns == with_grad).tolist()

@@ -37,7 +37,8 @@ def batch(step: int) -> Batch:
     """Another batch each step; in the last, only one sequence has an advantage."""
     drawn = random_batch(3, 3, vocab=VOCAB, seed=step)
     if step == STEPS - 1:
-        drawn.advantages[1:] = 0
+        for advantages in drawn.advantages[1:]:
+            advantages[:] = 0
     return drawn
 
 
@@ -105,7 +106,8 @@ def figures(trainer: Learner, world: World) -> Results:
 def no_gradient(trainer: Learner) -> bool:
     """What a batch without any advantage gives."""
     drawn = batch(0)
-    drawn.advantages[:] = 0
+    for advantages in drawn.advantages:
+        advantages[:] = 0
     return trainer.accumulate(drawn, LOSS, TokenMetrics())
 
 

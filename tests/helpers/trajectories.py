@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from engine.protocol import FloatArray
@@ -50,4 +52,16 @@ def random_batch(num_groups: int, samples: int, *, vocab: int, seed: int = 0) ->
     def draw() -> FloatArray:
         return rng.standard_normal(len(trajectories)).astype(np.float32)
 
-    return Batch(trajectories=trajectories, advantages=draw(), weights=np.abs(draw()))
+    return Batch(
+        trajectories=trajectories,
+        advantages=per_token(trajectories, draw()),
+        weights=np.abs(draw()),
+    )
+
+
+def per_token(
+    trajectories: Sequence[Trajectory], values_N: Sequence[float] | FloatArray
+) -> tuple[FloatArray, ...]:
+    """The value of each sequence on each of its response tokens."""
+    pairs = zip(trajectories, values_N, strict=True)
+    return tuple(np.full(len(t.response_ids), value, dtype=np.float32) for t, value in pairs)

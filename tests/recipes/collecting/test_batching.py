@@ -13,6 +13,7 @@ from recipes.algorithms.presets import preset
 from recipes.collecting.batching import make_batch, minibatches, without_rejected
 from recipes.trainers.metrics import TokenMetrics
 from recipes.trainers.microbatch import loss_inputs
+from recipes.types import Group, Trajectory
 from tests.helpers.trajectories import random_groups
 
 GROUPS = random_groups(5, 4, vocab=9)
@@ -21,10 +22,34 @@ GROUPS = random_groups(5, 4, vocab=9)
 def test_advantages_follow_the_trajectories() -> None:
     batch = make_batch(GROUPS, preset("dr_grpo", 8), 8)
     expected = np.concatenate([g.rewards - g.rewards.mean() for g in GROUPS])
-    assert batch.advantages == pytest.approx(expected)
+    for got, want, t in zip(batch.advantages, expected, batch.trajectories, strict=True):
+        assert got.tolist() == pytest.approx([want] * len(t.response_ids))
     assert [t.reward for t in batch.trajectories] == [
         t.reward for g in GROUPS for t in g.trajectories
     ]
+
+
+def test_a_failed_sample_neither_votes_nor_learns() -> None:
+    """Rewards (1, failed, 0, 0): the mean is that of the three, and one sample compares nothing."""
+
+    def sample(reward: float, failed: str = "") -> Trajectory:
+        return dataclasses.replace(
+            GROUPS[0].trajectories[0], reward=reward, correct=reward, failed=failed
+        )
+
+    rest = GROUPS[1]
+    groups = [
+        Group(
+            problem=rest.problem,
+            trajectories=(sample(1), sample(0, "time"), sample(0), sample(0)),
+        ),
+        Group(problem=rest.problem, trajectories=(sample(1), sample(0, "time"))),
+        Group(problem=rest.problem, trajectories=(sample(0, "time"), sample(0, "time"))),
+    ]
+    batch = make_batch(groups, preset("dr_grpo", 8), 8)
+    assert [a[0] for a in batch.advantages] == pytest.approx([2 / 3, -1 / 3, -1 / 3, 0.0])
+    assert not any(t.failed for t in batch.trajectories)
+    assert [group.mixed for group in groups] == [True, False, False]
 
 
 def test_one_update_is_the_batch_itself() -> None:

@@ -121,7 +121,7 @@ def test_a_run_is_refused_before_anything_is_loaded(
     write_char_model(tmp_path / "model", char_model(16, 1))
     path = write(tmp_path / "t.jsonl", [*sums(40), "7" * 100])
     monkeypatch.delattr(recipes.run.opening, "launch_actor")
-    monkeypatch.delattr(recipes.run.run, "load_trainer")
+    monkeypatch.delattr(recipes.run.opening, "load_trainer")
     words = ["--task", str(path), "--model", str(tmp_path / "model")]
     words += ["--out", str(tmp_path / "o")]
     assert main(words) == 2

@@ -52,8 +52,10 @@ def plain_gradient(model: Any, batch: Batch) -> list[torch.Tensor]:
     """Gradient of the on-policy loss, sum of -weight * advantage * logprob."""
     model.zero_grad()
     logprobs = plain_logprobs(model, batch)
-    coefficients = torch.from_numpy(batch.advantages * batch.weights)
-    loss = -sum(c * lp.sum() for c, lp in zip(coefficients, logprobs, strict=True))
+    coefficients = [
+        torch.from_numpy(a * w) for a, w in zip(batch.advantages, batch.weights, strict=True)
+    ]
+    loss = -sum((c * lp).sum() for c, lp in zip(coefficients, logprobs, strict=True))
     return list(torch.autograd.grad(loss, list(model.parameters())))
 
 
@@ -124,7 +126,8 @@ def test_metrics_do_not_depend_on_the_microbatch_size() -> None:
 
 def test_sequences_without_advantage_are_measured_but_not_trained() -> None:
     batch = random_batch(3, 4, vocab=VOCAB)
-    batch.advantages[:4] = 0
+    for advantages in batch.advantages[:4]:
+        advantages[:] = 0
     trainer, metrics = trainer_of(), TokenMetrics()
     expected = plain_gradient(trainer.model, batch)
     trainer.accumulate(batch, LOSS, metrics)
@@ -135,7 +138,8 @@ def test_sequences_without_advantage_are_measured_but_not_trained() -> None:
 
 def test_a_batch_without_any_advantage_has_no_gradient() -> None:
     batch = random_batch(2, 2, vocab=VOCAB)
-    batch.advantages[:] = 0
+    for advantages in batch.advantages:
+        advantages[:] = 0
     trainer, metrics = trainer_of(), TokenMetrics()
     assert not trainer.accumulate(batch, LOSS, metrics)
     assert all(p.grad is None for p in trainer.model.parameters())
@@ -252,7 +256,7 @@ def test_every_loss_input_is_aligned_with_its_token() -> None:
     trainer.accumulate(batch, watch, TokenMetrics())
     lengths = [len(t.response_ids) for t in batch.trajectories]
     flat = {
-        "advantages": np.repeat(batch.advantages, lengths),
+        "advantages": np.concatenate(batch.advantages),
         "weights": np.repeat(batch.weights, lengths),
         "rollout": np.concatenate([t.rollout_logprobs for t in batch.trajectories]),
     }
