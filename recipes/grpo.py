@@ -19,8 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recipes.algorithms.losses import policy_loss
-from recipes.collecting.batching import make_batch, minibatches, without_rejected
+from recipes.collecting.batching import minibatches
 from recipes.collecting.collect import rollout, score
+from recipes.run.batches import adapt_kl, algorithm_now, prepare
 from recipes.run.failures import report_failure
 from recipes.run.ledger import Ledger
 from recipes.run.opening import open_run
@@ -28,7 +29,7 @@ from recipes.run.report import Collected
 from recipes.run.run import Run
 from recipes.settings.command_line import parse
 from recipes.trainers.metrics import TokenMetrics, merge
-from recipes.types import Batch
+from recipes.types import Group
 from recipes.world import launched_rank, leave
 from rollout.offline import derive_seed
 
@@ -40,10 +41,7 @@ def train(run: Run) -> None:
         with run.ledger.phase("sleep"):
             run.actor.sleep()
         with run.ledger.phase("train"):
-            batch = make_batch(
-                collected.groups, run.algorithm, run.max_new_tokens, version=run.progress.step
-            )
-            figures = update(run, batch)
+            figures = update(run, collected.groups)
         with run.ledger.phase("push"):
             pushed = run.actor.push(
                 run.trainer.weights,
@@ -68,6 +66,7 @@ def collect(run: Run) -> Collected:
                 problems,
                 run.sampling,
                 samples=run.options.rollout.samples,
+                greedy=algorithm.needs_greedy,
                 seed=seed,
                 first=first,
             )
@@ -79,6 +78,7 @@ def collect(run: Run) -> Collected:
                     problems,
                     replies,
                     overlong_buffer=algorithm.overlong_buffer,
+                    greedy=algorithm.needs_greedy,
                     grader=run.grading,
                 )
             )
@@ -90,24 +90,21 @@ def collect(run: Run) -> Collected:
     return dataclasses.replace(result, groups=result.groups[:wanted] or result.sampled[:wanted])
 
 
-def update(run: Run, batch: Batch) -> dict[str, float]:
-    """Loss and optimizer steps: one, or `num_iterations` epochs of `num_minibatches`."""
-    algorithm, trainer, metrics = run.algorithm, run.trainer, TokenMetrics()
+def update(run: Run, groups: Sequence[Group]) -> dict[str, float]:
+    """Advantages, loss and optimizer steps: one, or `num_iterations` epochs of
+    `num_minibatches`."""
+    algorithm, trainer, metrics = algorithm_now(run), run.trainer, TokenMetrics()
+    batch, figures = prepare(run, groups, algorithm)
     loss = functools.partial(policy_loss, algorithm=algorithm)
     lr, grad_norm = run.learning_rate(), 0.0
-    if algorithm.needs_old_logprobs:
-        batch = dataclasses.replace(batch, old_logprobs=trainer.logprobs(batch.trajectories))
-        batch = without_rejected(batch, algorithm, run.max_new_tokens)
-    if algorithm.kl_coef > 0:
-        reference = trainer.reference_logprobs(batch.trajectories)
-        batch = dataclasses.replace(batch, reference_logprobs=reference)
     for epoch in range(algorithm.num_iterations):
         seed = derive_seed(run.options.seed, "minibatches", run.progress.step, epoch)
         for part in minibatches(batch, algorithm, run.max_new_tokens, seed=seed):
             if trainer.accumulate(part, loss, metrics):
                 grad_norm = trainer.step(lr)
-    metrics = merge(run.world.gather([metrics]))
-    return {**metrics.result(), "grad_norm": grad_norm, "learning_rate": lr}
+    figures |= merge(run.world.gather([metrics])).result()
+    figures |= adapt_kl(run, batch, algorithm, figures)
+    return {**figures, "grad_norm": grad_norm, "learning_rate": lr}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

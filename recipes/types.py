@@ -58,10 +58,15 @@ class Trajectory:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """The samples of one problem; their rewards are compared with each other."""
+    """The samples of one problem; their rewards are compared with each other.
+
+    greedy: the likeliest reply to it, where the samples are compared with that one; it is not
+        trained on.
+    """
 
     problem: Problem
     trajectories: tuple[Trajectory, ...]
+    greedy: Trajectory | None = None
 
     @property
     def graded(self) -> tuple[Trajectory, ...]:
@@ -75,9 +80,12 @@ class Group:
 
     @property
     def mixed(self) -> bool:
-        """Whether the rewards differ: a group without spread has zero advantage."""
+        """Whether the rewards differ, from that of the greedy reply if there is one: a group
+        without spread has zero advantage."""
         rewards = self.rewards
-        return len(rewards) > 0 and bool(rewards.max() > rewards.min())
+        if self.greedy is not None and not self.greedy.failed:
+            rewards = np.append(rewards, np.float32(self.greedy.reward))
+        return len(self.graded) > 0 and bool(rewards.max() > rewards.min())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +102,10 @@ class Batch:
         Their tokens are compared with the policy that sampled them. None says that none is.
     kept: N arrays bool [response_len]; tokens that are not kept have no part in the loss, and none
         in the averages behind `weights`. None keeps all.
-    reference_logprobs: as `old_logprobs`, of the frozen reference model, or None without KL.
+    reference_logprobs: as `old_logprobs`, of the frozen reference model; None without a KL in the
+        loss.
+    token_rewards: N arrays float32 [response_len], what each token earned: the score of the reply
+        is on its last one, a KL in the reward on all. The advantages come from them.
     """
 
     trajectories: tuple[Trajectory, ...]
@@ -104,6 +115,7 @@ class Batch:
     reference_logprobs: tuple[FloatArray, ...] | None = None
     stale: BoolArray | None = None
     kept: tuple[BoolArray, ...] | None = None
+    token_rewards: tuple[FloatArray, ...] | None = None
 
     @property
     def learns(self) -> BoolArray:
@@ -125,4 +137,5 @@ class Batch:
             reference_logprobs=pick(self.reference_logprobs),
             stale=None if self.stale is None else self.stale[indices],
             kept=pick(self.kept),
+            token_rewards=pick(self.token_rewards),
         )

@@ -5,11 +5,18 @@ Legend: G groups, S samples of a group.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
-AdvantageEstimator = Literal["group_norm", "group_mean", "leave_one_out"]
+GroupEstimator = Literal["group_norm", "group_mean", "leave_one_out"]
+AdvantageEstimator = Literal[
+    "group_norm", "group_mean", "leave_one_out", "return_to_go", "greedy_baseline"
+]
+"""The last two credit tokens: what is still to come (REINFORCE++, arXiv 2501.03262), and that less
+the reward of the greedy reply (ReMax, arXiv 2310.10505); see `returns.returns_to_go`."""
+
+GROUP_ESTIMATORS = frozenset(get_args(GroupEstimator))
 
 STD_EPSILON = 1e-4
 

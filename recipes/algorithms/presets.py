@@ -6,13 +6,25 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from recipes.algorithms.advantages import AdvantageEstimator
+from recipes.algorithms.advantages import GROUP_ESTIMATORS, AdvantageEstimator
 from recipes.algorithms.aggregation import LossAggregation
+from recipes.algorithms.controllers import KLController
 from recipes.algorithms.importance import ImportanceLevel, ImportanceMode
 from recipes.algorithms.kl import KLEstimator
 
 PolicyLoss = Literal["clip", "sequence_clip", "cispo"]
-AlgorithmName = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"]
+KLPlace = Literal["loss", "reward"]
+AlgorithmName = Literal[
+    "grpo",
+    "dr_grpo",
+    "dapo",
+    "gspo",
+    "cispo",
+    "rloo",
+    "reinforce++",
+    "reinforce++-baseline",
+    "remax",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +32,8 @@ class AlgorithmOptions:
     """Which algorithm, and what to change of it. None takes the algorithm's own choice."""
 
     algorithm: AlgorithmName = "dapo"
-    """GRPO, Dr.GRPO, DAPO, GSPO, CISPO or RLOO: sets the defaults of the options below. DAPO, which
-    replaces groups that all agree, is the one that learns from every seed."""
+    """Sets the defaults of the options below; docs/trainers.md has a table. DAPO, which replaces
+    groups that all agree, is the one that learns from every seed."""
     clip_low: float | None = None
     """Lower clip range of the probability ratio (clips below 1 - clip_low)."""
     clip_high: float | None = None
@@ -38,10 +50,24 @@ class AlgorithmOptions:
     """Epochs over each batch (GRPO's mu); above 1 the ratio is clipped for real."""
     num_minibatches: int = 1
     """Optimizer updates each epoch is cut into."""
+    gamma: float = 1.0
+    """Discount of what is earned a token later."""
+    whiten_advantages: bool | None = None
+    """Give the advantages of an update's tokens mean 0 and deviation 1."""
+    normalise_rewards: bool = False
+    """Take rewards as deviations from the mean of all rewards of the run so far."""
     kl_coef: float = 0.0
     """Weight of the KL to the initial model; above 0 a frozen copy of it is kept."""
-    kl_estimator: KLEstimator = "k3"
-    """Estimator of that KL."""
+    kl_estimator: KLEstimator | None = None
+    """Estimator of that KL; None takes k1 in the reward and the algorithm's own in the loss."""
+    kl_in: KLPlace | None = None
+    """Where the KL is subtracted: from the reward of each token, or as a term of the loss."""
+    kl_controller: KLController = "fixed"
+    """Keep that weight, or change it so that the KL stays near --kl-target."""
+    kl_target: float = 6.0
+    """KL of a whole reply that the adaptive controller aims at, in nats."""
+    kl_horizon: float = 10_000.0
+    """Replies over which the adaptive controller changes the weight by a fifth, at most."""
     is_level: ImportanceLevel = "none"
     """Correct the train/rollout mismatch by importance weights: per token or per sequence."""
     is_mode: ImportanceMode = "truncate"
@@ -65,8 +91,15 @@ class Algorithm:
     overlong_buffer: int = 0
     num_iterations: int = 1
     num_minibatches: int = 1
+    gamma: float = 1.0
+    whiten_advantages: bool = False
+    normalise_rewards: bool = False
     kl_coef: float = 0.0
     kl_estimator: KLEstimator = "k3"
+    kl_in: KLPlace = "loss"
+    kl_controller: KLController = "fixed"
+    kl_target: float = 6.0
+    kl_horizon: float = 10_000.0
     is_level: ImportanceLevel = "none"
     is_mode: ImportanceMode = "truncate"
     is_cap: float = 2.0
@@ -79,11 +112,32 @@ class Algorithm:
     @property
     def needs_old_logprobs(self) -> bool:
         """Whether the policy before the first update has to be known before the loss is."""
-        return self.num_iterations * self.num_minibatches > 1 or self.rejects
+        several = self.num_iterations * self.num_minibatches > 1
+        return several or self.rejects or self.rewards_kl
+
+    @property
+    def compares_group(self) -> bool:
+        """Whether a reply is judged by the others to its problem."""
+        return self.advantage in GROUP_ESTIMATORS
+
+    @property
+    def compares_problem(self) -> bool:
+        """Whether a reply is judged by others to its problem, be it the greedy one."""
+        return self.compares_group or self.needs_greedy
+
+    @property
+    def needs_greedy(self) -> bool:
+        """Whether a reply is judged by the greedy one to its problem."""
+        return self.advantage == "greedy_baseline"
+
+    @property
+    def rewards_kl(self) -> bool:
+        """Whether the reward of a token has the KL to the reference in it."""
+        return self.kl_coef > 0 and self.kl_in == "reward"
 
 
 def preset(name: AlgorithmName, max_new_tokens: int) -> Algorithm:
-    """The published choices of an algorithm; the papers are cited at the losses.
+    """The published choices of an algorithm; the papers are cited at the losses and estimators.
 
     DAPO's buffer is a fifth of the longest reply, as in its paper. CISPO bounds the ratio only
     from above, at 5 (ScaleRL, arXiv 2510.13786). Raises ValueError for another name.
@@ -116,14 +170,40 @@ def preset(name: AlgorithmName, max_new_tokens: int) -> Algorithm:
         )
     if name == "rloo":
         return change(grpo, advantage="leave_one_out", loss_aggregation="seq-mean-token-sum")
+    if name == "remax":
+        return change(grpo, advantage="greedy_baseline", loss_aggregation="seq-mean-token-sum")
+    if name == "reinforce++":
+        return change(
+            grpo,
+            advantage="return_to_go",
+            loss_aggregation="token-mean",
+            whiten_advantages=True,
+            kl_in="reward",
+            kl_estimator="k1",
+        )
+    if name == "reinforce++-baseline":
+        return change(
+            grpo,
+            advantage="group_mean",
+            loss_aggregation="token-mean",
+            whiten_advantages=True,
+            kl_estimator="k2",
+        )
     raise ValueError(f"unknown algorithm {name!r}")
 
 
 def resolve(options: AlgorithmOptions, max_new_tokens: int) -> Algorithm:
-    """The preset with every option that was given put over it."""
+    """The preset with every option that was given put over it.
+
+    A KL that is moved takes an estimator that is right there: in the reward k1, which has no bias;
+    in the loss k3, since the gradient of k1 says nothing.
+    """
+    own = preset(options.algorithm, max_new_tokens)
     given = {
         field.name: value
         for field in dataclasses.fields(options)
         if field.name != "algorithm" and (value := getattr(options, field.name)) is not None
     }
-    return dataclasses.replace(preset(options.algorithm, max_new_tokens), **given)
+    if options.kl_in not in (None, own.kl_in):
+        given = {"kl_estimator": "k1" if options.kl_in == "reward" else "k3"} | given
+    return dataclasses.replace(own, **given)

@@ -12,11 +12,14 @@ import numpy as np
 import torch
 
 from engine.protocol import FloatArray
-from recipes.algorithms.advantages import advantages
 from recipes.algorithms.aggregation import token_weights
 from recipes.algorithms.importance import accepted
+from recipes.algorithms.normalise import Moments
 from recipes.algorithms.presets import Algorithm
+from recipes.collecting.credit import estimated, graded, rewards_by_token, whitened
 from recipes.types import Batch, Group, Trajectory
+
+Logprobs = tuple[FloatArray, ...]
 
 
 def make_batch(
@@ -25,35 +28,33 @@ def make_batch(
     max_new_tokens: int,
     *,
     version: int | None = None,
+    old: Logprobs | None = None,
+    reference: Logprobs | None = None,
+    moments: Moments | None = None,
 ) -> Batch:
     """All graded trajectories with their advantages, and the weights of one update over all of
-    them. Each token has the advantage of its reply.
+    them.
 
     version: of the weights that learn; what others sampled is marked stale. None marks nothing.
+    old, reference: log-probabilities of those trajectories (`credit.graded`) under the weights that
+        learn and under the reference, where the algorithm needs them. moments: of the rewards,
+        where they are normalised.
     """
-    trajectories = tuple(t for group in groups for t in group.graded)
-    return Batch(
-        trajectories=trajectories,
-        advantages=_group_advantages(groups, algorithm),
-        weights=_weights([len(t.response_ids) for t in trajectories], algorithm, max_new_tokens),
-        stale=None if version is None else np.array([_is_stale(t, version) for t in trajectories]),
+    trajectories = graded(groups)
+    rewards = rewards_by_token(
+        trajectories, algorithm, old=old, reference=reference, moments=moments
     )
-
-
-def _group_advantages(groups: Sequence[Group], algorithm: Algorithm) -> tuple[FloatArray, ...]:
-    """float32 [response_len] a graded trajectory. A group with fewer than two of them compares
-    nothing: its advantage is zero."""
-    arrays: list[FloatArray] = []
-    for group in groups:
-        if not group.graded:
-            continue
-        rewards_1S = torch.from_numpy(group.rewards)[None]
-        advantages_S = advantages(rewards_1S, algorithm.advantage)[0].tolist()
-        arrays += [
-            np.full(len(trajectory.response_ids), advantage, dtype=np.float32)
-            for trajectory, advantage in zip(group.graded, advantages_S, strict=True)
-        ]
-    return tuple(arrays)
+    batch = Batch(
+        trajectories=trajectories,
+        advantages=estimated(groups, rewards, algorithm, moments),
+        weights=_weights([len(t.response_ids) for t in trajectories], algorithm, max_new_tokens),
+        old_logprobs=old,
+        reference_logprobs=reference if algorithm.kl_in == "loss" else None,
+        stale=None if version is None else np.array([_is_stale(t, version) for t in trajectories]),
+        token_rewards=rewards,
+    )
+    batch = without_rejected(batch, algorithm, max_new_tokens)
+    return whitened(batch, groups, algorithm)
 
 
 def _is_stale(trajectory: Trajectory, version: int) -> bool:
@@ -62,10 +63,9 @@ def _is_stale(trajectory: Trajectory, version: int) -> bool:
 
 def without_rejected(batch: Batch, algorithm: Algorithm, max_new_tokens: int) -> Batch:
     """The batch with the tokens that the importance mask rejects taken out of the loss, and the
-    weights of those that are left. Needs `old_logprobs`."""
-    if not algorithm.rejects:
+    weights of those that are left. Without `old_logprobs` nothing is known to be rejected."""
+    if not algorithm.rejects or batch.old_logprobs is None:
         return batch
-    assert batch.old_logprobs is not None
     lengths = [len(t.response_ids) for t in batch.trajectories]
     kept_K = accepted(
         torch.from_numpy(np.concatenate(batch.old_logprobs)),

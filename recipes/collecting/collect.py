@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
+
 from engine.protocol import Request, RequestOutput, SamplingParams
 from recipes.actors.actor import Actor
 from recipes.collecting.prompts import Prompts
@@ -21,15 +23,18 @@ def rollout(
     sampling: SamplingParams,
     *,
     samples: int,
+    greedy: bool = False,
     seed: int,
     first: int = 0,
 ) -> list[tuple[Request, RequestOutput]]:
     """Sample replies to each problem; `samples` pairs a problem, in the order of the problems.
 
+    greedy: one pair more a problem, behind its samples: the greedy reply.
     seed: of this call; every sample's own is derived from it and its place. first: place of the
     first problem among those that several processes share out.
     """
-    requests = []
+    likeliest = msgspec.structs.replace(sampling, temperature=0.0)
+    requests: list[Request] = []
     for index, problem in enumerate(problems, start=first):
         prompt_ids = prompts.prompt_ids(problem)
         requests += [
@@ -43,6 +48,9 @@ def rollout(
             )
             for sample in range(samples)
         ]
+        if greedy:
+            rid = f"{seed:x}-{index}-greedy"
+            requests.append(msgspec.structs.replace(requests[-1], rid=rid, sampling=likeliest))
     return list(zip(requests, actor.generate(requests), strict=True))
 
 
@@ -52,10 +60,12 @@ def score(
     replies: Sequence[tuple[Request, RequestOutput]],
     *,
     overlong_buffer: int = 0,
+    greedy: bool = False,
     grader: Grader | None = None,
 ) -> list[Group]:
     """Grade replies and put them in groups, `len(replies) // len(problems)` a problem.
 
+    greedy: the last reply to each problem is the greedy one.
     grader: None calls the task's `verify`, one reply after the other."""
     samples = len(replies) // max(len(problems), 1)
     texts = [prompts.reply_text(output.token_ids) for _, output in replies]
@@ -66,12 +76,15 @@ def score(
         for reply, text, reward in zip(replies, texts, rewards, strict=True)
     ]
     return [
-        Group(
-            problem=problem,
-            trajectories=tuple(trajectories[index * samples : (index + 1) * samples]),
-        )
+        _group(problem, trajectories[index * samples : (index + 1) * samples], greedy)
         for index, problem in enumerate(problems)
     ]
+
+
+def _group(problem: Problem, replies: Sequence[Trajectory], greedy: bool) -> Group:
+    if greedy:
+        return Group(problem=problem, trajectories=tuple(replies[:-1]), greedy=replies[-1])
+    return Group(problem=problem, trajectories=tuple(replies))
 
 
 def evaluate(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
+
+from recipes.algorithms.normalise import Moments
 
 
 @dataclass(kw_only=True)
@@ -16,6 +18,8 @@ class RunProgress:
     eval_before, accuracy: held-out accuracy before training, and the last one measured.
     accuracy_step: when that was. best_accuracy, best_step: the highest so far.
     seconds: time spent by phase since the run began, over all its processes.
+    kl_coef: weight of the KL where it is adapted; None before the first step, or where it is fixed.
+    reward_moments: of the rewards so far, where they are normalised.
     """
 
     step: int = 0
@@ -26,6 +30,8 @@ class RunProgress:
     best_accuracy: float = 0.0
     best_step: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    kl_coef: float | None = None
+    reward_moments: Moments = field(default_factory=Moments)
 
     def measured(self, accuracy: float) -> None:
         """Note a held-out accuracy at the current step."""
@@ -46,5 +52,12 @@ class RunProgress:
         return sum(self.seconds.values())
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; `RunProgress(**d)` is the inverse."""
+        """For JSON; `from_dict` is the inverse."""
         return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """What `as_dict` gave; an older run may lack some of it."""
+        progress = cls(**values)
+        progress.reward_moments = Moments(**values.get("reward_moments", {}))
+        return progress

@@ -21,23 +21,38 @@ class Collected:
     sampled: list[Group]
 
 
-def rollout_figures(sampled: Sequence[Group], seconds: dict[str, float]) -> dict[str, float]:
-    """Rewards, lengths and speed of the rollouts of one step."""
+def rollout_figures(
+    sampled: Sequence[Group], seconds: dict[str, float], *, compares_group: bool = True
+) -> dict[str, float]:
+    """Rewards, lengths and speed of the rollouts of one step.
+
+    compares_group: whether replies are judged by others to the same problem. Otherwise all of the
+    step are judged by each other: `reward_std` is theirs, and a step has no spread or has some.
+    """
     trajectories = [t for group in sampled for t in group.trajectories]
     lengths = np.array([len(t.response_ids) for t in trajectories])
     rewards = [group.rewards for group in sampled if len(group.rewards)]
+    mixed = [group.mixed for group in sampled]
+    if not compares_group:
+        rewards = [np.concatenate(rewards)] if rewards else []
+        mixed = [bool(rewards) and bool(rewards[0].max() > rewards[0].min())]
     spreads = [float(graded.std(ddof=1)) for graded in rewards if len(graded) > 1]
-    return {
+    greedy = [group.greedy for group in sampled if group.greedy is not None]
+    num_sampled = int(lengths.sum()) + sum(len(t.response_ids) for t in greedy)
+    figures = {
         "reward": float(np.concatenate([*rewards, np.zeros(0)]).mean()) if rewards else 0.0,
         "reward_std": float(np.mean(spreads)) if spreads else 0.0,
-        "frac_reward_zero_std": float(np.mean([not group.mixed for group in sampled])),
+        "frac_reward_zero_std": float(np.mean(np.logical_not(mixed))),
         "frac_groups_all_wrong": float(np.mean([not _any_right(group) for group in sampled])),
         "completions/mean_length": float(lengths.mean()),
         "completions/max_length": float(lengths.max()),
         "completions/clipped_ratio": float(np.mean([t.truncated for t in trajectories])),
-        "perf/rollout_tokens": float(lengths.sum()),
-        "perf/rollout_tokens_per_s": float(lengths.sum() / max(seconds["generate"], 1e-9)),
+        "perf/rollout_tokens": float(num_sampled),
+        "perf/rollout_tokens_per_s": float(num_sampled / max(seconds["generate"], 1e-9)),
     }
+    if greedy:
+        figures["reward_greedy"] = float(np.mean([t.reward for t in greedy if not t.failed] or [0]))
+    return figures
 
 
 def _any_right(group: Group) -> bool:

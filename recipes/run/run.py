@@ -116,7 +116,7 @@ class Run:
         checkpoint = latest_checkpoint(self.folder.checkpoints)
         if checkpoint is not None:
             progress, self.surplus = load_checkpoint(checkpoint, self.trainer.load)
-            self.progress = RunProgress(**progress)
+            self.progress = RunProgress.from_dict(progress)
             version = self.progress.step
             self.actor.push(self.trainer.weights, version, measure_memcpy=False)
             self.display.note(f"continuing after step {version}")
@@ -147,7 +147,9 @@ class Run:
         step = self.progress.step
         row: dict[str, float] = {
             "step": step,
-            **rollout_figures(collected.sampled, seconds),
+            **rollout_figures(
+                collected.sampled, seconds, compares_group=self.algorithm.compares_problem
+            ),
             **figures,
             **push_figures(pushed),
             **time_figures(seconds),

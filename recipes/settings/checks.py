@@ -11,7 +11,14 @@ from types import MappingProxyType
 from typing import Any
 
 from engine.errors import InvalidRequest, ModelNotFound
-from recipes.settings.options import DEFAULT_MODEL, PlacementOptions, RunOptions, flatten
+from recipes.algorithms.presets import AlgorithmOptions, resolve
+from recipes.settings.options import (
+    DEFAULT_MODEL,
+    PlacementOptions,
+    RolloutOptions,
+    RunOptions,
+    flatten,
+)
 
 LEAST: Mapping[str, int] = MappingProxyType(
     {
@@ -20,7 +27,7 @@ LEAST: Mapping[str, int] = MappingProxyType(
         "eval_prompts": 1,
         "checkpoint_every": 0,
         "prompts_per_step": 1,
-        "samples": 2,
+        "samples": 1,
         "max_new_tokens": 1,
         "rollout_gpus": 0,
         "warmup_steps": 0,
@@ -38,21 +45,21 @@ LEAST: Mapping[str, int] = MappingProxyType(
 )
 """Least values of the numbers among the options."""
 
-ABOVE_ZERO = frozenset({"minutes", "temperature", "kv_memory_gb", "lr", "max_grad_norm"})
+ABOVE_ZERO = frozenset(
+    {
+        *("minutes", "temperature", "kv_memory_gb", "lr", "max_grad_norm"),
+        *("kl_target", "kl_horizon"),
+    }
+)
 BELOW_ONE = frozenset({"beta1", "beta2"})
+UP_TO_ONE = frozenset({"gamma"})
 
 
 def check_options(options: RunOptions) -> None:
     """Raises InvalidRequest, its `field` an option's name; ModelNotFound for the model."""
     _check_numbers(flatten(options))
     _check_placement(options.placement)
-    rollout, algorithm = options.rollout, options.objective
-    if algorithm.num_minibatches > rollout.prompts_per_step:
-        raise InvalidRequest(
-            f"num_minibatches ({algorithm.num_minibatches}) is more than prompts_per_step "
-            f"({rollout.prompts_per_step}): a minibatch holds at least one group",
-            field="num_minibatches",
-        )
+    _check_objective(options.objective, options.rollout)
     if options.wandb != "off":
         _check_extra("wandb", f"--wandb {options.wandb}", "wandb")
     if options.placement.trainer == "deepspeed":
@@ -60,6 +67,34 @@ def check_options(options: RunOptions) -> None:
     if options.resume is None and options.out is not None and holds_a_run(Path(options.out)):
         raise taken(Path(options.out))
     _check_model(options.model)
+
+
+def _check_objective(options: AlgorithmOptions, rollout: RolloutOptions) -> None:
+    if options.num_minibatches > rollout.prompts_per_step:
+        raise InvalidRequest(
+            f"num_minibatches ({options.num_minibatches}) is more than prompts_per_step "
+            f"({rollout.prompts_per_step}): a minibatch holds at least one group",
+            field="num_minibatches",
+        )
+    algorithm, name = resolve(options, rollout.max_new_tokens or 1), options.algorithm
+    if algorithm.compares_group and rollout.samples < 2:
+        raise InvalidRequest(
+            f"samples: {name} compares the samples of a problem, which takes at least 2, not "
+            f"{rollout.samples}; give more, or another --algorithm, as reinforce++",
+            field="samples",
+        )
+    if algorithm.dynamic_sampling and not algorithm.compares_problem:
+        raise InvalidRequest(
+            f"dynamic_sampling: {name} does not compare the replies to a problem, so equal ones "
+            "are no reason to replace them; leave it out",
+            field="dynamic_sampling",
+        )
+    if algorithm.kl_controller == "adaptive" and algorithm.kl_coef == 0:
+        raise InvalidRequest(
+            "kl_controller: adaptive changes a weight that is above 0; add --kl-coef, 0.1 for "
+            "example, or leave --kl-controller out",
+            field="kl_controller",
+        )
 
 
 def holds_a_run(path: Path) -> bool:
@@ -129,6 +164,8 @@ def _check_numbers(flat: Mapping[str, Any]) -> None:
             _require(name, value, value > 0, "above 0")
         elif name in BELOW_ONE:
             _require(name, value, 0 <= value < 1, "in [0, 1)")
+        elif name in UP_TO_ONE:
+            _require(name, value, 0 < value <= 1, "in (0, 1]")
 
 
 def _require(name: str, value: float, holds: bool, what: str) -> None:

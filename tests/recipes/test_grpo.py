@@ -7,16 +7,16 @@ import dataclasses
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.errors import InvalidRequest
-from recipes.algorithms.presets import AlgorithmOptions
+from recipes.algorithms.presets import AlgorithmName, AlgorithmOptions
 from recipes.environments.base import Environment
-from recipes.grpo import main, train
+from recipes.grpo import main, train, update
 from recipes.rewards.graders import GraderSpec
 from recipes.run.ledger import Ledger
 from recipes.run.opening import assemble
@@ -237,7 +237,85 @@ def test_replies_that_no_grader_gets_through_are_counted_and_named(
     assert "replies not graded, reward 0; raised ValueError: no digit" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["dr_grpo", "dapo", "gspo", "cispo", "rloo"])
+@pytest.mark.parametrize("place", ["loss", "reward"])
+def test_a_resumed_run_goes_on_with_the_weight_of_the_kl(tmp_path: Path, place: Any) -> None:
+    """And with the mean of the rewards so far."""
+    objective = AlgorithmOptions(
+        algorithm="reinforce++",
+        kl_coef=0.1,
+        kl_in=place,
+        kl_controller="adaptive",
+        kl_target=1e-4,
+        kl_horizon=50,
+        normalise_rewards=True,
+    )
+    unbroken, _ = go(make_options(tmp_path / "a", steps=5, objective=objective))
+    told = rows(unbroken)
+    assert told[0]["kl_coef"] == 0.1 and told[0]["kl"] == pytest.approx(0.0, abs=1e-6)
+    num = told[1]["kl"] * told[1]["perf/trained_response_tokens"]
+    error = min(max(num / 12 / 1e-4 - 1, -0.2), 0.2)
+    assert told[2]["kl_coef"] == pytest.approx(told[1]["kl_coef"] * (1 + error * 12 / 50))
+    assert len({row["kl_coef"] for row in told}) == 5
+
+    options = make_options(tmp_path / "b", steps=3, checkpoint_every=3, objective=objective)
+    go(options)
+    resumed, _ = go(dataclasses.replace(options, resume=options.out, steps=5))
+    assert rows(resumed)[4]["kl_coef"] == told[4]["kl_coef"]
+    assert resumed.progress == dataclasses.replace(
+        unbroken.progress, seconds=resumed.progress.seconds
+    )
+    for a, b in zip(
+        resumed.trainer.model.parameters(), unbroken.trainer.model.parameters(), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["reinforce++", "reinforce++-baseline", "remax", "rloo"])
+def test_what_no_group_norm_divides_learns_too(tmp_path: Path, name: Any) -> None:
+    options = make_options(
+        tmp_path,
+        steps=12,
+        checkpoint_every=0,
+        eval_every=0,
+        objective=AlgorithmOptions(algorithm=name),
+    )
+    run, summary = go(options)
+    rewards = [row["reward"] for row in rows(run)]
+    assert sum(rewards[-3:]) > sum(rewards[:3]) and summary["eval_after"] == 1.0
+
+
+def test_one_sample_a_problem_is_no_collapse(tmp_path: Path) -> None:
+    options = make_options(
+        tmp_path,
+        steps=8,
+        checkpoint_every=0,
+        rollout=RolloutOptions(prompts_per_step=12, samples=1, max_new_tokens=3),
+        objective=AlgorithmOptions(algorithm="reinforce++"),
+    )
+    run, _ = go(options)
+    assert all(row["frac_reward_zero_std"] == float(row["reward"] in (0, 1)) for row in rows(run))
+    assert any(row["grad_norm"] > 0 for row in rows(run))
+
+
+def test_the_greedy_reply_is_sampled_and_graded_but_not_trained_on(tmp_path: Path) -> None:
+    from recipes.grpo import collect
+
+    run = make_run(make_options(tmp_path, objective=AlgorithmOptions(algorithm="remax")))
+    run.begin()
+    before = run.actor.num_requests  # type: ignore[attr-defined]
+    got = collect(run)
+    assert run.actor.num_requests - before == 3 * (4 + 1)  # type: ignore[attr-defined]
+    for group in got.groups:
+        assert len(group.trajectories) == 4 and group.greedy is not None
+        graded = run.environment.verify(group.greedy.text, group.problem)
+        assert group.greedy.correct == graded
+    figures = update(run, got.groups)
+    assert figures["perf/trained_response_tokens"] == sum(
+        len(t.response_ids) for group in got.groups for t in group.trajectories
+    )
+
+
+@pytest.mark.parametrize("name", sorted({*get_args(AlgorithmName)} - {"grpo"}))
 def test_every_algorithm_runs(tmp_path: Path, name: Any) -> None:
     algorithm = AlgorithmOptions(algorithm=name, is_level="sequence")
     run, _ = go(make_options(tmp_path, steps=1, objective=algorithm, checkpoint_every=0))

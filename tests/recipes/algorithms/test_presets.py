@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
@@ -30,3 +30,15 @@ def test_dapo_sets_clip_higher_and_a_buffer() -> None:
 def test_unknown_name_is_refused() -> None:
     with pytest.raises(ValueError, match="ppo"):
         preset("ppo", 8)  # type: ignore[arg-type]
+
+
+def test_a_kl_that_is_moved_takes_an_estimator_that_is_right_there() -> None:
+    def estimator(**options: Any) -> str:
+        return resolve(AlgorithmOptions(**options), 8).kl_estimator
+
+    assert estimator(algorithm="grpo") == "k3"
+    assert estimator(algorithm="grpo", kl_in="reward") == "k1"
+    assert estimator(algorithm="grpo", kl_in="reward", kl_estimator="k3") == "k3"
+    assert estimator(algorithm="reinforce++") == "k1"
+    assert estimator(algorithm="reinforce++", kl_in="loss") == "k3"
+    assert estimator(algorithm="reinforce++-baseline") == "k2"

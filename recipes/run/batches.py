@@ -1,0 +1,79 @@
+"""From the groups of a step to the batch of its update, with the passes that its algorithm needs.
+
+Called by the loops of `grpo.py` and `ppo.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from recipes.algorithms.controllers import adapted
+from recipes.algorithms.presets import Algorithm
+from recipes.collecting.batching import make_batch
+from recipes.collecting.credit import graded, token_kl
+from recipes.run.run import Run
+from recipes.trainers.base import Logprobs
+from recipes.types import Batch, Group
+
+
+def algorithm_now(run: Run) -> Algorithm:
+    """The run's algorithm with the weight of the KL as it is at this step."""
+    coef = run.progress.kl_coef
+    return run.algorithm if coef is None else dataclasses.replace(run.algorithm, kl_coef=coef)
+
+
+def prepare(
+    run: Run, groups: Sequence[Group], algorithm: Algorithm
+) -> tuple[Batch, dict[str, float]]:
+    """The batch, and figures of the KL where it is in the reward; collective.
+
+    algorithm: `algorithm_now`. Counts the rewards where they are normalised.
+    """
+    trajectories, trainer, moments = graded(groups), run.trainer, None
+    if algorithm.normalise_rewards:
+        moments = run.progress.reward_moments.including([t.reward for t in trajectories])
+        run.progress.reward_moments = moments
+    old = trainer.logprobs(trajectories) if algorithm.needs_old_logprobs else None
+    reference = trainer.reference_logprobs(trajectories) if algorithm.kl_coef > 0 else None
+    batch = make_batch(
+        groups,
+        algorithm,
+        run.max_new_tokens,
+        version=run.progress.step,
+        old=old,
+        reference=reference,
+        moments=moments,
+    )
+    if not algorithm.rewards_kl or old is None or reference is None:
+        return batch, {}
+    return batch, {"kl": _mean_kl(old, reference, algorithm)}
+
+
+def _mean_kl(old: Logprobs, reference: Logprobs, algorithm: Algorithm) -> float:
+    """Over all tokens."""
+    if not old:
+        return 0.0
+    return float(token_kl(np.concatenate(old), np.concatenate(reference), algorithm).mean())
+
+
+def adapt_kl(
+    run: Run, batch: Batch, algorithm: Algorithm, figures: dict[str, float]
+) -> dict[str, float]:
+    """The weight that the KL had in this update, by name; sets that of the next. Nothing without
+    a KL. figures: of the update; "kl" is the mean over tokens."""
+    if algorithm.kl_coef == 0:
+        return {}
+    num = len(batch.trajectories)
+    if algorithm.kl_controller == "adaptive" and num:
+        num_tokens = sum(len(t.response_ids) for t in batch.trajectories)
+        run.progress.kl_coef = adapted(
+            algorithm.kl_coef,
+            figures["kl"] * num_tokens / num,
+            target=algorithm.kl_target,
+            horizon=algorithm.kl_horizon,
+            num=num,
+        )
+    return {"kl_coef": algorithm.kl_coef}
