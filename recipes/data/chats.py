@@ -64,8 +64,9 @@ def checked_chat(messages: list[Any], row: Row, *, field: str) -> tuple[Message,
 
 
 def key_of(chat: tuple[Message, ...]) -> str:
-    """The canonical form of a prompt: the text of a chat of one user turn, else the chat as JSON;
-    prompts of equal keys are one problem."""
-    if len(chat) == 1 and chat[0]["role"] == "user":
-        return str(chat[0]["content"])
-    return json.dumps(chat, ensure_ascii=False, sort_keys=True, default=str)
+    """The canonical form of the prompt of a chat, which is all before the assistant's last turn:
+    the text of one user turn, else JSON; prompts of equal keys are one problem."""
+    asked = chat[:-1] if chat[-1]["role"] == "assistant" else chat
+    if len(asked) == 1 and asked[0]["role"] == "user":
+        return str(asked[0]["content"])
+    return json.dumps(asked, ensure_ascii=False, sort_keys=True, default=str)

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
 from engine.errors import InvalidRequest
 from recipes.data.chats import key_of, prompt_chat
-from recipes.data.column_map import ColumnMap, lookup, map_columns
-from recipes.data.data_options import DataOptions
+from recipes.data.column_map import ColumnMap, lookup
 from recipes.data.rows import Place, Row, Unit, at
 from recipes.data.source import Source
 from recipes.environments.base import key_digest
@@ -64,20 +65,50 @@ class ProblemTable:
         return self._digests[index]
 
 
-def read_problems(
-    source: Source, split: str, options: DataOptions, *, needs_answer: bool, field: str
-) -> ProblemTable:
+class Layout(Protocol):
+    """What a row of a data set says, once its first row is known."""
+
+    def problem(self, row: Row, *, field: str) -> Problem:
+        """The row as a problem. Raises InvalidRequest naming `field` and the row."""
+        ...
+
+
+FindLayout = Callable[[Row, str], Layout]
+"""The layout of a data set by its first row and the option that names the data set."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptLayout:
+    """Rows of a prompt and an answer; a `Layout`."""
+
+    columns: ColumnMap
+
+    def problem(self, row: Row, *, field: str) -> Problem:
+        """See `Layout`."""
+        value: Any = lookup(row, self.columns.prompt, "prompt", field=field)
+        chat = prompt_chat(value, row, field=field)
+        is_text = key_of(chat) == chat[-1]["content"]
+        return Problem(
+            question=str(chat[-1]["content"]),
+            answer=self.columns.answer_of(row, field=field),
+            key=key_of(chat),
+            chat=() if is_text else chat,
+            columns=self.columns.others(row),
+        )
+
+
+def read_problems(source: Source, split: str, find: FindLayout, *, field: str) -> ProblemTable:
     """The problems of a split of a data set, every row checked.
 
-    Raises InvalidRequest naming `field` and the first row that has no prompt, or no answer where
-    one is needed, and for a split without rows."""
+    Raises InvalidRequest naming `field` and the first row that is no problem of the layout, and
+    for a split without rows."""
     table = ProblemTable()
-    columns: ColumnMap | None = None
+    layout: Layout | None = None
     for row in source.rows(split, field=field):
-        if columns is None:
-            columns = map_columns(row, options, needs_answer=needs_answer, field=field)
+        if layout is None:
+            layout = find(row, field)
         try:
-            table.add(_problem(row, columns, field), row.place)
+            table.add(layout.problem(row, field=field), row.place)
         except InvalidRequest:
             raise
         except (TypeError, ValueError, RecursionError) as error:
@@ -89,16 +120,3 @@ def read_problems(
             field=field,
         )
     return table
-
-
-def _problem(row: Row, columns: ColumnMap, field: str) -> Problem:
-    value: Any = lookup(row, columns.prompt, "prompt", field=field)
-    chat = prompt_chat(value, row, field=field)
-    is_text = key_of(chat) == chat[-1]["content"]
-    return Problem(
-        question=str(chat[-1]["content"]),
-        answer=columns.answer_of(row, field=field),
-        key=key_of(chat),
-        chat=() if is_text else chat,
-        columns=columns.others(row),
-    )

@@ -15,9 +15,15 @@ from typing import Any
 import numpy as np
 
 from engine.errors import InvalidRequest
+from recipes.data.column_map import map_columns
 from recipes.data.data_options import DataOptions
-from recipes.data.problem_table import ProblemTable, read_problems
-from recipes.data.rows import Place
+from recipes.data.problem_table import (
+    FindLayout,
+    ProblemTable,
+    PromptLayout,
+    read_problems,
+)
+from recipes.data.rows import Place, Row
 from recipes.data.source import Source, choose_split, open_source
 from recipes.environments.base import Split
 from recipes.rewards.graders import GraderSpec
@@ -103,22 +109,34 @@ class FileTask:
 def load_task(
     path: Path, options: DataOptions | None = None, *, needs_answer: bool = True
 ) -> FileTask:
-    """Read and check every row of a data set. needs_answer: whether the reward compares with one.
+    """Read and check every row of a data set of prompts and answers. needs_answer: whether the
+    reward compares with one.
 
     Raises InvalidRequest naming `task` and the first row that is wrong, or the option that names
     what is not there."""
-    options = options or DataOptions()
+    given = options or DataOptions()
+
+    def find(row: Row, field: str) -> PromptLayout:
+        columns = map_columns(row, given, needs_answer=needs_answer, field=field)
+        return PromptLayout(columns=columns)
+
+    return load_rows(path, find, train_split=given.train_split, heldout=given.heldout)
+
+
+def load_rows(
+    path: Path, find: FindLayout, *, train_split: str | None, heldout: str | None
+) -> FileTask:
+    """`load_task` of rows of any layout. train_split, heldout: see `DataOptions`."""
     source = open_source(path, field="task")
-    split = choose_split(source, options.train_split, field="task", flag="train_split")
-    table = read_problems(source, split, options, needs_answer=needs_answer, field="task")
-    one_in = _one_in(options.heldout)
+    split = choose_split(source, train_split, field="task", flag="train_split")
+    table = read_problems(source, split, find, field="task")
+    one_in = _one_in(heldout)
     if one_in is not None:
         splits = _by_hash(table, one_in)
     else:
-        assert options.heldout is not None
-        other, name = _heldout_source(source, split, options.heldout)
-        beside = read_problems(other, name, options, needs_answer=needs_answer, field="heldout")
-        splits = _apart(table, beside)
+        assert heldout is not None
+        other, name = _heldout_source(source, split, heldout)
+        splits = _apart(table, read_problems(other, name, find, field="heldout"))
     return FileTask(name=source.name, path=path, splits=splits, heldout_one_in=one_in or 0)
 
 

@@ -10,14 +10,24 @@ from pathlib import Path
 import pytest
 
 from engine.errors import InvalidRequest
+from recipes.data.column_map import map_columns
 from recipes.data.data_options import DataOptions
-from recipes.data.problem_table import ProblemTable, read_problems
+from recipes.data.problem_table import ProblemTable, PromptLayout, read_problems
 from recipes.data.rows import Place, Row
 from recipes.data.source import open_source
 from recipes.environments.base import key_digest
 from recipes.types import Problem
 
 PLACE = Place(Path("t"), 5, "row")
+
+
+def find(row: Row, field: str, *, needs_answer: bool = True) -> PromptLayout:
+    columns = map_columns(row, DataOptions(), needs_answer=needs_answer, field=field)
+    return PromptLayout(columns=columns)
+
+
+def find_without_answer(row: Row, field: str) -> PromptLayout:
+    return find(row, field, needs_answer=False)
 
 
 def test_a_problem_comes_back_as_it_was() -> None:
@@ -53,12 +63,12 @@ def test_rows_of_a_file_are_checked_and_named(tmp_path: Path) -> None:
     path.write_text('{"prompt": "a", "answer": 1}\n\n{"prompt": "b", "answer": null}\n')
     source = open_source(path, field="task")
     with pytest.raises(InvalidRequest, match=r"t\.jsonl:3: the answer must be"):
-        read_problems(source, "", DataOptions(), needs_answer=True, field="task")
-    table = read_problems(source, "", DataOptions(), needs_answer=False, field="task")
+        read_problems(source, "", find, field="task")
+    table = read_problems(source, "", find_without_answer, field="task")
     assert [table.problem(i).answer for i in range(2)] == ["1", ""]
     path.write_text("\n")
     with pytest.raises(InvalidRequest, match=r"holds no problems; a row is such as {\"prompt\""):
-        read_problems(source, "", DataOptions(), needs_answer=True, field="task")
+        read_problems(source, "", find, field="task")
 
 
 def test_a_column_that_nothing_can_write() -> None:
@@ -69,4 +79,4 @@ def test_a_column_that_nothing_can_write() -> None:
             return [Row(place=PLACE, columns={"prompt": "q", "answer": "a", "odd": object()})]
 
     with pytest.raises(InvalidRequest, match="t row 5: a column holds what JSON cannot"):
-        read_problems(Odd(), "", DataOptions(), needs_answer=True, field="task")  # type: ignore[arg-type]
+        read_problems(Odd(), "", find, field="task")  # type: ignore[arg-type]
