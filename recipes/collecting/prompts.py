@@ -62,7 +62,7 @@ class Prompts:
         if self.is_chat:
             ids = self.tokenizer.apply_chat_template(messages, **self.style.variables)
         else:
-            ids = self.tokenizer.encode(_plain_text(messages))
+            ids = self.tokenizer.encode(plain_text(messages))
         return np.asarray(ids, dtype=np.int32)
 
     def reply_text(self, response_ids: IntArray) -> str:
@@ -72,8 +72,9 @@ class Prompts:
         return self.tokenizer.decode(response_ids)
 
 
-def _plain_text(messages: Sequence[Message]) -> str:
-    """Each answer on the line of its question; the last question is left open."""
+def plain_text(messages: Sequence[Message]) -> str:
+    """A chat for a model without a template: each answer on the line of its question, the last
+    question left open."""
     text = ""
     for message in normalised_messages(messages):
         ends_line = message["role"] != "user"

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from engine.errors import InvalidRequest
-from recipes.data.data_options import DataOptions
+from recipes.data.data_options import DataOptions, SftDataOptions
 from recipes.types import Message
 from rollout.offline import check_variables
 
@@ -35,7 +35,7 @@ class ChatStyle:
         return [{"role": "system", "content": self.system}, *messages]
 
 
-def chat_style(options: DataOptions, template: str | None) -> ChatStyle:
+def chat_style(options: DataOptions | SftDataOptions, template: str | None) -> ChatStyle:
     """The style that the options ask for. template: the model's chat template, if it has one.
 
     Raises InvalidRequest naming the option that cannot be read, or that the template does not."""

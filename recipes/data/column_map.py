@@ -75,7 +75,7 @@ def map_columns(row: Row, options: DataOptions, *, needs_answer: bool, field: st
 
     Raises InvalidRequest, listing the columns there are, where an option names none of them, or
     is not given and not exactly one of the usual names is there."""
-    prompt = options.prompt_column or _usual(row, PROMPT_NAMES, "prompt", field=field)
+    prompt = options.prompt_column or usual_column(row, PROMPT_NAMES, "prompt", field=field)
     answer = options.answer_column or _usual_answer(row, needs_answer, field)
     lookup(row, prompt, "prompt", field=field)
     if answer is not None:
@@ -134,10 +134,12 @@ def kind_of(value: Any) -> str:
 def _usual_answer(row: Row, needs_answer: bool, field: str) -> str | None:
     if not needs_answer and not any(name in row.columns for name in ANSWER_NAMES):
         return None
-    return _usual(row, ANSWER_NAMES, "answer", field=field)
+    return usual_column(row, ANSWER_NAMES, "answer", field=field)
 
 
-def _usual(row: Row, names: Sequence[str], what: str, *, field: str) -> str:
+def usual_column(row: Row, names: Sequence[str], what: str, *, field: str) -> str:
+    """The one of some names that is a column. Raises InvalidRequest naming `field` and the row, and
+    listing the columns it has, if none is or several are."""
     found = [name for name in names if name in row.columns]
     if len(found) == 1:
         return found[0]

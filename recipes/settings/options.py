@@ -103,13 +103,15 @@ class RunOptions:
     objective: tyro.conf.OmitArgPrefixes[AlgorithmOptions] = field(default_factory=AlgorithmOptions)
 
 
-GROUPS = ("data", "rollout", "optimizer", "placement", "objective")
-"""Fields of `RunOptions` that are groups of options."""
+def groups_of(options: Any) -> list[str]:
+    """Fields of options that are groups of options."""
+    names = [f.name for f in dataclasses.fields(options)]
+    return [name for name in names if dataclasses.is_dataclass(getattr(options, name))]
 
 
-def flatten(options: RunOptions) -> dict[str, Any]:
+def flatten(options: Any) -> dict[str, Any]:
     """Every option by its name, groups dissolved; names are unique over the groups."""
     flat = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
-    for group in GROUPS:
+    for group in groups_of(options):
         flat.update(dataclasses.asdict(flat.pop(group)))
     return flat
