@@ -117,6 +117,13 @@ def _load_config(path: Path, defaults: Options) -> Options:
         raise InvalidRequest(
             f"resume: cannot read {path} ({error}); give the folder of a run", field="resume"
         ) from error
+    others = sorted(values.keys() - flatten(defaults).keys())
+    if others:
+        raise InvalidRequest(
+            f"resume: {path.parent} is a run of another recipe, whose options include {others[0]}; "
+            "continue it with that",
+            field="resume",
+        )
     return with_values(defaults, values)
 
 

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from engine.errors import InvalidRequest
 from recipes import grpo
 from recipes.run.ledger import Ledger
-from recipes.settings.command_line import parse_sft
-from recipes.settings.options import flatten
+from recipes.settings.command_line import parse, parse_sft
+from recipes.settings.options import RunOptions, flatten
 from recipes.settings.sft_options import SftOptions, run_options
 from recipes.sft import main, train
 from recipes.trainers.optimizer_options import OptimizerOptions
@@ -117,6 +118,14 @@ def test_help_and_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         assert main([*flags, "--model", str(tmp_path)]) == 2
         assert f"InvalidRequest ({field})" in capsys.readouterr().err
     assert run_options(SftOptions(seed=5)).seed == 5
+
+
+def test_a_run_of_another_recipe_is_not_resumed(tmp_path: Path) -> None:
+    for options, read in ((RunOptions(), parse_sft), (SftOptions(), parse)):
+        (tmp_path / "config.json").write_text(json.dumps(flatten(options)))
+        with pytest.raises(InvalidRequest, match="is a run of another recipe") as caught:
+            read(["--resume", str(tmp_path)])
+        assert caught.value.field == "resume"
 
 
 @pytest.mark.slow
