@@ -95,18 +95,39 @@ def _rows(path: Path, batches: Iterable[Any], field: str) -> Iterator[Row]:
 
 
 def _plain(path: Path, batch: Any, before: int, field: str) -> list[dict[str, Any]]:
-    """The batch as Python objects. Text is decoded here: what is no UTF-8 has a row."""
+    """The batch as Python objects. It is validated first, since the library trusts what a broken
+    file says of lengths; what is wrong, such as text that is no UTF-8, has a row."""
     try:
-        rows: list[dict[str, Any]] = batch.to_pylist()
+        batch.validate(full=True)
+        rows: list[dict[str, Any]] = _to_microseconds(batch).to_pylist()
         return rows
     except ValueError:
         for index in range(batch.num_rows):
             try:
-                batch.slice(index, 1).to_pylist()
+                batch.slice(index, 1).validate(full=True)
             except ValueError as error:
                 place = Place(path, before + index + 1, "row")
                 raise at(place, f"cannot be read: {_first_line(error)}", field=field) from error
         raise
+
+
+def _to_microseconds(batch: Any) -> Any:
+    """The batch with its times as exact as Python's, which know no nanoseconds."""
+    import pyarrow
+
+    us: dict[Any, Any] = {
+        pyarrow.time64("ns"): pyarrow.time64("us"),
+        pyarrow.duration("ns"): pyarrow.duration("us"),
+    }
+    for index, column in enumerate(batch.schema):
+        kind = column.type
+        rounded = us.get(kind)
+        if pyarrow.types.is_timestamp(kind) and kind.unit == "ns":
+            rounded = pyarrow.timestamp("us", kind.tz)
+        if rounded is not None:
+            values = batch.column(index).cast(rounded, safe=False)
+            batch = batch.set_column(index, column.name, values)
+    return batch
 
 
 def _first_line(error: Exception) -> str:

@@ -127,6 +127,8 @@ def kind_of(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return "true or false"
+    if isinstance(value, float) and math.isinf(value):
+        return "an infinite one"
     names = {str: "text", dict: "an object", list: "a list", int: "a number", float: "a number"}
     return names.get(type(value), type(value).__name__)
 
@@ -153,11 +155,13 @@ def usual_column(row: Row, names: Sequence[str], what: str, *, field: str) -> st
 
 
 def _is_scalar(value: Any) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, str) or (is_number and not math.isnan(value))
+    """Whether a value is a text or a finite number."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool))
 
 
 def _listed(columns: dict[str, Any]) -> str:
-    names = list(columns)
+    names = [name or "''" for name in columns]
     more = f" and {len(names) - SHOWN_COLUMNS} more" if len(names) > SHOWN_COLUMNS else ""
     return f"{', '.join(names[:SHOWN_COLUMNS]) or 'no columns'}{more}"

@@ -73,7 +73,12 @@ def _saved_files(folder: Path, field: str) -> tuple[Path, ...]:
             "flatten_indices() of it",
             field=field,
         )
-    return tuple(folder / file.filename for file in state.data_files)
+    names = [file.filename for file in state.data_files]
+    for name in names:
+        if Path(name).name != name or not name.endswith(".arrow"):
+            told = f"names {name!r}, which is no Arrow file of its folder; save the data set again"
+            raise at(folder / STATE, told, field=field)
+    return tuple(folder / name for name in names)
 
 
 def _read(path: Path, kind: type[Any], field: str) -> Any:

@@ -30,7 +30,7 @@ class Ended:
 
 
 def run_recipe(size: int, words: Sequence[str], folder: Path, *, main: Main = grpo.main) -> Ended:
-    """The recipe `main` with the flags `words` on `size` ranks, to its end, or until one has failed.
+    """The recipe `main` with the flags `words` on `size` ranks, to its end or the first failure.
 
     folder: where what the ranks say is written.
     """

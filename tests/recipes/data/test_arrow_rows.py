@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,37 @@ def test_a_file_that_is_cut_off(tmp_path: Path, kind: str, part: float) -> None:
 def test_text_that_is_no_utf8_has_a_row(tmp_path: Path) -> None:
     raw = pa.array([b"good", b"b\xe9d"], pa.binary()).cast(pa.binary()).view(pa.string())
     path = write(tmp_path / "t", pa.table({"q": raw}), "stream")
-    with pytest.raises(InvalidRequest, match=r"t row 2: cannot be read: 'utf-8'"):
+    with pytest.raises(InvalidRequest, match=r"t row 2: cannot be read: .*UTF8"):
         list(arrow_rows(path, field="task"))
+
+
+def test_nanoseconds_are_cut_to_what_python_knows(tmp_path: Path) -> None:
+    columns = {
+        "at": pa.array([1_700_000_000_123_456_789], pa.timestamp("ns")),
+        "took": pa.array([1_500], pa.duration("ns")),
+    }
+    row = next(arrow_rows(write(tmp_path / "t", pa.table(columns), "stream"), field="task"))
+    assert row.columns["at"].microsecond == 123456
+    assert row.columns["took"] == datetime.timedelta(microseconds=1)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "stream"])
+def test_bytes_that_were_changed_are_an_error_or_other_rows(tmp_path: Path, kind: str) -> None:
+    """Offsets that lead out of the file would else end the process."""
+    table = pa.table({"q": [f"q{i}" for i in range(50)], "tags": [["a", "b"]] * 50})
+    path = write(tmp_path / "t", table, kind)
+    whole, rng = path.read_bytes(), random.Random(0)
+    refused = 0
+    for _ in range(60):
+        data = bytearray(whole)
+        for _ in range(3):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        path.write_bytes(bytes(data))
+        try:
+            list(reader(kind)(path, field="task"))
+        except InvalidRequest:
+            refused += 1
+    assert refused
 
 
 def test_a_name_that_is_there_twice(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ def answer(found: Row, *, needs_answer: bool = True, **options: Any) -> str:
         ),
         ({"prompt": "q", "solution": 4.5, "level": 3}, {}, "prompt", "4.5"),
         ({"messages": [], "ground_truth": 7}, {}, "messages", "7"),
+        ({"prompt": "q", "answer": 10**400}, {}, "prompt", "1" + "0" * 400),
         (
             {
                 "prompt": [],
@@ -94,6 +95,7 @@ def test_other_columns_are_handed_on() -> None:
         ({"prompt": "q", "r": "text"}, {"answer_column": "r.gt"}, "r is text;"),
         ({"prompt": "q", "answer": None}, {}, "text or a number, not null"),
         ({"prompt": "q", "answer": float("nan")}, {}, "not null"),
+        ({"prompt": "q", "answer": float("inf")}, {}, "not an infinite one"),
         ({"prompt": "q", "answer": True}, {}, "not true or false"),
         ({"prompt": "q", "answer": ["1"]}, {}, "not a list"),
         ({"prompt": "q", "answer": {}}, {}, "not an object"),

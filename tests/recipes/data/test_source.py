@@ -96,6 +96,11 @@ def test_saved_data_sets_that_cannot_be_read(tmp_path: Path) -> None:
     (saved(tmp_path / "b") / "state.json").write_text('{"_data_files": 3}')
     with pytest.raises(InvalidRequest, match=r"state\.json: cannot be read.*save the data set"):
         open_source(tmp_path / "b", field="task")
+    for name in ("../data.arrow", "data.csv", ""):
+        state = {"_data_files": [{"filename": name}]}
+        (tmp_path / "b" / "state.json").write_text(json.dumps(state))
+        with pytest.raises(InvalidRequest, match="no Arrow file of its folder"):
+            open_source(tmp_path / "b", field="task")
     (put(tmp_path / "c") / "dataset_dict.json").parent.mkdir()
     (tmp_path / "c" / "dataset_dict.json").write_text('{"splits": ["train"]}')
     with pytest.raises(InvalidRequest, match=r"train/state\.json"):
