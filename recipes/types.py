@@ -23,12 +23,14 @@ class Problem:
 
     key: canonical form; problems with equal keys are the same problem in other words, and the
     key alone decides whether a problem is for training or held out.
+    chat: the conversation that asks it; without one, the question is the user's turn.
     columns: what else its source says of it, for rewards.
     """
 
     question: str
     answer: str
     key: str
+    chat: tuple[Message, ...] = ()
     columns: dict[str, Any] = field(default_factory=dict)
 
 

@@ -12,6 +12,7 @@ from recipes.actors.actor import Actor
 from recipes.actors.launch import launch_actor
 from recipes.algorithms.presets import resolve
 from recipes.collecting.prompts import Prompts
+from recipes.data.chat_style import chat_style
 from recipes.environments.base import Environment, heldout_problems
 from recipes.environments.named_tasks import select_environment
 from recipes.environments.task_check import CheckedTask, check_pool, check_task
@@ -62,11 +63,11 @@ def open_run(options: RunOptions, ledger: Ledger) -> Run:
 
 
 def _read_task(options: RunOptions, tokenizer: Tokenizer) -> CheckedTask:
-    environment = select_environment(options.task)
+    environment = select_environment(options.task, options.data)
     checkpoint = read_checkpoint(options.model, options.load_format, options.seed)
     return check_task(
         environment,
-        Prompts(environment, tokenizer, ()),
+        Prompts(environment, tokenizer, (), chat_style(options.data, tokenizer.chat_template)),
         context_length=checkpoint.context_length,
         num_heldout=options.eval_prompts,
         skip_long=options.skip_long_prompts,
@@ -103,7 +104,12 @@ def assemble(
         sampling=SamplingParams(
             max_new_tokens=max_new_tokens, temperature=options.rollout.temperature
         ),
-        prompts=Prompts(environment, tokenizer, actor.state().eos_ids),
+        prompts=Prompts(
+            environment,
+            tokenizer,
+            actor.state().eos_ids,
+            chat_style(options.data, tokenizer.chat_template),
+        ),
         grading=Grading(environment, processes_here=world.size),
         tokenizer=tokenizer,
         heldout=heldout_problems(environment, options.eval_prompts),

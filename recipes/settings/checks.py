@@ -19,6 +19,7 @@ from recipes.settings.options import (
     RunOptions,
     flatten,
 )
+from recipes.settings.sft_options import SftOptions
 
 LEAST: Mapping[str, int] = MappingProxyType(
     {
@@ -41,13 +42,14 @@ LEAST: Mapping[str, int] = MappingProxyType(
         "overlong_buffer": 0,
         "kl_coef": 0,
         "is_cap": 1,
+        "batch_size": 1,
     }
 )
 """Least values of the numbers among the options."""
 
 ABOVE_ZERO = frozenset(
     {
-        *("minutes", "temperature", "kv_memory_gb", "lr", "max_grad_norm"),
+        *("minutes", "epochs", "temperature", "kv_memory_gb", "lr", "max_grad_norm"),
         *("kl_target", "kl_horizon"),
     }
 )
@@ -58,8 +60,23 @@ UP_TO_ONE = frozenset({"gamma"})
 def check_options(options: RunOptions) -> None:
     """Raises InvalidRequest, its `field` an option's name; ModelNotFound for the model."""
     _check_numbers(flatten(options))
-    _check_placement(options.placement)
     _check_objective(options.objective, options.rollout)
+    _check_common(options)
+
+
+def check_sft(options: SftOptions) -> None:
+    """As `check_options`, of a supervised run."""
+    _check_numbers(flatten(options))
+    if options.steps is not None and options.epochs is not None:
+        raise InvalidRequest(
+            "epochs: --epochs and --steps both say how long the run is; leave one out",
+            field="epochs",
+        )
+    _check_common(options)
+
+
+def _check_common(options: RunOptions | SftOptions) -> None:
+    _check_placement(options.placement)
     if options.wandb != "off":
         _check_extra("wandb", f"--wandb {options.wandb}", "wandb")
     if options.placement.trainer == "deepspeed":

@@ -1,4 +1,4 @@
-"""From arguments, a TOML file and a run to resume to one `RunOptions`.
+"""From arguments, a TOML file and a run to resume to the options of a recipe.
 
 Flags override the TOML file, which overrides the defaults. A resumed run takes its own
 config.json as the defaults, and refuses changes that would make it another run.
@@ -10,18 +10,22 @@ import dataclasses
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import msgspec
 import tyro
 
 from engine.errors import InvalidRequest
-from recipes.settings.checks import check_options
-from recipes.settings.options import GROUPS, RunOptions, flatten
+from recipes.settings.checks import check_options, check_sft
+from recipes.settings.options import RunOptions, flatten, groups_of
+from recipes.settings.sft_options import SftOptions
+
+Options = TypeVar("Options", RunOptions, SftOptions)
 
 CHANGEABLE = frozenset(
     {
         "steps",
+        "epochs",
         "minutes",
         "out",
         "resume",
@@ -40,19 +44,31 @@ CHANGEABLE = frozenset(
 def parse(argv: Sequence[str]) -> RunOptions:
     """Options of a command line. Raises InvalidRequest or ModelNotFound naming the option;
     a flag that does not exist, or --help, ends the process as command lines do."""
-    defaults = RunOptions()
+    options = _parse(argv, RunOptions(), "grpo.py")
+    check_options(options)
+    return options
+
+
+def parse_sft(argv: Sequence[str]) -> SftOptions:
+    """As `parse`, those of a supervised run."""
+    options = _parse(argv, SftOptions(), "sft.py")
+    check_sft(options)
+    return options
+
+
+def _parse(argv: Sequence[str], defaults: Options, prog: str) -> Options:
+    kind = type(defaults)
     resume = _peek(argv, "--resume")
     saved = None
     if resume is not None:
-        saved = _load_config(Path(resume) / "config.json")
+        saved = _load_config(Path(resume) / "config.json", defaults)
         defaults = saved
     toml = _peek(argv, "--config")
     if toml is not None:
         defaults = with_values(defaults, _read_toml(Path(toml)))
-    options = tyro.cli(RunOptions, default=defaults, args=list(argv), prog="grpo.py")
+    options = tyro.cli(kind, default=defaults, args=list(argv), prog=prog)
     if saved is not None:
         _check_unchanged(saved, options)
-    check_options(options)
     return options
 
 
@@ -64,7 +80,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise InvalidRequest(f"config: {path}: {error}", field="config") from error
 
 
-def with_values(options: RunOptions, values: dict[str, Any]) -> RunOptions:
+def with_values(options: Options, values: dict[str, Any]) -> Options:
     """The options with some replaced. InvalidRequest names a key that is unknown or a value
     of the wrong type."""
     known = flatten(options)
@@ -73,14 +89,14 @@ def with_values(options: RunOptions, values: dict[str, Any]) -> RunOptions:
             raise InvalidRequest(
                 f"{key} is not an option; see --help (names have _ for -)", field=key
             )
-    replaced = {group: _replace(getattr(options, group), values) for group in GROUPS}
+    replaced = {group: _replace(getattr(options, group), values) for group in groups_of(options)}
     result = _replace(dataclasses.replace(options, **replaced), values)
-    assert isinstance(result, RunOptions)
+    assert isinstance(result, type(options))
     return result
 
 
 def _replace(target: Any, values: dict[str, Any]) -> Any:
-    names = {f.name for f in dataclasses.fields(target)} - set(GROUPS)
+    names = {f.name for f in dataclasses.fields(target)} - set(groups_of(target))
     hints = get_type_hints(type(target))
     mine = {key: _typed(key, value, hints[key]) for key, value in values.items() if key in names}
     return dataclasses.replace(target, **mine)
@@ -93,7 +109,7 @@ def _typed(key: str, value: Any, kind: Any) -> Any:
         raise InvalidRequest(f"{key}: {error}, not {value!r}", field=key) from error
 
 
-def _load_config(path: Path) -> RunOptions:
+def _load_config(path: Path, defaults: Options) -> Options:
     """The options a run was started with. InvalidRequest if there is no such run."""
     try:
         values = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
@@ -101,15 +117,22 @@ def _load_config(path: Path) -> RunOptions:
         raise InvalidRequest(
             f"resume: cannot read {path} ({error}); give the folder of a run", field="resume"
         ) from error
-    return with_values(RunOptions(), values)
+    others = sorted(values.keys() - flatten(defaults).keys())
+    if others:
+        raise InvalidRequest(
+            f"resume: {path.parent} is a run of another recipe, whose options include {others[0]}; "
+            "continue it with that",
+            field="resume",
+        )
+    return with_values(defaults, values)
 
 
-def _check_unchanged(saved: RunOptions, options: RunOptions) -> None:
+def _check_unchanged(saved: Options, options: Options) -> None:
     """Refuse a resumed run an option that would make its steps others than those it took."""
     before, after = flatten(saved), flatten(options)
     changeable = set(CHANGEABLE)
     if saved.optimizer.schedule != "constant":
-        changeable.remove("steps")
+        changeable -= {"steps", "epochs"}
     for name, value in before.items():
         if name not in changeable and after[name] != value:
             raise InvalidRequest(

@@ -11,6 +11,7 @@ import tyro
 
 from engine.config import Device, LoadFormat
 from recipes.algorithms.presets import AlgorithmOptions
+from recipes.data.data_options import DataOptions
 from recipes.trainers.optimizer_options import OptimizerOptions
 
 DEFAULT_MODEL = Path(__file__).parent.parent.parent / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -62,8 +63,8 @@ class RunOptions:
     """
 
     task: str = "largest"
-    """largest, sorting, addition, letter_count, a .jsonl file (or .jsonl.gz) of prompts and
-    answers, or gym:<name> for a reasoning-gym task."""
+    """largest, sorting, addition, letter_count, a path to prompts and answers (jsonl, csv, parquet,
+    arrow, or a folder of them), or gym:<name> for a reasoning-gym task."""
     skip_long_prompts: bool = False
     """Leave out the prompts of a file that do not fit into the model's context, instead of
     refusing the run."""
@@ -95,19 +96,22 @@ class RunOptions:
     """Steps between checkpoints; 0 writes none."""
     config: str | None = None
     """TOML file with defaults for these options, named as here with _ for -."""
+    data: tyro.conf.OmitArgPrefixes[DataOptions] = field(default_factory=DataOptions)
     rollout: tyro.conf.OmitArgPrefixes[RolloutOptions] = field(default_factory=RolloutOptions)
     optimizer: tyro.conf.OmitArgPrefixes[OptimizerOptions] = field(default_factory=OptimizerOptions)
     placement: tyro.conf.OmitArgPrefixes[PlacementOptions] = field(default_factory=PlacementOptions)
     objective: tyro.conf.OmitArgPrefixes[AlgorithmOptions] = field(default_factory=AlgorithmOptions)
 
 
-GROUPS = ("rollout", "optimizer", "placement", "objective")
-"""Fields of `RunOptions` that are groups of options."""
+def groups_of(options: Any) -> list[str]:
+    """Fields of options that are groups of options."""
+    names = [f.name for f in dataclasses.fields(options)]
+    return [name for name in names if dataclasses.is_dataclass(getattr(options, name))]
 
 
-def flatten(options: RunOptions) -> dict[str, Any]:
+def flatten(options: Any) -> dict[str, Any]:
     """Every option by its name, groups dissolved; names are unique over the groups."""
     flat = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
-    for group in GROUPS:
+    for group in groups_of(options):
         flat.update(dataclasses.asdict(flat.pop(group)))
     return flat

@@ -13,8 +13,8 @@ import pytest
 
 from engine.errors import InvalidRequest
 from recipes.environments.base import problem_at
+from recipes.environments.file_task import load_task
 from recipes.environments.gym import load_gym
-from recipes.environments.jsonl import load_jsonl
 from recipes.rewards.grader_main import GraderLimits
 from recipes.rewards.graders import GraderPool, GraderSpec
 from recipes.rewards.grading import Grading
@@ -89,7 +89,7 @@ def test_a_grader_that_cannot_be_loaded_is_named() -> None:
 def test_mathematics_of_a_file_is_graded_beside_the_run(tmp_path: Path) -> None:
     rows = [f'{{"prompt": "What is {i}/2?", "answer": {i / 2}}}' for i in range(8)]
     (tmp_path / "t.jsonl").write_text("\n".join(rows))
-    task = load_jsonl(tmp_path / "t.jsonl")
+    task = load_task(tmp_path / "t.jsonl")
     problems = [line.problem for line in task.lines]
     grading = Grading(task)
     replies = [f"It is $\\frac{{{i}}}{{2}}$" for i in range(8)]

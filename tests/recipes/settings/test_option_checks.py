@@ -7,9 +7,17 @@ from typing import Any
 import pytest
 
 from engine.errors import InvalidRequest
-from recipes.settings.checks import ABOVE_ZERO, BELOW_ONE, LEAST, UP_TO_ONE, check_options
+from recipes.settings.checks import (
+    ABOVE_ZERO,
+    BELOW_ONE,
+    LEAST,
+    UP_TO_ONE,
+    check_options,
+    check_sft,
+)
 from recipes.settings.command_line import with_values
 from recipes.settings.options import RunOptions, flatten
+from recipes.settings.sft_options import SftOptions
 
 BAD: list[tuple[str, Any, str]] = [
     *((name, least - 1, f"at least {least}") for name, least in LEAST.items()),
@@ -24,10 +32,14 @@ BAD: list[tuple[str, Any, str]] = [
 
 @pytest.mark.parametrize("name,value,what", BAD)
 def test_a_number_out_of_its_range_is_refused_by_name(name: str, value: Any, what: str) -> None:
-    kind = type(flatten(RunOptions())[name])
+    is_rl = name in flatten(RunOptions())
+    kind = type(flatten(RunOptions() if is_rl else SftOptions())[name])
     given = int(value) if kind is int else value
     with pytest.raises(InvalidRequest, match=f"^{name} must be {what}, not ") as caught:
-        check_options(with_values(RunOptions(model=__file__), {name: given}))
+        if is_rl:
+            check_options(with_values(RunOptions(model=__file__), {name: given}))
+        else:
+            check_sft(with_values(SftOptions(model=__file__), {name: given}))
     assert caught.value.field == name
 
 
