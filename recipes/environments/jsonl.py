@@ -9,8 +9,8 @@ from pathlib import Path
 import msgspec
 
 from engine.errors import InvalidRequest
-from recipes.rewards.graders import GraderSpec
 from recipes.rewards.math import MATH, math_match
+from recipes.rewards.worker import GraderSpec
 from recipes.types import Message, Problem
 from rollout.offline import JsonLine, parse_line, read_lines
 

@@ -15,7 +15,9 @@ from recipes.collecting.prompts import Prompts
 from recipes.environments.base import Environment, heldout_problems
 from recipes.environments.named_tasks import select_environment
 from recipes.environments.task_check import CheckedTask, check_pool, check_task
+from recipes.rewards.failed_share import FailedShare
 from recipes.rewards.grading import Grading
+from recipes.rewards.task_reward import task_reward
 from recipes.run.display import Display
 from recipes.run.ledger import Ledger
 from recipes.run.progress import RunProgress
@@ -104,7 +106,8 @@ def assemble(
             max_new_tokens=max_new_tokens, temperature=options.rollout.temperature
         ),
         prompts=Prompts(environment, tokenizer, actor.state().eos_ids),
-        grading=Grading(environment, processes_here=world.size),
+        grading=Grading(task_reward(environment, processes_here=world.size)),
+        failed_share=FailedShare(options.rewards.max_failed_share),
         tokenizer=tokenizer,
         heldout=heldout_problems(environment, options.eval_prompts),
         actor=actor,

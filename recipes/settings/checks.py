@@ -51,6 +51,7 @@ ABOVE_ZERO = frozenset(
         *("kl_target", "kl_horizon"),
     }
 )
+SHARES = frozenset({"max_failed_share"})
 BELOW_ONE = frozenset({"beta1", "beta2"})
 UP_TO_ONE = frozenset({"gamma"})
 
@@ -162,6 +163,8 @@ def _check_numbers(flat: Mapping[str, Any]) -> None:
             _require(name, value, value >= LEAST[name], f"at least {LEAST[name]}")
         elif name in ABOVE_ZERO:
             _require(name, value, value > 0, "above 0")
+        elif name in SHARES:
+            _require(name, value, 0 <= value <= 1, "in [0, 1]")
         elif name in BELOW_ONE:
             _require(name, value, 0 <= value < 1, "in [0, 1)")
         elif name in UP_TO_ONE:

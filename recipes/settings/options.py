@@ -11,6 +11,7 @@ import tyro
 
 from engine.config import Device, LoadFormat
 from recipes.algorithms.presets import AlgorithmOptions
+from recipes.rewards.reward_options import RewardOptions
 from recipes.trainers.optimizer_options import OptimizerOptions
 
 DEFAULT_MODEL = Path(__file__).parent.parent.parent / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -97,11 +98,12 @@ class RunOptions:
     """TOML file with defaults for these options, named as here with _ for -."""
     rollout: tyro.conf.OmitArgPrefixes[RolloutOptions] = field(default_factory=RolloutOptions)
     optimizer: tyro.conf.OmitArgPrefixes[OptimizerOptions] = field(default_factory=OptimizerOptions)
+    rewards: tyro.conf.OmitArgPrefixes[RewardOptions] = field(default_factory=RewardOptions)
     placement: tyro.conf.OmitArgPrefixes[PlacementOptions] = field(default_factory=PlacementOptions)
     objective: tyro.conf.OmitArgPrefixes[AlgorithmOptions] = field(default_factory=AlgorithmOptions)
 
 
-GROUPS = ("rollout", "optimizer", "placement", "objective")
+GROUPS = ("rollout", "optimizer", "rewards", "placement", "objective")
 """Fields of `RunOptions` that are groups of options."""
 
 
