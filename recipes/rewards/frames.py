@@ -11,11 +11,17 @@ from typing import Any
 def write_frame(sink: int, value: dict[str, Any]) -> None:
     """Write one frame to a file descriptor. Raises BrokenPipeError if the reader is gone.
 
-    What JSON has no word for, such as a date among a problem's columns, becomes text."""
-    data = json.dumps(value, default=_plain).encode()
+    See `to_json`."""
+    data = to_json(value)
     rest = memoryview(len(data).to_bytes(4, "little") + data)
     while rest:
         rest = rest[os.write(sink, rest) :]
+
+
+def to_json(value: dict[str, Any]) -> bytes:
+    """A value as JSON. What JSON has no word for, such as a date among a problem's columns, becomes
+    text, and an array of numpy a list."""
+    return json.dumps(value, default=_plain).encode()
 
 
 def read_frame(source: int) -> dict[str, Any] | None:
@@ -40,5 +46,4 @@ def _read(source: int, size: int) -> bytes | None:
 
 
 def _plain(value: object) -> object:
-    """numpy's arrays and numbers as lists and numbers; the rest as text."""
     return value.tolist() if hasattr(value, "tolist") else str(value)

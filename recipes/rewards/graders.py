@@ -52,11 +52,10 @@ class GraderPool:
         for worker in self._workers:
             worker.launch()
 
-    async def parameters(self) -> Parameters:
-        """What the grader takes, once one of the processes has loaded it. Raises InvalidRequest if
+    def parameters(self) -> Parameters:
+        """What the grader takes; waits for a process that has loaded it. Raises InvalidRequest if
         it cannot be loaded."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, self._workers[0].parameters)
+        return self._workers[0].parameters()
 
     async def grade(self, calls: Sequence[GraderCall]) -> list[Grade]:
         """One grade a call, in order. Raises InvalidRequest if the grader cannot be loaded."""
@@ -83,12 +82,13 @@ class GraderPool:
                 self._free.put_nowait(worker)
 
     async def close(self) -> None:
-        """End the processes, with all that they have started. Idempotent."""
+        """As `end`, for an event loop."""
+        await asyncio.to_thread(self.end)
+
+    def end(self) -> None:
+        """End the processes, with all that they have started, and wait for that. Idempotent."""
         for worker in self._workers:
             worker.end()
-        await asyncio.to_thread(self._wait_for_all)
-
-    def _wait_for_all(self) -> None:
         for worker in self._workers:
             worker.close()
         self._threads.shutdown()

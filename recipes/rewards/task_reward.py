@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from recipes.environments.base import Environment, GradedBeside
 from recipes.rewards.base import Grade, Item, Reward, as_grade
-from recipes.rewards.graders import MOST_PROCESSES, GraderCall, GraderPool
+from recipes.rewards.graders import GraderCall, GraderPool
 
 
 class TaskVerifier:
@@ -27,7 +26,7 @@ class TaskVerifier:
 class TaskGrader:
     """A `Reward`: the grader of a task that runs beside the run. Its processes start at once."""
 
-    def __init__(self, environment: GradedBeside, *, num_processes: int) -> None:
+    def __init__(self, environment: GradedBeside, *, num_processes: int | None) -> None:
         self._environment = environment
         self._pool = GraderPool(environment.grader, num_processes=num_processes)
         self._pool.start()
@@ -45,13 +44,8 @@ class TaskGrader:
         await self._pool.close()
 
 
-def task_reward(environment: Environment, *, processes_here: int = 1) -> Reward:
-    """A task's own reward. processes_here: of the run on this host, which share the cores."""
+def task_reward(environment: Environment, *, num_processes: int | None = None) -> Reward:
+    """A task's own reward. num_processes: that grade, where it has a grader; see `GraderPool`."""
     if isinstance(environment, GradedBeside):
-        return TaskGrader(environment, num_processes=grader_processes(processes_here))
+        return TaskGrader(environment, num_processes=num_processes)
     return TaskVerifier(environment)
-
-
-def grader_processes(processes_here: int) -> int:
-    """How many processes grade for one of the run's: its share of the cores."""
-    return max(1, min((os.cpu_count() or 1) // processes_here, MOST_PROCESSES))

@@ -12,11 +12,12 @@ from recipes.actors.actor import Actor
 from recipes.actors.launch import launch_actor
 from recipes.algorithms.presets import resolve
 from recipes.collecting.prompts import Prompts
-from recipes.environments.base import Environment, heldout_problems
+from recipes.environments.base import Environment, heldout_problems, problem_at
 from recipes.environments.named_tasks import select_environment
 from recipes.environments.task_check import CheckedTask, check_pool, check_task
 from recipes.rewards.failed_share import FailedShare
 from recipes.rewards.grading import Grading
+from recipes.rewards.named_rewards import open_grading
 from recipes.rewards.task_reward import task_reward
 from recipes.run.display import Display
 from recipes.run.ledger import Ledger
@@ -28,6 +29,7 @@ from recipes.settings.checks import holds_a_run, in_use, taken
 from recipes.settings.options import RunOptions, flatten
 from recipes.trainers.base import Learner
 from recipes.trainers.model import load_trainer
+from recipes.types import Problem
 from recipes.world import World, open_world
 from rollout.launch import read_checkpoint
 from rollout.offline import Tokenizer, load_tokenizer
@@ -47,6 +49,13 @@ def open_run(options: RunOptions, ledger: Ledger) -> Run:
             colocated=placement.rollout_gpus == 0,
         )
         on_failure.callback(world.close)
+        grading = open_grading(
+            options.rewards,
+            task.environment,
+            _looked_at(options, task.environment),
+            processes_here=world.size,
+        )
+        on_failure.callback(grading.close)
         actor = launch_actor(options, world)
         on_failure.callback(actor.close)
         check_pool(task, actor.state(), _max_new_tokens(options, task.environment))
@@ -54,6 +63,7 @@ def open_run(options: RunOptions, ledger: Ledger) -> Run:
             options,
             ledger,
             environment=task.environment,
+            grading=grading,
             actor=actor,
             tokenizer=tokenizer,
             trainer=load_trainer(options, actor, world),
@@ -75,6 +85,12 @@ def _read_task(options: RunOptions, tokenizer: Tokenizer) -> CheckedTask:
     )
 
 
+def _looked_at(options: RunOptions, environment: Environment) -> list[Problem]:
+    """Problems that tell which columns there are."""
+    heldout = heldout_problems(environment, options.eval_prompts)
+    return [*heldout, problem_at(environment, "train", options.seed, 0)]
+
+
 def _max_new_tokens(options: RunOptions, environment: Environment) -> int:
     return options.rollout.max_new_tokens or environment.max_new_tokens
 
@@ -88,6 +104,7 @@ def assemble(
     tokenizer: Tokenizer,
     trainer: Learner,
     world: World | None = None,
+    grading: Grading | None = None,
 ) -> Run:
     """A run of these parts, whatever task and model the options name."""
     world = world or World()
@@ -106,7 +123,7 @@ def assemble(
             max_new_tokens=max_new_tokens, temperature=options.rollout.temperature
         ),
         prompts=Prompts(environment, tokenizer, actor.state().eos_ids),
-        grading=Grading(task_reward(environment, processes_here=world.size)),
+        grading=grading or Grading(task_reward(environment)),
         failed_share=FailedShare(options.rewards.max_failed_share),
         tokenizer=tokenizer,
         heldout=heldout_problems(environment, options.eval_prompts),

@@ -12,6 +12,7 @@ from typing import Any
 
 from engine.errors import InvalidRequest, ModelNotFound
 from recipes.algorithms.presets import AlgorithmOptions, resolve
+from recipes.rewards.reward_options import check_reward_options
 from recipes.settings.options import (
     DEFAULT_MODEL,
     PlacementOptions,
@@ -41,6 +42,7 @@ LEAST: Mapping[str, int] = MappingProxyType(
         "overlong_buffer": 0,
         "kl_coef": 0,
         "is_cap": 1,
+        "judge_votes": 1,
     }
 )
 """Least values of the numbers among the options."""
@@ -48,6 +50,7 @@ LEAST: Mapping[str, int] = MappingProxyType(
 ABOVE_ZERO = frozenset(
     {
         *("minutes", "temperature", "kv_memory_gb", "lr", "max_grad_norm"),
+        "reward_timeout",
         *("kl_target", "kl_horizon"),
     }
 )
@@ -67,6 +70,7 @@ def check_options(options: RunOptions) -> None:
         _check_extra("trainer", "--trainer deepspeed", "train")
     if options.resume is None and options.out is not None and holds_a_run(Path(options.out)):
         raise taken(Path(options.out))
+    check_reward_options(options.rewards)
     _check_model(options.model)
 
 

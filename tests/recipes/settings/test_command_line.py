@@ -17,12 +17,14 @@ from recipes.settings.options import DEFAULT_MODEL, RunOptions
 FLAGS = """
 algorithm beta1 beta2 checkpoint_every clip_high clip_low config device dither dtype
 dynamic_sampling
-eval_every eval_prompts gamma gradient_checkpointing is_cap is_level is_mode kl_coef
+eval_every eval_prompts gamma gradient_checkpointing is_cap is_level is_mode
+judge_model judge_prompt judge_votes kl_coef
 kl_controller kl_estimator kl_horizon kl_in kl_target
 kv_memory_gb load_format loss_aggregation lr max_failed_share max_grad_norm max_new_tokens
 max_resamples max_tokens_per_microbatch minutes model normalise_rewards num_iterations
 num_minibatches out overlong_buffer
-prompts_per_step resume rollout_gpus samples schedule seed skip_long_prompts sleep steps
+prompts_per_step resume reward reward_timeout
+rollout_gpus samples schedule seed skip_long_prompts sleep steps
 task temperature trainer trainer_memory_gb wandb warmup_steps weight_decay
 whiten_advantages zero
 """
