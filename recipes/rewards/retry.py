@@ -27,21 +27,21 @@ async def until_deadline(
     timeout_s: float,
     *,
     most: int | None = None,
-    first_pause_s: float = FIRST_PAUSE_S,
 ) -> T | Failed:
     """The first answer that is no `Retry`; pauses double. After `most` answers, or at the deadline,
     the last one is a failure."""
     last: Retry | None = None
-    pause_s, num = first_pause_s, 0
+    pause_s, num = FIRST_PAUSE_S, 0
     try:
         async with asyncio.timeout(timeout_s):
-            while most is None or num < most:
-                found = await ask()
-                if not isinstance(found, Retry):
-                    return found
+            while isinstance(found := await ask(), Retry):
                 last, num = found, num + 1
+                if num == most:
+                    break
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+            else:
+                return found
     except TimeoutError:
         if last is None:
             return Failed(kind="timeout", reason=f"no answer in {timeout_s:g} s")
