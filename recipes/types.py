@@ -43,8 +43,9 @@ class Trajectory:
     rollout_logprobs: float32 [response_len], log_softmax(logits / temperature) in the engine.
     spans: weight versions that sampled the response.
     truncated: the reply was cut by the token limit.
-    failed: why it could not be graded, or "". A failed sample has no part in its group's
-        statistics nor in the loss; its reward and `correct` are 0 and mean nothing.
+    failed: why it could not be graded, "kind: reason" (`rewards.base.Failed`), or "". A failed
+        sample has no part in its group's statistics nor in the loss; its reward and `correct` are
+        0 and mean nothing.
     """
 
     prompt_ids: IntArray

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Literal, Protocol, runtime_checkable
 
 from engine.errors import InvalidRequest
-from recipes.rewards.graders import GraderSpec
+from recipes.rewards.worker import GraderSpec
 from recipes.types import Message, Problem
 
 Split = Literal["train", "heldout"]

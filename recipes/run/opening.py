@@ -13,10 +13,13 @@ from recipes.actors.launch import launch_actor
 from recipes.algorithms.presets import resolve
 from recipes.collecting.prompts import Prompts
 from recipes.data.chat_style import chat_style
-from recipes.environments.base import Environment, heldout_problems
+from recipes.environments.base import Environment, heldout_problems, problem_at
 from recipes.environments.named_tasks import select_environment
 from recipes.environments.task_check import CheckedTask, check_pool, check_task
+from recipes.rewards.failed_share import FailedShare
 from recipes.rewards.grading import Grading
+from recipes.rewards.named_rewards import open_grading
+from recipes.rewards.task_reward import task_reward
 from recipes.run.display import Display
 from recipes.run.ledger import Ledger
 from recipes.run.progress import RunProgress
@@ -27,6 +30,7 @@ from recipes.settings.checks import holds_a_run, in_use, taken
 from recipes.settings.options import RunOptions, flatten
 from recipes.trainers.base import Learner
 from recipes.trainers.model import load_trainer
+from recipes.types import Problem
 from recipes.world import World, open_world
 from rollout.launch import read_checkpoint
 from rollout.offline import Tokenizer, load_tokenizer
@@ -46,6 +50,13 @@ def open_run(options: RunOptions, ledger: Ledger) -> Run:
             colocated=placement.rollout_gpus == 0,
         )
         on_failure.callback(world.close)
+        grading = open_grading(
+            options.rewards,
+            task.environment,
+            _looked_at(options, task.environment),
+            processes_here=world.size,
+        )
+        on_failure.callback(grading.close)
         actor = launch_actor(options, world)
         on_failure.callback(actor.close)
         check_pool(task, actor.state(), _max_new_tokens(options, task.environment))
@@ -53,6 +64,7 @@ def open_run(options: RunOptions, ledger: Ledger) -> Run:
             options,
             ledger,
             environment=task.environment,
+            grading=grading,
             actor=actor,
             tokenizer=tokenizer,
             trainer=load_trainer(options, actor, world),
@@ -63,7 +75,9 @@ def open_run(options: RunOptions, ledger: Ledger) -> Run:
 
 
 def _read_task(options: RunOptions, tokenizer: Tokenizer) -> CheckedTask:
-    environment = select_environment(options.task, options.data)
+    environment = select_environment(
+        options.task, options.data, needs_answer=options.rewards.uses_task
+    )
     checkpoint = read_checkpoint(options.model, options.load_format, options.seed)
     return check_task(
         environment,
@@ -72,6 +86,12 @@ def _read_task(options: RunOptions, tokenizer: Tokenizer) -> CheckedTask:
         num_heldout=options.eval_prompts,
         skip_long=options.skip_long_prompts,
     )
+
+
+def _looked_at(options: RunOptions, environment: Environment) -> list[Problem]:
+    """Problems that tell which columns there are."""
+    heldout = heldout_problems(environment, options.eval_prompts)
+    return [*heldout, problem_at(environment, "train", options.seed, 0)]
 
 
 def _max_new_tokens(options: RunOptions, environment: Environment) -> int:
@@ -87,6 +107,7 @@ def assemble(
     tokenizer: Tokenizer,
     trainer: Learner,
     world: World | None = None,
+    grading: Grading | None = None,
 ) -> Run:
     """A run of these parts, whatever task and model the options name."""
     world = world or World()
@@ -110,7 +131,8 @@ def assemble(
             actor.state().eos_ids,
             chat_style(options.data, tokenizer.chat_template),
         ),
-        grading=Grading(environment, processes_here=world.size),
+        grading=grading or Grading(task_reward(environment)),
+        failed_share=FailedShare(options.rewards.max_failed_share),
         tokenizer=tokenizer,
         heldout=heldout_problems(environment, options.eval_prompts),
         actor=actor,

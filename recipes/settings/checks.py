@@ -12,6 +12,7 @@ from typing import Any
 
 from engine.errors import InvalidRequest, ModelNotFound
 from recipes.algorithms.presets import AlgorithmOptions, resolve
+from recipes.rewards.reward_options import check_reward_options
 from recipes.settings.options import (
     DEFAULT_MODEL,
     PlacementOptions,
@@ -43,6 +44,7 @@ LEAST: Mapping[str, int] = MappingProxyType(
         "kl_coef": 0,
         "is_cap": 1,
         "batch_size": 1,
+        "judge_votes": 1,
     }
 )
 """Least values of the numbers among the options."""
@@ -50,9 +52,11 @@ LEAST: Mapping[str, int] = MappingProxyType(
 ABOVE_ZERO = frozenset(
     {
         *("minutes", "epochs", "temperature", "kv_memory_gb", "lr", "max_grad_norm"),
+        "reward_timeout",
         *("kl_target", "kl_horizon"),
     }
 )
+SHARES = frozenset({"max_failed_share"})
 BELOW_ONE = frozenset({"beta1", "beta2"})
 UP_TO_ONE = frozenset({"gamma"})
 
@@ -61,6 +65,7 @@ def check_options(options: RunOptions) -> None:
     """Raises InvalidRequest, its `field` an option's name; ModelNotFound for the model."""
     _check_numbers(flatten(options))
     _check_objective(options.objective, options.rollout)
+    check_reward_options(options.rewards)
     _check_common(options)
 
 
@@ -179,6 +184,8 @@ def _check_numbers(flat: Mapping[str, Any]) -> None:
             _require(name, value, value >= LEAST[name], f"at least {LEAST[name]}")
         elif name in ABOVE_ZERO:
             _require(name, value, value > 0, "above 0")
+        elif name in SHARES:
+            _require(name, value, 0 <= value <= 1, "in [0, 1]")
         elif name in BELOW_ONE:
             _require(name, value, 0 <= value < 1, "in [0, 1)")
         elif name in UP_TO_ONE:

@@ -36,6 +36,7 @@ CHANGEABLE = frozenset(
         "kv_memory_gb",
         "rollout_gpus",
         "sleep",
+        "max_failed_share",
     }
 )
 """Options a resumed run may be given anew: none of them changes a step that both runs take."""

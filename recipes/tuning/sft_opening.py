@@ -12,7 +12,8 @@ from recipes.collecting.prompts import Prompts
 from recipes.data.chat_style import chat_style
 from recipes.environments.base import heldout_problems
 from recipes.environments.task_check import CheckedTask, check_pool
-from recipes.rewards.grading import Grading
+from recipes.rewards.named_rewards import open_grading
+from recipes.rewards.reward_options import RewardOptions
 from recipes.run.display import SFT_COLUMNS, Display
 from recipes.run.ledger import Ledger
 from recipes.run.opening import open_folder
@@ -104,7 +105,7 @@ def _asked(
     return Asked(
         actor=actor,
         prompts=Prompts(environment, tokenizer, actor.state().eos_ids, style),
-        grading=Grading(environment, processes_here=world.size),
+        grading=open_grading(RewardOptions(), environment, (), processes_here=world.size),
         problems=heldout_problems(environment, options.eval_prompts),
         max_new_tokens=max_new_tokens,
     )

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,11 +14,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engine.errors import InvalidRequest
+from engine.errors import GradingFailed, InvalidRequest
 from recipes.algorithms.presets import AlgorithmName, AlgorithmOptions
 from recipes.environments.base import Environment
 from recipes.grpo import main, train, update
-from recipes.rewards.graders import GraderSpec
+from recipes.rewards.base import Failed, Grade, Item
+from recipes.rewards.reward_options import RewardOptions
+from recipes.rewards.worker import GraderSpec
 from recipes.run.ledger import Ledger
 from recipes.run.opening import assemble
 from recipes.run.report import PHASES
@@ -228,13 +231,43 @@ class Beside(LeadingDigit):
 def test_replies_that_no_grader_gets_through_are_counted_and_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    options = make_options(tmp_path, steps=2, checkpoint_every=0)
+    rewards = RewardOptions(max_failed_share=1.0)
+    objective = AlgorithmOptions(algorithm="grpo")
+    options = make_options(tmp_path, checkpoint_every=0, rewards=rewards, objective=objective)
     with caplog.at_level(logging.INFO), make_run(options, environment=Beside()) as run:
         run.begin()
         train(run)
     ungraded = [row["completions/num_ungraded"] for row in rows(run)]
     assert sum(ungraded) > 0
-    assert "replies not graded, reward 0; raised ValueError: no digit" in caplog.text
+    for row, num in zip(rows(run), ungraded, strict=True):
+        assert row.get("rewards/failed/raised", 0.0) == num
+        assert row["rewards/failed_share"] == num / 12
+    assert "replies not graded, and left out" in caplog.text
+    assert "raised: raised ValueError: no digit" in caplog.text
+
+
+@pytest.mark.parametrize("kl_coef,num_iterations", [(0.0, 1), (0.1, 2)])
+def test_a_reward_that_fails_ends_the_run_by_its_name(
+    tmp_path: Path, kl_coef: float, num_iterations: int
+) -> None:
+    """Steps with nothing to learn from come before: they leave the weights as they are."""
+    objective = AlgorithmOptions(algorithm="grpo", kl_coef=kl_coef, num_iterations=num_iterations)
+    options = make_options(tmp_path, checkpoint_every=0, eval_every=0, objective=objective)
+    run = make_run(options)
+    run.begin()
+    before = copy.deepcopy(run.trainer.model.state_dict())
+
+    def fail(items: Sequence[Item]) -> list[Grade]:
+        return [Failed(kind="http", reason="no route to it")] * len(items)
+
+    run.grading = fail  # type: ignore[assignment]
+    with pytest.raises(GradingFailed, match="40% of the replies of the last 5 steps") as caught:
+        train(run)
+    assert "12 http" in str(caught.value) and "no route to it" in str(caught.value)
+    assert [row["rewards/failed_share"] for row in rows(run)] == [1.0, 1.0]
+    after = run.trainer.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    run.folder.close()
 
 
 @pytest.mark.parametrize("place", ["loss", "reward"])

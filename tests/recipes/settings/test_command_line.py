@@ -15,14 +15,76 @@ from recipes.settings.command_line import flatten, parse
 from recipes.settings.options import DEFAULT_MODEL, RunOptions
 
 FLAGS = """
-algorithm answer_column answer_pattern beta1 beta2 chat_template_kwargs checkpoint_every
-clip_high clip_low config device dither dtype dynamic_sampling eval_every eval_prompts gamma
-gradient_checkpointing heldout is_cap is_level is_mode kl_coef kl_controller kl_estimator
-kl_horizon kl_in kl_target kv_memory_gb load_format loss_aggregation lr max_grad_norm
-max_new_tokens max_resamples max_tokens_per_microbatch minutes model normalise_rewards
-num_iterations num_minibatches out overlong_buffer prompt_column prompts_per_step resume
-rollout_gpus samples schedule seed skip_long_prompts sleep steps system_prompt task temperature
-train_split trainer trainer_memory_gb wandb warmup_steps weight_decay whiten_advantages zero
+algorithm
+answer_column
+answer_pattern
+beta1
+beta2
+chat_template_kwargs
+checkpoint_every
+clip_high
+clip_low
+config
+device
+dither
+dtype
+dynamic_sampling
+eval_every
+eval_prompts
+gamma
+gradient_checkpointing
+heldout
+is_cap
+is_level
+is_mode
+judge_model
+judge_prompt
+judge_votes
+kl_coef
+kl_controller
+kl_estimator
+kl_horizon
+kl_in
+kl_target
+kv_memory_gb
+load_format
+loss_aggregation
+lr
+max_failed_share
+max_grad_norm
+max_new_tokens
+max_resamples
+max_tokens_per_microbatch
+minutes
+model
+normalise_rewards
+num_iterations
+num_minibatches
+out
+overlong_buffer
+prompt_column
+prompts_per_step
+resume
+reward
+reward_timeout
+rollout_gpus
+samples
+schedule
+seed
+skip_long_prompts
+sleep
+steps
+system_prompt
+task
+temperature
+train_split
+trainer
+trainer_memory_gb
+wandb
+warmup_steps
+weight_decay
+whiten_advantages
+zero
 """
 
 
