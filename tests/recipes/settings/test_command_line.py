@@ -22,7 +22,7 @@ kl_controller kl_estimator kl_horizon kl_in kl_target
 kv_memory_gb load_format loss_aggregation lr max_grad_norm max_new_tokens max_resamples
 max_tokens_per_microbatch minutes model normalise_rewards num_iterations
 num_minibatches out overlong_buffer
-prompts_per_step resume rollout_gpus samples schedule seed skip_long_prompts sleep steps
+prompts_per_step reference resume rollout_gpus samples schedule seed skip_long_prompts sleep steps
 task temperature trainer trainer_memory_gb wandb warmup_steps weight_decay
 whiten_advantages zero
 """
