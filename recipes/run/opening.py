@@ -9,7 +9,8 @@ from rich.console import Console
 
 from engine.protocol import SamplingParams
 from recipes.actors.actor import Actor
-from recipes.actors.launch import launch_actor
+from recipes.actors.launch import launch_actor, launch_reference
+from recipes.actors.scorer import ScoringEngine
 from recipes.algorithms.presets import resolve
 from recipes.collecting.prompts import Prompts
 from recipes.data.chat_style import chat_style
@@ -59,6 +60,9 @@ def open_run(options: RunOptions, ledger: Ledger) -> Run:
         on_failure.callback(grading.close)
         actor = launch_actor(options, world)
         on_failure.callback(actor.close)
+        reference = launch_reference(options, world)
+        if reference is not None:
+            on_failure.callback(reference.close)
         check_pool(task, actor.state(), _max_new_tokens(options, task.environment))
         run = assemble(
             options,
@@ -69,6 +73,7 @@ def open_run(options: RunOptions, ledger: Ledger) -> Run:
             tokenizer=tokenizer,
             trainer=load_trainer(options, actor, world),
             world=world,
+            reference=reference,
         )
         on_failure.pop_all()
     return run
@@ -108,8 +113,12 @@ def assemble(
     trainer: Learner,
     world: World | None = None,
     grading: Grading | None = None,
+    reference: ScoringEngine | None = None,
 ) -> Run:
-    """A run of these parts, whatever task and model the options name."""
+    """A run of these parts, whatever task and model the options name.
+
+    reference: the engine that has the initial weights, where the trainer has not.
+    """
     world = world or World()
     folder = open_folder(options, world)
     folder.write_config(flatten(options))
@@ -137,6 +146,7 @@ def assemble(
         heldout=heldout_problems(environment, options.eval_prompts),
         actor=actor,
         trainer=trainer,
+        reference=reference,
         world=world,
         folder=folder,
         ledger=ledger,

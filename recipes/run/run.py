@@ -9,6 +9,7 @@ import torch
 
 from engine.protocol import SamplingParams
 from recipes.actors.actor import Actor
+from recipes.actors.scorer import ScoringEngine
 from recipes.algorithms.presets import Algorithm
 from recipes.collecting.collect import evaluate
 from recipes.collecting.prompts import Prompts
@@ -61,6 +62,7 @@ class Run:
     display: Display
     tracker: Tracker
     progress: RunProgress
+    reference: ScoringEngine | None = None
     surplus: list[Group] = field(default_factory=list)
     """Groups with spread that were sampled beyond what a step trains on, oldest first."""
     _recent: list[dict[str, float]] = field(default_factory=list)
@@ -79,6 +81,8 @@ class Run:
         self.display.__exit__()
         self.grading.close()
         self.actor.close()
+        if self.reference is not None:
+            self.reference.close()
         self.world.close()
         self.folder.close()
 

@@ -41,7 +41,9 @@ def load_trainer(options: RunOptions, actor: Actor, world: World | None = None) 
     model = load_causal_lm(checkpoint.hf_config, checkpoint.tensors)
     assert isinstance(model, PreTrainedModel)
     device, dtype = trainer_device(options, world), engine_dtype(actor)
-    reference = copy.deepcopy(model) if options.objective.kl_coef > 0 else None
+    on_host = options.placement.reference == "host"
+    needs = options.objective.kl_coef > 0 and options.placement.reference != "engine"
+    reference = copy.deepcopy(model) if needs else None
     if options.optimizer.dither == "on" and dtype != torch.float32:
         _dither(model, dtype, derive_seed(options.seed, "dither"))
     temperature = options.rollout.temperature
@@ -53,6 +55,7 @@ def load_trainer(options: RunOptions, actor: Actor, world: World | None = None) 
             dtype=dtype,
             temperature=temperature,
             reference=reference,
+            reference_on_host=on_host,
         )
     backend = _backend(options, model, reference, world, device, dtype)
     return ShardedTrainer(backend, options.optimizer, world, temperature=temperature)
@@ -88,6 +91,7 @@ def _backend(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Backend:
+    on_host = options.placement.reference == "host"
     if options.placement.trainer == "fsdp":
         from recipes.trainers.fsdp import FsdpBackend
 
@@ -98,6 +102,7 @@ def _backend(
             device=device,
             dtype=dtype,
             reference=reference,
+            reference_on_host=on_host,
         )
     from recipes.trainers.deepspeed import DeepSpeedBackend
 
@@ -109,4 +114,5 @@ def _backend(
         device=device,
         dtype=dtype,
         reference=reference,
+        reference_on_host=on_host,
     )

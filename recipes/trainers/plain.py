@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from recipes.trainers.memory import recompute_layers
 from recipes.trainers.metrics import TokenMetrics
 from recipes.trainers.microbatch import by_sequence, loss_inputs, microbatches, score
 from recipes.trainers.optimizer_options import OptimizerOptions
+from recipes.trainers.reference import Reference, reference_of
 from recipes.types import Batch, Trajectory
 
 TENSORS = "trainer.pt"
@@ -30,7 +32,8 @@ class Trainer:
 
     model: float32; moved to `device`, where its parameters become `dtype`, which the engine
     serves; the optimizer keeps float32 masters of them. temperature: that of the rollouts.
-    reference: the same model with its initial weights, where there is a KL term.
+    reference: the same model with its initial weights, where there is a KL term, in host memory
+    between its passes if `reference_on_host`.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class Trainer:
         dtype: torch.dtype,
         temperature: float,
         reference: PreTrainedModel | None = None,
+        reference_on_host: bool = False,
     ) -> None:
         self.model: PreTrainedModel = model.to(device=device, dtype=torch.float32).eval()
         self.model.set_attn_implementation("sdpa")
@@ -51,7 +55,10 @@ class Trainer:
         self.device = device
         self.temperature = temperature
         self.masters = Masters(self.model, dtype)
-        self.reference = None if reference is None else _frozen(reference, device, dtype)
+        self.reference: Reference | None = None
+        if reference is not None:
+            frozen = _frozen(reference, dtype)
+            self.reference = reference_of(frozen, device, on_host=reference_on_host)
         self.optimizer = torch.optim.AdamW(
             self.masters.parameters,
             lr=options.lr,
@@ -103,7 +110,8 @@ class Trainer:
     def reference_logprobs(self, trajectories: tuple[Trajectory, ...]) -> Logprobs:
         """As `logprobs`, under the initial weights."""
         assert self.reference is not None
-        return self._logprobs(self.reference, trajectories)
+        with self.reference as model:
+            return self._logprobs(model, trajectories)
 
     @property
     def weights(self) -> PreTrainedModel:
@@ -125,7 +133,7 @@ class Trainer:
         """Write the model in Hugging Face format; it is cast itself."""
         self.model.to(dtype=dtype).save_pretrained(folder)
 
-    def _logprobs(self, model: PreTrainedModel, trajectories: tuple[Trajectory, ...]) -> Logprobs:
+    def _logprobs(self, model: Any, trajectories: tuple[Trajectory, ...]) -> Logprobs:
         arrays: dict[int, FloatArray] = {}
         for indices in self._microbatches(trajectories):
             part = [trajectories[i] for i in indices]
@@ -134,18 +142,16 @@ class Trainer:
             arrays.update(zip(indices, by_sequence(scores.logprobs, part), strict=True))
         return tuple(arrays[i] for i in range(len(trajectories)))
 
-    def _score(
-        self, model: PreTrainedModel, trajectories: Sequence[Trajectory]
-    ) -> tuple[TokenScores, int]:
+    def _score(self, model: Any, trajectories: Sequence[Trajectory]) -> tuple[TokenScores, int]:
         return score(model, trajectories, self.temperature)
 
     def _microbatches(self, trajectories: Sequence[Trajectory]) -> list[list[int]]:
         return microbatches(trajectories, self.options.max_tokens_per_microbatch, self.device)
 
 
-def _frozen(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def _frozen(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """The reference as the trainer computes it."""
-    model = model.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
+    model = model.to(dtype=torch.float32).eval().requires_grad_(False)
     model.set_attn_implementation("sdpa")
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

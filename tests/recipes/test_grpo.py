@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.errors import GradingFailed, InvalidRequest
+from recipes.actors.scorer import ScoringEngine, scoring_config
 from recipes.algorithms.presets import AlgorithmName, AlgorithmOptions
 from recipes.environments.base import Environment
 from recipes.grpo import main, train, update
@@ -25,10 +26,11 @@ from recipes.run.ledger import Ledger
 from recipes.run.opening import assemble
 from recipes.run.report import PHASES
 from recipes.run.run import Run
-from recipes.settings.options import RolloutOptions, RunOptions
+from recipes.settings.options import PlacementOptions, RolloutOptions, RunOptions
 from recipes.trainers.optimizer_options import OptimizerOptions
 from recipes.trainers.plain import Trainer
-from tests.helpers.char_model import CharAddition, char_model, char_tokenizer
+from tests.helpers.char_model import CharAddition, char_model, char_tokenizer, write_char_model
+from tests.helpers.engines import make_replica
 from tests.helpers.fake_actor import FakeActor
 
 pytestmark = pytest.mark.slow
@@ -55,7 +57,10 @@ def make_options(tmp_path: Path, **changes: Any) -> RunOptions:
 
 
 def make_run(
-    options: RunOptions, noise: float = 0.0, environment: Environment | None = None
+    options: RunOptions,
+    noise: float = 0.0,
+    environment: Environment | None = None,
+    reference: ScoringEngine | None = None,
 ) -> Run:
     model = char_model(16, 1)
     return assemble(
@@ -70,9 +75,14 @@ def make_run(
             device=torch.device("cpu"),
             dtype=torch.float32,
             temperature=options.rollout.temperature,
-            reference=copy.deepcopy(model) if options.objective.kl_coef > 0 else None,
+            reference=copy.deepcopy(model) if _has_reference(options) else None,
         ),
+        reference=reference,
     )
+
+
+def _has_reference(options: RunOptions) -> bool:
+    return options.objective.kl_coef > 0 and options.placement.reference != "engine"
 
 
 def go(options: RunOptions, noise: float = 0.0) -> tuple[Run, dict[str, Any]]:
@@ -301,6 +311,41 @@ def test_a_resumed_run_goes_on_with_the_weight_of_the_kl(tmp_path: Path, place: 
         resumed.trainer.model.parameters(), unbroken.trainer.model.parameters(), strict=True
     ):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("place", ["loss", "reward"])
+def test_an_engine_is_as_good_a_reference_as_the_trainer(
+    tmp_path: Path, place: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_char_model(tmp_path / "model", char_model(16, 1))
+
+    def open_engine() -> ScoringEngine:
+        return ScoringEngine(
+            scoring_config(RunOptions(), "unused", kv_memory_gb=1.0),
+            option="reference",
+            temperature=1.0,
+            launch=lambda: make_replica(tmp_path / "model"),
+        )
+
+    told, closed = [], []
+    for where in ("copy", "engine"):
+        options = make_options(
+            tmp_path / where,
+            steps=3,
+            checkpoint_every=0,
+            eval_every=0,
+            objective=AlgorithmOptions(kl_coef=0.1, kl_in=place),
+            placement=PlacementOptions(reference=where),
+        )
+        engine = open_engine() if where == "engine" else None
+        if engine is not None:
+            monkeypatch.setattr(engine, "close", lambda where=where: closed.append(where))
+        with make_run(options, reference=engine) as run:
+            run.begin()
+            train(run)
+        told.append([row["kl"] for row in rows(run)])
+    assert told[1] == pytest.approx(told[0], abs=1e-5) and told[0][2] != 0
+    assert closed == ["engine"]
 
 
 @pytest.mark.parametrize("name", ["reinforce++", "reinforce++-baseline", "remax", "rloo"])

@@ -64,6 +64,7 @@ out
 overlong_buffer
 prompt_column
 prompts_per_step
+reference
 resume
 reward
 reward_timeout
