@@ -41,8 +41,8 @@ def load_trainer(options: RunOptions, actor: Actor, world: World | None = None) 
     model = load_causal_lm(checkpoint.hf_config, checkpoint.tensors)
     assert isinstance(model, PreTrainedModel)
     device, dtype = trainer_device(options, world), engine_dtype(actor)
-    on_host = options.placement.reference == "host"
-    needs = options.objective.kl_coef > 0 and options.placement.reference != "engine"
+    on_host = options.objective.reference == "host"
+    needs = options.objective.kl_coef > 0 and options.objective.reference != "engine"
     reference = copy.deepcopy(model) if needs else None
     if options.optimizer.dither == "on" and dtype != torch.float32:
         _dither(model, dtype, derive_seed(options.seed, "dither"))
@@ -91,7 +91,7 @@ def _backend(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Backend:
-    on_host = options.placement.reference == "host"
+    on_host = options.objective.reference == "host"
     if options.placement.trainer == "fsdp":
         from recipes.trainers.fsdp import FsdpBackend
 
