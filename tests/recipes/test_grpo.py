@@ -82,7 +82,7 @@ def make_run(
 
 
 def _has_reference(options: RunOptions) -> bool:
-    return options.objective.kl_coef > 0 and options.placement.reference != "engine"
+    return options.objective.kl_coef > 0 and options.objective.reference != "engine"
 
 
 def go(options: RunOptions, noise: float = 0.0) -> tuple[Run, dict[str, Any]]:
