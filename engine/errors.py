@@ -225,7 +225,8 @@ class InternalError(SlipstreamError):
 
 class NonFiniteLogits(SlipstreamError):
     """The model gave NaN or infinite logits for one sequence, which ends with the tokens sampled
-    before. Weights that are not finite, an overflow or a faulty device are the usual causes."""
+    before. The usual causes: weights that are not finite, a faulty device, or an activation that
+    the dtype cannot hold; float16 ends at 65504."""
 
 
 class EngineDead(SlipstreamError):
