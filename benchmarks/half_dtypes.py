@@ -3,12 +3,13 @@
     python benchmarks/half_dtypes.py --json benchmarks/results/half-dtypes-h100.json
     python benchmarks/half_dtypes.py --parts speed --repeats 3 -- --prompts-per-step 32
 
-Every run is `recipes/grpo.py` from the same checkpoint: the model in its bfloat16 form, written as a
-folder first, so that neither dtype gets weights the other does not. Flags behind `--` go to all runs.
+Every run is `recipes/grpo.py` from the same checkpoint: the model in its bfloat16 form, written as
+a folder first, so that neither dtype gets weights that the other does not. Flags behind `--` go to
+all runs.
 
 - learning: each dtype and seed, `--at-once` runs side by side on one GPU. Held-out accuracy before
-  and at each evaluation; the difference between the logprobs of engine and trainer at every step, as
-  mean, maximum and k3; steps that loss scaling skipped.
+  and at each evaluation; the difference between the logprobs of engine and trainer at every step,
+  as mean, maximum and k3; steps that loss scaling skipped.
 - speed: each dtype in turns, `--repeats` times, alone on the machine. Rollout tokens a second and
   seconds of a step and its phases, medians over steps without the first.
 """

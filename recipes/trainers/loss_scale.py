@@ -1,4 +1,4 @@
-"""Dynamic loss scaling of a trainer that computes in float16 (Micikevicius et al., arXiv 1710.03740).
+"""Dynamic loss scaling of a float16 trainer (Micikevicius et al., arXiv 1710.03740).
 
 float16 has nothing below 6e-8, and most gradients of a loss that is a mean over thousands of tokens
 are smaller. So the loss is multiplied by a scale before the backward pass, and the gradients are

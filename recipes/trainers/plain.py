@@ -126,7 +126,10 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """Write model and optimizer into a checkpoint's folder."""
-        state = {"model": self.masters.state(), "optimizer": self.optimizer.state_dict()}
+        state: dict[str, Any] = {
+            "model": self.masters.state(),
+            "optimizer": self.optimizer.state_dict(),
+        }
         if self.loss_scale is not None:
             state["loss_scale"] = self.loss_scale.state()
         torch.save(state, folder / TENSORS)

@@ -1,4 +1,4 @@
-"""float16 through the whole engine on a CPU against transformers in float16, and what is refused."""
+"""float16 through the whole engine on a CPU against transformers, and what is refused."""
 
 from __future__ import annotations
 
