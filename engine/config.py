@@ -134,7 +134,8 @@ class EngineConfig:
     device: Device = "auto"
     """'auto' takes a GPU when there is one."""
     dtype: DType = "auto"
-    """Weights and KV; 'auto' is bfloat16 where the device computes it fast, else float32."""
+    """Weights, activations and KV; 'auto' is bfloat16 where the device computes it fast, else
+    float32. float16 is finer than bfloat16 and ends at 65504: docs/numerics.md compares them."""
     context_length: int | None = None
     """Most tokens of a sequence; by default the model's own, at most 32768."""
     attention: AttentionBackendName = "auto"

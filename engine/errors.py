@@ -31,6 +31,7 @@
     ├── DiskFull                       a file does not fit; names path and bytes
     ├── InternalError                  a mistake of ours: it ended one request or command
     ├── NonFiniteLogits                a sequence whose logits are NaN or infinite; it ends
+    ├── NonFiniteGradient              a trainer's gradient is not finite, however small the loss
     └── EngineDead                     a rank died or missed its deadline
 
 Callers' mistakes are `InvalidRequest`; our own are plain `assert`. Every error
@@ -225,7 +226,12 @@ class InternalError(SlipstreamError):
 
 class NonFiniteLogits(SlipstreamError):
     """The model gave NaN or infinite logits for one sequence, which ends with the tokens sampled
-    before. Weights that are not finite, an overflow or a faulty device are the usual causes."""
+    before. The usual causes: weights that are not finite, a faulty device, or an activation that
+    the dtype cannot hold; float16 ends at 65504."""
+
+
+class NonFiniteGradient(SlipstreamError):
+    """The gradient of a trainer that scales its loss is NaN or infinite at the smallest scale."""
 
 
 class EngineDead(SlipstreamError):

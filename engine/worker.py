@@ -69,6 +69,7 @@ class Worker:
         device = rank_device(resolve_device(config.device), config.parallel, self._mesh)
         dtype = resolve_dtype(config.dtype, device)
         files = locate(config.model, config.load_format)
+        files.config.require_dtype(dtype_name(dtype))
         backend = kernel_backend(device)
         self._device = device
         self._profiler = RankProfiler(device, rank)

@@ -28,6 +28,7 @@ from recipes.run.opening import open_run
 from recipes.run.report import Collected
 from recipes.run.run import Run
 from recipes.settings.command_line import parse
+from recipes.trainers.loss_scale import scale_figures
 from recipes.trainers.metrics import TokenMetrics, merge
 from recipes.types import Group
 from recipes.world import launched_rank, leave
@@ -102,7 +103,7 @@ def update(run: Run, groups: Sequence[Group]) -> dict[str, float]:
         for part in minibatches(batch, algorithm, run.max_new_tokens, seed=seed):
             if trainer.accumulate(part, loss, metrics):
                 grad_norm = trainer.step(lr)
-    figures |= merge(run.world.gather([metrics])).result()
+    figures |= merge(run.world.gather([metrics])).result() | scale_figures(trainer.loss_scale)
     figures |= adapt_kl(run, batch, algorithm, figures)
     return {**figures, "grad_norm": grad_norm, "learning_rate": lr}
 

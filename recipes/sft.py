@@ -20,6 +20,7 @@ from recipes.algorithms.supervised import sft_loss
 from recipes.run.failures import report_failure
 from recipes.run.ledger import Ledger
 from recipes.settings.command_line import parse_sft
+from recipes.trainers.loss_scale import scale_figures
 from recipes.trainers.metrics import TokenMetrics, merge
 from recipes.tuning.sft_opening import open_sft
 from recipes.tuning.sft_run import SftRun
@@ -44,6 +45,7 @@ def update(run: SftRun, batch: Batch) -> dict[str, float]:
     assert batch.kept is not None
     return {
         "loss": metrics.loss,
+        **scale_figures(run.trainer.loss_scale),
         "grad_norm": grad_norm,
         "learning_rate": lr,
         "perf/learnt_tokens": float(sum(kept.sum() for kept in batch.kept)),

@@ -264,7 +264,8 @@ def _dense(
 def _is_finite(k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> bool:
     """Whether all values are finite, or their sums happen to be infinite: one pass over each,
     where an exact look would take several."""
-    return math.isfinite(float(k_TKD.sum()) + float(v_TKD.sum()))
+    sums = [float(values.sum(dtype=torch.float32)) for values in (k_TKD, v_TKD)]
+    return math.isfinite(sum(sums))
 
 
 def _zeroed(values: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from engine.errors import CheckpointError, UnknownArchitecture
+from engine.errors import CheckpointError, InvalidRequest, UnknownArchitecture
 from engine.layers.kinds import LayerKind, NormKind
 from engine.layers.rope_config import RopeConfig, served_positions
 from engine.models.config_keys import (
@@ -33,6 +33,7 @@ class ModelConfig:
     that say how far the model reaches. embedding_scale: what its rows are multiplied by.
     eos_token_ids: tokens that end a generation; generation_config.json's where it has any.
     torch_dtype: dtype of the files ("bfloat16"); None where they do not say.
+    overflows_float16: see `engine.models.decoder_options.Options`.
     """
 
     architecture: str
@@ -51,6 +52,16 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     torch_dtype: str | None
+    overflows_float16: bool = False
+
+    def require_dtype(self, dtype: str) -> None:
+        """Raise InvalidRequest where activations of such models overflow in `dtype`."""
+        if dtype == "float16" and self.overflows_float16:
+            raise InvalidRequest(
+                f"{self.architecture} is not served in float16: its activations exceed 65504, the "
+                "largest number that float16 has; use bfloat16 or float32",
+                field="dtype",
+            )
 
     @property
     def num_layers(self) -> int:
@@ -102,6 +113,7 @@ def read_config(
         eos_token_ids=_eos_ids(source, generation or {}),
         bos_token_id=_bos_id(source, generation or {}),
         torch_dtype=_dtype(source),
+        overflows_float16=options.overflows_float16,
     )
 
 

@@ -23,6 +23,8 @@ class Options:
         that the page computes.
     rope: reads the rotary settings, of a family with several those that say how far it reaches.
     scales_embedding: rows of the embedding are multiplied by the root of the hidden size.
+    overflows_float16: trained checkpoints have activations beyond what float16 holds, so that it
+        is refused.
     """
 
     reads: frozenset[str] = frozenset()
@@ -33,3 +35,4 @@ class Options:
     activations: tuple[str, ...] = ("silu", "swish")
     rope: Callable[[Mapping[str, Any]], RopeConfig] = read_rope
     scales_embedding: bool = False
+    overflows_float16: bool = False

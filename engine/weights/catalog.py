@@ -135,6 +135,10 @@ class Catalog:
         """Whether a tensor goes anywhere: checkpoints hold some that can be computed."""
         return name not in self._ignored
 
+    def has(self, name: str) -> bool:
+        """Whether `name` is that of a tensor of the model, or a second name of one."""
+        return self.canonical(name) in self._index
+
     def dtype(self, name: str) -> torch.dtype:
         """The dtype a tensor is served in."""
         return self._slot(name).target.dtype

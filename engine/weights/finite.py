@@ -37,8 +37,10 @@ def first_unfit(
 ) -> tuple[str, str] | None:
     """The same for peaks that are known: name, peak, dtype, and the dtype that is served."""
     for name, peak, dtype, served in found:
-        if not math.isfinite(peak):
-            return name, f"holds {'NaN' if math.isnan(peak) else 'inf'}"
+        if math.isnan(peak):
+            return name, "holds NaN"
+        if math.isinf(peak):
+            return name, f"holds inf{_or_came_too_large(dtype)}"
         if served != dtype and not _holds(peak, dtype, served):
             return name, f"has values up to {peak:g}, which {dtype_name(served)} cannot hold"
     return None
@@ -49,6 +51,13 @@ def find_peaks(tensors: Sequence[torch.Tensor]) -> list[float]:
     backend: KernelBackend = "triton" if tensors[0].is_cuda else "torch"
     values: list[float] = peaks(tensors, backend=backend).tolist()
     return values
+
+
+def _or_came_too_large(dtype: torch.dtype) -> str:
+    """What else inf may mean where tensors are read after they were converted."""
+    if dtype != torch.float16:
+        return ""
+    return f", or had values beyond {torch.finfo(dtype).max:g}, which float16 cannot hold"
 
 
 def _holds(peak: float, dtype: torch.dtype, served: torch.dtype) -> bool:

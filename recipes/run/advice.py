@@ -13,6 +13,10 @@ MOST = 0.9
 """Share of groups without spread from which a step has next to no gradient."""
 SOLVED = 0.9
 """Mean reward from which groups agree because they are right."""
+SKIPPED = "train/skipped_steps"
+"""Figure with all optimizer steps that loss scaling skipped so far."""
+MOST_SKIPPED = 3
+"""From how many of those in the window on it is told: fewer are its way of finding the scale."""
 
 
 def advice(rows: Sequence[Mapping[str, float]]) -> str:
@@ -21,7 +25,11 @@ def advice(rows: Sequence[Mapping[str, float]]) -> str:
     rows: figures of the steps so far (`report.rollout_figures` and the trainer's), oldest first.
     """
     last = rows[-WINDOW:]
-    if len(last) < WINDOW or _mean(last, "frac_reward_zero_std") < MOST:
+    if len(last) < WINDOW:
+        return ""
+    if last[-1].get(SKIPPED, 0.0) - last[0].get(SKIPPED, 0.0) >= MOST_SKIPPED:
+        return _overflowing(last)
+    if _mean(last, "frac_reward_zero_std") < MOST:
         return ""
     if _mean(last, "reward") >= SOLVED:
         return ""
@@ -32,6 +40,15 @@ def advice(rows: Sequence[Mapping[str, float]]) -> str:
         f"the same (entropy {_mean(last, 'entropy'):.3f} nats, reward "
         f"{_mean(last, 'reward'):.2f}), so there is next to no gradient. Start again with "
         "--algorithm dapo, --warmup-steps 10, more --samples, or a lower --lr"
+    )
+
+
+def _overflowing(last: Sequence[Mapping[str, float]]) -> str:
+    return (
+        f"{last[-1][SKIPPED] - last[0][SKIPPED]:.0f} of the last optimizer steps were skipped: "
+        "gradients overflow in float16, and the loss scale is down to "
+        f"{last[-1]['train/loss_scale']:g}. If it goes on falling, start again with --dtype "
+        "bfloat16 or a lower --lr"
     )
 
 

@@ -13,7 +13,9 @@ ADVICE: Mapping[str, str] = MappingProxyType(
     {
         "OutOfMemory": "lower --kv-memory-gb, --samples or --max-tokens-per-microbatch",
         "QueueFull": "lower --prompts-per-step or --samples",
-        "NonFiniteLogits": "the weights have diverged: start again with a lower --lr",
+        "NonFiniteLogits": "the weights have diverged: start again with a lower --lr; or, in "
+        "float16, activations overflow: take --dtype bfloat16",
+        "NonFiniteGradient": "take --dtype bfloat16, or start again with a lower --lr",
         "NonFiniteWeights": "the weights have diverged: start again with a lower --lr",
         "DiskFull": "make room on the disk",
         "EngineDead": "the engine's last words are above",

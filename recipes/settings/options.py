@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import tyro
 
-from engine.config import Device, LoadFormat
+from engine.config import Device, DType, LoadFormat
 from recipes.algorithms.presets import AlgorithmOptions
 from recipes.data.data_options import DataOptions
 from recipes.rewards.reward_options import RewardOptions
@@ -83,8 +83,9 @@ class RunOptions:
     """Where the weights come from; 'random' needs only a config.json."""
     device: Device = "auto"
     """'auto' takes a GPU when torch sees one."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What the engine serves and the trainer computes in; the trainer's masters are float32."""
+    dtype: DType = "auto"
+    """What the engine serves and the trainer computes in; the trainer's masters are float32, and in
+    float16 its loss is scaled. 'auto' never takes float16."""
     resume: str | None = None
     """Run folder to continue from its last complete checkpoint."""
     wandb: WandbMode = "off"

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 import tyro
 
-from engine.config import Device, LoadFormat
+from engine.config import Device, DType, LoadFormat
 from recipes.data.data_options import SftDataOptions
 from recipes.settings.options import (
     DEFAULT_MODEL,
@@ -53,8 +52,9 @@ class SftOptions:
     """Where the weights come from; 'random' needs only a config.json."""
     device: Device = "auto"
     """'auto' takes a GPU when torch sees one."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What the trainer computes in and the engine serves; the masters are float32."""
+    dtype: DType = "auto"
+    """What the trainer computes in and the engine serves; the masters are float32, and in float16
+    the loss is scaled. 'auto' never takes float16."""
     resume: str | None = None
     """Run folder to continue from its last complete checkpoint."""
     wandb: WandbMode = "off"

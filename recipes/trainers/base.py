@@ -10,6 +10,7 @@ import torch
 
 from engine.protocol import FloatArray
 from recipes.algorithms.losses import LossInputs, LossOutput
+from recipes.trainers.loss_scale import LossScale
 from recipes.trainers.metrics import TokenMetrics
 from recipes.types import Batch, Trajectory
 from trainer_bridge.adapters.base import WeightSource
@@ -33,7 +34,16 @@ class Learner(Protocol):
         ...
 
     def step(self, lr: float) -> float:
-        """One clipped update with the accumulated gradient; returns its norm before."""
+        """One clipped update with the accumulated gradient; returns its norm before.
+
+        In float16 a gradient that overflowed is dropped: nothing changes but the loss scale, and
+        the norm is 0. Raises NonFiniteGradient when no smaller scale would help.
+        """
+        ...
+
+    @property
+    def loss_scale(self) -> LossScale | None:
+        """What the loss is scaled by and how many steps were skipped; None unless in float16."""
         ...
 
     def logprobs(self, trajectories: tuple[Trajectory, ...]) -> Logprobs:

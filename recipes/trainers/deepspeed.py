@@ -15,6 +15,13 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from engine.errors import InvalidRequest
+from recipes.trainers.loss_scale import (
+    FIRST_POWER,
+    GROWTH_INTERVAL,
+    LEAST,
+    LossScale,
+    require_smaller,
+)
 from recipes.trainers.memory import recompute_layers
 from recipes.trainers.optimizer_options import OptimizerOptions
 from recipes.trainers.reference import Reference, reference_of
@@ -32,11 +39,12 @@ class DeepSpeedBackend:
     """A `Backend`. The default process group must be there.
 
     stage: 0 (plain data parallel), 1 (optimizer state sharded), 2 (gradients too), 3
-    (parameters too). dtype: bfloat16 computes in it, with float32 masters inside the optimizer,
-    which start from the model's own float32 weights; stage 0 is then run as stage 1, the first
-    that has such masters. reference: the model with its initial weights, for a KL term,
-    in host memory between its passes if `reference_on_host`.
-    Raises InvalidRequest, with how to install it, when DeepSpeed is missing.
+    (parameters too). dtype: bfloat16 and float16 compute in it, with float32 masters inside the
+    optimizer, which start from the model's own float32 weights; stage 0 is then run as stage 1,
+    the first that has such masters. In float16 DeepSpeed scales the loss, and skips steps.
+    reference: the model with its initial weights, for a KL term, in host memory between its passes
+    if `reference_on_host`. Raises InvalidRequest, with how to install it, when DeepSpeed is
+    missing, and for a device that it has no float16 for.
     """
 
     def __init__(
@@ -51,8 +59,10 @@ class DeepSpeedBackend:
         reference_on_host: bool = False,
     ) -> None:
         library = _import(device)
-        if stage == 0 and dtype == torch.bfloat16:
-            logger.info("ZeRO stage 0 in bfloat16 runs as stage 1: float32 masters begin there")
+        if dtype == torch.float16:
+            _require_float16(library, device)
+        if stage == 0 and dtype != torch.float32:
+            logger.info("ZeRO stage 0 in 16 bits runs as stage 1: float32 masters begin there")
             stage = 1
         model = model.float().eval()
         # DeepSpeed makes its masters from the parameters once they are rounded.
@@ -66,6 +76,10 @@ class DeepSpeedBackend:
         )
         _set_masters(engine.module, full, device)
         self.model: Any = engine
+        self._scales = dtype == torch.float16
+        if self._scales:
+            # Its own error there has no type and says less than ours.
+            engine.optimizer.loss_scaler.raise_error_at_min_scale = False
         self.reference: Reference | None = None
         if reference is not None:
             reference = reference.float().eval().requires_grad_(False)
@@ -79,6 +93,14 @@ class DeepSpeedBackend:
         self.weights: WeightSource = DeepSpeedSource(engine)
         self._stage = stage
 
+    @property
+    def loss_scale(self) -> LossScale | None:
+        """See `Backend`: DeepSpeed's own, read."""
+        if not self._scales:
+            return None
+        value = float(self.model.optimizer.loss_scale)
+        return LossScale(value=value, skipped=self.model.skipped_steps)
+
     def backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
         """See `Backend`."""
         self.model.set_gradient_accumulation_boundary(is_last)
@@ -90,7 +112,11 @@ class DeepSpeedBackend:
             group["lr"] = lr
         # Without ZeRO and in float32, DeepSpeed clips but does not tell the norm.
         own_norm = _norm(self.model.module.parameters()) if self._stage == 0 else 0.0
+        before = self.loss_scale
         self.model.step()
+        if before is not None and self.model.skipped_steps > before.skipped:
+            require_smaller(before.value)
+            return 0.0
         norm = self.model.get_global_grad_norm()
         return own_norm if norm is None else float(norm)
 
@@ -131,6 +157,15 @@ def _import(device: torch.device) -> Any:
     return library
 
 
+def _require_float16(library: Any, device: torch.device) -> None:
+    if not library.accelerator.get_accelerator().is_fp16_supported():
+        raise InvalidRequest(
+            f"dtype: DeepSpeed has no float16 for this {device.type}; use --trainer fsdp or plain, "
+            "or --dtype bfloat16",
+            field="dtype",
+        )
+
+
 def _config(options: OptimizerOptions, stage: int, dtype: torch.dtype) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
@@ -152,6 +187,16 @@ def _config(options: OptimizerOptions, stage: int, dtype: torch.dtype) -> dict[s
     }
     if dtype == torch.bfloat16:
         config["bf16"] = {"enabled": True}
+    if dtype == torch.float16:
+        config["fp16"] = {
+            "enabled": True,
+            "initial_scale_power": FIRST_POWER,
+            "loss_scale_window": GROWTH_INTERVAL,
+            # Halve at every overflow, not at every second one.
+            "hysteresis": 1,
+            "min_loss_scale": int(LEAST),
+        }
+    if dtype != torch.float32:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
 

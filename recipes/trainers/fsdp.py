@@ -19,6 +19,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from recipes.trainers.loss_scale import LossScale, loss_scale_of
 from recipes.trainers.memory import recompute_layers
 from recipes.trainers.optimizer_options import OptimizerOptions
 from recipes.trainers.reference import Reference
@@ -32,7 +33,7 @@ FOLDER = "fsdp"
 class FsdpBackend:
     """A `Backend` over all processes of the default group; parameters stay float32 shards.
 
-    dtype: bfloat16 gathers and computes in it, and reduces gradients in float32.
+    dtype: bfloat16 and float16 gather and compute in it, and reduce gradients in float32.
     reference: the model with its initial weights, where there is a KL term; its shards are in host
     memory between its passes if `reference_on_host`.
     """
@@ -61,6 +62,7 @@ class FsdpBackend:
             offload = CPUOffloadPolicy() if reference_on_host and device.type == "cuda" else None
             self.reference = nullcontext(_shard(reference, mesh, dtype, offload))
         self.weights: WeightSource = FsdpSource(self.model, dtype=dtype)
+        self.loss_scale: LossScale | None = loss_scale_of(dtype)
         self._max_grad_norm = options.max_grad_norm
         self._optimizer = torch.optim.AdamW(
             self.model.parameters(),
@@ -71,27 +73,39 @@ class FsdpBackend:
 
     def backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
         """See `Backend`."""
+        if self.loss_scale is not None:
+            loss = loss * self.loss_scale.value
         loss.backward()
 
     def step(self, lr: float) -> float:
         """See `Backend`."""
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._max_grad_norm)
+        self._unscale()
+        clipped = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._max_grad_norm)
+        # Summed over all processes, so that NaN or inf of one shard is seen by each of them.
+        norm = float(clipped.full_tensor() if isinstance(clipped, DTensor) else clipped)
+        if self.loss_scale is not None and not self.loss_scale.accept(norm):
+            self._optimizer.zero_grad(set_to_none=True)
+            return 0.0
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        return norm
+
+    def _unscale(self) -> None:
+        """Divide the float32 gradients by the scale of their loss."""
+        if self.loss_scale is not None:
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad *= 1.0 / self.loss_scale.value
 
     def save(self, folder: Path) -> None:
         """See `Backend`. May be loaded by any number of processes."""
-        model, optimizer = get_state_dict(self.model, self._optimizer)
-        state: dict[str, Any] = {"model": model, "optimizer": optimizer}
-        state_dict_saver.save(state, checkpoint_id=folder / FOLDER)
+        state_dict_saver.save(self._state(), checkpoint_id=folder / FOLDER)
 
     def load(self, folder: Path) -> None:
         """See `Backend`."""
-        model, optimizer = get_state_dict(self.model, self._optimizer)
-        state: dict[str, Any] = {"model": model, "optimizer": optimizer}
+        state = self._state()
         state_dict_loader.load(state, checkpoint_id=folder / FOLDER)
         set_state_dict(
             self.model,
@@ -99,6 +113,15 @@ class FsdpBackend:
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
         )
+        if self.loss_scale is not None:
+            self.loss_scale.load(state["loss_scale"])
+
+    def _state(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.model, self._optimizer)
+        state: dict[str, Any] = {"model": model, "optimizer": optimizer}
+        if self.loss_scale is not None:
+            state["loss_scale"] = self.loss_scale.state()
+        return state
 
     def write_config(self, folder: Path, dtype: torch.dtype) -> None:
         """See `Backend`."""
@@ -117,7 +140,7 @@ def _shard(
     would otherwise not be seen.
     """
     policy, offload = MixedPrecisionPolicy(), offload or OffloadPolicy()
-    if dtype == torch.bfloat16:
+    if dtype != torch.float32:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     layers = set(model._no_split_modules or ())
     for module in model.modules():

@@ -18,7 +18,10 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from engine.errors import CheckpointError
+from kernels.finite import peaks
 from kernels.torch_compat import copy_together
+from recipes.trainers.loss_scale import LossScale
 
 _HALF_BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
@@ -27,10 +30,13 @@ class Masters:
     """What the optimizer changes: the model's own parameters in float32, or float32 copies.
 
     model: its parameters are float32 and become `dtype`; buffers, such as the inverse frequencies
-    of rotary embeddings, stay as they are.
+    of rotary embeddings, stay as they are. loss_scale: what the loss is multiplied by; gradients
+    are divided by it as they become float32.
     """
 
-    def __init__(self, model: torch.nn.Module, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: torch.nn.Module, dtype: torch.dtype, loss_scale: LossScale | None = None
+    ) -> None:
         self._computing = dict(model.named_parameters())
         self._named = self._computing
         if dtype == torch.float32:
@@ -41,7 +47,9 @@ class Masters:
         }
         for name, parameter in self._computing.items():
             parameter.data = parameter.detach().to(dtype)
-            parameter.register_post_accumulate_grad_hook(_hand_over_to(self._named[name]))
+            parameter.register_post_accumulate_grad_hook(
+                _hand_over_to(self._named[name], loss_scale)
+            )
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -69,19 +77,41 @@ class Masters:
             )
 
 
-def _hand_over_to(master: torch.nn.Parameter) -> Callable[[torch.Tensor], None]:
-    """A hook that adds a parameter's gradient to its master's and drops it, so that micro-batches
-    add up in float32."""
+def _hand_over_to(
+    master: torch.nn.Parameter, loss_scale: LossScale | None
+) -> Callable[[torch.Tensor], None]:
+    """A hook that adds a parameter's gradient, less the scale of its loss, to its master's and
+    drops it, so that micro-batches add up in float32."""
 
     def hand_over(parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
+        share = 1.0 if loss_scale is None else 1.0 / loss_scale.value
         if master.grad is None:
             master.grad = parameter.grad.float()
+            if share != 1.0:
+                master.grad *= share
         else:
-            master.grad += parameter.grad
+            master.grad.add_(parameter.grad, alpha=share)
         parameter.grad = None
 
     return hand_over
+
+
+@torch.no_grad()
+def require_range(named: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> None:
+    """Raise CheckpointError naming a tensor with values that `dtype` cannot hold. named: float32
+    tensors of one device. A trainer would compute with inf in their place."""
+    names, tensors = zip(*named, strict=True)
+    found = peaks(tensors, backend="torch")
+    # Conversion is monotone, so that the largest element speaks for all.
+    fits = found.to(dtype).isfinite() | ~found.isfinite()
+    if not fits.all():
+        index = int((~fits).nonzero()[0])
+        raise CheckpointError(
+            f"{names[index]} has values up to {float(found[index]):g}, which "
+            f"{str(dtype).removeprefix('torch.')} cannot hold; train in bfloat16 or float32",
+            field=names[index],
+        )
 
 
 @torch.no_grad()
@@ -93,14 +123,19 @@ def dither(
 
     Afterwards `tensor.to(dtype)` has the same bits as before. Tensors with any element off the
     grid, such as those of a dequantised file, start somewhere in their cells as it is and are left
-    alone. The draw depends on seed and name alone, not on order, device or process.
+    alone; but elements below the normal numbers of `dtype` do not count, and stay alone where they
+    are off it: so it is with a bfloat16 checkpoint in float16, whose finest numbers are coarser.
+    The draw depends on seed and name alone, not on order, device or process.
     """
     moved = []
     for name, tensor in named:
         served = tensor.to(dtype)
-        if torch.equal(served.float(), tensor):
+        on_grid = served.float() == tensor
+        counts = tensor.abs() >= torch.finfo(dtype).smallest_normal
+        if bool((on_grid | ~counts).all()) and bool(on_grid.any()):
             generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
-            tensor.copy_(_inside_cells(served.cpu(), generator))
+            inside = _inside_cells(served.cpu(), generator).to(tensor.device)
+            tensor.copy_(torch.where(on_grid, inside, tensor))
             assert torch.equal(tensor.to(dtype), served), f"{name} left its rounding cells"
             moved.append(name)
     return moved

@@ -12,7 +12,7 @@ from engine.errors import InvalidRequest
 from recipes.actors.actor import Actor
 from recipes.settings.options import RunOptions
 from recipes.trainers.base import Learner
-from recipes.trainers.masters import dither
+from recipes.trainers.masters import dither, require_range
 from recipes.trainers.plain import Trainer
 from recipes.trainers.sharded import Backend, ShardedTrainer
 from recipes.world import World, uses_gpu
@@ -27,7 +27,7 @@ def load_trainer(options: RunOptions, actor: Actor, world: World | None = None) 
     """The trainer that the options name, computing in the engine's dtype; collective.
 
     Raises InvalidRequest for several processes of a trainer of one, and for a trainer whose
-    library is missing.
+    library is missing; CheckpointError for a weight that the dtype cannot hold.
     """
     world = world or World()
     name = options.placement.trainer
@@ -41,6 +41,8 @@ def load_trainer(options: RunOptions, actor: Actor, world: World | None = None) 
     model = load_causal_lm(checkpoint.hf_config, checkpoint.tensors)
     assert isinstance(model, PreTrainedModel)
     device, dtype = trainer_device(options, world), engine_dtype(actor)
+    if dtype != torch.float32:
+        require_range(((n, p.detach()) for n, p in model.named_parameters()), dtype)
     on_host = options.objective.reference == "host"
     needs = options.objective.kl_coef > 0 and options.objective.reference != "engine"
     reference = copy.deepcopy(model) if needs else None

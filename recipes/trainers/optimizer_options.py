@@ -27,8 +27,8 @@ class OptimizerOptions:
     max_grad_norm: float = 1.0
     """Gradients with a larger norm are scaled down to it."""
     dither: Literal["on", "off"] = "on"
-    """Start float32 masters of a bfloat16 checkpoint inside its rounding cells, so that small
-    steps show at once in the bfloat16 weights; what is served at step 0 does not change."""
+    """Start float32 masters of a 16-bit checkpoint inside the rounding cells of --dtype, so that
+    small steps show at once in the 16-bit weights; what is served at step 0 does not change."""
     max_tokens_per_microbatch: int | None = None
     """Distinct prefix tokens computed at once; the default is 4096 on a GPU, where more is faster
     and takes more memory, and 1536 on a CPU, where attention keeps a score for every pair."""

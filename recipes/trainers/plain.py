@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from engine.protocol import FloatArray
 from recipes.trainers.base import Logprobs, Loss
 from recipes.trainers.forward import TokenScores
+from recipes.trainers.loss_scale import LossScale, loss_scale_of
 from recipes.trainers.masters import Masters
 from recipes.trainers.memory import recompute_layers
 from recipes.trainers.metrics import TokenMetrics
@@ -31,9 +32,9 @@ class Trainer:
     """A `Learner` of one process: the model, its optimizer, and the reference where KL is asked.
 
     model: float32; moved to `device`, where its parameters become `dtype`, which the engine
-    serves; the optimizer keeps float32 masters of them. temperature: that of the rollouts.
-    reference: the same model with its initial weights, where there is a KL term, in host memory
-    between its passes if `reference_on_host`.
+    serves; the optimizer keeps float32 masters of them, and in float16 the loss is scaled.
+    temperature: that of the rollouts. reference: the same model with its initial weights, where
+    there is a KL term, in host memory between its passes if `reference_on_host`.
     """
 
     def __init__(
@@ -54,7 +55,8 @@ class Trainer:
         self.options = options
         self.device = device
         self.temperature = temperature
-        self.masters = Masters(self.model, dtype)
+        self.loss_scale: LossScale | None = loss_scale_of(dtype)
+        self.masters = Masters(self.model, dtype, self.loss_scale)
         self.reference: Reference | None = None
         if reference is not None:
             frozen = _frozen(reference, dtype)
@@ -88,14 +90,18 @@ class Trainer:
             inputs = loss_inputs(part, scores.logprobs, self.device)
             output = loss(inputs)
             if output.loss.requires_grad:
-                output.loss.backward()
+                scale = 1.0 if self.loss_scale is None else self.loss_scale.value
+                (output.loss * scale).backward()
             metrics.add(inputs, output, scores.entropy, num_nodes)
 
     def step(self, lr: float) -> float:
-        """One clipped AdamW update with the accumulated gradient; returns its norm before."""
+        """One clipped AdamW update with the accumulated gradient; see `Learner`."""
         norm = torch.nn.utils.clip_grad_norm_(
             self.masters.parameters, self.options.max_grad_norm, foreach=True
         )
+        if self.loss_scale is not None and not self.loss_scale.accept(float(norm)):
+            self.optimizer.zero_grad(set_to_none=True)
+            return 0.0
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -120,7 +126,12 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """Write model and optimizer into a checkpoint's folder."""
-        state = {"model": self.masters.state(), "optimizer": self.optimizer.state_dict()}
+        state: dict[str, Any] = {
+            "model": self.masters.state(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        if self.loss_scale is not None:
+            state["loss_scale"] = self.loss_scale.state()
         torch.save(state, folder / TENSORS)
 
     def load(self, folder: Path) -> None:
@@ -128,6 +139,8 @@ class Trainer:
         state = torch.load(folder / TENSORS, map_location="cpu", weights_only=True)
         self.masters.load(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.loss_scale is not None:
+            self.loss_scale.load(state["loss_scale"])
 
     def write_model(self, folder: Path, dtype: torch.dtype) -> None:
         """Write the model in Hugging Face format; it is cast itself."""

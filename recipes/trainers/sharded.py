@@ -17,6 +17,7 @@ import torch
 
 from engine.protocol import FloatArray
 from recipes.trainers.base import Logprobs, Loss
+from recipes.trainers.loss_scale import LossScale
 from recipes.trainers.metrics import TokenMetrics
 from recipes.trainers.microbatch import by_sequence, loss_inputs, microbatches, score
 from recipes.trainers.optimizer_options import OptimizerOptions
@@ -35,12 +36,19 @@ class Backend(Protocol):
     """The same with the frozen initial weights, if they were asked for."""
     weights: WeightSource
 
+    @property
+    def loss_scale(self) -> LossScale | None:
+        """See `Learner`; the same in all processes."""
+        ...
+
     def backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
-        """Add the gradient of `loss`, averaged over processes. is_last: before the step."""
+        """Add the gradient of `loss`, averaged over processes. is_last: before the step.
+        In float16 the back end scales the loss itself."""
         ...
 
     def step(self, lr: float) -> float:
-        """One clipped update; returns the norm of the gradient before clipping."""
+        """One clipped update; returns the norm of the gradient before clipping. All processes
+        skip it, and return 0, where the gradient of one has overflowed in float16."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -87,6 +95,11 @@ class ShardedTrainer:
     def step(self, lr: float) -> float:
         """See `Learner`."""
         return self._backend.step(lr)
+
+    @property
+    def loss_scale(self) -> LossScale | None:
+        """See `Learner`."""
+        return self._backend.loss_scale
 
     def logprobs(self, trajectories: tuple[Trajectory, ...]) -> Logprobs:
         """See `Learner`."""

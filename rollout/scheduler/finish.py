@@ -9,7 +9,8 @@ NOT_FINITE = FinishReason(
     type="abort",
     message=(
         "the logits of this sequence are NaN or infinite, so it ends with the tokens sampled "
-        "before; look at the weights published last, and at overflow in 16 bits"
+        "before; look at the weights published last, and at overflow: with --dtype float16 an "
+        "activation beyond 65504 is infinite, where bfloat16 has the range of float32"
     ),
     error="NonFiniteLogits",
 )

@@ -44,7 +44,7 @@ def assert_equal(got, want) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("rows", [1, 8, 64])
 def test_a_full_bucket_is_bit_equal_to_eager(tiny, rows: int, dtype: str) -> None:
     requests = [
@@ -119,7 +119,10 @@ def test_graphs_serve_new_weights(tiny) -> None:
 
 
 @pytest.mark.gpu
-def test_a_prompt_group_is_bit_equal_to_the_same_rows_without_tiles(tiny, monkeypatch) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_prompt_group_is_bit_equal_to_the_same_rows_without_tiles(
+    tiny, monkeypatch, dtype: str
+) -> None:
     """Sixteen samples of each of five prompts: their shared pages read once, or row by row."""
     prompts = [[(7 * i + 13 * n) % 90 + 5 for i in range(300)] for n in range(5)]
     requests = [
@@ -127,7 +130,7 @@ def test_a_prompt_group_is_bit_equal_to_the_same_rows_without_tiles(tiny, monkey
         for n in range(5)
         for i in range(16)
     ]
-    options = {"dtype": "bfloat16", "num_pages": 3000, "max_running": 96, "max_step_tokens": 2048}
+    options = {"dtype": dtype, "num_pages": 3000, "max_running": 96, "max_step_tokens": 2048}
     seen = []
     refresh = TritonDecode.refresh
 

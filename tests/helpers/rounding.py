@@ -31,3 +31,21 @@ def logprob_bound(config: Any, weight_std: float = 0.15) -> float:
     products = PRODUCTS_PER_LAYER * config.num_hidden_layers + 1
     relative = 2 * SIGMAS * math.sqrt(terms * products) * UNIT_ROUNDOFF
     return 2 * relative * math.sqrt(config.hidden_size) * weight_std
+
+
+# Of one layer: norm (before and after its weight), query, rotation, attention, its product and sum;
+# norm, gate, activation, gated product, its product and sum.
+STORED_PER_LAYER = 13
+
+
+def stored_logprob_bound(config: Any, unit_roundoff: float, weight_std: float = 0.15) -> float:
+    """Largest difference of a logprob between two right answers that store every value in 16 bits
+    and sum in float32.
+
+    unit_roundoff: 2**-11 in float16, 2**-8 in bfloat16. config, weight_std: see `logprob_bound`.
+    Each value that is stored on the way to a logit adds an independent relative error of about the
+    unit roundoff, whichever the number of terms in its sum.
+    """
+    stored = STORED_PER_LAYER * config.num_hidden_layers + 3
+    relative = SIGMAS * math.sqrt(stored) * unit_roundoff
+    return 2 * relative * math.sqrt(config.hidden_size) * weight_std

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 
+from engine.errors import InvalidRequest
 from tests.helpers.engines import drain, exact_logprobs, make_replica, request
+from tests.helpers.rounding import stored_logprob_bound
 from tests.helpers.tiny_models import tiny_hf, write_tiny
 from trainer_bridge import push
 
@@ -71,6 +75,22 @@ def test_bfloat16_logprobs_are_close_to_float32(tiny) -> None:
         want = exact_logprobs(tiny[1], prompt, output.token_ids)
         np.testing.assert_allclose(output.logprobs, want, atol=0.3, err_msg=rid)
         assert np.abs(output.logprobs - want).mean() < 0.05
+
+
+def test_float16_logprobs_are_those_of_transformers_in_float16(tiny) -> None:
+    """Fused products of few rows, captured steps and a group; also without any of them."""
+    folder, model = tiny
+    if model.config.model_type == "gemma3_text":
+        with pytest.raises(InvalidRequest, match="float16"):
+            run(folder, "cuda", dtype="float16")
+        return
+    half = copy.deepcopy(model).half()
+    bound = stored_logprob_bound(model.config, 2.0**-11)
+    for options in ({}, {"cuda_graphs": False, "prefix_cache": False, "max_chunk_tokens": 16}):
+        outputs, _ = run(folder, "cuda", dtype="float16", **options)
+        for rid, prompt in (("group-0", PROMPT), ("group-5", PROMPT), ("greedy", PROMPT[:31])):
+            want = exact_logprobs(half, prompt, outputs[rid].token_ids)
+            np.testing.assert_allclose(outputs[rid].logprobs, want, atol=bound, err_msg=rid)
 
 
 def test_a_push_from_gpu_tensors_is_served(tiny) -> None:

@@ -61,6 +61,8 @@ def make_run(
     noise: float = 0.0,
     environment: Environment | None = None,
     reference: ScoringEngine | None = None,
+    trainer: type[Trainer] = Trainer,
+    dtype: torch.dtype = torch.float32,
 ) -> Run:
     model = char_model(16, 1)
     return assemble(
@@ -69,11 +71,11 @@ def make_run(
         environment=environment or LeadingDigit(),
         actor=FakeActor(model, [0], noise),
         tokenizer=char_tokenizer(),
-        trainer=Trainer(
+        trainer=trainer(
             model,
             options.optimizer,
             device=torch.device("cpu"),
-            dtype=torch.float32,
+            dtype=dtype,
             temperature=options.rollout.temperature,
             reference=copy.deepcopy(model) if _has_reference(options) else None,
         ),
@@ -141,6 +143,37 @@ def test_every_row_has_its_figures_and_its_times_add_up(tmp_path: Path) -> None:
             assert name in row
     assert "push/memcpy_seconds" in rows(run)[0]
     assert summary["seconds"] == pytest.approx(sum(summary["seconds_by_phase"].values()))
+
+
+class OverflowsOnce(Trainer):
+    """Its second gradient is infinite."""
+
+    num_steps = 0
+
+    def step(self, lr: float) -> float:
+        self.num_steps += 1
+        if self.num_steps == 2:
+            gradient = self.masters.parameters[0].grad
+            assert gradient is not None
+            gradient[0] = float("inf")
+        return super().step(lr)
+
+
+def test_a_skipped_step_is_counted_and_its_version_published(tmp_path: Path) -> None:
+    """Every step has a version of its own, so that a run can be resumed by the number of its step;
+    the one of a skipped step has the weights of that before it."""
+    run = make_run(make_options(tmp_path), trainer=OverflowsOnce, dtype=torch.float16)
+    with run.display:
+        run.begin()
+        train(run)
+        run.finish()
+    run.folder.close()
+    figures = rows(run)
+    assert [row["weight_version"] for row in figures] == [1, 2, 3, 4]
+    assert [row["train/skipped_steps"] for row in figures] == [0, 1, 1, 1]
+    assert [row["train/loss_scale"] for row in figures] == [2.0**16, *[2.0**15] * 3]
+    assert [row["grad_norm"] > 0 for row in figures] == [True, False, True, True]
+    assert run.actor.version == run.progress.step == 4
 
 
 def test_killed_and_resumed_equals_unbroken(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from engine.weights.checksum import checksum
 from engine.weights.finite import find_unfit
 from tests.helpers import update_carriers
 from tests.helpers.engines import make_replica
-from tests.helpers.tiny_models import write_tiny
+from tests.helpers.tiny_models import tiny_hf, write_tiny, write_tiny_gguf
 from tests.helpers.weight_engines import assert_holds, contents, fresh, make_rank, specs
 
 QUERY = "model.layers.0.self_attn.q_proj.weight"
@@ -124,3 +126,94 @@ def test_a_checkpoint_beyond_the_dtype_it_is_served_in(tmp_path: Path) -> None:
     make_replica(tmp_path).close()
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight.*float16"):
         make_replica(tmp_path, dtype="float16")
+
+
+@pytest.mark.parametrize("sent", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["shadow", "undo", "in_place"])
+def test_a_float16_engine_refuses_what_overflows_and_takes_what_fits(
+    mode: str, sent: torch.dtype
+) -> None:
+    """Of a trainer in a wider dtype; one in float16 itself sends inf, which is refused too."""
+    model, rank = make_rank(dtype=torch.float16)
+    good = {name: tensor.to(sent) for name, tensor in fresh(model).items()}
+    for version, value, dtype in ((4, 1e5, sent), (5, 1e5, torch.float16), (6, 5e4, sent)):
+        new = {name: tensor.to(dtype).clone() for name, tensor in good.items()}
+        new[QUERY][3, 5] = value
+        rank.handle(BeginUpdate(version=version, manifest=specs(new), mode=mode))
+        rank.session.receive(new.items())
+        if version < 6:
+            with pytest.raises(NonFiniteWeights, match=r"q_proj.*(float16 cannot|inf)"):
+                rank.handle(CommitUpdate(version=version))
+            rank.handle(AbortUpdate(version=version))
+    rank.handle(CommitUpdate(version=6))
+    assert contents(model)[QUERY][3, 5] == torch.tensor(5e4, dtype=sent).half()
+
+
+@pytest.mark.parametrize("carrier", update_carriers.NAMES)
+def test_values_beyond_float16_are_refused_however_they_come(carrier: str, tmp_path: Path) -> None:
+    model, rank = make_rank(dtype=torch.float16)
+    before = contents(model)
+    new = {name: tensor.float() for name, tensor in fresh(model).items()}
+    new[EMBED][2, 1] = -1e5
+    way = update_carriers.make(carrier, rank, tmp_path)
+    way.prepare(new)
+    rank.handle(BeginUpdate(version=4, manifest=specs(new), mode="shadow"))
+    way.receive()
+    for finish in (PrepareUpdate(version=4), CommitUpdate(version=4)):
+        with pytest.raises(NonFiniteWeights, match="float16 cannot hold") as refusal:
+            rank.handle(finish)
+        assert refusal.value.field == EMBED
+    rank.handle(AbortUpdate(version=4))
+    assert_holds(model, before)
+    getattr(way, "close", rank.close)()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_checkpoint_of_a_wider_dtype_is_read_before_it_is_rounded(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """The error tells the value, which inf would not."""
+    write_tiny(tmp_path, "llama", dtype=dtype)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors[QUERY][3, 5] = -1e5
+    save_file(tensors, file)
+    make_replica(tmp_path, dtype="bfloat16").close()
+    with pytest.raises(CheckpointError, match=r"q_proj.*model\.safetensors.*values up to") as told:
+        make_replica(tmp_path, dtype="float16")
+    assert told.value.field == QUERY
+
+
+def test_values_beyond_float16_in_a_gguf_file(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    with mock.patch("tests.helpers.tiny_models.tiny_hf", _with_a_large_norm):
+        write_tiny_gguf(path)
+    make_replica(path, dtype="bfloat16").close()
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight \(.*tiny\.gguf\).*float16"):
+        make_replica(path, dtype="float16")
+
+
+def _with_a_large_norm(*args: Any, **options: Any) -> Any:
+    model = tiny_hf(*args, **options)
+    with torch.no_grad():
+        model.model.norm.weight[3] = 1e5
+    return model
+
+
+def test_a_tensor_too_small_for_float16_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_tiny(tmp_path, "qwen2")
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    bias = "model.layers.1.self_attn.k_proj.bias"
+    tensors[bias] *= 1e-7
+    # Zeros are no loss, nor are small values beside larger ones.
+    tensors["model.layers.0.self_attn.k_proj.bias"].zero_()
+    tensors[QUERY][0] *= 1e-7
+    save_file(tensors, file)
+    for dtype in ("bfloat16", "float16"):
+        caplog.clear()
+        make_replica(tmp_path, dtype=dtype).close()
+        told = [r.getMessage() for r in caplog.records if "no value above" in r.getMessage()]
+        assert [text.split()[0] for text in told] == ([bias] if dtype == "float16" else [])

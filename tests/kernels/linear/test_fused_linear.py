@@ -181,13 +181,17 @@ def test_what_a_row_gets_does_not_depend_on_the_rows_beside_it(splits: int) -> N
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 9, 16, 17, 40])
 @pytest.mark.parametrize("shape", [(2048, 1536), (1536, 8960), (100, 72)])
-def test_bfloat16_as_the_engine_calls_it(shape: tuple[int, int], rows: int, kind: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_as_the_engine_calls_it(
+    dtype: torch.dtype, shape: tuple[int, int], rows: int, kind: str
+) -> None:
     if triton_device() == "cpu":
         pytest.skip("the interpreter cannot multiply matrices of bfloat16")
-    x, weight, options = make(rows, *shape, torch.bfloat16, "cuda", **KINDS[kind])
+    x, weight, options = make(rows, *shape, dtype, "cuda", **KINDS[kind])
     with poisoned_allocations():
         got = fused_linear(x, weight, options, backend="triton")
     # Rounded in between as separate ops round, so wider than one rounding of the exact value.
-    want, absolute = exact(x, weight, options), 0.06
-    assert ((got.double() - want).abs() <= absolute + 0.03 * want.abs()).all()
+    finer = 8 if dtype == torch.float16 else 1
+    want, absolute, relative = exact(x, weight, options), 0.06 / finer, 0.03 / finer
+    assert ((got.double() - want).abs() <= absolute + relative * want.abs()).all()
     assert torch.equal(fused_linear(x, weight, options, backend="triton"), got)

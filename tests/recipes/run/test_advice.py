@@ -31,3 +31,14 @@ def test_a_run_that_learns_or_has_learned_is_left_alone() -> None:
     assert advice(rows(frac_reward_zero_std=0.6)) == ""
     assert advice(rows(reward=0.95, frac_groups_all_wrong=0.0)) == ""
     assert advice(rows()[:-1]) == ""
+
+
+def test_a_loss_scale_that_keeps_falling_is_told() -> None:
+    def skipping(*totals: float) -> list[dict[str, float]]:
+        learns = rows(frac_reward_zero_std=0.1)[0]
+        return [learns | {"train/skipped_steps": n, "train/loss_scale": 64.0} for n in totals]
+
+    told = advice(skipping(2, 3, 3, 4, 5))
+    assert told.startswith("3 of the last optimizer steps were skipped")
+    assert "down to 64" in told and "--dtype bfloat16" in told
+    assert advice(skipping(2, 3, 3, 4, 4)) == ""

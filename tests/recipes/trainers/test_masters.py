@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
-from recipes.trainers.masters import Masters, dither
+from engine.errors import CheckpointError
+from recipes.trainers.masters import Masters, dither, require_range
 from tests.helpers.tiny_models import tiny_hf
 
 
@@ -43,6 +46,47 @@ def test_the_draw_depends_on_seed_and_name_alone() -> None:
     assert torch.equal(one, other)
     assert not torch.equal(one, renamed)
     assert not torch.equal(one, reseeded)
+
+
+def test_a_bfloat16_checkpoint_is_dithered_in_float16_but_for_what_is_below_its_grid() -> None:
+    """float16 holds every bfloat16 number down to 2**-17, and rounds what is smaller."""
+    torch.manual_seed(0)
+    before = (0.05 * torch.randn(20_000)).bfloat16().float()
+    before[:200] = (2.0**-19 * torch.rand(200)).bfloat16().float()
+    off = before.half().float() != before
+    assert 0 < off.sum() <= 200
+    after = before.clone()
+    assert dither([("w", after)], torch.float16, seed=1) == ["w"]
+    assert torch.equal(after.half(), before.half())
+    assert torch.equal(after[off], before[off])
+    assert (after[~off] != before[~off]).float().mean() > 0.99
+    # float32 weights are off the grid where it is fine, however many small ones are on it.
+    mixed = torch.cat([before, torch.randn(10)])
+    assert dither([("w", mixed)], torch.float16, seed=1) == []
+
+
+def test_ties_stay_where_they_are() -> None:
+    """Masters at the very edge of a cell round to the even neighbour, which may be another: none is
+    put there, whatever the draw."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    for dtype in (torch.float16, torch.bfloat16):
+        numbers = every.view(dtype).float()
+        numbers = numbers[numbers.isfinite()]
+        for place in (0.0, 1.0, 0.5):
+            moved = numbers.clone()
+            with mock.patch.object(torch, "rand", lambda s, place=place, **_: torch.full(s, place)):
+                dither([("w", moved)], dtype, seed=0)
+            assert torch.equal(moved.to(dtype), numbers.to(dtype))
+
+
+def test_values_that_the_dtype_cannot_hold_are_refused_by_name() -> None:
+    named = [("a", torch.ones(3)), ("b", torch.tensor([1.0, -65_519.0]))]
+    require_range(named, torch.float16)
+    bad = [*named, ("c", torch.tensor([0.0, -65_520.0]))]
+    require_range(bad, torch.bfloat16)
+    with pytest.raises(CheckpointError, match=r"c has values up to 65520, which float16") as told:
+        require_range(bad, torch.float16)
+    assert told.value.field == "c"
 
 
 def test_weights_off_the_grid_are_left_alone() -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from engine.errors import NonFiniteGradient
 from recipes.algorithms.losses import LossInputs, LossOutput, policy_loss
 from recipes.algorithms.presets import preset
 from recipes.trainers.metrics import TokenMetrics
 from recipes.trainers.optimizer_options import OptimizerOptions
 from recipes.trainers.plain import Trainer
 from recipes.types import Batch
+from recipes.world import World
+from tests.helpers import trainer_ranks as ranks
 from tests.helpers.tiny_models import tiny_hf
 from tests.helpers.trajectories import random_batch
 
@@ -285,3 +289,66 @@ def test_every_loss_input_is_aligned_with_its_token() -> None:
     for name, expected in flat.items():
         got = np.concatenate([getattr(inputs, name).numpy() for inputs in seen])
         assert np.array_equal(got, expected), name
+
+
+def test_gradients_of_float16_are_unscaled_as_they_become_float32() -> None:
+    """Over several micro-batches, and from a scale at which they would otherwise be zero."""
+    batch = ranks.batch(0)
+    exact, half = ranks.plain(), ranks.plain(torch.float16)
+    assert half.loss_scale is not None
+    for scale in (2.0**16, 2.0**12):
+        half.loss_scale.value = scale
+        for trainer in (exact, half):
+            trainer.optimizer.zero_grad()
+            assert trainer.accumulate(batch, ranks.small_loss, TokenMetrics())
+        for want, got in zip(exact.masters.parameters, half.masters.parameters, strict=True):
+            assert want.grad is not None and got.grad is not None
+            assert got.grad.dtype == torch.float32
+            torch.testing.assert_close(
+                got.grad, want.grad, rtol=0, atol=0.02 * float(want.grad.abs().max())
+            )
+        assert all(p.grad is None for p in half.model.parameters())
+
+
+def test_an_overflow_changes_nothing_but_the_scale_and_a_resumed_run_goes_on_alike(
+    tmp_path: Path,
+) -> None:
+    build = functools.partial(ranks.plain, torch.float16)
+    seen = ranks.skipped(build, World(), tmp_path)
+    assert seen["norm"] == 0.0
+    assert seen["scales"] == [(2.0**16, 0), (2.0**15, 1), (2.0**15, 1)]
+    assert np.array_equal(*seen["logprobs"])
+    assert seen["rows"][0] == seen["rows"][1] and seen["rows"][0][0]["grad_norm"] > 0
+    assert np.array_equal(*seen["after"])
+    assert not np.array_equal(seen["after"][0], seen["logprobs"][0])
+
+
+def test_the_optimizer_does_not_see_a_step_that_is_skipped() -> None:
+    """Its moments and its count of steps are those of a run without the overflow."""
+    plain, broken = (ranks.plain(torch.float16) for _ in range(2))
+    for trainer, losses in (
+        (plain, [ranks.small_loss] * 2),
+        (broken, [ranks.small_loss, ranks.overflowing_loss, ranks.small_loss]),
+    ):
+        for loss in losses:
+            trainer.accumulate(ranks.batch(0), loss, TokenMetrics())
+            trainer.step(1e-2)
+    states = [trainer.optimizer.state_dict()["state"] for trainer in (plain, broken)]
+    for ours, theirs in zip(states[0].values(), states[1].values(), strict=True):
+        assert ours["step"] == theirs["step"] == 2
+        for key in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(theirs[key], ours[key], rtol=0.02, atol=1e-6)
+    assert all(p.grad is None for p in broken.masters.parameters)
+
+
+def test_a_gradient_that_overflows_at_every_scale_ends_the_run() -> None:
+    trainer = ranks.plain(torch.float16)
+    assert trainer.loss_scale is not None
+    trainer.loss_scale.value = 2.0
+    for _ in range(2):
+        trainer.accumulate(ranks.batch(0), ranks.overflowing_loss, TokenMetrics())
+        if trainer.loss_scale.value > 1:
+            assert trainer.step(1e-2) == 0.0
+            continue
+        with pytest.raises(NonFiniteGradient, match="float16"):
+            trainer.step(1e-2)

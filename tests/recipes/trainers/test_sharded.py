@@ -89,6 +89,41 @@ def test_bfloat16_stays_close(
     assert 0 < np.abs(got - np.concatenate(plain["after"])).mean() < 0.12
 
 
+HALF_STAGES = ["zero0", "zero2", "zero3"]
+
+
+@pytest.mark.parametrize("name", [*HALF_STAGES, "fsdp", "plain"])
+def test_float16_learns_what_float32_does_and_stays_closer_than_bfloat16(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    want = ranks.figures(ranks.plain(), World(), ranks.small_loss)
+    if name == "plain":
+        got = ranks.figures(ranks.plain(torch.float16), World(), ranks.small_loss)
+    else:
+        fixture = request.getfixturevalue("fsdp" if name == "fsdp" else "deepspeed")
+        got = fixture[2][0][f"{name}-float16"]
+    difference = np.abs(np.concatenate(got["after"]) - np.concatenate(want["after"]))
+    assert 0 < difference.mean() < 0.02
+    norms = [[row["grad_norm"] for row in figures["rows"]] for figures in (got, want)]
+    assert norms[0] == pytest.approx(norms[1], rel=0.05)
+
+
+@pytest.mark.parametrize("name", [*HALF_STAGES, "fsdp"])
+def test_an_overflow_in_one_process_skips_the_step_in_all(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    found = request.getfixturevalue("fsdp" if name == "fsdp" else "deepspeed")[2]
+    for rank in found:
+        seen = rank[f"{name}-skipped"]
+        assert seen["norm"] == 0.0
+        assert seen["scales"] == [(2.0**16, 0), (2.0**15, 1), (2.0**15, 1)]
+        assert np.array_equal(*seen["logprobs"])
+        assert seen["rows"][0] == seen["rows"][1]
+        assert seen["rows"][0][0]["grad_norm"] > 0
+        assert np.array_equal(*seen["after"])
+        assert not np.array_equal(seen["after"][0], seen["logprobs"][0])
+
+
 @pytest.mark.parametrize("stage", range(4))
 def test_deepspeed_masters_start_at_the_full_precision_weights(
     deepspeed: dict[int, Any], stage: int
