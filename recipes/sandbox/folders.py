@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import os
 import stat
-import tempfile
 from collections.abc import Iterator
 
 BLOCK_BYTES = 512
@@ -35,18 +34,11 @@ def _statuses(folder: str) -> Iterator[os.stat_result]:
                 yield status
 
 
-def make() -> str:
-    """A new empty folder, alone in a folder of its own."""
-    folder = os.path.join(tempfile.mkdtemp(prefix="sandbox-"), "program")
-    os.mkdir(folder, stat.S_IRWXU)
-    return folder
-
-
 def remove(folder: str) -> None:
-    """Remove a folder from `make`, in which nobody writes any more, and the one around it.
+    """Remove a folder in which nobody writes any more.
 
-    No path grows: a folder inside is moved to the top first, however deep they are nested. Links
-    are removed, never followed.
+    No path grows: a folder inside is moved beside it first, under its name and a number, however
+    deep they are nested. Links are removed, never followed.
     """
     names = (f"{folder}.{number}" for number in itertools.count())
     waiting = [folder]
@@ -64,4 +56,3 @@ def remove(folder: str) -> None:
             os.rename(path, moved)
             waiting.append(moved)
         os.rmdir(current)
-    os.rmdir(os.path.dirname(folder))

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from engine.errors import InvalidRequest
 from recipes.rewards.grader_main import read_frame, write_frame
+from recipes.sandbox import folders
 from recipes.sandbox.kernel import SandboxReport
 from recipes.sandbox.program import Limits, Outcome, Program
 from rollout.replica.python_child import child_command, child_environment
@@ -31,6 +32,8 @@ MOST_PROCESSES = 8
 START_S = 120.0
 MARGIN_S = 30.0
 """A supervisor that does not answer so long after its program's time is killed."""
+CLOSE_S = 10.0
+CLOSED = Outcome(failed="the sandbox was closed before it ended")
 KEPT_VARIABLES = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "TMPDIR")
 
 
@@ -54,6 +57,7 @@ class Sandbox:
             raise InvalidRequest("sandbox: programs are run on Linux only", field="sandbox")
         self._limits = limits or Limits()
         num = num_processes or min(os.cpu_count() or 1, MOST_PROCESSES)
+        self._is_closed = False
         self._free: queue.SimpleQueue[_Supervisor] = queue.SimpleQueue()
         self._supervisors = [_Supervisor(self._limits) for _ in range(num)]
         self._threads = ThreadPoolExecutor(num, thread_name_prefix="sandbox")
@@ -74,17 +78,22 @@ class Sandbox:
         return await asyncio.wrap_future(self._threads.submit(self._run, program))
 
     def close(self) -> None:
-        """End the processes; programs that run end too. Idempotent."""
+        """End the processes; programs that run end too, and nothing is known of them. Idempotent;
+        from any thread."""
+        self._is_closed = True
+        for supervisor in self._supervisors:
+            supervisor.end()
+        self._threads.shutdown()
         for supervisor in self._supervisors:
             supervisor.close()
-        self._threads.shutdown()
 
     def _run(self, program: Program) -> Outcome:
         supervisor = self._free.get()
         try:
-            return supervisor.run(program)
+            outcome = CLOSED if self._is_closed else supervisor.run(program)
         finally:
             self._free.put(supervisor)
+        return CLOSED if self._is_closed else outcome
 
 
 class _Supervisor:
@@ -93,6 +102,7 @@ class _Supervisor:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._process: subprocess.Popen[bytes] | None = None
+        self._home = ""
 
     def start(self) -> SandboxReport:
         """Start the process and hear what confines programs in it.
@@ -114,6 +124,7 @@ class _Supervisor:
             why = "its process died" if hello is None else hello["failed"]
             self.close()
             raise InvalidRequest(f"sandbox: it does not start: {why}", field="sandbox")
+        self._home = hello["home"]
         told = dict(hello["report"])
         return SandboxReport(**{**told, "leaks": tuple(told["leaks"])})
 
@@ -126,7 +137,8 @@ class _Supervisor:
         except InvalidRequest as error:
             return Outcome(failed=error.message)
         assert self._process is not None and self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
+        # Of a process that is gone or ended meanwhile, the end of its output says so.
+        with contextlib.suppress(BrokenPipeError, ValueError):
             write_frame(self._process.stdin.fileno(), dataclasses.asdict(program))
         told = self._hear(self._limits.wall_s + MARGIN_S)
         if told is None:
@@ -134,16 +146,28 @@ class _Supervisor:
             return Outcome(failed="the process that ran it died or did not answer")
         return Outcome(**{**told, "passed": tuple(told["passed"])})
 
+    def end(self) -> None:
+        """End the process, its program with it, while another thread may wait for that."""
+        process = self._process
+        if process is None:
+            return
+        assert process.stdin is not None
+        # It ends its program and removes its folders.
+        process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(CLOSE_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
     def close(self) -> None:
-        """End the process, and its program with it."""
+        """As `end`, once nobody waits for it."""
+        self.end()
         process, self._process = self._process, None
-        if process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                assert pipe is not None
-                pipe.close()
+        if process is not None and process.stdout is not None:
+            process.stdout.close()
+        if os.path.isdir(self._home):
+            folders.remove(self._home)
 
     def _hear(self, seconds: float) -> dict[str, Any] | None:
         assert self._process is not None and self._process.stdout is not None

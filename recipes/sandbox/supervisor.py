@@ -7,12 +7,14 @@ in the middle of a program. A frame is its length in 4 bytes, little-endian, and
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import fcntl
 import json
 import os
 import select
+import stat
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -54,12 +56,14 @@ MOST_FDS = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Supervisor:
-    """source, sink: file descriptors of the frames."""
+    """home: a folder of its own, where each program gets one. source, sink: file descriptors of the
+    frames."""
 
     libc: ctypes.CDLL
     report: SandboxReport
     limits: Limits
     places: tuple[str, ...]
+    home: str
     source: int
     sink: int
 
@@ -73,23 +77,24 @@ class Supervisor:
         if not (failed or outcome.finished):
             failed = f"the first program ended by {outcome.ended} {outcome.code}: {outcome.stderr}"
         report = dataclasses.replace(self.report, leaks=tuple(outcome.stdout.splitlines()))
-        write_frame(self.sink, {"report": dataclasses.asdict(report), "failed": failed})
+        told = {"report": dataclasses.asdict(report), "home": self.home, "failed": failed}
+        write_frame(self.sink, told)
         while (frame := read_frame(self.source)) is not None:
             program = Program(**{**frame, "asserts": tuple(frame["asserts"])})
             outcome = self.run(program)
             if isinstance(outcome, Program):
                 return outcome
-            write_frame(self.sink, dataclasses.asdict(outcome))
+            # Of a run that is gone, the end of the input says so.
+            with contextlib.suppress(BrokenPipeError):
+                write_frame(self.sink, dataclasses.asdict(outcome))
         return None
 
     def run(self, program: Program) -> Outcome | Program:
-        """What became of a program; in its child, the program itself."""
-        folder = folders.make()
-        try:
-            child = self._start(program, folder)
-        except OSError as error:
-            folders.remove(folder)
-            return Outcome(failed=f"no process could be started: {error}")
+        """What became of a program; in its child, the program itself. A machine without room for
+        one more process ends this one, by OSError."""
+        folder = os.path.join(self.home, "program")
+        os.mkdir(folder, stat.S_IRWXU)
+        child = self._start(program, folder)
         if child is None:
             return program
         watch = Watch(
@@ -167,10 +172,14 @@ def main(settings: dict[str, Any]) -> Program | None:
         report=probe(libc),
         limits=Limits(**settings),
         places=readable_places(),
+        home=tempfile.mkdtemp(prefix="sandbox-"),
         source=source,
         sink=sink,
     )
-    return supervisor.serve()
+    program = supervisor.serve()
+    if program is None:
+        folders.remove(supervisor.home)
+    return program
 
 
 if __name__ == "__main__":

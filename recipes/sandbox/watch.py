@@ -20,6 +20,7 @@ from recipes.sandbox.program import Ended, Limits, Outcome, Program
 TICK_S = 0.02
 """How often limits are looked at that the kernel does not keep."""
 LAST_TICK_S = 0.001
+CLOSED = -1
 CHUNK = 1 << 16
 
 
@@ -64,7 +65,7 @@ class Watch:
             for fd in readers:
                 self._read(fd)
         for fd in (*readers, child.tests):
-            with contextlib.suppress(OSError):
+            if fd != CLOSED:
                 os.close(fd)
         return self._judge(status, cpu_s)
 
@@ -98,6 +99,7 @@ class Watch:
                 return
         selector.unregister(self.child.tests)
         os.close(self.child.tests)
+        self.child.tests = CLOSED
 
     def _read(self, fd: int) -> bool:
         """Take what is there, as far as it may be told; whether more may come."""

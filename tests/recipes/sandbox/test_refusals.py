@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tests.helpers.sandboxes import open_sandbox, run
 
 pytestmark = pytest.mark.slow
 
+SHARED = "import multiprocessing.shared_memory as shared; shared.SharedMemory(None, True, 9)"
 REFUSED = {
     "a socket": "import socket; socket.socket()",
     "a local socket": "import socket; socket.socket(socket.AF_UNIX)",
@@ -55,7 +57,7 @@ REFUSED = {
     "a priority": "os.setpriority(os.PRIO_PROCESS, RUN, 19)",
     "cores of another": "os.sched_setaffinity(RUN, {0})",
     "another user": "os.setuid(65534)",
-    "shared memory": "from multiprocessing import shared_memory as s; s.SharedMemory('x', True, 9)",
+    "shared memory": SHARED,
     "memory in a file": "os.memfd_create('x')",
     "another root": "os.chroot('.')",
     "the name of the machine": "import socket; socket.sethostname('x')",
@@ -205,6 +207,8 @@ def test_programs_see_nothing_of_each_other(sandbox: Sandbox) -> None:
 
 def test_a_supervisor_whose_run_is_killed_takes_its_program_along(tmp_path: Path) -> None:
     open_sandbox().close()
+    home = tmp_path / "home"
+    home.mkdir()
     code = f"""
 import asyncio, os, threading
 from recipes.sandbox.program import Program
@@ -219,8 +223,11 @@ def kill():
 threading.Thread(target=kill).start()
 asyncio.run(sandbox.run(Program(code="import time; time.sleep(1000)")))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3])
+    environment = {**os.environ, "TMPDIR": str(home)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[3], env=environment
+    )
     assert done.returncode == -9
     pid = int((tmp_path / "pid").read_text())
-    while Path(f"/proc/{pid}").exists():
-        pass
+    while Path(f"/proc/{pid}").exists() or list(home.iterdir()):
+        time.sleep(0.01)

@@ -203,3 +203,21 @@ def test_a_supervisor_imports_little() -> None:
     code = "import sys, recipes.sandbox.supervisor; print({'torch', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "set()\n"
+
+
+@pytest.mark.slow
+def test_no_folder_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    made = open_sandbox()
+    assert len(list(tmp_path.iterdir())) == 1
+
+    async def closed() -> str:
+        running = asyncio.create_task(made.run(Program(code="import time; time.sleep(1000)")))
+        while not list(tmp_path.glob("*/program")):
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(made.close)
+        return (await running).failed
+
+    assert "closed" in asyncio.run(closed())
+    assert "closed" in made._run(Program(code="")).failed
+    assert list(tmp_path.iterdir()) == []
