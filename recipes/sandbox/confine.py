@@ -45,7 +45,6 @@ def confine(
 
 def _set_limits(limits: Limits, *, may_start_threads: bool) -> None:
     wanted = {
-        resource.RLIMIT_CPU: limits.cpu_s,
         resource.RLIMIT_AS: limits.memory_bytes,
         resource.RLIMIT_FSIZE: limits.file_bytes,
         resource.RLIMIT_NOFILE: limits.open_files,
@@ -56,6 +55,12 @@ def _set_limits(limits: Limits, *, may_start_threads: bool) -> None:
         # of the user, and none of root's.
         wanted[resource.RLIMIT_NPROC] = 0
     for kind, most in wanted.items():
-        _, hard = resource.getrlimit(kind)
-        value = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(kind, (value, value))
+        _lower(kind, most, most)
+    # A second more for a program that ignores the signal at the first.
+    _lower(resource.RLIMIT_CPU, limits.cpu_s, limits.cpu_s + 1)
+
+
+def _lower(kind: int, soft: int, most: int) -> None:
+    _, hard = resource.getrlimit(kind)
+    hard = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(kind, (min(soft, hard), hard))

@@ -132,7 +132,7 @@ class Watch:
             return Outcome(failed=_why(verdicts, status), cpu_s=cpu_s)
         code = os.waitstatus_to_exitcode(status)
         ended: Ended = self._ended or ("exit" if code >= 0 else "signal")
-        if code == -signal.SIGKILL and self._ended is None and cpu_s >= self.limits.cpu_s * 0.9:
+        if self._ended is None and _is_for_time(code, cpu_s, self.limits):
             ended = "cpu"
         held = set(verdicts.decode(errors="replace").splitlines())
         text = partial(bytes.decode, encoding="utf-8", errors="replace")
@@ -153,6 +153,12 @@ def _why(verdicts: bytes, status: int) -> str:
     if verdicts.startswith(inside.BROKEN):
         return verdicts.removeprefix(inside.BROKEN).decode(errors="replace").strip()
     return f"its process was not confined before it ended ({os.waitstatus_to_exitcode(status)})"
+
+
+def _is_for_time(code: int, cpu_s: float, limits: Limits) -> bool:
+    """Whether the kernel ended a program for its processor time. One that ignores the first signal
+    gets another, which says less; the kernel counts in ticks, and may be ahead of the true time."""
+    return code == -signal.SIGXCPU or (code == -signal.SIGKILL and cpu_s >= limits.cpu_s / 2)
 
 
 def _is_over(pid: int) -> bool:

