@@ -13,7 +13,7 @@ from recipes.sandbox.seccomp import MODE_FILTER, PR_SET_SECCOMP
 from recipes.sandbox.syscalls import architecture
 
 PR_SET_PDEATHSIG, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 24, 38
-PR_SET_CHILD_SUBREAPER, PR_CAP_AMBIENT, CLEAR_AMBIENT = 36, 47, 4
+PR_CAP_AMBIENT, CLEAR_AMBIENT = 47, 4
 CAPABILITY_VERSION = 0x20080522
 MOST_CAPABILITIES = 64
 
@@ -70,11 +70,6 @@ def _takes_filters(libc: ctypes.CDLL) -> bool:
     """A kernel that has them looks for the filter, which is nowhere."""
     refused = libc.prctl(PR_SET_SECCOMP, MODE_FILTER, None, 0, 0) != 0
     return refused and ctypes.get_errno() == errno.EFAULT
-
-
-def adopt_orphans(libc: ctypes.CDLL) -> None:
-    """Become the parent of every process below whose own parent dies."""
-    _prctl(libc, PR_SET_CHILD_SUBREAPER, 1)
 
 
 def die_with_parent(libc: ctypes.CDLL, parent: int, signal_number: int) -> None:

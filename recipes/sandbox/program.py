@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+SandboxPolicy = Literal["require", "best-effort"]
+"""Refuse a machine that cannot confine a program wholly, or run programs with what there is."""
 Ended = Literal["exit", "signal", "cpu", "wall", "output", "disk", "threads"]
 """Why a program is over: it left or a signal ended it; or it reached a limit of processor time, of
 the clock, of what it may print, of its folder, or of its threads."""

@@ -17,17 +17,16 @@ import selectors
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 from engine.errors import InvalidRequest
-from recipes.rewards.grader_main import read_frame, write_frame
+from recipes.rewards.frames import read_frame, write_frame
 from recipes.sandbox import folders
 from recipes.sandbox.kernel import SandboxReport
-from recipes.sandbox.program import Limits, Outcome, Program
+from recipes.sandbox.program import Limits, Outcome, Program, SandboxPolicy
 from rollout.replica.python_child import child_command, child_environment
 
-SandboxPolicy = Literal["require", "best-effort"]
 MOST_PROCESSES = 8
 START_S = 120.0
 MARGIN_S = 30.0
@@ -75,7 +74,11 @@ class Sandbox:
 
     async def run(self, program: Program) -> Outcome:
         """What became of a program, whose clock starts when it does. From any event loop."""
-        return await asyncio.wrap_future(self._threads.submit(self._run, program))
+        return await asyncio.wrap_future(self.submit(program))
+
+    def submit(self, program: Program) -> Future[Outcome]:
+        """As `run`, for a caller without an event loop."""
+        return self._threads.submit(self._run, program)
 
     def close(self) -> None:
         """End the processes; programs that run end too, and nothing is known of them. Idempotent;

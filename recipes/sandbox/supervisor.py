@@ -20,10 +20,11 @@ import tempfile
 from dataclasses import dataclass
 from typing import Any
 
-from recipes.rewards.grader_main import read_frame, write_frame
+from recipes.rewards import descendants
+from recipes.rewards.frames import read_frame, write_frame
 from recipes.sandbox import folders, inside
 from recipes.sandbox.confine import confine
-from recipes.sandbox.kernel import SandboxReport, adopt_orphans, load_libc, probe
+from recipes.sandbox.kernel import SandboxReport, load_libc, probe
 from recipes.sandbox.landlock import readable_places
 from recipes.sandbox.program import Limits, Outcome, Program
 from recipes.sandbox.watch import Child, Watch
@@ -166,7 +167,7 @@ def main(settings: dict[str, Any]) -> Program | None:
     os.dup2(nothing, 0)
     os.dup2(nothing, 1)
     libc = load_libc()
-    adopt_orphans(libc)
+    descendants.adopt()
     supervisor = Supervisor(
         libc=libc,
         report=probe(libc),

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from recipes.rewards import descendants
 from recipes.sandbox import folders, inside
 from recipes.sandbox.program import Ended, Limits, Outcome, Program
 
@@ -173,20 +174,11 @@ def _end(pid: int) -> tuple[int, float]:
         os.killpg(pid, signal.SIGKILL)
     os.kill(pid, signal.SIGKILL)
     _, status, used = os.wait4(pid, 0)
-    while True:
-        for orphan in _children():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(orphan, signal.SIGKILL)
-        try:
-            os.wait4(-1, 0)
-        except ChildProcessError:
-            return status, used.ru_utime + used.ru_stime
-
-
-def _children() -> list[int]:
-    """Of this process, which has one thread and adopts orphans."""
-    listed = Path(f"/proc/self/task/{os.getpid()}/children")
-    return [int(pid) for pid in listed.read_text().split()] if listed.exists() else []
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+        # There is one more, that had left the group.
+        descendants.end_all()
+    return status, used.ru_utime + used.ru_stime
 
 
 def _num_threads(pid: int) -> int:
