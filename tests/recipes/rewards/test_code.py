@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 
 from engine.errors import InvalidRequest
+from recipes.environments.expression import Expression
 from recipes.rewards.base import Failed, Grade, Item
 from recipes.rewards.code import CodeReward, code_reward
 from recipes.rewards.code_options import CodeOptions
+from recipes.rewards.named_rewards import open_grading
+from recipes.rewards.reward_options import RewardOptions
 from recipes.sandbox.program import Limits
 from recipes.sandbox.sandbox import Sandbox
 from recipes.types import Problem
@@ -108,6 +111,17 @@ def test_a_sandbox_that_is_lost_leaves_its_reply_without_a_grade() -> None:
     assert isinstance(failed, Failed) and failed.kind == "died" and "sandbox" in failed.reason
     assert grades(reward, item("def f(x): return 2 * x", DOUBLE)) == [1.0]
     asyncio.run(reward.close())
+
+
+def test_a_run_is_told_of_problems_without_tests_before_it_begins() -> None:
+    open_sandbox().close()
+    named = RewardOptions(reward=("code",))
+    good, bad = item("", DOUBLE).problem, item("", None).problem
+    with pytest.raises(InvalidRequest, match="no column tests"):
+        open_grading(named, Expression(), [good, bad])
+    grading = open_grading(named, Expression(), [good], code=CodeOptions(code_reward="share"))
+    assert grading([item("def f(x): return 2", DOUBLE)]) == [1 / 3]
+    grading.close()
 
 
 def test_options_reach_the_sandbox() -> None:
