@@ -142,12 +142,16 @@ class _Supervisor:
         assert self._process is not None and self._process.stdin is not None
         # Of a process that is gone or ended meanwhile, the end of its output says so.
         with contextlib.suppress(BrokenPipeError, ValueError):
-            write_frame(self._process.stdin.fileno(), dataclasses.asdict(program))
-        told = self._hear(self._limits.wall_s + MARGIN_S)
-        if told is None:
+            sink, has_asserts = self._process.stdin.fileno(), bool(program.asserts)
+            told = {"code": program.code, "stdin": program.stdin, "has_asserts": has_asserts}
+            write_frame(sink, told)
+            if has_asserts:
+                write_frame(sink, {"asserts": program.asserts})
+        heard = self._hear(self._limits.wall_s + MARGIN_S)
+        if heard is None:
             self.close()
             return Outcome(failed="the process that ran it died or did not answer")
-        return Outcome(**{**told, "passed": tuple(told["passed"])})
+        return Outcome(**{**heard, "passed": tuple(heard["passed"])})
 
     def end(self) -> None:
         """End the process, its program with it, while another thread may wait for that."""

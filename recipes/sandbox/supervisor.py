@@ -2,7 +2,8 @@
 
 Started by `sandbox.Sandbox` alone, with a scrubbed environment. It has the interpreter ready, so a
 program costs a fork and not a start of Python. It has one thread; it ends when its input ends, also
-in the middle of a program. A frame is its length in 4 bytes, little-endian, and JSON.
+in the middle of a program. Asserts come in a frame of their own: the child, a copy of this process,
+must not hold them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from recipes.sandbox import folders, inside
 from recipes.sandbox.confine import confine
 from recipes.sandbox.kernel import SandboxReport, load_libc, probe
 from recipes.sandbox.landlock import readable_places
-from recipes.sandbox.program import Limits, Outcome, Program
+from recipes.sandbox.program import Limits, Outcome
 from recipes.sandbox.watch import Child, Watch
 
 SELF_CHECK = """
@@ -56,6 +57,15 @@ MOST_FDS = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mine:
+    """What the child of a program knows of it: not the asserts, which are read after the fork."""
+
+    code: str
+    stdin: str = ""
+    has_asserts: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Supervisor:
     """home: a folder of its own, where each program gets one. source, sink: file descriptors of the
     frames."""
@@ -68,11 +78,11 @@ class Supervisor:
     source: int
     sink: int
 
-    def serve(self) -> Program | None:
+    def serve(self) -> Mine | None:
         """Say what confines programs here, then run them until the input ends. Returns twice: in
         the child of a program, confined, that program; at the end None."""
-        outcome = self.run(Program(code=SELF_CHECK))
-        if isinstance(outcome, Program):
+        outcome = self.run(Mine(code=SELF_CHECK))
+        if isinstance(outcome, Mine):
             return outcome
         failed = outcome.failed
         if not (failed or outcome.finished):
@@ -81,16 +91,15 @@ class Supervisor:
         told = {"report": dataclasses.asdict(report), "home": self.home, "failed": failed}
         write_frame(self.sink, told)
         while (frame := read_frame(self.source)) is not None:
-            program = Program(**{**frame, "asserts": tuple(frame["asserts"])})
-            outcome = self.run(program)
-            if isinstance(outcome, Program):
+            outcome = self.run(Mine(**frame))
+            if isinstance(outcome, Mine):
                 return outcome
             # Of a run that is gone, the end of the input says so.
             with contextlib.suppress(BrokenPipeError):
                 write_frame(self.sink, dataclasses.asdict(outcome))
         return None
 
-    def run(self, program: Program) -> Outcome | Program:
+    def run(self, program: Mine) -> Outcome | Mine:
         """What became of a program; in its child, the program itself. A machine without room for
         one more process ends this one, by OSError."""
         folder = os.path.join(self.home, "program")
@@ -99,13 +108,20 @@ class Supervisor:
         if child is None:
             return program
         watch = Watch(
-            child=child, program=program, limits=self.limits, abandoned=self._is_abandoned
+            child=child,
+            asserts=self._asserts() if program.has_asserts else (),
+            limits=self.limits,
+            abandoned=self._is_abandoned,
         )
         outcome = watch.outcome()
         folders.remove(folder)
         return outcome
 
-    def _start(self, program: Program, folder: str) -> Child | None:
+    def _asserts(self) -> tuple[str, ...]:
+        frame = read_frame(self.source)
+        return () if frame is None else tuple(frame["asserts"])
+
+    def _start(self, program: Mine, folder: str) -> Child | None:
         """Fork. None in the child, once it is confined."""
         stdin = _file_of(program.stdin)
         pipes = [os.pipe() for _ in range(4)]
@@ -160,7 +176,7 @@ def _file_of(text: str) -> int:
     return fd
 
 
-def main(settings: dict[str, Any]) -> Program | None:
+def main(settings: dict[str, Any]) -> Mine | None:
     """Serve. Returns in the child of every program too, with the program."""
     source, sink = os.dup(0), os.dup(1)
     nothing = os.open(os.devnull, os.O_RDWR)
@@ -186,4 +202,4 @@ def main(settings: dict[str, Any]) -> Program | None:
 if __name__ == "__main__":
     mine = main(json.loads(sys.argv[1]))
     if mine is not None:
-        inside.run(mine.code, has_asserts=bool(mine.asserts))
+        inside.run(mine.code, has_asserts=mine.has_asserts)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from recipes.rewards import descendants
 from recipes.sandbox import folders, inside
-from recipes.sandbox.program import Ended, Limits, Outcome, Program
+from recipes.sandbox.program import Ended, Limits, Outcome
 
 TICK_S = 0.02
 """How often limits are looked at that the kernel does not keep."""
@@ -40,11 +40,11 @@ class Child:
 
 @dataclass(kw_only=True)
 class Watch:
-    """Watches a child until it is over. abandoned: whether nobody waits for the outcome any more,
-    asked at each tick."""
+    """Watches a child until it is over. asserts: for when its program has ended. abandoned: whether
+    nobody waits for the outcome any more, asked at each tick."""
 
     child: Child
-    program: Program
+    asserts: tuple[str, ...]
     limits: Limits
     abandoned: Callable[[], bool]
     _word: str = field(default_factory=lambda: secrets.token_hex(8))
@@ -87,7 +87,7 @@ class Watch:
         elif not self._read(fd):
             selector.unregister(fd)
         if self._rest is None and inside.RAN in self._told[self.child.verdicts]:
-            tests = json.dumps([self._word, self.program.asserts]).encode()
+            tests = json.dumps([self._word, self.asserts]).encode()
             self._rest = memoryview(tests)
             os.set_blocking(self.child.tests, False)
             selector.register(self.child.tests, selectors.EVENT_WRITE)
@@ -143,9 +143,7 @@ class Watch:
             code=abs(code),
             stdout=text(bytes(self._told[self.child.stdout][:most])),
             stderr=text(bytes(self._told[self.child.stderr][:most])),
-            passed=tuple(
-                f"{self._word} {number}" in held for number in range(len(self.program.asserts))
-            ),
+            passed=tuple(f"{self._word} {number}" in held for number in range(len(self.asserts))),
             cpu_s=cpu_s,
         )
 

@@ -49,6 +49,21 @@ def test_asserts(sandbox: Sandbox, code: str, passed: tuple[bool, ...]) -> None:
 
 
 @pytest.mark.slow
+def test_a_program_does_not_hold_its_asserts(sandbox: Sandbox) -> None:
+    code = """
+import gc, sys
+backwards, frame, held = "714neddih", sys._getframe(), []
+while frame:
+    held += [repr(frame.f_locals), repr(frame.f_globals.get("mine"))]
+    frame = frame.f_back
+held += [repr(o) for o in gc.get_objects() if type(o) in (tuple, list, dict)]
+print(any(backwards[::-1] in text for text in held), len(held) > 1000)
+"""
+    outcome = run(sandbox, code, asserts=("hidden417 = 1",))
+    assert (outcome.stdout, outcome.passed) == ("False True\n", (True,))
+
+
+@pytest.mark.slow
 def test_long_asserts_and_input_arrive(sandbox: Sandbox) -> None:
     long = "x" * (1 << 20)
     assert run(sandbox, "", asserts=(f"assert len({long!r}) == {len(long)}",)).passed == (True,)
@@ -120,7 +135,7 @@ real = supervisor.probe
 supervisor.probe = lambda libc: dataclasses.replace(real(libc), **KEPT)
 mine = supervisor.main(LIMITS)
 if mine is not None:
-    supervisor.inside.run(mine.code, has_asserts=bool(mine.asserts))
+    supervisor.inside.run(mine.code, has_asserts=mine.has_asserts)
 """
 
 
