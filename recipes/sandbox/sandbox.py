@@ -78,7 +78,11 @@ class Sandbox:
 
     def submit(self, program: Program) -> Future[Outcome]:
         """As `run`, for a caller without an event loop."""
-        return self._threads.submit(self._run, program)
+        if not self._is_closed:
+            return self._threads.submit(self._run, program)
+        closed: Future[Outcome] = Future()
+        closed.set_result(CLOSED)
+        return closed
 
     def close(self) -> None:
         """End the processes; programs that run end too, and nothing is known of them. Idempotent;

@@ -234,5 +234,5 @@ def test_no_folder_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
         return (await running).failed
 
     assert "closed" in asyncio.run(closed())
-    assert "closed" in made._run(Program(code="")).failed
+    assert "closed" in made.submit(Program(code="")).result().failed
     assert list(tmp_path.iterdir()) == []
