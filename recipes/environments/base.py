@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Literal, Protocol, runtime_checkable
 
 from engine.errors import InvalidRequest
+from recipes.rewards.tested import Tested
 from recipes.rewards.worker import GraderSpec
 from recipes.types import Message, Problem
 
@@ -77,6 +78,16 @@ class OwnSplits(Protocol):
 
     def at(self, split: Split, index: int) -> Problem:
         """One of them."""
+        ...
+
+
+@runtime_checkable
+class GradedByCode(Protocol):
+    """A task whose replies are run: a reply is right if its program passes its tests, and `verify`
+    is for a single call."""
+
+    def tested(self, reply: str, problem: Problem) -> Tested:
+        """The program of a reply and its tests."""
         ...
 
 

@@ -11,6 +11,7 @@ from recipes.data.data_options import ONLY_OF_FILES, DataOptions
 from recipes.data.source import FORMATS, suffix_of
 from recipes.environments import procedural
 from recipes.environments.base import Environment
+from recipes.environments.expression import Expression
 from recipes.environments.file_task import load_task
 from recipes.environments.gym import load_gym
 
@@ -20,6 +21,7 @@ BUILT_IN: Mapping[str, Callable[[], Environment]] = MappingProxyType(
         "sorting": procedural.sorting,
         "addition": procedural.addition,
         "letter_count": procedural.letter_count,
+        "expression": Expression,
     }
 )
 

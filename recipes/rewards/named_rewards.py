@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from recipes.environments.base import Environment
 from recipes.rewards.base import Reward
+from recipes.rewards.code import code_reward
+from recipes.rewards.code_options import CodeOptions
 from recipes.rewards.graders import MOST_PROCESSES
 from recipes.rewards.grading import Grading
 from recipes.rewards.http_reward import HttpReward
@@ -14,6 +16,7 @@ from recipes.rewards.judge import Judge, read_template
 from recipes.rewards.reward_options import RewardOptions, check_reward_options
 from recipes.rewards.reward_sum import RewardSum
 from recipes.rewards.task_reward import task_reward
+from recipes.rewards.tested import column_tests
 from recipes.rewards.user_function import UserFunction
 from recipes.types import Problem
 
@@ -24,34 +27,47 @@ def open_grading(
     problems: Sequence[Problem],
     *,
     processes_here: int = 1,
+    code: CodeOptions | None = None,
 ) -> Grading:
     """The grading of a run; its processes are started, and have loaded what a user wrote.
 
     problems: some of the task's, whose columns tell which names there are. processes_here: of the
-    run on this host, which share the cores. Raises InvalidRequest naming the option.
+    run on this host, which share the cores. code: how programs are run, where replies are some.
+    Raises InvalidRequest naming the option.
     """
     check_reward_options(options)
     share = max(1, min((os.cpu_count() or 1) // processes_here, MOST_PROCESSES))
     parts: list[Reward] = []
     try:
         for name in options.reward or ("task",):
-            parts.append(_open(name, options, environment, problems, share))
+            if name in ("task", "code"):
+                parts.append(_open_own(name, environment, problems, share, code or CodeOptions()))
+            else:
+                parts.append(_open(name, options, problems, share))
     except BaseException:
         Grading(RewardSum(parts)).close()
         raise
     return Grading(parts[0] if len(parts) == 1 else RewardSum(parts))
 
 
-def _open(
+def _open_own(
     name: str,
-    options: RewardOptions,
     environment: Environment,
     problems: Sequence[Problem],
     num_processes: int,
+    code: CodeOptions,
+) -> Reward:
+    if name == "task":
+        return task_reward(environment, num_processes=num_processes, code=code)
+    for problem in problems:
+        column_tests("", problem)
+    return code_reward(code, num_processes=num_processes)
+
+
+def _open(
+    name: str, options: RewardOptions, problems: Sequence[Problem], num_processes: int
 ) -> Reward:
     timeout_s = options.reward_timeout
-    if name == "task":
-        return task_reward(environment, num_processes=num_processes)
     if name.startswith(("http://", "https://")):
         return HttpReward(name, timeout_s=timeout_s)
     if name.startswith("judge:"):

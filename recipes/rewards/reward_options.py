@@ -15,7 +15,8 @@ class RewardOptions:
 
     reward: tuple[str, ...] = ()
     """What grades the replies, several are added up: FILE.py:FUNCTION or module:function of yours,
-    an http:// address, judge:URL of an API like OpenAI's, task for the task's own (the default)."""
+    an http:// address, judge:URL of an API like OpenAI's, code for programs that are run against
+    the data's column tests, task for the task's own (the default)."""
     reward_timeout: float = 30.0
     """Seconds for one reply by a function of yours, one request to a service, one vote of a
     judge."""
@@ -47,7 +48,7 @@ def _check(name: str) -> None:
         _check_url(url)
         return
     place, _, function = name.rpartition(":")
-    if name == "task" or (place and function.isidentifier() and _may_be_module(place)):
+    if name in ("task", "code") or (place and function.isidentifier() and _may_be_module(place)):
         return
     if place.endswith(".py") and function.isidentifier():
         if Path(place).is_file():
@@ -55,7 +56,7 @@ def _check(name: str) -> None:
         raise InvalidRequest(f"reward: there is no file {place}", field="reward")
     raise InvalidRequest(
         f"reward: {name!r} is none of FILE.py:function, module:function, http://host:port/path, "
-        "judge:URL and task",
+        "judge:URL, code and task",
         field="reward",
     )
 

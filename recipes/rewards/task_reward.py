@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from recipes.environments.base import Environment, GradedBeside
+from recipes.environments.base import Environment, GradedBeside, GradedByCode
 from recipes.rewards.base import Grade, Item, Reward, as_grade
+from recipes.rewards.code import code_reward
+from recipes.rewards.code_options import CodeOptions
 from recipes.rewards.graders import GraderCall, GraderPool
 
 
@@ -44,8 +46,14 @@ class TaskGrader:
         await self._pool.close()
 
 
-def task_reward(environment: Environment, *, num_processes: int | None = None) -> Reward:
-    """A task's own reward. num_processes: that grade, where it has a grader; see `GraderPool`."""
+def task_reward(
+    environment: Environment, *, num_processes: int | None = None, code: CodeOptions | None = None
+) -> Reward:
+    """A task's own reward. num_processes: that grade, where it has a grader; see `GraderPool`.
+    code: how programs are run, where its replies are some."""
+    if isinstance(environment, GradedByCode):
+        options = code or CodeOptions()
+        return code_reward(options, num_processes=num_processes, tested=environment.tested)
     if isinstance(environment, GradedBeside):
         return TaskGrader(environment, num_processes=num_processes)
     return TaskVerifier(environment)

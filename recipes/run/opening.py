@@ -56,6 +56,7 @@ def open_run(options: RunOptions, ledger: Ledger) -> Run:
             task.environment,
             _looked_at(options, task.environment),
             processes_here=world.size,
+            code=options.code,
         )
         on_failure.callback(grading.close)
         actor = launch_actor(options, world)
@@ -140,7 +141,7 @@ def assemble(
             actor.state().eos_ids,
             chat_style(options.data, tokenizer.chat_template),
         ),
-        grading=grading or Grading(task_reward(environment)),
+        grading=grading or Grading(task_reward(environment, code=options.code)),
         failed_share=FailedShare(options.rewards.max_failed_share),
         tokenizer=tokenizer,
         heldout=heldout_problems(environment, options.eval_prompts),

@@ -44,6 +44,7 @@ LEAST: Mapping[str, int] = MappingProxyType(
         "kl_coef": 0,
         "is_cap": 1,
         "batch_size": 1,
+        "code_seconds": 1,
         "judge_votes": 1,
     }
 )
@@ -52,7 +53,7 @@ LEAST: Mapping[str, int] = MappingProxyType(
 ABOVE_ZERO = frozenset(
     {
         *("minutes", "epochs", "temperature", "kv_memory_gb", "lr", "max_grad_norm"),
-        "reward_timeout",
+        *("reward_timeout", "code_memory_gb"),
         *("kl_target", "kl_horizon"),
     }
 )

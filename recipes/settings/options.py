@@ -12,6 +12,7 @@ import tyro
 from engine.config import Device, DType, LoadFormat
 from recipes.algorithms.presets import AlgorithmOptions
 from recipes.data.data_options import DataOptions
+from recipes.rewards.code_options import CodeOptions
 from recipes.rewards.reward_options import RewardOptions
 from recipes.trainers.optimizer_options import OptimizerOptions
 
@@ -64,8 +65,8 @@ class RunOptions:
     """
 
     task: str = "largest"
-    """largest, sorting, addition, letter_count, a path to prompts and answers (jsonl, csv, parquet,
-    arrow, or a folder of them), or gym:<name> for a reasoning-gym task."""
+    """largest, sorting, addition, letter_count, expression, a path to prompts and answers (jsonl,
+    csv, parquet, arrow, or a folder of them), or gym:<name> for a reasoning-gym task."""
     skip_long_prompts: bool = False
     """Leave out the prompts of a file that do not fit into the model's context, instead of
     refusing the run."""
@@ -102,6 +103,7 @@ class RunOptions:
     rollout: tyro.conf.OmitArgPrefixes[RolloutOptions] = field(default_factory=RolloutOptions)
     optimizer: tyro.conf.OmitArgPrefixes[OptimizerOptions] = field(default_factory=OptimizerOptions)
     rewards: tyro.conf.OmitArgPrefixes[RewardOptions] = field(default_factory=RewardOptions)
+    code: tyro.conf.OmitArgPrefixes[CodeOptions] = field(default_factory=CodeOptions)
     placement: tyro.conf.OmitArgPrefixes[PlacementOptions] = field(default_factory=PlacementOptions)
     objective: tyro.conf.OmitArgPrefixes[AlgorithmOptions] = field(default_factory=AlgorithmOptions)
 

@@ -24,6 +24,9 @@ chat_template_kwargs
 checkpoint_every
 clip_high
 clip_low
+code_memory_gb
+code_reward
+code_seconds
 config
 device
 dither
@@ -70,6 +73,7 @@ reward
 reward_timeout
 rollout_gpus
 samples
+sandbox
 schedule
 seed
 skip_long_prompts
