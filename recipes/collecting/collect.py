@@ -12,7 +12,6 @@ from recipes.collecting.prompts import Prompts
 from recipes.rewards.grading import Grader, Grading
 from recipes.rewards.shaping import overlong_penalty
 from recipes.types import Group, Problem, Trajectory
-from recipes.world import World
 from rollout.offline import derive_seed
 
 
@@ -85,30 +84,6 @@ def _group(problem: Problem, replies: Sequence[Trajectory], greedy: bool) -> Gro
     if greedy:
         return Group(problem=problem, trajectories=tuple(replies[:-1]), greedy=replies[-1])
     return Group(problem=problem, trajectories=tuple(replies))
-
-
-def evaluate(
-    actor: Actor,
-    prompts: Prompts,
-    problems: Sequence[Problem],
-    max_new_tokens: int,
-    world: World | None = None,
-    *,
-    grader: Grader | None = None,
-) -> float:
-    """Mean reward of the greedy replies to held-out problems; collective.
-
-    Leaves no cached prefix behind: training goes on as if no evaluation had been.
-    """
-    sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
-    world = world or World()
-    share = world.share(len(problems))
-    mine = problems[share.start : share.stop]
-    replies = rollout(actor, prompts, mine, sampling, samples=1, seed=0, first=share.start)
-    actor.flush()
-    groups = score(prompts, mine, replies, grader=grader)
-    rewards = world.gather([group.trajectories[0].correct for group in groups])
-    return sum(rewards) / len(rewards)
 
 
 def _trajectory(

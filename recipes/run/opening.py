@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from recipes.collecting.prompts import Prompts
 from recipes.environments.base import Environment, heldout_problems
 from recipes.environments.named_tasks import select_environment
 from recipes.environments.task_check import CheckedTask, check_pool, check_task
+from recipes.evaluation.eval_sets import CheckedSet, EvalSet, read_sets
+from recipes.evaluation.evaluation_options import MAIN_SET
+from recipes.evaluation.measure import Evaluation
 from recipes.rewards.grading import Grading
 from recipes.run.display import Display
 from recipes.run.ledger import Ledger
@@ -37,7 +41,9 @@ def open_run(options: RunOptions, ledger: Ledger) -> Run:
 
     The task is checked against tokenizer and context before any weight is read."""
     tokenizer = load_tokenizer(options.model)
-    task = _read_task(options, tokenizer)
+    context_length = _context_length(options)
+    task = _read_task(options, tokenizer, context_length)
+    sets = _read_sets(options, tokenizer, task, context_length)
     placement = options.placement
     with ExitStack() as on_failure:
         world = open_world(
@@ -51,7 +57,8 @@ def open_run(options: RunOptions, ledger: Ledger) -> Run:
         reference = launch_reference(options, world)
         if reference is not None:
             on_failure.callback(reference.close)
-        check_pool(task, actor.state(), _max_new_tokens(options, task.environment))
+        for each in (task, *(checked.longest for checked in sets)):
+            check_pool(each, actor.state(), _max_new_tokens(options, each.environment))
         run = assemble(
             options,
             ledger,
@@ -61,19 +68,37 @@ def open_run(options: RunOptions, ledger: Ledger) -> Run:
             trainer=load_trainer(options, actor, world),
             world=world,
             reference=reference,
+            sets=[checked.eval_set for checked in sets],
         )
         on_failure.pop_all()
     return run
 
 
-def _read_task(options: RunOptions, tokenizer: Tokenizer) -> CheckedTask:
+def _context_length(options: RunOptions) -> int:
+    """Tokens the engine will serve, prompt and reply together."""
+    return read_checkpoint(options.model, options.load_format, options.seed).context_length
+
+
+def _read_task(options: RunOptions, tokenizer: Tokenizer, context_length: int) -> CheckedTask:
     environment = select_environment(options.task)
-    checkpoint = read_checkpoint(options.model, options.load_format, options.seed)
     return check_task(
         environment,
         Prompts(environment, tokenizer, ()),
-        context_length=checkpoint.context_length,
+        context_length=context_length,
         num_heldout=options.eval_prompts,
+        skip_long=options.skip_long_prompts,
+    )
+
+
+def _read_sets(
+    options: RunOptions, tokenizer: Tokenizer, task: CheckedTask, context_length: int
+) -> list[CheckedSet]:
+    return read_sets(
+        options.evaluation.eval_set,
+        tokenizer,
+        trained=task.environment,
+        context_length=context_length,
+        num_problems=options.eval_prompts,
         skip_long=options.skip_long_prompts,
     )
 
@@ -92,10 +117,12 @@ def assemble(
     trainer: Learner,
     world: World | None = None,
     reference: ScoringEngine | None = None,
+    sets: Sequence[EvalSet] = (),
 ) -> Run:
-    """A run of these parts, whatever task and model the options name.
+    """A run of these parts, whatever task, sets and model the options name.
 
-    reference: the engine that has the initial weights, where the trainer has not.
+    reference: the engine that has the initial weights, where the trainer has not. sets: to
+    evaluate on beside the held-out problems of the task.
     """
     world = world or World()
     folder = open_folder(options, world)
@@ -105,6 +132,12 @@ def assemble(
     if world.is_main:
         actor.watch(display.generating)
     max_new_tokens = _max_new_tokens(options, environment)
+    grading = Grading(environment, processes_here=world.size)
+    heldout = EvalSet(
+        name=MAIN_SET,
+        environment=environment,
+        problems=tuple(heldout_problems(environment, options.eval_prompts)),
+    )
     return Run(
         options=options,
         algorithm=resolve(options.objective, max_new_tokens),
@@ -113,9 +146,17 @@ def assemble(
             max_new_tokens=max_new_tokens, temperature=options.rollout.temperature
         ),
         prompts=Prompts(environment, tokenizer, actor.state().eos_ids),
-        grading=Grading(environment, processes_here=world.size),
+        grading=grading,
         tokenizer=tokenizer,
-        heldout=heldout_problems(environment, options.eval_prompts),
+        evaluation=Evaluation(
+            [heldout, *sets],
+            options.evaluation,
+            tokenizer=tokenizer,
+            eos_ids=actor.state().eos_ids,
+            max_new_tokens=options.rollout.max_new_tokens,
+            gradings={MAIN_SET: grading},
+            world=world,
+        ),
         actor=actor,
         trainer=trainer,
         reference=reference,

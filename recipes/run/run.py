@@ -11,9 +11,9 @@ from engine.protocol import SamplingParams
 from recipes.actors.actor import Actor
 from recipes.actors.scorer import ScoringEngine
 from recipes.algorithms.presets import Algorithm
-from recipes.collecting.collect import evaluate
 from recipes.collecting.prompts import Prompts
 from recipes.environments.base import Environment, problem_at
+from recipes.evaluation.measure import Evaluation, tell
 from recipes.rewards.grading import Grading
 from recipes.run.advice import WINDOW, advice
 from recipes.run.display import Display
@@ -51,7 +51,7 @@ class Run:
     prompts: Prompts
     grading: Grading
     tokenizer: Tokenizer
-    heldout: list[Problem]
+    evaluation: Evaluation
     actor: Actor
     trainer: Learner
     world: World
@@ -124,7 +124,7 @@ class Run:
             version = self.progress.step
             self.actor.push(self.trainer.weights, version, measure_memcpy=False)
             self.display.note(f"continuing after step {version}")
-        self.folder.truncate(self.progress.step)
+        self.folder.truncate(-1 if checkpoint is None else self.progress.step)
         self._look_for_room()
         self._spend("startup")
         if self.progress.eval_before is None:
@@ -160,8 +160,7 @@ class Run:
             **self._tell_ungraded(),
         }
         if _due(step, self.options.eval_every):
-            row["timing_s/eval"] = self._evaluate()
-            row["eval/accuracy"] = self.progress.accuracy or 0.0
+            row |= self._evaluate()
         self.folder.append_metrics(row)
         self.folder.append_samples(step, collected.sampled)
         self.tracker.log(row)
@@ -227,24 +226,27 @@ class Run:
             "trainer": self.options.placement.trainer,
             "trainer_processes": self.world.size,
             "best": {"accuracy": progress.best_accuracy, "step": progress.best_step},
-            "eval_prompts": len(self.heldout),
+            "eval_prompts": len(self.evaluation.sets[0].problems),
+            "evaluation": {"before": progress.figures_before, "after": progress.figures},
             "seconds_by_phase": progress.seconds,
         }
 
-    def _evaluate(self) -> float:
-        self.display.note(f"evaluating {len(self.heldout)} held-out problems")
+    def _evaluate(self) -> dict[str, float]:
+        """Measure the weights on every set; the figures, and the time it took."""
+        sets = self.evaluation.sets
+        self.display.note(
+            f"evaluating {sum(len(each.problems) for each in sets)} held-out problems"
+        )
         with self.ledger.phase("eval"):
-            accuracy = evaluate(
-                self.actor,
-                self.prompts,
-                self.heldout,
-                self.max_new_tokens,
-                self.world,
-                grader=self.grading,
-            )
-        self.progress.measured(accuracy)
-        self.display.note(f"held-out accuracy {accuracy:.3f} after step {self.progress.step}")
-        return self._spend("eval")
+            figures = self.evaluation.measure(self.actor)
+        self.progress.measured(figures)
+        step = self.progress.step
+        for told in tell(figures):
+            self.display.note(f"{told} after step {step}")
+        row = {"step": step, **figures}
+        self.folder.append_evaluation(row)
+        self.tracker.log(row)
+        return {**figures, "timing_s/eval": self._spend("eval")}
 
     def _checkpoint(self) -> None:
         """The time it takes is not in its own record: it is not over when that is written."""

@@ -5,6 +5,7 @@
     config.json       every option
     metrics.jsonl     one object a step
     samples.jsonl     a few rollouts of each step, as text
+    evaluations.jsonl one object an evaluation, those before and after training included
     summary.json      the result
     reward.png        reward and held-out accuracy over steps
     checkpoints/      the last complete checkpoint
@@ -44,6 +45,7 @@ class RunFolder:
         self._active = active
         self.metrics_path = path / "metrics.jsonl"
         self.samples_path = path / "samples.jsonl"
+        self.evaluations_path = path / "evaluations.jsonl"
         self.checkpoints = path / "checkpoints"
         self.model = path / "model"
         self._claim: int | None = None
@@ -85,6 +87,11 @@ class RunFolder:
         if self._active:
             append_bytes(self.metrics_path, _lines([row]))
 
+    def append_evaluation(self, row: dict[str, Any]) -> None:
+        """Add the figures of an evaluation after some step."""
+        if self._active:
+            append_bytes(self.evaluations_path, _lines([row]))
+
     def append_samples(self, step: int, groups: Sequence[Group]) -> None:
         """Add the first replies of the first groups of a step."""
         if not self._active:
@@ -106,10 +113,10 @@ class RunFolder:
         return _read(self.metrics_path)
 
     def truncate(self, last_step: int) -> None:
-        """Drop the lines of steps after `last_step`: they will be taken again."""
+        """Drop the lines of steps after `last_step`: they will be taken again. -1 drops all."""
         if not self._active:
             return
-        for path in (self.metrics_path, self.samples_path):
+        for path in (self.metrics_path, self.samples_path, self.evaluations_path):
             kept = [row for row in _read(path) if row["step"] <= last_step]
             replace_file(path, _lines(kept))
 

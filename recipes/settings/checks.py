@@ -12,6 +12,7 @@ from typing import Any
 
 from engine.errors import InvalidRequest, ModelNotFound
 from recipes.algorithms.presets import AlgorithmOptions, resolve
+from recipes.evaluation.evaluation_options import check_evaluation
 from recipes.settings.options import (
     DEFAULT_MODEL,
     PlacementOptions,
@@ -25,6 +26,7 @@ LEAST: Mapping[str, int] = MappingProxyType(
         "steps": 0,
         "eval_every": 0,
         "eval_prompts": 1,
+        "eval_samples": 0,
         "checkpoint_every": 0,
         "prompts_per_step": 1,
         "samples": 1,
@@ -47,7 +49,7 @@ LEAST: Mapping[str, int] = MappingProxyType(
 
 ABOVE_ZERO = frozenset(
     {
-        *("minutes", "temperature", "kv_memory_gb", "lr", "max_grad_norm"),
+        *("minutes", "temperature", "kv_memory_gb", "lr", "max_grad_norm", "eval_temperature"),
         *("kl_target", "kl_horizon"),
     }
 )
@@ -60,6 +62,7 @@ def check_options(options: RunOptions) -> None:
     _check_numbers(flatten(options))
     _check_placement(options.placement)
     _check_objective(options.objective, options.rollout)
+    check_evaluation(options.evaluation)
     if options.wandb != "off":
         _check_extra("wandb", f"--wandb {options.wandb}", "wandb")
     if options.placement.trainer == "deepspeed":

@@ -27,6 +27,10 @@ CHANGEABLE = frozenset(
         "resume",
         "wandb",
         "eval_every",
+        "eval_set",
+        "eval_samples",
+        "eval_temperature",
+        "eval_k",
         "checkpoint_every",
         "config",
         "kv_memory_gb",
@@ -51,9 +55,16 @@ def parse(argv: Sequence[str]) -> RunOptions:
         defaults = with_values(defaults, _read_toml(Path(toml)))
     options = tyro.cli(RunOptions, default=defaults, args=list(argv), prog="grpo.py")
     if saved is not None:
+        options = _without_repeated_sets(options)
         _check_unchanged(saved, options)
     check_options(options)
     return options
+
+
+def _without_repeated_sets(options: RunOptions) -> RunOptions:
+    """Sets on the command line join those of the run to resume, which they may repeat."""
+    sets = tuple(dict.fromkeys(options.evaluation.eval_set))
+    return with_values(options, {"eval_set": sets})
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import tyro
 
 from engine.config import Device, LoadFormat
 from recipes.algorithms.presets import AlgorithmOptions
+from recipes.evaluation.evaluation_options import EvaluationOptions
 from recipes.trainers.optimizer_options import OptimizerOptions
 
 DEFAULT_MODEL = Path(__file__).parent.parent.parent / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -103,9 +104,12 @@ class RunOptions:
     optimizer: tyro.conf.OmitArgPrefixes[OptimizerOptions] = field(default_factory=OptimizerOptions)
     placement: tyro.conf.OmitArgPrefixes[PlacementOptions] = field(default_factory=PlacementOptions)
     objective: tyro.conf.OmitArgPrefixes[AlgorithmOptions] = field(default_factory=AlgorithmOptions)
+    evaluation: tyro.conf.OmitArgPrefixes[EvaluationOptions] = field(
+        default_factory=EvaluationOptions
+    )
 
 
-GROUPS = ("rollout", "optimizer", "placement", "objective")
+GROUPS = ("rollout", "optimizer", "placement", "objective", "evaluation")
 """Fields of `RunOptions` that are groups of options."""
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from engine.protocol import SamplingParams
-from recipes.collecting.collect import evaluate, rollout, score
+from recipes.collecting.collect import rollout, score
 from recipes.collecting.prompts import Prompts
 from recipes.environments.procedural import largest
 from tests.helpers.char_model import VOCAB, CharAddition, char_model, char_tokenizer
@@ -71,10 +71,3 @@ def test_scores_are_the_tasks_own_and_penalties_come_off() -> None:
             penalty = max(0.0, (len(output.token_ids) - 3) / 2)
             assert t.reward == pytest.approx(t.correct - penalty)
             assert t.truncated == (output.finish is not None and output.finish.type == "length")
-
-
-def test_evaluation_is_greedy_and_leaves_nothing_behind() -> None:
-    engine = actor()
-    first = evaluate(engine, prompts(), problems(), 5)
-    assert evaluate(engine, prompts(), problems(), 5) == first
-    assert engine.num_requests == 6 and engine.num_flushes == 2

@@ -1,0 +1,136 @@
+"""Measures the weights that an engine serves, on every set of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from engine.errors import InvalidRequest
+from engine.protocol import SamplingParams
+from recipes.actors.actor import Actor
+from recipes.collecting.collect import rollout, score
+from recipes.collecting.prompts import Prompts, PromptTokenizer
+from recipes.evaluation.estimates import Outcome, summarise
+from recipes.evaluation.eval_sets import EvalSet
+from recipes.evaluation.evaluation_options import MAIN_SET, EvaluationOptions
+from recipes.rewards.grading import Grading
+from recipes.types import Problem, Trajectory
+from recipes.world import World
+from rollout.offline import derive_seed
+
+
+class Evaluation:
+    """The sets of a run, or of `recipes/evaluate.py`, and how replies to them are sampled.
+
+    Training goes on as if no evaluation had been: no cached prefix is left behind, and the seeds
+    are those of the set and the problem alone, the same at every step of every run.
+    """
+
+    def __init__(
+        self,
+        sets: Sequence[EvalSet],
+        options: EvaluationOptions,
+        *,
+        tokenizer: PromptTokenizer,
+        eos_ids: Sequence[int],
+        max_new_tokens: int | None = None,
+        gradings: Mapping[str, Grading] | None = None,
+        world: World | None = None,
+    ) -> None:
+        """max_new_tokens: longest reply; None takes each task's own. gradings: graders that others
+        own, by the name of their set; the rest have one here."""
+        self.sets = tuple(sets)
+        self._options = options
+        self._tokenizer = tokenizer
+        self._eos_ids = eos_ids
+        self._max_new_tokens = max_new_tokens
+        self._gradings = dict(gradings or {})
+        self._world = world or World()
+
+    def measure(self, actor: Actor) -> dict[str, float]:
+        """Collective: `eval/<set>/<figure>` of every set, see `estimates.summarise`; and
+        `eval/accuracy`, that of the task's own held-out problems, where they are a set.
+
+        Raises InvalidRequest if no greedy reply to a set could be graded.
+        """
+        figures: dict[str, float] = {}
+        for each in self.sets:
+            found = self._measure_set(actor, each)
+            if "accuracy" not in found:
+                raise InvalidRequest(
+                    f"eval_set: of the {len(each.problems)} greedy replies to {each.name} none "
+                    "could be graded; mend its reward",
+                    field="eval_set",
+                )
+            figures.update((f"eval/{each.name}/{name}", value) for name, value in found.items())
+        if f"eval/{MAIN_SET}/accuracy" in figures:
+            figures["eval/accuracy"] = figures[f"eval/{MAIN_SET}/accuracy"]
+        return figures
+
+    def _measure_set(self, actor: Actor, eval_set: EvalSet) -> dict[str, float]:
+        options, world = self._options, self._world
+        share = world.share(len(eval_set.problems))
+        problems = eval_set.problems[share.start : share.stop]
+        prompts = Prompts(eval_set.environment, self._tokenizer, self._eos_ids)
+        kept = self._gradings.get(eval_set.name)
+        grading = kept or Grading(eval_set.environment, processes_here=world.size)
+        try:
+            greedy = self._replies(actor, prompts, problems, grading, eval_set.name, share.start)
+            sampled: list[list[Trajectory]] = [[] for _ in problems]
+            if options.eval_samples:
+                sampled = self._replies(
+                    *(actor, prompts, problems, grading, eval_set.name, share.start),
+                    samples=options.eval_samples,
+                    temperature=options.eval_temperature,
+                )
+        finally:
+            # They are counted here, and are none of the next step's.
+            grading.take_ungraded()
+            if kept is None:
+                grading.close()
+        mine = [_outcome(*pair) for pair in zip(greedy, sampled, strict=True)]
+        outcomes = world.gather(mine)
+        return summarise(outcomes, num_samples=options.eval_samples, ks=options.ks)
+
+    def _replies(
+        self,
+        actor: Actor,
+        prompts: Prompts,
+        problems: Sequence[Problem],
+        grading: Grading,
+        name: str,
+        first: int,
+        *,
+        samples: int = 1,
+        temperature: float = 0.0,
+    ) -> list[list[Trajectory]]:
+        """Graded replies to each problem."""
+        longest = self._max_new_tokens or prompts.environment.max_new_tokens
+        sampling = SamplingParams(max_new_tokens=longest, temperature=temperature)
+        seed = derive_seed(0, "evaluation", name)
+        replies = rollout(
+            actor, prompts, problems, sampling, samples=samples, seed=seed, first=first
+        )
+        actor.flush()
+        groups = score(prompts, problems, replies, grader=grading)
+        return [list(group.trajectories) for group in groups]
+
+
+def _outcome(greedy: Sequence[Trajectory], sampled: Sequence[Trajectory]) -> Outcome:
+    return Outcome(
+        greedy=None if greedy[0].failed else greedy[0].correct,
+        samples=tuple(t.correct for t in sampled if not t.failed),
+        num_failed=sum(bool(t.failed) for t in (*greedy, *sampled)),
+    )
+
+
+def tell(figures: Mapping[str, float]) -> list[str]:
+    """The figures of each set as a line for people, errors and counts of nothing left out."""
+    lines: dict[str, list[str]] = {}
+    for key, value in figures.items():
+        _, *of_set, figure = key.split("/")
+        if of_set and figure != "stderr" and (figure != "num_failed" or value):
+            error = figures.get(f"{key}/stderr")
+            told = f"{value:.0f}" if figure == "num_failed" else f"{value:.3f}"
+            told += "" if error is None else f" ± {error:.3f}"
+            lines.setdefault(of_set[0], []).append(f"{figure} {told}")
+    return [f"{name}: {', '.join(told)}" for name, told in lines.items()]
