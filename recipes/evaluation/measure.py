@@ -121,16 +121,3 @@ def _outcome(greedy: Sequence[Trajectory], sampled: Sequence[Trajectory]) -> Out
         samples=tuple(t.correct for t in sampled if not t.failed),
         num_failed=sum(bool(t.failed) for t in (*greedy, *sampled)),
     )
-
-
-def tell(figures: Mapping[str, float]) -> list[str]:
-    """The figures of each set as a line for people, errors and counts of nothing left out."""
-    lines: dict[str, list[str]] = {}
-    for key, value in figures.items():
-        _, *of_set, figure = key.split("/")
-        if of_set and figure != "stderr" and (figure != "num_failed" or value):
-            error = figures.get(f"{key}/stderr")
-            told = f"{value:.0f}" if figure == "num_failed" else f"{value:.3f}"
-            told += "" if error is None else f" ± {error:.3f}"
-            lines.setdefault(of_set[0], []).append(f"{figure} {told}")
-    return [f"{name}: {', '.join(told)}" for name, told in lines.items()]

@@ -13,7 +13,8 @@ from recipes.actors.scorer import ScoringEngine
 from recipes.algorithms.presets import Algorithm
 from recipes.collecting.prompts import Prompts
 from recipes.environments.base import Environment, problem_at
-from recipes.evaluation.measure import Evaluation, tell
+from recipes.evaluation.eval_table import tell
+from recipes.evaluation.measure import Evaluation
 from recipes.rewards.grading import Grading
 from recipes.run.advice import WINDOW, advice
 from recipes.run.display import Display

@@ -59,7 +59,7 @@ UP_TO_ONE = frozenset({"gamma"})
 
 def check_options(options: RunOptions) -> None:
     """Raises InvalidRequest, its `field` an option's name; ModelNotFound for the model."""
-    _check_numbers(flatten(options))
+    check_numbers(flatten(options))
     _check_placement(options.placement)
     _check_objective(options.objective, options.rollout)
     check_evaluation(options.evaluation)
@@ -69,7 +69,7 @@ def check_options(options: RunOptions) -> None:
         _check_extra("trainer", "--trainer deepspeed", "train")
     if options.resume is None and options.out is not None and holds_a_run(Path(options.out)):
         raise taken(Path(options.out))
-    _check_model(options.model)
+    check_model(options.model)
 
 
 def _check_objective(options: AlgorithmOptions, rollout: RolloutOptions) -> None:
@@ -145,7 +145,7 @@ def _check_placement(placement: PlacementOptions) -> None:
         )
 
 
-def _check_model(model: str) -> None:
+def check_model(model: str) -> None:
     if Path(model).exists():
         return
     hint = (
@@ -157,7 +157,7 @@ def _check_model(model: str) -> None:
     raise ModelNotFound(f"model: nothing at {model}; {hint}", field="model")
 
 
-def _check_numbers(flat: Mapping[str, Any]) -> None:
+def check_numbers(flat: Mapping[str, Any]) -> None:
     """None is a number that was not given."""
     numbers = {name: value for name, value in flat.items() if value is not None}
     for name, value in numbers.items():

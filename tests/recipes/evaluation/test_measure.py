@@ -12,7 +12,7 @@ from engine.errors import InvalidRequest
 from recipes.environments.base import heldout_problems
 from recipes.evaluation.eval_sets import EvalSet
 from recipes.evaluation.evaluation_options import EvaluationOptions
-from recipes.evaluation.measure import Evaluation, tell
+from recipes.evaluation.measure import Evaluation
 from recipes.types import Problem
 from recipes.world import World
 from tests.helpers.char_model import CharAddition, char_model, char_tokenizer
@@ -84,9 +84,10 @@ def test_a_measurement_is_the_same_again_and_depends_on_the_name_of_the_set() ->
 def test_processes_share_the_problems_and_have_the_same_figures(size: int) -> None:
     sets = [eval_set("heldout", 5), eval_set("single", 1)]
     asked: list[int] = []
+    model = char_model(16, 1)
 
     def act(world: World) -> dict[str, float]:
-        engine = FakeActor(char_model(16, 1), [0])
+        engine = FakeActor(model, [0])
         figures = measure(sets, world=world, actor=engine)
         asked.append(engine.num_requests)
         return figures
@@ -95,22 +96,6 @@ def test_processes_share_the_problems_and_have_the_same_figures(size: int) -> No
     assert all(figures == found[0] for figures in found)
     assert found[0] == measure(sets)
     assert sum(asked) == (5 + 1) * 5 and max(asked) < (5 + 1) * 5
-
-
-def test_a_set_is_told_in_a_line() -> None:
-    figures = {
-        "eval/accuracy": 0.5,
-        "eval/a/accuracy": 0.5,
-        "eval/a/accuracy/stderr": 0.1,
-        "eval/a/pass@4": 0.75,
-        "eval/a/num_failed": 0.0,
-        "eval/b/accuracy": 1.0,
-        "eval/b/num_failed": 2.0,
-    }
-    assert tell(figures) == [
-        "a: accuracy 0.500 ± 0.100, pass@4 0.750",
-        "b: accuracy 1.000, num_failed 2",
-    ]
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, reason: str, every: int) -> None:
