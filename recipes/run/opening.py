@@ -12,6 +12,7 @@ from engine.protocol import SamplingParams
 from recipes.actors.actor import Actor
 from recipes.actors.launch import launch_actor, launch_reference
 from recipes.actors.scorer import ScoringEngine
+from recipes.actors.teacher import check_teacher, launch_teacher
 from recipes.algorithms.presets import resolve
 from recipes.collecting.prompts import Prompts
 from recipes.environments.base import Environment, heldout_problems
@@ -44,6 +45,8 @@ def open_run(options: RunOptions, ledger: Ledger) -> Run:
     context_length = _context_length(options)
     task = _read_task(options, tokenizer, context_length)
     sets = _read_sets(options, tokenizer, task, context_length)
+    longest = task.longest + _max_new_tokens(options, task.environment)
+    check_teacher(options, tokenizer, longest=min(longest, context_length))
     placement = options.placement
     with ExitStack() as on_failure:
         world = open_world(
@@ -57,6 +60,11 @@ def open_run(options: RunOptions, ledger: Ledger) -> Run:
         reference = launch_reference(options, world)
         if reference is not None:
             on_failure.callback(reference.close)
+        teacher = launch_teacher(options, actor.state(), world)
+        if teacher is not None:
+            on_failure.callback(teacher.close)
+            max_new_tokens = _max_new_tokens(options, task.environment)
+            check_pool(task, teacher.state, max_new_tokens, option="teacher_kv_memory_gb")
         for each in (task, *(checked.longest for checked in sets)):
             check_pool(each, actor.state(), _max_new_tokens(options, each.environment))
         run = assemble(
@@ -68,6 +76,7 @@ def open_run(options: RunOptions, ledger: Ledger) -> Run:
             trainer=load_trainer(options, actor, world),
             world=world,
             reference=reference,
+            teacher=teacher,
             sets=[checked.eval_set for checked in sets],
         )
         on_failure.pop_all()
@@ -117,12 +126,13 @@ def assemble(
     trainer: Learner,
     world: World | None = None,
     reference: ScoringEngine | None = None,
+    teacher: ScoringEngine | None = None,
     sets: Sequence[EvalSet] = (),
 ) -> Run:
     """A run of these parts, whatever task, sets and model the options name.
 
-    reference: the engine that has the initial weights, where the trainer has not. sets: to
-    evaluate on beside the held-out problems of the task.
+    reference: the engine that has the initial weights, where the trainer has not. teacher: that
+    of a distillation. sets: to evaluate on beside the held-out problems of the task.
     """
     world = world or World()
     folder = open_folder(options, world)
@@ -160,6 +170,7 @@ def assemble(
         actor=actor,
         trainer=trainer,
         reference=reference,
+        teacher=teacher,
         world=world,
         folder=folder,
         ledger=ledger,

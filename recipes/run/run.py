@@ -62,6 +62,7 @@ class Run:
     tracker: Tracker
     progress: RunProgress
     reference: ScoringEngine | None = None
+    teacher: ScoringEngine | None = None
     surplus: list[Group] = field(default_factory=list)
     """Groups with spread that were sampled beyond what a step trains on, oldest first."""
     _recent: list[dict[str, float]] = field(default_factory=list)
@@ -80,8 +81,9 @@ class Run:
         self.display.__exit__()
         self.grading.close()
         self.actor.close()
-        if self.reference is not None:
-            self.reference.close()
+        for engine in (self.reference, self.teacher):
+            if engine is not None:
+                engine.close()
         self.world.close()
         self.folder.close()
 
@@ -182,7 +184,8 @@ class Run:
     def _advise(self, row: dict[str, float]) -> None:
         """Say so, once each time it begins, when the run has nothing to learn from."""
         self._recent = [*self._recent[1 - WINDOW :], row]
-        told = advice(self._recent)
+        # Elsewhere a group without spread may have a gradient.
+        told = advice(self._recent) if self.algorithm.compares_problem else ""
         if told and not self._advised:
             self.display.note(told)
         self._advised = bool(told)

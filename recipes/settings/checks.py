@@ -50,7 +50,7 @@ LEAST: Mapping[str, int] = MappingProxyType(
 ABOVE_ZERO = frozenset(
     {
         *("minutes", "temperature", "kv_memory_gb", "lr", "max_grad_norm", "eval_temperature"),
-        *("kl_target", "kl_horizon"),
+        *("kl_target", "kl_horizon", "teacher_kv_memory_gb"),
     }
 )
 BELOW_ONE = frozenset({"beta1", "beta2"})
@@ -62,6 +62,7 @@ def check_options(options: RunOptions) -> None:
     check_numbers(flatten(options))
     _check_placement(options.placement)
     _check_objective(options.objective, options.rollout)
+    _check_teacher(options)
     check_evaluation(options.evaluation)
     if options.wandb != "off":
         _check_extra("wandb", f"--wandb {options.wandb}", "wandb")
@@ -98,6 +99,32 @@ def _check_objective(options: AlgorithmOptions, rollout: RolloutOptions) -> None
             "example, or leave --kl-controller out",
             field="kl_controller",
         )
+
+
+def _check_teacher(options: RunOptions) -> None:
+    """A teacher is there for the algorithm that learns from one, which learns from nothing else."""
+    objective, teacher = options.objective, options.distillation.teacher
+    distils = resolve(objective, 1).distils
+    if distils and teacher is None:
+        raise InvalidRequest(
+            f"teacher: --algorithm {objective.algorithm} learns from one; add --teacher PATH",
+            field="teacher",
+        )
+    if teacher is not None and not distils:
+        raise InvalidRequest(
+            f"teacher: --algorithm {objective.algorithm} learns from rewards; leave --teacher out, "
+            "or add --algorithm opd",
+            field="teacher",
+        )
+    for name, given in (
+        ("kl_in", objective.kl_in == "reward"),
+        ("normalise_rewards", objective.normalise_rewards),
+    ):
+        if distils and given:
+            raise InvalidRequest(
+                f"{name}: --algorithm {objective.algorithm} learns from no reward; leave it out",
+                field=name,
+            )
 
 
 def holds_a_run(path: Path) -> bool:

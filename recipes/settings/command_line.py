@@ -34,6 +34,7 @@ CHANGEABLE = frozenset(
         "checkpoint_every",
         "config",
         "kv_memory_gb",
+        "teacher_kv_memory_gb",
         "rollout_gpus",
         "sleep",
     }

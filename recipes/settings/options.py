@@ -10,6 +10,7 @@ from typing import Any, Literal
 import tyro
 
 from engine.config import Device, LoadFormat
+from recipes.actors.teacher_options import TeacherOptions
 from recipes.algorithms.presets import AlgorithmOptions
 from recipes.evaluation.evaluation_options import EvaluationOptions
 from recipes.trainers.optimizer_options import OptimizerOptions
@@ -107,9 +108,10 @@ class RunOptions:
     evaluation: tyro.conf.OmitArgPrefixes[EvaluationOptions] = field(
         default_factory=EvaluationOptions
     )
+    distillation: tyro.conf.OmitArgPrefixes[TeacherOptions] = field(default_factory=TeacherOptions)
 
 
-GROUPS = ("rollout", "optimizer", "placement", "objective", "evaluation")
+GROUPS = ("rollout", "optimizer", "placement", "objective", "evaluation", "distillation")
 """Fields of `RunOptions` that are groups of options."""
 
 

@@ -24,7 +24,8 @@ kv_memory_gb load_format loss_aggregation lr max_grad_norm max_new_tokens max_re
 max_tokens_per_microbatch minutes model normalise_rewards num_iterations
 num_minibatches out overlong_buffer
 prompts_per_step reference resume rollout_gpus samples schedule seed skip_long_prompts sleep steps
-task temperature trainer trainer_memory_gb wandb warmup_steps weight_decay
+task teacher teacher_kv_memory_gb temperature trainer trainer_memory_gb
+wandb warmup_steps weight_decay
 whiten_advantages zero
 """
 
@@ -97,6 +98,13 @@ def test_a_toml_of_other_editors(tmp_path: Path, model: str) -> None:
         (["--zero", "1", "--trainer", "fsdp"], "zero"),
         (["--rollout-gpus", "-1"], "rollout_gpus"),
         (["--rollout-gpus", "1", "--sleep", "True"], "sleep"),
+        (["--algorithm", "opd"], "teacher"),
+        (["--algorithm", "grpo", "--teacher", "there"], "teacher"),
+        (["--algorithm", "opd", "--teacher", "there", "--kl-in", "reward"], "kl_in"),
+        (
+            ["--algorithm", "opd", "--teacher", "there", "--normalise-rewards", "True"],
+            "normalise_rewards",
+        ),
         (["--eval-k", "4"], "eval_k"),
         (["--eval-samples", "8", "--eval-k", "1,9"], "eval_k"),
         (["--eval-samples", "8", "--eval-k", "0"], "eval_k"),
