@@ -171,6 +171,8 @@ class Run:
         self._advise(row)
         if pushed.memcpy_seconds is not None:
             self.display.note(f"push of {pushed}")
+        if _due(step, self.options.eval_every):
+            self.folder.draw_plots()
         if _due(step, self.options.checkpoint_every):
             self._checkpoint()
 
@@ -204,8 +206,7 @@ class Run:
             num_bytes=dtype.itemsize * num_elements(self.trainer.weights),
         )
         assert self.progress.eval_before is not None and self.progress.accuracy is not None
-        title = f"{self.environment.name}, {self.options.objective.algorithm}"
-        self.folder.draw_curve(title, self.progress.eval_before)
+        self.folder.draw_plots()
         self._spend("save")
         summary = self._summary(dtype)
         self.folder.write_summary(summary)

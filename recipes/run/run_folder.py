@@ -7,7 +7,7 @@
     samples.jsonl     a few rollouts of each step, as text
     evaluations.jsonl one object an evaluation, those before and after training included
     summary.json      the result
-    reward.png        reward and held-out accuracy over steps
+    plots.png         curves over steps: reward, accuracy, entropy, mismatch, length, time
     checkpoints/      the last complete checkpoint
     model/            the final model, Hugging Face format
     .lock             held by the run that writes here, empty
@@ -16,7 +16,6 @@
 from __future__ import annotations
 
 import fcntl
-import io
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from recipes.run.plots import draw_page
 from recipes.types import Group
 from rollout.offline import append_bytes, parse_line, read_lines, replace_file
 
@@ -120,26 +120,10 @@ class RunFolder:
             kept = [row for row in _read(path) if row["step"] <= last_step]
             replace_file(path, _lines(kept))
 
-    def draw_curve(self, title: str, eval_before: float) -> None:
-        """Write reward.png from the metrics so far."""
-        if not self._active:
-            return
-        from matplotlib.figure import Figure
-
-        rows = self.read_metrics()
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.add_subplot()
-        axes.plot([r["step"] for r in rows], [r["reward"] for r in rows], label="training reward")
-        measured = [(0, eval_before)] + [
-            (r["step"], r["eval/accuracy"]) for r in rows if "eval/accuracy" in r
-        ]
-        axes.plot(*zip(*measured, strict=True), marker="o", label="held-out accuracy, greedy")
-        axes.set(xlabel="step", ylim=(-0.02, 1.02), title=title)
-        axes.grid(alpha=0.3)
-        axes.legend()
-        picture = io.BytesIO()
-        figure.savefig(picture, dpi=120, format="png")
-        replace_file(self.path / "reward.png", picture.getvalue())
+    def draw_plots(self) -> None:
+        """Write plots.png from the metrics so far."""
+        if self._active:
+            draw_page(self.path)
 
     def _write_json(self, name: str, value: dict[str, Any]) -> None:
         if self._active:
