@@ -173,6 +173,7 @@ class Run:
             self.display.note(f"push of {pushed}")
         if _due(step, self.options.eval_every):
             self.folder.draw_plots()
+            self.tracker.log_rollouts(step, collected.sampled)
         if _due(step, self.options.checkpoint_every):
             self._checkpoint()
 
