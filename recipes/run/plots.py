@@ -167,8 +167,9 @@ def _draw_phases(axes: Axes, runs: Sequence[Curves]) -> None:
     if len(runs) > 1:
         _draw_panel(axes, Panel("seconds a step", (("timing_s/step", "step"),)), runs)
         return
-    rows = [row for run in runs for row in run.rows if _number(row.get("step")) is not None]
-    steps = [_number(row["step"]) for row in rows]
+    placed = [(_number(row.get("step")), row) for run in runs for row in run.rows]
+    steps = [step for step, _ in placed if step is not None]
+    rows = [row for step, row in placed if step is not None]
     names = dict.fromkeys(key for row in rows for key in row if key.startswith(PHASE))
     phases = {
         name.removeprefix(PHASE): [max(_number(row.get(name)) or 0.0, 0.0) for row in rows]

@@ -102,7 +102,7 @@ def test_a_toml_of_other_editors(tmp_path: Path, model: str) -> None:
         (["--algorithm", "grpo", "--teacher", "there"], "teacher"),
         (["--algorithm", "opd", "--teacher", "there", "--kl-in", "reward"], "kl_in"),
         (
-            ["--algorithm", "opd", "--teacher", "there", "--normalise-rewards", "True"],
+            ["--algorithm", "opd", "--teacher", "there", "--normalise-rewards"],
             "normalise_rewards",
         ),
         (["--eval-k", "4"], "eval_k"),
