@@ -25,6 +25,7 @@ AlgorithmName = Literal[
     "reinforce++",
     "reinforce++-baseline",
     "remax",
+    "opd",
 ]
 
 
@@ -135,6 +136,11 @@ class Algorithm:
         return self.advantage == "greedy_baseline"
 
     @property
+    def distils(self) -> bool:
+        """Whether a teacher judges each token, in place of the reward."""
+        return self.advantage == "teacher"
+
+    @property
     def rewards_kl(self) -> bool:
         """Whether the reward of a token has the KL to the reference in it."""
         return self.kl_coef > 0 and self.kl_in == "reward"
@@ -176,6 +182,8 @@ def preset(name: AlgorithmName, max_new_tokens: int) -> Algorithm:
         return change(grpo, advantage="leave_one_out", loss_aggregation="seq-mean-token-sum")
     if name == "remax":
         return change(grpo, advantage="greedy_baseline", loss_aggregation="seq-mean-token-sum")
+    if name == "opd":
+        return change(grpo, advantage="teacher", loss_aggregation="token-mean")
     if name == "reinforce++":
         return change(
             grpo,

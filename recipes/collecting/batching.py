@@ -13,6 +13,7 @@ import torch
 
 from engine.protocol import FloatArray
 from recipes.algorithms.aggregation import token_weights
+from recipes.algorithms.distillation import distillation_advantages
 from recipes.algorithms.importance import accepted
 from recipes.algorithms.normalise import Moments
 from recipes.algorithms.presets import Algorithm
@@ -31,6 +32,7 @@ def make_batch(
     old: Logprobs | None = None,
     reference: Logprobs | None = None,
     moments: Moments | None = None,
+    teacher: Logprobs | None = None,
 ) -> Batch:
     """All graded trajectories with their advantages, and the weights of one update over all of
     them.
@@ -38,7 +40,7 @@ def make_batch(
     version: of the weights that learn; what others sampled is marked stale. None marks nothing.
     old, reference: log-probabilities of those trajectories (`credit.graded`) under the weights that
         learn and under the reference, where the algorithm needs them. moments: of the rewards,
-        where they are normalised.
+        where they are normalised. teacher: as `old`, under the teacher, where there is one.
     """
     trajectories = graded(groups)
     rewards = rewards_by_token(
@@ -46,7 +48,9 @@ def make_batch(
     )
     batch = Batch(
         trajectories=trajectories,
-        advantages=estimated(groups, rewards, algorithm, moments),
+        advantages=_taught(trajectories, teacher)
+        if algorithm.distils
+        else estimated(groups, rewards, algorithm, moments),
         weights=_weights([len(t.response_ids) for t in trajectories], algorithm, max_new_tokens),
         old_logprobs=old,
         reference_logprobs=reference if algorithm.kl_in == "loss" else None,
@@ -55,6 +59,11 @@ def make_batch(
     )
     batch = without_rejected(batch, algorithm, max_new_tokens)
     return whitened(batch, groups, algorithm)
+
+
+def _taught(trajectories: Sequence[Trajectory], teacher: Logprobs | None) -> tuple[FloatArray, ...]:
+    assert teacher is not None
+    return distillation_advantages(teacher, [t.rollout_logprobs for t in trajectories])
 
 
 def _is_stale(trajectory: Trajectory, version: int) -> bool:

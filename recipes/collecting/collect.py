@@ -7,16 +7,13 @@ from collections.abc import Sequence
 
 import msgspec
 
-from engine.errors import GradingFailed
 from engine.protocol import Request, RequestOutput, SamplingParams
 from recipes.actors.actor import Actor
 from recipes.collecting.prompts import Prompts
 from recipes.rewards.base import Failed, Grade, Item
-from recipes.rewards.failed_share import tell_failed
 from recipes.rewards.grading import Grader, grading_of
 from recipes.rewards.shaping import overlong_penalty
 from recipes.types import Group, Problem, Trajectory
-from recipes.world import World
 from rollout.offline import derive_seed
 
 logger = logging.getLogger(__name__)
@@ -94,38 +91,6 @@ def _group(problem: Problem, replies: Sequence[Trajectory], greedy: bool) -> Gro
     if greedy:
         return Group(problem=problem, trajectories=tuple(replies[:-1]), greedy=replies[-1])
     return Group(problem=problem, trajectories=tuple(replies))
-
-
-def evaluate(
-    actor: Actor,
-    prompts: Prompts,
-    problems: Sequence[Problem],
-    max_new_tokens: int,
-    world: World | None = None,
-    *,
-    grader: Grader | None = None,
-) -> float:
-    """Mean reward of the greedy replies to held-out problems; collective. Replies that could not
-    be graded are left out, and told.
-
-    Raises GradingFailed if that is all of them.
-    Leaves no cached prefix behind: training goes on as if no evaluation had been.
-    """
-    sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
-    world = world or World()
-    share = world.share(len(problems))
-    mine = problems[share.start : share.stop]
-    replies = rollout(actor, prompts, mine, sampling, samples=1, seed=0, first=share.start)
-    actor.flush()
-    groups = score(prompts, mine, replies, grader=grader)
-    groups = world.gather(groups)
-    told = tell_failed(groups)
-    graded = [t.correct for group in groups for t in group.graded]
-    if not graded:
-        raise GradingFailed(f"reward: no held-out reply could be graded: {told}", field="reward")
-    if told and world.is_main:
-        logger.warning("held-out: %s", told)
-    return sum(graded) / len(graded)
 
 
 def _items(

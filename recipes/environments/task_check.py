@@ -67,19 +67,21 @@ def check_task(
     return CheckedTask(environment=environment, longest=longest, where=environment.name)
 
 
-def check_pool(task: CheckedTask, state: ReplicaState, max_new_tokens: int) -> None:
+def check_pool(
+    task: CheckedTask, state: ReplicaState, max_new_tokens: int, *, option: str = "kv_memory_gb"
+) -> None:
     """Once the engine is there: its KV cache holds the longest prompt with the longest reply.
 
-    Raises InvalidRequest naming `kv_memory_gb`.
+    option: that sizes the cache. Raises InvalidRequest naming it.
     """
     room = state.total_pages * state.page_size
     wanted = min(task.longest + max_new_tokens, state.context_length)
     if wanted > room:
         raise InvalidRequest(
-            f"kv_memory_gb: the prompt at {task.where} ({task.longest} tokens) and a reply of "
+            f"{option}: the prompt at {task.where} ({task.longest} tokens) and a reply of "
             f"{max_new_tokens} do not fit into a KV cache of {room} tokens; raise "
-            "--kv-memory-gb or lower --max-new-tokens",
-            field="kv_memory_gb",
+            f"--{option.replace('_', '-')} or lower --max-new-tokens",
+            field=option,
         )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from recipes.algorithms.controllers import adapted
+from recipes.algorithms.distillation import mean_gap
 from recipes.algorithms.presets import Algorithm
 from recipes.collecting.batching import make_batch
 from recipes.collecting.credit import graded, token_kl
@@ -28,7 +29,8 @@ def algorithm_now(run: Run) -> Algorithm:
 def prepare(
     run: Run, groups: Sequence[Group], algorithm: Algorithm
 ) -> tuple[Batch, dict[str, float]]:
-    """The batch, and figures of the KL where it is in the reward; collective.
+    """The batch, and figures of the KL where it is in the reward, and of that to the teacher;
+    collective.
 
     algorithm: `algorithm_now`. Counts the rewards where they are normalised.
     """
@@ -38,6 +40,8 @@ def prepare(
         run.progress.reward_moments = moments
     old = trainer.logprobs(trajectories) if algorithm.needs_old_logprobs else None
     reference = _reference_logprobs(run, trajectories) if algorithm.kl_coef > 0 else None
+    teacher = None if run.teacher is None else run.teacher.logprobs(trajectories)
+    figures: dict[str, float] = {}
     batch = make_batch(
         groups,
         algorithm,
@@ -46,10 +50,14 @@ def prepare(
         old=old,
         reference=reference,
         moments=moments,
+        teacher=teacher,
     )
+    if teacher is not None:
+        student = [t.rollout_logprobs for t in trajectories]
+        figures["teacher_kl"] = mean_gap(teacher, student)
     if not algorithm.rewards_kl or old is None or reference is None:
-        return batch, {}
-    return batch, {"kl": _mean_kl(old, reference, algorithm)}
+        return batch, figures
+    return batch, {**figures, "kl": _mean_kl(old, reference, algorithm)}
 
 
 def _reference_logprobs(run: Run, trajectories: tuple[Trajectory, ...]) -> Logprobs:

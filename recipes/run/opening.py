@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,12 +12,16 @@ from engine.protocol import SamplingParams
 from recipes.actors.actor import Actor
 from recipes.actors.launch import launch_actor, launch_reference
 from recipes.actors.scorer import ScoringEngine
+from recipes.actors.teacher import check_teacher, launch_teacher
 from recipes.algorithms.presets import resolve
 from recipes.collecting.prompts import Prompts
 from recipes.data.chat_style import chat_style
 from recipes.environments.base import Environment, heldout_problems, problem_at
 from recipes.environments.named_tasks import select_environment
 from recipes.environments.task_check import CheckedTask, check_pool, check_task
+from recipes.evaluation.eval_sets import CheckedSet, EvalSet, read_sets
+from recipes.evaluation.evaluation_options import MAIN_SET
+from recipes.evaluation.measure import Evaluation
 from recipes.rewards.failed_share import FailedShare
 from recipes.rewards.grading import Grading
 from recipes.rewards.named_rewards import open_grading
@@ -42,7 +47,11 @@ def open_run(options: RunOptions, ledger: Ledger) -> Run:
 
     The task is checked against tokenizer and context before any weight is read."""
     tokenizer = load_tokenizer(options.model)
-    task = _read_task(options, tokenizer)
+    context_length = _context_length(options)
+    task = _read_task(options, tokenizer, context_length)
+    sets = _read_sets(options, tokenizer, task, context_length)
+    longest = task.longest + _max_new_tokens(options, task.environment)
+    check_teacher(options, tokenizer, longest=min(longest, context_length))
     placement = options.placement
     with ExitStack() as on_failure:
         world = open_world(
@@ -64,7 +73,13 @@ def open_run(options: RunOptions, ledger: Ledger) -> Run:
         reference = launch_reference(options, world)
         if reference is not None:
             on_failure.callback(reference.close)
-        check_pool(task, actor.state(), _max_new_tokens(options, task.environment))
+        teacher = launch_teacher(options, actor.state(), world)
+        if teacher is not None:
+            on_failure.callback(teacher.close)
+            max_new_tokens = _max_new_tokens(options, task.environment)
+            check_pool(task, teacher.state, max_new_tokens, option="teacher_kv_memory_gb")
+        for each in (task, *(checked.longest for checked in sets)):
+            check_pool(each, actor.state(), _max_new_tokens(options, each.environment))
         run = assemble(
             options,
             ledger,
@@ -75,20 +90,26 @@ def open_run(options: RunOptions, ledger: Ledger) -> Run:
             trainer=load_trainer(options, actor, world),
             world=world,
             reference=reference,
+            teacher=teacher,
+            sets=[checked.eval_set for checked in sets],
         )
         on_failure.pop_all()
     return run
 
 
-def _read_task(options: RunOptions, tokenizer: Tokenizer) -> CheckedTask:
+def _context_length(options: RunOptions) -> int:
+    """Tokens the engine will serve, prompt and reply together."""
+    return read_checkpoint(options.model, options.load_format, options.seed).context_length
+
+
+def _read_task(options: RunOptions, tokenizer: Tokenizer, context_length: int) -> CheckedTask:
     environment = select_environment(
         options.task, options.data, needs_answer=options.rewards.uses_task
     )
-    checkpoint = read_checkpoint(options.model, options.load_format, options.seed)
     return check_task(
         environment,
         Prompts(environment, tokenizer, (), chat_style(options.data, tokenizer.chat_template)),
-        context_length=checkpoint.context_length,
+        context_length=context_length,
         num_heldout=options.eval_prompts,
         skip_long=options.skip_long_prompts,
     )
@@ -98,6 +119,20 @@ def _looked_at(options: RunOptions, environment: Environment) -> list[Problem]:
     """Problems that tell which columns there are."""
     heldout = heldout_problems(environment, options.eval_prompts)
     return [*heldout, problem_at(environment, "train", options.seed, 0)]
+
+
+def _read_sets(
+    options: RunOptions, tokenizer: Tokenizer, task: CheckedTask, context_length: int
+) -> list[CheckedSet]:
+    return read_sets(
+        options.evaluation.eval_set,
+        options.data,
+        tokenizer,
+        trained=task.environment,
+        context_length=context_length,
+        num_problems=options.eval_prompts,
+        skip_long=options.skip_long_prompts,
+    )
 
 
 def _max_new_tokens(options: RunOptions, environment: Environment) -> int:
@@ -115,10 +150,13 @@ def assemble(
     world: World | None = None,
     grading: Grading | None = None,
     reference: ScoringEngine | None = None,
+    teacher: ScoringEngine | None = None,
+    sets: Sequence[EvalSet] = (),
 ) -> Run:
-    """A run of these parts, whatever task and model the options name.
+    """A run of these parts, whatever task, sets and model the options name.
 
-    reference: the engine that has the initial weights, where the trainer has not.
+    reference: the engine that has the initial weights, where the trainer has not. teacher: that
+    of a distillation. sets: to evaluate on beside the held-out problems of the task.
     """
     world = world or World()
     folder = open_folder(options, world)
@@ -128,6 +166,13 @@ def assemble(
     if world.is_main:
         actor.watch(display.generating)
     max_new_tokens = _max_new_tokens(options, environment)
+    grading = grading or Grading(task_reward(environment, code=options.code))
+    style = chat_style(options.data, tokenizer.chat_template)
+    heldout = EvalSet(
+        name=MAIN_SET,
+        environment=environment,
+        problems=tuple(heldout_problems(environment, options.eval_prompts)),
+    )
     return Run(
         options=options,
         algorithm=resolve(options.objective, max_new_tokens),
@@ -135,19 +180,24 @@ def assemble(
         sampling=SamplingParams(
             max_new_tokens=max_new_tokens, temperature=options.rollout.temperature
         ),
-        prompts=Prompts(
-            environment,
-            tokenizer,
-            actor.state().eos_ids,
-            chat_style(options.data, tokenizer.chat_template),
-        ),
-        grading=grading or Grading(task_reward(environment, code=options.code)),
+        prompts=Prompts(environment, tokenizer, actor.state().eos_ids, style),
+        grading=grading,
         failed_share=FailedShare(options.rewards.max_failed_share),
         tokenizer=tokenizer,
-        heldout=heldout_problems(environment, options.eval_prompts),
+        evaluation=Evaluation(
+            [heldout, *sets],
+            options.evaluation,
+            tokenizer=tokenizer,
+            eos_ids=actor.state().eos_ids,
+            max_new_tokens=options.rollout.max_new_tokens,
+            style=style,
+            gradings={MAIN_SET: grading},
+            world=world,
+        ),
         actor=actor,
         trainer=trainer,
         reference=reference,
+        teacher=teacher,
         world=world,
         folder=folder,
         ledger=ledger,

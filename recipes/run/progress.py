@@ -17,6 +17,7 @@ class RunProgress:
     position: next problem of the training stream.
     eval_before, accuracy: held-out accuracy before training, and the last one measured.
     accuracy_step: when that was. best_accuracy, best_step: the highest so far.
+    figures_before, figures: as `eval_before` and `accuracy`, of all sets (`Evaluation.measure`).
     seconds: time spent by phase since the run began, over all its processes.
     kl_coef: weight of the KL where it is adapted; None before the first step, or where it is fixed.
     reward_moments: of the rewards so far, where they are normalised.
@@ -29,14 +30,18 @@ class RunProgress:
     accuracy_step: int = -1
     best_accuracy: float = 0.0
     best_step: int = 0
+    figures_before: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     kl_coef: float | None = None
     reward_moments: Moments = field(default_factory=Moments)
 
-    def measured(self, accuracy: float) -> None:
-        """Note a held-out accuracy at the current step."""
+    def measured(self, figures: dict[str, float]) -> None:
+        """Note the figures of an evaluation at the current step."""
+        accuracy = figures["eval/accuracy"]
         if self.eval_before is None:
-            self.eval_before = accuracy
+            self.eval_before, self.figures_before = accuracy, figures
+        self.figures = figures
         self.accuracy, self.accuracy_step = accuracy, self.step
         if accuracy > self.best_accuracy:
             self.best_accuracy, self.best_step = accuracy, self.step

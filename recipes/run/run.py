@@ -11,9 +11,10 @@ from engine.protocol import SamplingParams
 from recipes.actors.actor import Actor
 from recipes.actors.scorer import ScoringEngine
 from recipes.algorithms.presets import Algorithm
-from recipes.collecting.collect import evaluate
 from recipes.collecting.prompts import Prompts
 from recipes.environments.base import Environment, problem_at
+from recipes.evaluation.eval_table import tell
+from recipes.evaluation.measure import Evaluation
 from recipes.rewards.failed_share import FailedShare, failed_figures, tell_failed
 from recipes.rewards.grading import Grading
 from recipes.run.advice import WINDOW, advice
@@ -53,7 +54,7 @@ class Run:
     grading: Grading
     failed_share: FailedShare
     tokenizer: Tokenizer
-    heldout: list[Problem]
+    evaluation: Evaluation
     actor: Actor
     trainer: Learner
     world: World
@@ -63,6 +64,7 @@ class Run:
     tracker: Tracker
     progress: RunProgress
     reference: ScoringEngine | None = None
+    teacher: ScoringEngine | None = None
     surplus: list[Group] = field(default_factory=list)
     """Groups with spread that were sampled beyond what a step trains on, oldest first."""
     _recent: list[dict[str, float]] = field(default_factory=list)
@@ -81,8 +83,9 @@ class Run:
         self.display.__exit__()
         self.grading.close()
         self.actor.close()
-        if self.reference is not None:
-            self.reference.close()
+        for engine in (self.reference, self.teacher):
+            if engine is not None:
+                engine.close()
         self.world.close()
         self.folder.close()
 
@@ -126,7 +129,7 @@ class Run:
             version = self.progress.step
             self.actor.push(self.trainer.weights, version, measure_memcpy=False)
             self.display.note(f"continuing after step {version}")
-        self.folder.truncate(self.progress.step)
+        self.folder.truncate(-1 if checkpoint is None else self.progress.step)
         self._look_for_room()
         self._spend("startup")
         if self.progress.eval_before is None:
@@ -162,8 +165,7 @@ class Run:
             **failed_figures(collected.sampled),
         }
         if _due(step, self.options.eval_every):
-            row["timing_s/eval"] = self._evaluate()
-            row["eval/accuracy"] = self.progress.accuracy or 0.0
+            row |= self._evaluate()
         self.folder.append_metrics(row)
         self.folder.append_samples(step, collected.sampled)
         self.tracker.log(row)
@@ -174,13 +176,17 @@ class Run:
         self._advise(row)
         if pushed.memcpy_seconds is not None:
             self.display.note(f"push of {pushed}")
+        if _due(step, self.options.eval_every):
+            self.folder.draw_plots()
+            self.tracker.log_rollouts(step, collected.sampled)
         if _due(step, self.options.checkpoint_every):
             self._checkpoint()
 
     def _advise(self, row: dict[str, float]) -> None:
         """Say so, once each time it begins, when the run has nothing to learn from."""
         self._recent = [*self._recent[1 - WINDOW :], row]
-        told = advice(self._recent)
+        # Elsewhere a group without spread may have a gradient.
+        told = advice(self._recent) if self.algorithm.compares_problem else ""
         if told and not self._advised:
             self.display.note(told)
         self._advised = bool(told)
@@ -199,8 +205,7 @@ class Run:
             num_bytes=dtype.itemsize * num_elements(self.trainer.weights),
         )
         assert self.progress.eval_before is not None and self.progress.accuracy is not None
-        title = f"{self.environment.name}, {self.options.objective.algorithm}"
-        self.folder.draw_curve(title, self.progress.eval_before)
+        self.folder.draw_plots()
         self._spend("save")
         summary = self._summary(dtype)
         self.folder.write_summary(summary)
@@ -225,24 +230,27 @@ class Run:
             "trainer": self.options.placement.trainer,
             "trainer_processes": self.world.size,
             "best": {"accuracy": progress.best_accuracy, "step": progress.best_step},
-            "eval_prompts": len(self.heldout),
+            "eval_prompts": len(self.evaluation.sets[0].problems),
+            "evaluation": {"before": progress.figures_before, "after": progress.figures},
             "seconds_by_phase": progress.seconds,
         }
 
-    def _evaluate(self) -> float:
-        self.display.note(f"evaluating {len(self.heldout)} held-out problems")
+    def _evaluate(self) -> dict[str, float]:
+        """Measure the weights on every set; the figures, and the time it took."""
+        sets = self.evaluation.sets
+        self.display.note(
+            f"evaluating {sum(len(each.problems) for each in sets)} held-out problems"
+        )
         with self.ledger.phase("eval"):
-            accuracy = evaluate(
-                self.actor,
-                self.prompts,
-                self.heldout,
-                self.max_new_tokens,
-                self.world,
-                grader=self.grading,
-            )
-        self.progress.measured(accuracy)
-        self.display.note(f"held-out accuracy {accuracy:.3f} after step {self.progress.step}")
-        return self._spend("eval")
+            figures = self.evaluation.measure(self.actor)
+        self.progress.measured(figures)
+        step = self.progress.step
+        for told in tell(figures):
+            self.display.note(f"{told} after step {step}")
+        row = {"step": step, **figures}
+        self.folder.append_evaluation(row)
+        self.tracker.log(row)
+        return {**figures, "timing_s/eval": self._spend("eval")}
 
     def _checkpoint(self) -> None:
         """The time it takes is not in its own record: it is not over when that is written."""

@@ -5,8 +5,9 @@
     config.json       every option
     metrics.jsonl     one object a step
     samples.jsonl     a few rollouts of each step, as text
+    evaluations.jsonl one object an evaluation, those before and after training included
     summary.json      the result
-    reward.png        reward and held-out accuracy over steps
+    plots.png         curves over steps: reward, accuracy, entropy, mismatch, length, time
     checkpoints/      the last complete checkpoint
     model/            the final model, Hugging Face format
     .lock             held by the run that writes here, empty
@@ -15,7 +16,6 @@
 from __future__ import annotations
 
 import fcntl
-import io
 import json
 import logging
 import os
@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from recipes.run.plots import draw_page
 from recipes.types import Group
 from rollout.offline import append_bytes, parse_line, read_lines, replace_file
 
@@ -44,6 +45,7 @@ class RunFolder:
         self._active = active
         self.metrics_path = path / "metrics.jsonl"
         self.samples_path = path / "samples.jsonl"
+        self.evaluations_path = path / "evaluations.jsonl"
         self.checkpoints = path / "checkpoints"
         self.model = path / "model"
         self._claim: int | None = None
@@ -85,6 +87,11 @@ class RunFolder:
         if self._active:
             append_bytes(self.metrics_path, _lines([row]))
 
+    def append_evaluation(self, row: dict[str, Any]) -> None:
+        """Add the figures of an evaluation after some step."""
+        if self._active:
+            append_bytes(self.evaluations_path, _lines([row]))
+
     def append_samples(self, step: int, groups: Sequence[Group]) -> None:
         """Add the first replies of the first groups of a step."""
         if not self._active:
@@ -106,33 +113,17 @@ class RunFolder:
         return _read(self.metrics_path)
 
     def truncate(self, last_step: int) -> None:
-        """Drop the lines of steps after `last_step`: they will be taken again."""
+        """Drop the lines of steps after `last_step`: they will be taken again. -1 drops all."""
         if not self._active:
             return
-        for path in (self.metrics_path, self.samples_path):
+        for path in (self.metrics_path, self.samples_path, self.evaluations_path):
             kept = [row for row in _read(path) if row["step"] <= last_step]
             replace_file(path, _lines(kept))
 
-    def draw_curve(self, title: str, eval_before: float) -> None:
-        """Write reward.png from the metrics so far."""
-        if not self._active:
-            return
-        from matplotlib.figure import Figure
-
-        rows = self.read_metrics()
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.add_subplot()
-        axes.plot([r["step"] for r in rows], [r["reward"] for r in rows], label="training reward")
-        measured = [(0, eval_before)] + [
-            (r["step"], r["eval/accuracy"]) for r in rows if "eval/accuracy" in r
-        ]
-        axes.plot(*zip(*measured, strict=True), marker="o", label="held-out accuracy, greedy")
-        axes.set(xlabel="step", ylim=(-0.02, 1.02), title=title)
-        axes.grid(alpha=0.3)
-        axes.legend()
-        picture = io.BytesIO()
-        figure.savefig(picture, dpi=120, format="png")
-        replace_file(self.path / "reward.png", picture.getvalue())
+    def draw_plots(self) -> None:
+        """Write plots.png from the metrics so far."""
+        if self._active:
+            draw_page(self.path)
 
     def _write_json(self, name: str, value: dict[str, Any]) -> None:
         if self._active:

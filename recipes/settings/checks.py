@@ -12,6 +12,7 @@ from typing import Any
 
 from engine.errors import InvalidRequest, ModelNotFound
 from recipes.algorithms.presets import AlgorithmOptions, resolve
+from recipes.evaluation.evaluation_options import check_evaluation
 from recipes.rewards.reward_options import check_reward_options
 from recipes.settings.options import (
     DEFAULT_MODEL,
@@ -27,6 +28,7 @@ LEAST: Mapping[str, int] = MappingProxyType(
         "steps": 0,
         "eval_every": 0,
         "eval_prompts": 1,
+        "eval_samples": 0,
         "checkpoint_every": 0,
         "prompts_per_step": 1,
         "samples": 1,
@@ -53,8 +55,8 @@ LEAST: Mapping[str, int] = MappingProxyType(
 ABOVE_ZERO = frozenset(
     {
         *("minutes", "epochs", "temperature", "kv_memory_gb", "lr", "max_grad_norm"),
-        *("reward_timeout", "code_memory_gb"),
-        *("kl_target", "kl_horizon"),
+        *("reward_timeout", "code_memory_gb", "eval_temperature"),
+        *("kl_target", "kl_horizon", "teacher_kv_memory_gb"),
     }
 )
 SHARES = frozenset({"max_failed_share"})
@@ -64,15 +66,17 @@ UP_TO_ONE = frozenset({"gamma"})
 
 def check_options(options: RunOptions) -> None:
     """Raises InvalidRequest, its `field` an option's name; ModelNotFound for the model."""
-    _check_numbers(flatten(options))
+    check_numbers(flatten(options))
     _check_objective(options.objective, options.rollout)
+    _check_teacher(options)
+    check_evaluation(options.evaluation)
     check_reward_options(options.rewards)
     _check_common(options)
 
 
 def check_sft(options: SftOptions) -> None:
     """As `check_options`, of a supervised run."""
-    _check_numbers(flatten(options))
+    check_numbers(flatten(options))
     if options.steps is not None and options.epochs is not None:
         raise InvalidRequest(
             "epochs: --epochs and --steps both say how long the run is; leave one out",
@@ -89,7 +93,7 @@ def _check_common(options: RunOptions | SftOptions) -> None:
         _check_extra("trainer", "--trainer deepspeed", "train")
     if options.resume is None and options.out is not None and holds_a_run(Path(options.out)):
         raise taken(Path(options.out))
-    _check_model(options.model)
+    check_model(options.model)
 
 
 def _check_objective(options: AlgorithmOptions, rollout: RolloutOptions) -> None:
@@ -118,6 +122,32 @@ def _check_objective(options: AlgorithmOptions, rollout: RolloutOptions) -> None
             "example, or leave --kl-controller out",
             field="kl_controller",
         )
+
+
+def _check_teacher(options: RunOptions) -> None:
+    """A teacher is there for the algorithm that learns from one, which learns from nothing else."""
+    objective, teacher = options.objective, options.distillation.teacher
+    distils = resolve(objective, 1).distils
+    if distils and teacher is None:
+        raise InvalidRequest(
+            f"teacher: --algorithm {objective.algorithm} learns from one; add --teacher PATH",
+            field="teacher",
+        )
+    if teacher is not None and not distils:
+        raise InvalidRequest(
+            f"teacher: --algorithm {objective.algorithm} learns from rewards; leave --teacher out, "
+            "or add --algorithm opd",
+            field="teacher",
+        )
+    for name, given in (
+        ("kl_in", objective.kl_in == "reward"),
+        ("normalise_rewards", objective.normalise_rewards),
+    ):
+        if distils and given:
+            raise InvalidRequest(
+                f"{name}: --algorithm {objective.algorithm} learns from no reward; leave it out",
+                field=name,
+            )
 
 
 def holds_a_run(path: Path) -> bool:
@@ -165,7 +195,7 @@ def _check_placement(placement: PlacementOptions) -> None:
         )
 
 
-def _check_model(model: str) -> None:
+def check_model(model: str) -> None:
     if Path(model).exists():
         return
     hint = (
@@ -177,7 +207,7 @@ def _check_model(model: str) -> None:
     raise ModelNotFound(f"model: nothing at {model}; {hint}", field="model")
 
 
-def _check_numbers(flat: Mapping[str, Any]) -> None:
+def check_numbers(flat: Mapping[str, Any]) -> None:
     """None is a number that was not given."""
     numbers = {name: value for name, value in flat.items() if value is not None}
     for name, value in numbers.items():

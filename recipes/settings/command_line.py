@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -31,9 +31,14 @@ CHANGEABLE = frozenset(
         "resume",
         "wandb",
         "eval_every",
+        "eval_set",
+        "eval_samples",
+        "eval_temperature",
+        "eval_k",
         "checkpoint_every",
         "config",
         "kv_memory_gb",
+        "teacher_kv_memory_gb",
         "rollout_gpus",
         "sleep",
         "max_failed_share",
@@ -69,8 +74,15 @@ def _parse(argv: Sequence[str], defaults: Options, prog: str) -> Options:
         defaults = with_values(defaults, _read_toml(Path(toml)))
     options = tyro.cli(kind, default=defaults, args=list(argv), prog=prog)
     if saved is not None:
+        options = with_values(options, _without_repeated_sets(flatten(options)))
         _check_unchanged(saved, options)
     return options
+
+
+def _without_repeated_sets(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Sets on the command line join those of the run to resume, which they may repeat."""
+    sets = flat.get("eval_set")
+    return {} if sets is None else {"eval_set": tuple(dict.fromkeys(sets))}
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

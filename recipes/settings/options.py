@@ -10,8 +10,10 @@ from typing import Any, Literal
 import tyro
 
 from engine.config import Device, DType, LoadFormat
+from recipes.actors.teacher_options import TeacherOptions
 from recipes.algorithms.presets import AlgorithmOptions
 from recipes.data.data_options import DataOptions
+from recipes.evaluation.evaluation_options import EvaluationOptions
 from recipes.rewards.code_options import CodeOptions
 from recipes.rewards.reward_options import RewardOptions
 from recipes.trainers.optimizer_options import OptimizerOptions
@@ -106,6 +108,10 @@ class RunOptions:
     code: tyro.conf.OmitArgPrefixes[CodeOptions] = field(default_factory=CodeOptions)
     placement: tyro.conf.OmitArgPrefixes[PlacementOptions] = field(default_factory=PlacementOptions)
     objective: tyro.conf.OmitArgPrefixes[AlgorithmOptions] = field(default_factory=AlgorithmOptions)
+    evaluation: tyro.conf.OmitArgPrefixes[EvaluationOptions] = field(
+        default_factory=EvaluationOptions
+    )
+    distillation: tyro.conf.OmitArgPrefixes[TeacherOptions] = field(default_factory=TeacherOptions)
 
 
 def groups_of(options: Any) -> list[str]:

@@ -6,37 +6,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from recipes.actors.actor import Actor
-from recipes.collecting.collect import evaluate
-from recipes.collecting.prompts import Prompts
+from recipes.evaluation.measure import Evaluation
 from recipes.rewards.grading import Grading
 from recipes.trainers.base import Learner
 from recipes.tuning.examples import Example
-from recipes.types import Problem
-from recipes.world import World
 
 
 @dataclass(kw_only=True)
 class Asked:
-    """A task whose held-out problems are answered by the engine."""
+    """A task whose held-out problems, the only set of `evaluation`, are answered by the engine."""
 
     actor: Actor
-    prompts: Prompts
+    evaluation: Evaluation
     grading: Grading
-    problems: list[Problem]
-    max_new_tokens: int
 
-    def accuracy(self, trainer: Learner, step: int, world: World) -> float:
+    def accuracy(self, trainer: Learner, step: int) -> float:
         """Mean reward of greedy replies under the weights after `step` steps; collective."""
         if step > self.actor.state().version:
             self.actor.push(trainer.weights, step, measure_memcpy=False)
-        accuracy = evaluate(
-            self.actor,
-            self.prompts,
-            self.problems,
-            self.max_new_tokens,
-            world,
-            grader=self.grading,
-        )
+        accuracy = self.evaluation.measure(self.actor)["eval/accuracy"]
         self.actor.sleep()
         return accuracy
 

@@ -8,10 +8,12 @@ from rich.console import Console
 
 from recipes.actors.actor import Actor
 from recipes.actors.launch import launch_actor
-from recipes.collecting.prompts import Prompts
 from recipes.data.chat_style import chat_style
 from recipes.environments.base import heldout_problems
 from recipes.environments.task_check import CheckedTask, check_pool
+from recipes.evaluation.eval_sets import EvalSet
+from recipes.evaluation.evaluation_options import MAIN_SET, EvaluationOptions
+from recipes.evaluation.measure import Evaluation
 from recipes.rewards.named_rewards import open_grading
 from recipes.rewards.reward_options import RewardOptions
 from recipes.run.display import SFT_COLUMNS, Display
@@ -102,10 +104,17 @@ def _asked(
     max_new_tokens = options.max_new_tokens or environment.max_new_tokens
     check_pool(task, actor.state(), max_new_tokens)
     style = chat_style(options.data, tokenizer.chat_template)
-    return Asked(
-        actor=actor,
-        prompts=Prompts(environment, tokenizer, actor.state().eos_ids, style),
-        grading=open_grading(RewardOptions(), environment, (), processes_here=world.size),
-        problems=heldout_problems(environment, options.eval_prompts),
+    grading = open_grading(RewardOptions(), environment, (), processes_here=world.size)
+    problems = heldout_problems(environment, options.eval_prompts)
+    heldout = EvalSet(name=MAIN_SET, environment=environment, problems=tuple(problems))
+    evaluation = Evaluation(
+        [heldout],
+        EvaluationOptions(),
+        tokenizer=tokenizer,
+        eos_ids=actor.state().eos_ids,
         max_new_tokens=max_new_tokens,
+        style=style,
+        gradings={MAIN_SET: grading},
+        world=world,
     )
+    return Asked(actor=actor, evaluation=evaluation, grading=grading)

@@ -175,7 +175,7 @@ class SftRun:
             figures = {"eval/loss": heldout_loss(self.trainer, self.task.heldout)}
             if self.asked is not None:
                 step = self.progress.step
-                figures["eval/accuracy"] = self.asked.accuracy(self.trainer, step, self.world)
+                figures["eval/accuracy"] = self.asked.accuracy(self.trainer, step)
         self.progress.measured(figures)
         told = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
         self.display.note(f"held out, after step {self.progress.step}: {told}")

@@ -151,8 +151,12 @@ class Tokenizer:
     @cached_property
     def longest_token_bytes(self) -> int:
         """At least the bytes of text that one token can stand for."""
-        vocabulary = self._backend.get_vocab(with_added_tokens=True)
-        return max(len(token.encode()) for token in vocabulary)
+        return max(len(token.encode()) for token in self.vocabulary)
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Ids by token, added tokens included; a copy."""
+        return self._backend.get_vocab(with_added_tokens=True)
 
     @property
     def special_tokens(self) -> dict[str, str]:

@@ -116,7 +116,7 @@ def test_the_reward_goes_up_and_the_folder_is_complete(tmp_path: Path) -> None:
     assert {"task", "seed", "steps", "seconds", "eval_before", "eval_after", "model", "device"} <= (
         on_disk.keys()
     )
-    for name in ("config.json", "metrics.jsonl", "samples.jsonl", "reward.png", "model"):
+    for name in ("config.json", "metrics.jsonl", "samples.jsonl", "plots.png", "model"):
         assert (run.folder.path / name).exists(), name
 
 

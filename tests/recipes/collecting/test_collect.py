@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from engine.errors import GradingFailed
 from engine.protocol import SamplingParams
-from recipes.collecting.collect import evaluate, rollout, score
+from recipes.collecting.collect import rollout, score
 from recipes.collecting.prompts import Prompts
 from recipes.environments.procedural import largest
 from recipes.rewards.base import Failed, Grade, Item
@@ -116,23 +115,3 @@ def test_a_grader_sees_the_chat_and_the_ids() -> None:
         assert item.messages == TASK.messages(item.problem)
         assert item.reply_ids is output.token_ids
         assert item.reply == prompts().reply_text(output.token_ids)
-
-
-def test_evaluation_leaves_out_what_cannot_be_graded_and_says_so(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    bad = problems()[1].question
-    assert evaluate(actor(), prompts(), problems(), 5, grader=fail_on(bad)) == 1.0
-    assert "1 replies not graded, and left out (1 raised)" in caplog.text
-
-
-def test_an_evaluation_without_any_grade_is_an_error() -> None:
-    with pytest.raises(GradingFailed, match="no held-out reply could be graded: 3 replies"):
-        evaluate(actor(), prompts(), problems(), 5, grader=fail_on())
-
-
-def test_evaluation_is_greedy_and_leaves_nothing_behind() -> None:
-    engine = actor()
-    first = evaluate(engine, prompts(), problems(), 5)
-    assert evaluate(engine, prompts(), problems(), 5) == first
-    assert engine.num_requests == 6 and engine.num_flushes == 2

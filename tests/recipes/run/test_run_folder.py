@@ -72,8 +72,8 @@ def test_an_empty_run_can_be_cut(tmp_path: Path) -> None:
 
 def test_the_curve_is_a_picture(tmp_path: Path) -> None:
     folder = folder_with_steps(tmp_path, 3)
-    folder.draw_curve("largest", 0.2)
-    assert (folder.path / "reward.png").read_bytes().startswith(b"\x89PNG")
+    folder.draw_plots()
+    assert (folder.path / "plots.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_default_paths_name_the_task() -> None:

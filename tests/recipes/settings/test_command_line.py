@@ -33,7 +33,11 @@ dither
 dtype
 dynamic_sampling
 eval_every
+eval_k
 eval_prompts
+eval_samples
+eval_set
+eval_temperature
 gamma
 gradient_checkpointing
 heldout
@@ -81,6 +85,8 @@ sleep
 steps
 system_prompt
 task
+teacher
+teacher_kv_memory_gb
 temperature
 train_split
 trainer
@@ -161,6 +167,21 @@ def test_a_toml_of_other_editors(tmp_path: Path, model: str) -> None:
         (["--zero", "1", "--trainer", "fsdp"], "zero"),
         (["--rollout-gpus", "-1"], "rollout_gpus"),
         (["--rollout-gpus", "1", "--sleep", "True"], "sleep"),
+        (["--algorithm", "opd"], "teacher"),
+        (["--algorithm", "grpo", "--teacher", "there"], "teacher"),
+        (["--algorithm", "opd", "--teacher", "there", "--kl-in", "reward"], "kl_in"),
+        (
+            ["--algorithm", "opd", "--teacher", "there", "--normalise-rewards"],
+            "normalise_rewards",
+        ),
+        (["--eval-k", "4"], "eval_k"),
+        (["--eval-samples", "8", "--eval-k", "1,9"], "eval_k"),
+        (["--eval-samples", "8", "--eval-k", "0"], "eval_k"),
+        (["--eval-set", "sums"], "eval_set"),
+        (["--eval-set", "=addition"], "eval_set"),
+        (["--eval-set", "a/b=addition"], "eval_set"),
+        (["--eval-set", "heldout=addition"], "eval_set"),
+        (["--eval-set", "a=addition", "--eval-set", "a=largest"], "eval_set"),
     ],
 )
 def test_values_no_run_can_work_with(model: str, flags: list[str], field: str) -> None:
@@ -231,6 +252,15 @@ def test_a_resumed_run_refuses_to_become_another(
     with pytest.raises(InvalidRequest, match="run to resume") as caught:
         parse(["--resume", run, *flags])
     assert caught.value.field == field
+
+
+def test_a_resumed_run_may_be_measured_otherwise(tmp_path: Path) -> None:
+    run = saved_run(tmp_path, "--eval-set", "sums=addition")
+    words = ["--eval-set", "sums=addition", "--eval-set", "big=largest", "--eval-samples", "8"]
+    evaluation = parse(["--resume", run, *words, "--eval-k", "1,4"]).evaluation
+    assert evaluation.eval_set == ("sums=addition", "big=largest")
+    assert (evaluation.eval_samples, evaluation.ks) == (8, (1, 4))
+    assert parse(["--resume", run]).evaluation.eval_set == ("sums=addition",)
 
 
 def test_a_schedule_that_ends_fixes_the_steps(tmp_path: Path) -> None:

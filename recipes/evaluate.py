@@ -1,0 +1,162 @@
+"""Evaluate a model on named sets of problems, without training it.
+
+    python recipes/evaluate.py --model runs/X/model --eval-set sums=addition --eval-samples 8
+    torchrun --nproc-per-node 4 recipes/evaluate.py --model M --eval-set math=FILE.jsonl
+
+The figures are those of a training run (`recipes/evaluation/`), with the same replies: a table on
+stderr, and JSON on stdout or in the file that --out names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from engine.config import CacheConfig, Device, DType, EngineConfig, LoadFormat, ParallelConfig
+from engine.errors import InvalidRequest
+from recipes.actors.actor import InlineActor
+from recipes.data.chat_style import chat_style
+from recipes.data.data_options import DataOptions
+from recipes.environments.task_check import check_pool
+from recipes.evaluation.eval_sets import read_sets
+from recipes.evaluation.eval_table import by_set, table
+from recipes.evaluation.evaluation_options import EvaluationOptions, check_evaluation
+from recipes.evaluation.measure import Evaluation
+from recipes.run.failures import report_failure
+from recipes.settings.checks import check_model, check_numbers
+from recipes.world import launched_rank, leave, open_world
+from rollout.launch import launch, read_checkpoint
+from rollout.offline import check_output, load_tokenizer, replace_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """Evaluate a language model: greedy accuracy, avg@k and pass@k on named sets."""
+
+    model: str
+    """Hugging Face folder, GGUF file, or a config.json (with --load-format random)."""
+    load_format: LoadFormat = "auto"
+    """Where the weights come from; 'random' needs only a config.json."""
+    device: Device = "auto"
+    """'auto' takes a GPU when torch sees one."""
+    dtype: DType = "auto"
+    """What the engine computes in."""
+    eval_prompts: int = 256
+    """Most problems of a set."""
+    max_new_tokens: int | None = None
+    """Longest reply in tokens; None takes each task's own."""
+    kv_memory_gb: float = 1.0
+    """Memory of the engine's KV cache, GiB."""
+    skip_long_prompts: bool = False
+    """Leave out the prompts that do not fit into the model's context, instead of refusing."""
+    out: str | None = None
+    """File for the figures, JSON; None writes them to stdout."""
+    data: tyro.conf.OmitArgPrefixes[DataOptions] = field(default_factory=DataOptions)
+    evaluation: tyro.conf.OmitArgPrefixes[EvaluationOptions] = field(
+        default_factory=EvaluationOptions
+    )
+
+
+def evaluate(options: EvaluateOptions) -> dict[str, dict[str, float]]:
+    """The figures of each set by its name; with the other processes, if torchrun started some."""
+    tokenizer = load_tokenizer(options.model)
+    checkpoint = read_checkpoint(options.model, options.load_format)
+    checked = read_sets(
+        options.evaluation.eval_set,
+        options.data,
+        tokenizer,
+        trained=None,
+        context_length=checkpoint.context_length,
+        num_problems=options.eval_prompts,
+        skip_long=options.skip_long_prompts,
+    )
+    with ExitStack() as at_end:
+        world = open_world(device=options.device, needs_group=False, colocated=True)
+        at_end.callback(world.close)
+        config = EngineConfig(
+            model=options.model,
+            load_format=options.load_format,
+            device=options.device,
+            dtype=options.dtype,
+            cache=CacheConfig(memory_bytes=int(options.kv_memory_gb * 2**30)),
+            parallel=ParallelConfig(base_gpu=world.local_rank),
+        )
+        actor = InlineActor(launch(config))
+        at_end.callback(actor.close)
+        for each in checked:
+            longest = options.max_new_tokens or each.eval_set.environment.max_new_tokens
+            check_pool(each.longest, actor.state(), longest)
+        evaluation = Evaluation(
+            [each.eval_set for each in checked],
+            options.evaluation,
+            tokenizer=tokenizer,
+            eos_ids=actor.state().eos_ids,
+            max_new_tokens=options.max_new_tokens,
+            style=chat_style(options.data, tokenizer.chat_template),
+            world=world,
+        )
+        figures = evaluation.measure(actor)
+    return {
+        each.name: {"num_problems": float(len(each.problems)), **by_set(figures)[each.name]}
+        for each in evaluation.sets
+    }
+
+
+def parse(argv: Sequence[str]) -> EvaluateOptions:
+    """Options of a command line. Raises InvalidRequest or ModelNotFound naming the option."""
+    options = tyro.cli(EvaluateOptions, args=list(argv), prog="evaluate.py")
+    check_numbers({**dataclasses.asdict(options.evaluation), **dataclasses.asdict(options)})
+    check_evaluation(options.evaluation)
+    if not options.evaluation.eval_set:
+        raise InvalidRequest(
+            "eval_set: nothing to evaluate on; give --eval-set NAME=TASK", field="eval_set"
+        )
+    for name in ("train_split", "heldout"):
+        if getattr(options.data, name) is not None:
+            raise InvalidRequest(
+                f"{name}: nothing is trained here, and of a file all problems are taken; leave "
+                "it out",
+                field=name,
+            )
+    if options.out is not None:
+        check_output(options.model, options.out, field="out")
+    check_model(options.model)
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Returns the exit code: not 0 after an error, explained in a line."""
+    level = logging.WARNING if launched_rank() else logging.INFO
+    logging.basicConfig(level=level, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
+    try:
+        options = parse(sys.argv[1:] if argv is None else argv)
+        sets = evaluate(options)
+        if launched_rank() == 0:
+            text = f"{json.dumps({'model': options.model, 'sets': sets}, indent=2)}\n"
+            Console(stderr=True).print(table(sets))
+            if options.out is None:
+                sys.stdout.write(text)
+            else:
+                replace_file(Path(options.out), text.encode())
+    except (Exception, KeyboardInterrupt) as error:
+        code = report_failure(error, None)
+        if code is None:
+            raise
+        return code
+    return 0
+
+
+if __name__ == "__main__":
+    # Spawned engines inherit the path, where `types` of this folder would hide Python's own.
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() != here]
+    leave(main())

@@ -1,0 +1,45 @@
+"""Figures as a line and as a table."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from recipes.evaluation.eval_table import by_set, table, tell
+
+
+def test_a_set_is_told_in_a_line() -> None:
+    figures = {
+        "eval/accuracy": 0.5,
+        "eval/a/accuracy": 0.5,
+        "eval/a/accuracy/stderr": 0.1,
+        "eval/a/pass@4": 0.75,
+        "eval/a/num_failed": 0.0,
+        "eval/b/accuracy": 1.0,
+        "eval/b/num_failed": 2.0,
+    }
+    assert tell(figures) == [
+        "a: accuracy 0.500 ± 0.100, pass@4 0.750",
+        "b: accuracy 1.000, num_failed 2",
+    ]
+
+
+def test_a_table_has_a_row_a_set_and_the_error_beside_its_figure() -> None:
+    figures = {
+        "eval/accuracy": 0.5,
+        "eval/a/accuracy": 0.5,
+        "eval/a/accuracy/stderr": 0.1,
+        "eval/b/pass@4": 1.0,
+        "eval/b/num_failed": 2.0,
+    }
+    sets = by_set(figures)
+    assert sets["a"] == {"accuracy": 0.5, "accuracy/stderr": 0.1}
+    out = io.StringIO()
+    Console(file=out, width=120).print(table(sets))
+    words = [line.split() for line in out.getvalue().splitlines()]
+    assert words == [
+        ["set", "accuracy", "pass@4", "num_failed"],
+        ["a", "0.500", "±", "0.100", "-", "-"],
+        ["b", "-", "1.000", "2"],
+    ]
