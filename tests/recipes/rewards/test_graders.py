@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +21,10 @@ from recipes.rewards.grader_main import GraderLimits
 from recipes.rewards.graders import GraderCall, GraderPool
 from recipes.rewards.grading import Grading
 from recipes.rewards.loop_thread import LoopThread
-from recipes.rewards.task_reward import task_reward
+from recipes.rewards.task_reward import LEAST_SLOW, task_reward
 from recipes.rewards.worker import GraderSpec
+from recipes.types import Problem
+from tests.helpers.char_model import CharAddition
 from tests.helpers.reward_items import items, kinds
 
 pytestmark = pytest.mark.slow
@@ -172,6 +175,35 @@ def test_mathematics_of_a_file_is_graded_beside_the_run(tmp_path: Path) -> None:
     hard = [f"It is ${'9' * i}^{{9^{{9^{{9^9}}}}}}!$" for i in range(1, 4)]
     assert kinds(grading(items(hard, problems[:3]))) == ["timeout"] * 3
     assert grading(items(replies, problems)) == [1.0] * 8
+    grading.close()
+
+
+class Busy(CharAddition):
+    """A task whose grader takes its time for some replies."""
+
+    grader = GraderSpec(function="tests.helpers.odd_graders:busy", sample=("1",))
+
+    def grading(self, reply: str, problem: Problem) -> tuple[str, ...]:
+        return (reply,)
+
+
+def test_a_few_slow_replies_of_a_task_have_more_time_and_many_do_not() -> None:
+    grading = Grading(task_reward(Busy(), num_processes=2))
+    many = [f"busy {number}" for number in range(LEAST_SLOW + 2)]
+    expected = [1.0, *[1.0] * LEAST_SLOW, "timeout", "timeout"]
+    assert kinds(grading(items(["quick", *many]))) == expected
+    assert kinds(grading(items(["busy"] * 9 + ["quick"]))) == [1.0] * 10
+    grading.close()
+
+
+def test_mathematics_is_graded_in_any_thread(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"prompt": "2+2", "answer": 4}\n')
+    grading = Grading(task_reward(load_jsonl(tmp_path / "t.jsonl"), num_processes=1))
+    grades: list[Grade] = []
+    thread = threading.Thread(target=lambda: grades.extend(grading(items(["4", "$5$"]))))
+    thread.start()
+    thread.join()
+    assert grades == [1.0, 0.0]
     grading.close()
 
 
