@@ -17,11 +17,11 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from recipes.environments.jsonl import JsonLines
 from recipes.rewards.base import Failed, Grade, Item
 from recipes.rewards.graders import MOST_PROCESSES
 from recipes.rewards.grading import Grading
-from recipes.rewards.task_reward import task_reward
+from recipes.rewards.math import MATH
+from recipes.rewards.task_reward import TaskGrader
 from recipes.types import Problem
 
 KINDS: Mapping[str, Callable[[int], str]] = {
@@ -36,6 +36,16 @@ KINDS: Mapping[str, Callable[[int], str]] = {
 }
 
 
+class Mathematics:
+    """A task's grader, as a file of problems has it."""
+
+    grader = MATH
+
+    def grading(self, reply: str, problem: Problem) -> tuple[str, ...]:
+        """See `GradedBeside`."""
+        return (reply, problem.answer)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -43,8 +53,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, MOST_PROCESSES))
     arguments = parser.parse_args()
     num = arguments.replies
-    task = JsonLines(name="hostile", path=None, lines=())  # type: ignore[arg-type]
-    grading = Grading(task_reward(task, num_processes=arguments.processes))
+    grading = Grading(TaskGrader(Mathematics(), num_processes=arguments.processes))
     plain = [f"The answer is {n + 1}" for n in range(num)]
     print(f"{num} replies, {arguments.processes} processes")
     print(f"{'start and first batch':24}{_seconds(grading, plain)[0]:8.2f} s")

@@ -145,7 +145,7 @@ _COMMANDS = {
     "loop that catches all": _loop_that_catches_all,
     "sleep": lambda: time.sleep(3600) or 1.0,
     "sleep with alarms off": _alarms_off,
-    "0.1 s": lambda: time.sleep(0.1) or 1.0,
+    "0.2 s": lambda: time.sleep(0.2) or 1.0,
     "stop": _stop,
     "raise what cannot be told": lambda: _raise(Untold()),
     "sys.exit": lambda: sys.exit(0),
