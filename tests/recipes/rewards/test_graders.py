@@ -183,7 +183,9 @@ def test_mathematics_of_a_file_is_graded_beside_the_run(tmp_path: Path) -> None:
     rows = [f'{{"prompt": "What is {i}/2?", "answer": {i / 2}}}' for i in range(8)]
     (tmp_path / "t.jsonl").write_text("\n".join(rows))
     task = load_task(tmp_path / "t.jsonl")
-    problems = [line.problem for line in task.lines]
+    problems = [
+        Problem(question=f"What is {i}/2?", answer=str(i / 2), key=str(i)) for i in range(8)
+    ]
     grading = Grading(task_reward(task))
     replies = [f"It is $\\frac{{{i}}}{{2}}$" for i in range(8)]
     assert grading(items(replies, problems)) == [1.0] * 8
