@@ -54,12 +54,12 @@ def limit_memory(num_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def call(grader: Callable[..., Any], job: dict[str, Any], cpu_s: float | None) -> dict[str, Any]:
+def call(grader: Callable[..., Any], job: dict[str, Any]) -> dict[str, Any]:
     """The frame's part of one reply: its reward, or kind and reason.
 
-    job: `arguments` and `keywords` of the call. cpu_s: seconds of processor time after which the
-    kernel ends this process."""
-    signal.setitimer(signal.ITIMER_PROF, cpu_s or 0)
+    job: `arguments` and `keywords` of the call, and `cpu_s`, seconds of processor time after which
+    the kernel ends this process, or None."""
+    signal.setitimer(signal.ITIMER_PROF, job["cpu_s"] or 0)
     try:
         value = grader(*job["arguments"], **job["keywords"])
         if inspect.isawaitable(value):

@@ -14,6 +14,7 @@ import json
 import mmap
 import os
 import signal
+import struct
 import sys
 import threading
 import time
@@ -26,8 +27,10 @@ from recipes.rewards.base import Failed
 from recipes.rewards.frames import read_frame, write_frame
 from recipes.rewards.grader_call import call, limit_memory, load, told
 
-NO_JOB = bytes(16)
-"""What the child's number and start are between two replies."""
+JOB = struct.Struct("<qdd")
+"""What the child is at: the number of a reply, when it began, its seconds of processor time."""
+NO_JOB = bytes(JOB.size)
+"""Stands there between two replies."""
 FORK_AGAIN = 93
 """Exit code of a child, between two replies, that leaves something running."""
 LATE = 256
@@ -76,11 +79,11 @@ def main(function: str, sample: list[Any] | None, limits: GraderLimits) -> None:
             os._exit(0)
         exit_code = _watch(child, limits, current)
         descendants.end_all()
-        job = int.from_bytes(current[:8], "little")
+        job, _, cpu_s = JOB.unpack(current)
         if exit_code is None or (not job and exit_code != FORK_AGAIN):
             return
         if job:
-            failed = _failure(exit_code, limits)
+            failed = _failure(exit_code, limits.wall_s, cpu_s)
             write_frame(sink, {"id": job, "kind": failed.kind, "reason": failed.reason})
 
 
@@ -106,9 +109,8 @@ def _serve(
     limit_memory(limits.memory_bytes)
     own = os.getpid()
     while (job := read_frame(source)) is not None:
-        started = time.monotonic_ns().to_bytes(8, "little")
-        current[:] = int(job["id"]).to_bytes(8, "little") + started
-        answer = call(grader, job, limits.cpu_s)
+        current[:] = JOB.pack(job["id"], time.monotonic(), job["cpu_s"] or 0.0)
+        answer = call(grader, job)
         if os.getpid() != own:
             os._exit(0)  # a grader that forked, and returned twice
         write_frame(sink, {"id": job["id"], **answer})
@@ -140,20 +142,18 @@ def _ended(child: int) -> int | None:
 def _left_s(limits: GraderLimits, current: mmap.mmap) -> float:
     """Seconds that the reply under way has left. Between replies, the time after which to look
     again: none is late before."""
-    if current[:8] == bytes(8):
-        return limits.wall_s
-    started = int.from_bytes(current[8:], "little")
-    return limits.wall_s - (time.monotonic_ns() - started) / 1e9
+    job, started, _ = JOB.unpack(current)
+    return limits.wall_s - (time.monotonic() - started if job else 0.0)
 
 
-def _failure(exit_code: int, limits: GraderLimits) -> Failed:
+def _failure(exit_code: int, wall_s: float, cpu_s: float) -> Failed:
     """What a reply that ended its process is told."""
     if exit_code == LATE:
-        return Failed(kind="timeout", reason=f"took more than {limits.wall_s:g} s")
+        return Failed(kind="timeout", reason=f"took more than {wall_s:g} s")
     if exit_code >= 0:
         return Failed(kind="died", reason=f"ended its process with exit code {exit_code}")
     if -exit_code == signal.SIGPROF:
-        return Failed(kind="timeout", reason=f"took more than {limits.cpu_s:g} s of processor time")
+        return Failed(kind="timeout", reason=f"took more than {cpu_s:g} s of processor time")
     if -exit_code == signal.SIGKILL:
         return Failed(kind="died", reason="was killed, for its memory perhaps")
     names = {number.value: number.name for number in signal.Signals}

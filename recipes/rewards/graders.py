@@ -25,10 +25,12 @@ MOST_PROCESSES = 8
 
 @dataclass(frozen=True, kw_only=True)
 class GraderCall:
-    """The arguments of a grader for one reply; JSON's types."""
+    """The arguments of a grader for one reply; JSON's types. cpu_s: a shorter limit than the
+    pool's, of processor time."""
 
     arguments: tuple[Any, ...] = ()
     keywords: Mapping[str, Any] = field(default_factory=dict)
+    cpu_s: float | None = None
 
 
 class GraderPool:
@@ -41,6 +43,7 @@ class GraderPool:
         self, spec: GraderSpec, *, num_processes: int | None = None, limits: GraderLimits = LIMITS
     ) -> None:
         num = num_processes or min(os.cpu_count() or 1, MOST_PROCESSES)
+        self._cpu_s = limits.cpu_s
         self._workers = [Worker(spec, limits) for _ in range(num)]
         self._free: asyncio.LifoQueue[Worker] = asyncio.LifoQueue()
         for worker in reversed(self._workers):
@@ -75,9 +78,9 @@ class GraderPool:
         for index, call in waiting:
             worker = await self._free.get()
             try:
-                grades[index] = await loop.run_in_executor(
-                    self._threads, worker.grade, call.arguments, call.keywords
-                )
+                job: dict[str, Any] = {"arguments": call.arguments, "keywords": dict(call.keywords)}
+                job["cpu_s"] = self._cpu_s if call.cpu_s is None else call.cpu_s
+                grades[index] = await loop.run_in_executor(self._threads, worker.grade, job)
             finally:
                 self._free.put_nowait(worker)
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from recipes.rewards.worker import GraderSpec
 
-MATH = GraderSpec(function="recipes.rewards.math:math_match", sample=("1", "1"))
-"""`math_match` beside a run."""
+MATH = GraderSpec(
+    function="recipes.rewards.math:math_match",
+    sample=(r"$\boxed{\frac{x^2+2x+1}{2}}$", r"$\frac{(x+1)^2}{2}$"),
+)
+"""`math_match` beside a run. The sample makes the library import what algebra needs."""
 
 
 def math_match(reply: str, answer: str) -> float:

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from recipes.environments.base import Environment, GradedBeside, GradedByCode
-from recipes.rewards.base import Grade, Item, Reward, as_grade
+from recipes.rewards.base import Failed, Grade, Item, Reward, as_grade
 from recipes.rewards.code import code_reward
 from recipes.rewards.code_options import CodeOptions
 from recipes.rewards.graders import GraderCall, GraderPool
+
+QUICK_S = 0.15
+"""Of processor time, for every reply: mathematics that people write takes a tenth of a second."""
+LEAST_SLOW, ONE_SLOW_IN = 4, 16
+"""How many replies of a batch have more time: four, or one in sixteen."""
 
 
 class TaskVerifier:
@@ -26,7 +31,12 @@ class TaskVerifier:
 
 
 class TaskGrader:
-    """A `Reward`: the grader of a task that runs beside the run. Its processes start at once."""
+    """A `Reward`: the grader of a task that runs beside the run. Its processes start at once.
+
+    A reply has `QUICK_S` of processor time. Those that need more have the whole limit of
+    `graders.LIMITS` in a second round, as long as they are few: a batch of replies that take for
+    ever costs little more than the first round.
+    """
 
     def __init__(self, environment: GradedBeside, *, num_processes: int | None) -> None:
         self._environment = environment
@@ -36,14 +46,24 @@ class TaskGrader:
     async def grade(self, items: Sequence[Item]) -> list[Grade]:
         """See `Reward`. Equal arguments are graded once."""
         asked = [self._environment.grading(item.reply, item.problem) for item in items]
-        different = list(dict.fromkeys(asked))
-        grades = await self._pool.grade([GraderCall(arguments=each) for each in different])
-        known = dict(zip(different, grades, strict=True))
-        return [known[each] for each in asked]
+        grades = await self._grade(list(dict.fromkeys(asked)), QUICK_S)
+        slow = [each for each, grade in grades.items() if _is_late(grade)]
+        grades |= await self._grade(slow[: max(LEAST_SLOW, len(asked) // ONE_SLOW_IN)], None)
+        return [grades[each] for each in asked]
+
+    async def _grade(
+        self, asked: Sequence[tuple[str, ...]], cpu_s: float | None
+    ) -> dict[tuple[str, ...], Grade]:
+        calls = [GraderCall(arguments=each, cpu_s=cpu_s) for each in asked]
+        return dict(zip(asked, await self._pool.grade(calls), strict=True))
 
     async def close(self) -> None:
         """See `Reward`."""
         await self._pool.close()
+
+
+def _is_late(grade: Grade) -> bool:
+    return isinstance(grade, Failed) and grade.kind == "timeout"
 
 
 def task_reward(

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,19 +75,19 @@ class Worker:
         with self._busy:
             return self._ready(self._launched())
 
-    def grade(self, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Grade:
-        """The grade of one call. Raises InvalidRequest if the grader cannot be loaded."""
+    def grade(self, job: dict[str, Any]) -> Grade:
+        """The grade of one call; see `grader_call.call`. Raises InvalidRequest if the grader cannot
+        be loaded."""
         with self._busy:
             if self._ended:
                 return Failed(kind="died", reason="its process was ended with the run")
             process = self._launched()
             self._ready(process)
             self._number += 1
-            job = {"id": self._number, "arguments": arguments, "keywords": dict(keywords)}
             assert process.stdin is not None
             # Of a process that is gone, the end of its output says so.
             with contextlib.suppress(BrokenPipeError):
-                write_frame(process.stdin.fileno(), job)
+                write_frame(process.stdin.fileno(), {"id": self._number, **job})
             return self._answer(process)
 
     def end(self) -> None:

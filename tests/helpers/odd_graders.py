@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from recipes.rewards.task_reward import QUICK_S
+
 
 def grade(reply: str) -> Any:
     """A number is its own reward; other replies are commands."""
@@ -29,6 +31,14 @@ def leading_digit(reply: str) -> float:
     if reply[:1] == "+":
         raise ValueError("no digit")
     return float(reply[:1].isdigit())
+
+
+def busy(reply: str) -> float:
+    """Twice what the first round of a task's grading allows, of processor time, for "busy ..."."""
+    end = time.process_time() + 2 * QUICK_S * reply.startswith("busy")
+    while time.process_time() < end:
+        pass
+    return 1.0
 
 
 def _loop() -> float:
@@ -135,7 +145,7 @@ _COMMANDS = {
     "loop that catches all": _loop_that_catches_all,
     "sleep": lambda: time.sleep(3600) or 1.0,
     "sleep with alarms off": _alarms_off,
-    "0.1 s": lambda: time.sleep(0.1) or 1.0,
+    "0.2 s": lambda: time.sleep(0.2) or 1.0,
     "stop": _stop,
     "raise what cannot be told": lambda: _raise(Untold()),
     "sys.exit": lambda: sys.exit(0),

@@ -445,6 +445,16 @@ def test_minutes_end_a_run_between_steps(tmp_path: Path) -> None:
     assert summary["steps"] == 0
 
 
+def test_a_reward_that_cannot_be_is_told_before_the_model_is_looked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = tmp_path / "mine.py"
+    assert main(["--reward", f"{missing}:score", "--model", str(tmp_path / "none")]) == 2
+    assert (
+        capsys.readouterr().err == f"InvalidRequest (reward): reward: there is no file {missing}\n"
+    )
+
+
 def test_a_mistake_is_one_line_and_exit_code_two(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--steps", "-3"]) == 2
     assert capsys.readouterr().err == "InvalidRequest (steps): steps must be at least 0, not -3\n"

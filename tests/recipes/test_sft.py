@@ -12,6 +12,8 @@ import torch
 
 from engine.errors import InvalidRequest
 from recipes import grpo
+from recipes.data.chat_style import chat_style
+from recipes.data.data_options import SftDataOptions
 from recipes.run.ledger import Ledger
 from recipes.settings.command_line import parse, parse_sft
 from recipes.settings.options import RunOptions, flatten
@@ -175,7 +177,10 @@ def test_killed_and_resumed_equals_unbroken(tmp_path: Path) -> None:
 def test_a_made_task_is_learnt_from_its_answers(tmp_path: Path) -> None:
     options = make_options(tmp_path, steps=3, epochs=None, eval_every=0, minutes=10.0)
     run = make_run(options)
-    writer = ExampleWriter(tokenizer=char_tokenizer(), style=chat_style(SftDataOptions(), char_tokenizer().chat_template))
+    writer = ExampleWriter(
+        tokenizer=char_tokenizer(),
+        style=chat_style(SftDataOptions(), char_tokenizer().chat_template),
+    )
     drawn = DrawnExamples(CharAddition(), writer, 0)
     run.task = dataclasses.replace(run.task, examples=drawn, num=48, asked=None)
     with run:
