@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,9 +107,14 @@ def _read_file(reader: _Reader) -> SftTask:
         name=task.name,
         examples=ShuffledExamples(train, options.seed),
         num=num_examples(options, len(train)),
-        heldout=heldout[: options.eval_prompts],
+        heldout=_some(heldout, options.eval_prompts, task.name),
         asked=None if options.eval_task is None else _asked(reader, options.eval_task),
     )
+
+
+def _some(heldout: list[Example], num: int, name: str) -> list[Example]:
+    """Up to `num` of them, the same for every run and seed."""
+    return random.Random(f"{name}/heldout").sample(heldout, min(num, len(heldout)))
 
 
 def _fitting(
