@@ -5,7 +5,7 @@ Legend: K response tokens of a micro-batch, N its sequences.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +13,19 @@ import torch
 from transformers import PreTrainedModel
 
 from engine.protocol import FloatArray
-from recipes.trainers.base import Logprobs, Loss
-from recipes.trainers.forward import TokenScores
+from recipes.trainers.base import Logprobs, Loss, Values
 from recipes.trainers.masters import Masters
 from recipes.trainers.memory import recompute_layers
 from recipes.trainers.metrics import TokenMetrics
-from recipes.trainers.microbatch import by_sequence, loss_inputs, microbatches, score
+from recipes.trainers.microbatch import (
+    by_sequence,
+    loss_inputs,
+    microbatches,
+    score,
+    score_values,
+)
 from recipes.trainers.optimizer_options import OptimizerOptions
+from recipes.trainers.value_head import ValueHead
 from recipes.types import Batch, Trajectory
 
 TENSORS = "trainer.pt"
@@ -30,7 +36,8 @@ class Trainer:
 
     model: float32; moved to `device`, where its parameters become `dtype`, which the engine
     serves; the optimizer keeps float32 masters of them. temperature: that of the rollouts.
-    reference: the same model with its initial weights, where there is a KL term.
+    reference: the same model with its initial weights, where there is a KL term. head: a critic's,
+    on this model.
     """
 
     def __init__(
@@ -42,6 +49,7 @@ class Trainer:
         dtype: torch.dtype,
         temperature: float,
         reference: PreTrainedModel | None = None,
+        head: ValueHead | None = None,
     ) -> None:
         self.model: PreTrainedModel = model.to(device=device, dtype=torch.float32).eval()
         self.model.set_attn_implementation("sdpa")
@@ -50,6 +58,7 @@ class Trainer:
         self.options = options
         self.device = device
         self.temperature = temperature
+        self.head = head
         self.masters = Masters(self.model, dtype)
         self.reference = None if reference is None else _frozen(reference, device, dtype)
         self.optimizer = torch.optim.AdamW(
@@ -68,6 +77,7 @@ class Trainer:
         """
         learns = batch.learns
         metrics.num_updates += 1
+        metrics.num_value_updates += self.head is not None
         for with_grad in (True, False):
             part = batch.select(np.flatnonzero(learns == with_grad).tolist())
             with torch.set_grad_enabled(with_grad):
@@ -77,12 +87,25 @@ class Trainer:
     def _run_microbatches(self, batch: Batch, loss: Loss, metrics: TokenMetrics) -> None:
         for indices in self._microbatches(batch.trajectories):
             part = batch.select(indices)
-            scores, num_nodes = self._score(self.model, part.trajectories)
+            head = self.head if part.returns is not None else None
+            scores, num_nodes = score(self.model, part.trajectories, self.temperature, head)
             inputs = loss_inputs(part, scores.logprobs, self.device)
             output = loss(inputs)
-            if output.loss.requires_grad:
-                output.loss.backward()
+            total = output.loss
+            if head is not None and scores.values is not None:
+                total = total + head.loss(part, scores.values, metrics)
+            if total.requires_grad:
+                total.backward()
             metrics.add(inputs, output, scores.entropy, num_nodes)
+
+    def accumulate_values(self, batch: Batch, metrics: TokenMetrics, *, trunk: bool) -> None:
+        """See `Learner`."""
+        assert self.head is not None
+        metrics.num_value_updates += 1
+        for indices in self._microbatches(batch.trajectories):
+            part = batch.select(indices)
+            values_K = score_values(self.model, part.trajectories, self.head, trunk=trunk)
+            self.head.loss(part, values_K, metrics).backward()
 
     def step(self, lr: float) -> float:
         """One clipped AdamW update with the accumulated gradient; returns its norm before."""
@@ -94,7 +117,14 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.masters.publish()
+        if self.head is not None:
+            self.head.step(lr)
         return float(norm)
+
+    def step_head(self, lr: float) -> float:
+        """See `Learner`."""
+        assert self.head is not None
+        return self.head.step(lr)
 
     def logprobs(self, trajectories: tuple[Trajectory, ...]) -> Logprobs:
         """Per sequence, float32 [response_len] under the current weights, without gradient."""
@@ -114,30 +144,47 @@ class Trainer:
         """Write model and optimizer into a checkpoint's folder."""
         state = {"model": self.masters.state(), "optimizer": self.optimizer.state_dict()}
         torch.save(state, folder / TENSORS)
+        if self.head is not None:
+            self.head.save(folder)
 
     def load(self, folder: Path) -> None:
         """Inverse of `save`. The reference keeps the weights it was made from."""
         state = torch.load(folder / TENSORS, map_location="cpu", weights_only=True)
         self.masters.load(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.head is not None:
+            self.head.load(folder)
 
     def write_model(self, folder: Path, dtype: torch.dtype) -> None:
         """Write the model in Hugging Face format; it is cast itself."""
         self.model.to(dtype=dtype).save_pretrained(folder)
 
+    def values(self, trajectories: tuple[Trajectory, ...]) -> Values:
+        """See `Learner`."""
+        head = self.head
+        assert head is not None
+        return self._per_sequence(
+            trajectories, lambda part: score_values(self.model, part, head, trunk=False)
+        )
+
     def _logprobs(self, model: PreTrainedModel, trajectories: tuple[Trajectory, ...]) -> Logprobs:
+        return self._per_sequence(
+            trajectories, lambda part: score(model, part, self.temperature)[0].logprobs
+        )
+
+    def _per_sequence(
+        self,
+        trajectories: tuple[Trajectory, ...],
+        compute: Callable[[Sequence[Trajectory]], torch.Tensor],
+    ) -> tuple[FloatArray, ...]:
+        """What `compute` gives of each micro-batch, float32 [K], without gradient."""
         arrays: dict[int, FloatArray] = {}
         for indices in self._microbatches(trajectories):
             part = [trajectories[i] for i in indices]
             with torch.no_grad():
-                scores, _ = self._score(model, part)
-            arrays.update(zip(indices, by_sequence(scores.logprobs, part), strict=True))
+                values_K = compute(part)
+            arrays.update(zip(indices, by_sequence(values_K, part), strict=True))
         return tuple(arrays[i] for i in range(len(trajectories)))
-
-    def _score(
-        self, model: PreTrainedModel, trajectories: Sequence[Trajectory]
-    ) -> tuple[TokenScores, int]:
-        return score(model, trajectories, self.temperature)
 
     def _microbatches(self, trajectories: Sequence[Trajectory]) -> list[list[int]]:
         return microbatches(trajectories, self.options.max_tokens_per_microbatch, self.device)
