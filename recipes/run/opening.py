@@ -25,7 +25,8 @@ from recipes.run.tracking import Tracker
 from recipes.settings.checks import holds_a_run, in_use, taken
 from recipes.settings.options import RunOptions, flatten
 from recipes.trainers.base import Learner
-from recipes.trainers.model import load_trainer
+from recipes.trainers.critic import Critic
+from recipes.trainers.model import check_vocabulary, load_critic, load_trainer
 from recipes.world import World, open_world
 from rollout.launch import read_checkpoint
 from rollout.offline import Tokenizer, load_tokenizer
@@ -36,6 +37,7 @@ def open_run(options: RunOptions, ledger: Ledger) -> Run:
 
     The task is checked against tokenizer and context before any weight is read."""
     tokenizer = load_tokenizer(options.model)
+    check_vocabulary(options, tokenizer)
     task = _read_task(options, tokenizer)
     placement = options.placement
     with ExitStack() as on_failure:
@@ -48,13 +50,15 @@ def open_run(options: RunOptions, ledger: Ledger) -> Run:
         actor = launch_actor(options, world)
         on_failure.callback(actor.close)
         check_pool(task, actor.state(), _max_new_tokens(options, task.environment))
+        trainer = load_trainer(options, actor, world)
         run = assemble(
             options,
             ledger,
             environment=task.environment,
             actor=actor,
             tokenizer=tokenizer,
-            trainer=load_trainer(options, actor, world),
+            trainer=trainer,
+            critic=load_critic(options, actor, trainer, world),
             world=world,
         )
         on_failure.pop_all()
@@ -85,6 +89,7 @@ def assemble(
     actor: Actor,
     tokenizer: Tokenizer,
     trainer: Learner,
+    critic: Critic | None = None,
     world: World | None = None,
 ) -> Run:
     """A run of these parts, whatever task and model the options name."""
@@ -109,6 +114,7 @@ def assemble(
         heldout=heldout_problems(environment, options.eval_prompts),
         actor=actor,
         trainer=trainer,
+        critic=critic,
         world=world,
         folder=folder,
         ledger=ledger,

@@ -17,7 +17,7 @@ import tyro
 
 from engine.errors import InvalidRequest
 from recipes.settings.checks import check_options
-from recipes.settings.options import GROUPS, RunOptions, flatten
+from recipes.settings.options import GROUPS, PpoOptions, RunOptions, flatten, groups_of
 
 CHANGEABLE = frozenset(
     {
@@ -37,23 +37,32 @@ CHANGEABLE = frozenset(
 """Options a resumed run may be given anew: none of them changes a step that both runs take."""
 
 
-def parse(argv: Sequence[str]) -> RunOptions:
+def parse(argv: Sequence[str], defaults: RunOptions | None = None) -> RunOptions:
     """Options of a command line. Raises InvalidRequest or ModelNotFound naming the option;
-    a flag that does not exist, or --help, ends the process as command lines do."""
-    defaults = RunOptions()
+    a flag that does not exist, or --help, ends the process as command lines do.
+
+    defaults: of the recipe, whose kind of options is the one that is returned; None takes those of
+    grpo.py."""
+    defaults = RunOptions() if defaults is None else defaults
+    kind = type(defaults)
     resume = _peek(argv, "--resume")
     saved = None
     if resume is not None:
-        saved = _load_config(Path(resume) / "config.json")
+        saved = _load_config(Path(resume) / "config.json", defaults)
         defaults = saved
     toml = _peek(argv, "--config")
     if toml is not None:
         defaults = with_values(defaults, _read_toml(Path(toml)))
-    options = tyro.cli(RunOptions, default=defaults, args=list(argv), prog="grpo.py")
+    options = tyro.cli(kind, default=defaults, args=list(argv), prog=recipe_of(defaults))
     if saved is not None:
         _check_unchanged(saved, options)
     check_options(options)
     return options
+
+
+def recipe_of(options: RunOptions) -> str:
+    """The file of the recipe that takes options of this kind."""
+    return "ppo.py" if isinstance(options, PpoOptions) else "grpo.py"
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -73,7 +82,7 @@ def with_values(options: RunOptions, values: dict[str, Any]) -> RunOptions:
             raise InvalidRequest(
                 f"{key} is not an option; see --help (names have _ for -)", field=key
             )
-    replaced = {group: _replace(getattr(options, group), values) for group in GROUPS}
+    replaced = {group: _replace(getattr(options, group), values) for group in groups_of(options)}
     result = _replace(dataclasses.replace(options, **replaced), values)
     assert isinstance(result, RunOptions)
     return result
@@ -93,15 +102,21 @@ def _typed(key: str, value: Any, kind: Any) -> Any:
         raise InvalidRequest(f"{key}: {error}, not {value!r}", field=key) from error
 
 
-def _load_config(path: Path) -> RunOptions:
-    """The options a run was started with. InvalidRequest if there is no such run."""
+def _load_config(path: Path, defaults: RunOptions) -> RunOptions:
+    """The options a run was started with. InvalidRequest if there is no such run of the recipe."""
     try:
         values = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except (OSError, msgspec.DecodeError) as error:
         raise InvalidRequest(
             f"resume: cannot read {path} ({error}); give the folder of a run", field="resume"
         ) from error
-    return with_values(RunOptions(), values)
+    recipe = "ppo.py" if values.get("algorithm") == "ppo" else "grpo.py"
+    if recipe != recipe_of(defaults):
+        raise InvalidRequest(
+            f"resume: {path.parent} is a run of recipes/{recipe}; continue it with that",
+            field="resume",
+        )
+    return with_values(defaults, values)
 
 
 def _check_unchanged(saved: RunOptions, options: RunOptions) -> None:

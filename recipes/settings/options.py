@@ -11,6 +11,7 @@ import tyro
 
 from engine.config import Device, LoadFormat
 from recipes.algorithms.presets import AlgorithmOptions
+from recipes.trainers.critic_options import CriticOptions
 from recipes.trainers.optimizer_options import OptimizerOptions
 
 DEFAULT_MODEL = Path(__file__).parent.parent.parent / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -101,13 +102,36 @@ class RunOptions:
     objective: tyro.conf.OmitArgPrefixes[AlgorithmOptions] = field(default_factory=AlgorithmOptions)
 
 
-GROUPS = ("rollout", "optimizer", "placement", "objective")
-"""Fields of `RunOptions` that are groups of options."""
+@dataclass(frozen=True, kw_only=True)
+class PpoOptions(RunOptions):
+    """Train a language model by PPO, with a critic, on a task with verifiable rewards.
+
+    Rollouts come from the Slipstream engine, which takes the new weights in place each step.
+    """
+
+    rollout: tyro.conf.OmitArgPrefixes[RolloutOptions] = field(
+        default_factory=lambda: RolloutOptions(prompts_per_step=64, samples=1)
+    )
+    objective: tyro.conf.OmitArgPrefixes[AlgorithmOptions] = field(
+        default_factory=lambda: AlgorithmOptions(
+            algorithm="ppo", num_iterations=2, num_minibatches=2
+        )
+    )
+    value_function: tyro.conf.OmitArgPrefixes[CriticOptions] = field(default_factory=CriticOptions)
+
+
+GROUPS = ("rollout", "optimizer", "placement", "objective", "value_function")
+"""Fields of `RunOptions` and its kinds that are groups of options."""
+
+
+def groups_of(options: RunOptions) -> list[str]:
+    """The groups that these options have."""
+    return [f.name for f in dataclasses.fields(options) if f.name in GROUPS]
 
 
 def flatten(options: RunOptions) -> dict[str, Any]:
     """Every option by its name, groups dissolved; names are unique over the groups."""
     flat = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
-    for group in GROUPS:
+    for group in groups_of(options):
         flat.update(dataclasses.asdict(flat.pop(group)))
     return flat

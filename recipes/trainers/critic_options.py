@@ -28,8 +28,6 @@ class CriticOptions:
     value_clip: float = 0.2
     """A value that moved further than this from where it was at the beginning of the step has no
     gradient to move on."""
-    gamma: float = 1.0
-    """Discount of a token's return by each token that follows."""
     gae_lambda: float = 0.95
     """Share of the advantage that is taken from the rewards themselves: 1 all of it, 0 none beyond
     the next token's value (generalised advantage estimation)."""
