@@ -11,10 +11,11 @@ import torch
 
 GroupEstimator = Literal["group_norm", "group_mean", "leave_one_out"]
 AdvantageEstimator = Literal[
-    "group_norm", "group_mean", "leave_one_out", "return_to_go", "greedy_baseline"
+    "group_norm", "group_mean", "leave_one_out", "gae", "return_to_go", "greedy_baseline"
 ]
-"""The last two credit tokens: what is still to come (REINFORCE++, arXiv 2501.03262), and that less
-the reward of the greedy reply (ReMax, arXiv 2310.10505); see `returns.returns_to_go`."""
+"""The last three credit tokens: by the values of a critic (PPO; see `gae.gae`), by what is still to
+come (REINFORCE++, arXiv 2501.03262), and by that less the reward of the greedy reply (ReMax, arXiv
+2310.10505); see `returns.returns_to_go`."""
 
 GROUP_ESTIMATORS = frozenset(get_args(GroupEstimator))
 

@@ -24,6 +24,7 @@ AlgorithmName = Literal[
     "reinforce++",
     "reinforce++-baseline",
     "remax",
+    "ppo",
 ]
 
 
@@ -92,6 +93,7 @@ class Algorithm:
     num_iterations: int = 1
     num_minibatches: int = 1
     gamma: float = 1.0
+    gae_lambda: float = 1.0
     whiten_advantages: bool = False
     normalise_rewards: bool = False
     kl_coef: float = 0.0
@@ -172,10 +174,10 @@ def preset(name: AlgorithmName, max_new_tokens: int) -> Algorithm:
         return change(grpo, advantage="leave_one_out", loss_aggregation="seq-mean-token-sum")
     if name == "remax":
         return change(grpo, advantage="greedy_baseline", loss_aggregation="seq-mean-token-sum")
-    if name == "reinforce++":
+    if name in ("reinforce++", "ppo"):
         return change(
             grpo,
-            advantage="return_to_go",
+            advantage="gae" if name == "ppo" else "return_to_go",
             loss_aggregation="token-mean",
             whiten_advantages=True,
             kl_in="reward",

@@ -16,10 +16,10 @@ from recipes.algorithms.aggregation import token_weights
 from recipes.algorithms.importance import accepted
 from recipes.algorithms.normalise import Moments
 from recipes.algorithms.presets import Algorithm
-from recipes.collecting.credit import estimated, graded, rewards_by_token, whitened
+from recipes.collecting.credit import by_critic, estimated, graded, rewards_by_token, whitened
 from recipes.types import Batch, Group, Trajectory
 
-Logprobs = tuple[FloatArray, ...]
+PerToken = tuple[FloatArray, ...]
 
 
 def make_batch(
@@ -28,9 +28,10 @@ def make_batch(
     max_new_tokens: int,
     *,
     version: int | None = None,
-    old: Logprobs | None = None,
-    reference: Logprobs | None = None,
+    old: PerToken | None = None,
+    reference: PerToken | None = None,
     moments: Moments | None = None,
+    values: PerToken | None = None,
 ) -> Batch:
     """All graded trajectories with their advantages, and the weights of one update over all of
     them.
@@ -38,20 +39,27 @@ def make_batch(
     version: of the weights that learn; what others sampled is marked stale. None marks nothing.
     old, reference: log-probabilities of those trajectories (`credit.graded`) under the weights that
         learn and under the reference, where the algorithm needs them. moments: of the rewards,
-        where they are normalised.
+        where they are normalised. values: by a critic, of the state before each token.
     """
     trajectories = graded(groups)
     rewards = rewards_by_token(
         trajectories, algorithm, old=old, reference=reference, moments=moments
     )
+    returns = None
+    if values is None:
+        advantages = estimated(groups, rewards, algorithm, moments)
+    else:
+        advantages, returns = by_critic(rewards, values, algorithm)
     batch = Batch(
         trajectories=trajectories,
-        advantages=estimated(groups, rewards, algorithm, moments),
+        advantages=advantages,
         weights=_weights([len(t.response_ids) for t in trajectories], algorithm, max_new_tokens),
         old_logprobs=old,
         reference_logprobs=reference if algorithm.kl_in == "loss" else None,
         stale=None if version is None else np.array([_is_stale(t, version) for t in trajectories]),
         token_rewards=rewards,
+        values=values,
+        returns=returns,
     )
     batch = without_rejected(batch, algorithm, max_new_tokens)
     return whitened(batch, groups, algorithm)

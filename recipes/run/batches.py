@@ -38,6 +38,7 @@ def prepare(
         run.progress.reward_moments = moments
     old = trainer.logprobs(trajectories) if algorithm.needs_old_logprobs else None
     reference = trainer.reference_logprobs(trajectories) if algorithm.kl_coef > 0 else None
+    values = None if run.critic is None else run.critic.values(trajectories)
     batch = make_batch(
         groups,
         algorithm,
@@ -46,6 +47,7 @@ def prepare(
         old=old,
         reference=reference,
         moments=moments,
+        values=values,
     )
     if not algorithm.rewards_kl or old is None or reference is None:
         return batch, {}

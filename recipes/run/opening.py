@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from rich.console import Console
 from engine.protocol import SamplingParams
 from recipes.actors.actor import Actor
 from recipes.actors.launch import launch_actor
-from recipes.algorithms.presets import resolve
+from recipes.algorithms.presets import Algorithm, resolve
 from recipes.collecting.prompts import Prompts
 from recipes.environments.base import Environment, heldout_problems
 from recipes.environments.named_tasks import select_environment
@@ -23,7 +24,7 @@ from recipes.run.run import Run
 from recipes.run.run_folder import RunFolder, default_path
 from recipes.run.tracking import Tracker
 from recipes.settings.checks import holds_a_run, in_use, taken
-from recipes.settings.options import RunOptions, flatten
+from recipes.settings.options import PpoOptions, RunOptions, flatten
 from recipes.trainers.base import Learner
 from recipes.trainers.critic import Critic
 from recipes.trainers.model import check_vocabulary, load_critic, load_trainer
@@ -103,7 +104,7 @@ def assemble(
     max_new_tokens = _max_new_tokens(options, environment)
     return Run(
         options=options,
-        algorithm=resolve(options.objective, max_new_tokens),
+        algorithm=_algorithm(options, max_new_tokens),
         environment=environment,
         sampling=SamplingParams(
             max_new_tokens=max_new_tokens, temperature=options.rollout.temperature
@@ -122,6 +123,14 @@ def assemble(
         tracker=Tracker(options.wandb if world.is_main else "off", folder.path, flatten(options)),
         progress=RunProgress(),
     )
+
+
+def _algorithm(options: RunOptions, max_new_tokens: int) -> Algorithm:
+    algorithm = resolve(options.objective, max_new_tokens)
+    if isinstance(options, PpoOptions):
+        gae_lambda = options.value_function.gae_lambda
+        algorithm = dataclasses.replace(algorithm, gae_lambda=gae_lambda)
+    return algorithm
 
 
 def open_folder(options: RunOptions, world: World | None = None) -> RunFolder:

@@ -15,6 +15,7 @@ from recipes.algorithms.presets import AlgorithmOptions, resolve
 from recipes.settings.options import (
     DEFAULT_MODEL,
     PlacementOptions,
+    PpoOptions,
     RolloutOptions,
     RunOptions,
     flatten,
@@ -41,6 +42,8 @@ LEAST: Mapping[str, int] = MappingProxyType(
         "overlong_buffer": 0,
         "kl_coef": 0,
         "is_cap": 1,
+        "critic_warmup_steps": 0,
+        "value_coef": 0,
     }
 )
 """Least values of the numbers among the options."""
@@ -48,11 +51,12 @@ LEAST: Mapping[str, int] = MappingProxyType(
 ABOVE_ZERO = frozenset(
     {
         *("minutes", "temperature", "kv_memory_gb", "lr", "max_grad_norm"),
-        *("kl_target", "kl_horizon"),
+        *("kl_target", "kl_horizon", "critic_lr", "value_clip"),
     }
 )
 BELOW_ONE = frozenset({"beta1", "beta2"})
 UP_TO_ONE = frozenset({"gamma"})
+FROM_ZERO_TO_ONE = frozenset({"gae_lambda"})
 
 
 def check_options(options: RunOptions) -> None:
@@ -60,6 +64,7 @@ def check_options(options: RunOptions) -> None:
     _check_numbers(flatten(options))
     _check_placement(options.placement)
     _check_objective(options.objective, options.rollout)
+    _check_critic(options)
     if options.wandb != "off":
         _check_extra("wandb", f"--wandb {options.wandb}", "wandb")
     if options.placement.trainer == "deepspeed":
@@ -94,6 +99,34 @@ def _check_objective(options: AlgorithmOptions, rollout: RolloutOptions) -> None
             "kl_controller: adaptive changes a weight that is above 0; add --kl-coef, 0.1 for "
             "example, or leave --kl-controller out",
             field="kl_controller",
+        )
+
+
+def _check_critic(options: RunOptions) -> None:
+    """PPO's, and that it is PPO where there is one."""
+    has_critic, name = isinstance(options, PpoOptions), options.objective.algorithm
+    if has_critic != (name == "ppo"):
+        recipe = "grpo.py" if has_critic else "ppo.py"
+        raise InvalidRequest(
+            f"algorithm: {name} is of recipes/{recipe}; use that, or leave --algorithm out",
+            field="algorithm",
+        )
+    if not isinstance(options, PpoOptions):
+        return
+    given = options.value_function
+    if given.critic_model is None:
+        return
+    if given.critic != "own":
+        raise InvalidRequest(
+            "critic_model: a critic on the policy's network starts from the policy; add "
+            "--critic own, or leave --critic-model out",
+            field="critic_model",
+        )
+    if not Path(given.critic_model).exists():
+        raise ModelNotFound(
+            f"critic_model: nothing at {given.critic_model}; give a Hugging Face folder or a .gguf "
+            "file of this machine",
+            field="critic_model",
         )
 
 
@@ -166,6 +199,8 @@ def _check_numbers(flat: Mapping[str, Any]) -> None:
             _require(name, value, 0 <= value < 1, "in [0, 1)")
         elif name in UP_TO_ONE:
             _require(name, value, 0 < value <= 1, "in (0, 1]")
+        elif name in FROM_ZERO_TO_ONE:
+            _require(name, value, 0 <= value <= 1, "in [0, 1]")
 
 
 def _require(name: str, value: float, holds: bool, what: str) -> None:

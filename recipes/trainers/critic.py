@@ -18,11 +18,14 @@ class Critic:
     """Estimates what a reply will earn from each of its tokens on, and learns to.
 
     learner: has a value head. own: it is a network of its own, not the policy's. lr_ratio: the
-    learning rate of that network over the policy's.
+    critic's learning rate over the policy's. warmup_steps: steps of a run that train it alone.
     """
 
-    def __init__(self, learner: Learner, *, own: bool, lr_ratio: float = 1.0) -> None:
+    def __init__(
+        self, learner: Learner, *, own: bool, lr_ratio: float, warmup_steps: int = 0
+    ) -> None:
         self.own = own
+        self.warmup_steps = warmup_steps
         self._learner = learner
         self._lr_ratio = lr_ratio
 
@@ -35,8 +38,12 @@ class Critic:
         the norm of its gradient. lr: the policy's. Collective."""
         self._learner.accumulate_values(batch, metrics, trunk=self.own)
         if self.own:
-            return self._learner.step(lr * self._lr_ratio)
+            return self._learner.step(self.lr(lr))
         return self._learner.step_head(lr)
+
+    def lr(self, lr: float) -> float:
+        """The critic's learning rate where the policy's is `lr`."""
+        return lr * self._lr_ratio
 
     def save(self, folder: Path) -> None:
         """Write what the policy's learner does not write; collective."""

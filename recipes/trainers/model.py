@@ -58,13 +58,18 @@ def load_critic(options: RunOptions, actor: Actor, policy: Learner, world: World
     """
     if not isinstance(options, PpoOptions):
         return None
-    given, ratio = options.value_function, critic_lr_ratio(options)
-    if given.critic == "shared":
-        return Critic(policy, own=False)
-    path = given.critic_model or options.model
-    model = _read_model(path, options)
-    head = _value_head(options, model, world, coef=1.0)
-    return Critic(_learner(options, actor, world, model, head=head), own=True, lr_ratio=ratio)
+    given = options.value_function
+    learner, own = policy, given.critic == "own"
+    if own:
+        model = _read_model(given.critic_model or options.model, options)
+        head = _value_head(options, model, world, coef=1.0)
+        learner = _learner(options, actor, world, model, head=head)
+    return Critic(
+        learner,
+        own=own,
+        lr_ratio=critic_lr_ratio(options),
+        warmup_steps=given.critic_warmup_steps,
+    )
 
 
 def critic_lr_ratio(options: PpoOptions) -> float:
