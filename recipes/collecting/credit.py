@@ -85,7 +85,7 @@ def estimated(
             for array in token_rewards[start : start + num]
         ]
         start += num
-        if not is_comparable(group, algorithm):
+        if not returns or not is_comparable(group, algorithm):
             arrays += [np.zeros(len(returns_K), dtype=np.float32) for returns_K in returns]
         elif algorithm.advantage == "return_to_go":
             arrays += [returns_K.numpy() for returns_K in returns]

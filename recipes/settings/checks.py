@@ -63,8 +63,8 @@ def check_options(options: RunOptions) -> None:
     """Raises InvalidRequest, its `field` an option's name; ModelNotFound for the model."""
     _check_numbers(flatten(options))
     _check_placement(options.placement)
-    _check_objective(options.objective, options.rollout)
     _check_critic(options)
+    _check_objective(options.objective, options.rollout)
     if options.wandb != "off":
         _check_extra("wandb", f"--wandb {options.wandb}", "wandb")
     if options.placement.trainer == "deepspeed":

@@ -35,7 +35,10 @@ class Critic:
 
     def fit(self, batch: Batch, metrics: TokenMetrics, lr: float) -> float:
         """One update towards the returns of the batch, which leaves the policy as it is; returns
-        the norm of its gradient. lr: the policy's. Collective."""
+        the norm of its gradient: 0 for a batch of nothing, which is no update. lr: the policy's.
+        Collective."""
+        if not batch.trajectories:
+            return 0.0
         self._learner.accumulate_values(batch, metrics, trunk=self.own)
         if self.own:
             return self._learner.step(self.lr(lr))
