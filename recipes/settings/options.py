@@ -109,13 +109,13 @@ class PpoOptions(RunOptions):
     Rollouts come from the Slipstream engine, which takes the new weights in place each step.
     """
 
+    steps: int = 100
+    """Steps of the run."""
     rollout: tyro.conf.OmitArgPrefixes[RolloutOptions] = field(
         default_factory=lambda: RolloutOptions(prompts_per_step=64, samples=1)
     )
     objective: tyro.conf.OmitArgPrefixes[AlgorithmOptions] = field(
-        default_factory=lambda: AlgorithmOptions(
-            algorithm="ppo", num_iterations=2, num_minibatches=2
-        )
+        default_factory=lambda: AlgorithmOptions(algorithm="ppo")
     )
     value_function: tyro.conf.OmitArgPrefixes[CriticOptions] = field(default_factory=CriticOptions)
 

@@ -21,7 +21,7 @@ class CriticOptions:
     critic_lr: float | None = None
     """Peak learning rate of the value head, and of the critic's own network; None takes 5 times
     --lr. It follows the schedule of --lr."""
-    critic_warmup_steps: int = 10
+    critic_warmup_steps: int = 5
     """First steps that train the critic alone: with a shared network, its value head."""
     value_coef: float = 0.1
     """Weight of the value loss beside the policy's, where they share a network."""

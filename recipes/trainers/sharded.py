@@ -175,32 +175,35 @@ class ShardedTrainer:
         return [rows[index] for index in share]
 
     def _run_microbatches(self, batch: Batch, loss: Loss, metrics: TokenMetrics) -> None:
+        head = self._head if batch.returns is not None else None
         parts = self._microbatches(batch.trajectories)
         for index, indices in enumerate(parts):
-            is_last = index == len(parts) - 1
             if indices:
-                self._run(batch.select(indices), loss, metrics, is_last)
+                total = self._run(batch.select(indices), loss, metrics, head)
             else:
-                self._run_empty(is_last)
+                total = self._run_empty(head)
+            if torch.is_grad_enabled():
+                # Back ends average over processes; what is wanted is the sum.
+                is_last = index == len(parts) - 1
+                self._backend.backward(total * self._world.size, is_last=is_last)
 
-    def _run(self, part: Batch, loss: Loss, metrics: TokenMetrics, is_last: bool) -> None:
-        head = self._head if part.returns is not None else None
+    def _run(
+        self, part: Batch, loss: Loss, metrics: TokenMetrics, head: ValueHead | None
+    ) -> torch.Tensor:
         scores, num_nodes = score(self._backend.model, part.trajectories, self._temperature, head)
         inputs = loss_inputs(part, scores.logprobs, scores.logprobs.device)
         output = loss(inputs)
-        total = output.loss
-        if head is not None and scores.values is not None:
-            total = total + head.loss(part, scores.values, metrics)
-        if torch.is_grad_enabled():
-            # Back ends average over processes; what is wanted is the sum.
-            self._backend.backward(total * self._world.size, is_last=is_last)
         metrics.add(inputs, output, scores.entropy, num_nodes)
+        if head is None or scores.values is None:
+            return output.loss
+        return output.loss + head.loss(part, scores.values, metrics)
 
-    def _run_empty(self, is_last: bool) -> None:
-        """A forward and, with gradients, a backward pass that add nothing."""
-        logprobs_K = score(self._backend.model, [_filler()], self._temperature)[0].logprobs
-        if torch.is_grad_enabled():
-            self._backend.backward(0.0 * logprobs_K.sum(), is_last=is_last)
+    def _run_empty(self, head: ValueHead | None) -> torch.Tensor:
+        """What adds nothing. It has the same outputs with a gradient as `_run`: ZeRO-3 follows the
+        order in which they are used, and waits for ever for a process with another one."""
+        scores, _ = score(self._backend.model, [_filler()], self._temperature, head)
+        nothing = 0.0 * scores.logprobs.sum()
+        return nothing if scores.values is None else nothing + 0.0 * scores.values.sum()
 
     def values(self, trajectories: tuple[Trajectory, ...]) -> Values:
         """See `Learner`."""
