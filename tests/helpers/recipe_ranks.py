@@ -1,4 +1,4 @@
-"""`recipes/grpo.py` in processes that are told what `torchrun` tells its own, forked as
+"""A recipe in processes that are told what `torchrun` tells its own, forked as
 `rank_processes` forks them."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from recipes.grpo import main
+from recipes import grpo, ppo
 from recipes.world import leave
 from tests.helpers.children import child_environment
 from tests.helpers.rank_processes import DEADLINE_S, become_rank, forked, join
@@ -26,29 +26,31 @@ class Ended:
     stderr: str
 
 
-def run_recipe(size: int, words: Sequence[str], folder: Path) -> Ended:
+def run_recipe(size: int, words: Sequence[str], folder: Path, *, by_ppo: bool = False) -> Ended:
     """The recipe with the flags `words` on `size` ranks, to its end, or until one has failed.
 
-    folder: where what the ranks say is written.
+    folder: where what the ranks say is written. by_ppo: it is ppo.py, not grpo.py.
     """
-    with started_recipe(size, words, folder) as processes:
+    with started_recipe(size, words, folder, by_ppo=by_ppo) as processes:
         codes = join(processes, DEADLINE_S)
     said = [(folder / f"stderr-{rank}.txt").read_text() for rank in range(size)]
     return Ended(next((code for code in codes if code), 0), "\n".join(said))
 
 
 @contextmanager
-def started_recipe(size: int, words: Sequence[str], folder: Path) -> Iterator[list[BaseProcess]]:
+def started_recipe(
+    size: int, words: Sequence[str], folder: Path, *, by_ppo: bool = False
+) -> Iterator[list[BaseProcess]]:
     """The processes of such a run, by rank; what is left of them at the end is killed."""
     folder.mkdir(parents=True, exist_ok=True)
     # As torchrun, whose own process holds the store.
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    calls = [(list(words), rank, size, store.port, folder) for rank in range(size)]
+    calls = [(list(words), rank, size, store.port, folder, by_ppo) for rank in range(size)]
     with forked(_enter, calls) as processes:
         yield processes
 
 
-def _enter(words: list[str], rank: int, size: int, port: int, folder: Path) -> None:
+def _enter(words: list[str], rank: int, size: int, port: int, folder: Path, by_ppo: bool) -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
         file = os.open(folder / f"{name}-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)
@@ -60,4 +62,4 @@ def _enter(words: list[str], rank: int, size: int, port: int, folder: Path) -> N
         TORCHELASTIC_USE_AGENT_STORE="True",
         TORCHELASTIC_RESTART_COUNT="0",
     )
-    leave(main(words))
+    leave((ppo if by_ppo else grpo).main(words))
