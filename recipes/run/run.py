@@ -132,7 +132,7 @@ class Run:
 
     def _look_for_room(self) -> None:
         """Say at once that a checkpoint will not fit: the run may end before one is due."""
-        needed = checkpoint_bytes(self.trainer.weights)
+        needed = self._checkpoint_bytes()
         if self.options.checkpoint_every and self.world.is_main:
             free = free_bytes(self.folder.path)
             if free < needed:
@@ -256,9 +256,13 @@ class Run:
             progress,
             self.world,
             surplus=self.surplus,
-            num_bytes=checkpoint_bytes(self.trainer.weights),
+            num_bytes=self._checkpoint_bytes(),
         )
         self._spend("checkpoint")
+
+    def _checkpoint_bytes(self) -> int:
+        critic = 0 if self.critic is None else self.critic.checkpoint_bytes()
+        return checkpoint_bytes(self.trainer.weights) + critic
 
     def _save(self, folder: Path) -> None:
         self.trainer.save(folder)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from recipes.trainers.base import Learner, Values
+from recipes.trainers.checkpoint import checkpoint_bytes
 from recipes.trainers.metrics import TokenMetrics
 from recipes.types import Batch, Trajectory
 
@@ -47,6 +48,10 @@ class Critic:
     def lr(self, lr: float) -> float:
         """The critic's learning rate where the policy's is `lr`."""
         return lr * self._lr_ratio
+
+    def checkpoint_bytes(self) -> int:
+        """About the bytes that `save` writes."""
+        return checkpoint_bytes(self._learner.weights) if self.own else 0
 
     def save(self, folder: Path) -> None:
         """Write what the policy's learner does not write; collective."""

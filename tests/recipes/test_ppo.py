@@ -21,6 +21,7 @@ from recipes.run.opening import assemble
 from recipes.run.run import Run
 from recipes.run.sampling import sample_groups
 from recipes.settings.options import PpoOptions, RolloutOptions
+from recipes.trainers.checkpoint import checkpoint_bytes
 from recipes.trainers.critic import FOLDER
 from recipes.trainers.critic_options import CriticOptions
 from recipes.trainers.model import check_vocabulary, load_critic, load_trainer
@@ -155,6 +156,9 @@ def test_two_steps_and_two_resumed_are_four(model: str, tmp_path: Path, critic: 
     first, _ = go(options)
     checkpoint = next(first.folder.checkpoints.glob("step_*"))
     assert (checkpoint / FOLDER).exists() == (critic == "own")
+    assert first.critic is not None
+    told = first.critic.checkpoint_bytes() + checkpoint_bytes(first.trainer.weights)
+    assert told == 12 * sum(p.numel() for p in {*parameters(first)[:-2]})
     resumed, summary = go(dataclasses.replace(options, resume=options.out, steps=5))
     assert untimed(resumed) == untimed(unbroken)
     for ours, theirs in zip(parameters(resumed), parameters(unbroken), strict=True):
