@@ -105,10 +105,14 @@ class Trainer:
         for indices in self._microbatches(batch.trajectories):
             part = batch.select(indices)
             values_K = score_values(self.model, part.trajectories, self.head, trunk=trunk)
-            self.head.loss(part, values_K, metrics).backward()
+            loss = self.head.loss(part, values_K, metrics)
+            if trunk:
+                loss.backward()
 
     def step(self, lr: float) -> float:
         """One clipped AdamW update with the accumulated gradient; returns its norm before."""
+        if self.head is not None:
+            self.head.step(lr)
         norm = torch.nn.utils.clip_grad_norm_(
             self.masters.parameters, self.options.max_grad_norm, foreach=True
         )
@@ -117,8 +121,6 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.masters.publish()
-        if self.head is not None:
-            self.head.step(lr)
         return float(norm)
 
     def step_head(self, lr: float) -> float:

@@ -110,8 +110,6 @@ class ShardedTrainer:
             if trunk:
                 is_last = index == len(parts) - 1
                 self._backend.backward(loss * self._world.size, is_last=is_last)
-            else:
-                (loss * self._world.size).backward()
 
     def _value_loss(self, part: Batch, metrics: TokenMetrics, *, trunk: bool) -> torch.Tensor:
         """Of a micro-batch, or of an empty one, which adds nothing."""
@@ -123,10 +121,9 @@ class ShardedTrainer:
 
     def step(self, lr: float) -> float:
         """See `Learner`."""
-        norm = self._backend.step(lr)
         if self._head is not None:
             self._head.step(lr)
-        return norm
+        return self._backend.step(lr)
 
     def step_head(self, lr: float) -> float:
         """See `Learner`."""

@@ -44,6 +44,7 @@ class ValueHead:
         self.linear = torch.nn.Linear(hidden_size, 1, device=device, dtype=torch.float32)
         for parameter in self.linear.parameters():
             torch.nn.init.zeros_(parameter)
+        self._gradient = [torch.zeros_like(p.detach()) for p in self.linear.parameters()]
         self._coef, self._clip, self._lr_ratio = coef, clip, lr_ratio
         self._max_grad_norm = options.max_grad_norm
         self._num_processes = (world or World()).size
@@ -61,33 +62,37 @@ class ValueHead:
 
     def loss(self, part: Batch, values_K: torch.Tensor, metrics: TokenMetrics) -> torch.Tensor:
         """The weighted value loss of a micro-batch that has `values` and `returns`; scalar with
-        gradient. metrics: takes in its figures."""
+        gradient. metrics: takes in its figures.
+
+        The head's own gradient is taken here, and kept until `step`: what a backward pass from the
+        loss adds to it, which a back end may have scaled, does not count.
+        """
         output = value_loss(value_inputs(part, values_K), self._clip)
         metrics.add_values(output)
-        return self._coef * output.loss
+        loss = self._coef * output.loss
+        if values_K.requires_grad:
+            taken = torch.autograd.grad(loss, list(self.linear.parameters()), retain_graph=True)
+            for gradient, more in zip(self._gradient, taken, strict=True):
+                gradient += more
+        return loss
 
     def step(self, lr: float) -> float:
         """One clipped update; returns the norm of the gradient before clipping. Collective.
 
-        lr: of the network. Every process's loss was multiplied by their number, as those of back
-        ends that average are, so the mean over them is the gradient of the whole batch.
+        lr: of the network. The losses of all processes have the weights of the whole batch, so its
+        gradient is the sum of theirs.
         """
-        self._average()
+        for parameter, gradient in zip(self.linear.parameters(), self._gradient, strict=True):
+            if self._num_processes > 1:
+                dist.all_reduce(gradient)
+            parameter.grad = gradient.clone()
+            gradient.zero_()
         norm = torch.nn.utils.clip_grad_norm_(self.linear.parameters(), self._max_grad_norm)
         for group in self._optimizer.param_groups:
             group["lr"] = lr * self._lr_ratio
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return float(norm)
-
-    def _average(self) -> None:
-        """A process whose share was empty has no gradient of its own."""
-        for parameter in self.linear.parameters():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            if self._num_processes > 1:
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= self._num_processes
 
     def save(self, folder: Path) -> None:
         """Write head and optimizer into an existing folder: in one process."""

@@ -15,6 +15,7 @@ from recipes.algorithms.losses import policy_loss
 from recipes.algorithms.presets import preset
 from recipes.algorithms.values import token_value_loss
 from recipes.trainers.metrics import TokenMetrics
+from recipes.trainers.microbatch import score
 from recipes.trainers.plain import Trainer
 from recipes.types import Batch
 from tests.helpers import critic_ranks as critics
@@ -49,7 +50,7 @@ def plain_value_loss(trainer: Trainer, batch: Batch) -> torch.Tensor:
 
 def head_gradient(trainer: Trainer) -> list[torch.Tensor]:
     assert trainer.head is not None
-    return [p.grad for p in trainer.head.linear.parameters() if p.grad is not None]
+    return trainer.head._gradient
 
 
 def trained(arch: str = "llama", budget: int = 4096) -> Trainer:
@@ -145,6 +146,24 @@ def test_a_step_of_the_head_leaves_the_model_alone_and_lowers_the_value_loss() -
     assert losses[-1] < 0.9 * losses[0]
     for parameter, before in zip(trainer.model.parameters(), model, strict=True):
         assert torch.equal(parameter, before)
+
+
+def test_a_scaled_backward_pass_is_none_of_the_head() -> None:
+    """Back ends multiply losses, by the number of processes or to keep float16 in its range."""
+    trainer, batch = trained(), critics.batch(0)
+    assert trainer.head is not None
+    trainer.accumulate_values(batch, TokenMetrics(), trunk=False)
+    want = [g.clone() for g in head_gradient(trainer)]
+    assert all(g.any() for g in want)
+    trainer = trained()
+    assert trainer.head is not None
+    scores, _ = score(trainer.model, batch.trajectories, 1.0, trainer.head)
+    assert scores.values is not None
+    (trainer.head.loss(batch, scores.values, TokenMetrics()) * 1024).backward()
+    for got, wanted in zip(head_gradient(trainer), want, strict=True):
+        torch.testing.assert_close(got, wanted)
+    trainer.head.step(1e-2)
+    assert not any(g.any() for g in head_gradient(trainer))
 
 
 def test_tokens_out_of_the_loss_are_out_of_the_value_loss() -> None:
