@@ -27,6 +27,7 @@
     ├── Unauthorized                   no key, or a wrong one
     ├── Forbidden                      a route that this address does not serve
     ├── OutOfMemory                    the memory planner refuses, with numbers
+    ├── GradingFailed              more replies than a run allows have no reward
     ├── DiskFull                       a file does not fit; names path and bytes
     ├── InternalError                  a mistake of ours: it ended one request or command
     ├── NonFiniteLogits                a sequence whose logits are NaN or infinite; it ends
@@ -211,6 +212,10 @@ class DiskFull(SlipstreamError):
     """A file or folder does not fit on its disk; what was there before is whole."""
 
     status = 507
+
+
+class GradingFailed(SlipstreamError):
+    """More replies than a run allows have no reward; the message names the first reason."""
 
 
 class InternalError(SlipstreamError):

@@ -3,10 +3,10 @@
 Legend: R rows of a bucket, V vocabulary.
 
 A graph is captured when a step first needs it: for a bucket of rows and what attention depends
-on, such as a bound on the KV length. It reads slots and KV lengths from one static buffer and
-everything else (token ids, pages, sampling parameters) from the device tables, so that a replay
-needs no other input. All graphs allocate from one memory pool: they never run at the same time.
-Weights change in place, so graphs survive updates.
+on, such as rows that share pages. It serves every KV length. It reads slots and KV lengths from
+one static buffer and everything else (token ids, pages, sampling parameters) from the device
+tables, so that a replay needs no other input. All graphs allocate from one memory pool: they
+never run at the same time. Weights change in place, so graphs survive updates.
 """
 
 from __future__ import annotations
@@ -35,8 +35,6 @@ from engine.transfer import to_device
 logger = logging.getLogger(__name__)
 
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896)
-_LENGTHS = (1024, 2048, 4096)
-"""KV lengths at which a back end may want another graph."""
 
 
 def row_buckets(max_rows: int) -> list[int]:
@@ -86,7 +84,7 @@ class DecodeGraphs:
         self._write_slots = torch.zeros(max_rows, dtype=torch.int64, device=table.device)
         self._outputs = torch.zeros(3 * max_rows, dtype=torch.int32, device=table.device)
         self._query_start = torch.arange(max_rows + 1, dtype=torch.int32, device=table.device)
-        self._attentions: dict[tuple[int, int], CapturedDecode] = {}
+        self._attentions: dict[int, CapturedDecode] = {}
         self._graphs: dict[tuple[int, DrawOptions], _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(table.device)
@@ -100,12 +98,10 @@ class DecodeGraphs:
         `engine.pending.pack_sampled` lays it out, R the bucket. The next call overwrites it.
         """
         rows = int(self._buckets[np.searchsorted(self._buckets, len(slots))])
-        bound = self._attention.bound(rows, int(kv_lens.max()))
-        bound = min(bound, self._table.token_ids.shape[1])
-        attention = self._attentions.get((rows, bound))
+        attention = self._attentions.get(rows)
         if attention is None:
-            attention = self._attention.capture_decode(self._layout(rows, bound))
-            self._attentions[rows, bound] = attention
+            attention = self._attention.capture_decode(self._layout(rows))
+            self._attentions[rows] = attention
         attention.refresh(*self._fill(rows, slots, kv_lens))
         key = id(attention.step), options
         captured = self._graphs.get(key)
@@ -117,22 +113,13 @@ class DecodeGraphs:
         return self._outputs[: num_outputs * rows].view(num_outputs, rows)
 
     def capture_all(self) -> None:
-        """Capture every bucket, for each KV bound that attention tells apart, on rows of nobody.
+        """Capture every bucket, on rows of nobody.
 
         Variants that only some steps ask for (shared prompts, filters, entropy) stay lazy.
         """
-        context_length = self._table.token_ids.shape[1]
         for rows in self._buckets.tolist():
             slots = np.full(rows, self._scratch_slot, dtype=np.int32)
-            seen: set[int] = set()
-            for longest in (1, *_LENGTHS, context_length - 1):
-                bound = min(self._attention.bound(rows, longest), context_length)
-                if longest < context_length and bound not in seen:
-                    seen.add(bound)
-                    # One long row is enough; more of the same pages would look like a group.
-                    kv_lens = np.ones(rows, dtype=np.int32)
-                    kv_lens[0] = longest
-                    self.run(slots, kv_lens)
+            self.run(slots, np.ones(rows, dtype=np.int32))
 
     def _fill(self, rows: int, slots: np.ndarray, kv_lens: np.ndarray) -> np.ndarray:
         """Send the rows of the next replay, padded to the bucket: int32 [2, R]."""
@@ -162,7 +149,7 @@ class DecodeGraphs:
         logger.info("captured %d rows in %.2f s", rows, time.perf_counter() - started)
         return _Captured(graph, step)
 
-    def _layout(self, rows: int, bound: int) -> DecodeLayout:
+    def _layout(self, rows: int) -> DecodeLayout:
         return DecodeLayout(
             rows=rows,
             slots_R=self._inputs[:rows],
@@ -171,7 +158,7 @@ class DecodeGraphs:
             query_start_R1=self._query_start[: rows + 1],
             page_table=self._table.page_table,
             host_pages=self._table.host_pages,
-            max_kv_len=bound,
+            max_kv_len=self._table.token_ids.shape[1],
             page_size=self._table.page_size,
         )
 

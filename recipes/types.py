@@ -23,12 +23,14 @@ class Problem:
 
     key: canonical form; problems with equal keys are the same problem in other words, and the
     key alone decides whether a problem is for training or held out.
+    chat: the conversation that asks it; without one, the question is the user's turn.
     columns: what else its source says of it, for rewards.
     """
 
     question: str
     answer: str
     key: str
+    chat: tuple[Message, ...] = ()
     columns: dict[str, Any] = field(default_factory=dict)
 
 
@@ -41,8 +43,9 @@ class Trajectory:
     rollout_logprobs: float32 [response_len], log_softmax(logits / temperature) in the engine.
     spans: weight versions that sampled the response.
     truncated: the reply was cut by the token limit.
-    failed: why it could not be graded, or "". A failed sample has no part in its group's
-        statistics nor in the loss; its reward and `correct` are 0 and mean nothing.
+    failed: why it could not be graded, "kind: reason" (`rewards.base.Failed`), or "". A failed
+        sample has no part in its group's statistics nor in the loss; its reward and `correct` are
+        0 and mean nothing.
     """
 
     prompt_ids: IntArray

@@ -1,8 +1,8 @@
 """Batches without a server: lists of requests, and files of native `/generate` objects.
 
-What recipes use is here by name: `generate`, `load_tokenizer`, `normalised_messages`, `expand`,
-`respond`, the reader of lines (`files/jsonl.py`), the care for full disks (`files/disk_space.py`)
-and what is said of errors (`cli/failures.py`).
+What recipes use is here by name: `generate`, `load_tokenizer`, `normalised_messages`,
+`check_variables`, `expand`, `respond`, the reader of lines (`files/jsonl.py`), the care for full
+disks (`files/disk_space.py`) and what is said of errors (`cli/failures.py`).
 """
 
 from __future__ import annotations
@@ -28,13 +28,21 @@ from rollout.files.disk_space import (
     write_all,
     writing,
 )
-from rollout.files.jsonl import JsonLine, check_line, parse_line, read_lines
+from rollout.files.jsonl import (
+    JsonLine,
+    check_line,
+    decode_text,
+    open_text,
+    parse_line,
+    read_lines,
+)
 from rollout.replica.base import Replica
 from rollout.requests.expand import expand, with_seed
 from rollout.requests.generate import OnProgress, Progress, generate, run
 from rollout.requests.respond import respond, to_wire
 from rollout.requests.seeds import base_seed, derive_seed
 from rollout.requests.wire import parse_request
+from rollout.text.chat_template import check_variables
 from rollout.text.messages import normalised_messages
 from rollout.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -46,7 +54,9 @@ __all__ = [
     "append_bytes",
     "check_line",
     "check_output",
+    "check_variables",
     "create_output",
+    "decode_text",
     "derive_seed",
     "expand",
     "free_bytes",
@@ -54,6 +64,7 @@ __all__ = [
     "is_batch",
     "load_tokenizer",
     "normalised_messages",
+    "open_text",
     "parse_line",
     "read_lines",
     "replace_file",

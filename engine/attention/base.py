@@ -11,9 +11,6 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 
-ANY_LENGTH = 2**31 - 1
-"""The bound of a captured step that serves rows of any KV length."""
-
 
 @dataclass(frozen=True)
 class AttentionBatch:
@@ -116,11 +113,6 @@ class CapturableBackend(AttentionBackend, Protocol):
     """A back end whose decode step can be captured."""
 
     def capture_decode(self, layout: DecodeLayout) -> CapturedDecode:
-        """Buffers and kernels of one graph; called outside of the capture."""
-        ...
-
-    def bound(self, rows: int, longest: int) -> int:
-        """Which KV bound a graph for `rows` rows up to `longest` tokens is captured with, at
-        least `longest`: the fewer there are, the fewer graphs. Capped at the context length
-        by the caller; ANY_LENGTH where the length does not matter."""
+        """Buffers and kernels of one graph, which serves rows of any KV length up to the layout's;
+        called outside of the capture."""
         ...

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.attention.base import ANY_LENGTH, AttentionBatch, AttentionStep, DecodeLayout
+from engine.attention.base import AttentionBatch, AttentionStep, DecodeLayout
 from engine.kv.pool import KVPool
 from engine.transfer import to_device
 from kernels.kv_copy import write_kv
@@ -162,10 +162,6 @@ class FlashInferBackend:
             layout=layout,
             options=self._decode_options(),
         )
-
-    def bound(self, rows: int, longest: int) -> int:
-        """One graph serves rows of any length: `plan` tells its kernels where KV is cut."""
-        return ANY_LENGTH
 
     @property
     def _device(self) -> torch.device:

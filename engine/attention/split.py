@@ -60,10 +60,6 @@ class SplitBackend:
         """Captured steps are decode steps."""
         return self._decode.capture_decode(layout)
 
-    def bound(self, rows: int, longest: int) -> int:
-        """That of the decode back end."""
-        return self._decode.bound(rows, longest)
-
 
 @dataclass(frozen=True)
 class SplitStep:

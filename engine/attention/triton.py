@@ -11,16 +11,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from engine.attention.base import ANY_LENGTH, AttentionBatch, DecodeLayout
+from engine.attention.base import AttentionBatch, DecodeLayout
 from engine.attention.groups import GroupRule, GroupTracker, most_tiles, tile_groups
 from engine.kv.pool import KVPool
 from engine.transfer import to_device
-from kernels.attention import SharedTiles, paged_attention, takes_whole_rows
+from kernels.attention import SharedTiles, paged_attention
 from kernels.attention.tiles import MAX_SPLITS, MIN_SPLIT, TILE_ROWS
 from kernels.kv_copy import write_kv
 from kernels.rotary import KVTarget
 
-_SHORTEST_BOUND, _LONGEST_BOUND = 1024, 4096
 SAVED_BYTES = 256e6
 PROGRAMS = 64
 
@@ -117,12 +116,6 @@ class TritonBackend:
         if tracker is not None and layout.rows < tracker.rule.min_tiles * tracker.rule.min_rows:
             tracker = None
         return TritonDecode(plain, layout, tracker)
-
-    def bound(self, rows: int, longest: int) -> int:
-        """See `CapturableBackend`. Only the number of splits of a small batch depends on it."""
-        if takes_whole_rows(rows, self._pool.num_kv_heads) or longest > _LONGEST_BOUND:
-            return ANY_LENGTH
-        return max(_SHORTEST_BOUND, 1 << (longest - 1).bit_length())
 
 
 @dataclass(frozen=True, eq=False)

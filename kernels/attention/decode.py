@@ -28,6 +28,10 @@ from kernels.attention.grouped import shared_states
 from kernels.attention.tiles import MAX_SPLITS, MIN_SPLIT, SharedTiles, takes_whole_rows
 from kernels.attention.whole import row_height, whole_rows
 
+_TOGETHER = 8
+"""Splits of a row that are merged in one turn; a short row takes one turn, whatever the batch's
+longest could have."""
+
 
 @triton.jit
 def _decode_split_kernel(
@@ -127,6 +131,7 @@ def _decode_merge_kernel(
     LEAST: tl.constexpr,
     WINDOW: tl.constexpr,
     Z: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ) -> None:
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     query = tl.load(query_start_ptr + row).to(tl.int64)
@@ -139,20 +144,22 @@ def _decode_merge_kernel(
     dim_D = tl.arange(0, DP)
     run_max, run_sum = tl.full([], float("-inf"), tl.float32), tl.full([], 0.0, tl.float32)
     run_acc_D = tl.zeros([DP], tl.float32)
-    for split in tl.static_range(Z):
-        # Loads of all splits are in flight together: none depends on the fold, which is
-        # `fold_split` for one query row.
-        state = state_ptr + 2 * (slot + split)
-        split_max = tl.load(state, mask=split < used, other=float("-inf"))
-        split_sum = tl.load(state + 1, mask=split < used, other=0.0)
-        inside_D = (dim_D < D) & (split < used)
-        part_D = tl.load(part_ptr + (slot + split) * D + dim_D, mask=inside_D, other=0.0)
-        new_max = tl.maximum(run_max, split_max)
-        shrink = tl.where(split < used, tl.exp2(run_max - new_max), 1.0)
-        share = tl.where(split < used, tl.exp2(split_max - new_max), 0.0)
-        run_sum = tl.fma(run_sum, shrink, split_sum * share)
-        run_acc_D = tl.fma(part_D, share, run_acc_D * shrink)
-        run_max = new_max
+    for first in tl.range(0, used, TOGETHER):
+        for next_one in tl.static_range(TOGETHER):
+            # Loads of these splits are in flight together: none depends on the fold, which is
+            # `fold_split` for one query row.
+            split = first + next_one
+            state = state_ptr + 2 * (slot + split)
+            split_max = tl.load(state, mask=split < used, other=float("-inf"))
+            split_sum = tl.load(state + 1, mask=split < used, other=0.0)
+            inside_D = (dim_D < D) & (split < used)
+            part_D = tl.load(part_ptr + (slot + split) * D + dim_D, mask=inside_D, other=0.0)
+            new_max = tl.maximum(run_max, split_max)
+            shrink = tl.where(split < used, tl.exp2(run_max - new_max), 1.0)
+            share = tl.where(split < used, tl.exp2(split_max - new_max), 0.0)
+            run_sum = tl.fma(run_sum, shrink, split_sum * share)
+            run_acc_D = tl.fma(part_D, share, run_acc_D * shrink)
+            run_max = new_max
     # A row without KV has no parts; it gets zeros.
     mixed_D = run_acc_D / tl.where(run_sum == 0.0, 1.0, run_sum)
     out_offset_D = (query * tl.num_programs(1) + head) * D + dim_D
@@ -220,5 +227,6 @@ def _split_rows(call: DecodeCall) -> None:
         B=call.shape["B"],
         **call.cut,
         Z=splits,
+        TOGETHER=min(splits, _TOGETHER),
         num_warps=1,
     )

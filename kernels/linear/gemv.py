@@ -1,8 +1,14 @@
-"""The product of one row: every program takes a few output features over all inputs.
+"""The product of one row, or of a few: every program takes a few output features over all inputs.
 
 Bound by the bandwidth of the weight, which is read once in 16-byte pieces with all loads of a
-pass in flight. O output features of a program, I inputs of a pass.
+turn in flight. Each row has its sums in registers, in the order that one row alone has them: what
+a row gets does not depend on the rows beside it, to the bit.
+
+O output features of a program, I inputs of a pass.
 """
+
+# Tuples grow in loops that the compiler unrolls.
+# mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 
@@ -58,7 +64,75 @@ def _weights(
     else:
         inside_OI = (feature_O[:, None] < OUT) & (offset_1I < IN)
         weight_OI = tl.load(pointers_OI, mask=inside_OI, other=0.0, eviction_policy="evict_first")
-    return weight_OI.to(tl.float32)
+    return weight_OI
+
+
+@triton.jit
+def _scale(
+    x_ptr: tl.tensor,
+    eps: tl.float32,
+    IN: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    NORM: tl.constexpr,
+) -> tl.tensor:
+    scale = 1.0
+    if NORM:
+        scale = _inverse_rms(x_ptr, eps, IN, BLOCK_I)
+    return scale
+
+
+@triton.jit
+def norm_kernel(
+    x_ptr: tl.tensor,
+    norm_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    x_stride: tl.int64,
+    eps: tl.float32,
+    IN: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+) -> None:
+    """The norm of `gemv_kernel` alone, a row a program: for rows too many to have it in every
+    program of the product."""
+    row = tl.program_id(0).to(tl.int64)
+    scale = _inverse_rms(x_ptr + row * x_stride, eps, IN, BLOCK_I)
+    for start in tl.static_range(0, IN, BLOCK_I):
+        offset_1I = start + tl.arange(0, BLOCK_I)[None, :]
+        x_1I = _input(x_ptr + row * x_stride, norm_ptr, scale, offset_1I, IN, True)
+        out_1I = out_ptr + row * IN + offset_1I
+        tl.store(out_1I, x_1I.to(out_ptr.dtype.element_ty), mask=offset_1I < IN)
+
+
+@triton.jit
+def _add_products(
+    sums: tl.tuple,
+    up_sums: tl.tuple,
+    weights: tl.tuple,
+    ups: tl.tuple,
+    scales: tl.tuple,
+    x_ptr: tl.tensor,
+    x_stride: tl.int64,
+    norm_ptr: tl.tensor,
+    start: tl.int32,
+    IN: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    NORM: tl.constexpr,
+    GATED: tl.constexpr,
+) -> tuple[tl.tuple, tl.tuple]:
+    """The sums of all rows after the passes of one turn, in order."""
+    added, up_added = (), ()
+    for row in tl.static_range(ROWS):
+        sum_OI, up_sum_OI = sums[row], up_sums[row]
+        for piece in tl.static_range(UNROLL):
+            offset_1I = start + piece * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
+            x_1I = _input(x_ptr + row * x_stride, norm_ptr, scales[row], offset_1I, IN, NORM)
+            sum_OI += x_1I * weights[piece].to(tl.float32)
+            if GATED:
+                up_sum_OI += x_1I * ups[piece].to(tl.float32)
+        added += (sum_OI,)
+        up_added += (up_sum_OI,)
+    return added, up_added
 
 
 @triton.jit
@@ -69,9 +143,12 @@ def gemv_kernel(
     norm_ptr: tl.tensor,
     residual_ptr: tl.tensor,
     out_ptr: tl.tensor,
+    x_stride: tl.int64,
+    residual_stride: tl.int64,
     eps: tl.float32,
     OUT: tl.constexpr,
     IN: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     STAGES: tl.constexpr,
@@ -84,29 +161,56 @@ def gemv_kernel(
     """OUT: features of the result, half of those of a gated weight."""
     feature_O = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     up_ptr = weight_ptr + tl.cast(OUT, tl.int64) * IN
-    scale = 1.0
-    if NORM:
-        scale = _inverse_rms(x_ptr, eps, IN, BLOCK_I)
-    sum_OI = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
-    up_sum_OI = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
+    scales, sums, up_sums = (), (), ()
+    for row in tl.static_range(ROWS):
+        scales += (_scale(x_ptr + row * x_stride, eps, IN, BLOCK_I, NORM),)
+        sums += (tl.zeros((BLOCK_O, BLOCK_I), tl.float32),)
+        up_sums += (tl.zeros((BLOCK_O, BLOCK_I), tl.float32),)
     CHUNK: tl.constexpr = BLOCK_I * UNROLL
     for start in tl.range(0, IN, CHUNK, num_stages=STAGES):
+        weights, ups = (), ()
         for piece in tl.static_range(UNROLL):
             offset_1I = start + piece * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
-            x_1I = _input(x_ptr, norm_ptr, scale, offset_1I, IN, NORM)
-            sum_OI += x_1I * _weights(weight_ptr, feature_O, offset_1I, OUT, IN, BLOCK_O, CHUNK)
+            weights += (_weights(weight_ptr, feature_O, offset_1I, OUT, IN, BLOCK_O, CHUNK),)
             if GATED:
-                up_OI = _weights(up_ptr, feature_O, offset_1I, OUT, IN, BLOCK_O, CHUNK)
-                up_sum_OI += x_1I * up_OI
+                ups += (_weights(up_ptr, feature_O, offset_1I, OUT, IN, BLOCK_O, CHUNK),)
+        sums, up_sums = _add_products(
+            sums,
+            up_sums,
+            weights,
+            ups,
+            scales,
+            x_ptr,
+            x_stride,
+            norm_ptr,
+            start,
+            IN,
+            BLOCK_I,
+            ROWS,
+            UNROLL,
+            NORM,
+            GATED,
+        )
     feature_O1 = feature_O[:, None]
-    sum_O1 = tl.sum(sum_OI, axis=1)[:, None]
-    if BIAS:
-        sum_O1 = with_bias(sum_O1, bias_ptr, feature_O1, OUT)
-    if GATED:
-        up_sum_O1 = tl.sum(up_sum_OI, axis=1)[:, None]
-        if BIAS:
-            up_sum_O1 = with_bias(up_sum_O1, bias_ptr + OUT, feature_O1, OUT)
-        sum_O1 = gate(sum_O1, up_sum_O1, out_ptr.dtype.element_ty)
-    row_11 = tl.zeros((1, 1), tl.int64)
     inside_O1 = feature_O1 < OUT
-    store(sum_O1, out_ptr, residual_ptr, 0, feature_O1, row_11, inside_O1, OUT, RESIDUAL)
+    for row in tl.static_range(ROWS):
+        sum_O1 = tl.sum(sums[row], axis=1)[:, None]
+        if BIAS:
+            sum_O1 = with_bias(sum_O1, bias_ptr, feature_O1, OUT)
+        if GATED:
+            up_sum_O1 = tl.sum(up_sums[row], axis=1)[:, None]
+            if BIAS:
+                up_sum_O1 = with_bias(up_sum_O1, bias_ptr + OUT, feature_O1, OUT)
+            sum_O1 = gate(sum_O1, up_sum_O1, out_ptr.dtype.element_ty)
+        row_11 = tl.full((1, 1), row, tl.int64)
+        store(
+            sum_O1,
+            out_ptr,
+            residual_ptr,
+            residual_stride,
+            feature_O1,
+            row_11,
+            inside_O1,
+            OUT,
+            RESIDUAL,
+        )

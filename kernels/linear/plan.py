@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 
 MAX_ROWS = 16
 """Rows from which on cuBLAS multiplies."""
+MAX_GEMV_ROWS = 2
+"""Rows that get the same sums, in the same order, as one row alone."""
 
 
 @dataclass(frozen=True)
 class Gemv:
-    """One row: a program takes `block_o` features, `warps` times 256 inputs a pass.
+    """A few rows: a program takes `block_o` features, `warps` times 256 inputs a pass.
 
     stages: turns of the loop in flight through shared memory; 1 loads into registers.
     unroll: passes of a turn, all of whose loads are in flight together.
@@ -55,19 +57,22 @@ def choose(rows: int, outs: int, ins: int, *, gated: bool, can_split: bool) -> C
     """
     if not 0 < rows <= MAX_ROWS:
         return None
-    if rows == 1:
-        return _gemv(outs, ins)
+    if rows <= MAX_GEMV_ROWS:
+        return _gemv(rows, ins)
     config = _tiles(outs, ins, gated)
     return config if can_split else replace(config, splits=1)
 
 
-def _gemv(outs: int, ins: int) -> Gemv:
-    """Passes that come out even, and about 16 warps on every processor."""
+def _gemv(rows: int, ins: int) -> Gemv:
+    """Passes that come out even. The warps, which the order of the sums follows, depend on the
+    inputs alone. Two rows share what is read of the weight, and two features what is read of the
+    rows; where a row takes several turns, the next one's loads go through shared memory."""
     warps = next((w for w in (4, 2) if ins % (256 * w) == 0), 1)
     passes = -(-ins // (256 * warps))
-    unroll = max(n for n in range(1, 9) if passes % n == 0)
-    wanted = max(1, min(4, outs * warps // (16 * _PROCESSORS)))
-    return Gemv(1 << (wanted.bit_length() - 1), warps, unroll=unroll)
+    unroll = max(n for n in range(1, 6) if passes % n == 0)
+    if rows == 1:
+        return Gemv(1, warps, unroll=unroll)
+    return Gemv(2, warps, stages=3 if passes > unroll else 1, unroll=unroll)
 
 
 def _tiles(outs: int, ins: int, gated: bool) -> Tiles:

@@ -11,7 +11,7 @@ import triton
 
 from kernels.activation.triton import silu_mul
 from kernels.linear.fusion import Options
-from kernels.linear.gemv import gemv_kernel
+from kernels.linear.gemv import gemv_kernel, norm_kernel
 from kernels.linear.plan import Config, Gemv, Tiles, choose
 from kernels.linear.tiles import tiles_kernel
 from kernels.norm.triton import rms_norm
@@ -36,7 +36,7 @@ def with_config(
     """`fused_linear` by a given configuration; None composes separate kernels."""
     assert weight_OI.is_contiguous()
     if isinstance(config, Gemv):
-        return _one_row(x_RI, weight_OI, options, config)
+        return _gemv(x_RI, weight_OI, options, config)
     if options.norm_weight_I is not None:
         x_RI = rms_norm(x_RI, options.norm_weight_I, options.eps)
     if config is None:
@@ -51,34 +51,63 @@ def _composed(x_RI: torch.Tensor, weight_OI: torch.Tensor, options: Options) -> 
     return out_RO if options.residual_RO is None else options.residual_RO + out_RO
 
 
-def _one_row(
+def _gemv(
     x_RI: torch.Tensor, weight_OI: torch.Tensor, options: Options, config: Gemv
 ) -> torch.Tensor:
-    assert len(x_RI) == 1 and x_RI.stride(1) == 1
+    rows = len(x_RI)
+    assert x_RI.stride(1) == 1
     features, ins = weight_OI.shape
     outs = features // 2 if options.gated else features
-    out_RO = x_RI.new_empty(1, outs)
+    out_RO = x_RI.new_empty(rows, outs)
+    norm_weight_I, residual = options.norm_weight_I, _or(options.residual_RO, x_RI)
+    # Every program norms its rows again: of several rows, for features in pairs, that takes longer
+    # than a kernel of its own.
+    if norm_weight_I is not None and (rows > 2 or (rows > 1 and options.gated)):
+        x_RI = _gemv_norm(x_RI, norm_weight_I, options.eps, config)
+        norm_weight_I = None
     gemv_kernel[(triton.cdiv(outs, config.block_o),)](
         x_RI,
         weight_OI,
         _or(options.bias_O, x_RI),
-        _or(options.norm_weight_I, x_RI),
-        _or(options.residual_RO, x_RI),
+        _or(norm_weight_I, x_RI),
+        residual,
         out_RO,
+        x_RI.stride(0),
+        residual.stride(0),
         options.eps,
         OUT=outs,
         IN=ins,
+        ROWS=rows,
         BLOCK_O=config.block_o,
         BLOCK_I=config.block_i,
         STAGES=config.stages,
         UNROLL=config.unroll,
         BIAS=options.bias_O is not None,
-        NORM=options.norm_weight_I is not None,
+        NORM=norm_weight_I is not None,
         GATED=options.gated,
         RESIDUAL=options.residual_RO is not None,
         num_warps=config.warps,
     )
     return out_RO
+
+
+def _gemv_norm(
+    x_RI: torch.Tensor, norm_weight_I: torch.Tensor, eps: float, config: Gemv
+) -> torch.Tensor:
+    """The rows as the product of one of them would norm it."""
+    rows, ins = x_RI.shape
+    normed_RI = x_RI.new_empty(rows, ins)
+    norm_kernel[(rows,)](
+        x_RI,
+        norm_weight_I,
+        normed_RI,
+        x_RI.stride(0),
+        eps,
+        IN=ins,
+        BLOCK_I=config.block_i,
+        num_warps=config.warps,
+    )
+    return normed_RI
 
 
 def _few_rows(

@@ -16,6 +16,7 @@ from engine.config import (
 from engine.errors import InvalidRequest
 from recipes.actors.actor import Actor, InlineActor
 from recipes.actors.fleet import FleetActor
+from recipes.actors.scorer import ScoringEngine, scoring_config
 from recipes.settings.options import RunOptions
 from recipes.world import World, uses_gpu
 from rollout.launch import launch
@@ -44,6 +45,21 @@ def launch_actor(options: RunOptions, world: World | None = None) -> Actor:
     replicas = [launch_place(place) for place in range(num_engines)] if world.is_main else []
     device = torch.device("cuda", world.local_rank) if on_gpu else torch.device("cpu")
     return FleetActor(replicas, world, device=device, launch=launch_place)
+
+
+def launch_reference(options: RunOptions, world: World | None = None) -> ScoringEngine | None:
+    """Start the engine that serves the initial weights, if the options want one for the KL;
+    collective. It shares the GPU of the main trainer process. Errors as of `ScoringEngine`."""
+    if options.objective.kl_coef == 0 or options.placement.reference != "engine":
+        return None
+    config = scoring_config(
+        options,
+        options.model,
+        load_format=options.load_format,
+        kv_memory_gb=options.rollout.kv_memory_gb,
+    )
+    temperature = options.rollout.temperature
+    return ScoringEngine(config, world, option="reference", temperature=temperature)
 
 
 def engine_config(options: RunOptions, *, gpu: int = 0, saver: bool = False) -> EngineConfig:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import msgspec
 
+from engine.errors import GradingFailed
 from engine.protocol import Request, RequestOutput, SamplingParams
 from recipes.actors.actor import Actor
 from recipes.collecting.prompts import Prompts
-from recipes.rewards.grading import Grader, Grading
+from recipes.rewards.base import Failed, Grade, Item
+from recipes.rewards.failed_share import tell_failed
+from recipes.rewards.grading import Grader, grading_of
 from recipes.rewards.shaping import overlong_penalty
 from recipes.types import Group, Problem, Trajectory
 from recipes.world import World
 from rollout.offline import derive_seed
+
+logger = logging.getLogger(__name__)
 
 
 def rollout(
@@ -66,14 +72,17 @@ def score(
     """Grade replies and put them in groups, `len(replies) // len(problems)` a problem.
 
     greedy: the last reply to each problem is the greedy one.
-    grader: None calls the task's `verify`, one reply after the other."""
+    grader: None is the task's own. A reply that it cannot grade says so in `failed`."""
     samples = len(replies) // max(len(problems), 1)
-    texts = [prompts.reply_text(output.token_ids) for _, output in replies]
-    asked = [problem for problem in problems for _ in range(samples)]
-    rewards = (grader or Grading(prompts.environment))(texts, asked)
+    items = _items(prompts, problems, replies, samples)
+    if grader is None:
+        with grading_of(prompts.environment) as own:
+            grades = own(items)
+    else:
+        grades = grader(items)
     trajectories = [
-        _trajectory(*reply, text, reward, overlong_buffer)
-        for reply, text, reward in zip(replies, texts, rewards, strict=True)
+        _trajectory(*reply, item.reply, grade, overlong_buffer)
+        for reply, item, grade in zip(replies, items, grades, strict=True)
     ]
     return [
         _group(problem, trajectories[index * samples : (index + 1) * samples], greedy)
@@ -96,8 +105,10 @@ def evaluate(
     *,
     grader: Grader | None = None,
 ) -> float:
-    """Mean reward of the greedy replies to held-out problems; collective.
+    """Mean reward of the greedy replies to held-out problems; collective. Replies that could not
+    be graded are left out, and told.
 
+    Raises GradingFailed if that is all of them.
     Leaves no cached prefix behind: training goes on as if no evaluation had been.
     """
     sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
@@ -107,14 +118,40 @@ def evaluate(
     replies = rollout(actor, prompts, mine, sampling, samples=1, seed=0, first=share.start)
     actor.flush()
     groups = score(prompts, mine, replies, grader=grader)
-    rewards = world.gather([group.trajectories[0].correct for group in groups])
-    return sum(rewards) / len(rewards)
+    groups = world.gather(groups)
+    told = tell_failed(groups)
+    graded = [t.correct for group in groups for t in group.graded]
+    if not graded:
+        raise GradingFailed(f"reward: no held-out reply could be graded: {told}", field="reward")
+    if told and world.is_main:
+        logger.warning("held-out: %s", told)
+    return sum(graded) / len(graded)
+
+
+def _items(
+    prompts: Prompts,
+    problems: Sequence[Problem],
+    replies: Sequence[tuple[Request, RequestOutput]],
+    samples: int,
+) -> list[Item]:
+    asked = [(problem, prompts.environment.messages(problem)) for problem in problems]
+    return [
+        Item(
+            problem=asked[index // samples][0],
+            messages=asked[index // samples][1],
+            reply=prompts.reply_text(output.token_ids),
+            reply_ids=output.token_ids,
+        )
+        for index, (_, output) in enumerate(replies)
+    ]
 
 
 def _trajectory(
-    request: Request, output: RequestOutput, text: str, correct: float, overlong_buffer: int
+    request: Request, output: RequestOutput, text: str, grade: Grade, overlong_buffer: int
 ) -> Trajectory:
     assert output.finish is not None and len(output.token_ids) > 0
+    failed = str(grade) if isinstance(grade, Failed) else ""
+    correct = 0.0 if isinstance(grade, Failed) else grade
     penalty = overlong_penalty(
         len(output.token_ids), request.sampling.max_new_tokens, overlong_buffer
     )
@@ -125,6 +162,7 @@ def _trajectory(
         spans=tuple(output.spans),
         text=text,
         truncated=output.finish.type == "length",
-        reward=correct + penalty,
+        reward=0.0 if failed else correct + penalty,
         correct=correct,
+        failed=failed,
     )

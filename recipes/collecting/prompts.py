@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from engine.protocol import IntArray
+from recipes.data.chat_style import ChatStyle
 from recipes.environments.base import Environment
 from recipes.types import Message, Problem
 from rollout.offline import normalised_messages
@@ -26,8 +27,9 @@ class PromptTokenizer(Protocol):
         """Text of ids, special tokens left out."""
         ...
 
-    def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a chat that ends where the assistant's reply begins."""
+    def apply_chat_template(self, messages: Sequence[Message], **variables: Any) -> list[int]:
+        """Ids of a chat that ends where the assistant's reply begins. variables: for the
+        template."""
         ...
 
 
@@ -36,25 +38,31 @@ class Prompts:
 
     A model with a chat template gets a chat; any other gets plain text, a line a turn, and its
     reply ends at the end of the line.
-    eos_ids: tokens that end a reply of this model.
+    eos_ids: tokens that end a reply of this model. style: what is around every prompt.
     """
 
     def __init__(
-        self, environment: Environment, tokenizer: PromptTokenizer, eos_ids: Sequence[int]
+        self,
+        environment: Environment,
+        tokenizer: PromptTokenizer,
+        eos_ids: Sequence[int],
+        style: ChatStyle | None = None,
     ) -> None:
         self.environment = environment
+        self.style = style or ChatStyle()
         self.tokenizer = tokenizer
         self.is_chat = tokenizer.chat_template is not None
         newline = () if self.is_chat else (tokenizer.encode("\n")[-1],)
         self.stop_ids = sorted({*eos_ids, *newline})
 
     def prompt_ids(self, problem: Problem) -> IntArray:
-        """int32 [prompt_len]."""
-        messages = self.environment.messages(problem)
+        """int32 [prompt_len]. Raises InvalidRequest for a chat that the template refuses, and for
+        one with a system message beside that of `style`."""
+        messages = self.style.led(self.environment.messages(problem))
         if self.is_chat:
-            ids = self.tokenizer.apply_chat_template(messages)
+            ids = self.tokenizer.apply_chat_template(messages, **self.style.variables)
         else:
-            ids = self.tokenizer.encode(_plain_text(messages))
+            ids = self.tokenizer.encode(plain_text(messages))
         return np.asarray(ids, dtype=np.int32)
 
     def reply_text(self, response_ids: IntArray) -> str:
@@ -64,8 +72,9 @@ class Prompts:
         return self.tokenizer.decode(response_ids)
 
 
-def _plain_text(messages: Sequence[Message]) -> str:
-    """Each answer on the line of its question; the last question is left open."""
+def plain_text(messages: Sequence[Message]) -> str:
+    """A chat for a model without a template: each answer on the line of its question, the last
+    question left open."""
     text = ""
     for message in normalised_messages(messages):
         ends_line = message["role"] != "user"

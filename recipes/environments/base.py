@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Literal, Protocol, runtime_checkable
 
 from engine.errors import InvalidRequest
-from recipes.rewards.graders import GraderSpec
+from recipes.rewards.worker import GraderSpec
 from recipes.types import Message, Problem
 
 Split = Literal["train", "heldout"]
@@ -67,10 +67,27 @@ class GradedBeside(Protocol):
         ...
 
 
+@runtime_checkable
+class OwnSplits(Protocol):
+    """A task that has all its problems in a list a split, as a file has; draws are of the list."""
+
+    def count(self, split: Split) -> int:
+        """Problems of a split."""
+        ...
+
+    def at(self, split: Split, index: int) -> Problem:
+        """One of them."""
+        ...
+
+
+def key_digest(key: str) -> int:
+    """64 bits of a canonical key, the same on every machine and in every run."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
+
+
 def split_of(key: str, heldout_one_in: int) -> Split:
     """The split a canonical key belongs to, on every machine and in every run."""
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    return "heldout" if int.from_bytes(digest, "big") % heldout_one_in == 0 else "train"
+    return "heldout" if key_digest(key) % heldout_one_in == 0 else "train"
 
 
 def problem_at(environment: Environment, split: Split, seed: int, index: int) -> Problem:
@@ -78,7 +95,9 @@ def problem_at(environment: Environment, split: Split, seed: int, index: int) ->
 
     Raises InvalidRequest (`task`) for a split that holds none."""
     rng = random.Random(f"{environment.name}/{split}/{seed}/{index}")
-    for _ in range(MAX_DRAWS):
+    if isinstance(environment, OwnSplits) and environment.count(split):
+        return environment.at(split, rng.randrange(environment.count(split)))
+    for _ in range(0 if isinstance(environment, OwnSplits) else MAX_DRAWS):
         problem = environment.draw(rng)
         if split_of(problem.key, environment.heldout_one_in) == split:
             return problem
@@ -101,6 +120,9 @@ def _distinct(environment: Environment, num: int) -> Iterator[Problem]:
     rng = random.Random(f"{environment.name}/heldout")
     seen: set[str] = set()
     misses = 0
+    if isinstance(environment, OwnSplits):
+        yield from _of_list(environment, rng, num)
+        return
     while len(seen) < num and misses < MAX_DRAWS:
         problem = environment.draw(rng)
         is_heldout = split_of(problem.key, environment.heldout_one_in) == "heldout"
@@ -110,3 +132,13 @@ def _distinct(environment: Environment, num: int) -> Iterator[Problem]:
         misses = 0
         seen.add(problem.key)
         yield problem
+
+
+def _of_list(environment: OwnSplits, rng: random.Random, num: int) -> Iterator[Problem]:
+    there = environment.count("heldout")
+    seen: set[str] = set()
+    for index in rng.sample(range(there), there):
+        problem = environment.at("heldout", index)
+        if len(seen) < num and problem.key not in seen:
+            seen.add(problem.key)
+            yield problem

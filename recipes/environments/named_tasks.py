@@ -7,10 +7,12 @@ from pathlib import Path
 from types import MappingProxyType
 
 from engine.errors import InvalidRequest
+from recipes.data.data_options import ONLY_OF_FILES, DataOptions
+from recipes.data.source import FORMATS, suffix_of
 from recipes.environments import procedural
 from recipes.environments.base import Environment
+from recipes.environments.file_task import load_task
 from recipes.environments.gym import load_gym
-from recipes.environments.jsonl import load_jsonl
 
 BUILT_IN: Mapping[str, Callable[[], Environment]] = MappingProxyType(
     {
@@ -22,19 +24,36 @@ BUILT_IN: Mapping[str, Callable[[], Environment]] = MappingProxyType(
 )
 
 
-def select_environment(task: str) -> Environment:
-    """A built-in task, a `.jsonl` file, or `gym:<reasoning-gym task>`.
+def select_environment(
+    task: str, data: DataOptions | None = None, *, needs_answer: bool = True
+) -> Environment:
+    """A built-in task, a file or folder of problems, or `gym:<reasoning-gym task>`.
 
-    Raises InvalidRequest naming `task` and listing what there is.
+    data: columns and splits of a file. needs_answer: whether its rows must have an answer. Raises
+    InvalidRequest naming `task` and listing what there is, or an option that only a file has.
     """
+    if is_file_task(task):
+        return load_task(Path(task), data, needs_answer=needs_answer)
+    for name in ONLY_OF_FILES:
+        if getattr(data or DataOptions(), name) is not None:
+            raise InvalidRequest(
+                f"{name}: --{name.replace('_', '-')} speaks of a file or folder, which the task "
+                f"{task} is not; leave it out",
+                field=name,
+            )
     if task in BUILT_IN:
         return BUILT_IN[task]()
     if task.startswith("gym:"):
         return load_gym(task.removeprefix("gym:"))
-    if task.endswith((".jsonl", ".jsonl.gz")):
-        return load_jsonl(Path(task))
     raise InvalidRequest(
-        f"task: no task {task!r}; there are {', '.join(BUILT_IN)}, a path to a .jsonl file of "
-        "prompts and answers, and gym:<name> for reasoning-gym",
+        f"task: no task {task!r}; there are {', '.join(BUILT_IN)}, a path to prompts and answers "
+        f"({FORMATS}), and gym:<name> for reasoning-gym",
         field="task",
     )
+
+
+def is_file_task(task: str) -> bool:
+    """Whether a task is a file or folder rather than a name."""
+    if task in BUILT_IN or task.startswith("gym:"):
+        return False
+    return bool(suffix_of(Path(task))) or Path(task).exists()

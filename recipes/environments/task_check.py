@@ -5,15 +5,15 @@ What is found here would else end a run in the middle of a step, without a line 
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from dataclasses import dataclass
 
 from engine.errors import ContextTooLong, InvalidRequest
 from engine.protocol import ReplicaState
 from recipes.collecting.prompts import Prompts
-from recipes.environments.base import Environment, heldout_problems, problem_at, split_of
-from recipes.environments.jsonl import JsonLines, Numbered
+from recipes.data.rows import Place
+from recipes.environments.base import Environment, Split, heldout_problems, problem_at
+from recipes.environments.file_task import FileTask
 from recipes.types import Problem
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def check_task(
     Raises ContextTooLong naming the lines that do not fit, and InvalidRequest for a prompt without
     tokens or a split without problems.
     """
-    if isinstance(environment, JsonLines):
+    if isinstance(environment, FileTask):
         return _check_file(environment, prompts, context_length, skip_long)
     heldout = heldout_problems(environment, num_heldout)
     if not heldout:
@@ -83,61 +83,95 @@ def check_pool(task: CheckedTask, state: ReplicaState, max_new_tokens: int) -> N
         )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Measured:
+    """The tokens of each prompt of a task from a file, in the order of its splits."""
+
+    task: FileTask
+    lengths: dict[Split, list[int]]
+
+    def longer(self, context_length: int) -> dict[Split, list[int]]:
+        """Indices of the prompts that leave no room for a token."""
+        return {
+            split: [i for i, length in enumerate(lengths) if length >= context_length]
+            for split, lengths in self.lengths.items()
+        }
+
+    def longest_below(self, context_length: int) -> tuple[int, Place]:
+        """Tokens and place of the longest prompt that leaves room."""
+        found = (
+            (length, split, index)
+            for split, lengths in self.lengths.items()
+            for index, length in enumerate(lengths)
+            if length < context_length
+        )
+        length, split, index = max(found, key=lambda item: item[0])
+        return length, self.task.place(split, index)
+
+
 def _check_file(
-    environment: JsonLines, prompts: Prompts, context_length: int, skip_long: bool
+    environment: FileTask, prompts: Prompts, context_length: int, skip_long: bool
 ) -> CheckedTask:
-    lengths = [
-        _num_tokens(prompts, line.problem, f"{environment.path}:{line.number}")
-        for line in environment.lines
-    ]
-    long = [i for i, num_tokens in enumerate(lengths) if num_tokens >= context_length]
-    if long:
-        told = _told_long(environment, long, lengths, context_length)
+    measured = _measure(environment, prompts)
+    long = measured.longer(context_length)
+    if any(long.values()):
+        told = _told_long(measured, long, context_length)
         if not skip_long:
             raise ContextTooLong(
                 f"task: {told}; shorten them, or leave them out with --skip-long-prompts",
                 field="task",
             )
         logger.warning("task: %s; left out", told)
-    left_out = set(long)
-    kept = [i for i in range(len(lengths)) if i not in left_out]
-    _check_splits(environment, [environment.lines[i] for i in kept])
-    longest = max(kept, key=lengths.__getitem__)
-    return CheckedTask(
-        environment=dataclasses.replace(
-            environment, lines=tuple(environment.lines[i] for i in kept)
-        ),
-        longest=lengths[longest],
-        where=f"{environment.path}:{environment.lines[longest].number}",
-    )
+    kept = environment.without(long)
+    _check_splits(kept)
+    longest, place = measured.longest_below(context_length)
+    return CheckedTask(environment=kept, longest=longest, where=str(place))
 
 
-def _told_long(
-    environment: JsonLines, long: list[int], lengths: list[int], context_length: int
-) -> str:
-    places = ", ".join(
-        f"{environment.path}:{environment.lines[i].number} ({lengths[i]} tokens)"
-        for i in long[:SHOWN]
+def _measure(environment: FileTask, prompts: Prompts) -> _Measured:
+    lengths: dict[Split, list[int]] = {
+        split: [
+            _num_tokens(prompts, environment.at(split, index), environment.place(split, index))
+            for index in range(environment.count(split))
+        ]
+        for split in environment.splits
+    }
+    return _Measured(task=environment, lengths=lengths)
+
+
+def _told_long(measured: _Measured, long: dict[Split, list[int]], context_length: int) -> str:
+    found = sorted(
+        (measured.task.place(split, index), measured.lengths[split][index])
+        for split, indices in long.items()
+        for index in indices
     )
-    more = f" and {len(long) - SHOWN} more" if len(long) > SHOWN else ""
+    places = ", ".join(f"{place} ({num_tokens} tokens)" for place, num_tokens in found[:SHOWN])
+    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
     return f"a context of {context_length} tokens has no room for the prompts at {places}{more}"
 
 
-def _check_splits(environment: JsonLines, lines: list[Numbered]) -> None:
-    keys = {line.problem.key for line in lines}
-    num_heldout = sum(split_of(key, environment.heldout_one_in) == "heldout" for key in keys)
-    num_train = len(keys) - num_heldout
-    if num_heldout == 0 or num_train == 0:
+def _check_splits(task: FileTask) -> None:
+    num_train, num_heldout = task.num_different("train"), task.num_different("heldout")
+    if num_train and num_heldout:
+        return
+    how = "so add rows"
+    if task.heldout_one_in:
+        how += f" (one prompt in {task.heldout_one_in} is held out, by a hash of its text)"
+    raise InvalidRequest(
+        f"task: {task.path} has {num_train + num_heldout} different prompts that fit, {num_train} "
+        f"to train on and {num_heldout} held out; a run needs both, {how}",
+        field="task",
+    )
+
+
+def _num_tokens(prompts: Prompts, problem: Problem, where: Place | str) -> int:
+    """Raises InvalidRequest naming the place of a prompt that the chat template refuses."""
+    try:
+        num_tokens = len(prompts.prompt_ids(problem))
+    except InvalidRequest as error:
         raise InvalidRequest(
-            f"task: {environment.path} has {len(keys)} different prompts that fit, {num_train} to "
-            f"train on and {num_heldout} held out; a run needs both, so add lines (about one "
-            f"prompt in {environment.heldout_one_in} is held out, by a hash of its text)",
-            field="task",
-        )
-
-
-def _num_tokens(prompts: Prompts, problem: Problem, where: str) -> int:
-    num_tokens = len(prompts.prompt_ids(problem))
+            f"task: the prompt at {where}: {error.message}", field=error.field or "task"
+        ) from error
     if num_tokens == 0:
         raise InvalidRequest(
             f"task: the prompt at {where} has no tokens for this model; write one", field="task"

@@ -1,148 +1,165 @@
 """A process that grades replies: whatever a grader does stays in here.
 
 Started by `graders.GraderPool` alone. It loads the grader once and forks a child, which grades one
-reply after the other. The kernel ends the child when a reply has taken its time (of the processor,
-by the profiling timer, or of the clock, by the alarm): also inside C code, where Python would not
-see a signal. The next child costs a fork, not another import.
-
-A frame is its length in 4 bytes, little-endian, and JSON.
+reply after the other. The child ends when a reply has taken its time: of the processor, by the
+kernel's profiling timer, also inside C code, where Python would not see a signal; of the clock, by
+this process, whatever the grader does with timers and signals. The next child costs a fork, not
+another import. Before it starts, all that the one before has started is ended and reaped.
 """
 
 from __future__ import annotations
 
-import importlib
+import inspect
 import json
-import math
 import mmap
 import os
-import resource
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-MAX_REASON = 300
-"""Characters of a reason, so that a frame is written to a pipe at once or not at all."""
+from recipes.rewards import descendants
+from recipes.rewards.base import Failed
+from recipes.rewards.frames import read_frame, write_frame
+from recipes.rewards.grader_call import call, limit_memory, load, told
 
-_REASONS = {
-    signal.SIGPROF: "took more than {limit_s:g} s of processor time",
-    signal.SIGALRM: "took more than {wall_s:g} s",
-    signal.SIGKILL: "was killed, for its memory perhaps",
-}
+NO_JOB = bytes(16)
+"""What the child's number and start are between two replies."""
+FORK_AGAIN = 93
+"""Exit code of a child, between two replies, that leaves something running."""
+LATE = 256
+"""Stands for the exit code of a child that was killed because its reply was late."""
+_TOLD = frozenset({signal.SIGCHLD, signal.SIGTERM})
 
 
 @dataclass(frozen=True, kw_only=True)
 class GraderLimits:
-    """Of one reply: limit_s of processor time, wall_s of the clock; memory_bytes of the process."""
+    """Of one reply: cpu_s of processor time, None without a limit; wall_s of the clock;
+    memory_bytes beyond what the process has when the grader is loaded."""
 
-    limit_s: float
+    cpu_s: float | None
     wall_s: float
     memory_bytes: int
 
 
-def main(name: str, sample: list[str], limits: GraderLimits) -> None:
-    """Say that the grader is there, or why not; then grade until the input ends."""
+def main(function: str, sample: list[Any] | None, limits: GraderLimits) -> None:
+    """Say that the grader is there, or why not; then grade until the input ends.
+
+    function: "module:function" or "FILE.py:function". sample: see `graders.GraderSpec`.
+    """
     source, sink = os.dup(0), os.dup(1)
     nothing = os.open(os.devnull, os.O_RDWR)
     # A grader that prints or reads must not meet the frames.
     os.dup2(nothing, 0)
     os.dup2(nothing, 1)
     try:
-        grader = load(name)
-        grader(*sample)
-    except Exception as error:  # whatever a grader raises is told to the run
-        write_frame(sink, {"id": 0, "broken": f"{type(error).__name__}: {error}"[:MAX_REASON]})
+        grader = load(function)
+        if sample is not None:
+            grader(*sample)
+        parameters = _parameters(grader)
+    except BaseException as error:  # whatever a grader raises is told to the run
+        write_frame(sink, {"id": 0, "broken": told(error)})
         return
-    write_frame(sink, {"id": 0})
-    current = mmap.mmap(-1, 8)
+    write_frame(sink, {"id": 0, **parameters})
+    descendants.adopt()
+    signal.pthread_sigmask(signal.SIG_BLOCK, _TOLD)
+    current = mmap.mmap(-1, len(NO_JOB))
     while True:
+        current[:] = NO_JOB
         child = os.fork()
         if child == 0:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _TOLD)
             _serve(grader, limits, source, sink, current)
             os._exit(0)
-        _, status = os.waitpid(child, 0)
-        if os.waitstatus_to_exitcode(status) == 0:
-            return
+        exit_code = _watch(child, limits, current)
+        descendants.end_all()
         job = int.from_bytes(current[:8], "little")
-        write_frame(sink, {"id": job, "failed": _reason(os.waitstatus_to_exitcode(status), limits)})
+        if exit_code is None or (not job and exit_code != FORK_AGAIN):
+            return
+        if job:
+            failed = _failure(exit_code, limits)
+            write_frame(sink, {"id": job, "kind": failed.kind, "reason": failed.reason})
 
 
-def load(name: str) -> Callable[..., float]:
-    """The function called `module:function`."""
-    module, _, function = name.partition(":")
-    found: Callable[..., float] = getattr(importlib.import_module(module), function)
-    return found
+def _parameters(grader: Callable[..., Any]) -> dict[str, Any]:
+    """Names of its parameters: those without a default, all, and whether it takes any."""
+    try:
+        found = inspect.signature(grader).parameters.values()
+    except ValueError:  # some functions of C modules have none
+        return {"required": [], "known": [], "takes_any": True}
+    kinds = inspect.Parameter
+    known = [p for p in found if p.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)]
+    return {
+        "required": [p.name for p in known if p.default is kinds.empty],
+        "known": [p.name for p in known],
+        "takes_any": any(p.kind is kinds.VAR_KEYWORD for p in found),
+    }
 
 
 def _serve(
-    grader: Callable[..., float], limits: GraderLimits, source: int, sink: int, current: mmap.mmap
+    grader: Callable[..., Any], limits: GraderLimits, source: int, sink: int, current: mmap.mmap
 ) -> None:
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (limits.memory_bytes, limits.memory_bytes))
+    descendants.end_with_parent()
+    limit_memory(limits.memory_bytes)
+    own = os.getpid()
     while (job := read_frame(source)) is not None:
-        current[:8] = int(job["id"]).to_bytes(8, "little")
-        signal.setitimer(signal.ITIMER_PROF, limits.limit_s)
-        signal.setitimer(signal.ITIMER_REAL, limits.wall_s)
-        answer = _grade(grader, job["arguments"])
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        current[:8] = bytes(8)
+        started = time.monotonic_ns().to_bytes(8, "little")
+        current[:] = int(job["id"]).to_bytes(8, "little") + started
+        answer = call(grader, job, limits.cpu_s)
+        if os.getpid() != own:
+            os._exit(0)  # a grader that forked, and returned twice
         write_frame(sink, {"id": job["id"], **answer})
+        current[:] = NO_JOB
+        if threading.active_count() > 1 or descendants.any_left():
+            os._exit(FORK_AGAIN)
 
 
-def _grade(grader: Callable[..., float], arguments: list[str]) -> dict[str, Any]:
-    try:
-        reward = float(grader(*arguments))
-    except MemoryError:
-        return {"failed": "took more memory than it may"}
-    except Exception as error:  # whatever a grader raises is told to the run
-        return {"failed": f"raised {type(error).__name__}: {error}"[:MAX_REASON]}
-    if not math.isfinite(reward):
-        return {"failed": f"gave {reward}"}
-    return {"reward": reward}
-
-
-def _reason(exit_code: int, limits: GraderLimits) -> str:
-    if exit_code > 0:
-        return f"ended its process with exit code {exit_code}"
-    try:
-        ended_by = signal.Signals(-exit_code)
-    except ValueError:
-        return f"died of signal {-exit_code}"
-    told = _REASONS.get(ended_by, f"died of {ended_by.name}")
-    return told.format(limit_s=limits.limit_s, wall_s=limits.wall_s)
-
-
-def write_frame(sink: int, value: dict[str, Any]) -> None:
-    """Write one frame to a file descriptor. Raises BrokenPipeError if the reader is gone."""
-    data = json.dumps(value).encode()
-    rest = memoryview(len(data).to_bytes(4, "little") + data)
-    while rest:
-        rest = rest[os.write(sink, rest) :]
-
-
-def read_frame(source: int) -> dict[str, Any] | None:
-    """The next frame of a file descriptor; None at its end."""
-    head = _read(source, 4)
-    data = None if head is None else _read(source, int.from_bytes(head, "little"))
-    if data is None:
-        return None
-    found: dict[str, Any] = json.loads(data)
-    return found
-
-
-def _read(source: int, size: int) -> bytes | None:
-    parts = []
-    while size:
-        part = os.read(source, size)
-        if not part:
+def _watch(child: int, limits: GraderLimits, current: mmap.mmap) -> int | None:
+    """Wait for the end of the child, which is killed when its reply is late. Its exit code, LATE
+    for one that was killed; None if this process is told to end."""
+    while (exit_code := _ended(child)) is None:
+        left_s = _left_s(limits, current)
+        if left_s <= 0:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return LATE
+        found = signal.sigtimedwait(_TOLD, left_s)
+        if found is not None and found.si_signo == signal.SIGTERM:
             return None
-        parts.append(part)
-        size -= len(part)
-    return b"".join(parts)
+    return exit_code
+
+
+def _ended(child: int) -> int | None:
+    pid, status = os.waitpid(child, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if pid else None
+
+
+def _left_s(limits: GraderLimits, current: mmap.mmap) -> float:
+    """Seconds that the reply under way has left. Between replies, the time after which to look
+    again: none is late before."""
+    if current[:8] == bytes(8):
+        return limits.wall_s
+    started = int.from_bytes(current[8:], "little")
+    return limits.wall_s - (time.monotonic_ns() - started) / 1e9
+
+
+def _failure(exit_code: int, limits: GraderLimits) -> Failed:
+    """What a reply that ended its process is told."""
+    if exit_code == LATE:
+        return Failed(kind="timeout", reason=f"took more than {limits.wall_s:g} s")
+    if exit_code >= 0:
+        return Failed(kind="died", reason=f"ended its process with exit code {exit_code}")
+    if -exit_code == signal.SIGPROF:
+        return Failed(kind="timeout", reason=f"took more than {limits.cpu_s:g} s of processor time")
+    if -exit_code == signal.SIGKILL:
+        return Failed(kind="died", reason="was killed, for its memory perhaps")
+    names = {number.value: number.name for number in signal.Signals}
+    return Failed(kind="died", reason=f"died of {names.get(-exit_code, f'signal {-exit_code}')}")
 
 
 if __name__ == "__main__":
     settings = json.loads(sys.argv[1])
-    main(settings["grader"], settings["sample"], GraderLimits(**settings["limits"]))
+    main(settings["function"], settings["sample"], GraderLimits(**settings["limits"]))

@@ -1,70 +1,42 @@
-"""The rewards of a run's replies, by the task itself or by its grader beside the run."""
+"""The grades of a run's replies: a reward in an event loop of its own, for a caller that waits."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
-from recipes.environments.base import Environment, GradedBeside
-from recipes.rewards.graders import MOST_PROCESSES, GraderPool
-from recipes.types import Problem
+from recipes.environments.base import Environment
+from recipes.rewards.base import Grade, Item, Reward
+from recipes.rewards.loop_thread import LoopThread
+from recipes.rewards.task_reward import task_reward
 
-Grader = Callable[[Sequence[str], Sequence[Problem]], list[float]]
-"""Rewards of replies, each to its problem, 1.0 for a right one."""
-
-SHOWN_CHARS = 80
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ungraded:
-    """A reply that its grader did not get through; its reward is 0."""
-
-    question: str
-    reply: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.reason}: reply {_short(self.reply)} to {_short(self.question)}"
+Grader = Callable[[Sequence[Item]], list[Grade]]
+"""A grade for each reply, in order; `Grading` is one."""
 
 
 class Grading:
-    """A `Grader` of one task; owns the processes, if it has some. processes_here: of the run on
-    this host, which share the cores."""
+    """A `Grader`. Any thread may call; `close` ends processes and connections of the reward."""
 
-    def __init__(self, environment: Environment, *, processes_here: int = 1) -> None:
-        self._environment = environment
-        self._pool: GraderPool | None = None
-        self._ungraded: list[Ungraded] = []
-        if isinstance(environment, GradedBeside):
-            share = (os.cpu_count() or 1) // processes_here
-            num = max(1, min(share, MOST_PROCESSES))
-            self._pool = GraderPool(environment.grader, num_processes=num)
+    def __init__(self, reward: Reward) -> None:
+        self._reward = reward
+        self._loop = LoopThread()
 
-    def __call__(self, replies: Sequence[str], problems: Sequence[Problem]) -> list[float]:
-        """The rewards, in order. Raises InvalidRequest for a grader that cannot be loaded."""
-        pairs = list(zip(replies, problems, strict=True))
-        environment = self._environment
-        if self._pool is None or not isinstance(environment, GradedBeside):
-            return [environment.verify(reply, problem) for reply, problem in pairs]
-        grades = self._pool.grade([environment.grading(*pair) for pair in pairs])
-        self._ungraded += [
-            Ungraded(question=problem.question, reply=reply, reason=grade.failed)
-            for (reply, problem), grade in zip(pairs, grades, strict=True)
-            if grade.failed
-        ]
-        return [grade.reward for grade in grades]
-
-    def take_ungraded(self) -> list[Ungraded]:
-        """Those since the last call."""
-        taken, self._ungraded = self._ungraded, []
-        return taken
+    def __call__(self, items: Sequence[Item]) -> list[Grade]:
+        """One grade an item, in order. Raises a `SlipstreamError` for a reward that cannot work."""
+        return self._loop.run(self._reward.grade(items))
 
     def close(self) -> None:
-        """End the processes. Idempotent."""
-        if self._pool is not None:
-            self._pool.close()
+        """End what the reward has started. Idempotent."""
+        if self._loop.is_open:
+            self._loop.run(self._reward.close())
+            self._loop.close()
 
 
-def _short(text: str) -> str:
-    return repr(text if len(text) <= SHOWN_CHARS else text[:SHOWN_CHARS] + "...")
+@contextlib.contextmanager
+def grading_of(environment: Environment) -> Iterator[Grading]:
+    """The task's own grading, for a few replies outside a run."""
+    grading = Grading(task_reward(environment))
+    try:
+        yield grading
+    finally:
+        grading.close()

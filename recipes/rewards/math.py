@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from recipes.rewards.graders import GraderSpec
+from recipes.rewards.worker import GraderSpec
 
 MATH = GraderSpec(function="recipes.rewards.math:math_match", sample=("1", "1"))
 """`math_match` beside a run."""

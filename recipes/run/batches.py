@@ -16,7 +16,7 @@ from recipes.collecting.batching import make_batch
 from recipes.collecting.credit import graded, token_kl
 from recipes.run.run import Run
 from recipes.trainers.base import Logprobs
-from recipes.types import Batch, Group
+from recipes.types import Batch, Group, Trajectory
 
 
 def algorithm_now(run: Run) -> Algorithm:
@@ -37,7 +37,7 @@ def prepare(
         moments = run.progress.reward_moments.including([t.reward for t in trajectories])
         run.progress.reward_moments = moments
     old = trainer.logprobs(trajectories) if algorithm.needs_old_logprobs else None
-    reference = trainer.reference_logprobs(trajectories) if algorithm.kl_coef > 0 else None
+    reference = _reference_logprobs(run, trajectories) if algorithm.kl_coef > 0 else None
     values = None if run.critic is None else run.critic.values(trajectories)
     batch = make_batch(
         groups,
@@ -52,6 +52,12 @@ def prepare(
     if not algorithm.rewards_kl or old is None or reference is None:
         return batch, {}
     return batch, {"kl": _mean_kl(old, reference, algorithm)}
+
+
+def _reference_logprobs(run: Run, trajectories: tuple[Trajectory, ...]) -> Logprobs:
+    if run.reference is not None:
+        return run.reference.logprobs(trajectories)
+    return run.trainer.reference_logprobs(trajectories)
 
 
 def _mean_kl(old: Logprobs, reference: Logprobs, algorithm: Algorithm) -> float:

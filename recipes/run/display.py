@@ -26,7 +26,10 @@ VISIBLE_ROWS = 24
 
 Row = dict[str, Any]
 
-COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+Columns = tuple[tuple[str, str, Callable[[float], str]], ...]
+"""Title, name of the figure, and how it is written."""
+
+COLUMNS: Columns = (
     ("step", "step", "{:.0f}".format),
     ("reward", "reward", "{:.3f}".format),
     ("held-out", "eval/accuracy", "{:.3f}".format),
@@ -46,24 +49,38 @@ COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("step s", "timing_s/step", "{:.2f}".format),
 )
 
+SFT_COLUMNS: Columns = (
+    COLUMNS[0],
+    ("loss", "loss", "{:.4f}".format),
+    ("held-out loss", "eval/loss", "{:.4f}".format),
+    ("held-out", "eval/accuracy", "{:.3f}".format),
+    ("grad", "grad_norm", "{:.2f}".format),
+    ("rate", "learning_rate", "{:.1e}".format),
+    ("tokens", "perf/learnt_tokens", "{:.0f}".format),
+    ("step s", "timing_s/step", "{:.2f}".format),
+)
+"""Those of a supervised run."""
+
 # Dropped from the right where a terminal is too narrow for all; the log lines have them.
 BY_IMPORTANCE = (
     *("step", "reward", "held-out", "step s", "generate", "train", "push", "score", "other"),
-    *("tok/s", "Δlogp", "entropy", "length", "clip", "grad", "k3", "max"),
+    *("loss", "held-out loss"),
+    *("tok/s", "Δlogp", "entropy", "length", "clip", "grad", "k3", "max", "rate", "tokens"),
 )
 CELL_WIDTH = 7
 """Of the widest figures, such as 1.3e-05."""
 
 
-def cells(row: Row) -> list[str]:
+def cells(row: Row, columns: Columns = COLUMNS) -> list[str]:
     """The row as text, one cell a column, "-" where it has no such figure."""
-    return [form(row[key]) if key in row else "-" for _, key, form in COLUMNS]
+    return [form(row[key]) if key in row else "-" for _, key, form in columns]
 
 
-def fitting(width: int) -> set[str]:
+def fitting(width: int, columns: Columns = COLUMNS) -> set[str]:
     """Titles of the most important columns that a line of `width` characters has room for."""
     shown: set[str] = set()
-    for title in BY_IMPORTANCE:
+    there = {title for title, _, _ in columns}
+    for title in (title for title in BY_IMPORTANCE if title in there):
         width -= max(len(title), CELL_WIDTH if title in ("Δlogp", "max", "k3") else 5) + 1
         if width < 0:
             break
@@ -74,12 +91,20 @@ def fitting(width: int) -> set[str]:
 class Display:
     """Shows rows as they come. Use as a context manager around the run.
 
-    console: where to; a live table if it is a terminal, else log lines.
+    console: where to; a live table if it is a terminal, else log lines. columns: figures shown.
     """
 
-    def __init__(self, title: str, total_steps: int, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        title: str,
+        total_steps: int,
+        console: Console | None = None,
+        *,
+        columns: Columns = COLUMNS,
+    ) -> None:
         console = Console(stderr=True) if console is None else console
         self._title = title
+        self._columns = columns
         self._rows: list[Row] = []
         self._note = "loading the model"
         self._bar = Progress(
@@ -117,7 +142,7 @@ class Display:
         self._rows.append(row)
         self._bar.update(self._task, completed=row["step"], description="training")
         if self._live is None:
-            named = zip(COLUMNS, cells(row), strict=True)
+            named = zip(self._columns, cells(row, self._columns), strict=True)
             logger.info("  ".join(f"{title} {cell}" for (title, _, _), cell in named))
 
     def __enter__(self) -> Self:
@@ -130,12 +155,12 @@ class Display:
             self._live.stop()
 
     def _render(self) -> Group:
-        shown = fitting(self._bar.console.width)
+        shown = fitting(self._bar.console.width, self._columns)
         table = Table(title=self._title, box=None, pad_edge=False, padding=(0, 1, 0, 0))
-        for title, _, _ in COLUMNS:
+        for title, _, _ in self._columns:
             if title in shown:
                 table.add_column(title, justify="right", no_wrap=True)
         for row in self._rows[-VISIBLE_ROWS:]:
-            named = zip(COLUMNS, cells(row), strict=True)
+            named = zip(self._columns, cells(row, self._columns), strict=True)
             table.add_row(*(cell for (title, _, _), cell in named if title in shown))
         return Group(table, self._bar)

@@ -10,13 +10,18 @@ from rich.console import Console
 
 from engine.protocol import SamplingParams
 from recipes.actors.actor import Actor
-from recipes.actors.launch import launch_actor
+from recipes.actors.launch import launch_actor, launch_reference
+from recipes.actors.scorer import ScoringEngine
 from recipes.algorithms.presets import Algorithm, resolve
 from recipes.collecting.prompts import Prompts
-from recipes.environments.base import Environment, heldout_problems
+from recipes.data.chat_style import chat_style
+from recipes.environments.base import Environment, heldout_problems, problem_at
 from recipes.environments.named_tasks import select_environment
 from recipes.environments.task_check import CheckedTask, check_pool, check_task
+from recipes.rewards.failed_share import FailedShare
 from recipes.rewards.grading import Grading
+from recipes.rewards.named_rewards import open_grading
+from recipes.rewards.task_reward import task_reward
 from recipes.run.display import Display
 from recipes.run.ledger import Ledger
 from recipes.run.progress import RunProgress
@@ -28,6 +33,7 @@ from recipes.settings.options import PpoOptions, RunOptions, flatten
 from recipes.trainers.base import Learner
 from recipes.trainers.critic import Critic
 from recipes.trainers.model import check_vocabulary, load_critic, load_trainer
+from recipes.types import Problem
 from recipes.world import World, open_world
 from rollout.launch import read_checkpoint
 from rollout.offline import Tokenizer, load_tokenizer
@@ -48,34 +54,54 @@ def open_run(options: RunOptions, ledger: Ledger) -> Run:
             colocated=placement.rollout_gpus == 0,
         )
         on_failure.callback(world.close)
+        grading = open_grading(
+            options.rewards,
+            task.environment,
+            _looked_at(options, task.environment),
+            processes_here=world.size,
+        )
+        on_failure.callback(grading.close)
         actor = launch_actor(options, world)
         on_failure.callback(actor.close)
+        reference = launch_reference(options, world)
+        if reference is not None:
+            on_failure.callback(reference.close)
         check_pool(task, actor.state(), _max_new_tokens(options, task.environment))
         trainer = load_trainer(options, actor, world)
         run = assemble(
             options,
             ledger,
             environment=task.environment,
+            grading=grading,
             actor=actor,
             tokenizer=tokenizer,
             trainer=trainer,
             critic=load_critic(options, actor, trainer, world),
             world=world,
+            reference=reference,
         )
         on_failure.pop_all()
     return run
 
 
 def _read_task(options: RunOptions, tokenizer: Tokenizer) -> CheckedTask:
-    environment = select_environment(options.task)
+    environment = select_environment(
+        options.task, options.data, needs_answer=options.rewards.uses_task
+    )
     checkpoint = read_checkpoint(options.model, options.load_format, options.seed)
     return check_task(
         environment,
-        Prompts(environment, tokenizer, ()),
+        Prompts(environment, tokenizer, (), chat_style(options.data, tokenizer.chat_template)),
         context_length=checkpoint.context_length,
         num_heldout=options.eval_prompts,
         skip_long=options.skip_long_prompts,
     )
+
+
+def _looked_at(options: RunOptions, environment: Environment) -> list[Problem]:
+    """Problems that tell which columns there are."""
+    heldout = heldout_problems(environment, options.eval_prompts)
+    return [*heldout, problem_at(environment, "train", options.seed, 0)]
 
 
 def _max_new_tokens(options: RunOptions, environment: Environment) -> int:
@@ -92,8 +118,13 @@ def assemble(
     trainer: Learner,
     critic: Critic | None = None,
     world: World | None = None,
+    grading: Grading | None = None,
+    reference: ScoringEngine | None = None,
 ) -> Run:
-    """A run of these parts, whatever task and model the options name."""
+    """A run of these parts, whatever task and model the options name.
+
+    reference: the engine that has the initial weights, where the trainer has not.
+    """
     world = world or World()
     folder = open_folder(options, world)
     folder.write_config(flatten(options))
@@ -109,13 +140,20 @@ def assemble(
         sampling=SamplingParams(
             max_new_tokens=max_new_tokens, temperature=options.rollout.temperature
         ),
-        prompts=Prompts(environment, tokenizer, actor.state().eos_ids),
-        grading=Grading(environment, processes_here=world.size),
+        prompts=Prompts(
+            environment,
+            tokenizer,
+            actor.state().eos_ids,
+            chat_style(options.data, tokenizer.chat_template),
+        ),
+        grading=grading or Grading(task_reward(environment)),
+        failed_share=FailedShare(options.rewards.max_failed_share),
         tokenizer=tokenizer,
         heldout=heldout_problems(environment, options.eval_prompts),
         actor=actor,
         trainer=trainer,
         critic=critic,
+        reference=reference,
         world=world,
         folder=folder,
         ledger=ledger,

@@ -10,10 +10,12 @@ import torch
 
 from engine.protocol import SamplingParams
 from recipes.actors.actor import Actor
+from recipes.actors.scorer import ScoringEngine
 from recipes.algorithms.presets import Algorithm
 from recipes.collecting.collect import evaluate
 from recipes.collecting.prompts import Prompts
 from recipes.environments.base import Environment, problem_at
+from recipes.rewards.failed_share import FailedShare, failed_figures, tell_failed
 from recipes.rewards.grading import Grading
 from recipes.run.advice import WINDOW, advice
 from recipes.run.display import Display
@@ -51,6 +53,7 @@ class Run:
     sampling: SamplingParams
     prompts: Prompts
     grading: Grading
+    failed_share: FailedShare
     tokenizer: Tokenizer
     heldout: list[Problem]
     actor: Actor
@@ -63,6 +66,7 @@ class Run:
     display: Display
     tracker: Tracker
     progress: RunProgress
+    reference: ScoringEngine | None = None
     surplus: list[Group] = field(default_factory=list)
     """Groups with spread that were sampled beyond what a step trains on, oldest first."""
     _recent: list[dict[str, float]] = field(default_factory=list)
@@ -81,6 +85,8 @@ class Run:
         self.display.__exit__()
         self.grading.close()
         self.actor.close()
+        if self.reference is not None:
+            self.reference.close()
         self.world.close()
         self.folder.close()
 
@@ -157,7 +163,7 @@ class Run:
             **figures,
             **push_figures(pushed),
             **time_figures(seconds),
-            **self._tell_ungraded(),
+            **failed_figures(collected.sampled),
         }
         if _due(step, self.options.eval_every):
             row["timing_s/eval"] = self._evaluate()
@@ -166,18 +172,14 @@ class Run:
         self.folder.append_samples(step, collected.sampled)
         self.tracker.log(row)
         self.display.show(row)
+        if failed := tell_failed(collected.sampled):
+            self.display.note(failed)
+        self.failed_share.add(collected.sampled)
         self._advise(row)
         if pushed.memcpy_seconds is not None:
             self.display.note(f"push of {pushed}")
         if _due(step, self.options.checkpoint_every):
             self._checkpoint()
-
-    def _tell_ungraded(self) -> dict[str, float]:
-        """Count the replies that no grader got through, and name the first of them."""
-        ungraded = self.world.gather(self.grading.take_ungraded())
-        if ungraded:
-            self.display.note(f"{len(ungraded)} replies not graded, reward 0; {ungraded[0]}")
-        return {"completions/num_ungraded": float(len(ungraded))}
 
     def _advise(self, row: dict[str, float]) -> None:
         """Say so, once each time it begins, when the run has nothing to learn from."""

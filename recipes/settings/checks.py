@@ -12,6 +12,7 @@ from typing import Any
 
 from engine.errors import InvalidRequest, ModelNotFound
 from recipes.algorithms.presets import AlgorithmOptions, resolve
+from recipes.rewards.reward_options import check_reward_options
 from recipes.settings.options import (
     DEFAULT_MODEL,
     PlacementOptions,
@@ -20,6 +21,7 @@ from recipes.settings.options import (
     RunOptions,
     flatten,
 )
+from recipes.settings.sft_options import SftOptions
 
 LEAST: Mapping[str, int] = MappingProxyType(
     {
@@ -44,16 +46,20 @@ LEAST: Mapping[str, int] = MappingProxyType(
         "is_cap": 1,
         "critic_warmup_steps": 0,
         "value_coef": 0,
+        "batch_size": 1,
+        "judge_votes": 1,
     }
 )
 """Least values of the numbers among the options."""
 
 ABOVE_ZERO = frozenset(
     {
-        *("minutes", "temperature", "kv_memory_gb", "lr", "max_grad_norm"),
+        *("minutes", "epochs", "temperature", "kv_memory_gb", "lr", "max_grad_norm"),
+        "reward_timeout",
         *("kl_target", "kl_horizon", "critic_lr", "value_clip"),
     }
 )
+SHARES = frozenset({"max_failed_share"})
 BELOW_ONE = frozenset({"beta1", "beta2"})
 UP_TO_ONE = frozenset({"gamma"})
 FROM_ZERO_TO_ONE = frozenset({"gae_lambda"})
@@ -62,9 +68,25 @@ FROM_ZERO_TO_ONE = frozenset({"gae_lambda"})
 def check_options(options: RunOptions) -> None:
     """Raises InvalidRequest, its `field` an option's name; ModelNotFound for the model."""
     _check_numbers(flatten(options))
-    _check_placement(options.placement)
     _check_critic(options)
     _check_objective(options.objective, options.rollout)
+    check_reward_options(options.rewards)
+    _check_common(options)
+
+
+def check_sft(options: SftOptions) -> None:
+    """As `check_options`, of a supervised run."""
+    _check_numbers(flatten(options))
+    if options.steps is not None and options.epochs is not None:
+        raise InvalidRequest(
+            "epochs: --epochs and --steps both say how long the run is; leave one out",
+            field="epochs",
+        )
+    _check_common(options)
+
+
+def _check_common(options: RunOptions | SftOptions) -> None:
+    _check_placement(options.placement)
     if options.wandb != "off":
         _check_extra("wandb", f"--wandb {options.wandb}", "wandb")
     if options.placement.trainer == "deepspeed":
@@ -195,6 +217,8 @@ def _check_numbers(flat: Mapping[str, Any]) -> None:
             _require(name, value, value >= LEAST[name], f"at least {LEAST[name]}")
         elif name in ABOVE_ZERO:
             _require(name, value, value > 0, "above 0")
+        elif name in SHARES:
+            _require(name, value, 0 <= value <= 1, "in [0, 1]")
         elif name in BELOW_ONE:
             _require(name, value, 0 <= value < 1, "in [0, 1)")
         elif name in UP_TO_ONE:

@@ -1,4 +1,4 @@
-"""From arguments, a TOML file and a run to resume to one `RunOptions`.
+"""From arguments, a TOML file and a run to resume to the options of a recipe.
 
 Flags override the TOML file, which overrides the defaults. A resumed run takes its own
 config.json as the defaults, and refuses changes that would make it another run.
@@ -10,18 +10,22 @@ import dataclasses
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import msgspec
 import tyro
 
 from engine.errors import InvalidRequest
-from recipes.settings.checks import check_options
-from recipes.settings.options import GROUPS, PpoOptions, RunOptions, flatten, groups_of
+from recipes.settings.checks import check_options, check_sft
+from recipes.settings.options import PpoOptions, RunOptions, flatten, groups_of
+from recipes.settings.sft_options import SftOptions
+
+Options = TypeVar("Options", RunOptions, SftOptions)
 
 CHANGEABLE = frozenset(
     {
         "steps",
+        "epochs",
         "minutes",
         "out",
         "resume",
@@ -32,6 +36,7 @@ CHANGEABLE = frozenset(
         "kv_memory_gb",
         "rollout_gpus",
         "sleep",
+        "max_failed_share",
     }
 )
 """Options a resumed run may be given anew: none of them changes a step that both runs take."""
@@ -43,7 +48,26 @@ def parse(argv: Sequence[str], defaults: RunOptions | None = None) -> RunOptions
 
     defaults: of the recipe, whose kind of options is the one that is returned; None takes those of
     grpo.py."""
-    defaults = RunOptions() if defaults is None else defaults
+    options = _parse(argv, RunOptions() if defaults is None else defaults)
+    check_options(options)
+    return options
+
+
+def parse_sft(argv: Sequence[str]) -> SftOptions:
+    """As `parse`, those of a supervised run."""
+    options = _parse(argv, SftOptions())
+    check_sft(options)
+    return options
+
+
+def recipe_of(options: RunOptions | SftOptions) -> str:
+    """The file of the recipe that takes options of this kind."""
+    if isinstance(options, SftOptions):
+        return "sft.py"
+    return "ppo.py" if isinstance(options, PpoOptions) else "grpo.py"
+
+
+def _parse(argv: Sequence[str], defaults: Options) -> Options:
     kind = type(defaults)
     resume = _peek(argv, "--resume")
     saved = None
@@ -56,13 +80,7 @@ def parse(argv: Sequence[str], defaults: RunOptions | None = None) -> RunOptions
     options = tyro.cli(kind, default=defaults, args=list(argv), prog=recipe_of(defaults))
     if saved is not None:
         _check_unchanged(saved, options)
-    check_options(options)
     return options
-
-
-def recipe_of(options: RunOptions) -> str:
-    """The file of the recipe that takes options of this kind."""
-    return "ppo.py" if isinstance(options, PpoOptions) else "grpo.py"
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -73,7 +91,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise InvalidRequest(f"config: {path}: {error}", field="config") from error
 
 
-def with_values(options: RunOptions, values: dict[str, Any]) -> RunOptions:
+def with_values(options: Options, values: dict[str, Any]) -> Options:
     """The options with some replaced. InvalidRequest names a key that is unknown or a value
     of the wrong type."""
     known = flatten(options)
@@ -84,12 +102,12 @@ def with_values(options: RunOptions, values: dict[str, Any]) -> RunOptions:
             )
     replaced = {group: _replace(getattr(options, group), values) for group in groups_of(options)}
     result = _replace(dataclasses.replace(options, **replaced), values)
-    assert isinstance(result, RunOptions)
+    assert isinstance(result, type(options))
     return result
 
 
 def _replace(target: Any, values: dict[str, Any]) -> Any:
-    names = {f.name for f in dataclasses.fields(target)} - set(GROUPS)
+    names = {f.name for f in dataclasses.fields(target)} - set(groups_of(target))
     hints = get_type_hints(type(target))
     mine = {key: _typed(key, value, hints[key]) for key, value in values.items() if key in names}
     return dataclasses.replace(target, **mine)
@@ -102,7 +120,7 @@ def _typed(key: str, value: Any, kind: Any) -> Any:
         raise InvalidRequest(f"{key}: {error}, not {value!r}", field=key) from error
 
 
-def _load_config(path: Path, defaults: RunOptions) -> RunOptions:
+def _load_config(path: Path, defaults: Options) -> Options:
     """The options a run was started with. InvalidRequest if there is no such run of the recipe."""
     try:
         values = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
@@ -110,21 +128,25 @@ def _load_config(path: Path, defaults: RunOptions) -> RunOptions:
         raise InvalidRequest(
             f"resume: cannot read {path} ({error}); give the folder of a run", field="resume"
         ) from error
-    recipe = "ppo.py" if values.get("algorithm") == "ppo" else "grpo.py"
-    if recipe != recipe_of(defaults):
+    others = sorted(values.keys() - flatten(defaults).keys())
+    by_ppo = values.get("algorithm") == "ppo"
+    if by_ppo != isinstance(defaults, PpoOptions):
+        others = others or ["algorithm"]
+    if others:
         raise InvalidRequest(
-            f"resume: {path.parent} is a run of recipes/{recipe}; continue it with that",
+            f"resume: {path.parent} is a run of another recipe, whose options include {others[0]}; "
+            "continue it with that",
             field="resume",
         )
     return with_values(defaults, values)
 
 
-def _check_unchanged(saved: RunOptions, options: RunOptions) -> None:
+def _check_unchanged(saved: Options, options: Options) -> None:
     """Refuse a resumed run an option that would make its steps others than those it took."""
     before, after = flatten(saved), flatten(options)
     changeable = set(CHANGEABLE)
     if saved.optimizer.schedule != "constant":
-        changeable.remove("steps")
+        changeable -= {"steps", "epochs"}
     for name, value in before.items():
         if name not in changeable and after[name] != value:
             raise InvalidRequest(

@@ -11,6 +11,8 @@ import tyro
 
 from engine.config import Device, LoadFormat
 from recipes.algorithms.presets import AlgorithmOptions
+from recipes.data.data_options import DataOptions
+from recipes.rewards.reward_options import RewardOptions
 from recipes.trainers.critic_options import CriticOptions
 from recipes.trainers.optimizer_options import OptimizerOptions
 
@@ -19,6 +21,7 @@ DEFAULT_MODEL = Path(__file__).parent.parent.parent / ".models" / "SmolLM2-135M-
 WandbMode = Literal["off", "offline", "online"]
 TrainerName = Literal["plain", "deepspeed", "fsdp"]
 ZeroStage = Literal[0, 1, 2, 3]
+ReferencePlace = Literal["copy", "host", "engine"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,9 @@ class PlacementOptions:
     sleep: bool | None = None
     """Release the engine's memory while training; None does so on a GPU with
     torch-memory-saver, where they share it."""
+    reference: ReferencePlace = "copy"
+    """Where the initial model that a KL compares with is: beside the trainer; in host memory, and
+    beside the trainer only while it is used; or in an engine and a process of its own."""
     trainer_memory_gb: float = 0.0
     """GPU memory of one trainer process at the peak of its step, GiB, where it shares a GPU with
     an engine: the run is refused, with numbers, if a phase does not fit. 0 plans nothing."""
@@ -63,8 +69,8 @@ class RunOptions:
     """
 
     task: str = "largest"
-    """largest, sorting, addition, letter_count, a .jsonl file (or .jsonl.gz) of prompts and
-    answers, or gym:<name> for a reasoning-gym task."""
+    """largest, sorting, addition, letter_count, a path to prompts and answers (jsonl, csv, parquet,
+    arrow, or a folder of them), or gym:<name> for a reasoning-gym task."""
     skip_long_prompts: bool = False
     """Leave out the prompts of a file that do not fit into the model's context, instead of
     refusing the run."""
@@ -96,8 +102,10 @@ class RunOptions:
     """Steps between checkpoints; 0 writes none."""
     config: str | None = None
     """TOML file with defaults for these options, named as here with _ for -."""
+    data: tyro.conf.OmitArgPrefixes[DataOptions] = field(default_factory=DataOptions)
     rollout: tyro.conf.OmitArgPrefixes[RolloutOptions] = field(default_factory=RolloutOptions)
     optimizer: tyro.conf.OmitArgPrefixes[OptimizerOptions] = field(default_factory=OptimizerOptions)
+    rewards: tyro.conf.OmitArgPrefixes[RewardOptions] = field(default_factory=RewardOptions)
     placement: tyro.conf.OmitArgPrefixes[PlacementOptions] = field(default_factory=PlacementOptions)
     objective: tyro.conf.OmitArgPrefixes[AlgorithmOptions] = field(default_factory=AlgorithmOptions)
 
@@ -110,7 +118,7 @@ class PpoOptions(RunOptions):
     """
 
     steps: int = 100
-    """Steps of the run."""
+    """Optimizer steps of the run."""
     rollout: tyro.conf.OmitArgPrefixes[RolloutOptions] = field(
         default_factory=lambda: RolloutOptions(prompts_per_step=64, samples=1)
     )
@@ -120,16 +128,13 @@ class PpoOptions(RunOptions):
     value_function: tyro.conf.OmitArgPrefixes[CriticOptions] = field(default_factory=CriticOptions)
 
 
-GROUPS = ("rollout", "optimizer", "placement", "objective", "value_function")
-"""Fields of `RunOptions` and its kinds that are groups of options."""
+def groups_of(options: Any) -> list[str]:
+    """Fields of options that are groups of options."""
+    names = [f.name for f in dataclasses.fields(options)]
+    return [name for name in names if dataclasses.is_dataclass(getattr(options, name))]
 
 
-def groups_of(options: RunOptions) -> list[str]:
-    """The groups that these options have."""
-    return [f.name for f in dataclasses.fields(options) if f.name in GROUPS]
-
-
-def flatten(options: RunOptions) -> dict[str, Any]:
+def flatten(options: Any) -> dict[str, Any]:
     """Every option by its name, groups dissolved; names are unique over the groups."""
     flat = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
     for group in groups_of(options):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,14 @@ def load_checkpoint(
     _restore_rng(rng, state["rng"])
     progress: dict[str, Any] = state["progress"]
     surplus: list[Group] = decode((checkpoint / SURPLUS).read_bytes(), list[Group])
-    return progress, surplus
+    return progress, [_sharing_prompt(group) for group in surplus]
+
+
+def _sharing_prompt(group: Group) -> Group:
+    """The group with one prompt array for all its samples, as it had when they were sampled."""
+    prompt_ids = group.trajectories[0].prompt_ids
+    trajectories = tuple(replace(t, prompt_ids=prompt_ids) for t in group.trajectories)
+    return replace(group, trajectories=trajectories)
 
 
 def _complete(folder: Path) -> list[Path]:

@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from engine.errors import InvalidRequest
 from recipes.trainers.memory import recompute_layers
 from recipes.trainers.optimizer_options import OptimizerOptions
+from recipes.trainers.reference import Reference, reference_of
 from recipes.trainers.sharded import write_hf_config
 from trainer_bridge.adapters.base import WeightSource
 from trainer_bridge.adapters.deepspeed import DeepSpeedSource
@@ -32,7 +34,8 @@ class DeepSpeedBackend:
     stage: 0 (plain data parallel), 1 (optimizer state sharded), 2 (gradients too), 3
     (parameters too). dtype: bfloat16 computes in it, with float32 masters inside the optimizer,
     which start from the model's own float32 weights; stage 0 is then run as stage 1, the first
-    that has such masters. reference: the model with its initial weights, for a KL term.
+    that has such masters. reference: the model with its initial weights, for a KL term,
+    in host memory between its passes if `reference_on_host`.
     Raises InvalidRequest, with how to install it, when DeepSpeed is missing.
     """
 
@@ -45,6 +48,7 @@ class DeepSpeedBackend:
         device: torch.device,
         dtype: torch.dtype,
         reference: PreTrainedModel | None = None,
+        reference_on_host: bool = False,
     ) -> None:
         library = _import(device)
         if stage == 0 and dtype == torch.bfloat16:
@@ -62,11 +66,16 @@ class DeepSpeedBackend:
         )
         _set_masters(engine.module, full, device)
         self.model: Any = engine
-        self.reference = None
+        self.reference: Reference | None = None
         if reference is not None:
             reference = reference.float().eval().requires_grad_(False)
             reference.set_attn_implementation("sdpa")
-            self.reference = _frozen(library, reference, config, stage, device, dtype)
+            if stage < 3:
+                frozen = _frozen(reference, dtype)
+                self.reference = reference_of(frozen, device, on_host=reference_on_host)
+            else:
+                offloads = reference_on_host and device.type == "cuda"
+                self.reference = nullcontext(_sharded(library, reference, config, offloads))
         self.weights: WeightSource = DeepSpeedSource(engine)
         self._stage = stage
 
@@ -163,21 +172,19 @@ def _set_masters(
         tensors.safe_set_full_fp32_param(parameter, full[name].to(device))
 
 
-def _frozen(
-    library: Any,
-    model: PreTrainedModel,
-    config: dict[str, Any],
-    stage: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Any:
-    """The reference: whole on every process, or sharded like the model under stage 3."""
-    if stage < 3:
-        model = model.to(device=device)
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
-        return model
+def _frozen(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The reference, whole on every process."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def _sharded(library: Any, model: PreTrainedModel, config: dict[str, Any], offloads: bool) -> Any:
+    """The reference sharded like the model under stage 3, its shards in host memory or not."""
     config = {key: value for key, value in config.items() if key != "optimizer"}
+    if offloads:
+        offload = {"device": "cpu", "pin_memory": True}
+        config["zero_optimization"] = {**config["zero_optimization"], "offload_param": offload}
     engine, *_ = library.initialize(model=model, config=config)
     engine.eval()
     return engine

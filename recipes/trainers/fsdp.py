@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,18 @@ import torch
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from recipes.trainers.memory import recompute_layers
 from recipes.trainers.optimizer_options import OptimizerOptions
+from recipes.trainers.reference import Reference
 from recipes.trainers.sharded import write_hf_config
 from trainer_bridge.adapters.base import WeightSource
 from trainer_bridge.adapters.fsdp import FsdpSource
@@ -26,7 +33,8 @@ class FsdpBackend:
     """A `Backend` over all processes of the default group; parameters stay float32 shards.
 
     dtype: bfloat16 gathers and computes in it, and reduces gradients in float32.
-    reference: the model with its initial weights, where there is a KL term.
+    reference: the model with its initial weights, where there is a KL term; its shards are in host
+    memory between its passes if `reference_on_host`.
     """
 
     def __init__(
@@ -38,6 +46,7 @@ class FsdpBackend:
         device: torch.device,
         dtype: torch.dtype,
         reference: PreTrainedModel | None = None,
+        reference_on_host: bool = False,
     ) -> None:
         mesh = init_device_mesh(device.type, (num_processes,))
         model = model.float().eval()
@@ -45,11 +54,12 @@ class FsdpBackend:
         if options.gradient_checkpointing:
             recompute_layers(model)
         self.model: Any = _shard(model, mesh, dtype)
-        self.reference: Any | None = None
+        self.reference: Reference | None = None
         if reference is not None:
             reference = reference.float().eval().requires_grad_(False)
             reference.set_attn_implementation("sdpa")
-            self.reference = _shard(reference, mesh, dtype)
+            offload = CPUOffloadPolicy() if reference_on_host and device.type == "cuda" else None
+            self.reference = nullcontext(_shard(reference, mesh, dtype, offload))
         self.weights: WeightSource = FsdpSource(self.model, dtype=dtype)
         self._max_grad_norm = options.max_grad_norm
         self._optimizer = torch.optim.AdamW(
@@ -95,17 +105,24 @@ class FsdpBackend:
         write_hf_config(self.model, folder, dtype)
 
 
-def _shard(model: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype) -> Any:
+def _shard(
+    model: PreTrainedModel,
+    mesh: DeviceMesh,
+    dtype: torch.dtype,
+    offload: OffloadPolicy | None = None,
+) -> Any:
     """One group a decoder layer, and one for the rest.
 
     The root is resharded after its forward pass as well: a step between that and the next
     would otherwise not be seen.
     """
-    policy = MixedPrecisionPolicy()
+    policy, offload = MixedPrecisionPolicy(), offload or OffloadPolicy()
     if dtype == torch.bfloat16:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     layers = set(model._no_split_modules or ())
     for module in model.modules():
         if type(module).__name__ in layers:
-            fully_shard(module, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+            fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    return fully_shard(
+        model, mesh=mesh, mp_policy=policy, reshard_after_forward=True, offload_policy=offload
+    )

@@ -43,7 +43,8 @@ def load_trainer(options: RunOptions, actor: Actor, world: World | None = None) 
             field="trainer",
         )
     model = _read_model(options.model, options)
-    reference = copy.deepcopy(model) if options.objective.kl_coef > 0 else None
+    needs = options.objective.kl_coef > 0 and options.placement.reference != "engine"
+    reference = copy.deepcopy(model) if needs else None
     head = None
     if isinstance(options, PpoOptions) and options.value_function.critic == "shared":
         coef = options.value_function.value_coef
@@ -146,6 +147,7 @@ def _learner(
             dtype=dtype,
             temperature=temperature,
             reference=reference,
+            reference_on_host=options.placement.reference == "host",
             head=head,
         )
     backend = _backend(options, model, reference, world, device, dtype)
@@ -182,6 +184,7 @@ def _backend(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Backend:
+    on_host = options.placement.reference == "host"
     if options.placement.trainer == "fsdp":
         from recipes.trainers.fsdp import FsdpBackend
 
@@ -192,6 +195,7 @@ def _backend(
             device=device,
             dtype=dtype,
             reference=reference,
+            reference_on_host=on_host,
         )
     from recipes.trainers.deepspeed import DeepSpeedBackend
 
@@ -203,4 +207,5 @@ def _backend(
         device=device,
         dtype=dtype,
         reference=reference,
+        reference_on_host=on_host,
     )

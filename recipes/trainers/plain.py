@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from recipes.trainers.microbatch import (
     score_values,
 )
 from recipes.trainers.optimizer_options import OptimizerOptions
+from recipes.trainers.reference import Reference, reference_of
 from recipes.trainers.value_head import ValueHead
 from recipes.types import Batch, Trajectory
 
@@ -36,8 +38,8 @@ class Trainer:
 
     model: float32; moved to `device`, where its parameters become `dtype`, which the engine
     serves; the optimizer keeps float32 masters of them. temperature: that of the rollouts.
-    reference: the same model with its initial weights, where there is a KL term. head: a critic's,
-    on this model.
+    reference: the same model with its initial weights, where there is a KL term, in host memory
+    between its passes if `reference_on_host`. head: a critic's, on this model.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Trainer:
         dtype: torch.dtype,
         temperature: float,
         reference: PreTrainedModel | None = None,
+        reference_on_host: bool = False,
         head: ValueHead | None = None,
     ) -> None:
         self.model: PreTrainedModel = model.to(device=device, dtype=torch.float32).eval()
@@ -60,7 +63,10 @@ class Trainer:
         self.temperature = temperature
         self.head = head
         self.masters = Masters(self.model, dtype)
-        self.reference = None if reference is None else _frozen(reference, device, dtype)
+        self.reference: Reference | None = None
+        if reference is not None:
+            frozen = _frozen(reference, dtype)
+            self.reference = reference_of(frozen, device, on_host=reference_on_host)
         self.optimizer = torch.optim.AdamW(
             self.masters.parameters,
             lr=options.lr,
@@ -135,7 +141,8 @@ class Trainer:
     def reference_logprobs(self, trajectories: tuple[Trajectory, ...]) -> Logprobs:
         """As `logprobs`, under the initial weights."""
         assert self.reference is not None
-        return self._logprobs(self.reference, trajectories)
+        with self.reference as model:
+            return self._logprobs(model, trajectories)
 
     @property
     def weights(self) -> PreTrainedModel:
@@ -169,7 +176,7 @@ class Trainer:
             trajectories, lambda part: score_values(self.model, part, head, trunk=False)
         )
 
-    def _logprobs(self, model: PreTrainedModel, trajectories: tuple[Trajectory, ...]) -> Logprobs:
+    def _logprobs(self, model: Any, trajectories: tuple[Trajectory, ...]) -> Logprobs:
         return self._per_sequence(
             trajectories, lambda part: score(model, part, self.temperature)[0].logprobs
         )
@@ -192,9 +199,9 @@ class Trainer:
         return microbatches(trajectories, self.options.max_tokens_per_microbatch, self.device)
 
 
-def _frozen(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def _frozen(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """The reference as the trainer computes it."""
-    model = model.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
+    model = model.to(dtype=torch.float32).eval().requires_grad_(False)
     model.set_attn_implementation("sdpa")
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

@@ -26,6 +26,7 @@ from recipes.trainers.microbatch import (
     score_values,
 )
 from recipes.trainers.optimizer_options import OptimizerOptions
+from recipes.trainers.reference import Reference
 from recipes.trainers.value_head import ValueHead
 from recipes.types import Batch, Trajectory
 from recipes.world import World
@@ -37,7 +38,7 @@ class Backend(Protocol):
 
     model: Any
     """Called like a transformers causal LM, as a whole; has its `device`."""
-    reference: Any | None
+    reference: Reference | None
     """The same with the frozen initial weights, if they were asked for."""
     weights: WeightSource
 
@@ -137,7 +138,8 @@ class ShardedTrainer:
     def reference_logprobs(self, trajectories: tuple[Trajectory, ...]) -> Logprobs:
         """See `Learner`."""
         assert self._backend.reference is not None
-        return self._logprobs(self._backend.reference, trajectories)
+        with self._backend.reference as model:
+            return self._logprobs(model, trajectories)
 
     def save(self, folder: Path) -> None:
         """See `Learner`."""

@@ -48,6 +48,7 @@ EXTRAS: Mapping[str, str] = MappingProxyType(
         "flashinfer": "gpu",
         "torch_memory_saver": "gpu",
         "wandb": "wandb",
+        "openai": "judge",
         "reasoning_gym": "gym",
         "zstandard": "delta",
         "xxhash": "delta",

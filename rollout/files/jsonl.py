@@ -12,6 +12,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar, cast
@@ -66,21 +67,32 @@ class JsonLine:
 def read_lines(path: Path, *, field: str) -> Iterator[JsonLine]:
     """The lines of a UTF-8 file, plain or gzip, whatever its name; what they say is not looked at.
 
+    Raises InvalidRequest as `open_text` does.
+    """
+    with open_text(path, field=field, of="one JSON object a line") as file:
+        yield from _lines(path, file)
+
+
+@contextmanager
+def open_text(path: Path, *, field: str, of: str) -> Iterator[BinaryIO]:
+    """A file of text, plain or gzip, whatever its name, opened for its bytes. of: what it is a
+    text of, e.g. "one JSON object a line".
+
     Raises InvalidRequest, naming `field` and the file, for one that cannot be read, is in another
-    encoding, or is no text at all.
+    encoding than UTF-8, or is no text at all, also while the body reads.
     """
     if not path.is_file():
         raise InvalidRequest(f"{field}: no file at {path}", field=field)
     try:
         with path.open("rb") as file:
             head = file.read(8)
-            _check_head(path, head, field)
+            _check_head(path, head, field, of)
             file.seek(0)
             if head.startswith(_GZIP):
                 with gzip.open(file) as unpacked:
-                    yield from _lines(path, cast(BinaryIO, unpacked))
+                    yield cast(BinaryIO, unpacked)
             else:
-                yield from _lines(path, file)
+                yield file
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InvalidRequest(
             f"{field}: {path} is a broken gzip file ({error}); pack it again", field=field
@@ -114,7 +126,7 @@ def check_line(line: JsonLine) -> dict[str, Any]:
     what is not JSON or not one whole object, for a key that an object has twice, and for half of
     a surrogate pair.
     """
-    text = _text(line)
+    text = decode_text(line.data)
     try:
         value = json.loads(text, object_pairs_hook=_no_key_twice, parse_constant=_no_such_number)
     except InvalidRequest:
@@ -163,13 +175,15 @@ def _check_escapes(data: bytes) -> None:
             )
 
 
-def _text(line: JsonLine) -> str:
-    if 0 in line.data:
+def decode_text(data: bytes) -> str:
+    """A line of a text file. Raises InvalidRequest, which leaves the place to the caller, for a
+    NUL and for bytes that are not UTF-8."""
+    if 0 in data:
         raise InvalidRequest("holds a NUL byte: the file is damaged or UTF-16; save it as UTF-8")
     try:
-        return line.data.decode()
+        return data.decode()
     except UnicodeDecodeError as error:
-        byte = line.data[error.start]
+        byte = data[error.start]
         raise InvalidRequest(
             f"byte {error.start + 1} (0x{byte:02x}) is not UTF-8; save the file as UTF-8 "
             "(`iconv -f LATIN1 -t UTF-8`, if it is Latin-1)"
@@ -185,7 +199,7 @@ def _not_json(text: str, error: json.JSONDecodeError) -> str:
     return f"{told}; write one JSON object a line"
 
 
-def _check_head(path: Path, head: bytes, field: str) -> None:
+def _check_head(path: Path, head: bytes, field: str, of: str) -> None:
     for mark, encoding in _ENCODINGS:
         if head.startswith(mark):
             raise InvalidRequest(
@@ -195,8 +209,7 @@ def _check_head(path: Path, head: bytes, field: str) -> None:
     for mark, format_name in _FORMATS:
         if head.startswith(mark):
             raise InvalidRequest(
-                f"{field}: {path} is {format_name}; give a text file of one JSON object a line, "
-                "plain or gzip",
+                f"{field}: {path} is {format_name}; give a text file of {of}, plain or gzip",
                 field=field,
             )
 

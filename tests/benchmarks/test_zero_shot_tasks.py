@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from recipes.environments.base import split_of
-from recipes.environments.jsonl import load_jsonl
+from recipes.environments.file_task import load_task
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("numerals", "word_sums")
@@ -43,7 +43,8 @@ def test_the_answer_cannot_be_copied(name: str, tmp_path: Path) -> None:
     assert len(heldout) >= 30
     path = tmp_path / "task.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert len(load_jsonl(path).lines) == len(rows)
+    task = load_task(path)
+    assert (task.count("train"), task.count("heldout")) == (len(rows) - len(heldout), len(heldout))
 
 
 def test_sums_are_right() -> None:

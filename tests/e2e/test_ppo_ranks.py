@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from recipes import ppo
 from tests.helpers.char_model import char_model, write_char_model
 from tests.helpers.recipe_ranks import run_recipe
 
@@ -46,7 +47,7 @@ def run(folder: Path, name: str, num: int, words: str, steps: int = STEPS) -> li
         flags += (
             " --device cpu --kv-memory-gb 0.05 --eval-every 0 --eval-prompts 5 --checkpoint-every 2"
         )
-    done = run_recipe(num, flags.split(), folder / f"{name}-said", by_ppo=True)
+    done = run_recipe(num, flags.split(), folder / f"{name}-said", main=ppo.main)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -12,10 +12,13 @@ from pathlib import Path
 
 import torch
 
-from recipes import grpo, ppo
+from recipes import grpo
 from recipes.world import leave
 from tests.helpers.children import child_environment
 from tests.helpers.rank_processes import DEADLINE_S, become_rank, forked, join
+
+Main = Callable[[Sequence[str]], int]
+"""A recipe: flags in, exit code out."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,12 @@ class Ended:
     stderr: str
 
 
-def run_recipe(size: int, words: Sequence[str], folder: Path, *, by_ppo: bool = False) -> Ended:
-    """The recipe with the flags `words` on `size` ranks, to its end, or until one has failed.
+def run_recipe(size: int, words: Sequence[str], folder: Path, *, main: Main = grpo.main) -> Ended:
+    """The recipe `main` with the flags `words` on `size` ranks, to its end or the first failure.
 
-    folder: where what the ranks say is written. by_ppo: it is ppo.py, not grpo.py.
+    folder: where what the ranks say is written.
     """
-    with started_recipe(size, words, folder, by_ppo=by_ppo) as processes:
+    with started_recipe(size, words, folder, main=main) as processes:
         codes = join(processes, DEADLINE_S)
     said = [(folder / f"stderr-{rank}.txt").read_text() for rank in range(size)]
     return Ended(next((code for code in codes if code), 0), "\n".join(said))
@@ -39,18 +42,18 @@ def run_recipe(size: int, words: Sequence[str], folder: Path, *, by_ppo: bool = 
 
 @contextmanager
 def started_recipe(
-    size: int, words: Sequence[str], folder: Path, *, by_ppo: bool = False
+    size: int, words: Sequence[str], folder: Path, *, main: Main = grpo.main
 ) -> Iterator[list[BaseProcess]]:
     """The processes of such a run, by rank; what is left of them at the end is killed."""
     folder.mkdir(parents=True, exist_ok=True)
     # As torchrun, whose own process holds the store.
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    calls = [(list(words), rank, size, store.port, folder, by_ppo) for rank in range(size)]
+    calls = [(main, list(words), rank, size, store.port, folder) for rank in range(size)]
     with forked(_enter, calls) as processes:
         yield processes
 
 
-def _enter(words: list[str], rank: int, size: int, port: int, folder: Path, by_ppo: bool) -> None:
+def _enter(main: Main, words: list[str], rank: int, size: int, port: int, folder: Path) -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
         file = os.open(folder / f"{name}-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)
@@ -62,4 +65,4 @@ def _enter(words: list[str], rank: int, size: int, port: int, folder: Path, by_p
         TORCHELASTIC_USE_AGENT_STORE="True",
         TORCHELASTIC_RESTART_COUNT="0",
     )
-    leave((ppo if by_ppo else grpo).main(words))
+    leave(main(words))

@@ -42,14 +42,15 @@ def batch(step: int) -> Batch:
     return drawn
 
 
-def plain() -> Trainer:
+def plain(*, on_host: bool = False, device: torch.device = CPU) -> Trainer:
     return Trainer(
         model(),
         OPTIONS,
-        device=CPU,
+        device=device,
         dtype=torch.float32,
         temperature=TEMPERATURE,
         reference=model(),
+        reference_on_host=on_host,
     )
 
 
@@ -59,6 +60,8 @@ def deepspeed(
     dtype: torch.dtype = torch.float32,
     *,
     checkpointing: bool = False,
+    on_host: bool = False,
+    device: torch.device = CPU,
 ) -> ShardedTrainer:
     from recipes.trainers.deepspeed import DeepSpeedBackend
 
@@ -66,16 +69,34 @@ def deepspeed(
         lr=1e-2, max_tokens_per_microbatch=14, gradient_checkpointing=checkpointing
     )
     backend = DeepSpeedBackend(
-        model(), options, stage=stage, device=CPU, dtype=dtype, reference=model()
+        model(),
+        options,
+        stage=stage,
+        device=device,
+        dtype=dtype,
+        reference=model(),
+        reference_on_host=on_host,
     )
     return ShardedTrainer(backend, options, world, temperature=TEMPERATURE)
 
 
-def fsdp(world: World, dtype: torch.dtype = torch.float32) -> ShardedTrainer:
+def fsdp(
+    world: World,
+    dtype: torch.dtype = torch.float32,
+    *,
+    on_host: bool = False,
+    device: torch.device = CPU,
+) -> ShardedTrainer:
     from recipes.trainers.fsdp import FsdpBackend
 
     backend = FsdpBackend(
-        model(), OPTIONS, num_processes=world.size, device=CPU, dtype=dtype, reference=model()
+        model(),
+        OPTIONS,
+        num_processes=world.size,
+        device=device,
+        dtype=dtype,
+        reference=model(),
+        reference_on_host=on_host,
     )
     return ShardedTrainer(backend, OPTIONS, world, temperature=TEMPERATURE)
 
@@ -115,7 +136,9 @@ def deepspeed_alone(rank: int, size: int, folder: Path) -> Results:
     """What is compared of one process."""
     world = World(rank=rank, size=size, rollout_ranks=size)
     return {
-        f"zero{stage}": figures(deepspeed(world, stage, checkpointing=stage == 2), world)
+        f"zero{stage}": figures(
+            deepspeed(world, stage, checkpointing=stage == 2, on_host=stage > 0), world
+        )
         for stage in range(4)
     }
 

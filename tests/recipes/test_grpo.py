@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,19 +14,23 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engine.errors import InvalidRequest
+from engine.errors import GradingFailed, InvalidRequest
+from recipes.actors.scorer import ScoringEngine, scoring_config
 from recipes.algorithms.presets import AlgorithmName, AlgorithmOptions
 from recipes.environments.base import Environment
 from recipes.grpo import main, train, update
-from recipes.rewards.graders import GraderSpec
+from recipes.rewards.base import Failed, Grade, Item
+from recipes.rewards.reward_options import RewardOptions
+from recipes.rewards.worker import GraderSpec
 from recipes.run.ledger import Ledger
 from recipes.run.opening import assemble
 from recipes.run.report import PHASES
 from recipes.run.run import Run
-from recipes.settings.options import RolloutOptions, RunOptions
+from recipes.settings.options import PlacementOptions, RolloutOptions, RunOptions
 from recipes.trainers.optimizer_options import OptimizerOptions
 from recipes.trainers.plain import Trainer
-from tests.helpers.char_model import CharAddition, char_model, char_tokenizer
+from tests.helpers.char_model import CharAddition, char_model, char_tokenizer, write_char_model
+from tests.helpers.engines import make_replica
 from tests.helpers.fake_actor import FakeActor
 
 pytestmark = pytest.mark.slow
@@ -52,7 +57,10 @@ def make_options(tmp_path: Path, **changes: Any) -> RunOptions:
 
 
 def make_run(
-    options: RunOptions, noise: float = 0.0, environment: Environment | None = None
+    options: RunOptions,
+    noise: float = 0.0,
+    environment: Environment | None = None,
+    reference: ScoringEngine | None = None,
 ) -> Run:
     model = char_model(16, 1)
     return assemble(
@@ -67,9 +75,14 @@ def make_run(
             device=torch.device("cpu"),
             dtype=torch.float32,
             temperature=options.rollout.temperature,
-            reference=copy.deepcopy(model) if options.objective.kl_coef > 0 else None,
+            reference=copy.deepcopy(model) if _has_reference(options) else None,
         ),
+        reference=reference,
     )
+
+
+def _has_reference(options: RunOptions) -> bool:
+    return options.objective.kl_coef > 0 and options.placement.reference != "engine"
 
 
 def go(options: RunOptions, noise: float = 0.0) -> tuple[Run, dict[str, Any]]:
@@ -228,13 +241,43 @@ class Beside(LeadingDigit):
 def test_replies_that_no_grader_gets_through_are_counted_and_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    options = make_options(tmp_path, steps=2, checkpoint_every=0)
+    rewards = RewardOptions(max_failed_share=1.0)
+    objective = AlgorithmOptions(algorithm="grpo")
+    options = make_options(tmp_path, checkpoint_every=0, rewards=rewards, objective=objective)
     with caplog.at_level(logging.INFO), make_run(options, environment=Beside()) as run:
         run.begin()
         train(run)
     ungraded = [row["completions/num_ungraded"] for row in rows(run)]
     assert sum(ungraded) > 0
-    assert "replies not graded, reward 0; raised ValueError: no digit" in caplog.text
+    for row, num in zip(rows(run), ungraded, strict=True):
+        assert row.get("rewards/failed/raised", 0.0) == num
+        assert row["rewards/failed_share"] == num / 12
+    assert "replies not graded, and left out" in caplog.text
+    assert "raised: raised ValueError: no digit" in caplog.text
+
+
+@pytest.mark.parametrize("kl_coef,num_iterations", [(0.0, 1), (0.1, 2)])
+def test_a_reward_that_fails_ends_the_run_by_its_name(
+    tmp_path: Path, kl_coef: float, num_iterations: int
+) -> None:
+    """Steps with nothing to learn from come before: they leave the weights as they are."""
+    objective = AlgorithmOptions(algorithm="grpo", kl_coef=kl_coef, num_iterations=num_iterations)
+    options = make_options(tmp_path, checkpoint_every=0, eval_every=0, objective=objective)
+    run = make_run(options)
+    run.begin()
+    before = copy.deepcopy(run.trainer.model.state_dict())
+
+    def fail(items: Sequence[Item]) -> list[Grade]:
+        return [Failed(kind="http", reason="no route to it")] * len(items)
+
+    run.grading = fail  # type: ignore[assignment]
+    with pytest.raises(GradingFailed, match="40% of the replies of the last 5 steps") as caught:
+        train(run)
+    assert "12 http" in str(caught.value) and "no route to it" in str(caught.value)
+    assert [row["rewards/failed_share"] for row in rows(run)] == [1.0, 1.0]
+    after = run.trainer.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    run.folder.close()
 
 
 @pytest.mark.parametrize("place", ["loss", "reward"])
@@ -268,6 +311,41 @@ def test_a_resumed_run_goes_on_with_the_weight_of_the_kl(tmp_path: Path, place: 
         resumed.trainer.model.parameters(), unbroken.trainer.model.parameters(), strict=True
     ):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("place", ["loss", "reward"])
+def test_an_engine_is_as_good_a_reference_as_the_trainer(
+    tmp_path: Path, place: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_char_model(tmp_path / "model", char_model(16, 1))
+
+    def open_engine() -> ScoringEngine:
+        return ScoringEngine(
+            scoring_config(RunOptions(), "unused", kv_memory_gb=1.0),
+            option="reference",
+            temperature=1.0,
+            launch=lambda: make_replica(tmp_path / "model"),
+        )
+
+    told, closed = [], []
+    for where in ("copy", "engine"):
+        options = make_options(
+            tmp_path / where,
+            steps=3,
+            checkpoint_every=0,
+            eval_every=0,
+            objective=AlgorithmOptions(kl_coef=0.1, kl_in=place),
+            placement=PlacementOptions(reference=where),
+        )
+        engine = open_engine() if where == "engine" else None
+        if engine is not None:
+            monkeypatch.setattr(engine, "close", lambda where=where: closed.append(where))
+        with make_run(options, reference=engine) as run:
+            run.begin()
+            train(run)
+        told.append([row["kl"] for row in rows(run)])
+    assert told[1] == pytest.approx(told[0], abs=1e-5) and told[0][2] != 0
+    assert closed == ["engine"]
 
 
 @pytest.mark.parametrize("name", ["reinforce++", "reinforce++-baseline", "remax", "rloo"])

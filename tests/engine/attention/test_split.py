@@ -46,9 +46,6 @@ class Spy:
     def capture_decode(self, layout: object) -> tuple[str, object]:
         return "captured", layout
 
-    def bound(self, rows: int, longest: int) -> int:
-        return rows * longest
-
 
 def make_pool() -> KVPool:
     pool = KVPool(
@@ -129,5 +126,4 @@ def test_a_step_of_one_kind_stays_whole(
 def test_graphs_are_of_the_decode_back_end() -> None:
     split, _, _ = make_split(make_pool())
     assert split.capture_decode("layout") == ("captured", "layout")
-    assert split.bound(3, 5) == 15
     assert split.name == "spy+spy"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engine.attention import triton
-from engine.attention.base import ANY_LENGTH, CapturableBackend, DecodeLayout
+from engine.attention.base import DecodeLayout
 from engine.attention.groups import find_groups
 from engine.attention.triton import TritonBackend, group_rule
 from engine.kv.pool import KVPool
@@ -129,14 +129,6 @@ def test_no_groups_where_tiles_gain_nothing(options) -> None:
     captured = backend(**options).capture_decode(where)
     captured.refresh(*rows_of(list(range(60)), 600))
     assert captured.step.shared is None
-
-
-def test_one_graph_serves_all_lengths_where_programs_take_whole_rows() -> None:
-    served = backend()
-    assert isinstance(served, CapturableBackend)
-    assert {served.bound(64, longest) for longest in (1, 1025, 30000)} == {ANY_LENGTH}
-    bounds = [served.bound(4, longest) for longest in (1, 1023, 1024, 1025, 2048, 4096, 4097)]
-    assert bounds == [1024, 1024, 1024, 2048, 2048, 4096, ANY_LENGTH]
 
 
 def prompt_groups(groups: int, samples: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:

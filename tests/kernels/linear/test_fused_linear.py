@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kernels.linear import Options, fused_linear, new_counters, reference
-from kernels.linear.plan import MAX_ROWS, Config, Gemv, Tiles, choose
+from kernels.linear.plan import MAX_GEMV_ROWS, MAX_ROWS, Config, Gemv, Tiles, choose
 from kernels.testing import assert_close, poisoned_allocations, triton_device
 
 EPS = 1e-5
@@ -101,15 +101,18 @@ def test_unknown_backend_lists_the_known_ones() -> None:
 def test_the_plan_covers_few_rows_only(
     shape: tuple[int, int], gated: bool, can_split: bool
 ) -> None:
-    one = choose(1, *shape, gated=gated, can_split=can_split)
-    assert one is None or isinstance(one, Gemv)
-    several = {
-        choose(rows, *shape, gated=gated, can_split=can_split) for rows in range(2, MAX_ROWS + 1)
-    }
+    plans = [
+        choose(rows, *shape, gated=gated, can_split=can_split) for rows in range(1, MAX_ROWS + 1)
+    ]
+    few = plans[:MAX_GEMV_ROWS]
+    assert all(isinstance(config, Gemv) for config in few)
+    orders = {config.warps for config in few}
+    assert len(orders) == 1, "what a row gets would depend on the number of rows"
+    several = set(plans[MAX_GEMV_ROWS:])
     assert len(several) == 1, "what a row gets would depend on the number of rows"
     config = several.pop()
-    assert config is None or isinstance(config, Tiles)
-    if isinstance(config, Tiles) and (gated or not can_split):
+    assert isinstance(config, Tiles)
+    if gated or not can_split:
         assert config.splits == 1
     for rows in (0, MAX_ROWS + 1):
         assert choose(rows, *shape, gated=gated, can_split=can_split) is None
@@ -132,6 +135,20 @@ def test_one_row_matches_the_reference(shape: tuple[int, int], config: Gemv, kin
     x, weight, options = make(1, *shape, device=triton_device(), **KINDS[kind])
     want = reference.fused_linear(x, weight, options)
     assert_close(kind, run_config(x, weight, options, config), want, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [2, 3])
+@pytest.mark.parametrize("config", [Gemv(2, 1), Gemv(1, 2, stages=1, unroll=3), Gemv(4, 1, 3, 2)])
+def test_each_of_a_few_rows_gets_what_it_gets_alone(config: Gemv, rows: int, kind: str) -> None:
+    x, weight, options = make(rows, 63, 1030, torch.float16, triton_device(), **KINDS[kind])
+    together = run_config(x, weight, options, config)
+    for row in range(rows):
+        residual = options.residual_RO
+        alone = replace(options, residual_RO=None if residual is None else residual[row : row + 1])
+        got = run_config(x[row : row + 1], weight, alone, Gemv(4, config.warps))
+        assert torch.equal(got[0], together[row])
 
 
 @pytest.mark.gpu
@@ -162,7 +179,7 @@ def test_what_a_row_gets_does_not_depend_on_the_rows_beside_it(splits: int) -> N
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rows", [1, 2, 9, 16, 17, 40])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 9, 16, 17, 40])
 @pytest.mark.parametrize("shape", [(2048, 1536), (1536, 8960), (100, 72)])
 def test_bfloat16_as_the_engine_calls_it(shape: tuple[int, int], rows: int, kind: str) -> None:
     if triton_device() == "cpu":

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,13 +16,15 @@ from engine.errors import InvalidRequest, SlipstreamError
 from engine.protocol import ReleaseMemory, ResumeMemory
 from recipes.actors import launch
 from recipes.actors.actor import InlineActor
-from recipes.actors.launch import engine_config, launch_actor
+from recipes.actors.launch import engine_config, launch_actor, launch_reference
+from recipes.algorithms.presets import AlgorithmOptions
 from recipes.settings.options import PlacementOptions, RolloutOptions, RunOptions
 from recipes.trainers.model import load_trainer
 from recipes.world import World
 from rollout.offline import generate
 from tests.helpers.engines import request
 from tests.helpers.tiny_models import tiny_hf, write_tiny
+from tests.helpers.trajectories import trajectory
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +66,32 @@ def test_a_gpu_run_sleeps_where_the_library_is(monkeypatch: pytest.MonkeyPatch) 
     for found in (object(), None):
         monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name, f=found: f)
         assert launch._sleeps(gpu) == (found is not None)
+
+
+@pytest.mark.slow
+def test_a_reference_engine_is_there_where_a_kl_wants_one(model: str) -> None:
+    """Its weights are those of the trainer at its start, its temperature that of the rollouts."""
+    with_kl = AlgorithmOptions(kl_coef=0.1)
+    asked = dataclasses.replace(
+        options(model, reference="engine"),
+        rollout=RolloutOptions(kv_memory_gb=0.02, temperature=0.7),
+    )
+    assert launch_reference(asked) is None
+    assert launch_reference(dataclasses.replace(options(model), objective=with_kl)) is None
+    asked = dataclasses.replace(asked, objective=with_kl)
+    prompt = np.arange(3, 9, dtype=np.int32)
+    sequences = (trajectory(prompt, [4, 5, 6]), trajectory(prompt, [4]))
+    with launch_actor_of(asked) as actor:
+        trainer = load_trainer(asked, actor)
+        engine = launch_reference(asked)
+        assert engine is not None
+        for found, expected in zip(
+            engine.logprobs(sequences), trainer.logprobs(sequences), strict=True
+        ):
+            np.testing.assert_allclose(found, expected, atol=2e-5)
+        engine.close()
+        with pytest.raises(AssertionError):
+            trainer.reference_logprobs(sequences)
 
 
 def test_a_push_wakes_the_weights_first(model: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -42,3 +44,9 @@ def test_a_kl_that_is_moved_takes_an_estimator_that_is_right_there() -> None:
     assert estimator(algorithm="reinforce++") == "k1"
     assert estimator(algorithm="reinforce++", kl_in="loss") == "k3"
     assert estimator(algorithm="reinforce++-baseline") == "k2"
+
+
+def test_the_table_of_the_docs_has_a_row_for_every_algorithm() -> None:
+    table = (Path(__file__).parents[3] / "docs" / "trainers.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([a-z_+-]+)`.*arXiv \d{4}\.\d{5} \|$", table, re.MULTILINE)
+    assert sorted(rows) == sorted(get_args(AlgorithmName))

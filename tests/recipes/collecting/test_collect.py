@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
+from engine.errors import GradingFailed
 from engine.protocol import SamplingParams
 from recipes.collecting.collect import evaluate, rollout, score
 from recipes.collecting.prompts import Prompts
 from recipes.environments.procedural import largest
+from recipes.rewards.base import Failed, Grade, Item
+from recipes.rewards.grading import Grader
 from tests.helpers.char_model import VOCAB, CharAddition, char_model, char_tokenizer
 from tests.helpers.fake_actor import FakeActor
 
@@ -71,6 +76,59 @@ def test_scores_are_the_tasks_own_and_penalties_come_off() -> None:
             penalty = max(0.0, (len(output.token_ids) - 3) / 2)
             assert t.reward == pytest.approx(t.correct - penalty)
             assert t.truncated == (output.finish is not None and output.finish.type == "length")
+
+
+def fail_on(*texts: str) -> Grader:
+    """A grader that cannot grade these replies, or replies to these questions; without any, no
+    reply. The others have reward 1."""
+
+    def grader(items: Sequence[Item]) -> list[Grade]:
+        failed = Failed(kind="raised", reason="no")
+        told = [{item.reply, item.problem.question} for item in items]
+        return [failed if not texts or each.intersection(texts) else 1.0 for each in told]
+
+    return grader
+
+
+def test_what_cannot_be_graded_is_marked_and_has_no_part_in_its_group() -> None:
+    given = problems()
+    pairs = rollout(actor(), prompts(), given, SAMPLING, samples=4, seed=7)
+    bad = prompts().reply_text(pairs[5][1].token_ids)
+    groups = score(prompts(), given, pairs, overlong_buffer=2, grader=fail_on(bad))
+    failed = [t for group in groups for t in group.trajectories if t.failed]
+    assert groups[1].trajectories[1] in failed
+    for t in failed:
+        assert (t.text, t.reward, t.correct, t.failed) == (bad, 0.0, 0.0, "raised: no")
+    assert all(t.correct == 1.0 for group in groups for t in group.graded)
+
+
+def test_a_grader_sees_the_chat_and_the_ids() -> None:
+    given, seen = problems(), []
+
+    def grader(items: Sequence[Item]) -> list[Grade]:
+        seen.extend(items)
+        return [0.0] * len(items)
+
+    pairs = rollout(actor(), prompts(), given, SAMPLING, samples=2, seed=7)
+    score(prompts(), given, pairs, grader=grader)
+    assert [item.problem for item in seen] == [each for each in given for _ in range(2)]
+    for item, (_, output) in zip(seen, pairs, strict=True):
+        assert item.messages == TASK.messages(item.problem)
+        assert item.reply_ids is output.token_ids
+        assert item.reply == prompts().reply_text(output.token_ids)
+
+
+def test_evaluation_leaves_out_what_cannot_be_graded_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    bad = problems()[1].question
+    assert evaluate(actor(), prompts(), problems(), 5, grader=fail_on(bad)) == 1.0
+    assert "1 replies not graded, and left out (1 raised)" in caplog.text
+
+
+def test_an_evaluation_without_any_grade_is_an_error() -> None:
+    with pytest.raises(GradingFailed, match="no held-out reply could be graded: 3 replies"):
+        evaluate(actor(), prompts(), problems(), 5, grader=fail_on())
 
 
 def test_evaluation_is_greedy_and_leaves_nothing_behind() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from recipes.collecting.prompts import Prompts
+from recipes.data.chat_style import ChatStyle
 from recipes.types import Message, Problem
 from tests.helpers.chat_templates import QWEN25, TOOL_LOOP
 from tests.helpers.tiny_tokenizer import EOS_ID, tiny_tokenizer
@@ -55,3 +56,13 @@ def test_a_model_without_a_template_gets_a_line_a_turn() -> None:
         {"role": "user", "content": parts},
     ]
     assert text_of(chat, None) == "1 + 1 = 2\n2 + 2 ="
+
+
+def test_a_system_message_and_variables_reach_the_template() -> None:
+    template = "{% for m in messages %}[{{ m.role }}:{{ m.content }}]{% endfor %}{{ mood }}"
+    chat = [{"role": "user", "content": "q"}]
+    tokenizer = tiny_tokenizer(template=template)
+    style = ChatStyle(system="s", variables={"mood": "!"})
+    prompts = Prompts(Chats(chat), tokenizer, [EOS_ID], style)
+    text = tokenizer.decode(prompts.prompt_ids(PROBLEM), skip_special_tokens=False)
+    assert text == "[system:s][user:q]!"

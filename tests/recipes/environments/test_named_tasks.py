@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from engine.errors import InvalidRequest
+from recipes.data.data_options import DataOptions
 from recipes.environments.base import heldout_problems, problem_at
-from recipes.environments.named_tasks import BUILT_IN, select_environment
+from recipes.environments.named_tasks import BUILT_IN, is_file_task, select_environment
 
 
 def test_built_in_names() -> None:
@@ -52,6 +53,23 @@ def test_a_missing_or_empty_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(InvalidRequest, match="no problems"):
         select_environment(str(tmp_path / "empty.jsonl"))
+
+
+def test_columns_and_splits_are_of_files_alone(tmp_path: Path) -> None:
+    for task in ("largest", "gym:chain_sum", "biggest"):
+        with pytest.raises(InvalidRequest, match=f"which the task {task} is not") as caught:
+            select_environment(task, DataOptions(heldout="1/4"))
+        assert caught.value.field == "heldout"
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "rows.csv").write_text("question,grade\n1+1=,2\n")
+    task = select_environment(str(tmp_path / "d"), DataOptions(answer_column="grade"))
+    assert task.name == "d"
+    (tmp_path / "t.xlsx").write_text("")
+    with pytest.raises(InvalidRequest, match="no known format"):
+        select_environment(str(tmp_path / "t.xlsx"))
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a poem"}\n')
+    assert select_environment(str(tmp_path / "p.jsonl"), needs_answer=False).name == "p"
+    assert is_file_task("none.parquet") and not is_file_task("largest")
 
 
 class FakeDataset:

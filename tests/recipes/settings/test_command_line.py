@@ -15,16 +15,77 @@ from recipes.settings.command_line import flatten, parse, recipe_of
 from recipes.settings.options import DEFAULT_MODEL, PpoOptions, RunOptions
 
 FLAGS = """
-algorithm beta1 beta2 checkpoint_every clip_high clip_low config device dither dtype
+algorithm
+answer_column
+answer_pattern
+beta1
+beta2
+chat_template_kwargs
+checkpoint_every
+clip_high
+clip_low
+config
+device
+dither
+dtype
 dynamic_sampling
-eval_every eval_prompts gamma gradient_checkpointing is_cap is_level is_mode kl_coef
-kl_controller kl_estimator kl_horizon kl_in kl_target
-kv_memory_gb load_format loss_aggregation lr max_grad_norm max_new_tokens max_resamples
-max_tokens_per_microbatch minutes model normalise_rewards num_iterations
-num_minibatches out overlong_buffer
-prompts_per_step resume rollout_gpus samples schedule seed skip_long_prompts sleep steps
-task temperature trainer trainer_memory_gb wandb warmup_steps weight_decay
-whiten_advantages zero
+eval_every
+eval_prompts
+gamma
+gradient_checkpointing
+heldout
+is_cap
+is_level
+is_mode
+judge_model
+judge_prompt
+judge_votes
+kl_coef
+kl_controller
+kl_estimator
+kl_horizon
+kl_in
+kl_target
+kv_memory_gb
+load_format
+loss_aggregation
+lr
+max_failed_share
+max_grad_norm
+max_new_tokens
+max_resamples
+max_tokens_per_microbatch
+minutes
+model
+normalise_rewards
+num_iterations
+num_minibatches
+out
+overlong_buffer
+prompt_column
+prompts_per_step
+reference
+resume
+reward
+reward_timeout
+rollout_gpus
+samples
+schedule
+seed
+skip_long_prompts
+sleep
+steps
+system_prompt
+task
+temperature
+train_split
+trainer
+trainer_memory_gb
+wandb
+warmup_steps
+weight_decay
+whiten_advantages
+zero
 """
 
 
@@ -210,6 +271,6 @@ def test_a_resumed_run_of_ppo_takes_its_own_options(tmp_path: Path, model: str) 
 def test_a_run_is_resumed_by_its_own_recipe(tmp_path: Path, by_ppo: bool) -> None:
     kinds = (RunOptions(), PpoOptions()) if by_ppo else (PpoOptions(), RunOptions())
     run = saved_run(tmp_path, defaults=kinds[1])
-    with pytest.raises(InvalidRequest, match=rf"recipes/{recipe_of(kinds[1])}") as caught:
+    with pytest.raises(InvalidRequest, match="another recipe") as caught:
         parse(["--resume", run], kinds[0])
     assert caught.value.field == "resume"

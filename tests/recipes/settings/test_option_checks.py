@@ -14,9 +14,11 @@ from recipes.settings.checks import (
     LEAST,
     UP_TO_ONE,
     check_options,
+    check_sft,
 )
 from recipes.settings.command_line import with_values
 from recipes.settings.options import PpoOptions, RunOptions, flatten
+from recipes.settings.sft_options import SftOptions
 
 BAD: list[tuple[str, Any, str]] = [
     *((name, least - 1, f"at least {least}") for name, least in LEAST.items()),
@@ -32,12 +34,14 @@ BAD: list[tuple[str, Any, str]] = [
 
 @pytest.mark.parametrize("name,value,what", BAD)
 def test_a_number_out_of_its_range_is_refused_by_name(name: str, value: Any, what: str) -> None:
-    options = RunOptions(model=__file__)
-    if name not in flatten(options):
-        options = PpoOptions(model=__file__)
+    kinds = (RunOptions, PpoOptions, SftOptions)
+    options = next(kind(model=__file__) for kind in kinds if name in flatten(kind()))
     given = int(value) if type(flatten(options)[name]) is int else value
     with pytest.raises(InvalidRequest, match=f"^{name} must be {what}, not ") as caught:
-        check_options(with_values(options, {name: given}))
+        if isinstance(options, SftOptions):
+            check_sft(with_values(options, {name: given}))
+        else:
+            check_options(with_values(options, {name: given}))
     assert caught.value.field == name
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,8 @@ import pytest
 import torch
 
 from engine.errors import DiskFull
+from recipes.algorithms.presets import preset
+from recipes.collecting.batching import make_batch, minibatches
 from recipes.run.saving import together
 from recipes.trainers import checkpoint
 from recipes.trainers.checkpoint import (
@@ -25,9 +28,11 @@ from recipes.trainers.checkpoint import (
 )
 from recipes.trainers.optimizer_options import OptimizerOptions
 from recipes.trainers.plain import Trainer
+from recipes.types import Group
 from recipes.world import World
 from tests.helpers.char_model import char_model
 from tests.helpers.file_limit import largest_file
+from tests.helpers.trajectories import random_groups
 
 
 def write(folder: Path) -> None:
@@ -47,6 +52,22 @@ def test_round_trip_restores_tensors_progress_and_generators(tmp_path: Path) -> 
     assert draw() == expected
     assert progress == {"position": 24}
     assert read == ["weights"]
+
+
+def test_surplus_groups_are_dealt_into_minibatches_as_before(tmp_path: Path) -> None:
+    """Whole, which the samples' one prompt array tells; the greedy reply comes back too."""
+    groups = random_groups(4, 3, vocab=9)
+    groups[0] = dataclasses.replace(groups[0], greedy=groups[0].trajectories[1])
+    saved = save_checkpoint(tmp_path, 1, write, {}, surplus=groups)
+    _, surplus = load_checkpoint(saved, lambda _: None)
+    algorithm = dataclasses.replace(preset("grpo", 8), num_minibatches=2)
+
+    def deal(groups: list[Group]) -> list[list[list[int]]]:
+        parts = minibatches(make_batch(groups, algorithm, 8), algorithm, 8, seed=0)
+        return [[t.response_ids.tolist() for t in part.trajectories] for part in parts]
+
+    assert deal(surplus) == deal(groups)
+    assert surplus[0].greedy is not None and surplus[1].greedy is None
 
 
 def test_only_the_last_one_is_kept(tmp_path: Path) -> None:

@@ -64,6 +64,28 @@ def tree_gradient(trainer: Trainer, batch: Batch) -> list[torch.Tensor]:
     return [p.grad for p in trainer.model.parameters() if p.grad is not None]
 
 
+def test_a_reference_in_host_memory_is_the_same_model() -> None:
+    batch = random_batch(3, 4, vocab=VOCAB)
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "head_dim": 8}
+    scored = []
+    for on_host in (False, True):
+        trainer = Trainer(
+            tiny_hf("llama", seed=1, **sizes),
+            OptimizerOptions(),
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            temperature=TEMPERATURE,
+            reference=tiny_hf("llama", **sizes),
+            reference_on_host=on_host,
+        )
+        for _ in range(2):
+            scored.append(np.concatenate(trainer.reference_logprobs(batch.trajectories)))
+    assert all(np.array_equal(scored[0], other) for other in scored[1:])
+    with torch.no_grad():
+        expected = torch.cat(plain_logprobs(tiny_hf("llama", **sizes), batch))
+    np.testing.assert_allclose(scored[0], expected.numpy(), atol=1e-5)
+
+
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "olmo2", "smollm3", "gemma3"])
 def test_logprobs_are_those_of_plain_forward_passes(arch: str) -> None:
     trainer, batch = trainer_of(arch), random_batch(3, 4, vocab=VOCAB)

@@ -1,0 +1,1 @@
+"""Data sets of this machine as rows, and their columns as problems."""

@@ -1,0 +1,65 @@
+"""Rewards by what `--reward` says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from recipes.environments.base import Environment
+from recipes.rewards.base import Reward
+from recipes.rewards.graders import MOST_PROCESSES
+from recipes.rewards.grading import Grading
+from recipes.rewards.http_reward import HttpReward
+from recipes.rewards.judge import Judge, read_template
+from recipes.rewards.reward_options import RewardOptions, check_reward_options
+from recipes.rewards.reward_sum import RewardSum
+from recipes.rewards.task_reward import task_reward
+from recipes.rewards.user_function import UserFunction
+from recipes.types import Problem
+
+
+def open_grading(
+    options: RewardOptions,
+    environment: Environment,
+    problems: Sequence[Problem],
+    *,
+    processes_here: int = 1,
+) -> Grading:
+    """The grading of a run; its processes are started, and have loaded what a user wrote.
+
+    problems: some of the task's, whose columns tell which names there are. processes_here: of the
+    run on this host, which share the cores. Raises InvalidRequest naming the option.
+    """
+    check_reward_options(options)
+    share = max(1, min((os.cpu_count() or 1) // processes_here, MOST_PROCESSES))
+    parts: list[Reward] = []
+    try:
+        for name in options.reward or ("task",):
+            parts.append(_open(name, options, environment, problems, share))
+    except BaseException:
+        Grading(RewardSum(parts)).close()
+        raise
+    return Grading(parts[0] if len(parts) == 1 else RewardSum(parts))
+
+
+def _open(
+    name: str,
+    options: RewardOptions,
+    environment: Environment,
+    problems: Sequence[Problem],
+    num_processes: int,
+) -> Reward:
+    timeout_s = options.reward_timeout
+    if name == "task":
+        return task_reward(environment, num_processes=num_processes)
+    if name.startswith(("http://", "https://")):
+        return HttpReward(name, timeout_s=timeout_s)
+    if name.startswith("judge:"):
+        return Judge(
+            name.removeprefix("judge:"),
+            model=options.judge_model,
+            template=read_template(options.judge_prompt, problems),
+            votes=options.judge_votes,
+            timeout_s=timeout_s,
+        )
+    return UserFunction(name, problems, timeout_s=timeout_s, num_processes=num_processes)

@@ -1,0 +1,76 @@
+"""Options of the reward, and what is wrong with them that can be told at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from engine.errors import InvalidRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardOptions:
+    """What grades the replies, and how much of it may fail."""
+
+    reward: tuple[str, ...] = ()
+    """What grades the replies, several are added up: FILE.py:FUNCTION or module:function of yours,
+    an http:// address, judge:URL of an API like OpenAI's, task for the task's own (the default)."""
+    reward_timeout: float = 30.0
+    """Seconds for one reply by a function of yours, one request to a service, one vote of a
+    judge."""
+    max_failed_share: float = 0.25
+    """Share of the replies of five steps that may be without a grade; above it the run ends."""
+    judge_model: str | None = None
+    """Model that the judge's server is asked for; None takes its first."""
+    judge_prompt: str | None = None
+    """File with the judge's prompt, which says $question, $answer, $reply, or $COLUMN of the data;
+    None takes one of ours."""
+    judge_votes: int = 1
+    """Votes of the judge on each reply, averaged."""
+
+    @property
+    def uses_task(self) -> bool:
+        """Whether the task's own reward is among them, which needs the task's answers."""
+        return not self.reward or "task" in self.reward
+
+
+def check_reward_options(options: RewardOptions) -> None:
+    """Raises InvalidRequest (`reward`) for what is no reward, or a file that is not there."""
+    for name in options.reward:
+        _check(name)
+
+
+def _check(name: str) -> None:
+    url = name.removeprefix("judge:")
+    if name.startswith(("judge:", "http:", "https:")):
+        _check_url(url)
+        return
+    place, _, function = name.rpartition(":")
+    if name == "task" or (place and function.isidentifier() and _may_be_module(place)):
+        return
+    if place.endswith(".py") and function.isidentifier():
+        if Path(place).is_file():
+            return
+        raise InvalidRequest(f"reward: there is no file {place}", field="reward")
+    raise InvalidRequest(
+        f"reward: {name!r} is none of FILE.py:function, module:function, http://host:port/path, "
+        "judge:URL and task",
+        field="reward",
+    )
+
+
+def _may_be_module(place: str) -> bool:
+    return not place.endswith(".py") and all(part.isidentifier() for part in place.split("."))
+
+
+def _check_url(url: str) -> None:
+    try:
+        parts = urlsplit(url)
+        named = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        named = False
+    if not named:
+        raise InvalidRequest(
+            f"reward: {url!r} is no address; write http://host:port/path", field="reward"
+        )

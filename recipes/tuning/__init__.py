@@ -1,0 +1,1 @@
+"""Supervised fine-tuning: conversations as examples, and the run around them."""
