@@ -50,7 +50,7 @@ def launch_actor(options: RunOptions, world: World | None = None) -> Actor:
 def launch_reference(options: RunOptions, world: World | None = None) -> ScoringEngine | None:
     """Start the engine that serves the initial weights, if the options want one for the KL;
     collective. It shares the GPU of the main trainer process. Errors as of `ScoringEngine`."""
-    if options.objective.kl_coef == 0 or options.placement.reference != "engine":
+    if options.objective.kl_coef == 0 or options.objective.reference != "engine":
         return None
     config = scoring_config(
         options,

@@ -14,6 +14,7 @@ from recipes.algorithms.kl import KLEstimator
 
 PolicyLoss = Literal["clip", "sequence_clip", "cispo"]
 KLPlace = Literal["loss", "reward"]
+ReferencePlace = Literal["copy", "host", "engine"]
 AlgorithmName = Literal[
     "grpo",
     "dr_grpo",
@@ -63,6 +64,9 @@ class AlgorithmOptions:
     """Estimator of that KL; None takes k1 in the reward and the algorithm's own in the loss."""
     kl_in: KLPlace | None = None
     """Where the KL is subtracted: from the reward of each token, or as a term of the loss."""
+    reference: ReferencePlace = "copy"
+    """Where that initial model is: beside the trainer; in host memory, and beside the trainer only
+    while it is used; or in an engine and a process of its own."""
     kl_controller: KLController = "fixed"
     """Keep that weight, or change it so that the KL stays near --kl-target."""
     kl_target: float = 6.0
@@ -201,10 +205,11 @@ def resolve(options: AlgorithmOptions, max_new_tokens: int) -> Algorithm:
     in the loss k3, since the gradient of k1 says nothing.
     """
     own = preset(options.algorithm, max_new_tokens)
+    known = {field.name for field in dataclasses.fields(Algorithm)}
     given = {
         field.name: value
         for field in dataclasses.fields(options)
-        if field.name != "algorithm" and (value := getattr(options, field.name)) is not None
+        if field.name in known and (value := getattr(options, field.name)) is not None
     }
     if options.kl_in not in (None, own.kl_in):
         given = {"kl_estimator": "k1" if options.kl_in == "reward" else "k3"} | given

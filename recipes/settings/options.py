@@ -21,7 +21,6 @@ DEFAULT_MODEL = Path(__file__).parent.parent.parent / ".models" / "SmolLM2-135M-
 WandbMode = Literal["off", "offline", "online"]
 TrainerName = Literal["plain", "deepspeed", "fsdp"]
 ZeroStage = Literal[0, 1, 2, 3]
-ReferencePlace = Literal["copy", "host", "engine"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +52,6 @@ class PlacementOptions:
     sleep: bool | None = None
     """Release the engine's memory while training; None does so on a GPU with
     torch-memory-saver, where they share it."""
-    reference: ReferencePlace = "copy"
-    """Where the initial model that a KL compares with is: beside the trainer; in host memory, and
-    beside the trainer only while it is used; or in an engine and a process of its own."""
     trainer_memory_gb: float = 0.0
     """GPU memory of one trainer process at the peak of its step, GiB, where it shares a GPU with
     an engine: the run is refused, with numbers, if a phase does not fit. 0 plans nothing."""

@@ -43,7 +43,7 @@ def load_trainer(options: RunOptions, actor: Actor, world: World | None = None) 
             field="trainer",
         )
     model = _read_model(options.model, options)
-    needs = options.objective.kl_coef > 0 and options.placement.reference != "engine"
+    needs = options.objective.kl_coef > 0 and options.objective.reference != "engine"
     reference = copy.deepcopy(model) if needs else None
     head = None
     if isinstance(options, PpoOptions) and options.value_function.critic == "shared":
@@ -147,7 +147,7 @@ def _learner(
             dtype=dtype,
             temperature=temperature,
             reference=reference,
-            reference_on_host=options.placement.reference == "host",
+            reference_on_host=options.objective.reference == "host",
             head=head,
         )
     backend = _backend(options, model, reference, world, device, dtype)
@@ -184,7 +184,7 @@ def _backend(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Backend:
-    on_host = options.placement.reference == "host"
+    on_host = options.objective.reference == "host"
     if options.placement.trainer == "fsdp":
         from recipes.trainers.fsdp import FsdpBackend
 

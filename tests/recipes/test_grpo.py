@@ -26,7 +26,7 @@ from recipes.run.ledger import Ledger
 from recipes.run.opening import assemble
 from recipes.run.report import PHASES
 from recipes.run.run import Run
-from recipes.settings.options import PlacementOptions, RolloutOptions, RunOptions
+from recipes.settings.options import RolloutOptions, RunOptions
 from recipes.trainers.optimizer_options import OptimizerOptions
 from recipes.trainers.plain import Trainer
 from tests.helpers.char_model import CharAddition, char_model, char_tokenizer, write_char_model
@@ -82,7 +82,7 @@ def make_run(
 
 
 def _has_reference(options: RunOptions) -> bool:
-    return options.objective.kl_coef > 0 and options.placement.reference != "engine"
+    return options.objective.kl_coef > 0 and options.objective.reference != "engine"
 
 
 def go(options: RunOptions, noise: float = 0.0) -> tuple[Run, dict[str, Any]]:
@@ -334,8 +334,7 @@ def test_an_engine_is_as_good_a_reference_as_the_trainer(
             steps=3,
             checkpoint_every=0,
             eval_every=0,
-            objective=AlgorithmOptions(kl_coef=0.1, kl_in=place),
-            placement=PlacementOptions(reference=where),
+            objective=AlgorithmOptions(kl_coef=0.1, kl_in=place, reference=where),
         )
         engine = open_engine() if where == "engine" else None
         if engine is not None:

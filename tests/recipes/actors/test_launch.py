@@ -71,14 +71,14 @@ def test_a_gpu_run_sleeps_where_the_library_is(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.slow
 def test_a_reference_engine_is_there_where_a_kl_wants_one(model: str) -> None:
     """Its weights are those of the trainer at its start, its temperature that of the rollouts."""
-    with_kl = AlgorithmOptions(kl_coef=0.1)
     asked = dataclasses.replace(
-        options(model, reference="engine"),
-        rollout=RolloutOptions(kv_memory_gb=0.02, temperature=0.7),
+        options(model), rollout=RolloutOptions(kv_memory_gb=0.02, temperature=0.7)
     )
-    assert launch_reference(asked) is None
-    assert launch_reference(dataclasses.replace(options(model), objective=with_kl)) is None
-    asked = dataclasses.replace(asked, objective=with_kl)
+    for without in ({"reference": "engine"}, {"kl_coef": 0.1}):
+        objective = AlgorithmOptions(**without)
+        assert launch_reference(dataclasses.replace(asked, objective=objective)) is None
+    objective = AlgorithmOptions(kl_coef=0.1, reference="engine")
+    asked = dataclasses.replace(asked, objective=objective)
     prompt = np.arange(3, 9, dtype=np.int32)
     sequences = (trajectory(prompt, [4, 5, 6]), trajectory(prompt, [4]))
     with launch_actor_of(asked) as actor:

@@ -36,7 +36,7 @@ def problems() -> list:
     return [TASK.draw(rng) for _ in range(3)]
 
 
-def test_plain_text_prompts_end_at_the_line() -> None:
+def testplain_text_prompts_end_at_the_line() -> None:
     written, problem = prompts(), problems()[0]
     assert written.stop_ids == sorted([0, VOCAB["\n"]])
     assert written.tokenizer.decode(written.prompt_ids(problem).tolist()) == problem.question
@@ -46,10 +46,10 @@ def test_plain_text_prompts_end_at_the_line() -> None:
 
 
 def test_examples_become_lines_without_a_chat_template() -> None:
-    from recipes.collecting.prompts import _plain_text
+    from recipes.collecting.prompts import plain_text
 
     task = largest()
-    text = _plain_text(task.messages(task.examples[0]))
+    text = plain_text(task.messages(task.examples[0]))
     assert text.endswith("largest number: 9, 85, 51? 85\nWhich is the largest number: 62, 14, 37?")
 
 
