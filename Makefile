@@ -17,7 +17,7 @@ SIDE_BY_SIDE := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Clients of the server, which are large and run on the CPU only.
 CLIENTS     := .venv-clients
 
-.PHONY: setup grpo sft test test-long test-fast gpu-test clients-test check format clean help
+.PHONY: setup grpo ppo sft test test-long test-fast gpu-test clients-test check format clean help
 
 help:            ## list these verbs
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -33,6 +33,9 @@ $(MODEL): | $(STAMP)
 
 grpo: setup      ## watch the default model learn by GRPO; ARGS="--task addition" passes flags on
 	$(BIN)/python recipes/grpo.py $(ARGS)
+
+ppo: setup       ## the same by PPO, with a critic
+	$(BIN)/python recipes/ppo.py $(ARGS)
 
 sft: setup       ## watch the default model learn a task's answers, supervised; ARGS as for grpo
 	$(BIN)/python recipes/sft.py $(ARGS)

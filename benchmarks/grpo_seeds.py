@@ -1,11 +1,11 @@
-"""Held-out accuracy of many runs of the recipe at once: several settings, several seeds.
+"""Held-out accuracy of many runs of a recipe at once: several settings, several seeds.
 
     python benchmarks/grpo_seeds.py --seeds 0-19 --at-once 8 --json out.json \
         --settings "|--warmup-steps 10" -- --steps 40 --eval-every 10
 
-Each setting is flags of `recipes/grpo.py`, put before those behind `--`. Runs share the GPU, or the
-processor's cores, `--at-once` of them. Prints one row a run as it ends, then one a setting: how
-many seeds gained 0.5 or more, and the lowest accuracy at the end.
+Each setting is flags of `recipes/grpo.py`, put before those behind `--`; `--recipe ppo` runs that
+one. Runs share the GPU, or the processor's cores, `--at-once` of them. Prints one row a run as it
+ends, then one a setting: how many seeds gained 0.5 or more, and the lowest accuracy at the end.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import checkout
 import torch
@@ -34,6 +34,8 @@ WANTED_GAIN = 0.5
 class Options:
     """What to run."""
 
+    recipe: Literal["grpo", "ppo"] = "grpo"
+    """Which recipe runs."""
     settings: str = ""
     """Flags of each setting, settings separated by "|"; an empty one is the defaults."""
     seeds: str = "0-2"
@@ -65,13 +67,13 @@ class Outcome:
         return self.accuracies[-1] - self.accuracies[0]
 
 
-def run_one(setting: str, seed: int, flags: list[str], threads: int) -> Outcome:
+def run_one(recipe: str, setting: str, seed: int, flags: list[str], threads: int) -> Outcome:
     """One run of the recipe in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         words = [*setting.split(), *flags, "--seed", str(seed), "--out", str(out)]
         done = subprocess.run(
-            [sys.executable, "recipes/grpo.py", *words, "--checkpoint-every", "0"],
+            [sys.executable, f"recipes/{recipe}.py", *words, "--checkpoint-every", "0"],
             cwd=checkout.ROOT,
             env=checkout.environment(OMP_NUM_THREADS=str(threads)),
             capture_output=True,
@@ -91,7 +93,7 @@ def run_one(setting: str, seed: int, flags: list[str], threads: int) -> Outcome:
             [round(value, 4) for value in [summary["eval_before"], *seen]],
             [round(row["reward"], 4) for row in steps],
             [round(row["frac_reward_zero_std"], 4) for row in steps],
-            [round(row["entropy"], 4) for row in steps],
+            [round(row["entropy"], 4) for row in steps if "entropy" in row],
             summary["seconds"],
         )
 
@@ -116,7 +118,10 @@ def main() -> None:
     ]
     outcomes: list[Outcome] = []
     with ThreadPoolExecutor(options.at_once) as pool:
-        running = [pool.submit(run_one, s, seed, flags, options.threads) for s, seed in jobs]
+        running = [
+            pool.submit(run_one, options.recipe, setting, seed, flags, options.threads)
+            for setting, seed in jobs
+        ]
         for future in running:
             outcomes.append(future.result())
             show(outcomes[-1])
@@ -132,6 +137,7 @@ def main() -> None:
         record = {
             "machine": describe(),
             "torch": torch.__version__,
+            "recipe": options.recipe,
             "flags": flags,
             "runs": [asdict(o) for o in outcomes],
         }

@@ -13,25 +13,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from recipes.algorithms.losses import policy_loss
 from recipes.collecting.batching import minibatches
-from recipes.collecting.collect import rollout, score
 from recipes.run.batches import adapt_kl, algorithm_now, prepare
-from recipes.run.failures import report_failure
-from recipes.run.ledger import Ledger
-from recipes.run.opening import open_run
+from recipes.run.command import run_recipe
 from recipes.run.report import Collected
 from recipes.run.run import Run
-from recipes.settings.command_line import parse
+from recipes.run.sampling import sample_groups
+from recipes.settings.options import RunOptions
 from recipes.trainers.loss_scale import scale_figures
 from recipes.trainers.metrics import TokenMetrics, merge
 from recipes.types import Group
-from recipes.world import launched_rank, leave
+from recipes.world import leave
 from rollout.offline import derive_seed
 
 
@@ -58,31 +55,7 @@ def collect(run: Run) -> Collected:
     algorithm, wanted = run.algorithm, run.options.rollout.prompts_per_step
     result = Collected(groups=run.surplus, sampled=[])
     for _ in range(1 + algorithm.max_resamples * algorithm.dynamic_sampling):
-        seed = derive_seed(run.options.seed, "rollout", run.progress.position)
-        problems, first = run.next_problems()
-        with run.ledger.phase("generate"):
-            replies = rollout(
-                run.actor,
-                run.prompts,
-                problems,
-                run.sampling,
-                samples=run.options.rollout.samples,
-                greedy=algorithm.needs_greedy,
-                seed=seed,
-                first=first,
-            )
-            run.world.barrier()
-        with run.ledger.phase("score"):
-            groups = run.world.gather(
-                score(
-                    run.prompts,
-                    problems,
-                    replies,
-                    overlong_buffer=algorithm.overlong_buffer,
-                    greedy=algorithm.needs_greedy,
-                    grader=run.grading,
-                )
-            )
+        groups = sample_groups(run)
         result.sampled.extend(groups)
         result.groups.extend(g for g in groups if g.mixed or not algorithm.dynamic_sampling)
         if len(result.groups) >= wanted:
@@ -110,27 +83,7 @@ def update(run: Run, groups: Sequence[Group]) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the recipe. Returns the exit code: not 0 after an error, which is explained in a line."""
-    ledger, folder = Ledger(), None
-    level = logging.WARNING if launched_rank() else logging.INFO
-    logging.basicConfig(level=level, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
-    try:
-        options = parse(sys.argv[1:] if argv is None else argv)
-        with open_run(options, ledger) as run:
-            folder = run.folder
-            run.begin()
-            train(run)
-            summary = run.finish()
-    except (Exception, KeyboardInterrupt) as error:
-        code = report_failure(error, folder)
-        if code is None:
-            raise
-        return code
-    logging.getLogger(__name__).info(
-        "held-out accuracy %.3f -> %.3f in %d steps, %.0f s; see %s",
-        *(summary[key] for key in ("eval_before", "eval_after", "steps", "seconds")),
-        folder.path,
-    )
-    return 0
+    return run_recipe(train, RunOptions(), argv)
 
 
 if __name__ == "__main__":

@@ -109,6 +109,8 @@ class Batch:
         loss.
     token_rewards: N arrays float32 [response_len], what each token earned: the score of the reply
         is on its last one, a KL in the reward on all. The advantages come from them.
+    values, returns: N arrays float32 [response_len]: of the state before each token, by the critic
+        before its first update on this data, and what the critic learns; None without a critic.
     """
 
     trajectories: tuple[Trajectory, ...]
@@ -119,12 +121,15 @@ class Batch:
     stale: BoolArray | None = None
     kept: tuple[BoolArray, ...] | None = None
     token_rewards: tuple[FloatArray, ...] | None = None
+    values: tuple[FloatArray, ...] | None = None
+    returns: tuple[FloatArray, ...] | None = None
 
     @property
     def learns(self) -> BoolArray:
-        """bool [N]: sequences with a gradient, which those without advantage have of a KL alone."""
-        has_kl = self.reference_logprobs is not None
-        return np.array([has_kl or bool(a.any()) for a in self.advantages], dtype=np.bool_)
+        """bool [N]: sequences with a gradient, which those without advantage have of a KL or of a
+        value loss alone."""
+        all_do = self.reference_logprobs is not None or self.returns is not None
+        return np.array([all_do or bool(a.any()) for a in self.advantages], dtype=np.bool_)
 
     def select(self, indices: list[int]) -> Batch:
         """The sub-batch of these sequences, weights unchanged."""
@@ -141,4 +146,6 @@ class Batch:
             stale=None if self.stale is None else self.stale[indices],
             kept=pick(self.kept),
             token_rewards=pick(self.token_rewards),
+            values=pick(self.values),
+            returns=pick(self.returns),
         )

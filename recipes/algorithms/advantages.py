@@ -11,11 +11,17 @@ import torch
 
 GroupEstimator = Literal["group_norm", "group_mean", "leave_one_out"]
 AdvantageEstimator = Literal[
-    "group_norm", "group_mean", "leave_one_out", "return_to_go", "greedy_baseline", "teacher"
+    "group_norm",
+    "group_mean",
+    "leave_one_out",
+    "gae",
+    "return_to_go",
+    "greedy_baseline",
+    "teacher",
 ]
-"""The last three credit tokens: what is still to come (REINFORCE++, arXiv 2501.03262), that less
-the reward of the greedy reply (ReMax, arXiv 2310.10505), see `returns.returns_to_go`; and what a
-teacher thinks of each token (`distillation`)."""
+"""The last four credit tokens: by the values of a critic (PPO; see `gae.gae`), by what is still to
+come (REINFORCE++, arXiv 2501.03262), by that less the reward of the greedy reply (ReMax, arXiv
+2310.10505), see `returns.returns_to_go`; and by what a teacher thinks of each (`distillation`)."""
 
 GROUP_ESTIMATORS = frozenset(get_args(GroupEstimator))
 

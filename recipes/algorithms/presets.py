@@ -26,6 +26,7 @@ AlgorithmName = Literal[
     "reinforce++-baseline",
     "remax",
     "opd",
+    "ppo",
 ]
 
 
@@ -97,6 +98,7 @@ class Algorithm:
     num_iterations: int = 1
     num_minibatches: int = 1
     gamma: float = 1.0
+    gae_lambda: float = 1.0
     whiten_advantages: bool = False
     normalise_rewards: bool = False
     kl_coef: float = 0.0
@@ -184,10 +186,10 @@ def preset(name: AlgorithmName, max_new_tokens: int) -> Algorithm:
         return change(grpo, advantage="greedy_baseline", loss_aggregation="seq-mean-token-sum")
     if name == "opd":
         return change(grpo, advantage="teacher", loss_aggregation="token-mean")
-    if name == "reinforce++":
+    if name in ("reinforce++", "ppo"):
         return change(
             grpo,
-            advantage="return_to_go",
+            advantage="gae" if name == "ppo" else "return_to_go",
             loss_aggregation="token-mean",
             whiten_advantages=True,
             kl_in="reward",

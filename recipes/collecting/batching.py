@@ -17,10 +17,10 @@ from recipes.algorithms.distillation import distillation_advantages
 from recipes.algorithms.importance import accepted
 from recipes.algorithms.normalise import Moments
 from recipes.algorithms.presets import Algorithm
-from recipes.collecting.credit import estimated, graded, rewards_by_token, whitened
+from recipes.collecting.credit import by_critic, estimated, graded, rewards_by_token, whitened
 from recipes.types import Batch, Group, Trajectory
 
-Logprobs = tuple[FloatArray, ...]
+PerToken = tuple[FloatArray, ...]
 
 
 def make_batch(
@@ -29,10 +29,11 @@ def make_batch(
     max_new_tokens: int,
     *,
     version: int | None = None,
-    old: Logprobs | None = None,
-    reference: Logprobs | None = None,
+    old: PerToken | None = None,
+    reference: PerToken | None = None,
     moments: Moments | None = None,
-    teacher: Logprobs | None = None,
+    teacher: PerToken | None = None,
+    values: PerToken | None = None,
 ) -> Batch:
     """All graded trajectories with their advantages, and the weights of one update over all of
     them.
@@ -40,28 +41,36 @@ def make_batch(
     version: of the weights that learn; what others sampled is marked stale. None marks nothing.
     old, reference: log-probabilities of those trajectories (`credit.graded`) under the weights that
         learn and under the reference, where the algorithm needs them. moments: of the rewards,
-        where they are normalised. teacher: as `old`, under the teacher, where there is one.
+        where they are normalised. teacher: as `old`, under the teacher, where there is one. values:
+        by a critic, of the state before each token.
     """
     trajectories = graded(groups)
     rewards = rewards_by_token(
         trajectories, algorithm, old=old, reference=reference, moments=moments
     )
+    returns = None
+    if values is not None:
+        advantages, returns = by_critic(rewards, values, algorithm)
+    elif algorithm.distils:
+        advantages = _taught(trajectories, teacher)
+    else:
+        advantages = estimated(groups, rewards, algorithm, moments)
     batch = Batch(
         trajectories=trajectories,
-        advantages=_taught(trajectories, teacher)
-        if algorithm.distils
-        else estimated(groups, rewards, algorithm, moments),
+        advantages=advantages,
         weights=_weights([len(t.response_ids) for t in trajectories], algorithm, max_new_tokens),
         old_logprobs=old,
         reference_logprobs=reference if algorithm.kl_in == "loss" else None,
         stale=None if version is None else np.array([_is_stale(t, version) for t in trajectories]),
         token_rewards=rewards,
+        values=values,
+        returns=returns,
     )
     batch = without_rejected(batch, algorithm, max_new_tokens)
     return whitened(batch, groups, algorithm)
 
 
-def _taught(trajectories: Sequence[Trajectory], teacher: Logprobs | None) -> tuple[FloatArray, ...]:
+def _taught(trajectories: Sequence[Trajectory], teacher: PerToken | None) -> tuple[FloatArray, ...]:
     assert teacher is not None
     return distillation_advantages(teacher, [t.rollout_logprobs for t in trajectories])
 

@@ -14,6 +14,7 @@ import torch
 
 from engine.protocol import FloatArray
 from recipes.algorithms.advantages import advantages
+from recipes.algorithms.gae import gae
 from recipes.algorithms.kl import kl
 from recipes.algorithms.normalise import Moments, whiten
 from recipes.algorithms.presets import Algorithm
@@ -84,7 +85,7 @@ def estimated(
             for array in token_rewards[start : start + num]
         ]
         start += num
-        if not is_comparable(group, algorithm):
+        if not returns or not is_comparable(group, algorithm):
             arrays += [np.zeros(len(returns_K), dtype=np.float32) for returns_K in returns]
         elif algorithm.advantage == "return_to_go":
             arrays += [returns_K.numpy() for returns_K in returns]
@@ -95,6 +96,18 @@ def estimated(
         else:
             arrays += _by_group(returns, algorithm)
     return tuple(arrays)
+
+
+def by_critic(
+    token_rewards: Sequence[FloatArray], values: Sequence[FloatArray], algorithm: Algorithm
+) -> tuple[tuple[FloatArray, ...], tuple[FloatArray, ...]]:
+    """Advantages, not whitened, and returns by a critic's values: N arrays float32 [response_len]
+    each (`gae.gae`)."""
+    pairs = [
+        gae(rewards_L, values_L, gamma=algorithm.gamma, lam=algorithm.gae_lambda)
+        for rewards_L, values_L in zip(token_rewards, values, strict=True)
+    ]
+    return tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs)
 
 
 def _by_group(returns: Sequence[torch.Tensor], algorithm: Algorithm) -> list[FloatArray]:

@@ -42,6 +42,7 @@ def prepare(
     reference = _reference_logprobs(run, trajectories) if algorithm.kl_coef > 0 else None
     teacher = None if run.teacher is None else run.teacher.logprobs(trajectories)
     figures: dict[str, float] = {}
+    values = None if run.critic is None else run.critic.values(trajectories)
     batch = make_batch(
         groups,
         algorithm,
@@ -51,6 +52,7 @@ def prepare(
         reference=reference,
         moments=moments,
         teacher=teacher,
+        values=values,
     )
     if teacher is not None:
         student = [t.rollout_logprobs for t in trajectories]

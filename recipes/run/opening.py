@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +14,7 @@ from recipes.actors.actor import Actor
 from recipes.actors.launch import launch_actor, launch_reference
 from recipes.actors.scorer import ScoringEngine
 from recipes.actors.teacher import check_teacher, launch_teacher
-from recipes.algorithms.presets import resolve
+from recipes.algorithms.presets import Algorithm, resolve
 from recipes.collecting.prompts import Prompts
 from recipes.data.chat_style import chat_style
 from recipes.environments.base import Environment, heldout_problems, problem_at
@@ -33,9 +34,10 @@ from recipes.run.run import Run
 from recipes.run.run_folder import RunFolder, default_path
 from recipes.run.tracking import Tracker
 from recipes.settings.checks import holds_a_run, in_use, taken
-from recipes.settings.options import RunOptions, flatten
+from recipes.settings.options import PpoOptions, RunOptions, flatten
 from recipes.trainers.base import Learner
-from recipes.trainers.model import load_trainer
+from recipes.trainers.critic import Critic
+from recipes.trainers.model import check_vocabulary, load_critic, load_trainer
 from recipes.types import Problem
 from recipes.world import World, open_world
 from rollout.launch import read_checkpoint
@@ -47,6 +49,7 @@ def open_run(options: RunOptions, ledger: Ledger) -> Run:
 
     The task is checked against tokenizer and context before any weight is read."""
     tokenizer = load_tokenizer(options.model)
+    check_vocabulary(options, tokenizer)
     context_length = _context_length(options)
     task = _read_task(options, tokenizer, context_length)
     sets = _read_sets(options, tokenizer, task, context_length)
@@ -80,6 +83,7 @@ def open_run(options: RunOptions, ledger: Ledger) -> Run:
             check_pool(task, teacher.state, max_new_tokens, option="teacher_kv_memory_gb")
         for each in (task, *(checked.longest for checked in sets)):
             check_pool(each, actor.state(), _max_new_tokens(options, each.environment))
+        trainer = load_trainer(options, actor, world)
         run = assemble(
             options,
             ledger,
@@ -87,7 +91,8 @@ def open_run(options: RunOptions, ledger: Ledger) -> Run:
             grading=grading,
             actor=actor,
             tokenizer=tokenizer,
-            trainer=load_trainer(options, actor, world),
+            trainer=trainer,
+            critic=load_critic(options, actor, trainer, world),
             world=world,
             reference=reference,
             teacher=teacher,
@@ -147,6 +152,7 @@ def assemble(
     actor: Actor,
     tokenizer: Tokenizer,
     trainer: Learner,
+    critic: Critic | None = None,
     world: World | None = None,
     grading: Grading | None = None,
     reference: ScoringEngine | None = None,
@@ -175,7 +181,7 @@ def assemble(
     )
     return Run(
         options=options,
-        algorithm=resolve(options.objective, max_new_tokens),
+        algorithm=_algorithm(options, max_new_tokens),
         environment=environment,
         sampling=SamplingParams(
             max_new_tokens=max_new_tokens, temperature=options.rollout.temperature
@@ -196,6 +202,7 @@ def assemble(
         ),
         actor=actor,
         trainer=trainer,
+        critic=critic,
         reference=reference,
         teacher=teacher,
         world=world,
@@ -205,6 +212,14 @@ def assemble(
         tracker=Tracker(options.wandb if world.is_main else "off", folder.path, flatten(options)),
         progress=RunProgress(),
     )
+
+
+def _algorithm(options: RunOptions, max_new_tokens: int) -> Algorithm:
+    algorithm = resolve(options.objective, max_new_tokens)
+    if isinstance(options, PpoOptions):
+        gae_lambda = options.value_function.gae_lambda
+        algorithm = dataclasses.replace(algorithm, gae_lambda=gae_lambda)
+    return algorithm
 
 
 def open_folder(options: RunOptions, world: World | None = None) -> RunFolder:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from recipes.types import Group
+from recipes.algorithms.values import explained_variance
+from recipes.types import Batch, Group
 from trainer_bridge import PushReport
 
 PHASES = ("generate", "score", "sleep", "train", "push", "other")
@@ -57,6 +58,19 @@ def rollout_figures(
 
 def _any_right(group: Group) -> bool:
     return any(trajectory.correct > 0 for trajectory in group.trajectories)
+
+
+def value_figures(batch: Batch) -> dict[str, float]:
+    """How well the critic foresaw what the replies of a batch earned; verl's names. Nothing without
+    a critic, or without a reply."""
+    if not batch.values or not batch.returns:
+        return {}
+    values_K, returns_K = np.concatenate(batch.values), np.concatenate(batch.returns)
+    return {
+        "critic/vf_explained_var": explained_variance(values_K, returns_K),
+        "critic/vpred_mean": float(values_K.mean()),
+        "critic/returns/mean": float(returns_K.mean()),
+    }
 
 
 def push_figures(report: PushReport) -> dict[str, float]:

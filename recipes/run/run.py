@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Self
 
 import torch
@@ -33,6 +34,7 @@ from recipes.trainers.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from recipes.trainers.critic import Critic
 from recipes.trainers.model import engine_dtype
 from recipes.trainers.schedule import learning_rate
 from recipes.types import Group, Problem
@@ -57,6 +59,8 @@ class Run:
     evaluation: Evaluation
     actor: Actor
     trainer: Learner
+    critic: Critic | None = None
+    """Of PPO."""
     world: World
     folder: RunFolder
     ledger: Ledger
@@ -124,7 +128,7 @@ class Run:
         """Continue from the last checkpoint, or measure the model before it learns."""
         checkpoint = latest_checkpoint(self.folder.checkpoints)
         if checkpoint is not None:
-            progress, self.surplus = load_checkpoint(checkpoint, self.trainer.load)
+            progress, self.surplus = load_checkpoint(checkpoint, self._load)
             self.progress = RunProgress.from_dict(progress)
             version = self.progress.step
             self.actor.push(self.trainer.weights, version, measure_memcpy=False)
@@ -137,7 +141,7 @@ class Run:
 
     def _look_for_room(self) -> None:
         """Say at once that a checkpoint will not fit: the run may end before one is due."""
-        needed = checkpoint_bytes(self.trainer.weights)
+        needed = self._checkpoint_bytes()
         if self.options.checkpoint_every and self.world.is_main:
             free = free_bytes(self.folder.path)
             if free < needed:
@@ -255,17 +259,30 @@ class Run:
     def _checkpoint(self) -> None:
         """The time it takes is not in its own record: it is not over when that is written."""
         progress = self.progress.as_dict()
-        step, save = self.progress.step, self.trainer.save
         save_checkpoint(
             self.folder.checkpoints,
-            step,
-            save,
+            self.progress.step,
+            self._save,
             progress,
             self.world,
             surplus=self.surplus,
-            num_bytes=checkpoint_bytes(self.trainer.weights),
+            num_bytes=self._checkpoint_bytes(),
         )
         self._spend("checkpoint")
+
+    def _checkpoint_bytes(self) -> int:
+        critic = 0 if self.critic is None else self.critic.checkpoint_bytes()
+        return checkpoint_bytes(self.trainer.weights) + critic
+
+    def _save(self, folder: Path) -> None:
+        self.trainer.save(folder)
+        if self.critic is not None:
+            self.critic.save(folder)
+
+    def _load(self, folder: Path) -> None:
+        self.trainer.load(folder)
+        if self.critic is not None:
+            self.critic.load(folder)
 
     def _spend(self, phase: str) -> float:
         """Book all time since the last reading under one phase; returns it."""

@@ -17,6 +17,7 @@ from recipes.rewards.reward_options import check_reward_options
 from recipes.settings.options import (
     DEFAULT_MODEL,
     PlacementOptions,
+    PpoOptions,
     RolloutOptions,
     RunOptions,
     flatten,
@@ -45,6 +46,8 @@ LEAST: Mapping[str, int] = MappingProxyType(
         "overlong_buffer": 0,
         "kl_coef": 0,
         "is_cap": 1,
+        "critic_warmup_steps": 0,
+        "value_coef": 0,
         "batch_size": 1,
         "code_seconds": 1,
         "judge_votes": 1,
@@ -55,18 +58,20 @@ LEAST: Mapping[str, int] = MappingProxyType(
 ABOVE_ZERO = frozenset(
     {
         *("minutes", "epochs", "temperature", "kv_memory_gb", "lr", "max_grad_norm"),
-        *("reward_timeout", "code_memory_gb", "eval_temperature"),
-        *("kl_target", "kl_horizon", "teacher_kv_memory_gb"),
+        *("reward_timeout", "code_memory_gb", "eval_temperature", "teacher_kv_memory_gb"),
+        *("kl_target", "kl_horizon", "critic_lr", "value_clip"),
     }
 )
 SHARES = frozenset({"max_failed_share"})
 BELOW_ONE = frozenset({"beta1", "beta2"})
 UP_TO_ONE = frozenset({"gamma"})
+FROM_ZERO_TO_ONE = frozenset({"gae_lambda"})
 
 
 def check_options(options: RunOptions) -> None:
     """Raises InvalidRequest, its `field` an option's name; ModelNotFound for the model."""
     check_numbers(flatten(options))
+    _check_critic(options)
     _check_objective(options.objective, options.rollout)
     _check_teacher(options)
     check_evaluation(options.evaluation)
@@ -150,6 +155,34 @@ def _check_teacher(options: RunOptions) -> None:
             )
 
 
+def _check_critic(options: RunOptions) -> None:
+    """PPO's, and that it is PPO where there is one."""
+    has_critic, name = isinstance(options, PpoOptions), options.objective.algorithm
+    if has_critic != (name == "ppo"):
+        recipe = "grpo.py" if has_critic else "ppo.py"
+        raise InvalidRequest(
+            f"algorithm: {name} is of recipes/{recipe}; use that, or leave --algorithm out",
+            field="algorithm",
+        )
+    if not isinstance(options, PpoOptions):
+        return
+    given = options.value_function
+    if given.critic_model is None:
+        return
+    if given.critic != "own":
+        raise InvalidRequest(
+            "critic_model: a critic on the policy's network starts from the policy; add "
+            "--critic own, or leave --critic-model out",
+            field="critic_model",
+        )
+    if not Path(given.critic_model).exists():
+        raise ModelNotFound(
+            f"critic_model: nothing at {given.critic_model}; give a Hugging Face folder or a .gguf "
+            "file of this machine",
+            field="critic_model",
+        )
+
+
 def holds_a_run(path: Path) -> bool:
     """Whether a folder is that of a run."""
     return (path / "config.json").exists()
@@ -221,6 +254,8 @@ def check_numbers(flat: Mapping[str, Any]) -> None:
             _require(name, value, 0 <= value < 1, "in [0, 1)")
         elif name in UP_TO_ONE:
             _require(name, value, 0 < value <= 1, "in (0, 1]")
+        elif name in FROM_ZERO_TO_ONE:
+            _require(name, value, 0 <= value <= 1, "in [0, 1]")
 
 
 def _require(name: str, value: float, holds: bool, what: str) -> None:

@@ -17,7 +17,7 @@ import tyro
 
 from engine.errors import InvalidRequest
 from recipes.settings.checks import check_options, check_sft
-from recipes.settings.options import RunOptions, flatten, groups_of
+from recipes.settings.options import PpoOptions, RunOptions, flatten, groups_of
 from recipes.settings.sft_options import SftOptions
 
 Options = TypeVar("Options", RunOptions, SftOptions)
@@ -47,22 +47,32 @@ CHANGEABLE = frozenset(
 """Options a resumed run may be given anew: none of them changes a step that both runs take."""
 
 
-def parse(argv: Sequence[str]) -> RunOptions:
+def parse(argv: Sequence[str], defaults: RunOptions | None = None) -> RunOptions:
     """Options of a command line. Raises InvalidRequest or ModelNotFound naming the option;
-    a flag that does not exist, or --help, ends the process as command lines do."""
-    options = _parse(argv, RunOptions(), "grpo.py")
+    a flag that does not exist, or --help, ends the process as command lines do.
+
+    defaults: of the recipe, whose kind of options is the one that is returned; None takes those of
+    grpo.py."""
+    options = _parse(argv, RunOptions() if defaults is None else defaults)
     check_options(options)
     return options
 
 
 def parse_sft(argv: Sequence[str]) -> SftOptions:
     """As `parse`, those of a supervised run."""
-    options = _parse(argv, SftOptions(), "sft.py")
+    options = _parse(argv, SftOptions())
     check_sft(options)
     return options
 
 
-def _parse(argv: Sequence[str], defaults: Options, prog: str) -> Options:
+def recipe_of(options: RunOptions | SftOptions) -> str:
+    """The file of the recipe that takes options of this kind."""
+    if isinstance(options, SftOptions):
+        return "sft.py"
+    return "ppo.py" if isinstance(options, PpoOptions) else "grpo.py"
+
+
+def _parse(argv: Sequence[str], defaults: Options) -> Options:
     kind = type(defaults)
     resume = _peek(argv, "--resume")
     saved = None
@@ -72,7 +82,7 @@ def _parse(argv: Sequence[str], defaults: Options, prog: str) -> Options:
     toml = _peek(argv, "--config")
     if toml is not None:
         defaults = with_values(defaults, _read_toml(Path(toml)))
-    options = tyro.cli(kind, default=defaults, args=list(argv), prog=prog)
+    options = tyro.cli(kind, default=defaults, args=list(argv), prog=recipe_of(defaults))
     if saved is not None:
         options = with_values(options, _without_repeated_sets(flatten(options)))
         _check_unchanged(saved, options)
@@ -123,7 +133,7 @@ def _typed(key: str, value: Any, kind: Any) -> Any:
 
 
 def _load_config(path: Path, defaults: Options) -> Options:
-    """The options a run was started with. InvalidRequest if there is no such run."""
+    """The options a run was started with. InvalidRequest if there is no such run of the recipe."""
     try:
         values = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except (OSError, msgspec.DecodeError) as error:
@@ -131,6 +141,9 @@ def _load_config(path: Path, defaults: Options) -> Options:
             f"resume: cannot read {path} ({error}); give the folder of a run", field="resume"
         ) from error
     others = sorted(values.keys() - flatten(defaults).keys())
+    by_ppo = values.get("algorithm") == "ppo"
+    if by_ppo != isinstance(defaults, PpoOptions):
+        others = others or ["algorithm"]
     if others:
         raise InvalidRequest(
             f"resume: {path.parent} is a run of another recipe, whose options include {others[0]}; "

@@ -16,6 +16,7 @@ from recipes.data.data_options import DataOptions
 from recipes.evaluation.evaluation_options import EvaluationOptions
 from recipes.rewards.code_options import CodeOptions
 from recipes.rewards.reward_options import RewardOptions
+from recipes.trainers.critic_options import CriticOptions
 from recipes.trainers.optimizer_options import OptimizerOptions
 
 DEFAULT_MODEL = Path(__file__).parent.parent.parent / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -112,6 +113,24 @@ class RunOptions:
         default_factory=EvaluationOptions
     )
     distillation: tyro.conf.OmitArgPrefixes[TeacherOptions] = field(default_factory=TeacherOptions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PpoOptions(RunOptions):
+    """Train a language model by PPO, with a critic, on a task with verifiable rewards.
+
+    Rollouts come from the Slipstream engine, which takes the new weights in place each step.
+    """
+
+    steps: int = 100
+    """Optimizer steps of the run."""
+    rollout: tyro.conf.OmitArgPrefixes[RolloutOptions] = field(
+        default_factory=lambda: RolloutOptions(prompts_per_step=64, samples=1)
+    )
+    objective: tyro.conf.OmitArgPrefixes[AlgorithmOptions] = field(
+        default_factory=lambda: AlgorithmOptions(algorithm="ppo")
+    )
+    value_function: tyro.conf.OmitArgPrefixes[CriticOptions] = field(default_factory=CriticOptions)
 
 
 def groups_of(options: Any) -> list[str]:

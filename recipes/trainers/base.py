@@ -17,6 +17,7 @@ from trainer_bridge.adapters.base import WeightSource
 
 Loss = Callable[[LossInputs], LossOutput]
 Logprobs = tuple[FloatArray, ...]
+Values = tuple[FloatArray, ...]
 
 
 class Learner(Protocol):
@@ -29,21 +30,37 @@ class Learner(Protocol):
         ...
 
     def accumulate(self, batch: Batch, loss: Loss, metrics: TokenMetrics) -> bool:
-        """Add the gradient of the batch's loss. Returns whether there is any; if not, do not
-        `step`. metrics: takes in the figures of this process's share."""
+        """Add the gradient of the batch's loss, and of the value loss where there is a value head
+        and the batch has returns. Returns whether there is any; if not, do not `step`. metrics:
+        takes in the figures of this process's share."""
+        ...
+
+    def accumulate_values(self, batch: Batch, metrics: TokenMetrics, *, trunk: bool) -> None:
+        """Add the gradient of the value loss alone. trunk: that of the model too, not just that of
+        the value head. Needs a head, and a batch with values and returns."""
         ...
 
     def step(self, lr: float) -> float:
-        """One clipped update with the accumulated gradient; returns its norm before.
+        """One clipped update of the model with the accumulated gradient, and of the value head if
+        there is one; returns the norm of the model's gradient before clipping.
 
-        In float16 a gradient that overflowed is dropped: nothing changes but the loss scale, and
-        the norm is 0. Raises NonFiniteGradient when no smaller scale would help.
+        In float16 a gradient that overflowed is dropped: nothing of the model changes but the loss
+        scale, and the norm is 0. Raises NonFiniteGradient when no smaller scale would help.
         """
         ...
 
     @property
     def loss_scale(self) -> LossScale | None:
         """What the loss is scaled by and how many steps were skipped; None unless in float16."""
+        ...
+
+    def step_head(self, lr: float) -> float:
+        """One update of the value head alone; returns the norm of its gradient. lr: the model's."""
+        ...
+
+    def values(self, trajectories: tuple[Trajectory, ...]) -> Values:
+        """Per sequence, float32 [response_len], the value of the state before each token by the
+        current value head, without gradient."""
         ...
 
     def logprobs(self, trajectories: tuple[Trajectory, ...]) -> Logprobs:

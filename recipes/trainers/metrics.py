@@ -13,6 +13,7 @@ import torch
 
 from recipes.algorithms.kl import k3
 from recipes.algorithms.losses import LossInputs, LossOutput
+from recipes.algorithms.values import ValueOutput
 
 
 @dataclass(slots=True)
@@ -35,6 +36,10 @@ class TokenMetrics:
     importance_min: float = float("inf")
     importance_max: float = 0.0
     reference_kl: float | None = None
+    num_value_updates: int = 0
+    num_value_tokens: int = 0
+    value_loss: float = 0.0
+    value_clipped: float = 0.0
 
     def add(
         self, inputs: LossInputs, output: LossOutput, entropy_K: torch.Tensor, num_nodes: int
@@ -67,10 +72,17 @@ class TokenMetrics:
         self.mismatch_kl += float((rollout_K - old_K).sum())
         self.mismatch_k3 += float(k3(rollout_K, old_K).sum())
 
+    def add_values(self, output: ValueOutput) -> None:
+        """Take in the value loss of one micro-batch."""
+        self.num_value_tokens += len(output.clipped)
+        self.value_loss += float(output.loss.detach())
+        self.value_clipped += float(output.clipped.sum())
+
     def result(self) -> dict[str, float]:
         """Means over tokens under the names TRL and verl log; empty before the first `add`."""
+        values = self._value_figures()
         if not self.num_tokens:
-            return {}
+            return values
         num, fresh = self.num_tokens, max(self.num_fresh, 1)
         named = {
             "loss": self.loss / max(self.num_updates, 1),
@@ -91,17 +103,27 @@ class TokenMetrics:
         }
         if self.reference_kl is not None:
             named["kl"] = self.reference_kl / num
-        return named
+        return {**named, **values}
+
+    def _value_figures(self) -> dict[str, float]:
+        if not self.num_value_tokens:
+            return {}
+        return {
+            "critic/vf_loss": self.value_loss / max(self.num_value_updates, 1),
+            "critic/vf_clipfrac": self.value_clipped / self.num_value_tokens,
+        }
 
 
 def merge(parts: Sequence[TokenMetrics]) -> TokenMetrics:
     """The figures of one step of which each process saw a part."""
     smallest, largest = {"importance_min"}, {"difference_max", "importance_max"}
-    merged = TokenMetrics(num_updates=parts[0].num_updates)
+    # Every process counts each update.
+    updates = {"num_updates", "num_value_updates"}
+    merged = TokenMetrics()
     for field in dataclasses.fields(TokenMetrics):
         values = [v for v in (getattr(part, field.name) for part in parts) if v is not None]
-        if field.name == "num_updates" or not values:
+        if not values:
             continue
-        join = min if field.name in smallest else max if field.name in largest else sum
+        join = min if field.name in smallest else max if field.name in largest | updates else sum
         setattr(merged, field.name, join(values))
     return merged

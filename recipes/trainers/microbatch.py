@@ -13,7 +13,8 @@ import torch
 
 from engine.protocol import FloatArray
 from recipes.algorithms.losses import LossInputs
-from recipes.trainers.forward import TokenScores, score_tree
+from recipes.algorithms.values import ValueInputs
+from recipes.trainers.forward import Head, TokenScores, score_tree, value_tree
 from recipes.trainers.prefix_tree import PromptResponse, build_tree, pack
 from recipes.types import Batch, Trajectory
 
@@ -36,11 +37,22 @@ def microbatches(
 
 
 def score(
-    model: Any, trajectories: Sequence[Trajectory], temperature: float
+    model: Any,
+    trajectories: Sequence[Trajectory],
+    temperature: float,
+    head: Head | None = None,
 ) -> tuple[TokenScores, int]:
     """Scores of all response tokens, end to end, and how many tokens were computed for them."""
     tree = build_tree([_sequence(t) for t in trajectories])
-    return score_tree(model, tree, temperature), len(tree.token_ids)
+    return score_tree(model, tree, temperature, head), len(tree.token_ids)
+
+
+def score_values(
+    model: Any, trajectories: Sequence[Trajectory], head: Head, *, trunk: bool
+) -> torch.Tensor:
+    """Values of all response tokens, end to end, float32 [K]; see `forward.value_tree`."""
+    tree = build_tree([_sequence(t) for t in trajectories])
+    return value_tree(model, tree, head, trunk=trunk)
 
 
 def by_sequence(values_K: torch.Tensor, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
@@ -66,9 +78,6 @@ def loss_inputs(batch: Batch, logprobs_K: torch.Tensor, device: torch.device) ->
     if batch.stale is not None:
         fresh_K = tokens(~np.repeat(batch.stale, lengths_N))
         old_K = torch.where(fresh_K, old_K, rollout_K)
-    weights_K = np.repeat(batch.weights, lengths_N)
-    if batch.kept is not None:
-        weights_K = weights_K * np.concatenate(batch.kept)
     return LossInputs(
         logprobs=logprobs_K,
         old=old_K,
@@ -76,10 +85,31 @@ def loss_inputs(batch: Batch, logprobs_K: torch.Tensor, device: torch.device) ->
         fresh=fresh_K,
         reference=flat(batch.reference_logprobs),
         advantages=tokens(np.concatenate(batch.advantages)),
-        weights=tokens(weights_K),
+        weights=tokens(_token_weights(batch)),
         sequence=tokens(np.repeat(np.arange(len(lengths_N)), lengths_N)),
         num_sequences=len(lengths_N),
     )
+
+
+def value_inputs(batch: Batch, values_K: torch.Tensor) -> ValueInputs:
+    """What the value loss takes in, where the values are. The batch has `values` and `returns`."""
+    assert batch.values is not None and batch.returns is not None
+
+    def tokens(values: np.ndarray[Any, Any]) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(values_K.device)
+
+    return ValueInputs(
+        values=values_K,
+        old=tokens(np.concatenate(batch.values)),
+        returns=tokens(np.concatenate(batch.returns)),
+        weights=tokens(_token_weights(batch)),
+    )
+
+
+def _token_weights(batch: Batch) -> FloatArray:
+    """Weight of each response token in a loss, float32 [K]."""
+    weights_K = np.repeat(batch.weights, [len(t.response_ids) for t in batch.trajectories])
+    return weights_K if batch.kept is None else weights_K * np.concatenate(batch.kept)
 
 
 def _sequence(trajectory: Trajectory) -> PromptResponse:

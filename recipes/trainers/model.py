@@ -1,4 +1,5 @@
-"""The model that learns: a transformers causal LM with the engine's starting weights."""
+"""The models that learn: transformers causal LMs. The policy has the engine's starting weights, a
+critic of its own those of the policy or of a file."""
 
 from __future__ import annotations
 
@@ -10,17 +11,22 @@ from transformers import PreTrainedModel
 
 from engine.errors import InvalidRequest
 from recipes.actors.actor import Actor
-from recipes.settings.options import RunOptions
+from recipes.settings.options import PpoOptions, RunOptions
 from recipes.trainers.base import Learner
+from recipes.trainers.critic import Critic
 from recipes.trainers.masters import dither, require_range
 from recipes.trainers.plain import Trainer
 from recipes.trainers.sharded import Backend, ShardedTrainer
+from recipes.trainers.value_head import ValueHead
 from recipes.world import World, uses_gpu
 from rollout.launch import read_checkpoint
-from rollout.offline import derive_seed
+from rollout.offline import Tokenizer, derive_seed, load_tokenizer
 from trainer_bridge import load_causal_lm
 
 logger = logging.getLogger(__name__)
+
+LR_RATIO = 5.0
+"""Learning rate of a critic over that of the policy, where none is given."""
 
 
 def load_trainer(options: RunOptions, actor: Actor, world: World | None = None) -> Learner:
@@ -30,26 +36,112 @@ def load_trainer(options: RunOptions, actor: Actor, world: World | None = None) 
     library is missing; CheckpointError for a weight that the dtype cannot hold.
     """
     world = world or World()
-    name = options.placement.trainer
-    if name == "plain" and world.size > 1:
+    if options.placement.trainer == "plain" and world.size > 1:
         raise InvalidRequest(
             f"trainer: plain is one process, and torchrun started {world.size}; add --trainer "
             "deepspeed or --trainer fsdp",
             field="trainer",
         )
-    checkpoint = read_checkpoint(options.model, options.load_format, options.seed)
+    model = _read_model(options.model, options)
+    needs = options.objective.kl_coef > 0 and options.objective.reference != "engine"
+    reference = copy.deepcopy(model) if needs else None
+    head = None
+    if isinstance(options, PpoOptions) and options.value_function.critic == "shared":
+        coef = options.value_function.value_coef
+        head = _value_head(options, model, world, coef=coef, lr_ratio=critic_lr_ratio(options))
+    return _learner(options, actor, world, model, reference=reference, head=head)
+
+
+def load_critic(options: RunOptions, actor: Actor, policy: Learner, world: World) -> Critic | None:
+    """The critic of a run that has one; collective.
+
+    policy: what `load_trainer` gave. Raises InvalidRequest for a file of another vocabulary.
+    """
+    if not isinstance(options, PpoOptions):
+        return None
+    given = options.value_function
+    learner, own = policy, given.critic == "own"
+    if own:
+        model = _read_model(given.critic_model or options.model, options)
+        head = _value_head(options, model, world, coef=1.0)
+        learner = _learner(options, actor, world, model, head=head)
+    return Critic(
+        learner,
+        own=own,
+        lr_ratio=critic_lr_ratio(options),
+        warmup_steps=given.critic_warmup_steps,
+    )
+
+
+def critic_lr_ratio(options: PpoOptions) -> float:
+    """The critic's learning rate over the policy's."""
+    given = options.value_function.critic_lr
+    return LR_RATIO if given is None else given / options.optimizer.lr
+
+
+def check_vocabulary(options: RunOptions, tokenizer: Tokenizer) -> None:
+    """Raises InvalidRequest (`critic_model`) for a critic whose tokens are not the policy's."""
+    if not isinstance(options, PpoOptions) or options.value_function.critic_model is None:
+        return
+    path = options.value_function.critic_model
+    other = load_tokenizer(path)
+    sizes = f"{path} has {other.vocab_size:,} tokens, the policy {tokenizer.vocab_size:,}"
+    hint = "give a critic of the policy's family, or leave --critic-model out to start from it"
+    if other.vocab_size != tokenizer.vocab_size:
+        raise InvalidRequest(f"critic_model: {sizes}; {hint}", field="critic_model")
+    for token_id in range(tokenizer.vocab_size):
+        ours, theirs = tokenizer.token_bytes(token_id), other.token_bytes(token_id)
+        if ours != theirs:
+            raise InvalidRequest(
+                f"critic_model: {sizes}, but token {token_id} is {theirs!r} there and {ours!r} "
+                f"here; {hint}",
+                field="critic_model",
+            )
+
+
+def _read_model(path: str, options: RunOptions) -> PreTrainedModel:
+    checkpoint = read_checkpoint(path, options.load_format, options.seed)
     model = load_causal_lm(checkpoint.hf_config, checkpoint.tensors)
     assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def _value_head(
+    options: PpoOptions,
+    model: PreTrainedModel,
+    world: World,
+    *,
+    coef: float,
+    lr_ratio: float = 1.0,
+) -> ValueHead:
+    return ValueHead(
+        model.config.get_text_config().hidden_size,
+        options.optimizer,
+        device=trainer_device(options, world),
+        coef=coef,
+        clip=options.value_function.value_clip,
+        lr_ratio=lr_ratio,
+        world=world,
+    )
+
+
+def _learner(
+    options: RunOptions,
+    actor: Actor,
+    world: World,
+    model: PreTrainedModel,
+    *,
+    reference: PreTrainedModel | None = None,
+    head: ValueHead | None = None,
+) -> Learner:
+    """The trainer of one model, its masters dithered where they are to be."""
     device, dtype = trainer_device(options, world), engine_dtype(actor)
     if dtype != torch.float32:
         require_range(((n, p.detach()) for n, p in model.named_parameters()), dtype)
-    on_host = options.objective.reference == "host"
-    needs = options.objective.kl_coef > 0 and options.objective.reference != "engine"
-    reference = copy.deepcopy(model) if needs else None
     if options.optimizer.dither == "on" and dtype != torch.float32:
         _dither(model, dtype, derive_seed(options.seed, "dither"))
     temperature = options.rollout.temperature
-    if name == "plain":
+    if options.placement.trainer == "plain":
         return Trainer(
             model,
             options.optimizer,
@@ -57,10 +149,11 @@ def load_trainer(options: RunOptions, actor: Actor, world: World | None = None) 
             dtype=dtype,
             temperature=temperature,
             reference=reference,
-            reference_on_host=on_host,
+            reference_on_host=options.objective.reference == "host",
+            head=head,
         )
     backend = _backend(options, model, reference, world, device, dtype)
-    return ShardedTrainer(backend, options.optimizer, world, temperature=temperature)
+    return ShardedTrainer(backend, options.optimizer, world, temperature=temperature, head=head)
 
 
 def trainer_device(options: RunOptions, world: World) -> torch.device:

@@ -5,7 +5,7 @@ Legend: K response tokens of a micro-batch, N its sequences.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,21 @@ import torch
 from transformers import PreTrainedModel
 
 from engine.protocol import FloatArray
-from recipes.trainers.base import Logprobs, Loss
-from recipes.trainers.forward import TokenScores
+from recipes.trainers.base import Logprobs, Loss, Values
 from recipes.trainers.loss_scale import LossScale, loss_scale_of
 from recipes.trainers.masters import Masters
 from recipes.trainers.memory import recompute_layers
 from recipes.trainers.metrics import TokenMetrics
-from recipes.trainers.microbatch import by_sequence, loss_inputs, microbatches, score
+from recipes.trainers.microbatch import (
+    by_sequence,
+    loss_inputs,
+    microbatches,
+    score,
+    score_values,
+)
 from recipes.trainers.optimizer_options import OptimizerOptions
 from recipes.trainers.reference import Reference, reference_of
+from recipes.trainers.value_head import ValueHead
 from recipes.types import Batch, Trajectory
 
 TENSORS = "trainer.pt"
@@ -34,7 +40,8 @@ class Trainer:
     model: float32; moved to `device`, where its parameters become `dtype`, which the engine
     serves; the optimizer keeps float32 masters of them, and in float16 the loss is scaled.
     temperature: that of the rollouts. reference: the same model with its initial weights, where
-    there is a KL term, in host memory between its passes if `reference_on_host`.
+    there is a KL term, in host memory between its passes if `reference_on_host`. head: a critic's,
+    on this model.
     """
 
     def __init__(
@@ -47,6 +54,7 @@ class Trainer:
         temperature: float,
         reference: PreTrainedModel | None = None,
         reference_on_host: bool = False,
+        head: ValueHead | None = None,
     ) -> None:
         self.model: PreTrainedModel = model.to(device=device, dtype=torch.float32).eval()
         self.model.set_attn_implementation("sdpa")
@@ -55,6 +63,7 @@ class Trainer:
         self.options = options
         self.device = device
         self.temperature = temperature
+        self.head = head
         self.loss_scale: LossScale | None = loss_scale_of(dtype)
         self.masters = Masters(self.model, dtype, self.loss_scale)
         self.reference: Reference | None = None
@@ -77,6 +86,7 @@ class Trainer:
         """
         learns = batch.learns
         metrics.num_updates += 1
+        metrics.num_value_updates += self.head is not None
         for with_grad in (True, False):
             part = batch.select(np.flatnonzero(learns == with_grad).tolist())
             with torch.set_grad_enabled(with_grad):
@@ -86,16 +96,35 @@ class Trainer:
     def _run_microbatches(self, batch: Batch, loss: Loss, metrics: TokenMetrics) -> None:
         for indices in self._microbatches(batch.trajectories):
             part = batch.select(indices)
-            scores, num_nodes = self._score(self.model, part.trajectories)
+            head = self.head if part.returns is not None else None
+            scores, num_nodes = score(self.model, part.trajectories, self.temperature, head)
             inputs = loss_inputs(part, scores.logprobs, self.device)
             output = loss(inputs)
-            if output.loss.requires_grad:
-                scale = 1.0 if self.loss_scale is None else self.loss_scale.value
-                (output.loss * scale).backward()
+            total = output.loss
+            if head is not None and scores.values is not None:
+                total = total + head.loss(part, scores.values, metrics)
+            if total.requires_grad:
+                self._scaled(total).backward()
             metrics.add(inputs, output, scores.entropy, num_nodes)
+
+    def accumulate_values(self, batch: Batch, metrics: TokenMetrics, *, trunk: bool) -> None:
+        """See `Learner`."""
+        assert self.head is not None
+        metrics.num_value_updates += 1
+        for indices in self._microbatches(batch.trajectories):
+            part = batch.select(indices)
+            values_K = score_values(self.model, part.trajectories, self.head, trunk=trunk)
+            loss = self.head.loss(part, values_K, metrics)
+            if trunk:
+                self._scaled(loss).backward()
+
+    def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss if self.loss_scale is None else loss * self.loss_scale.value
 
     def step(self, lr: float) -> float:
         """One clipped AdamW update with the accumulated gradient; see `Learner`."""
+        if self.head is not None:
+            self.head.step(lr)
         norm = torch.nn.utils.clip_grad_norm_(
             self.masters.parameters, self.options.max_grad_norm, foreach=True
         )
@@ -108,6 +137,11 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.masters.publish()
         return float(norm)
+
+    def step_head(self, lr: float) -> float:
+        """See `Learner`."""
+        assert self.head is not None
+        return self.head.step(lr)
 
     def logprobs(self, trajectories: tuple[Trajectory, ...]) -> Logprobs:
         """Per sequence, float32 [response_len] under the current weights, without gradient."""
@@ -133,6 +167,8 @@ class Trainer:
         if self.loss_scale is not None:
             state["loss_scale"] = self.loss_scale.state()
         torch.save(state, folder / TENSORS)
+        if self.head is not None:
+            self.head.save(folder)
 
     def load(self, folder: Path) -> None:
         """Inverse of `save`. The reference keeps the weights it was made from."""
@@ -141,22 +177,39 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.loss_scale is not None:
             self.loss_scale.load(state["loss_scale"])
+        if self.head is not None:
+            self.head.load(folder)
 
     def write_model(self, folder: Path, dtype: torch.dtype) -> None:
         """Write the model in Hugging Face format; it is cast itself."""
         self.model.to(dtype=dtype).save_pretrained(folder)
 
+    def values(self, trajectories: tuple[Trajectory, ...]) -> Values:
+        """See `Learner`."""
+        head = self.head
+        assert head is not None
+        return self._per_sequence(
+            trajectories, lambda part: score_values(self.model, part, head, trunk=False)
+        )
+
     def _logprobs(self, model: Any, trajectories: tuple[Trajectory, ...]) -> Logprobs:
+        return self._per_sequence(
+            trajectories, lambda part: score(model, part, self.temperature)[0].logprobs
+        )
+
+    def _per_sequence(
+        self,
+        trajectories: tuple[Trajectory, ...],
+        compute: Callable[[Sequence[Trajectory]], torch.Tensor],
+    ) -> tuple[FloatArray, ...]:
+        """What `compute` gives of each micro-batch, float32 [K], without gradient."""
         arrays: dict[int, FloatArray] = {}
         for indices in self._microbatches(trajectories):
             part = [trajectories[i] for i in indices]
             with torch.no_grad():
-                scores, _ = self._score(model, part)
-            arrays.update(zip(indices, by_sequence(scores.logprobs, part), strict=True))
+                values_K = compute(part)
+            arrays.update(zip(indices, by_sequence(values_K, part), strict=True))
         return tuple(arrays[i] for i in range(len(trajectories)))
-
-    def _score(self, model: Any, trajectories: Sequence[Trajectory]) -> tuple[TokenScores, int]:
-        return score(model, trajectories, self.temperature)
 
     def _microbatches(self, trajectories: Sequence[Trajectory]) -> list[list[int]]:
         return microbatches(trajectories, self.options.max_tokens_per_microbatch, self.device)

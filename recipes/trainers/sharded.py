@@ -8,7 +8,7 @@ on the number of processes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,12 +16,19 @@ import numpy as np
 import torch
 
 from engine.protocol import FloatArray
-from recipes.trainers.base import Logprobs, Loss
+from recipes.trainers.base import Logprobs, Loss, Values
 from recipes.trainers.loss_scale import LossScale
 from recipes.trainers.metrics import TokenMetrics
-from recipes.trainers.microbatch import by_sequence, loss_inputs, microbatches, score
+from recipes.trainers.microbatch import (
+    by_sequence,
+    loss_inputs,
+    microbatches,
+    score,
+    score_values,
+)
 from recipes.trainers.optimizer_options import OptimizerOptions
 from recipes.trainers.reference import Reference
+from recipes.trainers.value_head import ValueHead
 from recipes.types import Batch, Trajectory
 from recipes.world import World
 from trainer_bridge.adapters.base import WeightSource
@@ -65,15 +72,23 @@ class Backend(Protocol):
 
 
 class ShardedTrainer:
-    """A `Learner` over a `Backend`. temperature: that of the rollouts."""
+    """A `Learner` over a `Backend`. temperature: that of the rollouts. head: a critic's, on this
+    model, whole in every process."""
 
     def __init__(
-        self, backend: Backend, options: OptimizerOptions, world: World, *, temperature: float
+        self,
+        backend: Backend,
+        options: OptimizerOptions,
+        world: World,
+        *,
+        temperature: float,
+        head: ValueHead | None = None,
     ) -> None:
         self._backend = backend
         self._options = options
         self._world = world
         self._temperature = temperature
+        self._head = head
 
     @property
     def weights(self) -> WeightSource:
@@ -85,6 +100,7 @@ class ShardedTrainer:
         term; both kinds are divided among the processes, so that all have equal work."""
         learns = batch.learns
         metrics.num_updates += 1
+        metrics.num_value_updates += self._head is not None
         for with_grad in (False, True):
             rows = np.flatnonzero(learns == with_grad).tolist()
             part = batch.select(self._share(rows, batch.trajectories))
@@ -92,14 +108,41 @@ class ShardedTrainer:
                 self._run_microbatches(part, loss, metrics)
         return bool(learns.any())
 
+    def accumulate_values(self, batch: Batch, metrics: TokenMetrics, *, trunk: bool) -> None:
+        """See `Learner`."""
+        metrics.num_value_updates += 1
+        rows = range(len(batch.trajectories))
+        part = batch.select(self._share(rows, batch.trajectories))
+        parts = self._microbatches(part.trajectories)
+        for index, indices in enumerate(parts):
+            loss = self._value_loss(part.select(indices), metrics, trunk=trunk)
+            if trunk:
+                is_last = index == len(parts) - 1
+                self._backend.backward(loss * self._world.size, is_last=is_last)
+
+    def _value_loss(self, part: Batch, metrics: TokenMetrics, *, trunk: bool) -> torch.Tensor:
+        """Of a micro-batch, or of an empty one, which adds nothing."""
+        assert self._head is not None
+        model, empty = self._backend.model, not part.trajectories
+        trajectories = [_filler()] if empty else part.trajectories
+        values_K = score_values(model, trajectories, self._head, trunk=trunk)
+        return 0.0 * values_K.sum() if empty else self._head.loss(part, values_K, metrics)
+
     def step(self, lr: float) -> float:
         """See `Learner`."""
+        if self._head is not None:
+            self._head.step(lr)
         return self._backend.step(lr)
 
     @property
     def loss_scale(self) -> LossScale | None:
         """See `Learner`."""
         return self._backend.loss_scale
+
+    def step_head(self, lr: float) -> float:
+        """See `Learner`."""
+        assert self._head is not None
+        return self._head.step(lr)
 
     def logprobs(self, trajectories: tuple[Trajectory, ...]) -> Logprobs:
         """See `Learner`."""
@@ -114,10 +157,14 @@ class ShardedTrainer:
     def save(self, folder: Path) -> None:
         """See `Learner`."""
         self._backend.save(folder)
+        if self._head is not None and self._world.is_main:
+            self._head.save(folder)
 
     def load(self, folder: Path) -> None:
         """See `Learner`."""
         self._backend.load(folder)
+        if self._head is not None:
+            self._head.load(folder)
 
     def write_model(self, folder: Path, dtype: torch.dtype) -> None:
         """See `Learner`. The main process collects the weights in host memory."""
@@ -140,56 +187,66 @@ class ShardedTrainer:
         return [rows[index] for index in share]
 
     def _run_microbatches(self, batch: Batch, loss: Loss, metrics: TokenMetrics) -> None:
+        head = self._head if batch.returns is not None else None
         parts = self._microbatches(batch.trajectories)
         for index, indices in enumerate(parts):
-            is_last = index == len(parts) - 1
             if indices:
-                self._run(batch.select(indices), loss, metrics, is_last)
+                total = self._run(batch.select(indices), loss, metrics, head)
             else:
-                self._run_empty(is_last)
+                total = self._run_empty(head)
+            if torch.is_grad_enabled():
+                # Back ends average over processes; what is wanted is the sum.
+                is_last = index == len(parts) - 1
+                self._backend.backward(total * self._world.size, is_last=is_last)
 
-    def _run(self, part: Batch, loss: Loss, metrics: TokenMetrics, is_last: bool) -> None:
-        scores, num_nodes = score(self._backend.model, part.trajectories, self._temperature)
+    def _run(
+        self, part: Batch, loss: Loss, metrics: TokenMetrics, head: ValueHead | None
+    ) -> torch.Tensor:
+        scores, num_nodes = score(self._backend.model, part.trajectories, self._temperature, head)
         inputs = loss_inputs(part, scores.logprobs, scores.logprobs.device)
         output = loss(inputs)
-        if torch.is_grad_enabled():
-            # Back ends average over processes; what is wanted is the sum.
-            self._backend.backward(output.loss * self._world.size, is_last=is_last)
         metrics.add(inputs, output, scores.entropy, num_nodes)
+        if head is None or scores.values is None:
+            return output.loss
+        return output.loss + head.loss(part, scores.values, metrics)
 
-    def _run_empty(self, is_last: bool) -> None:
-        """A forward and, with gradients, a backward pass that add nothing."""
-        logprobs_K = self._score_empty(self._backend.model)
-        if torch.is_grad_enabled():
-            self._backend.backward(0.0 * logprobs_K.sum(), is_last=is_last)
+    def _run_empty(self, head: ValueHead | None) -> torch.Tensor:
+        """What adds nothing. It has the same outputs with a gradient as `_run`: ZeRO-3 follows the
+        order in which they are used, and waits for ever for a process with another one."""
+        scores, _ = score(self._backend.model, [_filler()], self._temperature, head)
+        nothing = 0.0 * scores.logprobs.sum()
+        return nothing if scores.values is None else nothing + 0.0 * scores.values.sum()
 
-    def _score_empty(self, model: Any) -> torch.Tensor:
-        token = np.zeros(1, dtype=np.int32)
-        filler = Trajectory(
-            prompt_ids=token,
-            response_ids=token,
-            rollout_logprobs=np.zeros(1, dtype=np.float32),
-            spans=(),
-            text="",
-            truncated=False,
-            reward=0.0,
-            correct=0.0,
+    def values(self, trajectories: tuple[Trajectory, ...]) -> Values:
+        """See `Learner`."""
+        head, model = self._head, self._backend.model
+        assert head is not None
+        return self._per_sequence(
+            trajectories, lambda part: score_values(model, part, head, trunk=False)
         )
-        return score(model, [filler], self._temperature)[0].logprobs
 
     def _logprobs(self, model: Any, trajectories: Sequence[Trajectory]) -> Logprobs:
+        return self._per_sequence(
+            trajectories, lambda part: score(model, part, self._temperature)[0].logprobs
+        )
+
+    def _per_sequence(
+        self,
+        trajectories: Sequence[Trajectory],
+        compute: Callable[[Sequence[Trajectory]], torch.Tensor],
+    ) -> tuple[FloatArray, ...]:
+        """What `compute` gives of each micro-batch, float32 [K], without gradient; gathered."""
         rows = self._share(range(len(trajectories)), trajectories)
         mine = [trajectories[row] for row in rows]
         arrays: list[tuple[int, FloatArray]] = []
         with torch.no_grad():
             for indices in self._microbatches(mine):
                 if not indices:
-                    self._score_empty(model)
+                    compute([_filler()])
                     continue
                 part = [mine[index] for index in indices]
-                scores, _ = score(model, part, self._temperature)
                 places = [rows[index] for index in indices]
-                arrays += zip(places, by_sequence(scores.logprobs, part), strict=True)
+                arrays += zip(places, by_sequence(compute(part), part), strict=True)
         everywhere = dict(self._world.gather(arrays))
         return tuple(everywhere[row] for row in range(len(trajectories)))
 
@@ -199,6 +256,21 @@ class ShardedTrainer:
         parts = microbatches(trajectories, most_tokens, self._backend.model.device)
         most = max(self._world.gather([len(parts)]))
         return [[] for _ in range(most - len(parts))] + parts
+
+
+def _filler() -> Trajectory:
+    """What a process whose share is used up computes: one token."""
+    token = np.zeros(1, dtype=np.int32)
+    return Trajectory(
+        prompt_ids=token,
+        response_ids=token,
+        rollout_logprobs=np.zeros(1, dtype=np.float32),
+        spans=(),
+        text="",
+        truncated=False,
+        reward=0.0,
+        correct=0.0,
+    )
 
 
 def even_by_length(lengths: Sequence[int], num: int) -> list[range]:

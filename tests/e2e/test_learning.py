@@ -17,13 +17,14 @@ from typing import Any
 import pytest
 import torch
 
+from recipes import grpo, ppo
 from recipes.actors.launch import launch_actor
-from recipes.grpo import train
 from recipes.run.ledger import Ledger
 from recipes.run.opening import assemble
-from recipes.settings.options import RolloutOptions, RunOptions
-from recipes.trainers.model import load_trainer
+from recipes.settings.options import PpoOptions, RolloutOptions, RunOptions
+from recipes.trainers.model import load_critic, load_trainer
 from recipes.trainers.optimizer_options import OptimizerOptions
+from recipes.world import World
 from rollout.offline import load_tokenizer
 from tests.helpers.char_model import CharAddition, char_model, fine_tune, write_char_model
 
@@ -51,8 +52,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def learn(model: str, out: Path, *, lr: float, steps: int) -> dict[str, Any]:
-    options = RunOptions(
+def learn(
+    model: str, out: Path, *, lr: float, steps: int, kind: type[RunOptions] = RunOptions
+) -> dict[str, Any]:
+    """A run by GRPO, or by PPO with a reply to each of as many problems as that has replies."""
+    by_ppo = kind is PpoOptions
+    options = kind(
         model=model,
         out=str(out),
         steps=steps,
@@ -60,20 +65,24 @@ def learn(model: str, out: Path, *, lr: float, steps: int) -> dict[str, Any]:
         eval_prompts=256,
         checkpoint_every=0,
         dtype="float32",
-        rollout=RolloutOptions(prompts_per_step=24, kv_memory_gb=0.1),
+        rollout=RolloutOptions(
+            prompts_per_step=192 if by_ppo else 24, samples=1 if by_ppo else 8, kv_memory_gb=0.1
+        ),
         optimizer=OptimizerOptions(lr=lr),
     )
     actor = launch_actor(options)
+    trainer = load_trainer(options, actor)
     run = assemble(
         options,
         Ledger(),
         environment=CharAddition(),
         actor=actor,
         tokenizer=load_tokenizer(model),
-        trainer=load_trainer(options, actor),
+        trainer=trainer,
+        critic=load_critic(options, actor, trainer, World()),
     )
     run.begin()
-    train(run)
+    (ppo if by_ppo else grpo).train(run)
     summary = run.finish()
     actor.close()
     return summary
@@ -86,6 +95,18 @@ def test_rewards_teach_addition(model: str, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in lines]
     assert [row["weight_version"] for row in rows] == list(range(1, STEPS + 1))
     assert max(row["sampling/sampling_logp_difference/mean"] for row in rows) < 1e-4
+
+
+def test_a_critic_teaches_addition_from_one_reply_a_problem(model: str, tmp_path: Path) -> None:
+    """Gains of 0.17 to 0.25 were seen."""
+    summary = learn(model, tmp_path / "run", lr=5e-5, steps=60, kind=PpoOptions)
+    assert summary["eval_after"] >= summary["eval_before"] + 0.08
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    last = rows[-10:]
+    valued = sum(row["critic/vpred_mean"] for row in last) / len(last)
+    returned = sum(row["critic/returns/mean"] for row in last) / len(last)
+    assert abs(valued - returned) < 0.15 < returned
 
 
 def test_too_high_a_learning_rate_collapses(model: str, tmp_path: Path) -> None:

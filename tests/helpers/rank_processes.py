@@ -32,12 +32,14 @@ _IMPORTED = [
     # At its import it asks torch to compile functions, which imports all of inductor.
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "recipes.grpo",
+    "recipes.ppo",
     "recipes.actors.fleet",
     "recipes.trainers.deepspeed",
     "recipes.trainers.fsdp",
     "tests.helpers.sharded_publish",
     "tests.helpers.source_ranks",
     "tests.helpers.trainer_ranks",
+    "tests.helpers.critic_ranks",
 ]
 
 

@@ -30,8 +30,8 @@ def test_dapo_sets_clip_higher_and_a_buffer() -> None:
 
 
 def test_unknown_name_is_refused() -> None:
-    with pytest.raises(ValueError, match="ppo"):
-        preset("ppo", 8)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="a2c"):
+        preset("a2c", 8)  # type: ignore[arg-type]
 
 
 def test_a_kl_that_is_moved_takes_an_estimator_that_is_right_there() -> None:

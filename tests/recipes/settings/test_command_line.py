@@ -11,8 +11,8 @@ import pytest
 
 from engine.errors import InvalidRequest, ModelNotFound
 from recipes.settings import checks
-from recipes.settings.command_line import flatten, parse
-from recipes.settings.options import DEFAULT_MODEL, RunOptions
+from recipes.settings.command_line import flatten, parse, recipe_of
+from recipes.settings.options import DEFAULT_MODEL, PpoOptions, RunOptions
 
 FLAGS = """
 algorithm
@@ -99,6 +99,11 @@ zero
 """
 
 
+CRITIC_FLAGS = """
+critic critic_lr critic_model critic_warmup_steps gae_lambda value_clip value_coef
+"""
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> str:
     path = tmp_path / "model"
@@ -111,12 +116,18 @@ def test_the_flags_are_these() -> None:
     assert sorted(flatten(RunOptions())) == FLAGS.split()
 
 
-def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ppo_has_the_flags_of_a_critic_too() -> None:
+    assert sorted(flatten(PpoOptions())) == sorted([*FLAGS.split(), *CRITIC_FLAGS.split()])
+
+
+@pytest.mark.parametrize("defaults", [RunOptions(), PpoOptions()])
+def test_help_explains_every_flag(defaults: RunOptions, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        parse(["--help"])
+        parse(["--help"], defaults)
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    for flag in FLAGS.split():
+    assert recipe_of(defaults) in text
+    for flag in flatten(defaults):
         assert re.search(f"--{flag.replace('_', '-')}[ ,]", text), flag
 
 
@@ -226,12 +237,12 @@ def test_a_missing_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> 
             parse([])
 
 
-def saved_run(tmp_path: Path, *flags: str) -> str:
+def saved_run(tmp_path: Path, *flags: str, defaults: RunOptions | None = None) -> str:
     model = tmp_path / "model"
     model.mkdir(exist_ok=True)
     run = tmp_path / "run"
     run.mkdir()
-    options = parse(["--model", str(model), *flags])
+    options = parse(["--model", str(model), *flags], defaults)
     (run / "config.json").write_text(json.dumps(flatten(options)))
     return str(run)
 
@@ -273,3 +284,27 @@ def test_a_schedule_that_ends_fixes_the_steps(tmp_path: Path) -> None:
 def test_resuming_what_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="folder of a run"):
         parse(["--resume", str(tmp_path)])
+
+
+def test_a_resumed_run_of_ppo_takes_its_own_options(tmp_path: Path, model: str) -> None:
+    toml = tmp_path / "run.toml"
+    toml.write_text("gae_lambda = 0.9\nsamples = 2\nsteps = 5\n")
+    flags = ["--config", str(toml), "--critic", "own", "--critic-model", model]
+    run = saved_run(tmp_path, *flags, defaults=PpoOptions())
+    options = parse(["--resume", run, "--steps", "8"], PpoOptions())
+    assert isinstance(options, PpoOptions)
+    assert options.value_function.critic_model == model
+    assert (options.value_function.gae_lambda, options.rollout.samples) == (0.9, 2)
+    assert options.steps == 8
+    with pytest.raises(InvalidRequest, match="run to resume") as caught:
+        parse(["--resume", run, "--value-clip", "0.3"], PpoOptions())
+    assert caught.value.field == "value_clip"
+
+
+@pytest.mark.parametrize("by_ppo", [False, True])
+def test_a_run_is_resumed_by_its_own_recipe(tmp_path: Path, by_ppo: bool) -> None:
+    kinds = (RunOptions(), PpoOptions()) if by_ppo else (PpoOptions(), RunOptions())
+    run = saved_run(tmp_path, defaults=kinds[1])
+    with pytest.raises(InvalidRequest, match="another recipe") as caught:
+        parse(["--resume", run], kinds[0])
+    assert caught.value.field == "resume"

@@ -6,17 +6,18 @@ from typing import Any
 
 import pytest
 
-from engine.errors import InvalidRequest
+from engine.errors import InvalidRequest, ModelNotFound
 from recipes.settings.checks import (
     ABOVE_ZERO,
     BELOW_ONE,
+    FROM_ZERO_TO_ONE,
     LEAST,
     UP_TO_ONE,
     check_options,
     check_sft,
 )
 from recipes.settings.command_line import with_values
-from recipes.settings.options import RunOptions, flatten
+from recipes.settings.options import PpoOptions, RunOptions, flatten
 from recipes.settings.sft_options import SftOptions
 
 BAD: list[tuple[str, Any, str]] = [
@@ -24,6 +25,7 @@ BAD: list[tuple[str, Any, str]] = [
     *((name, 0.0, "above 0") for name in sorted(ABOVE_ZERO)),
     *((name, 1.0, r"in \[0, 1\)") for name in sorted(BELOW_ONE)),
     *((name, value, r"in \(0, 1\]") for name in sorted(UP_TO_ONE) for value in (0.0, 1.5)),
+    *((name, value, r"in \[0, 1\]") for name in sorted(FROM_ZERO_TO_ONE) for value in (-0.1, 1.5)),
     ("lr", float("inf"), "above 0"),
     ("beta1", float("nan"), r"in \[0, 1\)"),
     ("kl_coef", float("nan"), "at least 0"),
@@ -32,19 +34,41 @@ BAD: list[tuple[str, Any, str]] = [
 
 @pytest.mark.parametrize("name,value,what", BAD)
 def test_a_number_out_of_its_range_is_refused_by_name(name: str, value: Any, what: str) -> None:
-    is_rl = name in flatten(RunOptions())
-    kind = type(flatten(RunOptions() if is_rl else SftOptions())[name])
-    given = int(value) if kind is int else value
+    kinds = (RunOptions, PpoOptions, SftOptions)
+    options = next(kind(model=__file__) for kind in kinds if name in flatten(kind()))
+    given = int(value) if type(flatten(options)[name]) is int else value
     with pytest.raises(InvalidRequest, match=f"^{name} must be {what}, not ") as caught:
-        if is_rl:
-            check_options(with_values(RunOptions(model=__file__), {name: given}))
+        if isinstance(options, SftOptions):
+            check_sft(with_values(options, {name: given}))
         else:
-            check_sft(with_values(SftOptions(model=__file__), {name: given}))
+            check_options(with_values(options, {name: given}))
     assert caught.value.field == name
 
 
-def test_the_defaults_are_in_their_ranges() -> None:
-    check_options(RunOptions(model=__file__))
+@pytest.mark.parametrize("kind", [RunOptions, PpoOptions])
+def test_the_defaults_are_in_their_ranges(kind: type[RunOptions]) -> None:
+    check_options(kind(model=__file__))
+
+
+CRITICS: list[tuple[dict[str, Any], str]] = [
+    ({"algorithm": "grpo"}, "algorithm"),
+    ({"critic_model": __file__}, "critic_model"),
+    ({"critic": "own", "critic_model": "no/such/model"}, "critic_model"),
+    ({"num_minibatches": 65}, "num_minibatches"),
+    ({"dynamic_sampling": True}, "dynamic_sampling"),
+]
+
+
+@pytest.mark.parametrize("values,field", CRITICS)
+def test_what_ppo_cannot_do_is_refused_by_name(values: dict[str, Any], field: str) -> None:
+    with pytest.raises((InvalidRequest, ModelNotFound), match=f"^{field}") as caught:
+        check_options(with_values(PpoOptions(model=__file__), values))
+    assert caught.value.field == field
+
+
+def test_the_loop_without_a_critic_does_not_run_ppo() -> None:
+    with pytest.raises(InvalidRequest, match=r"ppo is of recipes/ppo\.py"):
+        check_options(with_values(RunOptions(model=__file__), {"algorithm": "ppo"}))
 
 
 IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
