@@ -20,7 +20,8 @@ from engine.models.config_keys import (
     whole_number,
 )
 from engine.models.decoder_options import Options
-from engine.models.registry import find
+from engine.models.labels import num_labels
+from engine.models.registry import CLASSIFIERS, find
 from engine.models.sizes import Sizes
 from engine.models.windows import refuse_windows
 
@@ -33,6 +34,7 @@ class ModelConfig:
     that say how far the model reaches. embedding_scale: what its rows are multiplied by.
     eos_token_ids: tokens that end a generation; generation_config.json's where it has any.
     torch_dtype: dtype of the files ("bfloat16"); None where they do not say.
+    num_labels: scores of a sequence that a classifier gives; 0 for a model that generates.
     """
 
     architecture: str
@@ -51,6 +53,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     torch_dtype: str | None
+    num_labels: int = 0
 
     @property
     def num_layers(self) -> int:
@@ -102,6 +105,7 @@ def read_config(
         eos_token_ids=_eos_ids(source, generation or {}),
         bos_token_id=_bos_id(source, generation or {}),
         torch_dtype=_dtype(source),
+        num_labels=num_labels(source) if architecture in CLASSIFIERS else 0,
     )
 
 

@@ -79,6 +79,7 @@ from engine.protocol.types import (
     ProfileActivity,
     Rendezvous,
     StagingMode,
+    Task,
 )
 from engine.protocol.updates import (
     DELTA_FILE,
@@ -173,6 +174,7 @@ __all__ = [
     "StepResult",
     "Stop",
     "StopProfile",
+    "Task",
     "TensorPiece",
     "TensorSpec",
     "TokenRows",
