@@ -1,8 +1,8 @@
 """Batches without a server: lists of requests, and files of native `/generate` objects.
 
-What recipes use is here by name: `generate`, `classify`, `load_tokenizer`, `normalised_messages`, `expand`,
-`respond`, the reader of lines (`files/jsonl.py`), the care for full disks (`files/disk_space.py`)
-and what is said of errors (`cli/failures.py`).
+What recipes use is here by name: `generate`, `classify`, `load_tokenizer`, `normalised_messages`,
+`expand`, `respond`, the reader of lines (`files/jsonl.py`), the care for full disks
+(`files/disk_space.py`) and what is said of errors (`cli/failures.py`).
 """
 
 from __future__ import annotations

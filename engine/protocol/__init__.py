@@ -45,7 +45,12 @@ from engine.protocol.commands import (
     StopProfile,
     WeightsReport,
 )
-from engine.protocol.native import GenerateRequest, GenerateResponse, SamplingParams
+from engine.protocol.native import (
+    ClassifyRequest,
+    GenerateRequest,
+    GenerateResponse,
+    SamplingParams,
+)
 from engine.protocol.requests import (
     Abort,
     FinishReason,
@@ -119,6 +124,7 @@ __all__ = [
     "Call",
     "CheckAction",
     "CheckWeights",
+    "ClassifyRequest",
     "LeaderMessage",
     "CommitUpdate",
     "Command",

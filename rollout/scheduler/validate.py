@@ -18,8 +18,8 @@ MIN_FACTOR, MAX_FACTOR = 1e-6, 1e6
 """Times or divided into a logit, such a factor leaves it finite in float32."""
 
 _SCORES_ONLY = (
-    "it is a sequence classifier without a language-model head; have it score texts (POST /classify, "
-    "task 'classify'), or serve a ...ForCausalLM checkpoint"
+    "it is a sequence classifier without a language-model head; have it score texts (POST "
+    "/classify, task 'classify'), or serve a ...ForCausalLM checkpoint"
 )
 _GENERATES_ONLY = (
     "it has no classification head; serve a ...ForSequenceClassification checkpoint to score texts"
@@ -76,7 +76,7 @@ def check_served(request: Request, limits: Limits) -> None:
 
 
 def _check_meaning(request: Request, limits: Limits) -> None:
-    check_task(request, limits)
+    _check_task(request, limits)
     if request.task == "classify":
         return
     _check_sampling(request.sampling, limits.vocab_size)
@@ -97,7 +97,7 @@ def _check_meaning(request: Request, limits: Limits) -> None:
         _refuse("seed", f"is {request.seed}; give 0 to 2**63 - 1")
 
 
-def check_task(request: Request, limits: Limits) -> None:
+def _check_task(request: Request, limits: Limits) -> None:
     """Raise InvalidRequest, naming the field, unless the model does what the request is for, and
     a request to classify asks for nothing that only sampled tokens have."""
     if (request.task == "classify") != (limits.num_labels > 0):
