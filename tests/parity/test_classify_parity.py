@@ -8,11 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from engine.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
+from engine.errors import ManifestMismatch
 from engine.models.registry import ARCHITECTURES, CLASSIFIERS
 from engine.protocol import Pause, Resume
+from rollout.replica.inline import InlineReplica
 from rollout.requests.classify import classify_request
 from tests.helpers.engines import drain, make_replica, request
+from tests.helpers.thread_ranks import ThreadedExecutor
 from tests.helpers.tiny_models import tiny_hf, write_tiny
 from trainer_bridge import push
 
@@ -159,3 +164,41 @@ def test_what_a_model_cannot_do_is_refused_for_that_request_alone(tmp_path: Path
         assert outputs["bad"].finish.error == "InvalidRequest"
         assert "task" in outputs["bad"].finish.message
         assert outputs["good"].finish.type == "length"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_ranks_score_as_one(family: str, tmp_path: Path) -> None:
+    model = write(tmp_path, family, num_labels=3)
+    config = EngineConfig(
+        model=str(tmp_path),
+        dtype="float32",
+        device="cpu",
+        cache=CacheConfig(num_pages=100, page_size=8),
+        scheduler=SchedulerConfig(max_running=8, max_step_tokens=64, max_chunk_tokens=24),
+        parallel=ParallelConfig(tp_size=2),
+    )
+    executor = ThreadedExecutor(config)
+    with InlineReplica(config, executor) as replica:
+        assert_scores(model, scores(replica))
+    for results in executor.all_results:
+        first, second = (result.scores for result in results)
+        assert (first is None and second is None) or first.tobytes() == second.tobytes()
+
+
+@pytest.mark.parametrize("wrong", ["missing", "shape", "unknown"])
+def test_a_checkpoint_that_does_not_fit_is_refused_by_name(wrong: str, tmp_path: Path) -> None:
+    model = write(tmp_path, num_labels=3)
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    name = "score.weight"
+    if wrong == "missing":
+        del tensors[name]
+    elif wrong == "shape":
+        tensors[name] = tensors[name][:2].clone()
+    else:
+        name = "lm_head.weight"
+        tensors[name] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ManifestMismatch) as caught:
+        make_replica(tmp_path)
+    assert caught.value.field == name
