@@ -1,8 +1,8 @@
 """Batches without a server: lists of requests, and files of native `/generate` objects.
 
-What recipes use is here by name: `generate`, `classify`, `load_tokenizer`, `normalised_messages`,
-`expand`, `respond`, the reader of lines (`files/jsonl.py`), the care for full disks
-(`files/disk_space.py`) and what is said of errors (`cli/failures.py`).
+What recipes use is here by name: `generate`, `classify`, `classify_request`, `load_tokenizer`,
+`normalised_messages`, `expand`, `respond`, the reader of lines (`files/jsonl.py`), the care for
+full disks (`files/disk_space.py`) and what is said of errors (`cli/failures.py`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from rollout.files.jsonl import (
     read_lines,
 )
 from rollout.replica.base import Replica
-from rollout.requests.classify import classify
+from rollout.requests.classify import classify, classify_request
 from rollout.requests.expand import expand, with_seed
 from rollout.requests.generate import OnProgress, Progress, generate, run
 from rollout.requests.respond import respond, to_wire
@@ -56,6 +56,7 @@ __all__ = [
     "check_line",
     "check_output",
     "classify",
+    "classify_request",
     "create_output",
     "decode_text",
     "derive_seed",
