@@ -37,9 +37,15 @@ from rollout.files.jsonl import (
     read_lines,
 )
 from rollout.replica.base import Replica
-from rollout.requests.classify import classify, classify_request
 from rollout.requests.expand import expand, with_seed
-from rollout.requests.generate import OnProgress, Progress, generate, run
+from rollout.requests.generate import (
+    OnProgress,
+    Progress,
+    classify,
+    classify_request,
+    generate,
+    run,
+)
 from rollout.requests.respond import respond, to_wire
 from rollout.requests.seeds import base_seed, derive_seed
 from rollout.requests.wire import parse_request

@@ -15,7 +15,7 @@ from engine.errors import ManifestMismatch
 from engine.models.registry import ARCHITECTURES, CLASSIFIERS
 from engine.protocol import Pause, Resume
 from rollout.replica.inline import InlineReplica
-from rollout.requests.classify import classify_request
+from rollout.requests.generate import classify_request
 from tests.helpers.engines import drain, make_replica, request
 from tests.helpers.thread_ranks import ThreadedExecutor
 from tests.helpers.tiny_models import tiny_hf, write_tiny
