@@ -1,8 +1,9 @@
 """Batches without a server: lists of requests, and files of native `/generate` objects.
 
 What recipes use is here by name: `generate`, `classify`, `classify_request`, `load_tokenizer`,
-`normalised_messages`, `expand`, `respond`, the reader of lines (`files/jsonl.py`), the care for
-full disks (`files/disk_space.py`) and what is said of errors (`cli/failures.py`).
+`normalised_messages`, `check_variables`, `expand`, `respond`, the reader of lines
+(`files/jsonl.py`), the care for full disks (`files/disk_space.py`) and what is said of errors
+(`cli/failures.py`).
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ __all__ = [
     "append_bytes",
     "check_line",
     "check_output",
+    "check_variables",
     "classify",
     "classify_request",
     "create_output",
