@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from recipes.environments.base import Environment
 from recipes.rewards.base import Reward
@@ -11,7 +11,11 @@ from recipes.rewards.graders import MOST_PROCESSES
 from recipes.rewards.grading import Grading
 from recipes.rewards.http_reward import HttpReward
 from recipes.rewards.judge import Judge, read_template
-from recipes.rewards.reward_options import RewardOptions, check_reward_options
+from recipes.rewards.reward_options import (
+    RewardOptions,
+    check_reward_options,
+    is_model_reward,
+)
 from recipes.rewards.reward_sum import RewardSum
 from recipes.rewards.task_reward import task_reward
 from recipes.rewards.user_function import UserFunction
@@ -24,18 +28,23 @@ def open_grading(
     problems: Sequence[Problem],
     *,
     processes_here: int = 1,
+    open_model: Callable[[str], Reward] | None = None,
 ) -> Grading:
     """The grading of a run; its processes are started, and have loaded what a user wrote.
 
     problems: some of the task's, whose columns tell which names there are. processes_here: of the
-    run on this host, which share the cores. Raises InvalidRequest naming the option.
+    run on this host, which share the cores. open_model: opens the reward models that are named,
+    `recipes/rewards/open_reward_model.py` of the run. Raises InvalidRequest naming the option.
     """
     check_reward_options(options)
     share = max(1, min((os.cpu_count() or 1) // processes_here, MOST_PROCESSES))
     parts: list[Reward] = []
     try:
         for name in options.reward or ("task",):
-            parts.append(_open(name, options, environment, problems, share))
+            if open_model is not None and is_model_reward(name):
+                parts.append(open_model(name))
+            else:
+                parts.append(_open(name, options, environment, problems, share))
     except BaseException:
         Grading(RewardSum(parts)).close()
         raise

@@ -11,18 +11,13 @@ from engine.config import CacheConfig, EngineConfig, ParallelConfig
 from engine.errors import InvalidRequest
 from recipes.rewards.base import Reward
 from recipes.rewards.reward_model import RewardModel
+from recipes.rewards.reward_options import CLASSIFY, MODEL
 from recipes.rewards.reward_server import RewardServer
 from recipes.settings.options import RunOptions
 from recipes.world import World
 from rollout.offline import Tokenizer, load_tokenizer
 
-LOCAL, SERVED = "model:", "classify:"
 _INFO_S = 30.0
-
-
-def is_model_reward(spec: str) -> bool:
-    """Whether `--reward` names a reward model."""
-    return spec.startswith((LOCAL, SERVED))
 
 
 def open_reward_model(spec: str, options: RunOptions, world: World | None = None) -> Reward:
@@ -31,8 +26,8 @@ def open_reward_model(spec: str, options: RunOptions, world: World | None = None
     Raises InvalidRequest naming the option, and what loading a model raises.
     """
     rank, own = (world or World()).local_rank, options.reward_model
-    if spec.startswith(LOCAL):
-        path = spec.removeprefix(LOCAL)
+    if spec.startswith(MODEL):
+        path = spec.removeprefix(MODEL)
         gpu = rank if own.reward_gpu is None else own.reward_gpu + rank
         config = EngineConfig(
             model=path,
@@ -42,10 +37,11 @@ def open_reward_model(spec: str, options: RunOptions, world: World | None = None
             parallel=ParallelConfig(base_gpu=gpu),
         )
         return RewardModel(config, load_tokenizer(path), label=own.reward_label)
-    url = spec.removeprefix(SERVED)
+    url = spec.removeprefix(CLASSIFY)
     folder = own.reward_tokenizer
     tokenizer = load_tokenizer(folder) if folder else served_tokenizer(url)
-    return RewardServer(url, tokenizer, label=own.reward_label)
+    timeout_s = options.rewards.reward_timeout
+    return RewardServer(url, tokenizer, label=own.reward_label, timeout_s=timeout_s)
 
 
 def served_tokenizer(url: str, transport: httpx.BaseTransport | None = None) -> Tokenizer:

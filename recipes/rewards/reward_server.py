@@ -11,12 +11,10 @@ import httpx
 
 from engine.errors import InvalidRequest
 from engine.protocol import IntArray
-from recipes.rewards.base import Failed, Grade, Item, as_grade
+from recipes.rewards.base import Failed, FailureKind, Grade, Item, as_grade
 from recipes.rewards.model_chat import ModelChat
+from recipes.rewards.retry import Retry, until_deadline
 from rollout.offline import Tokenizer
-
-TIMEOUT_S = 120.0
-"""How long one reply may take, the wait in the server's queue included."""
 
 MOST_CALLS = 64
 """Calls of one run that a server has at once; it batches them."""
@@ -33,11 +31,13 @@ class RewardServer:
         tokenizer: Tokenizer,
         *,
         label: int = 0,
-        timeout_s: float = TIMEOUT_S,
+        timeout_s: float,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         """url: of the server, without /classify. tokenizer: that of the model it serves, with the
-        chat template. label: which of the scores is the reward. transport: how it is reached, by
+        chat template. label: which of the scores is the reward. timeout_s: of one call
+        with its repetitions, as in `HttpReward`.
+        transport: how it is reached, by
         default over the network. Raises InvalidRequest (`reward`) for what is no URL."""
         if not url.startswith(("http://", "https://")):
             raise InvalidRequest(
@@ -46,6 +46,7 @@ class RewardServer:
             )
         self._chat = ModelChat(tokenizer)
         self._label = label
+        self._timeout_s = timeout_s
         self._slots = asyncio.Semaphore(MOST_CALLS)
         self._http = httpx.AsyncClient(
             base_url=url.removesuffix("/").removesuffix("/classify"),
@@ -67,18 +68,21 @@ class RewardServer:
         await self._http.aclose()
 
     async def _asked(self, ids: IntArray) -> Grade:
+        async with self._slots:
+            return await until_deadline(lambda: self._ask(ids), self._timeout_s)
+
+    async def _ask(self, ids: IntArray) -> Grade | Retry:
         try:
-            async with self._slots:
-                reply = await self._http.post("/classify", json={"input_ids": ids.tolist()})
-        except httpx.TimeoutException:
-            return Failed(kind="timeout", reason="the reward server did not answer in time")
+            reply = await self._http.post("/classify", json={"input_ids": ids.tolist()})
         except httpx.HTTPError as error:
-            told = f"{type(error).__name__}: {error}"
-            return Failed(kind="http", reason=f"the reward server cannot be reached: {told}")
-        if reply.status_code != 200:
-            kind, told = _refusal(reply)
-            return Failed(kind="too_long" if kind == "ContextTooLong" else "http", reason=told)
-        return self._score(reply)
+            kind: FailureKind = "timeout" if isinstance(error, httpx.TimeoutException) else "http"
+            return Retry(kind=kind, reason=f"the reward server: {type(error).__name__}: {error}")
+        if reply.status_code == 200:
+            return self._score(reply)
+        name, told = _refusal(reply)
+        if reply.status_code == 429 or reply.status_code >= 500:
+            return Retry(kind="http", reason=told)
+        return Failed(kind="too_long" if name == "ContextTooLong" else "http", reason=told)
 
     def _score(self, reply: httpx.Response) -> Grade:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from recipes.environments.task_check import CheckedTask, check_pool, check_task
 from recipes.rewards.failed_share import FailedShare
 from recipes.rewards.grading import Grading
 from recipes.rewards.named_rewards import open_grading
+from recipes.rewards.open_reward_model import open_reward_model
 from recipes.rewards.task_reward import task_reward
 from recipes.run.display import Display
 from recipes.run.ledger import Ledger
@@ -56,6 +58,7 @@ def open_run(options: RunOptions, ledger: Ledger) -> Run:
             task.environment,
             _looked_at(options, task.environment),
             processes_here=world.size,
+            open_model=functools.partial(open_reward_model, options=options, world=world),
         )
         on_failure.callback(grading.close)
         actor = launch_actor(options, world)

@@ -45,6 +45,8 @@ LEAST: Mapping[str, int] = MappingProxyType(
         "is_cap": 1,
         "batch_size": 1,
         "judge_votes": 1,
+        "reward_label": 0,
+        "reward_gpu": 0,
     }
 )
 """Least values of the numbers among the options."""
@@ -52,7 +54,7 @@ LEAST: Mapping[str, int] = MappingProxyType(
 ABOVE_ZERO = frozenset(
     {
         *("minutes", "epochs", "temperature", "kv_memory_gb", "lr", "max_grad_norm"),
-        "reward_timeout",
+        *("reward_timeout", "reward_memory_gb"),
         *("kl_target", "kl_horizon"),
     }
 )

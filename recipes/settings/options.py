@@ -12,6 +12,7 @@ import tyro
 from engine.config import Device, LoadFormat
 from recipes.algorithms.presets import AlgorithmOptions
 from recipes.data.data_options import DataOptions
+from recipes.rewards.reward_model_options import RewardModelOptions
 from recipes.rewards.reward_options import RewardOptions
 from recipes.trainers.optimizer_options import OptimizerOptions
 
@@ -101,6 +102,9 @@ class RunOptions:
     rollout: tyro.conf.OmitArgPrefixes[RolloutOptions] = field(default_factory=RolloutOptions)
     optimizer: tyro.conf.OmitArgPrefixes[OptimizerOptions] = field(default_factory=OptimizerOptions)
     rewards: tyro.conf.OmitArgPrefixes[RewardOptions] = field(default_factory=RewardOptions)
+    reward_model: tyro.conf.OmitArgPrefixes[RewardModelOptions] = field(
+        default_factory=RewardModelOptions
+    )
     placement: tyro.conf.OmitArgPrefixes[PlacementOptions] = field(default_factory=PlacementOptions)
     objective: tyro.conf.OmitArgPrefixes[AlgorithmOptions] = field(default_factory=AlgorithmOptions)
 

@@ -108,9 +108,7 @@ def _problems(rng: random.Random, num: int, split: str) -> list[Problem]:
     return found
 
 
-def _pairs(
-    rng: random.Random, num: int, split: str = "train"
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _pairs(rng: random.Random, num: int, split: str = "train") -> tuple[torch.Tensor, torch.Tensor]:
     problems = _problems(rng, num, split)
     wrong = [rng.choice(DIGITS.replace(problem.answer, "")) for problem in problems]
     better = _encoded([f"{p.question}{p.answer}\n" for p in problems])

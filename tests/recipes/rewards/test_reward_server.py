@@ -16,6 +16,7 @@ from engine.errors import InvalidRequest
 from engine.executor import build_executor
 from recipes.rewards.base import Grade
 from recipes.rewards.model_chat import ModelChat
+from recipes.rewards.open_reward_model import served_tokenizer
 from recipes.rewards.reward_server import RewardServer
 from tests.helpers.http_app import run, serving
 from tests.helpers.reward_items import items, kinds
@@ -37,7 +38,9 @@ def test_a_served_classifier_grades(tmp_path: Path) -> None:
     async def test() -> None:
         async with serving(engine=config, executor=build_executor) as server:
             transport = httpx.ASGITransport(app=server.app)
-            reward = RewardServer("http://127.0.0.1", tiny_tokenizer(), transport=transport)
+            reward = RewardServer(
+                "http://127.0.0.1", tiny_tokenizer(), timeout_s=30.0, transport=transport
+            )
             found = await reward.grade(items([*REPLIES, "x" * 200]))
             np.testing.assert_allclose(found[:3], wanted, atol=1e-4)
             assert kinds(found[3:]) == ["too_long"]
@@ -50,7 +53,9 @@ def test_a_served_classifier_grades(tmp_path: Path) -> None:
 def grades(answer: Any, **options: Any) -> list[Grade]:
     async def ask() -> list[Grade]:
         transport = httpx.MockTransport(answer)
-        reward = RewardServer("http://host", tiny_tokenizer(), transport=transport, **options)
+        reward = RewardServer(
+            "http://host", tiny_tokenizer(), timeout_s=0.5, transport=transport, **options
+        )
         try:
             return await reward.grade(items(REPLIES))
         finally:
@@ -92,5 +97,33 @@ def test_a_server_that_is_late_or_gone_is_a_failure() -> None:
 @pytest.mark.parametrize("url", ["host:30000", "ftp://host", ""])
 def test_what_is_no_url_is_refused(url: str) -> None:
     with pytest.raises(InvalidRequest, match="http://HOST:PORT") as caught:
-        RewardServer(url, tiny_tokenizer())
+        RewardServer(url, tiny_tokenizer(), timeout_s=30.0)
     assert caught.value.field == "reward"
+
+
+def info(**fields: Any) -> httpx.MockTransport:
+    return httpx.MockTransport(lambda request: httpx.Response(200, json=fields))
+
+
+def test_the_tokenizer_is_that_of_the_folder_that_the_server_names(tmp_path: Path) -> None:
+    tiny_tokenizer().write_hf(tmp_path)
+    found = served_tokenizer("http://host", info(is_generation=False, model_path=str(tmp_path)))
+    assert found.encode("4") == tiny_tokenizer().encode("4")
+
+
+@pytest.mark.parametrize(
+    "transport, field",
+    [
+        (info(is_generation=True), "reward"),
+        (info(is_generation=False, model_path="/absent/elsewhere"), "reward_tokenizer"),
+        (info(), "reward_tokenizer"),
+        (httpx.MockTransport(lambda request: httpx.Response(404)), "reward"),
+        (httpx.MockTransport(lambda request: httpx.Response(200, text="x")), "reward"),
+    ],
+)
+def test_a_server_that_cannot_grade_is_refused_before_the_run(
+    transport: httpx.MockTransport, field: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        served_tokenizer("http://host", transport)
+    assert caught.value.field == field
