@@ -14,9 +14,8 @@ from torch import nn
 
 from engine.layers.runtime import LayerRuntime
 from engine.memory import require_room
-from engine.models.build import build_model
+from engine.models.build import Model, build_model
 from engine.models.config import ModelConfig
-from engine.models.decoder import CausalLM
 from engine.occupancy import Occupancy
 
 _GRANULE = 512
@@ -25,7 +24,7 @@ _GRANULE = 512
 
 def allocate_model(
     config: ModelConfig, *, runtime: LayerRuntime, max_position: int, occupancy: Occupancy
-) -> CausalLM:
+) -> Model:
     """`build_model`, with the parameters in the region "weights".
 
     Raises OutOfMemory, with numbers, when the weights do not fit on a GPU.

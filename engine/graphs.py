@@ -28,7 +28,7 @@ from engine.attention.base import (
 )
 from engine.attention.stored import ForwardContext
 from engine.batch import RequestTable
-from engine.models.decoder import CausalLM
+from engine.models.build import Model
 from engine.sampling import PLAIN, DrawOptions, Sampler
 from engine.transfer import to_device
 
@@ -63,7 +63,7 @@ class DecodeGraphs:
 
     def __init__(
         self,
-        model: CausalLM,
+        model: Model,
         table: RequestTable,
         sampler: Sampler,
         attention: CapturableBackend,

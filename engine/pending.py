@@ -18,13 +18,15 @@ from engine.transfer import Fetch
 @dataclass(frozen=True)
 class PendingStep:
     """sampled: int32 [2 or 3, >= S] as `pack_sampled` lays it out; None where no row samples.
-    num_rows: S. top: of the rows that asked."""
+    num_rows: S. top: of the rows that asked. scores: float32 [>= S, labels], by a classifier,
+    which samples nothing."""
 
     step: int
     sampled: Fetch | None = None
     num_rows: int = 0
     top: Top | None = None
     prompt: list[PromptLogprobs] = field(default_factory=list)
+    scores: Fetch | None = None
 
     def result(self) -> StepResult:
         """Wait for the step and return what it sampled."""
@@ -41,6 +43,7 @@ class PendingStep:
             top=None if self.top is None else to_top(self.top.ids, self.top.logprobs),
             top_rows=None if self.top is None else self.top.rows,
             prompt=self.prompt,
+            scores=None if self.scores is None else self.scores.numpy()[: self.num_rows],
         )
 
 

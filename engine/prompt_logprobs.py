@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.batch import StepBatch
-from engine.models.decoder import CausalLM
+from engine.models.build import Model
 from engine.protocol import NewRow, PromptLogprobs, StepPlan
 from engine.sampling import Sampler, to_top
 from kernels.sampling import named_logprobs, token_logprobs, top_logprobs
@@ -34,7 +34,7 @@ class _Wanted:
 class PromptScorer:
     """Scores the prompt tokens that each step computes the predecessors of."""
 
-    def __init__(self, model: CausalLM, sampler: Sampler) -> None:
+    def __init__(self, model: Model, sampler: Sampler) -> None:
         self._model = model
         self._sampler = sampler
         self._wanted: dict[int, _Wanted] = {}

@@ -27,7 +27,7 @@ from engine.kv.pool import KVPool
 from engine.layers.parameter import kv_head_shard
 from engine.layers.runtime import LayerRuntime
 from engine.memory import Needs, graph_bytes, plan_memory, step_bytes
-from engine.models.decoder import CausalLM
+from engine.models.build import Model
 from engine.models.locate import locate
 from engine.numerics import dtype_name, kernel_backend, resolve_device, resolve_dtype
 from engine.occupancy import Occupancy
@@ -108,7 +108,9 @@ class Worker:
         if config.refusal:
             self._weights.session.invalidate(config.refusal)
         # A graph pads its batch with rows that need a slot and a page of nobody's.
-        num_scratch = int(config.cuda_graphs and device.type == "cuda")
+        has_graphs = config.cuda_graphs and device.type == "cuda"
+        # What graphs hold are decode steps, which a classifier has none of.
+        num_scratch = int(has_graphs and not files.config.num_labels)
         self._pool = self._build_pool(config, context, dtype, num_scratch)
         num_pages = self._pool.num_pages - num_scratch
         choice = select(
@@ -150,6 +152,7 @@ class Worker:
             architecture=files.config.architecture,
             model_type=str(files.source.get("model_type") or ""),
             releases=config.memory.saver,
+            num_labels=files.config.num_labels,
         )
 
     def launch(self, plan: StepPlan) -> PendingStep:
@@ -240,6 +243,10 @@ class Worker:
         slots = plan.slots[plan.samples]
         if len(slots) == 0:
             return PendingStep(plan.step, prompt=prompt)
+        if self._model.config.num_labels:
+            scores_SL = self._model.compute_logits(hidden_TH[batch.last_T_of_S])
+            scores = Fetch(scores_SL)
+            return PendingStep(plan.step, scores=scores, num_rows=len(slots), prompt=prompt)
         # As wide as in a captured step unless the logits change: both then sum alike.
         widen = self._device.type == "cpu" or self._sampler.edits(slots)
         logits_SV = self._model.compute_logits(hidden_TH[batch.last_T_of_S], widen=widen)
@@ -314,7 +321,7 @@ class Worker:
         sizes = {
             "hidden_size": model.hidden_size,
             "intermediate_size": model.intermediate_size,
-            "vocab_size": model.vocab_size,
+            "vocab_size": model.num_labels or model.vocab_size,
         }
         weights = parameter_bytes(self._model)
         buckets = len(row_buckets(max_rows)) * num_graphs
@@ -331,7 +338,7 @@ def _as_nan(part: PromptLogprobs) -> PromptLogprobs:
     return replace(part, logprobs=np.full_like(part.logprobs, np.nan))
 
 
-def _num_parameters(model: CausalLM) -> int:
+def _num_parameters(model: Model) -> int:
     """Elements of the full tensors, whatever share of them this rank holds."""
     index = model.weight_index().values()
     return sum(math.prod(parameter.parts[key].full_shape) for parameter, key in index)

@@ -1,8 +1,9 @@
 """Batches without a server: lists of requests, and files of native `/generate` objects.
 
-What recipes use is here by name: `generate`, `load_tokenizer`, `normalised_messages`,
-`check_variables`, `expand`, `respond`, the reader of lines (`files/jsonl.py`), the care for full
-disks (`files/disk_space.py`) and what is said of errors (`cli/failures.py`).
+What recipes use is here by name: `generate`, `classify`, `classify_request`, `load_tokenizer`,
+`normalised_messages`, `check_variables`, `expand`, `respond`, the reader of lines
+(`files/jsonl.py`), the care for full disks (`files/disk_space.py`) and what is said of errors
+(`cli/failures.py`).
 """
 
 from __future__ import annotations
@@ -38,7 +39,14 @@ from rollout.files.jsonl import (
 )
 from rollout.replica.base import Replica
 from rollout.requests.expand import expand, with_seed
-from rollout.requests.generate import OnProgress, Progress, generate, run
+from rollout.requests.generate import (
+    OnProgress,
+    Progress,
+    classify,
+    classify_request,
+    generate,
+    run,
+)
 from rollout.requests.respond import respond, to_wire
 from rollout.requests.seeds import base_seed, derive_seed
 from rollout.requests.wire import parse_request
@@ -55,6 +63,8 @@ __all__ = [
     "check_line",
     "check_output",
     "check_variables",
+    "classify",
+    "classify_request",
     "create_output",
     "decode_text",
     "derive_seed",

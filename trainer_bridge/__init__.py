@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trainer_bridge.bridge import PushReport, push
-    from trainer_bridge.hf import load_causal_lm
+    from trainer_bridge.hf import load_causal_lm, load_classifier
 
-__all__ = ["PushReport", "load_causal_lm", "push"]
+__all__ = ["PushReport", "load_causal_lm", "load_classifier", "push"]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,8 +22,8 @@ def __getattr__(name: str) -> Any:
         from trainer_bridge import bridge
 
         return getattr(bridge, name)
-    if name == "load_causal_lm":
+    if name in ("load_causal_lm", "load_classifier"):
         from trainer_bridge import hf
 
-        return hf.load_causal_lm
+        return getattr(hf, name)
     raise AttributeError(f"module 'trainer_bridge' has no attribute {name!r}")

@@ -35,14 +35,62 @@ def load_causal_lm(
     """
     import transformers
 
+    name = hf_config["architectures"][0]
+    if is_classifier(hf_config):
+        raise CheckpointError(
+            f"{name} scores sequences and has no language-model head to train; give a "
+            "...ForCausalLM checkpoint",
+            field="architectures",
+        )
+    return _build(transformers.AutoModelForCausalLM, hf_config, tensors, dtype).to(device)
+
+
+def load_classifier(
+    hf_config: dict[str, Any],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> torch.nn.Module:
+    """Build a transformers sequence classifier, such as a reward model, from a config.json's
+    contents and named tensors: `model` is its decoder, `score` its head. A critic may begin so.
+
+    Raises CheckpointError as `load_causal_lm` does, and for a checkpoint that is no classifier.
+    """
+    import transformers
+
+    name = hf_config["architectures"][0]
+    if not is_classifier(hf_config):
+        raise CheckpointError(
+            f"{name} has no classification head; give a ...ForSequenceClassification checkpoint",
+            field="architectures",
+        )
+    auto = transformers.AutoModelForSequenceClassification
+    return _build(auto, hf_config, tensors, dtype).to(device)
+
+
+def is_classifier(hf_config: Mapping[str, Any]) -> bool:
+    """Whether the contents of a config.json are those of a sequence classifier."""
+    return str(hf_config["architectures"][0]).endswith("ForSequenceClassification")
+
+
+def _build(
+    auto: Any,
+    hf_config: dict[str, Any],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    dtype: torch.dtype,
+) -> torch.nn.Module:
+    """The model that `auto`, a class of transformers, makes of a configuration, filled."""
+    import transformers
+
     _refuse_divisors(hf_config)
     architecture = getattr(transformers, hf_config["architectures"][0])
     values = {key: value for key, value in hf_config.items() if key != "model_type"}
     config = architecture.config_class(**values)
     with _NoRandomParameters():
-        model: torch.nn.Module = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: torch.nn.Module = auto.from_config(config, dtype=dtype)
     _fill(model, tensors)
-    return model.to(device)
+    return model
 
 
 class _NoRandomParameters(TorchFunctionMode):

@@ -20,7 +20,8 @@ from engine.models.config_keys import (
     whole_number,
 )
 from engine.models.decoder_options import Options
-from engine.models.registry import find
+from engine.models.labels import num_labels
+from engine.models.registry import CLASSIFIERS, find
 from engine.models.sizes import Sizes
 from engine.models.windows import refuse_windows
 
@@ -34,6 +35,7 @@ class ModelConfig:
     eos_token_ids: tokens that end a generation; generation_config.json's where it has any.
     torch_dtype: dtype of the files ("bfloat16"); None where they do not say.
     overflows_float16: see `engine.models.decoder_options.Options`.
+    num_labels: scores of a sequence that a classifier gives; 0 for a model that generates.
     """
 
     architecture: str
@@ -53,6 +55,7 @@ class ModelConfig:
     bos_token_id: int | None
     torch_dtype: str | None
     overflows_float16: bool = False
+    num_labels: int = 0
 
     def require_dtype(self, dtype: str) -> None:
         """Raise InvalidRequest where activations of such models overflow in `dtype`."""
@@ -114,6 +117,7 @@ def read_config(
         bos_token_id=_bos_id(source, generation or {}),
         torch_dtype=_dtype(source),
         overflows_float16=options.overflows_float16,
+        num_labels=num_labels(source) if architecture in CLASSIFIERS else 0,
     )
 
 

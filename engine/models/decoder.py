@@ -88,12 +88,7 @@ class CausalLM(nn.Module):
     def weight_index(self) -> dict[str, Target]:
         """Every full tensor by its Hugging Face name, and where it goes; a tied head is not
         among them (see `aliases`)."""
-        return {
-            _full_name(path, key): (parameter, key)
-            for path, parameter in self.named_parameters()
-            if isinstance(parameter, ShardedParameter)
-            for key in parameter.parts
-        }
+        return full_tensors(self)
 
     def aliases(self) -> dict[str, str]:
         """Second names of tensors: that of a tied head."""
@@ -103,9 +98,23 @@ class CausalLM(nn.Module):
 
     def ignored_names(self) -> frozenset[str]:
         """Names old checkpoints hold that are computed here: rotary frequencies."""
-        layers = range(self.config.num_layers)
-        per_layer = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in layers}
-        return frozenset(per_layer | {"model.rotary_emb.inv_freq"})
+        return rotary_frequencies(self.config.num_layers)
+
+
+def full_tensors(model: nn.Module) -> dict[str, Target]:
+    """Every full tensor of a model's parameters by its Hugging Face name, and where it goes."""
+    return {
+        _full_name(path, key): (parameter, key)
+        for path, parameter in model.named_parameters()
+        if isinstance(parameter, ShardedParameter)
+        for key in parameter.parts
+    }
+
+
+def rotary_frequencies(num_layers: int) -> frozenset[str]:
+    """Names of the rotary frequencies in old checkpoints of a decoder."""
+    per_layer = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(num_layers)}
+    return frozenset(per_layer | {"model.rotary_emb.inv_freq"})
 
 
 def _full_name(path: str, key: str) -> str:

@@ -23,6 +23,15 @@ ARCHITECTURES: Mapping[str, str] = MappingProxyType(
         "Gemma3ForCausalLM": "engine.models.gemma3",
     }
 )
+CLASSIFIERS: Mapping[str, str] = MappingProxyType(
+    {
+        name.replace("ForCausalLM", "ForSequenceClassification"): page
+        for name, page in ARCHITECTURES.items()
+        if name != "Gemma3ForCausalLM"
+    }
+    | {"Gemma3TextForSequenceClassification": "engine.models.gemma3"}
+)
+"""The same decoders with a head that scores a sequence (`engine.models.classifier`)."""
 
 
 class Architecture(Protocol):
@@ -44,9 +53,9 @@ def find(name: str) -> Architecture:
 
     Raises UnknownArchitecture with the names that are known.
     """
-    module = ARCHITECTURES.get(name)
+    module = ARCHITECTURES.get(name) or CLASSIFIERS.get(name)
     if module is None:
-        known = ", ".join(ARCHITECTURES)
+        known = ", ".join((*ARCHITECTURES, *CLASSIFIERS))
         raise UnknownArchitecture(
             f"architecture {name!r} is not served; known: {known}", field="architectures"
         )

@@ -45,7 +45,12 @@ from engine.protocol.commands import (
     StopProfile,
     WeightsReport,
 )
-from engine.protocol.native import GenerateRequest, GenerateResponse, SamplingParams
+from engine.protocol.native import (
+    ClassifyRequest,
+    GenerateRequest,
+    GenerateResponse,
+    SamplingParams,
+)
 from engine.protocol.requests import (
     Abort,
     FinishReason,
@@ -79,6 +84,7 @@ from engine.protocol.types import (
     ProfileActivity,
     Rendezvous,
     StagingMode,
+    Task,
 )
 from engine.protocol.updates import (
     DELTA_FILE,
@@ -118,6 +124,7 @@ __all__ = [
     "Call",
     "CheckAction",
     "CheckWeights",
+    "ClassifyRequest",
     "LeaderMessage",
     "CommitUpdate",
     "Command",
@@ -173,6 +180,7 @@ __all__ = [
     "StepResult",
     "Stop",
     "StopProfile",
+    "Task",
     "TensorPiece",
     "TensorSpec",
     "TokenRows",

@@ -193,6 +193,8 @@ class ReplicaState(Struct, frozen=True, kw_only=True, tag="state"):
     architecture: str = ""
     model_type: str = ""
     """As in config.json: the class's name, and what transformers calls the kind of model."""
+    num_labels: Count = 0
+    """Scores of a sequence that a classifier gives; 0 of a model that generates."""
     max_waiting: Count = 65536
     max_samples: Count = 1024
     num_retractions: Size = 0

@@ -95,6 +95,23 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     hold_at: Int32 = -1
 
 
+class ClassifyRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One object of SGLang's `/classify`: exactly one of `text` and `input_ids`, or a batch of
+    either; a sequence classifier scores each. Fields as in `GenerateRequest`.
+
+    `model`: taken and not looked at, since one model is served.
+    """
+
+    text: str | None = None
+    input_ids: list[Int32] | None = None
+    rid: ClientId | None = None
+    model: str | None = None
+    priority: Int64 = 0
+    cache_salt: Salt = ""
+    extra_key: Salt = ""
+    kv_policy: KvPolicy = "keep"
+
+
 class GenerateResponse(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One native `/generate` reply. `rollout/requests/respond.py` fills `meta_info`. What came with
     the request as its `output_ids` is not in it: `rollout/requests/parts.py` joins replies."""

@@ -24,13 +24,14 @@ from engine.protocol.types import (
     RequestIds,
     StopIds,
     StopString,
+    Task,
     TokenIds,
     Version,
 )
 
 
 class Request(Struct, frozen=True, kw_only=True, tag="request"):
-    """One sequence to sample: ids in, one seed, `sampling.n` already expanded.
+    """One sequence to sample, or to score: ids in, one seed, `sampling.n` already expanded.
 
     rid: unique id of this sequence.
     prompt_ids: int32 [prompt_len], not empty.
@@ -54,6 +55,10 @@ class Request(Struct, frozen=True, kw_only=True, tag="request"):
         do, has to advance over these first.
     hold_at: it ends, with finish type "hold", before the output token of this index; -1 for
         never. Whatever else ends it at the same token comes first. `output_ids` continues it.
+    task: generate samples tokens. classify computes the prompt and nothing more, and ends with the
+        scores that a sequence classifier gives its last token (`RequestOutput.scores`); what
+        speaks of output tokens has to be left at its default, and `sampling` and `seed` are not
+        looked at. A model does one of the two and refuses the other.
     """
 
     rid: RequestId
@@ -72,6 +77,7 @@ class Request(Struct, frozen=True, kw_only=True, tag="request"):
     logprob_ids: TokenIds = msgspec.field(default_factory=list)
     output_ids: IntArray | None = None
     hold_at: Int32 = -1
+    task: Task = "generate"
 
     @property
     def num_alternatives(self) -> int:
@@ -156,7 +162,9 @@ class RequestOutput(Struct, frozen=True, kw_only=True, tag="output"):
     prompt_logprobs: float32 [prompt_len - start position], in the first output only.
     finish: None while the sequence runs.
     kv_spans: which version computed the KV of tokens [start, end), prompt included, in the
-        final output; more than one span says that stale KV was attended to.
+        final output; more than one span says that stale KV was attended to. That of the last
+        token is by the version that computed `scores`.
+    scores: float32 [num_labels], raw, of a request to classify that ended with them; else None.
     """
 
     rid: str
@@ -174,6 +182,7 @@ class RequestOutput(Struct, frozen=True, kw_only=True, tag="output"):
     prompt_logprobs: FloatArray | None = None
     prompt_top: TopLogprobs | None = None
     entropies: FloatArray | None = None
+    scores: FloatArray | None = None
 
 
 class TokenRows(Struct, frozen=True, kw_only=True, tag="token_rows"):

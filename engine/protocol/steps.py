@@ -26,7 +26,8 @@ class EngineFacts(Struct, frozen=True, kw_only=True):
     """What the ranks resolved at start-up; constant for the life of the replica.
 
     architecture, model_type: as in config.json, "" where nothing says. releases: memory can be
-    given back and taken again.
+    given back and taken again. num_labels: scores that a classifier gives a sequence; 0 of a model
+    that generates.
     """
 
     model: str
@@ -44,6 +45,7 @@ class EngineFacts(Struct, frozen=True, kw_only=True):
     architecture: str = ""
     model_type: str = ""
     releases: bool = False
+    num_labels: Count = 0
 
 
 class RowSampling(Struct, frozen=True, kw_only=True):
@@ -93,7 +95,8 @@ class StepPlan(Struct, frozen=True, kw_only=True, tag="step"):
     query_lens: int32 [R], tokens of each row computed in this step.
     kv_lens: int32 [R], tokens of each row in the KV cache once the step is done; so a row
         computes its tokens [kv_len - query_len, kv_len).
-    samples: bool [R], rows whose last token's logits give a new token.
+    samples: bool [R], rows whose last token's logits are wanted: they give a new token, or are
+        the scores themselves where the model is a classifier.
     """
 
     step: Size
@@ -129,6 +132,8 @@ class StepResult(Struct, frozen=True, kw_only=True, tag="step_result"):
         behind a row's own says nothing.
     top_rows: int32 [T], ascending, the rows of the S that `top` speaks of; None for all.
     entropies: float32 [S], of rows that did not ask too; None if none of the S rows asked.
+    scores: float32 [S, num_labels] of a classifier, which samples nothing: `token_ids` is empty.
+        None of a model that generates, and where S is 0.
     """
 
     step: Size
@@ -138,3 +143,4 @@ class StepResult(Struct, frozen=True, kw_only=True, tag="step_result"):
     top_rows: IntArray | None = None
     prompt: list[PromptLogprobs] = msgspec.field(default_factory=list)
     entropies: FloatArray | None = None
+    scores: FloatArray | None = None

@@ -158,6 +158,8 @@ PauseMode = Literal["abort", "retract", "keep"]
 
 KvPolicy = Literal["keep", "recompute", "fresh"]
 
+Task = Literal["generate", "classify"]
+
 MemoryTag = Literal["weights", "kv_cache", "cuda_graph"]
 
 MemoryTags = Annotated[list[MemoryTag], Meta(max_length=16)]

@@ -11,11 +11,20 @@ from engine.protocol import IntArray
 from recipes.types import Message, Problem
 
 FailureKind = Literal[
-    "timeout", "died", "raised", "memory", "not_finite", "not_a_number", "http", "unparsable"
+    "timeout",
+    "died",
+    "raised",
+    "memory",
+    "not_finite",
+    "not_a_number",
+    "http",
+    "unparsable",
+    "too_long",
 ]
 """Why a reply has no reward: its grader took too long, its process ended, it raised, it asked for
 too much memory, it gave NaN or an infinity, it gave no number at all; a service could not be
-reached or refused; what a service said cannot be read."""
+reached or refused; what a service said cannot be read; chat and reply are longer than a reward
+model reads."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from recipes.environments.base import Environment
 from recipes.rewards.base import Reward
@@ -13,7 +13,11 @@ from recipes.rewards.graders import MOST_PROCESSES
 from recipes.rewards.grading import Grading
 from recipes.rewards.http_reward import HttpReward
 from recipes.rewards.judge import Judge, read_template
-from recipes.rewards.reward_options import RewardOptions, check_reward_options
+from recipes.rewards.reward_options import (
+    RewardOptions,
+    check_reward_options,
+    is_model_reward,
+)
 from recipes.rewards.reward_sum import RewardSum
 from recipes.rewards.task_reward import task_reward
 from recipes.rewards.tested import column_tests
@@ -28,12 +32,14 @@ def open_grading(
     *,
     processes_here: int = 1,
     code: CodeOptions | None = None,
+    open_model: Callable[[str], Reward] | None = None,
 ) -> Grading:
     """The grading of a run; its processes are started, and have loaded what a user wrote.
 
     problems: some of the task's, whose columns tell which names there are. processes_here: of the
     run on this host, which share the cores. code: how programs are run, where replies are some.
-    Raises InvalidRequest naming the option.
+    open_model: opens the reward models that are named, `recipes/rewards/open_reward_model.py` of
+    the run. Raises InvalidRequest naming the option.
     """
     check_reward_options(options)
     share = max(1, min((os.cpu_count() or 1) // processes_here, MOST_PROCESSES))
@@ -42,6 +48,8 @@ def open_grading(
         for name in options.reward or ("task",):
             if name in ("task", "code"):
                 parts.append(_open_own(name, environment, problems, share, code or CodeOptions()))
+            elif open_model is not None and is_model_reward(name):
+                parts.append(open_model(name))
             else:
                 parts.append(_open(name, options, problems, share))
     except BaseException:

@@ -8,6 +8,9 @@ from urllib.parse import urlsplit
 
 from engine.errors import InvalidRequest
 
+MODEL, CLASSIFY = "model:", "classify:"
+"""What the name of a reward model begins with: one of a folder, one behind a URL."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RewardOptions:
@@ -15,7 +18,8 @@ class RewardOptions:
 
     reward: tuple[str, ...] = ()
     """What grades the replies, several are added up: FILE.py:FUNCTION or module:function of yours,
-    an http:// address, judge:URL of an API like OpenAI's, code for programs that are run against
+    an http:// address, judge:URL of an API like OpenAI's, model:FOLDER of a reward model (a
+    sequence classifier), classify:URL of a server of one, code for programs that are run against
     the data's column tests, task for the task's own (the default)."""
     reward_timeout: float = 30.0
     """Seconds for one reply by a function of yours, one request to a service, one vote of a
@@ -42,9 +46,18 @@ def check_reward_options(options: RewardOptions) -> None:
         _check(name)
 
 
+def is_model_reward(name: str) -> bool:
+    """Whether a name of `--reward` is that of a reward model."""
+    return name.startswith((MODEL, CLASSIFY))
+
+
 def _check(name: str) -> None:
-    url = name.removeprefix("judge:")
-    if name.startswith(("judge:", "http:", "https:")):
+    url = name.removeprefix("judge:").removeprefix(CLASSIFY)
+    if name.startswith(MODEL):
+        if not Path(name.removeprefix(MODEL)).exists():
+            raise InvalidRequest(f"reward: there is no model at {name!r}", field="reward")
+        return
+    if name.startswith(("judge:", CLASSIFY, "http:", "https:")):
         _check_url(url)
         return
     place, _, function = name.rpartition(":")
@@ -56,7 +69,7 @@ def _check(name: str) -> None:
         raise InvalidRequest(f"reward: there is no file {place}", field="reward")
     raise InvalidRequest(
         f"reward: {name!r} is none of FILE.py:function, module:function, http://host:port/path, "
-        "judge:URL, code and task",
+        "judge:URL, model:FOLDER, classify:URL, code and task",
         field="reward",
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,6 +27,7 @@ from recipes.evaluation.measure import Evaluation
 from recipes.rewards.failed_share import FailedShare
 from recipes.rewards.grading import Grading
 from recipes.rewards.named_rewards import open_grading
+from recipes.rewards.open_reward_model import open_reward_model
 from recipes.rewards.task_reward import task_reward
 from recipes.run.display import Display
 from recipes.run.ledger import Ledger
@@ -69,6 +71,7 @@ def open_run(options: RunOptions, ledger: Ledger) -> Run:
             _looked_at(options, task.environment),
             processes_here=world.size,
             code=options.code,
+            open_model=functools.partial(open_reward_model, options=options, world=world),
         )
         on_failure.callback(grading.close)
         actor = launch_actor(options, world)

@@ -51,6 +51,8 @@ LEAST: Mapping[str, int] = MappingProxyType(
         "batch_size": 1,
         "code_seconds": 1,
         "judge_votes": 1,
+        "reward_label": 0,
+        "reward_gpu": 0,
     }
 )
 """Least values of the numbers among the options."""
@@ -58,7 +60,8 @@ LEAST: Mapping[str, int] = MappingProxyType(
 ABOVE_ZERO = frozenset(
     {
         *("minutes", "epochs", "temperature", "kv_memory_gb", "lr", "max_grad_norm"),
-        *("reward_timeout", "code_memory_gb", "eval_temperature", "teacher_kv_memory_gb"),
+        *("reward_timeout", "reward_memory_gb", "code_memory_gb"),
+        *("eval_temperature", "teacher_kv_memory_gb"),
         *("kl_target", "kl_horizon", "critic_lr", "value_clip"),
     }
 )

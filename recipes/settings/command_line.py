@@ -42,6 +42,8 @@ CHANGEABLE = frozenset(
         "rollout_gpus",
         "sleep",
         "max_failed_share",
+        "reward_gpu",
+        "reward_memory_gb",
     }
 )
 """Options a resumed run may be given anew: none of them changes a step that both runs take."""

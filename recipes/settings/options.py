@@ -15,6 +15,7 @@ from recipes.algorithms.presets import AlgorithmOptions
 from recipes.data.data_options import DataOptions
 from recipes.evaluation.evaluation_options import EvaluationOptions
 from recipes.rewards.code_options import CodeOptions
+from recipes.rewards.reward_model_options import RewardModelOptions
 from recipes.rewards.reward_options import RewardOptions
 from recipes.trainers.critic_options import CriticOptions
 from recipes.trainers.optimizer_options import OptimizerOptions
@@ -107,6 +108,9 @@ class RunOptions:
     optimizer: tyro.conf.OmitArgPrefixes[OptimizerOptions] = field(default_factory=OptimizerOptions)
     rewards: tyro.conf.OmitArgPrefixes[RewardOptions] = field(default_factory=RewardOptions)
     code: tyro.conf.OmitArgPrefixes[CodeOptions] = field(default_factory=CodeOptions)
+    reward_model: tyro.conf.OmitArgPrefixes[RewardModelOptions] = field(
+        default_factory=RewardModelOptions
+    )
     placement: tyro.conf.OmitArgPrefixes[PlacementOptions] = field(default_factory=PlacementOptions)
     objective: tyro.conf.OmitArgPrefixes[AlgorithmOptions] = field(default_factory=AlgorithmOptions)
     evaluation: tyro.conf.OmitArgPrefixes[EvaluationOptions] = field(

@@ -17,8 +17,8 @@ from rollout.http.native import command_routes
 from rollout.http.native import generate_routes as native_generate_routes
 from rollout.http.openai import chat_routes, completion_routes, model_routes
 from rollout.http.services import Services
+from rollout.http.sglang import classify_routes, slime_routes
 from rollout.http.sglang import pause_routes as sglang_pause_routes
-from rollout.http.sglang import slime_routes
 from rollout.http.sglang import weight_routes as sglang_weight_routes
 from rollout.http.status import health_routes, info_routes, profile_routes
 from rollout.http.vllm import generate_routes as vllm_generate_routes
@@ -49,7 +49,13 @@ def build_app(services: Services) -> FastAPI:
     ]
     generating = [
         module.router(services)
-        for module in (native_generate_routes, completion_routes, chat_routes, vllm_generate_routes)
+        for module in (
+            native_generate_routes,
+            completion_routes,
+            chat_routes,
+            vllm_generate_routes,
+            classify_routes,
+        )
     ]
     others = [
         module.router(services)

@@ -91,6 +91,7 @@ class Leader:
             cache,
             context_length=facts.context_length,
             vocab_size=facts.vocab_size,
+            num_labels=facts.num_labels,
             version=config.weight_version,
         )
         self._readiness = Readiness(
@@ -225,6 +226,7 @@ class Leader:
             model=facts.model,
             architecture=facts.architecture,
             model_type=facts.model_type,
+            num_labels=facts.num_labels,
             dtype=facts.dtype,
             device=facts.device,
             attention=facts.attention,

@@ -9,7 +9,14 @@ import msgspec
 import numpy as np
 
 from engine.errors import ContextTooLong, InvalidRequest
-from engine.protocol import GenerateRequest, IntArray, ReplicaState, Request, SamplingParams
+from engine.protocol import (
+    GenerateRequest,
+    IntArray,
+    ReplicaState,
+    Request,
+    SamplingParams,
+    Task,
+)
 from rollout.requests.message_ranges import check_ranges
 from rollout.requests.sample_ids import sample_id
 from rollout.requests.seeds import derive_seed
@@ -27,6 +34,8 @@ def expand(
     tokenizer: Tokenizer | None,
     state: ReplicaState,
     default_seed: int,
+    *,
+    task: Task = "generate",
 ) -> list[Request]:
     """The `n` requests that `wire` asks for, checked against what the replica can do.
 
@@ -37,8 +46,8 @@ def expand(
     Stop tokens are the model's EOS ids unless `ignore_eos`, `stop_token_ids`, and stop
     strings that are written exactly as a special token.
 
-    tokenizer: None serves ids only. Raises InvalidRequest (or ContextTooLong) naming the
-    field.
+    tokenizer: None serves ids only. task: as in `Request`. Raises InvalidRequest (or
+    ContextTooLong) naming the field.
     """
     sampling = wire.sampling_params
     check_ranges(sampling)
@@ -66,6 +75,7 @@ def expand(
         logprob_ids=list(wire.token_ids_logprob or []) if wire.return_logprob else [],
         output_ids=given[0] if given else None,
         hold_at=wire.hold_at,
+        task=task,
     )
     _check(wire, first, state)
     check_top_entries(num_top_entries(first, sampling.n, state))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,7 +11,15 @@ from itertools import islice
 import msgspec
 
 from engine.errors import InvalidRequest, SlipstreamError
-from engine.protocol import Abort, ReplicaState, Request, RequestOutput, Stop
+from engine.protocol import (
+    Abort,
+    IntArray,
+    ReplicaState,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    Stop,
+)
 from rollout.replica.base import Replica
 from rollout.requests.outputs import Gathered, refused
 from rollout.scheduler.validate import check_request, limits_of
@@ -18,6 +27,7 @@ from rollout.text.detokenizer import Detokenizer
 from rollout.text.tokenizer import Tokenizer
 
 _MIN_WINDOW = 1024
+_NOTHING_SAMPLED = SamplingParams(max_new_tokens=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +68,34 @@ def generate(
     )
     by_rid = {output.rid: output for output in outputs}
     return [by_rid[request.rid] for request in requests]
+
+
+def classify_request(rid: str, prompt_ids: IntArray, *, group: str = "") -> Request:
+    """The request that has a classifier score `prompt_ids` (int32 [n]) at their last token.
+
+    group: equal for sequences that begin alike; they are looked at together, so that what they
+    share is computed once.
+    """
+    return Request(
+        rid=rid,
+        prompt_ids=prompt_ids,
+        sampling=_NOTHING_SAMPLED,
+        seed=0,
+        group=group,
+        task="classify",
+    )
+
+
+def classify(replica: Replica, prompts: Iterable[IntArray]) -> list[RequestOutput]:
+    """The outputs of scoring each of `prompts` (int32 [n]), in their order; `scores` are float32
+    [num_labels], raw.
+
+    One that is refused (too long, or sent to a model that generates) or fails has finish type
+    "abort" with the error, and no scores; the others go on. Raises as `generate` does.
+    """
+    call = uuid.uuid4().hex
+    requests = [classify_request(f"{call}-{n}", ids) for n, ids in enumerate(prompts)]
+    return generate(replica, requests)
 
 
 def run(

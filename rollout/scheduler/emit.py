@@ -43,11 +43,11 @@ def make_output(
         num_retractions=sequence.num_retractions,
         num_restarts=sequence.num_restarts,
         spans=sequence.spans_between(start, size),
-        # No token was sampled with the KV of the last one.
-        kv_spans=[] if finish is None else sequence.kv_spans_before(sequence.prompt_len + size - 1),
+        kv_spans=[] if finish is None else sequence.kv_spans_before(_num_read(sequence, size)),
         top=sequence.top_between(start, size),
         prompt_logprobs=_prompt_logprobs(sequence) if with_prompt else None,
         prompt_top=_prompt_top(sequence) if with_prompt else None,
+        scores=sequence.scores,
     )
 
 
@@ -55,6 +55,12 @@ def final_output(sequence: Sequence, finish: FinishReason) -> RequestOutput:
     """The last output of a sequence that holds no slot (any more)."""
     outputs = sequence.tokens[sequence.prompt_len :]
     return make_output(sequence, outputs, sequence.logprobs, sequence.entropies, finish)
+
+
+def _num_read(sequence: Sequence, size: int) -> int:
+    """Tokens whose KV made the results, of a sequence with `size` output tokens: scores are of the
+    last token itself, and no token was sampled with the KV of the last one."""
+    return sequence.prompt_len + (0 if sequence.scores is not None else size - 1)
 
 
 def _prompt_logprobs(sequence: Sequence) -> FloatArray | None:

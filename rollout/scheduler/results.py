@@ -68,8 +68,10 @@ class ResultWriter:
         self._running = running
 
     def append(self, flight: InFlight, result: StepResult) -> Appended:
-        """Append each sampled token to its row, unless the row has left since or its numbers
-        are not finite."""
+        """Append each sampled token to its row, or keep the row's scores, unless the row has left
+        since or its numbers are not finite."""
+        if result.scores is not None:
+            return self._scores(flight, result.scores)
         broken = self._collect_prompt(flight, result.prompt)
         assert len(result.token_ids) == len(flight.slots), (
             f"{len(result.token_ids)} tokens came for {len(flight.slots)} rows"
@@ -97,6 +99,24 @@ class ResultWriter:
             return []
         uids = dict(zip(flight.row_slots.tolist(), flight.row_uids.tolist(), strict=True))
         return [slot for slot in flight.scored if self._running.table.uid[slot] == uids[slot]]
+
+    def _scores(self, flight: InFlight, scores: FloatArray) -> Appended:
+        """Keep the scores of each row, which end it. scores: [S, num_labels]."""
+        assert len(scores) == len(flight.slots), (
+            f"scores of {len(scores)} rows came for {len(flight.slots)}"
+        )
+        alive = self._running.table.uid[flight.slots] == flight.uids
+        slots, scores = flight.slots[alive], scores[alive]
+        finite = np.isfinite(scores).all(axis=1)
+        for slot, own in zip(slots[finite].tolist(), scores[finite], strict=True):
+            self._running[slot].scores = own.copy()
+        return Appended(
+            ended=slots[finite],
+            matched=np.full(int(finite.sum()), -1, np.int32),
+            streaming=slots[:0],
+            broken=sorted(slots[~finite].tolist()),
+            num_tokens=0,
+        )
 
     def _broken(self, rows: _Rows) -> set[int]:
         """Slots of rows with a logprob, or an entropy they asked for, that is not finite.

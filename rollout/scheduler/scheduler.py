@@ -58,6 +58,7 @@ class Scheduler:
         *,
         context_length: int,
         vocab_size: int,
+        num_labels: int = 0,
         version: int = 0,
     ) -> None:
         # Every running sequence must be able to decode in one step.
@@ -70,6 +71,7 @@ class Scheduler:
             context_length=context_length,
             vocab_size=vocab_size,
             kv_tokens=cache.num_pages * cache.page_size,
+            num_labels=num_labels,
         )
         self._num_slots = num_slots
         self._build_parts(version)

@@ -41,6 +41,7 @@ class Sequence:
     num_emitted: output tokens that were returned by a stream, or came with the request.
     kv_spans, kv_end: which version computed the KV of tokens before `kv_end`; that of later
         ones is by the version that serves. Empty while it has no KV.
+    scores: float32 [num_labels] of a request to classify, once its prompt is computed.
     """
 
     request: Request
@@ -69,6 +70,7 @@ class Sequence:
     prompt_emitted: bool = False
     kv_spans: list[VersionSpan] = field(default_factory=list)
     kv_end: int = 0
+    scores: FloatArray | None = None
 
     @property
     def max_new_tokens(self) -> int:
@@ -82,8 +84,9 @@ class Sequence:
 
     @property
     def samples(self) -> bool:
-        """Whether any token is to be sampled."""
-        return self.ended is None and self.max_new_tokens > 0
+        """Whether the logits of its last known token are wanted: to sample, or as scores."""
+        classifies = self.request.task == "classify"
+        return self.ended is None and (classifies or self.max_new_tokens > 0)
 
     @property
     def prompt_len(self) -> int:

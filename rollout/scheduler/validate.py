@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -14,14 +17,36 @@ from rollout.requests.message_ranges import check_ranges
 MIN_FACTOR, MAX_FACTOR = 1e-6, 1e6
 """Times or divided into a logit, such a factor leaves it finite in float32."""
 
+_SCORES_ONLY = (
+    "it is a sequence classifier without a language-model head; have it score texts (POST "
+    "/classify, task 'classify'), or serve a ...ForCausalLM checkpoint"
+)
+_GENERATES_ONLY = (
+    "it has no classification head; serve a ...ForSequenceClassification checkpoint to score texts"
+)
+_OF_OUTPUTS: Mapping[str, Any] = MappingProxyType(
+    {
+        "top_logprobs": 0,
+        "prompt_logprob_start": -1,
+        "stream": False,
+        "entropy": False,
+        "logprob_ids": [],
+        "output_ids": None,
+        "hold_at": -1,
+    }
+)
+"""Fields that speak of logits over a vocabulary, and what each has to be where there are none."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a replica can serve at all. kv_tokens: tokens its whole KV pool holds."""
+    """What a replica can serve at all. kv_tokens: tokens its whole KV pool holds. num_labels: of a
+    classifier; 0 of a model that generates."""
 
     context_length: int
     vocab_size: int
     kv_tokens: int
+    num_labels: int = 0
 
 
 def limits_of(state: ReplicaState) -> Limits:
@@ -30,6 +55,7 @@ def limits_of(state: ReplicaState) -> Limits:
         context_length=state.context_length,
         vocab_size=state.vocab_size,
         kv_tokens=state.total_pages * state.page_size,
+        num_labels=state.num_labels,
     )
 
 
@@ -50,6 +76,9 @@ def check_served(request: Request, limits: Limits) -> None:
 
 
 def _check_meaning(request: Request, limits: Limits) -> None:
+    _check_task(request, limits)
+    if request.task == "classify":
+        return
     _check_sampling(request.sampling, limits.vocab_size)
     _check_ids("stop_ids", request.stop_ids, limits.vocab_size)
     _check_ids("logprob_ids", request.logprob_ids, limits.vocab_size)
@@ -66,6 +95,23 @@ def _check_meaning(request: Request, limits: Limits) -> None:
     check_continued(request, limits)
     if request.seed < 0:
         _refuse("seed", f"is {request.seed}; give 0 to 2**63 - 1")
+
+
+def _check_task(request: Request, limits: Limits) -> None:
+    """Raise InvalidRequest, naming the field, unless the model does what the request is for, and
+    a request to classify asks for nothing that only sampled tokens have."""
+    if (request.task == "classify") != (limits.num_labels > 0):
+        does = "classify" if limits.num_labels else "generate"
+        advice = _SCORES_ONLY if limits.num_labels else _GENERATES_ONLY
+        _refuse("task", f"is {request.task!r}, and this model can only {does}: {advice}")
+    if request.task != "classify":
+        return
+    if request.sampling.stop:
+        _refuse("stop", "is of sampled tokens, and a request to classify has none; leave it out")
+    for field, neutral in _OF_OUTPUTS.items():
+        value = getattr(request, field)
+        if value is not None if neutral is None else value != neutral:
+            _refuse(field, "is of sampled tokens, and a request to classify has none; leave it out")
 
 
 def _check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
@@ -92,7 +138,8 @@ def _check_prompt(request: Request, limits: Limits) -> None:
     _check_tokens("prompt_ids", prompt, limits.vocab_size)
     if len(prompt) == 0:
         _refuse("prompt_ids", "is empty; give at least one token")
-    if len(prompt) >= limits.context_length:
+    # Whoever generates needs room for a token more.
+    if len(prompt) >= limits.context_length + (request.task == "classify"):
         _refuse_length(len(prompt), f"a context of {limits.context_length}")
     if len(prompt) > limits.kv_tokens:
         _refuse_length(len(prompt), f"a KV pool of {limits.kv_tokens} tokens")

@@ -60,6 +60,13 @@ def sample(prefix: int, position: int, sampling: RowSampling, vocab: int, num_ou
     return token
 
 
+def score(prefix: int, num_labels: int) -> list[float]:
+    """The scores this model gives a prefix, if it is a classifier."""
+    return [
+        float(np.float32(mix(prefix, label, 9) % 4096 / 1024 - 2)) for label in range(num_labels)
+    ]
+
+
 def top_of(prefix: int, count: int, vocab: int) -> tuple[list[int], list[float]]:
     """`count` token ids and logprobs, as if they were the likeliest."""
     ids = [mix(prefix, rank, 5) % vocab for rank in range(count)]
@@ -97,7 +104,11 @@ class Row:
 class MockExecutor:
     """`step` runs one plan; raises AssertionError where a real one would compute nonsense."""
 
-    def __init__(self, *, num_pages: int, page_size: int, vocab_size: int = 97) -> None:
+    def __init__(
+        self, *, num_pages: int, page_size: int, vocab_size: int = 97, num_labels: int = 0
+    ) -> None:
+        """num_labels: of a classifier, which scores and samples nothing."""
+        self.num_labels = num_labels
         self.page_size = page_size
         self.vocab_size = vocab_size
         self.version = 0
@@ -127,7 +138,7 @@ class MockExecutor:
         self.num_computed += int(plan.query_lens.sum())
         self.batches.append(plan.slots.tolist())
         prompt = self._prompt_logprobs(plan)
-        return self._sample(plan, prompt)
+        return self._score(plan) if self.num_labels else self._sample(plan, prompt)
 
     def _new_row(self, new: NewRow) -> Row:
         tokens = new.token_ids.tolist()
@@ -197,6 +208,18 @@ class MockExecutor:
         ids = np.array([ids for ids, _ in tops], np.int32).reshape(len(tops), count)
         values = np.array([lps for _, lps in tops], np.float32).reshape(len(tops), count)
         return TopLogprobs(ids, values)
+
+    def _score(self, plan: StepPlan) -> StepResult:
+        found = []
+        for index in np.flatnonzero(plan.samples).tolist():
+            row = self._rows[int(plan.slots[index])]
+            assert int(plan.kv_lens[index]) == row.new.prompt_len, "scores before the last token"
+            found.append(score(row.hashes[-1], self.num_labels))
+        nothing = np.empty(0, np.int32)
+        scores = np.array(found, np.float32) if found else None
+        return StepResult(
+            step=plan.step, token_ids=nothing, logprobs=nothing.astype(np.float32), scores=scores
+        )
 
     def _sample(self, plan: StepPlan, prompt: list[PromptLogprobs]) -> StepResult:
         tokens, logprobs, prefixes, count, with_entropy = [], [], [], 0, False

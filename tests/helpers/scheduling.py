@@ -43,7 +43,8 @@ def make_request(
 class Bench:
     """A scheduler, its executor, and every output so far by request id.
 
-    overlap: plan a step before the result of the one before it is applied.
+    overlap: plan a step before the result of the one before it is applied. num_labels: of a
+    classifier.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Bench:
         prefix_cache: bool = True,
         context_length: int = 128,
         overlap: bool = False,
+        num_labels: int = 0,
         **config: object,
     ) -> None:
         self.cache = CacheManager(num_pages, page_size, prefix_cache=prefix_cache)
@@ -63,8 +65,11 @@ class Bench:
             self.cache,
             context_length=context_length,
             vocab_size=VOCAB,
+            num_labels=num_labels,
         )
-        self.executor = MockExecutor(num_pages=num_pages, page_size=page_size, vocab_size=VOCAB)
+        self.executor = MockExecutor(
+            num_pages=num_pages, page_size=page_size, vocab_size=VOCAB, num_labels=num_labels
+        )
         self.plans: list[StepPlan] = []
         self.outputs: dict[str, list[RequestOutput]] = {}
         self._depth = 1 if overlap else 0
@@ -157,6 +162,7 @@ def joined(outputs: list[RequestOutput]) -> RequestOutput:
         prompt_top=outputs[0].prompt_top,
         top=outputs[-1].top if len(outputs) == 1 else None,
         entropies=_joined_entropies(outputs),
+        scores=outputs[-1].scores,
     )
 
 

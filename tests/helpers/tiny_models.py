@@ -67,9 +67,15 @@ _POST_NORMS = ("olmo2", "gemma3")
 _K_QUANT_SCALES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q2_K": (80, 82), "Q3_K": (108,)}
 
 
-def tiny_hf(arch: str, seed: int = 0, **overrides: Any) -> Any:
-    """A tiny transformers model, float32, with every parameter random and none trivial."""
+def tiny_hf(arch: str, seed: int = 0, *, classifier: bool = False, **overrides: Any) -> Any:
+    """A tiny transformers model, float32, with every parameter random and none trivial.
+
+    classifier: the family's ...ForSequenceClassification, of `num_labels` labels.
+    """
     config_class, model_class = _CLASSES[arch]
+    if classifier:
+        family = config_class.__name__.removesuffix("Config")
+        model_class = getattr(transformers, f"{family}ForSequenceClassification")
     sizes = {**SIZES, **_OWN_SIZES.get(arch, {}), **overrides}
     model = model_class(config_class(**sizes)).float().eval()
     generator = torch.Generator().manual_seed(seed)

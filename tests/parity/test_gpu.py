@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from engine.errors import InvalidRequest
+from rollout.requests.generate import classify_request
 from tests.helpers.engines import drain, exact_logprobs, make_replica, request
 from tests.helpers.rounding import stored_logprob_bound
 from tests.helpers.tiny_models import tiny_hf, write_tiny
@@ -102,3 +103,22 @@ def test_a_push_from_gpu_tensors_is_served(tiny) -> None:
         output = drain(replica)["after"]
     want = exact_logprobs(new.cpu(), PROMPT, output.token_ids)
     np.testing.assert_allclose(output.logprobs, want, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype, atol", [("float32", 1e-4), ("bfloat16", 0.1)])
+def test_a_classifier_scores_as_on_the_cpu(dtype: str, atol: float, tmp_path) -> None:
+    """Whole prompts, chunks, and rows of one token, which a graph of decode steps must not take."""
+    sizes = {"head_dim": 64, "max_position_embeddings": 256, "num_labels": 3}
+    write_tiny(tmp_path, "qwen3", classifier=True, **sizes)
+    asked = {f"n{n}": np.array(PROMPT[:n], np.int32) for n in (1, 3, 40, 55)}
+    found = {}
+    for device in ("cpu", "cuda"):
+        with make_replica(tmp_path, device=device, dtype=dtype, max_chunk_tokens=16) as replica:
+            for turn in ("first", "cached"):
+                replica.submit([classify_request(rid, ids) for rid, ids in asked.items()])
+                for rid, output in drain(replica).items():
+                    found[device, turn, rid] = output.scores
+    for turn in ("first", "cached"):
+        for rid in asked:
+            got, want = found["cuda", turn, rid], found["cpu", "first", rid]
+            np.testing.assert_allclose(got, want, atol=atol, err_msg=f"{turn} {rid}")

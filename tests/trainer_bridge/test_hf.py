@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from engine.errors import CheckpointError
 from rollout.launch import read_checkpoint
 from tests.helpers.tiny_models import write_tiny, write_tiny_gguf
-from trainer_bridge import load_causal_lm
+from trainer_bridge import load_causal_lm, load_classifier
 from trainer_bridge.adapters.plain import named_tensors
 
 pytestmark = pytest.mark.slow
@@ -198,3 +198,24 @@ def test_rotary_frequencies_that_transformers_cannot_scale_are_refused() -> None
     rope = {"rope_type": "default", "rope_theta": 1e4, "frequency_divisors": [1.0, 8.0]}
     with pytest.raises(CheckpointError, match=r"rope_freqs\.weight"):
         load_causal_lm({"architectures": ["LlamaForCausalLM"], "rope_parameters": rope}, [])
+
+
+@pytest.mark.parametrize("arch", ["llama", "mistral", *FAMILIES[1:]])
+def test_a_classifier(arch: str, tmp_path) -> None:
+    original = write_tiny(tmp_path, arch, classifier=True, num_labels=1)
+    checkpoint = read_checkpoint(str(tmp_path))
+    model = load_classifier(checkpoint.hf_config, checkpoint.tensors)
+    assert type(model) is type(original)
+    ids = torch.arange(20).unsqueeze(0)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, original(ids).logits)
+
+
+def test_a_classifier_is_no_causal_model_nor_the_other_way_round(tmp_path) -> None:
+    write_tiny(tmp_path / "scores", classifier=True, num_labels=1)
+    write_tiny(tmp_path / "writes")
+    for load, folder in ((load_causal_lm, "scores"), (load_classifier, "writes")):
+        checkpoint = read_checkpoint(str(tmp_path / folder))
+        with pytest.raises(CheckpointError, match="head") as caught:
+            load(checkpoint.hf_config, checkpoint.tensors)
+        assert caught.value.field == "architectures"

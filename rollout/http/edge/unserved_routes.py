@@ -38,7 +38,6 @@ REFUSED: Mapping[str, tuple[str, str]] = MappingProxyType(
             "deltas are not fetched by this route; bring a folder to a version by /pull_weights",
         ),
         "/start_draft_weight_update": ("POST", "this server has no draft model"),
-        "/classify": ("POST", "only generating models are served"),
         "/get_remote_instance_transfer_engine_info": ("GET", _REMOTE),
         "/remote_instance_transfer_engine_info": ("GET", _REMOTE),
         "/parallelism_config": ("GET", _REMOTE),

@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Raw
 
 from engine.errors import ContextTooLong, InvalidRequest
-from engine.protocol import GenerateRequest, ReplicaState
+from engine.protocol import GenerateRequest, ReplicaState, Task
 from rollout.http.native.long_prompts import check_long_prompt
 from rollout.requests.json_types import decode_json
 from rollout.requests.sample_ids import check_client_id
@@ -24,12 +24,14 @@ _LISTS = frozenset({"token_ids_logprob"})
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateCall:
-    """One POST. prefix: what every id of the call begins with, if the server made them."""
+    """One POST. prefix: what every id of the call begins with, if the server made them. task: what
+    is done to each item, as in `Request`."""
 
     items: list[GenerateRequest]
     batch: bool
     stream: bool
     prefix: str = ""
+    task: Task = "generate"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -185,7 +185,7 @@ class Generator:
         for number, item in enumerate(call.items):
             seed = derive_seed(self.seed, next(self._numbers))
             try:
-                requests = expand(item, self.tokenizer, self.engine.facts, seed)
+                requests = expand(item, self.tokenizer, self.engine.facts, seed, task=call.task)
             except InvalidRequest as error:
                 if not call.batch:
                     raise

@@ -104,7 +104,7 @@ def model_info(services: Services, state: ReplicaState) -> dict[str, Any]:
         "model_path": state.model,
         "served_model_name": services.config.model_name,
         "tokenizer_path": state.model,
-        "is_generation": True,
+        "is_generation": state.num_labels == 0,
         "preferred_sampling_params": None,
         "weight_version": services.labels.text(state.version),
         "load_format": services.config.engine.load_format,

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from engine.errors import SlipstreamError
-from engine.protocol import GenerateRequest, SamplingParams
+from engine.protocol import GenerateRequest, SamplingParams, Task
 from rollout.http.edge.errors import error_response, json_response
 from rollout.http.native.generate_call import GenerateCall
 from rollout.http.services import Services
@@ -70,16 +70,17 @@ def router(services: Services) -> APIRouter:
 
 
 async def _probe(services: Services) -> None:
-    """One token of a one-token prompt, within `_PROBE_S`."""
+    """One token of a one-token prompt, or its score, within `_PROBE_S`."""
     item = GenerateRequest(
         input_ids=[0],
         sampling_params=SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True),
         cache_salt=_PROBE_SALT,
     )
-    call = GenerateCall(items=[item], batch=False, stream=False)
+    task: Task = "classify" if services.engine.facts.num_labels else "generate"
+    call = GenerateCall(items=[item], batch=False, stream=False, task=task)
     samples = await services.generator.samples(call)
     try:
         await asyncio.wait_for(services.generator.finish(samples), _PROBE_S)
     except TimeoutError as error:
-        message = f"the engine gave no token within {_PROBE_S:g} s"
+        message = f"the engine gave no answer within {_PROBE_S:g} s"
         raise NotReady(message, field="probe") from error

@@ -479,3 +479,37 @@ def test_end_tokens_that_are_no_ids_are_named(listed: object) -> None:
         with pytest.raises(CheckpointError, match="eos_token_id") as caught:
             read_config(source, generation)
         assert caught.value.field == "eos_token_id"
+
+
+REWARD = {"architectures": ["LlamaForSequenceClassification"]}
+
+
+@pytest.mark.parametrize(
+    "keys, count",
+    [
+        ({}, 2),
+        ({"num_labels": 1}, 1),
+        ({"id2label": {"0": "a"}}, 1),
+        ({"id2label": {"0": "a", "1": "b", "2": "c"}, "num_labels": 3}, 3),
+    ],
+)
+def test_labels_of_a_classifier_are_those_of_transformers(keys: dict[str, Any], count: int) -> None:
+    assert read_config(with_(**REWARD, **keys)).num_labels == count
+    assert transformers.LlamaConfig(**keys).num_labels == count
+    assert read_config(with_(**keys)).num_labels == 0
+
+
+@pytest.mark.parametrize(
+    "key, keys",
+    [
+        ("num_labels", {"num_labels": 0}),
+        ("num_labels", {"num_labels": True}),
+        ("num_labels", {"num_labels": 3, "id2label": {"0": "a"}}),
+        ("id2label", {"id2label": {}}),
+        ("id2label", {"id2label": ["a"]}),
+    ],
+)
+def test_labels_that_say_nothing_are_named(key: str, keys: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match=key) as caught:
+        read_config(with_(**REWARD, **keys))
+    assert caught.value.field == key

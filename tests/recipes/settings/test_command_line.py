@@ -74,7 +74,11 @@ prompts_per_step
 reference
 resume
 reward
+reward_gpu
+reward_label
+reward_memory_gb
 reward_timeout
+reward_tokenizer
 rollout_gpus
 samples
 sandbox

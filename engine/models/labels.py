@@ -1,0 +1,32 @@
+"""How many labels a sequence classifier scores, as its config.json says it. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from engine.errors import CheckpointError
+from engine.models.config_keys import whole_number
+
+DEFAULT_LABELS = 2
+"""transformers leaves `id2label` out of the file where there are two."""
+
+
+def num_labels(source: Mapping[str, Any]) -> int:
+    """Labels of a config.json dict: entries of `id2label`, else `num_labels`, else 2.
+
+    Raises CheckpointError, naming the key, for what is no count and for two that differ.
+    """
+    names = source.get("id2label")
+    count = None if source.get("num_labels") is None else whole_number(source, "num_labels")
+    if names is None:
+        return DEFAULT_LABELS if count is None else count
+    if not isinstance(names, Mapping) or not names:
+        raise CheckpointError(
+            f"'id2label' is {names!r}, not an object with a name for each label", field="id2label"
+        )
+    if count not in (None, len(names)):
+        raise CheckpointError(
+            f"'num_labels' is {count}, but 'id2label' names {len(names)}", field="num_labels"
+        )
+    return len(names)
