@@ -126,13 +126,13 @@ class PpoOptions(RunOptions):
     Rollouts come from the Slipstream engine, which takes the new weights in place each step.
     """
 
-    steps: int = 100
+    steps: int = 60
     """Optimizer steps of the run."""
     rollout: tyro.conf.OmitArgPrefixes[RolloutOptions] = field(
         default_factory=lambda: RolloutOptions(prompts_per_step=64, samples=1)
     )
     objective: tyro.conf.OmitArgPrefixes[AlgorithmOptions] = field(
-        default_factory=lambda: AlgorithmOptions(algorithm="ppo")
+        default_factory=lambda: AlgorithmOptions(algorithm="ppo", num_minibatches=2)
     )
     value_function: tyro.conf.OmitArgPrefixes[CriticOptions] = field(default_factory=CriticOptions)
 
