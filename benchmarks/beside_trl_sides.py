@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from engine.protocol import SamplingParams
 from recipes.actors.actor import Actor
 from recipes.actors.launch import launch_actor
 from recipes.algorithms.presets import AlgorithmOptions
-from recipes.collecting.collect import evaluate
+from recipes.collecting.collect import rollout, score
 from recipes.collecting.prompts import Prompts
 from recipes.environments.base import Environment, heldout_problems, problem_at
 from recipes.environments.named_tasks import select_environment
@@ -255,6 +256,10 @@ class Judge:
     def measure(self, model: Any, step: int) -> None:
         """Held-out accuracy of these weights."""
         self.actor.push(model, version=step + 1, measure_memcpy=False)
-        self.accuracy[str(step)] = evaluate(
-            self.actor, self.prompts, self.heldout, self.environment.max_new_tokens
-        )
+        longest = self.environment.max_new_tokens
+        greedy = SamplingParams(max_new_tokens=longest, temperature=0.0)
+        replies = rollout(self.actor, self.prompts, self.heldout, greedy, samples=1, seed=0)
+        self.actor.flush()
+        groups = score(self.prompts, self.heldout, replies)
+        right = sum(group.trajectories[0].correct for group in groups)
+        self.accuracy[str(step)] = right / len(groups)

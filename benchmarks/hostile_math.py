@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 
+import checkout  # noqa: F401
 import numpy as np
 
 from recipes.rewards.base import Failed, Grade, Item

@@ -39,7 +39,8 @@ def fused_linear(
     and the gate or sum after round where `rms_norm`, `silu_mul` and a torch addition do.
     Returns [R, O] or, gated, [R, A], contiguous, in the dtype of x.
     The sums of a row run in an order that depends on the shape of the weight and on whether R is
-    1 or 2, 3 to 16, or more; within the first two not on R. Raises ValueError on an unknown
+    1 or 2, 3 to 16, or more, within the first two not on R; where I is no multiple of 8, 2 rows are
+    multiplied as 3 are. Raises ValueError on an unknown
     backend.
     """
     options = options or Options()

@@ -57,7 +57,9 @@ def choose(rows: int, outs: int, ins: int, *, gated: bool, can_split: bool) -> C
     """
     if not 0 < rows <= MAX_ROWS:
         return None
-    if rows <= MAX_GEMV_ROWS:
+    # Rows that are not read in pieces of 16 bytes are shared out among threads otherwise when there
+    # are two of them, and would be summed in another order.
+    if rows == 1 or (rows <= MAX_GEMV_ROWS and ins % 8 == 0):
         return _gemv(rows, ins)
     config = _tiles(outs, ins, gated)
     return config if can_split else replace(config, splits=1)
@@ -66,13 +68,11 @@ def choose(rows: int, outs: int, ins: int, *, gated: bool, can_split: bool) -> C
 def _gemv(rows: int, ins: int) -> Gemv:
     """Passes that come out even. The warps, which the order of the sums follows, depend on the
     inputs alone. Two rows share what is read of the weight, and two features what is read of the
-    rows; where a row takes several turns, the next one's loads go through shared memory. Rows that
-    are not read in pieces of 16 bytes keep the configuration of one: how threads share them out,
-    and with it the order of the sums, could be another in any other."""
+    rows; where a row takes several turns, the next one's loads go through shared memory."""
     warps = next((w for w in (4, 2) if ins % (256 * w) == 0), 1)
     passes = -(-ins // (256 * warps))
     unroll = max(n for n in range(1, 6) if passes % n == 0)
-    if rows == 1 or ins % 8:
+    if rows == 1:
         return Gemv(1, warps, unroll=unroll)
     return Gemv(2, warps, stages=3 if passes > unroll else 1, unroll=unroll)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 import msgspec
@@ -15,8 +14,6 @@ from recipes.rewards.grading import Grader, grading_of
 from recipes.rewards.shaping import overlong_penalty
 from recipes.types import Group, Problem, Trajectory
 from rollout.offline import derive_seed
-
-logger = logging.getLogger(__name__)
 
 
 def rollout(

@@ -49,6 +49,7 @@ EXTRAS: Mapping[str, str] = MappingProxyType(
         "torch_memory_saver": "gpu",
         "wandb": "wandb",
         "openai": "judge",
+        "pyarrow": "data",
         "reasoning_gym": "gym",
         "zstandard": "delta",
         "xxhash": "delta",

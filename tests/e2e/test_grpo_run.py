@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-import recipes.run.run
+import recipes.run.opening
 from recipes.environments.base import Environment
 from recipes.grpo import main
 from recipes.trainers.plain import Trainer
@@ -28,10 +28,10 @@ class SmallSum(CharAddition):
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    def environment(task: str) -> Environment:
+    def environment(task: str, *_: object, **__: object) -> Environment:
         return SmallSum()
 
-    monkeypatch.setattr(recipes.run.run, "select_environment", environment)
+    monkeypatch.setattr(recipes.run.opening, "select_environment", environment)
     folder = tmp_path / "model"
     write_char_model(folder, char_model(32, 2))
     return str(folder)

@@ -425,7 +425,7 @@ def test_the_greedy_reply_is_sampled_and_graded_but_not_trained_on(tmp_path: Pat
     )
 
 
-@pytest.mark.parametrize("name", sorted({*get_args(AlgorithmName)} - {"grpo", "ppo"}))
+@pytest.mark.parametrize("name", sorted({*get_args(AlgorithmName)} - {"grpo", "ppo", "opd"}))
 def test_every_algorithm_runs(tmp_path: Path, name: Any) -> None:
     algorithm = AlgorithmOptions(algorithm=name, is_level="sequence")
     run, _ = go(make_options(tmp_path, steps=1, objective=algorithm, checkpoint_every=0))

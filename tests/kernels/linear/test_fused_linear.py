@@ -139,7 +139,7 @@ def test_one_row_matches_the_reference(shape: tuple[int, int], config: Gemv, kin
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("ins", [1040, 1536, 1030])
+@pytest.mark.parametrize("ins", [1040, 1536])
 def test_two_rows_get_what_each_gets_alone(ins: int, kind: str) -> None:
     """Enough outputs that sums in another order would show through the rounding."""
     device = triton_device()

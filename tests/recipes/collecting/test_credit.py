@@ -165,5 +165,5 @@ def test_rejected_tokens_have_no_part_in_whitening() -> None:
 @pytest.mark.parametrize("name", get_args(AlgorithmName))
 def test_a_batch_in_which_nothing_was_graded_is_empty(name: AlgorithmName) -> None:
     lost = failed(failed(group([1, 0], [1, 2], greedy=0.0), 0), 1)
-    batch = make_batch([lost], preset(name, 8), 8)
+    batch = make_batch([lost], preset(name, 8), 8, teacher=())
     assert batch.trajectories == () and batch.advantages == ()

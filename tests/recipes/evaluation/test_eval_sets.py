@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from engine.errors import ContextTooLong, InvalidRequest
+from recipes.data.data_options import DataOptions
 from recipes.environments.base import Environment, heldout_problems, split_of
 from recipes.environments.named_tasks import select_environment
 from recipes.evaluation.eval_sets import CheckedSet, read_sets
@@ -26,7 +27,7 @@ def write(path: Path, prompts: list[str]) -> str:
 
 def read(*words: str, trained: Environment | None = None, **changes: Any) -> list[CheckedSet]:
     given = {"context_length": 4096, "num_problems": 100, "skip_long": False, **changes}
-    return read_sets(words, char_tokenizer(), trained=trained, **given)
+    return read_sets(words, DataOptions(), char_tokenizer(), trained=trained, **given)
 
 
 def questions(checked: CheckedSet) -> set[str]:

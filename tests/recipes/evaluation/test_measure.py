@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engine.errors import InvalidRequest
+from engine.errors import GradingFailed
 from recipes.environments.base import heldout_problems
 from recipes.evaluation.eval_sets import EvalSet
 from recipes.evaluation.evaluation_options import EvaluationOptions
@@ -129,5 +129,5 @@ def test_a_set_of_which_nothing_could_be_graded_is_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     failing(monkeypatch, "too slow", every=1)
-    with pytest.raises(InvalidRequest, match="6 greedy replies to heldout none could be graded"):
+    with pytest.raises(GradingFailed, match="6 greedy replies to heldout none could be graded"):
         measure([eval_set("heldout")])
