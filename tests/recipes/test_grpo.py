@@ -27,6 +27,7 @@ from recipes.run.opening import assemble
 from recipes.run.report import PHASES
 from recipes.run.run import Run
 from recipes.settings.options import RolloutOptions, RunOptions
+from recipes.trainers.loss_scale import FIRST_POWER
 from recipes.trainers.optimizer_options import OptimizerOptions
 from recipes.trainers.plain import Trainer
 from tests.helpers.char_model import CharAddition, char_model, char_tokenizer, write_char_model
@@ -171,7 +172,10 @@ def test_a_skipped_step_is_counted_and_its_version_published(tmp_path: Path) -> 
     figures = rows(run)
     assert [row["weight_version"] for row in figures] == [1, 2, 3, 4]
     assert [row["train/skipped_steps"] for row in figures] == [0, 1, 1, 1]
-    assert [row["train/loss_scale"] for row in figures] == [2.0**16, *[2.0**15] * 3]
+    assert [row["train/loss_scale"] for row in figures] == [
+        2.0**FIRST_POWER,
+        *[2.0 ** (FIRST_POWER - 1)] * 3,
+    ]
     assert [row["grad_norm"] > 0 for row in figures] == [True, False, True, True]
     assert run.actor.version == run.progress.step == 4
 

@@ -13,6 +13,7 @@ import torch
 from engine.errors import NonFiniteGradient
 from recipes.algorithms.losses import LossInputs, LossOutput, policy_loss
 from recipes.algorithms.presets import preset
+from recipes.trainers.loss_scale import FIRST_POWER
 from recipes.trainers.metrics import TokenMetrics
 from recipes.trainers.optimizer_options import OptimizerOptions
 from recipes.trainers.plain import Trainer
@@ -25,6 +26,8 @@ from tests.helpers.trajectories import random_batch
 VOCAB = 20
 TEMPERATURE = 0.7
 LOSS = functools.partial(policy_loss, algorithm=preset("grpo", 8))
+
+FIRST = 2.0**FIRST_POWER
 
 
 def trainer_of(
@@ -316,7 +319,7 @@ def test_an_overflow_changes_nothing_but_the_scale_and_a_resumed_run_goes_on_ali
     build = functools.partial(ranks.plain, torch.float16)
     seen = ranks.skipped(build, World(), tmp_path)
     assert seen["norm"] == 0.0
-    assert seen["scales"] == [(2.0**16, 0), (2.0**15, 1), (2.0**15, 1)]
+    assert seen["scales"] == [(FIRST, 0), (FIRST / 2, 1), (FIRST / 2, 1)]
     assert np.array_equal(*seen["logprobs"])
     assert seen["rows"][0] == seen["rows"][1] and seen["rows"][0][0]["grad_norm"] > 0
     assert np.array_equal(*seen["after"])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from recipes.trainers.loss_scale import FIRST_POWER
 from recipes.trainers.metrics import TokenMetrics, merge
 from recipes.trainers.sharded import even_by_length
 from recipes.world import World
@@ -18,6 +19,8 @@ from tests.helpers.rank_processes import run_ranks
 
 pytestmark = pytest.mark.slow
 SIZES = (1, 2)
+
+FIRST = 2.0**FIRST_POWER
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +119,7 @@ def test_an_overflow_in_one_process_skips_the_step_in_all(
     for rank in found:
         seen = rank[f"{name}-skipped"]
         assert seen["norm"] == 0.0
-        assert seen["scales"] == [(2.0**16, 0), (2.0**15, 1), (2.0**15, 1)]
+        assert seen["scales"] == [(FIRST, 0), (FIRST / 2, 1), (FIRST / 2, 1)]
         assert np.array_equal(*seen["logprobs"])
         assert seen["rows"][0] == seen["rows"][1]
         assert seen["rows"][0][0]["grad_norm"] > 0
