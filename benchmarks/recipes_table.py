@@ -30,8 +30,21 @@ BEGIN, END = "<!-- table -->", "<!-- end of table -->"
 BARS = "▁▂▃▄▅▆▇█"
 
 ROWS: dict[str, tuple[str, str]] = {
-    "grpo": ("GRPO with DAPO's defaults", "grpo.py --steps 40"),
-    "grpo-plain": ("GRPO as published", "grpo.py --algorithm grpo --steps 40"),
+    "grpo": ("GRPO with DAPO's changes, the default", "grpo.py"),
+    "ppo": ("PPO, critic on the policy's network", "ppo.py"),
+    "reinforce++": (
+        "REINFORCE++, one reply a problem",
+        "grpo.py --algorithm reinforce++ --samples 1 --prompts-per-step 64 --steps 60",
+    ),
+    "reinforce++-baseline": (
+        "the same less the mean of a group",
+        "grpo.py --algorithm reinforce++-baseline --steps 60",
+    ),
+    "rloo": ("RLOO", "grpo.py --algorithm rloo"),
+    "remax": ("ReMax", "grpo.py --algorithm remax"),
+    "float16": ("GRPO in float16", "grpo.py --dtype float16 --steps 30"),
+    "sft": ("supervised, the task's answers", "sft.py --steps 20"),
+    "code": ("expressions that hit a target, run in the sandbox", "grpo.py --task expression"),
 }
 """What a row is called: what it shows, and its command behind `python recipes/`."""
 
