@@ -20,7 +20,7 @@ from recipes.algorithms.losses import policy_loss
 from recipes.collecting.batching import minibatches
 from recipes.run.batches import adapt_kl, algorithm_now, prepare
 from recipes.run.command import run_recipe
-from recipes.run.report import Collected, value_figures
+from recipes.run.report import Collected
 from recipes.run.run import Run
 from recipes.run.sampling import sample_groups
 from recipes.settings.options import PpoOptions
@@ -58,7 +58,6 @@ def update(run: Run, groups: Sequence[Group]) -> dict[str, float]:
     )
     assert critic is not None
     batch, figures = prepare(run, groups, algorithm)
-    figures |= value_figures(batch)
     loss = functools.partial(policy_loss, algorithm=algorithm)
     lr, grad_norm = run.learning_rate(), 0.0
     critic_alone = run.progress.step < critic.warmup_steps

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from engine.protocol import FloatArray
+
 VARIANCE_EPSILON = 1e-8
 MOST_DEVIATIONS = 10.0
 """Normalised rewards are clipped here: early deviations are those of few samples."""
@@ -58,9 +60,32 @@ class Moments:
             squares=self.squares + squares + apart * apart * self.count * len(new) / count,
         )
 
+    @property
+    def tells(self) -> bool:
+        """Whether two values have differed: there is no spread before."""
+        return self.count > 1 and self.squares > 0
+
+    @property
+    def deviation(self) -> float:
+        """Unbiased standard deviation."""
+        return math.sqrt(self.squares / (self.count - 1) + VARIANCE_EPSILON)
+
     def normalised(self, value: float) -> float:
         """(value - mean) / standard deviation, clipped to +-10; 0 before two values differ."""
-        if self.count < 2 or self.squares == 0:
+        if not self.tells:
             return 0.0
-        deviation = math.sqrt(self.squares / (self.count - 1) + VARIANCE_EPSILON)
-        return min(max((value - self.mean) / deviation, -MOST_DEVIATIONS), MOST_DEVIATIONS)
+        units = (value - self.mean) / self.deviation
+        return min(max(units, -MOST_DEVIATIONS), MOST_DEVIATIONS)
+
+    def in_units(self, values_L: FloatArray) -> FloatArray:
+        """float32 [L] as deviations from the mean, in standard deviations, not clipped; as they are
+        before two values differ."""
+        if not self.tells:
+            return values_L
+        return ((values_L - self.mean) / self.deviation).astype(np.float32)
+
+    def from_units(self, units_L: FloatArray) -> FloatArray:
+        """Inverse of `in_units`."""
+        if not self.tells:
+            return units_L
+        return (units_L * self.deviation + self.mean).astype(np.float32)

@@ -15,8 +15,9 @@ from recipes.algorithms.distillation import mean_gap
 from recipes.algorithms.presets import Algorithm
 from recipes.collecting.batching import make_batch
 from recipes.collecting.credit import graded, token_kl
+from recipes.run.report import value_figures
 from recipes.run.run import Run
-from recipes.trainers.base import Logprobs
+from recipes.trainers.base import Logprobs, Values
 from recipes.types import Batch, Group, Trajectory
 
 
@@ -29,8 +30,8 @@ def algorithm_now(run: Run) -> Algorithm:
 def prepare(
     run: Run, groups: Sequence[Group], algorithm: Algorithm
 ) -> tuple[Batch, dict[str, float]]:
-    """The batch, and figures of the KL where it is in the reward, and of that to the teacher;
-    collective.
+    """The batch, and figures of the KL where it is in the reward, of that to the teacher, and of a
+    critic's values; collective.
 
     algorithm: `algorithm_now`. Counts the rewards where they are normalised.
     """
@@ -42,7 +43,7 @@ def prepare(
     reference = _reference_logprobs(run, trajectories) if algorithm.kl_coef > 0 else None
     teacher = None if run.teacher is None else run.teacher.logprobs(trajectories)
     figures: dict[str, float] = {}
-    values = None if run.critic is None else run.critic.values(trajectories)
+    expected = None if run.critic is None else run.critic.values(trajectories)
     batch = make_batch(
         groups,
         algorithm,
@@ -52,14 +53,39 @@ def prepare(
         reference=reference,
         moments=moments,
         teacher=teacher,
-        values=values,
+        values=None if expected is None else _as_rewards(run, expected),
     )
+    if expected is not None:
+        figures |= value_figures(batch)
+        batch = _as_the_critic_counts(run, batch, expected)
     if teacher is not None:
         student = [t.rollout_logprobs for t in trajectories]
         figures["teacher_kl"] = mean_gap(teacher, student)
     if not algorithm.rewards_kl or old is None or reference is None:
         return batch, figures
     return batch, {**figures, "kl": _mean_kl(old, reference, algorithm)}
+
+
+def _as_rewards(run: Run, expected: Values) -> Values:
+    """What the critic expects, as rewards are counted."""
+    assert run.critic is not None
+    if not run.critic.normalises:
+        return expected
+    return tuple(map(run.progress.return_moments.from_units, expected))
+
+
+def _as_the_critic_counts(run: Run, batch: Batch, expected: Values) -> Batch:
+    """The batch with the values and returns that the critic says and learns: where it normalises,
+    by the returns before this step's, which are counted then; the first step goes by its own."""
+    assert run.critic is not None
+    if not run.critic.normalises or not batch.trajectories:
+        return batch
+    assert batch.returns is not None
+    before = run.progress.return_moments
+    run.progress.return_moments = before.including(np.concatenate(batch.returns))
+    moments = before if before.tells else run.progress.return_moments
+    returns = tuple(map(moments.in_units, batch.returns))
+    return dataclasses.replace(batch, values=expected, returns=returns)
 
 
 def _reference_logprobs(run: Run, trajectories: tuple[Trajectory, ...]) -> Logprobs:

@@ -20,7 +20,8 @@ class RunProgress:
     figures_before, figures: as `eval_before` and `accuracy`, of all sets (`Evaluation.measure`).
     seconds: time spent by phase since the run began, over all its processes.
     kl_coef: weight of the KL where it is adapted; None before the first step, or where it is fixed.
-    reward_moments: of the rewards so far, where they are normalised.
+    reward_moments, return_moments: of the rewards so far, and of the tokens' returns, where those
+        are normalised.
     """
 
     step: int = 0
@@ -35,6 +36,7 @@ class RunProgress:
     seconds: dict[str, float] = field(default_factory=dict)
     kl_coef: float | None = None
     reward_moments: Moments = field(default_factory=Moments)
+    return_moments: Moments = field(default_factory=Moments)
 
     def measured(self, figures: dict[str, float]) -> None:
         """Note the figures of an evaluation at the current step."""
@@ -64,5 +66,6 @@ class RunProgress:
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """What `as_dict` gave; an older run may lack some of it."""
         progress = cls(**values)
-        progress.reward_moments = Moments(**values.get("reward_moments", {}))
+        for name in ("reward_moments", "return_moments"):
+            setattr(progress, name, Moments(**values.get(name, {})))
         return progress

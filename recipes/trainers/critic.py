@@ -20,12 +20,21 @@ class Critic:
 
     learner: has a value head. own: it is a network of its own, not the policy's. lr_ratio: the
     critic's learning rate over the policy's. warmup_steps: steps of a run that train it alone.
+    normalises: its values are deviations from the mean return of the run so far, in standard
+    deviations (arXiv 2103.01955, without a correction of the head when those change).
     """
 
     def __init__(
-        self, learner: Learner, *, own: bool, lr_ratio: float, warmup_steps: int = 0
+        self,
+        learner: Learner,
+        *,
+        own: bool,
+        lr_ratio: float,
+        warmup_steps: int = 0,
+        normalises: bool = False,
     ) -> None:
         self.own = own
+        self.normalises = normalises
         self.warmup_steps = warmup_steps
         self._learner = learner
         self._lr_ratio = lr_ratio

@@ -28,6 +28,9 @@ class CriticOptions:
     value_clip: float = 0.2
     """A value that moved further than this from where it was at the beginning of the step has no
     gradient to move on."""
+    normalise_values: bool = False
+    """Have the critic learn returns as deviations from the mean of all returns of the run so far,
+    for rewards far from 0 to 1."""
     gae_lambda: float = 0.95
     """Share of the advantage that is taken from the rewards themselves: 1 all of it, 0 none beyond
     the next token's value (generalised advantage estimation)."""

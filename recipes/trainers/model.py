@@ -70,6 +70,7 @@ def load_critic(options: RunOptions, actor: Actor, policy: Learner, world: World
         own=own,
         lr_ratio=critic_lr_ratio(options),
         warmup_steps=given.critic_warmup_steps,
+        normalises=given.normalise_values,
     )
 
 

@@ -55,6 +55,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def options_of(model: str, out: Path, **changes: Any) -> PpoOptions:
     critic = changes.pop("critic", "shared")
+    normalise_values = changes.pop("normalise_values", False)
     options = PpoOptions(
         model=model,
         out=str(out),
@@ -75,7 +76,9 @@ def options_of(model: str, out: Path, **changes: Any) -> PpoOptions:
             kl_horizon=50,
             normalise_rewards=True,
         ),
-        value_function=CriticOptions(critic=critic, critic_warmup_steps=WARMUP),
+        value_function=CriticOptions(
+            critic=critic, critic_warmup_steps=WARMUP, normalise_values=normalise_values
+        ),
     )
     return dataclasses.replace(options, **changes)
 
@@ -150,9 +153,10 @@ def test_the_reward_goes_up_and_the_critic_foresees_it(
 
 @pytest.mark.parametrize("critic", ["shared", "own"])
 def test_two_steps_and_two_resumed_are_four(model: str, tmp_path: Path, critic: str) -> None:
-    """Bit for bit: policy, critic, weight of the KL, moments of the rewards."""
-    unbroken, expected = go(options_of(model, tmp_path / "a", critic=critic, steps=5))
-    options = options_of(model, tmp_path / "b", critic=critic, steps=2)
+    """Bit for bit: policy, critic, weight of the KL, moments of rewards and returns."""
+    unit = {"critic": critic, "normalise_values": True}
+    unbroken, expected = go(options_of(model, tmp_path / "a", **unit, steps=5))
+    options = options_of(model, tmp_path / "b", **unit, steps=2)
     first, _ = go(options)
     checkpoint = next(first.folder.checkpoints.glob("step_*"))
     assert (checkpoint / FOLDER).exists() == (critic == "own")
@@ -194,6 +198,29 @@ def test_every_row_has_the_figures_of_policy_and_critic(model: str, tmp_path: Pa
     assert {"loss", "entropy", "kl", "kl_coef", "clip_ratio/region_mean", "grad_norm"} <= (
         row.keys()
     )
+
+
+@pytest.mark.parametrize("normalise_values", [True, False])
+def test_rewards_far_from_one_are_foreseen_in_units_of_their_spread(
+    model: str, tmp_path: Path, normalise_values: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rewards of 1,000 and 1,100: a head that starts at zero and is clipped at 0.2 does not get
+    there in a few steps, unless it learns deviations."""
+    monkeypatch.setattr(Digits, "verify", lambda self, reply, problem: 1e3 + 1e2 * reply.isdigit())
+    options = options_of(
+        model,
+        tmp_path / "run",
+        steps=8,
+        checkpoint_every=0,
+        eval_every=0,
+        normalise_values=normalise_values,
+        objective=AlgorithmOptions(algorithm="ppo", num_iterations=2, num_minibatches=2),
+    )
+    run, _ = go(options)
+    row = run.folder.read_metrics()[-1]
+    assert 1e3 <= row["critic/returns/mean"] <= 1.1e3
+    apart = abs(row["critic/vpred_mean"] - row["critic/returns/mean"])
+    assert (apart < 100) == normalise_values
 
 
 def test_the_advantages_of_a_batch_are_those_of_its_values() -> None:

@@ -42,6 +42,16 @@ def test_moments_in_parts_are_those_of_all() -> None:
     assert Moments(**dataclasses.asdict(moments)) == moments
 
 
+def test_units_and_back() -> None:
+    moments = Moments().including([10.0, 14.0])
+    values = np.array([12.0, 10.0, 500.0], np.float32)
+    units = moments.in_units(values)
+    assert units.tolist() == pytest.approx([0.0, -2 / 8**0.5, 488 / 8**0.5], rel=1e-5)
+    assert moments.from_units(units).tolist() == pytest.approx(values.tolist(), rel=1e-6)
+    for without_spread in (Moments(), Moments().including([3.0, 3.0])):
+        assert without_spread.in_units(values) is without_spread.from_units(values) is values
+
+
 def test_rewards_are_clipped_at_ten_deviations() -> None:
     moments = Moments().including([0.0, 1.0])
     assert (moments.normalised(1e3), moments.normalised(-1e3)) == (10.0, -10.0)

@@ -104,7 +104,7 @@ zero
 
 
 CRITIC_FLAGS = """
-critic critic_lr critic_model critic_warmup_steps gae_lambda value_clip value_coef
+critic critic_lr critic_model critic_warmup_steps gae_lambda normalise_values value_clip value_coef
 """
 
 
