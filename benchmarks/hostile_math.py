@@ -19,7 +19,7 @@ import checkout  # noqa: F401
 import numpy as np
 
 from recipes.rewards.base import Failed, Grade, Item
-from recipes.rewards.graders import MOST_PROCESSES
+from recipes.rewards.graders.pool import MOST_PROCESSES
 from recipes.rewards.grading import Grading
 from recipes.rewards.math import MATH
 from recipes.rewards.task_reward import TaskGrader

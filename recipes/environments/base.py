@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from typing import Literal, Protocol, runtime_checkable
 
 from engine.errors import InvalidRequest
-from recipes.rewards.tested import Tested
-from recipes.rewards.worker import GraderSpec
+from recipes.rewards.graders.worker import GraderSpec
+from recipes.rewards.programs.tested import Tested
 from recipes.types import Message, Problem
 
 Split = Literal["train", "heldout"]

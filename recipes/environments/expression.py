@@ -6,7 +6,7 @@ import random
 import re
 
 from recipes.environments.few_shot import FewShot
-from recipes.rewards.tested import Tested
+from recipes.rewards.programs.tested import Tested
 from recipes.sandbox.program import Program
 from recipes.sandbox.sandbox import Sandbox
 from recipes.types import Message, Problem

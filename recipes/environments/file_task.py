@@ -26,8 +26,8 @@ from recipes.data.problem_table import (
 from recipes.data.rows import Place, Row
 from recipes.data.source import Source, choose_split, open_source
 from recipes.environments.base import Split
+from recipes.rewards.graders.worker import GraderSpec
 from recipes.rewards.math import MATH, math_match
-from recipes.rewards.worker import GraderSpec
 from recipes.types import Message, Problem
 
 logger = logging.getLogger(__name__)

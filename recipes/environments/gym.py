@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.errors import InvalidRequest
-from recipes.rewards.worker import GraderSpec
+from recipes.rewards.graders.worker import GraderSpec
 from recipes.types import Message, Problem
 
 NUM_ITEMS = 2**30

@@ -7,20 +7,20 @@ from collections.abc import Callable, Sequence
 
 from recipes.environments.base import Environment
 from recipes.rewards.base import Reward
-from recipes.rewards.code import code_reward
-from recipes.rewards.code_options import CodeOptions
-from recipes.rewards.graders import MOST_PROCESSES
+from recipes.rewards.graders.pool import MOST_PROCESSES
 from recipes.rewards.grading import Grading
-from recipes.rewards.http_reward import HttpReward
-from recipes.rewards.judge import Judge, read_template
+from recipes.rewards.programs.code import code_reward
+from recipes.rewards.programs.code_options import CodeOptions
+from recipes.rewards.programs.tested import column_tests
 from recipes.rewards.reward_options import (
     RewardOptions,
     check_reward_options,
     is_model_reward,
 )
 from recipes.rewards.reward_sum import RewardSum
+from recipes.rewards.services.http_reward import HttpReward
+from recipes.rewards.services.judge import Judge, read_template
 from recipes.rewards.task_reward import task_reward
-from recipes.rewards.tested import column_tests
 from recipes.rewards.user_function import UserFunction
 from recipes.types import Problem
 
@@ -38,8 +38,8 @@ def open_grading(
 
     problems: some of the task's, whose columns tell which names there are. processes_here: of the
     run on this host, which share the cores. code: how programs are run, where replies are some.
-    open_model: opens the reward models that are named, `recipes/rewards/open_reward_model.py` of
-    the run. Raises InvalidRequest naming the option.
+    open_model: opens the reward models that are named (`reward_models/open_reward_model.py`).
+    Raises InvalidRequest naming the option.
     """
     check_reward_options(options)
     share = max(1, min((os.cpu_count() or 1) // processes_here, MOST_PROCESSES))

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from recipes.environments.base import Environment, GradedBeside, GradedByCode
 from recipes.rewards.base import Failed, Grade, Item, Reward, as_grade
-from recipes.rewards.code import code_reward
-from recipes.rewards.code_options import CodeOptions
-from recipes.rewards.graders import GraderCall, GraderPool
+from recipes.rewards.graders.pool import GraderCall, GraderPool
+from recipes.rewards.programs.code import code_reward
+from recipes.rewards.programs.code_options import CodeOptions
 
 QUICK_S = 0.15
 """Of processor time, for every reply: mathematics that people write takes a tenth of a second."""
@@ -34,7 +34,7 @@ class TaskGrader:
     """A `Reward`: the grader of a task that runs beside the run. Its processes start at once.
 
     A reply has `QUICK_S` of processor time. Those that need more have the whole limit of
-    `graders.LIMITS` in a second round, as long as they are few: a batch of replies that take for
+    `pool.LIMITS` in a second round, as long as they are few: a batch of replies that take for
     ever costs little more than the first round.
     """
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from engine.errors import InvalidRequest
 from recipes.rewards.base import Grade, Item
-from recipes.rewards.grader_main import GraderLimits
-from recipes.rewards.graders import GraderCall, GraderPool
-from recipes.rewards.worker import GraderSpec
+from recipes.rewards.graders.grader_main import GraderLimits
+from recipes.rewards.graders.pool import GraderCall, GraderPool
+from recipes.rewards.graders.worker import GraderSpec
 from recipes.types import Problem
 
 MEMORY_BYTES = 8 << 30

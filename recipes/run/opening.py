@@ -27,7 +27,7 @@ from recipes.evaluation.measure import Evaluation
 from recipes.rewards.failed_share import FailedShare
 from recipes.rewards.grading import Grading
 from recipes.rewards.named_rewards import open_grading
-from recipes.rewards.open_reward_model import open_reward_model
+from recipes.rewards.reward_models.open_reward_model import open_reward_model
 from recipes.rewards.task_reward import task_reward
 from recipes.run.display import Display
 from recipes.run.ledger import Ledger

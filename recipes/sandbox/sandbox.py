@@ -21,7 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from engine.errors import InvalidRequest
-from recipes.rewards.frames import read_frame, write_frame
+from recipes.rewards.graders.frames import read_frame, write_frame
 from recipes.sandbox import folders
 from recipes.sandbox.kernel import SandboxReport
 from recipes.sandbox.program import Limits, Outcome, Program, SandboxPolicy

@@ -21,8 +21,8 @@ import tempfile
 from dataclasses import dataclass
 from typing import Any
 
-from recipes.rewards import descendants
-from recipes.rewards.frames import read_frame, write_frame
+from recipes.rewards.graders import descendants
+from recipes.rewards.graders.frames import read_frame, write_frame
 from recipes.sandbox import folders, inside
 from recipes.sandbox.confine import confine
 from recipes.sandbox.kernel import SandboxReport, load_libc, probe

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from recipes.rewards import descendants
+from recipes.rewards.graders import descendants
 from recipes.sandbox import folders, inside
 from recipes.sandbox.program import Ended, Limits, Outcome
 

@@ -14,8 +14,8 @@ from recipes.actors.teacher_options import TeacherOptions
 from recipes.algorithms.presets import AlgorithmOptions
 from recipes.data.data_options import DataOptions
 from recipes.evaluation.evaluation_options import EvaluationOptions
-from recipes.rewards.code_options import CodeOptions
-from recipes.rewards.reward_model_options import RewardModelOptions
+from recipes.rewards.programs.code_options import CodeOptions
+from recipes.rewards.reward_models.reward_model_options import RewardModelOptions
 from recipes.rewards.reward_options import RewardOptions
 from recipes.trainers.critic_options import CriticOptions
 from recipes.trainers.optimizer_options import OptimizerOptions

@@ -17,8 +17,8 @@ import torch
 from recipes.actors.launch import launch_actor
 from recipes.grpo import train
 from recipes.rewards.named_rewards import open_grading
-from recipes.rewards.open_reward_model import open_reward_model
-from recipes.rewards.reward_model_options import RewardModelOptions
+from recipes.rewards.reward_models.open_reward_model import open_reward_model
+from recipes.rewards.reward_models.reward_model_options import RewardModelOptions
 from recipes.rewards.reward_options import RewardOptions
 from recipes.run.ledger import Ledger
 from recipes.run.opening import assemble

@@ -20,8 +20,8 @@ from recipes.algorithms.presets import AlgorithmName, AlgorithmOptions
 from recipes.environments.base import Environment
 from recipes.grpo import main, train, update
 from recipes.rewards.base import Failed, Grade, Item
+from recipes.rewards.graders.worker import GraderSpec
 from recipes.rewards.reward_options import RewardOptions
-from recipes.rewards.worker import GraderSpec
 from recipes.run.ledger import Ledger
 from recipes.run.opening import assemble
 from recipes.run.report import PHASES

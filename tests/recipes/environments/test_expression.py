@@ -11,7 +11,7 @@ import pytest
 from recipes.environments.base import heldout_problems, problem_at
 from recipes.environments.expression import Expression
 from recipes.rewards.base import Grade
-from recipes.rewards.code import CodeReward
+from recipes.rewards.programs.code import CodeReward
 from recipes.rewards.task_reward import task_reward
 from recipes.types import Problem
 from tests.helpers.reward_items import item

@@ -16,9 +16,9 @@ import pytest
 from engine.errors import InvalidRequest
 from recipes.environments.expression import Expression
 from recipes.rewards.base import Failed, Grade, Item
-from recipes.rewards.code import CodeReward, code_reward
-from recipes.rewards.code_options import CodeOptions
 from recipes.rewards.named_rewards import open_grading
+from recipes.rewards.programs.code import CodeReward, code_reward
+from recipes.rewards.programs.code_options import CodeOptions
 from recipes.rewards.reward_options import RewardOptions
 from recipes.sandbox.program import Limits
 from recipes.sandbox.sandbox import Sandbox

@@ -17,12 +17,12 @@ from recipes.environments.base import problem_at
 from recipes.environments.file_task import load_task
 from recipes.environments.gym import load_gym
 from recipes.rewards.base import Failed, Grade
-from recipes.rewards.grader_main import GraderLimits
-from recipes.rewards.graders import GraderCall, GraderPool
+from recipes.rewards.graders.grader_main import GraderLimits
+from recipes.rewards.graders.pool import GraderCall, GraderPool
+from recipes.rewards.graders.worker import GraderSpec
 from recipes.rewards.grading import Grading
 from recipes.rewards.loop_thread import LoopThread
 from recipes.rewards.task_reward import LEAST_SLOW, task_reward
-from recipes.rewards.worker import GraderSpec
 from recipes.types import Problem
 from tests.helpers.char_model import CharAddition
 from tests.helpers.reward_items import items, kinds

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from recipes.rewards.base import Failed
-from recipes.rewards.model_chat import ModelChat
+from recipes.rewards.reward_models.model_chat import ModelChat
 from tests.helpers.reward_items import item
 from tests.helpers.tiny_tokenizer import BOS_ID, TEMPLATE, tiny_tokenizer
 

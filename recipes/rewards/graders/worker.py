@@ -16,8 +16,8 @@ from typing import Any
 
 from engine.errors import InvalidRequest
 from recipes.rewards.base import Failed, Grade
-from recipes.rewards.frames import read_frame, write_frame
-from recipes.rewards.grader_main import GraderLimits
+from recipes.rewards.graders.frames import read_frame, write_frame
+from recipes.rewards.graders.grader_main import GraderLimits
 from rollout.replica.python_child import child_command, child_environment
 
 START_S = 300.0
@@ -164,7 +164,7 @@ def _start(spec: GraderSpec, limits: GraderLimits) -> subprocess.Popen[bytes]:
         "limits": dataclasses.asdict(limits),
     }
     return subprocess.Popen(
-        child_command("recipes.rewards.grader_main", json.dumps(settings)),
+        child_command("recipes.rewards.graders.grader_main", json.dumps(settings)),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

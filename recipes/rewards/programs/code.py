@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from recipes.rewards.base import Failed, Grade, Item
-from recipes.rewards.code_options import CodeOptions, CodeScore
-from recipes.rewards.tested import Tested, column_tests
+from recipes.rewards.programs.code_options import CodeOptions, CodeScore
+from recipes.rewards.programs.tested import Tested, column_tests
 from recipes.sandbox.program import Limits, Outcome, Program
 from recipes.sandbox.sandbox import Sandbox
 from recipes.types import Problem

@@ -12,8 +12,8 @@ import httpx
 from engine.errors import InvalidRequest
 from engine.protocol import IntArray
 from recipes.rewards.base import Failed, FailureKind, Grade, Item, as_grade
-from recipes.rewards.model_chat import ModelChat
-from recipes.rewards.retry import Retry, until_deadline
+from recipes.rewards.reward_models.model_chat import ModelChat
+from recipes.rewards.services.retry import Retry, until_deadline
 from rollout.offline import Tokenizer
 
 MOST_CALLS = 64

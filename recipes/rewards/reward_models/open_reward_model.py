@@ -10,9 +10,9 @@ import httpx
 from engine.config import CacheConfig, EngineConfig, ParallelConfig
 from engine.errors import InvalidRequest
 from recipes.rewards.base import Reward
-from recipes.rewards.reward_model import RewardModel
+from recipes.rewards.reward_models.reward_model import RewardModel
+from recipes.rewards.reward_models.reward_server import RewardServer
 from recipes.rewards.reward_options import CLASSIFY, MODEL
-from recipes.rewards.reward_server import RewardServer
 from recipes.settings.options import RunOptions
 from recipes.world import World
 from rollout.offline import Tokenizer, load_tokenizer

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from recipes.rewards.base import Failed, Grade
-from recipes.rewards.grader_main import GraderLimits
-from recipes.rewards.worker import GraderSpec, Parameters, Worker
+from recipes.rewards.graders.grader_main import GraderLimits
+from recipes.rewards.graders.worker import GraderSpec, Parameters, Worker
 
 LIMITS = GraderLimits(cpu_s=1.0, wall_s=30.0, memory_bytes=4 << 30)
 MOST_PROCESSES = 8

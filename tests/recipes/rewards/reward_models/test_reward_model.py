@@ -15,8 +15,8 @@ import torch
 from engine.config import CacheConfig, EngineConfig
 from engine.errors import EngineDead, InvalidRequest
 from recipes.rewards.base import Failed, Grade, Item
-from recipes.rewards.model_chat import ModelChat
-from recipes.rewards.reward_model import RewardModel
+from recipes.rewards.reward_models.model_chat import ModelChat
+from recipes.rewards.reward_models.reward_model import RewardModel
 from rollout.replica.base import Replica
 from rollout.replica.spawned import ProcessReplica
 from tests.helpers.engines import make_replica

@@ -15,9 +15,9 @@ from engine.config import CacheConfig, EngineConfig
 from engine.errors import InvalidRequest
 from engine.executor import build_executor
 from recipes.rewards.base import Grade
-from recipes.rewards.model_chat import ModelChat
-from recipes.rewards.open_reward_model import served_tokenizer
-from recipes.rewards.reward_server import RewardServer
+from recipes.rewards.reward_models.model_chat import ModelChat
+from recipes.rewards.reward_models.open_reward_model import served_tokenizer
+from recipes.rewards.reward_models.reward_server import RewardServer
 from tests.helpers.http_app import run, serving
 from tests.helpers.reward_items import items, kinds
 from tests.helpers.tiny_models import write_tiny

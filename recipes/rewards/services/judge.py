@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from engine.errors import InvalidRequest
 from recipes.rewards.base import Failed, Grade, Item
-from recipes.rewards.retry import Retry, until_deadline
+from recipes.rewards.services.retry import Retry, until_deadline
 from recipes.types import Problem
 
 if TYPE_CHECKING:

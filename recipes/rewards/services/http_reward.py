@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 
 from recipes.rewards.base import Failed, Grade, Item, as_grade
-from recipes.rewards.frames import to_json
-from recipes.rewards.retry import Retry, until_deadline
+from recipes.rewards.graders.frames import to_json
+from recipes.rewards.services.retry import Retry, until_deadline
 
 MAX_ITEMS = 64
 """Replies of one request."""

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from engine.errors import InvalidRequest
-from recipes.rewards.tested import column_tests, extract_code
+from recipes.rewards.programs.tested import column_tests, extract_code
 from recipes.types import Problem
 
 

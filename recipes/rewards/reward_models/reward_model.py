@@ -17,7 +17,7 @@ from engine.errors import EngineDead, InvalidRequest, SlipstreamError
 from engine.protocol import FlushCache, IntArray, ReplicaState, RequestOutput
 from recipes.actors.fleet_engine import FleetEngine, Launch
 from recipes.rewards.base import Failed, Grade, Item, as_grade
-from recipes.rewards.model_chat import ModelChat
+from recipes.rewards.reward_models.model_chat import ModelChat
 from rollout.launch import launch as launch_replica
 from rollout.offline import Tokenizer, classify_request
 

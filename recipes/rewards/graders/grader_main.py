@@ -1,6 +1,6 @@
 """A process that grades replies: whatever a grader does stays in here.
 
-Started by `graders.GraderPool` alone. It loads the grader once and forks a child, which grades one
+Started by `graders.pool.GraderPool` alone. It loads the grader once and forks a child, which grades one
 reply after the other. The child ends when a reply has taken its time: of the processor, by the
 kernel's profiling timer, also inside C code, where Python would not see a signal; of the clock, by
 this process, whatever the grader does with timers and signals. The next child costs a fork, not
@@ -22,10 +22,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from recipes.rewards import descendants
 from recipes.rewards.base import Failed
-from recipes.rewards.frames import read_frame, write_frame
-from recipes.rewards.grader_call import call, limit_memory, load, told
+from recipes.rewards.graders import descendants
+from recipes.rewards.graders.frames import read_frame, write_frame
+from recipes.rewards.graders.grader_call import call, limit_memory, load, told
 
 JOB = struct.Struct("<qdd")
 """What the child is at: the number of a reply, when it began, its seconds of processor time."""
@@ -51,7 +51,7 @@ class GraderLimits:
 def main(function: str, sample: list[Any] | None, limits: GraderLimits) -> None:
     """Say that the grader is there, or why not; then grade until the input ends.
 
-    function: "module:function" or "FILE.py:function". sample: see `graders.GraderSpec`.
+    function: "module:function" or "FILE.py:function". sample: see `worker.GraderSpec`.
     """
     source, sink = os.dup(0), os.dup(1)
     nothing = os.open(os.devnull, os.O_RDWR)

@@ -11,8 +11,8 @@ import pytest
 
 from engine.errors import InvalidRequest
 from recipes.rewards.base import Grade
-from recipes.rewards.judge import MOST_ASKED, Judge, parse_score, read_template
-from recipes.rewards.retry import Retry
+from recipes.rewards.services.judge import MOST_ASKED, Judge, parse_score, read_template
+from recipes.rewards.services.retry import Retry
 from tests.helpers.reward_items import SUM, items, kinds
 from tests.helpers.stub_service import Answer, stub_service
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from recipes.rewards.base import Grade
-from recipes.rewards.http_reward import MAX_ITEMS, HttpReward
+from recipes.rewards.services.http_reward import MAX_ITEMS, HttpReward
 from tests.helpers.reward_items import items, kinds
 from tests.helpers.stub_service import Answer, stub_service
 

@@ -1,0 +1,1 @@
+"""Graders in processes of their own: what they do costs no other reply anything."""

@@ -1,0 +1,1 @@
+"""Reward models: sequence classifiers, in an engine of the run or behind a server."""
