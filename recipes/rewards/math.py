@@ -15,7 +15,7 @@ def math_match(reply: str, answer: str) -> float:
     """1.0 if the last mathematical expression of the reply equals the answer, else 0.0.
 
     Where one of them holds no expression at all, the texts are compared. It may take forever on
-    what a model wrote: runs call it through `graders.pool.GraderPool`, which ends it. The library's own
+    what a model wrote: runs call it through `pool.GraderPool`, which ends it. The library's own
     limits are off: they are of the clock, and need the main thread's signals.
     """
     # A second to import: only tasks that grade mathematics pay for it.

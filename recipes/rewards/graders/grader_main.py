@@ -1,6 +1,6 @@
 """A process that grades replies: whatever a grader does stays in here.
 
-Started by `graders.pool.GraderPool` alone. It loads the grader once and forks a child, which grades one
+Started by `pool.GraderPool` alone. It loads the grader once and forks a child, which grades one
 reply after the other. The child ends when a reply has taken its time: of the processor, by the
 kernel's profiling timer, also inside C code, where Python would not see a signal; of the clock, by
 this process, whatever the grader does with timers and signals. The next child costs a fork, not

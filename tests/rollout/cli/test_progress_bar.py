@@ -1,3 +1,5 @@
+"""Progress of a file of requests: a bar in a terminal, log lines elsewhere."""
+
 import logging
 
 import msgspec

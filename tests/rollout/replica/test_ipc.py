@@ -1,3 +1,5 @@
+"""Messages between a replica's processes: structs in order, deadlines, bytes that are none."""
+
 from pathlib import Path
 
 import numpy as np

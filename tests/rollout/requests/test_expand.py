@@ -1,3 +1,5 @@
+"""From a request to its sequences: token ids, samples, seeds and stop tokens."""
+
 from typing import Any
 
 import pytest
