@@ -224,7 +224,7 @@ def test_rewards_far_from_one_are_foreseen_in_units_of_their_spread(
 
 
 def test_the_advantages_of_a_batch_are_those_of_its_values() -> None:
-    """The reward on the last token, undiscounted: the sheet's rows, then whitened over tokens."""
+    """The reward on the last token, undiscounted, less the critic's value, whitened."""
     groups = random_groups(3, 1, vocab=9)
     trajectories = [t for group in groups for t in group.trajectories]
     values = per_token(trajectories, np.array([0.5, 0.25, 0.0], np.float32))

@@ -1,3 +1,5 @@
+"""The command line of `serve` and `offline`: its options, their ranges, what they set."""
+
 import dataclasses
 import json
 import re

@@ -1,3 +1,5 @@
+"""Files of requests without a server: replies, logprobs, samples, and lines that fail."""
+
 import json
 from pathlib import Path
 from typing import Any

@@ -56,7 +56,7 @@ def test_a_group_is_compared_by_the_rewards_of_its_replies(estimator: GroupEstim
         assert got.tolist() == [want] * len(got)
 
 
-def test_leave_one_out_of_the_sheet() -> None:
+def test_leave_one_out_of_four_rewards() -> None:
     batch = make_batch([group([1, 0, 0, 1], [1, 1, 1, 1])], preset("rloo", 8), 8)
     assert flat(batch.advantages) == pytest.approx([2 / 3, -2 / 3, -2 / 3, 2 / 3])
 

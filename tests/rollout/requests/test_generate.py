@@ -1,3 +1,5 @@
+"""Lists of requests through a replica: order, stop strings, streams, errors that stay alone."""
+
 from collections.abc import Callable, Iterator
 
 import pytest

@@ -1,3 +1,5 @@
+"""Seeds: fixed values, different children, and what a server without one draws."""
+
 from hypothesis import given
 from hypothesis import strategies as st
 from pytest import LogCaptureFixture

@@ -1,3 +1,5 @@
+"""Requests as JSON: every field is read, and every mistake names its own."""
+
 import re
 
 import pytest

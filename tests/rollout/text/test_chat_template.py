@@ -1,3 +1,5 @@
+"""Chat templates: what they may use, and the mistakes they report."""
+
 import pytest
 
 from engine.errors import InvalidRequest

@@ -1,3 +1,5 @@
+"""From token ids to text, piece by piece: whole characters, and stop strings."""
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

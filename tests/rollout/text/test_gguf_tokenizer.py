@@ -1,3 +1,5 @@
+"""Tokenizers of GGUF files: pre-tokenizers, merges, special and end tokens."""
+
 from pathlib import Path
 from typing import Any
 

@@ -1,3 +1,5 @@
+"""Tokenizers of Hugging Face folders: encoding, decoding, chats, and files written back."""
+
 import json
 from pathlib import Path
 
