@@ -172,6 +172,12 @@ def test_every_room_says_what_it_is() -> None:
             assert told and told.splitlines()[0].endswith("."), f"{name} does not say what it is"
 
 
+def test_every_test_file_says_what_it_tests() -> None:
+    files = (ROOT / "tests").rglob("test_*.py")
+    silent = [path.name for path in files if not ast.get_docstring(ast.parse(path.read_text()))]
+    assert silent == []
+
+
 def test_no_room_of_the_deciding_side_is_crowded() -> None:
     """Each folder of `rollout/` has two to 14 files."""
     for folder in sorted({path.parent for name, path in modules() if within(name, "rollout")}):

@@ -14,7 +14,8 @@ from engine.models.gguf_families import FAMILIES
 from engine.models.registry import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = [ROOT / "README.md", ROOT / "recipes" / "README.md"]
+DOCUMENTS = sorted([*PAGES, *(ROOT / "docs").glob("*.md")])
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 FOLDERS = (
@@ -39,12 +40,20 @@ _TEN = re.compile(r"^\d+\. \[([^]]+)\]\(\1\): (.+)$", re.MULTILINE)
 _NAMED = re.compile(rf"`((?:{'|'.join(FOLDERS)})/[\w./*{{}},-]*?)(?:::\w+)?`")
 _BRACES = re.compile(r"{([^{}]+)}")
 _LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
+_ANCHOR = re.compile(r"\]\(([^)#]*)#([^)]+)\)")
+_HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 _ABSOLUTE = re.compile(r"(?:^|[\s\"'=:])/\w+/")
 _RUN = re.compile(r"python (?:-m ([\w.]+)|((?:recipes|benchmarks|docs)/[\w/]+\.py))")
 
 
 def by_name(path: Path) -> str:
     return path.name
+
+
+def anchors(document: Path) -> set[str]:
+    """What links to the headings of a document end with, as GitHub makes them."""
+    headings = [heading.lower() for heading in _HEADING.findall(document.read_text())]
+    return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in headings}
 
 
 def expanded(name: str) -> list[str]:
@@ -147,6 +156,13 @@ def test_links_lead_somewhere(document: Path) -> None:
     links = [link for link in _LINK.findall(document.read_text()) if "://" not in link]
     missing = [link for link in links if not (document.parent / link).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=by_name)
+def test_links_into_a_page_lead_to_a_heading(document: Path) -> None:
+    found = [each for each in _ANCHOR.findall(document.read_text()) if "://" not in each[0]]
+    pages = [(document.parent / page if page else document, anchor) for page, anchor in found]
+    assert [anchor for page, anchor in pages if anchor not in anchors(page)] == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=by_name)
