@@ -7,14 +7,16 @@ import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from engine.errors import ContextTooLong, InvalidRequest, SlipstreamError
 from recipes.collecting.prompts import Prompts, PromptTokenizer
 from recipes.data.chat_style import chat_style
-from recipes.data.data_options import DataOptions
+from recipes.data.data_options import ONLY_OF_FILES, DataOptions
+from recipes.data.source import open_source
 from recipes.environments.base import Environment, Split, heldout_problems
 from recipes.environments.file_task import FileTask
-from recipes.environments.named_tasks import select_environment
+from recipes.environments.named_tasks import is_file_task, select_environment
 from recipes.environments.task_check import CheckedTask
 from recipes.evaluation.evaluation_options import named_tasks
 from recipes.types import Problem
@@ -22,6 +24,8 @@ from recipes.types import Problem
 logger = logging.getLogger(__name__)
 
 SHOWN_CHARS = 80
+TEST_SPLIT = "test"
+"""The split of a folder that a set is, where the folder has several."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +57,11 @@ def read_sets(
 ) -> list[CheckedSet]:
     """The sets that the words NAME=TASK name.
 
-    data: columns and chats of files, as of the task itself; the splits of a file are not asked for.
-    trained: the task of the run, if it has one: of its own file, the problems that are trained on
-    are in no set. context_length: tokens the engine will serve, prompt and reply together.
-    num_problems: most problems of a set. skip_long: leave out the prompts that do not fit.
+    data: columns and chats of files, as of the task itself; its splits are those of the task alone.
+    Of a folder with several splits, `test` is taken. trained: the task of the run, if it has one:
+    of its own file or folder, the problems that are trained on are in no set. context_length:
+    tokens the engine will serve, prompt and reply together. num_problems: most problems of a set.
+    skip_long: leave out the prompts that do not fit.
 
     Raises InvalidRequest (`eval_set`) for a task that is unknown, cannot be read or has no
     problem, ContextTooLong for a prompt that does not fit.
@@ -78,8 +83,7 @@ def _read(
     skip_long: bool,
 ) -> CheckedSet:
     try:
-        whole = dataclasses.replace(data, heldout=None, train_split=None)
-        environment = select_environment(task, whole)
+        environment = select_environment(task, _of_the_set(task, data))
     except SlipstreamError as error:
         told = error.message.removeprefix("task: ")
         raise type(error)(f"eval_set: {name}: {told}", field="eval_set") from error
@@ -104,11 +108,37 @@ def _read(
     )
 
 
+def _of_the_set(task: str, data: DataOptions) -> DataOptions:
+    """What the options of the run's data say of another task: of one without a file only how its
+    chats are written, of a folder with several splits that the set is its `test`."""
+    if not is_file_task(task):
+        return dataclasses.replace(data, **dict.fromkeys(ONLY_OF_FILES))
+    split = TEST_SPLIT if _has_splits(Path(task)) else None
+    if split is not None and split not in (there := open_source(Path(task), field="task").splits):
+        raise InvalidRequest(
+            f"{task} has the splits {', '.join(there)}, none of which is {split!r}; give the file "
+            "or folder of one of them",
+            field="task",
+        )
+    return dataclasses.replace(data, heldout=None, train_split=split)
+
+
+def _has_splits(path: Path) -> bool:
+    return path.is_dir() and len(open_source(path, field="task").splits) > 1
+
+
 def _problems(environment: Environment, trained: Environment | None, num: int) -> list[Problem]:
-    """Of a file all, unless it is the one trained on; else those held out."""
-    if isinstance(environment, FileTask) and not _is_same_file(environment, trained):
+    """Of a file all, or all of its folder's split, but for those that a run on it is trained on;
+    of another task those held out."""
+    if not isinstance(environment, FileTask):
+        return heldout_problems(environment, num)
+    if not isinstance(trained, FileTask) or not _is_same_file(environment, trained):
         return list(itertools.islice(_different(environment), num))
-    return heldout_problems(environment, num)
+    if not _has_splits(environment.path):
+        return heldout_problems(environment, num)
+    keys = {trained.at("train", index).key for index in range(trained.count("train"))}
+    untrained = (problem for problem in _different(environment) if problem.key not in keys)
+    return list(itertools.islice(untrained, num))
 
 
 def _different(file: FileTask) -> Iterator[Problem]:

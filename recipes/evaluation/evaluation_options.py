@@ -36,7 +36,8 @@ class EvaluationOptions:
 
     eval_set: UseAppendAction[tuple[str, ...]] = ()
     """NAME=TASK: a further set of problems, of whatever --task takes. All problems of a file, the
-    held-out ones of a generated task and of the file that is trained on."""
+    split test of a folder with several, the held-out ones of a generated task and of the file that
+    is trained on."""
     eval_samples: int = 0
     """Replies sampled to each problem, for pass@k and avg@k; 0 takes greedy replies alone."""
     eval_temperature: float = 1.0

@@ -65,6 +65,33 @@ def test_of_the_file_that_is_trained_on_only_the_held_out_problems_are_taken(
     assert len(other.eval_set.problems) == len(PROMPTS) + 1
 
 
+def test_of_a_folder_with_splits_the_test_split_is_taken(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", PROMPTS[:30])
+    trained = select_environment(str(tmp_path / "train.jsonl"))
+    write(tmp_path / "test.jsonl", PROMPTS[28:])
+    assert questions(read(f"t={tmp_path}", trained=trained)[0]) == set(PROMPTS[28:])
+    trained = select_environment(str(tmp_path))
+    seen = {trained.at("train", i).question for i in range(trained.count("train"))}
+    (checked,) = read(f"t={tmp_path}", trained=trained)
+    assert seen & set(PROMPTS[28:]) and questions(checked) == set(PROMPTS[28:]) - seen
+    (tmp_path / "test.jsonl").rename(tmp_path / "validation.jsonl")
+    with pytest.raises(InvalidRequest, match=r"has the splits train, validation.*give the file"):
+        read(f"t={tmp_path}")
+
+
+def test_the_columns_of_the_task_say_nothing_to_a_generated_set() -> None:
+    data = DataOptions(prompt_column="q", answer_pattern="#### (.+)", train_split="train")
+    (checked,) = read_sets(
+        ("sums=addition",),
+        data,
+        char_tokenizer(),
+        trained=None,
+        context_length=4096,
+        num_problems=5,
+    )
+    assert len(checked.eval_set.problems) == 5
+
+
 @pytest.mark.parametrize("task", ["nothing", "missing.jsonl", "gym:no_such_task"])
 def test_a_task_that_is_none_is_an_error_of_the_flag(task: str) -> None:
     with pytest.raises(InvalidRequest, match=r"^eval_set: one: ") as caught:
