@@ -22,8 +22,8 @@ class RewardOptions:
     sequence classifier), classify:URL of a server of one, code for programs that are run against
     the data's column tests, task for the task's own (the default)."""
     reward_timeout: float = 30.0
-    """Seconds for one reply by a function of yours, one request to a service, one vote of a
-    judge."""
+    """Seconds for one reply by a function of yours or the server of a reward model, one request to
+    a service, one vote of a judge."""
     max_failed_share: float = 0.25
     """Share of the replies of five steps that may be without a grade; above it the run ends."""
     judge_model: str | None = None

@@ -113,10 +113,13 @@ class RunFolder:
         return _read(self.metrics_path)
 
     def truncate(self, last_step: int) -> None:
-        """Drop the lines of steps after `last_step`: they will be taken again. -1 drops all."""
+        """Drop the lines of steps after `last_step`: they will be taken again. -1 drops all.
+        Makes metrics.jsonl where it is not there."""
         if not self._active:
             return
         for path in (self.metrics_path, self.samples_path, self.evaluations_path):
+            if path != self.metrics_path and not path.exists():
+                continue
             kept = [row for row in _read(path) if row["step"] <= last_step]
             replace_file(path, _lines(kept))
 

@@ -142,17 +142,25 @@ def _load_config(path: Path, defaults: Options) -> Options:
         raise InvalidRequest(
             f"resume: cannot read {path} ({error}); give the folder of a run", field="resume"
         ) from error
-    others = sorted(values.keys() - flatten(defaults).keys())
-    by_ppo = values.get("algorithm") == "ppo"
-    if by_ppo != isinstance(defaults, PpoOptions):
-        others = others or ["algorithm"]
-    if others:
+    recipe, unknown = _recipe_of(values), sorted(values.keys() - flatten(defaults).keys())
+    if recipe != _recipe_of(flatten(defaults)):
         raise InvalidRequest(
-            f"resume: {path.parent} is a run of another recipe, whose options include {others[0]}; "
-            "continue it with that",
+            f"resume: {path.parent} is a run of {recipe}; continue it with that", field="resume"
+        )
+    if unknown:
+        raise InvalidRequest(
+            f"resume: {path} has {unknown[0]}, which is no option of {recipe}; continue it with "
+            "the version that wrote it",
             field="resume",
         )
     return with_values(defaults, values)
+
+
+def _recipe_of(values: Mapping[str, Any]) -> str:
+    """The command whose options these are, by what it alone has."""
+    if "train_on" in values:
+        return "recipes/sft.py"
+    return "recipes/ppo.py" if values.get("algorithm") == "ppo" else "recipes/grpo.py"
 
 
 def _check_unchanged(saved: Options, options: Options) -> None:

@@ -123,9 +123,9 @@ def test_help_and_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_a_run_of_another_recipe_is_not_resumed(tmp_path: Path) -> None:
-    for options, read in ((RunOptions(), parse_sft), (SftOptions(), parse)):
+    for options, read, recipe in ((RunOptions(), parse_sft, "grpo"), (SftOptions(), parse, "sft")):
         (tmp_path / "config.json").write_text(json.dumps(flatten(options)))
-        with pytest.raises(InvalidRequest, match="is a run of another recipe") as caught:
+        with pytest.raises(InvalidRequest, match=f"is a run of recipes/{recipe}.py") as caught:
             read(["--resume", str(tmp_path)])
         assert caught.value.field == "resume"
 

@@ -68,6 +68,7 @@ def test_an_empty_run_can_be_cut(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "new")
     folder.truncate(0)
     assert folder.read_metrics() == []
+    assert [path.name for path in folder.path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_the_curve_is_a_picture(tmp_path: Path) -> None:

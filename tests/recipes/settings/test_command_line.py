@@ -309,6 +309,15 @@ def test_a_resumed_run_of_ppo_takes_its_own_options(tmp_path: Path, model: str) 
 def test_a_run_is_resumed_by_its_own_recipe(tmp_path: Path, by_ppo: bool) -> None:
     kinds = (RunOptions(), PpoOptions()) if by_ppo else (PpoOptions(), RunOptions())
     run = saved_run(tmp_path, defaults=kinds[1])
-    with pytest.raises(InvalidRequest, match="another recipe") as caught:
+    recipe = "recipes/ppo.py" if by_ppo else "recipes/grpo.py"
+    with pytest.raises(InvalidRequest, match=f"is a run of {recipe}; continue it") as caught:
         parse(["--resume", run], kinds[0])
     assert caught.value.field == "resume"
+
+
+def test_an_option_that_the_recipe_has_not_is_named(tmp_path: Path) -> None:
+    run = Path(saved_run(tmp_path))
+    values = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**values, "no_longer": 1}))
+    with pytest.raises(InvalidRequest, match=r"has no_longer, .* no option of recipes/grpo.py"):
+        parse(["--resume", str(run)])
