@@ -25,7 +25,7 @@ from engine.config import CacheConfig, Device, DType, EngineConfig, LoadFormat, 
 from engine.errors import InvalidRequest
 from recipes.actors.actor import InlineActor
 from recipes.data.chat_style import chat_style
-from recipes.data.data_options import DataOptions
+from recipes.data.data_options import ColumnOptions, DataOptions
 from recipes.environments.task_check import check_pool
 from recipes.evaluation.eval_sets import read_sets
 from recipes.evaluation.eval_table import by_set, table
@@ -60,7 +60,7 @@ class EvaluateOptions:
     """Leave out the prompts that do not fit into the model's context, instead of refusing."""
     out: str | None = None
     """File for the figures, JSON; None writes them to stdout."""
-    data: tyro.conf.OmitArgPrefixes[DataOptions] = field(default_factory=DataOptions)
+    data: tyro.conf.OmitArgPrefixes[ColumnOptions] = field(default_factory=ColumnOptions)
     evaluation: tyro.conf.OmitArgPrefixes[EvaluationOptions] = field(
         default_factory=EvaluationOptions
     )
@@ -70,9 +70,10 @@ def evaluate(options: EvaluateOptions) -> dict[str, dict[str, float]]:
     """The figures of each set by its name; with the other processes, if torchrun started some."""
     tokenizer = load_tokenizer(options.model)
     checkpoint = read_checkpoint(options.model, options.load_format)
+    data = DataOptions(**dataclasses.asdict(options.data))
     checked = read_sets(
         options.evaluation.eval_set,
-        options.data,
+        data,
         tokenizer,
         trained=None,
         context_length=checkpoint.context_length,
@@ -101,7 +102,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, dict[str, float]]:
             tokenizer=tokenizer,
             eos_ids=actor.state().eos_ids,
             max_new_tokens=options.max_new_tokens,
-            style=chat_style(options.data, tokenizer.chat_template),
+            style=chat_style(data, tokenizer.chat_template),
             world=world,
         )
         figures = evaluation.measure(actor)
@@ -120,13 +121,6 @@ def parse(argv: Sequence[str]) -> EvaluateOptions:
         raise InvalidRequest(
             "eval_set: nothing to evaluate on; give --eval-set NAME=TASK", field="eval_set"
         )
-    for name in ("train_split", "heldout"):
-        if getattr(options.data, name) is not None:
-            raise InvalidRequest(
-                f"{name}: nothing is trained here, and of a file all problems are taken; leave "
-                "it out",
-                field=name,
-            )
     if options.out is not None:
         check_output(options.model, options.out, field="out")
     check_model(options.model)

@@ -69,6 +69,15 @@ def test_mistakes_are_a_line_with_the_flag(
     assert f"({field}): " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["--heldout", "--train-split"])
+def test_nothing_is_trained_so_no_flag_parts_the_data(
+    flag: str, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--model", model, "--eval-set", "a=addition", flag, "1/4", *WORDS])
+    assert flag in capsys.readouterr().err
+
+
 def test_a_model_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--model", "no/such", "--eval-set", "a=addition", *WORDS]) == 2
     assert "ModelNotFound (model): " in capsys.readouterr().err
