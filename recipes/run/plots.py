@@ -193,7 +193,8 @@ def _finish(axes: Axes, title: str, *, drawn: bool) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw the page of the runs named on the command line; the exit code."""
+    """Draw the page of the runs named on the command line. Returns the exit code: 2 for a folder
+    that is no run, explained in a line."""
     parser = argparse.ArgumentParser(prog="python -m recipes.run.plots", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     parser.add_argument("--out", help="the picture; by default plots.png of the first run")

@@ -83,7 +83,7 @@ def check_options(options: RunOptions) -> None:
 
 
 def check_sft(options: SftOptions) -> None:
-    """As `check_options`, of a supervised run."""
+    """As `check_options`, of a supervised run. Raises InvalidRequest naming the option."""
     check_numbers(flatten(options))
     if options.steps is not None and options.epochs is not None:
         raise InvalidRequest(
@@ -232,6 +232,7 @@ def _check_placement(placement: PlacementOptions) -> None:
 
 
 def check_model(model: str) -> None:
+    """Raises ModelNotFound (`model`) where nothing is at that path."""
     if Path(model).exists():
         return
     hint = (
