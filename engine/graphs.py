@@ -113,7 +113,7 @@ class DecodeGraphs:
         return self._outputs[: num_outputs * rows].view(num_outputs, rows)
 
     def capture_all(self) -> None:
-        """Capture every bucket, on rows of nobody.
+        """Capture every bucket, on rows that no request has.
 
         Variants that only some steps ask for (shared prompts, filters, entropy) stay lazy.
         """
