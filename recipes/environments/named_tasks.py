@@ -36,13 +36,7 @@ def select_environment(
     """
     if is_file_task(task):
         return load_task(Path(task), data, needs_answer=needs_answer)
-    for name in ONLY_OF_FILES:
-        if getattr(data or DataOptions(), name) is not None:
-            raise InvalidRequest(
-                f"{name}: --{name.replace('_', '-')} speaks of a file or folder, which the task "
-                f"{task} is not; leave it out",
-                field=name,
-            )
+    check_columns(task, data or DataOptions())
     if task in BUILT_IN:
         return BUILT_IN[task]()
     if task.startswith("gym:"):
@@ -52,6 +46,17 @@ def select_environment(
         f"({FORMATS}), and gym:<name> for reasoning-gym",
         field="task",
     )
+
+
+def check_columns(task: str, data: DataOptions) -> None:
+    """Raises InvalidRequest for an option that only a file has; the task is none."""
+    for name in ONLY_OF_FILES:
+        if getattr(data, name) is not None:
+            raise InvalidRequest(
+                f"{name}: --{name.replace('_', '-')} speaks of a file or folder, which the task "
+                f"{task} is not; leave it out",
+                field=name,
+            )
 
 
 def is_file_task(task: str) -> bool:

@@ -21,7 +21,7 @@ from recipes.data.chat_style import chat_style
 from recipes.environments.base import Environment, heldout_problems, problem_at
 from recipes.environments.named_tasks import select_environment
 from recipes.environments.task_check import CheckedTask, check_pool, check_task
-from recipes.evaluation.eval_sets import CheckedSet, EvalSet, read_sets
+from recipes.evaluation.eval_sets import CheckedSet, EvalSet, graded_as_run, read_sets
 from recipes.evaluation.evaluation_options import MAIN_SET
 from recipes.evaluation.measure import Evaluation
 from recipes.rewards.failed_share import FailedShare
@@ -140,6 +140,7 @@ def _read_sets(
         context_length=context_length,
         num_problems=options.eval_prompts,
         skip_long=options.skip_long_prompts,
+        needs_answer=options.rewards.uses_task,
     )
 
 
@@ -182,6 +183,7 @@ def assemble(
         environment=environment,
         problems=tuple(heldout_problems(environment, options.eval_prompts)),
     )
+    alike = [s for s in sets if graded_as_run(options.rewards, environment, s.environment)]
     return Run(
         options=options,
         algorithm=_algorithm(options, max_new_tokens),
@@ -200,7 +202,8 @@ def assemble(
             eos_ids=actor.state().eos_ids,
             max_new_tokens=options.rollout.max_new_tokens,
             style=style,
-            gradings={MAIN_SET: grading},
+            gradings={MAIN_SET: grading} | {each.name: grading for each in alike},
+            code=options.code,
             world=world,
         ),
         actor=actor,
