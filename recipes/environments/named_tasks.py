@@ -10,7 +10,7 @@ from engine.errors import InvalidRequest
 from recipes.data.data_options import ONLY_OF_FILES, DataOptions
 from recipes.data.source import FORMATS, suffix_of
 from recipes.environments import procedural
-from recipes.environments.base import Environment
+from recipes.environments.base import Environment, GradedByCode
 from recipes.environments.expression import Expression
 from recipes.environments.file_task import load_task
 from recipes.environments.gym import load_gym
@@ -46,6 +46,11 @@ def select_environment(
         f"({FORMATS}), and gym:<name> for reasoning-gym",
         field="task",
     )
+
+
+def runs_code(task: str) -> bool:
+    """Whether the replies to a task are programs, which its own reward runs."""
+    return task in BUILT_IN and isinstance(BUILT_IN[task](), GradedByCode)
 
 
 def check_columns(task: str, data: DataOptions) -> None:

@@ -14,6 +14,7 @@ from engine.errors import InvalidRequest, ModelNotFound
 from recipes.algorithms.presets import AlgorithmOptions, resolve
 from recipes.evaluation.evaluation_options import check_evaluation
 from recipes.rewards.reward_options import check_reward_options
+from recipes.settings.idle import check_idle
 from recipes.settings.options import (
     DEFAULT_MODEL,
     PlacementOptions,
@@ -79,6 +80,7 @@ def check_options(options: RunOptions) -> None:
     _check_teacher(options)
     check_evaluation(options.evaluation)
     check_reward_options(options.rewards)
+    check_idle(options)
     _check_common(options)
 
 

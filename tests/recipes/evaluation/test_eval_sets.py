@@ -95,7 +95,7 @@ def test_columns_are_those_of_the_files_among_the_sets(tmp_path: Path) -> None:
     data = DataOptions(prompt_column="q", answer_column="a")
     sums, largest = read(f"sums={path}", "big=largest", data=data)
     assert questions(sums) == set(PROMPTS) and largest.eval_set.environment.name == "largest"
-    with pytest.raises(InvalidRequest, match="prompt_column: .*largest") as caught:
+    with pytest.raises(InvalidRequest, match=r"prompt_column: .*largest") as caught:
         read("big=largest", data=data)
     assert caught.value.field == "prompt_column"
 
@@ -105,15 +105,21 @@ def test_a_file_needs_answers_where_its_reward_does(tmp_path: Path) -> None:
     path.write_text("\n".join(json.dumps({"prompt": p}) for p in PROMPTS) + "\n")
     (given,) = read(f"open={path}", needs_answer=False)
     assert questions(given) == set(PROMPTS)
-    with pytest.raises(InvalidRequest, match="open: .*no column for the answer") as caught:
+    with pytest.raises(InvalidRequest, match=r"open: .*no column for the answer") as caught:
         read(f"open={path}")
     assert caught.value.field == "eval_set"
 
 
 @pytest.mark.parametrize(
     "reward,on_file,as_run",
-    [((), True, False), (("task",), True, True), (("code",), True, True)]
-    + [((), False, False), (("task", "code"), False, False), (("code",), False, True)],
+    [
+        ((), True, False),
+        (("task",), True, True),
+        (("code",), True, True),
+        ((), False, False),
+        (("task", "code"), False, False),
+        (("code",), False, True),
+    ],
 )
 def test_a_set_that_is_a_file_is_graded_by_the_reward_of_the_run(
     reward: tuple[str, ...], on_file: bool, as_run: bool, tmp_path: Path
