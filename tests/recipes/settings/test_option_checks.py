@@ -151,5 +151,5 @@ def test_what_others_switch_off_is_refused_by_name(values: dict[str, Any], field
 def test_the_weight_of_a_value_loss_that_stands_alone_is_refused_by_name() -> None:
     options = with_values(PpoOptions(model=__file__), {"value_coef": 0.5})
     check_options(options)
-    with pytest.raises(InvalidRequest, match="^value_coef: "):
+    with pytest.raises(InvalidRequest, match=r"^value_coef: "):
         check_options(with_values(options, {"critic": "own"}))
