@@ -39,7 +39,8 @@ from recipes.settings.checks import holds_a_run, in_use, taken
 from recipes.settings.options import PpoOptions, RunOptions, flatten
 from recipes.trainers.base import Learner
 from recipes.trainers.critic import Critic
-from recipes.trainers.model import check_vocabulary, load_critic, load_trainer
+from recipes.trainers.critic_model import check_critic_model
+from recipes.trainers.model import load_critic, load_trainer
 from recipes.types import Problem
 from recipes.world import World, open_world
 from rollout.launch import read_checkpoint
@@ -51,12 +52,12 @@ def open_run(options: RunOptions, ledger: Ledger) -> Run:
 
     The task is checked against tokenizer and context before any weight is read."""
     tokenizer = load_tokenizer(options.model)
-    check_vocabulary(options, tokenizer)
     context_length = _context_length(options)
     task = _read_task(options, tokenizer, context_length)
     sets = _read_sets(options, tokenizer, task, context_length)
     longest = task.longest + _max_new_tokens(options, task.environment)
     check_teacher(options, tokenizer, longest=min(longest, context_length))
+    check_critic_model(options, tokenizer, longest=min(longest, context_length))
     placement = options.placement
     with ExitStack() as on_failure:
         world = open_world(
