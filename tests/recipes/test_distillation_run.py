@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -119,10 +120,12 @@ def test_a_teacher_that_does_not_fit_is_named_before_a_model_is_loaded(
         with pytest.raises(kind, match=r"^teacher: ") as caught:
             check_teacher(options, tokenizer, longest=longest)
         assert caught.value.field == "teacher"
-    config = teacher / "config.json"
+    scores = tmp_path / "scores"
+    shutil.copytree(teacher, scores)
+    config = scores / "config.json"
     config.write_text(config.read_text().replace("ForCausalLM", "ForSequenceClassification"))
     with pytest.raises(CheckpointError, match=r"^teacher: .* scores sequences") as caught:
-        check_teacher(make_options(teacher), tokenizer, longest=64)
+        check_teacher(make_options(scores), tokenizer, longest=64)
     assert caught.value.field == "teacher"
 
 
