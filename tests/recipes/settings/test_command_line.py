@@ -312,3 +312,16 @@ def test_a_run_is_resumed_by_its_own_recipe(tmp_path: Path, by_ppo: bool) -> Non
     with pytest.raises(InvalidRequest, match="another recipe") as caught:
         parse(["--resume", run], kinds[0])
     assert caught.value.field == "resume"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--reward", "task", "json:loads", "--steps", "3"],
+        ["--reward", "task", "--steps", "3", "--reward", "json:loads"],
+        ["--reward=task", "--steps=3", "--reward=json:loads"],
+    ],
+)
+def test_rewards_add_up_however_they_are_given(words: list[str]) -> None:
+    options = parse(["--model", __file__, *words])
+    assert options.rewards.reward == ("task", "json:loads") and options.steps == 3
