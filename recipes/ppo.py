@@ -24,6 +24,7 @@ from recipes.run.report import Collected
 from recipes.run.run import Run
 from recipes.run.sampling import sample_groups
 from recipes.settings.options import PpoOptions
+from recipes.trainers.loss_scale import scale_figures
 from recipes.trainers.metrics import TokenMetrics, merge
 from recipes.types import Group
 from recipes.world import leave
@@ -69,7 +70,7 @@ def update(run: Run, groups: Sequence[Group]) -> dict[str, float]:
             # The value loss of a critic on the policy's network is a part of this one.
             if not critic_alone and trainer.accumulate(part, loss, metrics):
                 grad_norm = trainer.step(lr)
-    figures |= merge(run.world.gather([metrics])).result()
+    figures |= merge(run.world.gather([metrics])).result() | scale_figures(trainer.loss_scale)
     if not critic_alone:
         figures |= adapt_kl(run, batch, algorithm, figures)
     return {**figures, "grad_norm": grad_norm, "learning_rate": lr, "critic/lr": critic.lr(lr)}

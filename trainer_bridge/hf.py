@@ -35,14 +35,19 @@ def load_causal_lm(
     """
     import transformers
 
-    name = hf_config["architectures"][0]
+    require_language_model(hf_config)
+    return _build(transformers.AutoModelForCausalLM, hf_config, tensors, dtype).to(device)
+
+
+def require_language_model(hf_config: Mapping[str, Any]) -> None:
+    """Raises CheckpointError (`architectures`) for a config.json of a sequence classifier, which
+    neither generates nor says how likely a token is."""
     if is_classifier(hf_config):
         raise CheckpointError(
-            f"{name} scores sequences and has no language-model head to train; give a "
-            "...ForCausalLM checkpoint",
+            f"{hf_config['architectures'][0]} scores sequences and has no language-model head; "
+            "give a ...ForCausalLM checkpoint",
             field="architectures",
         )
-    return _build(transformers.AutoModelForCausalLM, hf_config, tensors, dtype).to(device)
 
 
 def load_classifier(

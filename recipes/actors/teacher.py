@@ -12,6 +12,7 @@ from recipes.settings.options import RunOptions
 from recipes.world import World
 from rollout.launch import read_checkpoint
 from rollout.offline import Tokenizer, load_tokenizer
+from trainer_bridge.hf import require_language_model
 
 
 def check_teacher(options: RunOptions, tokenizer: Tokenizer, *, longest: int) -> None:
@@ -32,6 +33,7 @@ def check_teacher(options: RunOptions, tokenizer: Tokenizer, *, longest: int) ->
     try:
         theirs = load_tokenizer(teacher)
         checkpoint = read_checkpoint(teacher)
+        require_language_model(checkpoint.hf_config)
     except SlipstreamError as error:
         raise type(error)(f"teacher: {error.message}", field="teacher") from error
     told = _difference(tokenizer.vocabulary, theirs.vocabulary)

@@ -81,8 +81,9 @@ def _is_stale(trajectory: Trajectory, version: int) -> bool:
 
 def without_rejected(batch: Batch, algorithm: Algorithm, max_new_tokens: int) -> Batch:
     """The batch with the tokens that the importance mask rejects taken out of the loss, and the
-    weights of those that are left. Without `old_logprobs` nothing is known to be rejected."""
-    if not algorithm.rejects or batch.old_logprobs is None:
+    weights of those that are left. Without `old_logprobs` nothing is known to be rejected, and
+    nothing is where no reply was graded."""
+    if not algorithm.rejects or not batch.old_logprobs:
         return batch
     lengths = [len(t.response_ids) for t in batch.trajectories]
     kept_K = accepted(

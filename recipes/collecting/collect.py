@@ -96,7 +96,7 @@ def _items(
     replies: Sequence[tuple[Request, RequestOutput]],
     samples: int,
 ) -> list[Item]:
-    asked = [(problem, prompts.environment.messages(problem)) for problem in problems]
+    asked = [(problem, prompts.messages(problem)) for problem in problems]
     return [
         Item(
             problem=asked[index // samples][0],

@@ -55,10 +55,14 @@ class Prompts:
         newline = () if self.is_chat else (tokenizer.encode("\n")[-1],)
         self.stop_ids = sorted({*eos_ids, *newline})
 
+    def messages(self, problem: Problem) -> list[Message]:
+        """The chat that asks a problem, as the model and what grades its replies see it."""
+        return self.style.led(self.environment.messages(problem))
+
     def prompt_ids(self, problem: Problem) -> IntArray:
         """int32 [prompt_len]. Raises InvalidRequest for a chat that the template refuses, and for
         one with a system message beside that of `style`."""
-        messages = self.style.led(self.environment.messages(problem))
+        messages = self.messages(problem)
         if self.is_chat:
             ids = self.tokenizer.apply_chat_template(messages, **self.style.variables)
         else:

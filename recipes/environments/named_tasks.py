@@ -10,7 +10,7 @@ from engine.errors import InvalidRequest
 from recipes.data.data_options import ONLY_OF_FILES, DataOptions
 from recipes.data.source import FORMATS, suffix_of
 from recipes.environments import procedural
-from recipes.environments.base import Environment
+from recipes.environments.base import Environment, GradedByCode
 from recipes.environments.expression import Expression
 from recipes.environments.file_task import load_task
 from recipes.environments.gym import load_gym
@@ -36,13 +36,7 @@ def select_environment(
     """
     if is_file_task(task):
         return load_task(Path(task), data, needs_answer=needs_answer)
-    for name in ONLY_OF_FILES:
-        if getattr(data or DataOptions(), name) is not None:
-            raise InvalidRequest(
-                f"{name}: --{name.replace('_', '-')} speaks of a file or folder, which the task "
-                f"{task} is not; leave it out",
-                field=name,
-            )
+    check_columns(task, data or DataOptions())
     if task in BUILT_IN:
         return BUILT_IN[task]()
     if task.startswith("gym:"):
@@ -52,6 +46,22 @@ def select_environment(
         f"({FORMATS}), and gym:<name> for reasoning-gym",
         field="task",
     )
+
+
+def runs_code(task: str) -> bool:
+    """Whether the replies to a task are programs, which its own reward runs."""
+    return task in BUILT_IN and isinstance(BUILT_IN[task](), GradedByCode)
+
+
+def check_columns(task: str, data: DataOptions) -> None:
+    """Raises InvalidRequest for an option that only a file has; the task is none."""
+    for name in ONLY_OF_FILES:
+        if getattr(data, name) is not None:
+            raise InvalidRequest(
+                f"{name}: --{name.replace('_', '-')} speaks of a file or folder, which the task "
+                f"{task} is not; leave it out",
+                field=name,
+            )
 
 
 def is_file_task(task: str) -> bool:

@@ -12,12 +12,14 @@ class Outcome:
     """What became of one problem, whose replies were graded, 1.0 for a right one.
 
     greedy: reward of the greedy reply; None if that could not be graded. samples: rewards of the
-    sampled replies that could be. num_failed: replies of both kinds that could not.
+    sampled replies that could be. num_failed: replies of both kinds that could not; failure: why
+    the first of them.
     """
 
     greedy: float | None
     samples: tuple[float, ...] = ()
     num_failed: int = 0
+    failure: str = ""
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:

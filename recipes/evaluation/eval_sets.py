@@ -16,9 +16,10 @@ from recipes.data.data_options import ONLY_OF_FILES, DataOptions
 from recipes.data.source import open_source
 from recipes.environments.base import Environment, Split, heldout_problems
 from recipes.environments.file_task import FileTask
-from recipes.environments.named_tasks import is_file_task, select_environment
+from recipes.environments.named_tasks import check_columns, is_file_task, select_environment
 from recipes.environments.task_check import CheckedTask
 from recipes.evaluation.evaluation_options import named_tasks
+from recipes.rewards.reward_options import RewardOptions
 from recipes.types import Problem
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ def read_sets(
     context_length: int,
     num_problems: int,
     skip_long: bool = False,
+    needs_answer: bool = True,
 ) -> list[CheckedSet]:
     """The sets that the words NAME=TASK name.
 
@@ -62,18 +64,45 @@ def read_sets(
     of its own file or folder, the problems that are trained on are in no set. context_length:
     tokens the engine will serve, prompt and reply together. num_problems: most problems of a set.
     skip_long: leave out the prompts that do not fit.
+    needs_answer: whether what grades the sets that are files compares with an answer.
 
     Raises InvalidRequest (`eval_set`) for a task that is unknown, cannot be read or has no
     problem, ContextTooLong for a prompt that does not fit.
     """
+    tasks = named_tasks(words)
+    if trained is None and not any(is_file_task(task) for task in tasks.values()):
+        check_columns(", ".join(tasks.values()), data)
     return [
-        _read(name, task, data, tokenizer, trained, context_length, num_problems, skip_long)
-        for name, task in named_tasks(words).items()
+        _read(
+            *(name, _select(name, task, data, needs_answer), task, data, tokenizer, trained),
+            *(context_length, num_problems, skip_long),
+        )
+        for name, task in tasks.items()
     ]
+
+
+def graded_as_run(rewards: RewardOptions, trained: Environment, environment: Environment) -> bool:
+    """Whether what grades a run's replies, to its task `trained`, grades those to a set's too.
+
+    A generated task has a reward of its own, a file has what `--reward` says. The reward `task` of
+    a generated task says nothing of a file.
+    """
+    of_files = bool(rewards.reward) and isinstance(trained, FileTask)
+    return isinstance(environment, FileTask) and (of_files or not rewards.uses_task)
+
+
+def _select(name: str, task: str, data: DataOptions, needs_answer: bool) -> Environment:
+    """A set's task, of a file all of it; of the others the columns are not asked for."""
+    try:
+        return select_environment(task, _of_the_set(task, data), needs_answer=needs_answer)
+    except SlipstreamError as error:
+        told = error.message.removeprefix("task: ")
+        raise type(error)(f"eval_set: {name}: {told}", field="eval_set") from error
 
 
 def _read(
     name: str,
+    environment: Environment,
     task: str,
     data: DataOptions,
     tokenizer: PromptTokenizer,
@@ -82,11 +111,6 @@ def _read(
     num_problems: int,
     skip_long: bool,
 ) -> CheckedSet:
-    try:
-        environment = select_environment(task, _of_the_set(task, data))
-    except SlipstreamError as error:
-        told = error.message.removeprefix("task: ")
-        raise type(error)(f"eval_set: {name}: {told}", field="eval_set") from error
     problems = _problems(environment, trained, num_problems)
     _warn_of_overlap(name, problems, trained)
     prompts = Prompts(environment, tokenizer, (), chat_style(data, tokenizer.chat_template))

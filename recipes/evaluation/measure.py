@@ -14,6 +14,7 @@ from recipes.evaluation.estimates import Outcome, summarise
 from recipes.evaluation.eval_sets import EvalSet
 from recipes.evaluation.evaluation_options import MAIN_SET, EvaluationOptions
 from recipes.rewards.grading import Grading
+from recipes.rewards.programs.code_options import CodeOptions
 from recipes.rewards.task_reward import task_reward
 from recipes.types import Problem, Trajectory
 from recipes.world import World
@@ -37,10 +38,12 @@ class Evaluation:
         max_new_tokens: int | None = None,
         style: ChatStyle | None = None,
         gradings: Mapping[str, Grading] | None = None,
+        code: CodeOptions | None = None,
         world: World | None = None,
     ) -> None:
         """max_new_tokens: longest reply; None takes each task's own. style: of all prompts.
-        gradings: graders that others own, by the name of their set; the rest have one here."""
+        gradings: graders that others own, by the name of their set; the rest have one here.
+        code: how these run programs."""
         self.sets = tuple(sets)
         self._options = options
         self._tokenizer = tokenizer
@@ -48,6 +51,7 @@ class Evaluation:
         self._max_new_tokens = max_new_tokens
         self._style = style
         self._gradings = dict(gradings or {})
+        self._code = code
         self._world = world or World()
 
     def measure(self, actor: Actor) -> dict[str, float]:
@@ -58,11 +62,13 @@ class Evaluation:
         """
         figures: dict[str, float] = {}
         for each in self.sets:
-            found = self._measure_set(actor, each)
+            outcomes = self._outcomes(actor, each)
+            found = summarise(outcomes, num_samples=self._options.eval_samples, ks=self._options.ks)
             if "accuracy" not in found:
+                told = next((o.failure for o in outcomes if o.failure), "no reply")
                 raise GradingFailed(
                     f"reward: of the {len(each.problems)} greedy replies to {each.name} none "
-                    "could be graded; mend its reward",
+                    f"could be graded ({told}); mend its reward",
                     field="reward",
                 )
             figures.update((f"eval/{each.name}/{name}", value) for name, value in found.items())
@@ -70,13 +76,14 @@ class Evaluation:
             figures["eval/accuracy"] = figures[f"eval/{MAIN_SET}/accuracy"]
         return figures
 
-    def _measure_set(self, actor: Actor, eval_set: EvalSet) -> dict[str, float]:
+    def _outcomes(self, actor: Actor, eval_set: EvalSet) -> list[Outcome]:
+        """Of each problem of a set, by all processes."""
         options, world = self._options, self._world
         share = world.share(len(eval_set.problems))
         problems = eval_set.problems[share.start : share.stop]
         prompts = Prompts(eval_set.environment, self._tokenizer, self._eos_ids, self._style)
         kept = self._gradings.get(eval_set.name)
-        grading = kept or Grading(task_reward(eval_set.environment))
+        grading = kept or Grading(task_reward(eval_set.environment, code=self._code))
         try:
             greedy = self._replies(actor, prompts, problems, grading, eval_set.name, share.start)
             sampled: list[list[Trajectory]] = [[] for _ in problems]
@@ -90,8 +97,7 @@ class Evaluation:
             if kept is None:
                 grading.close()
         mine = [_outcome(*pair) for pair in zip(greedy, sampled, strict=True)]
-        outcomes = world.gather(mine)
-        return summarise(outcomes, num_samples=options.eval_samples, ks=options.ks)
+        return world.gather(mine)
 
     def _replies(
         self,
@@ -122,4 +128,5 @@ def _outcome(greedy: Sequence[Trajectory], sampled: Sequence[Trajectory]) -> Out
         greedy=None if greedy[0].failed else greedy[0].correct,
         samples=tuple(t.correct for t in sampled if not t.failed),
         num_failed=sum(bool(t.failed) for t in (*greedy, *sampled)),
+        failure=next((t.failed for t in (*greedy, *sampled) if t.failed), ""),
     )

@@ -71,9 +71,14 @@ class Reward(Protocol):
         ...
 
 
+LARGEST = 1e15
+"""A reward beyond it is an infinity to what learns: float32, where the squares of a step's rewards
+are added up."""
+
+
 def as_grade(value: object) -> Grade:
     """The grade that a reward's return value stands for: a finite number, a truth value, or what
-    `float` makes one of, texts left out."""
+    `float` makes one of, texts left out. No further from 0 than `LARGEST`."""
     if not hasattr(value, "__float__"):
         return Failed(kind="not_a_number", reason=f"gave {type(value).__name__}, not a number")
     try:
@@ -84,4 +89,7 @@ def as_grade(value: object) -> Grade:
         return Failed(kind="not_a_number", reason=f"gave {type(value).__name__}: {error}")
     if not math.isfinite(number):
         return Failed(kind="not_finite", reason=f"gave {number}")
+    if abs(number) > LARGEST:
+        reason = f"gave {number:g}, and float32 learns from nothing beyond {LARGEST:g}"
+        return Failed(kind="not_finite", reason=reason)
     return number

@@ -17,10 +17,11 @@ class RewardOptions:
     """What grades the replies, and how much of it may fail."""
 
     reward: tuple[str, ...] = ()
-    """What grades the replies, several are added up: FILE.py:FUNCTION or module:function of yours,
-    an http:// address, judge:URL of an API like OpenAI's, model:FOLDER of a reward model (a
-    sequence classifier), classify:URL of a server of one, code for programs that are run against
-    the data's column tests, task for the task's own (the default)."""
+    """What grades the replies; several, behind one flag or each behind its own, are added up:
+    FILE.py:FUNCTION or module:function of yours, an http:// address, judge:URL of an API like
+    OpenAI's, model:FOLDER of a reward model (a sequence classifier), classify:URL of a server of
+    one, code for programs that are run against the data's column tests, task for the task's own
+    (the default)."""
     reward_timeout: float = 30.0
     """Seconds for one reply by a function of yours or the server of a reward model, one request to
     a service, one vote of a judge."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from recipes.rewards.base import Failed, Grade, Item, Reward
+from recipes.rewards.base import Failed, Grade, Item, Reward, as_grade
 
 
 class RewardSum:
@@ -32,4 +32,4 @@ def _sum(grades: Sequence[Grade]) -> Grade:
         if isinstance(grade, Failed):
             return grade
         total += grade
-    return total
+    return as_grade(total)

@@ -26,6 +26,8 @@ def run_recipe(
     ledger, folder = Ledger(), None
     level = logging.WARNING if launched_rank() else logging.INFO
     logging.basicConfig(level=level, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
+    # A line a request, of services that grade, would push the steps off the screen.
+    logging.getLogger("httpx").setLevel(max(level, logging.WARNING))
     try:
         options = parse(sys.argv[1:] if argv is None else argv, defaults)
         with open_run(options, ledger) as run:

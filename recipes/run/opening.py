@@ -21,7 +21,7 @@ from recipes.data.chat_style import chat_style
 from recipes.environments.base import Environment, heldout_problems, problem_at
 from recipes.environments.named_tasks import select_environment
 from recipes.environments.task_check import CheckedTask, check_pool, check_task
-from recipes.evaluation.eval_sets import CheckedSet, EvalSet, read_sets
+from recipes.evaluation.eval_sets import CheckedSet, EvalSet, graded_as_run, read_sets
 from recipes.evaluation.evaluation_options import MAIN_SET
 from recipes.evaluation.measure import Evaluation
 from recipes.rewards.failed_share import FailedShare
@@ -39,7 +39,8 @@ from recipes.settings.checks import holds_a_run, in_use, taken
 from recipes.settings.options import PpoOptions, RunOptions, flatten
 from recipes.trainers.base import Learner
 from recipes.trainers.critic import Critic
-from recipes.trainers.model import check_vocabulary, load_critic, load_trainer
+from recipes.trainers.critic_model import check_critic_model
+from recipes.trainers.model import load_critic, load_trainer
 from recipes.types import Problem
 from recipes.world import World, open_world
 from rollout.launch import read_checkpoint
@@ -51,12 +52,12 @@ def open_run(options: RunOptions, ledger: Ledger) -> Run:
 
     The task is checked against tokenizer and context before any weight is read."""
     tokenizer = load_tokenizer(options.model)
-    check_vocabulary(options, tokenizer)
     context_length = _context_length(options)
     task = _read_task(options, tokenizer, context_length)
     sets = _read_sets(options, tokenizer, task, context_length)
     longest = task.longest + _max_new_tokens(options, task.environment)
     check_teacher(options, tokenizer, longest=min(longest, context_length))
+    check_critic_model(options, tokenizer, longest=min(longest, context_length))
     placement = options.placement
     with ExitStack() as on_failure:
         world = open_world(
@@ -140,6 +141,7 @@ def _read_sets(
         context_length=context_length,
         num_problems=options.eval_prompts,
         skip_long=options.skip_long_prompts,
+        needs_answer=options.rewards.uses_task,
     )
 
 
@@ -182,6 +184,7 @@ def assemble(
         environment=environment,
         problems=tuple(heldout_problems(environment, options.eval_prompts)),
     )
+    alike = [s for s in sets if graded_as_run(options.rewards, environment, s.environment)]
     return Run(
         options=options,
         algorithm=_algorithm(options, max_new_tokens),
@@ -200,7 +203,8 @@ def assemble(
             eos_ids=actor.state().eos_ids,
             max_new_tokens=options.rollout.max_new_tokens,
             style=style,
-            gradings={MAIN_SET: grading},
+            gradings={MAIN_SET: grading} | {each.name: grading for each in alike},
+            code=options.code,
             world=world,
         ),
         actor=actor,

@@ -29,6 +29,7 @@ def rollout_figures(
 
     compares_group: whether replies are judged by others to the same problem. Otherwise all of the
     step are judged by each other: `reward_std` is theirs, and a step has no spread or has some.
+    A step without a graded reply has no `reward`.
     """
     trajectories = [t for group in sampled for t in group.trajectories]
     lengths = np.array([len(t.response_ids) for t in trajectories])
@@ -39,21 +40,26 @@ def rollout_figures(
         mixed = [bool(rewards) and bool(rewards[0].max() > rewards[0].min())]
     spreads = [float(graded.std(ddof=1)) for graded in rewards if len(graded) > 1]
     greedy = [group.greedy for group in sampled if group.greedy is not None]
+    told = [t.reward for t in greedy if not t.failed]
     num_sampled = int(lengths.sum()) + sum(len(t.response_ids) for t in greedy)
     figures = {
-        "reward": float(np.concatenate([*rewards, np.zeros(0)]).mean()) if rewards else 0.0,
-        "reward_std": float(np.mean(spreads)) if spreads else 0.0,
+        **({"reward": float(np.concatenate(rewards).mean())} if rewards else {}),
+        "reward_std": _mean(spreads),
         "frac_reward_zero_std": float(np.mean(np.logical_not(mixed))),
-        "frac_groups_all_wrong": float(np.mean([not _any_right(group) for group in sampled])),
+        "frac_groups_all_wrong": _mean([not _any_right(g) for g in sampled if g.graded]),
         "completions/mean_length": float(lengths.mean()),
         "completions/max_length": float(lengths.max()),
         "completions/clipped_ratio": float(np.mean([t.truncated for t in trajectories])),
         "perf/rollout_tokens": float(num_sampled),
         "perf/rollout_tokens_per_s": float(num_sampled / max(seconds["generate"], 1e-9)),
     }
-    if greedy:
-        figures["reward_greedy"] = float(np.mean([t.reward for t in greedy if not t.failed] or [0]))
+    if told:
+        figures["reward_greedy"] = _mean(told)
     return figures
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else 0.0
 
 
 def _any_right(group: Group) -> bool:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -93,7 +94,8 @@ class RunFolder:
             append_bytes(self.evaluations_path, _lines([row]))
 
     def append_samples(self, step: int, groups: Sequence[Group]) -> None:
-        """Add the first replies of the first groups of a step."""
+        """Add the first replies of the first groups of a step. One that could not be graded has the
+        reward null, and says why in `failed`."""
         if not self._active:
             return
         rows = [
@@ -102,7 +104,8 @@ class RunFolder:
                 "question": group.problem.question,
                 "answer": group.problem.answer,
                 "replies": [t.text for t in group.trajectories],
-                "rewards": [t.reward for t in group.trajectories],
+                "rewards": [None if t.failed else t.reward for t in group.trajectories],
+                "failed": [t.failed for t in group.trajectories],
             }
             for group in groups[:SAMPLES_A_STEP]
         ]
@@ -140,7 +143,14 @@ def default_path(task: str) -> Path:
 
 
 def _lines(rows: list[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+    return "".join(json.dumps(_finite(row)) + "\n" for row in rows).encode()
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no number for NaN and infinity: null, so that other programs, and a run that is
+    resumed, can read the row."""
+    unknown = {k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
+    return {name: None if name in unknown else value for name, value in row.items()}
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

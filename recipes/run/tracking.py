@@ -55,7 +55,8 @@ def _row(step: int, group: Group, reply: Trajectory) -> list[Any]:
     versions = len({span.version for span in reply.spans})
     question = group.problem.question
     age = step - 1 - oldest
-    return [step, question, reply.text, reply.reward, reply.failed, age, versions]
+    reward = None if reply.failed else reply.reward
+    return [step, question, reply.text, reward, reply.failed, age, versions]
 
 
 def _start(mode: WandbMode, folder: Path, config: dict[str, Any]) -> Any:

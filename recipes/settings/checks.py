@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import sys
 from collections.abc import Mapping
@@ -14,8 +13,8 @@ from typing import Any
 from engine.errors import InvalidRequest, ModelNotFound
 from recipes.algorithms.presets import AlgorithmOptions, resolve
 from recipes.evaluation.evaluation_options import check_evaluation
-from recipes.rewards.reward_models.reward_model_options import RewardModelOptions
-from recipes.rewards.reward_options import check_reward_options, is_model_reward
+from recipes.rewards.reward_options import check_reward_options
+from recipes.settings.idle import check_idle
 from recipes.settings.options import (
     DEFAULT_MODEL,
     PlacementOptions,
@@ -68,9 +67,6 @@ ABOVE_ZERO = frozenset(
     }
 )
 SHARES = frozenset({"max_failed_share"})
-JUDGE = ("judge_model", "judge_prompt", "judge_votes")
-OF_REWARD_MODEL = tuple(each.name for each in dataclasses.fields(RewardModelOptions))
-REWARD_MODEL = "a reward model; add --reward model:FOLDER or classify:URL"
 BELOW_ONE = frozenset({"beta1", "beta2"})
 UP_TO_ONE = frozenset({"gamma"})
 FROM_ZERO_TO_ONE = frozenset({"gae_lambda"})
@@ -84,7 +80,7 @@ def check_options(options: RunOptions) -> None:
     _check_teacher(options)
     check_evaluation(options.evaluation)
     check_reward_options(options.rewards)
-    _check_heard(options)
+    check_idle(options)
     _check_common(options)
 
 
@@ -136,25 +132,6 @@ def _check_objective(options: AlgorithmOptions, rollout: RolloutOptions) -> None
             "example, or leave --kl-controller out",
             field="kl_controller",
         )
-
-
-def _check_heard(options: RunOptions) -> None:
-    """Options of a reward that no `--reward` names, and of a reference that no KL needs."""
-    rewards, objective = options.rewards.reward, options.objective
-    judge = any(name.startswith("judge:") for name in rewards)
-    model = any(is_model_reward(name) for name in rewards)
-    for names, holder, is_heard, told in (
-        (JUDGE, options.rewards, judge, "a judge; add --reward judge:URL"),
-        (OF_REWARD_MODEL, options.reward_model, model, REWARD_MODEL),
-        (("reference",), objective, objective.kl_coef > 0, "the KL; add --kl-coef"),
-    ):
-        for name in names:
-            is_given = getattr(holder, name) != getattr(type(holder)(), name)
-            if is_given and not is_heard:
-                flag = f"--{name.replace('_', '-')}"
-                raise InvalidRequest(
-                    f"{name}: {flag} says something of {told}, or leave {flag} out", field=name
-                )
 
 
 def _check_teacher(options: RunOptions) -> None:

@@ -84,11 +84,31 @@ def _parse(argv: Sequence[str], defaults: Options) -> Options:
     toml = _peek(argv, "--config")
     if toml is not None:
         defaults = with_values(defaults, _read_toml(Path(toml)))
-    options = tyro.cli(kind, default=defaults, args=list(argv), prog=recipe_of(defaults))
+    args = _joined(argv, "--reward")
+    options = tyro.cli(kind, default=defaults, args=args, prog=recipe_of(defaults))
     if saved is not None:
         options = with_values(options, _without_repeated_sets(flatten(options)))
         _check_unchanged(saved, options)
     return options
+
+
+def _joined(argv: Sequence[str], flag: str) -> list[str]:
+    """The words with all the places of a flag that takes several made one: of a flag that is there
+    twice the command line would take the last alone."""
+    values: list[str] = []
+    others: list[str] = []
+    inside = False
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if name == flag:
+            inside = True
+            values += [value] if equals else []
+        elif inside and not word.startswith("-"):
+            values.append(word)
+        else:
+            inside = False
+            others.append(word)
+    return [*others, flag, *values] if values else list(argv)
 
 
 def _without_repeated_sets(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from recipes.trainers.sharded import Backend, ShardedTrainer
 from recipes.trainers.value_head import ValueHead
 from recipes.world import World, uses_gpu
 from rollout.launch import read_checkpoint
-from rollout.offline import Tokenizer, derive_seed, load_tokenizer
+from rollout.offline import derive_seed
 from trainer_bridge import load_causal_lm
 
 logger = logging.getLogger(__name__)
@@ -78,26 +78,6 @@ def critic_lr_ratio(options: PpoOptions) -> float:
     """The critic's learning rate over the policy's."""
     given = options.value_function.critic_lr
     return LR_RATIO if given is None else given / options.optimizer.lr
-
-
-def check_vocabulary(options: RunOptions, tokenizer: Tokenizer) -> None:
-    """Raises InvalidRequest (`critic_model`) for a critic whose tokens are not the policy's."""
-    if not isinstance(options, PpoOptions) or options.value_function.critic_model is None:
-        return
-    path = options.value_function.critic_model
-    other = load_tokenizer(path)
-    sizes = f"{path} has {other.vocab_size:,} tokens, the policy {tokenizer.vocab_size:,}"
-    hint = "give a critic of the policy's family, or leave --critic-model out to start from it"
-    if other.vocab_size != tokenizer.vocab_size:
-        raise InvalidRequest(f"critic_model: {sizes}; {hint}", field="critic_model")
-    for token_id in range(tokenizer.vocab_size):
-        ours, theirs = tokenizer.token_bytes(token_id), other.token_bytes(token_id)
-        if ours != theirs:
-            raise InvalidRequest(
-                f"critic_model: {sizes}, but token {token_id} is {theirs!r} there and {ours!r} "
-                f"here; {hint}",
-                field="critic_model",
-            )
 
 
 def _read_model(path: str, options: RunOptions) -> PreTrainedModel:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from engine.errors import ContextTooLong, InvalidRequest, ModelNotFound
+from engine.errors import CheckpointError, ContextTooLong, InvalidRequest, ModelNotFound
 from recipes.actors.scorer import ScoringEngine, scoring_config
 from recipes.actors.teacher import check_teacher, launch_teacher
 from recipes.actors.teacher_options import TeacherOptions
@@ -119,6 +120,13 @@ def test_a_teacher_that_does_not_fit_is_named_before_a_model_is_loaded(
         with pytest.raises(kind, match=r"^teacher: ") as caught:
             check_teacher(options, tokenizer, longest=longest)
         assert caught.value.field == "teacher"
+    scores = tmp_path / "scores"
+    shutil.copytree(teacher, scores)
+    config = scores / "config.json"
+    config.write_text(config.read_text().replace("ForCausalLM", "ForSequenceClassification"))
+    with pytest.raises(CheckpointError, match=r"^teacher: .* scores sequences") as caught:
+        check_teacher(make_options(scores), tokenizer, longest=64)
+    assert caught.value.field == "teacher"
 
 
 def test_a_teacher_with_fewer_logits_is_refused(teacher: Path) -> None:

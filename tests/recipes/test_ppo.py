@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from engine.errors import InvalidRequest
+from engine.errors import CheckpointError, ContextTooLong, InvalidRequest, ModelNotFound
 from recipes.algorithms.presets import AlgorithmOptions, preset
 from recipes.collecting.batching import make_batch
 from recipes.ppo import main, train
@@ -23,8 +23,9 @@ from recipes.run.sampling import sample_groups
 from recipes.settings.options import PpoOptions, RolloutOptions
 from recipes.trainers.checkpoint import checkpoint_bytes
 from recipes.trainers.critic import FOLDER
+from recipes.trainers.critic_model import check_critic_model
 from recipes.trainers.critic_options import CriticOptions
-from recipes.trainers.model import check_vocabulary, load_critic, load_trainer
+from recipes.trainers.model import load_critic, load_trainer
 from recipes.trainers.optimizer_options import OptimizerOptions
 from recipes.trainers.plain import Trainer
 from recipes.types import Problem
@@ -278,7 +279,7 @@ def test_a_critic_of_another_vocabulary_is_refused_with_both_sizes(
     given = CriticOptions(critic="own", critic_model=str(other))
     options = dataclasses.replace(options, value_function=given)
     with pytest.raises(InvalidRequest, match=f"{sizes[0]:,} tokens, .* {sizes[1]:,}") as caught:
-        check_vocabulary(options, load_tokenizer(model))
+        check_critic_model(options, load_tokenizer(model), longest=64)
     assert caught.value.field == "critic_model"
 
 
@@ -290,9 +291,31 @@ def test_a_critic_with_as_many_other_tokens_is_refused_too(model: str, tmp_path:
     given = CriticOptions(critic="own", critic_model=str(other))
     options = dataclasses.replace(options_of(model, tmp_path / "run"), value_function=given)
     with pytest.raises(InvalidRequest, match=r"token 11 is b'\*' there and b'\+' here"):
-        check_vocabulary(options, load_tokenizer(model))
+        check_critic_model(options, load_tokenizer(model), longest=64)
     same = dataclasses.replace(given, critic_model=model)
-    check_vocabulary(dataclasses.replace(options, value_function=same), load_tokenizer(model))
+    options = dataclasses.replace(options, value_function=same)
+    check_critic_model(options, load_tokenizer(model), longest=64)
+    with pytest.raises(ContextTooLong, match=r"^critic_model: .* context of 64 tokens"):
+        check_critic_model(options, load_tokenizer(model), longest=65)
+
+
+def test_a_critic_that_is_no_language_model_is_refused_by_the_option(
+    model: str, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    write_char_model(other, char_model(16, 1))
+    given = CriticOptions(critic="own", critic_model=str(other))
+    options = dataclasses.replace(options_of(model, tmp_path / "run"), value_function=given)
+    config = other / "config.json"
+    config.write_text(config.read_text().replace("ForCausalLM", "ForSequenceClassification"))
+    for kind, told in (
+        (CheckpointError, "scores sequences"),
+        (ModelNotFound, "no tokenizer.json"),
+    ):
+        with pytest.raises(kind, match=f"^critic_model: .*{told}") as caught:
+            check_critic_model(options, load_tokenizer(model), longest=64)
+        assert caught.value.field == "critic_model"
+        (other / "tokenizer.json").unlink(missing_ok=True)
 
 
 def test_the_command_runs_with_the_real_engine_and_goes_on(model: str, tmp_path: Path) -> None:

@@ -132,3 +132,22 @@ def test_stale_sequences_are_compared_with_the_policy_that_sampled_them() -> Non
     named = metrics.result()
     assert named["sampling/sampling_logp_difference/mean"] == pytest.approx(float(expected))
     assert named["perf/stale_response_tokens"] == cut
+
+
+def test_a_step_without_a_grade_is_a_batch_of_nothing() -> None:
+    """As a service that is down for a step leaves it, under every option that looks at tokens."""
+    failed = [
+        dataclasses.replace(
+            group,
+            trajectories=tuple(
+                dataclasses.replace(t, failed="http: 503") for t in group.trajectories
+            ),
+        )
+        for group in GROUPS
+    ]
+    algorithm = dataclasses.replace(
+        preset("reinforce++", 8), is_level="token", is_mode="mask", kl_coef=0.1, num_minibatches=2
+    )
+    batch = make_batch(failed, algorithm, 8, version=0, old=(), reference=())
+    assert batch.trajectories == () and not batch.learns.any()
+    assert minibatches(batch, algorithm, 8, seed=0) == []

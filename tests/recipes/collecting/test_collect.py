@@ -10,6 +10,7 @@ import pytest
 from engine.protocol import SamplingParams
 from recipes.collecting.collect import rollout, score
 from recipes.collecting.prompts import Prompts
+from recipes.data.chat_style import ChatStyle
 from recipes.environments.procedural import largest
 from recipes.rewards.base import Failed, Grade, Item
 from recipes.rewards.grading import Grader
@@ -115,3 +116,17 @@ def test_a_grader_sees_the_chat_and_the_ids() -> None:
         assert item.messages == TASK.messages(item.problem)
         assert item.reply_ids is output.token_ids
         assert item.reply == prompts().reply_text(output.token_ids)
+
+
+def test_a_grader_sees_the_system_message_that_the_model_saw() -> None:
+    seen: list[Item] = []
+
+    def grader(items: Sequence[Item]) -> list[Grade]:
+        seen.extend(items)
+        return [0.0] * len(items)
+
+    led = Prompts(TASK, char_tokenizer(), [0], ChatStyle(system="12"))
+    pairs = rollout(actor(), led, problems(), SAMPLING, samples=1, seed=7)
+    score(led, problems(), pairs, grader=grader)
+    system = {"role": "system", "content": "12"}
+    assert [item.messages for item in seen] == [[system, *TASK.messages(p)] for p in problems()]

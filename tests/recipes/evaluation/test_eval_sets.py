@@ -13,7 +13,8 @@ from engine.errors import ContextTooLong, InvalidRequest
 from recipes.data.data_options import DataOptions
 from recipes.environments.base import Environment, heldout_problems, split_of
 from recipes.environments.named_tasks import select_environment
-from recipes.evaluation.eval_sets import CheckedSet, read_sets
+from recipes.evaluation.eval_sets import CheckedSet, graded_as_run, read_sets
+from recipes.rewards.reward_options import RewardOptions
 from tests.helpers.char_model import char_tokenizer
 
 PROMPTS = [f"{a}+{b}=" for a in range(10, 15) for b in range(10, 18)]
@@ -27,7 +28,8 @@ def write(path: Path, prompts: list[str]) -> str:
 
 def read(*words: str, trained: Environment | None = None, **changes: Any) -> list[CheckedSet]:
     given = {"context_length": 4096, "num_problems": 100, "skip_long": False, **changes}
-    return read_sets(words, DataOptions(), char_tokenizer(), trained=trained, **given)
+    data = given.pop("data", DataOptions())
+    return read_sets(words, data, char_tokenizer(), trained=trained, **given)
 
 
 def questions(checked: CheckedSet) -> set[str]:
@@ -112,3 +114,45 @@ def test_prompts_that_do_not_fit_are_refused_or_left_out(
     assert questions(kept) == {"1+1="} and kept.longest.longest == 4
     with pytest.raises(InvalidRequest, match=r"sums .* has no problem"):
         read(f"sums={file}", context_length=2, skip_long=True)
+
+
+def test_columns_are_those_of_the_files_among_the_sets(tmp_path: Path) -> None:
+    path = tmp_path / "named.jsonl"
+    path.write_text("\n".join(json.dumps({"q": p, "a": 1}) for p in PROMPTS) + "\n")
+    data = DataOptions(prompt_column="q", answer_column="a")
+    sums, largest = read(f"sums={path}", "big=largest", data=data)
+    assert questions(sums) == set(PROMPTS) and largest.eval_set.environment.name == "largest"
+    with pytest.raises(InvalidRequest, match=r"prompt_column: .*largest") as caught:
+        read("big=largest", data=data)
+    assert caught.value.field == "prompt_column"
+
+
+def test_a_file_needs_answers_where_its_reward_does(tmp_path: Path) -> None:
+    path = tmp_path / "open.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": p}) for p in PROMPTS) + "\n")
+    (given,) = read(f"open={path}", needs_answer=False)
+    assert questions(given) == set(PROMPTS)
+    with pytest.raises(InvalidRequest, match=r"open: .*no column for the answer") as caught:
+        read(f"open={path}")
+    assert caught.value.field == "eval_set"
+
+
+@pytest.mark.parametrize(
+    "reward,on_file,as_run",
+    [
+        ((), True, False),
+        (("task",), True, True),
+        (("code",), True, True),
+        ((), False, False),
+        (("task", "code"), False, False),
+        (("code",), False, True),
+    ],
+)
+def test_a_set_that_is_a_file_is_graded_by_the_reward_of_the_run(
+    reward: tuple[str, ...], on_file: bool, as_run: bool, tmp_path: Path
+) -> None:
+    file = select_environment(write(tmp_path / "sums.jsonl", PROMPTS))
+    trained = file if on_file else select_environment("largest")
+    rewards = RewardOptions(reward=reward)
+    assert graded_as_run(rewards, trained, file) == as_run
+    assert not graded_as_run(rewards, trained, select_environment("sorting"))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
 import numpy as np
 import pytest
 
-from recipes.rewards.base import Failed, as_grade
+from recipes.rewards.base import LARGEST, Failed, Grade, Item, as_grade
 from recipes.rewards.loop_thread import LoopThread
+from recipes.rewards.reward_sum import RewardSum
 
 
 @pytest.mark.parametrize("value", [1, 1.0, True, np.float32(1), np.bool_(True), Decimal(1)])
@@ -25,6 +27,7 @@ def test_numbers_and_truth_values_are_rewards(value: Any) -> None:
         (float("nan"), "not_finite"),
         (-float("inf"), "not_finite"),
         (10**400, "not_finite"),
+        (1e39, "not_finite"),
         (None, "not_a_number"),
         ("1.0", "not_a_number"),
         ([1.0], "not_a_number"),
@@ -67,3 +70,17 @@ def test_a_loop_that_nobody_holds_ends() -> None:
     assert threading.active_count() == before + 1
     del loop
     assert threading.active_count() == before
+
+
+def test_a_sum_beyond_what_is_learned_from_is_a_failure() -> None:
+    class Large:
+        async def grade(self, items: Sequence[Item]) -> list[Grade]:
+            return [as_grade(LARGEST) for _ in items]
+
+        async def close(self) -> None:
+            pass
+
+    items: list[Any] = [None]
+    (grade,) = asyncio.run(RewardSum([Large(), Large()]).grade(items))
+    assert isinstance(grade, Failed) and grade.kind == "not_finite"
+    assert np.isfinite(np.square(np.full(1000, LARGEST, dtype=np.float32)).sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -80,3 +81,21 @@ def test_the_curve_is_a_picture(tmp_path: Path) -> None:
 def test_default_paths_name_the_task() -> None:
     assert default_path("gym:chain_sum").name.endswith("-gym-chain_sum")
     assert default_path("data/sums.jsonl").name.endswith("-sums")
+
+
+def test_what_json_has_no_number_for_is_null_and_a_run_goes_on_from_it(tmp_path: Path) -> None:
+    folder = folder_with_steps(tmp_path, 1)
+    folder.append_metrics({"step": 2, "loss": float("nan"), "ratio": float("inf"), "reward": 1.0})
+    folder.truncate(2)
+    assert folder.read_metrics()[1] == {"step": 2, "loss": None, "ratio": None, "reward": 1.0}
+
+
+def test_a_reply_without_a_grade_has_no_reward_among_the_samples(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    (group,) = random_groups(1, 2, vocab=5)
+    lost = dataclasses.replace(group.trajectories[0], failed="raised: x", reward=0.0)
+    replies = (lost, *group.trajectories[1:])
+    folder.append_samples(1, [dataclasses.replace(group, trajectories=replies)])
+    row = json.loads(folder.samples_path.read_text())
+    assert row["rewards"][0] is None and row["failed"] == ["raised: x", ""]
+    assert row["rewards"][1] == group.trajectories[1].reward

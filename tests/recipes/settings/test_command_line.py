@@ -326,3 +326,16 @@ def test_an_option_that_the_recipe_has_not_is_named(tmp_path: Path) -> None:
     (run / "config.json").write_text(json.dumps({**values, "no_longer": 1}))
     with pytest.raises(InvalidRequest, match=r"has no_longer, .* no option of recipes/grpo.py"):
         parse(["--resume", str(run)])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--reward", "task", "json:loads", "--steps", "3"],
+        ["--reward", "task", "--steps", "3", "--reward", "json:loads"],
+        ["--reward=task", "--steps=3", "--reward=json:loads"],
+    ],
+)
+def test_rewards_add_up_however_they_are_given(words: list[str]) -> None:
+    options = parse(["--model", __file__, *words])
+    assert options.rewards.reward == ("task", "json:loads") and options.steps == 3

@@ -97,3 +97,59 @@ def test_what_an_algorithm_cannot_do_is_refused_by_name(values: dict[str, Any], 
 )
 def test_what_an_algorithm_can_do_is_let_through(values: dict[str, Any]) -> None:
     check_options(with_values(RunOptions(model=__file__), values))
+
+
+IDLE: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"judge_model": "m"}, {"reward": ("judge:http://h:1",)}),
+    ({"judge_votes": 3}, {"reward": ("judge:http://h:1",)}),
+    ({"reward_label": 1}, {"reward": ("classify:http://h:1",)}),
+    ({"reward_gpu": 1}, {"reward": (f"model:{__file__}",)}),
+    ({"reward_memory_gb": 2.0}, {"reward": (f"model:{__file__}",)}),
+    ({"reward_tokenizer": "f"}, {"reward": ("classify:http://h:1",)}),
+    ({"reward_timeout": 1.0}, {"reward": ("http://h:1",)}),
+    ({"sandbox": "best-effort"}, {"task": "expression"}),
+    ({"code_seconds": 2}, {"reward": ("code",)}),
+    ({"code_memory_gb": 2.0}, {"eval_set": ("a=expression",)}),
+    ({"eval_temperature": 0.5}, {"eval_samples": 2}),
+    ({"teacher_kv_memory_gb": 2.0}, {"algorithm": "opd", "teacher": __file__}),
+    ({"kl_in": "reward"}, {"kl_coef": 0.1}),
+    ({"kl_estimator": "k2"}, {"kl_coef": 0.1}),
+    ({"reference": "host"}, {"kl_coef": 0.1}),
+    ({"kl_target": 1.0}, {"kl_coef": 0.1, "kl_controller": "adaptive"}),
+    ({"is_mode": "mask"}, {"is_level": "token"}),
+    ({"is_cap": 3.0}, {"is_level": "token"}),
+]
+
+
+@pytest.mark.parametrize("given,needed", IDLE)
+def test_what_would_be_ignored_is_refused_by_name(
+    given: dict[str, Any], needed: dict[str, Any]
+) -> None:
+    options = RunOptions(model=__file__)
+    (name,) = given
+    with pytest.raises(InvalidRequest, match=rf"^{name}: .* says nothing here, ") as caught:
+        check_options(with_values(options, given))
+    assert caught.value.field == name
+    check_options(with_values(options, {**given, **needed}))
+
+
+@pytest.mark.parametrize(
+    "values,field",
+    [
+        ({"kl_coef": 0.1, "kl_target": 1.0}, "kl_target"),
+        ({"algorithm": "grpo", "max_resamples": 1}, "max_resamples"),
+        ({"algorithm": "opd", "teacher": __file__, "gamma": 0.9}, "gamma"),
+        ({"trainer_memory_gb": 1.0, "rollout_gpus": 1}, "trainer_memory_gb"),
+        ({"reward": (f"model:{__file__}",), "reward_gpu": 1, "device": "cpu"}, "reward_gpu"),
+    ],
+)
+def test_what_others_switch_off_is_refused_by_name(values: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidRequest, match=rf"^{field}: .* says nothing here, "):
+        check_options(with_values(RunOptions(model=__file__), values))
+
+
+def test_the_weight_of_a_value_loss_that_stands_alone_is_refused_by_name() -> None:
+    options = with_values(PpoOptions(model=__file__), {"value_coef": 0.5})
+    check_options(options)
+    with pytest.raises(InvalidRequest, match=r"^value_coef: "):
+        check_options(with_values(options, {"critic": "own"}))

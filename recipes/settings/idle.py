@@ -1,0 +1,158 @@
+"""Options that say nothing beside the others of a run are refused: who gives one expects it to do
+something."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from engine.errors import InvalidRequest
+from recipes.algorithms.presets import resolve
+from recipes.environments.named_tasks import runs_code
+from recipes.evaluation.evaluation_options import named_tasks
+from recipes.rewards.reward_options import CLASSIFY, MODEL, is_model_reward
+from recipes.settings.options import PpoOptions, RunOptions, flatten
+
+
+@dataclass(frozen=True, kw_only=True)
+class Theme:
+    """Options that only mean something where `holds`. missing: what is not there, and what to
+    add."""
+
+    names: tuple[str, ...]
+    holds: Callable[[RunOptions], bool]
+    missing: str
+
+
+def check_idle(options: RunOptions) -> None:
+    """Raises InvalidRequest naming an option that was given a value and would be ignored. A value
+    that is the default is as none."""
+    given = _given(options)
+    for theme in THEMES:
+        idle = [name for name in theme.names if name in given]
+        if idle and not theme.holds(options):
+            flag = f"--{idle[0].replace('_', '-')}"
+            raise InvalidRequest(
+                f"{idle[0]}: {flag} says nothing here, {theme.missing}, or leave it out",
+                field=idle[0],
+            )
+
+
+def _given(options: RunOptions) -> dict[str, Any]:
+    """The options that differ from the defaults of their recipe."""
+    defaults = flatten(type(options)())
+    return {name: value for name, value in flatten(options).items() if value != defaults[name]}
+
+
+def _has_reward(*beginnings: str) -> Callable[[RunOptions], bool]:
+    return lambda options: any(name.startswith(beginnings) for name in options.rewards.reward)
+
+
+def _waits_for_reward(options: RunOptions) -> bool:
+    """Whether a reward is a user's or a service's."""
+    own = ("task", "code")
+    return any(n not in own and not n.startswith(MODEL) for n in options.rewards.reward)
+
+
+def _runs_programs(options: RunOptions) -> bool:
+    tasks = list(named_tasks(options.evaluation.eval_set).values())
+    if options.rewards.uses_task:
+        tasks.append(options.task)
+    return "code" in options.rewards.reward or any(runs_code(task) for task in tasks)
+
+
+def _resamples(options: RunOptions) -> bool:
+    return resolve(options.objective, 1).dynamic_sampling
+
+
+def _learns_from_rewards(options: RunOptions) -> bool:
+    return not resolve(options.objective, 1).distils
+
+
+def _has_value_term(options: RunOptions) -> bool:
+    return isinstance(options, PpoOptions) and options.value_function.critic == "shared"
+
+
+THEMES: tuple[Theme, ...] = (
+    Theme(
+        names=("judge_model", "judge_prompt", "judge_votes"),
+        holds=_has_reward("judge:"),
+        missing="where no judge grades: add --reward judge:URL",
+    ),
+    Theme(
+        names=("reward_label",),
+        holds=lambda options: any(is_model_reward(name) for name in options.rewards.reward),
+        missing="where no reward model grades: add --reward model:FOLDER or classify:URL",
+    ),
+    Theme(
+        names=("reward_gpu", "reward_memory_gb"),
+        holds=_has_reward(MODEL),
+        missing="where the run has no reward model of its own: add --reward model:FOLDER",
+    ),
+    Theme(
+        names=("reward_gpu",),
+        holds=lambda options: options.device != "cpu",
+        missing="where nothing is on a GPU: change --device",
+    ),
+    Theme(
+        names=("reward_tokenizer",),
+        holds=_has_reward(CLASSIFY),
+        missing="where no server's classifier grades: add --reward classify:URL",
+    ),
+    Theme(
+        names=("reward_timeout",),
+        holds=_waits_for_reward,
+        missing="where neither a function of yours nor a service grades: add a --reward",
+    ),
+    Theme(
+        names=("sandbox", "code_reward", "code_seconds", "code_memory_gb"),
+        holds=_runs_programs,
+        missing="where no program is run: add --reward code, or take a task of programs",
+    ),
+    Theme(
+        names=("eval_temperature",),
+        holds=lambda options: options.evaluation.eval_samples > 0,
+        missing="where evaluation is greedy: add --eval-samples",
+    ),
+    Theme(
+        names=("teacher_kv_memory_gb",),
+        holds=lambda options: options.distillation.teacher is not None,
+        missing="where there is no teacher: add --algorithm opd --teacher PATH",
+    ),
+    Theme(
+        names=("value_coef",),
+        holds=_has_value_term,
+        missing="where the value loss stands alone: add --critic shared",
+    ),
+    Theme(
+        names=("kl_in", "kl_estimator", "reference", "kl_target", "kl_horizon"),
+        holds=lambda options: options.objective.kl_coef > 0,
+        missing="where there is no KL: add --kl-coef",
+    ),
+    Theme(
+        names=("kl_target", "kl_horizon"),
+        holds=lambda options: options.objective.kl_controller == "adaptive",
+        missing="where the weight of the KL is fixed: add --kl-controller adaptive",
+    ),
+    Theme(
+        names=("is_mode", "is_cap"),
+        holds=lambda options: options.objective.is_level != "none",
+        missing="where nothing is weighted: add --is-level",
+    ),
+    Theme(
+        names=("max_resamples",),
+        holds=_resamples,
+        missing="where groups are not replaced: add --dynamic-sampling True",
+    ),
+    Theme(
+        names=("overlong_buffer", "gamma"),
+        holds=_learns_from_rewards,
+        missing="where a teacher is learned from, not rewards: take another --algorithm",
+    ),
+    Theme(
+        names=("trainer_memory_gb",),
+        holds=lambda options: options.placement.rollout_gpus == 0,
+        missing="where engines have GPUs of their own: leave --rollout-gpus out",
+    ),
+)

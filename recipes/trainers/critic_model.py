@@ -1,0 +1,49 @@
+"""The model that a critic of its own starts from, looked at before any is loaded."""
+
+from __future__ import annotations
+
+from engine.errors import ContextTooLong, InvalidRequest, SlipstreamError
+from recipes.settings.options import PpoOptions, RunOptions
+from rollout.launch import read_checkpoint
+from rollout.offline import Tokenizer, load_tokenizer
+from trainer_bridge.hf import require_language_model
+
+
+def check_critic_model(options: RunOptions, tokenizer: Tokenizer, *, longest: int) -> None:
+    """Look at the critic's model that the options name, if they do.
+
+    tokenizer: of the policy. longest: tokens of the longest sequence that the policy may sample.
+    Raises ModelNotFound, ModelError, CheckpointError for one without a language model,
+    InvalidRequest for other tokens than the policy's, and ContextTooLong for a context shorter
+    than `longest`; their field is `critic_model`.
+    """
+    if not isinstance(options, PpoOptions) or options.value_function.critic_model is None:
+        return
+    path = options.value_function.critic_model
+    try:
+        _check_tokens(path, tokenizer, load_tokenizer(path))
+        checkpoint = read_checkpoint(path)
+        require_language_model(checkpoint.hf_config)
+    except SlipstreamError as error:
+        told = error.message.removeprefix("critic_model: ")
+        raise type(error)(f"critic_model: {told}", field="critic_model") from error
+    if checkpoint.context_length < longest:
+        raise ContextTooLong(
+            f"critic_model: {path} has a context of {checkpoint.context_length} tokens, and prompt "
+            f"and reply may have {longest}; lower --max-new-tokens, or take another model",
+            field="critic_model",
+        )
+
+
+def _check_tokens(path: str, policy: Tokenizer, critic: Tokenizer) -> None:
+    sizes = f"{path} has {critic.vocab_size:,} tokens, the policy {policy.vocab_size:,}"
+    hint = "give a critic of the policy's family, or leave --critic-model out to start from it"
+    if critic.vocab_size != policy.vocab_size:
+        raise InvalidRequest(f"{sizes}; {hint}", field="critic_model")
+    for token_id in range(policy.vocab_size):
+        ours, theirs = policy.token_bytes(token_id), critic.token_bytes(token_id)
+        if ours != theirs:
+            raise InvalidRequest(
+                f"{sizes}, but token {token_id} is {theirs!r} there and {ours!r} here; {hint}",
+                field="critic_model",
+            )
