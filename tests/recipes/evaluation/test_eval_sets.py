@@ -81,13 +81,14 @@ def test_of_a_folder_with_splits_the_test_split_is_taken(tmp_path: Path) -> None
         read(f"t={tmp_path}")
 
 
-def test_the_columns_of_the_task_say_nothing_to_a_generated_set() -> None:
+def test_the_columns_of_the_task_say_nothing_to_a_generated_set(tmp_path: Path) -> None:
+    trained = select_environment(write(tmp_path / "t.jsonl", PROMPTS))
     data = DataOptions(prompt_column="q", answer_pattern="#### (.+)", train_split="train")
     (checked,) = read_sets(
         ("sums=addition",),
         data,
         char_tokenizer(),
-        trained=None,
+        trained=trained,
         context_length=4096,
         num_problems=5,
     )
