@@ -133,16 +133,15 @@ def keep(rows: list[Row]) -> list[dict[str, Any]]:
 def write_page(rows: list[dict[str, Any]]) -> None:
     """The table between the page's marks."""
     lines = [
-        "| what | command | model | machine | steps, minutes | held-out accuracy |",
-        "|---|---|---|---|---|---|",
+        "| what | command | dtype | machine | steps | minutes | held-out accuracy |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         what, command = ROWS[row["name"]]
         beside = f", {row['side_by_side']} runs at once" if row["side_by_side"] > 1 else ""
         lines.append(
-            f"| {what} | `python recipes/{command}` | {row['model']}, {row['dtype']} "
-            f"| {row['machine']} | {row['steps']}, {row['minutes']:g}{beside} "
-            f"| {_curve(row['accuracies'])} |"
+            f"| {what} | `python recipes/{command}` | {row['dtype']} | {row['machine']}{beside} "
+            f"| {row['steps']} | {row['minutes']:g} | {_curve(row['accuracies'])} |"
         )
     text = PAGE.read_text()
     head, _, rest = text.partition(BEGIN)
