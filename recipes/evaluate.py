@@ -3,13 +3,14 @@
     python recipes/evaluate.py --model runs/X/model --eval-set sums=addition --eval-samples 8
     torchrun --nproc-per-node 4 recipes/evaluate.py --model M --eval-set math=FILE.jsonl
 
-The figures are those of a training run (`recipes/evaluation/`), with the same replies: a table on
-stderr, and JSON on stdout or in the file that --out names.
+The figures are those of a training run (`recipes/evaluation/`), with the same replies and graded
+alike: a table on stderr, and JSON on stdout or in the file that --out names.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import sys
@@ -27,13 +28,22 @@ from recipes.actors.actor import InlineActor
 from recipes.data.chat_style import chat_style
 from recipes.data.data_options import ColumnOptions, DataOptions
 from recipes.environments.task_check import check_pool
-from recipes.evaluation.eval_sets import read_sets
+from recipes.evaluation.eval_sets import CheckedSet, graded_as_run, read_sets
 from recipes.evaluation.eval_table import by_set, table
 from recipes.evaluation.evaluation_options import EvaluationOptions, check_evaluation
 from recipes.evaluation.measure import Evaluation
+from recipes.rewards.grading import Grading
+from recipes.rewards.named_rewards import open_grading
+from recipes.rewards.programs.code_options import CodeOptions
+from recipes.rewards.reward_models.open_reward_model import open_reward_model
+from recipes.rewards.reward_models.reward_model_options import RewardModelOptions
+from recipes.rewards.reward_options import GraderOptions, check_reward_options
 from recipes.run.failures import report_failure
 from recipes.settings.checks import check_model, check_numbers
-from recipes.world import launched_rank, leave, open_world
+from recipes.settings.command_line import joined
+from recipes.settings.idle import check_idle_evaluation
+from recipes.settings.options import flatten
+from recipes.world import World, launched_rank, leave, open_world
 from rollout.launch import launch, read_checkpoint
 from rollout.offline import check_output, load_tokenizer, replace_file
 
@@ -64,6 +74,11 @@ class EvaluateOptions:
     evaluation: tyro.conf.OmitArgPrefixes[EvaluationOptions] = field(
         default_factory=EvaluationOptions
     )
+    rewards: tyro.conf.OmitArgPrefixes[GraderOptions] = field(default_factory=GraderOptions)
+    code: tyro.conf.OmitArgPrefixes[CodeOptions] = field(default_factory=CodeOptions)
+    reward_model: tyro.conf.OmitArgPrefixes[RewardModelOptions] = field(
+        default_factory=RewardModelOptions
+    )
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, dict[str, float]]:
@@ -79,10 +94,14 @@ def evaluate(options: EvaluateOptions) -> dict[str, dict[str, float]]:
         context_length=checkpoint.context_length,
         num_problems=options.eval_prompts,
         skip_long=options.skip_long_prompts,
+        needs_answer=options.rewards.uses_task,
     )
     with ExitStack() as at_end:
         world = open_world(device=options.device, needs_group=False, colocated=True)
         at_end.callback(world.close)
+        gradings = _gradings(options, checked, world)
+        for grading in gradings.values():
+            at_end.callback(grading.close)
         config = EngineConfig(
             model=options.model,
             load_format=options.load_format,
@@ -103,6 +122,8 @@ def evaluate(options: EvaluateOptions) -> dict[str, dict[str, float]]:
             eos_ids=actor.state().eos_ids,
             max_new_tokens=options.max_new_tokens,
             style=chat_style(data, tokenizer.chat_template),
+            gradings=gradings,
+            code=options.code,
             world=world,
         )
         figures = evaluation.measure(actor)
@@ -112,15 +133,36 @@ def evaluate(options: EvaluateOptions) -> dict[str, dict[str, float]]:
     }
 
 
+def _gradings(
+    options: EvaluateOptions, checked: Sequence[CheckedSet], world: World
+) -> dict[str, Grading]:
+    """The one grading of all sets that --reward grades, by the name of each; others have theirs."""
+    sets = [each.eval_set for each in checked]
+    graded = [s for s in sets if graded_as_run(options.rewards, None, s.environment)]
+    if not graded:
+        return {}
+    grading = open_grading(
+        options.rewards,
+        graded[0].environment,
+        [problem for each in graded for problem in each.problems],
+        processes_here=world.size,
+        code=options.code,
+        open_model=functools.partial(open_reward_model, options=options, world=world),
+    )
+    return {each.name: grading for each in graded}
+
+
 def parse(argv: Sequence[str]) -> EvaluateOptions:
     """Options of a command line. Raises InvalidRequest or ModelNotFound naming the option."""
-    options = tyro.cli(EvaluateOptions, args=list(argv), prog="evaluate.py")
-    check_numbers({**dataclasses.asdict(options.evaluation), **dataclasses.asdict(options)})
+    options = tyro.cli(EvaluateOptions, args=joined(argv, "--reward"), prog="evaluate.py")
+    check_numbers(flatten(options))
     check_evaluation(options.evaluation)
+    check_reward_options(options.rewards)
     if not options.evaluation.eval_set:
         raise InvalidRequest(
             "eval_set: nothing to evaluate on; give --eval-set NAME=TASK", field="eval_set"
         )
+    check_idle_evaluation(options, EvaluateOptions(model=options.model))
     if options.out is not None:
         check_output(options.model, options.out, field="out")
     check_model(options.model)

@@ -19,7 +19,7 @@ from recipes.environments.file_task import FileTask
 from recipes.environments.named_tasks import check_columns, is_file_task, select_environment
 from recipes.environments.task_check import CheckedTask
 from recipes.evaluation.evaluation_options import named_tasks
-from recipes.rewards.reward_options import RewardOptions
+from recipes.rewards.reward_options import GraderOptions
 from recipes.types import Problem
 
 logger = logging.getLogger(__name__)
@@ -81,13 +81,16 @@ def read_sets(
     ]
 
 
-def graded_as_run(rewards: RewardOptions, trained: Environment, environment: Environment) -> bool:
-    """Whether what grades a run's replies, to its task `trained`, grades those to a set's too.
+def graded_as_run(
+    rewards: GraderOptions, trained: Environment | None, environment: Environment
+) -> bool:
+    """Whether what `--reward` says grades the replies to a set.
 
+    trained: the task of the run, whose replies it grades; None where nothing is trained.
     A generated task has a reward of its own, a file has what `--reward` says. The reward `task` of
     a generated task says nothing of a file.
     """
-    of_files = bool(rewards.reward) and isinstance(trained, FileTask)
+    of_files = bool(rewards.reward) and (trained is None or isinstance(trained, FileTask))
     return isinstance(environment, FileTask) and (of_files or not rewards.uses_task)
 
 

@@ -13,7 +13,7 @@ from recipes.rewards.programs.code import code_reward
 from recipes.rewards.programs.code_options import CodeOptions
 from recipes.rewards.programs.tested import column_tests
 from recipes.rewards.reward_options import (
-    RewardOptions,
+    GraderOptions,
     check_reward_options,
     is_model_reward,
 )
@@ -26,7 +26,7 @@ from recipes.types import Problem
 
 
 def open_grading(
-    options: RewardOptions,
+    options: GraderOptions,
     environment: Environment,
     problems: Sequence[Problem],
     *,
@@ -34,7 +34,8 @@ def open_grading(
     code: CodeOptions | None = None,
     open_model: Callable[[str], Reward] | None = None,
 ) -> Grading:
-    """The grading of a run; its processes are started, and have loaded what a user wrote.
+    """The grading of a run or an evaluation; its processes are started, and have loaded what a
+    user wrote.
 
     problems: some of the task's, whose columns tell which names there are. processes_here: of the
     run on this host, which share the cores. code: how programs are run, where replies are some.
@@ -73,7 +74,7 @@ def _open_own(
 
 
 def _open(
-    name: str, options: RewardOptions, problems: Sequence[Problem], num_processes: int
+    name: str, options: GraderOptions, problems: Sequence[Problem], num_processes: int
 ) -> Reward:
     timeout_s = options.reward_timeout
     if name.startswith(("http://", "https://")):

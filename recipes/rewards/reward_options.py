@@ -13,8 +13,8 @@ MODEL, CLASSIFY = "model:", "classify:"
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardOptions:
-    """What grades the replies, and how much of it may fail."""
+class GraderOptions:
+    """What grades the replies."""
 
     reward: tuple[str, ...] = ()
     """What grades the replies; several, behind one flag or each behind its own, are added up:
@@ -25,8 +25,6 @@ class RewardOptions:
     reward_timeout: float = 30.0
     """Seconds for one reply by a function of yours or the server of a reward model, one request to
     a service, one vote of a judge."""
-    max_failed_share: float = 0.25
-    """Share of the replies of five steps that may be without a grade; above it the run ends."""
     judge_model: str | None = None
     """Model that the judge's server is asked for; None takes its first."""
     judge_prompt: str | None = None
@@ -41,7 +39,15 @@ class RewardOptions:
         return not self.reward or "task" in self.reward
 
 
-def check_reward_options(options: RewardOptions) -> None:
+@dataclass(frozen=True, kw_only=True)
+class RewardOptions(GraderOptions):
+    """What grades the replies, and how much of it may fail."""
+
+    max_failed_share: float = 0.25
+    """Share of the replies of five steps that may be without a grade; above it the run ends."""
+
+
+def check_reward_options(options: GraderOptions) -> None:
     """Raises InvalidRequest (`reward`) for what is no reward, or a file that is not there."""
     for name in options.reward:
         _check(name)

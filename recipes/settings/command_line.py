@@ -84,7 +84,7 @@ def _parse(argv: Sequence[str], defaults: Options) -> Options:
     toml = _peek(argv, "--config")
     if toml is not None:
         defaults = with_values(defaults, _read_toml(Path(toml)))
-    args = _joined(argv, "--reward")
+    args = joined(argv, "--reward")
     options = tyro.cli(kind, default=defaults, args=args, prog=recipe_of(defaults))
     if saved is not None:
         options = with_values(options, _without_repeated_sets(flatten(options)))
@@ -92,7 +92,7 @@ def _parse(argv: Sequence[str], defaults: Options) -> Options:
     return options
 
 
-def _joined(argv: Sequence[str], flag: str) -> list[str]:
+def joined(argv: Sequence[str], flag: str) -> list[str]:
     """The words with all the places of a flag that takes several made one: of a flag that is there
     twice the command line would take the last alone."""
     values: list[str] = []

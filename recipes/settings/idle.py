@@ -3,33 +3,65 @@ something."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
+from engine.config import Device
 from engine.errors import InvalidRequest
 from recipes.algorithms.presets import resolve
-from recipes.environments.named_tasks import runs_code
-from recipes.evaluation.evaluation_options import named_tasks
-from recipes.rewards.reward_options import CLASSIFY, MODEL, is_model_reward
+from recipes.environments.named_tasks import is_file_task, runs_code
+from recipes.evaluation.evaluation_options import EvaluationOptions, named_tasks
+from recipes.rewards.reward_options import CLASSIFY, MODEL, GraderOptions, is_model_reward
 from recipes.settings.options import PpoOptions, RunOptions, flatten
 
 
+class Measured(Protocol):
+    """Options of a command whose replies are graded and evaluated: of a run, or of evaluate.py."""
+
+    @property
+    def device(self) -> Device:
+        """Where everything computes."""
+
+    @property
+    def rewards(self) -> GraderOptions:
+        """What grades."""
+
+    @property
+    def evaluation(self) -> EvaluationOptions:
+        """What is evaluated, and how."""
+
+
+Options = TypeVar("Options", contravariant=True)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Theme:
+class Theme(Generic[Options]):
     """Options that only mean something where `holds`. missing: what is not there, and what to
     add."""
 
     names: tuple[str, ...]
-    holds: Callable[[RunOptions], bool]
+    holds: Callable[[Options], bool]
     missing: str
 
 
 def check_idle(options: RunOptions) -> None:
     """Raises InvalidRequest naming an option that was given a value and would be ignored. A value
     that is the default is as none."""
-    given = _given(options)
-    for theme in THEMES:
+    given = _given(options, type(options)())
+    _refuse(options, given, GRADING)
+    _refuse(options, given, TRAINING)
+
+
+def check_idle_evaluation(options: Measured, defaults: Measured) -> None:
+    """As `check_idle`, of options that train nothing. defaults: what nobody gave."""
+    given = _given(options, defaults)
+    _refuse(options, given, EVALUATING)
+    _refuse(options, given, GRADING)
+
+
+def _refuse(options: Options, given: Collection[str], themes: Sequence[Theme[Options]]) -> None:
+    for theme in themes:
         idle = [name for name in theme.names if name in given]
         if idle and not theme.holds(options):
             flag = f"--{idle[0].replace('_', '-')}"
@@ -39,25 +71,32 @@ def check_idle(options: RunOptions) -> None:
             )
 
 
-def _given(options: RunOptions) -> dict[str, Any]:
-    """The options that differ from the defaults of their recipe."""
-    defaults = flatten(type(options)())
-    return {name: value for name, value in flatten(options).items() if value != defaults[name]}
+def _given(options: Any, defaults: Any) -> list[str]:
+    """Names of the options that differ from the defaults of their command."""
+    before = flatten(defaults)
+    return [name for name, value in flatten(options).items() if value != before[name]]
 
 
-def _has_reward(*beginnings: str) -> Callable[[RunOptions], bool]:
+def _grades_files(options: Measured) -> bool:
+    """Whether a set is a file; the others have their own reward, which `task` is another word
+    for."""
+    tasks = named_tasks(options.evaluation.eval_set).values()
+    return options.rewards.reward == ("task",) or any(is_file_task(task) for task in tasks)
+
+
+def _has_reward(*beginnings: str) -> Callable[[Measured], bool]:
     return lambda options: any(name.startswith(beginnings) for name in options.rewards.reward)
 
 
-def _waits_for_reward(options: RunOptions) -> bool:
+def _waits_for_reward(options: Measured) -> bool:
     """Whether a reward is a user's or a service's."""
     own = ("task", "code")
     return any(n not in own and not n.startswith(MODEL) for n in options.rewards.reward)
 
 
-def _runs_programs(options: RunOptions) -> bool:
+def _runs_programs(options: Measured) -> bool:
     tasks = list(named_tasks(options.evaluation.eval_set).values())
-    if options.rewards.uses_task:
+    if isinstance(options, RunOptions) and options.rewards.uses_task:
         tasks.append(options.task)
     return "code" in options.rewards.reward or any(runs_code(task) for task in tasks)
 
@@ -74,7 +113,16 @@ def _has_value_term(options: RunOptions) -> bool:
     return isinstance(options, PpoOptions) and options.value_function.critic == "shared"
 
 
-THEMES: tuple[Theme, ...] = (
+EVALUATING: tuple[Theme[Measured], ...] = (
+    Theme(
+        names=("reward",),
+        holds=_grades_files,
+        missing="where every set has a reward of its own: evaluate on a file",
+    ),
+)
+"""Of a command that trains nothing."""
+
+GRADING: tuple[Theme[Measured], ...] = (
     Theme(
         names=("judge_model", "judge_prompt", "judge_votes"),
         holds=_has_reward("judge:"),
@@ -115,6 +163,10 @@ THEMES: tuple[Theme, ...] = (
         holds=lambda options: options.evaluation.eval_samples > 0,
         missing="where evaluation is greedy: add --eval-samples",
     ),
+)
+"""Of every command that grades replies."""
+
+TRAINING: tuple[Theme[RunOptions], ...] = (
     Theme(
         names=("teacher_kv_memory_gb",),
         holds=lambda options: options.distillation.teacher is not None,
@@ -156,3 +208,4 @@ THEMES: tuple[Theme, ...] = (
         missing="where engines have GPUs of their own: leave --rollout-gpus out",
     ),
 )
+"""Of a run."""

@@ -51,10 +51,48 @@ def test_a_table_and_json(model: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert not capsys.readouterr().out
 
 
+def unanswered(folder: Path) -> str:
+    """Prompts without an answer, beside a column of the user's."""
+    path = folder / "open.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": f"{a}+1=", "worth": a}) for a in range(4)))
+    return str(path)
+
+
+def test_files_are_graded_by_the_rewards_and_generated_tasks_by_their_own(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rewards = tmp_path / "mine.py"
+    rewards.write_text(
+        "def worth(reply, worth):\n    return 2.0 * worth\n\ndef one(reply):\n    return 1.0\n"
+    )
+    sets = ["--eval-set", f"open={unanswered(tmp_path)}", "--eval-set", "sums=addition"]
+    given = ["--reward", f"{rewards}:worth", "--reward", f"{rewards}:one"]
+    words = ["--model", model, *sets, *given, "--eval-prompts", "4", "--max-new-tokens", "2"]
+    assert main([*words, *WORDS]) == 0
+    found = json.loads(capsys.readouterr().out)["sets"]
+    assert found["open"]["accuracy"] == 4.0 and found["open"]["num_failed"] == 0
+    assert found["sums"]["accuracy"] == 0.0
+
+
+def test_a_file_without_answers_takes_a_reward(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = ["--eval-set", f"open={unanswered(tmp_path)}"]
+    assert main(["--model", model, *sets, *WORDS]) == 2
+    assert "open.jsonl" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "words,field",
     [
         ([], "eval_set"),
+        (["--eval-set", "a=addition", "--reward", "tests.helpers.odd_graders:grade"], "reward"),
+        (["--eval-set", "a=addition", "--reward", "nothing"], "reward"),
+        (["--eval-set", "a=addition", "--judge-model", "m"], "judge_model"),
+        (["--eval-set", "a=addition", "--code-seconds", "9"], "code_seconds"),
+        (["--eval-set", "a=addition", "--reward-label", "1"], "reward_label"),
+        (["--eval-set", "a=addition", "--reward-timeout", "0"], "reward_timeout"),
+        (["--eval-set", "a=addition", "--eval-temperature", "0.5"], "eval_temperature"),
         (["--eval-set", "a=none"], "eval_set"),
         (["--eval-set", "a=addition", "--eval-samples", "2", "--eval-k", "3"], "eval_k"),
         (["--eval-set", "a=addition", "--eval-prompts", "0"], "eval_prompts"),
@@ -69,12 +107,12 @@ def test_mistakes_are_a_line_with_the_flag(
     assert f"({field}): " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flag", ["--heldout", "--train-split"])
-def test_nothing_is_trained_so_no_flag_parts_the_data(
+@pytest.mark.parametrize("flag", ["--heldout", "--train-split", "--max-failed-share"])
+def test_nothing_is_trained_so_no_flag_of_training_is_there(
     flag: str, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        main(["--model", model, "--eval-set", "a=addition", flag, "1/4", *WORDS])
+        main(["--model", model, "--eval-set", "a=addition", flag, "0.25", *WORDS])
     assert flag in capsys.readouterr().err
 
 

@@ -3,25 +3,45 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 
-from engine.config import CacheConfig, EngineConfig, ParallelConfig
+from engine.config import CacheConfig, Device, DType, EngineConfig, ParallelConfig
 from engine.errors import InvalidRequest
 from recipes.rewards.base import Reward
 from recipes.rewards.reward_models.reward_model import RewardModel
+from recipes.rewards.reward_models.reward_model_options import RewardModelOptions
 from recipes.rewards.reward_models.reward_server import RewardServer
-from recipes.rewards.reward_options import CLASSIFY, MODEL
-from recipes.settings.options import RunOptions
+from recipes.rewards.reward_options import CLASSIFY, MODEL, GraderOptions
 from recipes.world import World
 from rollout.offline import Tokenizer, load_tokenizer
 
 _INFO_S = 30.0
 
 
-def open_reward_model(spec: str, options: RunOptions, world: World | None = None) -> Reward:
-    """The reward model that `--reward` names, ready to grade for this process of the run.
+class Graded(Protocol):
+    """Options of a run, or of an evaluation, in whose processes a reward model grades."""
+
+    @property
+    def device(self) -> Device:
+        """Of the policy's engine, and of the reward model's."""
+
+    @property
+    def dtype(self) -> DType:
+        """As `device`."""
+
+    @property
+    def rewards(self) -> GraderOptions:
+        """What grades."""
+
+    @property
+    def reward_model(self) -> RewardModelOptions:
+        """How a reward model is served and read."""
+
+
+def open_reward_model(spec: str, options: Graded, world: World | None = None) -> Reward:
+    """The reward model that `--reward` names, ready to grade for this process.
 
     Raises InvalidRequest naming the option, and what loading a model raises.
     """
