@@ -19,10 +19,12 @@ from engine.weights.open import open_source
 class Checkpoint:
     """hf_config: contents of config.json. tensors: (Hugging Face name, full tensor), once.
     context_length: tokens of a sequence that an engine serves which is given no length of its own.
+    num_labels: scores of a sequence classifier; 0 of a model that generates.
     """
 
     hf_config: dict[str, Any]
     context_length: int
+    num_labels: int
     tensors: Iterator[tuple[str, torch.Tensor]]
 
 
@@ -41,5 +43,6 @@ def read_checkpoint(model: str, load_format: LoadFormat = "auto", seed: int = 0)
     return Checkpoint(
         hf_config=files.source,
         context_length=min(files.config.max_position, DEFAULT_CONTEXT_LIMIT),
+        num_labels=files.config.num_labels,
         tensors=((name, tensor) for name, tensor in source if name not in ignored),
     )

@@ -6,16 +6,15 @@ from engine.errors import ContextTooLong, InvalidRequest, SlipstreamError
 from recipes.settings.options import PpoOptions, RunOptions
 from rollout.launch import read_checkpoint
 from rollout.offline import Tokenizer, load_tokenizer
-from trainer_bridge.hf import require_language_model
 
 
 def check_critic_model(options: RunOptions, tokenizer: Tokenizer, *, longest: int) -> None:
     """Look at the critic's model that the options name, if they do.
 
     tokenizer: of the policy. longest: tokens of the longest sequence that the policy may sample.
-    Raises ModelNotFound, ModelError, CheckpointError for one without a language model,
-    InvalidRequest for other tokens than the policy's, and ContextTooLong for a context shorter
-    than `longest`; their field is `critic_model`.
+    Raises ModelNotFound, ModelError, InvalidRequest for other tokens than the policy's and for a
+    classifier of several labels, and ContextTooLong for a context shorter than `longest`; their
+    field is `critic_model`.
     """
     if not isinstance(options, PpoOptions) or options.value_function.critic_model is None:
         return
@@ -23,10 +22,15 @@ def check_critic_model(options: RunOptions, tokenizer: Tokenizer, *, longest: in
     try:
         _check_tokens(path, tokenizer, load_tokenizer(path))
         checkpoint = read_checkpoint(path)
-        require_language_model(checkpoint.hf_config)
     except SlipstreamError as error:
         told = error.message.removeprefix("critic_model: ")
         raise type(error)(f"critic_model: {told}", field="critic_model") from error
+    if checkpoint.num_labels > 1:
+        raise InvalidRequest(
+            f"critic_model: {path} scores {checkpoint.num_labels} labels, and a critic has one "
+            "value; give a reward model of one label, or a language model",
+            field="critic_model",
+        )
     if checkpoint.context_length < longest:
         raise ContextTooLong(
             f"critic_model: {path} has a context of {checkpoint.context_length} tokens, and prompt "

@@ -17,7 +17,8 @@ class CriticOptions:
     memory and the time of a second model."""
     critic_model: str | None = None
     """Hugging Face folder or GGUF file that the critic of its own starts from, with the policy's
-    vocabulary; None takes the policy's."""
+    vocabulary: a language model, or a reward model of one label, whose head the values start from;
+    None takes the policy's."""
     critic_lr: float | None = None
     """Peak learning rate of the value head, and of the critic's own network; None takes 5 times
     --lr. It follows the schedule of --lr."""

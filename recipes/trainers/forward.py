@@ -1,4 +1,4 @@
-"""Log-probabilities and values of response tokens from a transformers causal LM over a prefix tree.
+"""Log-probabilities and values of response tokens from a transformers model over a prefix tree.
 
 Legend: T nodes, P predicting nodes, K response tokens, V vocabulary, H hidden size.
 """
@@ -63,8 +63,9 @@ def score_tree(
 def value_tree(model: Any, tree: PrefixTree, head: Head, *, trunk: bool) -> torch.Tensor:
     """The value of the state before every response token of the tree, float32 [K].
 
-    model: as for `score_tree`; its logits are computed at one node alone. trunk: whether the
-    model, and not just the head, has a gradient of them.
+    model: as for `score_tree`, its logits computed at one node alone; or a sequence classifier,
+    which has one node's anyway. trunk: whether the model, and not just the head, has a gradient of
+    them.
     """
     device = model.device
     predicting = torch.from_numpy(tree.predicting).to(device)

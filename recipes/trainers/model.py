@@ -1,5 +1,5 @@
-"""The models that learn: transformers causal LMs. The policy has the engine's starting weights, a
-critic of its own those of the policy or of a file."""
+"""The models that learn, of transformers. The policy has the engine's starting weights, a critic of
+its own those of the policy, or of a language or reward model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from recipes.trainers.value_head import ValueHead
 from recipes.world import World, uses_gpu
 from rollout.launch import read_checkpoint
 from rollout.offline import derive_seed
-from trainer_bridge import load_causal_lm
+from trainer_bridge import load_causal_lm, load_classifier
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +62,8 @@ def load_critic(options: RunOptions, actor: Actor, policy: Learner, world: World
     given = options.value_function
     learner, own = policy, given.critic == "own"
     if own:
-        model = _read_model(given.critic_model or options.model, options)
-        head = _value_head(options, model, world, coef=1.0)
+        model, weight = _read_critic(options)
+        head = _value_head(options, model, world, coef=1.0, weight=weight)
         learner = _learner(options, actor, world, model, head=head)
     return Critic(
         learner,
@@ -87,6 +87,23 @@ def _read_model(path: str, options: RunOptions) -> PreTrainedModel:
     return model
 
 
+def _read_critic(options: PpoOptions) -> tuple[PreTrainedModel, torch.Tensor | None]:
+    """A critic's network, and what its values start from: float32 [1, H], the head of a reward
+    model (as in Ouyang et al., arXiv 2203.02155), unless the critic learns deviations, which a
+    score is none of; None is zero."""
+    given = options.value_function
+    if given.critic_model is None:
+        return _read_model(options.model, options), None
+    checkpoint = read_checkpoint(given.critic_model)
+    if not checkpoint.num_labels:
+        model = load_causal_lm(checkpoint.hf_config, checkpoint.tensors)
+        assert isinstance(model, PreTrainedModel)
+        return model, None
+    model = load_classifier(checkpoint.hf_config, checkpoint.tensors)
+    assert isinstance(model, PreTrainedModel)
+    return model, None if given.normalise_values else model.score.weight.detach().clone()
+
+
 def _value_head(
     options: PpoOptions,
     model: PreTrainedModel,
@@ -94,6 +111,7 @@ def _value_head(
     *,
     coef: float,
     lr_ratio: float = 1.0,
+    weight: torch.Tensor | None = None,
 ) -> ValueHead:
     return ValueHead(
         model.config.get_text_config().hidden_size,
@@ -102,6 +120,7 @@ def _value_head(
         coef=coef,
         clip=options.value_function.value_clip,
         lr_ratio=lr_ratio,
+        weight=weight,
         world=world,
     )
 

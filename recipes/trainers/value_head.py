@@ -24,10 +24,11 @@ TENSORS = "value_head.pt"
 
 
 class ValueHead:
-    """A float32 `Linear(H, 1)` that starts at zero, with an AdamW of its own.
+    """A float32 `Linear(H, 1)` with an AdamW of its own.
 
     options: of the optimizer; the head has no weight decay. coef: weight of the value loss.
     clip: its range. lr_ratio: the head's learning rate over that of the network it stands on.
+    weight: [1, H] that it starts from; None is zero, as its bias is.
     """
 
     def __init__(
@@ -39,11 +40,15 @@ class ValueHead:
         coef: float,
         clip: float,
         lr_ratio: float = 1.0,
+        weight: torch.Tensor | None = None,
         world: World | None = None,
     ) -> None:
         self.linear = torch.nn.Linear(hidden_size, 1, device=device, dtype=torch.float32)
         for parameter in self.linear.parameters():
             torch.nn.init.zeros_(parameter)
+        if weight is not None:
+            with torch.no_grad():
+                self.linear.weight.copy_(weight)
         self._gradient = [torch.zeros_like(p.detach()) for p in self.linear.parameters()]
         self._coef, self._clip, self._lr_ratio = coef, clip, lr_ratio
         self._max_grad_norm = options.max_grad_norm

@@ -34,13 +34,30 @@ def model(arch: str = "llama") -> Any:
     return tiny_hf(arch, vocab_size=VOCAB, hidden_size=HIDDEN, head_dim=8)
 
 
+def reward_model(arch: str = "llama") -> Any:
+    """A sequence classifier of one label, which a critic may start from."""
+    return tiny_hf(
+        arch, classifier=True, num_labels=1, vocab_size=VOCAB, hidden_size=HIDDEN, head_dim=8
+    )
+
+
 def options(budget: int = 14) -> OptimizerOptions:
     """A few tree nodes only, so that ranks have several micro-batches, and not equally many."""
     return OptimizerOptions(lr=LR, max_tokens_per_microbatch=budget)
 
 
-def head(world: World, coef: float = COEF) -> ValueHead:
-    return ValueHead(HIDDEN, options(), device=CPU, coef=coef, clip=CLIP, lr_ratio=2.0, world=world)
+def head(world: World, on: Any = None) -> ValueHead:
+    """Of a trainer on the model `on`, whose head it starts from if that is a classifier."""
+    return ValueHead(
+        HIDDEN,
+        options(),
+        device=CPU,
+        coef=COEF,
+        clip=CLIP,
+        lr_ratio=2.0,
+        weight=on.score.weight.detach().clone() if hasattr(on, "score") else None,
+        world=world,
+    )
 
 
 def batch(step: int) -> Batch:
@@ -66,25 +83,32 @@ def plain(own: Any = None, *, budget: int = 14) -> Trainer:
         device=CPU,
         dtype=torch.float32,
         temperature=TEMPERATURE,
-        head=head(ALONE),
+        head=head(ALONE, own),
     )
 
 
 def deepspeed(
-    world: World, stage: int, dtype: torch.dtype = torch.float32, *, checkpointing: bool = False
+    world: World,
+    stage: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    own: Any = None,
+    checkpointing: bool = False,
 ) -> ShardedTrainer:
     from recipes.trainers.deepspeed import DeepSpeedBackend
 
     given = dataclasses.replace(options(), gradient_checkpointing=checkpointing)
-    backend = DeepSpeedBackend(model(), given, stage=stage, device=CPU, dtype=dtype)
-    return ShardedTrainer(backend, given, world, temperature=TEMPERATURE, head=head(world))
+    value_head, learner = head(world, own), model() if own is None else own
+    backend = DeepSpeedBackend(learner, given, stage=stage, device=CPU, dtype=dtype)
+    return ShardedTrainer(backend, given, world, temperature=TEMPERATURE, head=value_head)
 
 
-def fsdp(world: World, dtype: torch.dtype = torch.float32) -> ShardedTrainer:
+def fsdp(world: World, dtype: torch.dtype = torch.float32, *, own: Any = None) -> ShardedTrainer:
     from recipes.trainers.fsdp import FsdpBackend
 
-    backend = FsdpBackend(model(), options(), num_processes=world.size, device=CPU, dtype=dtype)
-    return ShardedTrainer(backend, options(), world, temperature=TEMPERATURE, head=head(world))
+    value_head, learner = head(world, own), model() if own is None else own
+    backend = FsdpBackend(learner, options(), num_processes=world.size, device=CPU, dtype=dtype)
+    return ShardedTrainer(backend, options(), world, temperature=TEMPERATURE, head=value_head)
 
 
 def learn(
@@ -118,6 +142,14 @@ def figures(trainer: Learner, world: World, *, own: bool = False) -> Results:
     }
 
 
+def scored(trainer: Learner, world: World) -> Results:
+    """What a run sees of a critic that started from a reward model: it has no logprobs."""
+    trajectories = batch(0).trajectories
+    before = trainer.values(trajectories)
+    rows = learn(trainer, world, own=True)
+    return {"rows": rows, "before": before, "values": trainer.values(trajectories)}
+
+
 def resumed(build: Any, world: World, folder: Path) -> Results:
     """The rows of a run that was saved after three steps, and of one that loaded that."""
     folder.mkdir(exist_ok=True)
@@ -139,6 +171,7 @@ def deepspeed_ranks(rank: int, size: int, folder: Path) -> Results:
         build = functools.partial(deepspeed, world, stage, checkpointing=stage == 2)
         results[f"zero{stage}"] = figures(build(), world)
         results[f"zero{stage}-own"] = figures(build(), world, own=True)
+        results[f"zero{stage}-scored"] = scored(build(own=reward_model()), world)
         if size > 1:
             rounded = deepspeed(world, stage, torch.bfloat16)
             results[f"zero{stage}-bfloat16"] = figures(rounded, world)
@@ -153,6 +186,7 @@ def fsdp_ranks(rank: int, size: int, folder: Path) -> Results:
     return {
         "fsdp": figures(fsdp(world), world),
         "fsdp-own": figures(fsdp(world), world, own=True),
+        "fsdp-scored": scored(fsdp(world, own=reward_model()), world),
         "fsdp-bfloat16": figures(fsdp(world, torch.bfloat16), world),
         "resumed": resumed(functools.partial(fsdp, world), world, folder / "checkpoint"),
     }

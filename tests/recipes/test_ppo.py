@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from engine.errors import CheckpointError, ContextTooLong, InvalidRequest, ModelNotFound
+from engine.errors import ContextTooLong, InvalidRequest, ModelNotFound
 from recipes.algorithms.presets import AlgorithmOptions, preset
 from recipes.collecting.batching import make_batch
 from recipes.ppo import main, train
@@ -299,9 +299,7 @@ def test_a_critic_with_as_many_other_tokens_is_refused_too(model: str, tmp_path:
         check_critic_model(options, load_tokenizer(model), longest=65)
 
 
-def test_a_critic_that_is_no_language_model_is_refused_by_the_option(
-    model: str, tmp_path: Path
-) -> None:
+def test_a_critic_that_cannot_be_one_is_refused_by_the_option(model: str, tmp_path: Path) -> None:
     other = tmp_path / "other"
     write_char_model(other, char_model(16, 1))
     given = CriticOptions(critic="own", critic_model=str(other))
@@ -309,7 +307,7 @@ def test_a_critic_that_is_no_language_model_is_refused_by_the_option(
     config = other / "config.json"
     config.write_text(config.read_text().replace("ForCausalLM", "ForSequenceClassification"))
     for kind, told in (
-        (CheckpointError, "scores sequences"),
+        (InvalidRequest, "scores 2 labels, and a critic has one value"),
         (ModelNotFound, "no tokenizer.json"),
     ):
         with pytest.raises(kind, match=f"^critic_model: .*{told}") as caught:

@@ -44,6 +44,15 @@ def of(name: str, request: pytest.FixtureRequest) -> Ranks:
     return got
 
 
+def assert_alike(ours: dict[str, float], theirs: dict[str, float]) -> None:
+    """The figures of a step."""
+    # Another cut into micro-batches shares other prefixes.
+    drop = "perf/trainer_computed_tokens"
+    assert ours.keys() == theirs.keys()
+    ours, theirs = ({k: v for k, v in row.items() if k != drop} for row in (ours, theirs))
+    assert ours == pytest.approx(theirs, rel=1e-3, abs=3e-5)
+
+
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", NAMES)
@@ -57,11 +66,23 @@ def test_every_back_end_learns_what_plain_does(
             for ours, theirs in zip(got[key], want[key], strict=True):
                 np.testing.assert_allclose(ours, theirs, atol=3e-5, err_msg=key)
         for ours, theirs in zip(got["rows"], want["rows"], strict=True):
-            # Another cut into micro-batches shares other prefixes.
-            drop = "perf/trainer_computed_tokens"
-            assert ours.keys() == theirs.keys()
-            ours, theirs = ({k: v for k, v in row.items() if k != drop} for row in (ours, theirs))
-            assert ours == pytest.approx(theirs, rel=1e-3, abs=3e-5)
+            assert_alike(ours, theirs)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_reward_model_learns_values_on_every_back_end(
+    name: str, size: int, request: pytest.FixtureRequest
+) -> None:
+    want = ranks.scored(ranks.plain(ranks.reward_model()), ranks.ALONE)
+    assert float(np.concatenate(want["before"]).std()) > 0.1
+    for rank in of(name, request)[size]:
+        got = rank[f"{name}-scored"]
+        for key in ("before", "values"):
+            for ours, theirs in zip(got[key], want[key], strict=True):
+                np.testing.assert_allclose(ours, theirs, atol=3e-5, err_msg=key)
+        for ours, theirs in zip(got["rows"], want["rows"], strict=True):
+            assert_alike(ours, theirs)
 
 
 @pytest.mark.parametrize("name", NAMES)
