@@ -189,8 +189,7 @@ class Run:
     def _advise(self, row: dict[str, float]) -> None:
         """Say so, once each time it begins, when the run has nothing to learn from."""
         self._recent = [*self._recent[1 - WINDOW :], row]
-        # Elsewhere a group without spread may have a gradient.
-        told = advice(self._recent) if self.algorithm.compares_problem else ""
+        told = advice(self._recent, self.algorithm)
         if told and not self._advised:
             self.display.note(told)
         self._advised = bool(told)

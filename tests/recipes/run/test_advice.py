@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from recipes.run.advice import WINDOW, advice
+import pytest
+
+from recipes.algorithms.presets import AlgorithmName, preset
+from recipes.run.advice import WINDOW
+from recipes.run.advice import advice as advice_to
+
+
+def advice(rows: list[dict[str, float]], algorithm: AlgorithmName = "grpo") -> str:
+    return advice_to(rows, preset(algorithm, 8))
 
 
 def rows(**figures: float) -> list[dict[str, float]]:
@@ -14,6 +22,29 @@ def test_a_collapse_is_named_with_its_entropy_and_what_to_try() -> None:
     told = advice(rows())
     assert told.startswith("collapsed: in 95% of the groups")
     assert "entropy 0.010" in told and "--algorithm dapo" in told
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "reinforce++"])
+def test_what_compares_no_samples_of_a_problem_is_told_of_whole_steps(
+    algorithm: AlgorithmName,
+) -> None:
+    told = advice(rows(frac_reward_zero_std=1.0), algorithm)
+    assert told.startswith("collapsed: in 100% of the steps")
+    assert "--prompts-per-step" in told and "--warmup-steps" in told
+    assert "--samples" not in told and "--algorithm" not in told
+    wrong = advice(rows(frac_reward_zero_std=1.0, frac_groups_all_wrong=1.0, reward=0), algorithm)
+    assert wrong.startswith("no sample is right") and "--samples" not in wrong
+
+
+def test_what_a_run_does_already_is_no_advice() -> None:
+    told = advice(rows(), "dapo")
+    assert "--algorithm" not in told and "more --samples" in told
+
+
+def test_rewards_without_spread_are_no_matter_where_a_teacher_is_learned_from() -> None:
+    assert advice(rows(), "opd") == ""
+    skipped = [r | {"train/skipped_steps": float(n)} for n, r in enumerate(rows())]
+    assert advice([r | {"train/loss_scale": 1.0} for r in skipped], "opd")
 
 
 def test_a_task_without_any_right_answer_is_named() -> None:
