@@ -26,7 +26,7 @@ from recipes.run.report import Collected, push_figures, rollout_figures, time_fi
 from recipes.run.run_folder import RunFolder
 from recipes.run.saving import num_elements, save_folder
 from recipes.run.tracking import Tracker
-from recipes.settings.options import RunOptions
+from recipes.settings.options import PpoOptions, RunOptions
 from recipes.trainers.base import Learner
 from recipes.trainers.checkpoint import (
     checkpoint_bytes,
@@ -230,6 +230,7 @@ class Run:
             "device": self.actor.state().device,
             "dtype": str(dtype).removeprefix("torch."),
             "algorithm": self.options.objective.algorithm,
+            **self._critic_told(),
             "trainer": self.options.placement.trainer,
             "trainer_processes": self.world.size,
             "best": {"accuracy": progress.best_accuracy, "step": progress.best_step},
@@ -237,6 +238,14 @@ class Run:
             "evaluation": {"before": progress.figures_before, "after": progress.figures},
             "seconds_by_phase": progress.seconds,
         }
+
+    def _critic_told(self) -> dict[str, object]:
+        """The critic's network and the model that it started from, where there is one."""
+        if not isinstance(self.options, PpoOptions):
+            return {}
+        given = self.options.value_function
+        model = given.critic_model or self.options.model
+        return {"critic": {"network": given.critic, "model": model}}
 
     def _evaluate(self) -> dict[str, float]:
         """Measure the weights on every set; the figures, and the time it took."""

@@ -32,6 +32,7 @@ from recipes.types import Problem
 from recipes.world import World
 from rollout.offline import load_tokenizer
 from tests.helpers.char_model import CharAddition, char_model, char_tokenizer, write_char_model
+from tests.helpers.char_reward import reward_model, write_reward_model
 from tests.helpers.fake_actor import FakeActor
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 from tests.helpers.trajectories import per_token, random_groups
@@ -146,6 +147,7 @@ def test_the_reward_goes_up_and_the_critic_foresees_it(
     assert rows[0]["critic/vpred_mean"] == 0.0 and rows[0]["critic/vf_explained_var"] == 0.0
     assert rows[-1]["critic/vf_loss"] < rows[0]["critic/vf_loss"]
     assert summary["algorithm"] == "ppo"
+    assert summary["critic"] == {"network": critic, "model": model}
     loaded = AutoModelForCausalLM.from_pretrained(run.folder.model)
     assert isinstance(run.trainer, Trainer)
     for ours, theirs in zip(loaded.parameters(), run.trainer.model.parameters(), strict=True):
@@ -317,13 +319,16 @@ def test_a_critic_that_cannot_be_one_is_refused_by_the_option(model: str, tmp_pa
 
 
 def test_the_command_runs_with_the_real_engine_and_goes_on(model: str, tmp_path: Path) -> None:
-    """One reply a problem, a critic of its own from a file, and a last step by --resume."""
+    """One reply a problem, a critic of its own from a reward model, and a last step by --resume."""
+    scores = str(tmp_path / "scores")
+    write_reward_model(Path(scores), reward_model(steps=0))
     out = tmp_path / "run"
     words = ["--model", model, "--task", "addition", "--out", str(out), "--steps", "2"]
     words += ["--prompts-per-step", "4", "--num-minibatches", "1", "--eval-prompts", "4"]
     words += ["--kv-memory-gb", "0.05", "--dtype", "float32", "--checkpoint-every", "1"]
-    words += ["--critic", "own", "--critic-model", model, "--critic-warmup-steps", "1"]
+    words += ["--critic", "own", "--critic-model", scores, "--critic-warmup-steps", "1"]
     assert main(words) == 0
     assert main(["--resume", str(out), "--steps", "3"]) == 0
-    assert json.loads((out / "summary.json").read_text())["steps"] == 3
-    assert json.loads((out / "config.json").read_text())["critic_model"] == model
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["steps"] == 3
+    assert summary["critic"] == {"network": "own", "model": scores}
