@@ -27,10 +27,11 @@ from engine.errors import InvalidRequest
 from recipes.actors.actor import InlineActor
 from recipes.data.chat_style import chat_style
 from recipes.data.data_options import ColumnOptions, DataOptions
+from recipes.environments.named_tasks import is_file_task
 from recipes.environments.task_check import check_pool
 from recipes.evaluation.eval_sets import CheckedSet, graded_as_run, read_sets
 from recipes.evaluation.eval_table import by_set, table
-from recipes.evaluation.evaluation_options import EvaluationOptions, check_evaluation
+from recipes.evaluation.evaluation_options import EvaluationOptions, check_evaluation, named_tasks
 from recipes.evaluation.measure import Evaluation
 from recipes.rewards.grading import Grading
 from recipes.rewards.named_rewards import open_grading
@@ -152,6 +153,14 @@ def _gradings(
     return {each.name: grading for each in graded}
 
 
+def _rewarded(options: EvaluateOptions) -> frozenset[str]:
+    """Names of the sets whose accuracy is a mean reward, no share of right answers."""
+    tasks = named_tasks(options.evaluation.eval_set)
+    if options.rewards.measures_accuracy:
+        return frozenset()
+    return frozenset(name for name, task in tasks.items() if is_file_task(task))
+
+
 def parse(argv: Sequence[str]) -> EvaluateOptions:
     """Options of a command line. Raises InvalidRequest or ModelNotFound naming the option."""
     options = tyro.cli(EvaluateOptions, args=joined(argv, "--reward"), prog="evaluate.py")
@@ -178,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sets = evaluate(options)
         if launched_rank() == 0:
             text = f"{json.dumps({'model': options.model, 'sets': sets}, indent=2)}\n"
-            Console(stderr=True).print(table(sets))
+            Console(stderr=True).print(table(sets, _rewarded(options)))
             if options.out is None:
                 sys.stdout.write(text)
             else:

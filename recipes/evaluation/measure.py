@@ -54,6 +54,11 @@ class Evaluation:
         self._code = code
         self._world = world or World()
 
+    @property
+    def rewarded(self) -> frozenset[str]:
+        """Names of the sets whose accuracy is a mean reward, no share of right answers."""
+        return frozenset(n for n, given in self._gradings.items() if not given.measures_accuracy)
+
     def measure(self, actor: Actor) -> dict[str, float]:
         """Collective: `eval/<set>/<figure>` of every set, see `estimates.summarise`; and
         `eval/accuracy`, that of the task's own held-out problems, where they are a set.

@@ -15,9 +15,13 @@ Grader = Callable[[Sequence[Item]], list[Grade]]
 
 
 class Grading:
-    """A `Grader`. Any thread may call; `close` ends processes and connections of the reward."""
+    """A `Grader`. Any thread may call; `close` ends processes and connections of the reward.
 
-    def __init__(self, reward: Reward) -> None:
+    measures_accuracy: the mean of its grades is a share of right answers, and is called so.
+    """
+
+    def __init__(self, reward: Reward, *, measures_accuracy: bool = True) -> None:
+        self.measures_accuracy = measures_accuracy
         self._reward = reward
         self._loop = LoopThread()
 

@@ -56,7 +56,8 @@ def open_grading(
     except BaseException:
         Grading(RewardSum(parts)).close()
         raise
-    return Grading(parts[0] if len(parts) == 1 else RewardSum(parts))
+    whole = parts[0] if len(parts) == 1 else RewardSum(parts)
+    return Grading(whole, measures_accuracy=options.measures_accuracy)
 
 
 def _open_own(

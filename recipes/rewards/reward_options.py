@@ -38,6 +38,11 @@ class GraderOptions:
         """Whether the task's own reward is among them, which needs the task's answers."""
         return not self.reward or "task" in self.reward
 
+    @property
+    def measures_accuracy(self) -> bool:
+        """Whether the mean reward is a share of right answers, not a score of anyone's scale."""
+        return all(name in ("task", "code") for name in self.reward)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RewardOptions(GraderOptions):

@@ -41,7 +41,8 @@ def run_recipe(
             raise
         return code
     logging.getLogger(__name__).info(
-        "held-out accuracy %.3f -> %.3f in %d steps, %.0f s; see %s",
+        "held-out %s %.3f -> %.3f in %d steps, %.0f s; see %s",
+        "accuracy" if run.grading.measures_accuracy else "reward",
         *(summary[key] for key in ("eval_before", "eval_after", "steps", "seconds")),
         folder.path,
     )

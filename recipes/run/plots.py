@@ -48,7 +48,7 @@ class Panel:
 
 DIFFERENCE = "sampling/sampling_logp_difference"
 PANELS = (
-    Panel("reward and held-out accuracy", (("reward", "reward"), ("eval/accuracy", "held out"))),
+    Panel("reward, sampled and held out", (("reward", "sampled"), ("eval/accuracy", "held out"))),
     Panel("entropy, nats a token", (("entropy", "entropy"),)),
     Panel(
         "train/rollout mismatch of logprobs",

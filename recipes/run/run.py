@@ -257,7 +257,7 @@ class Run:
             figures = self.evaluation.measure(self.actor)
         self.progress.measured(figures)
         step = self.progress.step
-        for told in tell(figures):
+        for told in tell(figures, self.evaluation.rewarded):
             self.display.note(f"{told} after step {step}")
         row = {"step": step, **figures}
         self.folder.append_evaluation(row)

@@ -69,7 +69,12 @@ def test_files_are_graded_by_the_rewards_and_generated_tasks_by_their_own(
     given = ["--reward", f"{rewards}:worth", "--reward", f"{rewards}:one"]
     words = ["--model", model, *sets, *given, "--eval-prompts", "4", "--max-new-tokens", "2"]
     assert main([*words, *WORDS]) == 0
-    found = json.loads(capsys.readouterr().out)["sets"]
+    shown = capsys.readouterr()
+    (title,) = (line.split() for line in shown.err.splitlines() if "num_problems" in line)
+    (row,) = (line.split() for line in shown.err.splitlines() if "open" in line)
+    assert title[:3] == ["set", "num_problems", "reward"] and "accuracy" in title
+    assert row[:3] == ["open", "4", "4.000"]
+    found = json.loads(shown.out)["sets"]
     assert found["open"]["accuracy"] == 4.0 and found["open"]["num_failed"] == 0
     assert found["sums"]["accuracy"] == 0.0
 
