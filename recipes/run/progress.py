@@ -16,7 +16,8 @@ class RunProgress:
     step: optimizer steps taken; also the weight version the engine serves.
     position: next problem of the training stream.
     eval_before, accuracy: held-out accuracy before training, and the last one measured.
-    accuracy_step: when that was. best_accuracy, best_step: the highest so far.
+    accuracy_step: when that was. best_accuracy, best_step: the highest so far, which a
+    reward may have below 0.
     figures_before, figures: as `eval_before` and `accuracy`, of all sets (`Evaluation.measure`).
     seconds: time spent by phase since the run began, over all its processes.
     kl_coef: weight of the KL where it is adapted; None before the first step, or where it is fixed.
@@ -29,7 +30,7 @@ class RunProgress:
     eval_before: float | None = None
     accuracy: float | None = None
     accuracy_step: int = -1
-    best_accuracy: float = 0.0
+    best_accuracy: float | None = None
     best_step: int = 0
     figures_before: dict[str, float] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
@@ -45,7 +46,7 @@ class RunProgress:
             self.eval_before, self.figures_before = accuracy, figures
         self.figures = figures
         self.accuracy, self.accuracy_step = accuracy, self.step
-        if accuracy > self.best_accuracy:
+        if self.best_accuracy is None or accuracy > self.best_accuracy:
             self.best_accuracy, self.best_step = accuracy, self.step
 
     def spent(self, seconds: dict[str, float]) -> None:
