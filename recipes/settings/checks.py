@@ -14,7 +14,7 @@ from engine.errors import InvalidRequest, ModelNotFound
 from recipes.algorithms.presets import AlgorithmOptions, resolve
 from recipes.evaluation.evaluation_options import check_evaluation
 from recipes.rewards.reward_options import check_reward_options
-from recipes.settings.idle import check_idle
+from recipes.settings.idle import check_idle, check_idle_sft
 from recipes.settings.options import (
     DEFAULT_MODEL,
     PlacementOptions,
@@ -92,6 +92,7 @@ def check_sft(options: SftOptions) -> None:
             "epochs: --epochs and --steps both say how long the run is; leave one out",
             field="epochs",
         )
+    check_idle_sft(options)
     _check_common(options)
 
 

@@ -13,7 +13,8 @@ from recipes.algorithms.presets import resolve
 from recipes.environments.named_tasks import is_file_task, runs_code
 from recipes.evaluation.evaluation_options import EvaluationOptions, named_tasks
 from recipes.rewards.reward_options import CLASSIFY, MODEL, GraderOptions, is_model_reward
-from recipes.settings.options import PpoOptions, RunOptions, flatten
+from recipes.settings.options import PlacementOptions, PpoOptions, RunOptions, flatten
+from recipes.settings.sft_options import SftOptions
 
 
 class Measured(Protocol):
@@ -30,6 +31,14 @@ class Measured(Protocol):
     @property
     def evaluation(self) -> EvaluationOptions:
         """What is evaluated, and how."""
+
+
+class Placed(Protocol):
+    """Options of a command that trains."""
+
+    @property
+    def placement(self) -> PlacementOptions:
+        """Where trainer and engines are."""
 
 
 Options = TypeVar("Options", contravariant=True)
@@ -51,6 +60,14 @@ def check_idle(options: RunOptions) -> None:
     given = _given(options, type(options)())
     _refuse(options, given, GRADING)
     _refuse(options, given, TRAINING)
+    _refuse(options, given, PLACING)
+
+
+def check_idle_sft(options: SftOptions) -> None:
+    """As `check_idle`, of a supervised run."""
+    given = _given(options, SftOptions())
+    _refuse(options, given, TUNING)
+    _refuse(options, given, PLACING)
 
 
 def check_idle_evaluation(options: Measured, defaults: Measured) -> None:
@@ -202,10 +219,23 @@ TRAINING: tuple[Theme[RunOptions], ...] = (
         holds=_learns_from_rewards,
         missing="where a teacher is learned from, not rewards: take another --algorithm",
     ),
+)
+"""Of a run that learns from what it samples."""
+
+TUNING: tuple[Theme[SftOptions], ...] = (
+    Theme(
+        names=("max_new_tokens",),
+        holds=lambda options: options.eval_task is not None or not is_file_task(options.task),
+        missing="where no problem is answered: add --eval-task",
+    ),
+)
+"""Of a supervised run."""
+
+PLACING: tuple[Theme[Placed], ...] = (
     Theme(
         names=("trainer_memory_gb",),
         holds=lambda options: options.placement.rollout_gpus == 0,
         missing="where engines have GPUs of their own: leave --rollout-gpus out",
     ),
 )
-"""Of a run."""
+"""Of every run."""

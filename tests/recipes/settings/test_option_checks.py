@@ -153,3 +153,23 @@ def test_the_weight_of_a_value_loss_that_stands_alone_is_refused_by_name() -> No
     check_options(options)
     with pytest.raises(InvalidRequest, match=r"^value_coef: "):
         check_options(with_values(options, {"critic": "own"}))
+
+
+@pytest.mark.parametrize(
+    "values,field",
+    [
+        ({"trainer_memory_gb": 1.0, "rollout_gpus": 1}, "trainer_memory_gb"),
+        ({"task": "chats.jsonl", "max_new_tokens": 8}, "max_new_tokens"),
+    ],
+)
+def test_what_a_supervised_run_would_ignore_is_refused_by_name(
+    values: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=rf"^{field}: .* says nothing here, ") as caught:
+        check_sft(with_values(SftOptions(model=__file__), values))
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("task", [{"task": "chats.jsonl", "eval_task": "addition"}, {}])
+def test_the_longest_answer_is_one_to_a_task(task: dict[str, Any]) -> None:
+    check_sft(with_values(SftOptions(model=__file__), {"max_new_tokens": 8, **task}))
