@@ -157,3 +157,13 @@ def test_a_set_that_is_a_file_is_graded_by_the_reward_of_the_run(
     rewards = RewardOptions(reward=reward)
     assert graded_as_run(rewards, trained, file) == as_run
     assert not graded_as_run(rewards, trained, select_environment("sorting"))
+
+
+@pytest.mark.parametrize("reward", [("task",), ("task", "code"), ("code",), ()])
+def test_where_nothing_is_trained_every_reward_is_one_of_files(
+    reward: tuple[str, ...], tmp_path: Path
+) -> None:
+    file = select_environment(write(tmp_path / "sums.jsonl", PROMPTS))
+    rewards = RewardOptions(reward=reward)
+    assert graded_as_run(rewards, None, file) == bool(reward)
+    assert not graded_as_run(rewards, None, select_environment("sorting"))
