@@ -186,7 +186,7 @@ def _finish(axes: Axes, title: str, *, drawn: bool) -> None:
     axes.set_xlabel("step")
     axes.grid(alpha=0.3)
     if drawn:
-        for text in axes.legend(fontsize=7).get_texts():
+        for text in axes.legend(fontsize=7, loc="upper left").get_texts():
             text.set_parse_math(False)
     else:
         axes.text(0.5, 0.5, "no figures", ha="center", transform=axes.transAxes)

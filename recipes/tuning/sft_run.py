@@ -211,7 +211,7 @@ class SftRun:
         axes.plot([row["step"] for row in measured], heldout, marker="o", label="held-out loss")
         axes.set(xlabel="step", ylabel="nats per token", title=f"{self.task.name}, SFT")
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(loc="upper right")
         picture = io.BytesIO()
         figure.savefig(picture, dpi=120, format="png")
         replace_file(self.folder.path / "loss.png", picture.getvalue())
