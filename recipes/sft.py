@@ -11,21 +11,19 @@ what `--model` of `grpo.py` starts from.
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from recipes.algorithms.supervised import sft_loss
-from recipes.run.failures import report_failure
-from recipes.run.ledger import Ledger
+from recipes.run.command import run_command
 from recipes.settings.command_line import parse_sft
 from recipes.trainers.loss_scale import scale_figures
 from recipes.trainers.metrics import TokenMetrics, merge
 from recipes.tuning.sft_opening import open_sft
 from recipes.tuning.sft_run import SftRun
 from recipes.types import Batch
-from recipes.world import launched_rank, leave
+from recipes.world import leave
 
 
 def train(run: SftRun) -> None:
@@ -55,27 +53,14 @@ def update(run: SftRun, batch: Batch) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the recipe. Returns the exit code: not 0 after an error, which is explained in a line."""
-    ledger, folder = Ledger(), None
-    level = logging.WARNING if launched_rank() else logging.INFO
-    logging.basicConfig(level=level, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
-    try:
-        options = parse_sft(sys.argv[1:] if argv is None else argv)
-        with open_sft(options, ledger) as run:
-            folder = run.folder
-            run.begin()
-            train(run)
-            summary = run.finish()
-    except (Exception, KeyboardInterrupt) as error:
-        code = report_failure(error, folder)
-        if code is None:
-            raise
-        return code
-    logging.getLogger(__name__).info(
-        "held-out loss %.4f -> %.4f in %d steps, %.0f s; see %s",
-        *(summary[key] for key in ("eval_loss_before", "eval_loss_after", "steps", "seconds")),
-        folder.path,
-    )
-    return 0
+    words = sys.argv[1:] if argv is None else argv
+    return run_command(lambda ledger: open_sft(parse_sft(words), ledger), train, _told)
+
+
+def _told(run: SftRun, summary: dict[str, object]) -> str:
+    keys = ("eval_loss_before", "eval_loss_after", "steps", "seconds")
+    figures = (summary[key] for key in keys)
+    return "held-out loss {:.4f} -> {:.4f} in {} steps, {:.0f} s".format(*figures)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ REFUSED = {
     "a link to a file": "os.symlink('/etc/passwd', 'link'); open('link').read()",
     "a link to write by": "os.symlink('/tmp', 'link'); open('link/sandbox_x', 'w')",
     "a hard link": "os.link(FILE, 'mine'); open('mine').read()",
-    "moving its folder": "os.rename(os.getcwd(), '/tmp/elsewhere')",
+    "moving its folder": "os.rename(os.getcwd(), '../elsewhere')",
     "deleting its folder": "os.rmdir(os.getcwd())",
     "a folder out of it": "os.mkdir('d'); os.rename('d', '../d')",
     "a mode": "os.chmod(FILE, 0)",
