@@ -19,6 +19,8 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 AttentionBackendName = Literal["auto", "torch_native", "triton", "flashinfer", "split"]
 KernelBackend = Literal["torch", "triton"]
+SpeculativeMethod = Literal["off", "auto", "ngram", "eagle3", "draft"]
+SpeculativePace = Literal["time", "counts"]
 QueuePolicy = Literal["fcfs", "longest_prefix"]
 
 DEFAULT_CONTEXT_LIMIT = 32768
@@ -124,6 +126,30 @@ class MemoryConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpeculativeConfig:
+    """Drafted tokens that are verified together. What is sampled is the same with and without."""
+
+    method: Annotated[SpeculativeMethod, arg(name="speculative")] = "off"
+    """Draft tokens ahead: 'ngram' copies them from the sequence itself, from samples of the same
+    prompt and from earlier ones; 'auto' does so whenever that is measured to be faster."""
+    draft_tokens: int = 3
+    """Most tokens drafted at once for a sequence."""
+    allow_forced_acceptance: bool = False
+    """Serve requests that set forced_acceptance, a tool of benchmarks whose tokens mean nothing."""
+    pace: Suppress[SpeculativePace] = "time"
+    """How 'auto' judges: by measured times, or by counts alone so that a seed repeats a run."""
+    history_tokens: Suppress[int] = 1 << 22
+    """Tokens of finished sequences that are kept to draft from."""
+    num_sources: Suppress[int] = 16
+    """Other sequences that are looked through for one row."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything may be drafted."""
+        return self.method != "off"
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Everything a replica is built from."""
 
@@ -158,6 +184,7 @@ class EngineConfig:
     scheduler: OmitArgPrefixes[SchedulerConfig] = field(default_factory=SchedulerConfig)
     parallel: OmitArgPrefixes[ParallelConfig] = field(default_factory=ParallelConfig)
     memory: OmitArgPrefixes[MemoryConfig] = field(default_factory=MemoryConfig)
+    speculative: Suppress[SpeculativeConfig] = field(default_factory=SpeculativeConfig)
 
     @property
     def weight_seed(self) -> int:

@@ -13,6 +13,7 @@ from engine.protocol.types import (
     CacheKey,
     Count,
     FinishType,
+    Float32,
     FloatArray,
     Int32,
     Int64,
@@ -59,6 +60,11 @@ class Request(Struct, frozen=True, kw_only=True, tag="request"):
         scores that a sequence classifier gives its last token (`RequestOutput.scores`); what
         speaks of output tokens has to be left at its default, and `sampling` and `seed` are not
         looked at. A model does one of the two and refuses the other.
+    draft_tokens: most tokens to draft ahead at once, at most the server's own; -1: the server's.
+        What is sampled does not depend on it.
+    forced_acceptance: a tool of benchmarks, refused by a server that was not told to serve it:
+        each draft counts as accepted with this probability, so that the tokens mean nothing.
+        Below 0: off.
     """
 
     rid: RequestId
@@ -78,6 +84,8 @@ class Request(Struct, frozen=True, kw_only=True, tag="request"):
     output_ids: IntArray | None = None
     hold_at: Int32 = -1
     task: Task = "generate"
+    draft_tokens: Int32 = -1
+    forced_acceptance: Float32 = -1.0
 
     @property
     def num_alternatives(self) -> int:
@@ -151,6 +159,16 @@ class TopLogprobs(Struct, frozen=True):
     logprobs: FloatArray
 
 
+class SpecCounts(Struct, frozen=True, kw_only=True):
+    """What speculative decoding did for one sequence. verifies: steps that verified drafts of it;
+    drafted, accepted: tokens; synthetic: acceptance was forced, so that its tokens mean nothing."""
+
+    verifies: Count = 0
+    drafted: Count = 0
+    accepted: Count = 0
+    synthetic: bool = False
+
+
 class RequestOutput(Struct, frozen=True, kw_only=True, tag="output"):
     """What a sequence produced: since the last output if it streams, else all of it.
 
@@ -165,6 +183,7 @@ class RequestOutput(Struct, frozen=True, kw_only=True, tag="output"):
         final output; more than one span says that stale KV was attended to. That of the last
         token is by the version that computed `scores`.
     scores: float32 [num_labels], raw, of a request to classify that ended with them; else None.
+    spec: what was drafted for it so far; None by a server that drafts nothing.
     """
 
     rid: str
@@ -183,6 +202,7 @@ class RequestOutput(Struct, frozen=True, kw_only=True, tag="output"):
     prompt_top: TopLogprobs | None = None
     entropies: FloatArray | None = None
     scores: FloatArray | None = None
+    spec: SpecCounts | None = None
 
 
 class TokenRows(Struct, frozen=True, kw_only=True, tag="token_rows"):

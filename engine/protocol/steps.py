@@ -21,6 +21,8 @@ from engine.protocol.types import (
     Size,
 )
 
+NO_INTS: IntArray = np.empty(0, np.int32)
+
 
 class EngineFacts(Struct, frozen=True, kw_only=True):
     """What the ranks resolved at start-up; constant for the life of the replica.
@@ -76,18 +78,49 @@ class RowSampling(Struct, frozen=True, kw_only=True):
 class NewRow(Struct, frozen=True, kw_only=True):
     """A sequence enters `slot`. token_ids: int32, every token known so far (prompt, and
     outputs already sampled if it was retracted before); `prompt_len` of them are prompt.
-    prompt_logprob_start: as in `Request`; -1 once they were returned."""
+    prompt_logprob_start: as in `Request`; -1 once they were returned.
+    limit: known tokens, the prompt's among them, at which the sequence ends whatever is sampled:
+        a rank samples none beyond it, since the leader may not know yet how many there are.
+    forced_acceptance: probability with which each draft counts as accepted, whatever the model
+        would have drawn: a tool of benchmarks, whose tokens mean nothing. Below 0: off."""
 
     slot: Count
     token_ids: IntArray
     prompt_len: Count
     sampling: RowSampling
     prompt_logprob_start: Int32 = -1
+    limit: Int32 = 2**31 - 1
+    forced_acceptance: Float32 = -1.0
+
+
+class HistoryWrite(Struct, frozen=True):
+    """Tokens [start, stop) of the sequence in `slot`, which is about to leave it, become segment
+    `segment` of the history, at its places [at, at + stop - start)."""
+
+    slot: Count
+    start: Count
+    stop: Count
+    segment: Count
+    at: Count
+
+
+class DraftSources(Struct, frozen=True, kw_only=True):
+    """Where drafts may be copied from, as changes to the ranks' tables: sources[slot, column] is
+    another slot, whose tokens so far are read; or -2 - s for segment s of the history; or -1.
+
+    writes: applied before `StepPlan.new_rows`, while the slots still hold who leaves.
+    slots, columns, ids: int32 [U], applied in order after `writes`.
+    """
+
+    writes: list[HistoryWrite] = msgspec.field(default_factory=list)
+    slots: IntArray
+    columns: IntArray
+    ids: IntArray
 
 
 class StepPlan(Struct, frozen=True, kw_only=True, tag="step"):
-    """One step, as changes to the ranks' tables. Applied in this order: `new_rows`, page
-    table writes, page copies, then the forward pass over `slots`.
+    """One step, as changes to the ranks' tables. Applied in this order: `sources`, `new_rows`,
+    page table writes, page copies, then the forward pass over `slots`.
 
     page_slots, page_columns, page_ids: int32 [U]; page_table[slot, column] = page id.
     copy_src, copy_dst: int32 [C]; copy-on-write of partly filled pages.
@@ -110,6 +143,9 @@ class StepPlan(Struct, frozen=True, kw_only=True, tag="step"):
     query_lens: IntArray
     kv_lens: IntArray
     samples: np.ndarray[Any, np.dtype[np.bool_]]
+    draft_lens: IntArray = msgspec.field(default_factory=lambda: NO_INTS)
+    least_kv_lens: IntArray = msgspec.field(default_factory=lambda: NO_INTS)
+    sources: DraftSources | None = None
 
 
 class PromptLogprobs(Struct, frozen=True):
@@ -134,6 +170,11 @@ class StepResult(Struct, frozen=True, kw_only=True, tag="step_result"):
     entropies: float32 [S], of rows that did not ask too; None if none of the S rows asked.
     scores: float32 [S, num_labels] of a classifier, which samples nothing: `token_ids` is empty.
         None of a model that generates, and where S is 0.
+    counts: int32 [S], tokens that each row got in a step with `StepPlan.draft_lens`: 0 to its
+        draft length and 1. `token_ids`, `logprobs` and `entropies` are then of all of them, row
+        after row. None: one each.
+    drafted: int32 [S], tokens that were drafted for each row, of which one less than its count
+        were accepted; None as `counts`.
     """
 
     step: Size
@@ -144,3 +185,5 @@ class StepResult(Struct, frozen=True, kw_only=True, tag="step_result"):
     prompt: list[PromptLogprobs] = msgspec.field(default_factory=list)
     entropies: FloatArray | None = None
     scores: FloatArray | None = None
+    counts: IntArray | None = None
+    drafted: IntArray | None = None
