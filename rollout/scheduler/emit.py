@@ -9,6 +9,7 @@ from engine.protocol import (
     FloatArray,
     IntArray,
     RequestOutput,
+    SpecCounts,
     TopLogprobs,
 )
 from rollout.scheduler.sequence import Sequence
@@ -20,12 +21,14 @@ def make_output(
     logprobs: FloatArray,
     entropies: FloatArray,
     finish: FinishReason | None,
+    stay: IntArray | None = None,
 ) -> RequestOutput:
     """The outputs not yet returned, given all of them so far.
 
     token_ids: int32 [n], logprobs: float32 [n], from the first output token on; entropies:
     float32 [n], not looked at unless the request wants them. Spans are those of the tokens
-    returned here, in positions of the whole output.
+    returned here, in positions of the whole output. stay: what was drafted in the slot it still
+    holds, as `SlotTable.spec` has it.
     """
     size = len(token_ids)
     start = min(sequence.num_emitted, size)
@@ -48,7 +51,19 @@ def make_output(
         prompt_logprobs=_prompt_logprobs(sequence) if with_prompt else None,
         prompt_top=_prompt_top(sequence) if with_prompt else None,
         scores=sequence.scores,
+        spec=spec_counts(sequence, stay),
     )
+
+
+def spec_counts(sequence: Sequence, stay: IntArray | None) -> SpecCounts | None:
+    """What was drafted for a sequence; None if nothing was, nor is forced."""
+    verifies, drafted, accepted = sequence.spec
+    if stay is not None:
+        verifies, drafted, accepted = (sequence.spec[i] + int(stay[i]) for i in range(3))
+    synthetic = sequence.request.forced_acceptance >= 0
+    if not (drafted or synthetic):
+        return None
+    return SpecCounts(verifies=verifies, drafted=drafted, accepted=accepted, synthetic=synthetic)
 
 
 def final_output(sequence: Sequence, finish: FinishReason) -> RequestOutput:

@@ -1,4 +1,7 @@
-"""Takes in what a step sampled: tokens and logprobs appended, ends noticed."""
+"""Takes in what a step sampled: tokens and logprobs appended, ends noticed.
+
+Legend: S rows, K tokens a row at most.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ class Appended:
 
     ended: slots whose sequence is over; matched: for each, its stop token or -1.
     streaming: slots that go on and want their outputs now.
-    broken: slots whose numbers were not finite; nothing of this step was appended to them.
+    broken: slots whose numbers were not finite; what was sampled before was appended to them.
     num_tokens: tokens appended.
     """
 
@@ -35,10 +38,12 @@ class Appended:
 class _Rows:
     """The part of a step's result that is appended: S rows, arrays by row.
 
+    ids, logprobs, entropies: [S, K]; the first `counts` (int32 [S]) of a row are its tokens.
     top, top_slots: the alternatives of those rows that asked, and their slots.
     """
 
     slots: IntArray
+    counts: IntArray
     ids: IntArray
     logprobs: FloatArray
     entropies: FloatArray | None
@@ -53,6 +58,7 @@ class _Rows:
             top, top_slots = TopLogprobs(top.ids[kept], top.logprobs[kept]), top_slots[kept]
         return _Rows(
             slots=self.slots[keep],
+            counts=self.counts[keep],
             ids=self.ids[keep],
             logprobs=self.logprobs[keep],
             entropies=None if self.entropies is None else self.entropies[keep],
@@ -73,25 +79,31 @@ class ResultWriter:
         if result.scores is not None:
             return self._scores(flight, result.scores)
         broken = self._collect_prompt(flight, result.prompt)
-        assert len(result.token_ids) == len(flight.slots), (
-            f"{len(result.token_ids)} tokens came for {len(flight.slots)} rows"
-        )
         rows, table = _rows(flight, result), self._running.table
         alive = table.uid[rows.slots] == flight.uids
         if not alive.all():
             rows = rows.where(alive)
-        broken |= self._broken(rows)
         if broken:
             rows = rows.where(~np.isin(rows.slots, list(broken)))
-        position = table.num_tokens[rows.slots]
-        self._stamp(rows.slots, position, flight.version)
-        if rows.top is not None:
-            self._collect_top(rows.top_slots, rows.top)
-        table.tokens[rows.slots, position] = rows.ids
-        table.logprobs[rows.slots, position] = rows.logprobs
-        if rows.entropies is not None:
-            table.entropies[rows.slots, position] = rows.entropies
-        return self._ends(rows.slots, rows.ids, position, sorted(broken))
+        kept, matched = self._kept(rows)
+        finite = self._num_finite(rows)
+        not_finite = finite < kept
+        kept = np.minimum(kept, finite)
+        broken |= set(rows.slots[not_finite].tolist())
+        self._write(rows, kept, flight.version)
+        if flight.draft_lens is not None:
+            self._count(flight, result, alive)
+        size = table.num_tokens[rows.slots]
+        stopped = (matched >= 0) & ~not_finite
+        ended = (stopped | (size >= table.max_tokens[rows.slots])) & ~not_finite
+        streaming = table.stream[rows.slots] & ~ended & ~not_finite & (kept > 0)
+        return Appended(
+            ended=rows.slots[ended],
+            matched=np.where(stopped, matched, -1)[ended],
+            streaming=rows.slots[streaming],
+            broken=sorted(broken),
+            num_tokens=int(kept.sum()),
+        )
 
     def scored(self, flight: InFlight) -> list[int]:
         """Slots whose prompt was all there was to compute, and now is."""
@@ -118,43 +130,73 @@ class ResultWriter:
             num_tokens=0,
         )
 
-    def _broken(self, rows: _Rows) -> set[int]:
-        """Slots of rows with a logprob, or an entropy they asked for, that is not finite.
+    def _kept(self, rows: _Rows) -> tuple[IntArray, IntArray]:
+        """How many of its tokens each row keeps, and the stop token it ends with or -1: up to the
+        first stop token beyond its minimum, and no more than it may have. Both int32 [S].
+
+        A rank goes on behind a stop token, which it does not know of; it never exceeds the limit.
+        """
+        table = self._running.table
+        room = table.max_tokens[rows.slots] - table.num_tokens[rows.slots]
+        kept: IntArray = np.minimum(rows.counts, room)
+        matched = np.full(len(kept), -1, np.int32)
+        for column in range(rows.ids.shape[1]):
+            size = table.num_tokens[rows.slots] + column + 1
+            ids = rows.ids[:, column]
+            stopped = table.is_stop(rows.slots, ids) & (size > table.min_tokens[rows.slots])
+            stopped &= (matched < 0) & (column < kept)
+            matched = np.where(stopped, ids, matched)
+            kept = np.where(stopped, column + 1, kept)
+        return kept, matched
+
+    def _num_finite(self, rows: _Rows) -> IntArray:
+        """Tokens of each row before the first with a logprob, or an entropy it asked for, that is
+        not finite, int32 [S].
 
         The logprob of a sampled token is finite exactly where the largest logit of its row is
         and no logit is NaN (`kernels.sampling.sample`). Of the likeliest tokens only NaN is
         wrong: a banned token has -inf.
         """
-        found: set[int] = set()
-        finite = np.isfinite(rows.logprobs)
-        if not finite.all():
-            found |= set(rows.slots[~finite].tolist())
-        if rows.entropies is not None and not (finite := np.isfinite(rows.entropies)).all():
-            slots = rows.slots[~finite].tolist()
-            found |= {slot for slot in slots if self._running[slot].request.entropy}
+        width = rows.ids.shape[1]
+        first = _first_false(np.isfinite(rows.logprobs))
+        if rows.entropies is not None:
+            finite = _first_false(np.isfinite(rows.entropies))
+            for row in np.flatnonzero(finite < width).tolist():
+                if self._running[int(rows.slots[row])].request.entropy:
+                    first[row] = min(first[row], finite[row])
         if rows.top is not None:
+            places = {slot: row for row, slot in enumerate(rows.slots.tolist())}
             for slot, values in zip(rows.top_slots.tolist(), rows.top.logprobs, strict=True):
                 if np.isnan(values[: self._running.table.num_alternatives[slot]]).any():
-                    found.add(slot)
-        return found
+                    first[places[slot]] = 0
+        return first
 
-    def _ends(
-        self, slots: IntArray, ids: IntArray, position: IntArray, broken: list[int]
-    ) -> Appended:
+    def _write(self, rows: _Rows, kept: IntArray, version: int) -> None:
+        """Append the first `kept` tokens of each row."""
         table = self._running.table
-        size = position + 1
-        table.num_tokens[slots] = size
-        stopped = table.is_stop(slots, ids)
-        stopped &= size > table.min_tokens[slots]
-        ended = stopped | (size >= table.max_tokens[slots])
-        streaming = table.stream[slots] & ~ended
-        return Appended(
-            ended=slots[ended],
-            matched=np.where(stopped, ids, -1)[ended],
-            streaming=slots[streaming],
-            broken=broken,
-            num_tokens=len(slots),
-        )
+        begin = table.num_tokens[rows.slots]
+        got = kept > 0
+        self._stamp(rows.slots[got], begin[got], version)
+        if rows.top is not None:
+            chosen = np.isin(rows.top_slots, rows.slots[got])
+            top = TopLogprobs(rows.top.ids[chosen], rows.top.logprobs[chosen])
+            self._collect_top(rows.top_slots[chosen], top)
+        row, column = np.nonzero(np.arange(rows.ids.shape[1]) < kept[:, None])
+        slots, position = rows.slots[row], begin[row] + column
+        table.tokens[slots, position] = rows.ids[row, column]
+        table.logprobs[slots, position] = rows.logprobs[row, column]
+        if rows.entropies is not None:
+            table.entropies[slots, position] = rows.entropies[row, column]
+        table.num_tokens[rows.slots] = begin + kept
+
+    def _count(self, flight: InFlight, result: StepResult, alive: BoolArray) -> None:
+        """Note what was drafted for the rows that still run, and accepted."""
+        assert result.counts is not None and result.drafted is not None
+        slots, drafted = flight.slots[alive], result.drafted[alive]
+        spec = self._running.table.spec
+        spec[slots, 0] += drafted > 0
+        spec[slots, 1] += drafted
+        spec[slots, 2] += np.maximum(result.counts[alive] - 1, 0)
 
     def _stamp(self, slots: IntArray, position: IntArray, version: int) -> None:
         """Open a span of `version` for the rows whose last token another one sampled."""
@@ -196,15 +238,38 @@ class ResultWriter:
         return broken
 
 
+def _first_false(values: BoolArray) -> IntArray:
+    """Of each row of [S, K] the first column that is False, K where none is; int32 [S]."""
+    found: IntArray = np.where(values.all(axis=1), values.shape[1], values.argmin(axis=1))
+    return found.astype(np.int32)
+
+
 def _rows(flight: InFlight, result: StepResult) -> _Rows:
     top_slots = flight.slots
     if result.top_rows is not None:
         top_slots = flight.slots[result.top_rows]
+    counts = result.counts
+    if counts is None:
+        counts = np.ones(len(flight.slots), np.int32)
+    assert len(counts) == len(flight.slots) and int(counts.sum()) == len(result.token_ids), (
+        f"{len(result.token_ids)} tokens came for {len(flight.slots)} rows"
+    )
     return _Rows(
         slots=flight.slots,
-        ids=result.token_ids,
-        logprobs=result.logprobs,
-        entropies=result.entropies,
+        counts=counts,
+        ids=_by_row(result.token_ids, counts),
+        logprobs=_by_row(result.logprobs, counts),
+        entropies=None if result.entropies is None else _by_row(result.entropies, counts),
         top=result.top,
         top_slots=top_slots,
     )
+
+
+def _by_row(flat: np.ndarray, counts: IntArray) -> np.ndarray:
+    """Values of `counts` tokens a row, row after row, as [S, K]; behind a row's own are zeros."""
+    width = int(counts.max(initial=1))
+    if width == 1 and len(flat) == len(counts):
+        return flat[:, None]
+    table = np.zeros((len(counts), width), flat.dtype)
+    table[np.arange(width) < counts[:, None]] = flat
+    return table

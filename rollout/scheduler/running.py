@@ -8,16 +8,21 @@ from engine.protocol import IntArray
 from rollout.cache.manager import CacheManager
 from rollout.cache.radix_node import Match
 from rollout.scheduler.sequence import Sequence
+from rollout.scheduler.speculative.drafts import Drafts
 from rollout.scheduler.table import DECODING, PREFILLING, SlotTable
 
 
 class RunningSet:
     """Owns the slot table; every page a sequence holds is taken and given back here."""
 
-    def __init__(self, table: SlotTable, cache: CacheManager, version: int) -> None:
+    def __init__(
+        self, table: SlotTable, cache: CacheManager, version: int, drafts: Drafts | None = None
+    ) -> None:
+        """drafts: told who comes and goes; None where nothing is drafted."""
         self.table = table
         self.cache = cache
         self.version = version
+        self.drafts = drafts
         self.prefilling: dict[int, Sequence] = {}
         """By slot, oldest admission first."""
         self._by_slot: dict[int, Sequence] = {}
@@ -75,6 +80,8 @@ class RunningSet:
             self.table.num_computed[slot] = match.num_tokens
         self._by_slot[slot] = sequence
         self.prefilling[slot] = sequence
+        if self.drafts is not None:
+            self.drafts.entered(sequence)
         return slot
 
     def finish_prefill(self, sequence: Sequence) -> None:
@@ -115,7 +122,7 @@ class RunningSet:
             step=step - 1,
         )
         table.clear(slot)
-        self._free_slot(sequence)
+        self._free_slot(sequence, keep_drafts=keep_kv)
 
     def stop_broken(self, sequence: Sequence, *, step: int) -> None:
         """As `stop` for a sequence whose logits were not finite: what it computed, and the cached
@@ -132,7 +139,7 @@ class RunningSet:
         self.cache.release_many(pages, [sequence.node for sequence in sequences])
         self.table.clear(slots)
         for sequence in sequences:
-            self._free_slot(sequence)
+            self._free_slot(sequence, keep_drafts=False)
 
     def set_version(self, version: int) -> None:
         """New weights serve: running sequences go on, but their KV is no longer shared."""
@@ -142,6 +149,8 @@ class RunningSet:
             sequence.pure = sequence.pure and computed == 0
         self.version = version
         self.cache.clear()
+        if self.drafts is not None:
+            self.drafts.set_version(version)
 
     def take_results(self, sequences: list[Sequence]) -> None:
         """Copy what the table knows of those of `sequences` that run into them, whatever state
@@ -158,12 +167,15 @@ class RunningSet:
         sequence.logprobs = table.logprobs[slot, sequence.prompt_len : size].copy()
         if sequence.request.entropy:
             sequence.entropies = table.entropies[slot, sequence.prompt_len : size].copy()
-        computed = min(int(table.num_computed[slot]), size)
+        sequence.spec = add_spec(sequence.spec, table.spec[slot])
+        computed = min(int(table.num_computed[slot] - table.num_unsure[slot]), size)
         sequence.close_kv(computed, self.version)
         return computed
 
-    def _free_slot(self, sequence: Sequence) -> None:
+    def _free_slot(self, sequence: Sequence, *, keep_drafts: bool) -> None:
         slot = sequence.slot
+        if self.drafts is not None:
+            self.drafts.left(sequence, self.version, keep=keep_drafts)
         del self._by_slot[slot]
         self.prefilling.pop(slot, None)
         self._free_slots.append(slot)
@@ -181,5 +193,17 @@ class RunningSet:
             assert sequence.slot == slot, f"slot {slot} holds a sequence of {sequence.slot}"
             held = int(table.num_pages[slot])
             need = self.cache.pages_for(int(table.num_computed[slot]))
-            assert held == need, f"slot {slot} holds {held} pages, its KV takes {need}"
+            # Pages that rejected drafts took stay, for the tokens that come in their place.
+            spare = self.cache.pages_for(2 * int(table.most_drafts[slot]))
+            assert need <= held <= need + spare, (
+                f"slot {slot} holds {held} pages, its KV takes {need}"
+            )
+            if self.drafts is not None:
+                self.drafts.check_integrity(slot)
         self.cache.check_integrity([table.pages(slot) for slot in self._by_slot])
+
+
+def add_spec(before: tuple[int, int, int], stay: IntArray) -> tuple[int, int, int]:
+    """The counts of earlier stays in a slot and of this one."""
+    verifies, drafted, accepted = stay.tolist()
+    return before[0] + verifies, before[1] + drafted, before[2] + accepted

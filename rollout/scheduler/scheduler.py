@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from engine.config import SchedulerConfig
+from engine.config import SchedulerConfig, SpeculativeConfig
 from engine.errors import InvalidRequest, QueueFull
 from engine.protocol import (
     ErrorInfo,
@@ -40,6 +40,7 @@ from rollout.scheduler.planning.queue_groups import QueueGroups
 from rollout.scheduler.results import ResultWriter
 from rollout.scheduler.running import RunningSet
 from rollout.scheduler.sequence import Sequence
+from rollout.scheduler.speculative.build import build_drafts
 from rollout.scheduler.stats import Counters, SchedulerStats
 from rollout.scheduler.table import SlotTable
 from rollout.scheduler.validate import Limits, check_request
@@ -60,7 +61,10 @@ class Scheduler:
         vocab_size: int,
         num_labels: int = 0,
         version: int = 0,
+        speculative: SpeculativeConfig | None = None,
+        device: str = "cpu",
     ) -> None:
+        """speculative: what is drafted, nothing if None; device: what the ranks run on."""
         # Every running sequence must be able to decode in one step.
         num_slots = min(config.max_running, config.max_step_tokens)
         if num_slots < 1:
@@ -74,6 +78,8 @@ class Scheduler:
             num_labels=num_labels,
         )
         self._num_slots = num_slots
+        self._speculative = speculative or SpeculativeConfig()
+        self._device = device
         self._build_parts(version)
         self._requests: dict[str, Sequence] = {}
         self._groups = QueueGroups()
@@ -88,6 +94,11 @@ class Scheduler:
     def version(self) -> int:
         """The version that new tokens carry."""
         return self._running.version
+
+    @property
+    def drafts(self) -> bool:
+        """Whether steps may verify drafted tokens."""
+        return self._speculative.enabled
 
     @property
     def paused(self) -> bool:
@@ -203,6 +214,8 @@ class Scheduler:
             self._fill(builder)
         if builder.empty:
             return None
+        if builder.all_decode:
+            self._decode.draft(builder)
         plan, flight = builder.build(self._ones)
         self._in_flight.append(flight)
         self._next_step += 1
@@ -219,6 +232,7 @@ class Scheduler:
         flight = self._in_flight.popleft()
         assert result.step == flight.step, f"result of step {result.step}, not {flight.step}"
         appended = self._results.append(flight, result)
+        self._settle(flight, result)
         self._counters.num_output_tokens += appended.num_tokens
         outputs = [self._finish_broken(self._running[slot]) for slot in appended.broken]
         outputs += [self._stream(self._running[slot]) for slot in appended.streaming.tolist()]
@@ -233,6 +247,17 @@ class Scheduler:
             finish = sequence.ended or FinishReason(type="length", length=0)
             outputs.append(self._finish(sequence, finish))
         return outputs
+
+    def _settle(self, flight: InFlight, result: StepResult) -> None:
+        """What was drafted in a step is known: so is how much is computed."""
+        drafts = self._running.drafts
+        if drafts is None:
+            return
+        alive, lens = self._running.table.uid[flight.slots] == flight.uids, flight.draft_lens
+        drafts.settle(flight.slots[alive], None if lens is None else lens[alive])
+        counts = np.ones(len(flight.slots), np.int32) if result.counts is None else result.counts
+        drafted = np.zeros_like(counts) if result.drafted is None else result.drafted
+        drafts.observe(flight.step, drafted, counts)
 
     def has_work(self) -> bool:
         """Whether any request is waiting or running, paused or not."""
@@ -290,7 +315,8 @@ class Scheduler:
         """Everything that holds requests, empty."""
         config, cache = self._config, self._cache
         table = SlotTable(self._num_slots, self._limits.context_length, cache.page_size)
-        self._running = RunningSet(table, cache, version)
+        drafts = build_drafts(self._speculative, table, cache, device=self._device)
+        self._running = RunningSet(table, cache, version, drafts)
         self._queue = WaitingQueue(config.policy, config.starvation_steps)
         self._reserve = PageReserve(cache.page_size)
         self._preemption = Preemption(self._running, self._queue, self._reserve)
@@ -361,6 +387,7 @@ class Scheduler:
             table.logprobs[slot, outputs],
             table.entropies[slot, outputs],
             None,
+            table.spec[slot],
         )
 
     def _finish_each(

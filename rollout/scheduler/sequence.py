@@ -42,6 +42,8 @@ class Sequence:
     kv_spans, kv_end: which version computed the KV of tokens before `kv_end`; that of later
         ones is by the version that serves. Empty while it has no KV.
     scores: float32 [num_labels] of a request to classify, once its prompt is computed.
+    spec: steps that verified drafts of it, tokens drafted, tokens accepted; while it runs, in its
+        stays before this one.
     """
 
     request: Request
@@ -71,6 +73,7 @@ class Sequence:
     kv_spans: list[VersionSpan] = field(default_factory=list)
     kv_end: int = 0
     scores: FloatArray | None = None
+    spec: tuple[int, int, int] = (0, 0, 0)
 
     @property
     def max_new_tokens(self) -> int:
@@ -87,6 +90,20 @@ class Sequence:
         """Whether the logits of its last known token are wanted: to sample, or as scores."""
         classifies = self.request.task == "classify"
         return self.ended is None and (classifies or self.max_new_tokens > 0)
+
+    @property
+    def may_draft(self) -> bool:
+        """Whether its tokens can be drawn several at once: nothing but temperature and filters may
+        stand between its logits and a token, and no other logprobs are wanted."""
+        s = self.request.sampling
+        edited = (
+            s.frequency_penalty != 0
+            or s.presence_penalty != 0
+            or s.repetition_penalty != 1
+            or bool(s.logit_bias)
+            or s.min_new_tokens > 0
+        )
+        return not edited and self.request.num_alternatives == 0
 
     @property
     def prompt_len(self) -> int:
@@ -151,6 +168,7 @@ class Sequence:
             cached_tokens=self.cached_tokens,
             num_retractions=self.num_retractions,
             num_restarts=self.num_restarts + 1,
+            spec=self.spec,
         )
 
     def top_between(self, start: int, end: int) -> TopLogprobs | None:

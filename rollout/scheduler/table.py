@@ -27,7 +27,11 @@ class SlotTable:
     phase: FREE, PREFILLING or DECODING.
     uid: int64 [S], a number no other stay in a slot has.
     num_tokens: prompt and outputs known. num_computed: of these, with KV once every planned
-        step is done. target: tokens known at admission, that prefill must compute.
+        step is done, at most: `num_unsure` fewer at least, where drafts may be rejected.
+        target: tokens known at admission, that prefill must compute.
+    most_drafts: tokens that may be drafted ahead at once. steps_ahead: planned steps that sample
+        and have not come back; tokens_ahead: tokens that these bring at most.
+    spec: int32 [S, 3], steps that verified drafts of this stay, tokens drafted, tokens accepted.
     max_tokens: `num_tokens` at which the sequence ends.
     tokens: int32 [S, C]. logprobs: float32 [S, C], by position; those of outputs only.
     entropies: float32 [S, C], as `logprobs`; written only for requests that want them.
@@ -44,6 +48,11 @@ class SlotTable:
         self.num_tokens = np.zeros(num_slots, np.int32)
         self.prompt_len = np.zeros(num_slots, np.int32)
         self.num_computed = np.zeros(num_slots, np.int32)
+        self.num_unsure = np.zeros(num_slots, np.int32)
+        self.most_drafts = np.zeros(num_slots, np.int32)
+        self.steps_ahead = np.zeros(num_slots, np.int32)
+        self.tokens_ahead = np.zeros(num_slots, np.int32)
+        self.spec = np.zeros((num_slots, 3), np.int32)
         self.target = np.zeros(num_slots, np.int32)
         self.max_tokens = np.zeros(num_slots, np.int32)
         self.min_tokens = np.zeros(num_slots, np.int32)
@@ -72,6 +81,9 @@ class SlotTable:
         self.num_tokens[slot] = self.target[slot] = size
         self.prompt_len[slot] = prompt_len
         self.num_computed[slot] = self.num_pages[slot] = 0
+        self.num_unsure[slot] = self.most_drafts[slot] = 0
+        self.steps_ahead[slot] = self.tokens_ahead[slot] = 0
+        self.spec[slot] = 0
         # A token's KV is written one step after it was sampled, so the last needs no room.
         self.max_tokens[slot] = min(prompt_len + sequence.end_at, kv_tokens + 1)
         self.min_tokens[slot] = prompt_len + numbers.min_new_tokens

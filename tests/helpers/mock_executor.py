@@ -8,6 +8,7 @@ come out the same however it was scheduled.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -105,9 +106,21 @@ class MockExecutor:
     """`step` runs one plan; raises AssertionError where a real one would compute nonsense."""
 
     def __init__(
-        self, *, num_pages: int, page_size: int, vocab_size: int = 97, num_labels: int = 0
+        self,
+        *,
+        num_pages: int,
+        page_size: int,
+        vocab_size: int = 97,
+        num_labels: int = 0,
+        accepts: Callable[[int, int], bool] = lambda seed, position: (
+            mix(seed, position, 11) % 3 > 0
+        ),
     ) -> None:
-        """num_labels: of a classifier, which scores and samples nothing."""
+        """num_labels: of a classifier, which scores and samples nothing. accepts: whether the draft
+        for a position of the sequence with this seed is what the model draws."""
+        self.accepts = accepts
+        self.num_drafted = 0
+        self.num_inert = 0
         self.num_labels = num_labels
         self.page_size = page_size
         self.vocab_size = vocab_size
@@ -132,13 +145,108 @@ class MockExecutor:
         for slot, column, page in updates:
             self._rows[int(slot)].pages[int(column)] = int(page)
         self._copy(plan)
+        self._sure = self._lengths(plan)
         self._write(plan)
-        for slot, kv_len in zip(plan.slots.tolist(), plan.kv_lens.tolist(), strict=True):
-            self._read(self._rows[slot], kv_len)
+        for slot, kv_len in zip(plan.slots.tolist(), self._sure, strict=True):
+            if kv_len >= 0:
+                self._read(self._rows[slot], kv_len)
         self.num_computed += int(plan.query_lens.sum())
         self.batches.append(plan.slots.tolist())
         prompt = self._prompt_logprobs(plan)
-        return self._score(plan) if self.num_labels else self._sample(plan, prompt)
+        if self.num_labels:
+            return self._score(plan)
+        return self._verify(plan, prompt) if len(plan.draft_lens) else self._sample(plan, prompt)
+
+    def _lengths(self, plan: StepPlan) -> list[int]:
+        """KV of each row once the step is done, drafts left out; -1 of one at its limit."""
+        if not len(plan.draft_lens):
+            return plan.kv_lens.tolist()
+        assert len(plan.draft_lens) == len(plan.least_kv_lens) == len(plan.slots)
+        assert not plan.draft_lens[~plan.samples].any(), "drafts of a row that does not sample"
+        lengths = []
+        for index, slot in enumerate(plan.slots.tolist()):
+            row, kv_len = self._rows[slot], int(plan.kv_lens[index])
+            if not plan.samples[index]:
+                assert plan.least_kv_lens[index] == kv_len
+                lengths.append(kv_len)
+                continue
+            known = len(row.tokens)
+            if known >= row.new.limit:
+                assert known == row.new.limit
+                self.num_inert += 1
+                lengths.append(-1)
+                continue
+            assert plan.least_kv_lens[index] <= known <= kv_len, "the length is out of its bounds"
+            pages = set(
+                range(
+                    -(
+                        -min(known + int(plan.draft_lens[index]), row.new.limit - 1)
+                        // self.page_size
+                    )
+                )
+            )
+            assert pages <= row.pages.keys(), "drafts without pages"
+            lengths.append(known)
+        return lengths
+
+    def _verify(self, plan: StepPlan, prompt: list[PromptLogprobs]) -> StepResult:
+        """As `_sample`, with drafts of which the first some are what the model draws anyway."""
+        counts, drafted, runs = [], [], []
+        for index in np.flatnonzero(plan.samples).tolist():
+            row = self._rows[int(plan.slots[index])]
+            if self._sure[index] < 0:
+                counts.append(0)
+                drafted.append(0)
+                continue
+            known = len(row.tokens)
+            most = min(int(plan.draft_lens[index]), row.new.limit - known - 1)
+            run = [self._draw(row)]
+            seed = row.new.sampling.seed
+            while len(run) <= most and self.accepts(seed, len(row.tokens)):
+                place = self._place(row, len(row.tokens) - 1)
+                self._kv[place] = (row.hashes[-1], self.version)
+                run.append(self._draw(row))
+            self._read(row, len(row.tokens) - 1)
+            for position in range(len(row.tokens) - 1, known + most):
+                self._kv[self._place(row, position)] = (-7, -7)
+            counts.append(len(run))
+            drafted.append(most)
+            runs += run
+        self.num_drafted += sum(drafted)
+        tokens, logprobs, prefixes = ([item[part] for item in runs] for part in range(3))
+        entropies = any(row.new.sampling.entropy for row in self._rows.values())
+        tops = self._tops(plan, counts)
+        return StepResult(
+            step=plan.step,
+            token_ids=np.array(tokens, np.int32),
+            logprobs=np.array(logprobs, np.float32),
+            top=tops,
+            prompt=prompt,
+            entropies=_entropies(prefixes) if entropies else None,
+            counts=np.array(counts, np.int32),
+            drafted=np.array(drafted, np.int32),
+        )
+
+    def _tops(self, plan: StepPlan, counts: list[int]) -> TopLogprobs | None:
+        rows = [self._rows[int(slot)] for slot in plan.slots[plan.samples].tolist()]
+        count = max((row.new.sampling.top_logprobs for row in rows), default=0)
+        if not count:
+            return None
+        return self._top(
+            [row.hashes[-2 if got else -1] for row, got in zip(rows, counts, strict=True)], count
+        )
+
+    def _draw(self, row: Row) -> tuple[int, float, int]:
+        """The next token of a row, which it then knows; its logprob and prefix."""
+        prefix, known = row.hashes[-1], len(row.tokens)
+        sampling = row.new.sampling
+        token = sample(prefix, known, sampling, self.vocab_size, known - row.new.prompt_len)
+        row.tokens.append(token)
+        row.hashes.append(mix(prefix, token))
+        return token, logprob(prefix, token), prefix
+
+    def _place(self, row: Row, position: int) -> tuple[int, int]:
+        return row.pages[position // self.page_size], position % self.page_size
 
     def _new_row(self, new: NewRow) -> Row:
         tokens = new.token_ids.tolist()
@@ -162,10 +270,10 @@ class MockExecutor:
 
     def _write(self, plan: StepPlan) -> None:
         written: set[tuple[int, int]] = set()
-        rows = zip(
-            plan.slots.tolist(), plan.query_lens.tolist(), plan.kv_lens.tolist(), strict=True
-        )
+        rows = zip(plan.slots.tolist(), plan.query_lens.tolist(), self._sure, strict=True)
         for slot, query_len, kv_len in rows:
+            if kv_len < 0:
+                continue
             row = self._rows[slot]
             assert kv_len <= len(row.tokens), "computes a token nobody knows"
             for position in range(kv_len - query_len, kv_len):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from engine.config import SchedulerConfig
+from engine.config import SchedulerConfig, SpeculativeConfig
 from engine.protocol import Request, RequestOutput, SamplingParams, StepPlan, StepResult
 from rollout.cache.manager import CacheManager
 from rollout.scheduler.encode import row_numbers
@@ -56,6 +56,7 @@ class Bench:
         context_length: int = 128,
         overlap: bool = False,
         num_labels: int = 0,
+        speculative: SpeculativeConfig | None = None,
         **config: object,
     ) -> None:
         self.cache = CacheManager(num_pages, page_size, prefix_cache=prefix_cache)
@@ -66,6 +67,7 @@ class Bench:
             context_length=context_length,
             vocab_size=VOCAB,
             num_labels=num_labels,
+            speculative=speculative,
         )
         self.executor = MockExecutor(
             num_pages=num_pages, page_size=page_size, vocab_size=VOCAB, num_labels=num_labels
@@ -118,7 +120,10 @@ class Bench:
         assert self.cache.num_available == stats.total_pages, "a lock leaked"
 
     def set_version(self, version: int) -> list[RequestOutput]:
-        """New weights, on both sides; the outputs of requests that this ended."""
+        """New weights, on both sides; the outputs of requests that this ended. Where drafts are
+        verified no step may be in flight, as none is when a leader commits."""
+        while self.scheduler.drafts and self._results:
+            self.keep(self.scheduler.apply(self._results.popleft()))
         self.executor.version = version
         return self.keep(self.scheduler.set_version(version))
 

@@ -24,6 +24,7 @@ class InFlight:
     version: weights it runs under. slots, uids: [S], the rows that sample, in row order;
     a row whose slot has another uid by then left meanwhile, and its token is dropped.
     row_slots, row_uids: [R], all rows. scored: slots that end without sampling.
+    draft_lens: int32 [S], as in the plan; None where it has none, so that each row gets one token.
     """
 
     step: int
@@ -33,6 +34,7 @@ class InFlight:
     row_slots: IntArray
     row_uids: UidArray
     scored: list[int] = field(default_factory=list)
+    draft_lens: IntArray | None = None
 
 
 class PlanBuilder:
@@ -42,6 +44,8 @@ class PlanBuilder:
         self.step = step
         self._running = running
         self._decode: IntArray = NO_INTS
+        self._draft_lens: IntArray | None = None
+        self._unsure = False
         self._rows: list[tuple[int, int, bool]] = []
         self._new_rows: list[NewRow] = []
         self._page_slots: list[IntArray] = []
@@ -56,9 +60,25 @@ class PlanBuilder:
         """Whether no row was added."""
         return len(self._decode) == 0 and not self._rows
 
-    def set_decode(self, slots: IntArray) -> None:
-        """Rows that compute their newest token and sample the next; int32."""
+    @property
+    def decode(self) -> IntArray:
+        """Slots of the decode rows, int32."""
+        return self._decode
+
+    @property
+    def all_decode(self) -> bool:
+        """Whether there are rows, and each of them decodes."""
+        return len(self._decode) > 0 and not self._rows
+
+    def set_draft_lens(self, lens: IntArray) -> None:
+        """Drafts that each decode row of a step without others verifies; int32."""
+        self._draft_lens = lens
+
+    def set_decode(self, slots: IntArray, *, unsure: bool = False) -> None:
+        """Rows that compute their newest token and sample the next; int32. unsure: how many tokens
+        some have, or whether they have ended, only the ranks know."""
         self._decode = slots
+        self._unsure = unsure
 
     def add_prefill(self, slot: int, num_tokens: int, *, sample: bool, last: bool) -> None:
         """A row that computes its next `num_tokens` known tokens."""
@@ -76,6 +96,8 @@ class PlanBuilder:
                 prompt_len=sequence.prompt_len,
                 sampling=sequence.row_sampling(),
                 prompt_logprob_start=sequence.prompt_logprob_start,
+                limit=int(self._running.table.max_tokens[slot]),
+                forced_acceptance=sequence.request.forced_acceptance,
             )
         )
 
@@ -106,7 +128,14 @@ class PlanBuilder:
         for match in self._copied:
             self._running.cache.release_source(match)
         slots, lens, samples = self._ordered(ones)
-        table = self._running.table
+        table, drafts = self._running.table, self._running.drafts
+        computed, draft_lens, least = table.num_computed[slots], NO_INTS, NO_INTS
+        if drafts is not None and self._has_bounds():
+            draft_lens = np.zeros(len(slots), np.int32)
+            if self._draft_lens is not None:
+                draft_lens = self._draft_lens
+            least = computed - table.num_unsure[slots]
+            computed = computed - draft_lens
         copies = np.array(self._copies, np.int32).reshape(-1, 2)
         plan = StepPlan(
             step=self.step,
@@ -118,10 +147,21 @@ class PlanBuilder:
             copy_dst=np.ascontiguousarray(copies[:, 1]),
             slots=slots,
             query_lens=lens,
-            kv_lens=table.num_computed[slots],
+            kv_lens=computed,
             samples=samples,
+            draft_lens=draft_lens,
+            least_kv_lens=least,
+            sources=None if drafts is None else drafts.sources(),
         )
-        return plan, self._in_flight(slots, samples)
+        flight = self._in_flight(slots, samples, draft_lens if len(draft_lens) else None)
+        if drafts is not None:
+            all_decode = self.all_decode
+            drafts.planned(self.step, flight.slots, flight.draft_lens, all_decode=all_decode)
+        return plan, flight
+
+    def _has_bounds(self) -> bool:
+        """Whether some row drafts, or did in a step that is still in flight."""
+        return self._unsure or (self._draft_lens is not None and bool(self._draft_lens.any()))
 
     def _ordered(self, ones: IntArray) -> tuple[IntArray, IntArray, BoolArray]:
         count = len(self._decode)
@@ -135,7 +175,9 @@ class PlanBuilder:
         order = self._running.batch_order(slots)
         return slots[order], lens[order], samples[order]
 
-    def _in_flight(self, slots: IntArray, samples: BoolArray) -> InFlight:
+    def _in_flight(
+        self, slots: IntArray, samples: BoolArray, draft_lens: IntArray | None
+    ) -> InFlight:
         uids = self._running.table.uid[slots]
         all_sample = bool(samples.all())
         return InFlight(
@@ -146,6 +188,7 @@ class PlanBuilder:
             row_slots=slots,
             row_uids=uids,
             scored=self._scored,
+            draft_lens=draft_lens if draft_lens is None or all_sample else draft_lens[samples],
         )
 
 

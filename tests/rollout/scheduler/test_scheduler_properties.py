@@ -21,6 +21,7 @@ from hypothesis.stateful import (
     rule,
 )
 
+from engine.config import SpeculativeConfig
 from engine.errors import InvalidRequest, SlipstreamError
 from engine.protocol import Request, RequestOutput
 from tests.helpers.scheduling import (
@@ -55,6 +56,7 @@ FIELDS = st.fixed_dictionaries(
         "salt": st.sampled_from(["", "s"]),
         "kv_policy": st.sampled_from(["keep", "recompute", "fresh"]),
         "hold_at": st.integers(1, 14),
+        "draft_tokens": st.integers(0, 7),
     },
 )
 
@@ -78,9 +80,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_chunk_tokens=st.integers(1, 16),
         policy=st.sampled_from(["fcfs", "longest_prefix"]),
         starvation_steps=st.integers(1, 4),
+        draft_tokens=st.sampled_from([0, 1, 3, 7]),
     )
-    def start(self, **config: object) -> None:
-        self.bench = Bench(context_length=CONTEXT, **config)
+    def start(self, draft_tokens: int, **config: object) -> None:
+        method = "ngram" if draft_tokens else "off"
+        speculative = SpeculativeConfig(method=method, draft_tokens=draft_tokens)
+        self.bench = Bench(context_length=CONTEXT, speculative=speculative, **config)
 
     @rule(
         prompt=PROMPTS,

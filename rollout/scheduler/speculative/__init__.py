@@ -1,0 +1,1 @@
+"""What is drafted ahead of the sampled tokens: how many, from where, and what came of it."""

@@ -1,0 +1,180 @@
+"""Draft lengths of the rows that decode, and the bounds they leave on what a row has computed.
+
+How many drafts were accepted is known on the ranks at once and here one step later. So a running
+sequence has two counts of tokens whose KV is computed once every planned step is done: the most,
+`SlotTable.num_computed`, which its pages have to hold, and the least, that less `num_unsure`,
+which may be shared. Both follow from the tokens known and the steps in flight.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from engine.config import SpeculativeConfig
+from engine.protocol import DraftSources, IntArray
+from rollout.cache.manager import CacheManager
+from rollout.scheduler.sequence import Sequence
+from rollout.scheduler.table import PREFILLING, SlotTable
+
+MAX_VERIFY_ROWS = 512
+"""Rows of one step, those of drafts among them."""
+
+
+class Controller(Protocol):
+    """Says how many drafts a step verifies."""
+
+    def choose(self, num_rows: int) -> int:
+        """Most drafts a row for the next step of `num_rows` rows."""
+        ...
+
+    def planned(self, step: int, num_rows: int, k: int) -> None:
+        """A step in which every row decodes was planned."""
+        ...
+
+    def observe(self, step: int, drafted: IntArray, counts: IntArray) -> None:
+        """Its result came; int32, a row each. Steps that `planned` was not told of may come too."""
+        ...
+
+
+class History(Protocol):
+    """Knows what drafts may be copied from."""
+
+    def enter(self, slot: int, key: bytes) -> None:
+        """A sequence took a slot; key: equal for those that may draft from each other."""
+        ...
+
+    def leave(self, slot: int, *, prompt_len: int, size: int, version: int, keep: bool) -> None:
+        """It left with `size` tokens; keep: others may go on to draft from them."""
+        ...
+
+    def take(self) -> DraftSources | None:
+        """What changed since the last plan."""
+        ...
+
+    def set_version(self, version: int) -> None:
+        """New weights serve."""
+        ...
+
+    def clear(self) -> None:
+        """Every sequence is gone, whatever the ranks' tables say."""
+        ...
+
+
+class Drafts:
+    """Draft lengths and bounds over one slot table."""
+
+    def __init__(
+        self,
+        config: SpeculativeConfig,
+        table: SlotTable,
+        cache: CacheManager,
+        *,
+        controller: Controller,
+        history: History,
+    ) -> None:
+        self._config = config
+        self._table = table
+        self._cache = cache
+        self._controller = controller
+        self._history = history
+
+    def entered(self, sequence: Sequence) -> None:
+        """A sequence took its slot."""
+        most, request = self._config.draft_tokens, sequence.request
+        if request.draft_tokens >= 0:
+            most = min(most, request.draft_tokens)
+        self._table.most_drafts[sequence.slot] = most if sequence.may_draft else 0
+        key = request.salt.encode() + b"\0" + request.prompt_ids.tobytes()
+        self._history.enter(sequence.slot, key)
+
+    def left(self, sequence: Sequence, version: int, *, keep: bool) -> None:
+        """A sequence is about to leave its slot, with its tokens taken."""
+        self._history.leave(
+            sequence.slot,
+            prompt_len=sequence.prompt_len,
+            size=len(sequence.tokens),
+            version=version,
+            keep=keep and sequence.request.forced_acceptance < 0,
+        )
+
+    def lens(self, slots: IntArray) -> IntArray:
+        """How many tokens to draft for each of the rows of a step in which all decode, int32 [R].
+
+        Whoever is near its end drafts no further; so does everyone beyond the pages it has or
+        can have without taking one from the prefix cache.
+        """
+        most = min(len(slots), MAX_VERIFY_ROWS)
+        k = min(self._controller.choose(len(slots)), MAX_VERIFY_ROWS // most - 1)
+        if k <= 0:
+            return np.zeros(len(slots), np.int32)
+        table = self._table
+        computed = table.num_computed[slots]
+        lens: IntArray = np.minimum(table.most_drafts[slots], k)
+        lens = np.minimum(lens, table.max_tokens[slots] - 1 - computed)
+        page_size = self._cache.page_size
+        missing = -(-(computed + lens) // page_size) - table.num_pages[slots]
+        if int(np.maximum(missing, 0).sum()) > self._cache.num_free:
+            lens = np.minimum(lens, table.num_pages[slots] * page_size - computed)
+        return lens
+
+    def drafted(self, slots: IntArray, lens: IntArray) -> None:
+        """These rows may compute so many tokens more in the step being planned."""
+        self._table.num_computed[slots] += lens
+        self._table.num_unsure[slots] += lens
+
+    def planned(
+        self, step: int, slots: IntArray, lens: IntArray | None, *, all_decode: bool
+    ) -> None:
+        """A step was planned in which `slots` sample, with `lens` drafts each."""
+        table = self._table
+        table.steps_ahead[slots] += 1
+        table.tokens_ahead[slots] += 1 if lens is None else lens + 1
+        if all_decode:
+            k = 0 if lens is None else int(lens.max(initial=0))
+            self._controller.planned(step, len(slots), k)
+
+    def settle(self, slots: IntArray, lens: IntArray | None) -> None:
+        """The result of a step was appended to `slots`, those of its rows that still run."""
+        table = self._table
+        table.steps_ahead[slots] -= 1
+        table.tokens_ahead[slots] -= 1 if lens is None else lens + 1
+        if lens is None:
+            return
+        known, end = table.num_tokens[slots] - 1, table.max_tokens[slots] - 1
+        most = np.minimum(known + table.tokens_ahead[slots], end)
+        table.num_computed[slots] = most
+        table.num_unsure[slots] = most - np.minimum(known + table.steps_ahead[slots], end)
+
+    def observe(self, step: int, drafted: IntArray, counts: IntArray) -> None:
+        """What came of the drafts of a step, those of rows that left meanwhile included."""
+        self._controller.observe(step, drafted, counts)
+
+    def sources(self) -> DraftSources | None:
+        """What changed of the sources since the last plan."""
+        return self._history.take()
+
+    def set_version(self, version: int) -> None:
+        """New weights serve."""
+        self._history.set_version(version)
+
+    def clear(self) -> None:
+        """Every sequence is gone."""
+        self._history.clear()
+
+    def check_integrity(self, slot: int) -> None:
+        """Assert that what is shared of a running sequence is computed, and what it may compute
+        has pages, whatever the steps in flight accept."""
+        table = self._table
+        unsure, computed = int(table.num_unsure[slot]), int(table.num_computed[slot])
+        if table.phase[slot] == PREFILLING:
+            assert unsure == 0, f"slot {slot}: a prompt's length is not in doubt"
+            return
+        known, end = int(table.num_tokens[slot]) - 1, int(table.max_tokens[slot]) - 1
+        if known == end:
+            return  # It samples nothing: only its prompt was wanted.
+        least = min(known + int(table.steps_ahead[slot]), end)
+        most = min(known + int(table.tokens_ahead[slot]), end)
+        assert computed - unsure == least, f"slot {slot}: {computed - unsure} sure, {least} are"
+        assert computed == most, f"slot {slot}: at most {computed} computed, {most} may be"
