@@ -44,7 +44,10 @@ def assert_close(name: str, got: torch.Tensor, want: torch.Tensor, dtype: torch.
 
 
 def poison(tensor: torch.Tensor) -> torch.Tensor:
-    """Fill with NaN (integers: the least value), in place: whoever reads it is found out."""
+    """Fill with NaN (integers: the least value; booleans: True), in place: whoever reads it is
+    found out."""
+    if tensor.dtype == torch.bool:
+        return tensor.fill_(True)
     if tensor.is_floating_point():
         return tensor.fill_(float("nan"))
     return tensor.fill_(torch.iinfo(tensor.dtype).min)
