@@ -36,7 +36,7 @@ def finish_of(sequence: Sequence, matched: int, size: int, kv_tokens: int) -> Fi
         return FinishReason(type="stop", matched=matched)
     if length >= sequence.max_new_tokens:
         return FinishReason(type="length", length=length)
-    if length >= sequence.end_at:
+    if size <= kv_tokens:
         return FinishReason(type="hold", length=length)
     return FinishReason(
         type="abort",

@@ -178,7 +178,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         end = start + size
         assert start == (0 if request.output_ids is None else len(request.output_ids))
         assert end == self._full_size(request, len(tokens))
-        held = 0 < request.hold_at == end < min(len(tokens), request.sampling.max_new_tokens)
+        # Whatever else ends it at the same token comes first, a full pool too.
+        pool = self.bench.cache.num_pages * self.bench.cache.page_size
+        room = pool + 1 - len(request.prompt_ids)
+        longest = min(len(tokens), request.sampling.max_new_tokens, room)
+        held = 0 < request.hold_at == end < longest
         assert (output.finish.type == "hold") == held
         if size:
             assert output.kv_spans[-1].end == len(request.prompt_ids) + end - 1 or size == 1
