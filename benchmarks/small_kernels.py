@@ -1,7 +1,8 @@
-"""Time the small kernels of a decode step: fused ones against the chain they replace, and
-products of few rows against cuBLAS and the bandwidth.
+"""Time the small kernels of a decode step: fused ones against the chain they replace, products
+of few rows against cuBLAS and the bandwidth, and what stands around a step that verifies drafts.
 
-    python benchmarks/small_kernels.py [--parts correct fused products chain] [--tune] [--json F]
+    python benchmarks/small_kernels.py [--parts correct fused products chain speculative] [--tune]
+        [--json F]
 
 Every time is microseconds of one call inside a CUDA graph of many, over enough copies of the
 weights that none is found in the L2 cache. `chain` runs the layers of a decode step without
@@ -25,10 +26,11 @@ import checkout  # noqa: F401
 import small_kernels_chain as chain
 import small_kernels_correct as correct
 import small_kernels_products as products
+import small_kernels_speculative as speculative
 import torch
 from machine import describe
 
-PARTS = ("correct", "fused", "products", "chain")
+PARTS = ("correct", "fused", "products", "chain", "speculative")
 WARMERS = 14
 
 
@@ -75,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "fused": chain.fused_kernels,
         "products": lambda: products.table(best, bandwidth),
         "chain": lambda: chain.table(best, bandwidth),
+        "speculative": speculative.table,
     }
     order = [name for name in PARTS if name in options.parts]
     if options.tune:

@@ -1,11 +1,11 @@
 """N-gram drafts on a CPU, which drafts by it too: numpy, whose many small calls cost less.
 
 Shapes: R rows that may draft, K most drafts of a row, S sources of a row with its own text the
-first, T distinct texts among them, N tokens of these, P places of them that may match a row, W
-last tokens of a row that a match may have.
+first, T distinct texts among them, N tokens of these, Y pairs of a text and a row that reads it,
+P places in texts with a row whose last tokens end there, W last tokens that a match may have.
 
-Rows of a prompt share their sources, so each distinct text is read once: for the last one or two
-tokens of any row, by a table of hashes. Few places are left to be compared with one row each.
+Rows of a prompt share their sources, so each distinct text is taken once, and compared with the
+last one or two tokens of all rows that read it. Few places are left to be looked at further.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ import torch
 Array = np.ndarray
 _BETWEEN, _BEFORE = -1, -2
 """What stands between texts, and before the first token of a row: neither equals anything."""
-_HASHES = 1 << 16
 _AT_BITS = 32
 """A match is one number, its length above its place, so that the largest is the best."""
 
 
 class _Texts(NamedTuple):
-    """tokens_N: all texts, something else before and behind each. start_T, stop_T: where they lie
-    there. of_RS: which of them each source is."""
+    """tokens_N: all texts, with something else before and behind each, and twice before the first.
+    start_T, stop_T: where they lie there. of_RS: which of them each source is."""
 
     tokens_N: Array
     start_T: Array
@@ -94,7 +93,7 @@ def _gather_texts(
             at, size = segments[-2 - source]
             views.append(history[at : at + size])
     size_T = np.array([len(view) for view in views])
-    stop_T = np.cumsum(size_T + 1)
+    stop_T = np.cumsum(size_T + 1) + 1
     start_T = stop_T - size_T
     tokens_N = np.full(stop_T[-1] + 1, _BETWEEN, dtype=np.int32)
     for start, stop, view in zip(start_T.tolist(), stop_T.tolist(), views, strict=True):
@@ -111,15 +110,9 @@ def _suffixes(token_ids: Array, own_R: Array, known_R: Array, width: int) -> Arr
 
 def _best_matches(texts: _Texts, suffix_RW: Array, sure: int) -> Array:
     """Best match of each row in each text, 0 for none; sure: tokens it has to have, 1 or 2."""
-    row_P, at_P = _places(texts.tokens_N, suffix_RW, sure)
-    text_P = np.searchsorted(texts.start_T, at_P, side="right") - 1
     best_RT = np.zeros((len(suffix_RW), len(texts.start_T)), dtype=np.int64)
-    is_source_RT = np.zeros(best_RT.shape, dtype=bool)
-    np.put_along_axis(is_source_RT, texts.of_RS, True, axis=1)
-    # A match needs a token behind it.
-    kept_P = is_source_RT[row_P, text_P] & (at_P + 1 < texts.stop_T[text_P])
-    row_P, at_P = row_P[kept_P], at_P[kept_P]
-    pair_P = row_P * best_RT.shape[1] + text_P[kept_P]
+    row_P, at_P, text_P = _places(texts, suffix_RW, sure)
+    pair_P = row_P * best_RT.shape[1] + text_P
     # The latest places first: in text that repeats itself every other one is then settled.
     latest = np.full(best_RT.size, -1)
     latest[pair_P] = np.arange(len(pair_P))
@@ -133,30 +126,30 @@ def _best_matches(texts: _Texts, suffix_RW: Array, sure: int) -> Array:
     return best_RT
 
 
-def _places(tokens_N: Array, suffix_RW: Array, sure: int) -> tuple[Array, Array]:
-    """Every (row, place of its newest token) where the last `sure` tokens are the row's, by
-    ascending place."""
+def _places(texts: _Texts, suffix_RW: Array, sure: int) -> tuple[Array, Array, Array]:
+    """Every (row, place, text) where the last `sure` tokens of the row end at that place of one of
+    its texts, with a token behind them; the places of a row and a text ascend."""
+    tokens_N, start_T, stop_T = texts.tokens_N, texts.start_T, texts.stop_T
     newest_R, before_R = suffix_RW[:, 0], suffix_RW[:, sure - 1]
-    marked = np.zeros(_HASHES, dtype=bool)
-    marked[_hash(before_R, newest_R)] = True
-    hashes = _hash(tokens_N[: len(tokens_N) + 1 - sure], tokens_N[sure - 1 :])
-    at_P = np.flatnonzero(marked[hashes]) + sure - 1
-    codes_P = _code(tokens_N[at_P - sure + 1], tokens_N[at_P])
-    codes_R = _code(before_R, newest_R)
-    order_R = np.argsort(codes_R, kind="stable")
-    first_P = np.searchsorted(codes_R[order_R], codes_P, side="left")
-    count_P = np.searchsorted(codes_R[order_R], codes_P, side="right") - first_P
-    # Rows that end alike share a place: it is repeated for each.
-    nth = np.arange(count_P.sum()) - np.repeat(np.cumsum(count_P) - count_P, count_P)
-    return order_R[np.repeat(first_P, count_P) + nth], np.repeat(at_P, count_P)
+    is_source_TR = np.zeros((len(start_T), len(suffix_RW)), dtype=bool)
+    np.put_along_axis(is_source_TR, texts.of_RS.T, True, axis=0)
+    text_Y, row_Y = is_source_TR.nonzero()
+    bound_T1 = np.searchsorted(text_Y, np.arange(len(start_T) + 1))
+    # 16 bits of each pair of tokens, at the place of its first: quick to compare, rarely wrong.
+    hash_N = _hash(tokens_N[: len(tokens_N) + 1 - sure], tokens_N[sure - 1 :])
+    hash_Y1 = _hash(before_R, newest_R)[row_Y][:, None]
+    bounds = zip(start_T + 1 - sure, stop_T - sure, bound_T1[:-1], bound_T1[1:], strict=True)
+    found = [np.flatnonzero(hash_N[a:b] == hash_Y1[c:d]) for a, b, c, d in bounds]
+    text_P = np.repeat(np.arange(len(found)), [len(flat) for flat in found])
+    nth_P, place_P = np.divmod(np.concatenate(found), (stop_T - start_T - 1)[text_P])
+    row_P, at_P = row_Y[bound_T1[text_P] + nth_P], start_T[text_P] + place_P
+    same_P = tokens_N[at_P] == newest_R[row_P]
+    same_P &= tokens_N[at_P - sure + 1] == before_R[row_P]
+    return row_P[same_P], at_P[same_P], text_P[same_P]
 
 
 def _hash(before: Array, newest: Array) -> Array:
-    return (before * 40503 + newest).astype(np.uint16)
-
-
-def _code(before: Array, newest: Array) -> Array:
-    return before.astype(np.int64) << 32 | newest
+    return before.astype(np.uint16) * np.uint16(40503) + newest.astype(np.uint16)
 
 
 def _matches(tokens_N: Array, suffix_RW: Array, row_P: Array, at_P: Array, sure: int) -> Array:

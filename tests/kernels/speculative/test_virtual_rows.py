@@ -53,7 +53,7 @@ def by_loop(case: DraftedRows) -> tuple[list[tuple[int, int, int, int, int, bool
     return rows, drafted
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.randoms(use_true_random=False))
 def test_reference_is_the_plain_loop(rng: random.Random) -> None:
     case = drafted_rows(rng)
