@@ -24,7 +24,9 @@ from engine.transfer import to_device
 class RequestTable:
     """Tokens and pages of every slot, on the device.
 
-    token_ids: int32 [slots, context]. page_table: int32 [slots, P]; on a CPU both share
+    token_ids: int32 [slots, context]. length: int32 [slots], tokens known of each sequence.
+    limit: int32 [slots], known tokens at which it ends. forced: float32 [slots], as
+    `NewRow.forced_acceptance`. page_table: int32 [slots, P]; on a CPU both share
     memory with the numpy views `host_pages`, so reading them costs nothing. On a GPU
     `host_pages` is the host's copy: what the attention planner reads without a device sync.
     """
@@ -37,6 +39,10 @@ class RequestTable:
         self.device = device
         self.host_pages = np.zeros((num_slots, columns), dtype=np.int32)
         self.token_ids = torch.zeros((num_slots, context_length), dtype=torch.int32, device=device)
+        self._row_state = torch.zeros((3, num_slots), dtype=torch.int32, device=device)
+        self.length, self.limit = self._row_state[0], self._row_state[1]
+        self.forced = self._row_state[2].view(torch.float32)
+        self.forced.fill_(-1.0)
         on_cpu = device.type == "cpu"
         pages = torch.from_numpy(self.host_pages)
         self.page_table = pages if on_cpu else pages.to(device)
@@ -45,10 +51,22 @@ class RequestTable:
         """Write the known tokens of the sequences that enter a slot; one copy for all."""
         if not rows:
             return
+        state = np.empty((4, len(rows)), np.int32)
+        state[0] = [row.slot for row in rows]
+        state[1] = [len(row.token_ids) for row in rows]
+        state[2] = [row.limit for row in rows]
+        state[3].view(np.float32)[:] = [row.forced_acceptance for row in rows]
+        packed = to_device(state, self.device)
+        self._row_state[:, packed[0].long()] = packed[1:]
         ids = to_device(np.concatenate([row.token_ids for row in rows]), self.device)
         parts = ids.split([len(row.token_ids) for row in rows])
         for row, part in zip(rows, parts, strict=True):
             self.token_ids[row.slot, : len(part)] = part
+
+    def lengths(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`length` and `limit` of some slots on the host, int32; waits for the steps in flight."""
+        state = self._row_state[:2, to_device(slots.astype(np.int64), self.device)].cpu().numpy()
+        return state[0], state[1]
 
     def set_pages(self, plan: StepPlan) -> None:
         """Apply the page-table delta of a plan."""
@@ -62,6 +80,7 @@ class RequestTable:
 
     def append(self, slots_S: torch.Tensor, at_S: torch.Tensor, token_S: torch.Tensor) -> None:
         """Store sampled tokens at index `at` of their sequence (dropped past the context)."""
+        self.length[slots_S] = (at_S + 1).to(torch.int32)
         fits = at_S < self.token_ids.shape[1]
         at_S = at_S.clamp(max=self.token_ids.shape[1] - 1)
         kept = torch.where(fits, token_S.to(torch.int32), self.token_ids[slots_S, at_S])

@@ -140,6 +140,8 @@ class SpeculativeConfig:
     """How 'auto' judges: by measured times, or by counts alone so that a seed repeats a run."""
     history_tokens: Suppress[int] = 1 << 22
     """Tokens of finished sequences that are kept to draft from."""
+    num_segments: Suppress[int] = 4096
+    """Finished sequences that are kept to draft from."""
     num_sources: Suppress[int] = 16
     """Other sequences that are looked through for one row."""
 

@@ -1,12 +1,13 @@
 """Decode steps as CUDA-graph replays: one launch from the host in place of some hundreds.
 
-Legend: R rows of a bucket, V vocabulary.
+Legend: R rows of a bucket, K drafts of a row, J = K + 1, V = R * J rows of the model's step.
 
-A graph is captured when a step first needs it: for a bucket of rows and what attention depends
-on, such as rows that share pages. It serves every KV length. It reads slots and KV lengths from
-one static buffer and everything else (token ids, pages, sampling parameters) from the device
-tables, so that a replay needs no other input. All graphs allocate from one memory pool: they
-never run at the same time. Weights change in place, so graphs survive updates.
+A graph is captured when a step first needs it: for a bucket of rows, the drafts each of them
+verifies, and what attention depends on, such as rows that share pages. It drafts, lays the rows
+out, runs the model, draws and accepts. It reads slots and draft lengths from one static buffer and
+everything else (lengths, token ids, pages, sampling parameters) from the device tables, so that a
+replay needs no other input and serves every KV length. All graphs allocate from one memory pool:
+they never run at the same time. Weights change in place, so graphs survive updates.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ from engine.attention.stored import ForwardContext
 from engine.batch import RequestTable
 from engine.models.build import Model
 from engine.sampling import PLAIN, DrawOptions, Sampler
+from engine.speculative.ngram import NgramDrafter
 from engine.transfer import to_device
+from kernels.speculative.accept import accept
+from kernels.speculative.rows import VirtualRows, virtual_rows
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +58,38 @@ class _Captured:
     step: AttentionStep
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """What a graph is captured for: rows, drafts of each, and what their draws need."""
+
+    rows: int
+    drafts: int
+    options: DrawOptions
+
+    @property
+    def verified(self) -> int:
+        """Rows of the model's step."""
+        return self.rows * (self.drafts + 1)
+
+
+@dataclass(frozen=True)
+class GraphOutputs:
+    """What a replay drew, in static buffers that the next one overwrites: `sampled` int32
+    [2 or 3, V] as `engine.pending.pack_sampled` lays it out; counts int32 [2, R], tokens of each
+    row that count and drafts there were; row r's tokens begin at r * `width`."""
+
+    sampled: torch.Tensor
+    counts: torch.Tensor
+    width: int
+
+
 class DecodeGraphs:
     """Captures and replays the decode step of plain rows.
 
+    max_rows: rows of a step; max_verified: rows of the model's step, drafts among them.
     scratch_slot: a row of the tables that no request takes; its pages are of nobody. Rows
-    that pad a bucket run on it. region: what a capture allocates belongs to it.
+    that pad a bucket run on it. drafter: None where nothing is drafted. region: what a capture
+    allocates belongs to it.
     """
 
     def __init__(
@@ -69,7 +100,9 @@ class DecodeGraphs:
         attention: CapturableBackend,
         *,
         max_rows: int,
+        max_verified: int,
         scratch_slot: int,
+        drafter: NgramDrafter | None = None,
         region: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._model = model
@@ -80,37 +113,56 @@ class DecodeGraphs:
         self._scratch_slot = scratch_slot
         self._region = region
         self._device = table.device
+        self._drafter = drafter
+        self._max_verified = max_verified
         self._inputs = torch.zeros(2 * max_rows, dtype=torch.int32, device=table.device)
-        self._write_slots = torch.zeros(max_rows, dtype=torch.int64, device=table.device)
-        self._outputs = torch.zeros(3 * max_rows, dtype=torch.int32, device=table.device)
-        self._query_start = torch.arange(max_rows + 1, dtype=torch.int32, device=table.device)
+        self._rows = VirtualRows.empty(max_verified, table.device)
+        self._drafts = torch.zeros(max_verified, dtype=torch.int32, device=table.device)
+        self._counts = torch.zeros(2 * max_rows, dtype=torch.int32, device=table.device)
+        self._outputs = torch.zeros(3 * max_verified, dtype=torch.int32, device=table.device)
+        self._query_start = torch.arange(max_verified + 1, dtype=torch.int32, device=table.device)
         self._attentions: dict[int, CapturedDecode] = {}
-        self._graphs: dict[tuple[int, DrawOptions], _Captured] = {}
+        self._graphs: dict[tuple[int, _Kind], _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(table.device)
 
     def run(
-        self, slots: np.ndarray, kv_lens: np.ndarray, options: DrawOptions = PLAIN
-    ) -> torch.Tensor:
-        """Queue one decode step over `slots`; `kv_lens` as in `StepPlan`.
+        self,
+        slots: np.ndarray,
+        kv_lens: np.ndarray,
+        options: DrawOptions = PLAIN,
+        draft_lens: np.ndarray | None = None,
+    ) -> GraphOutputs:
+        """Queue one decode step over `slots`.
 
-        options: what the rows' draws need; see `Sampler.options`. Returns int32 [2 or 3, R] as
-        `engine.pending.pack_sampled` lays it out, R the bucket. The next call overwrites it.
+        kv_lens, draft_lens: int32 [R] as in `StepPlan`; without drafts the lengths are those that
+        the device knows. options: what the rows' draws need; see `Sampler.options`.
         """
         rows = int(self._buckets[np.searchsorted(self._buckets, len(slots))])
-        attention = self._attentions.get(rows)
+        kind = _Kind(rows, self._most_drafts(rows, draft_lens), options)
+        attention = self._attentions.get(kind.verified)
         if attention is None:
-            attention = self._attention.capture_decode(self._layout(rows))
-            self._attentions[rows] = attention
-        attention.refresh(*self._fill(rows, slots, kv_lens))
-        key = id(attention.step), options
+            attention = self._attention.capture_decode(self._layout(kind.verified))
+            self._attentions[kind.verified] = attention
+        packed = self._fill(rows, slots, draft_lens)
+        if draft_lens is None:
+            lens = np.ones(rows, dtype=np.int32)
+            lens[: len(kv_lens)] = kv_lens
+            attention.refresh(packed[0], lens)
+        else:
+            attention.refresh(packed[0], packed[1], exact=False)
+        key = id(attention.step), kind
         captured = self._graphs.get(key)
         if captured is None:
-            captured = self._graphs[key] = self._capture(rows, attention.step, options)
-            self._fill(rows, slots, kv_lens)
+            captured = self._graphs[key] = self._capture(kind, attention.step)
+            self._fill(rows, slots, draft_lens)
         captured.graph.replay()
         num_outputs = 3 if options.entropy else 2
-        return self._outputs[: num_outputs * rows].view(num_outputs, rows)
+        return GraphOutputs(
+            sampled=self._outputs[: num_outputs * kind.verified].view(num_outputs, -1),
+            counts=self._counts[: 2 * rows].view(2, rows),
+            width=kind.drafts + 1,
+        )
 
     def capture_all(self) -> None:
         """Capture every bucket, on rows that no request has.
@@ -121,62 +173,95 @@ class DecodeGraphs:
             slots = np.full(rows, self._scratch_slot, dtype=np.int32)
             self.run(slots, np.ones(rows, dtype=np.int32))
 
-    def _fill(self, rows: int, slots: np.ndarray, kv_lens: np.ndarray) -> np.ndarray:
+    def _most_drafts(self, rows: int, draft_lens: np.ndarray | None) -> int:
+        """Drafts of each row of a graph that serves these; fewer where the buffers end."""
+        if draft_lens is None or self._drafter is None:
+            return 0
+        return int(min(draft_lens.max(initial=0), self._max_verified // rows - 1))
+
+    def _fill(
+        self, rows: int, slots: np.ndarray, draft_lens: np.ndarray | None = None
+    ) -> np.ndarray:
         """Send the rows of the next replay, padded to the bucket: int32 [2, R]."""
-        packed = np.empty((2, rows), dtype=np.int32)
+        packed = np.zeros((2, rows), dtype=np.int32)
         packed[0, : len(slots)], packed[0, len(slots) :] = slots, self._scratch_slot
-        packed[1, : len(slots)], packed[1, len(slots) :] = kv_lens, 1
+        if draft_lens is not None:
+            packed[1, : len(slots)] = draft_lens
         self._inputs[: 2 * rows].copy_(to_device(packed.reshape(-1), self._device))
         return packed
 
-    def _capture(self, rows: int, step: AttentionStep, options: DrawOptions) -> _Captured:
+    def _capture(self, kind: _Kind, step: AttentionStep) -> _Captured:
         """Record a step; what it runs over meanwhile are rows of nobody."""
         started = time.perf_counter()
-        nobody = np.zeros(0, dtype=np.int32)
-        self._fill(rows, nobody, nobody)
+        self._fill(kind.rows, np.zeros(0, dtype=np.int32))
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
         with self._region(), torch.cuda.stream(self._stream):
             # Kernels are compiled and loaded by a plain run: a capture allows neither.
-            self._forward(rows, step, options)
+            self._forward(kind, step)
             self._stream.synchronize()
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                self._forward(rows, step, options)
+                self._forward(kind, step)
             finally:
                 graph.capture_end()
         torch.cuda.current_stream().wait_stream(self._stream)
-        logger.info("captured %d rows in %.2f s", rows, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        logger.info("captured %d rows, %d drafts in %.2f s", kind.rows, kind.drafts, seconds)
         return _Captured(graph, step)
 
-    def _layout(self, rows: int) -> DecodeLayout:
+    def _layout(self, verified: int) -> DecodeLayout:
         return DecodeLayout(
-            rows=rows,
-            slots_R=self._inputs[:rows],
-            kv_lens_R=self._inputs[rows : 2 * rows],
-            write_slots_R=self._write_slots[:rows],
-            query_start_R1=self._query_start[: rows + 1],
+            rows=verified,
+            slots_R=self._rows.slots_V[:verified],
+            kv_lens_R=self._rows.kv_lens_V[:verified],
+            write_slots_R=self._rows.write_slots_V[:verified],
+            query_start_R1=self._query_start[: verified + 1],
             page_table=self._table.page_table,
             host_pages=self._table.host_pages,
             max_kv_len=self._table.token_ids.shape[1],
             page_size=self._table.page_size,
         )
 
-    def _forward(self, rows: int, step: AttentionStep, options: DrawOptions) -> None:
-        table, page_size = self._table, self._table.page_size
-        slots_R, at_R = self._inputs[: 2 * rows].long().view(2, rows)
-        positions_R = at_R - 1
-        pages_R = table.page_table[slots_R, positions_R // page_size].long()
-        first_R, offset_R = pages_R * page_size, positions_R % page_size
-        torch.add(first_R, offset_R, out=self._write_slots[:rows])
-        context = ForwardContext(positions_R, step)
-        hidden_RE = self._model(table.token_ids[slots_R, positions_R], context)
-        logits_RV = self._model.compute_logits(hidden_RE, widen=False)
-        outputs_3R = self._outputs[: 3 * rows].view(3, rows)
-        entropy_R = outputs_3R[2].view(torch.float32) if options.entropy else None
-        tokens_R, logprobs_R = self._sampler.draw_plain(
-            logits_RV, slots_R, at_R, options, entropy_R
+    def _forward(self, kind: _Kind, step: AttentionStep) -> None:
+        table, verified = self._table, kind.verified
+        slots_R, lens_R = self._inputs[: 2 * kind.rows].view(2, kind.rows)
+        drafts_RK = self._drafts[: kind.rows * kind.drafts].view(kind.rows, kind.drafts)
+        counts_R, drafted_R = self._counts[: 2 * kind.rows].view(2, kind.rows)
+        if kind.drafts and self._drafter is not None:
+            self._drafter.propose(slots_R, lens_R, drafts_RK, drafted_R)
+        rows = virtual_rows(
+            slots_R,
+            drafts_RK,
+            drafted_R,
+            length=table.length,
+            limit=table.limit,
+            token_ids=table.token_ids,
+            page_table=table.page_table,
+            page_size=table.page_size,
+            scratch_slot=self._scratch_slot,
+            out=self._rows.first(verified),
+            backend="triton",
         )
-        table.append(slots_R, at_R, tokens_R)
-        outputs_3R[0].copy_(tokens_R)
-        outputs_3R[1].view(torch.float32).copy_(logprobs_R)
+        hidden_VE = self._model(rows.input_ids_V, ForwardContext(rows.positions_V, step))
+        logits = self._model.compute_logits(hidden_VE, widen=False)
+        outputs_3V = self._outputs[: 3 * verified].view(3, verified)
+        entropy_V = outputs_3V[2].view(torch.float32) if kind.options.entropy else None
+        slots_V, at_V = rows.slots_V.long(), rows.positions_V + 1
+        tokens_V, logprobs_V = self._sampler.draw_plain(
+            logits, slots_V, at_V, kind.options, entropy_V
+        )
+        accept(
+            tokens_V,
+            slots_R,
+            drafts_RK,
+            drafted_R,
+            length=table.length,
+            limit=table.limit,
+            forced=table.forced,
+            token_ids=table.token_ids,
+            counts_R=counts_R,
+            backend="triton",
+        )
+        outputs_3V[0].copy_(tokens_V)
+        outputs_3V[1].view(torch.float32).copy_(logprobs_V)

@@ -1,6 +1,6 @@
 """A step that is queued on the device, and its result once somebody asks.
 
-Legend: S rows that sample, k likeliest tokens.
+Legend: S rows that sample, V tokens drawn for them, k likeliest tokens.
 """
 
 from __future__ import annotations
@@ -16,10 +16,20 @@ from engine.transfer import Fetch
 
 
 @dataclass(frozen=True)
+class Runs:
+    """Tokens of rows that verified drafts. starts_S: int64, where each row's tokens begin among
+    those drawn, on the host. counts: int32 [2, >= S], tokens that count, and drafts there were."""
+
+    starts_S: np.ndarray
+    counts: Fetch
+
+
+@dataclass(frozen=True)
 class PendingStep:
     """sampled: int32 [2 or 3, >= S] as `pack_sampled` lays it out; None where no row samples.
     num_rows: S. top: of the rows that asked. scores: float32 [>= S, labels], by a classifier,
-    which samples nothing."""
+    which samples nothing. runs: where rows got several tokens or none, with `sampled` of all that
+    were drawn, [2 or 3, V]."""
 
     step: int
     sampled: Fetch | None = None
@@ -27,13 +37,20 @@ class PendingStep:
     top: Top | None = None
     prompt: list[PromptLogprobs] = field(default_factory=list)
     scores: Fetch | None = None
+    runs: Runs | None = None
 
     def result(self) -> StepResult:
         """Wait for the step and return what it sampled."""
         if self.sampled is None:
             sampled = np.zeros((2, 0), np.int32)
         else:
-            sampled = self.sampled.numpy()[:, : self.num_rows]
+            sampled = self.sampled.numpy()
+            if self.runs is None:
+                sampled = sampled[:, : self.num_rows]
+        counts = drafted = None
+        if self.runs is not None:
+            counts, drafted = self.runs.counts.numpy()[:, : self.num_rows]
+            sampled = sampled[:, _places(self.runs.starts_S, counts)]
         values = sampled[1:].view(np.float32)
         return StepResult(
             step=self.step,
@@ -44,6 +61,8 @@ class PendingStep:
             top_rows=None if self.top is None else self.top.rows,
             prompt=self.prompt,
             scores=None if self.scores is None else self.scores.numpy()[: self.num_rows],
+            counts=counts,
+            drafted=drafted,
         )
 
 
@@ -54,3 +73,11 @@ def pack_sampled(
     [3, S], so that one copy brings all."""
     values = [logprob_S] if entropy_S is None else [logprob_S, entropy_S]
     return torch.stack([token_S.to(torch.int32), *(value.view(torch.int32) for value in values)])
+
+
+def _places(starts_S: np.ndarray, counts_S: np.ndarray) -> np.ndarray:
+    """Indices of the tokens that count, row after row."""
+    ends = np.cumsum(counts_S)
+    first = np.repeat(starts_S - (ends - counts_S), counts_S)
+    places: np.ndarray = first + np.arange(len(first))
+    return places

@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable
+from dataclasses import replace as replace_fields
 from functools import partial
 
 import numpy as np
@@ -33,7 +34,7 @@ from engine.numerics import dtype_name, kernel_backend, resolve_device, resolve_
 from engine.occupancy import Occupancy
 from engine.parallel.connect import connect, rank_device
 from engine.parallel.mesh import Mesh
-from engine.pending import PendingStep, pack_sampled
+from engine.pending import PendingStep, Runs, pack_sampled
 from engine.phases import check_phases
 from engine.profiler import RankProfiler
 from engine.prompt_logprobs import PromptScorer
@@ -50,6 +51,9 @@ from engine.protocol import (
     StopProfile,
 )
 from engine.sampling import Sampler
+from engine.speculative.checks import check_speculative, max_verified
+from engine.speculative.ngram import NgramDrafter
+from engine.speculative.verify import accept_drawn, as_runs, build_verify_batch, resolve
 from engine.transfer import Fetch, to_device
 from engine.weights.initial import load_initial
 from engine.weights.lane import PendingCommand
@@ -110,7 +114,8 @@ class Worker:
         # A graph pads its batch with rows that need a slot and a page of nobody's.
         has_graphs = config.cuda_graphs and device.type == "cuda"
         # What graphs hold are decode steps, which a classifier has none of.
-        num_scratch = int(has_graphs and not files.config.num_labels)
+        drafts = config.speculative.enabled
+        num_scratch = int((has_graphs or drafts) and not files.config.num_labels)
         self._pool = self._build_pool(config, context, dtype, num_scratch)
         num_pages = self._pool.num_pages - num_scratch
         choice = select(
@@ -132,7 +137,12 @@ class Worker:
         )
         self._sampler = Sampler(num_slots=num_slots + num_scratch, device=device, backend=backend)
         self._scorer = PromptScorer(self._model, self._sampler)
-        self._graphs = self._build_graphs(num_slots, num_pages) if num_scratch else None
+        self._scratch_slot = num_slots
+        if num_scratch:
+            self._table.host_pages[num_slots] = num_pages
+            self._table.page_table[num_slots] = num_pages
+        self._drafter = self._build_drafter(config) if drafts else None
+        self._graphs = self._build_graphs(config) if has_graphs and num_scratch else None
         if self._graphs is not None and config.capture_at_start:
             with torch.inference_mode():
                 self._graphs.capture_all()
@@ -168,6 +178,8 @@ class Worker:
     def _launch(self, plan: StepPlan) -> PendingStep:
         self._occupancy.require_all()
         self._weights.session.require_servable()
+        if plan.sources is not None and self._drafter is not None:
+            self._drafter.enter(plan.sources)
         self._table.enter(plan.new_rows)
         self._sampler.enter(plan.new_rows)
         self._scorer.enter(plan.new_rows)
@@ -177,9 +189,57 @@ class Worker:
             self._pool.copy(*to_device(copies, self._device))
             self._pool.spoilt.copied(plan.copy_src, plan.copy_dst)
         if self._graphs is not None and self._is_capturable(plan):
-            options = self._sampler.options(plan.slots)
-            sampled = self._graphs.run(plan.slots, plan.kv_lens, options)
-            return PendingStep(plan.step, Fetch(sampled), num_rows=len(plan.slots))
+            return self._replay(self._graphs, plan)
+        if not len(plan.draft_lens):
+            return self._run(plan)
+        if self._drafter is not None and plan.draft_lens.any():
+            return self._verify(plan, self._drafter)
+        resolved = resolve(plan, self._table)
+        if not resolved.kept_R.any():
+            return as_runs(PendingStep(plan.step), plan, resolved.kept_R)
+        return as_runs(self._run(resolved.plan), plan, resolved.kept_R)
+
+    def _replay(self, graphs: DecodeGraphs, plan: StepPlan) -> PendingStep:
+        """A decode step as one launch."""
+        options, drafts = self._sampler.options(plan.slots), len(plan.draft_lens) > 0
+        lens = plan.draft_lens if drafts else None
+        drawn = graphs.run(plan.slots, plan.kv_lens, options, lens)
+        runs, num_rows = None, len(plan.slots)
+        if drafts:
+            starts = np.arange(num_rows, dtype=np.int64) * drawn.width
+            runs = Runs(starts, Fetch(drawn.counts))
+        return PendingStep(plan.step, Fetch(drawn.sampled), num_rows=num_rows, runs=runs)
+
+    def _verify(self, plan: StepPlan, drafter: NgramDrafter) -> PendingStep:
+        """A decode step that verifies drafts, kernel by kernel."""
+        backend = kernel_backend(self._device)
+        rows = build_verify_batch(
+            plan,
+            self._table,
+            drafter,
+            self._attention,
+            scratch_slot=self._scratch_slot,
+            backend=backend,
+        )
+        batch, slots = rows.batch, rows.slots_V
+        hidden_VH = self._model(batch.input_ids_T, batch.context)
+        spoilt_V = spoilt_rows(batch.context.step)
+        if spoilt_V is not None:
+            hidden_VH[torch.from_numpy(spoilt_V)] = float("nan")
+        widen = self._device.type == "cpu" or self._sampler.edits(slots)
+        logits_VV = self._model.compute_logits(hidden_VH, widen=widen)
+        drawn = self._sampler.draw(logits_VV, batch, slots, self._table)
+        runs = accept_drawn(rows, drawn.token_S, self._table, backend=backend)
+        fetch = Fetch(pack_sampled(drawn.token_S, drawn.logprob_S, drawn.entropy_S))
+        top = drawn.top
+        if top is not None:
+            # A row that wants other tokens' logprobs has no drafts, so it is one virtual row.
+            row_of_V = np.repeat(np.arange(len(plan.slots)), rows.valid.sum(axis=1))
+            top = replace_fields(top, rows=row_of_V[top.rows].astype(np.int32))
+        return PendingStep(plan.step, fetch, num_rows=len(plan.slots), top=top, runs=runs)
+
+    def _run(self, plan: StepPlan) -> PendingStep:
+        """A step of any rows, whose lengths are those of the plan."""
         batch = build_batch(plan, self._table, self._attention)
         hidden_TH = self._model(batch.input_ids_T, batch.context)
         prompt = self._scorer.score(plan, batch, hidden_TH)
@@ -260,18 +320,22 @@ class Worker:
             return False
         return self._sampler.is_capturable(plan.slots) and not self._scorer.wants(plan)
 
-    def _build_graphs(self, max_rows: int, scratch_page: int) -> DecodeGraphs | None:
+    def _build_drafter(self, config: EngineConfig) -> NgramDrafter:
+        check_speculative(config.speculative, self._attention.name)
+        return NgramDrafter(config.speculative, self._table, kernel_backend(self._device))
+
+    def _build_graphs(self, config: EngineConfig) -> DecodeGraphs | None:
         if not isinstance(self._attention, CapturableBackend):
             return None
-        self._table.host_pages[max_rows] = scratch_page
-        self._table.page_table[max_rows] = scratch_page
         return DecodeGraphs(
             self._model,
             self._table,
             self._sampler,
             self._attention,
-            max_rows=max_rows,
-            scratch_slot=max_rows,
+            max_rows=config.scheduler.max_running,
+            max_verified=max_verified(config),
+            scratch_slot=self._scratch_slot,
+            drafter=self._drafter,
             region=partial(self._occupancy.region, "cuda_graph"),
         )
 
@@ -287,7 +351,8 @@ class Worker:
             head_dim=model.head_dim,
             dtype=dtype,
         )
-        needs = self._needs(config, num_graphs=num_scratch)
+        has_graphs = num_scratch and config.cuda_graphs and self._device.type == "cuda"
+        needs = self._needs(config, num_graphs=int(has_graphs))
         plan = plan_memory(
             config.cache,
             page_bytes=page_bytes,
@@ -317,14 +382,14 @@ class Worker:
 
     def _needs(self, config: EngineConfig, *, num_graphs: int) -> Needs:
         """What memory goes to beside the KV pool. num_graphs: 0 if none are captured."""
-        model, max_rows = self._model.config, config.scheduler.max_running
+        model, max_rows = self._model.config, max_verified(config)
         sizes = {
             "hidden_size": model.hidden_size,
             "intermediate_size": model.intermediate_size,
             "vocab_size": model.num_labels or model.vocab_size,
         }
         weights = parameter_bytes(self._model)
-        buckets = len(row_buckets(max_rows)) * num_graphs
+        buckets = len(row_buckets(config.scheduler.max_running)) * num_graphs
         return Needs(
             weights=weights,
             workspace=step_bytes(config.scheduler, **sizes),

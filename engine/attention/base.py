@@ -98,12 +98,14 @@ class CapturedDecode(Protocol):
         """
         ...
 
-    def refresh(self, slots: np.ndarray, kv_lens: np.ndarray) -> None:
+    def refresh(self, slots: np.ndarray, kv_lens: np.ndarray, *, exact: bool = True) -> None:
         """Queue what the captured step reads beside its layout: called once before a capture
         and before each replay, on the stream that replays.
 
         slots, kv_lens: int32 [R] on the host, padded as the layout's tensors are. They may be
-        kept: nobody writes to them later.
+        kept: nobody writes to them later. exact: they are what the layout's tensors will hold;
+        else some rows of it may hold the slot that no request takes, and others be longer. A back
+        end that plans for lengths refuses that.
         """
         ...
 

@@ -283,9 +283,10 @@ class FlashInferDecode:
         self._copied = torch.cuda.Event()
         self._plan_of_capture: list[int] | None = None
 
-    def refresh(self, slots: np.ndarray, kv_lens: np.ndarray) -> None:
+    def refresh(self, slots: np.ndarray, kv_lens: np.ndarray, *, exact: bool = True) -> None:
         """Bring the rows' pages to the device and plan for them; nothing is waited for unless
         two plans are queued ahead."""
+        assert exact, "flashinfer plans on the host, for lengths that are known there"
         layout = self._layout
         rows = paged_rows(layout.host_pages, slots, kv_lens, layout.page_size)
         packed = np.concatenate([rows.indptr_R1, rows.last_R, rows.indices_U])

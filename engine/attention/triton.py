@@ -186,9 +186,13 @@ class TritonDecode:
             tile_T3 = self._sent[: 3 * tiles].view(tiles, 3)
             self._grouped = replace(plain, shared=SharedTiles(tile_T3, self._sent[3 * tiles :]))
 
-    def refresh(self, slots: np.ndarray, kv_lens: np.ndarray) -> None:
-        """See `CapturedDecode`. Sends the groups when they are others than last time."""
+    def refresh(self, slots: np.ndarray, kv_lens: np.ndarray, *, exact: bool = True) -> None:
+        """See `CapturedDecode`. Sends the groups when they are others than last time. Rows that
+        are not known for sure share nothing: the first of a tile has to be what it seems."""
         if self._tracker is None:
+            return
+        if not exact:
+            self.step = self._plain
             return
         self._tracker.update(slots, kv_lens, self._layout.host_pages)
         groups = self._tracker.groups

@@ -93,6 +93,8 @@ class Leader:
             vocab_size=facts.vocab_size,
             num_labels=facts.num_labels,
             version=config.weight_version,
+            speculative=config.speculative,
+            device=facts.device,
         )
         self._readiness = Readiness(
             version=config.weight_version,

@@ -25,6 +25,17 @@ class VirtualRows:
     write_slots_V: torch.Tensor
     valid_V: torch.Tensor
 
+    def first(self, num_rows: int) -> VirtualRows:
+        """The first rows of these buffers."""
+        return VirtualRows(
+            slots_V=self.slots_V[:num_rows],
+            kv_lens_V=self.kv_lens_V[:num_rows],
+            positions_V=self.positions_V[:num_rows],
+            input_ids_V=self.input_ids_V[:num_rows],
+            write_slots_V=self.write_slots_V[:num_rows],
+            valid_V=self.valid_V[:num_rows],
+        )
+
     @classmethod
     def empty(cls, num_rows: int, device: torch.device) -> VirtualRows:
         """Buffers of `num_rows` rows, whose values say nothing yet."""

@@ -1,0 +1,1 @@
+"""Tokens drafted ahead and verified together: what is drafted from, and the steps that verify."""
