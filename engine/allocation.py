@@ -7,6 +7,7 @@ the weights are released: it moves out of their region.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import torch
@@ -76,3 +77,9 @@ def _tensors_in(value: object) -> Iterator[torch.Tensor]:
     elif not isinstance(value, nn.Module) and type(value).__module__.startswith("engine.layers"):
         for entry in getattr(value, "__dict__", {}).values():
             yield from _tensors_in(entry)
+
+
+def num_parameters(model: Model) -> int:
+    """Elements of the full tensors, whatever share of them this rank holds."""
+    index = model.weight_index().values()
+    return sum(math.prod(parameter.parts[key].full_shape) for parameter, key in index)

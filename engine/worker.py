@@ -6,17 +6,15 @@ Legend: T tokens of the step, S rows that sample, V vocabulary.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterable
-from dataclasses import replace as replace_fields
 from functools import partial
 
 import numpy as np
 import torch
 from msgspec.structs import replace
 
-from engine.allocation import allocate_model, parameter_bytes
+from engine.allocation import allocate_model, num_parameters, parameter_bytes
 from engine.attention.base import CapturableBackend
 from engine.attention.select import select
 from engine.attention.spoilt import spoilt_rows
@@ -28,7 +26,6 @@ from engine.kv.pool import KVPool
 from engine.layers.parameter import kv_head_shard
 from engine.layers.runtime import LayerRuntime
 from engine.memory import Needs, graph_bytes, plan_memory, step_bytes
-from engine.models.build import Model
 from engine.models.locate import locate
 from engine.numerics import dtype_name, kernel_backend, resolve_device, resolve_dtype
 from engine.occupancy import Occupancy
@@ -53,7 +50,8 @@ from engine.protocol import (
 from engine.sampling import Sampler
 from engine.speculative.checks import check_speculative, max_verified
 from engine.speculative.ngram import NgramDrafter
-from engine.speculative.verify import accept_drawn, as_runs, build_verify_batch, resolve
+from engine.speculative.resolve import as_runs, resolve
+from engine.speculative.verify import Verifier
 from engine.transfer import Fetch, to_device
 from engine.weights.initial import load_initial
 from engine.weights.lane import PendingCommand
@@ -142,6 +140,7 @@ class Worker:
             self._table.host_pages[num_slots] = num_pages
             self._table.page_table[num_slots] = num_pages
         self._drafter = self._build_drafter(config) if drafts else None
+        self._verifier = self._build_verifier(self._drafter) if self._drafter else None
         self._graphs = self._build_graphs(config) if has_graphs and num_scratch else None
         if self._graphs is not None and config.capture_at_start:
             with torch.inference_mode():
@@ -156,7 +155,7 @@ class Worker:
             dtype=dtype_name(dtype),
             device=device.type,
             attention=choice.backend.name,
-            num_parameters=_num_parameters(self._model),
+            num_parameters=num_parameters(self._model),
             load_seconds=time.perf_counter() - started,
             tp_size=self._mesh.tp_size,
             architecture=files.config.architecture,
@@ -192,8 +191,8 @@ class Worker:
             return self._replay(self._graphs, plan)
         if not len(plan.draft_lens):
             return self._run(plan)
-        if self._drafter is not None and plan.draft_lens.any():
-            return self._verify(plan, self._drafter)
+        if self._verifier is not None and plan.draft_lens.any():
+            return self._verifier.run(plan)
         resolved = resolve(plan, self._table)
         if not resolved.kept_R.any():
             return as_runs(PendingStep(plan.step), plan, resolved.kept_R)
@@ -209,34 +208,6 @@ class Worker:
             starts = np.arange(num_rows, dtype=np.int64) * drawn.width
             runs = Runs(starts, Fetch(drawn.counts))
         return PendingStep(plan.step, Fetch(drawn.sampled), num_rows=num_rows, runs=runs)
-
-    def _verify(self, plan: StepPlan, drafter: NgramDrafter) -> PendingStep:
-        """A decode step that verifies drafts, kernel by kernel."""
-        backend = kernel_backend(self._device)
-        rows = build_verify_batch(
-            plan,
-            self._table,
-            drafter,
-            self._attention,
-            scratch_slot=self._scratch_slot,
-            backend=backend,
-        )
-        batch, slots = rows.batch, rows.slots_V
-        hidden_VH = self._model(batch.input_ids_T, batch.context)
-        spoilt_V = spoilt_rows(batch.context.step)
-        if spoilt_V is not None:
-            hidden_VH[torch.from_numpy(spoilt_V)] = float("nan")
-        widen = self._device.type == "cpu" or self._sampler.edits(slots)
-        logits_VV = self._model.compute_logits(hidden_VH, widen=widen)
-        drawn = self._sampler.draw(logits_VV, batch, slots, self._table)
-        runs = accept_drawn(rows, drawn.token_S, self._table, backend=backend)
-        fetch = Fetch(pack_sampled(drawn.token_S, drawn.logprob_S, drawn.entropy_S))
-        top = drawn.top
-        if top is not None:
-            # A row that wants other tokens' logprobs has no drafts, so it is one virtual row.
-            row_of_V = np.repeat(np.arange(len(plan.slots)), rows.valid.sum(axis=1))
-            top = replace_fields(top, rows=row_of_V[top.rows].astype(np.int32))
-        return PendingStep(plan.step, fetch, num_rows=len(plan.slots), top=top, runs=runs)
 
     def _run(self, plan: StepPlan) -> PendingStep:
         """A step of any rows, whose lengths are those of the plan."""
@@ -324,6 +295,16 @@ class Worker:
         check_speculative(config.speculative, self._attention.name)
         return NgramDrafter(config.speculative, self._table, kernel_backend(self._device))
 
+    def _build_verifier(self, drafter: NgramDrafter) -> Verifier:
+        return Verifier(
+            self._model,
+            self._table,
+            self._sampler,
+            self._attention,
+            drafter,
+            scratch_slot=self._scratch_slot,
+        )
+
     def _build_graphs(self, config: EngineConfig) -> DecodeGraphs | None:
         if not isinstance(self._attention, CapturableBackend):
             return None
@@ -401,12 +382,6 @@ class Worker:
 
 def _as_nan(part: PromptLogprobs) -> PromptLogprobs:
     return replace(part, logprobs=np.full_like(part.logprobs, np.nan))
-
-
-def _num_parameters(model: Model) -> int:
-    """Elements of the full tensors, whatever share of them this rank holds."""
-    index = model.weight_index().values()
-    return sum(math.prod(parameter.parts[key].full_shape) for parameter, key in index)
 
 
 def _context_length(config: EngineConfig, longest: int) -> int:

@@ -6,6 +6,7 @@ import msgspec
 import numpy as np
 
 from engine.protocol import FinishReason, IntArray, Request
+from rollout.scheduler.encode import row_numbers
 from rollout.scheduler.sequence import Sequence
 
 
@@ -44,6 +45,20 @@ def ended_with(request: Request, num_tokens: int) -> Request:
     return msgspec.structs.replace(
         request, output_ids=request.output_ids[:num_tokens], sampling=sampling
     )
+
+
+def begin(request: Request, arrival: int, *, context_length: int) -> Sequence:
+    """The sequence of a request, which arrives as number `arrival`; nothing is noted yet."""
+    sequence = Sequence(
+        request=request,
+        arrival=arrival,
+        group_order=arrival,
+        numbers=row_numbers(request, context_length - len(request.prompt_ids)),
+        tokens=request.prompt_ids.astype(np.int32),
+    )
+    if request.output_ids is not None:
+        give(sequence, request.output_ids)
+    return sequence
 
 
 def give(sequence: Sequence, output_ids: IntArray) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from engine.protocol import FloatArray, IntArray, PromptLogprobs, StepResult, TopLogprobs
-from rollout.scheduler.planning.plan_builder import InFlight
+from rollout.scheduler.planning.in_flight import InFlight
 from rollout.scheduler.running import RunningSet
 
 BoolArray = np.ndarray[Any, np.dtype[np.bool_]]

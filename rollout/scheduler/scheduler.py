@@ -25,14 +25,14 @@ from engine.protocol import (
 )
 from rollout.cache.manager import CacheManager
 from rollout.requests.sample_ids import of_sample, starts_with
-from rollout.scheduler.continued import give
+from rollout.scheduler.continued import begin
 from rollout.scheduler.emit import final_output, make_output
-from rollout.scheduler.encode import row_numbers
 from rollout.scheduler.finish import CANNOT_RESTART, NOT_FINITE, finish_of
 from rollout.scheduler.kv_policy import KvPolicies
 from rollout.scheduler.planning.decode import DecodePlanner
+from rollout.scheduler.planning.in_flight import InFlight
 from rollout.scheduler.planning.page_reserve import PageReserve
-from rollout.scheduler.planning.plan_builder import InFlight, PlanBuilder
+from rollout.scheduler.planning.plan_builder import PlanBuilder
 from rollout.scheduler.planning.preempt import Preemption
 from rollout.scheduler.planning.prefill import PrefillPlanner
 from rollout.scheduler.planning.queue import WaitingQueue
@@ -114,7 +114,8 @@ class Scheduler:
         check_request(request, self._limits)
         if request.rid in self._requests:
             raise InvalidRequest(f"rid {request.rid!r} is already in use", field="rid")
-        sequence = self._make_sequence(request)
+        context_length = self._limits.context_length
+        sequence = begin(request, self._next_arrival, context_length=context_length)
         if sequence.ended is not None and request.prompt_logprob_start < 0:
             return final_output(sequence, sequence.ended)
         if len(self._queue) >= self._config.max_waiting:
@@ -232,7 +233,8 @@ class Scheduler:
         flight = self._in_flight.popleft()
         assert result.step == flight.step, f"result of step {result.step}, not {flight.step}"
         appended = self._results.append(flight, result)
-        self._settle(flight, result)
+        if self._running.drafts is not None:
+            self._running.drafts.applied(flight, result)
         self._counters.num_output_tokens += appended.num_tokens
         outputs = [self._finish_broken(self._running[slot]) for slot in appended.broken]
         outputs += [self._stream(self._running[slot]) for slot in appended.streaming.tolist()]
@@ -247,17 +249,6 @@ class Scheduler:
             finish = sequence.ended or FinishReason(type="length", length=0)
             outputs.append(self._finish(sequence, finish))
         return outputs
-
-    def _settle(self, flight: InFlight, result: StepResult) -> None:
-        """What was drafted in a step is known: so is how much is computed."""
-        drafts = self._running.drafts
-        if drafts is None:
-            return
-        alive, lens = self._running.table.uid[flight.slots] == flight.uids, flight.draft_lens
-        drafts.settle(flight.slots[alive], None if lens is None else lens[alive])
-        counts = np.ones(len(flight.slots), np.int32) if result.counts is None else result.counts
-        drafted = np.zeros_like(counts) if result.drafted is None else result.drafted
-        drafts.observe(flight.step, drafted, counts)
 
     def has_work(self) -> bool:
         """Whether any request is waiting or running, paused or not."""
@@ -338,20 +329,6 @@ class Scheduler:
             return
         while self._decode.num_missing_pages() > 0:
             self._preemption.retract_one(self._next_step)
-
-    def _make_sequence(self, request: Request) -> Sequence:
-        """The next to arrive; nothing is noted yet."""
-        room = self._limits.context_length - len(request.prompt_ids)
-        sequence = Sequence(
-            request=request,
-            arrival=self._next_arrival,
-            group_order=self._next_arrival,
-            numbers=row_numbers(request, room),
-            tokens=request.prompt_ids.astype(np.int32),
-        )
-        if request.output_ids is not None:
-            give(sequence, request.output_ids)
-        return sequence
 
     def _enter(self, sequence: Sequence) -> None:
         request = sequence.request

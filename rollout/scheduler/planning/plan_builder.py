@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from engine.protocol import IntArray, NewRow, StepPlan
 from rollout.cache.radix_node import Match
+from rollout.scheduler.planning.in_flight import InFlight
 from rollout.scheduler.running import RunningSet
 from rollout.scheduler.sequence import Sequence
 
 BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
-UidArray = np.ndarray[Any, np.dtype[np.int64]]
 NO_INTS: IntArray = np.empty(0, np.int32)
-
-
-@dataclass(frozen=True, kw_only=True)
-class InFlight:
-    """A planned step whose result has not come.
-
-    version: weights it runs under. slots, uids: [S], the rows that sample, in row order;
-    a row whose slot has another uid by then left meanwhile, and its token is dropped.
-    row_slots, row_uids: [R], all rows. scored: slots that end without sampling.
-    draft_lens: int32 [S], as in the plan; None where it has none, so that each row gets one token.
-    """
-
-    step: int
-    version: int
-    slots: IntArray
-    uids: UidArray
-    row_slots: IntArray
-    row_uids: UidArray
-    scored: list[int] = field(default_factory=list)
-    draft_lens: IntArray | None = None
 
 
 class PlanBuilder:

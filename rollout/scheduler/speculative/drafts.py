@@ -13,8 +13,9 @@ from typing import Protocol
 import numpy as np
 
 from engine.config import SpeculativeConfig
-from engine.protocol import DraftSources, IntArray
+from engine.protocol import DraftSources, IntArray, StepResult
 from rollout.cache.manager import CacheManager
+from rollout.scheduler.planning.in_flight import InFlight
 from rollout.scheduler.sequence import Sequence
 from rollout.scheduler.table import PREFILLING, SlotTable
 
@@ -135,8 +136,15 @@ class Drafts:
             k = 0 if lens is None else int(lens.max(initial=0))
             self._controller.planned(step, len(slots), k)
 
-    def settle(self, slots: IntArray, lens: IntArray | None) -> None:
-        """The result of a step was appended to `slots`, those of its rows that still run."""
+    def applied(self, flight: InFlight, result: StepResult) -> None:
+        """The result of a step was appended to those of its rows that still run."""
+        alive, lens = self._table.uid[flight.slots] == flight.uids, flight.draft_lens
+        self._settle(flight.slots[alive], None if lens is None else lens[alive])
+        counts = np.ones(len(flight.slots), np.int32) if result.counts is None else result.counts
+        drafted = np.zeros_like(counts) if result.drafted is None else result.drafted
+        self._controller.observe(flight.step, drafted, counts)
+
+    def _settle(self, slots: IntArray, lens: IntArray | None) -> None:
         table = self._table
         table.steps_ahead[slots] -= 1
         table.tokens_ahead[slots] -= 1 if lens is None else lens + 1
@@ -146,10 +154,6 @@ class Drafts:
         most = np.minimum(known + table.tokens_ahead[slots], end)
         table.num_computed[slots] = most
         table.num_unsure[slots] = most - np.minimum(known + table.steps_ahead[slots], end)
-
-    def observe(self, step: int, drafted: IntArray, counts: IntArray) -> None:
-        """What came of the drafts of a step, those of rows that left meanwhile included."""
-        self._controller.observe(step, drafted, counts)
 
     def sources(self) -> DraftSources | None:
         """What changed of the sources since the last plan."""
