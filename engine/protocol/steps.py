@@ -130,6 +130,15 @@ class StepPlan(Struct, frozen=True, kw_only=True, tag="step"):
         computes its tokens [kv_len - query_len, kv_len).
     samples: bool [R], rows whose last token's logits are wanted: they give a new token, or are
         the scores themselves where the model is a classifier.
+    draft_lens: int32 [R], most tokens that are drafted for each row and verified with it; 0 in a
+        row that does not sample. Empty: none, and every length is known.
+    sources: what drafts are copied from; None: as it was.
+
+    How many drafts a step accepts is known to the ranks before it is known to the leader, which
+    plans ahead with bounds. With `draft_lens`, a sampling row has `kv_lens` or fewer tokens in the
+    KV cache before its drafts; the rank knows how many: all of its known tokens. One that has
+    reached its `NewRow.limit` samples nothing. The pages of a row hold `kv_lens + draft_lens`
+    tokens, or as many as its limit lets it have.
     """
 
     step: Size
@@ -144,7 +153,6 @@ class StepPlan(Struct, frozen=True, kw_only=True, tag="step"):
     kv_lens: IntArray
     samples: np.ndarray[Any, np.dtype[np.bool_]]
     draft_lens: IntArray = msgspec.field(default_factory=lambda: NO_INTS)
-    least_kv_lens: IntArray = msgspec.field(default_factory=lambda: NO_INTS)
     sources: DraftSources | None = None
 
 

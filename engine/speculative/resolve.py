@@ -34,15 +34,13 @@ def resolve(plan: StepPlan, table: RequestTable) -> Resolved:
     length, limit = table.lengths(plan.slots)
     kv_lens = np.where(plan.samples, length, plan.kv_lens).astype(np.int32)
     kept = ~plan.samples | (length < limit)
-    none = plan.draft_lens[:0]
     exact = replace_struct(
         plan,
         slots=plan.slots[kept],
         query_lens=plan.query_lens[kept],
         kv_lens=kv_lens[kept],
         samples=plan.samples[kept],
-        draft_lens=none,
-        least_kv_lens=none,
+        draft_lens=plan.draft_lens[:0],
     )
     return Resolved(exact, kept)
 

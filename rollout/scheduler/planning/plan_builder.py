@@ -108,12 +108,11 @@ class PlanBuilder:
             self._running.cache.release_source(match)
         slots, lens, samples = self._ordered(ones)
         table, drafts = self._running.table, self._running.drafts
-        computed, draft_lens, least = table.num_computed[slots], NO_INTS, NO_INTS
+        computed, draft_lens = table.num_computed[slots], NO_INTS
         if drafts is not None and self._has_bounds():
             draft_lens = np.zeros(len(slots), np.int32)
             if self._draft_lens is not None:
                 draft_lens = self._draft_lens
-            least = computed - table.num_unsure[slots]
             computed = computed - draft_lens
         copies = np.array(self._copies, np.int32).reshape(-1, 2)
         plan = StepPlan(
@@ -129,7 +128,6 @@ class PlanBuilder:
             kv_lens=computed,
             samples=samples,
             draft_lens=draft_lens,
-            least_kv_lens=least,
             sources=None if drafts is None else drafts.sources(),
         )
         flight = self._in_flight(slots, samples, draft_lens if len(draft_lens) else None)
