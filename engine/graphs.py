@@ -121,7 +121,7 @@ class DecodeGraphs:
         self._counts = torch.zeros(2 * max_rows, dtype=torch.int32, device=table.device)
         self._outputs = torch.zeros(3 * max_verified, dtype=torch.int32, device=table.device)
         self._query_start = torch.arange(max_verified + 1, dtype=torch.int32, device=table.device)
-        self._attentions: dict[int, CapturedDecode] = {}
+        self._attentions: dict[tuple[int, int], CapturedDecode] = {}
         self._graphs: dict[tuple[int, _Kind], _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(table.device)
@@ -140,10 +140,11 @@ class DecodeGraphs:
         """
         rows = int(self._buckets[np.searchsorted(self._buckets, len(slots))])
         kind = _Kind(rows, self._most_drafts(rows, draft_lens), options)
-        attention = self._attentions.get(kind.verified)
+        shape = kind.rows, kind.drafts
+        attention = self._attentions.get(shape)
         if attention is None:
-            attention = self._attention.capture_decode(self._layout(kind.verified))
-            self._attentions[kind.verified] = attention
+            attention = self._attention.capture_decode(self._layout(kind))
+            self._attentions[shape] = attention
         packed = self._fill(rows, slots, draft_lens)
         if draft_lens is None:
             lens = np.ones(rows, dtype=np.int32)
@@ -210,7 +211,8 @@ class DecodeGraphs:
         logger.info("captured %d rows, %d drafts in %.2f s", kind.rows, kind.drafts, seconds)
         return _Captured(graph, step)
 
-    def _layout(self, verified: int) -> DecodeLayout:
+    def _layout(self, kind: _Kind) -> DecodeLayout:
+        verified = kind.verified
         return DecodeLayout(
             rows=verified,
             slots_R=self._rows.slots_V[:verified],
@@ -221,6 +223,7 @@ class DecodeGraphs:
             host_pages=self._table.host_pages,
             max_kv_len=self._table.token_ids.shape[1],
             page_size=self._table.page_size,
+            run=kind.drafts + 1,
         )
 
     def _forward(self, kind: _Kind, step: AttentionStep) -> None:

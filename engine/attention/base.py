@@ -71,7 +71,9 @@ class DecodeLayout:
     batch hold a slot that no request takes, and length 1. write_slots_R: int64 [R], as in
     `AttentionBatch`. query_start_R1: int32, 0 to R. page_table: int32 [slots, P]; host_pages: the
     same on the host, current whenever a step is refreshed. max_kv_len: no row of this graph is
-    longer.
+    longer. run: rows of a sequence that verify its drafts: they come in runs of so many, each with
+    the slot of its first row and a token longer than the one before, or with the slot that no
+    request takes.
     """
 
     rows: int
@@ -83,6 +85,7 @@ class DecodeLayout:
     host_pages: np.ndarray
     max_kv_len: int
     page_size: int
+    run: int = 1
 
 
 class CapturedDecode(Protocol):

@@ -111,6 +111,7 @@ class TritonBackend:
             max_query_len=1,
             max_kv_len=layout.max_kv_len,
             windows=self._windows,
+            run=layout.run,
         )
         tracker = self._tracker
         if tracker is not None and layout.rows < tracker.rule.min_tiles * tracker.rule.min_rows:
@@ -121,7 +122,7 @@ class TritonBackend:
 @dataclass(frozen=True, eq=False)
 class TritonStep:
     """One prepared step. table_rows_R: where each row's pages are in `page_table`. shared: of the
-    layers without a window; those with one read too little to share."""
+    layers without a window; those with one read too little to share. run: as in `DecodeLayout`."""
 
     pool: KVPool
     scale: float
@@ -134,6 +135,7 @@ class TritonStep:
     max_kv_len: int
     windows: Sequence[int | None] | None = None
     shared: SharedTiles | None = None
+    run: int = 1
 
     def attend(
         self, layer_index: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
@@ -164,6 +166,7 @@ class TritonStep:
             table_rows_R=self.table_rows_R,
             max_kv_len=self.max_kv_len,
             shared=self.shared if window is None else None,
+            run=self.run,
             backend="triton",
         )
 

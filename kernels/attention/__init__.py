@@ -31,6 +31,7 @@ def paged_attention(
     table_rows_R: torch.Tensor | None = None,
     max_kv_len: int | None = None,
     shared: SharedTiles | None = None,
+    run: int = 1,
     backend: KernelBackend,
 ) -> torch.Tensor:
     """Attend the last tokens of each row to the whole row; returns out_THD, dtype of q.
@@ -50,6 +51,10 @@ def paged_attention(
     a row gets does not depend on it.
     shared: rows of one query that hold the same pages in front; "triton" reads those once for
     a tile of rows. What a row gets does not depend on it. None where there is a window.
+    run: rows of one query come in runs of this many, which with `table_rows_R` hold the pages of
+    their first row and are each at least as long as the one before; a row that holds others is
+    not in use, and gets what says nothing. "triton" reads the KV of a run once. What the other
+    rows get does not depend on it.
     Softmax and sums are float32. With "triton", what a row gets does not depend on the other
     rows of the batch. Raises ValueError on an unknown backend.
     """
@@ -82,5 +87,6 @@ def paged_attention(
             table_rows_R,
             max_kv_len,
             shared,
+            run,
         )
     raise unknown_backend(backend)

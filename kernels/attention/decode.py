@@ -25,6 +25,7 @@ from kernels.attention.blocks import (
 )
 from kernels.attention.call import DecodeCall, decode_call
 from kernels.attention.grouped import shared_states
+from kernels.attention.runs import run_states, takes_runs, takes_whole_runs
 from kernels.attention.tiles import MAX_SPLITS, MIN_SPLIT, SharedTiles, takes_whole_rows
 from kernels.attention.whole import row_height, whole_rows
 
@@ -180,10 +181,11 @@ def decode_attention(
     shared: SharedTiles | None = None,
     whole: bool | None = None,
     window: int | None = None,
+    run: int = 1,
 ) -> None:
     """Fill `out_THD` for the rows that have exactly one query; other rows are left alone.
 
-    table_rows_R, max_kv_len, shared, window: see `kernels.attention.paged_attention`.
+    table_rows_R, max_kv_len, shared, window, run: see `kernels.attention.paged_attention`.
     whole: one program takes all splits of a row, in place of one for each and a merge; the
     result is the same. None does so when the rows alone fill the GPU or share tiles.
     """
@@ -191,32 +193,40 @@ def decode_attention(
     call = decode_call(*batch, scale, out_THD, table_rows_R, max_kv_len, window)
     if shared is not None:
         whole_rows(call, (shared.tokens_R, *shared_states(call, shared)))
+    elif takes_runs(call, run, window):
+        if takes_whole_runs(call, run) if whole is None else whole:
+            run_states(call, run, None)
+        else:
+            _split_rows(call, run)
     elif takes_whole_rows(call.num_rows, call.num_kv_heads) if whole is None else whole:
         whole_rows(call)
     else:
         _split_rows(call)
 
 
-def _split_rows(call: DecodeCall) -> None:
-    """A program for each split, then one for each row and head."""
+def _split_rows(call: DecodeCall, run: int = 1) -> None:
+    """A program for each split of a row or a run, then one for each row and head."""
     q_THD, num_rows = call.inputs[0], call.num_rows
     splits = max(min(MAX_SPLITS, triton.cdiv(call.max_kv_len, MIN_SPLIT)), 1)
     part_RHZD = q_THD.new_empty(
         num_rows, q_THD.shape[1], splits, q_THD.shape[2], dtype=torch.float32
     )
     parts = (part_RHZD, part_RHZD.new_empty(*part_RHZD.shape[:3], 2))
-    _decode_split_kernel[(num_rows, call.num_kv_heads, splits)](
-        *call.inputs,
-        call.kv_len_R,
-        *parts,
-        call.scale,
-        *call.strides,
-        **call.shape,
-        **call.cut,
-        M=row_height(call),
-        num_warps=4,
-        num_stages=2,
-    )
+    if run > 1:
+        run_states(call, run, parts)
+    else:
+        _decode_split_kernel[(num_rows, call.num_kv_heads, splits)](
+            *call.inputs,
+            call.kv_len_R,
+            *parts,
+            call.scale,
+            *call.strides,
+            **call.shape,
+            **call.cut,
+            M=row_height(call),
+            num_warps=4,
+            num_stages=2,
+        )
     _decode_merge_kernel[(num_rows, q_THD.shape[1])](
         *parts,
         call.inputs[-1],

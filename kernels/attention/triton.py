@@ -26,6 +26,7 @@ def paged_attention(
     table_rows_R: torch.Tensor | None = None,
     max_kv_len: int | None = None,
     shared: SharedTiles | None = None,
+    run: int = 1,
 ) -> torch.Tensor:
     """See `kernels.attention.paged_attention`."""
     assert k_pages_NGKD.stride() == v_pages_NGKD.stride() and k_pages_NGKD.stride(3) == 1
@@ -37,7 +38,7 @@ def paged_attention(
     if kv_len_R.shape[0] == 0 or q_THD.shape[0] == 0:
         return out_THD
     batch = (q_THD, k_pages_NGKD, v_pages_NGKD, page_table_RP, query_start_R1, kv_len_R, scale)
-    decode_attention(*batch, out_THD, table_rows_R, max_kv_len, shared, window=window)
+    decode_attention(*batch, out_THD, table_rows_R, max_kv_len, shared, window=window, run=run)
     if max_query_len > 1:
         extend_attention(*batch, max_query_len, out_THD, table_rows_R, window)
     return out_THD

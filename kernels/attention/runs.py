@@ -1,0 +1,239 @@
+"""Decode attention of runs: adjacent rows of one sequence, each a token longer than the one before.
+
+A step that verifies drafts has J rows for a sequence, whose KV is the same but for the last few
+positions. One program takes the query heads of all of them, so that KV is read once for the run
+and not once for each row. Rows end where they end: what a row gets has the bits that
+`whole.py` and `decode.py` give it.
+
+Shapes: R rows in runs of J, K kv heads, U = H / K query heads of a kv head, M >= J * U query rows
+of a tile, D head dim padded to DP, G page size, B KV positions of a block, Z splits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.attention.blocks import _row_sum, fold_split, load_pages, split_size
+from kernels.attention.call import DecodeCall
+from kernels.attention.tiles import takes_whole_rows
+
+HIGHEST = 64
+"""Query rows of a tile at most; a run of more is read row by row."""
+
+
+@triton.jit
+def _run_block_state(
+    q_MD: tl.tensor,
+    k_ptr: tl.tensor,
+    v_ptr: tl.tensor,
+    page_B: tl.tensor,
+    block: tl.tensor,
+    first_end: tl.tensor,
+    stop: tl.tensor,
+    end_M: tl.tensor,
+    head_offset: tl.tensor,
+    kv_stride_n: tl.int64,
+    kv_stride_g: tl.int64,
+    scale: tl.float32,
+    max_M: tl.tensor,
+    sum_M: tl.tensor,
+    acc_MD: tl.tensor,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    G: tl.constexpr,
+    B: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """`blocks.block_state` for query rows with ends of their own, below `stop`; a row may have no
+    position in the block. Positions before `first_end` are every row's."""
+    dim_D = tl.arange(0, DP)
+    position_B = block + tl.arange(0, B)
+    base_B = page_B.to(tl.int64) * kv_stride_n + (position_B % G) * kv_stride_g + head_offset
+    offset_BD = base_B[:, None] + dim_D[None, :]
+    inside_BD = (position_B < stop)[:, None] & (dim_D[None, :] < D)
+    k_BD = tl.load(k_ptr + offset_BD, mask=inside_BD, other=0.0)
+    v_BD = tl.load(v_ptr + offset_BD, mask=inside_BD, other=0.0)
+    seen_MB = position_B[None, :] < end_M[:, None]
+    score_MB = tl.dot(q_MD, tl.trans(k_BD), input_precision="ieee")
+    score_MB = tl.where(seen_MB, score_MB, float("-inf"))
+    scale_M, zero_M = tl.full([M], 1.0, tl.float32) * scale, tl.zeros([M], tl.float32)
+    new_max_M = tl.maximum(max_M, tl.fma(tl.max(score_MB, axis=1), scale_M, zero_M))
+    # A row that has seen nothing keeps a sum of 0.
+    base_M = tl.where(new_max_M == float("-inf"), 0.0, new_max_M)
+    scale_MB = tl.full([M, B], 1.0, tl.float32) * scale
+    prob_MB = tl.exp2(tl.fma(score_MB, scale_MB, tl.broadcast_to(-base_M[:, None], [M, B])))
+    block_sum_M, part_MB = _row_sum(prob_MB, M, B), prob_MB.to(v_BD.dtype)
+    shrink_M = tl.exp2(max_M - base_M)
+    sum_M = tl.fma(sum_M, shrink_M, block_sum_M)
+    if block + B > first_end:
+        # 0 times infinity is NaN: a value that is not finite reaches the rows that see it alone.
+        odd_BD = (v_BD != v_BD) | (tl.abs(v_BD.to(tl.float32)) == float("inf"))
+        odd_B = tl.max(odd_BD.to(tl.int32), axis=1) > 0
+        v_BD = tl.where(odd_BD, 0.0, v_BD).to(v_BD.dtype)
+        meets_M = tl.max((seen_MB & odd_B[None, :]).to(tl.int32), axis=1) > 0
+        sum_M = tl.where(meets_M, float("nan"), sum_M)
+    acc_MD = tl.dot(part_MB, v_BD, acc_MD * shrink_M[:, None], input_precision="ieee")
+    return new_max_M, sum_M, acc_MD
+
+
+@triton.jit
+def _run_kernel(
+    q_ptr: tl.tensor,
+    k_ptr: tl.tensor,
+    v_ptr: tl.tensor,
+    table_ptr: tl.tensor,
+    table_rows_ptr: tl.tensor,
+    query_start_ptr: tl.tensor,
+    kv_len_ptr: tl.tensor,
+    part_ptr: tl.tensor,
+    state_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    scale: tl.float32,
+    q_stride_t: tl.int64,
+    kv_stride_n: tl.int64,
+    kv_stride_g: tl.int64,
+    kv_stride_k: tl.int64,
+    table_stride: tl.int64,
+    J: tl.constexpr,
+    U: tl.constexpr,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    G: tl.constexpr,
+    B: tl.constexpr,
+    SPLITS: tl.constexpr,
+    LEAST: tl.constexpr,
+    PARTS: tl.constexpr,
+) -> None:
+    """PARTS: a program takes one split and leaves its state; else all splits in turn."""
+    first, kv_head, split = tl.program_id(0).to(tl.int64) * J, tl.program_id(1), tl.program_id(2)
+    item_M, dim_D = tl.arange(0, M), tl.arange(0, DP)
+    inside_M, row_M = item_M < J * U, first + item_M // U
+    home = tl.load(table_rows_ptr + first)
+    first_end = tl.load(kv_len_ptr + first)
+    # Rows of the run that are not in use have another home.
+    table_row_M = tl.load(table_rows_ptr + row_M, mask=inside_M, other=-1)
+    kv_len_M = tl.load(kv_len_ptr + row_M, mask=inside_M, other=0)
+    query_M = tl.load(query_start_ptr + row_M, mask=inside_M, other=0).to(tl.int64)
+    live_M = inside_M & (table_row_M == home)
+    kv_len_M = tl.where(live_M, kv_len_M, 0)
+    end = tl.max(kv_len_M)
+    pages_ptr = table_ptr + home.to(tl.int64) * table_stride
+
+    head_offset_MD = (kv_head * U + item_M % U)[:, None] * D + dim_D[None, :]
+    inside_D = dim_D[None, :] < D
+    q_offset_MD = query_M[:, None] * q_stride_t + head_offset_MD
+    q_MD = tl.load(q_ptr + q_offset_MD, mask=live_M[:, None] & inside_D, other=0.0)
+    out_offset_MD = query_M[:, None] * tl.num_programs(1) * U * D + head_offset_MD
+    heads = tl.num_programs(1) * U
+    slot_M = (row_M * heads + kv_head * U + item_M % U) * tl.num_programs(2) + split
+    part_offset_MD = slot_M[:, None] * D + dim_D[None, :]
+
+    size_M = split_size(kv_len_M, B, SPLITS, LEAST)
+    size, largest = split_size(first_end, B, SPLITS, LEAST), split_size(end, B, SPLITS, LEAST)
+    # Rows whose length asks for splits of another size, once in thousands of tokens, come second.
+    for turn in range(tl.where(size == largest, 1, 2)):
+        size = tl.where(turn == 0, size, largest)
+        active_M = live_M & (size_M == size)
+        end_M = tl.where(active_M, kv_len_M, 0)
+        start = split * size if PARTS else 0
+        stop = tl.minimum(start + size, end) if PARTS else end
+        page_B = load_pages(pages_ptr, start, stop, G, B)
+        max_M = tl.full([M], float("-inf"), tl.float32)
+        sum_M = tl.zeros([M], tl.float32)
+        acc_MD = tl.zeros([M, DP], tl.float32)
+        run_max_M = tl.full([M], float("-inf"), tl.float32)
+        run_sum_M = tl.zeros([M], tl.float32)
+        run_acc_MD = tl.zeros([M, DP], tl.float32)
+        for block in range(start, stop, B):
+            next_B = load_pages(pages_ptr, block + B, stop, G, B)
+            max_M, sum_M, acc_MD = _run_block_state(
+                q_MD,
+                k_ptr,
+                v_ptr,
+                page_B,
+                block,
+                first_end,
+                stop,
+                end_M,
+                kv_head * kv_stride_k,
+                kv_stride_n,
+                kv_stride_g,
+                scale,
+                max_M,
+                sum_M,
+                acc_MD,
+                M,
+                D,
+                DP,
+                G,
+                B,
+            )
+            page_B = next_B
+            ends = ((block + B) % size == 0) | (block + B >= end)
+            if not PARTS and ends:
+                run_max_M, run_sum_M, run_acc_MD = fold_split(
+                    run_max_M, run_sum_M, run_acc_MD, max_M, sum_M, acc_MD, M, DP
+                )
+                max_M = tl.full([M], float("-inf"), tl.float32)
+                sum_M = tl.zeros([M], tl.float32)
+                acc_MD = tl.zeros([M, DP], tl.float32)
+        if PARTS:
+            mine_M = active_M & (start < end_M)
+            tl.store(part_ptr + part_offset_MD, acc_MD, mask=mine_M[:, None] & inside_D)
+            tl.store(state_ptr + 2 * slot_M, max_M, mask=mine_M)
+            tl.store(state_ptr + 2 * slot_M + 1, sum_M, mask=mine_M)
+        else:
+            out_MD = run_acc_MD / tl.where(run_sum_M == 0.0, 1.0, run_sum_M)[:, None]
+            mine_MD = active_M[:, None] & inside_D
+            tl.store(out_ptr + out_offset_MD, out_MD.to(out_ptr.dtype.element_ty), mask=mine_MD)
+    # Rows that are not in use get zeros.
+    idle_M = inside_M & (table_row_M != home)
+    idle_MD = idle_M[:, None] & inside_D
+    nothing_MD = tl.zeros([M, DP], tl.float32)
+    if PARTS:
+        tl.store(part_ptr + part_offset_MD, nothing_MD, mask=idle_MD)
+        tl.store(state_ptr + 2 * slot_M, tl.zeros([M], tl.float32), mask=idle_M)
+        tl.store(state_ptr + 2 * slot_M + 1, tl.full([M], 1.0, tl.float32), mask=idle_M)
+    else:
+        tl.store(out_ptr + out_offset_MD, nothing_MD.to(out_ptr.dtype.element_ty), mask=idle_MD)
+
+
+def takes_runs(call: DecodeCall, run: int, window: int | None) -> bool:
+    """Whether runs of so many rows are read together."""
+    narrow = call.inputs[0].element_size() == 2 and call.shape["DP"] <= 128
+    return run > 1 and run * call.shape["U"] <= HIGHEST and narrow and window is None
+
+
+def run_states(call: DecodeCall, run: int, parts: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+    """Attend the rows of `call`, in runs of `run`.
+
+    parts: filled with what each split leaves, as `decode.py` merges it; None attends whole rows.
+    """
+    splits = 1 if parts is None else parts[0].shape[2]
+    part, state = (call.out_THD, call.out_THD) if parts is None else parts
+    shape = {name: value for name, value in call.shape.items() if name != "INDIRECT"}
+    cut = {name: value for name, value in call.cut.items() if name != "WINDOW"}
+    _run_kernel[(call.num_rows // run, call.num_kv_heads, splits)](
+        *call.inputs,
+        call.kv_len_R,
+        part,
+        state,
+        call.out_THD,
+        call.scale,
+        *call.strides,
+        J=run,
+        M=max(triton.next_power_of_2(run * call.shape["U"]), 16),
+        PARTS=parts is not None,
+        **shape,
+        **cut,
+        num_warps=4,
+        num_stages=2,
+    )
+
+
+def takes_whole_runs(call: DecodeCall, run: int) -> bool:
+    """Whether a program takes all splits of a run."""
+    return takes_whole_rows(call.num_rows // run, call.num_kv_heads)
