@@ -50,7 +50,7 @@ def drafted_rows(
     num_drafts = rng.choice([0, 1, 2, 3, 4, 7]) if num_drafts is None else num_drafts
     page_size = rng.choice([1, 3, 4])
     columns = -(-context // page_size)
-    length = [rng.randint(0, context + 1) for _ in range(num_slots)] + [0]
+    length = [rng.randint(0, context + 1) for _ in range(num_slots + 1)]
     limit = [_limit(rng, known, context) for known in length[:-1]] + [0]
     chosen = rng.sample(range(num_slots), rng.randint(0, num_slots))
     slots = chosen + [num_slots] * rng.randint(0, 2)

@@ -52,7 +52,7 @@ def ngram_rows(
     num_sources = rng.choice([0, 1, 3, 6]) if num_sources is None else num_sources
     num_segments, num_history = rng.randint(0, 4), 2 * context
     sizes = [rng.randint(0, context) for _ in range(num_segments)]
-    length = [rng.randint(0, context + 1) for _ in range(num_slots)] + [0]
+    length = [rng.randint(0, context + 1) for _ in range(num_slots + 1)]
     limit = [_limit(rng, known, context) for known in length[:-1]] + [0]
     ids = [-1, *range(num_slots), *(-2 - segment for segment in range(num_segments))]
     slots = [

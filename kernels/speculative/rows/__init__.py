@@ -43,8 +43,8 @@ def virtual_rows(
     tokens, which a row's valid positions have. scratch_slot: a slot with a page of nobody.
     out: buffers of V rows to fill, as `VirtualRows.empty` makes them; by default new ones.
 
-    Virtual row j of a row is valid if the row is not inert and j <= drafted. A row on
-    `scratch_slot` is inert. Raises ValueError on an unknown backend.
+    Virtual row j of a row is valid if the row is not inert and j <= drafted.
+    Raises ValueError on an unknown backend.
     """
     num_rows, num_drafts = drafts_RK.shape
     if out is None:

@@ -24,7 +24,7 @@ def virtual_rows(
     slots_R1 = slots_R.long()[:, None]
     length_R1 = length[slots_R1].long()
     left_R1 = limit[slots_R1].clamp(max=context + 1) - length_R1
-    runs_R1 = (length_R1 > 0) & (left_R1 > 0) & (slots_R1 != scratch_slot)
+    runs_R1 = (length_R1 > 0) & (left_R1 > 0)
     most_R = torch.where(runs_R1, left_R1 - 1, 0).clamp(max=num_drafts)[:, 0]
     drafted_R.copy_(torch.minimum(drafted_R, most_R).clamp(min=0))
 

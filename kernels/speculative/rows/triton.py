@@ -35,7 +35,7 @@ def _virtual_rows_kernel(
     slot = tl.load(slots_ptr + row).to(tl.int64)
     length = tl.load(length_ptr + slot)
     left = tl.minimum(tl.load(limit_ptr + slot), context + 1) - length
-    runs = (length > 0) & (left > 0) & (slot != scratch_slot)
+    runs = (length > 0) & (left > 0)
     drafted = tl.minimum(tl.load(drafted_ptr + row), tl.minimum(left - 1, K))
     drafted = tl.where(runs, tl.maximum(drafted, 0), 0)
     tl.store(drafted_ptr + row, drafted)

@@ -38,7 +38,7 @@ def by_loop(case: DraftedRows) -> tuple[list[tuple[int, int, int, int, int, bool
     for row, slot in enumerate(case.slots_R.tolist()):
         text = case.token_ids[slot].tolist()
         known, most = int(case.length[slot]), min(int(case.limit[slot]), context + 1)
-        runs = slot != case.scratch_slot and 0 < known < most
+        runs = 0 < known < most
         drafts = case.drafts_RK[row].tolist()[: int(case.drafted_R[row])] if runs else []
         while runs and known + len(drafts) + 1 > most:
             drafts.pop()
