@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention.blocks import _row_sum, fold_split, load_pages, split_size
+from kernels.attention.blocks import _row_sum, block_state, fold_split, load_pages, split_size
 from kernels.attention.call import DecodeCall
 from kernels.attention.tiles import takes_whole_rows
 
@@ -30,7 +30,6 @@ def _run_block_state(
     v_ptr: tl.tensor,
     page_B: tl.tensor,
     block: tl.tensor,
-    first_end: tl.tensor,
     stop: tl.tensor,
     end_M: tl.tensor,
     head_offset: tl.tensor,
@@ -46,8 +45,8 @@ def _run_block_state(
     G: tl.constexpr,
     B: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """`blocks.block_state` for query rows with ends of their own, below `stop`; a row may have no
-    position in the block. Positions before `first_end` are every row's."""
+    """`blocks.block_state` for query rows with ends of their own, `stop` at most; a row may have no
+    position in the block."""
     dim_D = tl.arange(0, DP)
     position_B = block + tl.arange(0, B)
     base_B = page_B.to(tl.int64) * kv_stride_n + (position_B % G) * kv_stride_g + head_offset
@@ -67,13 +66,12 @@ def _run_block_state(
     block_sum_M, part_MB = _row_sum(prob_MB, M, B), prob_MB.to(v_BD.dtype)
     shrink_M = tl.exp2(max_M - base_M)
     sum_M = tl.fma(sum_M, shrink_M, block_sum_M)
-    if block + B > first_end:
-        # 0 times infinity is NaN: a value that is not finite reaches the rows that see it alone.
-        odd_BD = (v_BD != v_BD) | (tl.abs(v_BD.to(tl.float32)) == float("inf"))
-        odd_B = tl.max(odd_BD.to(tl.int32), axis=1) > 0
-        v_BD = tl.where(odd_BD, 0.0, v_BD).to(v_BD.dtype)
-        meets_M = tl.max((seen_MB & odd_B[None, :]).to(tl.int32), axis=1) > 0
-        sum_M = tl.where(meets_M, float("nan"), sum_M)
+    # 0 times infinity is NaN: a value that is not finite reaches the rows that see it alone.
+    odd_BD = (v_BD != v_BD) | (tl.abs(v_BD.to(tl.float32)) == float("inf"))
+    odd_B = tl.max(odd_BD.to(tl.int32), axis=1) > 0
+    v_BD = tl.where(odd_BD, 0.0, v_BD).to(v_BD.dtype)
+    meets_M = tl.max((seen_MB & odd_B[None, :]).to(tl.int32), axis=1) > 0
+    sum_M = tl.where(meets_M, float("nan"), sum_M)
     acc_MD = tl.dot(part_MB, v_BD, acc_MD * shrink_M[:, None], input_precision="ieee")
     return new_max_M, sum_M, acc_MD
 
@@ -109,18 +107,23 @@ def _run_kernel(
 ) -> None:
     """PARTS: a program takes one split and leaves its state; else all splits in turn."""
     first, kv_head, split = tl.program_id(0).to(tl.int64) * J, tl.program_id(1), tl.program_id(2)
-    item_M, dim_D = tl.arange(0, M), tl.arange(0, DP)
-    inside_M, row_M = item_M < J * U, first + item_M // U
     home = tl.load(table_rows_ptr + first)
     first_end = tl.load(kv_len_ptr + first)
+    end = first_end
+    # One by one: their loads are in flight together, and a maximum over a tile would wait twice.
+    for place in tl.static_range(1, J):
+        own = tl.load(table_rows_ptr + first + place) == home
+        end = tl.maximum(end, tl.where(own, tl.load(kv_len_ptr + first + place), 0))
+    pages_ptr = table_ptr + home.to(tl.int64) * table_stride
+
+    item_M, dim_D = tl.arange(0, M), tl.arange(0, DP)
+    inside_M, row_M = item_M < J * U, first + item_M // U
     # Rows of the run that are not in use have another home.
     table_row_M = tl.load(table_rows_ptr + row_M, mask=inside_M, other=-1)
     kv_len_M = tl.load(kv_len_ptr + row_M, mask=inside_M, other=0)
     query_M = tl.load(query_start_ptr + row_M, mask=inside_M, other=0).to(tl.int64)
     live_M = inside_M & (table_row_M == home)
     kv_len_M = tl.where(live_M, kv_len_M, 0)
-    end = tl.max(kv_len_M)
-    pages_ptr = table_ptr + home.to(tl.int64) * table_stride
 
     head_offset_MD = (kv_head * U + item_M % U)[:, None] * D + dim_D[None, :]
     inside_D = dim_D[None, :] < D
@@ -147,15 +150,50 @@ def _run_kernel(
         run_max_M = tl.full([M], float("-inf"), tl.float32)
         run_sum_M = tl.zeros([M], tl.float32)
         run_acc_MD = tl.zeros([M, DP], tl.float32)
-        for block in range(start, stop, B):
+        # Blocks that every row sees whole, then the last one or two.
+        whole = tl.maximum(tl.minimum(first_end, stop) // B * B, start)
+        for block in range(start, whole, B):
             next_B = load_pages(pages_ptr, block + B, stop, G, B)
+            max_M, sum_M, acc_MD = block_state(
+                q_MD,
+                k_ptr,
+                v_ptr,
+                page_B,
+                block,
+                0,
+                stop,
+                kv_head * kv_stride_k,
+                kv_stride_n,
+                kv_stride_g,
+                scale,
+                max_M,
+                sum_M,
+                acc_MD,
+                False,
+                True,
+                0,
+                M,
+                D,
+                DP,
+                G,
+                B,
+            )
+            page_B = next_B
+            ends = ((block + B) % size == 0) | (block + B >= end)
+            if not PARTS and ends:
+                run_max_M, run_sum_M, run_acc_MD = fold_split(
+                    run_max_M, run_sum_M, run_acc_MD, max_M, sum_M, acc_MD, M, DP
+                )
+                max_M = tl.full([M], float("-inf"), tl.float32)
+                sum_M = tl.zeros([M], tl.float32)
+                acc_MD = tl.zeros([M, DP], tl.float32)
+        for block in range(whole, stop, B):
             max_M, sum_M, acc_MD = _run_block_state(
                 q_MD,
                 k_ptr,
                 v_ptr,
                 page_B,
                 block,
-                first_end,
                 stop,
                 end_M,
                 kv_head * kv_stride_k,
@@ -171,7 +209,7 @@ def _run_kernel(
                 G,
                 B,
             )
-            page_B = next_B
+            page_B = load_pages(pages_ptr, block + B, stop, G, B)
             ends = ((block + B) % size == 0) | (block + B >= end)
             if not PARTS and ends:
                 run_max_M, run_sum_M, run_acc_MD = fold_split(
@@ -207,7 +245,14 @@ def takes_runs(call: DecodeCall, run: int, window: int | None) -> bool:
     return run > 1 and run * call.shape["U"] <= HIGHEST and narrow and window is None
 
 
-def run_states(call: DecodeCall, run: int, parts: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+def run_states(
+    call: DecodeCall,
+    run: int,
+    parts: tuple[torch.Tensor, torch.Tensor] | None,
+    *,
+    num_warps: int = 4,
+    num_stages: int = 2,
+) -> None:
     """Attend the rows of `call`, in runs of `run`.
 
     parts: filled with what each split leaves, as `decode.py` merges it; None attends whole rows.
@@ -229,8 +274,8 @@ def run_states(call: DecodeCall, run: int, parts: tuple[torch.Tensor, torch.Tens
         PARTS=parts is not None,
         **shape,
         **cut,
-        num_warps=4,
-        num_stages=2,
+        num_warps=num_warps,
+        num_stages=num_stages,
     )
 
 
