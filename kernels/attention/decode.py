@@ -25,7 +25,7 @@ from kernels.attention.blocks import (
 )
 from kernels.attention.call import DecodeCall, decode_call
 from kernels.attention.grouped import shared_states
-from kernels.attention.runs import run_states, takes_runs, takes_whole_runs
+from kernels.attention.runs import are_many, run_states, takes_runs, takes_whole_runs
 from kernels.attention.tiles import MAX_SPLITS, MIN_SPLIT, SharedTiles, takes_whole_rows
 from kernels.attention.whole import row_height, whole_rows
 
@@ -193,7 +193,7 @@ def decode_attention(
     call = decode_call(*batch, scale, out_THD, table_rows_R, max_kv_len, window)
     if shared is not None:
         whole_rows(call, (shared.tokens_R, *shared_states(call, shared)))
-    elif takes_runs(call, run, window):
+    elif takes_runs(call, run, window) and (whole is not None or are_many(call, run)):
         if takes_whole_runs(call, run) if whole is None else whole:
             run_states(call, run, None)
         else:
