@@ -1,0 +1,39 @@
+"""What trying out may cost: a small share of the time, kept in an account."""
+
+from __future__ import annotations
+
+SHARE = 0.004
+"""Part of all time that may be lost to verify steps which do not pay."""
+_FIRST = 3.0
+_MOST = 8.0
+_LEAST = -4.0
+
+
+class Allowance:
+    """An account of time. It earns `SHARE` of every step and half of what drafting saves, and pays
+    whatever drafting loses, so that no mistake of an estimate lasts.
+
+    It begins with three plain steps and holds eight at most: what is lost when drafts that paid
+    cease to.
+    """
+
+    def __init__(self) -> None:
+        self._balance: float | None = None
+
+    def step(self, cost: float, plain: float) -> None:
+        """A step of `cost` ran, where a plain one takes `plain`."""
+        before = _FIRST * plain if self._balance is None else self._balance
+        self._balance = min(before + SHARE * cost, _MOST * plain)
+
+    def settle(self, saved: float) -> None:
+        """A verify step saved this much time against plain steps; below 0 it lost some."""
+        assert self._balance is not None, "a step is settled once it is entered"
+        self._balance += saved / 2 if saved > 0 else saved
+
+    def covers(self, loss: float) -> bool:
+        """Whether `loss` may be risked."""
+        return self._balance is not None and self._balance >= loss
+
+    def overdrawn(self, plain: float) -> bool:
+        """Whether drafting has lost more than is bearable, in plain steps of `plain`."""
+        return self._balance is not None and self._balance < _LEAST * plain
