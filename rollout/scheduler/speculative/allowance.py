@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-SHARE = 0.004
+SHARE = 0.005
 """Part of all time that may be lost to verify steps which do not pay."""
 _FIRST = 3.0
-_MOST = 8.0
-_LEAST = -4.0
+_MOST = 12.0
+_LEAST = -3.0
 
 
 class Allowance:
     """An account of time. It earns `SHARE` of every step and half of what drafting saves, and pays
     whatever drafting loses, so that no mistake of an estimate lasts.
 
-    It begins with three plain steps and holds eight at most: what is lost when drafts that paid
+    It begins with three plain steps and holds twelve at most: what is lost when drafts that paid
     cease to.
     """
 

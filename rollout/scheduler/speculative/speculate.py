@@ -143,6 +143,7 @@ class AdaptiveDrafts:
         """The draft length in use from now on; 0 for none."""
         plain = self._costs.cost(num_rows, 0)
         if self._current and self._allowance.overdrawn(plain):
+            self._acceptance.forget(0.0)  # What it promised did not come.
             return 0
         gains = {
             k: self._acceptance.tokens(k) * plain / self._costs.cost(num_rows, k) for k in options
