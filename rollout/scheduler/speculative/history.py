@@ -48,6 +48,17 @@ class DraftHistory:
         self._num_places = config.history_tokens
         self._versions: deque[int] = deque(maxlen=_NUM_VERSIONS)
         self._sent = np.full((num_slots, self._num_sources), _UNKNOWN, np.int32)
+        self._segments: SegmentRing
+        self._families: dict[bytes, _Family]
+        self._keys: dict[int, bytes]
+        self._rows: list[list[int]]
+        self._readers: dict[int, set[int]]
+        self._writes: dict[int, HistoryWrite]
+        """By segment, those that no rank has yet."""
+        self._fresh: set[int]
+        """Slots taken since the last plan."""
+        self._changed: set[int]
+        """Slots whose row in the table is to be compared with what was sent."""
         self._begin()
 
     def enter(self, slot: int, key: bytes) -> None:
@@ -148,13 +159,10 @@ class DraftHistory:
 
     def _begin(self) -> None:
         self._segments = SegmentRing(self._num_places)
-        self._families: dict[bytes, _Family] = {}
-        self._keys: dict[int, bytes] = {}
-        self._rows: list[list[int]] = [[] for _ in range(self._num_slots)]
-        self._readers: dict[int, set[int]] = {slot: set() for slot in range(self._num_slots)}
-        self._writes: dict[int, HistoryWrite] = {}
-        """By segment, those that no rank has yet."""
-        self._fresh: set[int] = set()
+        self._families, self._keys = {}, {}
+        self._rows = [[] for _ in range(self._num_slots)]
+        self._readers = {slot: set() for slot in range(self._num_slots)}
+        self._writes, self._fresh = {}, set()
         self._changed = set(range(self._num_slots))
 
     def _key_of(self, source: int) -> bytes | None:

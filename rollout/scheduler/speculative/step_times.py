@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import median_low
 from typing import Protocol
 
 from rollout.scheduler.speculative.ladder import LADDER, row_bucket
@@ -14,7 +14,10 @@ from rollout.scheduler.speculative.verify_cost import CostModel
 _NUM_SAMPLES = 24
 _MAX_AGE = 1024
 """Steps after which a sample no longer counts where newer ones are there: contexts grow."""
-_MIN_SAMPLES = 3
+_KEPT_SAMPLES = 3
+"""Of which this many stay, however old."""
+_MIN_SAMPLES = 2
+"""One alone may have met a hiccup; of two the smaller has not."""
 
 
 class StepCosts(Protocol):
@@ -70,16 +73,18 @@ class _Planned:
 @dataclass
 class _Samples:
     """times: (order, scale) of the last ones, scale being seconds over the model's cost, which
-    takes the place of padding where a bucket is not padded. scale: their median."""
+    takes the place of padding where a bucket is not padded. scale: their median, or 0 where they
+    are too few to go by."""
 
     times: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_NUM_SAMPLES))
     scale: float = 0.0
 
     def add(self, order: int, scale: float) -> None:
         self.times.append((order, scale))
-        while len(self.times) > _MIN_SAMPLES and self.times[0][0] < order - _MAX_AGE:
+        while len(self.times) > _KEPT_SAMPLES and self.times[0][0] < order - _MAX_AGE:
             self.times.popleft()
-        self.scale = median(scale for _, scale in self.times)
+        if len(self.times) >= _MIN_SAMPLES:
+            self.scale = median_low(scale for _, scale in self.times)
 
 
 class MeasuredCosts:
@@ -139,25 +144,34 @@ class MeasuredCosts:
 
     def known(self, num_rows: int, k: int) -> bool:
         """Whether such a step was measured."""
-        return (row_bucket(num_rows), k) in self._samples
+        return self._measured(row_bucket(num_rows), k) > 0
+
+    def _measured(self, bucket: int, k: int) -> float:
+        """Seconds over the model's cost; 0 where that is not known."""
+        found = self._samples.get((bucket, k))
+        return 0.0 if found is None else found.scale
 
     def _scale(self, bucket: int, k: int) -> float:
-        own = self._samples.get((bucket, k))
-        if own is not None:
-            return own.scale
+        own = self._measured(bucket, k)
+        if own > 0:
+            return own
         if k == 0:
             return self._nearest_plain(bucket)
         return self._scale(bucket, 0) * self._correction(bucket, k)
 
     def _nearest_plain(self, bucket: int) -> float:
-        plain = [rows for rows, k in self._samples if k == 0]
+        plain = [rows for rows, k in self._samples if k == 0 and self._measured(rows, 0)]
         if not plain:
             return 1.0
-        return self._samples[min(plain, key=lambda rows: _apart(rows, bucket)), 0].scale
+        return self._measured(min(plain, key=lambda rows: _apart(rows, bucket)), 0)
 
     def _correction(self, bucket: int, k: int) -> float:
         """How many times more a verify step costs than the model says, a plain one being right."""
-        verified = [kind for kind in self._samples if kind[1] and (kind[0], 0) in self._samples]
+        verified = [
+            (rows, other)
+            for rows, other in self._samples
+            if other and self._measured(rows, other) and self._measured(rows, 0)
+        ]
         if not verified:
             return 1.0
         rung = LADDER.index(k)
@@ -165,7 +179,7 @@ class MeasuredCosts:
             verified,
             key=lambda kind: _apart(kind[0], bucket) + abs(LADDER.index(kind[1]) - rung),
         )
-        return self._samples[rows, other].scale / self._samples[rows, 0].scale
+        return self._measured(rows, other) / self._measured(rows, 0)
 
 
 def _apart(rows: int, other: int) -> float:

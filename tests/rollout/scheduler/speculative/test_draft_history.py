@@ -1,4 +1,4 @@
-"""What a row drafts from: running sequences and finished ones of its prompt, never anything else."""
+"""What a row drafts from: running and finished sequences of its prompt, never anything else."""
 
 from __future__ import annotations
 

@@ -172,11 +172,10 @@ def test_numbers_of_segments_are_used_again_once_all_are_taken() -> None:
 
 def test_a_ring_skips_its_end_and_drops_what_lay_there() -> None:
     ring = SegmentRing(20)
-    made = [ring.add(5, b"a", 0)[0] for _ in range(4)]
-    assert ring.add(3, b"a", 0)[1] == [made[0]]
-    assert ring.add(4, b"a", 0)[1] == [made[1]]
+    made = [ring.add(size, b"a", 0)[0] for size in (5, 5, 5, 3, 2)]
+    for old, size in zip(made, (5, 5, 5, 2), strict=False):
+        assert ring.add(size, b"a", 0)[1] == [old]
+    # Three places are left, [17, 20), with the last of the old ones in them.
+    first = ring[5]
     later, dropped = ring.add(5, b"a", 0)
-    assert (later.at, dropped) == (7, [made[2]])
-    for _ in range(2):
-        later, dropped = ring.add(5, b"a", 0)
-    assert later.at == 0
+    assert later.at == 0 and dropped == [made[4], first]
