@@ -65,8 +65,8 @@ class World:
             if len(self._flight) > int(self.overlap):
                 given += self._apply(controller)
         while self._flight:
-            self._apply(controller)
-        return self.spent - before
+            given += self._apply(controller)
+        return (self.spent - before) * tokens / given
 
     def _plan(self, controller: DraftController, num_rows: int) -> None:
         k = controller.choose(num_rows)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from rollout.scheduler.speculative.ladder import row_bucket
 
 _PLAIN_EVERY = 256
+_PLAIN_WHEN_SURPRISED = 16
 _OTHERS_FIRST = 64
 _OTHERS_EVERY = 1024
 _NUM_STEPS = 2
@@ -17,9 +18,9 @@ _NUM_FIRST = 3
 class Rehearsals:
     """Which kind of step, bucket of rows and draft length, is due to be measured again.
 
-    A plain one: two steps of 256 in each bucket, and three where none was. Others,
-    whatever their bucket since each may capture a graph: after 64 steps, then after twice as many,
-    up to two of 1024.
+    A plain one: two steps of 256 in each bucket, three where none was, and more where costs change.
+    Others, whatever their bucket since each may capture a graph: after 64 steps, then after twice
+    as many, up to two of 1024.
     """
 
     def __init__(self) -> None:
@@ -42,13 +43,14 @@ class Rehearsals:
         """Whether steps of `k` drafts are being measured again."""
         return self._left > 0 and self._kind == (row_bucket(num_rows), k)
 
-    def due(self, num_rows: int, k: int) -> bool:
-        """Whether they should be."""
+    def due(self, num_rows: int, k: int, *, surprised: bool = False) -> bool:
+        """Whether they should be. surprised: costs changed, so plain ones did perhaps, too."""
         if k:
             wait = self._wait.get(k, _OTHERS_FIRST)
             return self._now - self._last_of.get(k, 0) >= wait
         last = self._last.get((row_bucket(num_rows), 0))
-        return last is None or self._now - last >= _PLAIN_EVERY
+        every = _PLAIN_WHEN_SURPRISED if surprised else _PLAIN_EVERY
+        return last is None or self._now - last >= every
 
     def oldest(self, options: Iterable[int]) -> int:
         """The one of these draft lengths that no step had for longest."""

@@ -25,8 +25,9 @@ OFF_BELOW = 1.02
 """Where it is given up."""
 _SWITCH_ABOVE = 1.02
 """By how much another draft length must be better than the one in use."""
+_SURPRISE = 1.25
 _HOPED_RATE = 0.7
-_RISKED_STEPS = 2.0
+_RISKED_STEPS = 3.0
 _REMEMBERED_ROWS = 8.0
 
 
@@ -134,10 +135,10 @@ class AdaptiveDrafts:
             self._acceptance.observe(counts - 1, k)
             self._probes.observe(len(counts), k)
         if len(counts) and self._costs.known(num_rows, 0):
-            plain, cost = self._costs.cost(num_rows, 0), self._costs.cost(num_rows, k)
+            plain, cost = self._costs.latest(num_rows, 0), self._costs.latest(num_rows, k)
             self._allowance.step(cost, plain)
             if k:
-                self._allowance.settle(float(np.mean(counts)) * plain - cost)
+                self._allowance.settle(float(np.mean(counts)) * plain - cost, plain)
 
     def _decide(self, num_rows: int, options: tuple[int, ...]) -> int:
         """The draft length in use from now on; 0 for none."""
@@ -159,11 +160,13 @@ class AdaptiveDrafts:
         """The length in use, or another one that is to be measured again."""
         kinds = (0, *options) if self._costs.measures else options
         others = [k for k in kinds if k != self._current and self._bearable(num_rows, k)]
+        usual = self._costs.cost(num_rows, self._current)
+        surprised = self._costs.latest(num_rows, self._current) > _SURPRISE * usual
         for k in others:
             if self._rehearsals.running(num_rows, k):
                 return k
         for k in others:
-            if self._rehearsals.due(num_rows, k):
+            if self._rehearsals.due(num_rows, k, surprised=surprised):
                 self._rehearsals.start(num_rows, k)
                 return k
         return self._current

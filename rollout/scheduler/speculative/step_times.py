@@ -11,9 +11,10 @@ from typing import Protocol
 from rollout.scheduler.speculative.ladder import LADDER, row_bucket
 from rollout.scheduler.speculative.verify_cost import CostModel
 
-_NUM_SAMPLES = 24
+_NUM_SAMPLES = 16
 _MAX_AGE = 1024
 """Steps after which a sample no longer counts where newer ones are there: contexts grow."""
+_NUM_LATEST = 3
 _KEPT_SAMPLES = 3
 """Of which this many stay, however old."""
 _MIN_SAMPLES = 2
@@ -34,6 +35,9 @@ class StepCosts(Protocol):
 
     def cost(self, num_rows: int, k: int) -> float:
         """What such a step is expected to cost; above 0."""
+
+    def latest(self, num_rows: int, k: int) -> float:
+        """What the last few of such steps did cost."""
 
     def known(self, num_rows: int, k: int) -> bool:
         """Whether that rests on steps like it."""
@@ -57,6 +61,10 @@ class ModelCosts:
         """In steps of one row."""
         return self._model.step(num_rows, k)
 
+    def latest(self, num_rows: int, k: int) -> float:
+        """In steps of one row."""
+        return self._model.step(num_rows, k)
+
     def known(self, num_rows: int, k: int) -> bool:
         """A model knows all."""
         return True
@@ -74,17 +82,19 @@ class _Planned:
 class _Samples:
     """times: (order, scale) of the last ones, scale being seconds over the model's cost, which
     takes the place of padding where a bucket is not padded. scale: their median, or 0 where they
-    are too few to go by."""
+    are too few to go by. latest: the median of the last three."""
 
     times: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_NUM_SAMPLES))
     scale: float = 0.0
+    latest: float = 0.0
 
     def add(self, order: int, scale: float) -> None:
         self.times.append((order, scale))
         while len(self.times) > _KEPT_SAMPLES and self.times[0][0] < order - _MAX_AGE:
             self.times.popleft()
         if len(self.times) >= _MIN_SAMPLES:
-            self.scale = median_low(scale for _, scale in self.times)
+            scales = [scale for _, scale in self.times]
+            self.scale, self.latest = median_low(scales), median_low(scales[-_NUM_LATEST:])
 
 
 class MeasuredCosts:
@@ -141,6 +151,13 @@ class MeasuredCosts:
         """In seconds, once any step was measured."""
         bucket = row_bucket(num_rows)
         return self._model.step(num_rows, k) * self._scale(bucket, k)
+
+    def latest(self, num_rows: int, k: int) -> float:
+        """In seconds, as `cost`: it follows a change at once, and is less sure."""
+        found = self._samples.get((row_bucket(num_rows), k))
+        if found is None or not found.latest:
+            return self.cost(num_rows, k)
+        return self._model.step(num_rows, k) * found.latest
 
     def known(self, num_rows: int, k: int) -> bool:
         """Whether such a step was measured."""
