@@ -11,7 +11,7 @@ _LEAST = -3.0
 
 
 class Allowance:
-    """An account of time. It earns `SHARE` of every step and half of what drafting saves, and pays
+    """An account of time. It earns `SHARE` of every step and what drafting saves, and pays
     whatever drafting loses, so that no mistake of an estimate lasts.
 
     It begins with three plain steps. What is earned fills it up to four, what drafting saved up to
@@ -29,7 +29,7 @@ class Allowance:
     def settle(self, saved: float, plain: float) -> None:
         """A verify step saved this much time against plain steps; below 0 it lost some."""
         assert self._balance is not None, "a step is settled once it is entered"
-        self._balance = min(self._balance + min(saved, saved / 2), _MOST_SAVED * plain)
+        self._balance = min(self._balance + saved, _MOST_SAVED * plain)
 
     def covers(self, loss: float) -> bool:
         """Whether `loss` may be risked."""

@@ -179,14 +179,15 @@ class AdaptiveDrafts:
             probes.end()
         if not probes.due or not self._costs.known(num_rows, 0):
             return 0
-        k = self._probed_length(num_rows, options)
-        if not self._bearable(num_rows, k):
+        bearable = [k for k in options if self._bearable(num_rows, k)]
+        if not bearable:
             return 0
+        k = self._probed_length(num_rows, bearable)
         self._acceptance.forget(_REMEMBERED_ROWS)
         probes.start(k)
         return k
 
-    def _probed_length(self, num_rows: int, options: tuple[int, ...]) -> int:
+    def _probed_length(self, num_rows: int, options: list[int]) -> int:
         """The most promising one; of measured costs, whose estimates may be wrong, every other time
         the one that was not tried for longest."""
         if self._costs.measures and self._probes.num_failed % 2:
