@@ -14,7 +14,7 @@ from rollout.scheduler.speculative.verify_cost import CostModel
 _NUM_SAMPLES = 16
 _MAX_AGE = 1024
 """Steps after which a sample no longer counts where newer ones are there: contexts grow."""
-_NUM_LATEST = 3
+_NUM_LATEST = 5
 _KEPT_SAMPLES = 3
 """Of which this many stay, however old."""
 _MIN_SAMPLES = 2
@@ -82,7 +82,7 @@ class _Planned:
 class _Samples:
     """times: (order, scale) of the last ones, scale being seconds over the model's cost, which
     takes the place of padding where a bucket is not padded. scale: their median, or 0 where they
-    are too few to go by. latest: the median of the last three."""
+    are too few to go by. latest: the median of the last five."""
 
     times: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_NUM_SAMPLES))
     scale: float = 0.0
@@ -153,11 +153,12 @@ class MeasuredCosts:
         return self._model.step(num_rows, k) * self._scale(bucket, k)
 
     def latest(self, num_rows: int, k: int) -> float:
-        """In seconds, as `cost`: it follows a change at once, and is less sure."""
+        """In seconds, as `cost`: it follows a change at once and is less sure, so that it says at
+        most twice as much."""
         found = self._samples.get((row_bucket(num_rows), k))
         if found is None or not found.latest:
             return self.cost(num_rows, k)
-        return self._model.step(num_rows, k) * found.latest
+        return self._model.step(num_rows, k) * min(found.latest, 2 * found.scale)
 
     def known(self, num_rows: int, k: int) -> bool:
         """Whether such a step was measured."""
