@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from rollout.scheduler.speculative.speculate import DraftController
+from rollout.scheduler.speculative.drafts import Controller
 
 Cost = Callable[[int, int], float]
 """Seconds of a step of so many rows with so many drafts each."""
@@ -56,7 +56,7 @@ class World:
         """Seconds."""
         return self.now
 
-    def run(self, controller: DraftController, num_rows: int, tokens: int) -> float:
+    def run(self, controller: Controller, num_rows: int, tokens: int) -> float:
         """Decode until each of the rows has `tokens` tokens on average; the seconds that its steps
         would take without noise, which is luck."""
         before, given = self.spent, 0.0
@@ -68,7 +68,7 @@ class World:
             given += self._apply(controller)
         return (self.spent - before) * tokens / given
 
-    def _plan(self, controller: DraftController, num_rows: int) -> None:
+    def _plan(self, controller: Controller, num_rows: int) -> None:
         k = controller.choose(num_rows)
         controller.planned(self._step, num_rows, k)
         self.chosen.append(k)
@@ -81,7 +81,7 @@ class World:
         self._step += 1
         self.now += self.host
 
-    def _apply(self, controller: DraftController) -> float:
+    def _apply(self, controller: Controller) -> float:
         step, num_rows, k, ready = self._flight.popleft()
         self.now = max(self.now, ready)
         drafted = np.where(self._rng.random(num_rows) < self.found, k, 0).astype(np.int32)

@@ -46,6 +46,7 @@ class DraftHistory:
         self._num_sources = config.num_sources
         self._num_slots = num_slots
         self._num_places = config.history_tokens
+        self._num_segments = config.num_segments
         self._versions: deque[int] = deque(maxlen=_NUM_VERSIONS)
         self._sent = np.full((num_slots, self._num_sources), _UNKNOWN, np.int32)
         self._segments: SegmentRing
@@ -138,9 +139,10 @@ class DraftHistory:
         self._sent[:] = _UNKNOWN
         self._begin()
 
-    def check_integrity(self) -> None:
-        """Assert that each source of a slot is a running sequence or a segment of its prompt, and
-        that both sides of every relation agree."""
+    def check_integrity(self, slots: set[int]) -> None:
+        """Assert that `slots` are those in use, that each source of one is a running sequence or a
+        segment of its prompt, and that both sides of every relation agree."""
+        assert set(self._keys) == slots, "slots in use differ"
         for slot, row in enumerate(self._rows):
             assert not row or slot in self._keys, f"slot {slot} is free and has sources"
             assert len(set(row)) == len(row) <= self._num_sources, f"sources of {slot}: {row}"
@@ -158,7 +160,7 @@ class DraftHistory:
         assert sum(len(family.live) for family in self._families.values()) == len(self._keys)
 
     def _begin(self) -> None:
-        self._segments = SegmentRing(self._num_places)
+        self._segments = SegmentRing(self._num_places, self._num_segments)
         self._families, self._keys = {}, {}
         self._rows = [[] for _ in range(self._num_slots)]
         self._readers = {slot: set() for slot in range(self._num_slots)}

@@ -19,6 +19,11 @@ def rungs(num_rows: int, draft_tokens: int) -> tuple[int, ...]:
     return tuple(k for k in LADDER if k <= draft_tokens and num_rows * (k + 1) <= MAX_VERIFY_ROWS)
 
 
+def rung_of(k: int) -> int:
+    """The rung that a step with `k` drafts at most runs on; 0 of a plain one."""
+    return k if k == 0 else next(rung for rung in LADDER if k <= rung)
+
+
 def row_bucket(num_rows: int) -> int:
     """The rows, as the graphs pad them, that a step of `num_rows` costs the time of."""
     place = bisect_left(_BUCKETS, num_rows)

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-MAX_SEGMENTS = 4096
-"""Most segments there are at once."""
-
 
 @dataclass(frozen=True)
 class Segment:
@@ -24,10 +21,11 @@ class Segment:
 class SegmentRing:
     """Places that are given out in turn, the oldest segments being overwritten.
 
-    num_places: tokens the history holds. A number is free again once its segment is dropped.
+    num_places: tokens the history holds. num_segments: most there are at once; a number is free
+    again once its segment is dropped.
     """
 
-    def __init__(self, num_places: int, num_segments: int = MAX_SEGMENTS) -> None:
+    def __init__(self, num_places: int, num_segments: int) -> None:
         self._num_places = num_places
         self._live: dict[int, Segment] = {}
         """By number, oldest first."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 import numpy as np
 
@@ -13,7 +12,8 @@ from engine.errors import UnsupportedOption
 from engine.protocol import IntArray
 from rollout.scheduler.speculative.acceptance import Acceptance
 from rollout.scheduler.speculative.allowance import Allowance
-from rollout.scheduler.speculative.ladder import LADDER, rungs
+from rollout.scheduler.speculative.drafts import Controller
+from rollout.scheduler.speculative.ladder import LADDER, rung_of, rungs
 from rollout.scheduler.speculative.probes import Probes
 from rollout.scheduler.speculative.rehearsal import Rehearsals
 from rollout.scheduler.speculative.step_times import MeasuredCosts, ModelCosts, StepCosts
@@ -31,26 +31,9 @@ _RISKED_STEPS = 3.0
 _REMEMBERED_ROWS = 8.0
 
 
-class DraftController(Protocol):
-    """Asked while a step is planned, and told what was planned and what came of it."""
-
-    def choose(self, num_rows: int) -> int:
-        """Draft length of the step that is being planned, of `num_rows` rows that all decode: 0, or
-        one of `LADDER` up to `SpeculativeConfig.draft_tokens` whose virtual rows are at most
-        `MAX_VERIFY_ROWS`."""
-
-    def planned(self, step: int, num_rows: int, k: int) -> None:
-        """Step `step`, all of whose rows decode, was planned with `k` drafts a row: 0 too where
-        pages forbade what was chosen. Steps come in order."""
-
-    def observe(self, step: int, drafted: IntArray, counts: IntArray) -> None:
-        """Its result was applied. drafted, counts: int32 [S], as in `StepResult`; of a plain step
-        zeros and ones. Steps come in the order planned; those that failed are left out."""
-
-
 def build_controller(
     config: SpeculativeConfig, *, device: str, clock: Callable[[], float] = time.monotonic
-) -> DraftController:
+) -> Controller:
     """The controller that the scheduler of a replica asks.
 
     device: `EngineFacts.device`. clock: seconds; never read where `config.pace` is 'counts'.
@@ -76,7 +59,7 @@ class FixedDrafts:
         self._draft_tokens = draft_tokens
 
     def choose(self, num_rows: int) -> int:
-        """See `DraftController`."""
+        """See `Controller`."""
         return max(rungs(num_rows, self._draft_tokens), default=0)
 
     def planned(self, step: int, num_rows: int, k: int) -> None:
@@ -106,7 +89,7 @@ class AdaptiveDrafts:
         self._current = 0
 
     def choose(self, num_rows: int) -> int:
-        """See `DraftController`."""
+        """See `Controller`."""
         options = rungs(num_rows, self._draft_tokens)
         if not options:
             return 0
@@ -119,20 +102,24 @@ class AdaptiveDrafts:
         return self._probe(num_rows, options)
 
     def planned(self, step: int, num_rows: int, k: int) -> None:
-        """See `DraftController`."""
+        """See `Controller`."""
         self._planned[step] = (num_rows, k)
+        k = rung_of(k)
         self._costs.planned(step, num_rows, k)
         self._probes.planned(k)
         self._rehearsals.planned(num_rows, k)
 
     def observe(self, step: int, drafted: IntArray, counts: IntArray) -> None:
-        """See `DraftController`."""
+        """See `Controller`."""
+        self._costs.observed(step)
+        if step not in self._planned:
+            return
         num_rows, k = self._planned[step]
         self._planned = {later: kept for later, kept in self._planned.items() if later > step}
-        self._costs.observed(step)
         counts = counts[counts > 0]  # The others had ended before the step ran.
         if k and len(counts):
             self._acceptance.observe(counts - 1, k)
+            k = rung_of(k)
             self._probes.observe(len(counts), k)
         if len(counts) and self._costs.known(num_rows, 0):
             plain, cost = self._costs.latest(num_rows, 0), self._costs.latest(num_rows, k)

@@ -31,7 +31,7 @@ class StepCosts(Protocol):
         """Step `step` was planned now, with k drafts for each of `num_rows` rows."""
 
     def observed(self, step: int) -> None:
-        """Its result was applied now."""
+        """Its result was applied now; or that of a step of which `planned` was not told."""
 
     def cost(self, num_rows: int, k: int) -> float:
         """What such a step is expected to cost; above 0."""
@@ -134,14 +134,16 @@ class MeasuredCosts:
     def observed(self, step: int) -> None:
         """See `StepCosts`; steps come in order, those that failed are left out."""
         now = self._clock()
-        planned = self._planned[step]
+        planned = self._planned.get(step)
         # Results come in order: what is older failed and has none.
         self._planned = {later: kept for later, kept in self._planned.items() if later > step}
         follows = self._last_step == step - 1
-        seconds = now - max(self._last_at, planned.at)
-        self._last_step, self._last_at = step, now
+        before, self._last_step, self._last_at = self._last_at, step, now
         self._order += 1
-        if not follows or planned.tainted or seconds <= 0:
+        if planned is None or planned.tainted or not follows:
+            return
+        seconds = now - max(before, planned.at)
+        if seconds <= 0:
             return
         kind = (row_bucket(planned.num_rows), planned.k)
         scale = seconds / self._model.step(planned.num_rows, planned.k)

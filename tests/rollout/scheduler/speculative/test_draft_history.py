@@ -114,7 +114,7 @@ class HistoryMachine(RuleBasedStateMachine):
     @invariant()
     def holds_together(self) -> None:
         if hasattr(self, "history"):
-            self.history.check_integrity()
+            self.history.check_integrity(set(self.running))
 
     def check_tables(self) -> None:
         for slot in range(self.num_slots):

@@ -17,6 +17,7 @@ class Table:
         config = SpeculativeConfig(history_tokens=history_tokens, num_sources=num_sources)
         self.history = DraftHistory(config, num_slots)
         self.sources = np.full((num_slots, num_sources), 99, np.int32)
+        self.slots: set[int] = set()
         self.take()
 
     def take(self) -> DraftSources | None:
@@ -24,7 +25,7 @@ class Table:
         if delta is not None:
             assert delta.slots.dtype == delta.columns.dtype == delta.ids.dtype == np.int32
             self.sources[delta.slots, delta.columns] = delta.ids
-        self.history.check_integrity()
+        self.history.check_integrity(self.slots)
         return delta
 
     def row(self, slot: int) -> set[int]:
@@ -34,8 +35,10 @@ class Table:
     def enter(self, key: bytes, *slots: int) -> None:
         for slot in slots:
             self.history.enter(slot, key)
+            self.slots.add(slot)
 
     def finish(self, slot: int, *, size: int = 50, version: int = 0, keep: bool = True) -> None:
+        self.slots.remove(slot)
         self.history.leave(slot, prompt_len=20, size=size, version=version, keep=keep)
 
 
@@ -154,6 +157,7 @@ def test_after_a_failure_all_of_the_tables_is_sent_again() -> None:
     table.enter(b"p", 0, 1)
     table.take()
     table.history.clear()
+    table.slots.clear()
     table.sources[:] = 99
     table.enter(b"p", 1)
     table.take()
@@ -171,7 +175,7 @@ def test_numbers_of_segments_are_used_again_once_all_are_taken() -> None:
 
 
 def test_a_ring_skips_its_end_and_drops_what_lay_there() -> None:
-    ring = SegmentRing(20)
+    ring = SegmentRing(20, 100)
     made = [ring.add(size, b"a", 0)[0] for size in (5, 5, 5, 3, 2)]
     for old, size in zip(made, (5, 5, 5, 2), strict=False):
         assert ring.add(size, b"a", 0)[1] == [old]

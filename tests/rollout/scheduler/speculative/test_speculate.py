@@ -9,8 +9,9 @@ import pytest
 
 from engine.config import SpeculativeConfig
 from engine.errors import UnsupportedOption
+from rollout.scheduler.speculative.drafts import Controller
 from rollout.scheduler.speculative.ladder import LADDER, MAX_VERIFY_ROWS, row_bucket, rungs
-from rollout.scheduler.speculative.speculate import DraftController, build_controller
+from rollout.scheduler.speculative.speculate import build_controller
 from tests.helpers.draft_world import (
     Cost,
     World,
@@ -33,9 +34,7 @@ MOST_LOST = 0.99
 TOKENS = 2000
 
 
-def adaptive(
-    world: World, *, device: str, pace: str = "time", draft_tokens: int = 7
-) -> DraftController:
+def adaptive(world: World, *, device: str, pace: str = "time", draft_tokens: int = 7) -> Controller:
     config = SpeculativeConfig(method="auto", draft_tokens=draft_tokens, pace=pace)
     return build_controller(config, device=device, clock=world.clock)
 
@@ -195,12 +194,13 @@ def test_rows_fall_into_buckets_that_hold_them() -> None:
 
 
 def test_steps_that_fail_are_forgotten() -> None:
-    """A step that was planned and has no result, then rows that had all ended."""
+    """Steps that were planned and have no result, one with a prompt, rows that had all ended."""
     world = World(flat_to_240, 0.5)
     controller = adaptive(world, device="cuda")
     controller.planned(0, 4, 0)
     controller.planned(1, 4, 3)
     controller.planned(7, 4, 3)
+    controller.observe(6, np.zeros(2, np.int32), np.ones(2, np.int32))
     controller.observe(7, np.full(4, 3, np.int32), np.zeros(4, np.int32))
     assert controller.choose(4) == 0
 
