@@ -200,6 +200,8 @@ class RunningSet:
             )
             if self.drafts is not None:
                 self.drafts.check_integrity(slot)
+        if self.drafts is not None:
+            self.drafts.check_sources(set(self._by_slot))
         self.cache.check_integrity([table.pages(slot) for slot in self._by_slot])
 
 

@@ -21,6 +21,7 @@ from engine.protocol import (
     StepResult,
     TopLogprobs,
 )
+from tests.helpers.mock_sources import MockSources
 
 MASK = (1 << 61) - 1
 
@@ -119,6 +120,7 @@ class MockExecutor:
         """num_labels: of a classifier, which scores and samples nothing. accepts: whether the draft
         for a position of the sequence with this seed is what the model draws."""
         self.accepts = accepts
+        self.sources = MockSources()
         self.num_drafted = 0
         self.num_inert = 0
         self.num_labels = num_labels
@@ -139,6 +141,8 @@ class MockExecutor:
         assert plan.step == self._next_step
         self._next_step += 1
         self._check_shapes(plan)
+        if plan.sources is not None:
+            self.sources.apply(plan.sources, self._texts)
         for new in plan.new_rows:
             self._rows[new.slot] = self._new_row(new)
         updates = zip(plan.page_slots, plan.page_columns, plan.page_ids, strict=True)
@@ -146,6 +150,8 @@ class MockExecutor:
             self._rows[int(slot)].pages[int(column)] = int(page)
         self._copy(plan)
         self._sure = self._lengths(plan)
+        for slot in plan.slots.tolist():
+            self.sources.check(slot, self._texts)
         self._write(plan)
         for slot, kv_len in zip(plan.slots.tolist(), self._sure, strict=True):
             if kv_len >= 0:
@@ -156,6 +162,11 @@ class MockExecutor:
         if self.num_labels:
             return self._score(plan)
         return self._verify(plan, prompt) if len(plan.draft_lens) else self._sample(plan, prompt)
+
+    def _texts(self, slot: int) -> tuple[list[int], list[int]]:
+        """Tokens of the sequence in a slot, and those of its prompt."""
+        row = self._rows[slot]
+        return row.tokens, row.tokens[: row.new.prompt_len]
 
     def _lengths(self, plan: StepPlan) -> list[int]:
         """KV of each row once the step is done, drafts left out; -1 of one at its limit."""

@@ -17,25 +17,27 @@ from engine.protocol import DraftSources, IntArray, StepResult
 from rollout.cache.manager import CacheManager
 from rollout.scheduler.planning.in_flight import InFlight
 from rollout.scheduler.sequence import Sequence
+from rollout.scheduler.speculative.ladder import MAX_VERIFY_ROWS
 from rollout.scheduler.table import PREFILLING, SlotTable
-
-MAX_VERIFY_ROWS = 512
-"""Rows of one step, those of drafts among them."""
 
 
 class Controller(Protocol):
-    """Says how many drafts a step verifies."""
+    """Says how many drafts a step verifies. Steps come in order, planned and observed; those that
+    failed are never observed."""
 
     def choose(self, num_rows: int) -> int:
-        """Most drafts a row for the next step of `num_rows` rows."""
+        """Most drafts a row for the next step of `num_rows` rows, all of which decode: 0, or a rung
+        of `ladder.LADDER`."""
         ...
 
     def planned(self, step: int, num_rows: int, k: int) -> None:
-        """A step in which every row decodes was planned."""
+        """A step in which every row decodes was planned, with `k` drafts a row at most: fewer than
+        chosen where pages forbade them or rows are near their end."""
         ...
 
     def observe(self, step: int, drafted: IntArray, counts: IntArray) -> None:
-        """Its result came; int32, a row each. Steps that `planned` was not told of may come too."""
+        """Its result came; int32, a row each: as in `StepResult`, of a plain step zeros and ones.
+        Steps that `planned` was not told of come too."""
         ...
 
 
@@ -60,6 +62,10 @@ class History(Protocol):
 
     def clear(self) -> None:
         """Every sequence is gone, whatever the ranks' tables say."""
+        ...
+
+    def check_integrity(self, slots: set[int]) -> None:
+        """Assert that `slots` are those in use, and none drafts from what it may not."""
         ...
 
 
@@ -166,6 +172,10 @@ class Drafts:
     def clear(self) -> None:
         """Every sequence is gone."""
         self._history.clear()
+
+    def check_sources(self, slots: set[int]) -> None:
+        """Assert that the running sequences, in `slots`, draft from what they may."""
+        self._history.check_integrity(slots)
 
     def check_integrity(self, slot: int) -> None:
         """Assert that what is shared of a running sequence is computed, and what it may compute

@@ -7,6 +7,7 @@ enough to run out. The mock executor asserts that every row reads its own KV.
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -24,6 +25,7 @@ from hypothesis.stateful import (
 from engine.config import SpeculativeConfig
 from engine.errors import InvalidRequest, SlipstreamError
 from engine.protocol import Request, RequestOutput
+from tests.helpers.mock_executor import mix
 from tests.helpers.scheduling import (
     Bench,
     check_entropies,
@@ -59,6 +61,15 @@ FIELDS = st.fixed_dictionaries(
         "draft_tokens": st.integers(0, 7),
     },
 )
+DRAFTS = st.just({"method": "off"}) | st.fixed_dictionaries(
+    {
+        "method": st.sampled_from(["ngram", "ngram", "auto"]),
+        "draft_tokens": st.integers(1, 7),
+        "history_tokens": st.sampled_from([4, 40, 1000]),
+        "num_segments": st.sampled_from([1, 3, 100]),
+        "num_sources": st.integers(1, 4),
+    }
+)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -80,12 +91,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_chunk_tokens=st.integers(1, 16),
         policy=st.sampled_from(["fcfs", "longest_prefix"]),
         starvation_steps=st.integers(1, 4),
-        draft_tokens=st.sampled_from([0, 1, 3, 7]),
+        drafts=DRAFTS,
+        accepted=st.integers(0, 3),
     )
-    def start(self, draft_tokens: int, **config: object) -> None:
-        method = "ngram" if draft_tokens else "off"
-        speculative = SpeculativeConfig(method=method, draft_tokens=draft_tokens)
+    def start(self, drafts: dict[str, Any], accepted: int, **config: object) -> None:
+        """accepted: in three, drafts that come true."""
+        speculative = SpeculativeConfig(pace="counts", **drafts)
         self.bench = Bench(context_length=CONTEXT, speculative=speculative, **config)
+        self.bench.executor.accepts = lambda seed, place: mix(seed, place, 11) % 3 < accepted
 
     @rule(
         prompt=PROMPTS,
