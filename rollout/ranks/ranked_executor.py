@@ -37,6 +37,7 @@ from engine.protocol import (
     EngineFacts,
     Reply,
     Shutdown,
+    StepMasks,
     StepPlan,
     StepResult,
     encode,
@@ -230,6 +231,18 @@ class RankedExecutor:
         pending = self._monitor.guard(what, run, timeout_s=timeout_s, step=plan.step)
         self._kinds.launched(kind)
         return RankedStep(plan, pending, self._monitor, self._timeout_s)
+
+    def mask(self, masks: StepMasks) -> None:
+        """Queue the sampling of the step that waits for it on every rank, behind its plan in each
+        rank's stream. Raises EngineDead, naming a rank that is missing."""
+
+        def run() -> None:
+            self._post([masks])
+            self._local.mask(masks)
+
+        what = f"the masks of step {masks.step}"
+        timeout_s = launch_s(self._timeout_s)
+        self._monitor.guard(what, run, timeout_s=timeout_s, step=masks.step)
 
     def handle(self, command: EngineCommand) -> Reply:
         """Run one command on every rank. The reply's lists have an entry a rank.

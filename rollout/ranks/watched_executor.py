@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from engine.protocol import BesideSteps, EngineCommand, Reply, StepPlan, StepResult
+from engine.protocol import BesideSteps, EngineCommand, Reply, StepMasks, StepPlan, StepResult
 from engine.protocol.deadlines import COLLECTIVE_S, deadlines, watch_s
 from rollout.ranks.step_executor import PendingStep, StepExecutor
 from rollout.ranks.step_kinds import StepKinds
@@ -57,6 +57,12 @@ class WatchedExecutor:
         pending = self._executor.launch(plan)
         self._kinds.launched(kind)
         return WatchedStep(pending, self._pulse, self._step_s)
+
+    def mask(self, masks: StepMasks) -> None:
+        """Queue the sampling of the step that waits for it, the first of which builds kernels. What
+        was spent on the masks was no time of the device's."""
+        self._pulse.begin(Activity.BUILD, self._build_s)
+        self._executor.mask(masks)
 
     def handle(self, command: EngineCommand) -> Reply:
         """Run one command that is no step."""
