@@ -19,7 +19,7 @@ from engine.batch import RequestTable, StepBatch
 from engine.config import KernelBackend
 from engine.protocol import NewRow, RowSampling, StepMasks, TopLogprobs
 from engine.transfer import to_device
-from kernels.sampling import named_logprobs, sample, token_logprobs, top_logprobs
+from kernels.sampling import moved_logprobs, named_logprobs, sample, top_logprobs
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class DrawOptions:
 
 PLAIN = DrawOptions()
 _NO_IDS = np.zeros(0, np.int64)
+_LOWEST_LOGIT = -1e30
+"""Divided by the lowest temperature it is still a float32."""
 
 
 @dataclass(frozen=True)
@@ -207,24 +209,25 @@ class Sampler:
         logprob_S: torch.Tensor,
     ) -> None:
         """Put tokens that their masks allow, and the logprobs of these, in the place of what the
-        masked rows drew, of which only this stays: a row that is not finite."""
+        masked rows drew; a logprob that is not finite stays."""
         rows_M = to_device(masks.rows.astype(np.int64), self._device)
-        logits_MV, slots_M = logits_SV[rows_M], batch.slots_S[rows_M]
-        allowed_MV = allowed_tokens(to_device(_as_bytes(masks.bits), self._device), logits_SV)
-        options = DrawOptions(filtered=bool(self._filtered[slots[masks.rows]].any()))
+        slots_M = batch.slots_S[rows_M]
+        banned_MV = banned_tokens(to_device(_as_bytes(masks.bits), self._device), logits_SV)
+        # What is allowed may come however unlikely it is; what is not never does.
+        lowest = max(torch.finfo(logits_SV.dtype).min, _LOWEST_LOGIT)
+        logits_MV = logits_SV[rows_M].clamp_(min=lowest).masked_fill_(banned_MV, float("-inf"))
         # Filters are of the masked law: the k likeliest of what may come.
-        token_M, _ = self.draw_plain(
-            logits_MV.masked_fill(~allowed_MV, float("-inf")),
-            slots_M,
-            batch.kv_lens_S[rows_M],
-            options,
+        options = DrawOptions(filtered=bool(self._filtered[slots[masks.rows]].any()))
+        token_M, _ = self.draw_plain(logits_MV, slots_M, batch.kv_lens_S[rows_M], options)
+        logprob_S[rows_M] = moved_logprobs(
+            logits_SV,
+            rows_M,
+            self._temperature[slots_M],
+            token_M,
+            known_M=token_S[rows_M],
+            logprob_M=logprob_S[rows_M],
         )
-        own_M = token_logprobs(logits_MV, token_M, self._temperature[slots_M])
-        # A token that is allowed may have a probability of 0 in float32.
-        own_M = own_M.clamp(min=torch.finfo(torch.float32).min)
-        drawn_M = logprob_S[rows_M]
         token_S[rows_M] = token_M
-        logprob_S[rows_M] = torch.where(drawn_M.isfinite(), own_M, drawn_M)
 
     def _others(
         self, logits_TV: torch.Tensor, temperature_T: torch.Tensor, slots_T: np.ndarray
@@ -263,11 +266,11 @@ class Sampler:
             edit_logits(logits_SV[row], known, self._edited[slot])
 
 
-def allowed_tokens(bytes_MB: torch.Tensor, logits_SV: torch.Tensor) -> torch.Tensor:
-    """Masks by token, bool [M, V]. bytes_MB: uint8 [M, B], the bytes of `StepMasks.bits`, lowest
-    first; 8 * B is at least V."""
+def banned_tokens(bytes_MB: torch.Tensor, logits_SV: torch.Tensor) -> torch.Tensor:
+    """What masks rule out, bool [M, V]. bytes_MB: uint8 [M, B], the bytes of `StepMasks.bits`,
+    lowest first; 8 * B is at least V."""
     bit_8 = 1 << torch.arange(8, dtype=torch.uint8, device=bytes_MB.device)
-    return (bytes_MB.unsqueeze(-1) & bit_8).ne(0).flatten(1)[:, : logits_SV.shape[1]]
+    return (bytes_MB.unsqueeze(-1) & bit_8).eq(0).flatten(1)[:, : logits_SV.shape[1]]
 
 
 def _as_bytes(bits: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import torch
 
 from engine.batch import RequestTable
 from engine.protocol import NewRow, RowSampling, StepMasks
-from engine.sampling import Drawn, Sampler, allowed_tokens
+from engine.sampling import Drawn, Sampler, banned_tokens
 from kernels.sampling.filters import keep_mask
 from kernels.sampling.philox import philox_uniform
 from rollout.masks.base import bits_of
@@ -83,9 +83,9 @@ def test_bits_come_back_as_the_tokens_they_are_of(vocab: int) -> None:
         bits = bits_of(ids, vocab)
         assert bits.dtype == np.uint32 and len(bits) == math.ceil(vocab / 32)
         packed = torch.from_numpy(bits.view(np.uint8)[None].copy())
-        found = allowed_tokens(packed, torch.zeros(1, vocab))
-        assert found.shape == (1, vocab)
-        assert found[0].nonzero().flatten().tolist() == ids.tolist()
+        banned = banned_tokens(packed, torch.zeros(1, vocab))
+        assert banned.shape == (1, vocab)
+        assert (~banned[0]).nonzero().flatten().tolist() == ids.tolist()
 
 
 def restricted(logits_V: torch.Tensor, sampling: RowSampling, allowed: list[int]) -> int:
@@ -165,7 +165,7 @@ def test_rows_beside_a_masked_one_and_its_own_numbers_are_as_without(name: str) 
     assert float(masked.logprob_S[2]) == pytest.approx(float(plain.logprob_S[2]), abs=1e-5)
 
 
-@pytest.mark.parametrize("low", [-200.0, -1e9, -3e38])
+@pytest.mark.parametrize("low", [-200.0, -1e9, -3e38, float("-inf")])
 @pytest.mark.parametrize("name", ["greedy", "plain", "cold", "top_k", "top_p", "min_p", "filters"])
 def test_what_is_allowed_comes_however_unlikely_it_is(low: float, name: str) -> None:
     logits = torch.zeros(1, VOCAB)
