@@ -21,6 +21,7 @@ from engine.protocol import (
     FlushCache,
     Request,
     RequestOutput,
+    StepMasks,
     StepPlan,
     StepResult,
     WeightCommand,
@@ -45,6 +46,9 @@ class TimedExecutor:
         self.decode_only = bool(plan.query_lens.max() == 1)
         self.num_rows = len(plan.slots)
         return TimedStep(self, self.inner.launch(plan))
+
+    def mask(self, masks: StepMasks) -> None:
+        self.inner.mask(masks)
 
     def handle(self, command: WeightCommand) -> Any:
         return self.inner.handle(command)

@@ -89,6 +89,9 @@ class SchedulerConfig:
     """Plans that may pass a waiting request over before it goes first."""
     overlap: Suppress[bool | None] = None
     """Plan a step while the one before it runs; None does so on a GPU. Same outputs."""
+    mask_timeout_s: Suppress[float] = 30.0
+    """Longest that a step waits for the masks of its rows, at most `deadlines.MASK_S`; a request
+    whose mask is later ends with MaskTimeout."""
     check_integrity: Suppress[bool] = False
     """Check slots, pages and the whole prefix tree whenever the engine has become idle."""
 

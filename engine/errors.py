@@ -31,6 +31,8 @@
     ├── DiskFull                       a file does not fit; names path and bytes
     ├── InternalError                  a mistake of ours: it ended one request or command
     ├── NonFiniteLogits                a sequence whose logits are NaN or infinite; it ends
+    ├── MaskError                      what may be sampled is not known for one sequence; it ends
+    │   └── MaskTimeout                it was not known in time
     ├── NonFiniteGradient              a trainer's gradient is not finite, however small the loss
     └── EngineDead                     a rank died or missed its deadline
 
@@ -228,6 +230,17 @@ class NonFiniteLogits(SlipstreamError):
     """The model gave NaN or infinite logits for one sequence, which ends with the tokens sampled
     before. The usual causes: weights that are not finite, a faulty device, or an activation that
     the dtype cannot hold; float16 ends at 65504."""
+
+
+class MaskError(SlipstreamError):
+    """What restricts the tokens of one sequence failed, or allows no token at all: the sequence
+    ends with the tokens sampled before. Names the request's field, where one is to blame."""
+
+
+class MaskTimeout(MaskError):
+    """What restricts the tokens of one sequence did not say in time which may come next."""
+
+    status = 504
 
 
 class NonFiniteGradient(SlipstreamError):

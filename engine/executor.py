@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from engine.config import EngineConfig, LoadFormat
-from engine.protocol import BesideSteps, EngineCommand, Reply, StepPlan, StepResult
+from engine.protocol import BesideSteps, EngineCommand, Reply, StepMasks, StepPlan, StepResult
 
 if TYPE_CHECKING:
-    from engine.pending import PendingStep
+    from engine.pending import LaunchedStep
     from engine.weights.checkpoint import Checkpoint as Checkpoint
     from engine.weights.lane import PendingCommand
 
@@ -31,9 +31,13 @@ class LocalExecutor:
         """Run one step to its end."""
         return self._worker.launch(plan).result()
 
-    def launch(self, plan: StepPlan) -> PendingStep:
+    def launch(self, plan: StepPlan) -> LaunchedStep:
         """Queue one step; its `result` waits for it. Later steps may be queued before."""
         return self._worker.launch(plan)
+
+    def mask(self, masks: StepMasks) -> None:
+        """Queue the sampling of the step launched last, which waits for it."""
+        self._worker.mask(masks)
 
     def handle(self, command: EngineCommand) -> Reply:
         """Run one command that is no step."""

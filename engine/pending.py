@@ -5,12 +5,13 @@ Legend: S rows that sample, V tokens drawn for them, k likeliest tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from engine.protocol import PromptLogprobs, StepResult
+from engine.protocol import PromptLogprobs, StepMasks, StepResult
 from engine.sampling import Top, to_top
 from engine.transfer import Fetch
 
@@ -64,6 +65,34 @@ class PendingStep:
             counts=counts,
             drafted=drafted,
         )
+
+
+Sample = Callable[[StepMasks | None], PendingStep]
+"""Queues the sampling of a step whose forward pass is queued, its masked rows by these masks."""
+
+
+class MaskedStep:
+    """A step whose sampling waits for masks."""
+
+    def __init__(self, step: int, sample: Sample) -> None:
+        self._step = step
+        self._sample: Sample | None = sample
+        self._sampled: PendingStep | None = None
+
+    def mask(self, masks: StepMasks) -> None:
+        """Queue the sampling, once."""
+        assert masks.step == self._step, f"masks of step {masks.step} came for {self._step}"
+        sample, self._sample = self._sample, None
+        assert sample is not None, f"masks of step {masks.step} came twice"
+        self._sampled = sample(masks)
+
+    def result(self) -> StepResult:
+        """As `PendingStep.result`, for when the masks came."""
+        assert self._sampled is not None, f"the masks of step {self._step} have not come"
+        return self._sampled.result()
+
+
+LaunchedStep = PendingStep | MaskedStep
 
 
 def pack_sampled(

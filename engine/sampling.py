@@ -17,9 +17,9 @@ import torch
 
 from engine.batch import RequestTable, StepBatch
 from engine.config import KernelBackend
-from engine.protocol import NewRow, RowSampling, TopLogprobs
+from engine.protocol import NewRow, RowSampling, StepMasks, TopLogprobs
 from engine.transfer import to_device
-from kernels.sampling import named_logprobs, sample, top_logprobs
+from kernels.sampling import moved_logprobs, named_logprobs, sample, top_logprobs
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class DrawOptions:
 
 PLAIN = DrawOptions()
 _NO_IDS = np.zeros(0, np.int64)
+_LOWEST_LOGIT = -1e30
+"""Divided by the lowest temperature it is still a float32."""
 
 
 @dataclass(frozen=True)
@@ -166,12 +168,19 @@ class Sampler:
         )
 
     def draw(
-        self, logits_SV: torch.Tensor, batch: StepBatch, slots: np.ndarray, table: RequestTable
+        self,
+        logits_SV: torch.Tensor,
+        batch: StepBatch,
+        slots: np.ndarray,
+        table: RequestTable,
+        masks: StepMasks | None = None,
     ) -> Drawn:
         """Sample one token a row. `slots` is `batch.slots_S` on the host.
 
         logits_SV: float32 where `edits` is true: penalties, bias and bans change it in place.
         The random number of a row is drawn from (seed, index of the new token in its sequence).
+        masks: which tokens may come in some rows. Of these rows too, logprobs, entropies and
+        alternatives are those of the law without a mask.
         """
         self._edit(logits_SV, batch, slots, table)
         options, entropy_S, top = self.options(slots), None, None
@@ -180,6 +189,8 @@ class Sampler:
         tokens, logprobs = self.draw_plain(
             logits_SV, batch.slots_S, batch.kv_lens_S, options, entropy_S
         )
+        if masks is not None and len(masks.rows):
+            self._draw_masked(logits_SV, batch, slots, masks, tokens, logprobs)
         rows = np.flatnonzero(self._alternatives[slots]).astype(np.int32)
         if len(rows):
             # Only of the rows that ask: the others pay nothing for a neighbour's wide answer.
@@ -187,6 +198,36 @@ class Sampler:
             temperature_T = self._temperature[batch.slots_S[rows_T]]
             top = Top(rows, *self._others(logits_SV[rows_T], temperature_T, slots[rows]))
         return Drawn(tokens, logprobs, entropy_S, top)
+
+    def _draw_masked(
+        self,
+        logits_SV: torch.Tensor,
+        batch: StepBatch,
+        slots: np.ndarray,
+        masks: StepMasks,
+        token_S: torch.Tensor,
+        logprob_S: torch.Tensor,
+    ) -> None:
+        """Put tokens that their masks allow, and the logprobs of these, in the place of what the
+        masked rows drew; a logprob that is not finite stays."""
+        rows_M = to_device(masks.rows.astype(np.int64), self._device)
+        slots_M = batch.slots_S[rows_M]
+        banned_MV = banned_tokens(to_device(_as_bytes(masks.bits), self._device), logits_SV)
+        # What is allowed may come however unlikely it is; what is not never does.
+        lowest = max(torch.finfo(logits_SV.dtype).min, _LOWEST_LOGIT)
+        logits_MV = logits_SV[rows_M].clamp_(min=lowest).masked_fill_(banned_MV, float("-inf"))
+        # Filters are of the masked law: the k likeliest of what may come.
+        options = DrawOptions(filtered=bool(self._filtered[slots[masks.rows]].any()))
+        token_M, _ = self.draw_plain(logits_MV, slots_M, batch.kv_lens_S[rows_M], options)
+        logprob_S[rows_M] = moved_logprobs(
+            logits_SV,
+            rows_M,
+            self._temperature[slots_M],
+            token_M,
+            known_M=token_S[rows_M],
+            logprob_M=logprob_S[rows_M],
+        )
+        token_S[rows_M] = token_M
 
     def _others(
         self, logits_TV: torch.Tensor, temperature_T: torch.Tensor, slots_T: np.ndarray
@@ -223,6 +264,20 @@ class Sampler:
             length = int(batch.kv_lens_S[row])
             known = table.token_ids[slot, :length].long()
             edit_logits(logits_SV[row], known, self._edited[slot])
+
+
+def banned_tokens(bytes_MB: torch.Tensor, logits_SV: torch.Tensor) -> torch.Tensor:
+    """What masks rule out, bool [M, V]. bytes_MB: uint8 [M, B], the bytes of `StepMasks.bits`,
+    lowest first; 8 * B is at least V."""
+    bit_8 = 1 << torch.arange(8, dtype=torch.uint8, device=bytes_MB.device)
+    return (bytes_MB.unsqueeze(-1) & bit_8).eq(0).flatten(1)[:, : logits_SV.shape[1]]
+
+
+def _as_bytes(bits: np.ndarray) -> np.ndarray:
+    """uint32 [M, W] as uint8 [M, 4 W], the lowest byte of a word first; to be read only."""
+    found: np.ndarray = np.ascontiguousarray(bits, "<u4").view(np.uint8)
+    # What came in a frame cannot be written, which torch warns of.
+    return found if found.flags.writeable else found.copy()
 
 
 def _places(named: list[np.ndarray], counts_T: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:

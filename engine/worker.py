@@ -12,14 +12,13 @@ from functools import partial
 
 import numpy as np
 import torch
-from msgspec.structs import replace
 
 from engine.allocation import allocate_model, num_parameters, parameter_bytes
 from engine.attention.base import CapturableBackend
 from engine.attention.select import select
-from engine.attention.spoilt import spoilt_rows
-from engine.batch import RequestTable, StepBatch, build_batch
+from engine.batch import RequestTable
 from engine.config import DEFAULT_CONTEXT_LIMIT, EngineConfig
+from engine.eager import EagerSteps
 from engine.errors import InvalidRequest
 from engine.graphs import DecodeGraphs, row_buckets
 from engine.kv.pool import KVPool
@@ -31,7 +30,7 @@ from engine.numerics import dtype_name, kernel_backend, resolve_device, resolve_
 from engine.occupancy import Occupancy
 from engine.parallel.connect import connect, rank_device
 from engine.parallel.mesh import Mesh
-from engine.pending import PendingStep, Runs, pack_sampled
+from engine.pending import LaunchedStep, MaskedStep, PendingStep, Runs
 from engine.phases import check_phases
 from engine.profiler import RankProfiler
 from engine.prompt_logprobs import PromptScorer
@@ -39,18 +38,17 @@ from engine.protocol import (
     BesideSteps,
     EngineCommand,
     EngineFacts,
-    PromptLogprobs,
     ReleaseMemory,
     Reply,
     ResumeMemory,
     StartProfile,
+    StepMasks,
     StepPlan,
     StopProfile,
 )
 from engine.sampling import Sampler
 from engine.speculative.checks import check_speculative, max_verified
 from engine.speculative.ngram import NgramDrafter
-from engine.speculative.resolve import as_runs, resolve
 from engine.speculative.verify import Verifier
 from engine.transfer import Fetch, to_device
 from engine.weights.initial import load_initial
@@ -135,6 +133,10 @@ class Worker:
         )
         self._sampler = Sampler(num_slots=num_slots + num_scratch, device=device, backend=backend)
         self._scorer = PromptScorer(self._model, self._sampler)
+        self._eager = EagerSteps(
+            self._model, self._table, self._sampler, self._scorer, self._attention
+        )
+        self._masked: MaskedStep | None = None
         self._scratch_slot = num_slots
         if num_scratch:
             self._table.host_pages[num_slots] = num_pages
@@ -164,9 +166,14 @@ class Worker:
             num_labels=files.config.num_labels,
         )
 
-    def launch(self, plan: StepPlan) -> PendingStep:
+    def launch(self, plan: StepPlan) -> LaunchedStep:
         """Queue one step plan. On a GPU this returns before the step ran; the next one may
-        be queued behind it at once, since tokens go from step to step on the device."""
+        be queued behind it at once, since tokens go from step to step on the device.
+
+        With `StepPlan.masked` rows the forward pass is queued, and `mask` has to come before
+        anything else; another plan in its place gives the step up.
+        """
+        self._masked = None
         self._profiler.before(plan.step)
         try:
             return self._launch(plan)
@@ -174,7 +181,14 @@ class Worker:
             self._profiler.after()
 
     @torch.inference_mode()
-    def _launch(self, plan: StepPlan) -> PendingStep:
+    def mask(self, masks: StepMasks) -> None:
+        """Queue the sampling of the step that waits for it."""
+        step, self._masked = self._masked, None
+        assert step is not None, f"no step waits for the masks of step {masks.step}"
+        step.mask(masks)
+
+    @torch.inference_mode()
+    def _launch(self, plan: StepPlan) -> LaunchedStep:
         self._occupancy.require_all()
         self._weights.session.require_servable()
         if plan.sources is not None and self._drafter is not None:
@@ -189,14 +203,14 @@ class Worker:
             self._pool.spoilt.copied(plan.copy_src, plan.copy_dst)
         if self._graphs is not None and self._is_capturable(plan):
             return self._replay(self._graphs, plan)
-        if not len(plan.draft_lens):
-            return self._run(plan)
         if self._verifier is not None and plan.draft_lens.any():
+            assert not len(plan.masked), "a step that waits for masks verifies no drafts"
             return self._verifier.run(plan)
-        resolved = resolve(plan, self._table)
-        if not resolved.kept_R.any():
-            return as_runs(PendingStep(plan.step), plan, resolved.kept_R)
-        return as_runs(self._run(resolved.plan), plan, resolved.kept_R)
+        sample = self._eager.forward(plan)
+        if not len(plan.masked):
+            return sample(None)
+        self._masked = MaskedStep(plan.step, sample)
+        return self._masked
 
     def _replay(self, graphs: DecodeGraphs, plan: StepPlan) -> PendingStep:
         """A decode step as one launch."""
@@ -208,19 +222,6 @@ class Worker:
             starts = np.arange(num_rows, dtype=np.int64) * drawn.width
             runs = Runs(starts, Fetch(drawn.counts))
         return PendingStep(plan.step, Fetch(drawn.sampled), num_rows=num_rows, runs=runs)
-
-    def _run(self, plan: StepPlan) -> PendingStep:
-        """A step of any rows, whose lengths are those of the plan."""
-        batch = build_batch(plan, self._table, self._attention)
-        hidden_TH = self._model(batch.input_ids_T, batch.context)
-        prompt = self._scorer.score(plan, batch, hidden_TH)
-        spoilt_R = spoilt_rows(batch.context.step)
-        if spoilt_R is None:
-            return self._sample(plan, batch, hidden_TH, prompt)
-        # The logits of these rows may look finite: attention read zeros where NaN had been.
-        hidden_TH[torch.from_numpy(np.repeat(spoilt_R, plan.query_lens))] = float("nan")
-        prompt = [_as_nan(part) if spoilt_R[part.row] else part for part in prompt]
-        return self._sample(plan, batch, hidden_TH, prompt)
 
     def handle(self, command: EngineCommand) -> Reply:
         """Run one command that is no step; raises its typed error."""
@@ -268,26 +269,8 @@ class Worker:
         self._collectives.close()
         self._occupancy.close()
 
-    def _sample(
-        self, plan: StepPlan, batch: StepBatch, hidden_TH: torch.Tensor, prompt: list
-    ) -> PendingStep:
-        slots = plan.slots[plan.samples]
-        if len(slots) == 0:
-            return PendingStep(plan.step, prompt=prompt)
-        if self._model.config.num_labels:
-            scores_SL = self._model.compute_logits(hidden_TH[batch.last_T_of_S])
-            scores = Fetch(scores_SL)
-            return PendingStep(plan.step, scores=scores, num_rows=len(slots), prompt=prompt)
-        # As wide as in a captured step unless the logits change: both then sum alike.
-        widen = self._device.type == "cpu" or self._sampler.edits(slots)
-        logits_SV = self._model.compute_logits(hidden_TH[batch.last_T_of_S], widen=widen)
-        drawn = self._sampler.draw(logits_SV, batch, slots, self._table)
-        self._table.append(batch.slots_S, batch.kv_lens_S, drawn.token_S)
-        fetch = Fetch(pack_sampled(drawn.token_S, drawn.logprob_S, drawn.entropy_S))
-        return PendingStep(plan.step, fetch, num_rows=len(slots), top=drawn.top, prompt=prompt)
-
     def _is_capturable(self, plan: StepPlan) -> bool:
-        if plan.query_lens.max() > 1 or not plan.samples.all():
+        if len(plan.masked) or plan.query_lens.max() > 1 or not plan.samples.all():
             return False
         return self._sampler.is_capturable(plan.slots) and not self._scorer.wants(plan)
 
@@ -378,10 +361,6 @@ class Worker:
             trainer=config.memory.trainer_bytes,
             shadow=weights if config.memory.reserve_shadow else 0,
         )
-
-
-def _as_nan(part: PromptLogprobs) -> PromptLogprobs:
-    return replace(part, logprobs=np.full_like(part.logprobs, np.nan))
 
 
 def _context_length(config: EngineConfig, longest: int) -> int:

@@ -5,7 +5,8 @@ Three layers speak them, in the order a request meets them:
 1. `native`: `GenerateRequest` -> `GenerateResponse`, SGLang's native `/generate`;
 2. `requests`, `updates`, `commands`, client -> replica: `LeaderMessage` (one ordered stream, each
    command in a `Call`) -> `RequestOutput` and `Reply`;
-3. `steps`, leader -> ranks: `StepPlan` -> `StepResult`, and the engine's commands unchanged.
+3. `steps`, leader -> ranks: `StepPlan`, and `StepMasks` where one waits for it -> `StepResult`;
+   and the engine's commands unchanged.
 
 In process the structs travel as they are, without a copy; `codec` makes bytes of them. Beside the
 messages, `buckets` says how pieces of tensors share a broadcast; `engine.comm` carries them.
@@ -72,10 +73,12 @@ from engine.protocol.steps import (
     NewRow,
     PromptLogprobs,
     RowSampling,
+    StepMasks,
     StepPlan,
     StepResult,
 )
 from engine.protocol.types import (
+    BitArray,
     BroadcastLayout,
     CheckAction,
     FinishType,
@@ -121,6 +124,7 @@ __all__ = [
     "Abort",
     "AbortUpdate",
     "BUCKET_ALIGNMENT",
+    "BitArray",
     "BeginUpdate",
     "BroadcastLayout",
     "Bucket",
@@ -182,6 +186,7 @@ __all__ = [
     "Shutdown",
     "StagingMode",
     "StartProfile",
+    "StepMasks",
     "StepPlan",
     "StepResult",
     "Stop",

@@ -38,6 +38,8 @@ STEP_S = 120.0
 """Launch of one step whose kernels and graphs are there, and waiting for its result."""
 LAUNCH_S = 300.0
 """Launch of one step, which compiles kernels and captures graphs where they are new."""
+MASK_S = 60.0
+"""Most that a step waits for the masks of its rows (`SchedulerConfig.mask_timeout_s`)."""
 SILENT_S = 90.0
 """No sign of life from a leader's process, whose thread for that needs nothing but the
 interpreter: it was stopped, or hangs."""
@@ -118,8 +120,8 @@ def capped(timeout_s: float) -> float:
 
 
 def step_s(collective_s: float = COLLECTIVE_S) -> float:
-    """How long one step may keep the leader: its launch, then its result."""
-    return launch_s(collective_s) + max(collective_s, COLLECTIVE_S)
+    """How long one step may keep the leader: its launch, masks that it waits for, its result."""
+    return launch_s(collective_s) + MASK_S + max(collective_s, COLLECTIVE_S)
 
 
 def launch_s(collective_s: float = COLLECTIVE_S, *, builds: bool = True) -> float:

@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Struct
 
 from engine.protocol.types import (
+    AllowedIds,
     ClientId,
     Count,
     Float32,
@@ -73,6 +74,9 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     the order of their index. With the fields of the first request, and its `sampling_seed`, the
     reply goes on as if it had not been cut. `hold_at` ends it before the output token of that
     index, counted from the first of all, with the finish reason "hold"; -1 for never.
+
+    `allowed_token_ids`: only these tokens are ever sampled, stop tokens no more than others; at
+    least one. Logprobs, entropies and likeliest tokens are those of the whole vocabulary.
     """
 
     text: str | None = None
@@ -93,6 +97,7 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     kv_policy: KvPolicy = "keep"
     output_ids: OutputIds | None = None
     hold_at: Int32 = -1
+    allowed_token_ids: AllowedIds | None = None
 
 
 class ClassifyRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

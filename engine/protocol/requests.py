@@ -60,6 +60,9 @@ class Request(Struct, frozen=True, kw_only=True, tag="request"):
         scores that a sequence classifier gives its last token (`RequestOutput.scores`); what
         speaks of output tokens has to be left at its default, and `sampling` and `seed` are not
         looked at. A model does one of the two and refuses the other.
+    allowed_token_ids: int32 [k], at least one: only these are ever sampled. None for any. They say
+        which tokens may come and not how likely they are: logprobs, entropies and alternatives
+        stay those of the whole vocabulary.
     draft_tokens: most tokens to draft ahead at once, at most the server's own; -1: the server's.
         What is sampled does not depend on it.
     forced_acceptance: a tool of benchmarks, refused by a server that was not told to serve it:
@@ -84,6 +87,7 @@ class Request(Struct, frozen=True, kw_only=True, tag="request"):
     output_ids: IntArray | None = None
     hold_at: Int32 = -1
     task: Task = "generate"
+    allowed_token_ids: IntArray | None = None
     draft_tokens: Int32 = -1
     forced_acceptance: Float32 = -1.0
 
@@ -91,6 +95,12 @@ class Request(Struct, frozen=True, kw_only=True, tag="request"):
     def num_alternatives(self) -> int:
         """Tokens a position whose logprobs are wanted beside that of the one that came."""
         return self.top_logprobs + len(self.logprob_ids)
+
+    @property
+    def masked(self) -> bool:
+        """Whether something restricts, token by token, what may be sampled: each of its steps waits
+        for a mask (`StepMasks`) before it samples, and nothing is drafted for it."""
+        return self.allowed_token_ids is not None
 
 
 class Abort(Struct, frozen=True, kw_only=True, tag="abort"):

@@ -11,6 +11,7 @@ from msgspec import Struct
 from engine.protocol.requests import TopLogprobs
 from engine.protocol.types import (
     Bias,
+    BitArray,
     Count,
     Float32,
     FloatArray,
@@ -133,6 +134,10 @@ class StepPlan(Struct, frozen=True, kw_only=True, tag="step"):
     draft_lens: int32 [R], most tokens that are drafted for each row and verified with it; 0 in a
         row that does not sample. Empty: none, and every length is known.
     sources: what drafts are copied from; None: as it was.
+    masked: int32 [M], ascending, indices into the S rows that sample: rows that may not be sampled
+        before their masks are there. Where there are any, the forward pass of the step runs, and
+        the sampling of all its rows waits for one `StepMasks`, which comes before any other plan
+        or command; another plan in its place says that the step was given up.
 
     How many drafts a step accepts is known to the ranks before it is known to the leader, which
     plans ahead with bounds. With `draft_lens`, a sampling row has `kv_lens` or fewer tokens in the
@@ -154,6 +159,23 @@ class StepPlan(Struct, frozen=True, kw_only=True, tag="step"):
     samples: np.ndarray[Any, np.dtype[np.bool_]]
     draft_lens: IntArray = msgspec.field(default_factory=lambda: NO_INTS)
     sources: DraftSources | None = None
+    masked: IntArray = msgspec.field(default_factory=lambda: NO_INTS)
+
+
+class StepMasks(Struct, frozen=True, kw_only=True, tag="masks"):
+    """Which tokens may be sampled in the rows of a step that wait for it (`StepPlan.masked`).
+
+    rows: int32 [M], ascending, of those that `masked` names. One that is left out is sampled
+        without a mask.
+    bits: uint32 [M, ceil(vocabulary / 32)], `types.BitArray`: 1 where the token may be sampled.
+        No row is all 0, and bits beyond the vocabulary are not looked at.
+
+    Example: with a vocabulary of 40, a row that allows tokens 1 and 33 has the bits [2, 2].
+    """
+
+    step: Size
+    rows: IntArray
+    bits: BitArray
 
 
 class PromptLogprobs(Struct, frozen=True):

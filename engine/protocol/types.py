@@ -17,6 +17,9 @@ IntArray = np.ndarray[Any, np.dtype[np.int32]]
 
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]
 
+BitArray = np.ndarray[Any, np.dtype[np.uint32]]
+"""Bits of tokens: token t is bit t % 32, from the lowest, of word t // 32."""
+
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
 FLOAT32_MAX = 3.4028234663852886e38
@@ -35,6 +38,10 @@ MAX_STOP_CHARS = 1024
 MAX_TOKEN_LIST = 1024
 """Most `stop_token_ids` and most `logit_bias` entries of a request: the device and every step
 look at all of them."""
+
+MAX_ALLOWED_IDS = 1 << 15
+"""Most `allowed_token_ids` of a request; the device sees a bit for every token of the vocabulary,
+however many are allowed."""
 
 MAX_TENSORS = 1 << 20
 """Most tensors of a manifest or a transfer."""
@@ -132,6 +139,8 @@ TokenIds = Annotated[list[Int32], Meta(max_length=MAX_TOKEN_LIST)]
 
 StopIds = Annotated[list[Int32], Meta(max_length=2 * MAX_TOKEN_LIST)]
 """`stop_token_ids` and what a server adds: the model's EOS ids, stop strings that are tokens."""
+
+AllowedIds = Annotated[list[Int32], Meta(max_length=MAX_ALLOWED_IDS)]
 
 OutputIds = list[Int32 | list[Int32]]
 """Output tokens of the one sample of a request, or a list for each of its samples. How many there

@@ -14,10 +14,22 @@ import torch
 
 from kernels.backend import KernelBackend, unknown_backend
 from kernels.sampling import reference
-from kernels.sampling.logprobs import named_logprobs, token_logprobs, top_logprobs
+from kernels.sampling.logprobs import (
+    moved_logprobs,
+    named_logprobs,
+    token_logprobs,
+    top_logprobs,
+)
 from kernels.sampling.philox import philox_uniform
 
-__all__ = ["named_logprobs", "philox_uniform", "sample", "token_logprobs", "top_logprobs"]
+__all__ = [
+    "moved_logprobs",
+    "named_logprobs",
+    "philox_uniform",
+    "sample",
+    "token_logprobs",
+    "top_logprobs",
+]
 
 
 def sample(

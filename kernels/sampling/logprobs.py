@@ -20,6 +20,29 @@ def token_logprobs(
     return chosen_S - scaled_SV.logsumexp(-1)
 
 
+def moved_logprobs(
+    logits_SV: torch.Tensor,
+    rows_M: torch.Tensor,
+    temperature_M: torch.Tensor,
+    token_M: torch.Tensor,
+    *,
+    known_M: torch.Tensor,
+    logprob_M: torch.Tensor,
+) -> torch.Tensor:
+    """Logprobs of tokens in rows of which that of another token is known, float32 [M]: two logits a
+    row are read, and no sum over the vocabulary is made again.
+
+    rows_M: int64, rows of the S. token_M: int64, whose logprobs are wanted. known_M, logprob_M:
+    int64 and float32, a token of each row and its logprob by `sample`. temperature_M: float32,
+    below 1e-6 counts as 1. At least the lowest float32; where `logprob_M` is not finite, that.
+    """
+    _, divisor_M = split_temperature(temperature_M)
+    gap_M = logits_SV[rows_M, token_M].double() - logits_SV[rows_M, known_M].double()
+    moved_M = logprob_M.double() + gap_M / divisor_M.double()
+    lowest = torch.finfo(torch.float32).min
+    return torch.where(logprob_M.isfinite(), moved_M.clamp(min=lowest).float(), logprob_M)
+
+
 def top_logprobs(
     logits_SV: torch.Tensor, temperature_S: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

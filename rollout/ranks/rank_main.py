@@ -27,6 +27,7 @@ from engine.protocol import (
     EngineCommand,
     Reply,
     Shutdown,
+    StepMasks,
     StepPlan,
 )
 from rollout.ranks.board import StepBoard
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> int:
     rank, files = int(number), RankFiles(folder=Path(folder))
     log_to_stderr(f"rank {rank}")
     _leave_with(int(parent))
-    channel = Channel.connect(endpoint, Call | StepPlan | CancelTransfers | Shutdown)
+    channel = Channel.connect(endpoint, Call | StepPlan | StepMasks | CancelTransfers | Shutdown)
     try:
         return _build_and_serve(channel, files, factory, rank)
     finally:
@@ -97,6 +98,8 @@ def _serve(executor: RankExecutor, channel: Channel, board: StepBoard, rank: int
                     return
                 case StepPlan():
                     _launch(executor, message, board, rank)
+                case StepMasks():
+                    _mask(executor, message)
                 case CancelTransfers():
                     executor.cancel(message.reason, group=message.group)
                 case Call() if isinstance(message.command, BesideSteps):
@@ -121,6 +124,14 @@ def _launch(executor: RankExecutor, plan: StepPlan, board: StepBoard, rank: int)
         logger.error("step %d refused: %s", plan.step, error)
         return
     board.note(rank, plan.step)
+
+
+def _mask(executor: RankExecutor, masks: StepMasks) -> None:
+    """Queue the sampling of the step that waits for it. A refusal is every rank's alike."""
+    try:
+        executor.mask(masks)
+    except SlipstreamError as error:
+        logger.error("the masks of step %d refused: %s", masks.step, error)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from engine.protocol import (
     EngineFacts,
     Reply,
     Shutdown,
+    StepMasks,
     StepPlan,
     StepResult,
     encode,
@@ -185,6 +186,7 @@ class RankedExecutor:
         self._closed = False
         self._last_call = 0
         self._kinds = StepKinds()
+        self._launch_s = launch_s(self._timeout_s)
         files = RankFiles(folder=folder or Path(tempfile.mkdtemp(prefix="slipstream-ranks-")))
         self._remove: Callable[[], Any] | None = None
         if folder is None:
@@ -226,10 +228,22 @@ class RankedExecutor:
 
         what, kind = f"step {plan.step}", self._kinds.of(plan)
         builds = self.facts.device == "cpu" or self._kinds.is_new(kind)
-        timeout_s = launch_s(self._timeout_s, builds=builds)
-        pending = self._monitor.guard(what, run, timeout_s=timeout_s, step=plan.step)
+        self._launch_s = launch_s(self._timeout_s, builds=builds)
+        pending = self._monitor.guard(what, run, timeout_s=self._launch_s, step=plan.step)
         self._kinds.launched(kind)
         return RankedStep(plan, pending, self._monitor, self._timeout_s)
+
+    def mask(self, masks: StepMasks) -> None:
+        """Queue the sampling of the step launched last on every rank, behind its plan in each
+        rank's stream; it may take as long again as the launch. Raises EngineDead, naming a rank
+        that is missing."""
+
+        def run() -> None:
+            self._post([masks])
+            self._local.mask(masks)
+
+        what = f"the masks of step {masks.step}"
+        self._monitor.guard(what, run, timeout_s=self._launch_s, step=masks.step)
 
     def handle(self, command: EngineCommand) -> Reply:
         """Run one command on every rank. The reply's lists have an entry a rank.

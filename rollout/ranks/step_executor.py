@@ -11,6 +11,7 @@ from engine.protocol import (
     EngineCommand,
     EngineFacts,
     Reply,
+    StepMasks,
     StepPlan,
     StepResult,
 )
@@ -35,7 +36,15 @@ class StepExecutor(Protocol):
         ...
 
     def launch(self, plan: StepPlan) -> PendingStep:
-        """Queue one step; more may be queued before its result is asked for."""
+        """Queue one step; more may be queued before its result is asked for.
+
+        Of a step with `StepPlan.masked` rows the forward pass is queued: its result, and any other
+        plan, come after its `mask`. One that is launched in its place gives it up.
+        """
+        ...
+
+    def mask(self, masks: StepMasks) -> None:
+        """Queue the sampling of the step launched last, which waits for it."""
         ...
 
     def handle(self, command: EngineCommand) -> Reply:

@@ -8,25 +8,28 @@ from __future__ import annotations
 
 from engine.protocol import NewRow, StepPlan
 
+StepKind = tuple[int, int, bool]
+
 
 class StepKinds:
     """The kinds of step that have been launched before."""
 
     def __init__(self) -> None:
-        self._seen: set[tuple[int, int]] = set()
+        self._seen: set[StepKind] = set()
 
-    def of(self, plan: StepPlan) -> tuple[int, int]:
-        """The kind of a step: its rows, to a power of two; and what its new rows bring, or 0."""
+    def of(self, plan: StepPlan) -> StepKind:
+        """The kind of a step: its rows, to a power of two; what its new rows bring, or 0; and
+        whether its sampling waits for masks."""
         brings = 0
         for row in plan.new_rows:
             brings |= _brings(row)
-        return len(plan.slots).bit_length(), brings
+        return len(plan.slots).bit_length(), brings, len(plan.masked) > 0
 
-    def is_new(self, kind: tuple[int, int]) -> bool:
+    def is_new(self, kind: StepKind) -> bool:
         """Whether no step of the kind was launched to its end."""
         return kind not in self._seen
 
-    def launched(self, kind: tuple[int, int]) -> None:
+    def launched(self, kind: StepKind) -> None:
         """A step of the kind was launched."""
         self._seen.add(kind)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from engine.protocol import BesideSteps, EngineCommand, Reply, StepPlan, StepResult
+from engine.protocol import BesideSteps, EngineCommand, Reply, StepMasks, StepPlan, StepResult
 from engine.protocol.deadlines import COLLECTIVE_S, deadlines, watch_s
 from rollout.ranks.step_executor import PendingStep, StepExecutor
 from rollout.ranks.step_kinds import StepKinds
@@ -40,6 +40,7 @@ class WatchedExecutor:
         self._kinds = StepKinds()
         self._step_s = watch_s(collective_s, builds=False)
         self._build_s = watch_s(collective_s, builds=True)
+        self._launching = (Activity.BUILD, self._build_s)
         # There the whole step runs in its launch, and takes as long as the model is large.
         self._always_new = executor.facts.device == "cpu"
 
@@ -50,13 +51,20 @@ class WatchedExecutor:
     def launch(self, plan: StepPlan) -> WatchedStep:
         """Queue one step."""
         kind = self._kinds.of(plan)
-        if self._always_new or self._kinds.is_new(kind):
-            self._pulse.begin(Activity.BUILD, self._build_s)
-        else:
-            self._pulse.begin(Activity.STEP, self._step_s)
+        builds = self._always_new or self._kinds.is_new(kind)
+        self._launching = (
+            (Activity.BUILD, self._build_s) if builds else (Activity.STEP, self._step_s)
+        )
+        self._pulse.begin(*self._launching)
         pending = self._executor.launch(plan)
         self._kinds.launched(kind)
         return WatchedStep(pending, self._pulse, self._step_s)
+
+    def mask(self, masks: StepMasks) -> None:
+        """Queue the sampling of the step launched last, which may take as long again as its launch.
+        What was spent waiting for the masks counts for neither."""
+        self._pulse.begin(*self._launching)
+        self._executor.mask(masks)
 
     def handle(self, command: EngineCommand) -> Reply:
         """Run one command that is no step."""

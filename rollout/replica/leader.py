@@ -39,12 +39,15 @@ from engine.protocol import (
     Resume,
     SetVersion,
     Shutdown,
+    StepMasks,
     StepPlan,
     StepResult,
     Stop,
     UpdateReport,
 )
 from rollout.cache.manager import CacheManager
+from rollout.masks.base import MaskSource
+from rollout.masks.masked_step import MaskedStep
 from rollout.ranks.device_errors import breaks_device
 from rollout.ranks.step_executor import PendingStep, StepExecutor
 from rollout.replica.command_replies import error_info
@@ -74,10 +77,18 @@ class Leader:
     asked for, so the ranks never wait for the host; outputs come one step later and are the
     same. Without it every step is planned, run and applied in turn: the reference. A control
     command that could matter to a step finds none in flight either way; see `weight_queue` for
-    those that run beside steps.
+    those that run beside steps. A step with masked rows is launched like any other, so that its
+    forward pass runs; the next one is planned once its masks were sent (`masked_step`).
     """
 
-    def __init__(self, config: EngineConfig, executor: StepExecutor) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        executor: StepExecutor,
+        *,
+        mask_sources: Sequence[MaskSource] = (),
+    ) -> None:
+        """mask_sources: beside that of `Request.allowed_token_ids`."""
         facts = executor.facts
         cache = CacheManager(
             num_pages=facts.num_pages,
@@ -104,6 +115,14 @@ class Leader:
         self._weights = WeightCommands(
             executor, self._scheduler, self._readiness, drain=self._drain, emit=self._emit
         ).queue
+        self._masked = MaskedStep(
+            self._scheduler,
+            sources=mask_sources,
+            vocab_size=facts.vocab_size,
+            timeout_s=config.scheduler.mask_timeout_s,
+            send=self._send_masks,
+            emit=self._emit,
+        )
         self._checks_integrity = config.scheduler.check_integrity
         overlap = config.scheduler.overlap
         self._overlap = facts.device == "cuda" if overlap is None else overlap
@@ -190,6 +209,8 @@ class Leader:
         if self._readiness.late_undo is not None:
             self._weights.abandon(self._readiness.late_undo)
         self.poll()
+        if self._masked.waits and not self._masked.look():
+            return self._take_outputs()
         plan = None if self._readiness.hold else self._plan()
         if plan is not None or self._in_flight:
             self._num_empty_plans = 0
@@ -199,8 +220,7 @@ class Leader:
             if self._num_empty_plans >= _MAX_EMPTY_PLANS:
                 self._num_empty_plans = 0
                 self._recover(AssertionError("work waits but nothing is planned"), "planning")
-        outputs, self._outputs = self._outputs, []
-        return outputs
+        return self._take_outputs()
 
     def can_step(self) -> bool:
         """Whether `step` would do something: outputs wait, or work does and may run."""
@@ -282,7 +302,8 @@ class Leader:
 
     def _advance(self, plan: StepPlan | None) -> None:
         """Launch the plan, if any, and take in the results that are due."""
-        if plan is not None and self._overlap:
+        masked = plan is not None and len(plan.masked) > 0
+        if plan is not None and (self._overlap or masked):
             pending = self._guarded(plan, lambda: self._executor.launch(plan))
             if pending is not None:
                 self._in_flight.append((plan, pending))
@@ -290,6 +311,10 @@ class Leader:
             self._apply(self._guarded(plan, lambda: self._executor.execute(plan)))
         while len(self._in_flight) > (0 if plan is None else 1):
             self._collect()
+        if plan is not None and masked and self._in_flight:
+            self._guarded(plan, lambda: self._masked.ask(plan))
+            if self._masked.waits:
+                self._masked.look()
         if self._checks_integrity and not (self._in_flight or self._scheduler.has_work()):
             self._scheduler.check_integrity()
 
@@ -297,11 +322,23 @@ class Leader:
         plan, pending = self._in_flight.popleft()
         self._apply(self._guarded(plan, pending.result))
 
+    def _send_masks(self, plan: StepPlan, masks: StepMasks) -> None:
+        self._guarded(plan, lambda: self._executor.mask(masks))
+        if not self._overlap:
+            self._drain()
+
+    def _take_outputs(self) -> list[RequestOutput]:
+        outputs, self._outputs = self._outputs, []
+        self._masked.forget_ended(outputs)
+        return outputs
+
     def _emit(self, outputs: list[RequestOutput]) -> None:
         self._outputs += outputs
 
     def _drain(self) -> None:
         """Wait for the steps in flight: what follows must not fall between them."""
+        while self._masked.waits:
+            self._masked.look()
         while self._in_flight:
             self._collect()
 
@@ -359,4 +396,5 @@ class Leader:
 
     def _end_all(self, error: SlipstreamError) -> None:
         self._in_flight.clear()
+        self._masked.give_up()
         self._outputs += self._scheduler.fail_all(error_info(error))

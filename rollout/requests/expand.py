@@ -75,6 +75,7 @@ def expand(
         logprob_ids=list(wire.token_ids_logprob or []) if wire.return_logprob else [],
         output_ids=given[0] if given else None,
         hold_at=wire.hold_at,
+        allowed_token_ids=_allowed(wire),
         task=task,
     )
     _check(wire, first, state)
@@ -86,6 +87,11 @@ def expand(
     if given:
         others = _continued(others, given[1:], state)
     return [first, *others]
+
+
+def _allowed(wire: GenerateRequest) -> IntArray | None:
+    ids = wire.allowed_token_ids
+    return None if ids is None else np.array(ids, np.int32)
 
 
 def num_sent(wire: GenerateRequest) -> int:

@@ -96,7 +96,6 @@ _NATIVE_UNSERVED = (
 
 _OPENAI_UNSERVED = (
     "add_special_tokens",
-    "allowed_token_ids",
     "audio",
     "bad_words",
     "continue_final_message",

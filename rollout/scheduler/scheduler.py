@@ -101,6 +101,11 @@ class Scheduler:
         return self._speculative.enabled
 
     @property
+    def running(self) -> RunningSet:
+        """The sequences that hold slots, to be read."""
+        return self._running
+
+    @property
     def paused(self) -> bool:
         """Whether `plan` plans nothing until `resume`."""
         return self._pause_mode is not None
@@ -134,9 +139,11 @@ class Scheduler:
         *,
         rid: str = "",
         rids: Iterable[str] = (),
+        error: str | None = None,
     ) -> list[RequestOutput]:
         """End the request `rid`, those of `rids`, those whose id starts with `rid_prefix`, or
-        `all`. rid, rid_prefix: as replies show ids too; rids: as they are.
+        `all`. rid, rid_prefix: as replies show ids too; rids: as they are. error: the kind of what
+        ended them.
 
         Returns what each produced so far, in order of arrival. Empty names nothing. The KV of
         those named stays cached; with `all` it does not, since most often an update follows.
@@ -155,7 +162,7 @@ class Scheduler:
             first = rid if rid in self._requests else of_sample(rid)
             found = (self._requests.get(name) for name in dict.fromkeys((first, *rids)))
             named = [sequence for sequence in found if sequence is not None]
-        finish = FinishReason(type="abort", message=message)
+        finish = FinishReason(type="abort", message=message, error=error)
         return self._finish_each(named, finish, keep_kv=not all)
 
     def stop(self, rid: str, num_tokens: int, matched: str) -> RequestOutput | None:
@@ -208,7 +215,7 @@ class Scheduler:
         if self.paused or not self._requests:
             return None
         builder = PlanBuilder(self._next_step, self._running)
-        self._make_room()
+        self._preemption.make_room(self._decode.num_missing_pages, self._next_step)
         self._fill(builder)
         while builder.empty and len(self._running) > 1 and self._running.prefilling:
             self._preemption.retract_one(self._next_step)
@@ -321,14 +328,6 @@ class Scheduler:
     def _fill(self, builder: PlanBuilder) -> None:
         num_decode = self._decode.plan(builder)
         self._prefill.plan(builder, self._config.max_step_tokens - num_decode)
-
-    def _make_room(self) -> None:
-        """Retract until every decoding sequence can have its next page."""
-        if self._decode.num_missing_pages() <= 0:
-            self._reserve.decay()
-            return
-        while self._decode.num_missing_pages() > 0:
-            self._preemption.retract_one(self._next_step)
 
     def _enter(self, sequence: Sequence) -> None:
         request = sequence.request

@@ -94,7 +94,8 @@ class Sequence:
     @property
     def may_draft(self) -> bool:
         """Whether its tokens can be drawn several at once: nothing but temperature and filters may
-        stand between its logits and a token, and no other logprobs are wanted."""
+        stand between its logits and a token, and no other logprobs are wanted. A mask is of one
+        token, and known when the one before it is."""
         s = self.request.sampling
         edited = (
             s.frequency_penalty != 0
@@ -103,7 +104,7 @@ class Sequence:
             or bool(s.logit_bias)
             or s.min_new_tokens > 0
         )
-        return not edited and self.request.num_alternatives == 0
+        return not (edited or self.request.masked) and self.request.num_alternatives == 0
 
     @property
     def prompt_len(self) -> int:

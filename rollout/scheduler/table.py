@@ -36,6 +36,7 @@ class SlotTable:
     tokens: int32 [S, C]. logprobs: float32 [S, C], by position; those of outputs only.
     entropies: float32 [S, C], as `logprobs`; written only for requests that want them.
     page_table: int32 [S, ceil(C / page_size)]; the first `num_pages` are valid.
+    masked: whether each of its steps waits for a mask, so that nothing can be drafted for it.
     stop_ids: int32 [S, K], padded with -1; empty in the rows of `many_stops`, the sets of
         those sequences that have more than K.
     """
@@ -63,6 +64,7 @@ class SlotTable:
         self.version = np.zeros(num_slots, np.int64)
         self.stream = np.zeros(num_slots, np.bool_)
         self.num_alternatives = np.zeros(num_slots, np.int32)
+        self.masked = np.zeros(num_slots, np.bool_)
         self.stop_ids = np.full((num_slots, STOP_COLUMNS), -1, np.int32)
         self.many_stops: dict[int, frozenset[int]] = {}
         self.tokens = np.zeros((num_slots, context_length), np.int32)
@@ -93,6 +95,7 @@ class SlotTable:
         self.version[slot] = sequence.span_version
         self.stream[slot] = request.stream
         self.num_alternatives[slot] = numbers.num_alternatives
+        self.masked[slot] = request.masked
         self.tokens[slot, :size] = sequence.tokens
         self.logprobs[slot, prompt_len:size] = sequence.logprobs
         if request.entropy:
@@ -129,6 +132,7 @@ class SlotTable:
         self.stop_ids[slot] = -1
         self.stream[slot] = False
         self.num_alternatives[slot] = 0
+        self.masked[slot] = False
 
     def _set_stop_ids(self, slot: int, stop_ids: IntArray) -> None:
         self.stop_ids[slot] = -1

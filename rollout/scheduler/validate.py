@@ -11,7 +11,8 @@ import numpy as np
 
 from engine.errors import ContextTooLong, InvalidRequest
 from engine.protocol import IntArray, ReplicaState, Request, SamplingParams
-from engine.protocol.types import FLOAT32_TINY
+from engine.protocol.types import FLOAT32_TINY, MAX_ALLOWED_IDS
+from rollout.masks.base import banned_ids
 from rollout.requests.message_ranges import check_ranges
 
 MIN_FACTOR, MAX_FACTOR = 1e-6, 1e6
@@ -33,6 +34,7 @@ _OF_OUTPUTS: Mapping[str, Any] = MappingProxyType(
         "logprob_ids": [],
         "output_ids": None,
         "hold_at": -1,
+        "allowed_token_ids": None,
     }
 )
 """Fields that speak of logits over a vocabulary, and what each has to be where there are none."""
@@ -92,9 +94,28 @@ def _check_meaning(request: Request, limits: Limits) -> None:
         _refuse("max_new_tokens", "may be 0 only when prompt logprobs are asked for")
     if not 0 <= request.top_logprobs <= limits.vocab_size:
         _refuse("top_logprobs", f"is {request.top_logprobs}; give 0 to {limits.vocab_size}")
+    _check_allowed(request, limits.vocab_size)
     check_continued(request, limits)
     if request.seed < 0:
         _refuse("seed", f"is {request.seed}; give 0 to 2**63 - 1")
+
+
+def _check_allowed(request: Request, vocab_size: int) -> None:
+    """Raise InvalidRequest unless something may come as the next output token, and so as any."""
+    field, allowed = "allowed_token_ids", request.allowed_token_ids
+    if allowed is None:
+        return
+    _check_tokens(field, allowed, vocab_size)
+    if not 0 < len(allowed) <= MAX_ALLOWED_IDS:
+        advice = "leave it out to allow every token" if len(allowed) == 0 else "allow fewer"
+        _refuse(field, f"has {len(allowed)} tokens, of 1 to {MAX_ALLOWED_IDS}; {advice}")
+    num_given = 0 if request.output_ids is None else len(request.output_ids)
+    if np.isin(allowed, banned_ids(request, num_given)).all():
+        _refuse(
+            field,
+            "allows only tokens that logit_bias or min_new_tokens rules out, so that nothing could "
+            "be sampled; allow another",
+        )
 
 
 def _check_task(request: Request, limits: Limits) -> None:

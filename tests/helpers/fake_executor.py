@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from engine.protocol import (
     AbortUpdate,
     BeginUpdate,
     BesideSteps,
+    BitArray,
     CommitUpdate,
     EngineFacts,
     LoadFromDisk,
@@ -38,6 +39,7 @@ from engine.protocol import (
     ResumeMemory,
     RowSampling,
     StartProfile,
+    StepMasks,
     StepPlan,
     StepResult,
     StopProfile,
@@ -55,17 +57,29 @@ NOT_FINITE = 298
 """Logits after a prompt whose first token is NOT_FINITE are NaN from its third output token on."""
 
 
-def next_token(tokens: list[int], shift: int = 0) -> int:
-    """The token after `tokens`: in tests.helpers.tiny_tokenizer, a printable character."""
-    return (31 * tokens[-1] + 7 * len(tokens) + shift) % NUM_PRINTABLE
+def next_token(tokens: list[int], shift: int = 0, allowed: Sequence[int] = ()) -> int:
+    """The token after `tokens`: in tests.helpers.tiny_tokenizer, a printable character. allowed: if
+    there are any, the first of them from that token on, round the vocabulary."""
+    token = (31 * tokens[-1] + 7 * len(tokens) + shift) % NUM_PRINTABLE
+    return min(allowed, key=lambda one: (one - token) % VOCAB_SIZE, default=token)
 
 
-def expected_tokens(prompt: list[int], count: int, shift: int = 0) -> list[int]:
+def expected_tokens(
+    prompt: list[int], count: int, shift: int = 0, allowed: Sequence[int] = ()
+) -> list[int]:
     """The first `count` output tokens after `prompt`."""
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(next_token(tokens, shift))
+        tokens.append(next_token(tokens, shift, allowed))
     return tokens[len(prompt) :]
+
+
+def tokens_of(bits: BitArray) -> list[int]:
+    """The tokens that a mask allows, ascending."""
+    found: list[int] = np.flatnonzero(
+        np.unpackbits(bits.view(np.uint8), bitorder="little")
+    ).tolist()
+    return found
 
 
 @dataclass(frozen=True)
@@ -78,6 +92,22 @@ class FakePending:
         """The result; raises the error."""
         if isinstance(self.outcome, SlipstreamError):
             raise self.outcome
+        return self.outcome
+
+
+@dataclass
+class FakeMasked:
+    """A launched step whose sampling waits for its masks."""
+
+    plan: StepPlan
+    error: SlipstreamError | None = None
+    outcome: StepResult | None = None
+
+    def result(self) -> StepResult:
+        """The result, once the masks came; raises the error."""
+        if self.error is not None:
+            raise self.error
+        assert self.outcome is not None, f"no masks came for step {self.plan.step}"
         return self.outcome
 
 
@@ -129,6 +159,7 @@ class FakeExecutor:
         self._prompts: dict[int, tuple[int, int]] = {}
         self._sampling: dict[int, RowSampling] = {}
         self._shift = 0
+        self._waits: FakeMasked | None = None
         self._open: BeginUpdate | None = None
         self._staged = 0
         self._undefined = False
@@ -136,14 +167,23 @@ class FakeExecutor:
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Append one token to each row that samples."""
+        assert len(plan.masked) == 0, "its masks have not come"
+        self._enter(plan)
+        return self._sample(plan, {})
+
+    def _enter(self, plan: StepPlan) -> None:
+        self._waits = None
         for row in plan.new_rows:
             self._rows[row.slot] = row.token_ids.tolist()
             self._prompts[row.slot] = (row.prompt_logprob_start, row.prompt_len)
             self._sampling[row.slot] = row.sampling
         self._misbehave(plan)
+
+    def _sample(self, plan: StepPlan, allowed: dict[int, list[int]]) -> StepResult:
         tokens = []
-        for slot in plan.slots[plan.samples].tolist():
-            self._rows[slot].append(next_token(self._rows[slot], self._shift))
+        for row, slot in enumerate(plan.slots[plan.samples].tolist()):
+            own = allowed.get(row, ())
+            self._rows[slot].append(next_token(self._rows[slot], self._shift, own))
             tokens.append(self._rows[slot][-1])
         token_ids = np.array(tokens, np.int32)
         return StepResult(
@@ -155,12 +195,34 @@ class FakeExecutor:
             entropies=self._entropies(plan, token_ids),
         )
 
-    def launch(self, plan: StepPlan) -> FakePending:
+    def launch(self, plan: StepPlan) -> FakePending | FakeMasked:
         """Run the step at once; an error comes where it would from a GPU, with the result."""
+        if len(plan.masked):
+            return self._launch_masked(plan)
         try:
             return FakePending(self.execute(plan))
         except SlipstreamError as error:
             return FakePending(error)
+
+    def _launch_masked(self, plan: StepPlan) -> FakeMasked:
+        waits = FakeMasked(plan)
+        try:
+            self._enter(plan)
+        except SlipstreamError as error:
+            waits.error = error
+        self._waits = waits
+        return waits
+
+    def mask(self, masks: StepMasks) -> None:
+        """Sample in the step that waits."""
+        waits, self._waits = self._waits, None
+        assert waits is not None and waits.plan.step == masks.step, "no step waits for these masks"
+        assert set(masks.rows.tolist()) <= set(waits.plan.masked.tolist())
+        allowed = {
+            row: tokens_of(bits) for row, bits in zip(masks.rows.tolist(), masks.bits, strict=True)
+        }
+        if waits.error is None:
+            waits.outcome = self._sample(waits.plan, allowed)
 
     def handle(self, command: WeightCommand) -> Reply:
         """The update protocol over one number."""

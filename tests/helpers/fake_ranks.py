@@ -26,11 +26,12 @@ from engine.protocol import (
     EngineCommand,
     MemoryReport,
     Reply,
+    StepMasks,
     StepPlan,
     StepResult,
     WeightsReport,
 )
-from tests.helpers.fake_executor import FakeExecutor, FakePending
+from tests.helpers.fake_executor import FakeExecutor, FakeMasked, FakePending
 
 _LONG_S = 120.0
 
@@ -39,7 +40,7 @@ _LONG_S = 120.0
 class WaitingStep:
     """A step of rank 0 that another rank does not join: it ends when it is given up."""
 
-    queued: FakePending
+    queued: FakePending | FakeMasked
     released: threading.Event
 
     def result(self) -> StepResult:
@@ -84,7 +85,7 @@ class FakeRank(FakeExecutor):
         if self._kind == "full" and self._rank == 0:
             raise EngineDead("a rank left", field="ranks")
 
-    def launch(self, plan: StepPlan) -> FakePending | WaitingStep:
+    def launch(self, plan: StepPlan) -> FakePending | FakeMasked | WaitingStep:
         """Misbehave, or queue the step. As on a GPU, rank 0 waits for its result only."""
         self._trace.append(f"step {plan.step}")
         if self._kind == "refuse":
@@ -98,6 +99,11 @@ class FakeRank(FakeExecutor):
         queued = super().launch(plan)
         waits = self._rank == 0 and self._kind in ("leave", "stall", "broken")
         return WaitingStep(queued, self._released) if waits else queued
+
+    def mask(self, masks: StepMasks) -> None:
+        """Noted."""
+        self._trace.append(f"masks {masks.step} {masks.rows.tolist()}")
+        super().mask(masks)
 
     def handle(self, command: EngineCommand) -> Reply:
         """The fake's updates; `CheckWeights` returns the trace."""

@@ -16,7 +16,8 @@ from engine.executor import LocalExecutor
 from engine.parallel.collectives import Collectives
 from engine.parallel.connect import connect
 from engine.parallel.mesh import Mesh
-from engine.protocol import BesideSteps, EngineCommand, Reply, StepPlan, StepResult
+from engine.protocol import BesideSteps, EngineCommand, Reply, StepMasks, StepPlan, StepResult
+from rollout.ranks.step_executor import PendingStep
 from rollout.replica.weight_queue import PendingReply
 
 T = TypeVar("T")
@@ -60,6 +61,19 @@ class AllReplies:
         return first
 
 
+@dataclass(frozen=True)
+class MaskedOnAll:
+    """A step with masked rows."""
+
+    pending: Sequence[PendingStep]
+    all_results: list[list[StepResult]]
+
+    def result(self) -> StepResult:
+        results = [each.result() for each in self.pending]
+        self.all_results.append(results)
+        return results[0]
+
+
 class ThreadedExecutor:
     """Every rank of a replica in a thread of this process; results are rank 0's.
 
@@ -81,8 +95,13 @@ class ThreadedExecutor:
         self.all_results.append(results)
         return results[0]
 
-    def launch(self, plan: StepPlan) -> Any:
-        raise AssertionError("threads run every step to its end")
+    def launch(self, plan: StepPlan) -> MaskedOnAll:
+        assert len(plan.masked), "threads run every other step to its end"
+        pending = on_ranks(len(self._ranks), lambda rank: self._ranks[rank].launch(plan))
+        return MaskedOnAll(pending, self.all_results)
+
+    def mask(self, masks: StepMasks) -> None:
+        on_ranks(len(self._ranks), lambda rank: self._ranks[rank].mask(masks))
 
     def handle(self, command: EngineCommand) -> Reply:
         return on_ranks(len(self._ranks), lambda rank: self._ranks[rank].handle(command))[0]

@@ -19,7 +19,7 @@ from rollout.text.tokenizer import Tokenizer
 # A list here is a list an item; in `text` and `input_ids` it decides that there are items.
 _PER_ITEM = frozenset(GenerateRequest.__struct_fields__) - {"text", "input_ids", "stream"}
 # Fields whose one value is a list of numbers, which stands for every item.
-_LISTS = frozenset({"token_ids_logprob"})
+_LISTS = frozenset({"token_ids_logprob", "allowed_token_ids"})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,7 @@ _REFUSED = frozenset(
     {"InvalidRequest", "ContextTooLong", "UnsupportedOption", "QueueFull", "NoVersion"}
 )
 # A call with a sequence that ended by one of these is answered by the error.
-_FAILED = _REFUSED | {"NonFiniteLogits", "InternalError"}
+_FAILED = _REFUSED | {"NonFiniteLogits", "InternalError", "MaskError", "MaskTimeout"}
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -191,6 +191,7 @@ class Generator:
                     raise
                 raise in_item(error, number) from error
             num_tokens += len(requests) * len(requests[0].prompt_ids)
+            num_tokens += len(requests) * len(item.allowed_token_ids or ())
             num_tokens += sum(num_given(request) for request in requests)
             _check_tokens(num_tokens, "n" if len(requests) > 1 else "input_ids")
             num_entries += num_top_entries(requests[0], len(requests), self.engine.facts)
@@ -235,10 +236,10 @@ def _failure(sample: Sample) -> SlipstreamError | None:
 
 
 def _check_tokens(count: int, field: str) -> None:
-    """The engine gets a prompt for every sample: 4 bytes a token."""
+    """The engine gets a prompt, and the tokens that are allowed, for every sample: 4 bytes each."""
     if count > _MAX_CALL_TOKENS:
         raise InvalidRequest(
-            f"the prompts of all samples have more than {_MAX_CALL_TOKENS} tokens together; send "
-            "several calls",
+            f"the prompts and allowed_token_ids of all samples have more than {_MAX_CALL_TOKENS} "
+            "tokens together; send several calls",
             field=field,
         )

@@ -10,6 +10,7 @@ import msgspec
 from engine.errors import InvalidRequest
 from engine.protocol import GenerateRequest, KvPolicy, SamplingParams
 from engine.protocol.types import (
+    AllowedIds,
     ClientId,
     Float32,
     Int32,
@@ -67,6 +68,7 @@ class _Common(msgspec.Struct, kw_only=True):
     priority: Int64 = 0
     cache_salt: Salt | None = None
     request_id: ClientId | None = None
+    allowed_token_ids: AllowedIds | None = None
     kv_policy: KvPolicy = "keep"
 
 
@@ -182,6 +184,7 @@ def base_request(
         priority=body.priority,
         cache_salt=body.cache_salt or "",
         kv_policy=body.kv_policy,
+        allowed_token_ids=body.allowed_token_ids,
     )
 
 

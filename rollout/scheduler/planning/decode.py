@@ -43,7 +43,8 @@ class DecodePlanner:
         """Let the rows of a step in which all decode verify drafts, as many as the drafter wants
         and free pages hold."""
         drafts, slots = self._running.drafts, builder.decode
-        if drafts is None:
+        # One that waits for masks samples apart from its forward pass.
+        if drafts is None or self._running.table.masked[slots].any():
             return
         lens = drafts.lens(slots)
         if lens.any():

@@ -115,6 +115,7 @@ class PlanBuilder:
                 draft_lens = self._draft_lens
             computed = computed - draft_lens
         copies = np.array(self._copies, np.int32).reshape(-1, 2)
+        flight = self._in_flight(slots, samples, draft_lens if len(draft_lens) else None)
         plan = StepPlan(
             step=self.step,
             new_rows=self._new_rows,
@@ -129,8 +130,8 @@ class PlanBuilder:
             samples=samples,
             draft_lens=draft_lens,
             sources=None if drafts is None else drafts.sources(),
+            masked=np.flatnonzero(table.masked[flight.slots]).astype(np.int32),
         )
-        flight = self._in_flight(slots, samples, draft_lens if len(draft_lens) else None)
         if drafts is not None:
             all_decode = self.all_decode
             drafts.planned(self.step, flight.slots, flight.draft_lens, all_decode=all_decode)

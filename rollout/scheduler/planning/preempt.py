@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from rollout.scheduler.planning.page_reserve import PageReserve
@@ -22,6 +24,15 @@ class Preemption:
         self._queue = queue
         self._reserve = reserve
         self.num_retractions = 0
+
+    def make_room(self, num_missing: Callable[[], int], step: int) -> None:
+        """Retract until every decoding sequence can have its next page. num_missing: pages that
+        they lack."""
+        if num_missing() <= 0:
+            self._reserve.decay()
+            return
+        while num_missing() > 0:
+            self.retract_one(step)
 
     def retract_one(self, step: int) -> None:
         """Retract the sequence that loses least; its KV stays cached until overwritten."""

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.sampling import philox_uniform, sample, token_logprobs, top_logprobs
+from kernels.sampling import (
+    moved_logprobs,
+    philox_uniform,
+    sample,
+    token_logprobs,
+    top_logprobs,
+)
 from kernels.testing import assert_close, poisoned_allocations, triton_device
 
 BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.gpu)]
@@ -231,6 +237,36 @@ def test_logprob_against_float64(temperature: float, dtype: torch.dtype) -> None
     want = scaled.log_softmax(-1).gather(1, tokens.cpu()[:, None]).squeeze(1)
     assert want.isfinite().all()
     assert_close("logprob", logprobs.cpu(), want.float(), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0])
+def test_a_logprob_follows_from_that_of_another_token(
+    dtype: torch.dtype, temperature: float
+) -> None:
+    logits = (4 * torch.randn(50, 300, generator=torch.Generator().manual_seed(2))).to(dtype)
+    known, logprob = draw("torch", logits, temperature)
+    rows = torch.tensor([3, 0, 49, 20])
+    wanted = torch.tensor([7, 299, 0, int(known[20])])
+    scale = torch.full((4,), temperature)
+    got = moved_logprobs(logits, rows, scale, wanted, known_M=known[rows], logprob_M=logprob[rows])
+    assert got.dtype == torch.float32
+    want = token_logprobs(logits[rows], wanted, scale)
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
+    assert got[3] == logprob[20]
+
+
+def test_a_moved_logprob_is_finite_unless_its_row_is_not() -> None:
+    logits = torch.zeros(3, 4)
+    logits[0, 1], logits[1, 1] = float("-inf"), -3e38
+    one = torch.ones(3, dtype=torch.int64)
+    known = torch.zeros(3, dtype=torch.int64)
+    logprob = torch.tensor([-1.0, -1.0, float("nan")])
+    scale = torch.full((3,), 0.5)
+    rows = torch.arange(3)
+    got = moved_logprobs(logits, rows, scale, one, known_M=known, logprob_M=logprob)
+    assert got[:2].tolist() == [torch.finfo(torch.float32).min] * 2
+    assert got[2].isnan()
 
 
 def test_token_and_top_logprobs() -> None:

@@ -8,8 +8,10 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from engine.config import EngineConfig, ParallelConfig
@@ -40,9 +42,11 @@ from rollout.ranks.ranked_executor import RankedExecutor, build_executor
 from rollout.ranks.replies import merge
 from rollout.replica.base import Replica
 from rollout.replica.inline import InlineReplica
+from rollout.replica.leader import Leader
 from rollout.replica.spawned import ProcessReplica
 from tests.helpers.children import ROOT, child_environment
 from tests.helpers.fake_executor import expected_tokens
+from tests.helpers.mask_sources import ScriptedSource
 from tests.helpers.peers import until
 from tests.helpers.replicas import fake_config, make_request
 
@@ -106,6 +110,47 @@ def test_every_rank_gets_the_same_plans_and_commands_in_order() -> None:
         assert drain(replica)["b"].token_ids.tolist() == expected_tokens([1, 2, 3], 8, shift=5)
         started = processes(replica)
     assert [process.poll() for process in started] == [0, 0]
+
+
+def test_every_rank_gets_masks_behind_their_plan_and_before_the_next() -> None:
+    with ranked(tp_size=3) as replica:
+        masked = make_request("m", [1, 2, 3], max_new_tokens=3)
+        masked = msgspec.structs.replace(masked, allowed_token_ids=np.array([5, 90], np.int32))
+        replica.submit([make_request("a", [4, 5], max_new_tokens=3), masked])
+        finals = drain(replica)
+        assert finals["m"].token_ids.tolist() == expected_tokens([1, 2, 3], 3, allowed=[5, 90])
+        assert finals["a"].token_ids.tolist() == expected_tokens([4, 5], 3)
+        reply = replica._leader._executor.handle(CheckWeights())
+        traces = [list(rank.checksums) for rank in reply.weights]
+        row = next(line for line in traces[0] if "masks" in line)[-2]
+        steps = [f"step {step}" for step in range(3)]
+        masks = [f"masks {step} [{row}]" for step in range(3)]
+        told = [line for pair in zip(steps, masks, strict=True) for line in pair]
+        assert [line.partition(" ")[2] for line in traces[0]] == told
+        assert traces[0] == traces[1] == traces[2]
+
+
+def test_a_rank_that_leaves_while_masks_are_awaited_is_named() -> None:
+    """Nothing waits for the ranks then; whoever misses one is the step that comes next."""
+
+    class Silent(ScriptedSource):
+        def ask(self, rows: Any) -> Any:
+            (rank,) = processes(replica)
+            rank.kill()
+            rank.wait()
+            return super().ask(rows)
+
+    config = config_of()
+    source = Silent(lambda rid, outputs: (3, [1]), prefix="m")
+    executor = build_executor(config, FACTORY)
+    with InlineReplica(config, executor) as replica:
+        replica._leader = Leader(config, executor, mask_sources=[source])
+        masked = make_request("m", [1, 2, 3])
+        masked = msgspec.structs.replace(masked, allowed_token_ids=np.array([5, 1], np.int32))
+        replica.submit([masked])
+        finish = drain(replica)["m"].finish
+    assert finish is not None and finish.error == "EngineDead"
+    assert "rank 1" in str(finish.message)
 
 
 def test_the_spawned_leader_has_ranks_too() -> None:

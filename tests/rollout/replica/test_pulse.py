@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from engine.config import EngineConfig
@@ -104,6 +105,10 @@ class Probe(FakeExecutor):
             raise OutOfMemory("no room", field="rank 0")
         return super().launch(plan)
 
+    def mask(self, masks: Any) -> None:
+        self.note()
+        super().mask(masks)
+
     def handle(self, command: Any) -> Any:
         self.note()
         return super().handle(command)
@@ -146,6 +151,20 @@ def test_the_first_step_of_a_kind_may_take_longer(tmp_path: Path) -> None:
         probe.noted.clear()
         run(leader, "again", **changes)
         assert set(probe.noted) == {STEP}
+
+
+def test_masks_may_take_as_long_as_the_launch_before_them(tmp_path: Path) -> None:
+    leader, probe = watched(tmp_path, "cuda")
+    run(leader, "plain")
+    for noted in ([BUILD, BUILD], [STEP, STEP]):
+        probe.noted.clear()
+        masked = make_request("m", [1, 2, 3], max_new_tokens=4)
+        leader.submit([msgspec.structs.replace(masked, allowed_token_ids=np.array([5], np.int32))])
+        while leader.can_step():
+            leader.step()
+        # The launch of the prompt, its masks; the launch of the next step, its masks; ...
+        assert len(probe.noted) == 8 and probe.noted[:2] == noted
+        assert set(probe.noted[4:]) == {STEP}
 
 
 def test_a_step_that_failed_was_not_built(tmp_path: Path) -> None:

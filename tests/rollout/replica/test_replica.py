@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from msgspec.structs import replace
 
@@ -76,6 +77,20 @@ def test_requests_run_to_their_length(replica: Replica) -> None:
         assert len(output.logprobs) == 8
     state = replica.state()
     assert (state.num_running, state.num_waiting, state.num_output_tokens) == (0, 0, 320)
+
+
+def test_masked_requests_get_what_is_allowed(replica: Replica) -> None:
+    masked = [
+        replace(request, rid=f"m{i}", allowed_token_ids=np.array([5, 40 + i], np.int32))
+        for i, request in enumerate(many(6))
+    ]
+    replica.submit([*many(6), *masked])
+    final = drain(replica)
+    for i, request in enumerate(many(6)):
+        prompt = request.prompt_ids.tolist()
+        assert final[f"r{i}"].token_ids.tolist() == expected_tokens(prompt, 8)
+        want = expected_tokens(prompt, 8, allowed=[5, 40 + i])
+        assert final[f"m{i}"].token_ids.tolist() == want
 
 
 def test_a_refused_request_comes_back_and_touches_no_other(replica: Replica) -> None:

@@ -1,0 +1,102 @@
+"""What asks for masks and what answers: the interface of a source, and bits of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from engine.protocol import BitArray, IntArray, Request
+
+WORD = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedRow:
+    """A row of a step that waits for its mask.
+
+    row: its index among the rows of the step that sample. slot: of its sequence. output_ids: int32
+    [n], its output tokens so far, those among them that came with the request; a copy.
+    """
+
+    row: int
+    slot: int
+    request: Request
+    output_ids: IntArray
+
+
+class PendingMask(Protocol):
+    """A mask that was asked for."""
+
+    def done(self) -> bool:
+        """Whether it is there, or will never be. Called again and again; does not wait."""
+        ...
+
+    def result(self) -> BitArray | None:
+        """The mask, uint32 [ceil(vocabulary / 32)], not to be written; None where every token may
+        come. For when it is done. Whatever it raises ends the request, and no other."""
+        ...
+
+
+class MaskSource(Protocol):
+    """One reason why tokens may not come. A request may have several, and gets what all allow.
+
+    Called by the leader's thread alone, between steps: `ask` must not take long, and leaves what
+    does to threads of its own, which run beside the forward pass.
+    """
+
+    def wants(self, request: Request) -> bool:
+        """Whether it restricts that request (`Request.masked` is then true)."""
+        ...
+
+    def ask(self, rows: Sequence[MaskedRow]) -> Sequence[PendingMask]:
+        """A mask for each row, all of one step and all wanted, for the token behind `output_ids`.
+
+        A row may come again with the same tokens, with more than one more, or with fewer: after a
+        retraction, a step that failed, a restart. The same id may be that of another request.
+        """
+        ...
+
+    def forget(self, rid: str) -> None:
+        """The request of that id is over; one that is not known is no error."""
+        ...
+
+
+@dataclass(frozen=True)
+class KnownMask:
+    """A mask that is there."""
+
+    bits: BitArray | None
+
+    def done(self) -> bool:
+        """It is."""
+        return True
+
+    def result(self) -> BitArray | None:
+        """The mask."""
+        return self.bits
+
+
+def num_words(vocab_size: int) -> int:
+    """Words of a mask."""
+    return -(-vocab_size // WORD)
+
+
+def bits_of(token_ids: IntArray | Sequence[int], vocab_size: int) -> BitArray:
+    """The mask that allows these tokens, all of the vocabulary: uint32 [ceil(vocab_size / 32)]."""
+    allowed = np.zeros(num_words(vocab_size) * WORD, np.uint8)
+    allowed[np.asarray(token_ids, np.int64)] = 1
+    bits: BitArray = np.packbits(allowed, bitorder="little").view("<u4")
+    return bits
+
+
+def banned_ids(request: Request, num_output: int) -> list[int]:
+    """Tokens that cannot be drawn as output token `num_output`, whatever a mask says: those with a
+    bias of -inf, and stop tokens before `min_new_tokens`. Each at least once."""
+    sampling = request.sampling
+    found = [token for token, bias in sampling.logit_bias.items() if bias == -np.inf]
+    if num_output < sampling.min_new_tokens:
+        found += request.stop_ids
+    return found

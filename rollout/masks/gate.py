@@ -1,0 +1,243 @@
+"""The step whose sampling waits for masks: asks for them, and says when all are there.
+
+At most one step waits: no later one is launched before the masks of this one were sent.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+
+from engine.errors import MaskError, MaskTimeout, SlipstreamError
+from engine.protocol import BitArray, Request, RequestOutput, StepMasks
+from engine.protocol.deadlines import MASK_S
+from rollout.masks.base import MaskedRow, MaskSource, PendingMask, banned_ids, bits_of
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+_SHORTEST_PAUSE_S = 0.00005
+_LONGEST_PAUSE_S = 0.001
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What one look found.
+
+    masks: the frame to send, once nothing is waited for any more. failed: requests that have to end
+    now, by id, and why; their rows are not in the frame.
+    """
+
+    masks: StepMasks | None
+    failed: list[tuple[str, SlipstreamError]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Awaited:
+    row: MaskedRow
+    parts: Sequence[PendingMask]
+
+
+@dataclass(kw_only=True)
+class _Open:
+    """The step that waits. found: masks that are there, by row."""
+
+    step: int
+    until: float
+    awaited: list[_Awaited]
+    failed: list[tuple[str, SlipstreamError]]
+    found: dict[int, BitArray] = field(default_factory=dict)
+    pause_s: float = 0.0
+
+
+class MaskGate:
+    """Driven by the leader: `open` once the tokens before the step are known, `look` until it gives
+    the frame. A mask that is late, wrong or allows nothing ends its own request only."""
+
+    def __init__(
+        self,
+        sources: Sequence[MaskSource],
+        *,
+        vocab_size: int,
+        timeout_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """timeout_s: how long a step may wait, at most `MASK_S`. clock: seconds that only grow."""
+        self._sources = sources
+        self._vocab_size = vocab_size
+        self._timeout_s = min(timeout_s, MASK_S)
+        self._clock = clock
+        self._open: _Open | None = None
+        self._asked: set[str] = set()
+        self._inside = bits_of(range(vocab_size), vocab_size)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a step waits."""
+        return self._open is not None
+
+    @property
+    def pause_s(self) -> float:
+        """How long to wait until the next look: not at all until the first, then longer and
+        longer."""
+        assert self._open is not None, "no step waits"
+        pause_s = self._open.pause_s
+        self._open.pause_s = min(max(2 * pause_s, _SHORTEST_PAUSE_S), _LONGEST_PAUSE_S)
+        return pause_s
+
+    def open(self, step: int, rows: Sequence[MaskedRow]) -> None:
+        """`step` waits for the masks of `rows`, which are asked for now."""
+        assert self._open is None, "two steps wait for masks"
+        self._asked.update(row.request.rid for row in rows)
+        parts, failed = self._ask(rows)
+        self._open = _Open(
+            step=step,
+            until=self._clock() + self._timeout_s,
+            awaited=[
+                _Awaited(row, parts[row.row]) for row in rows if row.request.rid not in failed
+            ],
+            failed=list(failed.items()),
+        )
+
+    def look(self, runs: Callable[[MaskedRow], bool]) -> Answer:
+        """What came. runs: whether the sequence of a row does; nothing is waited for on behalf of
+        one that has ended. The gate is closed once the frame is given."""
+        found = self._open
+        assert found is not None, "no step waits"
+        late = self._clock() >= found.until
+        failed, found.failed = found.failed, []
+        awaited, found.awaited = found.awaited, []
+        for each in awaited:
+            if not runs(each.row):
+                continue
+            try:
+                if not late and not self._is_there(each):
+                    found.awaited.append(each)
+                    continue
+                bits = self._bits(each)
+            except SlipstreamError as error:
+                failed.append((each.row.request.rid, error))
+                continue
+            if bits is not None:
+                found.found[each.row.row] = bits
+        if found.awaited:
+            return Answer(masks=None, failed=failed)
+        self._open = None
+        return Answer(masks=self._frame(found), failed=failed)
+
+    def close(self) -> None:
+        """Give the step up that waits, if one does."""
+        self._open = None
+
+    def forget_ended(self, outputs: Iterable[RequestOutput]) -> None:
+        """Tell the sources which of the requests they were asked about are over."""
+        if not self._asked:
+            return
+        for output in outputs:
+            if output.finish is not None and output.rid in self._asked:
+                self._asked.discard(output.rid)
+                for source in self._sources:
+                    source.forget(output.rid)
+
+    def _ask(
+        self, rows: Sequence[MaskedRow]
+    ) -> tuple[dict[int, list[PendingMask]], dict[str, SlipstreamError]]:
+        """What is awaited, by row, and requests that cannot be waited for, by id."""
+        parts: dict[int, list[PendingMask]] = {row.row: [] for row in rows}
+        failed: dict[str, SlipstreamError] = {}
+        for source in self._sources:
+            wanted = [row for row in rows if source.wants(row.request)]
+            if not wanted:
+                continue
+            try:
+                answers = source.ask(wanted)
+            except Exception as error:
+                # A boundary, as in `_guarded`.
+                failed |= {row.request.rid: _as_mask_error(row.request, error) for row in wanted}
+                continue
+            for row, answer in zip(wanted, answers, strict=True):
+                parts[row.row].append(answer)
+        return parts, failed
+
+    def _bits(self, awaited: _Awaited) -> BitArray | None:
+        """What all parts allow; None for every token. Raises a typed error."""
+        request = awaited.row.request
+        whole: BitArray | None = None
+        for part in awaited.parts:
+            bits = self._part(request, part)
+            if bits is not None:
+                whole = bits if whole is None else whole & bits
+        if whole is None:
+            return None
+        at = len(awaited.row.output_ids)
+        banned = banned_ids(request, at)
+        if banned:
+            whole = whole & ~bits_of(banned, self._vocab_size)
+        if not (whole & self._inside).any():
+            raise MaskError(
+                f"nothing may come as output token {at}: the masks of this request, its logit_bias "
+                "and min_new_tokens together rule out every token",
+                field=_field(request),
+            )
+        return whole
+
+    def _is_there(self, awaited: _Awaited) -> bool:
+        return all(_guarded(awaited.row.request, part.done) for part in awaited.parts)
+
+    def _part(self, request: Request, part: PendingMask) -> BitArray | None:
+        if not _guarded(request, part.done):
+            raise MaskTimeout(
+                f"the mask of the next token was not there within {self._timeout_s:g} s, so the "
+                "sequence ends with the tokens sampled before",
+                field=_field(request),
+            )
+        bits = _guarded(request, part.result)
+        if bits is None:
+            return None
+        inside = self._inside
+        if bits.dtype != inside.dtype or bits.shape != inside.shape:
+            raise MaskError(
+                f"a mask is {bits.dtype} {bits.shape} and must be {inside.dtype} {inside.shape}",
+                field=_field(request),
+            )
+        return bits
+
+    def _frame(self, found: _Open) -> StepMasks:
+        rows = sorted(found.found)
+        bits = [found.found[row] for row in rows]
+        nothing: BitArray = np.empty((0, len(self._inside)), np.uint32)
+        return StepMasks(
+            step=found.step,
+            rows=np.array(rows, np.int32),
+            bits=np.stack(bits) if bits else nothing,
+        )
+
+
+def _guarded(request: Request, call: Callable[[], T]) -> T:
+    """What a source answers about a request; raises a typed error."""
+    try:
+        return call()
+    except Exception as error:
+        # A boundary: the source's own mistake is that of whoever wanted it.
+        raise _as_mask_error(request, error) from error
+
+
+def _as_mask_error(request: Request, error: Exception) -> SlipstreamError:
+    """What the caller of a request is told of what its source raised."""
+    if isinstance(error, SlipstreamError):
+        return error
+    logger.error("the mask of request %s", request.rid, exc_info=error)
+    return MaskError(
+        f"the mask of the next token failed: {type(error).__name__}: {error}", field=_field(request)
+    )
+
+
+def _field(request: Request) -> str:
+    """The field that restricts its tokens."""
+    return "" if request.allowed_token_ids is None else "allowed_token_ids"

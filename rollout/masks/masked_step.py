@@ -1,0 +1,81 @@
+"""What the leader does between the launch of a step with masked rows and its masks."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from engine.protocol import RequestOutput, StepMasks, StepPlan
+from rollout.masks.allowed import AllowedTokens
+from rollout.masks.base import MaskSource
+from rollout.masks.gate import MaskGate
+from rollout.masks.rows import masked_rows
+from rollout.scheduler.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+
+class MaskedStep:
+    """The step whose sampling waits, if one does. It is the only one in flight.
+
+    Its masks are asked for once the step before it was applied, since they may depend on its
+    tokens. While they are awaited the leader takes in commands and plans nothing.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        *,
+        sources: Sequence[MaskSource],
+        vocab_size: int,
+        timeout_s: float,
+        send: Callable[[StepPlan, StepMasks], None],
+        emit: Callable[[list[RequestOutput]], None],
+    ) -> None:
+        """sources: beside that of `Request.allowed_token_ids`. timeout_s: as in `MaskGate`. send:
+        hands the frame to the ranks. emit: takes the outputs of requests that end."""
+        own = [AllowedTokens(vocab_size), *sources]
+        self._gate = MaskGate(own, vocab_size=vocab_size, timeout_s=timeout_s)
+        self._scheduler = scheduler
+        self._send = send
+        self._emit = emit
+        self._plan: StepPlan | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether there is such a step."""
+        return self._plan is not None
+
+    def ask(self, plan: StepPlan) -> None:
+        """`plan` was launched, and waits from now on."""
+        self._gate.open(plan.step, masked_rows(self._scheduler.running, plan))
+        self._plan = plan
+
+    def look(self) -> bool:
+        """Whether the step was given its masks; a moment later, the second time and on. Requests
+        whose masks failed end, the others of that step go on."""
+        plan = self._plan
+        assert plan is not None, "no step waits"
+        time.sleep(self._gate.pause_s)
+        # A slot that is left goes to nobody else before the next plan.
+        table = self._scheduler.running.table
+        answer = self._gate.look(lambda row: bool(table.masked[row.slot]))
+        for rid, error in answer.failed:
+            logger.warning("request %s: %s", rid, error)
+            kind = type(error).__name__
+            self._emit(self._scheduler.abort(rids=[rid], message=error.message, error=kind))
+        if answer.masks is None:
+            return False
+        self._plan = None
+        self._send(plan, answer.masks)
+        return True
+
+    def give_up(self) -> None:
+        """Forget the step, if there is one: it failed."""
+        self._plan = None
+        self._gate.close()
+
+    def forget_ended(self, outputs: list[RequestOutput]) -> None:
+        """Tell the sources of masks which requests are over."""
+        self._gate.forget_ended(outputs)
