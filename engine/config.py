@@ -155,6 +155,16 @@ class SpeculativeConfig:
         """Whether anything may be drafted."""
         return self.method != "off"
 
+    @property
+    def drafter(self) -> str:
+        """What drafts; "" where nothing does."""
+        return "ngram" if self.enabled else ""
+
+    @property
+    def most(self) -> int:
+        """Most tokens drafted at once for a sequence; 0 where nothing is drafted."""
+        return self.draft_tokens if self.enabled else 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from engine.config import Device, DType, KernelBackend, Numerics
-from engine.errors import InvalidRequest, UnsupportedOption
+from engine.config import Device, DType, KernelBackend
+from engine.errors import InvalidRequest
 
 DTYPES = {
     "float32": torch.float32,
@@ -49,15 +49,6 @@ def _cpu_is_fast_in_bf16(cpu_info: str | None) -> bool:
         cpu_info = path.read_text() if path.exists() else ""
     words = set(cpu_info.split())
     return "amx_bf16" in words or ("avx512_bf16" in words and "AuthenticAMD" in words)
-
-
-def require_numerics(numerics: Numerics) -> None:
-    """Refuse, by its name, a promise about bits that is not kept. Raises UnsupportedOption."""
-    if numerics != "fast":
-        raise UnsupportedOption(
-            f"{numerics!r} is not built: bits depend on how many rows a step has; use 'fast'",
-            field="numerics",
-        )
 
 
 def kernel_backend(device: torch.device) -> KernelBackend:

@@ -27,14 +27,9 @@ from engine.layers.parameter import kv_head_shard
 from engine.layers.runtime import LayerRuntime
 from engine.memory import Needs, graph_bytes, plan_memory, step_bytes
 from engine.models.locate import locate
-from engine.numerics import (
-    dtype_name,
-    kernel_backend,
-    require_numerics,
-    resolve_device,
-    resolve_dtype,
-)
+from engine.numerics import dtype_name, kernel_backend, resolve_device, resolve_dtype
 from engine.occupancy import Occupancy
+from engine.option_checks import check_options
 from engine.parallel.connect import connect, rank_device
 from engine.parallel.mesh import Mesh
 from engine.pending import PendingStep, Runs, pack_sampled
@@ -54,7 +49,7 @@ from engine.protocol import (
     StopProfile,
 )
 from engine.sampling import Sampler
-from engine.speculative.checks import check_attention, check_options, max_verified
+from engine.speculative.checks import check_attention, max_verified
 from engine.speculative.ngram import NgramDrafter
 from engine.speculative.resolve import as_runs, resolve
 from engine.speculative.verify import Verifier
@@ -78,8 +73,7 @@ class Worker:
         dtype = resolve_dtype(config.dtype, device)
         files = locate(config.model, config.load_format)
         files.config.require_dtype(dtype_name(dtype))
-        require_numerics(config.numerics)
-        check_options(config.speculative, num_labels=files.config.num_labels)
+        check_options(config, num_labels=files.config.num_labels)
         backend = kernel_backend(device)
         self._device = device
         self._profiler = RankProfiler(device, rank)

@@ -73,6 +73,11 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     the order of their index. With the fields of the first request, and its `sampling_seed`, the
     reply goes on as if it had not been cut. `hold_at` ends it before the output token of that
     index, counted from the first of all, with the finish reason "hold"; -1 for never.
+
+    `draft_tokens`: most tokens that are drafted ahead at once, at most the server's own number; -1
+    takes that. What is sampled does not depend on it. `forced_acceptance`, in [0, 1], is the
+    probability with which each draft counts as accepted, whatever the model says: the tokens mean
+    nothing, so a server has to be told to serve it. -1 for off.
     """
 
     text: str | None = None
@@ -93,6 +98,8 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     kv_policy: KvPolicy = "keep"
     output_ids: OutputIds | None = None
     hold_at: Int32 = -1
+    draft_tokens: Int32 = -1
+    forced_acceptance: Float32 = -1.0
 
 
 class ClassifyRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

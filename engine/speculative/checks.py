@@ -11,8 +11,8 @@ _NOT_BUILT = ("eagle3", "draft")
 _PLANS_ON_HOST = "flashinfer"
 
 
-def check_options(config: SpeculativeConfig, *, num_labels: int) -> None:
-    """Refuse by name what cannot be honoured, as the first thing a rank does with its options.
+def check_speculative(config: SpeculativeConfig, *, num_labels: int) -> None:
+    """Refuse by name what cannot be honoured.
 
     num_labels: of a classifier; 0 of a model that generates. Raises UnsupportedOption and
     InvalidRequest.

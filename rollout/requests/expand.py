@@ -76,6 +76,8 @@ def expand(
         output_ids=given[0] if given else None,
         hold_at=wire.hold_at,
         task=task,
+        draft_tokens=wire.draft_tokens,
+        forced_acceptance=wire.forced_acceptance,
     )
     _check(wire, first, state)
     check_top_entries(num_top_entries(first, sampling.n, state))

@@ -85,6 +85,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def start(self, draft_tokens: int, **config: object) -> None:
         method = "ngram" if draft_tokens else "off"
         speculative = SpeculativeConfig(method=method, draft_tokens=draft_tokens)
+        self.draft_tokens = draft_tokens
         self.bench = Bench(context_length=CONTEXT, speculative=speculative, **config)
 
     @rule(
@@ -96,6 +97,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def add(self, prompt: list[int], samples: int, fields: dict[str, object], given: int) -> None:
         """given: output tokens that the requests come with, those that they would sample."""
         group = f"g{len(self.requests)}" if samples > 1 else ""
+        if "draft_tokens" in fields:
+            fields = {**fields, "draft_tokens": min(fields["draft_tokens"], self.draft_tokens)}
         for _ in range(samples):
             rid = f"r{len(self.requests)}."
             seed = len(self.requests)
