@@ -1,32 +1,36 @@
 """Which steps may have to build something before they run, and so may take longer.
 
-Kernels are compiled and graphs captured when a step first needs them: for a number of rows, and
-for what its rows ask of sampling.
+Kernels are compiled and graphs captured when a step first needs them: for a number of rows, for
+the drafts that it verifies, and for what its rows ask of sampling.
 """
 
 from __future__ import annotations
 
 from engine.protocol import NewRow, StepPlan
 
+Kind = tuple[int, int, int]
+
 
 class StepKinds:
     """The kinds of step that have been launched before."""
 
     def __init__(self) -> None:
-        self._seen: set[tuple[int, int]] = set()
+        self._seen: set[Kind] = set()
 
-    def of(self, plan: StepPlan) -> tuple[int, int]:
-        """The kind of a step: its rows, to a power of two; and what its new rows bring, or 0."""
+    def of(self, plan: StepPlan) -> Kind:
+        """The kind of a step: its rows, to a power of two; most drafts of one, -1 where lengths
+        are known; and what its new rows bring, or 0."""
         brings = 0
         for row in plan.new_rows:
             brings |= _brings(row)
-        return len(plan.slots).bit_length(), brings
+        drafts = int(plan.draft_lens.max(initial=-1))
+        return len(plan.slots).bit_length(), drafts, brings
 
-    def is_new(self, kind: tuple[int, int]) -> bool:
+    def is_new(self, kind: Kind) -> bool:
         """Whether no step of the kind was launched to its end."""
         return kind not in self._seen
 
-    def launched(self, kind: tuple[int, int]) -> None:
+    def launched(self, kind: Kind) -> None:
         """A step of the kind was launched."""
         self._seen.add(kind)
 
