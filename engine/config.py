@@ -21,10 +21,14 @@ AttentionBackendName = Literal["auto", "torch_native", "triton", "flashinfer", "
 KernelBackend = Literal["torch", "triton"]
 SpeculativeMethod = Literal["off", "auto", "ngram", "eagle3", "draft"]
 SpeculativePace = Literal["time", "counts"]
+Numerics = Literal["fast", "invariant"]
 QueuePolicy = Literal["fcfs", "longest_prefix"]
 
 DEFAULT_CONTEXT_LIMIT = 32768
 """Most tokens of a sequence where no `context_length` is given, whatever the model could take."""
+
+MAX_DRAFT_TOKENS = 7
+"""Most tokens that are drafted at once for a sequence."""
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -134,9 +138,10 @@ class SpeculativeConfig:
 
     method: Annotated[SpeculativeMethod, arg(name="speculative")] = "off"
     """Draft tokens ahead: 'ngram' copies them from the sequence itself, from samples of the same
-    prompt and from earlier ones; 'auto' does so whenever that is measured to be faster."""
+    prompt and from earlier ones; 'auto' does so whenever that is measured to be faster. 'eagle3'
+    and 'draft' are not built."""
     draft_tokens: int = 3
-    """Most tokens drafted at once for a sequence."""
+    """Most tokens drafted at once for a sequence, 1 to 7."""
     allow_forced_acceptance: bool = False
     """Serve requests that set forced_acceptance, a tool of benchmarks whose tokens mean nothing."""
     pace: Suppress[SpeculativePace] = "time"
@@ -152,6 +157,16 @@ class SpeculativeConfig:
     def enabled(self) -> bool:
         """Whether anything may be drafted."""
         return self.method != "off"
+
+    @property
+    def drafter(self) -> str:
+        """What drafts; "" where nothing does."""
+        return "ngram" if self.enabled else ""
+
+    @property
+    def most(self) -> int:
+        """Most tokens drafted at once for a sequence; 0 where nothing is drafted."""
+        return self.draft_tokens if self.enabled else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +187,8 @@ class EngineConfig:
     attention: AttentionBackendName = "auto"
     """Attention back end: 'triton' and 'flashinfer' need a GPU, 'split' takes prefill from
     flashinfer and decode from triton; 'auto' asks engine.attention.select."""
+    numerics: Numerics = "fast"
+    """'invariant', the same bits whatever else is in a step, is not built."""
     cuda_graphs: bool = True
     """On a GPU, replay decode steps as CUDA graphs."""
     capture_at_start: bool = False
@@ -189,7 +206,7 @@ class EngineConfig:
     scheduler: OmitArgPrefixes[SchedulerConfig] = field(default_factory=SchedulerConfig)
     parallel: OmitArgPrefixes[ParallelConfig] = field(default_factory=ParallelConfig)
     memory: OmitArgPrefixes[MemoryConfig] = field(default_factory=MemoryConfig)
-    speculative: Suppress[SpeculativeConfig] = field(default_factory=SpeculativeConfig)
+    speculative: OmitArgPrefixes[SpeculativeConfig] = field(default_factory=SpeculativeConfig)
 
     @property
     def weight_seed(self) -> int:

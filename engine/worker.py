@@ -28,6 +28,7 @@ from engine.memory import Needs, graph_bytes, plan_memory, step_bytes
 from engine.models.locate import locate
 from engine.numerics import dtype_name, kernel_backend, resolve_device, resolve_dtype
 from engine.occupancy import Occupancy
+from engine.option_checks import check_options
 from engine.parallel.connect import connect, rank_device
 from engine.parallel.mesh import Mesh
 from engine.pending import LaunchedStep, MaskedStep, PendingStep, Runs
@@ -47,7 +48,7 @@ from engine.protocol import (
     StopProfile,
 )
 from engine.sampling import Sampler
-from engine.speculative.checks import check_speculative, max_verified
+from engine.speculative.checks import check_attention, max_verified
 from engine.speculative.ngram import NgramDrafter
 from engine.speculative.verify import Verifier
 from engine.transfer import Fetch, to_device
@@ -70,6 +71,7 @@ class Worker:
         dtype = resolve_dtype(config.dtype, device)
         files = locate(config.model, config.load_format)
         files.config.require_dtype(dtype_name(dtype))
+        check_options(config, num_labels=files.config.num_labels)
         backend = kernel_backend(device)
         self._device = device
         self._profiler = RankProfiler(device, rank)
@@ -275,7 +277,7 @@ class Worker:
         return self._sampler.is_capturable(plan.slots) and not self._scorer.wants(plan)
 
     def _build_drafter(self, config: EngineConfig) -> NgramDrafter:
-        check_speculative(config.speculative, self._attention.name)
+        check_attention(self._attention.name)
         return NgramDrafter(config.speculative, self._table, kernel_backend(self._device))
 
     def _build_verifier(self, drafter: NgramDrafter) -> Verifier:

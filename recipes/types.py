@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from engine.protocol import FloatArray, IntArray, VersionSpan
+from engine.protocol import FloatArray, IntArray, SpecCounts, VersionSpan
 
 T = TypeVar("T")
 
@@ -46,6 +46,7 @@ class Trajectory:
     failed: why it could not be graded, "kind: reason" (`rewards.base.Failed`), or "". A failed
         sample has no part in its group's statistics nor in the loss; its reward and `correct` are
         0 and mean nothing.
+    spec: what the engine drafted for it; None of one that drafts nothing.
     """
 
     prompt_ids: IntArray
@@ -57,6 +58,7 @@ class Trajectory:
     reward: float
     correct: float
     failed: str = ""
+    spec: SpecCounts | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -30,6 +30,12 @@ _COUNTERS = {
     "num_retractions": "Sequences sent back to the waiting queue",
     "num_steps": "Steps of the engine",
 }
+_OF_DRAFTER = {
+    "num_verify_steps": "Steps that verified drafts",
+    "num_verified_rows": "Sequences of those steps that had drafts",
+    "num_drafted_tokens": "Tokens drafted",
+    "num_accepted_tokens": "Drafted tokens that the model drew",
+}
 
 
 class _StateCollector(Collector):
@@ -52,7 +58,31 @@ class _StateCollector(Collector):
         prompt = self.state.num_prompt_tokens
         rate = self.state.num_cached_tokens / prompt if prompt else 0.0
         yield GaugeMetricFamily("slipstream_cache_hit_rate", "Cached share of prompt tokens", rate)
+        if self.state.drafter:
+            yield from _of_drafter(self.state)
         yield from self._names.of_state(self.state)
+
+
+def _of_drafter(state: ReplicaState) -> Iterator[Metric]:
+    """What was drafted, labelled with what drafted it."""
+    labels, values = ("drafter",), (state.drafter,)
+    totals = {name: getattr(state, name) for name in _OF_DRAFTER}
+    texts = {**_OF_DRAFTER, "num_verified_tokens": "Tokens that sequences with drafts got"}
+    totals["num_verified_tokens"] = state.num_verified_rows + state.num_accepted_tokens
+    for name, text in texts.items():
+        counter = CounterMetricFamily(
+            f"slipstream_{name.removeprefix('num_')}", text, labels=labels
+        )
+        counter.add_metric(values, totals[name])
+        yield counter
+    gauges = {"draft_len": ("Most drafts of a sequence in the last step", state.draft_len)}
+    if state.num_verified_rows:
+        length = totals["num_verified_tokens"] / state.num_verified_rows
+        gauges["accept_length"] = ("Tokens of a sequence in a step that verified drafts", length)
+    for name, (text, value) in gauges.items():
+        gauge = GaugeMetricFamily(f"slipstream_{name}", text, labels=labels)
+        gauge.add_metric(values, value)
+        yield gauge
 
 
 class _RequestNames(Collector):

@@ -195,6 +195,12 @@ class ReplicaState(Struct, frozen=True, kw_only=True, tag="state"):
     """As in config.json: the class's name, and what transformers calls the kind of model."""
     num_labels: Count = 0
     """Scores of a sequence that a classifier gives; 0 of a model that generates."""
+    drafter: str = ""
+    """`SpeculativeConfig.drafter`."""
+    draft_tokens: Count = 0
+    """Most tokens that are drafted at once for a sequence; 0 where nothing is."""
+    forces_acceptance: bool = False
+    """Whether requests may set `forced_acceptance`."""
     max_waiting: Count = 65536
     max_samples: Count = 1024
     num_retractions: Size = 0
@@ -202,6 +208,12 @@ class ReplicaState(Struct, frozen=True, kw_only=True, tag="state"):
     num_cached_tokens: Size = 0
     num_output_tokens: Size = 0
     num_steps: Size = 0
+    num_verify_steps: Size = 0
+    num_verified_rows: Size = 0
+    num_drafted_tokens: Size = 0
+    num_accepted_tokens: Size = 0
+    draft_len: Count = 0
+    """As in `SchedulerStats`; 0 where nothing is drafted."""
     tp_size: Count = 1
     pause_mode: PauseMode | None = None
     released: list[MemoryTag] = msgspec.field(default_factory=list)

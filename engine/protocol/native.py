@@ -77,6 +77,11 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     `allowed_token_ids`: only these tokens are ever sampled, stop tokens no more than others; at
     least one. Logprobs, entropies and likeliest tokens are those of the whole vocabulary.
+
+    `draft_tokens`: most tokens that are drafted ahead at once, at most the server's own number; -1
+    takes that. What is sampled does not depend on it. `forced_acceptance`, in [0, 1], is the
+    probability with which each draft counts as accepted, whatever the model says: the tokens mean
+    nothing, so a server has to be told to serve it. -1 for off.
     """
 
     text: str | None = None
@@ -98,6 +103,8 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     output_ids: OutputIds | None = None
     hold_at: Int32 = -1
     allowed_token_ids: AllowedIds | None = None
+    draft_tokens: Int32 = -1
+    forced_acceptance: Float32 = -1.0
 
 
 class ClassifyRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -223,7 +223,9 @@ class TokenRows(Struct, frozen=True, kw_only=True, tag="token_rows"):
     starts, sizes: int32 [n], as `RequestOutput.start` and the length of its `token_ids`.
     versions: int64 [n], of the weights that sampled a row's tokens. token_ids int32 and logprobs
     float32 [sum of sizes], row after row. counts: int32 [4, n], `prompt_tokens`,
-    `cached_tokens`, `num_retractions` and `num_restarts`.
+    `cached_tokens`, `num_retractions` and `num_restarts`. spec: int32 [4, n], `verifies`,
+    `drafted`, `accepted` and `synthetic` of `SpecCounts`, -1 where a row has none; None where no
+    row has.
     """
 
     rids: list[str]
@@ -233,3 +235,4 @@ class TokenRows(Struct, frozen=True, kw_only=True, tag="token_rows"):
     token_ids: IntArray
     logprobs: FloatArray
     counts: IntArray
+    spec: IntArray | None = None

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from engine.config import EngineConfig, SpeculativeConfig
+from engine.config import MAX_DRAFT_TOKENS, EngineConfig, SpeculativeConfig
 from engine.errors import InvalidRequest, UnsupportedOption
 
-MAX_DRAFT_TOKENS = 7
 MAX_VERIFIED = 512
 """Rows of a step that verifies drafts, each draft one."""
 _NOT_BUILT = ("eagle3", "draft")
 _PLANS_ON_HOST = "flashinfer"
 
 
-def check_speculative(config: SpeculativeConfig, attention: str) -> None:
-    """Refuse by name what cannot be served. attention: name of the back end that was chosen.
+def check_speculative(config: SpeculativeConfig, *, num_labels: int) -> None:
+    """Refuse by name what cannot be honoured.
 
-    Raises UnsupportedOption and InvalidRequest.
+    num_labels: of a classifier; 0 of a model that generates. Raises UnsupportedOption and
+    InvalidRequest.
     """
     if config.method in _NOT_BUILT:
         raise UnsupportedOption(
@@ -26,7 +26,22 @@ def check_speculative(config: SpeculativeConfig, attention: str) -> None:
         raise InvalidRequest(
             f"{config.draft_tokens} is not from 1 to {MAX_DRAFT_TOKENS}", field="draft_tokens"
         )
-    if attention == _PLANS_ON_HOST:
+    if config.enabled and num_labels:
+        raise UnsupportedOption(
+            "a classifier samples no tokens, so none can be drafted; leave the option out",
+            field="speculative",
+        )
+    if config.allow_forced_acceptance and not config.enabled:
+        raise InvalidRequest(
+            "without drafts there is nothing to accept; choose a drafter with --speculative, or "
+            "leave the option out",
+            field="allow_forced_acceptance",
+        )
+
+
+def check_attention(name: str) -> None:
+    """Refuse a back end that cannot serve steps with drafts. Raises UnsupportedOption."""
+    if name == _PLANS_ON_HOST:
         raise UnsupportedOption(
             "flashinfer plans decode steps on the host, where the lengths of rows with drafts are "
             "not known; use 'split' or 'triton'",

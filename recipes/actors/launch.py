@@ -12,6 +12,7 @@ from engine.config import (
     MemoryConfig,
     ParallelConfig,
     SchedulerConfig,
+    SpeculativeConfig,
 )
 from engine.errors import InvalidRequest
 from recipes.actors.actor import Actor, InlineActor
@@ -76,6 +77,12 @@ def engine_config(options: RunOptions, *, gpu: int = 0, saver: bool = False) -> 
         memory=MemoryConfig(
             saver=saver,
             trainer_training_bytes=int(options.placement.trainer_memory_gb * 2**30),
+        ),
+        # By counts, never by the clock: a seed repeats a run, its times aside.
+        speculative=SpeculativeConfig(
+            method=options.rollout.speculative,
+            draft_tokens=options.rollout.draft_tokens,
+            pace="counts",
         ),
     )
 

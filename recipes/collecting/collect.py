@@ -127,4 +127,5 @@ def _trajectory(
         reward=0.0 if failed else correct + penalty,
         correct=correct,
         failed=failed,
+        spec=output.spec,
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from recipes.algorithms.values import explained_variance
-from recipes.types import Batch, Group
+from recipes.types import Batch, Group, Trajectory
 from trainer_bridge import PushReport
 
 PHASES = ("generate", "score", "sleep", "train", "push", "other")
@@ -55,7 +55,23 @@ def rollout_figures(
     }
     if told:
         figures["reward_greedy"] = _mean(told)
-    return figures
+    return figures | spec_figures([*trajectories, *greedy])
+
+
+def spec_figures(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """What came of the drafts for replies; nothing where none were drafted. accept_length: tokens
+    of a reply in a step that verified drafts of it. drafted: tokens drafted for a token sampled."""
+    told = [t.spec for t in trajectories if t.spec is not None]
+    if not told:
+        return {}
+    verifies = sum(counts.verifies for counts in told)
+    drafted, accepted = sum(c.drafted for c in told), sum(c.accepted for c in told)
+    num_sampled = sum(len(t.response_ids) for t in trajectories)
+    return {
+        "speculative/accept_length": 1 + accepted / verifies if verifies else 1.0,
+        "speculative/accept_rate": accepted / drafted if drafted else 0.0,
+        "speculative/drafted": drafted / max(num_sampled, 1),
+    }
 
 
 def _mean(values: Sequence[float]) -> float:

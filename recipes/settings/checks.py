@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from engine.config import MAX_DRAFT_TOKENS
 from engine.errors import InvalidRequest, ModelNotFound
 from recipes.algorithms.presets import AlgorithmOptions, resolve
 from recipes.evaluation.evaluation_options import check_evaluation
@@ -70,6 +71,7 @@ SHARES = frozenset({"max_failed_share"})
 BELOW_ONE = frozenset({"beta1", "beta2"})
 UP_TO_ONE = frozenset({"gamma"})
 FROM_ZERO_TO_ONE = frozenset({"gae_lambda"})
+DRAFTS = frozenset({"draft_tokens"})
 
 
 def check_options(options: RunOptions) -> None:
@@ -263,6 +265,9 @@ def check_numbers(flat: Mapping[str, Any]) -> None:
             _require(name, value, 0 < value <= 1, "in (0, 1]")
         elif name in FROM_ZERO_TO_ONE:
             _require(name, value, 0 <= value <= 1, "in [0, 1]")
+        elif name in DRAFTS:
+            holds = 1 <= value <= MAX_DRAFT_TOKENS
+            _require(name, value, holds, f"from 1 to {MAX_DRAFT_TOKENS}")
 
 
 def _require(name: str, value: float, holds: bool, what: str) -> None:

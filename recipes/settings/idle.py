@@ -185,6 +185,11 @@ GRADING: tuple[Theme[Measured], ...] = (
 
 TRAINING: tuple[Theme[RunOptions], ...] = (
     Theme(
+        names=("draft_tokens",),
+        holds=lambda options: options.rollout.speculative != "off",
+        missing="where nothing is drafted: add --speculative",
+    ),
+    Theme(
         names=("teacher_kv_memory_gb",),
         holds=lambda options: options.distillation.teacher is not None,
         missing="where there is no teacher: add --algorithm opd --teacher PATH",

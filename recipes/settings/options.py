@@ -25,6 +25,7 @@ DEFAULT_MODEL = Path(__file__).parent.parent.parent / ".models" / "SmolLM2-135M-
 WandbMode = Literal["off", "offline", "online"]
 TrainerName = Literal["plain", "deepspeed", "fsdp"]
 ZeroStage = Literal[0, 1, 2, 3]
+Drafter = Literal["off", "auto", "ngram"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,11 @@ class RolloutOptions:
     """Longest reply in tokens; None takes the task's own."""
     kv_memory_gb: float = 1.0
     """Memory of the engine's KV cache, GiB."""
+    speculative: Drafter = "off"
+    """Draft tokens ahead and verify them together, which changes when they come and not what they
+    are: 'ngram' copies them from replies so far, 'auto' as many as are being accepted."""
+    draft_tokens: int = 3
+    """Most tokens drafted at once for a reply, 1 to 7."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from types import MappingProxyType
 
-from engine.config import GIB, MIB, EngineConfig
+from engine.config import GIB, MAX_DRAFT_TOKENS, MIB, EngineConfig
 from engine.errors import InvalidRequest
 from engine.protocol.types import INT32_MAX, INT64_MAX, MAX_VERSION
 from rollout.http.config import ServeConfig
@@ -52,6 +52,7 @@ ENGINE_RANGES: Mapping[str, Range] = MappingProxyType(
         "--page-size": Range("cache.page_size", 1, INT32_MAX),
         "--trainer-memory": Range("memory.trainer_bytes", 0, _TIB, unit=GIB),
         "--trainer-training-memory": Range("memory.trainer_training_bytes", 0, _TIB, unit=GIB),
+        "--draft-tokens": Range("speculative.draft_tokens", 1, MAX_DRAFT_TOKENS),
         "--base-gpu": Range("parallel.base_gpu", 0, 1023),
         "--weight-version": Range("weight_version", 0, MAX_VERSION),
         "--seed": Range("seed", -INT64_MAX - 1, INT64_MAX),

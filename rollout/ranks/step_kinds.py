@@ -1,14 +1,14 @@
 """Which steps may have to build something before they run, and so may take longer.
 
-Kernels are compiled and graphs captured when a step first needs them: for a number of rows, and
-for what its rows ask of sampling.
+Kernels are compiled and graphs captured when a step first needs them: for a number of rows, for
+the drafts that it verifies, and for what its rows ask of sampling.
 """
 
 from __future__ import annotations
 
 from engine.protocol import NewRow, StepPlan
 
-StepKind = tuple[int, int, bool]
+StepKind = tuple[int, int, int, bool]
 
 
 class StepKinds:
@@ -18,12 +18,13 @@ class StepKinds:
         self._seen: set[StepKind] = set()
 
     def of(self, plan: StepPlan) -> StepKind:
-        """The kind of a step: its rows, to a power of two; what its new rows bring, or 0; and
-        whether its sampling waits for masks."""
+        """The kind of a step: its rows, to a power of two; most drafts of one, -1 where lengths
+        are known; what its new rows bring, or 0; and whether its sampling waits for masks."""
         brings = 0
         for row in plan.new_rows:
             brings |= _brings(row)
-        return len(plan.slots).bit_length(), brings, len(plan.masked) > 0
+        drafts = int(plan.draft_lens.max(initial=-1))
+        return len(plan.slots).bit_length(), drafts, brings, len(plan.masked) > 0
 
     def is_new(self, kind: StepKind) -> bool:
         """Whether no step of the kind was launched to its end."""

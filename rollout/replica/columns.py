@@ -11,7 +11,7 @@ from typing import TypeGuard
 
 import numpy as np
 
-from engine.protocol import Reply, RequestOutput, TokenRows, VersionSpan
+from engine.protocol import IntArray, Reply, RequestOutput, SpecCounts, TokenRows, VersionSpan
 
 _FEWEST = 4
 """Rows below which columns save nothing."""
@@ -73,7 +73,31 @@ def _columns(outputs: list[RequestOutput]) -> TokenRows:
         token_ids=np.concatenate([output.token_ids for output in outputs]),
         logprobs=np.concatenate([output.logprobs for output in outputs]),
         counts=np.ascontiguousarray(np.array(counts, np.int32).T),
+        spec=_spec_columns([output.spec for output in outputs]),
     )
+
+
+def _spec_columns(spec: list[SpecCounts | None]) -> IntArray | None:
+    if not any(spec):
+        return None
+    rows = [
+        (-1, -1, -1, -1) if s is None else (s.verifies, s.drafted, s.accepted, s.synthetic)
+        for s in spec
+    ]
+    return np.ascontiguousarray(np.array(rows, np.int32).T)
+
+
+def _spec_rows(rows: TokenRows) -> list[SpecCounts | None]:
+    if rows.spec is None:
+        return [None] * len(rows.rids)
+    return [
+        None
+        if verifies < 0
+        else SpecCounts(
+            verifies=verifies, drafted=drafted, accepted=accepted, synthetic=bool(synthetic)
+        )
+        for verifies, drafted, accepted, synthetic in rows.spec.T.tolist()
+    ]
 
 
 def _outputs(rows: TokenRows) -> list[RequestOutput]:
@@ -91,8 +115,9 @@ def _outputs(rows: TokenRows) -> list[RequestOutput]:
             num_retractions=retractions,
             num_restarts=restarts,
             spans=[VersionSpan(version, start, start + size)],
+            spec=spec,
         )
-        for rid, start, size, end, version, prompt, cached, retractions, restarts in zip(
-            *columns, *rows.counts.tolist(), strict=True
+        for rid, start, size, end, version, prompt, cached, retractions, restarts, spec in zip(
+            *columns, *rows.counts.tolist(), _spec_rows(rows), strict=True
         )
     ]

@@ -77,6 +77,8 @@ def expand(
         hold_at=wire.hold_at,
         allowed_token_ids=_allowed(wire),
         task=task,
+        draft_tokens=wire.draft_tokens,
+        forced_acceptance=wire.forced_acceptance,
     )
     _check(wire, first, state)
     check_top_entries(num_top_entries(first, sampling.n, state))

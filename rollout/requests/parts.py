@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from engine.protocol import GenerateRequest, GenerateResponse
+from rollout.scheduler.speculative.reply_fields import joined_spec_meta
 
 Replies = Sequence[GenerateResponse]
 """What `Client.generate` returns for one request: a reply for each of its samples, in order; or
@@ -93,6 +94,7 @@ def _joined(parts: Replies) -> GenerateResponse:
     of_prompt = {k: v for k, v in first.meta_info.items() if k.startswith("input_")}
     meta |= {**of_prompt, "cached_tokens": first.meta_info["cached_tokens"]}
     meta |= {key: sum(part.meta_info[key] for part in parts) for key in _SUMS}
+    meta |= joined_spec_meta([part.meta_info for part in parts])
     meta["weight_versions"] = spans = _spans(parts, len(ids))
     meta["weight_version"] = spans[-1]["version"] if spans else None
     return msgspec.structs.replace(last, text=text, output_ids=ids, meta_info=meta)

@@ -20,6 +20,7 @@ from rollout.requests.outputs import finite_logprobs
 from rollout.requests.sample_ids import shown
 from rollout.requests.version_spans import clip_spans, join_spans
 from rollout.scheduler.continued import given_stop, shown_given
+from rollout.scheduler.speculative.reply_fields import spec_meta
 from rollout.text.detokenizer import Detokenizer, final_text
 from rollout.text.token_bytes import spelled
 from rollout.text.tokenizer import Tokenizer
@@ -225,6 +226,7 @@ def _counts(
         "weight_versions": _versions(spans, size),
         # Positions of prompt and output together: which weights computed the KV.
         "kv_versions": _versions(last.kv_spans, len(request.prompt_ids) + size),
+        **spec_meta(last.spec, request),
     }
     if begin is not None:
         counts |= {"output_start": begin.num_tokens, "text_start": begin.num_chars}

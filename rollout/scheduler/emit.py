@@ -21,14 +21,16 @@ def make_output(
     logprobs: FloatArray,
     entropies: FloatArray,
     finish: FinishReason | None,
+    *,
+    drafts: bool,
     stay: IntArray | None = None,
 ) -> RequestOutput:
     """The outputs not yet returned, given all of them so far.
 
     token_ids: int32 [n], logprobs: float32 [n], from the first output token on; entropies:
     float32 [n], not looked at unless the request wants them. Spans are those of the tokens
-    returned here, in positions of the whole output. stay: what was drafted in the slot it still
-    holds, as `SlotTable.spec` has it.
+    returned here, in positions of the whole output. drafts: whether anything is drafted. stay: what
+    was drafted in the slot it still holds, as `SlotTable.spec` has it.
     """
     size = len(token_ids)
     start = min(sequence.num_emitted, size)
@@ -51,25 +53,23 @@ def make_output(
         prompt_logprobs=_prompt_logprobs(sequence) if with_prompt else None,
         prompt_top=_prompt_top(sequence) if with_prompt else None,
         scores=sequence.scores,
-        spec=spec_counts(sequence, stay),
+        spec=spec_counts(sequence, stay) if drafts else None,
     )
 
 
-def spec_counts(sequence: Sequence, stay: IntArray | None) -> SpecCounts | None:
-    """What was drafted for a sequence; None if nothing was, nor is forced."""
+def spec_counts(sequence: Sequence, stay: IntArray | None) -> SpecCounts:
+    """What was drafted for a sequence so far. stay: as in `make_output`."""
     verifies, drafted, accepted = sequence.spec
     if stay is not None:
         verifies, drafted, accepted = (sequence.spec[i] + int(stay[i]) for i in range(3))
     synthetic = sequence.request.forced_acceptance >= 0
-    if not (drafted or synthetic):
-        return None
     return SpecCounts(verifies=verifies, drafted=drafted, accepted=accepted, synthetic=synthetic)
 
 
-def final_output(sequence: Sequence, finish: FinishReason) -> RequestOutput:
-    """The last output of a sequence that holds no slot (any more)."""
-    outputs = sequence.tokens[sequence.prompt_len :]
-    return make_output(sequence, outputs, sequence.logprobs, sequence.entropies, finish)
+def final_output(sequence: Sequence, finish: FinishReason, *, drafts: bool) -> RequestOutput:
+    """The last output of a sequence that holds no slot (any more). drafts: as in `make_output`."""
+    outputs, logprobs = sequence.tokens[sequence.prompt_len :], sequence.logprobs
+    return make_output(sequence, outputs, logprobs, sequence.entropies, finish, drafts=drafts)
 
 
 def _num_read(sequence: Sequence, size: int) -> int:

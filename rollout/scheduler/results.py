@@ -25,6 +25,7 @@ class Appended:
     streaming: slots that go on and want their outputs now.
     broken: slots whose numbers were not finite; what was sampled before was appended to them.
     num_tokens: tokens appended.
+    spec: rows that verified drafts, tokens drafted for them, and accepted of these.
     """
 
     ended: IntArray
@@ -32,6 +33,7 @@ class Appended:
     streaming: IntArray
     broken: list[int]
     num_tokens: int
+    spec: tuple[int, int, int] = (0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,9 @@ class ResultWriter:
         kept = np.minimum(kept, finite)
         broken |= set(rows.slots[not_finite].tolist())
         self._write(rows, kept, flight.version)
+        spec = (0, 0, 0)
         if flight.draft_lens is not None:
-            self._count(flight, result, alive)
+            spec = self._count(flight, result, alive)
         size = table.num_tokens[rows.slots]
         stopped = (matched >= 0) & ~not_finite
         ended = (stopped | (size >= table.max_tokens[rows.slots])) & ~not_finite
@@ -103,6 +106,7 @@ class ResultWriter:
             streaming=rows.slots[streaming],
             broken=sorted(broken),
             num_tokens=int(kept.sum()),
+            spec=spec,
         )
 
     def scored(self, flight: InFlight) -> list[int]:
@@ -189,14 +193,17 @@ class ResultWriter:
             table.entropies[slots, position] = rows.entropies[row, column]
         table.num_tokens[rows.slots] = begin + kept
 
-    def _count(self, flight: InFlight, result: StepResult, alive: BoolArray) -> None:
-        """Note what was drafted for the rows that still run, and accepted."""
+    def _count(
+        self, flight: InFlight, result: StepResult, alive: BoolArray
+    ) -> tuple[int, int, int]:
+        """Note what was drafted for the rows that still run, and accepted; as `Appended.spec`."""
         assert result.counts is not None and result.drafted is not None
         slots, drafted = flight.slots[alive], result.drafted[alive]
-        spec = self._running.table.spec
-        spec[slots, 0] += drafted > 0
-        spec[slots, 1] += drafted
-        spec[slots, 2] += np.maximum(result.counts[alive] - 1, 0)
+        accepted = np.maximum(result.counts[alive] - 1, 0)
+        counts = np.stack([drafted > 0, drafted, accepted], axis=1)
+        self._running.table.spec[slots] += counts
+        rows, num_drafted, num_accepted = counts.sum(axis=0).tolist()
+        return rows, num_drafted, num_accepted
 
     def _stamp(self, slots: IntArray, position: IntArray, version: int) -> None:
         """Open a span of `version` for the rows whose last token another one sampled."""

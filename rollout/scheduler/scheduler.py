@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import asdict
 
 import numpy as np
 
@@ -71,14 +72,16 @@ class Scheduler:
             raise ValueError("max_running and max_step_tokens must be at least 1")
         self._config = config
         self._cache = cache
+        self._speculative = speculative or SpeculativeConfig()
         self._limits = Limits(
             context_length=context_length,
             vocab_size=vocab_size,
             kv_tokens=cache.num_pages * cache.page_size,
             num_labels=num_labels,
+            draft_tokens=self._speculative.most,
+            forces=self._speculative.allow_forced_acceptance,
         )
         self._num_slots = num_slots
-        self._speculative = speculative or SpeculativeConfig()
         self._device = device
         self._build_parts(version)
         self._requests: dict[str, Sequence] = {}
@@ -122,7 +125,7 @@ class Scheduler:
         context_length = self._limits.context_length
         sequence = begin(request, self._next_arrival, context_length=context_length)
         if sequence.ended is not None and request.prompt_logprob_start < 0:
-            return final_output(sequence, sequence.ended)
+            return final_output(sequence, sequence.ended, drafts=self.drafts)
         if len(self._queue) >= self._config.max_waiting:
             raise QueueFull(
                 f"{len(self._queue)} requests wait, the limit; send it again later",
@@ -242,7 +245,7 @@ class Scheduler:
         appended = self._results.append(flight, result)
         if self._running.drafts is not None:
             self._running.drafts.applied(flight, result)
-        self._counters.num_output_tokens += appended.num_tokens
+        self._counters.count(appended.num_tokens, appended.spec)
         outputs = [self._finish_broken(self._running[slot]) for slot in appended.broken]
         outputs += [self._stream(self._running[slot]) for slot in appended.streaming.tolist()]
         ended = zip(appended.ended.tolist(), appended.matched.tolist(), strict=True)
@@ -263,6 +266,7 @@ class Scheduler:
 
     def stats(self) -> SchedulerStats:
         """Counts now and totals since the start."""
+        drafts = self._running.drafts
         return SchedulerStats(
             version=self._running.version,
             paused=self.paused,
@@ -273,10 +277,8 @@ class Scheduler:
             cached_pages=self._cache.num_cached,
             total_pages=self._cache.num_pages,
             num_retractions=self._preemption.num_retractions,
-            num_prompt_tokens=self._counters.num_prompt_tokens,
-            num_cached_tokens=self._counters.num_cached_tokens,
-            num_output_tokens=self._counters.num_output_tokens,
-            num_steps=self._counters.num_steps,
+            **asdict(self._counters),
+            draft_len=0 if drafts is None else drafts.draft_len,
         )
 
     def check_integrity(self) -> None:
@@ -299,7 +301,7 @@ class Scheduler:
         finish = FinishReason(type="abort", message=error.message, error=error.kind)
         sequences = list(self._requests.values())
         self._running.take_results(sequences)
-        outputs = [final_output(sequence, finish) for sequence in sequences]
+        outputs = [final_output(sequence, finish, drafts=self.drafts) for sequence in sequences]
         self._in_flight.clear()
         self._requests.clear()
         self._groups.clear()
@@ -363,7 +365,8 @@ class Scheduler:
             table.logprobs[slot, outputs],
             table.entropies[slot, outputs],
             None,
-            table.spec[slot],
+            drafts=self.drafts,
+            stay=table.spec[slot],
         )
 
     def _finish_each(
@@ -393,4 +396,4 @@ class Scheduler:
         """Forget a sequence that neither runs nor waits any more; its last output."""
         del self._requests[sequence.request.rid]
         self._groups.leave(sequence.request.group)
-        return final_output(sequence, finish)
+        return final_output(sequence, finish, drafts=self.drafts)

@@ -23,6 +23,7 @@ from engine.protocol import (
 from rollout.cache.radix_node import Node
 from rollout.requests.version_spans import clip_spans
 from rollout.scheduler.encode import RowNumbers
+from rollout.scheduler.speculative.reasons import why_undrafted
 
 NO_LOGPROBS: FloatArray = np.empty(0, np.float32)
 
@@ -93,18 +94,8 @@ class Sequence:
 
     @property
     def may_draft(self) -> bool:
-        """Whether its tokens can be drawn several at once: nothing but temperature and filters may
-        stand between its logits and a token, and no other logprobs are wanted. A mask is of one
-        token, and known when the one before it is."""
-        s = self.request.sampling
-        edited = (
-            s.frequency_penalty != 0
-            or s.presence_penalty != 0
-            or s.repetition_penalty != 1
-            or bool(s.logit_bias)
-            or s.min_new_tokens > 0
-        )
-        return not (edited or self.request.masked) and self.request.num_alternatives == 0
+        """Whether its tokens can be drawn several at once."""
+        return not why_undrafted(self.request)
 
     @property
     def prompt_len(self) -> int:

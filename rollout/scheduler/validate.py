@@ -35,6 +35,8 @@ _OF_OUTPUTS: Mapping[str, Any] = MappingProxyType(
         "output_ids": None,
         "hold_at": -1,
         "allowed_token_ids": None,
+        "draft_tokens": -1,
+        "forced_acceptance": -1.0,
     }
 )
 """Fields that speak of logits over a vocabulary, and what each has to be where there are none."""
@@ -43,12 +45,15 @@ _OF_OUTPUTS: Mapping[str, Any] = MappingProxyType(
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """What a replica can serve at all. kv_tokens: tokens its whole KV pool holds. num_labels: of a
-    classifier; 0 of a model that generates."""
+    classifier; 0 of a model that generates. draft_tokens: most that it drafts at once, 0 if it
+    drafts nothing. forces: whether it was told to serve requests that force acceptance."""
 
     context_length: int
     vocab_size: int
     kv_tokens: int
     num_labels: int = 0
+    draft_tokens: int = 0
+    forces: bool = False
 
 
 def limits_of(state: ReplicaState) -> Limits:
@@ -58,6 +63,8 @@ def limits_of(state: ReplicaState) -> Limits:
         vocab_size=state.vocab_size,
         kv_tokens=state.total_pages * state.page_size,
         num_labels=state.num_labels,
+        draft_tokens=state.draft_tokens,
+        forces=state.forces_acceptance,
     )
 
 
@@ -96,6 +103,7 @@ def _check_meaning(request: Request, limits: Limits) -> None:
         _refuse("top_logprobs", f"is {request.top_logprobs}; give 0 to {limits.vocab_size}")
     _check_allowed(request, limits.vocab_size)
     check_continued(request, limits)
+    _check_drafts(request, limits)
     if request.seed < 0:
         _refuse("seed", f"is {request.seed}; give 0 to 2**63 - 1")
 
@@ -192,6 +200,23 @@ def _check_given(request: Request, given: IntArray, limits: Limits) -> None:
             f"output_ids has {len(given)} tokens, which with a prompt of {len(request.prompt_ids)} "
             f"are too many for the {room} that this engine holds; they cannot be continued here",
             field="output_ids",
+        )
+
+
+def _check_drafts(request: Request, limits: Limits) -> None:
+    count, most, forced = request.draft_tokens, limits.draft_tokens, request.forced_acceptance
+    if not -1 <= count <= most:
+        room = f"give 0 to {most}" if most else "this server drafts nothing, so give 0"
+        _refuse("draft_tokens", f"is {count}; {room}, or -1 to leave it to the server")
+    if forced == -1:
+        return
+    if not 0 <= forced <= 1:
+        _refuse("forced_acceptance", f"is {forced}; give a probability in [0, 1], or -1 for none")
+    if not limits.forces:
+        _refuse(
+            "forced_acceptance",
+            "makes tokens that mean nothing, and this server was not started to serve it "
+            "(--speculative with --allow-forced-acceptance); leave it out",
         )
 
 

@@ -168,6 +168,7 @@ def joined(outputs: list[RequestOutput]) -> RequestOutput:
         top=outputs[-1].top if len(outputs) == 1 else None,
         entropies=_joined_entropies(outputs),
         scores=outputs[-1].scores,
+        spec=outputs[-1].spec,
     )
 
 

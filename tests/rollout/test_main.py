@@ -64,6 +64,10 @@ ENGINE: dict[str, tuple[list[str], str, object]] = {
     "trainer-memory": (["2"], "memory.trainer_bytes", 2 << 30),
     "trainer-training-memory": (["0.5"], "memory.trainer_training_bytes", 1 << 29),
     "reserve-shadow": ([], "memory.reserve_shadow", True),
+    "numerics": (["invariant"], "numerics", "invariant"),
+    "speculative": (["ngram"], "speculative.method", "ngram"),
+    "draft-tokens": (["7"], "speculative.draft_tokens", 7),
+    "allow-forced-acceptance": ([], "speculative.allow_forced_acceptance", True),
 }
 """Every option of an engine: what may follow it, and the field of the configuration it sets."""
 
@@ -164,6 +168,8 @@ NUMBERS = [
     ("--mem-fraction", "1.5"),
     ("--trainer-memory", "-1.0"),
     ("--base-gpu", "-1"),
+    ("--draft-tokens", "0"),
+    ("--draft-tokens", "8"),
     ("--weight-version", "-1"),
     ("--weight-version", str(2**53 + 1)),
     ("--seed", str(2**63)),

@@ -11,6 +11,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from engine.config import SpeculativeConfig
 from engine.protocol import ReplicaState
 from rollout.http.services import Services
 
@@ -56,6 +57,7 @@ def server_info(services: Services, state: ReplicaState) -> dict[str, Any]:
         "encoder_only": False,
         "enable_memory_saver": config.engine.memory.saver,
         "enable_return_routed_experts": False,
+        **_speculative(services.config.engine.speculative),
         "max_total_num_tokens": _total_tokens(state),
         "weight_version": services.labels.text(state.version),
         "version": package_version(),
@@ -94,8 +96,23 @@ def vllm_config(services: Services, state: ReplicaState) -> dict[str, Any]:
             "enable_prefix_caching": services.config.engine.cache.prefix_cache,
         },
         "lora_config": None,
-        "speculative_config": None,
+        "speculative_config": _speculative_config(services.config.engine.speculative),
     }
+
+
+def _speculative(config: SpeculativeConfig) -> dict[str, Any]:
+    """SGLang's arguments of a server that drafts; its number counts the token behind the drafts."""
+    return {
+        "speculative_algorithm": config.drafter.upper() or None,
+        "speculative_num_draft_tokens": config.draft_tokens + 1 if config.enabled else None,
+    }
+
+
+def _speculative_config(config: SpeculativeConfig) -> dict[str, Any] | None:
+    """vLLM's, of a server that drafts."""
+    if not config.enabled:
+        return None
+    return {"method": config.drafter, "num_speculative_tokens": config.draft_tokens}
 
 
 def model_info(services: Services, state: ReplicaState) -> dict[str, Any]:

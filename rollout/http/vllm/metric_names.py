@@ -26,6 +26,14 @@ _COUNTERS: Mapping[str, str] = MappingProxyType(
         "vllm:num_preemptions": "num_retractions",
     }
 )
+_OF_DRAFTS: Mapping[str, str] = MappingProxyType(
+    {
+        "vllm:spec_decode_num_drafts": "num_verified_rows",
+        "vllm:spec_decode_num_draft_tokens": "num_drafted_tokens",
+        "vllm:spec_decode_num_accepted_tokens": "num_accepted_tokens",
+    }
+)
+"""Which vLLM has where something drafts."""
 _GAUGES: Mapping[str, str] = MappingProxyType(
     {
         "vllm:num_requests_running": "num_running",
@@ -46,7 +54,8 @@ class VllmNames:
             yield self._gauge(name, float(getattr(state, field)))
         used = state.total_pages - state.free_pages - state.cached_pages
         yield self._gauge("vllm:kv_cache_usage_perc", used / max(state.total_pages, 1))
-        for name, field in _COUNTERS.items():
+        counters = {**_COUNTERS, **(_OF_DRAFTS if state.drafter else {})}
+        for name, field in counters.items():
             family = CounterMetricFamily(name, f"slipstream's {field}", labels=_LABELS)
             family.add_metric(self._values, getattr(state, field))
             yield family

@@ -86,6 +86,8 @@ class Drafts:
         self._cache = cache
         self._controller = controller
         self._history = history
+        self.draft_len = 0
+        """Most drafts of a row in the last step in which every row decoded."""
 
     def entered(self, sequence: Sequence) -> None:
         """A sequence took its slot."""
@@ -139,7 +141,7 @@ class Drafts:
         table.steps_ahead[slots] += 1
         table.tokens_ahead[slots] += 1 if lens is None else lens + 1
         if all_decode:
-            k = 0 if lens is None else int(lens.max(initial=0))
+            self.draft_len = k = 0 if lens is None else int(lens.max(initial=0))
             self._controller.planned(step, len(slots), k)
 
     def applied(self, flight: InFlight, result: StepResult) -> None:

@@ -54,6 +54,15 @@ def launch_actor_of(asked: RunOptions) -> Iterator[InlineActor]:
         actor.close()
 
 
+def test_drafts_are_paced_by_counts() -> None:
+    """Never by the clock, so that a seed repeats a run."""
+    for method in ("off", "auto", "ngram"):
+        rollout = RolloutOptions(speculative=method, draft_tokens=5)
+        found = engine_config(RunOptions(rollout=rollout)).speculative
+        assert (found.method, found.draft_tokens, found.pace) == (method, 5, "counts")
+    assert engine_config(RunOptions()).speculative.method == "off"
+
+
 def test_a_cpu_run_sleeps_only_when_asked(model: str) -> None:
     for asked, saver in ((None, False), (True, True), (False, False)):
         with launch_actor_of(options(model, sleep=asked)) as actor:

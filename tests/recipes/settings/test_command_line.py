@@ -30,6 +30,7 @@ code_seconds
 config
 device
 dither
+draft_tokens
 dtype
 dynamic_sampling
 eval_every
@@ -86,6 +87,7 @@ schedule
 seed
 skip_long_prompts
 sleep
+speculative
 steps
 system_prompt
 task

@@ -111,6 +111,7 @@ IDLE: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"code_seconds": 2}, {"reward": ("code",)}),
     ({"code_memory_gb": 2.0}, {"eval_set": ("a=expression",)}),
     ({"eval_temperature": 0.5}, {"eval_samples": 2}),
+    ({"draft_tokens": 5}, {"speculative": "ngram"}),
     ({"teacher_kv_memory_gb": 2.0}, {"algorithm": "opd", "teacher": __file__}),
     ({"kl_in": "reward"}, {"kl_coef": 0.1}),
     ({"kl_estimator": "k2"}, {"kl_coef": 0.1}),

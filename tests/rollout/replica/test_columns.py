@@ -12,6 +12,7 @@ from engine.protocol import (
     FinishReason,
     Reply,
     RequestOutput,
+    SpecCounts,
     TokenRows,
     TopLogprobs,
     VersionSpan,
@@ -21,6 +22,7 @@ from engine.protocol import (
 from rollout.replica.columns import from_columns, to_columns
 
 COUNT = st.integers(0, 2**31 - 1)
+SPEC = st.builds(SpecCounts, verifies=COUNT, drafted=COUNT, accepted=COUNT, synthetic=st.booleans())
 
 
 @st.composite
@@ -38,6 +40,7 @@ def outputs(draw: Any) -> RequestOutput:
         num_retractions=draw(COUNT),
         num_restarts=draw(COUNT),
         spans=[VersionSpan(draw(st.integers(0, 2**53)), start, start + size)],
+        spec=draw(st.none() | SPEC),
     )
     more: dict[str, Any] = draw(
         st.sampled_from(

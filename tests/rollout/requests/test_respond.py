@@ -10,14 +10,19 @@ from engine.protocol import (
     Request,
     RequestOutput,
     SamplingParams,
+    SpecCounts,
     VersionSpan,
 )
 from rollout.requests.respond import respond
+from rollout.scheduler.speculative.reply_fields import joined_spec_meta, spec_meta
+
+REQUEST = Request(
+    rid="a", prompt_ids=np.arange(4, dtype=np.int32), sampling=SamplingParams(), seed=0
+)
 
 
 def meta_of(**output: object) -> dict[str, object]:
     ids = np.arange(4, dtype=np.int32)
-    request = Request(rid="a", prompt_ids=ids, sampling=SamplingParams(), seed=0)
     made = RequestOutput(
         rid="a",
         start=0,
@@ -26,7 +31,7 @@ def meta_of(**output: object) -> dict[str, object]:
         finish=FinishReason(type="length", length=3),
         **output,
     )
-    return respond(GenerateRequest(input_ids=[0]), request, made, None).meta_info
+    return respond(GenerateRequest(input_ids=[0]), REQUEST, made, None).meta_info
 
 
 def test_versions_of_tokens_and_of_their_kv() -> None:
@@ -58,3 +63,34 @@ def test_what_a_stop_string_cut_off_is_not_spoken_of() -> None:
 def test_a_request_that_never_ran_has_none() -> None:
     meta = meta_of()
     assert (meta["weight_version"], meta["weight_versions"], meta["kv_versions"]) == (None, [], [])
+
+
+def test_counts_of_drafts_are_named_as_sglang_names_them() -> None:
+    meta = meta_of(spec=SpecCounts(verifies=4, drafted=10, accepted=5))
+    assert {key: value for key, value in meta.items() if key.startswith("spec_")} == {
+        "spec_verify_ct": 4,
+        "spec_num_proposed_drafts": 10,
+        "spec_num_correct_drafts": 5,
+        "spec_draft_token_num": 10,
+        "spec_accept_token_num": 5,
+        "spec_accept_length": 2.25,
+        "spec_accept_rate": 0.5,
+    }
+    assert "synthetic" not in meta
+    nothing = meta_of(spec=SpecCounts())
+    assert nothing["spec_verify_ct"] == 0
+    assert "spec_accept_length" not in nothing
+    assert not [key for key in meta_of() if key.startswith("spec_")]
+    assert meta_of(spec=SpecCounts(synthetic=True))["synthetic"] is True
+
+
+def test_a_reply_in_parts_says_what_its_servers_drafted_together() -> None:
+    parts = [
+        meta_of(spec=SpecCounts(verifies=4, drafted=10, accepted=5)),
+        meta_of(),
+        meta_of(spec=SpecCounts(verifies=1, drafted=2, accepted=1)),
+    ]
+    found = joined_spec_meta(parts)
+    counts = SpecCounts(verifies=5, drafted=12, accepted=6)
+    assert found == spec_meta(counts, REQUEST)
+    assert joined_spec_meta([meta_of()]) == {}

@@ -132,6 +132,8 @@ def test_scores_that_are_not_finite_end_their_request_alone(monkeypatch) -> None
         ("entropy", classify("a", [1], entropy=True)),
         ("output_ids", classify("a", [1], output_ids=np.array([1], np.int32))),
         ("hold_at", classify("a", [1], hold_at=3)),
+        ("draft_tokens", classify("a", [1], draft_tokens=0)),
+        ("forced_acceptance", classify("a", [1], forced_acceptance=0.5)),
         ("prompt_ids", classify("a", [])),
         ("prompt_ids", classify("a", [50])),
         ("prompt_ids", classify("a", [1] * 25)),

@@ -97,6 +97,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def start(self, drafts: dict[str, Any], accepted: int, **config: object) -> None:
         """accepted: in three, drafts that come true."""
         speculative = SpeculativeConfig(pace="counts", **drafts)
+        self.draft_tokens = drafts.get("draft_tokens", 0)
         self.bench = Bench(context_length=CONTEXT, speculative=speculative, **config)
         self.bench.executor.accepts = lambda seed, place: mix(seed, place, 11) % 3 < accepted
 
@@ -109,6 +110,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def add(self, prompt: list[int], samples: int, fields: dict[str, object], given: int) -> None:
         """given: output tokens that the requests come with, those that they would sample."""
         group = f"g{len(self.requests)}" if samples > 1 else ""
+        if "draft_tokens" in fields:
+            fields = {**fields, "draft_tokens": min(fields["draft_tokens"], self.draft_tokens)}
         for _ in range(samples):
             rid = f"r{len(self.requests)}."
             seed = len(self.requests)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,6 +66,43 @@ def test_refuses_and_names_the_field(field: str, request_: Request):
         check_request(request_, LIMITS)
     assert caught.value.field == field
     assert field in caught.value.message
+
+
+DRAFTS = dataclasses.replace(LIMITS, draft_tokens=3, forces=True)
+PLAIN = dataclasses.replace(LIMITS, draft_tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("field", "limits", "fields"),
+    [
+        ("draft_tokens", DRAFTS, {"draft_tokens": 4}),
+        ("draft_tokens", DRAFTS, {"draft_tokens": -2}),
+        ("draft_tokens", DRAFTS, {"draft_tokens": 2**31}),
+        ("draft_tokens", DRAFTS, {"draft_tokens": 1.5}),
+        ("draft_tokens", LIMITS, {"draft_tokens": 1}),
+        ("forced_acceptance", DRAFTS, {"forced_acceptance": 1.01}),
+        ("forced_acceptance", DRAFTS, {"forced_acceptance": -0.5}),
+        ("forced_acceptance", DRAFTS, {"forced_acceptance": math.nan}),
+        ("forced_acceptance", DRAFTS, {"forced_acceptance": math.inf}),
+        ("forced_acceptance", PLAIN, {"forced_acceptance": 0.5}),
+        ("forced_acceptance", LIMITS, {"forced_acceptance": 0.0}),
+    ],
+)
+def test_drafts_that_the_server_has_not_are_refused(
+    field: str, limits: Limits, fields: dict[str, Any]
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        check_request(make_request("a", [1], **fields), limits)
+    assert caught.value.field == field
+    assert field in caught.value.message
+
+
+def test_accepts_the_drafts_that_the_server_has() -> None:
+    for fields in ({"draft_tokens": 3}, {"draft_tokens": 0}, {"draft_tokens": -1}):
+        check_request(make_request("a", [1], **fields), PLAIN)
+    for forced in (0.0, 1.0, -1.0):
+        check_request(make_request("a", [1], forced_acceptance=forced), DRAFTS)
+    check_request(make_request("a", [1], draft_tokens=0, forced_acceptance=-1.0), LIMITS)
 
 
 @pytest.mark.parametrize("prompt", [np.zeros((1, 2), np.int32), np.zeros(3, np.float32), [1, 2]])
