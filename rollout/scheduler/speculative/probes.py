@@ -52,13 +52,13 @@ class Probes:
         self.k, self._interval, self.num_failed = 0, _SHORTEST_WAIT, 0
 
     def planned(self, k: int) -> None:
-        """A step with `k` drafts was planned."""
+        """A step with `k` drafts was planned: fewer than asked for where requests allow no more."""
         if self.k == 0:
             self._wait -= 1
-        elif k == self.k:
+        elif k:
             self._num_steps += 1
 
     def observe(self, num_rows: int, k: int) -> None:
         """A step of `k` drafts showed what comes of them in `num_rows` rows."""
-        if self.k and k == self.k:
+        if self.k and k:
             self._num_rows += num_rows

@@ -32,11 +32,11 @@ class Rehearsals:
         self._left = 0
 
     def planned(self, num_rows: int, k: int) -> None:
-        """A step of `k` drafts was planned."""
+        """A step of `k` drafts was planned: not always what was asked for."""
         self._now += 1
         kind = (row_bucket(num_rows), k)
         self._last[kind] = self._last_of[k] = self._now
-        if self._left and kind == self._kind:
+        if self._left and kind[0] == self._kind[0]:
             self._left -= 1
 
     def running(self, num_rows: int, k: int) -> bool:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-import numpy as np
-
 from engine.config import SpeculativeConfig
 from engine.errors import UnsupportedOption
 from engine.protocol import IntArray
@@ -125,7 +123,7 @@ class AdaptiveDrafts:
             plain, cost = self._costs.latest(num_rows, 0), self._costs.latest(num_rows, k)
             self._allowance.step(cost, plain)
             if k:
-                self._allowance.settle(float(np.mean(counts)) * plain - cost, plain)
+                self._allowance.settle(int(counts.sum()) / len(counts) * plain - cost, plain)
 
     def _decide(self, num_rows: int, options: tuple[int, ...]) -> int:
         """The draft length in use from now on; 0 for none."""
@@ -145,18 +143,20 @@ class AdaptiveDrafts:
 
     def _rehearse(self, num_rows: int, options: tuple[int, ...]) -> int:
         """The length in use, or another one that is to be measured again."""
-        kinds = (0, *options) if self._costs.measures else options
-        others = [k for k in kinds if k != self._current and self._bearable(num_rows, k)]
-        usual = self._costs.cost(num_rows, self._current)
-        surprised = self._costs.latest(num_rows, self._current) > _SURPRISE * usual
-        for k in others:
-            if self._rehearsals.running(num_rows, k):
+        rehearsals, current = self._rehearsals, self._current
+        usual = self._costs.cost(num_rows, current)
+        surprised = self._costs.latest(num_rows, current) > _SURPRISE * usual
+        for k in (0, *options) if self._costs.measures else options:
+            if k == current:
+                continue
+            running = rehearsals.running(num_rows, k)
+            if not running and not rehearsals.due(num_rows, k, surprised=surprised):
+                continue
+            if self._bearable(num_rows, k):
+                if not running:
+                    rehearsals.start(num_rows, k)
                 return k
-        for k in others:
-            if self._rehearsals.due(num_rows, k, surprised=surprised):
-                self._rehearsals.start(num_rows, k)
-                return k
-        return self._current
+        return current
 
     def _probe(self, num_rows: int, options: tuple[int, ...]) -> int:
         probes = self._probes

@@ -205,6 +205,27 @@ def test_steps_that_fail_are_forgotten() -> None:
     assert controller.choose(4) == 0
 
 
+class Capped:
+    """A controller whose choices are cut to `most` drafts, as those of requests that allow no more
+    are."""
+
+    def __init__(self, controller: Controller, most: int) -> None:
+        self._controller, self._most = controller, most
+        self.planned, self.observe = controller.planned, controller.observe
+
+    def choose(self, num_rows: int) -> int:
+        return min(self._controller.choose(num_rows), self._most)
+
+
+@pytest.mark.parametrize("most", [0, 1, 2])
+def test_requests_that_allow_fewer_drafts(most: int) -> None:
+    """What is asked for and never planned is not waited for."""
+    for rate in (0.0, 0.5):
+        world = World(verify_half_more, rate, overlap=True)
+        seconds = world.run(Capped(adaptive(world, device="cuda"), most), 8, TOKENS)
+        assert TOKENS * verify_half_more(8, 0) / seconds >= MOST_LOST
+
+
 class Captures:
     """Costs, the first step of each kind taking a hundred times as long."""
 
