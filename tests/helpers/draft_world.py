@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from rollout.scheduler.speculative.drafts import Controller
+from rollout.scheduler.speculative.verify_cost import CPU_COSTS
 
 Cost = Callable[[int, int], float]
 """Seconds of a step of so many rows with so many drafts each."""
@@ -25,8 +26,8 @@ def verify_half_more(num_rows: int, k: int) -> float:
 
 
 def by_row(num_rows: int, k: int) -> float:
-    """Of a CPU: each row costs."""
-    return 0.02 * (1 + 0.25 * (num_rows * (k + 1) - 1))
+    """Of a CPU, as its model says."""
+    return 0.067 * CPU_COSTS.step(num_rows, k)
 
 
 @dataclass

@@ -81,7 +81,8 @@ def test_auto_drafts_where_drafts_come_true(overlap: bool, accepted: bool) -> No
     world.add(request)
     check_output(request, world.run()["r"])
     drafting = np.mean([plan.draft_lens.any() for plan in world.plans])
-    assert drafting > 0.9 if accepted else drafting < 0.05
+    # Drafts that cost next to nothing are tried now and then.
+    assert drafting > 0.9 if accepted else drafting < 0.2
 
 
 def test_auto_chooses_the_same_again() -> None:

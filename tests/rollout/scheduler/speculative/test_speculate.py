@@ -12,6 +12,7 @@ from engine.errors import UnsupportedOption
 from rollout.scheduler.speculative.drafts import Controller
 from rollout.scheduler.speculative.ladder import LADDER, MAX_VERIFY_ROWS, row_bucket, rungs
 from rollout.scheduler.speculative.speculate import build_controller
+from rollout.scheduler.speculative.verify_cost import CPU_COSTS, GPU_COSTS
 from tests.helpers.draft_world import (
     Cost,
     World,
@@ -203,6 +204,15 @@ def test_steps_that_fail_are_forgotten() -> None:
     controller.observe(6, np.zeros(2, np.int32), np.ones(2, np.int32))
     controller.observe(7, np.full(4, 3, np.int32), np.zeros(4, np.int32))
     assert controller.choose(4) == 0
+
+
+def test_a_model_is_straight_between_what_was_measured() -> None:
+    assert [GPU_COSTS.step(rows, 0) for rows in (1, 60, 240, 480, 960)] == [1, 1, 1, 2, 4]
+    assert GPU_COSTS.step(64, 7) == pytest.approx(512 / 240)
+    assert CPU_COSTS.step(1, 0) == 1 and CPU_COSTS.step(1, 1) == CPU_COSTS.step(2, 0) == 1.03
+    assert CPU_COSTS.step(3, 0) == pytest.approx((1.03 + 1.74) / 2)
+    assert CPU_COSTS.step(16, 3) == 4.74
+    assert CPU_COSTS.step(96, 0) == pytest.approx(4.74 + 1.55)
 
 
 class Capped:
