@@ -8,7 +8,7 @@ come out the same however it was scheduled.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,10 +17,12 @@ from engine.protocol import (
     NewRow,
     PromptLogprobs,
     RowSampling,
+    StepMasks,
     StepPlan,
     StepResult,
     TopLogprobs,
 )
+from tests.helpers.fake_executor import tokens_of
 from tests.helpers.mock_sources import MockSources
 
 MASK = (1 << 61) - 1
@@ -54,12 +56,23 @@ def entropy(prefix: int) -> float:
     return float(np.float32(mix(prefix, 7) % 4096 / 1024))
 
 
-def sample(prefix: int, position: int, sampling: RowSampling, vocab: int, num_output: int) -> int:
-    """The token this model draws at `position` after a prefix."""
+def sample(
+    prefix: int,
+    position: int,
+    sampling: RowSampling,
+    vocab: int,
+    num_output: int,
+    allowed: Container[int] | None = None,
+) -> int:
+    """The token this model draws at `position` after a prefix. allowed: by its mask, if it has
+    one."""
     token = mix(prefix, position, sampling.seed) % vocab
-    while num_output < sampling.min_new_tokens and token in sampling.banned_ids:
+    banned = sampling.banned_ids if num_output < sampling.min_new_tokens else ()
+    for _ in range(vocab):
+        if token not in banned and (allowed is None or token in allowed):
+            return token
         token = (token + 1) % vocab
-    return token
+    raise AssertionError("nothing can be drawn")
 
 
 def score(prefix: int, num_labels: int) -> list[float]:
@@ -76,13 +89,19 @@ def top_of(prefix: int, count: int, vocab: int) -> tuple[list[int], list[float]]
 
 
 def generate_alone(
-    prompt: list[int], sampling: RowSampling, stop_ids: list[int], max_new: int, vocab: int
+    prompt: list[int],
+    sampling: RowSampling,
+    stop_ids: list[int],
+    max_new: int,
+    vocab: int,
+    mask: Callable[[list[int]], Container[int] | None] = lambda _: None,
 ) -> tuple[list[int], list[float]]:
-    """Tokens and logprobs of a request that has the machine for itself."""
+    """Tokens and logprobs of a request that has the machine for itself. mask: what may come after
+    some output tokens; None for any."""
     tokens, logprobs = list(prompt), []
     state = prefix_hashes(tokens)[-1]
     for count in range(max_new):
-        token = sample(state, len(tokens), sampling, vocab, count)
+        token = sample(state, len(tokens), sampling, vocab, count, mask(tokens[len(prompt) :]))
         logprobs.append(logprob(state, token))
         tokens.append(token)
         state = mix(state, token)
@@ -132,14 +151,17 @@ class MockExecutor:
         self.batches: list[list[int]] = []
         self.kv_versions: dict[int, list[int]] = {}
         """By seed of a request: the version of each KV entry its last step read."""
+        self._allowed: dict[int, set[int]] = {}
         self._kv = np.full((num_pages, page_size, 2), -1, np.int64)
         self._rows: dict[int, Row] = {}
         self._next_step = 0
 
-    def step(self, plan: StepPlan) -> StepResult:
+    def step(self, plan: StepPlan, masks: StepMasks | None = None) -> StepResult:
         """New rows, page table, copies, KV writes of all rows, reads of all rows, sampling."""
         assert plan.step == self._next_step
         self._next_step += 1
+        assert (masks is None) == (len(plan.masked) == 0), "masks that nobody or somebody waits for"
+        self._allowed = self._allowed_of(plan, masks)
         self._check_shapes(plan)
         if plan.sources is not None:
             self.sources.apply(plan.sources, self._texts)
@@ -246,11 +268,20 @@ class MockExecutor:
             [row.hashes[-2 if got else -1] for row, got in zip(rows, counts, strict=True)], count
         )
 
+    def _allowed_of(self, plan: StepPlan, masks: StepMasks | None) -> dict[int, set[int]]:
+        """What may be sampled in masked slots."""
+        if masks is None:
+            return {}
+        assert masks.step == plan.step and set(masks.rows.tolist()) <= set(plan.masked.tolist())
+        slots = plan.slots[plan.samples][masks.rows].tolist()
+        return {slot: set(tokens_of(bits)) for slot, bits in zip(slots, masks.bits, strict=True)}
+
     def _draw(self, row: Row) -> tuple[int, float, int]:
         """The next token of a row, which it then knows; its logprob and prefix."""
         prefix, known = row.hashes[-1], len(row.tokens)
         sampling = row.new.sampling
-        token = sample(prefix, known, sampling, self.vocab_size, known - row.new.prompt_len)
+        num_output, allowed = known - row.new.prompt_len, self._allowed.get(row.new.slot)
+        token = sample(prefix, known, sampling, self.vocab_size, num_output, allowed)
         row.tokens.append(token)
         row.hashes.append(mix(prefix, token))
         return token, logprob(prefix, token), prefix
@@ -346,7 +377,8 @@ class MockExecutor:
             assert kv_len == len(row.tokens), "samples after a token that is not the last"
             prefix = row.hashes[-1]
             num_output = kv_len - row.new.prompt_len
-            token = sample(prefix, kv_len, row.new.sampling, self.vocab_size, num_output)
+            allowed = self._allowed.get(row.new.slot)
+            token = sample(prefix, kv_len, row.new.sampling, self.vocab_size, num_output, allowed)
             tokens.append(token)
             logprobs.append(logprob(prefix, token))
             prefixes.append(prefix)

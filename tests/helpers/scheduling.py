@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from collections.abc import Sequence as Sequence_
+from itertools import cycle
 
 import numpy as np
 
 from engine.config import SchedulerConfig, SpeculativeConfig
-from engine.protocol import Request, RequestOutput, SamplingParams, StepPlan, StepResult
+from engine.protocol import (
+    Request,
+    RequestOutput,
+    SamplingParams,
+    StepMasks,
+    StepPlan,
+    StepResult,
+)
 from rollout.cache.manager import CacheManager
+from rollout.masks.base import bits_of, num_words
+from rollout.masks.rows import masked_rows
 from rollout.scheduler.encode import row_numbers
 from rollout.scheduler.scheduler import Scheduler
 from rollout.scheduler.sequence import Sequence
@@ -44,7 +55,8 @@ class Bench:
     """A scheduler, its executor, and every output so far by request id.
 
     overlap: plan a step before the result of the one before it is applied. num_labels: of a
-    classifier.
+    classifier. lateness: steps that each step with masked rows is late, over and over: whatever
+    is called meanwhile comes between its plan and its masks.
     """
 
     def __init__(
@@ -57,6 +69,7 @@ class Bench:
         overlap: bool = False,
         num_labels: int = 0,
         speculative: SpeculativeConfig | None = None,
+        lateness: Sequence_[int] = (0,),
         **config: object,
     ) -> None:
         self.cache = CacheManager(num_pages, page_size, prefix_cache=prefix_cache)
@@ -76,6 +89,9 @@ class Bench:
         self.outputs: dict[str, list[RequestOutput]] = {}
         self._depth = 1 if overlap else 0
         self._results: deque[StepResult] = deque()
+        self._lateness = cycle(lateness)
+        self._waits: StepPlan | None = None
+        self._late = 0
 
     def add(self, *requests: Request) -> None:
         """Queue requests."""
@@ -90,12 +106,46 @@ class Bench:
         return outputs
 
     def step(self) -> StepPlan | None:
-        """Plan, execute and apply one step, the last with a delay when overlapped."""
+        """Plan, execute and apply one step, the last with a delay when overlapped. One that waits
+        for masks and is late is returned again and again."""
+        if self._waits is not None:
+            return self._wait(self._waits)
         plan = self.scheduler.plan()
         if plan is not None:
             self.plans.append(plan)
+        if plan is not None and len(plan.masked):
+            # Its masks are of the tokens before it.
+            while self._results:
+                self.keep(self.scheduler.apply(self._results.popleft()))
+            self._waits, self._late = plan, next(self._lateness)
+            return self._wait(plan)
+        if plan is not None:
             self._results.append(self.executor.step(plan))
         if len(self._results) > (self._depth if plan is not None else 0):
+            self.keep(self.scheduler.apply(self._results.popleft()))
+        self.scheduler.check_integrity()
+        return plan
+
+    def settle(self) -> None:
+        """Let the step that waits for masks have them, as a leader does before most commands."""
+        if self._waits is not None:
+            self._late = 0
+            self._wait(self._waits)
+
+    def _wait(self, plan: StepPlan) -> StepPlan:
+        self._late -= 1
+        if self._late >= 0:
+            return plan
+        rows = masked_rows(self.scheduler.running, plan)
+        bits = [bits_of(may_come(row.request, row.output_ids.tolist()), VOCAB) for row in rows]
+        masks = StepMasks(
+            step=plan.step,
+            rows=np.array([row.row for row in rows], np.int32),
+            bits=np.array(bits, np.uint32).reshape(len(rows), num_words(VOCAB)),
+        )
+        self._waits = None
+        self._results.append(self.executor.step(plan, masks))
+        if self._depth == 0:
             self.keep(self.scheduler.apply(self._results.popleft()))
         self.scheduler.check_integrity()
         return plan
@@ -103,7 +153,7 @@ class Bench:
     def run(self, limit: int = 5000) -> dict[str, RequestOutput]:
         """Step until nothing is left; the final output of each request, streams joined."""
         for _ in range(limit):
-            if not self.scheduler.has_work() and not self._results:
+            if not self.scheduler.has_work() and not self._results and self._waits is None:
                 break
             before = len(self._results)
             assert self.step() is not None or before, "work is left but nothing is planned"
@@ -122,6 +172,7 @@ class Bench:
     def set_version(self, version: int) -> list[RequestOutput]:
         """New weights, on both sides; the outputs of requests that this ended. Where drafts are
         verified no step may be in flight, as none is when a leader commits."""
+        self.settle()
         while self.scheduler.drafts and self._results:
             self.keep(self.scheduler.apply(self._results.popleft()))
         self.executor.version = version
@@ -189,7 +240,22 @@ def expected(request: Request) -> tuple[list[int], list[float]]:
         numbers=row_numbers(request, size),
         tokens=tokens,
     )
-    return generate_alone(tokens.tolist(), sequence.row_sampling(), request.stop_ids, size, VOCAB)
+    return generate_alone(
+        tokens.tolist(),
+        sequence.row_sampling(),
+        request.stop_ids,
+        size,
+        VOCAB,
+        lambda outputs: may_come(request, outputs) if request.masked else None,
+    )
+
+
+def may_come(request: Request, outputs: list[int]) -> list[int]:
+    """The mask of a request after some output tokens, which all of them decide: about half of its
+    `allowed_token_ids`, or all of them."""
+    allowed: list[int] = request.allowed_token_ids.tolist()
+    turn = sum((at + 1) * token for at, token in enumerate(outputs)) % 2
+    return [token for token in allowed if token % 2 == turn] or allowed
 
 
 def expected_prompt_logprobs(request: Request) -> list[float]:

@@ -59,6 +59,8 @@ FIELDS = st.fixed_dictionaries(
         "kv_policy": st.sampled_from(["keep", "recompute", "fresh"]),
         "hold_at": st.integers(1, 14),
         "draft_tokens": st.integers(0, 7),
+        # Of both kinds that a mask may ask for, some are no stop ids.
+        "allowed_token_ids": st.just(np.array([1, 2, 4, 5, 9, 18, 40, 71, 90], np.int32)),
     },
 )
 DRAFTS = st.just({"method": "off"}) | st.fixed_dictionaries(
@@ -93,6 +95,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         starvation_steps=st.integers(1, 4),
         drafts=DRAFTS,
         accepted=st.integers(0, 3),
+        lateness=st.lists(st.integers(0, 3), min_size=1, max_size=3),
     )
     def start(self, drafts: dict[str, Any], accepted: int, **config: object) -> None:
         """accepted: in three, drafts that come true."""
@@ -145,6 +148,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(mode=st.sampled_from(["keep", "keep", "retract", "abort"]))
     def pause(self, mode: str) -> None:
+        self.bench.settle()
         self._cut(self.bench.keep(self.bench.scheduler.pause(mode)))
 
     @rule()
@@ -158,6 +162,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def flush(self) -> None:
+        self.bench.settle()
         with suppress(SlipstreamError):
             self.bench.scheduler.flush_cache()
 
