@@ -29,6 +29,7 @@ from engine.attention.base import (
 )
 from engine.attention.stored import ForwardContext
 from engine.batch import RequestTable
+from engine.config import DRAFT_LADDER
 from engine.models.build import Model
 from engine.sampling import PLAIN, DrawOptions, Sampler
 from engine.speculative.ngram import NgramDrafter
@@ -178,7 +179,10 @@ class DecodeGraphs:
         """Drafts of each row of a graph that serves these; fewer where the buffers end."""
         if draft_lens is None or self._drafter is None:
             return 0
-        return int(min(draft_lens.max(initial=0), self._max_verified // rows - 1))
+        wanted, room = int(draft_lens.max(initial=0)), self._max_verified // rows - 1
+        # Few kinds of graph: rows near their end, which want fewer, ask for none of their own.
+        fits = [k for k in (0, *DRAFT_LADDER) if k <= room]
+        return next((k for k in fits if k >= wanted), fits[-1])
 
     def _fill(
         self, rows: int, slots: np.ndarray, draft_lens: np.ndarray | None = None

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from engine.config import MAX_DRAFT_TOKENS, EngineConfig, SpeculativeConfig
+from engine.config import (
+    DRAFT_LADDER,
+    MAX_DRAFT_TOKENS,
+    MAX_VERIFY_ROWS,
+    EngineConfig,
+    SpeculativeConfig,
+)
 from engine.errors import InvalidRequest, UnsupportedOption
 
-MAX_VERIFIED = 512
-"""Rows of a step that verifies drafts, each draft one."""
 _NOT_BUILT = ("eagle3", "draft")
 _PLANS_ON_HOST = "flashinfer"
 
@@ -54,4 +58,5 @@ def max_verified(config: EngineConfig) -> int:
     rows = config.scheduler.max_running
     if not config.speculative.enabled:
         return rows
-    return max(rows, min(MAX_VERIFIED, rows * (config.speculative.draft_tokens + 1)))
+    most = next(k for k in DRAFT_LADDER if k >= config.speculative.draft_tokens)
+    return max(rows, min(MAX_VERIFY_ROWS, rows * (most + 1)))

@@ -12,12 +12,11 @@ from typing import Protocol
 
 import numpy as np
 
-from engine.config import SpeculativeConfig
+from engine.config import MAX_VERIFY_ROWS, SpeculativeConfig
 from engine.protocol import DraftSources, IntArray, StepResult
 from rollout.cache.manager import CacheManager
 from rollout.scheduler.planning.in_flight import InFlight
 from rollout.scheduler.sequence import Sequence
-from rollout.scheduler.speculative.ladder import MAX_VERIFY_ROWS
 from rollout.scheduler.table import PREFILLING, SlotTable
 
 
@@ -27,7 +26,7 @@ class Controller(Protocol):
 
     def choose(self, num_rows: int) -> int:
         """Most drafts a row for the next step of `num_rows` rows, all of which decode: 0, or a rung
-        of `ladder.LADDER`."""
+        of `ladder.DRAFT_LADDER`."""
         ...
 
     def planned(self, step: int, num_rows: int, k: int) -> None:

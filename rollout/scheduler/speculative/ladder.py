@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
-LADDER = (1, 3, 7)
-"""Draft lengths that a step may have: one CUDA graph for each, bucket of rows and kind."""
-
-MAX_VERIFY_ROWS = 512
-"""Most virtual rows of a verify step: each row has one for its newest token and one a draft."""
+from engine.config import DRAFT_LADDER, MAX_VERIFY_ROWS
 
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512)
 
@@ -16,12 +12,14 @@ _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 51
 def rungs(num_rows: int, draft_tokens: int) -> tuple[int, ...]:
     """The draft lengths, ascending, that `num_rows` rows may have where `draft_tokens` is the
     most that the configuration allows; empty if none."""
-    return tuple(k for k in LADDER if k <= draft_tokens and num_rows * (k + 1) <= MAX_VERIFY_ROWS)
+    return tuple(
+        k for k in DRAFT_LADDER if k <= draft_tokens and num_rows * (k + 1) <= MAX_VERIFY_ROWS
+    )
 
 
 def rung_of(k: int) -> int:
     """The rung that a step with `k` drafts at most runs on; 0 of a plain one."""
-    return k if k == 0 else next(rung for rung in LADDER if k <= rung)
+    return k if k == 0 else next(rung for rung in DRAFT_LADDER if k <= rung)
 
 
 def row_bucket(num_rows: int) -> int:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from engine.config import SpeculativeConfig
+from engine.config import DRAFT_LADDER, MAX_VERIFY_ROWS, SpeculativeConfig
 from engine.errors import UnsupportedOption
 from engine.protocol import IntArray
 from rollout.scheduler.speculative.acceptance import Acceptance
 from rollout.scheduler.speculative.allowance import Allowance
 from rollout.scheduler.speculative.drafts import Controller
-from rollout.scheduler.speculative.ladder import LADDER, rung_of, rungs
+from rollout.scheduler.speculative.ladder import rung_of, rungs
 from rollout.scheduler.speculative.probes import Probes
 from rollout.scheduler.speculative.rehearsal import Rehearsals
 from rollout.scheduler.speculative.step_times import MeasuredCosts, ModelCosts, StepCosts
@@ -58,6 +58,8 @@ class FixedDrafts:
 
     def choose(self, num_rows: int) -> int:
         """See `Controller`."""
+        if num_rows * (rung_of(self._draft_tokens) + 1) <= MAX_VERIFY_ROWS:
+            return self._draft_tokens
         return max(rungs(num_rows, self._draft_tokens), default=0)
 
     def planned(self, step: int, num_rows: int, k: int) -> None:
@@ -79,7 +81,7 @@ class AdaptiveDrafts:
     def __init__(self, costs: StepCosts, draft_tokens: int) -> None:
         self._costs = costs
         self._draft_tokens = draft_tokens
-        self._acceptance = Acceptance(max(LADDER))
+        self._acceptance = Acceptance(max(DRAFT_LADDER))
         self._allowance = Allowance()
         self._probes = Probes()
         self._rehearsals = Rehearsals()

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from statistics import median_low
 from typing import Protocol
 
-from rollout.scheduler.speculative.ladder import LADDER, row_bucket
+from engine.config import DRAFT_LADDER
+from rollout.scheduler.speculative.ladder import row_bucket
 from rollout.scheduler.speculative.verify_cost import CostModel
 
 _NUM_SAMPLES = 16
@@ -194,10 +195,10 @@ class MeasuredCosts:
         ]
         if not verified:
             return 1.0
-        rung = LADDER.index(k)
+        rung = DRAFT_LADDER.index(k)
         rows, other = min(
             verified,
-            key=lambda kind: _apart(kind[0], bucket) + abs(LADDER.index(kind[1]) - rung),
+            key=lambda kind: _apart(kind[0], bucket) + abs(DRAFT_LADDER.index(kind[1]) - rung),
         )
         return self._measured(rows, other) / self._measured(rows, 0)
 

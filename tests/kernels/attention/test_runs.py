@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from kernels.attention import paged_attention
+from kernels.testing import triton_device
+
+pytest.importorskip("triton")
+
 from kernels.attention.call import decode_call
 from kernels.attention.decode import decode_attention
 from kernels.attention.runs import takes_runs
-from kernels.testing import triton_device
 
 PAGE = 16
 
@@ -132,7 +135,7 @@ def test_a_value_that_is_not_finite_reaches_whoever_sees_it(value: float, whole:
 
 
 def test_what_no_tile_holds_is_read_row_by_row() -> None:
-    """The rule, which needs no GPU: 16-bit elements, 64 query rows at most, no window."""
+    """The rule: 16-bit elements, 64 query rows at most, no window."""
     q = torch.zeros(8, 12, 128, dtype=torch.bfloat16)
     pages = torch.zeros(2, PAGE, 2, 128, dtype=torch.bfloat16)
     ints = torch.zeros(9, dtype=torch.int32)
