@@ -82,11 +82,7 @@ class Leader:
     """
 
     def __init__(
-        self,
-        config: EngineConfig,
-        executor: StepExecutor,
-        *,
-        mask_sources: Sequence[MaskSource] = (),
+        self, config: EngineConfig, executor: StepExecutor, mask_sources: Sequence[MaskSource] = ()
     ) -> None:
         """mask_sources: beside that of `Request.allowed_token_ids`."""
         facts = executor.facts
