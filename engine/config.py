@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes, Suppress, arg
 from tyro.constructors import PrimitiveConstructorSpec
@@ -166,6 +166,15 @@ class SpeculativeConfig:
     def drafter(self) -> str:
         """What drafts; "" where nothing does."""
         return "ngram" if self.enabled else ""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Fields of `ReplicaState`: what its callers may ask for."""
+        return {
+            "drafter": self.drafter,
+            "draft_tokens": self.most,
+            "forces_acceptance": self.allow_forced_acceptance,
+        }
 
     @property
     def most(self) -> int:

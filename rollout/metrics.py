@@ -30,12 +30,6 @@ _COUNTERS = {
     "num_retractions": "Sequences sent back to the waiting queue",
     "num_steps": "Steps of the engine",
 }
-_OF_DRAFTER = {
-    "num_verify_steps": "Steps that verified drafts",
-    "num_verified_rows": "Sequences of those steps that had drafts",
-    "num_drafted_tokens": "Tokens drafted",
-    "num_accepted_tokens": "Drafted tokens that the model drew",
-}
 
 
 class _StateCollector(Collector):
@@ -65,23 +59,25 @@ class _StateCollector(Collector):
 
 def _of_drafter(state: ReplicaState) -> Iterator[Metric]:
     """What was drafted, labelled with what drafted it."""
-    labels, values = ("drafter",), (state.drafter,)
-    totals = {name: getattr(state, name) for name in _OF_DRAFTER}
-    texts = {**_OF_DRAFTER, "num_verified_tokens": "Tokens that sequences with drafts got"}
-    totals["num_verified_tokens"] = state.num_verified_rows + state.num_accepted_tokens
-    for name, text in texts.items():
-        counter = CounterMetricFamily(
-            f"slipstream_{name.removeprefix('num_')}", text, labels=labels
-        )
-        counter.add_metric(values, totals[name])
+    rows, accepted = state.num_verified_rows, state.num_accepted_tokens
+    counters = {
+        "verify_steps": ("Steps that verified drafts", state.num_verify_steps),
+        "verified_rows": ("Sequences of those steps that had drafts", rows),
+        "verified_tokens": ("Tokens that sequences with drafts got", rows + accepted),
+        "drafted_tokens": ("Tokens drafted", state.num_drafted_tokens),
+        "accepted_tokens": ("Drafted tokens that the model drew", accepted),
+    }
+    for name, (text, total) in counters.items():
+        counter = CounterMetricFamily(f"slipstream_{name}", text, labels=("drafter",))
+        counter.add_metric((state.drafter,), total)
         yield counter
-    gauges = {"draft_len": ("Most drafts of a sequence in the last step", state.draft_len)}
-    if state.num_verified_rows:
-        length = totals["num_verified_tokens"] / state.num_verified_rows
+    gauges = {"draft_len": ("Most drafts of a sequence in the last step", float(state.draft_len))}
+    if rows:
+        length = 1 + accepted / rows
         gauges["accept_length"] = ("Tokens of a sequence in a step that verified drafts", length)
     for name, (text, value) in gauges.items():
-        gauge = GaugeMetricFamily(f"slipstream_{name}", text, labels=labels)
-        gauge.add_metric(values, value)
+        gauge = GaugeMetricFamily(f"slipstream_{name}", text, labels=("drafter",))
+        gauge.add_metric((state.drafter,), value)
         yield gauge
 
 

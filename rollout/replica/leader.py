@@ -229,7 +229,6 @@ class Leader:
     def state(self) -> ReplicaState:
         """What the replica is and does right now."""
         facts, scheduler = self._executor.facts, self._config.scheduler
-        speculative = self._config.speculative
         return ReplicaState(
             **asdict(self._scheduler.stats()),
             released=self._readiness.released,
@@ -246,9 +245,6 @@ class Leader:
             architecture=facts.architecture,
             model_type=facts.model_type,
             num_labels=facts.num_labels,
-            drafter=speculative.drafter,
-            draft_tokens=speculative.most,
-            forces_acceptance=speculative.allow_forced_acceptance,
             dtype=facts.dtype,
             device=facts.device,
             attention=facts.attention,

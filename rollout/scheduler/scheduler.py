@@ -279,6 +279,7 @@ class Scheduler:
             num_retractions=self._preemption.num_retractions,
             **asdict(self._counters),
             draft_len=0 if drafts is None else drafts.draft_len,
+            **self._speculative.facts,
         )
 
     def check_integrity(self) -> None:

@@ -15,6 +15,7 @@ class SchedulerStats:
     num_verify_steps: steps that verified drafts; num_verified_rows: their rows with drafts, so
     that a step of two such rows counts twice; num_accepted_tokens: of num_drafted_tokens, each row
     having got one token more. draft_len: most drafts of a row in the last step of decode rows.
+    drafter and what follows: `SpeculativeConfig.facts`.
     """
 
     version: int
@@ -35,6 +36,9 @@ class SchedulerStats:
     num_drafted_tokens: int
     num_accepted_tokens: int
     draft_len: int
+    drafter: str
+    draft_tokens: int
+    forces_acceptance: bool
 
 
 @dataclass
