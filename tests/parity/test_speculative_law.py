@@ -33,13 +33,21 @@ COLD = 0.4
 
 
 def pairs_law(model: torch.nn.Module) -> np.ndarray:
-    """Probability of the first two output tokens, float64 [V, V]."""
-    with torch.no_grad():
-        first_V = model(torch.tensor([PROMPT])).logits[0, -1]
-        after = torch.tensor([[*PROMPT, token] for token in range(VOCAB)])
-        second_VV = model(after).logits[:, -1]
-    first, second = ((logits.double() / COLD).softmax(-1) for logits in (first_V, second_VV))
-    return (first[:, None] * second).numpy()
+    """Probability of the second and third output tokens, float64 [V, V]: the first verified step
+    draws both, the third behind a draft of the second."""
+    with_first = [[*PROMPT, token] for token in range(VOCAB)]
+    with_second = [[*text, token] for text in with_first for token in range(VOCAB)]
+    first_V = last_law(model, [PROMPT])[0]
+    second_VV = last_law(model, with_first)
+    third_VVV = last_law(model, with_second).reshape(VOCAB, VOCAB, VOCAB)
+    return np.einsum("a,ab,abc->bc", first_V, second_VV, third_VVV)
+
+
+@torch.no_grad()
+def last_law(model: torch.nn.Module, texts: list[list[int]]) -> np.ndarray:
+    """Law of the token behind each of several texts of one length, float64 [texts, V]."""
+    law: np.ndarray = (model(torch.tensor(texts)).logits[:, -1].double() / COLD).softmax(-1).numpy()
+    return law
 
 
 def sibling(nth: int) -> Request:
@@ -49,8 +57,8 @@ def sibling(nth: int) -> Request:
 
 
 def sample_siblings(folder: Path, count: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """Two tokens of each of many samples of one prompt, in the order of their seeds; and how many
-    drafts there were and came true."""
+    """The second and third token of each of many samples of one prompt, in the order of their
+    seeds; and how many drafts there were and came true."""
     found: dict[str, RequestOutput] = {}
     with DraftingEngine(folder, max_running=64) as engine:
         # In waves, since rows draft nothing beside a prompt.
@@ -58,7 +66,7 @@ def sample_siblings(folder: Path, count: int) -> tuple[np.ndarray, tuple[int, in
             engine.replica.submit([sibling(nth) for nth in range(start, min(start + 64, count))])
             found |= drain(engine.replica)
     specs = [output.spec for output in found.values() if output.spec is not None]
-    tokens = np.array([found[str(nth)].token_ids[:2] for nth in range(count)])
+    tokens = np.array([found[str(nth)].token_ids[1:3] for nth in range(count)])
     return tokens, (sum(one.drafted for one in specs), sum(one.accepted for one in specs))
 
 

@@ -127,7 +127,8 @@ def test_a_stream_brings_runs(bed: Bed, overlap: bool, drafter: dict[str, Any]) 
 
 @pytest.mark.parametrize("k", [3, 7])
 def test_a_stop_token_at_each_offset(bed: Bed, k: int, overlap: bool) -> None:
-    """Also with a minimum that passes over it, and a cap one before, at and behind it."""
+    """The two tokens behind it would stop the row too. Also with a minimum that passes over it, and
+    a cap one before, at and behind it."""
     (base,) = several(1)
     text = bed.plain([base])["r0"].token_ids.tolist()
     requests = []
@@ -135,7 +136,7 @@ def test_a_stop_token_at_each_offset(bed: Bed, k: int, overlap: bool) -> None:
         for cap in (SIZE, at, at + 1, at + 2):
             for least in (0, at + 1, at + 2):
                 if 0 < cap <= SIZE and least <= cap:
-                    requests.append(stopped(base, text[at], len(requests), cap, least))
+                    requests.append(stopped(base, text[at : at + 3], len(requests), cap, least))
     want = bed.plain(requests)
     # A drafter does not know of stops: it goes on behind them.
     known = {one.seed: [*base.prompt_ids.tolist(), *text] for one in requests}
@@ -145,11 +146,11 @@ def test_a_stop_token_at_each_offset(bed: Bed, k: int, overlap: bool) -> None:
     assert ends == {"stop", "length"}
 
 
-def stopped(base: Request, stop_id: int, nth: int, cap: int, least: int) -> Request:
+def stopped(base: Request, stop_ids: list[int], nth: int, cap: int, least: int) -> Request:
     sampling = msgspec.structs.replace(
-        base.sampling, max_new_tokens=cap, min_new_tokens=least, stop_token_ids=[stop_id]
+        base.sampling, max_new_tokens=cap, min_new_tokens=least, stop_token_ids=stop_ids
     )
-    return msgspec.structs.replace(base, rid=f"s{nth}", sampling=sampling, stop_ids=[stop_id])
+    return msgspec.structs.replace(base, rid=f"s{nth}", sampling=sampling, stop_ids=stop_ids)
 
 
 def test_a_stop_string_within_a_run(bed: Bed, overlap: bool, drafter: dict[str, Any]) -> None:
