@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from engine.protocol import Request, RequestOutput
 from tests.helpers.drafters import DraftingEngine, random_prompts, texts_of
 from tests.helpers.engines import drain, make_replica, request
-from tests.helpers.near_edges import on_an_edge
+from tests.helpers.same_outputs import SameOutputs
 from tests.helpers.samplers import SAMPLERS
 from tests.helpers.tiny_models import write_tiny
 
@@ -28,36 +27,6 @@ DRAFTERS: dict[str, dict[str, Any] | None] = {
     "adversarial": {"shift": 1},
     "mixed": {"mixed": True},
 }
-
-
-class Checks:
-    """Compares outputs with those of plain decoding, and counts what rounding excuses."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self.num_tokens = self.num_excused = 0
-
-    def same(self, requests: Sequence[Request], got: dict[str, Any], want: dict[str, Any]) -> None:
-        """Equal tokens, ends and logprobs, as far as float32 can say."""
-        assert got.keys() == want.keys() == {one.rid for one in requests}
-        for one in requests:
-            self._check(one, got[one.rid], want[one.rid])
-        # At most one in 10,000 tokens.
-        assert self.num_excused <= -(-self.num_tokens // 10_000)
-
-    def _check(self, asked: Request, got: RequestOutput, want: RequestOutput) -> None:
-        self.num_tokens += len(want.token_ids)
-        size = min(len(got.token_ids), len(want.token_ids))
-        other = np.flatnonzero(got.token_ids[:size] != want.token_ids[:size])
-        if len(other):
-            first = int(other[0])
-            told = f"{asked.rid} differs at {first}"
-            assert on_an_edge(self._model, asked, want.token_ids[:first].tolist()), told
-            self.num_excused += 1
-            return
-        assert got.token_ids.tolist() == want.token_ids.tolist(), asked.rid
-        assert got.finish == want.finish, asked.rid
-        np.testing.assert_allclose(got.logprobs, want.logprobs, atol=2e-5, err_msg=asked.rid)
 
 
 class Bed:
@@ -100,8 +69,10 @@ def bed(tmp_path_factory) -> Bed:
     return Bed(tmp_path_factory.mktemp("tiny"))
 
 
-def check_matrix(bed: Bed, drafter: str, k: int, samplers: Sequence[str], count: int) -> Checks:
-    checks = Checks(bed.model)
+def check_matrix(
+    bed: Bed, drafter: str, k: int, samplers: Sequence[str], count: int
+) -> SameOutputs:
+    checks = SameOutputs(bed.model)
     drafted = accepted = 0
     with DraftingEngine(bed.folder, k=k) as engine:
         for sampler in samplers:
@@ -154,4 +125,4 @@ def test_samplers_that_may_draft_nothing(bed: Bed, sampler: str) -> None:
         engine.draft_texts(texts, mixed=True)
         engine.replica.submit(both)
         got = drain(engine.replica)
-    Checks(bed.model).same(both, got, want)
+    SameOutputs(bed.model).same(both, got, want)
