@@ -24,16 +24,20 @@ HIGHEST = 64
 RUNS_FROM = 32
 """Runs times kv heads from which reading a run once pays: fewer leave the GPU idle, whose rows then
 find each other's KV in the L2 cache. Runs of 4 rows on an H100 (heads of 128, bf16), microseconds
-of a layer, 12 query heads on 2 kv heads and 32 on 8:
+of a layer, 12 query heads on 2 kv heads (tiles of 32 query rows) and 32 on 8 (of 16):
 
     runs, tokens    row by row   splits of runs   whole runs
-    1, 700             7.5, 9.2       11.6, 10.1   24.1, 19.0
-    4, 700            9.6, 19.0       12.4, 14.6   25.1, 22.4
-    16, 700          18.9, 40.9       18.0, 42.3   27.9, 29.5
-    16, 3,000       62.4, 143.2      41.2, 102.2   87.6, 84.4
-    64, 700         41.5, 125.6      59.7, 160.1   34.6, 94.1
-    128, 700        68.3, 233.0     112.2, 314.0  62.5, 174.8
+    1, 700             7.5, 9.2       11.6, 10.1   30.3, 19.0
+    4, 700            9.6, 19.0       12.4, 14.6   31.8, 22.4
+    16, 700          18.9, 40.9       18.0, 42.3   34.4, 31.3
+    16, 3,000       62.4, 143.2      41.2, 102.2  112.1, 84.8
+    64, 700         41.5, 125.6      59.7, 160.1   46.3, 94.1
+    128, 700        68.3, 233.0     112.2, 314.0  69.0, 174.8
+
+Eight warps would do a whole run of 32 query rows in 34.6 (64 runs) and 62.5 (128), but sum in
+another order.
 """
+_LOWEST = 16
 
 
 @triton.jit
@@ -267,7 +271,7 @@ def run_states(
 
     parts: filled with what each split leaves, as `decode.py` merges it; None attends whole rows.
     """
-    height = max(triton.next_power_of_2(run * call.shape["U"]), 16)
+    height = _height(call, run)
     splits = 1 if parts is None else parts[0].shape[2]
     part, state = (call.out_THD, call.out_THD) if parts is None else parts
     shape = {name: value for name, value in call.shape.items() if name != "INDIRECT"}
@@ -285,14 +289,23 @@ def run_states(
         PARTS=parts is not None,
         **shape,
         **cut,
-        num_warps=4 if parts is not None or height == 16 else 8,
+        num_warps=4,
         num_stages=2 if parts is None else 1,
     )
 
 
 def are_many(call: DecodeCall, run: int) -> bool:
-    """Whether there are enough runs for reading each once to pay."""
-    return call.num_rows // run * call.num_kv_heads >= RUNS_FROM
+    """Whether there are enough runs for reading each once to pay, and not too many for tiles that
+    are too high to take a whole run."""
+    programs = call.num_rows // run * call.num_kv_heads
+    return programs >= RUNS_FROM and (
+        _height(call, run) == _LOWEST or not takes_whole_runs(call, run)
+    )
+
+
+def _height(call: DecodeCall, run: int) -> int:
+    """Query rows of a tile: tensor cores take 16 at least."""
+    return max(triton.next_power_of_2(run * call.shape["U"]), _LOWEST)
 
 
 def takes_whole_runs(call: DecodeCall, run: int) -> bool:
