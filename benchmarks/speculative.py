@@ -179,7 +179,7 @@ class Measurement:
             "date": datetime.now(UTC).isoformat(timespec="minutes"),
             "machine": describe(),
             "torch": torch.__version__,
-            "options": asdict(options) | {"model": model_name(options.model)},
+            "options": asdict(options) | {"model": model_name(options.model), "json": None},
             "attention": facts.attention,
             "dtype": facts.dtype,
             "ceilings": self.rates,
