@@ -6,7 +6,7 @@ DP, G page size, B KV positions of a block, U = H / K query heads of a kv head.
 A query row's result must have the same bits whichever kernel computes it, alone or in a wide
 tile. So nothing here may depend on the layout that the compiler gives a tile: a matrix product
 adds up each row alike however many rows there are, a maximum is a maximum in any order, and
-sums of probabilities are spelled out as far as layouts differ (`_row_sum`). Products that are
+sums of probabilities are spelled out as far as layouts differ (`row_sum`). Products that are
 added to are written as fma, or the compiler would fuse some in one kernel and not in another.
 Scores are kept in base 2: exp2 is what the hardware has.
 """
@@ -46,7 +46,7 @@ def lowest_seen(last: tl.tensor, WINDOW: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def _row_sum(x_MB: tl.tensor, M: tl.constexpr, B: tl.constexpr) -> tl.tensor:
+def row_sum(x_MB: tl.tensor, M: tl.constexpr, B: tl.constexpr) -> tl.tensor:
     """Sum of each row in an order that is the same for every tile of 16-bit products.
 
     Tensor cores hand out 8 columns to four neighbouring lanes, in a tile of any height; but
@@ -128,7 +128,7 @@ def block_state(
         new_max_M = tl.maximum(max_M, new_max_M)
     scale_MB = tl.full([M, B], 1.0, tl.float32) * scale
     prob_MB = tl.exp2(tl.fma(score_MB, scale_MB, tl.broadcast_to(-new_max_M[:, None], [M, B])))
-    block_sum_M, part_MB = _row_sum(prob_MB, M, B), prob_MB.to(v_BD.dtype)
+    block_sum_M, part_MB = row_sum(prob_MB, M, B), prob_MB.to(v_BD.dtype)
     if FIRST:
         return new_max_M, block_sum_M, tl.dot(part_MB, v_BD, input_precision="ieee")
     shrink_M = tl.exp2(max_M - new_max_M)

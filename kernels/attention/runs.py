@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention.blocks import _row_sum, block_state, fold_split, load_pages, split_size
+from kernels.attention.blocks import block_state, fold_split, load_pages, row_sum, split_size
 from kernels.attention.call import DecodeCall
 from kernels.attention.tiles import takes_whole_rows
 
@@ -80,7 +80,7 @@ def _run_block_state(
     base_M = tl.where(new_max_M == float("-inf"), 0.0, new_max_M)
     scale_MB = tl.full([M, B], 1.0, tl.float32) * scale
     prob_MB = tl.exp2(tl.fma(score_MB, scale_MB, tl.broadcast_to(-base_M[:, None], [M, B])))
-    block_sum_M, part_MB = _row_sum(prob_MB, M, B), prob_MB.to(v_BD.dtype)
+    block_sum_M, part_MB = row_sum(prob_MB, M, B), prob_MB.to(v_BD.dtype)
     shrink_M = tl.exp2(max_M - base_M)
     sum_M = tl.fma(sum_M, shrink_M, block_sum_M)
     # 0 times infinity is NaN: a value that is not finite reaches the rows that see it alone.
