@@ -28,11 +28,11 @@ DEFAULT_CONTEXT_LIMIT = 32768
 """Most tokens of a sequence where no `context_length` is given, whatever the model could take."""
 
 MAX_DRAFT_TOKENS = 7
+"""Most tokens that are drafted at once for a sequence."""
 DRAFT_LADDER = (1, 3, MAX_DRAFT_TOKENS)
 """Drafts of a row that steps are built for; a row that has fewer leaves rows of the step unused."""
 MAX_VERIFY_ROWS = 512
 """Most rows of a step that verifies drafts, each draft one."""
-"""Most tokens that are drafted at once for a sequence."""
 
 GIB = 1 << 30
 MIB = 1 << 20

@@ -103,6 +103,7 @@ class DraftHistory:
 
     def take(self) -> DraftSources | None:
         """What changed since the last call, for the plan being made; None if nothing did."""
+        self._fresh.clear()
         if not self._changed and not self._writes:
             return None
         slots = np.fromiter(sorted(self._changed), np.int32, len(self._changed))
@@ -114,7 +115,6 @@ class DraftHistory:
         self._sent[slots] = wanted
         writes = list(self._writes.values())
         self._changed.clear()
-        self._fresh.clear()
         self._writes = {}
         if not len(rows) and not writes:
             return None

@@ -128,6 +128,15 @@ def test_texts_of_versions_long_gone_are_dropped() -> None:
     assert table.row(2) == {-3}
 
 
+def test_one_that_entered_a_plan_without_changes_is_kept_as_any_other() -> None:
+    table = Table()
+    table.enter(b"p", 0)
+    assert table.take() is None
+    table.finish(0)
+    delta = table.take()
+    assert delta is not None and [write.slot for write in delta.writes] == [0]
+
+
 def test_what_is_overwritten_leaves_every_table() -> None:
     table = Table(history_tokens=100, num_slots=3)
     table.enter(b"p", 0)
