@@ -103,22 +103,33 @@ def _check_prompts(values: list[Raw], room: PromptRoom, name: str) -> None:
             raise in_item(error, index) from error
 
 
-def _parse_batch(shared: Fields, name: str, values: list[Raw]) -> GenerateCall:
+def _parse_batch(fields: Fields, name: str, values: list[Raw]) -> GenerateCall:
     if not values:
         raise InvalidRequest(f"{name} is an empty batch; send at least one prompt", field=name)
-    lists = _lists(shared, len(values))
-    prefix = "" if "rid" in shared else f"{uuid.uuid4().hex}-"
-    common = {key: value for key, value in shared.items() if key not in lists}
+    lists = _lists(fields, len(values))
+    prefix = "" if "rid" in fields else f"{uuid.uuid4().hex}-"
+    common = {key: value for key, value in fields.items() if key not in lists}
     if "rid" in common:
         raise InvalidRequest("rid must be a list with one id an item in a batch", field="rid")
+    shared = _shared_lists(common)
     items = []
     for index, value in enumerate(values):
         own = {key: column[index] for key, column in lists.items()}
         item = meaningful_fields({**common, **own, name: value})
         if prefix:
             item["rid"] = Raw(f'"{prefix}{index}"'.encode())
-        items.append(_parse_item(item, index))
+        items.append(msgspec.structs.replace(_parse_item(item, index), **shared))
     return GenerateCall(items=items, batch=True, stream=items[0].stream, prefix=prefix)
+
+
+def _shared_lists(common: Fields) -> dict[str, list[int] | None]:
+    """Takes the lists of numbers that stand for every item out of `common`. Decoded once, they are
+    the same object in all items, however many there are."""
+    found = {name: common.pop(name) for name in sorted(_LISTS & common.keys())}
+    if not found:
+        return {}
+    wire = _parse_item(found, 0)
+    return {name: getattr(wire, name) for name in found}
 
 
 def _parse_item(item: Fields, index: int) -> GenerateRequest:

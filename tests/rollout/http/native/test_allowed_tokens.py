@@ -150,6 +150,13 @@ def test_in_a_batch_they_are_those_of_all_items_or_of_each(ids: Any, want: list[
     assert [item.allowed_token_ids for item in call.items] == want
 
 
+@pytest.mark.parametrize("field", ["allowed_token_ids", "token_ids_logprob"])
+def test_a_list_for_all_items_is_one_object_however_many_they_are(field: str) -> None:
+    body = {"input_ids": [[1]] * 3, "sampling_params": FOUR, field: list(range(1000))}
+    lists = [getattr(item, field) for item in parse_call(json.dumps(body).encode()).items]
+    assert lists[0] == body[field] and all(ids is lists[0] for ids in lists)
+
+
 def test_a_bad_item_of_a_batch_is_named() -> None:
     async def test() -> None:
         async with serving() as server:
