@@ -8,12 +8,13 @@ which may be shared. Both follow from the tokens known and the steps in flight.
 
 from __future__ import annotations
 
+from hashlib import blake2b
 from typing import Protocol
 
 import numpy as np
 
 from engine.config import MAX_VERIFY_ROWS, SpeculativeConfig
-from engine.protocol import DraftSources, IntArray, StepResult
+from engine.protocol import DraftSources, IntArray, Request, StepResult
 from rollout.cache.manager import CacheManager
 from rollout.scheduler.planning.in_flight import InFlight
 from rollout.scheduler.sequence import Sequence
@@ -94,8 +95,7 @@ class Drafts:
         if request.draft_tokens >= 0:
             most = min(most, request.draft_tokens)
         self._table.most_drafts[sequence.slot] = most if sequence.may_draft else 0
-        key = request.salt.encode() + b"\0" + request.prompt_ids.tobytes()
-        self._history.enter(sequence.slot, key)
+        self._history.enter(sequence.slot, _family_key(request))
 
     def left(self, sequence: Sequence, version: int, *, keep: bool) -> None:
         """A sequence is about to leave its slot, with its tokens taken."""
@@ -193,3 +193,11 @@ class Drafts:
         most = min(known + int(table.tokens_ahead[slot]), end)
         assert computed - unsure == least, f"slot {slot}: {computed - unsure} sure, {least} are"
         assert computed == most, f"slot {slot}: at most {computed} computed, {most} may be"
+
+
+def _family_key(request: Request) -> bytes:
+    """Equal for requests of the same prompt and salt. Digests, since thousands of finished texts
+    keep theirs, each of the salt on its own, which may spell the bytes of a prompt."""
+    key = blake2b(blake2b(request.salt.encode(), digest_size=16).digest(), digest_size=16)
+    key.update(request.prompt_ids.astype(np.int32).tobytes())
+    return key.digest()

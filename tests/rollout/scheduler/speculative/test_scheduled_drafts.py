@@ -40,6 +40,13 @@ def test_rows_draft_from_running_and_finished_samples(overlap: bool) -> None:
     assert world.executor.sources.num_segments == segments
 
 
+def test_a_salt_that_spells_a_prompt_is_not_read_with_it() -> None:
+    world = bench()
+    world.add(make_request("a", [65, 66], salt="s"), make_request("b", [66], salt="s\0A\0\0"))
+    world.run()
+    assert world.executor.sources.num_live == world.executor.sources.num_segments == 0
+
+
 def test_texts_of_aborts_by_the_engine_and_of_old_versions_are_not_read() -> None:
     world = bench()
     for version in range(1, 5):
