@@ -18,6 +18,7 @@ from engine.protocol import BitArray, Request, RequestOutput, StepMasks
 from engine.protocol.deadlines import MASK_S
 from rollout.masks.base import MaskedRow, MaskSource, PendingMask, banned_ids, bits_of
 
+A = TypeVar("A")
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
@@ -143,7 +144,7 @@ class MaskGate:
             if output.finish is not None and output.rid in self._asked:
                 self._asked.discard(output.rid)
                 for source in self._sources:
-                    source.forget(output.rid)
+                    _forget(source, output.rid)
 
     def _ask(
         self, rows: Sequence[MaskedRow]
@@ -152,11 +153,17 @@ class MaskGate:
         parts: dict[int, list[PendingMask]] = {row.row: [] for row in rows}
         failed: dict[str, SlipstreamError] = {}
         for source in self._sources:
-            wanted = [row for row in rows if source.wants(row.request)]
+            wanted = []
+            for row in rows:
+                try:
+                    if _guarded(row.request, source.wants, row.request):
+                        wanted.append(row)
+                except SlipstreamError as error:
+                    failed[row.request.rid] = error
             if not wanted:
                 continue
             try:
-                answers = source.ask(wanted)
+                answers = _answers(source, wanted)
             except Exception as error:
                 # A boundary, as in `_guarded`.
                 failed |= {row.request.rid: _as_mask_error(row.request, error) for row in wanted}
@@ -188,16 +195,16 @@ class MaskGate:
         return whole
 
     def _is_there(self, awaited: _Awaited) -> bool:
-        return all(_guarded(awaited.row.request, part.done) for part in awaited.parts)
+        return all(_guarded(awaited.row.request, _is_done, part) for part in awaited.parts)
 
     def _part(self, request: Request, part: PendingMask) -> BitArray | None:
-        if not _guarded(request, part.done):
+        if not _guarded(request, _is_done, part):
             raise MaskTimeout(
                 f"the mask of the next token was not there within {self._timeout_s:g} s, so the "
                 "sequence ends with the tokens sampled before",
                 field=_field(request),
             )
-        bits = _guarded(request, part.result)
+        bits = _guarded(request, _result, part)
         if bits is None:
             return None
         inside = self._inside
@@ -219,10 +226,35 @@ class MaskGate:
         )
 
 
-def _guarded(request: Request, call: Callable[[], T]) -> T:
+def _answers(source: MaskSource, rows: Sequence[MaskedRow]) -> Sequence[PendingMask]:
+    """What a source answers when asked; raises whatever it raises."""
+    answers = list(source.ask(rows))
+    if len(answers) != len(rows):
+        raise MaskError(f"a source of masks gave {len(answers)} for {len(rows)} rows")
+    return answers
+
+
+def _is_done(part: PendingMask) -> bool:
+    return part.done()
+
+
+def _result(part: PendingMask) -> BitArray | None:
+    bits = part.result()
+    return None if bits is None else np.asarray(bits)
+
+
+def _forget(source: MaskSource, rid: str) -> None:
+    try:
+        source.forget(rid)
+    except Exception:
+        # A boundary, as in `_guarded`: the request is over, whatever its source says to that.
+        logger.exception("the source of masks of request %s", rid)
+
+
+def _guarded(request: Request, call: Callable[[A], T], about: A) -> T:
     """What a source answers about a request; raises a typed error."""
     try:
-        return call()
+        return call(about)
     except Exception as error:
         # A boundary: the source's own mistake is that of whoever wanted it.
         raise _as_mask_error(request, error) from error

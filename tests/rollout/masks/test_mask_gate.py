@@ -59,6 +59,12 @@ class Gate:
         return self.gate.look(lambda row: row.request.rid not in self.ended)
 
 
+def over(rid: str) -> RequestOutput:
+    """The last output of a request."""
+    finish, nothing = FinishReason(type="length", length=1), np.empty(0, np.int32)
+    return RequestOutput(rid=rid, start=0, token_ids=nothing, logprobs=nothing, finish=finish)
+
+
 def scripted(rule: Any, prefix: str = "m") -> ScriptedSource:
     return ScriptedSource(rule, prefix=prefix, vocab_size=VOCAB)
 
@@ -202,6 +208,51 @@ def test_a_source_that_breaks_when_looked_at_ends_its_request() -> None:
     assert [(rid, type(error)) for rid, error in answer.failed] == [("m", MaskError)]
 
 
+class Bad(ScriptedSource):
+    """Says `answer` for every row, breaks where it has nothing to say, and when a request is
+    over."""
+
+    def __init__(self, answer: Any, wants: Any = True) -> None:
+        super().__init__(lambda rid, outputs: (0, None))
+        self.answer, self.wanted = answer, wants
+
+    def wants(self, request: Request) -> bool:
+        if request.rid.startswith(self.prefix):
+            return bool(self.wanted)
+        return False
+
+    def ask(self, rows: Sequence[MaskedRow]) -> Any:
+        return self.answer(rows)
+
+    def forget(self, rid: str) -> None:
+        raise Broken("it is not known")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        Bad(lambda rows: None),
+        Bad(lambda rows: [KnownMask(None)] * (len(rows) + 1)),
+        Bad(lambda rows: [KnownMask(None)] * (len(rows) - 1)),
+        Bad(lambda rows: [None for _ in rows]),
+        Bad(lambda rows: [KnownMask([1, 2, 3]) for _ in rows]),
+        Bad(lambda rows: [KnownMask("all") for _ in rows]),
+        Bad(lambda rows: [KnownMask([[1], [2, 3]]) for _ in rows]),
+        Bad(None, wants=np.zeros(2)),
+    ],
+)
+def test_a_source_that_breaks_its_contract_ends_those_it_restricts(source: Any) -> None:
+    gate = Gate(AllowedTokens(VOCAB), source)
+    gate.gate.open(0, rows_of(asked_of("m1", [1]), asked_of("a", [2]), asked_of("m2")))
+    answer = gate.look()
+    assert found(answer) == {2: [2]}
+    assert [(rid, type(error)) for rid, error in answer.failed] == [
+        ("m1", MaskError),
+        ("m2", MaskError),
+    ]
+    gate.gate.forget_ended([over("m1"), over("a")])
+
+
 @pytest.mark.parametrize(
     "bits", [np.zeros(2, np.uint32), np.zeros(3, np.int64), np.ones((1, 3), np.uint32)]
 )
@@ -254,12 +305,8 @@ def test_sources_are_told_who_is_over_once() -> None:
     gate = Gate(source)
     gate.gate.open(0, rows_of(asked_of("m1"), asked_of("m2")))
     gate.look()
-    ended = FinishReason(type="length", length=1)
-    nothing = np.empty(0, np.int32)
-    outputs = [
-        RequestOutput(rid=rid, start=0, token_ids=nothing, logprobs=nothing, finish=finish)
-        for rid, finish in (("m1", ended), ("m2", None), ("other", ended), ("m1", ended))
-    ]
+    going_on = msgspec.structs.replace(over("m2"), finish=None)
+    outputs = [over("m1"), going_on, over("other"), over("m1")]
     gate.gate.forget_ended(outputs)
     gate.gate.forget_ended(outputs)
     assert source.forgotten == ["m1"]
