@@ -104,11 +104,13 @@ class RunningSet:
             step=step,
         )
 
-    def stop(self, sequence: Sequence, *, step: int, keep_kv: bool = True) -> None:
+    def stop(
+        self, sequence: Sequence, *, step: int, keep_kv: bool = True, comes_back: bool = False
+    ) -> None:
         """Take a sequence out of its slot; its tokens and logprobs stay with it.
 
         step: the step being planned, or the next one. keep_kv: leave what it computed to
-        the prefix cache.
+        the prefix cache, and, unless it comes back, its text to draft from.
         """
         slot, table = sequence.slot, self.table
         computed = self._take_results(sequence)
@@ -122,7 +124,7 @@ class RunningSet:
             step=step - 1,
         )
         table.clear(slot)
-        self._free_slot(sequence, keep_drafts=keep_kv)
+        self._free_slot(sequence, keep_drafts=keep_kv and not comes_back)
 
     def stop_broken(self, sequence: Sequence, *, step: int) -> None:
         """As `stop` for a sequence whose logits were not finite: what it computed, and the cached

@@ -42,7 +42,7 @@ class Preemption:
 
     def retract(self, sequence: Sequence, step: int, *, keep_kv: bool) -> None:
         """Send one running sequence back to the front of the queue."""
-        self._running.stop(sequence, step=step, keep_kv=keep_kv)
+        self._running.stop(sequence, step=step, keep_kv=keep_kv, comes_back=True)
         sequence.drop_kv()
         sequence.num_retractions += 1
         self.num_retractions += 1

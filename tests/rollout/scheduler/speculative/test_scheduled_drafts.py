@@ -12,9 +12,9 @@ from tests.helpers.scheduling import Bench, check_output, make_request
 PROMPT = [1, 2, 3, 4, 5]
 
 
-def bench(method: str = "ngram", **options: object) -> Bench:
+def bench(method: str = "ngram", num_pages: int = 1024, **options: object) -> Bench:
     config = SpeculativeConfig(method=method, draft_tokens=3, pace="counts")
-    return Bench(speculative=config, num_pages=1024, context_length=1024, **options)
+    return Bench(speculative=config, num_pages=num_pages, context_length=1024, **options)
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -45,6 +45,16 @@ def test_a_salt_that_spells_a_prompt_is_not_read_with_it() -> None:
     world.add(make_request("a", [65, 66], salt="s"), make_request("b", [66], salt="s\0A\0\0"))
     world.run()
     assert world.executor.sources.num_live == world.executor.sources.num_segments == 0
+
+
+def test_a_text_that_is_retracted_and_goes_on_is_kept_once() -> None:
+    world = bench(num_pages=24)
+    world.add(*(make_request(f"{i}", PROMPT, max_new=80, seed=i) for i in range(3)))
+    outputs = world.run()
+    assert sum(output.num_retractions for output in outputs.values()) > 1
+    writes = [write for plan in world.plans if plan.sources for write in plan.sources.writes]
+    # The last one to end is written by no plan.
+    assert len(writes) <= 2
 
 
 def test_texts_of_aborts_by_the_engine_and_of_old_versions_are_not_read() -> None:
