@@ -79,11 +79,6 @@ class MaskGate:
         self._inside = bits_of(range(vocab_size), vocab_size)
 
     @property
-    def is_open(self) -> bool:
-        """Whether a step waits."""
-        return self._open is not None
-
-    @property
     def pause_s(self) -> float:
         """How long to wait until the next look: not at all until the first, then longer and
         longer."""

@@ -60,10 +60,6 @@ class History(Protocol):
         """New weights serve."""
         ...
 
-    def clear(self) -> None:
-        """Every sequence is gone, whatever the ranks' tables say."""
-        ...
-
     def check_integrity(self, slots: set[int]) -> None:
         """Assert that `slots` are those in use, and none drafts from what it may not."""
         ...
@@ -169,10 +165,6 @@ class Drafts:
     def set_version(self, version: int) -> None:
         """New weights serve."""
         self._history.set_version(version)
-
-    def clear(self) -> None:
-        """Every sequence is gone."""
-        self._history.clear()
 
     def check_sources(self, slots: set[int]) -> None:
         """Assert that the running sequences, in `slots`, draft from what they may."""

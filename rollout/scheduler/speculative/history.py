@@ -39,28 +39,26 @@ class DraftHistory:
     to `config.num_sources` and at first half of them of each kind where there are so many. One that
     finishes while others read it is read on as a segment of the history.
 
-    Sources are numbered as in `DraftSources`: a slot, or -2 - segment, or -1.
+    Sources are numbered as in `DraftSources`: a slot, or -2 - segment, or -1. A new history takes
+    the ranks' tables to hold anything, and its first `take` sets all of them: so it begins anew
+    after a step that failed.
     """
 
     def __init__(self, config: SpeculativeConfig, num_slots: int) -> None:
         self._num_sources = config.num_sources
-        self._num_slots = num_slots
-        self._num_places = config.history_tokens
-        self._num_segments = config.num_segments
         self._versions: deque[int] = deque(maxlen=_NUM_VERSIONS)
         self._sent = np.full((num_slots, self._num_sources), _UNKNOWN, np.int32)
-        self._segments: SegmentRing
-        self._families: dict[bytes, _Family]
-        self._keys: dict[int, bytes]
-        self._rows: list[list[int]]
-        self._readers: dict[int, set[int]]
-        self._writes: dict[int, HistoryWrite]
+        self._segments = SegmentRing(config.history_tokens, config.num_segments)
+        self._families: dict[bytes, _Family] = {}
+        self._keys: dict[int, bytes] = {}
+        self._rows: list[list[int]] = [[] for _ in range(num_slots)]
+        self._readers: dict[int, set[int]] = {slot: set() for slot in range(num_slots)}
+        self._writes: dict[int, HistoryWrite] = {}
         """By segment, those that no rank has yet."""
-        self._fresh: set[int]
+        self._fresh: set[int] = set()
         """Slots taken since the last plan."""
-        self._changed: set[int]
+        self._changed = set(range(num_slots))
         """Slots whose row in the table is to be compared with what was sent."""
-        self._begin()
 
     def enter(self, slot: int, key: bytes) -> None:
         """A sequence takes `slot` in the plan being made. key: of its prompt and salt; sequences
@@ -133,12 +131,6 @@ class DraftHistory:
             self._segments.drop(segment)
             self._dropped(segment)
 
-    def clear(self) -> None:
-        """Every sequence is gone, and what the ranks' tables hold is not known: the next `take`
-        sets all of it."""
-        self._sent[:] = _UNKNOWN
-        self._begin()
-
     def check_integrity(self, slots: set[int]) -> None:
         """Assert that `slots` are those in use, that each source of one is a running sequence or a
         segment of its prompt, and that both sides of every relation agree."""
@@ -158,14 +150,6 @@ class DraftHistory:
             room = {s for s in family.live if len(self._rows[s]) < self._num_sources}
             assert set(family.open) == room, "rows with room differ"
         assert sum(len(family.live) for family in self._families.values()) == len(self._keys)
-
-    def _begin(self) -> None:
-        self._segments = SegmentRing(self._num_places, self._num_segments)
-        self._families, self._keys = {}, {}
-        self._rows = [[] for _ in range(self._num_slots)]
-        self._readers = {slot: set() for slot in range(self._num_slots)}
-        self._writes, self._fresh = {}, set()
-        self._changed = set(range(self._num_slots))
 
     def _key_of(self, source: int) -> bytes | None:
         if source >= 0:

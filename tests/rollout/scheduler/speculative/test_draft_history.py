@@ -53,9 +53,9 @@ class HistoryMachine(RuleBasedStateMachine):
         num_places=st.sampled_from([8, 40, 200]),
     )
     def start(self, num_slots: int, num_sources: int, num_places: int) -> None:
-        config = SpeculativeConfig(history_tokens=num_places, num_sources=num_sources)
+        self.config = SpeculativeConfig(history_tokens=num_places, num_sources=num_sources)
         self.num_slots = num_slots
-        self.history = DraftHistory(config, num_slots)
+        self.history = DraftHistory(self.config, num_slots)
         self.rank = Rank(num_slots, num_sources, num_places)
         self.running: dict[int, tuple[int, int, list[int]]] = {}
         self.entered: dict[int, list[int]] = {}
@@ -107,7 +107,7 @@ class HistoryMachine(RuleBasedStateMachine):
 
     @rule()
     def fail(self) -> None:
-        self.history.clear()
+        self.history = DraftHistory(self.config, self.num_slots)
         self.running, self.entered, self.finished = {}, {}, []
         self.rank.sources[:] = 12345
 

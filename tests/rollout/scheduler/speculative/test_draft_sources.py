@@ -161,18 +161,6 @@ def test_a_text_that_is_overwritten_before_a_plan_is_not_written() -> None:
     assert len(delta.writes) == 4 and len(set(places)) == 40
 
 
-def test_after_a_failure_all_of_the_tables_is_sent_again() -> None:
-    table = Table()
-    table.enter(b"p", 0, 1)
-    table.take()
-    table.history.clear()
-    table.slots.clear()
-    table.sources[:] = 99
-    table.enter(b"p", 1)
-    table.take()
-    assert (table.sources == -1).all()
-
-
 def test_numbers_of_segments_are_used_again_once_all_are_taken() -> None:
     ring = SegmentRing(1000, num_segments=2)
     first, _ = ring.add(5, b"a", 0)
