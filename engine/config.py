@@ -33,6 +33,8 @@ DRAFT_LADDER = (1, 3, MAX_DRAFT_TOKENS)
 """Drafts of a row that steps are built for; a row that has fewer leaves rows of the step unused."""
 MAX_VERIFY_ROWS = 512
 """Most rows of a step that verifies drafts, each draft one."""
+ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896)
+"""Rows that graphs are captured for, a step being padded to the next of them; above, 256 apart."""
 
 GIB = 1 << 30
 MIB = 1 << 20

@@ -29,7 +29,7 @@ from engine.attention.base import (
 )
 from engine.attention.stored import ForwardContext
 from engine.batch import RequestTable
-from engine.config import DRAFT_LADDER
+from engine.config import DRAFT_LADDER, ROW_BUCKETS
 from engine.models.build import Model
 from engine.sampling import PLAIN, DrawOptions, Sampler
 from engine.speculative.ngram import NgramDrafter
@@ -39,15 +39,13 @@ from kernels.speculative.rows import VirtualRows, virtual_rows
 
 logger = logging.getLogger(__name__)
 
-_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896)
-
 
 def row_buckets(max_rows: int) -> list[int]:
     """Batch sizes that graphs are captured for, ascending; the last is `max_rows`.
 
     Above 1024 rows they grow by 256: what padding costs there is below a seventh.
     """
-    sizes = [*_BUCKETS, *range(1024, max_rows, 256)]
+    sizes = [*ROW_BUCKETS, *range(1024, max_rows, 256)]
     return [size for size in sizes if size < max_rows] + [max_rows]
 
 

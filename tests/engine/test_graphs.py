@@ -10,6 +10,7 @@ from engine.attention.triton import TritonDecode
 from engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from engine.graphs import row_buckets
 from rollout.launch import launch
+from rollout.scheduler.speculative.ladder import row_bucket
 from tests.helpers.engines import drain, exact_logprobs, make_replica, request
 from tests.helpers.tiny_models import tiny_hf, write_tiny
 from trainer_bridge import push
@@ -22,6 +23,12 @@ def test_buckets_cover_every_batch(max_rows: int) -> None:
     buckets = row_buckets(max_rows)
     assert buckets == sorted(set(buckets)) and buckets[-1] == max_rows
     assert buckets[0] == 1
+
+
+def test_the_leader_tells_rows_apart_as_graphs_pad_them() -> None:
+    buckets = row_buckets(3072)
+    found = {row_bucket(rows) for rows in range(1, 3073)}
+    assert sorted(found) == buckets
 
 
 @pytest.fixture(scope="module")

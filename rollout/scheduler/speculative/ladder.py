@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
-from engine.config import DRAFT_LADDER, MAX_VERIFY_ROWS
-
-_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512)
+from engine.config import DRAFT_LADDER, MAX_VERIFY_ROWS, ROW_BUCKETS
 
 
 def rungs(num_rows: int, draft_tokens: int) -> tuple[int, ...]:
@@ -24,5 +22,5 @@ def rung_of(k: int) -> int:
 
 def row_bucket(num_rows: int) -> int:
     """The rows, as the graphs pad them, that a step of `num_rows` costs the time of."""
-    place = bisect_left(_BUCKETS, num_rows)
-    return _BUCKETS[place] if place < len(_BUCKETS) else -(-num_rows // 256) * 256
+    place = bisect_left(ROW_BUCKETS, num_rows)
+    return ROW_BUCKETS[place] if place < len(ROW_BUCKETS) else -(-num_rows // 256) * 256
