@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -47,6 +48,14 @@ def row_buckets(max_rows: int) -> list[int]:
     """
     sizes = [*ROW_BUCKETS, *range(1024, max_rows, 256)]
     return [size for size in sizes if size < max_rows] + [max_rows]
+
+
+def num_kinds(max_rows: int, max_verified: int, draft_tokens: int) -> int:
+    """Graphs that plain draws ask for: one for each bucket and number of drafts that it has room
+    for. What memory is planned by; arguments as of `DecodeGraphs`, and most drafts of a row."""
+    ladder = DRAFT_LADDER[: bisect_left(DRAFT_LADDER, draft_tokens) + 1] if draft_tokens else ()
+    buckets = row_buckets(max_rows)
+    return sum(rows * (k + 1) <= max_verified for rows in buckets for k in (0, *ladder))
 
 
 @dataclass(frozen=True)

@@ -71,12 +71,17 @@ class MemoryPlan:
 
 
 def step_bytes(
-    config: SchedulerConfig, *, hidden_size: int, intermediate_size: int, vocab_size: int
+    config: SchedulerConfig,
+    max_rows: int,
+    *,
+    hidden_size: int,
+    intermediate_size: int,
+    vocab_size: int,
 ) -> int:
     """Estimate of the largest activations of one step: hidden states and MLP of every token,
-    and the logits of every row in float32, three times over."""
+    and the logits of every row in float32, three times over. max_rows: drafts among them."""
     per_token = 4 * (8 * hidden_size + 3 * intermediate_size)
-    return config.max_step_tokens * per_token + 3 * 4 * config.max_running * vocab_size
+    return max(config.max_step_tokens, max_rows) * per_token + 3 * 4 * max_rows * vocab_size
 
 
 def graph_bytes(

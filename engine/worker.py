@@ -20,7 +20,7 @@ from engine.batch import RequestTable
 from engine.config import DEFAULT_CONTEXT_LIMIT, EngineConfig
 from engine.eager import EagerSteps
 from engine.errors import InvalidRequest
-from engine.graphs import DecodeGraphs, row_buckets
+from engine.graphs import DecodeGraphs, num_kinds
 from engine.kv.pool import KVPool
 from engine.layers.parameter import kv_head_shard
 from engine.layers.runtime import LayerRuntime
@@ -317,8 +317,8 @@ class Worker:
             head_dim=model.head_dim,
             dtype=dtype,
         )
-        has_graphs = num_scratch and config.cuda_graphs and self._device.type == "cuda"
-        needs = self._needs(config, num_graphs=int(has_graphs))
+        has_graphs = num_scratch > 0 and config.cuda_graphs and self._device.type == "cuda"
+        needs = self._needs(config, has_graphs=has_graphs)
         plan = plan_memory(
             config.cache,
             page_bytes=page_bytes,
@@ -346,8 +346,8 @@ class Worker:
         self._occupancy.hold("kv_cache", pool.tensors())
         return pool
 
-    def _needs(self, config: EngineConfig, *, num_graphs: int) -> Needs:
-        """What memory goes to beside the KV pool. num_graphs: 0 if none are captured."""
+    def _needs(self, config: EngineConfig, *, has_graphs: bool) -> Needs:
+        """What memory goes to beside the KV pool. has_graphs: whether any are captured."""
         model, max_rows = self._model.config, max_verified(config)
         sizes = {
             "hidden_size": model.hidden_size,
@@ -355,11 +355,12 @@ class Worker:
             "vocab_size": model.num_labels or model.vocab_size,
         }
         weights = parameter_bytes(self._model)
-        buckets = len(row_buckets(config.scheduler.max_running)) * num_graphs
+        most = config.speculative.most
+        kinds = num_kinds(config.scheduler.max_running, max_rows, most) if has_graphs else 0
         return Needs(
             weights=weights,
-            workspace=step_bytes(config.scheduler, **sizes),
-            graphs=graph_bytes(buckets, max_rows, **sizes) if buckets else 0,
+            workspace=step_bytes(config.scheduler, max_rows, **sizes),
+            graphs=graph_bytes(kinds, max_rows, **sizes) if kinds else 0,
             trainer=config.memory.trainer_bytes,
             shadow=weights if config.memory.reserve_shadow else 0,
         )

@@ -8,7 +8,7 @@ import pytest
 from engine.attention import triton
 from engine.attention.triton import TritonDecode
 from engine.config import CacheConfig, EngineConfig, SchedulerConfig
-from engine.graphs import row_buckets
+from engine.graphs import num_kinds, row_buckets
 from rollout.launch import launch
 from rollout.scheduler.speculative.ladder import row_bucket
 from tests.helpers.engines import drain, exact_logprobs, make_replica, request
@@ -23,6 +23,24 @@ def test_buckets_cover_every_batch(max_rows: int) -> None:
     buckets = row_buckets(max_rows)
     assert buckets == sorted(set(buckets)) and buckets[-1] == max_rows
     assert buckets[0] == 1
+
+
+@pytest.mark.parametrize(
+    "max_rows,max_verified,draft_tokens,count",
+    [
+        (8, 8, 0, 4),
+        (8, 16, 1, 8),
+        (8, 32, 3, 12),
+        # A row of 5 drafts takes the graph of 7.
+        (8, 64, 5, 16),
+        # Of 512 rows 64 have 7 drafts, 128 have 3 and 256 have one.
+        (512, 512, 7, 17 + 13 + 11 + 9),
+    ],
+)
+def test_memory_is_planned_for_a_graph_of_every_kind(
+    max_rows: int, max_verified: int, draft_tokens: int, count: int
+) -> None:
+    assert num_kinds(max_rows, max_verified, draft_tokens) == count
 
 
 def test_the_leader_tells_rows_apart_as_graphs_pad_them() -> None:

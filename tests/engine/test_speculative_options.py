@@ -10,6 +10,7 @@ import pytest
 import engine.worker
 from engine.config import EngineConfig, SpeculativeConfig
 from engine.errors import InvalidRequest, UnsupportedOption
+from engine.memory import step_bytes
 from engine.speculative.checks import check_attention, max_verified
 from rollout.launch import launch
 from tests.helpers.tiny_models import write_tiny
@@ -79,3 +80,17 @@ def test_a_verifying_step_has_as_many_rows_as_fit() -> None:
     assert most() == 256
     assert most(method="ngram", draft_tokens=1) == 512
     assert most(method="ngram", draft_tokens=7) == 512
+
+
+def test_memory_is_kept_free_for_the_logits_of_drafts() -> None:
+    def kept(**options: Any) -> int:
+        config = EngineConfig(model="m", speculative=SpeculativeConfig(**options))
+        return step_bytes(
+            config.scheduler,
+            max_verified(config),
+            hidden_size=64,
+            intermediate_size=128,
+            vocab_size=1000,
+        )
+
+    assert kept(method="ngram") - kept() == 3 * 4 * (512 - 256) * 1000
