@@ -125,8 +125,9 @@ class DraftHistory:
 
     def set_version(self, version: int) -> None:
         """Weights `version` serve from now on; texts of versions long gone are dropped."""
-        if version not in self._versions:
-            self._versions.append(version)
+        if version in self._versions:
+            self._versions.remove(version)
+        self._versions.append(version)
         for segment in self._segments.not_of(frozenset(self._versions)):
             self._segments.drop(segment)
             self._dropped(segment)

@@ -137,6 +137,17 @@ def test_one_that_entered_a_plan_without_changes_is_kept_as_any_other() -> None:
     assert delta is not None and [write.slot for write in delta.writes] == [0]
 
 
+def test_a_version_that_serves_again_is_the_latest() -> None:
+    table = Table()
+    for version in (1, 2, 3, 4, 1):
+        table.history.set_version(version)
+    table.enter(b"p", 0, 1)
+    table.take()
+    table.finish(0, version=1)
+    table.history.set_version(5)
+    assert table.row(1) == {-2}
+
+
 def test_what_is_overwritten_leaves_every_table() -> None:
     table = Table(history_tokens=100, num_slots=3)
     table.enter(b"p", 0)
