@@ -89,7 +89,7 @@ class World:
         right = self._rng.random((num_rows, max(k, 1))) < self.rate
         accepted = np.minimum(np.cumprod(right, axis=1).sum(axis=1), drafted)
         counts = (accepted + 1).astype(np.int32)
-        controller.observe(step, drafted, counts)
+        controller.observe(step, counts)
         return float(counts.mean())
 
 

@@ -35,9 +35,9 @@ class Controller(Protocol):
         chosen where pages forbade them or rows are near their end."""
         ...
 
-    def observe(self, step: int, drafted: IntArray, counts: IntArray) -> None:
-        """Its result came; int32, a row each: as in `StepResult`, of a plain step zeros and ones.
-        Steps that `planned` was not told of come too."""
+    def observe(self, step: int, counts: IntArray) -> None:
+        """Its result came; int32, a row each: as in `StepResult`, of a plain step ones. Steps that
+        `planned` was not told of come too."""
         ...
 
 
@@ -144,8 +144,7 @@ class Drafts:
         alive, lens = self._table.uid[flight.slots] == flight.uids, flight.draft_lens
         self._settle(flight.slots[alive], None if lens is None else lens[alive])
         counts = np.ones(len(flight.slots), np.int32) if result.counts is None else result.counts
-        drafted = np.zeros_like(counts) if result.drafted is None else result.drafted
-        self._controller.observe(flight.step, drafted, counts)
+        self._controller.observe(flight.step, counts)
 
     def _settle(self, slots: IntArray, lens: IntArray | None) -> None:
         table = self._table

@@ -65,7 +65,7 @@ class FixedDrafts:
     def planned(self, step: int, num_rows: int, k: int) -> None:
         """Nothing to learn."""
 
-    def observe(self, step: int, drafted: IntArray, counts: IntArray) -> None:
+    def observe(self, step: int, counts: IntArray) -> None:
         """Nothing to learn."""
 
 
@@ -109,7 +109,7 @@ class AdaptiveDrafts:
         self._probes.planned(k)
         self._rehearsals.planned(num_rows, k)
 
-    def observe(self, step: int, drafted: IntArray, counts: IntArray) -> None:
+    def observe(self, step: int, counts: IntArray) -> None:
         """See `Controller`."""
         self._costs.observed(step)
         if step not in self._planned:

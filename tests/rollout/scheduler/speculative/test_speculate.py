@@ -206,8 +206,8 @@ def test_steps_that_fail_are_forgotten() -> None:
     controller.planned(0, 4, 0)
     controller.planned(1, 4, 3)
     controller.planned(7, 4, 3)
-    controller.observe(6, np.zeros(2, np.int32), np.ones(2, np.int32))
-    controller.observe(7, np.full(4, 3, np.int32), np.zeros(4, np.int32))
+    controller.observe(6, np.ones(2, np.int32))
+    controller.observe(7, np.zeros(4, np.int32))
     assert controller.choose(4) == 0
 
 
