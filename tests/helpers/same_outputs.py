@@ -38,4 +38,11 @@ class SameOutputs:
             return
         assert got.token_ids.tolist() == want.token_ids.tolist(), asked.rid
         assert got.finish == want.finish, asked.rid
-        np.testing.assert_allclose(got.logprobs, want.logprobs, atol=2e-5, err_msg=asked.rid)
+        atol = logprob_noise(asked.sampling.temperature)
+        np.testing.assert_allclose(got.logprobs, want.logprobs, atol=atol, err_msg=asked.rid)
+
+
+def logprob_noise(temperature: float) -> float:
+    """What sums in another order may do to a float32 logprob, on any processor: logits are off by
+    some units of their last place, and a temperature below 1 divides that too."""
+    return 2e-5 / min(temperature, 1.0) if temperature > 1e-6 else 2e-5
