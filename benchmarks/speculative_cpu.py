@@ -196,7 +196,7 @@ def main() -> None:
     report: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="minutes"),
         "machine": describe(),
-        "options": asdict(options),
+        "options": asdict(options) | {"json": None},
         "parts": {},
     }
     print(describe())
