@@ -154,12 +154,9 @@ class DecodeGraphs:
             attention = self._attention.capture_decode(self._layout(kind))
             self._attentions[shape] = attention
         packed = self._fill(rows, slots, draft_lens)
-        if draft_lens is None:
-            lens = np.ones(rows, dtype=np.int32)
-            lens[: len(kv_lens)] = kv_lens
-            attention.refresh(packed[0], lens)
-        else:
-            attention.refresh(packed[0], packed[1], exact=False)
+        lens = np.ones(rows, dtype=np.int32)
+        lens[: len(kv_lens)] = kv_lens
+        attention.refresh(packed[0], lens, exact=draft_lens is None)
         key = id(attention.step), kind
         captured = self._graphs.get(key)
         if captured is None:
@@ -176,7 +173,7 @@ class DecodeGraphs:
     def capture_all(self) -> None:
         """Capture every bucket, on rows that no request has.
 
-        Variants that only some steps ask for (shared prompts, filters, entropy) stay lazy.
+        Variants that only some steps ask for (drafts, shared prompts, filters, entropy) stay lazy.
         """
         for rows in self._buckets.tolist():
             slots = np.full(rows, self._scratch_slot, dtype=np.int32)

@@ -107,8 +107,8 @@ class CapturedDecode(Protocol):
 
         slots, kv_lens: int32 [R] on the host, padded as the layout's tensors are. They may be
         kept: nobody writes to them later. exact: they are what the layout's tensors will hold;
-        else some rows of it may hold the slot that no request takes, and others be longer. A back
-        end that plans for lengths refuses that.
+        else they are one for each run, none longer than told, and some rows may hold the slot that
+        no request takes. A back end that plans for lengths refuses that.
         """
         ...
 

@@ -67,6 +67,7 @@ from engine.protocol.requests import (
     VersionSpan,
 )
 from engine.protocol.steps import (
+    NO_INTS,
     DraftSources,
     EngineFacts,
     HistoryWrite,
@@ -117,6 +118,7 @@ from engine.protocol.updates import (
 )
 
 __all__ = [
+    "NO_INTS",
     "TransferCommand",
     "GroupCommand",
     "BesideSteps",

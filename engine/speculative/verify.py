@@ -115,28 +115,28 @@ class Verifier:
             backend=self._backend,
         )
         valid = rows.valid_V
-        slots_V, kv_lens_V = rows.slots_V[valid].long(), rows.kv_lens_V[valid].long()
-        batch = self._batch(rows, slots_V, kv_lens_V)
+        slots_V = rows.slots_V[valid].long()
+        slots = slots_V.cpu().numpy()
         return VerifyBatch(
-            batch=batch,
-            slots_V=slots_V.cpu().numpy(),
+            batch=self._batch(rows, slots_V, slots),
+            slots_V=slots,
             valid=valid.view(len(plan.slots), -1).cpu().numpy(),
             slots_R=slots_R,
             drafts_RK=drafts_RK,
             drafted_R=drafted_R,
         )
 
-    def _batch(
-        self, rows: VirtualRows, slots_V: torch.Tensor, kv_lens_V: torch.Tensor
-    ) -> StepBatch:
-        """The valid ones of `rows` as a step of as many decode rows."""
+    def _batch(self, rows: VirtualRows, slots_V: torch.Tensor, slots: np.ndarray) -> StepBatch:
+        """The valid ones of `rows` as a step of as many decode rows; their slots, and these on the
+        host."""
         table, valid = self._table, rows.valid_V
+        kv_lens_V = rows.kv_lens_V[valid].long()
         starts = np.arange(len(slots_V) + 1, dtype=np.int64)
         step = self._attention.prepare(
             AttentionBatch(
                 query_start_R1=starts,
                 kv_lens_R=kv_lens_V.cpu().numpy(),
-                slots_R=slots_V.cpu().numpy(),
+                slots_R=slots,
                 host_pages=table.host_pages,
                 page_table=table.page_table,
                 write_slots_T=rows.write_slots_V[valid],

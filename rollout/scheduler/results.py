@@ -87,16 +87,17 @@ class ResultWriter:
             rows = rows.where(alive)
         if broken:
             rows = rows.where(~np.isin(rows.slots, list(broken)))
-        kept, matched = self._kept(rows)
+        begin = table.num_tokens[rows.slots]
+        kept, matched = self._kept(rows, begin)
         finite = self._num_finite(rows)
         not_finite = finite < kept
         kept = np.minimum(kept, finite)
         broken |= set(rows.slots[not_finite].tolist())
-        self._write(rows, kept, flight.version)
+        self._write(rows, begin, kept, flight.version)
         spec = (0, 0, 0)
         if flight.draft_lens is not None:
             spec = self._count(flight, result, alive)
-        size = table.num_tokens[rows.slots]
+        size = begin + kept
         stopped = (matched >= 0) & ~not_finite
         ended = (stopped | (size >= table.max_tokens[rows.slots])) & ~not_finite
         streaming = table.stream[rows.slots] & ~ended & ~not_finite & (kept > 0)
@@ -134,20 +135,20 @@ class ResultWriter:
             num_tokens=0,
         )
 
-    def _kept(self, rows: _Rows) -> tuple[IntArray, IntArray]:
+    def _kept(self, rows: _Rows, begin: IntArray) -> tuple[IntArray, IntArray]:
         """How many of its tokens each row keeps, and the stop token it ends with or -1: up to the
-        first stop token beyond its minimum, and no more than it may have. Both int32 [S].
+        first stop token beyond its minimum, and no more than it may have. Both int32 [S]. begin:
+        tokens that each row has.
 
         A rank goes on behind a stop token, which it does not know of; it never exceeds the limit.
         """
         table = self._running.table
-        room = table.max_tokens[rows.slots] - table.num_tokens[rows.slots]
-        kept: IntArray = np.minimum(rows.counts, room)
+        kept: IntArray = np.minimum(rows.counts, table.max_tokens[rows.slots] - begin)
         matched = np.full(len(kept), -1, np.int32)
+        least = table.min_tokens[rows.slots] - begin
         for column in range(rows.ids.shape[1]):
-            size = table.num_tokens[rows.slots] + column + 1
             ids = rows.ids[:, column]
-            stopped = table.is_stop(rows.slots, ids) & (size > table.min_tokens[rows.slots])
+            stopped = table.is_stop(rows.slots, ids) & (column >= least)
             stopped &= (matched < 0) & (column < kept)
             matched = np.where(stopped, ids, matched)
             kept = np.where(stopped, column + 1, kept)
@@ -175,22 +176,23 @@ class ResultWriter:
                     first[places[slot]] = 0
         return first
 
-    def _write(self, rows: _Rows, kept: IntArray, version: int) -> None:
-        """Append the first `kept` tokens of each row."""
-        table = self._running.table
-        begin = table.num_tokens[rows.slots]
-        got = kept > 0
+    def _write(self, rows: _Rows, begin: IntArray, kept: IntArray, version: int) -> None:
+        """Append the first `kept` tokens of each row to the `begin` that it has."""
+        table, got = self._running.table, kept > 0
         self._stamp(rows.slots[got], begin[got], version)
         if rows.top is not None:
             chosen = np.isin(rows.top_slots, rows.slots[got])
             top = TopLogprobs(rows.top.ids[chosen], rows.top.logprobs[chosen])
             self._collect_top(rows.top_slots[chosen], top)
-        row, column = np.nonzero(np.arange(rows.ids.shape[1]) < kept[:, None])
-        slots, position = rows.slots[row], begin[row] + column
-        table.tokens[slots, position] = rows.ids[row, column]
-        table.logprobs[slots, position] = rows.logprobs[row, column]
-        if rows.entropies is not None:
-            table.entropies[slots, position] = rows.entropies[row, column]
+        for column in range(rows.ids.shape[1]):
+            some = column < kept
+            # Most steps bring each row its one token: a view of all costs nothing.
+            at: BoolArray | slice = slice(None) if some.all() else some
+            slots, position = rows.slots[at], begin[at] + column
+            table.tokens[slots, position] = rows.ids[at, column]
+            table.logprobs[slots, position] = rows.logprobs[at, column]
+            if rows.entropies is not None:
+                table.entropies[slots, position] = rows.entropies[at, column]
         table.num_tokens[rows.slots] = begin + kept
 
     def _count(
@@ -247,6 +249,8 @@ class ResultWriter:
 
 def _first_false(values: BoolArray) -> IntArray:
     """Of each row of [S, K] the first column that is False, K where none is; int32 [S]."""
+    if values.all():
+        return np.full(len(values), values.shape[1], np.int32)
     found: IntArray = np.where(values.all(axis=1), values.shape[1], values.argmin(axis=1))
     return found.astype(np.int32)
 

@@ -6,14 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from engine.protocol import IntArray, NewRow, StepPlan
+from engine.protocol import NO_INTS, IntArray, NewRow, StepPlan
 from rollout.cache.radix_node import Match
 from rollout.scheduler.planning.in_flight import InFlight
 from rollout.scheduler.running import RunningSet
 from rollout.scheduler.sequence import Sequence
 
 BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
-NO_INTS: IntArray = np.empty(0, np.int32)
 
 
 class PlanBuilder:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from engine.config import MAX_VERIFY_ROWS, SpeculativeConfig
+from engine.config import SpeculativeConfig
 from engine.protocol import DraftSources, IntArray, Request, StepResult
 from rollout.cache.manager import CacheManager
 from rollout.scheduler.planning.in_flight import InFlight
@@ -26,8 +26,8 @@ class Controller(Protocol):
     failed are never observed."""
 
     def choose(self, num_rows: int) -> int:
-        """Most drafts a row for the next step of `num_rows` rows, all of which decode: 0, or a rung
-        of `ladder.DRAFT_LADDER`."""
+        """Most drafts a row for the next step of `num_rows` rows, all of which decode: 0, or so
+        many that the step built for them has `MAX_VERIFY_ROWS` rows at most."""
         ...
 
     def planned(self, step: int, num_rows: int, k: int) -> None:
@@ -109,9 +109,8 @@ class Drafts:
         Whoever is near its end drafts no further; so does everyone beyond the pages it has or
         can have without taking one from the prefix cache.
         """
-        most = min(len(slots), MAX_VERIFY_ROWS)
-        k = min(self._controller.choose(len(slots)), MAX_VERIFY_ROWS // most - 1)
-        if k <= 0:
+        k = self._controller.choose(len(slots))
+        if k == 0:
             return np.zeros(len(slots), np.int32)
         table = self._table
         computed = table.num_computed[slots]
