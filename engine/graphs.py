@@ -8,6 +8,9 @@ out, runs the model, draws and accepts. It reads slots and draft lengths from on
 everything else (lengths, token ids, pages, sampling parameters) from the device tables, so that a
 replay needs no other input and serves every KV length. All graphs allocate from one memory pool:
 they never run at the same time. Weights change in place, so graphs survive updates.
+
+A step that waits for masks is drawn apart from its forward pass: its graph drafts nothing and ends
+with the logits, which are drawn from kernel by kernel (`engine.late_draw`).
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from engine.attention.base import (
 from engine.attention.stored import ForwardContext
 from engine.batch import RequestTable
 from engine.config import DRAFT_LADDER, ROW_BUCKETS
+from engine.late_draw import DecodeLogits
 from engine.models.build import Model
 from engine.sampling import PLAIN, DrawOptions, Sampler
 from engine.speculative.ngram import NgramDrafter
@@ -39,6 +43,9 @@ from kernels.speculative.accept import accept
 from kernels.speculative.rows import VirtualRows, virtual_rows
 
 logger = logging.getLogger(__name__)
+
+_MOST_LOGIT_BYTES = 64 << 20
+"""Of the buffer for the logits of steps that are drawn later, if they were float32."""
 
 
 def row_buckets(max_rows: int) -> list[int]:
@@ -68,11 +75,12 @@ class _Captured:
 
 @dataclass(frozen=True)
 class _Kind:
-    """What a graph is captured for: rows, drafts of each, and what their draws need."""
+    """What a graph is captured for: rows, drafts of each, and what their draws need; None where
+    it ends with the logits."""
 
     rows: int
     drafts: int
-    options: DrawOptions
+    options: DrawOptions | None
 
     @property
     def verified(self) -> int:
@@ -129,6 +137,7 @@ class DecodeGraphs:
         self._counts = torch.zeros(2 * max_rows, dtype=torch.int32, device=table.device)
         self._outputs = torch.zeros(3 * max_verified, dtype=torch.int32, device=table.device)
         self._query_start = torch.arange(max_verified + 1, dtype=torch.int32, device=table.device)
+        self._logits: torch.Tensor | None = None
         self._attentions: dict[tuple[int, int], CapturedDecode] = {}
         self._graphs: dict[tuple[int, _Kind], _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
@@ -146,9 +155,47 @@ class DecodeGraphs:
         kv_lens, draft_lens: int32 [R] as in `StepPlan`; without drafts the lengths are those that
         the device knows. options: what the rows' draws need; see `Sampler.options`.
         """
-        rows = int(self._buckets[np.searchsorted(self._buckets, len(slots))])
+        rows = self._bucket(len(slots))
         kind = _Kind(rows, self._most_drafts(rows, draft_lens), options)
-        shape = kind.rows, kind.drafts
+        self._replay(kind, slots, kv_lens, draft_lens)
+        num_outputs = 3 if options.entropy else 2
+        return GraphOutputs(
+            sampled=self._outputs[: num_outputs * kind.verified].view(num_outputs, -1),
+            counts=self._counts[: 2 * rows].view(2, rows),
+            width=kind.drafts + 1,
+        )
+
+    def keeps_logits(self, num_rows: int) -> bool:
+        """Whether `forward` serves so many rows. With more of them the launches of a step, which a
+        graph saves, are a small part of it."""
+        num_bytes = self._bucket(num_rows) * self._model.config.vocab_size * 4
+        return num_bytes <= _MOST_LOGIT_BYTES
+
+    def forward(
+        self, slots: np.ndarray, kv_lens: np.ndarray, draft_lens: np.ndarray | None = None
+    ) -> DecodeLogits:
+        """Queue the forward pass of one decode step that drafts nothing; arguments as of `run`."""
+        rows = self._bucket(len(slots))
+        self._replay(_Kind(rows, 0, None), slots, kv_lens, draft_lens)
+        assert self._logits is not None
+        num_rows = len(slots)
+        return DecodeLogits(
+            logits_SV=self._logits[:num_rows],
+            slots_S=self._rows.slots_V[:num_rows].long(),
+            kv_lens_S=self._rows.positions_V[:num_rows] + 1,
+        )
+
+    def _bucket(self, num_rows: int) -> int:
+        return int(self._buckets[np.searchsorted(self._buckets, num_rows)])
+
+    def _replay(
+        self,
+        kind: _Kind,
+        slots: np.ndarray,
+        kv_lens: np.ndarray,
+        draft_lens: np.ndarray | None,
+    ) -> None:
+        rows, shape = kind.rows, (kind.rows, kind.drafts)
         attention = self._attentions.get(shape)
         if attention is None:
             attention = self._attention.capture_decode(self._layout(kind))
@@ -163,12 +210,6 @@ class DecodeGraphs:
             captured = self._graphs[key] = self._capture(kind, attention.step)
             self._fill(rows, slots, draft_lens)
         captured.graph.replay()
-        num_outputs = 3 if options.entropy else 2
-        return GraphOutputs(
-            sampled=self._outputs[: num_outputs * kind.verified].view(num_outputs, -1),
-            counts=self._counts[: 2 * rows].view(2, rows),
-            width=kind.drafts + 1,
-        )
 
     def capture_all(self) -> None:
         """Capture every bucket, on rows that no request has.
@@ -256,6 +297,9 @@ class DecodeGraphs:
         )
         hidden_VE = self._model(rows.input_ids_V, ForwardContext(rows.positions_V, step))
         logits = self._model.compute_logits(hidden_VE, widen=False)
+        if kind.options is None:
+            self._keep(logits)
+            return
         outputs_3V = self._outputs[: 3 * verified].view(3, verified)
         entropy_V = outputs_3V[2].view(torch.float32) if kind.options.entropy else None
         slots_V, at_V = rows.slots_V.long(), rows.positions_V + 1
@@ -276,3 +320,11 @@ class DecodeGraphs:
         )
         outputs_3V[0].copy_(tokens_V)
         outputs_3V[1].view(torch.float32).copy_(logprobs_V)
+
+    def _keep(self, logits_RV: torch.Tensor) -> None:
+        """Copy logits to the buffer, which is made by the plain run before the first capture."""
+        num_rows, vocab_size = logits_RV.shape
+        if self._logits is None:
+            most = max(row for row in self._buckets.tolist() if self.keeps_logits(row))
+            self._logits = logits_RV.new_empty((most, vocab_size))
+        self._logits[:num_rows].copy_(logits_RV)

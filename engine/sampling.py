@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from engine.batch import RequestTable, StepBatch
+from engine.batch import RequestTable
 from engine.config import KernelBackend
 from engine.protocol import NewRow, RowSampling, StepMasks, TopLogprobs
 from engine.transfer import to_device
@@ -71,6 +72,20 @@ class Drawn:
     logprob_S: torch.Tensor
     entropy_S: torch.Tensor | None = None
     top: Top | None = None
+
+
+class DrawnRows(Protocol):
+    """What a draw reads of a batch, int64 [S] on the device."""
+
+    @property
+    def slots_S(self) -> torch.Tensor:
+        """Slots of its sequences."""
+        ...
+
+    @property
+    def kv_lens_S(self) -> torch.Tensor:
+        """Index of the new token in each."""
+        ...
 
 
 class Sampler:
@@ -170,7 +185,7 @@ class Sampler:
     def draw(
         self,
         logits_SV: torch.Tensor,
-        batch: StepBatch,
+        batch: DrawnRows,
         slots: np.ndarray,
         table: RequestTable,
         masks: StepMasks | None = None,
@@ -202,7 +217,7 @@ class Sampler:
     def _draw_masked(
         self,
         logits_SV: torch.Tensor,
-        batch: StepBatch,
+        batch: DrawnRows,
         slots: np.ndarray,
         masks: StepMasks,
         token_S: torch.Tensor,
@@ -254,7 +269,7 @@ class Sampler:
         }
 
     def _edit(
-        self, logits_SV: torch.Tensor, batch: StepBatch, slots: np.ndarray, table: RequestTable
+        self, logits_SV: torch.Tensor, batch: DrawnRows, slots: np.ndarray, table: RequestTable
     ) -> None:
         if not self._edited:
             return

@@ -22,6 +22,7 @@ from engine.eager import EagerSteps
 from engine.errors import InvalidRequest
 from engine.graphs import DecodeGraphs, num_kinds
 from engine.kv.pool import KVPool
+from engine.late_draw import draw_late
 from engine.layers.parameter import kv_head_shard
 from engine.layers.runtime import LayerRuntime
 from engine.memory import Needs, graph_bytes, plan_memory, step_bytes
@@ -31,7 +32,7 @@ from engine.occupancy import Occupancy
 from engine.option_checks import check_options
 from engine.parallel.connect import connect, rank_device
 from engine.parallel.mesh import Mesh
-from engine.pending import LaunchedStep, MaskedStep, PendingStep, Runs
+from engine.pending import LaunchedStep, MaskedStep, PendingStep, Runs, Sample
 from engine.phases import check_phases
 from engine.profiler import RankProfiler
 from engine.prompt_logprobs import PromptScorer
@@ -203,16 +204,26 @@ class Worker:
             copies = np.stack([plan.copy_src, plan.copy_dst]).astype(np.int64)
             self._pool.copy(*to_device(copies, self._device))
             self._pool.spoilt.copied(plan.copy_src, plan.copy_dst)
-        if self._graphs is not None and self._is_capturable(plan):
-            return self._replay(self._graphs, plan)
+        graphs = self._graphs
+        if graphs is not None and not self._is_capturable(plan):
+            graphs = None
+        if graphs is not None and not len(plan.masked):
+            return self._replay(graphs, plan)
         if self._verifier is not None and plan.draft_lens.any():
             assert not len(plan.masked), "a step that waits for masks verifies no drafts"
             return self._verifier.run(plan)
-        sample = self._eager.forward(plan)
         if not len(plan.masked):
-            return sample(None)
-        self._masked = MaskedStep(plan.step, sample)
+            return self._eager.forward(plan)(None)
+        self._masked = MaskedStep(plan.step, self._forward(graphs, plan))
         return self._masked
+
+    def _forward(self, graphs: DecodeGraphs | None, plan: StepPlan) -> Sample:
+        """Queue the forward pass of a step that is drawn later."""
+        if graphs is None or not graphs.keeps_logits(len(plan.slots)):
+            return self._eager.forward(plan)
+        lens = plan.draft_lens if len(plan.draft_lens) else None
+        computed = graphs.forward(plan.slots, plan.kv_lens, lens)
+        return lambda masks: draw_late(plan, computed, self._sampler, self._table, masks)
 
     def _replay(self, graphs: DecodeGraphs, plan: StepPlan) -> PendingStep:
         """A decode step as one launch."""
@@ -272,7 +283,7 @@ class Worker:
         self._occupancy.close()
 
     def _is_capturable(self, plan: StepPlan) -> bool:
-        if len(plan.masked) or plan.query_lens.max() > 1 or not plan.samples.all():
+        if plan.query_lens.max() > 1 or not plan.samples.all():
             return False
         return self._sampler.is_capturable(plan.slots) and not self._scorer.wants(plan)
 
