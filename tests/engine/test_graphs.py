@@ -159,8 +159,8 @@ def test_a_prompt_group_is_bit_equal_to_the_same_rows_without_tiles(
     seen = []
     refresh = TritonDecode.refresh
 
-    def watch(self, slots, kv_lens) -> None:
-        refresh(self, slots, kv_lens)
+    def watch(self, slots, kv_lens, **exact) -> None:
+        refresh(self, slots, kv_lens, **exact)
         seen.append(self.step.shared is not None)
 
     monkeypatch.setattr(triton, "SAVED_BYTES", 1)
@@ -168,5 +168,5 @@ def test_a_prompt_group_is_bit_equal_to_the_same_rows_without_tiles(
     monkeypatch.setattr(TritonDecode, "refresh", watch)
     grouped = outputs_of(tiny[0], requests, **options)
     assert any(seen), "no step had a group"
-    monkeypatch.setattr(TritonDecode, "refresh", lambda self, slots, kv_lens: None)
+    monkeypatch.setattr(TritonDecode, "refresh", lambda self, slots, kv_lens, **exact: None)
     assert_equal(grouped, outputs_of(tiny[0], requests, **options))
