@@ -45,6 +45,10 @@ ROWS: dict[str, tuple[str, str]] = {
     "float16": ("GRPO in float16", "grpo.py --dtype float16 --steps 30"),
     "sft": ("supervised, the task's answers", "sft.py --steps 20"),
     "code": ("expressions that hit a target, run in the sandbox", "grpo.py --task expression"),
+    "opd": (
+        "distilled from the model that `grpo.py --out runs/teacher` left",
+        "grpo.py --algorithm opd --teacher runs/teacher/model --steps 30",
+    ),
 }
 """What a row is called: what it shows, and its command behind `python recipes/`."""
 
