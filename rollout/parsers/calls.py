@@ -54,11 +54,15 @@ class CallReader:
         self.has_content = self.has_content or bool(text)
         self._events.content(text)
 
+    def offers(self, name: str) -> bool:
+        """Whether a function may be called."""
+        return name in self._names
+
     def begin(self, name: str, call_id: str = "") -> None:
-        """A call of `name`, with an id of the model's own if it wrote one."""
+        """A call of `name`, with an id of the model's own if it wrote one. Once a call."""
         assert not self.is_begun
         self.is_begun = True
-        self._hidden = name not in self._names
+        self._hidden = not self.offers(name)
         if self._hidden:
             self.give_hidden()
         else:
@@ -80,16 +84,32 @@ class CallReader:
         self.spaces.clear()
         self.source.taken()
 
-    def closing(self, *words: str) -> Steps[str]:
-        """Take one of `words`, which close a call, and the space before it; "" if none is there:
-        what follows is content."""
+    def closing(self, *words: str) -> Steps[None]:
+        """Take `words`, which close a call, in order, each if it is there, and the space before
+        them."""
+        for word in words:
+            spaces = yield from self.source.spaces()
+            found = yield from self.source.word(word)
+            if self._hidden:
+                self.give_hidden()
+            else:
+                self.spaces = [] if found else [*self.spaces, spaces]
+                self.source.taken()
+
+    def separator(self, between: str, *closing: str) -> Steps[str]:
+        """Take `between`, which stands between calls, or one of `closing`, which stand behind the
+        last one, and the space before it; "" if none is there: what follows is content. What
+        stands between belongs to the call that follows, if one does."""
         spaces = yield from self.source.spaces()
-        found = yield from self.source.word(*words)
+        found = yield from self.source.word(between, *closing)
         if self._hidden:
             self.give_hidden()
         elif not found:
             self.spaces.append(spaces)
-        self.source.taken()
+        if found != between:
+            self.source.taken()
+        else:
+            self._hidden = False
         return found
 
     def give_hidden(self) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 
@@ -115,20 +116,21 @@ class EventList:
 
     def __init__(self) -> None:
         self._events: list[Event] = []
-        self._kind: tuple[type[Content | Reasoning | CallArguments], int] | None = None
+        self._make: Callable[[str], Event] | None = None
+        self._kind = ("", 0)
         self._pieces: list[str] = []
 
     def content(self, text: str) -> None:
         """A piece of content; "" is none."""
-        self._piece((Content, 0), text)
+        self._piece(("content", 0), Content, text)
 
     def reasoning(self, text: str) -> None:
         """A piece of reasoning; "" is none."""
-        self._piece((Reasoning, 0), text)
+        self._piece(("reasoning", 0), Reasoning, text)
 
     def arguments(self, index: int, text: str) -> None:
         """A piece of the arguments of call `index`; "" is none."""
-        self._piece((CallArguments, index), text)
+        self._piece(("arguments", index), partial(CallArguments, index), text)
 
     def add(self, event: CallBegin | CallBroken) -> None:
         """An event that is whole."""
@@ -141,19 +143,16 @@ class EventList:
         events, self._events = self._events, []
         return events
 
-    def _piece(
-        self, kind: tuple[type[Content | Reasoning | CallArguments], int], text: str
-    ) -> None:
+    def _piece(self, kind: tuple[str, int], make: Callable[[str], Event], text: str) -> None:
         if not text:
             return
-        if kind != self._kind:
+        if kind != self._kind or self._make is None:
             self._finish()
-            self._kind = kind
+            self._kind, self._make = kind, make
         self._pieces.append(text)
 
     def _finish(self) -> None:
-        if self._kind is None:
-            return
-        kind, index = self._kind
-        text, self._pieces, self._kind = "".join(self._pieces), [], None
-        self._events.append(CallArguments(index, text) if kind is CallArguments else kind(text))
+        if self._make is not None:
+            self._events.append(self._make("".join(self._pieces)))
+            self._make = None
+            self._pieces.clear()

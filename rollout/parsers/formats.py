@@ -2,26 +2,48 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from engine.errors import InvalidRequest
+from engine.errors import InvalidRequest, UnsupportedOption
+from engine.protocol import Grammar
 from rollout.parsers.calls import CallParser
 from rollout.parsers.events import ReplyParser
+from rollout.parsers.families.deepseek import DEEPSEEK_V3, DEEPSEEK_V31
 from rollout.parsers.families.family import Family
+from rollout.parsers.families.glm import GLM, GLM_47
 from rollout.parsers.families.hermes import HERMES
+from rollout.parsers.families.llama import LLAMA3
+from rollout.parsers.families.mistral import MISTRAL, MISTRAL_ARGS, MISTRAL_CALL_ID
+from rollout.parsers.families.pythonic import PYTHONIC
+from rollout.parsers.families.qwen_coder import QWEN_CODER
 from rollout.parsers.functions import offered_functions
 from rollout.parsers.reasoning import PlainParser, ReasoningParser, Thinking
+from rollout.parsers.rules.lark import Lark
+from rollout.parsers.template_marks import told_reasoning_parser, told_tool_parser
 
 T = TypeVar("T")
 
 OFF = "none"
 """What turns a parser off."""
 
-TOOL_PARSERS: Mapping[str, Family] = MappingProxyType({"hermes": HERMES})
+TOOL_PARSERS: Mapping[str, Family] = MappingProxyType(
+    {
+        "deepseek-v3": DEEPSEEK_V3,
+        "deepseek-v3.1": DEEPSEEK_V31,
+        "glm": GLM,
+        "glm-4.7": GLM_47,
+        "hermes": HERMES,
+        "llama3": LLAMA3,
+        "mistral": MISTRAL,
+        "mistral-args": MISTRAL_ARGS,
+        "mistral-call-id": MISTRAL_CALL_ID,
+        "pythonic": PYTHONIC,
+        "qwen3-coder": QWEN_CODER,
+    }
+)
 
 REASONING_PARSERS: Mapping[str, Thinking] = MappingProxyType(
     {
@@ -33,10 +55,20 @@ REASONING_PARSERS: Mapping[str, Thinking] = MappingProxyType(
 )
 
 # Other servers' names of the same parsers.
-_TOOL_ALIASES = {"qwen": "hermes", "qwen25": "hermes"}
-_REASONING_ALIASES = {"glm45": "glm", "deepseek-v3": "qwen3", "deepseek-v31": "qwen3"}
-
-_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
+_TOOL_ALIASES = {
+    "deepseekv3": "deepseek-v3",
+    "deepseekv31": "deepseek-v3.1",
+    "deepseek-v31": "deepseek-v3.1",
+    "glm45": "glm",
+    "glm47": "glm-4.7",
+    "llama3-json": "llama3",
+    "llama4-json": "llama3",
+    "llama4-pythonic": "pythonic",
+    "qwen": "hermes",
+    "qwen25": "hermes",
+    "qwen3-xml": "qwen3-coder",
+}
+_REASONING_ALIASES = {"deepseek-v3": "qwen3", "deepseek-v31": "qwen3", "glm45": "glm"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +120,43 @@ class ReplyFormat:
             parser = ReasoningParser(self._thinking, parser, is_open=prompt_ends_in_thinking)
         return parser
 
+    def force(
+        self, tools: Sequence[Mapping[str, Any]], choice: str | None, parallel: bool
+    ) -> Grammar:
+        """The language whose texts are calls in the family's form, with arguments that fit the
+        schemas of the functions.
+
+        choice: the name of the function that is called, once; None, or "required", for one of
+        `tools`, or with `parallel` several calls. Raises InvalidRequest (`tool_choice`) for a
+        function that is not among the tools, UnsupportedOption for a model whose calls have no
+        known form, InvalidRequest (`tools`) for a schema that is not served.
+        """
+        family, functions = self._family, offered_functions(tools)
+        if family is None:
+            raise UnsupportedOption(
+                "the chat template of this model does not tell how calls are written; start the "
+                f"server with --tool-parser, one of {', '.join(sorted(TOOL_PARSERS))}",
+                field="tool_choice",
+            )
+        if not functions:
+            raise InvalidRequest("tool_choice needs tools; send some", field="tool_choice")
+        named = choice if choice is not None and choice in functions else None
+        if named is None and choice not in (None, "required"):
+            raise InvalidRequest(
+                f"tool_choice is {str(choice)[:100]!r}, which is none of the tools",
+                field="tool_choice",
+            )
+        offered = functions if named is None else {named: functions[named]}
+        lark = Lark(self._special_ids(family.markers))
+        start = family.grammar(lark, offered, parallel and named is None)
+        return Grammar(kind="lark", source=lark.source(start))
+
+    def _special_ids(self, markers: Sequence[str]) -> dict[str, int]:
+        if self.special_token_id is None:
+            return {}
+        found = {marker: self.special_token_id(marker) for marker in markers}
+        return {marker: token_id for marker, token_id in found.items() if token_id is not None}
+
     @property
     def _family(self) -> Family | None:
         return None if self.tool_parser is None else TOOL_PARSERS[self.tool_parser]
@@ -112,14 +181,14 @@ def select_format(
     as in `ReplyFormat`. Raises InvalidRequest (`--tool-parser`, `--reasoning-parser`) for a name
     that there is not.
     """
-    text = _COMMENT.sub("", template_source or "")
+    text = template_source or ""
     tools = _named(tool_parser, TOOL_PARSERS, _TOOL_ALIASES, "--tool-parser")
     reasoning = _named(
         reasoning_parser, REASONING_PARSERS, _REASONING_ALIASES, "--reasoning-parser"
     )
     return ReplyFormat(
-        tool_parser=_told_tools(text) if tools is None else tools or None,
-        reasoning_parser=_told_reasoning(text) if reasoning is None else reasoning or None,
+        tool_parser=told_tool_parser(text) if tools is None else tools or None,
+        reasoning_parser=told_reasoning_parser(text) if reasoning is None else reasoning or None,
         special_token_id=special_token_id,
     )
 
@@ -138,15 +207,3 @@ def _named(
         names = ", ".join((*sorted(table), OFF))
         raise InvalidRequest(f"is {name[:100]}; give one of {names}", field=option)
     return plain
-
-
-def _told_tools(template: str) -> str | None:
-    return "hermes" if "<tool_call>" in template else None
-
-
-def _told_reasoning(template: str) -> str | None:
-    if "[THINK]" in template:
-        return "mistral"
-    if "</think>" not in template:
-        return None
-    return "qwen3" if "<think>" in template else "deepseek-r1"

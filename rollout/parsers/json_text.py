@@ -101,20 +101,40 @@ def read_text(source: Source) -> Steps[str]:
     """Take a string; what it says. Raises NotACall if there is none."""
     pieces: list[str] = []
     yield from read_string(source, pieces.append)
-    text: str = json.loads("".join(pieces))
-    return text
+    return decoded("".join(pieces))
 
 
-def is_object(text: str) -> bool:
-    """Whether `text` is a JSON object, and white space around it."""
+def decoded(text: str) -> str:
+    """What `text`, a JSON string, says."""
+    found: str = json.loads(text)
+    return found
+
+
+def encoded(text: str) -> str:
+    """`text` as it stands within the quotes of a JSON string."""
+    return json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+def json_kind(text: str) -> str | None:
+    """The type of the JSON value that `text` is, as schemas name it, "integer" where a number has
+    neither fraction nor exponent; None if it is no JSON value."""
     source = Source()
-    source.push(text.strip(" \t\n\r"))
+    source.push(text)
     source.closed = True
-    if not source.text.startswith("{"):
-        return False
     try:
-        for _ in read_value(source, lambda _: None):
+        for _ in read_value(source, _drop):
             pass
+        source.match(_SPACES)
     except NotACall:
-        return False
-    return source.at == len(source.text)
+        return None
+    if source.at < len(text):
+        return None
+    first = text.lstrip()[0]
+    if first in "-0123456789":
+        return "number" if set(text) & set(".eE") else "integer"
+    kinds = {"{": "object", "[": "array", '"': "string", "n": "null"}
+    return kinds.get(first, "boolean")
+
+
+def _drop(text: str) -> None:
+    """Text that is looked at alone."""

@@ -12,6 +12,9 @@ from __future__ import annotations
 from rollout.parsers.call_objects import read_call_object
 from rollout.parsers.calls import CallReader
 from rollout.parsers.families.family import Family
+from rollout.parsers.functions import Functions
+from rollout.parsers.rules.lark import Lark
+from rollout.parsers.rules.object_rules import call_objects
 from rollout.parsers.source import Steps
 
 _OPENING, _CLOSING = "<tool_call>", "</tool_call>"
@@ -26,4 +29,10 @@ class _Syntax:
         yield from call.closing(_CLOSING)
 
 
-HERMES = Family(syntax=lambda functions: _Syntax(), markers=(_OPENING, _CLOSING))
+def _grammar(lark: Lark, functions: Functions, many: bool) -> str:
+    objects = call_objects(lark, functions, "arguments")
+    opening, closing = lark.text(f"{_OPENING}\n"), lark.text(f"\n{_CLOSING}")
+    return lark.repeated(f"{opening} {objects} {closing}", "\n", many=many)
+
+
+HERMES = Family(syntax=lambda functions: _Syntax(), grammar=_grammar, markers=(_OPENING, _CLOSING))
