@@ -12,6 +12,7 @@ NOT_CALLED = {
     "rollout.client.Client": "what a program that uses a server imports",
     "rollout.requests.generate.classify": "for a program that scores in its own process",
     "trainer_bridge.hf.load_classifier": "for a trainer of a reward model, or of a critic from one",
+    "rollout.parsers.events": "what routes that answer with calls read",
     "rollout.requests.parts": "for a program that asks for a reply in parts, of several servers",
 }
 """Modules and names that the product offers and does not use itself, and why."""

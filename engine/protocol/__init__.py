@@ -46,6 +46,7 @@ from engine.protocol.commands import (
     StopProfile,
     WeightsReport,
 )
+from engine.protocol.grammar import Grammar
 from engine.protocol.native import (
     ClassifyRequest,
     GenerateRequest,
@@ -84,8 +85,10 @@ from engine.protocol.types import (
     CheckAction,
     FinishType,
     FloatArray,
+    GrammarKind,
     IntArray,
     KvPolicy,
+    LogprobLaw,
     MemoryTag,
     PauseMode,
     ProfileActivity,
@@ -150,6 +153,8 @@ __all__ = [
     "GenerateResponse",
     "GetState",
     "GetWeight",
+    "Grammar",
+    "GrammarKind",
     "ITEM_BYTES",
     "IntArray",
     "IpcBuffer",
@@ -159,6 +164,7 @@ __all__ = [
     "KvPolicy",
     "LeaveGroup",
     "LoadFromDisk",
+    "LogprobLaw",
     "MemoryReport",
     "MemoryTag",
     "DraftSources",

@@ -7,15 +7,18 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from engine.protocol.grammar import Grammar
 from engine.protocol.types import (
     AllowedIds,
     ClientId,
     Count,
     Float32,
+    GrammarSource,
     Int32,
     Int64,
     KvPolicy,
     LogitBias,
+    LogprobLaw,
     OutputIds,
     Penalty,
     Salt,
@@ -35,7 +38,8 @@ class SamplingParams(
     logprob is that of the changed distribution; `top_k`, `top_p` and `min_p` only restrict
     which tokens may be drawn and do not renormalise the logprob (DESIGN, decision 9).
     `min_new_tokens`: no stop token can be drawn before so many tokens were, and no stop string
-    counts that one of them completes.
+    counts that one of them completes. `json_schema`, `regex`, `ebnf` and `structural_tag`: at most
+    one, the source of a `Grammar` of that kind; `json_schema` "$$ANY$$" is any object.
     """
 
     max_new_tokens: Int32 = 128
@@ -56,6 +60,10 @@ class SamplingParams(
     spaces_between_special_tokens: bool = True
     n: Int32 = 1
     sampling_seed: Int64 | None = None
+    json_schema: GrammarSource | None = None
+    regex: GrammarSource | None = None
+    ebnf: GrammarSource | None = None
+    structural_tag: GrammarSource | None = None
 
 
 class GenerateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -76,7 +84,10 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     index, counted from the first of all, with the finish reason "hold"; -1 for never.
 
     `allowed_token_ids`: only these tokens are ever sampled, stop tokens no more than others; at
-    least one. Logprobs, entropies and likeliest tokens are those of the whole vocabulary.
+    least one. `grammar`: what the text must be, in the place of the four of `sampling_params`.
+    `logprob_law`: where either is set, logprobs, entropies and likeliest tokens are the model's
+    over the whole vocabulary, or with "masked" those of the draw among what may come; the reply
+    says which.
 
     `draft_tokens`: most tokens that are drafted ahead at once, at most the server's own number; -1
     takes that. What is sampled does not depend on it. `forced_acceptance`, in [0, 1], is the
@@ -103,6 +114,8 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     output_ids: OutputIds | None = None
     hold_at: Int32 = -1
     allowed_token_ids: AllowedIds | None = None
+    grammar: Grammar | None = None
+    logprob_law: LogprobLaw = "model"
     draft_tokens: Int32 = -1
     forced_acceptance: Float32 = -1.0
 

@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
+from engine.protocol.grammar import Grammar
 from engine.protocol.native import SamplingParams
 from engine.protocol.types import (
     CacheKey,
@@ -19,6 +20,7 @@ from engine.protocol.types import (
     Int64,
     IntArray,
     KvPolicy,
+    LogprobLaw,
     Message,
     PauseMode,
     RequestId,
@@ -61,8 +63,12 @@ class Request(Struct, frozen=True, kw_only=True, tag="request"):
         speaks of output tokens has to be left at its default, and `sampling` and `seed` are not
         looked at. A model does one of the two and refuses the other.
     allowed_token_ids: int32 [k], at least one: only these are ever sampled. None for any. They say
-        which tokens may come and not how likely they are: logprobs, entropies and alternatives
-        stay those of the whole vocabulary.
+        which tokens may come and not how likely they are; see `logprob_law`.
+    grammar: what the text of the output must be; None for any.
+    logprob_law: of an output that `allowed_token_ids` or `grammar` restricts, what its logprobs,
+        entropies and alternatives speak of. model: the whole vocabulary, as without a
+        restriction. masked: the tokens that may come, whose probabilities are divided by their
+        sum; others have -inf. Without a restriction the two are the same.
     draft_tokens: most tokens to draft ahead at once, at most the server's own; -1: the server's.
         What is sampled does not depend on it.
     forced_acceptance: a tool of benchmarks, refused by a server that was not told to serve it:
@@ -88,6 +94,8 @@ class Request(Struct, frozen=True, kw_only=True, tag="request"):
     hold_at: Int32 = -1
     task: Task = "generate"
     allowed_token_ids: IntArray | None = None
+    grammar: Grammar | None = None
+    logprob_law: LogprobLaw = "model"
     draft_tokens: Int32 = -1
     forced_acceptance: Float32 = -1.0
 
@@ -100,7 +108,7 @@ class Request(Struct, frozen=True, kw_only=True, tag="request"):
     def masked(self) -> bool:
         """Whether something restricts, token by token, what may be sampled: each of its steps waits
         for a mask (`StepMasks`) before it samples, and nothing is drafted for it."""
-        return self.allowed_token_ids is not None
+        return self.allowed_token_ids is not None or self.grammar is not None
 
 
 class Abort(Struct, frozen=True, kw_only=True, tag="abort"):

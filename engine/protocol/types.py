@@ -43,6 +43,9 @@ MAX_ALLOWED_IDS = 1 << 15
 """Most `allowed_token_ids` of a request; the device sees a bit for every token of the vocabulary,
 however many are allowed."""
 
+MAX_GRAMMAR_CHARS = 1 << 18
+"""Longest source of a grammar: it travels with every sample that it constrains."""
+
 MAX_TENSORS = 1 << 20
 """Most tensors of a manifest or a transfer."""
 
@@ -140,6 +143,8 @@ TokenIds = Annotated[list[Int32], Meta(max_length=MAX_TOKEN_LIST)]
 StopIds = Annotated[list[Int32], Meta(max_length=2 * MAX_TOKEN_LIST)]
 """`stop_token_ids` and what a server adds: the model's EOS ids, stop strings that are tokens."""
 
+GrammarSource = Annotated[str, Meta(max_length=MAX_GRAMMAR_CHARS)]
+
 AllowedIds = Annotated[list[Int32], Meta(max_length=MAX_ALLOWED_IDS)]
 
 OutputIds = list[Int32 | list[Int32]]
@@ -168,6 +173,14 @@ PauseMode = Literal["abort", "retract", "keep"]
 KvPolicy = Literal["keep", "recompute", "fresh"]
 
 Task = Literal["generate", "classify"]
+
+GrammarKind = Literal[
+    "json_schema", "json_object", "regex", "ebnf", "lark", "choice", "structural_tag"
+]
+
+LogprobLaw = Literal["model", "masked"]
+"""Whose logprobs, of tokens that a mask restricts: the model's over the whole vocabulary, or those
+of the draw, over the tokens that may come."""
 
 MemoryTag = Literal["weights", "kv_cache", "cuda_graph"]
 

@@ -1,4 +1,4 @@
-"""What the numbers of a command line may be: one table for `serve` and `offline`."""
+"""What the values of a command line may be: one table of numbers for `serve` and `offline`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from engine.config import GIB, MAX_DRAFT_TOKENS, MIB, EngineConfig
 from engine.errors import InvalidRequest
 from engine.protocol.types import INT32_MAX, INT64_MAX, MAX_VERSION
 from rollout.http.config import ServeConfig
+from rollout.parsers.formats import select_format
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ def check_engine(config: EngineConfig) -> None:
 
 
 def check_serve(config: ServeConfig) -> None:
-    """`check_engine`, and the numbers of the server itself."""
+    """`check_engine`, and the numbers and names of the server itself."""
     check_engine(config.engine)
+    select_format(None, config.tool_parser, config.reasoning_parser)
     for option, span in SERVE_RANGES.items():
         span.check(config, option)

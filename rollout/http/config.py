@@ -46,6 +46,12 @@ class ServeConfig:
     """Render the chat_template that a request brings, in a process with limits."""
     incremental_streaming_output: bool = False
     """Native streams send what is new instead of everything so far."""
+    tool_parser: str = ""
+    """How the model writes calls of functions, such as hermes, or 'none'; by default as its chat
+    template tells (docs/tool_calls.md)."""
+    reasoning_parser: str = ""
+    """How the model writes its thinking, such as qwen3, or 'none'; by default as its chat template
+    tells."""
     restart: Restart = "never"
     """When the engine dies: 'never' leaves with exit code 1, 'on-failure' starts it again."""
     allowed_hosts: Annotated[UseAppendAction[tuple[str, ...]], arg(name="allowed-host")] = ()

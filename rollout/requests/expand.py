@@ -11,12 +11,14 @@ import numpy as np
 from engine.errors import ContextTooLong, InvalidRequest
 from engine.protocol import (
     GenerateRequest,
+    Grammar,
     IntArray,
     ReplicaState,
     Request,
     SamplingParams,
     Task,
 )
+from rollout.masks.grammar.requested import grammar_of
 from rollout.requests.message_ranges import check_ranges
 from rollout.requests.sample_ids import sample_id
 from rollout.requests.seeds import derive_seed
@@ -61,7 +63,7 @@ def expand(
     first = Request(
         rid=group if sampling.n == 1 else sample_id(group, 0),
         prompt_ids=prompt_ids,
-        sampling=msgspec.structs.replace(sampling, n=1, stop=strings or None),
+        sampling=_sampling(sampling, strings),
         seed=derive_seed(base, 0),
         group=group,
         stop_ids=stop_ids,
@@ -76,6 +78,8 @@ def expand(
         output_ids=given[0] if given else None,
         hold_at=wire.hold_at,
         allowed_token_ids=_allowed(wire),
+        grammar=_grammar(wire, tokenizer),
+        logprob_law=wire.logprob_law,
         task=task,
         draft_tokens=wire.draft_tokens,
         forced_acceptance=wire.forced_acceptance,
@@ -94,6 +98,29 @@ def expand(
 def _allowed(wire: GenerateRequest) -> IntArray | None:
     ids = wire.allowed_token_ids
     return None if ids is None else np.array(ids, np.int32)
+
+
+def _sampling(sampling: SamplingParams, strings: list[str]) -> SamplingParams:
+    """The parameters of one sample, whose `grammar` is a field of its own."""
+    return msgspec.structs.replace(
+        sampling,
+        n=1,
+        stop=strings or None,
+        json_schema=None,
+        regex=None,
+        ebnf=None,
+        structural_tag=None,
+    )
+
+
+def _grammar(wire: GenerateRequest, tokenizer: Tokenizer | None) -> Grammar | None:
+    grammar = grammar_of(wire)
+    if grammar is not None and tokenizer is None:
+        raise InvalidRequest(
+            "this model came without a tokenizer, so no text can be asked of it; leave grammar out",
+            field="grammar",
+        )
+    return grammar
 
 
 def num_sent(wire: GenerateRequest) -> int:

@@ -22,6 +22,8 @@ Fields = dict[str, Raw]
 _UNKNOWN = re.compile(r"contains unknown field `([^`]+)`")
 _INERT = frozenset({b"null", b"false", b'""', b"[]", b"{}"})
 _HINTS = WITHOUT_EFFECT["native"]
+_SOURCES = frozenset({"json_schema", "regex", "ebnf", "structural_tag"})
+"""Fields of which the empty text asks for nothing, as null does."""
 _OWN = frozenset(GenerateRequest.__struct_fields__)
 _OWN_SAMPLING = frozenset(SamplingParams.__struct_fields__)
 
@@ -53,13 +55,13 @@ def parse_fields(fields: Fields) -> GenerateRequest:
 
 
 def _known(fields: Fields, own: frozenset[str]) -> Fields:
-    return {
-        name: value
-        for name, value in fields.items()
-        if not (
-            bytes(value) == b"null" if name in own else name in _HINTS or bytes(value) in _INERT
-        )
-    }
+    return {name: value for name, value in fields.items() if not _inert(name, value, own)}
+
+
+def _inert(name: str, value: Raw, own: frozenset[str]) -> bool:
+    if name in own:
+        return bytes(value) == b"null" or (name in _SOURCES and bytes(value) == b'""')
+    return name in _HINTS or bytes(value) in _INERT
 
 
 def _explain(error: InvalidRequest) -> InvalidRequest:

@@ -35,6 +35,8 @@ _OF_OUTPUTS: Mapping[str, Any] = MappingProxyType(
         "output_ids": None,
         "hold_at": -1,
         "allowed_token_ids": None,
+        "grammar": None,
+        "logprob_law": "model",
         "draft_tokens": -1,
         "forced_acceptance": -1.0,
     }

@@ -32,7 +32,8 @@ def test_a_full_object_is_read() -> None:
         ('{"sampling_params": {"top_p": "x"}}', InvalidRequest, "sampling_params.top_p"),
         ('{"input_ids": [1, "a"]}', InvalidRequest, "input_ids[1]"),
         ('{"lora_path": "x"}', UnsupportedOption, "lora_path"),
-        ('{"sampling_params": {"regex": "x"}}', UnsupportedOption, "sampling_params.regex"),
+        ('{"sampling_params": {"regex": 5}}', InvalidRequest, "sampling_params.regex"),
+        ('{"grammar": {"kind": "bnf", "source": ""}}', InvalidRequest, "grammar.kind"),
     ],
 )
 def test_mistakes_name_their_field(line: str, error: type[Exception], field: str) -> None:
@@ -47,6 +48,7 @@ def test_mistakes_name_their_field(line: str, error: type[Exception], field: str
     [
         ('{"txt": "a"}', "did you mean text?"),
         ('{"max_new_tokens": 3}', "did you mean sampling_params.max_new_tokens?"),
+        ('{"regex": "x"}', "did you mean sampling_params.regex?"),
         ('{"temprature": 1}', "did you mean sampling_params.temperature?"),
         ('{"sampling_params": {"temprature": 1}}', "did you mean sampling_params.temperature?"),
         ('{"sampling_params": {"hold_at": 3}}', "write hold_at beside sampling_params"),

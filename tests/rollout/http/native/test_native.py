@@ -108,11 +108,11 @@ def test_a_batch_of_1024() -> None:
         ({"input_ids": [4000]}, "InvalidRequest", "input_ids"),
         ({"input_ids": list(range(90)) * 6}, "ContextTooLong", "input_ids"),
         ({"text": "a", "temperatur": 1}, "InvalidRequest", "temperatur"),
-        ({"text": "a", "regex": "x+"}, "UnsupportedOption", "regex"),
+        ({"text": "a", "regex": "x+"}, "InvalidRequest", "regex"),
         (
-            {"text": "a", "sampling_params": {"json_schema": "{}"}},
-            "UnsupportedOption",
-            "sampling_params.json_schema",
+            {"text": "a", "sampling_params": {"json_schema": "{}", "regex": "x+"}},
+            "InvalidRequest",
+            "sampling_params.regex",
         ),
         (
             {"text": "a", "sampling_params": {"top_p": "x"}},

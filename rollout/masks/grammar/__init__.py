@@ -1,0 +1,1 @@
+"""Structured output: masks of `Request.grammar`, through llguidance."""

@@ -1,0 +1,36 @@
+"""The grammar that a native request asks for."""
+
+from __future__ import annotations
+
+from engine.errors import InvalidRequest
+from engine.protocol import GenerateRequest, Grammar, GrammarKind
+
+ANY_OBJECT = "$$ANY$$"
+"""The `json_schema` by which SGLang's clients ask for any object."""
+
+_KINDS: tuple[GrammarKind, ...] = ("json_schema", "regex", "ebnf", "structural_tag")
+
+
+def grammar_of(wire: GenerateRequest) -> Grammar | None:
+    """What constrains the outputs of `wire`: its `grammar`, or that of its sampling parameters.
+
+    Raises InvalidRequest where more than one is set.
+    """
+    named: dict[str, Grammar] = {} if wire.grammar is None else {"grammar": wire.grammar}
+    for kind in _KINDS:
+        source: str | None = getattr(wire.sampling_params, kind)
+        if source:
+            named[f"sampling_params.{kind}"] = from_source(kind, source)
+    if len(named) > 1:
+        names = " and ".join(named)
+        raise InvalidRequest(
+            f"{names} constrain the same output; send one of them", field=list(named)[-1]
+        )
+    return next(iter(named.values()), None)
+
+
+def from_source(kind: GrammarKind, source: str) -> Grammar:
+    """The grammar of a source as clients of SGLang write it."""
+    if kind == "json_schema" and source == ANY_OBJECT:
+        return Grammar(kind="json_object", source="")
+    return Grammar(kind=kind, source=source)

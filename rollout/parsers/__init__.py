@@ -1,0 +1,1 @@
+"""Text of a reply to reasoning, content and calls of functions, while it arrives."""

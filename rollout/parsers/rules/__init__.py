@@ -1,0 +1,1 @@
+"""Grammars whose texts are calls, for a choice that forces one."""
