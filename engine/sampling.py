@@ -101,6 +101,7 @@ class Sampler:
         self._seed = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self._filtered = np.zeros(num_slots, dtype=np.bool_)
         self._entropy = np.zeros(num_slots, dtype=np.bool_)
+        self._masked_law = np.zeros(num_slots, dtype=np.bool_)
         self._top_logprobs = np.zeros(num_slots, dtype=np.int32)
         self._alternatives = np.zeros(num_slots, dtype=np.int32)
         # Tokens whose logprobs are wanted by name; few rows have any.
@@ -133,6 +134,7 @@ class Sampler:
         self._filtered[slots], self._top_logprobs[slots] = filtered, top
         self._alternatives[slots] = alternatives
         self._entropy[slots] = [p.entropy for p in params]
+        self._masked_law[slots] = [p.masked_law for p in params]
         for slot, edit, ids in zip(slots.tolist(), edits, named, strict=True):
             self._edited.pop(slot, None)
             self._named.pop(slot, None)
@@ -192,12 +194,15 @@ class Sampler:
     ) -> Drawn:
         """Sample one token a row. `slots` is `batch.slots_S` on the host.
 
-        logits_SV: float32 where `edits` is true: penalties, bias and bans change it in place.
-        The random number of a row is drawn from (seed, index of the new token in its sequence).
+        logits_SV: float32 where `edits` is true: penalties, bias and bans change it in place, and
+        masks do in rows of `RowSampling.masked_law`. The random number of a row is drawn from
+        (seed, index of the new token in its sequence).
         masks: which tokens may come in some rows. Of these rows too, logprobs, entropies and
-        alternatives are those of the law without a mask.
+        alternatives are those of the law without a mask, but where the masked law is asked for.
         """
         self._edit(logits_SV, batch, slots, table)
+        if masks is not None:
+            masks = self._take_masked_law(logits_SV, slots, masks)
         options, entropy_S, top = self.options(slots), None, None
         if options.entropy:
             entropy_S = torch.empty(len(slots), dtype=torch.float32, device=self._device)
@@ -227,10 +232,7 @@ class Sampler:
         masked rows drew; a logprob that is not finite stays."""
         rows_M = to_device(masks.rows.astype(np.int64), self._device)
         slots_M = batch.slots_S[rows_M]
-        banned_MV = banned_tokens(to_device(_as_bytes(masks.bits), self._device), logits_SV)
-        # What is allowed may come however unlikely it is; what is not never does.
-        lowest = max(torch.finfo(logits_SV.dtype).min, _LOWEST_LOGIT)
-        logits_MV = logits_SV[rows_M].clamp_(min=lowest).masked_fill_(banned_MV, float("-inf"))
+        logits_MV = self._masked_logits(logits_SV, rows_M, masks.bits)
         # Filters are of the masked law: the k likeliest of what may come.
         options = DrawOptions(filtered=bool(self._filtered[slots[masks.rows]].any()))
         token_M, _ = self.draw_plain(logits_MV, slots_M, batch.kv_lens_S[rows_M], options)
@@ -243,6 +245,30 @@ class Sampler:
             logprob_M=logprob_S[rows_M],
         )
         token_S[rows_M] = token_M
+
+    def _take_masked_law(
+        self, logits_SV: torch.Tensor, slots: np.ndarray, masks: StepMasks
+    ) -> StepMasks:
+        """Make the law of the rows that ask for the masked one what it says of them, in place; the
+        masks of the others."""
+        asks = self._masked_law[slots[masks.rows]]
+        if not asks.any():
+            return masks
+        rows_M = to_device(masks.rows[asks].astype(np.int64), self._device)
+        logits_MV = self._masked_logits(logits_SV, rows_M, masks.bits[asks])
+        # A row that is broken has to show it.
+        whole_M1 = logits_SV[rows_M].amax(-1, keepdim=True).isfinite()
+        logits_SV[rows_M] = torch.where(whole_M1, logits_MV, logits_SV[rows_M])
+        return StepMasks(step=masks.step, rows=masks.rows[~asks], bits=masks.bits[~asks])
+
+    def _masked_logits(
+        self, logits_SV: torch.Tensor, rows_M: torch.Tensor, bits: np.ndarray
+    ) -> torch.Tensor:
+        """The logits of some rows, -inf where their bits (`StepMasks.bits`) rule a token out."""
+        banned_MV = banned_tokens(to_device(_as_bytes(bits), self._device), logits_SV)
+        # What is allowed may come however unlikely it is; what is not never does.
+        lowest = max(torch.finfo(logits_SV.dtype).min, _LOWEST_LOGIT)
+        return logits_SV[rows_M].clamp_(min=lowest).masked_fill_(banned_MV, float("-inf"))
 
     def _others(
         self, logits_TV: torch.Tensor, temperature_T: torch.Tensor, slots_T: np.ndarray

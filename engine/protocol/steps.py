@@ -53,7 +53,7 @@ class EngineFacts(Struct, frozen=True, kw_only=True):
 
 class RowSampling(Struct, frozen=True, kw_only=True):
     """Sampling state a rank keeps for one slot. `banned_ids` cannot be drawn while fewer
-    than `min_new_tokens` were."""
+    than `min_new_tokens` were. masked_law: `Request.logprob_law` is "masked"."""
 
     temperature: Float32
     top_k: Int32
@@ -69,6 +69,7 @@ class RowSampling(Struct, frozen=True, kw_only=True):
     top_logprobs: Count
     entropy: bool = False
     logprob_ids: list[Int32] = msgspec.field(default_factory=list)
+    masked_law: bool = False
 
     @property
     def num_alternatives(self) -> int:

@@ -228,6 +228,8 @@ def _counts(
         "kv_versions": _versions(last.kv_spans, len(request.prompt_ids) + size),
         **spec_meta(last.spec, request),
     }
+    if request.masked:
+        counts["logprob_law"] = request.logprob_law
     if begin is not None:
         counts |= {"output_start": begin.num_tokens, "text_start": begin.num_chars}
     return counts

@@ -192,4 +192,5 @@ class Sequence:
             top_logprobs=self.request.top_logprobs,
             entropy=self.request.entropy,
             logprob_ids=self.request.logprob_ids,
+            masked_law=self.request.logprob_law == "masked",
         )

@@ -149,9 +149,12 @@ def finish_fields(finish: FinishReason | None, body: CompletionBody | ChatBody) 
 
 
 def version_fields(sample: Sample, labels: VersionLabels) -> dict[str, Any]:
-    """Which weights sampled a finished sequence, beside what the dialect has."""
-    spans = sample.output.spans
+    """Which weights sampled a finished sequence, beside what the dialect has; of one that masks
+    restricted, whose its logprobs are."""
+    spans, request = sample.output.spans, sample.request
+    law = {"logprob_law": request.logprob_law} if request.masked else {}
     return {
+        **law,
         "weight_version": labels.text(spans[-1].version) if spans else None,
         "weight_versions": [
             {"version": labels.text(span.version), "start": span.start, "end": span.end}

@@ -23,6 +23,7 @@ def why_undrafted(request: Request) -> str:
         "min_new_tokens": s.min_new_tokens > 0,
         "top_logprobs_num": request.top_logprobs > 0,
         "token_ids_logprob": bool(request.logprob_ids),
-        "allowed_token_ids": request.masked,
+        "allowed_token_ids": request.allowed_token_ids is not None,
+        "grammar": request.grammar is not None,
     }
     return next((field for field, holds in found.items() if holds), "")
