@@ -1,41 +1,20 @@
-"""The process that renders chat templates: one job a line of its input, one answer each.
-
-Started by `render_process.RenderProcess` alone. Whatever a template does stays in here: memory
-has a limit, and a job that runs on after its time is ended by the alarm, also when nobody is left
-who could kill this process.
-"""
+"""The process that renders chat templates; started by `render_process.RenderProcess` alone."""
 
 from __future__ import annotations
 
 import json
-import math
-import resource
-import signal
 import sys
-from typing import Any, BinaryIO
+from typing import Any
 
 from engine.errors import InvalidRequest, SlipstreamError
+from rollout.jobs.job_loop import Answer, serve_jobs
 from rollout.text.chat_template import ChatTemplate
 
 
-def main(memory_bytes: int) -> None:
-    """Answer jobs until the input ends."""
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+def start(_: bytes) -> Answer:
+    """What answers a job: `RenderJob` as JSON, to its text or its error."""
     templates: dict[str, ChatTemplate] = {}
-    while (line := _read(sys.stdin.buffer)) is not None:
-        job = json.loads(line)
-        signal.alarm(math.ceil(job["limit_s"]) + 1)
-        answer = _answer(job, templates)
-        signal.alarm(0)
-        data = json.dumps(answer).encode()
-        sys.stdout.buffer.write(len(data).to_bytes(8, "little") + data)
-        sys.stdout.buffer.flush()
-
-
-def _read(source: BinaryIO) -> bytes | None:
-    size = source.read(8)
-    return source.read(int.from_bytes(size, "little")) if len(size) == 8 else None
+    return lambda data: json.dumps(_answer(json.loads(data), templates)).encode()
 
 
 def _answer(job: dict[str, Any], templates: dict[str, ChatTemplate]) -> dict[str, str]:
@@ -60,4 +39,4 @@ def _answer(job: dict[str, Any], templates: dict[str, ChatTemplate]) -> dict[str
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    serve_jobs(start, sys.argv[1:])

@@ -1,0 +1,1 @@
+"""Work for callers whom nobody trusts, in processes that can be stopped."""
