@@ -37,6 +37,7 @@ from rollout.files.jsonl import (
     parse_line,
     read_lines,
 )
+from rollout.masks.grammar.check import GrammarCheck, check_grammar
 from rollout.replica.base import Replica
 from rollout.requests.expand import expand, with_seed
 from rollout.requests.generate import (
@@ -237,6 +238,7 @@ class _FileJob:
         self._tokenizer = tokenizer
         self._state = state
         self._seed = seed
+        self._grammars = GrammarCheck(tokenizer)
         self._line_of: dict[str, _Line] = {}
         self.num_sequences = sum(line.num_sequences() for line in lines)
         self._num_written = 0
@@ -289,6 +291,8 @@ class _FileJob:
         line = self._lines[number]
         seed = derive_seed(self._seed, number)
         requests = expand(wire, self._tokenizer, self._state, seed)
+        if requests[0].grammar is not None:
+            check_grammar(self._grammars, wire, requests[0].grammar, self._state.vocab_size)
         line.wire = with_seed(wire, seed)
         for request in requests:
             if request.rid in self._line_of:

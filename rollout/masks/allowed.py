@@ -19,6 +19,10 @@ class AllowedTokens:
         """Whether it says which tokens are allowed."""
         return request.allowed_token_ids is not None
 
+    def prepare(self, request: Request) -> bool:
+        """Nothing has to be."""
+        return True
+
     def ask(self, rows: Sequence[MaskedRow]) -> list[KnownMask]:
         """The masks, at once."""
         return [KnownMask(self._bits(row.request)) for row in rows]
@@ -26,6 +30,9 @@ class AllowedTokens:
     def forget(self, rid: str) -> None:
         """Drop the mask of that request."""
         self._packed.pop(rid, None)
+
+    def close(self) -> None:
+        """There are no threads."""
 
     def _bits(self, request: Request) -> BitArray:
         found = self._packed.get(request.rid)

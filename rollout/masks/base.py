@@ -51,6 +51,12 @@ class MaskSource(Protocol):
         """Whether it restricts that request (`Request.masked` is then true)."""
         ...
 
+    def prepare(self, request: Request) -> bool:
+        """Begin, in a thread, what has to be there before the first mask of a wanted request;
+        whether it is, or will never be. Called again and again: a request waits in the queue for
+        it, so that no step does."""
+        ...
+
     def ask(self, rows: Sequence[MaskedRow]) -> Sequence[PendingMask]:
         """A mask for each row, all of one step and all wanted, for the token behind `output_ids`.
 
@@ -61,6 +67,10 @@ class MaskSource(Protocol):
 
     def forget(self, rid: str) -> None:
         """The request of that id is over; one that is not known is no error."""
+        ...
+
+    def close(self) -> None:
+        """End its threads, whatever they are at; nothing is asked any more. Idempotent."""
         ...
 
 

@@ -87,6 +87,21 @@ class MaskGate:
         self._open.pause_s = min(max(2 * pause_s, _SHORTEST_PAUSE_S), _LONGEST_PAUSE_S)
         return pause_s
 
+    def prepared(self, request: Request) -> bool:
+        """Whether the masks of a request can be asked for, or will never be there; begins what is
+        missing."""
+        if not request.masked:
+            return True
+        try:
+            return all(
+                _guarded(request, source.prepare, request)
+                for source in self._sources
+                if _guarded(request, source.wants, request)
+            )
+        except SlipstreamError:
+            # What failed fails again when the mask is asked for, and ends the request then.
+            return True
+
     def open(self, step: int, rows: Sequence[MaskedRow]) -> None:
         """`step` waits for the masks of `rows`, which are asked for now."""
         assert self._open is None, "two steps wait for masks"
@@ -130,6 +145,11 @@ class MaskGate:
     def close(self) -> None:
         """Give the step up that waits, if one does."""
         self._open = None
+
+    def shut_down(self) -> None:
+        """End what the sources have running. Idempotent."""
+        for source in self._sources:
+            source.close()
 
     def forget_ended(self, outputs: Iterable[RequestOutput]) -> None:
         """Tell the sources which of the requests they were asked about are over."""
@@ -267,4 +287,6 @@ def _as_mask_error(request: Request, error: Exception) -> SlipstreamError:
 
 def _field(request: Request) -> str:
     """The field that restricts its tokens."""
+    if request.grammar is not None:
+        return "grammar"
     return "" if request.allowed_token_ids is None else "allowed_token_ids"

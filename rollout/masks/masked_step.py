@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from engine.protocol import RequestOutput, StepMasks, StepPlan
-from rollout.masks.allowed import AllowedTokens
-from rollout.masks.base import MaskSource
 from rollout.masks.gate import MaskGate
 from rollout.masks.rows import masked_rows
 from rollout.scheduler.scheduler import Scheduler
@@ -27,16 +25,12 @@ class MaskedStep:
         self,
         scheduler: Scheduler,
         *,
-        sources: Sequence[MaskSource],
-        vocab_size: int,
-        timeout_s: float,
+        gate: MaskGate,
         send: Callable[[StepPlan, StepMasks], None],
         emit: Callable[[list[RequestOutput]], None],
     ) -> None:
-        """sources: beside that of `Request.allowed_token_ids`. timeout_s: as in `MaskGate`. send:
-        hands the frame to the ranks. emit: takes the outputs of requests that end."""
-        own = [AllowedTokens(vocab_size), *sources]
-        self._gate = MaskGate(own, vocab_size=vocab_size, timeout_s=timeout_s)
+        """send: hands the frame to the ranks. emit: takes the outputs of requests that end."""
+        self._gate = gate
         self._scheduler = scheduler
         self._send = send
         self._emit = emit
@@ -75,6 +69,10 @@ class MaskedStep:
         """Forget the step, if there is one: it failed."""
         self._plan = None
         self._gate.close()
+
+    def close(self) -> None:
+        """End what the sources of masks have running. Idempotent."""
+        self._gate.shut_down()
 
     def forget_ended(self, outputs: list[RequestOutput]) -> None:
         """Tell the sources of masks which requests are over."""

@@ -48,6 +48,7 @@ from engine.protocol import (
 from rollout.cache.manager import CacheManager
 from rollout.masks.base import MaskSource
 from rollout.masks.masked_step import MaskedStep
+from rollout.masks.sources import mask_gate
 from rollout.ranks.device_errors import breaks_device
 from rollout.ranks.step_executor import PendingStep, StepExecutor
 from rollout.replica.command_replies import error_info
@@ -84,8 +85,9 @@ class Leader:
     def __init__(
         self, config: EngineConfig, executor: StepExecutor, mask_sources: Sequence[MaskSource] = ()
     ) -> None:
-        """mask_sources: beside that of `Request.allowed_token_ids`."""
+        """mask_sources: beside those of `Request.allowed_token_ids` and `Request.grammar`."""
         facts = executor.facts
+        gate = mask_gate(config, facts, mask_sources)
         cache = CacheManager(
             num_pages=facts.num_pages,
             page_size=facts.page_size,
@@ -102,6 +104,7 @@ class Leader:
             version=config.weight_version,
             speculative=config.speculative,
             device=facts.device,
+            prepared=gate.prepared,
         )
         self._readiness = Readiness(
             version=config.weight_version,
@@ -112,12 +115,7 @@ class Leader:
             executor, self._scheduler, self._readiness, drain=self._drain, emit=self._emit
         ).queue
         self._masked = MaskedStep(
-            self._scheduler,
-            sources=mask_sources,
-            vocab_size=facts.vocab_size,
-            timeout_s=config.scheduler.mask_timeout_s,
-            send=self._send_masks,
-            emit=self._emit,
+            self._scheduler, gate=gate, send=self._send_masks, emit=self._emit
         )
         self._checks_integrity = config.scheduler.check_integrity
         overlap = config.scheduler.overlap
@@ -211,6 +209,8 @@ class Leader:
         if plan is not None or self._in_flight:
             self._num_empty_plans = 0
             self._advance(plan)
+        elif self._may_plan() and self._scheduler.preparing:
+            time.sleep(_LONGEST_POLL_S)
         elif self._may_plan():
             self._num_empty_plans += 1
             if self._num_empty_plans >= _MAX_EMPTY_PLANS:
@@ -281,6 +281,7 @@ class Leader:
     def close(self) -> None:
         """Free the executor."""
         self._weights.close()
+        self._masked.close()
         self._executor.close()
 
     def _may_plan(self) -> bool:

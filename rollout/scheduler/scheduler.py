@@ -8,7 +8,7 @@ meanwhile have their surplus token dropped.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 
 import numpy as np
@@ -25,11 +25,11 @@ from engine.protocol import (
     StepResult,
 )
 from rollout.cache.manager import CacheManager
-from rollout.requests.sample_ids import of_sample, starts_with
 from rollout.scheduler.continued import begin
 from rollout.scheduler.emit import final_output, make_output
 from rollout.scheduler.finish import CANNOT_RESTART, NOT_FINITE, finish_of
 from rollout.scheduler.kv_policy import KvPolicies
+from rollout.scheduler.named import named_sequences
 from rollout.scheduler.planning.decode import DecodePlanner
 from rollout.scheduler.planning.in_flight import InFlight
 from rollout.scheduler.planning.page_reserve import PageReserve
@@ -64,8 +64,10 @@ class Scheduler:
         version: int = 0,
         speculative: SpeculativeConfig | None = None,
         device: str = "cpu",
+        prepared: Callable[[Request], bool] = lambda request: True,
     ) -> None:
-        """speculative: what is drafted, nothing if None; device: what the ranks run on."""
+        """speculative: what is drafted, nothing if None; device: what the ranks run on. prepared:
+        whether a request may leave the queue; one that may not waits, and others pass it."""
         # Every running sequence must be able to decode in one step.
         num_slots = min(config.max_running, config.max_step_tokens)
         if num_slots < 1:
@@ -83,6 +85,7 @@ class Scheduler:
         )
         self._num_slots = num_slots
         self._device = device
+        self._prepared = prepared
         self._build_parts(version)
         self._requests: dict[str, Sequence] = {}
         self._groups = QueueGroups()
@@ -113,6 +116,11 @@ class Scheduler:
         """Whether `plan` plans nothing until `resume`."""
         return self._pause_mode is not None
 
+    @property
+    def preparing(self) -> bool:
+        """Whether the last `plan` left requests in the queue that are not `prepared`."""
+        return self._prefill.num_unprepared > 0
+
     def add(self, request: Request) -> RequestOutput | None:
         """Queue one request; its answer if the tokens that it came with are all of its output.
 
@@ -132,6 +140,8 @@ class Scheduler:
                 field="max_waiting",
             )
         self._enter(sequence)
+        # Begins what it may need, at once and not when there is room for it.
+        self._prepared(request)
         return None
 
     def abort(
@@ -153,18 +163,8 @@ class Scheduler:
         """
         if all:
             named = list(self._requests.values())
-        elif rid_prefix:
-            exact = frozenset((rid, *rids))
-            named = [
-                sequence
-                for own, sequence in self._requests.items()
-                if own in exact or starts_with(own, rid_prefix)
-            ]
         else:
-            # A client that leaves ends one of thousands: no scan for that.
-            first = rid if rid in self._requests else of_sample(rid)
-            found = (self._requests.get(name) for name in dict.fromkeys((first, *rids)))
-            named = [sequence for sequence in found if sequence is not None]
+            named = named_sequences(self._requests, rid=rid, rid_prefix=rid_prefix, rids=rids)
         finish = FinishReason(type="abort", message=message, error=error)
         return self._finish_each(named, finish, keep_kv=not all)
 
@@ -324,7 +324,7 @@ class Scheduler:
         self._policies = KvPolicies(self._running, self._queue, self._preemption)
         self._decode = DecodePlanner(self._running)
         self._prefill = PrefillPlanner(
-            config, self._running, self._queue, self._reserve, self._admitted
+            config, self._running, self._queue, self._reserve, self._admitted, self._prepared
         )
         self._results = ResultWriter(self._running)
 

@@ -43,18 +43,26 @@ class ScriptedSource:
 
     rule: from a request's id and its output tokens so far to looks until its mask is there, and
         tokens that it allows, None for any, or an error.
-    asked: what it was asked for, in order. forgotten: ids.
+    unprepared: looks until a request is prepared, by its id. asked: what it was asked for, in
+        order. forgotten: ids.
     """
 
     rule: Callable[[str, list[int]], tuple[int, Sequence[int] | Exception | None]]
     prefix: str = "m"
     vocab_size: int = VOCAB_SIZE
+    unprepared: dict[str, int] = field(default_factory=dict)
     asked: list[tuple[str, list[int]]] = field(default_factory=list)
     forgotten: list[str] = field(default_factory=list)
 
     def wants(self, request: Request) -> bool:
         """By its id."""
         return request.rid.startswith(self.prefix)
+
+    def prepare(self, request: Request) -> bool:
+        """Counts a look."""
+        left = self.unprepared.get(request.rid, 0)
+        self.unprepared[request.rid] = left - 1
+        return left <= 0
 
     def ask(self, rows: Sequence[MaskedRow]) -> list[CountedMask]:
         """As the rule says."""
@@ -72,3 +80,6 @@ class ScriptedSource:
     def forget(self, rid: str) -> None:
         """Noted."""
         self.forgotten.append(rid)
+
+    def close(self) -> None:
+        """There is nothing to end."""

@@ -11,11 +11,13 @@ from typing import Concatenate, ParamSpec, TypeVar
 import msgspec
 
 from engine.errors import InvalidRequest, SlipstreamError, by_name
-from engine.protocol import Stop
+from engine.protocol import Request, Stop
 from rollout.http.engine.client import AsyncEngine
 from rollout.http.native.generate_call import GenerateCall, in_item
 from rollout.http.native.sample import Sample, SampleDelta
 from rollout.http.native.text_workers import TextWorkers
+from rollout.masks.grammar.check import GrammarCheck
+from rollout.masks.grammar.requested import grammar_field, in_field
 from rollout.metrics import Metrics
 from rollout.requests.expand import (
     check_top_entries,
@@ -52,7 +54,7 @@ _INLINE_IDS = 65_536
 class Generator:
     """Expands calls into samples and drives them.
 
-    workers: where long texts are encoded, beside the event loop.
+    workers: where long texts are encoded, beside the event loop. grammars: where they are tried.
     seed: requests without a `sampling_seed` get seeds derived from it and their number.
     """
 
@@ -65,6 +67,7 @@ class Generator:
         self.seed = seed
         self._numbers = count()
         self.workers = TextWorkers()
+        self.grammars = GrammarCheck(tokenizer)
         self._num_expanding = 0
 
     def seeded(self, seed: int) -> Generator:
@@ -80,8 +83,27 @@ class Generator:
         # Everything that can be refused is, before a stream has sent its status.
         self.engine.check_open()
         samples = await self._expanded(call)
+        await self._check_grammars(call, samples)
         self.engine.check_ids([sample.request.rid for sample in samples])
         return samples
+
+    async def _check_grammars(self, call: GenerateCall, samples: Sequence[Sample]) -> None:
+        """Raise InvalidRequest for the first item whose grammar cannot be served."""
+        last = None
+        for sample in samples:
+            grammar = sample.request.grammar
+            # Samples of one prompt have the same.
+            if grammar is None or grammar is last:
+                continue
+            last = grammar
+            try:
+                await self.grammars.checked(grammar, self.engine.facts.vocab_size)
+            except InvalidRequest as error:
+                named = in_field(error, grammar_field(sample.wire))
+                if not call.batch:
+                    raise named from error
+                rids = [item.rid for item in call.items]
+                raise in_item(named, rids.index(sample.wire.rid)) from error
 
     async def _expanded(self, call: GenerateCall) -> list[Sample]:
         """The sequences; of a large call made beside the event loop."""
@@ -192,6 +214,7 @@ class Generator:
                 raise in_item(error, number) from error
             num_tokens += len(requests) * len(requests[0].prompt_ids)
             num_tokens += len(requests) * len(item.allowed_token_ids or ())
+            num_tokens += len(requests) * _num_grammar_tokens(requests[0])
             num_tokens += sum(num_given(request) for request in requests)
             _check_tokens(num_tokens, "n" if len(requests) > 1 else "input_ids")
             num_entries += num_top_entries(requests[0], len(requests), self.engine.facts)
@@ -235,11 +258,17 @@ def _failure(sample: Sample) -> SlipstreamError | None:
     return by_name(finish.error or "", finish.message or "")
 
 
+def _num_grammar_tokens(request: Request) -> int:
+    """Tokens that take as many bytes as its grammar, in which a character is 4 at most."""
+    return 0 if request.grammar is None else len(request.grammar.source)
+
+
 def _check_tokens(count: int, field: str) -> None:
-    """The engine gets a prompt, and the tokens that are allowed, for every sample: 4 bytes each."""
+    """The engine gets a prompt, the tokens that are allowed and the grammar for every sample: 4
+    bytes a token."""
     if count > _MAX_CALL_TOKENS:
         raise InvalidRequest(
-            f"the prompts and allowed_token_ids of all samples have more than {_MAX_CALL_TOKENS} "
-            "tokens together; send several calls",
+            "the prompts, allowed_token_ids and grammars of all samples have more than "
+            f"{_MAX_CALL_TOKENS} tokens together; send several calls",
             field=field,
         )

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from engine.errors import InvalidRequest
-from engine.protocol import GenerateRequest, KvPolicy, SamplingParams
+from engine.protocol import GenerateRequest, KvPolicy, LogprobLaw, SamplingParams
 from engine.protocol.types import (
     AllowedIds,
     ClientId,
@@ -24,6 +24,7 @@ from engine.protocol.types import (
     TokenIds,
 )
 from rollout.http.openai.fields import NATIVE_NAMES, check_fields
+from rollout.http.openai.structured import StructuredFields, grammar_of_body
 from rollout.requests.json_types import check_depth, decode_json
 from rollout.text.chat_template import check_variables
 
@@ -38,7 +39,7 @@ class StreamOptions(msgspec.Struct):
     include_usage: bool = False
 
 
-class _Common(msgspec.Struct, kw_only=True):
+class _Common(StructuredFields, kw_only=True):
     """Options of both routes; names and defaults of OpenAI and vLLM."""
 
     model: Message = ""
@@ -69,6 +70,7 @@ class _Common(msgspec.Struct, kw_only=True):
     cache_salt: Salt | None = None
     request_id: ClientId | None = None
     allowed_token_ids: AllowedIds | None = None
+    logprob_law: LogprobLaw = "model"
     kv_policy: KvPolicy = "keep"
 
 
@@ -100,6 +102,9 @@ def parse_openai(data: bytes, kind: type[T]) -> T:
     this engine does not have (`fields`)."""
     check_fields(decode_json(data or b"{}", dict[str, msgspec.Raw]), kind)
     body: T = decode_json(data or b"{}", kind, strict=False)
+    if isinstance(body, StructuredFields):
+        for field in StructuredFields.__struct_fields__:
+            check_depth(getattr(body, field) or [], field)
     if isinstance(body, ChatBody):
         for field in ("messages", "tools", "chat_template_kwargs"):
             check_depth(getattr(body, field) or [], field)
@@ -173,6 +178,7 @@ def base_request(
             raise InvalidRequest(
                 f"{field} is {count}; give 0 to {vocab_size}, or -1 for all", field=field
             )
+    named = grammar_of_body(body)
     wanted = [_all_if_negative(k, vocab_size) for k in (top_logprobs, scores) if k is not None]
     return GenerateRequest(
         sampling_params=_sampling_of(body, max_tokens),
@@ -185,6 +191,8 @@ def base_request(
         cache_salt=body.cache_salt or "",
         kv_policy=body.kv_policy,
         allowed_token_ids=body.allowed_token_ids,
+        grammar=None if named is None else named[1],
+        logprob_law=body.logprob_law,
     )
 
 

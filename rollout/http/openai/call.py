@@ -18,6 +18,7 @@ from rollout.http.native.sample import Sample, SampleDelta
 from rollout.http.openai.bodies import ChatBody, CompletionBody, renamed
 from rollout.http.openai.logprobs import TokenWriter, prompt_logprobs
 from rollout.http.openai.model_routes import check_model
+from rollout.http.openai.structured import named_grammar
 from rollout.http.services import Services
 from rollout.http.updates.version_labels import VersionLabels
 from rollout.requests.sample_ids import check_client_id, sample_id
@@ -105,7 +106,7 @@ async def start(
             # Its samples may have other ids than these, if it has more of them.
             services.engine.check_ids([sample.request.rid for sample in other.samples])
     except InvalidRequest as error:
-        raise renamed(error) from error
+        raise named_grammar(renamed(error), body) from error
     found = OpenAICall(services=services, body=body, call=call, samples=samples, object=object_name)
     services.calls[rid] = found
     return found

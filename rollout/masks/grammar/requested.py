@@ -34,3 +34,21 @@ def from_source(kind: GrammarKind, source: str) -> Grammar:
     if kind == "json_schema" and source == ANY_OBJECT:
         return Grammar(kind="json_object", source="")
     return Grammar(kind=kind, source=source)
+
+
+def grammar_field(wire: GenerateRequest) -> str:
+    """By which field a native request has its grammar."""
+    for kind in _KINDS:
+        if getattr(wire.sampling_params, kind):
+            return f"sampling_params.{kind}"
+    return "grammar"
+
+
+def in_field(error: InvalidRequest, field: str) -> InvalidRequest:
+    """An error of a grammar as one of the field that it came by; others as they are."""
+    if error.field != "grammar":
+        return error
+    message = error.message
+    if message.startswith("grammar"):
+        message = field + message.removeprefix("grammar")
+    return type(error)(message, field=field)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from engine.config import SchedulerConfig
+from engine.protocol import Request
 from rollout.cache.radix_node import Match, common_prefix
 from rollout.scheduler.planning.page_reserve import PageReserve
 from rollout.scheduler.planning.plan_builder import PlanBuilder
@@ -31,17 +32,22 @@ class PrefillPlanner:
         queue: WaitingQueue,
         reserve: PageReserve,
         on_admit: Callable[[Sequence], None],
+        prepared: Callable[[Request], bool],
     ) -> None:
         self._max_chunk_tokens = max(1, config.max_chunk_tokens)
         self._running = running
         self._queue = queue
         self._reserve = reserve
         self._on_admit = on_admit
+        self._prepared = prepared
+        self.num_unprepared = 0
         self._peeked: dict[str, int] = {}
         self._peeked_at = (-1, -1)
 
     def plan(self, builder: PlanBuilder, budget: int) -> None:
-        """Add prompt chunks of at most `budget` tokens in all."""
+        """Add prompt chunks of at most `budget` tokens in all. `num_unprepared` is then how many
+        waiting sequences were passed over because they are not prepared."""
+        self.num_unprepared = 0
         for sequence in list(self._running.prefilling.values()):
             budget -= self._plan_chunk(builder, sequence, budget)
         if budget > 0 and len(self._queue) and self._running.num_free_slots:
@@ -55,6 +61,9 @@ class PrefillPlanner:
         for sequence in self._queue.candidates(self._cached_tokens):
             if budget <= 0 or slots_left <= 0:
                 break
+            if not self._prepared(sequence.request):
+                self.num_unprepared += 1
+                continue
             # A postponed request keeps its place: its group is worth more than a new one.
             slots_left -= 1
             if sequence.request.group and sequence.request.group in postponed:

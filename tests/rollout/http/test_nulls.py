@@ -59,7 +59,7 @@ KINDS = {
     "/v1/chat/completions": ChatBody,
 }
 # Known to the dialect and no fields here.
-_OTHERS = ("user", "response_format", "functions", "modalities", "lora_path", "guided_json")
+_OTHERS = ("user", "functions", "modalities", "lora_path", "guided_decoding_backend")
 
 
 def body_kinds() -> Iterator[type[msgspec.Struct]]:

@@ -98,9 +98,9 @@ def test_a_stream() -> None:
         ({"sampling_params": {"stream": True}}, "InvalidRequest", "sampling_params.stream"),
         ({"sampling_params": {"echo": True}}, "InvalidRequest", "sampling_params.echo"),
         (
-            {"sampling_params": {"structured_outputs": {"regex": "a"}}},
-            "UnsupportedOption",
-            "structured_outputs",
+            {"sampling_params": {"structured_outputs": {"regex": "("}}},
+            "InvalidRequest",
+            "structured_outputs.regex",
         ),
     ],
 )

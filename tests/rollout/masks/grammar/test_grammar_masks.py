@@ -1,0 +1,199 @@
+"""The source of masks of grammars, alone: which tokens may come, and what is whose fault."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from engine.errors import InvalidRequest, MaskError
+from engine.protocol import Grammar, Request
+from rollout.masks.base import MaskedRow, PendingMask, num_words
+from rollout.masks.grammar.source import GrammarMasks
+from rollout.masks.grammar.vocabulary import Vocabulary
+from tests.helpers.fake_executor import EOS_ID, VOCAB_SIZE, tokens_of
+from tests.helpers.grammars import ids_in, tiny_vocabulary
+from tests.helpers.replicas import make_request
+from tests.helpers.tiny_tokenizer import IM_END_ID
+
+YES = Grammar(kind="choice", source='["yes", "yet", "no"]')
+
+
+def asked(rid: str, grammar: Grammar = YES, *, stop_ids: tuple[int, ...] = (EOS_ID,)) -> Request:
+    request = make_request(rid, [1, 2])
+    return msgspec.structs.replace(request, grammar=grammar, stop_ids=list(stop_ids))
+
+
+def row(request: Request, text: str = "", number: int = 0, more: tuple[int, ...] = ()) -> MaskedRow:
+    tokens = np.array([*ids_in(text), *more], np.int32)
+    return MaskedRow(row=number, slot=number, request=request, output_ids=tokens)
+
+
+@contextmanager
+def source(load: Callable[[], Vocabulary] = tiny_vocabulary) -> Iterator[GrammarMasks]:
+    made = GrammarMasks(load, vocab_size=VOCAB_SIZE, eos_ids=[EOS_ID])
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def result(mask: PendingMask) -> list[int]:
+    """Tokens that a mask allows."""
+    until(mask.done)
+    bits = mask.result()
+    assert bits is not None and bits.shape == (num_words(VOCAB_SIZE),) and bits.dtype == np.uint32
+    return [token for token in tokens_of(np.ascontiguousarray(bits)) if token < VOCAB_SIZE]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_what_may_come_and_where_the_end_may() -> None:
+    with source() as masks:
+        rows = [
+            row(asked("a"), "", 0),
+            row(asked("b"), "ye", 1),
+            row(asked("c"), "yes", 2),
+            row(asked("d", stop_ids=(EOS_ID, IM_END_ID)), "no", 3),
+            row(asked("e", stop_ids=()), "no", 4),
+            row(asked("f", stop_ids=()), "no", 5, more=(EOS_ID,)),
+            row(asked("g", stop_ids=tuple(ids_in("s"))), "ye", 6),
+        ]
+        found = [result(mask) for mask in masks.ask(rows)]
+    assert found[0] == sorted(ids_in("y") + ids_in("n"))
+    assert found[1] == sorted(ids_in("s") + ids_in("t"))
+    assert found[2] == [EOS_ID]
+    assert found[3] == [IM_END_ID, EOS_ID]
+    # What nothing ends is filled up with the model's own.
+    assert found[4] == found[5] == [EOS_ID]
+    # A stop token that the grammar would take is still the end, and comes where a text is whole.
+    assert found[6] == ids_in("t")
+
+
+def test_before_the_constraint_begins_all_may_come_but_the_end() -> None:
+    grammar = msgspec.structs.replace(YES, after_ids=[IM_END_ID])
+    with source() as masks:
+        first, second = masks.ask(
+            [row(asked("a", grammar), "hm", 0), row(asked("b", grammar), "hm<|im_end|>y", 1)]
+        )
+        assert result(first) == [token for token in range(VOCAB_SIZE) if token != EOS_ID]
+        assert result(second) == ids_in("e")
+
+
+def test_rows_that_go_on_repeat_and_go_back() -> None:
+    request = asked("a")
+    with source() as masks:
+        for text, want in (
+            ("", "ny"),
+            ("y", "e"),
+            ("y", "e"),
+            ("", "ny"),
+            ("ye", "st"),
+            ("n", "o"),
+        ):
+            (mask,) = masks.ask([row(request, text)])
+            assert result(mask) == sorted(ids_in(want))
+
+
+def test_another_request_of_the_same_id_begins_at_its_beginning() -> None:
+    with source() as masks:
+        (mask,) = masks.ask([row(asked("a"), "ye")])
+        result(mask)
+        (mask,) = masks.ask([row(asked("a", Grammar(kind="regex", source="[0-9]")), "")])
+        assert result(mask) == ids_in("0123456789")
+        masks.forget("a")
+        masks.forget("nobody")
+        (mask,) = masks.ask([row(asked("a"), "ye")])
+        assert result(mask) == sorted(ids_in("st"))
+
+
+def test_output_that_is_not_of_the_grammar_is_its_own_fault() -> None:
+    with source() as masks:
+        bad, good = masks.ask([row(asked("a"), "yx", 0), row(asked("b"), "ye", 1)])
+        assert result(good) == sorted(ids_in("st"))
+        with pytest.raises(MaskError, match="output tokens") as caught:
+            result(bad)
+        assert caught.value.field == "grammar"
+        # It is looked at anew the next time.
+        (mask,) = masks.ask([row(asked("a"), "y")])
+        assert result(mask) == ids_in("e")
+
+
+def test_a_grammar_that_cannot_be_compiled_ends_its_request_alone() -> None:
+    broken = asked("a", Grammar(kind="regex", source="("))
+    with source() as masks:
+        bad, good = masks.ask([row(broken, "", 0), row(asked("b"), "", 1)])
+        assert result(good)
+        with pytest.raises(InvalidRequest, match="position 0"):
+            result(bad)
+        until(lambda: masks.prepare(broken))
+
+
+def test_a_model_without_a_tokenizer_is_named() -> None:
+    from rollout.masks.grammar.vocabulary import load_vocabulary
+
+    with source(lambda: load_vocabulary("/nowhere", VOCAB_SIZE)) as masks:
+        (mask,) = masks.ask([row(asked("a"))])
+        with pytest.raises(InvalidRequest, match="tokenizer"):
+            result(mask)
+
+
+def test_nothing_is_loaded_before_the_first_grammar_and_then_once() -> None:
+    loads: list[int] = []
+    gate = threading.Event()
+
+    def load() -> Vocabulary:
+        loads.append(1)
+        gate.wait(60)
+        return tiny_vocabulary()
+
+    with source(load) as masks:
+        assert masks.prepare(make_request("p", [1])) and not loads
+        first, second = asked("a"), asked("b", Grammar(kind="regex", source="x"))
+        assert not masks.prepare(first) and not masks.prepare(second)
+        pending = masks.ask([row(first, "", 0), row(second, "", 1)])
+        assert not pending[0].done() and not pending[1].done()
+        gate.set()
+        assert result(pending[0]) and result(pending[1]) == ids_in("x")
+        assert masks.prepare(first) and len(loads) == 1
+
+
+def test_grammars_are_dropped_when_there_are_many_and_made_again() -> None:
+    with source() as masks:
+        for number in range(300):
+            request = asked(f"r{number}", Grammar(kind="regex", source=f"{number}"))
+            until(lambda request=request: masks.prepare(request))
+        assert len(masks._compiled._found) <= 256
+        (mask,) = masks.ask([row(asked("x", Grammar(kind="regex", source="0")))])
+        assert result(mask) == ids_in("0")
+
+
+def test_ids_that_no_token_has_never_come() -> None:
+    """A model may have more logits than its tokenizer has tokens."""
+    wide = VOCAB_SIZE + 20
+
+    def load() -> Vocabulary:
+        tiny = tiny_vocabulary()
+        return Vocabulary([*tiny.tokens, *[b""] * 20], tiny.special_ids)
+
+    made = GrammarMasks(load, vocab_size=wide, eos_ids=[EOS_ID])
+    try:
+        (mask,) = made.ask([row(asked("a", Grammar(kind="regex", source="(?s:.)*")))])
+        until(mask.done)
+        bits: Any = mask.result()
+        assert len(bits) == num_words(wide)
+        found = tokens_of(np.ascontiguousarray(bits))
+        assert max(token for token in found if token < wide) == EOS_ID
+    finally:
+        made.close()
