@@ -44,8 +44,9 @@ from kernels.speculative.rows import VirtualRows, virtual_rows
 
 logger = logging.getLogger(__name__)
 
-_MOST_LOGIT_BYTES = 64 << 20
-"""Of the buffer for the logits of steps that are drawn later, if they were float32."""
+_MOST_LOGIT_BYTES = 256 << 20
+"""Of the buffer for the logits of steps that are drawn later, if they were float32. What memory is
+planned by (`engine.memory.graph_bytes`) has room for it, since logits are of 16 bits."""
 
 
 def row_buckets(max_rows: int) -> list[int]:
