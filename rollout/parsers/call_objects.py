@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import re
+
 from rollout.parsers.calls import CallReader
 from rollout.parsers.json_text import decoded, json_kind, read_text, read_value
 from rollout.parsers.source import NotACall, Source, Steps
 
 _ARGUMENTS = ("arguments", "parameters")
+_OWN = ("name", *_ARGUMENTS)
 _OTHERS = ("id", "type")
+_HALF = re.compile(r"[\ud800-\udfff]")
+"""Half of a pair, which JSON can write and UTF-8 cannot."""
 
 
-def read_call_object(call: CallReader, *, is_open: bool = False) -> Steps[None]:
+def read_call_object(call: CallReader, *, bare: bool = False) -> Steps[None]:
     """Take one `{"name": ..., "arguments": {...}}`, keys in any order; `parameters` are arguments
-    too, and without any there are none. is_open: its brace is taken. Raises NotACall where it is
-    something else."""
+    too, and without any there are none.
+
+    bare: nothing but its brace, which is taken, said that it is a call: it must have arguments,
+    and no other keys. Raises NotACall where it is something else.
+    """
     source = call.source
     name: str | None = None
     found: list[str] | None = None
-    if not is_open:
+    if not bare:
         yield from source.need("{")
     separator = ","
     while separator == ",":
@@ -32,12 +40,12 @@ def read_call_object(call: CallReader, *, is_open: bool = False) -> Steps[None]:
                 yield from read_value(source, found.append)
             else:
                 yield from read_arguments(call, name)
-        elif key in _OTHERS or (name is not None and key not in ("name", *_ARGUMENTS)):
+        elif key in _OTHERS or (name is not None and not bare and key not in _OWN):
             yield from read_value(source, _drop)
         else:
             raise NotACall
         separator = yield from source.need(",", "}")
-    if name is None:
+    if name is None or (bare and found is None):
         raise NotACall
     if not call.is_begun:
         _give(call, name, "".join(found or ["{}"]), "")
@@ -62,7 +70,7 @@ def _give(call: CallReader, name: str, text: str, call_id: str) -> None:
     if text == "null":
         text = "{}"
     elif text.startswith('"'):
-        text = decoded(text)
+        text = _HALF.sub(lambda half: f"\\u{ord(half[0]):04x}", decoded(text))
     if json_kind(text) != "object":
         raise NotACall
     if not call.is_begun:

@@ -118,8 +118,8 @@ class CallReader:
             self.say("".join(self.spaces) + self.source.taken())
             self.spaces.clear()
 
-    def give_back(self) -> None:
-        """Nothing that was taken since the last call is one."""
+    def give_back(self) -> bool:
+        """Nothing that was taken since the last call is one; whether it ends with a line."""
         text = "".join(self.spaces) + self.source.taken()
         self.spaces.clear()
         if self.is_begun and not self._hidden:
@@ -129,6 +129,7 @@ class CallReader:
         else:
             self.say(text)
         self.is_begun = False
+        return "\n" in text[len(text.rstrip()) :]
 
     def leave(self) -> None:
         """What follows is content until something opens calls."""
@@ -180,8 +181,7 @@ class CallParser:
             try:
                 yield from self._syntax.read(self._call, opening)
             except NotACall:
-                self._call.give_back()
-                self._at_line_start = False
+                self._at_line_start = self._call.give_back()
             self._call.leave()
 
     def _content(self) -> Steps[str]:

@@ -104,7 +104,10 @@ class ReplyFormat:
         thinking = self._thinking
         if thinking is None:
             return False
-        return thinking.always or prompt[-256:].rstrip().endswith(thinking.opening)
+        end = prompt[-256:].rstrip()
+        return end.endswith(thinking.opening) or (
+            thinking.always and not end.endswith(thinking.closing)
+        )
 
     def parser(
         self, tools: Sequence[Mapping[str, Any]], prompt_ends_in_thinking: bool

@@ -43,5 +43,5 @@ def offered_functions(tools: Sequence[Mapping[str, Any]]) -> Functions:
             raise InvalidRequest(
                 f"{where}.parameters must be a JSON schema, an object", field=f"{where}.parameters"
             )
-        found[name] = parameters or NO_ARGUMENTS
+        found[name] = NO_ARGUMENTS if parameters is None else parameters
     return found

@@ -26,7 +26,7 @@ class _Syntax:
     line_openings: tuple[str, ...] = (_BRACE,)
 
     def read(self, call: CallReader, opening: str) -> Steps[None]:
-        yield from read_call_object(call, is_open=opening == _BRACE)
+        yield from read_call_object(call, bare=opening == _BRACE)
         while (yield from call.separator(";")):
             yield from read_call_object(call)
         if opening == _START:

@@ -32,10 +32,13 @@ class _Syntax:
 
     def read(self, call: CallReader, opening: str) -> Steps[None]:
         yield from call.source.spaces()
-        if (yield from call.source.peek()) == "[":
-            yield from _read_list(call)
-        else:
-            yield from _read_named(call)
+        match (yield from call.source.peek()):
+            case "[":
+                yield from _read_list(call)
+            case "{":
+                yield from read_call_object(call)
+            case _:
+                yield from _read_named(call)
 
 
 def _read_list(call: CallReader) -> Steps[None]:

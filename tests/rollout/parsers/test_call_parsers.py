@@ -195,6 +195,51 @@ def test_forms_of_an_object_that_is_a_call(arguments: str, expected: str | None)
         assert content == (text if expected is None else "")
 
 
+def test_half_a_pair_stays_an_escape() -> None:
+    text = r'<tool_call>{"name": "forecast", "arguments": "{\"city\": \"\ud800\"}"}</tool_call>'
+    (call,) = collect(events_of(FORMATS["hermes"], text)).calls
+    assert call.arguments == r'{"city": "\ud800"}'
+    call.arguments.encode()
+
+
+@pytest.mark.parametrize(
+    "text,calls",
+    [
+        ('{"name": "now"}', 0),
+        ('{"name": "now", "parameters": {}, "why": 1}', 0),
+        ('{"name": "now", "parameters": {}, "type": "function"}', 1),
+        ('Call {"name": "now", "parameters": {}}', 0),
+        ('Call\n  {"name": "now", "parameters": {}}', 1),
+        ('{\n{"name": "now", "parameters": {}}', 1),
+        ('<|python_tag|>{"name": "now"}', 1),
+        ('<|python_start|>{"name": "now"}<|python_end|>', 1),
+    ],
+)
+def test_a_bare_object_is_a_call_where_nothing_else_can_be_meant(text: str, calls: int) -> None:
+    content, _, found = said(events_of(FORMATS["llama3"], [text]))
+    assert len(found) == calls
+    assert (content == text) == (calls == 0)
+
+
+@pytest.mark.parametrize(
+    "text,calls",
+    [
+        ("see [now()]", 0),
+        ("see\n[now()]", 1),
+        ("[\n[now()]", 1),
+        ("[link](http://a)", 0),
+        ("<|python_start|>[now()]<|python_end|>", 1),
+    ],
+)
+def test_a_list_is_calls_at_the_beginning_of_a_line(text: str, calls: int) -> None:
+    assert len(said(events_of(FORMATS["pythonic"], text))[2]) == calls
+
+
+def test_a_single_object_behind_the_token_of_mistral() -> None:
+    text = '[TOOL_CALLS]{"name": "now", "arguments": {}}'
+    assert said(events_of(FORMATS["mistral"], text)) == ("", "", [("now", "{}")])
+
+
 def test_ids_are_the_models_own_or_new() -> None:
     text = "[TOOL_CALLS]now[CALL_ID]aB3dE6gH9[ARGS]{}[TOOL_CALLS]now[ARGS]{}"
     first, second = collect(events_of(FORMATS["mistral"], text)).calls

@@ -79,6 +79,7 @@ def test_reasoning_comes_while_it_is_written() -> None:
         ("qwen3", "<|im_start|>assistant\n<think>\n\n</think>\n\n", False),
         ("qwen3", "<|im_start|>assistant\n", False),
         ("deepseek-r1", "<｜Assistant｜>", True),
+        ("deepseek-r1", "<｜Assistant｜><think>\n\n</think>\n", False),
         ("mistral", "[/INST]", False),
         ("none", "<think>", False),
     ],
