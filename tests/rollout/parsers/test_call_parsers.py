@@ -116,6 +116,7 @@ def test_text_between_and_behind_calls_is_content(kind: str) -> None:
     assert said(events) == ("First\nthen\n\nand last.\n", "", [("now", "{}")] * 2)
     events = parsed(kind, [f"\n {one}\n\n{one}\n"])
     assert said(events) == ("", "", [("now", "{}")] * 2)
+    assert said(parsed(kind, f"{one}\n\nDone.\n")) == ("Done.\n", "", [("now", "{}")])
 
 
 @OWN

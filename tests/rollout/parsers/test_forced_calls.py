@@ -77,6 +77,8 @@ def test_what_a_template_writes_is_a_forced_call(kind: str, special: bool) -> No
     assert not vocabulary.accepts(required, two)
     assert vocabulary.accepts(found.force(TOOLS, "required", True), one)
     assert vocabulary.accepts(found.force(TOOLS, "required", True), two)
+    three = own(kind, [*FULL, ("now", {}), ("now", {})])
+    assert vocabulary.accepts(found.force(TOOLS, "required", True), three)
     assert vocabulary.accepts(found.force(TOOLS, "forecast", True), one)
     assert not vocabulary.accepts(found.force(TOOLS, "now", True), one)
 

@@ -152,6 +152,8 @@ def test_strings_are_read_as_python_reads_them(text: str) -> None:
 )
 def test_literals(text: str, expected: str | None) -> None:
     assert python_json(text) == expected
+    if expected is not None:
+        assert fed(read_literal, text) == expected
 
 
 def test_depth_costs_no_stack() -> None:
