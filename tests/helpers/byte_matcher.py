@@ -1,29 +1,25 @@
-"""A grammar's matcher over a vocabulary of bytes, with some texts as special tokens."""
+"""A grammar as the engine compiles it, over a vocabulary of bytes with some special tokens."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
 
-from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+from llguidance import LLMatcher
 
 from engine.protocol import Grammar
+from rollout.masks.grammar.compile import compile_grammar
+from rollout.masks.grammar.vocabulary import Vocabulary, llguidance_tokenizer
 
 
 class ByteVocabulary:
-    """Tokens 0..255 are the bytes, then come `markers`, then the one that ends a text."""
+    """Tokens 0..255 are the bytes, then come `markers`, which are special tokens."""
 
     def __init__(self, markers: Sequence[str] = ()) -> None:
         self._markers = {marker: 256 + index for index, marker in enumerate(markers)}
-        self.tokens = [bytes([byte]) for byte in range(256)]
-        self.tokens += [marker.encode() for marker in markers] + [b"<end>"]
-        self.special_token_ids = [*self._markers.values(), len(self.tokens) - 1]
-        self.eos_token_id = len(self.tokens) - 1
-        self.bos_token_id = None
-        self._tokenizer = LLTokenizer(TokenizerWrapper(self))
-
-    def __call__(self, text: bytes) -> list[int]:
-        return list(text)
+        tokens = [bytes([byte]) for byte in range(256)] + [marker.encode() for marker in markers]
+        self._vocabulary = Vocabulary(tokens, list(self._markers.values()))
+        self._tokenizer = llguidance_tokenizer(self._vocabulary)
 
     def special_token_id(self, text: str) -> int | None:
         """Id of a marker."""
@@ -44,9 +40,7 @@ class ByteVocabulary:
 
     def matcher(self, grammar: Grammar) -> LLMatcher:
         """What stands at the beginning of a grammar."""
-        matcher = LLMatcher(self._tokenizer, grammar.source, log_level=0)
-        assert not matcher.is_error(), matcher.get_error() + grammar.source
-        return matcher
+        return compile_grammar(grammar, self._tokenizer, self._markers)
 
     def accepts(self, grammar: Grammar, text: str) -> bool:
         """Whether `text` is one of the grammar's."""
@@ -56,14 +50,13 @@ class ByteVocabulary:
     def drawn(self, grammar: Grammar, seed: int, most: int = 2000) -> str:
         """A text of the grammar: each token one of those that may come."""
         matcher, draw, found = self.matcher(grammar), random.Random(seed), []
+        end = self._vocabulary.end_id
         while not matcher.is_stopped() and len(found) < most:
             mask = matcher.compute_logit_bias()
-            allowed = [token for token, value in enumerate(mask) if value]
-            if self.eos_token_id in allowed and draw.random() < 0.5:
+            allowed = [token for token, value in enumerate(mask) if value and token < end]
+            if mask[end] and draw.random() < 0.5:
                 break
-            allowed = [token for token in allowed if token != self.eos_token_id]
-            token = draw.choice(allowed)
-            assert matcher.consume_token(token)
-            found.append(token)
+            found.append(draw.choice(allowed))
+            assert matcher.consume_token(found[-1])
         assert len(found) < most
-        return b"".join(self.tokens[token] for token in found).decode()
+        return b"".join(self._vocabulary.tokens[token] for token in found).decode()

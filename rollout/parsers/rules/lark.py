@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from llguidance import regex_to_lark
-
 from engine.errors import InvalidRequest
+from rollout.masks.grammar.languages.json_schema import served_schema
+from rollout.masks.grammar.languages.regex import literal, regex_terminal
 
 _ANY = "/(?s:.*)/"
 # As templates write arguments, which is what models have learnt.
@@ -41,15 +41,16 @@ class Lark:
         """`text`, as it stands."""
         parts, at = [], 0
         for found in self._markers.finditer(text):
-            parts += [json.dumps(text[at : found.start()])] if found.start() > at else []
+            parts += [literal(text[at : found.start()])] if found.start() > at else []
             parts.append(f"<[{self._special[found[0]]}]>")
             at = found.end()
-        parts += [json.dumps(text[at:])] if at < len(text) or not parts else []
+        parts += [literal(text[at:])] if at < len(text) or not parts else []
         return " ".join(parts)
 
     def json(self, schema: Mapping[str, Any]) -> str:
-        """A JSON value that fits a schema."""
-        given = {**schema, "x-guidance": dict(_SPACING)}
+        """A JSON value that fits a schema. Raises InvalidRequest, naming the place, for what is
+        not served of it."""
+        given = {**served_schema(dict(schema)), "x-guidance": dict(_SPACING)}
         return self.rule(f"%json {json.dumps(given)}")
 
     def up_to(self, closing: str) -> str:
@@ -58,17 +59,18 @@ class Lark:
         if found is not None:
             # A special token ends a text by itself.
             return f"{self.terminal(_ANY)} {self.text(closing[found.start() :])}"
-        return self.rule(f"{self.terminal(_ANY)} {json.dumps(closing)}", attributes="[lazy]")
+        return self.rule(f"{self.terminal(_ANY)} {literal(closing)}", attributes="[lazy]")
 
     def matching(self, pattern: str, free: str) -> str:
         """A terminal of texts that have a part which a JSON schema's `pattern` matches; `free`:
-        the class of the characters beside that part."""
+        the class of the characters beside that part. Raises InvalidRequest for a pattern that is
+        not served."""
         begin = end = f"{free}*"
         if pattern.startswith("^"):
             begin, pattern = "", pattern[1:]
         if re.search(r"(?<!\\)(?:\\\\)*\$$", pattern):
             end, pattern = "", pattern[:-1]
-        return f"/{regex_to_lark(f'{begin}(?:{pattern}){end}', '')}/"
+        return regex_terminal(f"{begin}(?:{pattern}){end}")
 
     def rule(self, body: str, attributes: str = "") -> str:
         """The name of a new rule."""
@@ -99,6 +101,6 @@ def named_function(error: InvalidRequest, name: str) -> InvalidRequest:
     """The error of a function whose schema is not served, in the words of the request."""
     return InvalidRequest(
         f"a call of {name[:100]!r} cannot be forced, since its parameters are not served: "
-        f"{error.message}",
+        f"{error.message.removeprefix('grammar: ')}",
         field="tools",
     )

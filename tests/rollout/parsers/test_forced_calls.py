@@ -188,6 +188,38 @@ def test_parameters_that_cannot_be_written_one_by_one(name: str, parameters: Any
     assert "look" in error.message or "a</b" in error.message
 
 
+@pytest.mark.parametrize("name", ["hermes", "mistral-args", "qwen3-coder", "pythonic"])
+def test_a_schema_that_is_not_served_names_function_and_place(name: str) -> None:
+    parameters = {"type": "object", "properties": {"a": {"type": "integer", "not": {"const": 1}}}}
+    error = refused(name, [{"name": "look", "parameters": parameters}])
+    assert error.field == "tools"
+    assert "'look'" in error.message and "/not" in error.message
+
+
+@pytest.mark.parametrize(
+    "pattern,fits,others",
+    [
+        ("b+", ["abbc", "b"], ["", "a"]),
+        ("^b+$", ["bb"], ["abb", ""]),
+        ("^a|b", ["a", "ab"], ["ca", ""]),
+        (r"^\d/\d$", ["1/2"], ["12"]),
+        (r"^a\$", ["a$", "a$b"], ["a"]),
+    ],
+)
+def test_a_pattern_between_tags(pattern: str, fits: list[str], others: list[str]) -> None:
+    parameters = {
+        "type": "object",
+        "properties": {"a": {"type": "string", "pattern": pattern}},
+        "required": ["a"],
+    }
+    vocabulary, found = vocabulary_and_format("glm", special=False)
+    grammar = found.force([{"name": "look", "parameters": parameters}], None, False)
+    for text in fits:
+        assert vocabulary.accepts(grammar, own("glm", [("look", {"a": text})])), text
+    for text in others:
+        assert not vocabulary.accepts(grammar, own("glm", [("look", {"a": text})])), text
+
+
 def test_a_function_named_like_the_word_can_be_named() -> None:
     vocabulary, found = vocabulary_and_format("hermes", special=False)
     tools = [{"name": "required"}, {"name": "other"}]
