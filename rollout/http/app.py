@@ -10,12 +10,14 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
 from rollout.http import openapi
+from rollout.http.anthropic import routes as message_routes
 from rollout.http.edge import errors, unserved_routes
 from rollout.http.edge.guard import Guard
 from rollout.http.edge.shortcut import Shortcut
 from rollout.http.native import command_routes
 from rollout.http.native import generate_routes as native_generate_routes
 from rollout.http.openai import chat_routes, completion_routes, model_routes
+from rollout.http.openai.responses import routes as response_routes
 from rollout.http.services import Services
 from rollout.http.sglang import classify_routes, slime_routes
 from rollout.http.sglang import pause_routes as sglang_pause_routes
@@ -53,13 +55,21 @@ def build_app(services: Services) -> FastAPI:
             native_generate_routes,
             completion_routes,
             chat_routes,
+            message_routes,
             vllm_generate_routes,
             classify_routes,
         )
     ]
     others = [
         module.router(services)
-        for module in (health_routes, info_routes, model_routes, slime_routes, text_routes)
+        for module in (
+            health_routes,
+            info_routes,
+            model_routes,
+            response_routes,
+            slime_routes,
+            text_routes,
+        )
     ]
     routers = [*generating, *others, *control]
     routers.append(openapi.router(services.config, routers, _paths(control)))
@@ -73,7 +83,7 @@ def build_app(services: Services) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(services.config.allowed_origins),
-            allow_methods=["GET", "POST", "PUT"],
+            allow_methods=["GET", "POST", "PUT", "DELETE"],
             allow_headers=["*"],
         )
     return app

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 from weakref import WeakValueDictionary
 
+from rollout.http.chat.prompts import ChatPrompts
 from rollout.http.config import ServeConfig
 from rollout.http.edge.access import Access
 from rollout.http.engine.client import AsyncEngine
@@ -32,6 +33,7 @@ class NamedCall(Protocol):
 class Services:
     """One server's parts; each route function takes this and nothing global.
 
+    tokenizer, prompts: None for a model that is asked in ids.
     calls: those in progress, by the ids that their replies show.
     """
 
@@ -43,6 +45,7 @@ class Services:
     labels: VersionLabels
     metrics: Metrics
     tokenizer: Tokenizer | None
+    prompts: ChatPrompts | None
     calls: WeakValueDictionary[str, NamedCall] = field(default_factory=WeakValueDictionary)
 
 
@@ -55,13 +58,15 @@ def make_services(
     engine.guard(access.check)
     engine.on_restart(lambda: lifecycle.reset(weights_lost=bool(engine.no_version)))
     seed = base_seed(config.engine.seed, config.replica_id)
+    generator = Generator(engine, tokenizer, metrics, seed=seed)
     return Services(
         config=config,
         access=access,
         engine=engine,
-        generator=Generator(engine, tokenizer, metrics, seed=seed),
+        generator=generator,
         lifecycle=lifecycle,
         labels=labels,
         metrics=metrics,
         tokenizer=tokenizer,
+        prompts=None if tokenizer is None else ChatPrompts(generator, tokenizer, config),
     )

@@ -12,9 +12,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
-Bodies = Literal["native", "openai", "openai stream_options", "tokens", "control"]
-"""native: /generate. openai: /v1/completions and chat. tokens: `sampling_params` of
-/inference/v1/generate. control: every route that does not generate."""
+Bodies = Literal[
+    "native", "openai", "openai stream_options", "responses", "messages", "tokens", "control"
+]
+"""native: /generate. openai: /v1/completions and chat. responses: /v1/responses. messages:
+/v1/messages. tokens: `sampling_params` of /inference/v1/generate. control: every route that does
+not generate."""
 
 _NATIVE_HINTS = frozenset(
     {
@@ -55,6 +58,30 @@ WITHOUT_EFFECT: Mapping[Bodies, frozenset[str]] = MappingProxyType(
             "user",
         },
         "openai stream_options": frozenset({"include_obfuscation"}),
+        # What clients tell about themselves; calls of tools that only others have are not limited.
+        "responses": frozenset(
+            {
+                "max_tool_calls",
+                "prompt_cache_key",
+                "prompt_cache_options",
+                "prompt_cache_retention",
+                "safety_identifier",
+                "service_tier",
+                "stream_options",
+                "user",
+            }
+        ),
+        "messages": frozenset(
+            {
+                "cache_control",
+                "diagnostics",
+                "inference_geo",
+                "metadata",
+                "service_tier",
+                "user_profile_id",
+                "workspace_id",
+            }
+        ),
         # How other engines hold or send a result, not what it is; prime-rl's compact logprobs,
         # which `extra_args` asks for, are an extension that its client does without.
         "tokens": frozenset({"detokenize", "output_kind", "flat_logprobs", "extra_args"}),
@@ -126,19 +153,40 @@ _OPENAI_UNSERVED = (
     "web_search_options",
 )
 
+_RESPONSES_UNSERVED = (
+    "access_programs",
+    "background",
+    "background_options",
+    "context_management",
+    "conversation",
+    "image",
+    "moderation",
+    "prompt",
+)
+
 UNSERVED: Mapping[Bodies, Mapping[str, tuple[Any, ...]]] = MappingProxyType(
     {
         "native": dict.fromkeys(_NATIVE_UNSERVED, ()),
         "openai": {
             **dict.fromkeys((n for n in _NATIVE_UNSERVED if n not in _NATIVE_HINTS), ()),
             **dict.fromkeys(_OPENAI_UNSERVED, ()),
+            "best_of": (1,),
             "function_call": ("none", "auto"),
             "length_penalty": (1,),
             "modalities": (["text"],),
+            "parallel_tool_calls": (True,),
             "truncation_side": ("left", "right"),
             "verbosity": ("medium",),
         },
         "openai stream_options": {"continuous_usage_stats": ()},
+        "responses": {
+            **dict.fromkeys(_RESPONSES_UNSERVED, ()),
+            "truncation": ("disabled",),
+        },
+        "messages": {
+            **dict.fromkeys(("container", "context_management", "mcp_servers", "prefill"), ()),
+            "speed": ("standard",),
+        },
         "control": dict.fromkeys(("profile_by_stage", "profile_stages", "merge_profiles"), ()),
     }
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,11 @@ class Tokenizer:
     def special_token_id(self, text: str) -> int | None:
         """Id of the special token that is written `text`; None if it is not one."""
         return self._special_ids.get(text)
+
+    @property
+    def special_texts(self) -> Collection[str]:
+        """Every special token, as it is written where text is decoded with them."""
+        return self._special_ids.keys()
 
     def render_chat(
         self,

@@ -27,16 +27,17 @@ os.environ |= {
     "WANDB_MODE": "disabled",
     "TOKENIZERS_PARALLELISM": "false",
 }
-PACKAGES = ("trl", "openai", "langchain_openai", "lm_eval")
+PACKAGES = ("trl", "openai", "anthropic", "langchain_openai", "lm_eval")
 MODEL_NAME = "tiny"
-CONTEXT = 512
-# A turn with tools: calls are written as JSON, results follow as messages of the role "tool".
+CONTEXT = 2048
+# A turn with tools: calls are written as Hermes does, results follow in the role "tool".
 TEMPLATE = (
     "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{{ message.content or '' }}"
     "{% for call in message.tool_calls or [] %}"
-    "<call>{{ call.function.name }}({{ call.function.arguments | tojson }})</call>"
+    '<tool_call>{"name": "{{ call.function.name }}", "arguments": '
+    "{{ call.function.arguments | tojson }}}</tool_call>"
     "{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
+from pydantic import BaseModel
 
 from tests.clients.conftest import MODEL_NAME
 
@@ -14,6 +17,13 @@ from tests.clients.conftest import MODEL_NAME
 def add(a: int, b: int) -> int:
     """Adds two numbers."""
     return a + b
+
+
+class Forecast(BaseModel):
+    """The weather to come."""
+
+    city: Literal["Oslo", "Rome"]
+    hourly: bool
 
 
 @pytest.fixture
@@ -44,3 +54,45 @@ def test_a_stream(model: ChatOpenAI) -> None:
     chunks = list(model.stream("ab"))
     assert "".join(str(chunk.content) for chunk in chunks) is not None
     assert len(chunks) > 1
+
+
+def test_a_call_that_is_forced(model: ChatOpenAI) -> None:
+    longer = model.model_copy(update={"max_tokens": 1000})
+    bound = longer.bind_tools([Forecast], tool_choice="required")
+    reply = bound.invoke("ab")
+    assert isinstance(reply, AIMessage) and reply.tool_calls
+    Forecast.model_validate(reply.tool_calls[0]["args"])
+    whole = None
+    for chunk in bound.stream("ab"):
+        whole = chunk if whole is None else whole + chunk
+    assert isinstance(whole, AIMessage) and whole.tool_calls
+    Forecast.model_validate(whole.tool_calls[0]["args"])
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling", "json_mode"])
+def test_structured_output(
+    model: ChatOpenAI, method: Literal["json_schema", "function_calling", "json_mode"]
+) -> None:
+    longer = model.model_copy(update={"max_tokens": 1000})
+    wanted = None if method == "json_mode" else Forecast
+    asked = longer.with_structured_output(wanted, method=method, include_raw=True)
+    found = asked.invoke("json, ab")
+    if wanted is not None:
+        assert isinstance(found["parsed"], Forecast), found  # type: ignore[index]
+    else:
+        # Any object will do, which a model that knows nothing may not end in time.
+        assert found["raw"].content.lstrip().startswith("{")  # type: ignore[index]
+
+
+def test_responses(url: str) -> None:
+    model = ChatOpenAI(
+        base_url=f"{url}/v1",
+        api_key="none",
+        model=MODEL_NAME,
+        max_tokens=1000,
+        use_responses_api=True,
+        max_retries=0,
+    )
+    reply = model.bind_tools([Forecast], tool_choice="required").invoke("ab")
+    assert isinstance(reply, AIMessage) and reply.tool_calls
+    assert isinstance(model.with_structured_output(Forecast).invoke("ab"), Forecast)

@@ -182,8 +182,7 @@ class FakeExecutor:
     def _sample(self, plan: StepPlan, allowed: dict[int, list[int]]) -> StepResult:
         tokens = []
         for row, slot in enumerate(plan.slots[plan.samples].tolist()):
-            own = allowed.get(row, ())
-            self._rows[slot].append(next_token(self._rows[slot], self._shift, own))
+            self._rows[slot].append(self._next(slot, allowed.get(row, ())))
             tokens.append(self._rows[slot][-1])
         token_ids = np.array(tokens, np.int32)
         return StepResult(
@@ -194,6 +193,9 @@ class FakeExecutor:
             prompt=self._prompt_logprobs(plan),
             entropies=self._entropies(plan, token_ids),
         )
+
+    def _next(self, slot: int, allowed: Sequence[int]) -> int:
+        return next_token(self._rows[slot], self._shift, allowed)
 
     def launch(self, plan: StepPlan) -> FakePending | FakeMasked:
         """Run the step at once; an error comes where it would from a GPU, with the result."""

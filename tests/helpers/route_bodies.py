@@ -26,6 +26,8 @@ _WORKING: dict[tuple[str, int], dict[str, Any]] = {
         "messages": [{"role": "user", "content": "a"}],
         "max_tokens": 2,
     },
+    ("/v1/responses", 0): {"input": "a", "max_output_tokens": 2},
+    ("/v1/messages", 0): {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2},
     ("/init_weight_transfer_engine", 0): {
         "init_info": {
             "master_address": "127.0.0.1",

@@ -1,7 +1,8 @@
 """One shape for every error: {"error": {"type", "message", "field", "param", "code"}}.
 
 `param` is what OpenAI's clients call the field, null where there is none. `code` is the status, or
-the word that those clients know for it.
+the word that those clients know for it. On the routes of Anthropic's dialect "type": "error" stands
+beside it, and the type within is that dialect's word for the status.
 """
 
 from __future__ import annotations
@@ -22,6 +23,22 @@ MAX_MESSAGE_CHARS = 4096
 """Longest message of an error on the wire."""
 
 
+_NAMED = "/v1/messages"
+"""Where the routes of Anthropic's dialect begin."""
+
+_WORDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+"""Anthropic's words for statuses; others are a request's fault below 500 and ours from there."""
+
+
 class BodyTooLarge(InvalidRequest):
     """The body exceeds the server's limit; the message names the option that raises it."""
 
@@ -38,9 +55,14 @@ def error_body(error: SlipstreamError) -> dict[str, Any]:
     return _body(type(error).__name__, error.message, error.field, error.code or error.status)
 
 
-def error_response(error: SlipstreamError) -> Response:
-    """The error as a reply."""
-    return json_response(error_body(error), error.status)
+def named_error_body(error: SlipstreamError) -> dict[str, Any]:
+    """The error as Anthropic's clients read it."""
+    return _named(error_body(error), error.status)
+
+
+def error_response(error: SlipstreamError, path: str = "") -> Response:
+    """The error as a reply to a request of `path`."""
+    return json_response(_of_path(error_body(error), error.status, path), error.status)
 
 
 def install(app: FastAPI, routes: Mapping[str, Sequence[str]]) -> None:
@@ -49,23 +71,24 @@ def install(app: FastAPI, routes: Mapping[str, Sequence[str]]) -> None:
     routes: the methods of every path.
     """
 
-    async def typed(_: Request, error: Exception) -> Response:
+    async def typed(request: Request, error: Exception) -> Response:
         assert isinstance(error, SlipstreamError)
-        return error_response(error)
+        return error_response(error, request.url.path)
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         name = HTTPStatus(error.status_code).phrase.replace(" ", "")
         message, methods = _misdirected(request, error, routes)
-        reply = json_response(_body(name, message, "", error.status_code), error.status_code)
+        body = _body(name, message, "", error.status_code)
+        body = _of_path(body, error.status_code, request.url.path)
+        reply = json_response(body, error.status_code)
         if methods:
             reply.headers["allow"] = ", ".join(methods)
         return reply
 
-    async def unexpected(_: Request, error: Exception) -> Response:
-        reply = json_response(
-            _body("InternalError", f"{type(error).__name__}: {error}", "", 500), 500
-        )
+    async def unexpected(request: Request, error: Exception) -> Response:
+        body = _body("InternalError", f"{type(error).__name__}: {error}", "", 500)
+        reply = json_response(_of_path(body, 500, request.url.path), 500)
         # The error goes on to the server, which then drops the connection: the client must not
         # send its next request there.
         reply.headers["connection"] = "close"
@@ -98,6 +121,17 @@ def _misdirected(
             (),
         )
     return str(error.detail), ()
+
+
+def _of_path(body: dict[str, Any], status: int, path: str) -> dict[str, Any]:
+    """The body in the form of the dialect that a path belongs to."""
+    own = path == _NAMED or path.startswith(f"{_NAMED}/")
+    return _named(body, status) if own else body
+
+
+def _named(body: dict[str, Any], status: int) -> dict[str, Any]:
+    word = _WORDS.get(status, "invalid_request_error" if status < 500 else "api_error")
+    return {"type": "error", "error": {**body["error"], "type": word}}
 
 
 def _body(kind: str, message: str, field: str, code: int | str) -> dict[str, Any]:

@@ -57,12 +57,12 @@ class Guard:
             await self._app(scope, body, reply)
         except SlipstreamError as error:
             # Of the checks above: the application answers its own errors.
-            await error_response(error)(scope, receive, reply)
+            await error_response(error, path)(scope, receive, reply)
         except asyncio.CancelledError:
             if reply.begun:
                 raise
             leaving = EngineDead("the server is shutting down", field="server")
-            await error_response(leaving)(scope, receive, reply)
+            await error_response(leaving, path)(scope, receive, reply)
         finally:
             body.release()
 
@@ -80,9 +80,10 @@ class Guard:
                 )
             if config.admin_api_key:
                 key, option = config.admin_api_key, "--admin-api-key"
-        if key and not _same_key(headers.all("authorization"), key):
+        if key and not _same_key(headers, key, plain=path not in self._control):
             raise Unauthorized(
-                f"{path} takes the header 'Authorization: Bearer KEY' with the key of {option}",
+                f"{path} takes the header 'Authorization: Bearer KEY' with the key of {option}"
+                + ("" if path in self._control else ", or 'x-api-key: KEY'"),
                 field="Authorization",
             )
 
@@ -107,10 +108,17 @@ class _Reply:
         await self._send(message)
 
 
-def _same_key(values: list[bytes], key: str) -> bool:
-    """Whether there is one Authorization header, of the scheme Bearer, with this key. The time
-    it takes does not depend on where a wrong key differs."""
-    if len(values) != 1:
+def _same_key(headers: Headers, key: str, *, plain: bool) -> bool:
+    """Whether there is one Authorization header, of the scheme Bearer, with this key, or with
+    `plain` one x-api-key, as clients of Anthropic send it. The time it takes does not depend on
+    where a wrong key differs."""
+    bearers, keys = headers.all("authorization"), headers.all("x-api-key") if plain else []
+    if len(bearers) > 1 or len(keys) > 1:
         return False
-    scheme, _, given = values[0].strip().partition(b" ")
-    return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), key.encode())
+    found = [value.strip() for value in keys]
+    for value in bearers:
+        scheme, _, given = value.strip().partition(b" ")
+        found += [given.strip()] if scheme.lower() == b"bearer" else []
+    # Clients may send what their environment holds beside the key that they were given.
+    same = [hmac.compare_digest(value, key.encode()) for value in found]
+    return any(same)

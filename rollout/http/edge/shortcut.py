@@ -43,7 +43,7 @@ class Shortcut:
         try:
             reply = await handler(Request(scope, receive, send))
         except SlipstreamError as error:
-            reply = error_response(error)
+            reply = error_response(error, scope["path"])
         except ClientDisconnect:
             reply = Response(status_code=499)
         await reply(scope, receive, send)

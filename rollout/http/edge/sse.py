@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
@@ -13,7 +14,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from engine.errors import SlipstreamError
-from rollout.http.edge.errors import error_body
+from rollout.http.edge.errors import error_body, named_error_body
 
 T = TypeVar("T")
 
@@ -24,19 +25,31 @@ _STREAM_HEADERS = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class EventForm:
+    """How a dialect writes its streams. frame: one event; error: the event that an error behind
+    the first is; end: what follows the last."""
+
+    frame: Callable[[Any], bytes]
+    error: Callable[[SlipstreamError], Any]
+    end: bytes
+
+
 class ClientGone(Exception):
     """The client closed its connection before the reply; nobody is left to tell."""
 
 
 class EventStream(Response):
-    """A stream of `data:` frames that closes its source when the client leaves.
+    """A stream of events that closes its source when the client leaves.
 
-    source: yields objects to encode. An error after the first frame becomes a frame of its
-    own, since the status is sent; the stream ends with `[DONE]` in any case.
+    source: yields objects to encode. form: how they are written; by default as `data:` frames and
+    `[DONE]` at the end. An error after the first event becomes an event of its own, since the
+    status is sent.
     """
 
-    def __init__(self, source: AsyncGenerator[Any, None]) -> None:
+    def __init__(self, source: AsyncGenerator[Any, None], form: EventForm | None = None) -> None:
         super().__init__()
+        self._form = form or _PLAIN
         self.raw_headers = list(_STREAM_HEADERS)
         self._source = source
 
@@ -48,18 +61,31 @@ class EventStream(Response):
             await _until_gone(self._send_frames(send), receive)
 
     async def _send_frames(self, send: Send) -> None:
+        form = self._form
         async with contextlib.aclosing(self._source) as source:
             try:
                 async for value in source:
-                    await _send_body(send, frame(value), more=True)
+                    await _send_body(send, form.frame(value), more=True)
             except SlipstreamError as error:
-                await _send_body(send, frame(error_body(error)), more=True)
-        await _send_body(send, DONE, more=False)
+                await _send_body(send, form.frame(form.error(error)), more=True)
+        await _send_body(send, form.end, more=False)
 
 
 def frame(value: Any) -> bytes:
     """One event."""
     return b"data: " + msgspec.json.encode(value) + b"\n\n"
+
+
+def _named_frame(value: dict[str, Any]) -> bytes:
+    """One event that is named by its type."""
+    name: str = value["type"]
+    return b"event: " + name.encode() + b"\n" + frame(value)
+
+
+_PLAIN = EventForm(frame=frame, error=error_body, end=DONE)
+
+NAMED = EventForm(frame=_named_frame, error=named_error_body, end=b"")
+"""Events with names: OpenAI's responses and Anthropic's messages."""
 
 
 async def _until_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:

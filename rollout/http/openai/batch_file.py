@@ -27,7 +27,7 @@ from rollout.http.config import ServeConfig
 from rollout.http.edge.errors import error_response
 from rollout.http.engine.client import AsyncEngine
 from rollout.http.engine.link import ProcessLink
-from rollout.http.openai.chat_routes import ChatPrompts, chat_prompts, reply_to_chat
+from rollout.http.openai.chat_routes import reply_to_chat
 from rollout.http.openai.completion_routes import complete
 from rollout.http.services import Services, make_services
 from rollout.offline import FileReport, check_output, create_output
@@ -169,7 +169,6 @@ class _Job:
         self, services: Services, lines: list[BatchRequest | BatchReply], out: FileIO, seed: int
     ) -> None:
         self._services = services
-        self._prompts: ChatPrompts | None = chat_prompts(services)
         self._num_lines = len(lines)
         self._source: Iterator[tuple[int, BatchRequest | BatchReply]] = enumerate(lines)
         self._out = out
@@ -239,7 +238,7 @@ class _Job:
             raise InvalidRequest("a batch has no streams; leave it out", field="stream")
         if line.url == "/v1/completions":
             return await complete(services, data)
-        return await reply_to_chat(services, self._prompts, data)
+        return await reply_to_chat(services, services.prompts, data)
 
     def _write_ready(self) -> None:
         """Write every line that is done and has no unfinished line before it. Raises DiskFull."""

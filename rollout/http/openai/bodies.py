@@ -17,6 +17,7 @@ from engine.protocol.types import (
     Int64,
     LogitBias,
     Message,
+    Name,
     Penalty,
     Salt,
     StopString,
@@ -81,6 +82,7 @@ class CompletionBody(_Common, kw_only=True):
     logprobs: Int32 | None = None
     echo: bool | None = False
     add_special_tokens: bool = True
+    best_of: Int32 | None = None
 
 
 class ChatBody(_Common, kw_only=True):
@@ -95,6 +97,10 @@ class ChatBody(_Common, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool = True
+    reasoning_effort: Name | None = None
+    separate_reasoning: bool = True
+    include_reasoning: bool = True
 
 
 def parse_openai(data: bytes, kind: type[T]) -> T:
@@ -106,7 +112,7 @@ def parse_openai(data: bytes, kind: type[T]) -> T:
         for field in StructuredFields.__struct_fields__:
             check_depth(getattr(body, field) or [], field)
     if isinstance(body, ChatBody):
-        for field in ("messages", "tools", "chat_template_kwargs"):
+        for field in ("messages", "tools", "tool_choice", "chat_template_kwargs"):
             check_depth(getattr(body, field) or [], field)
         given = body.chat_template_kwargs or {}
         body.chat_template_kwargs = {k: v for k, v in given.items() if v is not None}

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -22,6 +22,8 @@ from rollout.http.openai.structured import named_grammar
 from rollout.http.services import Services
 from rollout.http.updates.version_labels import VersionLabels
 from rollout.requests.sample_ids import check_client_id, sample_id
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +48,19 @@ class OpenAICall:
             **more,
         }
 
-    async def choices(self, write: Callable[[Sample, int], dict[str, Any]]) -> list[dict[str, Any]]:
-        """Run to the end; what `write` makes of every sample and its index, in their order."""
+    async def choices(
+        self,
+        write: Callable[[Sample, int], T],
+        choose: Callable[[Sequence[Sample]], Sequence[int]] | None = None,
+    ) -> list[T]:
+        """Run to the end; what `write` makes of every sample and its index, in their order.
+
+        choose: the indices of the samples to write, once all have finished; None for all.
+        """
         generator = self.services.generator
         await generator.finish(self.samples)
-        return [
-            await generator.written(write, sample, index)
-            for index, sample in enumerate(self.samples)
-        ]
+        indices = range(len(self.samples)) if choose is None else choose(self.samples)
+        return [await generator.written(write, self.samples[index], index) for index in indices]
 
     async def outputs(self) -> AsyncGenerator[tuple[int, Sample, SampleDelta], None]:
         """What every output added, with the index of its sample."""
@@ -90,11 +97,14 @@ async def start(
     prefix: str,
     object_name: str,
 ) -> OpenAICall:
-    """Expand the items of a call into samples, prompt-major. Raises InvalidRequest with this
-    dialect's names of the fields, UnknownModel for a model that is not served."""
+    """Expand the items of a call into samples, prompt-major.
+
+    prefix: of the id that the call gets, if its client gave it none. Raises InvalidRequest with
+    this dialect's names of the fields, UnknownModel for a model that is not served.
+    """
     check_model(services, body.model)
     check_client_id(body.request_id, "request_id")
-    rid = body.request_id or f"{prefix}-{uuid.uuid4().hex}"
+    rid = body.request_id or f"{prefix}{uuid.uuid4().hex}"
     named = [
         msgspec.structs.replace(item, rid=sample_id(rid, number))
         for number, item in enumerate(items)

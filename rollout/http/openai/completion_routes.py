@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from engine.errors import InvalidRequest
+from engine.errors import InvalidRequest, UnsupportedOption
 from engine.protocol import GenerateRequest, RequestOutput
 from rollout.http.edge.errors import json_response
 from rollout.http.edge.sse import EventStream, answer
@@ -52,15 +53,45 @@ async def complete(services: Services, data: bytes) -> Response:
     room = prompt_room(services.engine.facts, services.tokenizer)
     check_long_prompt(data, text_bytes=room.text_bytes, num_ids=room.num_ids)
     body = await services.generator.parsed(parse_openai, data, CompletionBody)
+    _check_best_of(body, services.engine.facts.max_samples)
     items = await _items(services, body)
-    call = await start(services, body, items, prefix="cmpl", object_name="text_completion")
+    call = await start(services, body, items, prefix="cmpl-", object_name="text_completion")
     writer = _CompletionChoices(call, body)
     return EventStream(writer.frames()) if body.stream else await writer.reply()
 
 
+def _check_best_of(body: CompletionBody, max_samples: int) -> None:
+    if body.best_of is None or body.best_of == body.n:
+        return
+    if not body.n <= body.best_of <= max_samples:
+        raise InvalidRequest(
+            f"best_of is {body.best_of}; give n, which is {body.n}, to {max_samples}",
+            field="best_of",
+        )
+    if body.stream:
+        raise UnsupportedOption(
+            "which are the best is known at the end; a stream has no best_of, leave it out",
+            field="best_of",
+        )
+
+
+def _best(samples: Sequence[Sample], num_drawn: int, num_kept: int) -> list[int]:
+    """Of every `num_drawn` samples the `num_kept` with the greatest mean logprob, best first."""
+
+    def mean(index: int) -> float:
+        logprobs = samples[index].output.logprobs
+        return float(logprobs.mean()) if len(logprobs) else 0.0
+
+    found: list[int] = []
+    for first in range(0, len(samples), num_drawn):
+        group = range(first, first + num_drawn)
+        found += sorted(group, key=mean, reverse=True)[:num_kept]
+    return found
+
+
 async def _items(services: Services, body: CompletionBody) -> list[GenerateRequest]:
     base = base_request(
-        body,
+        body if body.best_of is None else msgspec.structs.replace(body, n=body.best_of),
         max_tokens=_DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens,
         top_logprobs=body.logprobs,
         vocab_size=services.engine.facts.vocab_size,
@@ -109,8 +140,11 @@ class _CompletionChoices:
 
     async def reply(self) -> Response:
         """Run to the end; choices prompt-major."""
-        choices = await self._call.choices(self._whole)
-        return json_response(self._call.envelope(choices, usage=usage(self._call.samples)))
+        drawn, kept = self._body.best_of, self._body.n
+        choose = None if drawn is None else partial(_best, num_drawn=drawn, num_kept=kept)
+        choices = await self._call.choices(self._whole, choose)
+        numbered = [{**choice, "index": index} for index, choice in enumerate(choices)]
+        return json_response(self._call.envelope(numbered, usage=usage(self._call.samples)))
 
     async def frames(self) -> AsyncGenerator[dict[str, Any], None]:
         """A frame for every output; the first of a choice has its prompt, if it is echoed."""

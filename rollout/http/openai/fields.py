@@ -29,18 +29,15 @@ NATIVE_NAMES = {
 }
 """Fields of the native dialect by their names in this one."""
 
-_PAIRED = ("best_of", "parallel_tool_calls")
-"""What `_check_pairs` looks at."""
 
-
-def check_fields(fields: Fields, kind: type[msgspec.Struct]) -> None:
+def check_fields(fields: Fields, kind: type[msgspec.Struct], bodies: Bodies = "openai") -> None:
     """Check the fields of a body for the struct `kind`, those of its `stream_options` included.
+    bodies: the table of what is known beside them.
 
     Raises UnsupportedOption for one that is known and not served, InvalidRequest for one that
     nobody knows; a null is no field.
     """
-    _check(fields, kind.__struct_fields__, "openai", "")
-    _check_pairs(fields)
+    _check(fields, kind.__struct_fields__, bodies, "")
     options = fields.get("stream_options")
     if options is not None and bytes(options)[:1] == b"{":
         inner: Fields = decode_json(options, dict[str, Raw], field="stream_options")
@@ -57,7 +54,7 @@ def _check(
     without_effect, unserved = WITHOUT_EFFECT[bodies], UNSERVED[bodies]
     # In the body's order, so that of two faults the same one is named every time.
     for name in fields:
-        if name in served or name in _PAIRED:
+        if name in served:
             continue
         if name in unserved:
             value = decode_json(fields[name], Any, field=prefix + name, what=prefix + name)
@@ -66,21 +63,6 @@ def _check(
         elif name not in without_effect and bytes(fields[name]) != b"null":
             known = {*served, *without_effect, *unserved}
             raise _unknown(prefix, name, NATIVE_NAMES.get(name), known, served)
-
-
-def _check_pairs(fields: Fields) -> None:
-    """Options whose meaning depends on another."""
-    found = {
-        name: decode_json(fields[name], Any, field=name, what=name)
-        for name in ("best_of", "n", "parallel_tool_calls", "tools")
-        if name in fields
-    }
-    if found.get("best_of") not in (None, found.get("n") or 1):
-        raise UnsupportedOption(
-            "best_of is not served; leave it out or equal to n", field="best_of"
-        )
-    if found.get("parallel_tool_calls") is False and found.get("tools"):
-        raise _not_served("parallel_tool_calls")
 
 
 def _not_served(field: str) -> UnsupportedOption:

@@ -89,7 +89,7 @@ def router(services: Services) -> APIRouter:
         body = await services.generator.parsed(_parse_tokens, data)
         check_prompt(body.prompt, room, "token_ids")
         item = _item(services, body, _ids(await services.generator.parsed(prompts_of, body.prompt)))
-        call = await start(services, body, [item], prefix="generate", object_name="generate")
+        call = await start(services, body, [item], prefix="generate-", object_name="generate")
         writer = _TokenChoices(call, body)
         return EventStream(writer.frames()) if body.stream else await writer.reply()
 
@@ -137,6 +137,10 @@ def _ids(prompts: list[str] | list[list[int]]) -> list[int]:
 
 
 def _item(services: Services, body: CompletionBody, ids: list[int]) -> GenerateRequest:
+    if body.best_of not in (None, body.n):
+        raise UnsupportedOption(
+            "best_of is not served here; leave it out or equal to n", field="best_of"
+        )
     base = base_request(
         body,
         max_tokens=_DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens,

@@ -9,20 +9,21 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from msgspec import Meta
 
-from engine.errors import ContextTooLong, InvalidRequest
+from engine.errors import ContextTooLong, InvalidRequest, UnsupportedOption
 from engine.protocol.types import Count, Message
+from rollout.http.chat.prompts import ChatPrompts
+from rollout.http.chat.tool_choice import tool_choice
 from rollout.http.edge.errors import json_response
 from rollout.http.edge.read_body import read_body
 from rollout.http.edge.sse import answer
 from rollout.http.openai.bodies import ChatBody, parse_openai
-from rollout.http.openai.chat_routes import ChatPrompts
 from rollout.http.openai.model_routes import check_model
+from rollout.http.openai.structured import grammar_of_body
 from rollout.http.openapi import takes
 from rollout.http.services import Services
 from rollout.requests.expand import check_text
 from rollout.requests.json_types import decode_json
 from rollout.text.token_bytes import spelled
-from rollout.text.tokenizer import Tokenizer
 
 # Of a chat body: what /inference/v1/generate takes under the same name.
 _SAMPLING = (
@@ -66,10 +67,10 @@ class Detokenize(msgspec.Struct, kw_only=True):
 class _Text:
     """The handlers."""
 
-    def __init__(self, services: Services, tokenizer: Tokenizer) -> None:
+    def __init__(self, services: Services, prompts: ChatPrompts) -> None:
         self._services = services
-        self._tokenizer = tokenizer
-        self._prompts = ChatPrompts(services, tokenizer)
+        self._tokenizer = prompts.tokenizer
+        self._prompts = prompts
 
     async def tokenize(self, request: Request) -> Response:
         return await answer(request, self._tokenize(await request.body()))
@@ -79,7 +80,7 @@ class _Text:
         fields = {name: value for name, value in fields.items() if bytes(value) != b"null"}
         if "messages" in fields:
             chat = await self._chat(data)
-            return self._ids(await self._prompts.ids(chat, len(data)), strings=False)
+            return self._ids((await self._prompts.prompt(chat, len(data))).ids, strings=False)
         body: Tokenize = decode_json(data or b"{}", Tokenize, strict=False)
         check_model(self._services, body.model or "")
         context = self._services.engine.facts.context_length
@@ -118,7 +119,8 @@ class _Text:
 
     async def _render(self, data: bytes) -> Response:
         body = await self._chat(data)
-        ids = await self._prompts.ids(body, len(data))
+        _check_free(body)
+        ids = (await self._prompts.prompt(body, len(data))).ids
         return json_response(
             {
                 "request_id": body.request_id or f"render-{uuid.uuid4().hex}",
@@ -162,10 +164,22 @@ class _Text:
         )
 
 
+def _check_free(body: ChatBody) -> None:
+    """Refuse what the ids of a prompt, and its sampling parameters, cannot say of the reply."""
+    if tool_choice(body).forced:
+        raise UnsupportedOption(
+            "tool_choice is 'none' or 'auto' here: ids force no call", field="tool_choice"
+        )
+    if (named := grammar_of_body(body)) is not None:
+        raise UnsupportedOption(
+            f"{named[0]} is not served here: ids have no format", field=named[0]
+        )
+
+
 def router(services: Services) -> APIRouter:
     """The routes; a model without a tokenizer refuses them."""
     routes = APIRouter()
-    text = None if services.tokenizer is None else _Text(services, services.tokenizer)
+    text = None if services.prompts is None else _Text(services, services.prompts)
 
     async def refuse(_: Request) -> Response:
         raise InvalidRequest("this model came without a tokenizer: send ids", field="prompt")

@@ -27,6 +27,7 @@ _NO_BODY = {
     ("post", "/shutdown_weight_transfer_engine"),
     ("post", "/sleep"),
     ("post", "/stop_profile"),
+    ("post", "/v1/responses/{response_id}/cancel"),
     ("post", "/wake_up"),
 }
 

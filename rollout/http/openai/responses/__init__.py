@@ -1,0 +1,1 @@
+"""OpenAI's responses: a turn whose conversation may be kept here."""
