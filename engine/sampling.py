@@ -18,7 +18,9 @@ import torch
 
 from engine.batch import RequestTable
 from engine.config import KernelBackend
-from engine.protocol import NewRow, RowSampling, StepMasks, TopLogprobs
+from engine.logit_edits import LogitEdit, edit_logits, edit_of
+from engine.masked_draw import PlainRows, draw_on_cpu, masked_logits
+from engine.protocol import NewRow, StepMasks, TopLogprobs
 from engine.transfer import to_device
 from kernels.sampling import moved_logprobs, named_logprobs, sample, top_logprobs
 
@@ -34,8 +36,6 @@ class DrawOptions:
 
 PLAIN = DrawOptions()
 _NO_IDS = np.zeros(0, np.int64)
-_LOWEST_LOGIT = -1e30
-"""Divided by the lowest temperature it is still a float32."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +46,6 @@ class Top:
     rows: np.ndarray
     ids: torch.Tensor
     logprobs: torch.Tensor
-
-
-@dataclass(frozen=True)
-class LogitEdit:
-    """What is done to the logits of one row before its draw, kept on the device while it runs.
-
-    bias_ids, bias: int64 and float32 [B]; banned_ids: int64 [N], -inf until
-    `sampling.min_new_tokens` were produced.
-    """
-
-    sampling: RowSampling
-    prompt_len: int
-    bias_ids: torch.Tensor
-    bias: torch.Tensor
-    banned_ids: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -206,9 +191,12 @@ class Sampler:
         options, entropy_S, top = self.options(slots), None, None
         if options.entropy:
             entropy_S = torch.empty(len(slots), dtype=torch.float32, device=self._device)
-        tokens, logprobs = self.draw_plain(
-            logits_SV, batch.slots_S, batch.kv_lens_S, options, entropy_S
-        )
+        if masks is not None and len(masks.rows) and self._device.type == "cpu":
+            tokens, logprobs, masks = self._draw_on_cpu(logits_SV, batch, slots, masks, entropy_S)
+        else:
+            tokens, logprobs = self.draw_plain(
+                logits_SV, batch.slots_S, batch.kv_lens_S, options, entropy_S
+            )
         if masks is not None and len(masks.rows):
             self._draw_masked(logits_SV, batch, slots, masks, tokens, logprobs)
         rows = np.flatnonzero(self._alternatives[slots]).astype(np.int32)
@@ -218,6 +206,38 @@ class Sampler:
             temperature_T = self._temperature[batch.slots_S[rows_T]]
             top = Top(rows, *self._others(logits_SV[rows_T], temperature_T, slots[rows]))
         return Drawn(tokens, logprobs, entropy_S, top)
+
+    def _draw_on_cpu(
+        self,
+        logits_SV: torch.Tensor,
+        batch: DrawnRows,
+        slots: np.ndarray,
+        masks: StepMasks,
+        entropy_S: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, StepMasks]:
+        """As `draw_on_cpu`: masked rows for which one pass over the vocabulary does."""
+
+        def draw(rows_O: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            options = self.options(slots[rows_O.numpy()])
+            entropy_O = torch.empty(len(rows_O)) if options.entropy else None
+            drawn = self.draw_plain(
+                logits_SV[rows_O],
+                batch.slots_S[rows_O],
+                batch.kv_lens_S[rows_O],
+                options,
+                entropy_O,
+            )
+            if entropy_S is not None and entropy_O is not None:
+                entropy_S[rows_O] = entropy_O
+            return drawn
+
+        rows = PlainRows(
+            self._temperature[batch.slots_S],
+            self._seed[batch.slots_S],
+            batch.kv_lens_S,
+            self._filtered[slots],
+        )
+        return draw_on_cpu(logits_SV, rows, masks, entropy_S, draw)
 
     def _draw_masked(
         self,
@@ -232,7 +252,7 @@ class Sampler:
         masked rows drew; a logprob that is not finite stays."""
         rows_M = to_device(masks.rows.astype(np.int64), self._device)
         slots_M = batch.slots_S[rows_M]
-        logits_MV = self._masked_logits(logits_SV, rows_M, masks.bits)
+        logits_MV = masked_logits(logits_SV, rows_M, masks.bits)
         # Filters are of the masked law: the k likeliest of what may come.
         options = DrawOptions(filtered=bool(self._filtered[slots[masks.rows]].any()))
         token_M, _ = self.draw_plain(logits_MV, slots_M, batch.kv_lens_S[rows_M], options)
@@ -255,20 +275,11 @@ class Sampler:
         if not asks.any():
             return masks
         rows_M = to_device(masks.rows[asks].astype(np.int64), self._device)
-        logits_MV = self._masked_logits(logits_SV, rows_M, masks.bits[asks])
+        logits_MV = masked_logits(logits_SV, rows_M, masks.bits[asks])
         # A row that is broken has to show it.
         whole_M1 = logits_SV[rows_M].amax(-1, keepdim=True).isfinite()
         logits_SV[rows_M] = torch.where(whole_M1, logits_MV, logits_SV[rows_M])
         return StepMasks(step=masks.step, rows=masks.rows[~asks], bits=masks.bits[~asks])
-
-    def _masked_logits(
-        self, logits_SV: torch.Tensor, rows_M: torch.Tensor, bits: np.ndarray
-    ) -> torch.Tensor:
-        """The logits of some rows, -inf where their bits (`StepMasks.bits`) rule a token out."""
-        banned_MV = banned_tokens(to_device(_as_bytes(bits), self._device), logits_SV)
-        # What is allowed may come however unlikely it is; what is not never does.
-        lowest = max(torch.finfo(logits_SV.dtype).min, _LOWEST_LOGIT)
-        return logits_SV[rows_M].clamp_(min=lowest).masked_fill_(banned_MV, float("-inf"))
 
     def _others(
         self, logits_TV: torch.Tensor, temperature_T: torch.Tensor, slots_T: np.ndarray
@@ -307,20 +318,6 @@ class Sampler:
             edit_logits(logits_SV[row], known, self._edited[slot])
 
 
-def banned_tokens(bytes_MB: torch.Tensor, logits_SV: torch.Tensor) -> torch.Tensor:
-    """What masks rule out, bool [M, V]. bytes_MB: uint8 [M, B], the bytes of `StepMasks.bits`,
-    lowest first; 8 * B is at least V."""
-    bit_8 = 1 << torch.arange(8, dtype=torch.uint8, device=bytes_MB.device)
-    return (bytes_MB.unsqueeze(-1) & bit_8).eq(0).flatten(1)[:, : logits_SV.shape[1]]
-
-
-def _as_bytes(bits: np.ndarray) -> np.ndarray:
-    """uint32 [M, W] as uint8 [M, 4 W], the lowest byte of a word first; to be read only."""
-    found: np.ndarray = np.ascontiguousarray(bits, "<u4").view(np.uint8)
-    # What came in a frame cannot be written, which torch warns of.
-    return found if found.flags.writeable else found.copy()
-
-
 def _places(named: list[np.ndarray], counts_T: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
     """The named ids of T rows, padded with 0, and the column of each: behind the `counts_T`
     likeliest of its row. Both int64 [T, N]. How many columns there are; the padding is put behind
@@ -339,59 +336,9 @@ def _widened(values_Tk: torch.Tensor, width: int) -> torch.Tensor:
     return torch.nn.functional.pad(values_Tk, (0, width - values_Tk.shape[1]))
 
 
-def edit_logits(logits_V: torch.Tensor, token_ids: torch.Tensor, edit: LogitEdit) -> None:
-    """Apply penalties, bias and bans to one row, in place.
-
-    repetition_penalty divides positive and multiplies negative logits of every token seen in
-    prompt or output (Keskar et al., CTRL, arXiv 1909.05858). frequency_penalty subtracts once
-    per occurrence in the output, presence_penalty once for each token that occurs there (the
-    OpenAI API's definition). `banned_ids` get -inf until `min_new_tokens` were produced.
-    """
-    params = edit.sampling
-    if params.repetition_penalty != 1.0:
-        seen = token_ids.unique()
-        values = logits_V[seen]
-        factor = params.repetition_penalty
-        logits_V[seen] = torch.where(values > 0, values / factor, values * factor)
-    output = token_ids[edit.prompt_len :]
-    if len(output) and (params.frequency_penalty or params.presence_penalty):
-        ids, counts = output.unique(return_counts=True)
-        logits_V[ids] -= params.frequency_penalty * counts + params.presence_penalty
-    if len(edit.bias_ids):
-        logits_V[edit.bias_ids] += edit.bias.to(logits_V.dtype)
-    if len(edit.banned_ids) and len(output) < params.min_new_tokens:
-        logits_V[edit.banned_ids] = float("-inf")
-
-
 def to_top(ids: torch.Tensor, logprobs: torch.Tensor) -> TopLogprobs:
     """Device tensors to their message."""
     return TopLogprobs(ids=ids.cpu().numpy(), logprobs=logprobs.float().cpu().numpy())
-
-
-def edit_of(row: NewRow, device: torch.device) -> LogitEdit | None:
-    """The edit of a row that enters; None where its logits stay as they are."""
-    params = row.sampling
-    if not _edits_logits(params):
-        return None
-    bias = np.array(list(params.logit_bias.values()), np.float32)
-    banned = params.banned_ids if params.min_new_tokens > 0 else []
-    return LogitEdit(
-        sampling=params,
-        prompt_len=row.prompt_len,
-        bias_ids=to_device(np.array(list(params.logit_bias), np.int64), device),
-        bias=to_device(bias, device),
-        banned_ids=to_device(np.array(banned, np.int64), device),
-    )
-
-
-def _edits_logits(params: RowSampling) -> bool:
-    return (
-        params.repetition_penalty != 1.0
-        or params.frequency_penalty != 0.0
-        or params.presence_penalty != 0.0
-        or bool(params.logit_bias)
-        or (params.min_new_tokens > 0 and bool(params.banned_ids))
-    )
 
 
 def _as_int64(seed: int) -> int:

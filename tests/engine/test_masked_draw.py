@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from engine.batch import RequestTable
+from engine.masked_draw import banned_tokens
 from engine.protocol import NewRow, RowSampling, StepMasks
-from engine.sampling import Drawn, Sampler, banned_tokens
+from engine.sampling import Drawn, Sampler
 from kernels.sampling.filters import keep_mask
 from kernels.sampling.philox import philox_uniform
 from rollout.masks.base import bits_of
@@ -203,3 +204,27 @@ def test_bits_beyond_the_vocabulary_are_not_looked_at() -> None:
     every = StepMasks(step=0, rows=masks.rows, bits=masks.bits | ~bits_of(range(VOCAB), VOCAB))
     drawn = Rows(sampling_of()).draw(torch.zeros(1, VOCAB), every)
     assert int(drawn.token_S[0]) == 9
+
+
+def test_rows_of_every_way_to_draw_stand_side_by_side() -> None:
+    """Free, masked, masked with a filter, masked where all that is allowed is nearly impossible,
+    and broken: each has what it has alone."""
+    logits_SV = torch.randn(6, VOCAB, generator=torch.Generator().manual_seed(2))
+    logits_SV[3, 90] = -300.0
+    logits_SV[5, 1] = float("nan")
+    sampling = [
+        sampling_of(seed=row, entropy=True, **({"top_k": 3} if row in (2, 4) else {}))
+        for row in range(6)
+    ]
+    allowed = {1: [4, 5, 6], 2: [1, 8, 70, 71, 72], 3: [90], 5: [1, 2]}
+    drawn = Rows(*sampling).draw(logits_SV, masks_of(allowed))
+    for row in range(6):
+        mask = masks_of({0: allowed[row]}) if row in allowed else None
+        alone = Rows(sampling[row]).draw(logits_SV[row : row + 1], mask)
+        assert int(alone.token_S) == int(drawn.token_S[row])
+        torch.testing.assert_close(alone.logprob_S[0], drawn.logprob_S[row], equal_nan=True)
+        torch.testing.assert_close(alone.entropy_S[0], drawn.entropy_S[row], equal_nan=True)
+        if row in allowed and row != 5:
+            assert int(drawn.token_S[row]) in allowed[row]
+    assert int(drawn.token_S[3]) == 90 and float(drawn.logprob_S[3]) < -250
+    assert not bool(drawn.logprob_S[5].isfinite())

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from engine.batch import RequestTable
+from engine.logit_edits import edit_logits, edit_of
 from engine.protocol import NewRow, RowSampling
-from engine.sampling import DrawOptions, Sampler, edit_logits, edit_of
+from engine.sampling import DrawOptions, Sampler
 
 PLAIN = RowSampling(
     temperature=1.0,

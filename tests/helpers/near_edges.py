@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.logit_edits import edit_logits, edit_of
 from engine.protocol import NewRow, Request
-from engine.sampling import edit_logits, edit_of
 from kernels.sampling.filters import keep_mask
 from kernels.sampling.philox import philox_uniform
 from rollout.scheduler.encode import row_numbers

@@ -54,14 +54,14 @@ def replica(request: pytest.FixtureRequest, folder: Path) -> Iterator[InlineRepl
 
 def asked(rid: str, grammar: Grammar, *, seed: int = 0, **fields: Any) -> Request:
     own = {name: fields.pop(name) for name in Request.__struct_fields__ if name in fields}
-    fields.setdefault("max_new_tokens", 400)
+    fields.setdefault("max_new_tokens", 250)
     made = request(rid, PROMPT, seed=seed, stop_ids=[EOS_ID], **fields)
     return msgspec.structs.replace(made, grammar=grammar, **own)
 
 
 def test_every_text_that_stops_fits_its_schema(replica: InlineReplica) -> None:
     rng = random.Random(23)
-    schemas = [random_schema(rng) for _ in range(32)]
+    schemas = [random_schema(rng) for _ in range(16)]
     samplers = [{}, {"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 20, "temperature": 1.5}]
     replica.submit(
         [
@@ -78,8 +78,8 @@ def test_every_text_that_stops_fits_its_schema(replica: InlineReplica) -> None:
             num_stopped += 1
             assert is_valid(schema, text), (schema, text)
         else:
-            assert output.finish.type == "length" and len(output.token_ids) == 400
-    assert num_stopped >= 24
+            assert output.finish.type == "length" and len(output.token_ids) == 250
+    assert num_stopped >= 12
 
 
 def test_logprobs_are_those_of_a_plain_forward_pass(replica: InlineReplica, folder: Path) -> None:

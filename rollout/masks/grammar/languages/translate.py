@@ -21,6 +21,7 @@ from rollout.masks.grammar.languages.structural import structural_rules
 # it takes for them is its own choice, and has the probability that it gave it.
 _OPTIONS = "%llguidance " + json.dumps({"no_forcing": True})
 _ATTRIBUTES = re.compile(r"^[ \t]*[A-Za-z_][\w.-]*[ \t]*\[([^\]\n]*)\][ \t]*:", re.M)
+_BRACKET = re.compile(r'"(?:[^"\\\n]|\\.)*"|[][(){}]')
 _UNSERVED = re.compile(r"\b(temperature|stop)\b[ \t]*=")
 
 
@@ -78,10 +79,9 @@ def _check_lark(source: str) -> None:
             line = source.count("\n", 0, attributes.start()) + 1
             refuse(f"line {line}: the attribute {found[1]!r} of rules is not served; leave it out")
     depth = 0
-    for at, char in enumerate(source):
-        depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(char, 0)
-        # Brackets in texts may be closed and not opened, which makes nothing deeper.
-        depth = max(depth, 0)
+    for found in _BRACKET.finditer(source):
+        # A text, which holds any of them, has no depth; in an expression one may be closed only.
+        depth = max(0, depth + (found[0] in "([{") - (found[0] in ")]}"))
         if depth > MAX_DEPTH:
-            line = source.count("\n", 0, at) + 1
+            line = source.count("\n", 0, found.start()) + 1
             refuse(f"line {line}: brackets are more than {MAX_DEPTH} deep")

@@ -44,6 +44,7 @@ ws ::= [ \t]*
             ["1,"],
         ),
         ("lark", 'start: A B*\nA: "x"\nB: /[0-9]/', ["x", "x12"], ["1"]),
+        ("lark", f'start: "{"(" * 80}"', ["(" * 80], ["("]),
         ("lark", 'start: "v=" %json {"type": "boolean"}', ["v=true"], ["v=1"]),
     ],
 )
