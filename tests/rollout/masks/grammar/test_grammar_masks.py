@@ -197,3 +197,22 @@ def test_ids_that_no_token_has_never_come() -> None:
         assert max(token for token in found if token < wide) == EOS_ID
     finally:
         made.close()
+
+
+def test_which_tokens_a_text_is_cut_into_is_left_to_the_model() -> None:
+    """Also where only one text may come."""
+    tokens = [b"t", b"te", b"test", b"st", b"s", b"x", b"<end>"]
+    load = lambda: Vocabulary(tokens, [6])  # noqa: E731
+    made = GrammarMasks(load, vocab_size=len(tokens), eos_ids=[6])
+    try:
+        for output, want in (([], [0, 1, 2]), ([1], [3, 4]), ([2], [6])):
+            request = asked("a", Grammar(kind="regex", source="test"), stop_ids=(6,))
+            taken = np.array(output, np.int32)
+            (mask,) = made.ask([MaskedRow(row=0, slot=0, request=request, output_ids=taken)])
+            until(mask.done)
+            bits = mask.result()
+            assert bits is not None
+            found = tokens_of(np.ascontiguousarray(bits))
+            assert [token for token in found if token < len(tokens)] == want
+    finally:
+        made.close()
