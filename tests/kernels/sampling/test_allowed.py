@@ -1,4 +1,4 @@
-"""Draws among allowed tokens on a CPU: by the law over these, with the logprob of the whole one; and
+"""Draws among allowed tokens on a CPU: by the law over these, with logprobs of the whole law; and
 which rows are left to another way."""
 
 from __future__ import annotations
