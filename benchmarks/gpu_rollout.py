@@ -37,7 +37,13 @@ from gpu_rollout_workloads import ModelBytes, WorkloadName, floor_seconds, make_
 from machine import describe
 from rollout_peers import PeerName, PeerOptions, run_in_process
 
-from engine.config import AttentionBackendName, CacheConfig, EngineConfig, SchedulerConfig
+from engine.config import (
+    AttentionBackendName,
+    CacheConfig,
+    EngineConfig,
+    Quantization,
+    SchedulerConfig,
+)
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -54,6 +60,8 @@ class Options:
     """Where the weights come from."""
     attention: AttentionBackendName = "auto"
     """Attention back end."""
+    quantization: Quantization = "none"
+    """What weights of linear layers are stored as."""
     max_running: int = 1024
     """Most sequences running at once."""
     max_step_tokens: int = 8192
@@ -91,6 +99,7 @@ def engine_config(options: Options) -> EngineConfig:
         model=options.model,
         load_format=options.load_format,
         attention=options.attention,
+        quantization=options.quantization,
         cuda_graphs=options.cuda_graphs,
         context_length=8192,
         cache=CacheConfig(),
@@ -126,17 +135,18 @@ def ceilings() -> dict[str, float]:
     }
 
 
-def model_bytes(model: str, num_parameters: int) -> ModelBytes:
+def model_bytes(model: str, num_parameters: int, quantization: Quantization = "none") -> ModelBytes:
     """Sizes by the config.json; an input embedding of its own is not read by matrix products."""
     path = Path(model)
     config = json.loads((path / "config.json" if path.is_dir() else path).read_text())
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    params = num_parameters
+    params, head = num_parameters, config["vocab_size"] * config["hidden_size"]
     if not config.get("tie_word_embeddings"):
-        params -= config["vocab_size"] * config["hidden_size"]
+        params -= head
+    weight_bytes = 2 * params if quantization == "none" else params + head
     kv_bytes = 2 * 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head_dim
-    return ModelBytes(params=params, weight_bytes=2 * params, kv_bytes_per_token=kv_bytes)
+    return ModelBytes(params=params, weight_bytes=weight_bytes, kv_bytes_per_token=kv_bytes)
 
 
 def run_workload(
@@ -180,7 +190,13 @@ def show(name: str, figures: dict[str, Any], *, with_kernels: bool) -> None:
 def show_previous(options: Options, name: str, figures: dict[str, Any]) -> None:
     """Print what an earlier run of this machine and model had."""
     source = RESULTS if options.previous is None else Path(options.previous)
-    found = previous_figures(source, machine=describe(), model=options.model, workload=name)
+    found = previous_figures(
+        source,
+        machine=describe(),
+        model=options.model,
+        workload=name,
+        quantization=options.quantization,
+    )
     if found is None:
         print("  previous: none on this machine")
         return
@@ -251,7 +267,8 @@ def attempt(part: str, run: Callable[[], None], bench: Bench) -> list[str]:
 
 def measure(options: Options, bench: Bench, report: dict[str, Any], name: WorkloadName) -> None:
     """One workload and what it cost to return its logprobs."""
-    model = model_bytes(options.model, bench.executor.facts.num_parameters)
+    num_parameters = bench.executor.facts.num_parameters
+    model = model_bytes(options.model, num_parameters, options.quantization)
     figures = run_workload(bench, name, model, report["ceilings"])
     report["workloads"][name] = figures
     show(name, figures, with_kernels=options.profile)

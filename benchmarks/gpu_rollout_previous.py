@@ -14,7 +14,7 @@ def model_name(model: str) -> str:
 
 
 def previous_figures(
-    source: Path, *, machine: str, model: str, workload: str
+    source: Path, *, machine: str, model: str, workload: str, quantization: str = "none"
 ) -> tuple[str, dict[str, Any]] | None:
     """The newest figures of a workload: (file name, figures), None if there are none.
 
@@ -28,6 +28,8 @@ def previous_figures(
         if not isinstance(report, dict) or report.get("machine") != machine:
             continue
         figures = report.get("workloads", {})
+        if report.get("options", {}).get("quantization", "none") != quantization:
+            continue
         if model_of(report) == model_name(model) and workload in figures:
             found.append((report.get("date", ""), file.name, figures[workload]))
     if not found:

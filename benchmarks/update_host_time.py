@@ -2,9 +2,10 @@
 
 A made-up model of 18,864 tensors of 16 numbers each, the count of a large mixture of experts,
 goes through begin, receive, prepare and commit in every mode, lent, read as it comes, and as
-pieces of a transfer. Milliseconds of each command: what is not proportional to the number of
-tensors shows here. With --gib G, a second table says what reading G GiB of bfloat16 tensors for
-their checks takes beside placing them: the finite check alone, and with checksums.
+pieces of a transfer, under the names of its tensors and fused, a layer's in one. Milliseconds of
+each command: what is not proportional to the number of tensors shows here. With --gib G, a second
+table says what reading G GiB of bfloat16 tensors for their checks takes beside placing them: the
+finite check alone, and with checksums.
 
 --tensors N, --device D, --json FILE.
 """
@@ -16,6 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ import torch
 from machine import describe
 
 from engine.layers.parameter import ShardedParameter, whole
+from engine.models.full_names import FusedTensor
 from engine.protocol import BeginUpdate, TensorPiece, TensorSpec
 from engine.weights.checksum import Checksums
 from engine.weights.finite import find_unfit
@@ -31,8 +34,14 @@ from engine.weights.session import UpdateSession
 
 NUM_TENSORS = 18_864
 ELEMENTS = 16
+A_LAYER = 384
+"""Tensors that a fused one is."""
+NAMINGS = ("each", "fused")
 CASES = [
-    (mode, how) for mode in ("shadow", "undo", "in_place") for how in ("lent", "read", "pieces")
+    (mode, how, naming)
+    for naming in NAMINGS
+    for mode in ("shadow", "undo", "in_place")
+    for how in ("lent", "read", "pieces")
 ]
 REPEATS = 3
 
@@ -41,8 +50,9 @@ class Many:
     """A model of `count` tensors of `elements` numbers each."""
 
     def __init__(self, count: int, elements: int, dtype: torch.dtype, device: str) -> None:
+        self._elements = elements
         self._index = {
-            f"model.layers.{i // 384}.mlp.experts.{i % 384 // 3}.w{i % 3}.weight": (
+            f"model.layers.{i // A_LAYER}.mlp.experts.{i % A_LAYER // 3}.w{i % 3}.weight": (
                 ShardedParameter(
                     torch.zeros(elements, dtype=dtype, device=device), whole((elements,))
                 ),
@@ -54,6 +64,17 @@ class Many:
     def weight_index(self) -> Mapping[str, tuple[ShardedParameter, str]]:
         """See `Loadable`."""
         return self._index
+
+    def fused(self) -> Mapping[str, FusedTensor]:
+        """All of a layer in one."""
+        names = list(self._index)
+        layers = [names[i : i + A_LAYER] for i in range(0, len(names), A_LAYER)]
+        return {
+            f"model.layers.{i}.mlp.experts.fused": FusedTensor(
+                shape=(len(layer) * self._elements,), names=tuple(layer)
+            )
+            for i, layer in enumerate(layers)
+        }
 
     def aliases(self) -> Mapping[str, str]:
         """No second names."""
@@ -68,22 +89,31 @@ def measure(count: int, device: str) -> Iterator[dict[str, Any]]:
     """Milliseconds of each command, case by case; the best of a few."""
     model = Many(count, ELEMENTS, torch.float32, device)
     session = UpdateSession(model, version=0)
-    new = {name: torch.ones_like(p.detach()) for name, (p, _) in model.weight_index().items()}
-    manifest = [TensorSpec(name, "float32", [ELEMENTS]) for name in new]
-    pieces = [TensorPiece(name, "float32", [ELEMENTS]) for name in new]
-    for mode, how in CASES:
+    sizes = {
+        "each": dict.fromkeys(model.weight_index(), ELEMENTS),
+        "fused": {name: fused.shape[0] for name, fused in model.fused().items()},
+    }
+    for mode, how, naming in CASES:
+        new = {n: torch.ones(size, device=device) for n, size in sizes[naming].items()}
+        manifest = [TensorSpec(name, "float32", [len(t)]) for name, t in new.items()]
+        pieces = [TensorPiece(name, "float32", [len(t)]) for name, t in new.items()]
         runs = []
         for _ in range(REPEATS):
             version = session.version + 1
             begin = BeginUpdate(version=version, manifest=manifest, mode=mode)  # type: ignore[arg-type]
             times = {
                 "begin": _ms(lambda begin=begin: session.begin(begin)),
-                "receive": _ms(lambda how=how: _receive(session, how, new, pieces)),
+                "receive": _ms(partial(_receive, session, how, new, pieces)),
                 "prepare": _ms(lambda version=version: session.prepare(version)),
                 "commit": _ms(lambda version=version: session.commit(version)),
             }
             runs.append({**times, "total": sum(times.values())})
-        yield {"mode": mode, "tensors": how, **min(runs, key=lambda run: run["total"])}
+        yield {
+            "naming": naming,
+            "mode": mode,
+            "tensors": how,
+            **min(runs, key=lambda run: run["total"]),
+        }
 
 
 def _receive(
@@ -147,10 +177,12 @@ def main() -> int:
     machine = {"machine": describe(), "torch": torch.__version__}
     sys.stdout.write(f"{describe()}, torch {torch.__version__}, {args.tensors} tensors, ms\n")
     columns = ("begin", "receive", "prepare", "commit", "total")
-    sys.stdout.write(f"{'mode':<10}{'tensors':<9}" + "".join(f"{c:>9}" for c in columns) + "\n")
+    sys.stdout.write(
+        f"{'naming':<8}{'mode':<10}{'tensors':<9}" + "".join(f"{c:>9}" for c in columns) + "\n"
+    )
     rows = []
     for row in measure(args.tensors, args.device):
-        sys.stdout.write(f"{row['mode']:<10}{row['tensors']:<9}")
+        sys.stdout.write(f"{row['naming']:<8}{row['mode']:<10}{row['tensors']:<9}")
         sys.stdout.write("".join(f"{row[c]:>9.1f}" for c in columns) + "\n")
         rows.append(row)
     costs = check_costs(args.gib, args.device) if args.gib else {}

@@ -22,6 +22,7 @@ KernelBackend = Literal["torch", "triton"]
 SpeculativeMethod = Literal["off", "auto", "ngram", "eagle3", "draft"]
 SpeculativePace = Literal["time", "counts"]
 Numerics = Literal["fast", "invariant"]
+Quantization = Literal["none", "fp8", "fp8-channel", "int8", "int4"]
 QueuePolicy = Literal["fcfs", "longest_prefix"]
 
 DEFAULT_CONTEXT_LIMIT = 32768
@@ -199,6 +200,9 @@ class EngineConfig:
     float32. float16 is finer than bfloat16 and ends at 65504: docs/numerics.md compares them."""
     context_length: int | None = None
     """Most tokens of a sequence; by default the model's own, at most 32768."""
+    quantization: Quantization = "none"
+    """What weights of linear layers are stored as, whatever dtype they come in: 'int8' halves their
+    bytes (docs/quantization.md). 'fp8', 'fp8-channel' and 'int4' are not built."""
     attention: AttentionBackendName = "auto"
     """Attention back end: 'triton' and 'flashinfer' need a GPU, 'split' takes prefill from
     flashinfer and decode from triton; 'auto' asks engine.attention.select."""

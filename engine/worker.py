@@ -48,6 +48,7 @@ from engine.protocol import (
     StepPlan,
     StopProfile,
 )
+from engine.quant.schemes import linear_method
 from engine.sampling import Sampler
 from engine.speculative.checks import check_attention, max_verified
 from engine.speculative.ngram import NgramDrafter
@@ -74,6 +75,7 @@ class Worker:
         files.config.require_dtype(dtype_name(dtype))
         check_options(config, num_labels=files.config.num_labels)
         backend = kernel_backend(device)
+        linear = linear_method(config.quantization, backend)
         self._device = device
         self._profiler = RankProfiler(device, rank)
         context = _context_length(config, files.config.max_position)
@@ -90,6 +92,7 @@ class Worker:
             backend=backend,
             mesh=self._mesh,
             collectives=self._collectives,
+            linear=linear,
         )
         self._occupancy = Occupancy(config.memory, device)
         self._keeps_weights = config.memory.cpu_backup

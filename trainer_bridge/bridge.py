@@ -21,6 +21,7 @@ from engine.protocol import BeginUpdate, StagingMode, UpdateReport
 from trainer_bridge.adapters.base import WeightSource
 from trainer_bridge.adapters.fitting import source_of
 from trainer_bridge.checksum import with_checksums
+from trainer_bridge.stored import check_stored
 from trainer_bridge.transports import disk, inproc
 from trainer_bridge.transports.base import Carrier, publish
 from trainer_bridge.transports.cuda_ipc import IpcCarrier
@@ -61,7 +62,9 @@ class PushOptions:
 
     folder: of 'disk' and 'delta'; a temporary one if None. address, port: where the trainer
     listens for 'nccl' (gloo on a CPU); port 0 takes a free one. checksums: have the engines
-    verify every tensor's bits. mode: see `BeginUpdate`. timeout_s: for one update.
+    verify every tensor's bits. stored: after the commit, compare what every rank stores with what
+    these weights give in the engine's dtype and scheme (ChecksumMismatch). mode: see
+    `BeginUpdate`. timeout_s: for one update.
     """
 
     transport: Transport = "inproc"
@@ -71,6 +74,7 @@ class PushOptions:
     group: str = "slipstream"
     bucket_bytes: int = 256 << 20
     checksums: bool = False
+    stored: bool = False
     mode: StagingMode = "auto"
     timeout_s: float = 300.0
 
@@ -116,6 +120,8 @@ class Publisher:
         """
         started = time.perf_counter()
         report = self._publish(self._begin(version))
+        for target in self._targets if self.options.stored else ():
+            check_stored(self._source, target)
         seconds = time.perf_counter() - started
         return PushReport(
             version=version,

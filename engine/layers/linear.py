@@ -19,11 +19,12 @@ from engine.layers.parameter import (
     even_shard,
     kv_head_shard,
     sliced,
+    stacked,
     whole,
 )
 from engine.layers.runtime import LayerRuntime
 from engine.parallel.mesh import Mesh
-from kernels.linear import Options, fused_linear, new_counters
+from kernels.linear import Options, new_counters
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def _stack(outputs: Sequence[Output], trailing: tuple[int, ...]) -> dict[str, Pa
     start = 0
     for output in outputs:
         shape = (output.size, *trailing)
-        parts[output.name] = Part(full_shape=shape, dim=0, shard=output.shard, start=start)
+        parts[output.name] = stacked(shape, 0, output.shard, start)
         start += output.shard.length
     return parts
 
@@ -108,8 +109,13 @@ class MergedLinear(nn.Module):
         self.fusion = Fusion(runtime)
         self.sizes = [output.shard.length for output in outputs]
         rows = sum(self.sizes)
-        weight = self.method.empty_weight(rows, in_features, runtime.dtype, runtime.device)
-        self.weight = ShardedParameter(weight, _stack(outputs, (in_features,)))
+        self.weight = self.method.build(
+            self,
+            _stack(outputs, (in_features,)),
+            (rows, in_features),
+            dtype=runtime.dtype,
+            device=runtime.device,
+        )
         self.bias: ShardedParameter | None = None
         if bias:
             storage = torch.empty(rows, dtype=runtime.dtype, device=runtime.device)
@@ -122,7 +128,7 @@ class MergedLinear(nn.Module):
     def after(self, norm: RMSNorm, x_RI: torch.Tensor, *, gated: bool = False) -> torch.Tensor:
         """Few rows x [R, I] -> forward(norm(x)) [R, O], or silu(gate) * up of its halves."""
         options = self.fusion.options(self.bias, norm=norm, gated=gated)
-        return fused_linear(x_RI, self.weight, options, backend=self.fusion.backend)
+        return self.method.fused(x_RI, self.weight, options, backend=self.fusion.backend)
 
 
 class RowLinear(nn.Module):
@@ -139,8 +145,13 @@ class RowLinear(nn.Module):
         self.collectives = runtime.collectives
         self.fusion = Fusion(runtime)
         shard = even_shard(in_features, runtime.mesh, what)
-        weight = self.method.empty_weight(out_features, shard.length, runtime.dtype, runtime.device)
-        self.weight = ShardedParameter(weight, sliced((out_features, in_features), 1, shard))
+        self.weight = self.method.build(
+            self,
+            sliced((out_features, in_features), 1, shard),
+            (out_features, shard.length),
+            dtype=runtime.dtype,
+            device=runtime.device,
+        )
         self.bias: ShardedParameter | None = None
         self.adds_bias = bias and runtime.mesh.tp_rank == 0
         if bias:
@@ -155,4 +166,4 @@ class RowLinear(nn.Module):
     def add_to(self, total_RO: torch.Tensor, x_RI: torch.Tensor) -> torch.Tensor:
         """Few rows x [R, I], on a rank that holds all inputs -> total + forward(x) [R, O]."""
         options = self.fusion.options(self.bias, residual_RO=total_RO)
-        return fused_linear(x_RI, self.weight, options, backend=self.fusion.backend)
+        return self.method.fused(x_RI, self.weight, options, backend=self.fusion.backend)

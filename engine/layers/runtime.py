@@ -33,11 +33,10 @@ class LayerRuntime:
 
     @property
     def few_rows(self) -> int:
-        """Steps of up to this many tokens run through `kernels.linear.fused_linear`, which
-        carries the whole residual stream from layer to layer; 0 for none.
+        """Steps of up to this many tokens run through `LinearMethod.fused`, which carries the
+        whole residual stream from layer to layer; 0 for none.
 
         One rank only: with more, a sum over ranks comes between a product and its residual.
         """
         fuses = self.backend == "triton" and self.dtype.itemsize == 2
-        plain = isinstance(self.linear, Unquantized) and self.mesh.tp_size == 1
-        return MAX_ROWS if fuses and plain else 0
+        return MAX_ROWS if fuses and self.linear.fuses_few_rows and self.mesh.tp_size == 1 else 0

@@ -13,7 +13,8 @@ from engine.layers.attention import StepContext
 from engine.layers.parameter import ShardedParameter, whole
 from engine.layers.runtime import LayerRuntime
 from engine.models.config import ModelConfig
-from engine.models.decoder import Decoder, Target, full_tensors, rotary_frequencies
+from engine.models.decoder import Decoder, rotary_frequencies
+from engine.models.full_names import FusedTensor, Target, full_tensors, fused_tensors
 
 
 class ScoreHead(nn.Module):
@@ -61,6 +62,10 @@ class SequenceClassifier(nn.Module):
     def weight_index(self) -> dict[str, Target]:
         """Every full tensor by its Hugging Face name, and where it goes."""
         return full_tensors(self)
+
+    def fused(self) -> dict[str, FusedTensor]:
+        """As `CausalLM.fused`."""
+        return fused_tensors(self)
 
     def aliases(self) -> dict[str, str]:
         """No tensor has a second name."""

@@ -17,13 +17,10 @@ from engine.layers.decoder_layers import DecoderLayer
 from engine.layers.embedding import LMHead, VocabEmbedding
 from engine.layers.layer_blocks import build_layer
 from engine.layers.norm import RMSNorm
-from engine.layers.parameter import SINGLE, ShardedParameter
 from engine.layers.rotary import RotaryTables
 from engine.layers.runtime import LayerRuntime
 from engine.models.config import ModelConfig
-
-Target = tuple[ShardedParameter, str]
-"""A parameter and the key of one of its parts."""
+from engine.models.full_names import FusedTensor, Target, full_tensors, fused_tensors
 
 
 class Decoder(nn.Module):
@@ -90,6 +87,10 @@ class CausalLM(nn.Module):
         among them (see `aliases`)."""
         return full_tensors(self)
 
+    def fused(self) -> dict[str, FusedTensor]:
+        """Tensors that may come in place of several, by name."""
+        return fused_tensors(self)
+
     def aliases(self) -> dict[str, str]:
         """Second names of tensors: that of a tied head."""
         if not self.config.tie_word_embeddings:
@@ -101,25 +102,7 @@ class CausalLM(nn.Module):
         return rotary_frequencies(self.config.num_layers)
 
 
-def full_tensors(model: nn.Module) -> dict[str, Target]:
-    """Every full tensor of a model's parameters by its Hugging Face name, and where it goes."""
-    return {
-        _full_name(path, key): (parameter, key)
-        for path, parameter in model.named_parameters()
-        if isinstance(parameter, ShardedParameter)
-        for key in parameter.parts
-    }
-
-
 def rotary_frequencies(num_layers: int) -> frozenset[str]:
     """Names of the rotary frequencies in old checkpoints of a decoder."""
     per_layer = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(num_layers)}
     return frozenset(per_layer | {"model.rotary_emb.inv_freq"})
-
-
-def _full_name(path: str, key: str) -> str:
-    if key == SINGLE:
-        return path
-    owner, _, leaf = path.rpartition(".")
-    parent, _, _ = owner.rpartition(".")
-    return f"{parent}.{key}.{leaf}"

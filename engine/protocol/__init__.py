@@ -44,6 +44,7 @@ from engine.protocol.commands import (
     Shutdown,
     StartProfile,
     StopProfile,
+    StoredTensor,
     WeightsReport,
 )
 from engine.protocol.grammar import Grammar
@@ -207,6 +208,7 @@ __all__ = [
     "UpdateReport",
     "VersionSpan",
     "WeightCommand",
+    "StoredTensor",
     "WeightsReport",
     "decode",
     "encode",

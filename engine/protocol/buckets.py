@@ -23,6 +23,7 @@ ITEM_BYTES = {
     "float8_e4m3fn": 1,
     "float8_e5m2": 1,
     "uint8": 1,
+    "int8": 1,
 }
 """Bytes of an element by torch dtype name."""
 

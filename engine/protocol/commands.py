@@ -45,10 +45,11 @@ class SetVersion(Struct, frozen=True, kw_only=True, tag="set_version"):
 
 
 class CheckWeights(Struct, frozen=True, kw_only=True, tag="check_weights"):
-    """Compare weights across time or machines. checksum: of every parameter as it is stored;
-    snapshot: keep a copy on the host; reset_tensors: overwrite the weights with noise, so that
-    an update that misses one shows, and refuse to generate until a whole update was committed
-    (UpdateOrder while one is open); compare: name the tensors that differ from the snapshot."""
+    """Compare weights across time or machines. checksum: of every tensor as it is stored; layout:
+    what of each is stored, and how, from which a trainer computes those; snapshot: keep a copy on
+    the host; reset_tensors: overwrite the weights with noise, so that an update that misses one
+    shows, and refuse to generate until a whole update was committed (UpdateOrder while one is
+    open); compare: name the tensors that differ from the snapshot."""
 
     action: CheckAction = "checksum"
 
@@ -237,14 +238,29 @@ class MemoryReport(Struct, frozen=True, kw_only=True):
     seconds: float
 
 
+class StoredTensor(Struct, frozen=True, kw_only=True):
+    """What one rank stores of a full tensor.
+
+    codec, dtype: `kernels.quant.codec_named` takes both. pieces: elements of the full tensor, one
+    [start, stop, step] for every dim, in the order in which the rank's checksum reads them.
+    """
+
+    codec: str
+    dtype: str
+    pieces: list[list[tuple[int, int, int]]]
+
+
 class WeightsReport(Struct, frozen=True, kw_only=True):
     """Answer of one rank to `CheckWeights` or `GetWeight`.
 
-    checksums: by parameter name. differing: names that `compare` found. values: elements.
+    checksums: by the name of each full tensor, of all that is stored for it: the elements of its
+    storages one behind the other. layout: by the same names. differing: names that `compare` found.
+    values: elements, dequantised.
     """
 
     rank: Count = 0
     checksums: dict[str, int] = msgspec.field(default_factory=dict)
+    layout: dict[str, StoredTensor] = msgspec.field(default_factory=dict)
     differing: list[str] = msgspec.field(default_factory=list)
     values: list[float] = msgspec.field(default_factory=list)
 

@@ -194,7 +194,7 @@ StagingMode = Literal["auto", "shadow", "undo", "in_place"]
 
 ProfileActivity = Literal["cpu", "gpu"]
 
-CheckAction = Literal["checksum", "snapshot", "reset_tensors", "compare"]
+CheckAction = Literal["checksum", "layout", "snapshot", "reset_tensors", "compare"]
 
 FinishType = Literal["stop", "length", "abort", "hold"]
 """hold: the request asked to end there, and may be continued."""

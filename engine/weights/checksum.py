@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,34 +38,45 @@ class Checksums:
     the device once."""
 
     def __init__(self) -> None:
-        self._queued: dict[str, _Queued] = {}
+        self._queued: dict[tuple[str, int], _Queued] = {}
+        self._names: set[str] = set()
 
     def __contains__(self, name: object) -> bool:
-        return name in self._queued
+        return name in self._names
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Queue the scan of a tensor, which may be overwritten by whatever is queued later."""
+    def add(self, name: str, tensor: torch.Tensor, start: int = 0) -> None:
+        """Queue the scan of a tensor, which may be overwritten by whatever is queued later.
+
+        start: its first element's place in what has the name, where that is read in parts. A part
+        that is added again, which was read too early, replaces the one before.
+        """
         scan = torch.zeros(2, dtype=torch.int64, device=tensor.device)
         checksum_into(
             scan[:1],
             tensor.detach(),
             backend="triton" if tensor.is_cuda else "torch",
             peak=scan[1:],
+            start=start,
         )
-        self._queued[name] = _Queued(scan, tensor.dtype)
+        self._queued[name, start] = _Queued(scan, tensor.dtype)
+        self._names.add(name)
 
     def scans(self) -> dict[str, Scanned]:
         """Checksum and peak of every tensor by name, in the order they were added."""
-        by_device: dict[torch.device, list[str]] = {}
-        for name, queued in self._queued.items():
-            by_device.setdefault(queued.scan.device, []).append(name)
-        found: dict[str, Scanned] = {}
-        for names in by_device.values():
-            rows = torch.stack([self._queued[name].scan for name in names]).tolist()
-            for name, (total, bits) in zip(names, rows, strict=True):
-                dtype = self._queued[name].dtype
-                found[name] = Scanned(total & _MASK, _magnitude(bits, dtype), dtype)
-        return {name: found[name] for name in self._queued}
+        by_device: dict[torch.device, list[tuple[str, int]]] = {}
+        for key, queued in self._queued.items():
+            by_device.setdefault(queued.scan.device, []).append(key)
+        totals = {name: (0, 0) for name, _ in self._queued}
+        for keys in by_device.values():
+            rows = torch.stack([self._queued[key].scan for key in keys]).tolist()
+            for (name, _), (total, bits) in zip(keys, rows, strict=True):
+                before, most = totals[name]
+                totals[name] = before + total, max(most, bits)
+        dtypes = {name: queued.dtype for (name, _), queued in self._queued.items()}
+        return {
+            name: Scanned(total & _MASK, _magnitude(bits, dtypes[name]), dtypes[name])
+            for name, (total, bits) in totals.items()
+        }
 
 
 def checksum(tensor: torch.Tensor) -> int:
@@ -82,6 +93,18 @@ def checksums(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, int]:
     for name, tensor in tensors:
         sums.add(name, tensor)
     return {name: scanned.checksum for name, scanned in sums.scans().items()}
+
+
+def stored_checksums(units: Iterable[tuple[str, Sequence[torch.Tensor]]]) -> dict[str, int]:
+    """One checksum of all that is stored for each unit: the elements of its storages one behind
+    the other, whatever their dtypes; 0 of nothing. Waits for the device once."""
+    sums, found = Checksums(), {}
+    for name, storages in units:
+        found[name] = start = 0
+        for storage in storages:
+            sums.add(name, storage, start)
+            start += storage.numel()
+    return found | {name: scanned.checksum for name, scanned in sums.scans().items()}
 
 
 def _magnitude(bits: int, dtype: torch.dtype) -> float:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from engine.errors import ManifestMismatch, SlipstreamError
+from engine.errors import SlipstreamError
 from engine.numerics import dtype_name
 from engine.protocol import BeginUpdate, TensorPiece, TensorSpec
 from engine.weights import verify
@@ -19,7 +19,8 @@ from engine.weights.catalog import Catalog
 from engine.weights.coverage import Coverage
 from engine.weights.digest import digest_of
 from engine.weights.layouts import torch_dtype
-from engine.weights.staging import OpenUpdate, bounds, require_alike
+from engine.weights.staging import OpenUpdate, require_alike
+from engine.weights.units import bounds, cuts
 
 
 class Expected:
@@ -50,10 +51,11 @@ class Expected:
         seen: dict[str, tuple[TensorPiece, Coverage]] = {}
         for piece in pieces:
             self.check(update, piece)
-            fresh = (piece, Coverage(piece.name, math.prod(piece.shape)))
-            first, coverage = seen.setdefault(piece.name, fresh)
-            require_alike(piece, first.dtype)
-            coverage.add(*bounds(piece))
+            if not self._catalog.is_fused(piece.name):
+                _note(piece, seen)
+                continue
+            for cut in cuts(piece, self._catalog):
+                _note(cut.piece, seen)
         if update.is_empty:
             self._pieces = (update.announced, [*pieces])
 
@@ -62,13 +64,12 @@ class Expected:
         # What was announced was held against the model then.
         if not update.awaits(piece):
             self._catalog.check(piece.name, piece.shape)
-            torch_dtype(piece.dtype, piece.name)
-        update.check(piece)
+            self._catalog.check_dtype(piece.name, torch_dtype(piece.dtype, piece.name))
+        update.check(piece, self._catalog)
 
     def check_whole(self, update: OpenUpdate, name: str, tensor: torch.Tensor) -> None:
         """Raise ManifestMismatch unless `tensor` may come as the whole of `name`."""
-        if not tensor.is_floating_point():
-            raise ManifestMismatch(f"{name} has dtype {tensor.dtype}, not a float", field=name)
+        self._catalog.check_dtype(name, tensor.dtype)
         self.check(update, TensorPiece(name, dtype_name(tensor.dtype), list(tensor.shape)))
 
     def digest(self, pieces: Sequence[TensorPiece], refusal: SlipstreamError | None) -> int:
@@ -78,3 +79,11 @@ class Expected:
         if self._digest is None or self._digest[0] != pieces:
             self._digest = ([*pieces], digest_of(pieces))
         return self._digest[1]
+
+
+def _note(piece: TensorPiece, seen: dict[str, tuple[TensorPiece, Coverage]]) -> None:
+    """Raise ManifestMismatch for a piece of a unit that is unlike those `seen`, or overlaps one."""
+    fresh = (piece, Coverage(piece.name, math.prod(piece.shape)))
+    first, coverage = seen.setdefault(piece.name, fresh)
+    require_alike(piece, first.dtype)
+    coverage.add(*bounds(piece))

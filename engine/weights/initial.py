@@ -39,8 +39,8 @@ def load_initial(
             f"{error.message} ({origin(error.field)})", field=error.field
         ) from error
     known = [(name, *peak, catalog.dtype(name)) for name, peak in came.items()]
-    views = ((name, catalog.view(name)) for name in catalog.names)
-    unfit = finite.first_unfit(known) or finite.find_unfit([(n, v, v.dtype) for n, v in views])
+    stored = [(name, view, view.dtype) for name in catalog.names for view in catalog.floats(name)]
+    unfit = finite.first_unfit(known) or finite.find_unfit(stored)
     if unfit is not None:
         name, why = unfit
         dtype = dtype_name(catalog.dtype(name))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 
 import torch
 
 from engine.errors import InvalidRequest, ManifestMismatch, UpdateOrder
 from engine.parallel.mesh import Mesh
 from engine.protocol import CheckAction, WeightsReport
-from engine.weights.checksum import checksums
+from engine.weights.checksum import stored_checksums
 from engine.weights.session import UpdateSession
 
 SCRAMBLED = (
@@ -28,7 +29,7 @@ class WeightInspector:
         self._catalog = session.catalog
         self._rank = mesh.tp_rank
         self._require_weights = require_weights
-        self._snapshot: dict[str, torch.Tensor] = {}
+        self._snapshot: dict[str, list[torch.Tensor]] = {}
 
     def check(self, action: CheckAction) -> WeightsReport:
         """See `CheckWeights`. Raises UpdateOrder for a comparison without a snapshot, and for a
@@ -36,9 +37,16 @@ class WeightInspector:
         self._require_weights()
         match action:
             case "checksum":
-                return WeightsReport(rank=self._rank, checksums=checksums(self._tensors().items()))
+                sums = stored_checksums(self._stored())
+                return WeightsReport(rank=self._rank, checksums=sums)
+            case "layout":
+                layout = {name: self._catalog.layout(name) for name in self._catalog.names}
+                return WeightsReport(rank=self._rank, layout=layout)
             case "snapshot":
-                self._snapshot = {n: t.to("cpu", copy=True) for n, t in self._tensors().items()}
+                self._snapshot = {
+                    name: [view.to("cpu", copy=True) for view in views]
+                    for name, views in self._stored()
+                }
             case "reset_tensors":
                 self._scramble()
             case "compare":
@@ -46,30 +54,36 @@ class WeightInspector:
         return WeightsReport(rank=self._rank)
 
     def values(self, name: str, count: int) -> WeightsReport:
-        """The first `count` elements of a tensor, row by row. Raises InvalidRequest."""
+        """The first `count` values of a unit that this rank holds, row by row; none where it
+        holds nothing of it. Raises InvalidRequest."""
         self._require_weights()
         if count < 0:
             raise InvalidRequest(f"{count} is no number of elements", field="count")
         try:
-            tensor = self._catalog.view(name)
+            none = self._catalog.values(name, 0)
         except ManifestMismatch as error:
             raise InvalidRequest(error.message, field="name") from None
-        rows = tensor.reshape(tensor.shape[0], -1) if tensor.dim() else tensor.reshape(1, 1)
-        needed = rows[: -(-count // max(rows.shape[1], 1))]
+        if none is None:
+            return WeightsReport(rank=self._rank)
+        row = max(math.prod(none.shape[1:]), 1)
+        values = self._catalog.values(name, -(-count // row))
+        assert values is not None, "it holds the unit"
         return WeightsReport(
-            rank=self._rank, values=needed.reshape(-1)[:count].float().cpu().tolist()
+            rank=self._rank, values=values.reshape(-1)[:count].float().cpu().tolist()
         )
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        return {name: self._catalog.view(name) for name in self._catalog.names}
+    def _stored(self) -> Iterator[tuple[str, tuple[torch.Tensor, ...]]]:
+        for name in self._catalog.names:
+            yield name, self._catalog.views(name)
 
     def _scramble(self) -> None:
         self._session.require_none_open("reset_tensors")
         self._session.invalidate(SCRAMBLED)
-        for index, tensor in enumerate(self._tensors().values()):
-            generator = torch.Generator(device=tensor.device)
-            generator.manual_seed(index)
-            tensor.normal_(generator=generator)
+        for index, (_, views) in enumerate(self._stored()):
+            for view in views:
+                generator = torch.Generator(device=view.device)
+                generator.manual_seed(index)
+                _fill_with_noise(view, generator)
 
     def _differing(self) -> list[str]:
         if not self._snapshot:
@@ -78,6 +92,13 @@ class WeightInspector:
             )
         return [
             name
-            for name, tensor in self._tensors().items()
-            if not torch.equal(tensor.cpu(), self._snapshot[name])
+            for name, views in self._stored()
+            if not all(map(torch.equal, (view.cpu() for view in views), self._snapshot[name]))
         ]
+
+
+def _fill_with_noise(view: torch.Tensor, generator: torch.Generator) -> None:
+    if view.is_floating_point():
+        view.normal_(generator=generator)
+    else:
+        view.random_(generator=generator)

@@ -37,9 +37,10 @@ def broadcasts(command: ReceiveBroadcast) -> list[Bucket]:
 
 
 def torch_dtype(name: str, tensor: str) -> torch.dtype:
-    """torch.bfloat16 for 'bfloat16'. Raises ManifestMismatch naming the tensor for another."""
+    """torch.bfloat16 for 'bfloat16'. Raises ManifestMismatch naming the tensor for one that no
+    weight can have."""
     dtype = getattr(torch, name) if name in ITEM_BYTES else None
-    if dtype is None or not dtype.is_floating_point:
+    if dtype is None or not (dtype.is_floating_point or dtype == torch.int8):
         raise ManifestMismatch(f"{tensor} has dtype {name!r}, not a float", field=tensor)
     return dtype
 

@@ -10,6 +10,7 @@ import torch
 
 from engine.errors import ManifestMismatch
 from engine.protocol import BeginUpdate
+from engine.weights import verify
 from engine.weights.catalog import Catalog
 from engine.weights.expected import Expected
 from engine.weights.staging import OpenUpdate
@@ -41,9 +42,10 @@ def load(
     for name, tensor in source:
         expected.check_whole(update, name, tensor)
         tensor = tensor.detach()
-        update.take({name: tensor}, catalog, lasting=False)
+        update.take(name, tensor, catalog)
         # Not held while the source makes the next: it may be as large.
         del tensor
+    verify.require_halves(update.names, catalog)
     missing = [] if partial else catalog.missing(update.names)
     if missing:
         raise ManifestMismatch(f"{and_more(missing)} did not come", field=missing[0])

@@ -65,7 +65,8 @@ def shadow_bytes(command: BeginUpdate, catalog: Catalog) -> int:
 
 
 def undo_size(command: BeginUpdate, catalog: Catalog) -> tuple[int, int]:
-    """Bytes of this rank's parts of the tensors that will come, and how many tensors."""
+    """Bytes that this rank stores for the tensors that will come, and in how many places."""
     announced = [spec.name for spec in command.manifest] or list(catalog.names)
-    names = {catalog.canonical(name) for name in announced}
-    return sum(catalog.held_bytes(name) for name in names), len(names)
+    units = catalog.written(announced)
+    num_views = sum(len(catalog.views(unit)) for unit in units)
+    return sum(catalog.held_bytes(unit) for unit in units), num_views

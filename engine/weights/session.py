@@ -163,11 +163,11 @@ class UpdateSession:
                 self._expected.check_whole(update, name, tensor)
                 tensor = tensor.detach()
                 if lasting:
-                    update.lend(name, tensor)
+                    update.lend(name, tensor, self.catalog)
                 else:
                     if update.in_place:
                         self._torn.tear(self.catalog.written([name]), update.version)
-                    update.take({name: tensor}, self.catalog, lasting=False)
+                    update.take(name, tensor, self.catalog)
                 # Not held while the source makes the next: it may be as large.
                 del tensor
 
@@ -182,7 +182,7 @@ class UpdateSession:
         update = self.require_open("receive")
         with self._taking_in(closes=False):
             for name, tensor in tensors:
-                update.lend(name, tensor)
+                update.lend(name, tensor, self.catalog)
             verify.scan_staged(update, self.catalog)
 
     def expect(self, pieces: Sequence[TensorPiece]) -> None:

@@ -4,6 +4,7 @@ shadow: complete tensors wait here for the commit. in_place: a complete tensor i
 the live weights as it arrives, and only its name and checksum are kept; undo: with a copy of
 what it replaced. Tensors lent by a trainer cost no memory and wait for the commit in any mode.
 Whatever is looked up for each tensor is a set or a dict: a model may have tens of thousands.
+All of it is by unit, so that a fused tensor is its units from the moment it arrives (`units.py`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from engine.weights.catalog import Catalog
 from engine.weights.checksum import Checksums
 from engine.weights.coverage import Coverage
 from engine.weights.undo import UndoCopy
+from engine.weights.units import Origin, bounds, cuts, whole_units
 
 Arrived = tuple[TensorPiece, torch.Tensor]
 """A piece and its elements, flat [stop - start]."""
@@ -49,10 +51,12 @@ class OpenUpdate:
     started: float
     expires: float
     names: dict[str, torch.dtype] = field(default_factory=dict)
-    """Tensors that came completely, and the dtypes they came in."""
+    """Units that came completely, and the dtypes they came in."""
     staged: dict[str, torch.Tensor] = field(default_factory=dict)
     placed: dict[str, str] = field(default_factory=dict)
     """In-place mode: names by canonical name."""
+    origins: dict[str, Origin] = field(default_factory=dict)
+    """Of units that came fused, the tensors they came in."""
     placed_bytes: int = 0
     lent: set[str] = field(default_factory=set)
     """Those that lie in memory of the trainer, which may change it."""
@@ -86,14 +90,37 @@ class OpenUpdate:
         spec = self.announced.get(piece.name)
         return spec is not None and spec.dtype == piece.dtype and list(spec.shape) == piece.shape
 
-    def check(self, piece: TensorPiece) -> None:
+    def sum_of(self, unit: str) -> tuple[TensorSpec | None, int]:
+        """The announcement of a unit, or of what it came in, if that has a checksum; and where in
+        it the unit begins."""
+        origin = self.origins.get(unit)
+        name, start = (unit, 0) if origin is None else (origin.name, origin.start)
+        spec = self.announced.get(name)
+        return (None if spec is None or spec.checksum is None else spec), start
+
+    def is_summed(self, unit: str) -> bool:
+        """Whether a unit, or what it came in, was read for its checksum."""
+        origin = self.origins.get(unit)
+        return (unit if origin is None else origin.name) in self.sums
+
+    def check(self, piece: TensorPiece, catalog: Catalog) -> None:
         """Raise ManifestMismatch for a piece that was not announced like this or came before."""
         name = piece.name
         if name in self.names:
             raise _came_twice(name)
         if self.announced and not self.awaits(piece):
             raise _unlike(piece, self.announced.get(name))
-        part = self._parts.get(name)
+        if not catalog.is_fused(name):
+            self._check_unit(piece)
+            return
+        Coverage(name, math.prod(piece.shape)).check(*bounds(piece))
+        for cut in cuts(piece, catalog):
+            if cut.piece.name in self.names:
+                raise _came_twice(cut.piece.name)
+            self._check_unit(cut.piece)
+
+    def _check_unit(self, piece: TensorPiece) -> None:
+        part = self._parts.get(piece.name)
         if part is not None:
             require_alike(piece, dtype_name(part.elements.dtype))
             part.coverage.check(*bounds(piece))
@@ -107,39 +134,94 @@ class OpenUpdate:
         self.digest = None
         whole: dict[str, torch.Tensor] = {}
         for piece, flat in batch:
-            if piece.name in whole:
-                raise _came_twice(piece.name)
-            self.check(piece)
-            if is_whole(piece) and piece.name not in self._parts:
-                whole[piece.name] = flat.view(piece.shape)
-            else:
-                self._add_part(piece, flat, catalog)
-        self.take(whole, catalog, lasting=lasting)
+            self.check(piece, catalog)
+            if not catalog.is_fused(piece.name):
+                self._add_unit(piece, flat, whole, catalog)
+                continue
+            for cut in cuts(piece, catalog):
+                self.origins[cut.piece.name] = cut.origin
+                size = cut.piece.stop - cut.piece.start
+                self._add_unit(cut.piece, flat[cut.offset : cut.offset + size], whole, catalog)
+        self._take(whole, catalog, lasting=lasting)
 
-    def take(self, tensors: Mapping[str, torch.Tensor], catalog: Catalog, *, lasting: bool) -> None:
-        """Take in whole tensors: hold each, or a copy of it unless it is `lasting`, or write
-        them in place."""
+    def take(self, name: str, tensor: torch.Tensor, catalog: Catalog) -> None:
+        """Take in a whole tensor: hold a copy of it, or write it in place."""
+        self._take(self._units(name, tensor, catalog), catalog, lasting=False)
+
+    def lend(self, name: str, tensor: torch.Tensor, catalog: Catalog) -> None:
+        """Take in a whole tensor that stays as it is until the commit, without reading it."""
+        self.digest = None
+        for unit, values in self._units(name, tensor, catalog).items():
+            self.staged[unit] = values
+            self.lent.add(unit)
+            self.names[unit] = values.dtype
+
+    def keep(self, names: Iterable[str], catalog: Catalog) -> None:
+        """Undo mode: copy what is live of tensors, by any of their names, that are to be
+        written. Raises OutOfMemory."""
+        if self.undo is not None:
+            self.undo.keep(catalog.written(names), catalog)
+
+    def _units(
+        self, name: str, tensor: torch.Tensor, catalog: Catalog
+    ) -> Mapping[str, torch.Tensor]:
+        """A whole tensor as the units that it is."""
+        if not catalog.is_fused(name):
+            return {name: tensor}
+        units: dict[str, torch.Tensor] = {}
+        for unit, values, origin in whole_units(name, tensor, catalog):
+            units[unit], self.origins[unit] = values, origin
+        return units
+
+    def _take(
+        self, tensors: Mapping[str, torch.Tensor], catalog: Catalog, *, lasting: bool
+    ) -> None:
+        """Take in whole units: hold each, or a copy of it unless it is `lasting`, or write them
+        in place."""
         self.digest = None
         if self.in_place:
-            self._write(tensors, catalog)
+            self._write(self._with_halves(tensors, catalog), catalog)
         elif lasting:
             self.staged.update(tensors)
         else:
             self.staged.update({n: copy_of(t, catalog.device) for n, t in tensors.items()})
         self.names.update({name: tensor.dtype for name, tensor in tensors.items()})
 
-    def lend(self, name: str, tensor: torch.Tensor) -> None:
-        """Take in a whole tensor that stays as it is until the commit, without reading it."""
-        self.digest = None
-        self.staged[name] = tensor
-        self.lent.add(name)
-        self.names[name] = tensor.dtype
+    def _with_halves(
+        self, tensors: Mapping[str, torch.Tensor], catalog: Catalog
+    ) -> Mapping[str, torch.Tensor]:
+        """What can be written: an encoded tensor and its scales once both came. A half waits in
+        `staged`, whatever the mode."""
+        if not catalog.has_scales:
+            return tensors
+        ready: dict[str, torch.Tensor] = {}
+        for name, tensor in tensors.items():
+            other = catalog.other_half(name, tensor.dtype)
+            half = tensors.get(other) if other else None
+            if other and half is None:
+                half = self.staged.pop(other, None)
+            if other and half is None:
+                self.staged[name] = copy_of(tensor, catalog.device)
+                continue
+            ready[name] = tensor
+            if half is not None:
+                ready[other] = half
+        return ready
 
-    def keep(self, names: Iterable[str], catalog: Catalog) -> None:
-        """Undo mode: copy what is live of tensors, by any of their names, that are to be
-        written. Raises OutOfMemory."""
-        if self.undo is not None:
-            self.undo.keep(map(catalog.canonical, names), catalog)
+    def _add_unit(
+        self,
+        piece: TensorPiece,
+        flat: torch.Tensor,
+        whole: dict[str, torch.Tensor],
+        catalog: Catalog,
+    ) -> None:
+        """Note a piece of a unit among the `whole` ones of its batch, or among the parts."""
+        if piece.name in whole:
+            raise _came_twice(piece.name)
+        if is_whole(piece) and piece.name not in self._parts:
+            whole[piece.name] = flat.view(piece.shape)
+        else:
+            self._add_part(piece, flat, catalog)
 
     def _add_part(self, piece: TensorPiece, flat: torch.Tensor, catalog: Catalog) -> None:
         part = self._parts.get(piece.name)
@@ -151,23 +233,27 @@ class OpenUpdate:
         part.elements[start:stop].copy_(flat, non_blocking=True)
         part.coverage.add(start, stop)
         if part.coverage.complete:
-            self.take({piece.name: part.elements.view(piece.shape)}, catalog, lasting=True)
+            self._take({piece.name: part.elements.view(piece.shape)}, catalog, lasting=True)
             del self._parts[piece.name]
 
     def _write(self, tensors: Mapping[str, torch.Tensor], catalog: Catalog) -> None:
         fresh: dict[str, str] = {}
         twins: dict[str, str] = {}
+        scales: list[str] = []
         for name, tensor in tensors.items():
-            spec = self.announced.get(name)
-            if spec is not None and spec.checksum is not None:
-                self.sums.add(name, tensor)
+            spec, start = self.sum_of(name)
+            if spec is not None:
+                self.sums.add(spec.name, tensor, start)
             canonical = catalog.canonical(name)
-            if canonical in self.placed or canonical in fresh:
+            if catalog.are_scales(name):
+                scales.append(name)
+            elif canonical in self.placed or canonical in fresh:
                 twins[name] = canonical
             else:
                 fresh[canonical] = name
         self.keep(fresh, catalog)
-        self.placed_bytes += catalog.place({name: tensors[name] for name in fresh.values()})
+        written = {name: tensors[name] for name in (*fresh.values(), *scales)}
+        self.placed_bytes += catalog.place(written)
         self.placed.update(fresh)
         for name, canonical in twins.items():
             if not catalog.holds(name, tensors[name]):
@@ -200,11 +286,6 @@ def copy_of(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def is_whole(piece: TensorPiece) -> bool:
     """Whether a piece is all of its tensor."""
     return piece.start == 0 and (piece.stop < 0 or piece.stop == math.prod(piece.shape))
-
-
-def bounds(piece: TensorPiece) -> tuple[int, int]:
-    """[start, stop) of a piece's elements in the flattened tensor."""
-    return piece.start, math.prod(piece.shape) if piece.stop < 0 else piece.stop
 
 
 def require_alike(piece: TensorPiece, dtype: str) -> None:

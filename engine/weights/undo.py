@@ -13,21 +13,24 @@ from kernels.torch_compat import ran_out_of_memory
 
 _ALIGNMENT = 256
 _AT_ONCE = 256
-"""Tensors whose views are there at a time; see `_starts`."""
+"""Units whose views are there at a time; see `_starts`."""
 
 
 class UndoCopy:
-    """This rank's old values of some tensors, in one piece of memory: the next update finds it
-    again in torch's cache, whatever its order."""
+    """What this rank stored for some units, in one piece of memory: the next update finds it
+    again in torch's cache, whatever its order.
 
-    def __init__(self, num_bytes: int, num_tensors: int, device: torch.device) -> None:
-        self._size = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT + num_tensors * _ALIGNMENT
+    num_views: storages of all units, or parts of them, that are kept one by one.
+    """
+
+    def __init__(self, num_bytes: int, num_views: int, device: torch.device) -> None:
+        self._size = _aligned(num_bytes) + num_views * _ALIGNMENT
         self._device = device
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._typed: dict[torch.dtype, torch.Tensor] = {}
         self._starts: dict[str, int] = {}
-        """First byte of each tensor that was kept. No views: tens of thousands of objects that
-        stay slow down every collection of garbage."""
+        """First byte of what was kept of each unit, its storages one behind the other. No views:
+        tens of thousands of objects that stay slow down every collection of garbage."""
         self._end = 0
 
     def reserve(self) -> None:
@@ -49,7 +52,7 @@ class UndoCopy:
             ) from error
 
     def keep(self, names: Iterable[str], catalog: Catalog) -> None:
-        """Copy the live tensors `names`, in the order of the current stream.
+        """Copy what is live of the units `names`, in the order of the current stream.
 
         What was kept before is left out: what is live now may be half of what came.
         Raises OutOfMemory.
@@ -63,20 +66,29 @@ class UndoCopy:
             self._keep_some(fresh[first : first + _AT_ONCE], catalog)
 
     def _keep_some(self, names: Sequence[str], catalog: Catalog) -> None:
-        views = [catalog.view(name) for name in names]
-        starts, end = [], self._end
-        for live in views:
-            starts.append(end)
-            end += -(-live.nbytes // _ALIGNMENT) * _ALIGNMENT
-        copy_each([self._at(at, live) for at, live in zip(starts, views, strict=True)], views)
-        self._starts.update(zip(names, starts, strict=True))
+        starts: dict[str, int] = {}
+        views: list[torch.Tensor] = []
+        kept: list[torch.Tensor] = []
+        end = self._end
+        for name in names:
+            starts[name] = end
+            for live in catalog.views(name):
+                views.append(live)
+                kept.append(self._at(end, live))
+                end += _aligned(live.nbytes)
+        copy_each(kept, views)
+        self._starts.update(starts)
         self._end = end
 
     def put_back(self, catalog: Catalog) -> None:
         """Write the old values again, and wait for the device."""
-        views = [catalog.view(name) for name in self._starts]
-        starts = self._starts.values()
-        kept = [self._at(at, live) for at, live in zip(starts, views, strict=True)]
+        views: list[torch.Tensor] = []
+        kept: list[torch.Tensor] = []
+        for name, start in self._starts.items():
+            for live in catalog.views(name):
+                views.append(live)
+                kept.append(self._at(start, live))
+                start += _aligned(live.nbytes)
         copy_each(views, kept)
         if kept:
             wait_for(self._memory.device)
@@ -87,6 +99,10 @@ class UndoCopy:
             self._typed[live.dtype] = self._memory.view(live.dtype)
         typed = self._typed[live.dtype]
         return typed.as_strided(live.shape, _strides(live.shape), start // live.element_size())
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def _strides(shape: torch.Size) -> list[int]:

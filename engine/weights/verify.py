@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 import torch
 
 from engine.errors import ChecksumMismatch, ManifestMismatch, NonFiniteWeights
+from engine.numerics import dtype_name
 from engine.protocol import TensorSpec
 from engine.weights import finite
 from engine.weights.catalog import Catalog
@@ -29,10 +30,48 @@ def announced_tensors(
             seen.add(spec.name)
     for spec in manifest:
         catalog.check(spec.name, spec.shape)
-        torch_dtype(spec.dtype, spec.name)
+        catalog.check_dtype(spec.name, torch_dtype(spec.dtype, spec.name))
+    require_halves({s.name: torch_dtype(s.dtype, s.name) for s in manifest}, catalog)
+    _require_units_once(announced, catalog)
     if announced and not partial:
         require_all(announced, catalog)
     return announced
+
+
+def _require_units_once(announced: Mapping[str, TensorSpec], catalog: Catalog) -> None:
+    fused = [name for name in announced if catalog.is_fused(name)]
+    if not fused:
+        return
+    seen = dict.fromkeys(announced, "")
+    for name in fused:
+        for unit in catalog.units(name):
+            if unit in seen:
+                other = seen[unit] or "its own name"
+                raise ManifestMismatch(
+                    f"{unit} is announced twice: as part of {name} and under {other}", field=unit
+                )
+            seen[unit] = name
+
+
+def require_halves(dtypes: Mapping[str, torch.dtype], catalog: Catalog) -> None:
+    """Raise ManifestMismatch for an encoded tensor without its scales, or scales without one."""
+    if not catalog.has_scales:
+        return
+    for name, dtype in dtypes.items():
+        other = catalog.other_half(name, dtype)
+        found = dtypes.get(other) if other else None
+        if other and found is None:
+            raise ManifestMismatch(
+                f"{other} does not come, and {name} in {dtype_name(dtype)} is half of the two: "
+                "send both, or the weight alone in a float dtype",
+                field=other,
+            )
+        if other and catalog.are_scales(name) and found is not None and found.is_floating_point:
+            raise ManifestMismatch(
+                f"{name} comes beside {other} in {dtype_name(found)}, which has no scales yet: "
+                "send the weight alone, or as int8",
+                field=name,
+            )
 
 
 def require_all(names: Iterable[str], catalog: Catalog) -> None:
@@ -56,8 +95,11 @@ def require_complete(update: OpenUpdate, catalog: Catalog, torn: Mapping[str, in
         raise ManifestMismatch(f"elements [{start}, {stop}) of {name} did not come", field=name)
     names = update.names
     if update.announced.keys() - names:
-        name = next(name for name in update.announced if name not in names)
-        raise ManifestMismatch(f"{name} was announced and did not come", field=name)
+        units = (unit for name in update.announced for unit in catalog.units(name))
+        absent = next((unit for unit in units if unit not in names), None)
+        if absent is not None:
+            raise ManifestMismatch(f"{absent} was announced and did not come", field=absent)
+    require_halves(names, catalog)
     if not update.begin.partial:
         require_all(names, catalog)
     left = sorted(torn.keys() - catalog.covered(names)) if torn else []
@@ -89,16 +131,16 @@ def require_bits(
     for name, tensor in update.staged.items():
         if only is not None and name not in only:
             continue
-        spec = update.announced.get(name)
-        if spec is not None and spec.checksum is not None:
-            sums.add(name, tensor.to(device, non_blocking=True))
+        spec, start = update.sum_of(name)
+        if spec is not None:
+            sums.add(spec.name, tensor.to(device, non_blocking=True), start)
         elif name in update.peaks and name not in again:
             known.append((name, update.peaks[name], tensor.dtype, catalog.dtype(name)))
-        elif catalog.is_needed(name):
+        elif catalog.is_needed(name) and tensor.is_floating_point():
             unread.append((name, tensor, catalog.dtype(name)))
     for canonical, name in update.placed.items() if only is None else ():
-        if name not in sums and catalog.is_needed(name):
-            unread.append((name, catalog.view(canonical), catalog.dtype(canonical)))
+        if not update.is_summed(name) and catalog.is_needed(name):
+            unread += [(name, stored, stored.dtype) for stored in catalog.floats(canonical)]
     scans = sums.scans()
     for name, scanned in scans.items():
         expected = update.announced[name].checksum
@@ -131,9 +173,8 @@ def scan_staged(update: OpenUpdate, catalog: Catalog) -> None:
     """
     by_dtype: dict[tuple[torch.device, torch.dtype], list[str]] = {}
     for name, tensor in update.staged.items():
-        spec = update.announced.get(name)
-        left = name in update.peaks or (spec is not None and spec.checksum is not None)
-        if not left and catalog.is_needed(name):
+        left = name in update.peaks or update.sum_of(name)[0] is not None
+        if not left and catalog.is_needed(name) and tensor.is_floating_point():
             by_dtype.setdefault((tensor.device, tensor.dtype), []).append(name)
     for members in by_dtype.values():
         found = finite.find_peaks([update.staged[name] for name in members])

@@ -20,6 +20,7 @@ def checksum_into(
     *,
     backend: KernelBackend,
     peak: torch.Tensor | None = None,
+    start: int = 0,
 ) -> None:
     """Add the checksum of `tensor` to `total`, in place, without waiting for the device.
 
@@ -27,13 +28,14 @@ def checksum_into(
     elements are read unsigned) and any shape, read in row-major order.
     peak: int64 [1] on that device; raised, on the same pass, to the largest element's bits
     without their sign. Of IEEE floats these order as magnitudes do, with inf and then NaN last.
+    start: place of the first element in a longer tensor, whose checksum is the sum of its parts'.
     Raises ValueError on an unknown backend.
     """
     if backend == "torch":
-        reference.checksum_into(total, tensor, peak)
+        reference.checksum_into(total, tensor, peak, start)
     elif backend == "triton":
         from kernels.checksum import triton
 
-        triton.checksum_into(total, tensor, peak)
+        triton.checksum_into(total, tensor, peak, start)
     else:
         raise unknown_backend(backend)

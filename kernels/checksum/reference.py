@@ -25,17 +25,17 @@ def magnitude_mask(tensor: torch.Tensor) -> int:
 
 
 def checksum_into(
-    total: torch.Tensor, tensor: torch.Tensor, peak: torch.Tensor | None = None
+    total: torch.Tensor, tensor: torch.Tensor, peak: torch.Tensor | None = None, start: int = 0
 ) -> None:
     """See `kernels.checksum.checksum_into`."""
     words = words_of(tensor)
     mask = magnitude_mask(tensor)
-    for start in range(0, words.numel(), _CHUNK):
-        part = words[start : start + _CHUNK]
+    for first in range(0, words.numel(), _CHUNK):
+        part = words[first : first + _CHUNK]
         if peak is not None:
             torch.maximum(peak, (part & mask).amax().to(torch.int64), out=peak)
         chunk = part.to(torch.int64) + SHIFT
-        total += (chunk * _multipliers(start, chunk.numel(), words.device)).sum()
+        total += (chunk * _multipliers(start + first, chunk.numel(), words.device)).sum()
 
 
 def _multipliers(start: int, count: int, device: torch.device) -> torch.Tensor:

@@ -19,12 +19,13 @@ _BLOCK = 2048
 _MAX_PROGRAMS = 2048
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["place"])
 def _checksum_kernel(
     total_ptr: tl.tensor,
     peak_ptr: tl.tensor,
     words_ptr: tl.tensor,
     num_words: tl.int64,
+    place: tl.int64,
     GOLDEN: tl.constexpr,
     MIX_1: tl.constexpr,
     MIX_2: tl.constexpr,
@@ -45,7 +46,7 @@ def _checksum_kernel(
         if PEAK:
             largest = tl.maximum(largest, bits & MASK)
         word = bits + SHIFT
-        z = (index + 1).to(tl.uint64) * GOLDEN
+        z = (place + index + 1).to(tl.uint64) * GOLDEN
         z = (z ^ (z >> 30)) * MIX_1
         z = (z ^ (z >> 27)) * MIX_2
         z = (z ^ (z >> 31)) | 1
@@ -56,7 +57,7 @@ def _checksum_kernel(
 
 
 def checksum_into(
-    total: torch.Tensor, tensor: torch.Tensor, peak: torch.Tensor | None = None
+    total: torch.Tensor, tensor: torch.Tensor, peak: torch.Tensor | None = None, start: int = 0
 ) -> None:
     """See `kernels.checksum.checksum_into`."""
     words = words_of(tensor)
@@ -70,6 +71,7 @@ def checksum_into(
             total if peak is None else peak,
             words,
             words.numel(),
+            start,
             GOLDEN=GOLDEN,
             MIX_1=MIX_1,
             MIX_2=MIX_2,

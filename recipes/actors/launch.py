@@ -70,6 +70,7 @@ def engine_config(options: RunOptions, *, gpu: int = 0, saver: bool = False) -> 
         load_format=options.load_format,
         device=options.device,
         dtype=options.dtype,
+        quantization=options.rollout.rollout_quantization,
         seed=options.seed,
         cache=CacheConfig(memory_bytes=int(options.rollout.kv_memory_gb * 2**30)),
         scheduler=SchedulerConfig(max_running=_max_running(options)),

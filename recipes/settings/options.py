@@ -26,6 +26,7 @@ WandbMode = Literal["off", "offline", "online"]
 TrainerName = Literal["plain", "deepspeed", "fsdp"]
 ZeroStage = Literal[0, 1, 2, 3]
 Drafter = Literal["off", "auto", "ngram"]
+RolloutQuantization = Literal["none", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,9 @@ class RolloutOptions:
     are: 'ngram' copies them from replies so far, 'auto' as many as are being accepted."""
     draft_tokens: int = 3
     """Most tokens drafted at once for a reply, 1 to 7."""
+    rollout_quantization: RolloutQuantization = "none"
+    """What the engine that samples stores linear weights as: 'int8' quantises every update as it
+    is placed. The trainer computes in its own dtype, so correct for the difference (--is-level)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,14 +13,19 @@ from msgspec.structs import replace
 
 from engine.errors import SlipstreamError, WeightUpdateError
 from engine.protocol import AbortUpdate, BeginUpdate, CommitUpdate, PrepareUpdate, TensorSpec
+from engine.quant.base import LinearMethod, Unquantized
+from engine.quant.int8 import Int8
 from engine.weights.checksum import checksum
+from engine.weights.initial import load_initial
 from engine.weights.service import WeightService
 from tests.helpers import update_carriers
 from tests.helpers.update_faults import ERRORS, counting, fault
-from tests.helpers.weight_engines import Tensors, contents, fresh, make_rank, specs
+from tests.helpers.weight_engines import Tensors, fresh, make_rank, specs, storages
 
 pytestmark = pytest.mark.slow
 
+PLAIN = Unquantized()
+SCHEMES: dict[str, LinearMethod] = {"none": PLAIN, "int8": Int8("torch")}
 MODES = ("shadow", "undo", "in_place")
 STEPS = ("begin", "receive", "prepare", "commit", "abort")
 KINDS = ("operation", "call")
@@ -28,11 +33,15 @@ CASES_IN_A_SLICE = 16
 
 
 class Engine:
-    """One rank that is updated over and over by one carrier in one mode."""
+    """One rank that is updated over and over by one carrier in one mode.
 
-    def __init__(self, mode: str, carrier: str, folder: Path) -> None:
-        self.model, self.rank = make_rank(num_layers=1)
-        self.serving = contents(self.model)
+    linear: what it stores weights as; what it should store of an update is what a second one does
+    that loads it.
+    """
+
+    def __init__(self, mode: str, carrier: str, folder: Path, linear: LinearMethod = PLAIN) -> None:
+        self.model, self.rank = make_rank(num_layers=1, linear=linear)
+        self.serving = storages(self.model)
         self.version = self.rank.session.version
         self._mode = mode
         self._carrier = update_carriers.make(carrier, self.rank, folder)
@@ -41,6 +50,7 @@ class Engine:
         # each passes every point.
         self._weights = [new, dict(reversed(other.items()))]
         self._manifests = [(new, manifest_of(new)) for new in self._weights]
+        self._stored = [(new, stored_by(linear, new)) for new in self._weights]
         self._asked = 10
 
     def close(self) -> None:
@@ -113,21 +123,32 @@ class Engine:
         new, commands = self.steps(last="commit")
         for _, run in commands:
             run()
-        self.serving, self.version = new, self._asked
+        self.serving, self.version = self._stored_of(new), self._asked
         self.check(new)
         self.rank.session.require_servable()
 
     def check(self, failed: Tensors) -> None:
         """The old version serves, or the failed one after all, or nothing does."""
-        session, live = self.rank.session, contents(self.model)
+        session, live = self.rank.session, storages(self.model)
         refusal = _refusal(self.rank)
         assert refusal == session.refusal
         if refusal:
             assert len(refusal) > 40, "a refusal says why"
             return
-        want = self.serving if session.version == self.version else failed
+        serves_old = session.version == self.version
+        want = self.serving if serves_old else self._stored_of(failed)
         wrong = [name for name in live if not torch.equal(live[name], want[name])]
         assert not wrong, f"{len(wrong)} of {len(live)} tensors are of another version"
+
+    def _stored_of(self, new: Tensors) -> Tensors:
+        return next(stored for tensors, stored in self._stored if tensors is new)
+
+
+def stored_by(linear: LinearMethod, new: Tensors) -> Tensors:
+    """What an engine stores that loads these weights when it starts."""
+    model, rank = make_rank(num_layers=1, linear=linear)
+    load_initial(rank.session.catalog, new.items())
+    return storages(model)
 
 
 def manifest_of(new: Tensors) -> list[TensorSpec]:
@@ -157,13 +178,16 @@ def run_case(engine: Engine, step: str, kind: str, at: int) -> bool:
     return refused
 
 
-@pytest.mark.parametrize("carrier", update_carriers.NAMES)
+SLICES = [("none", carrier) for carrier in update_carriers.NAMES] + [("int8", "consumed")]
+
+
+@pytest.mark.parametrize(("scheme", "carrier"), SLICES)
 @pytest.mark.parametrize("mode", MODES)
 def test_a_fault_leaves_the_old_version_or_a_refusal(
-    mode: str, carrier: str, tmp_path: Path
+    mode: str, scheme: str, carrier: str, tmp_path: Path
 ) -> None:
     """A seeded slice of the matrix below."""
-    engine = Engine(mode, carrier, tmp_path)
+    engine = Engine(mode, carrier, tmp_path, SCHEMES[scheme])
     draw = random.Random(f"{mode} {carrier}")
     points = {(s, k): engine.points(s, k) for s in STEPS for k in KINDS}
     possible = [(s, k) for (s, k), count in points.items() if count]
@@ -182,17 +206,18 @@ def test_a_fault_leaves_the_old_version_or_a_refusal(
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("carrier", update_carriers.NAMES)
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("scheme", ["none", "int8"])
 def test_a_fault_at_every_point_of_a_step(
-    mode: str, carrier: str, step: str, tmp_path: Path
+    scheme: str, mode: str, carrier: str, step: str, tmp_path: Path
 ) -> None:
     """Nothing is left out but: a second layer, whose tensors are of the first one's kinds;
     generators that are resumed, and how often a wait looks up, which depends on the time."""
-    engine = Engine(mode, carrier, tmp_path)
+    engine = Engine(mode, carrier, tmp_path, SCHEMES[scheme])
     for kind in KINDS:
         for at in range(1, engine.points(step, kind) + 1):
             try:
                 run_case(engine, step, kind, at)
             except BaseException as error:
-                error.add_note(f"{mode}, {carrier}, {step}, {kind} {at}")
+                error.add_note(f"{scheme}, {mode}, {carrier}, {step}, {kind} {at}")
                 raise
     engine.close()

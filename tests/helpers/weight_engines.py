@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
+from engine.layers.parameter import Part
 from engine.layers.runtime import LayerRuntime
 from engine.models.build import build_model
 from engine.models.config import read_config
 from engine.parallel.mesh import Mesh
 from engine.protocol import JoinGroup, TensorPiece, TensorSpec
+from engine.quant.base import LinearMethod, Unquantized
 from engine.weights.initial import load_initial
 from engine.weights.service import WeightService
 from engine.weights.sources import random
@@ -41,13 +43,16 @@ def make_rank(
     tp_size: int = 1,
     *,
     dtype: torch.dtype = torch.float32,
+    linear: LinearMethod | None = None,
     num_layers: int = CONFIG["num_hidden_layers"],
     **service: Any,
 ) -> tuple[Any, WeightService]:
     """(model, its weight service) of one rank, serving version 3 of the weights of seed 0."""
     mesh = Mesh(tp_rank=tp_rank, tp_size=tp_size)
     device = torch.device("cpu")
-    runtime = LayerRuntime(device=device, dtype=dtype, backend="torch", mesh=mesh)
+    runtime = LayerRuntime(
+        device=device, dtype=dtype, backend="torch", mesh=mesh, linear=linear or Unquantized()
+    )
     config = read_config({**CONFIG, "num_hidden_layers": num_layers})
     model = build_model(config, runtime=runtime)
     settings = {"agree": lambda value: value, "require_weights": lambda: None, **service}
@@ -63,14 +68,25 @@ def fresh(model: Any, seed: int = 1) -> Tensors:
 
 def contents(model: Any) -> Tensors:
     """A copy of this rank's slices of every tensor."""
-    return {name: p.view_of(part).clone() for name, (p, part) in model.weight_index().items()}
+    return {name: p.views(part)[0].clone() for name, (p, part) in model.weight_index().items()}
+
+
+def storages(model: Any) -> Tensors:
+    """A copy of all that this rank stores, by the name of each parameter."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def assert_holds(model: Any, tensors: Tensors) -> None:
     """Every live weight is this rank's slice of the full tensor."""
     for name, (parameter, part) in model.weight_index().items():
-        want = parameter.slice_of(tensors[name], part, name=name)
-        assert torch.equal(parameter.view_of(part), want.to(parameter.dtype)), name
+        want = slice_of(parameter.parts[part], tensors[name])
+        assert torch.equal(parameter.views(part)[0], want.to(parameter.dtype)), name
+
+
+def slice_of(part: Part, full: torch.Tensor) -> torch.Tensor:
+    """The elements of a full tensor that a rank holds in one piece: a view."""
+    (piece,) = part.pieces
+    return full[piece.source]
 
 
 def specs(tensors: Tensors, **fields: Any) -> list[TensorSpec]:

@@ -198,6 +198,15 @@ def test_many_tensors_are_copied_and_read_at_once() -> None:
     assert peaks[2].isnan()
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_integers_are_multiplied(device: str) -> None:
+    x = torch.arange(32 * 16, device=device).view(32, 16) % 7 - 3
+    weight = torch.arange(8 * 16, device=device).view(8, 16) % 5 - 2
+    found = compat.int8_product(x.to(torch.int8), weight.to(torch.int8))
+    assert found.dtype == torch.int32
+    assert found.tolist() == (x.cpu() @ weight.cpu().T).tolist()
+
+
 def test_what_is_kept_for_ever_is_never_destructed() -> None:
     code = (
         "import gc, weakref\n"

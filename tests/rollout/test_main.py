@@ -44,6 +44,7 @@ ENGINE: dict[str, tuple[list[str], str, object]] = {
     "device": (["cpu"], "device", "cpu"),
     "dtype": (["float16"], "dtype", "float16"),
     "context-length": (["99"], "context_length", 99),
+    "quantization": (["int8"], "quantization", "int8"),
     "attention": (["triton"], "attention", "triton"),
     "cuda-graphs": ([], "cuda_graphs", True),
     "no-cuda-graphs": ([], "cuda_graphs", False),

@@ -78,15 +78,11 @@ def _check_entries(session: UpdateSession, listing: safetensors.Listing) -> None
     seen: dict[str, Path] = {}
     for entry in listing.entries:
         try:
-            if entry.name in seen:
-                raise ManifestMismatch(
-                    f"{entry.name} is in {seen[entry.name].name} too", field=entry.name
-                )
-            seen[entry.name] = entry.file
-            if not entry.dtype.is_floating_point:
-                raise ManifestMismatch(
-                    f"{entry.name} has dtype {entry.dtype}, not a float", field=entry.name
-                )
+            for unit in session.catalog.units(entry.name):
+                if unit in seen:
+                    raise ManifestMismatch(f"{unit} is in {seen[unit].name} too", field=unit)
+                seen[unit] = entry.file
+            session.catalog.check_dtype(entry.name, entry.dtype)
             dtype = dtype_name(entry.dtype)
             session.expect_one(TensorPiece(entry.name, dtype, list(entry.shape)))
         except ManifestMismatch as error:

@@ -17,7 +17,6 @@ from msgspec import Meta
 from engine.errors import InvalidRequest, QueueFull, UnsupportedOption, UpdateTimeout
 from engine.protocol import (
     Abort,
-    CheckAction,
     CheckWeights,
     GetWeight,
     JoinGroup,
@@ -117,7 +116,7 @@ class _NewVersion(msgspec.Struct):
 
 
 class _Check(msgspec.Struct):
-    action: CheckAction = "checksum"
+    action: Literal["checksum", "snapshot", "reset_tensors", "compare"] = "checksum"
 
 
 class _Name(msgspec.Struct):

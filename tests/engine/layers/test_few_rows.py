@@ -48,7 +48,7 @@ def test_who_takes_the_fused_products() -> None:
     assert runtime_on("cpu", torch.bfloat16).few_rows == 16
     assert runtime_on("cpu", torch.float32).few_rows == 0
     assert runtime_on("cpu", torch.bfloat16, mesh=Mesh(tp_rank=1, tp_size=2)).few_rows == 0
-    other = SimpleNamespace(empty_weight=None, apply=None)
+    other = SimpleNamespace(fuses_few_rows=False)
     assert runtime_on("cpu", torch.bfloat16, linear=other).few_rows == 0
     plain = LayerRuntime(device=torch.device("cpu"), dtype=torch.bfloat16, backend="torch")
     assert plain.few_rows == 0

@@ -9,12 +9,12 @@ import torch
 
 from engine.errors import ManifestMismatch, ModelError
 from engine.layers.parameter import (
-    Part,
     Shard,
     ShardedParameter,
     even_shard,
     kv_head_shard,
     sliced,
+    stacked,
     uneven_shard,
     whole,
 )
@@ -24,8 +24,8 @@ from engine.parallel.mesh import Mesh
 def merged() -> ShardedParameter:
     """Rows 2..4 of `a` [6, 3] above rows 1..2 of `b` [4, 3]."""
     parts = {
-        "a": Part(full_shape=(6, 3), dim=0, shard=Shard(2, 3), start=0),
-        "b": Part(full_shape=(4, 3), dim=0, shard=Shard(1, 2), start=3),
+        "a": stacked((6, 3), 0, Shard(2, 3)),
+        "b": stacked((4, 3), 0, Shard(1, 2), 3),
     }
     return ShardedParameter(torch.full((5, 3), float("nan")), parts)
 

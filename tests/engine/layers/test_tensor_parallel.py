@@ -15,6 +15,7 @@ from engine.layers.embedding import LMHead, VocabEmbedding
 from engine.layers.kinds import DenseMLPKind
 from engine.layers.linear import MergedLinear, RowLinear, gate_up_outputs
 from engine.layers.mlp import GatedMLP
+from engine.layers.parameter import Part
 from engine.models.build import build_model
 from engine.models.locate import locate
 from engine.parallel.mesh import Mesh
@@ -23,6 +24,7 @@ from engine.weights.load import load
 from engine.weights.sources import safetensors
 from tests.helpers.load_tiny import cpu_runtime
 from tests.helpers.tiny_models import write_tiny
+from tests.helpers.weight_engines import slice_of
 
 
 def meshes(tp_size: int) -> list[Mesh]:
@@ -102,9 +104,7 @@ def test_slices_of_a_whole_model_reassemble_every_full_tensor(
         model = build_model(config, runtime=cpu_runtime(mesh))
         load(Catalog(model), safetensors.tensors(tmp_path))
         for name, (parameter, key) in model.weight_index().items():
-            part = parameter.parts[key]
-            target = rebuilt[name].narrow(part.dim, part.shard.start, part.shard.length)
-            target.copy_(parameter.view_of(key))
+            slice_of(parameter.parts[key], rebuilt[name]).copy_(parameter.views(key)[0])
     for name, full in reference.items():
         assert torch.equal(rebuilt[name], full), name
 
@@ -117,6 +117,12 @@ def test_each_rank_attends_with_the_kv_heads_of_its_query_heads(tmp_path: Path) 
         model = build_model(config, runtime=cpu_runtime(mesh))
         index = model.weight_index()
         parameter, key = index["model.layers.0.self_attn.q_proj.weight"]
-        query_head = parameter.parts[key].shard.start // config.head_dim
+        query_head = first_row(parameter.parts[key]) // config.head_dim
         parameter, key = index["model.layers.0.self_attn.k_proj.weight"]
-        assert parameter.parts[key].shard.start // config.head_dim == query_head // 2
+        assert first_row(parameter.parts[key]) // config.head_dim == query_head // 2
+
+
+def first_row(part: Part) -> int:
+    (piece,) = part.pieces
+    assert isinstance(piece.source[0], slice)
+    return piece.source[0].start

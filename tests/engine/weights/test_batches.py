@@ -172,7 +172,7 @@ def test_tensors_of_an_autograd_graph_leave_none_behind(lasting: bool) -> None:
     session.receive(new.items(), lasting=lasting)
     session.commit(4)
     assert_holds(model, new)
-    assert not any(session.catalog.view(name).requires_grad for name in new)
+    assert not any(view.requires_grad for name in new for view in session.catalog.views(name))
 
 
 @pytest.mark.parametrize("lasting", [True, False])

@@ -44,7 +44,7 @@ def fresh(model, seed: int = 1) -> dict[str, torch.Tensor]:
 
 
 def contents(model) -> dict[str, torch.Tensor]:
-    return {name: p.view_of(part).clone() for name, (p, part) in model.weight_index().items()}
+    return {name: p.views(part)[0].clone() for name, (p, part) in model.weight_index().items()}
 
 
 def specs(tensors: dict[str, torch.Tensor]) -> list[TensorSpec]:

@@ -81,6 +81,7 @@ reward_memory_gb
 reward_timeout
 reward_tokenizer
 rollout_gpus
+rollout_quantization
 samples
 sandbox
 schedule
