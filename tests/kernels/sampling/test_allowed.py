@@ -52,9 +52,7 @@ def test_rows_that_are_not_settled() -> None:
 
 def test_a_row_does_not_depend_on_the_others() -> None:
     logits_SV, temperature_S, seed_S, position_S, allowed_SV = inputs(1.0)
-    token_S, logprob_S, _ = sample_allowed(
-        logits_SV, temperature_S, seed_S, position_S, allowed_SV
-    )
+    token_S, logprob_S, _ = sample_allowed(logits_SV, temperature_S, seed_S, position_S, allowed_SV)
     for row in range(0, ROWS, 9):
         one = slice(row, row + 1)
         token, logprob, _ = sample_allowed(
