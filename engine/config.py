@@ -186,6 +186,24 @@ class SpeculativeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SessionConfig:
+    """What is kept between requests, in the memory of the engine's leader."""
+
+    max_sessions: int = 4096
+    """Most sessions open at once; one more gets 429."""
+    session_timeout_s: float = 600.0
+    """Seconds without a turn after which a session is closed; it may ask for fewer."""
+    session_tokens: Suppress[int] = 1 << 26
+    """Most tokens of all open sessions together, 4 bytes each."""
+    max_rollouts: int = 4096
+    """Most captured rollouts open at once; one more gets 429."""
+    rollout_timeout_s: float = 3600.0
+    """Seconds without a call after which a captured rollout is forgotten; it may ask for fewer."""
+    rollout_bytes: Suppress[int] = 1 << 30
+    """Most memory of all captured rollouts together."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Everything a replica is built from."""
 
@@ -226,6 +244,7 @@ class EngineConfig:
     parallel: OmitArgPrefixes[ParallelConfig] = field(default_factory=ParallelConfig)
     memory: OmitArgPrefixes[MemoryConfig] = field(default_factory=MemoryConfig)
     speculative: OmitArgPrefixes[SpeculativeConfig] = field(default_factory=SpeculativeConfig)
+    sessions: OmitArgPrefixes[SessionConfig] = field(default_factory=SessionConfig)
 
     @property
     def weight_seed(self) -> int:

@@ -7,6 +7,10 @@
     │   ├── ContextTooLong             prompt does not fit the context
     │   └── UnsupportedOption          a known wire field this engine does not serve
     ├── QueueFull                      the waiting queue is at its limit; try later
+    ├── StoreFull                      sessions or rollouts are at their limit; close some
+    ├── UnknownSession                 no such session is open here (any more)
+    ├── SessionBusy                    a turn of the session is in progress
+    ├── UnknownRollout                 no such rollout is open here (any more)
     ├── ModelError                     a model cannot be loaded
     │   ├── ModelNotFound
     │   ├── UnknownArchitecture
@@ -96,6 +100,32 @@ class QueueFull(SlipstreamError):
     """The waiting queue is at its limit; nothing was lost, send it again later."""
 
     status = 503
+
+
+class StoreFull(SlipstreamError):
+    """Sessions or rollouts fill the room that the engine has for them: close those that are over,
+    or wait until some expire."""
+
+    status = 429
+
+
+class UnknownSession(SlipstreamError):
+    """The session is not open: it never was, was closed, expired, or went with an engine that was
+    started again; the message says which, where that is known."""
+
+    status = 404
+
+
+class SessionBusy(SlipstreamError):
+    """A turn of the session is in progress, and its turns come one after another."""
+
+    status = 409
+
+
+class UnknownRollout(SlipstreamError):
+    """The rollout is not open, as `UnknownSession` says of a session."""
+
+    status = 404
 
 
 class ModelError(SlipstreamError):

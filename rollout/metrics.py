@@ -22,6 +22,9 @@ _GAUGES = {
     "free_pages": "KV pages that hold nothing",
     "cached_pages": "KV pages that hold only cached prefixes",
     "total_pages": "KV pages of the pool",
+    "held_pages": "KV pages that idle sessions hold",
+    "num_sessions": "Sessions that are open",
+    "num_rollouts": "Captured rollouts that are open",
 }
 _COUNTERS = {
     "num_prompt_tokens": "Prompt tokens admitted",

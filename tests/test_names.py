@@ -10,6 +10,7 @@ NOT_CALLED = {
     "kernels.testing": "what tests of kernels compare with",
     "engine.errors.NonFiniteLogits": "known by its name, which crosses processes in a reply",
     "rollout.client.Client": "what a program that uses a server imports",
+    "recipes.collecting.captured": "for a trainer of agents that use a server",
     "rollout.requests.generate.classify": "for a program that scores in its own process",
     "trainer_bridge.hf.load_classifier": "for a trainer of a reward model, or of a critic from one",
     "rollout.parsers.events": "what routes that answer with calls read",
@@ -18,6 +19,9 @@ NOT_CALLED = {
 """Modules and names that the product offers and does not use itself, and why."""
 NOT_READ = {
     "engine.models.config.ModelConfig.bos_token_id": "checked when a config.json is read",
+    "engine.protocol.commands.ReplicaState.held_pages": "a gauge of /metrics",
+    "engine.protocol.commands.ReplicaState.num_sessions": "a gauge of /metrics",
+    "engine.protocol.commands.ReplicaState.num_rollouts": "a gauge of /metrics",
     "engine.protocol.commands.MemoryReport.used_bytes": "for whoever asked to release memory",
     "engine.protocol.steps.EngineFacts.load_seconds": "for a benchmark's table",
     "engine.protocol.steps.EngineFacts.num_parameters": "for a benchmark's table",

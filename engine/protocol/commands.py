@@ -8,6 +8,8 @@ import msgspec
 from msgspec import Struct
 
 from engine.protocol.requests import Abort, FlushCache, Pause, Request, Resume, Stop
+from engine.protocol.rollouts import RolloutCommand, RolloutState
+from engine.protocol.sessions import SessionCommand, SessionState
 from engine.protocol.types import (
     CheckAction,
     Count,
@@ -117,7 +119,7 @@ EngineCommand = (
 )
 """What a rank does beside stepping."""
 
-Command = (
+ControlCommand = (
     Abort
     | Stop
     | Pause
@@ -142,6 +144,9 @@ Command = (
     | GetState
     | Shutdown
 )
+"""Commands that are JSON, and so are their replies."""
+
+Command = ControlCommand | SessionCommand | RolloutCommand
 
 
 class Call(Struct, frozen=True, kw_only=True, tag="call"):
@@ -204,6 +209,10 @@ class ReplicaState(Struct, frozen=True, kw_only=True, tag="state"):
     """Whether requests may set `forced_acceptance`."""
     max_waiting: Count = 65536
     max_samples: Count = 1024
+    held_pages: Count = 0
+    """Pages that idle sessions hold, shared ones for each; others that need them get them."""
+    num_sessions: Count = 0
+    num_rollouts: Count = 0
     num_retractions: Size = 0
     num_prompt_tokens: Size = 0
     num_cached_tokens: Size = 0
@@ -273,6 +282,8 @@ class Reply(Struct, frozen=True, kw_only=True, tag="reply"):
     it is committed. undo: what it writes over comes back if it is aborted.
     traces: files of a profile.
     refusal: after a commit or a `CheckWeights`: why no step may run, or "".
+    session: of a command of `SessionCommand`, but that of one that was closed.
+    rollout: of a command of `RolloutCommand`.
     """
 
     id: Size = 0
@@ -285,3 +296,5 @@ class Reply(Struct, frozen=True, kw_only=True, tag="reply"):
     in_place: bool = False
     undo: bool = False
     refusal: str = ""
+    session: SessionState | None = None
+    rollout: RolloutState | None = None

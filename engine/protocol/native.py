@@ -93,6 +93,9 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     takes that. What is sampled does not depend on it. `forced_acceptance`, in [0, 1], is the
     probability with which each draft counts as accepted, whatever the model says: the tokens mean
     nothing, so a server has to be told to serve it. -1 for off.
+
+    `session`: the id of an open session (POST /sessions), whose tokens come before this prompt.
+    `session_at`: behind the first so many of them, the rest being forgotten; -1 for all.
     """
 
     text: str | None = None
@@ -118,6 +121,8 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     logprob_law: LogprobLaw = "model"
     draft_tokens: Int32 = -1
     forced_acceptance: Float32 = -1.0
+    session: ClientId = ""
+    session_at: Int32 = -1
 
 
 class ClassifyRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -12,6 +12,7 @@ from engine.protocol.grammar import Grammar
 from engine.protocol.native import SamplingParams
 from engine.protocol.types import (
     CacheKey,
+    ClientId,
     Count,
     FinishType,
     Float32,
@@ -74,6 +75,12 @@ class Request(Struct, frozen=True, kw_only=True, tag="request"):
     forced_acceptance: a tool of benchmarks, refused by a server that was not told to serve it:
         each draft counts as accepted with this probability, so that the tokens mean nothing.
         Below 0: off.
+    session: id of the open session that this is a turn of; "" for none. `prompt_ids` are then the
+        tokens behind those that the session has, and the session has both and the output once the
+        turn ended by a stop or a length; whatever else ends it leaves the session as it was.
+        Refused with SessionBusy while another turn is in progress.
+    session_at: go on behind the first so many tokens of the session and forget the rest; -1 for
+        behind all.
     """
 
     rid: RequestId
@@ -98,6 +105,8 @@ class Request(Struct, frozen=True, kw_only=True, tag="request"):
     logprob_law: LogprobLaw = "model"
     draft_tokens: Int32 = -1
     forced_acceptance: Float32 = -1.0
+    session: ClientId = ""
+    session_at: Int32 = -1
 
     @property
     def num_alternatives(self) -> int:
@@ -127,11 +136,13 @@ class Abort(Struct, frozen=True, kw_only=True, tag="abort"):
 
 
 class Stop(Struct, frozen=True, kw_only=True, tag="stop"):
-    """End one request at `num_tokens` output tokens: a stop string was seen in its text."""
+    """End one request at `num_tokens` output tokens: a stop string was seen in its text. session:
+    that of a turn, which is cut there too if the engine has ended it already."""
 
     rid: RequestId
     num_tokens: Count
     matched: StopString
+    session: ClientId = ""
 
 
 class Pause(Struct, frozen=True, kw_only=True, tag="pause"):
@@ -159,6 +170,8 @@ class FinishReason(Struct, frozen=True, kw_only=True, omit_defaults=True):
     message: str | None = None
     error: str | None = None
     """Class name of the error for an abort the engine decided on."""
+    field: str | None = None
+    """What that error is about."""
 
 
 class VersionSpan(Struct, frozen=True):

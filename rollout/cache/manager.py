@@ -3,7 +3,8 @@ release.
 
 A sequence holds one reference to each of its pages and one lock on the deepest tree node
 whose pages are its own; so a page in the tree that a sequence uses is never evicted, and an
-unlocked node's pages have no holder but the tree.
+unlocked node's pages have no holder but the tree. A session holds the same between its turns
+(`idle_kv`), until pages are needed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from engine.errors import SlipstreamError
-from engine.protocol import IntArray
+from engine.protocol import IntArray, KvPolicy, VersionSpan
+from rollout.cache.idle_kv import IdleKv, IdleKvs
 from rollout.cache.pages import PagePool
 from rollout.cache.radix_node import Match, Node
 from rollout.cache.radix_tree import RadixTree
@@ -31,9 +33,11 @@ class CacheManager:
         self.prefix_cache = prefix_cache
         self.pool = PagePool(num_pages)
         self.tree = RadixTree(page_size)
+        self.idle = IdleKvs(lambda pages, node: self.release(pages, node))
 
     def reset(self) -> None:
         """Forget every page and prefix, whoever holds them: nobody may use theirs any more."""
+        self.idle.forget()
         self.pool = PagePool(self.pool.num_pages)
         self.tree = RadixTree(self.page_size)
 
@@ -56,6 +60,14 @@ class CacheManager:
     def num_available(self) -> int:
         """Pages that `allocate` could hand out now."""
         return self.pool.num_free + self.tree.num_evictable
+
+    def can_have(self, count: int, *, but: str = "") -> bool:
+        """Whether `allocate` can hand out `count` pages, the KV of idle sessions having been given
+        up for them as far as needed, that of the session `but` excepted."""
+        while count > self.num_available:
+            if not self.idle.give_up(but=but):
+                return False
+        return True
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages that hold `num_tokens` tokens."""
@@ -153,6 +165,52 @@ class CacheManager:
             self.pool.retain(adopted)
         self.pool.release(pages)
 
+    def hold(
+        self,
+        session: str,
+        tokens: IntArray,
+        pages: IntArray,
+        node: Node | None,
+        *,
+        spans: Sequence[VersionSpan],
+        kv_policy: KvPolicy,
+        pure: bool,
+        version: int,
+        salt: str,
+        step: int,
+    ) -> None:
+        """Hand a sequence's pages and lock over to its session, until the next turn or until others
+        need them. tokens: int32, those that have KV, which `step` completed.
+
+        Full pages of KV that is pure are shared by the tree. The page behind them is the session's
+        alone, since its next turn goes on writing there.
+        """
+        kept, full = self.pages_for(len(tokens)), len(tokens) // self.page_size
+        if node is not None:
+            self.tree.unlock(node)
+            node = None
+        if pure:
+            for page in pages[full:kept].tolist():
+                self.pool.release(self.tree.withdraw(page))
+            node = self.commit(
+                tokens[: full * self.page_size],
+                pages[:full],
+                None,
+                version=version,
+                salt=salt,
+                step=step,
+            )
+        self.pool.release(pages[kept:])
+        held = IdleKv(
+            tokens=tokens.copy(),
+            pages=pages[:kept].copy(),
+            node=node,
+            spans=tuple(spans),
+            pure=pure,
+            kv_policy=kv_policy,
+        )
+        self.idle.hold(session, held)
+
     def release_many(self, pages: Sequence[IntArray], nodes: Iterable[Node | None]) -> None:
         """Give up the pages and locks of many sequences, keeping nothing."""
         for node in nodes:
@@ -163,7 +221,9 @@ class CacheManager:
 
     def distrust(self, node: Node | None) -> None:
         """Forget every prefix that shares its beginning with the one a sequence holds by `node`:
-        what it attended to gave no finite logits. Sequences keep the pages they hold."""
+        what it attended to gave no finite logits. Sequences keep the pages they hold; idle
+        sessions, whose KV may be part of it, do not."""
+        self.idle.drop_all()
         if node is not None:
             self.pool.release(self.tree.cut(node))
 
@@ -172,7 +232,9 @@ class CacheManager:
         self.pool.release(self.tree.drop())
 
     def flush(self) -> None:
-        """Forget every prefix and have all pages free; raises while a sequence holds any."""
+        """Forget every prefix, those of idle sessions too, and have all pages free; raises while a
+        sequence holds any."""
+        self.idle.drop_all()
         held = self.num_pages - self.num_free - self.tree.num_evictable
         if held:
             raise SlipstreamError(
@@ -183,11 +245,13 @@ class CacheManager:
         self.clear()
 
     def check_integrity(self, held: Iterable[IntArray] = ()) -> None:
-        """Assert free + held + cached = total, given the pages each sequence holds."""
+        """Assert free + held + cached = total, given the pages each sequence holds; idle sessions
+        hold theirs."""
         self.pool.check_integrity()
         self.tree.check_integrity()
         expected = np.zeros(self.num_pages, np.int32)
-        for pages in (*held, *(node.pages for node in self.tree.nodes())):
+        nodes = (node.pages for node in self.tree.nodes())
+        for pages in (*held, *self.idle.pages(), *nodes):
             expected[pages] += 1
         wrong = np.flatnonzero(expected != self.pool.refcounts)
         assert len(wrong) == 0, (

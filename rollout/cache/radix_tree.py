@@ -114,6 +114,17 @@ class RadixTree:
             done += shared
         return self._insert_tail(node, tokens, pages, step, EMPTY_PAGES)
 
+    def withdraw(self, page: int) -> IntArray:
+        """Forget the leaf that a partly filled page is, which nobody may hold: its owner goes on
+        writing the page later, in the middle of a plan that may copy it. Returns the page given up,
+        nothing if the tree has no such leaf."""
+        leaf = self._partial_of_page.get(page)
+        if leaf is None:
+            return EMPTY_PAGES
+        assert leaf.lock == 0, "a leaf was withdrawn that is held"
+        self._unlink(leaf)
+        return leaf.pages
+
     def lock(self, node: Node) -> None:
         """Keep `node` and all above it from eviction until `unlock`."""
         current: Node | None = node

@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from engine.config import GIB, MAX_DRAFT_TOKENS, MIB, EngineConfig
 from engine.errors import InvalidRequest
-from engine.protocol.types import INT32_MAX, INT64_MAX, MAX_VERSION
+from engine.protocol.types import INT32_MAX, INT64_MAX, MAX_SECONDS, MAX_VERSION
 from rollout.http.config import ServeConfig
 from rollout.parsers.formats import select_format
 
@@ -48,6 +48,10 @@ ENGINE_RANGES: Mapping[str, Range] = MappingProxyType(
         "--max-running": Range("scheduler.max_running", 1, INT32_MAX),
         "--max-waiting": Range("scheduler.max_waiting", 1, INT32_MAX),
         "--max-samples": Range("scheduler.max_samples", 1, INT32_MAX),
+        "--max-sessions": Range("sessions.max_sessions", 0, INT32_MAX),
+        "--session-timeout-s": Range("sessions.session_timeout_s", 0, MAX_SECONDS, open=True),
+        "--max-rollouts": Range("sessions.max_rollouts", 0, INT32_MAX),
+        "--rollout-timeout-s": Range("sessions.rollout_timeout_s", 0, MAX_SECONDS, open=True),
         "--kv-memory": Range("cache.memory_bytes", 0, _TIB, open=True, unit=GIB),
         "--mem-fraction": Range("cache.memory_fraction", 0, 1, open=True),
         "--page-size": Range("cache.page_size", 1, INT32_MAX),

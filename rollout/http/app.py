@@ -11,10 +11,11 @@ from starlette.routing import Route
 
 from rollout.http import openapi
 from rollout.http.anthropic import routes as message_routes
+from rollout.http.capture import rollout_routes
 from rollout.http.edge import errors, unserved_routes
 from rollout.http.edge.guard import Guard
 from rollout.http.edge.shortcut import Shortcut
-from rollout.http.native import command_routes
+from rollout.http.native import command_routes, session_routes
 from rollout.http.native import generate_routes as native_generate_routes
 from rollout.http.openai import chat_routes, completion_routes, model_routes
 from rollout.http.openai.responses import routes as response_routes
@@ -71,6 +72,7 @@ def build_app(services: Services) -> FastAPI:
             text_routes,
         )
     ]
+    others += [session_routes.router(services), rollout_routes.router(services)]
     routers = [*generating, *others, *control]
     routers.append(openapi.router(services.config, routers, _paths(control)))
     for routes in routers:

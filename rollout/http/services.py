@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 from weakref import WeakValueDictionary
@@ -13,9 +13,11 @@ from rollout.http.edge.access import Access
 from rollout.http.engine.client import AsyncEngine
 from rollout.http.native.generator import Generator
 from rollout.http.native.sample import Sample
+from rollout.http.openai.bodies import ChatBody
 from rollout.http.updates.lifecycle import Lifecycle
 from rollout.http.updates.version_labels import VersionLabels
 from rollout.metrics import Metrics
+from rollout.parsers.events import Reply
 from rollout.requests.seeds import base_seed
 from rollout.text.tokenizer import Tokenizer
 
@@ -29,11 +31,24 @@ class NamedCall(Protocol):
         ...
 
 
+class Capture(Protocol):
+    """Sees a call that is captured, where it is a chat."""
+
+    def conversing(self, body: ChatBody) -> None:
+        """The chat is about to be sampled."""
+        ...
+
+    def replying(self, reply: Callable[[int], Reply]) -> None:
+        """What each sample says, as far as it was read."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Services:
     """One server's parts; each route function takes this and nothing global.
 
-    tokenizer, prompts: None for a model that is asked in ids.
+    tokenizer, prompts: None for a model that is asked in ids. capture: sees the one call that these
+    are for, where it is captured.
     calls: those in progress, by the ids that their replies show.
     """
 
@@ -46,6 +61,7 @@ class Services:
     metrics: Metrics
     tokenizer: Tokenizer | None
     prompts: ChatPrompts | None
+    capture: Capture | None = None
     calls: WeakValueDictionary[str, NamedCall] = field(default_factory=WeakValueDictionary)
 
 

@@ -37,6 +37,8 @@ from engine.protocol import (
     Request,
     RequestOutput,
     Resume,
+    RolloutCommand,
+    SessionCommand,
     SetVersion,
     Shutdown,
     StepMasks,
@@ -57,6 +59,7 @@ from rollout.replica.weight_queue import Ticket
 from rollout.requests.outputs import refused
 from rollout.scheduler.readiness import Readiness
 from rollout.scheduler.scheduler import Scheduler
+from rollout.sessions.turns_in_progress import SessionTurns
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +68,12 @@ T = TypeVar("T")
 _MAX_EMPTY_PLANS = 1000
 _MAX_FAILURES = 3
 """Steps in a row that may fail by a mistake of ours before the engine gives up."""
-_BESIDE_STEPS = (GetState, Abort, Stop)
+_BESIDE_STEPS = GetState | Abort | Stop | SessionCommand | RolloutCommand
 """Commands that leave steps in flight alone: at most they mark rows, whose results are dropped."""
+_FACTS = (
+    "page_size context_length vocab_size eos_ids model architecture model_type num_labels "
+    "dtype device attention tp_size releases"
+)
 _POLL_S = 0.00005
 _LONGEST_POLL_S = 0.001
 
@@ -83,9 +90,13 @@ class Leader:
     """
 
     def __init__(
-        self, config: EngineConfig, executor: StepExecutor, mask_sources: Sequence[MaskSource] = ()
+        self,
+        config: EngineConfig,
+        executor: StepExecutor,
+        mask_sources: Sequence[MaskSource] = (),
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """mask_sources: beside those of `Request.allowed_token_ids` and `Request.grammar`."""
+        """mask_sources: beside those that requests bring. clock: of sessions that are idle."""
         facts = executor.facts
         gate = mask_gate(config, facts, mask_sources)
         cache = CacheManager(
@@ -117,6 +128,9 @@ class Leader:
         self._masked = MaskedStep(
             self._scheduler, gate=gate, send=self._send_masks, emit=self._emit
         )
+        self._sessions = SessionTurns(
+            self._scheduler, config.sessions, facts.context_length, emit=self._emit, clock=clock
+        )
         self._checks_integrity = config.scheduler.check_integrity
         overlap = config.scheduler.overlap
         self._overlap = facts.device == "cuda" if overlap is None else overlap
@@ -131,7 +145,7 @@ class Leader:
             try:
                 if self._readiness.no_version:
                     raise NoVersion(self._readiness.no_version, field="version")
-                answer = self._scheduler.add(request)
+                answer = self._sessions.admit(request, self._scheduler.add)
                 self._outputs += [] if answer is None else [answer]
             except SlipstreamError as error:
                 self._outputs.append(refused(request, error))
@@ -184,8 +198,7 @@ class Leader:
                     rids=command.rids,
                 )
             case Stop():
-                output = self._scheduler.stop(command.rid, command.num_tokens, command.matched)
-                self._outputs += [] if output is None else [output]
+                self._outputs += self._sessions.stop(command)
             case Pause():
                 self._outputs += self._scheduler.pause(command.mode)
             case Resume():
@@ -194,6 +207,8 @@ class Leader:
                 self._scheduler.flush_cache()
             case GetState():
                 return Reply(state=self.state())
+            case _ if isinstance(command, SessionCommand | RolloutCommand):
+                return self._sessions.handle(command)
             case _:
                 assert isinstance(command, Shutdown), command
         return Reply()
@@ -228,30 +243,13 @@ class Leader:
 
     def state(self) -> ReplicaState:
         """What the replica is and does right now."""
-        facts, scheduler = self._executor.facts, self._config.scheduler
         return ReplicaState(
             **asdict(self._scheduler.stats()),
-            released=self._readiness.released,
-            open_update=self._readiness.open_update,
-            refusal=self._readiness.refusal,
-            groups=self._readiness.groups,
-            releases=facts.releases,
+            **self._sessions.facts,
+            **_said(self._readiness, "released open_update refusal groups"),
+            **_said(self._executor.facts, _FACTS),
+            **_said(self._config.scheduler, "max_running max_waiting max_samples"),
             receiving=self._weights.in_progress,
-            page_size=facts.page_size,
-            context_length=facts.context_length,
-            vocab_size=facts.vocab_size,
-            eos_ids=facts.eos_ids,
-            model=facts.model,
-            architecture=facts.architecture,
-            model_type=facts.model_type,
-            num_labels=facts.num_labels,
-            dtype=facts.dtype,
-            device=facts.device,
-            attention=facts.attention,
-            max_running=scheduler.max_running,
-            max_waiting=scheduler.max_waiting,
-            max_samples=scheduler.max_samples,
-            tp_size=facts.tp_size,
         )
 
     def update_weights_inproc(
@@ -327,6 +325,7 @@ class Leader:
     def _take_outputs(self) -> list[RequestOutput]:
         outputs, self._outputs = self._outputs, []
         self._masked.forget_ended(outputs)
+        self._sessions.take(outputs)
         return outputs
 
     def _emit(self, outputs: list[RequestOutput]) -> None:
@@ -395,3 +394,7 @@ class Leader:
         self._in_flight.clear()
         self._masked.give_up()
         self._outputs += self._scheduler.fail_all(error_info(error))
+
+
+def _said(by: object, names: str) -> dict[str, Any]:
+    return {name: getattr(by, name) for name in names.split()}

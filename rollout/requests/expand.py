@@ -55,6 +55,7 @@ def expand(
     check_ranges(sampling)
     check_ranges(wire, skip=("input_ids", "sampling_params"))
     _check_count(sampling.n, state)
+    _check_turn(wire)
     prompt_ids = _prompt_ids(wire, tokenizer, state)
     given = _given(wire, state)
     stop_ids, strings = _stops(sampling, tokenizer, state)
@@ -83,6 +84,8 @@ def expand(
         task=task,
         draft_tokens=wire.draft_tokens,
         forced_acceptance=wire.forced_acceptance,
+        session=wire.session,
+        session_at=wire.session_at,
     )
     _check(wire, first, state)
     check_top_entries(num_top_entries(first, sampling.n, state))
@@ -93,6 +96,15 @@ def expand(
     if given:
         others = _continued(others, given[1:], state)
     return [first, *others]
+
+
+def _check_turn(wire: GenerateRequest) -> None:
+    """A session has one continuation; the other things that a turn may not ask for, the engine
+    refuses, which knows the session."""
+    if wire.session and wire.sampling_params.n > 1:
+        raise InvalidRequest(
+            f"n is {wire.sampling_params.n}; a turn of a session is one sample", field="n"
+        )
 
 
 def _allowed(wire: GenerateRequest) -> IntArray | None:

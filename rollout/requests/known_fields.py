@@ -85,8 +85,9 @@ WITHOUT_EFFECT: Mapping[Bodies, frozenset[str]] = MappingProxyType(
         # How other engines hold or send a result, not what it is; prime-rl's compact logprobs,
         # which `extra_args` asks for, are an extension that its client does without.
         "tokens": frozenset({"detokenize", "output_kind", "flat_logprobs", "extra_args"}),
-        # Every command has a deadline of its own; no session is held.
-        "control": frozenset({"timeout", "session_id"}),
+        # Every command has a deadline of its own; no session of updates is held; every session of
+        # turns appends, which is what it is for SGLang to stream.
+        "control": frozenset({"timeout", "session_id", "streaming"}),
     }
 )
 
@@ -95,7 +96,6 @@ _NATIVE_UNSERVED = (
     "image_data",
     "video_data",
     "audio_data",
-    "session_params",
     "session_id",
     "lora_path",
     "lora_id",
@@ -144,6 +144,8 @@ _OPENAI_UNSERVED = (
     "repetition_detection",
     "return_meta_info",
     "session",
+    "session_at",
+    "session_params",
     "suffix",
     "thinking_token_budget",
     "token_ids_logprob",

@@ -38,7 +38,12 @@ def refused_id(rid: str, error: SlipstreamError, *, prompt_tokens: int = 0) -> R
 
 
 def _refusal(error: SlipstreamError) -> FinishReason:
-    return FinishReason(type="abort", message=error.message, error=type(error).__name__)
+    return FinishReason(
+        type="abort",
+        message=error.message,
+        error=type(error).__name__,
+        field=error.field or None,
+    )
 
 
 def ended_unsent(request: Request, message: str) -> RequestOutput:

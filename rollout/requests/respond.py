@@ -214,10 +214,12 @@ def _counts(
 ) -> dict[str, Any]:
     """What every reply says of the `size` output tokens there are, those that came with the request
     included; first, last: the outputs it is made of."""
-    counts = {
+    # That of a turn has the tokens of its session before its own.
+    num_prompt = last.prompt_tokens if request.session else len(request.prompt_ids)
+    counts: dict[str, Any] = {
         "id": shown(last.rid),
         "finish_reason": None,
-        "prompt_tokens": len(request.prompt_ids),
+        "prompt_tokens": num_prompt,
         "completion_tokens": size,
         "cached_tokens": first.cached_tokens,
         "num_retractions": last.num_retractions,
@@ -225,11 +227,13 @@ def _counts(
         "weight_version": str(spans[-1].version) if spans else None,
         "weight_versions": _versions(spans, size),
         # Positions of prompt and output together: which weights computed the KV.
-        "kv_versions": _versions(last.kv_spans, len(request.prompt_ids) + size),
+        "kv_versions": _versions(last.kv_spans, num_prompt + size),
         **spec_meta(last.spec, request),
     }
     if request.masked:
         counts["logprob_law"] = request.logprob_law
+    if request.session:
+        counts["session"] = {"id": request.session, "start": num_prompt - len(request.prompt_ids)}
     if begin is not None:
         counts |= {"output_start": begin.num_tokens, "text_start": begin.num_chars}
     return counts

@@ -21,6 +21,11 @@ def shown(rid: str) -> str:
     return rid.replace(_MARK, "-")
 
 
+def of_call(rid: str) -> str:
+    """The id of the call that a sample is of, as its reply has it."""
+    return rid.partition(_MARK)[0]
+
+
 def starts_with(rid: str, prefix: str) -> bool:
     """Whether a client that names `prefix` means `rid` too."""
     return rid.startswith(prefix) or (_MARK in rid and shown(rid).startswith(prefix))

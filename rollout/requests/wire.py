@@ -13,6 +13,7 @@ from msgspec import Raw
 
 from engine.errors import InvalidRequest, UnsupportedOption
 from engine.protocol import GenerateRequest, SamplingParams
+from engine.protocol.types import ClientId
 from rollout.requests.json_types import decode_json
 from rollout.requests.known_fields import UNSERVED, WITHOUT_EFFECT
 from rollout.requests.nearest import nearest
@@ -42,6 +43,8 @@ def meaningful_fields(fields: Fields) -> Fields:
 
 def parse_fields(fields: Fields) -> GenerateRequest:
     """`parse_request` of an object in its fields, those of `meaningful_fields`."""
+    if "session_params" in fields:
+        fields = _with_session(fields)
     sampling = fields.get("sampling_params")
     if sampling is not None and bytes(sampling)[:1] == b"{":
         own: Fields = decode_json(sampling, Fields, field="sampling_params", what="sampling_params")
@@ -52,6 +55,32 @@ def parse_fields(fields: Fields) -> GenerateRequest:
     except InvalidRequest as error:
         raise _explain(error) from error
     return wire
+
+
+class _SessionParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """SGLang's name for `session`, and what its sessions could do beside appending."""
+
+    id: ClientId
+    rid: str | None = None
+    offset: int | None = None
+    replace: bool = False
+    drop_previous_output: bool = False
+
+
+def _with_session(fields: Fields) -> Fields:
+    """The fields with `session` in place of `session_params`. Raises UnsupportedOption naming the
+    part of it that is no append."""
+    name = "session_params"
+    found: _SessionParams = decode_json(fields[name], _SessionParams, field=name, what=name)
+    for part in ("rid", "offset", "replace", "drop_previous_output"):
+        if getattr(found, part):
+            raise UnsupportedOption(
+                f"{name}.{part} is not served: every turn goes on behind the last one; session_at, "
+                "beside session, goes on from an earlier point",
+                field=f"{name}.{part}",
+            )
+    kept = {key: value for key, value in fields.items() if key != name}
+    return {**kept, "session": Raw(msgspec.json.encode(found.id))}
 
 
 def _known(fields: Fields, own: frozenset[str]) -> Fields:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from engine.protocol import IntArray
+from rollout.cache.idle_kv import IdleKv
 from rollout.cache.manager import CacheManager
 from rollout.cache.radix_node import Match
 from rollout.scheduler.sequence import Sequence
@@ -67,6 +68,15 @@ class RunningSet:
         keys = (self.table.arrival[slots], self.table.group_order[slots])
         return np.lexsort(keys).astype(np.int32)
 
+    def start_turn(self, sequence: Sequence, held: IdleKv) -> int:
+        """`start` of a session's next turn, with the KV that the session held."""
+        slot = self.start(sequence, None)
+        sequence.node, sequence.pure = held.node, held.pure
+        sequence.kv_spans, sequence.kv_end = list(held.spans), len(held.tokens)
+        self.table.add_pages(slot, held.pages)
+        self.table.num_computed[slot] = len(held.tokens)
+        return slot
+
     def start(self, sequence: Sequence, match: Match | None) -> int:
         """Give a waiting sequence a slot and the pages it shares; returns the slot."""
         slot = self._free_slots.pop()
@@ -115,16 +125,35 @@ class RunningSet:
         slot, table = sequence.slot, self.table
         computed = self._take_results(sequence)
         keep = keep_kv and sequence.pure
-        self.cache.release(
-            table.pages(slot),
-            sequence.node,
-            tokens=sequence.tokens[:computed] if keep else None,
-            version=self.version,
-            salt=sequence.request.salt,
-            step=step - 1,
-        )
+        if sequence.request.session and keep_kv and not comes_back:
+            self._hold(sequence, computed, step - 1)
+        else:
+            self.cache.release(
+                table.pages(slot),
+                sequence.node,
+                tokens=sequence.tokens[:computed] if keep else None,
+                version=self.version,
+                salt=sequence.request.salt,
+                step=step - 1,
+            )
         table.clear(slot)
         self._free_slot(sequence, keep_drafts=keep_kv and not comes_back)
+
+    def _hold(self, sequence: Sequence, computed: int, step: int) -> None:
+        """Hand the KV of a turn that ended, completed by `step`, over to its session."""
+        request = sequence.request
+        self.cache.hold(
+            request.session,
+            sequence.tokens[:computed],
+            self.table.pages(sequence.slot),
+            sequence.node,
+            spans=sequence.kv_spans_before(computed),
+            kv_policy=request.kv_policy,
+            pure=sequence.pure,
+            version=self.version,
+            salt=request.salt,
+            step=step,
+        )
 
     def stop_broken(self, sequence: Sequence, *, step: int) -> None:
         """As `stop` for a sequence whose logits were not finite: what it computed, and the cached
@@ -150,6 +179,7 @@ class RunningSet:
             sequence.close_kv(computed, self.version)
             sequence.pure = sequence.pure and computed == 0
         self.version = version
+        self.cache.idle.set_version()
         self.cache.clear()
         if self.drafts is not None:
             self.drafts.set_version(version)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 import msgspec
@@ -27,6 +27,8 @@ from engine.protocol import (
     Reply,
     Resume,
     ResumeMemory,
+    RolloutCommand,
+    SessionCommand,
     Stop,
 )
 from tests.helpers.fake_executor import expected_tokens
@@ -44,8 +46,8 @@ BATCH = 25
 HEADERS = {"content-type": "application/json"}
 # A trainer that always sends what it said.
 _ARRIVING = (JoinGroup, ReceiveBroadcast, ReceiveIpc)
-# They name requests, none of which is open between two cases.
-_HARMLESS = (Abort, Stop)
+# They name requests, none of which is open between two cases, and what is no other case's.
+_HARMLESS = (Abort, Stop, *get_args(SessionCommand), *get_args(RolloutCommand))
 
 
 class SharedServer:

@@ -41,7 +41,7 @@ def router(services: Services) -> APIRouter:
     routes = APIRouter()
 
     async def messages(request: Request) -> Response:
-        return await answer(request, _reply(services, await request.body()))
+        return await answer(request, reply_to_messages(services, await request.body()))
 
     async def count_tokens(request: Request) -> Response:
         return await answer(request, _count(services, await request.body()))
@@ -54,8 +54,8 @@ def router(services: Services) -> APIRouter:
     return routes
 
 
-async def _reply(services: Services, data: bytes) -> Response:
-    """The reply to one body."""
+async def reply_to_messages(services: Services, data: bytes) -> Response:
+    """The reply to one body. Raises the typed error that it is refused or fails with."""
     if services.prompts is not None:
         services.prompts.check_size(len(data))
     body = await services.generator.parsed(parse_messages, data, MessagesBody)

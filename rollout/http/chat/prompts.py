@@ -61,7 +61,7 @@ class ChatPrompts:
         own = body.chat_template in (None, self.tokenizer.chat_template)
         text = await self._renderer.render(
             body.messages,
-            self._variables(body),
+            self.variables(body),
             source=None if own else body.chat_template,
             num_bytes=num_bytes,
             max_chars=self._max_chars(),
@@ -103,7 +103,8 @@ class ChatPrompts:
         """The text of the template that writes a conversation."""
         return body.chat_template or self.tokenizer.template_for(body.tools).source
 
-    def _variables(self, body: ChatBody) -> dict[str, Any]:
+    def variables(self, body: ChatBody) -> dict[str, Any]:
+        """What the template is rendered with beside the messages. Raises as `prompt` does."""
         thinking = {}
         if body.reasoning_effort is not None:
             thinking = thinking_variables(

@@ -107,6 +107,8 @@ async def start_turn(
     read = _read_format(body, choice, reply_format)
     item = _item(services, body, prompt, keep_special=read.keeps_special_tokens)
     item = msgspec.structs.replace(item, grammar=grammar)
+    if services.capture is not None:
+        services.capture.conversing(body)
     try:
         call = await start(services, body, [item], prefix=prefix, object_name=object_name)
     except InvalidRequest as error:
@@ -121,7 +123,10 @@ async def start_turn(
         )
         for _ in call.samples
     ]
-    return Turn(call, readers, [] if marks is None else marks.end_ids)
+    turn = Turn(call, readers, [] if marks is None else marks.end_ids)
+    if services.capture is not None:
+        services.capture.replying(turn.reply)
+    return turn
 
 
 def _thinking_marks(

@@ -49,9 +49,14 @@ class EventStream(Response):
 
     def __init__(self, source: AsyncGenerator[Any, None], form: EventForm | None = None) -> None:
         super().__init__()
-        self._form = form or _PLAIN
+        self.form = form or _PLAIN
         self.raw_headers = list(_STREAM_HEADERS)
         self._source = source
+
+    @property
+    def source(self) -> AsyncGenerator[Any, None]:
+        """What yields the objects, to be sent by another stream in place of this one."""
+        return self._source
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send frames until the source ends or the client does."""
@@ -61,7 +66,7 @@ class EventStream(Response):
             await _until_gone(self._send_frames(send), receive)
 
     async def _send_frames(self, send: Send) -> None:
-        form = self._form
+        form = self.form
         async with contextlib.aclosing(self._source) as source:
             try:
                 async for value in source:

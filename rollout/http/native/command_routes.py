@@ -10,7 +10,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 
 from engine.errors import InvalidRequest
-from engine.protocol import Command, JoinGroup, Shutdown
+from engine.protocol import ControlCommand, JoinGroup, Shutdown
 from rollout.http.edge.access import caller
 from rollout.http.edge.errors import json_response
 from rollout.http.openapi import takes
@@ -30,13 +30,13 @@ def router(services: Services) -> APIRouter:
             parsed = await services.access.checked_join(parsed, caller(request))
         return json_response(await callers.forward(services.lifecycle, parsed, request))
 
-    routes.add_api_route("/command", command, methods=["POST"], openapi_extra=takes(Command))
+    routes.add_api_route("/command", command, methods=["POST"], openapi_extra=takes(ControlCommand))
     return routes
 
 
-def _parse_command(body: bytes) -> Command:
+def _parse_command(body: bytes) -> ControlCommand:
     """The command a body holds. Raises InvalidRequest naming the field."""
-    command: Command = decode_json(body, Command, what="the command")
+    command: ControlCommand = decode_json(body, ControlCommand, what="the command")
     # What no bound of a type says: unsigned numbers end at 2**64.
     check_ranges(command)
     if isinstance(command, Shutdown):

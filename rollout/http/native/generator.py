@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Callable, Sequence
 from copy import copy
 from itertools import count
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import msgspec
 
@@ -33,7 +33,10 @@ from rollout.scheduler.continued import num_given
 from rollout.text.tokenizer import Tokenizer
 
 _REFUSED = frozenset(
-    {"InvalidRequest", "ContextTooLong", "UnsupportedOption", "QueueFull", "NoVersion"}
+    {
+        *("InvalidRequest", "ContextTooLong", "UnsupportedOption", "QueueFull", "NoVersion"),
+        *("UnknownSession", "SessionBusy", "StoreFull"),
+    }
 )
 # A call with a sequence that ended by one of these is answered by the error.
 _FAILED = _REFUSED | {"NonFiniteLogits", "InternalError", "MaskError", "MaskTimeout"}
@@ -49,6 +52,18 @@ _INLINE_SEQUENCES = 64
 _INLINE_SCORES = 8192
 _INLINE_CHARS = 8192
 _INLINE_IDS = 65_536
+
+
+class Recorder(Protocol):
+    """Sees the calls of a `Generator`."""
+
+    async def began(self, call: GenerateCall) -> GenerateCall:
+        """The call, with the prompts that are to be sampled from."""
+        ...
+
+    def sampling(self, samples: Sequence[Sample]) -> None:
+        """These sequences are about to be sampled; each has its output once it has finished."""
+        ...
 
 
 class Generator:
@@ -69,6 +84,7 @@ class Generator:
         self.workers = TextWorkers()
         self.grammars = GrammarCheck(tokenizer)
         self._num_expanding = 0
+        self._recorder: Recorder | None = None
 
     def seeded(self, seed: int) -> Generator:
         """The same, with seeds derived from `seed` and counted anew: what a call draws then depends
@@ -77,14 +93,24 @@ class Generator:
         other.seed, other._numbers = seed, count()
         return other
 
+    def recorded(self, recorder: Recorder) -> Generator:
+        """The same, with every call shown to `recorder`."""
+        other = copy(self)
+        other._recorder = recorder
+        return other
+
     async def samples(self, call: GenerateCall) -> list[Sample]:
         """The sequences of a call, prompt-major. Raises InvalidRequest, naming the item of a
         batch or an id in use, EngineDead, NoVersion, QueueFull; nothing is submitted yet."""
         # Everything that can be refused is, before a stream has sent its status.
         self.engine.check_open()
+        if self._recorder is not None:
+            call = await self._recorder.began(call)
         samples = await self._expanded(call)
         await self._check_grammars(call, samples)
         self.engine.check_ids([sample.request.rid for sample in samples])
+        if self._recorder is not None:
+            self._recorder.sampling(samples)
         return samples
 
     async def _check_grammars(self, call: GenerateCall, samples: Sequence[Sample]) -> None:
@@ -180,6 +206,7 @@ class Generator:
                     delta = sample.take(output)
                     if delta.finished:
                         del open_samples[output.rid]
+                        await self._settle(sample)
                         self._count(sample)
                     elif sample.stop is not None and not stopped:
                         self._post_stop(sample)
@@ -228,16 +255,13 @@ class Generator:
         return samples
 
     def _post_stop(self, sample: Sample) -> None:
-        assert sample.stop is not None
-        self.engine.post(
-            [
-                Stop(
-                    rid=sample.request.rid,
-                    num_tokens=sample.stop.num_tokens,
-                    matched=sample.stop.matched,
-                )
-            ]
-        )
+        self.engine.post([_stop_of(sample)])
+
+    async def _settle(self, sample: Sample) -> None:
+        """Have the engine know where a turn of a session ended, before its reply says so: it may
+        have sampled beyond a stop string."""
+        if sample.request.session and sample.stop is not None:
+            await self.engine.send(_stop_of(sample))
 
     def _count(self, sample: Sample) -> None:
         finish = sample.output.finish
@@ -251,11 +275,21 @@ class Generator:
         )
 
 
+def _stop_of(sample: Sample) -> Stop:
+    assert sample.stop is not None
+    return Stop(
+        rid=sample.request.rid,
+        num_tokens=sample.stop.num_tokens,
+        matched=sample.stop.matched,
+        session=sample.request.session,
+    )
+
+
 def _failure(sample: Sample) -> SlipstreamError | None:
     finish = sample.finish
     if finish is None or finish.error not in _FAILED:
         return None
-    return by_name(finish.error or "", finish.message or "")
+    return by_name(finish.error or "", finish.message or "", finish.field or "")
 
 
 def _num_grammar_tokens(request: Request) -> int:

@@ -17,10 +17,13 @@ class DecodePlanner:
         self._running = running
 
     def num_missing_pages(self) -> int:
-        """Pages the next decode step needs beyond those that can be had."""
+        """Pages the next decode step needs beyond those that can be had; idle sessions have given
+        up theirs then."""
         slots = self._slots()
-        missing = self._missing(slots, self._next_computed(slots))
-        return int(missing.sum()) - self._running.cache.num_available
+        cache = self._running.cache
+        missing = int(self._missing(slots, self._next_computed(slots)).sum())
+        cache.can_have(missing)
+        return missing - cache.num_available
 
     def plan(self, builder: PlanBuilder) -> int:
         """Add all decode rows to `builder`; returns the tokens they compute."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from engine.config import SchedulerConfig
 from engine.protocol import Request
+from rollout.cache.idle_kv import IdleKv
 from rollout.cache.radix_node import Match, common_prefix
 from rollout.scheduler.planning.page_reserve import PageReserve
 from rollout.scheduler.planning.plan_builder import PlanBuilder
@@ -68,11 +69,14 @@ class PrefillPlanner:
             slots_left -= 1
             if sequence.request.group and sequence.request.group in postponed:
                 continue
-            match = self._match(sequence, builder.step)
+            held = self._held(sequence)
+            match = None if held is not None else self._match(sequence, builder.step)
             if match is not None and self._worth_waiting(sequence, match):
                 postponed.add(sequence.request.group)
                 continue
-            if not self._start(builder, sequence, match, reserved):
+            if held is not None and not self._go_on(builder, sequence, held, reserved):
+                break
+            if held is None and not self._start(builder, sequence, match, reserved):
                 break
             latest = max(latest, sequence.arrival)
             budget -= self._plan_chunk(builder, sequence, budget)
@@ -90,7 +94,7 @@ class PrefillPlanner:
         held = self._hold(match, needed)
         if held is None and match is not None:
             return False
-        if match is None and needed > cache.num_available:
+        if match is None and not cache.can_have(needed):
             return False
         self._queue.remove(sequence)
         slot = self._running.start(sequence, held)
@@ -99,6 +103,34 @@ class PrefillPlanner:
         if held is not None:
             builder.add_pages(slot, 0, held.pages)
             self._plan_copy(builder, slot, held)
+        return True
+
+    def _held(self, sequence: Sequence) -> IdleKv | None:
+        """The KV that the session of a turn holds for it; None without."""
+        request, cache = sequence.request, self._running.cache
+        if not request.session:
+            return None
+        return cache.idle.fit(
+            request.session,
+            sequence.tokens,
+            sequence.match_limit,
+            kv_policy=request.kv_policy,
+            page_size=cache.page_size,
+            refcounts=cache.pool.refcounts,
+        )
+
+    def _go_on(self, builder: PlanBuilder, sequence: Sequence, held: IdleKv, reserved: int) -> bool:
+        """Move a session's turn from the queue to a slot, with what the session holds; False if
+        pages for the rest are short."""
+        cache, session = self._running.cache, sequence.request.session
+        needed = cache.pages_for(len(sequence.tokens)) + reserved - len(held.pages)
+        if not cache.can_have(needed, but=session):
+            return False
+        self._queue.remove(sequence)
+        slot = self._running.start_turn(sequence, cache.idle.take(session))
+        self._on_admit(sequence)
+        builder.add_new_row(sequence)
+        builder.add_pages(slot, 0, held.pages)
         return True
 
     def _hold(self, match: Match | None, needed: int) -> Match | None:
@@ -110,7 +142,7 @@ class PrefillPlanner:
         attempts = (match,) if match.source is None else (match, match.without_copy())
         for attempt in attempts:
             cache.acquire(attempt)
-            if needed - len(attempt.pages) <= cache.num_available:
+            if cache.can_have(needed - len(attempt.pages)):
                 return attempt
             cache.release_source(attempt)
             cache.release(attempt.pages, attempt.node)
@@ -148,8 +180,9 @@ class PrefillPlanner:
 
     def _chunk_end(self, computed: int, target: int, budget: int, num_pages: int) -> int:
         cache = self._running.cache
-        room = (num_pages + cache.num_available) * cache.page_size
-        end = min(target, computed + min(budget, self._max_chunk_tokens), room)
+        end = min(target, computed + min(budget, self._max_chunk_tokens))
+        cache.can_have(cache.pages_for(end) - num_pages)
+        end = min(end, (num_pages + cache.num_available) * cache.page_size)
         aligned = end // cache.page_size * cache.page_size
         return aligned if end < target and aligned > computed else end
 

@@ -98,6 +98,12 @@ def router(services: Services) -> APIRouter:
     return routes
 
 
+async def reply_to_response(services: Services, store: ResponseStore, data: bytes) -> Response:
+    """The reply to one body, which may go on from what `store` has, and is kept there. Raises the
+    typed error that it is refused or fails with."""
+    return await _Responses(services, store).create(data)
+
+
 class _Responses:
     """Calls that are responses, and the store that they go on from."""
 

@@ -1,0 +1,1 @@
+"""Capture: OpenAI calls below a base URL of a rollout, recorded token by token."""

@@ -1,0 +1,1 @@
+"""What an engine keeps between requests: sessions, and rollouts that are captured."""

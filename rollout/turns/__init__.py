@@ -1,0 +1,1 @@
+"""What stands between the turns of a conversation, in a model's own chat template."""
