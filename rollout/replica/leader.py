@@ -245,6 +245,8 @@ class Leader:
             architecture=facts.architecture,
             model_type=facts.model_type,
             num_labels=facts.num_labels,
+            labels=facts.labels,
+            hidden_size=facts.hidden_size,
             dtype=facts.dtype,
             device=facts.device,
             attention=facts.attention,
