@@ -10,8 +10,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
+from engine.config import (
+    CacheConfig,
+    EngineConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    SpeculativeConfig,
+)
 from engine.protocol import Pause, Request, Resume
+from rollout.launch import launch
 from rollout.offline import embed, embed_request, generate
 from rollout.replica.inline import InlineReplica
 from tests.helpers.engines import drain, make_replica, request
@@ -182,3 +189,27 @@ def test_ranks_embed_as_one(tmp_path: Path) -> None:
             [(own.row, own.values.tobytes()) for own in result.embeddings] for result in results
         )
         assert first == second
+
+
+def test_prompts_beside_rows_that_draft(tmp_path: Path) -> None:
+    """Steps whose lengths the rank alone knows give the embeddings to the rows that asked."""
+    model = write_tiny(tmp_path)
+    config = EngineConfig(
+        model=str(tmp_path),
+        dtype="float32",
+        device="cpu",
+        cache=CacheConfig(num_pages=400, page_size=8),
+        scheduler=SchedulerConfig(max_running=16, max_step_tokens=64, max_chunk_tokens=16),
+        speculative=SpeculativeConfig(method="ngram"),
+    )
+    fields = {"max_new_tokens": 40, "temperature": 0.0}
+    drafting = [request(f"d{n}", [5, 6, 7] * (n + 2), **fields) for n in range(3)]
+    with launch(config) as replica:
+        replica.submit(drafting)
+        for _ in range(6):
+            replica.step()
+        replica.submit(requests())
+        outputs = drain(replica)
+        assert replica.state().num_drafted_tokens > 0
+    found = {rid: output.embedding for rid, output in outputs.items() if rid[0] != "d"}
+    assert_embeddings(model, found)
