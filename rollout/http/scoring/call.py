@@ -21,7 +21,11 @@ from rollout.http.services import Services
 from rollout.requests.sample_ids import check_client_id, sample_id
 from rollout.scheduler.validate import why_not
 
-_NAMES = {"rid": "request_id", "token_ids_logprob": "label_token_ids"}
+_NAMES = {
+    "rid": "request_id",
+    "token_ids_logprob": "label_token_ids",
+    "top_logprobs_num": "label_token_ids",
+}
 """Fields of the native dialect as these bodies call them."""
 
 
@@ -139,6 +143,8 @@ def _renamed(error: InvalidRequest, places: Sequence[str]) -> InvalidRequest:
     """The error with the names of the body: "[2].input_ids" is what the third prompt is called."""
     item, _, name = error.field.rpartition(".")
     number = int(item.strip("[]")) if item else 0
-    own = {"input_ids": places[number], **_NAMES}.get(name, name)
+    # What is said of no item is said of all.
+    place = places[number] if item or len(places) == 1 else places[0].partition("[")[0]
+    own = {"input_ids": place, **_NAMES}.get(name, name)
     message = error.message.removeprefix(f"item {number}: ")
     return type(error)(message.replace(name, own) if name else message, field=own)

@@ -20,6 +20,8 @@ Prompt = str | list[int] | tuple[str, str]
 """A text, ids, or two texts that are read as one."""
 
 _INLINE_CHARS = 8192
+_MOST_TOKENS = 1 << 23
+"""Of all prompts of a call: a query may stand before thousands of texts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +37,18 @@ class _Encoder:
 
     def all(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Ids of each. Raises InvalidRequest naming the prompt by its place."""
-        found = []
+        found: list[list[int]] = []
+        size = 0
         for number, prompt in enumerate(prompts):
             try:
                 found.append(self._ids(prompt))
+                size += len(found[-1])
+                if size > _MOST_TOKENS:
+                    raise InvalidRequest(
+                        f"with it the prompts have more than {_MOST_TOKENS} tokens together; send "
+                        "several calls",
+                        field=self.field,
+                    )
             except InvalidRequest as error:
                 place = places(self.field, len(prompts))[number]
                 raise type(error)(f"{place}: {error.message}", field=place) from error

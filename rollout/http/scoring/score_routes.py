@@ -13,7 +13,7 @@ from rollout.http.edge.sse import answer
 from rollout.http.openai.bodies import parse_openai
 from rollout.http.openapi import takes
 from rollout.http.scoring.bodies import LabelBody, PairBody
-from rollout.http.scoring.label_scores import reply_of, score_labels
+from rollout.http.scoring.label_scores import score_labels
 from rollout.http.scoring.pairs import Pairs, score_pairs
 from rollout.http.services import Services
 from rollout.requests.json_types import decode_json
@@ -31,7 +31,7 @@ def router(services: Services) -> APIRouter:
     async def run(data: bytes) -> Response:
         body = await services.generator.parsed(_parse, data)
         if isinstance(body, LabelBody):
-            return json_response(reply_of(*await score_labels(services, body)))
+            return await score_labels(services, body)
         scores, call = await score_pairs(services, body, _pairs(body), prefix="score")
         data_ = [
             {"index": index, "object": "score", "score": found}

@@ -30,9 +30,12 @@ def as_base64(vector: FloatArray) -> str:
 
 def probabilities(logits: FloatArray) -> list[float]:
     """Of labels that exclude each other: a softmax; of a single label a sigmoid."""
+    return [sigmoid(float(logits[0]))] if len(logits) == 1 else softmax(logits)
+
+
+def softmax(logits: FloatArray) -> list[float]:
+    """exp(logit), of sum 1; -inf is 0, if some are not."""
     wide = logits.astype(np.float64)
-    if len(wide) == 1:
-        return [sigmoid(float(wide[0]))]
     found = np.exp(wide - wide.max())
     result: list[float] = (found / found.sum()).tolist()
     return result

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rollout.http.scoring import label_scores, prompts
 from tests.helpers.fake_executor import expected_embedding
 from tests.helpers.http_app import run, serving
 from tests.helpers.tiny_tokenizer import ids_of
@@ -126,6 +127,7 @@ def test_documents_come_best_first(path: str) -> None:
         ("/v1/score", {"query": "a", "items": ["b"], "label_token_ids": [300]}, "label_token_ids"),
         ("/v1/score", {"query": "a", "items": [[1]], "label_token_ids": [3]}, "items"),
         ("/v1/score", {"query": "a", "items": ["b" * 511], "label_token_ids": [3]}, "items"),
+        ("/v1/score", {"query": "a", "items": ["b"] * 4001, "label_token_ids": [3]}, "items"),
         ("/rerank", {"query": "a", "documents": []}, "documents"),
         ("/rerank", {"query": "a", "documents": ["b", "c" * 600]}, "documents[1]"),
         ("/rerank", {"query": "a" * 600, "documents": ["b"]}, "query"),
@@ -141,3 +143,29 @@ def test_what_does_not_fit_is_refused_by_name(path: str, body: dict[str, Any], f
             assert reply.json()["error"]["param"] == field
 
     run(test)
+
+
+def test_a_query_before_very_many_texts_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(label_scores, "_MOST", 100)
+    monkeypatch.setattr(prompts, "_MOST_TOKENS", 100)
+    labels = {"query": "a" * 30, "items": ["b", "c"], "label_token_ids": [3]}
+    ranks = {"query": "a" * 60, "documents": ["b" * 30, "c" * 30]}
+
+    async def test() -> None:
+        async with serving() as server:
+            assert (await server.post("/v1/score", labels)).status_code == 200
+            reply = await server.post("/v1/score", {**labels, "items": ["b", "c", "d", "e"]})
+            assert (reply.status_code, reply.json()["error"]["param"]) == (400, "items")
+            assert (await server.post("/rerank", ranks)).status_code == 200
+            ranks["documents"] += ["d" * 50]
+            reply = await server.post("/rerank", ranks)
+            assert (reply.status_code, reply.json()["error"]["param"]) == (400, "documents[2]")
+
+    run(test)
+
+
+def test_labels_that_cannot_come_have_no_part() -> None:
+    impossible = np.full(2, -np.inf, np.float32)
+    assert label_scores.among(impossible) == [0.5, 0.5]
+    assert label_scores.among(np.array([-1.0, -np.inf], np.float32)) == [1.0, 0.0]
+    assert label_scores.likelihoods(impossible) == [0.0, 0.0]
