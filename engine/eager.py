@@ -6,6 +6,7 @@ Legend: R rows of the batch, T tokens of the step, S rows that sample, V vocabul
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +20,8 @@ from engine.batch import RequestTable, StepBatch, build_batch
 from engine.models.build import Model
 from engine.pending import PendingStep, Sample, pack_sampled
 from engine.prompt_logprobs import PromptScorer
-from engine.protocol import PromptLogprobs, StepMasks, StepPlan
+from engine.prompt_pooling import Pooled, PromptPooler
+from engine.protocol import NewRow, PromptLogprobs, StepMasks, StepPlan
 from engine.sampling import Sampler
 from engine.speculative.resolve import as_runs, resolve
 from engine.transfer import Fetch
@@ -28,12 +30,13 @@ from engine.transfer import Fetch
 @dataclass(frozen=True)
 class _Computed:
     """A step whose forward pass is queued. hidden_TH: behind the last layer. prompt: the scores of
-    prompt tokens."""
+    prompt tokens. pooled: the embeddings that it completes."""
 
     plan: StepPlan
     batch: StepBatch
     hidden_TH: torch.Tensor
     prompt: list[PromptLogprobs]
+    pooled: Pooled | None
 
 
 class EagerSteps:
@@ -52,6 +55,12 @@ class EagerSteps:
         self._sampler = sampler
         self._scorer = scorer
         self._attention = attention
+        self._pooler = PromptPooler()
+
+    def enter(self, rows: Sequence[NewRow]) -> None:
+        """Note what the rows that enter a slot want of their prompts."""
+        self._scorer.enter(rows)
+        self._pooler.enter(rows)
 
     def forward(self, plan: StepPlan) -> Sample:
         """Queue the forward pass of a plan that verifies no drafts, whose changes the tables have;
@@ -79,13 +88,14 @@ class EagerSteps:
             # The logits of these rows may look finite: attention read zeros where NaN had been.
             hidden_TH[torch.from_numpy(np.repeat(spoilt_R, plan.query_lens))] = float("nan")
             prompt = [_as_nan(part) if spoilt_R[part.row] else part for part in prompt]
-        return _Computed(plan, batch, hidden_TH, prompt)
+        return _Computed(plan, batch, hidden_TH, prompt, self._pooler.pool(plan, batch, hidden_TH))
 
     def _sample(self, computed: _Computed, masks: StepMasks | None) -> PendingStep:
-        plan, batch, prompt = computed.plan, computed.batch, computed.prompt
+        plan, batch = computed.plan, computed.batch
+        prompt, pooled = computed.prompt, computed.pooled
         slots = plan.slots[plan.samples]
         if len(slots) == 0:
-            return PendingStep(plan.step, prompt=prompt)
+            return PendingStep(plan.step, prompt=prompt, pooled=pooled)
         hidden_SH = computed.hidden_TH[batch.last_T_of_S]
         if self._model.config.num_labels:
             scores = Fetch(self._model.compute_logits(hidden_SH))
@@ -96,7 +106,9 @@ class EagerSteps:
         drawn = self._sampler.draw(logits_SV, batch, slots, self._table, masks)
         self._table.append(batch.slots_S, batch.kv_lens_S, drawn.token_S)
         fetch = Fetch(pack_sampled(drawn.token_S, drawn.logprob_S, drawn.entropy_S))
-        return PendingStep(plan.step, fetch, num_rows=len(slots), top=drawn.top, prompt=prompt)
+        return PendingStep(
+            plan.step, fetch, num_rows=len(slots), top=drawn.top, prompt=prompt, pooled=pooled
+        )
 
 
 def _as_nan(part: PromptLogprobs) -> PromptLogprobs:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from engine.prompt_pooling import Pooled
 from engine.protocol import PromptLogprobs, StepMasks, StepResult
 from engine.sampling import Top, to_top
 from engine.transfer import Fetch
@@ -30,7 +31,7 @@ class PendingStep:
     """sampled: int32 [2 or 3, >= S] as `pack_sampled` lays it out; None where no row samples.
     num_rows: S. top: of the rows that asked. scores: float32 [>= S, labels], by a classifier,
     which samples nothing. runs: where rows got several tokens or none, with `sampled` of all that
-    were drawn, [2 or 3, V]."""
+    were drawn, [2 or 3, V]. pooled: embeddings that the step completes."""
 
     step: int
     sampled: Fetch | None = None
@@ -39,6 +40,7 @@ class PendingStep:
     prompt: list[PromptLogprobs] = field(default_factory=list)
     scores: Fetch | None = None
     runs: Runs | None = None
+    pooled: Pooled | None = None
 
     def result(self) -> StepResult:
         """Wait for the step and return what it sampled."""
@@ -64,6 +66,7 @@ class PendingStep:
             scores=None if self.scores is None else self.scores.numpy()[: self.num_rows],
             counts=counts,
             drafted=drafted,
+            embeddings=[] if self.pooled is None else self.pooled.embeddings(),
         )
 
 

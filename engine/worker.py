@@ -26,6 +26,7 @@ from engine.late_draw import draw_late
 from engine.layers.parameter import kv_head_shard
 from engine.layers.runtime import LayerRuntime
 from engine.memory import Needs, graph_bytes, plan_memory, step_bytes
+from engine.models.labels import label_names
 from engine.models.locate import locate
 from engine.numerics import dtype_name, kernel_backend, resolve_device, resolve_dtype
 from engine.occupancy import Occupancy
@@ -170,6 +171,8 @@ class Worker:
             model_type=str(files.source.get("model_type") or ""),
             releases=config.memory.saver,
             num_labels=files.config.num_labels,
+            labels=label_names(files.source, files.config.num_labels),
+            hidden_size=files.config.hidden_size,
         )
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
@@ -201,7 +204,7 @@ class Worker:
             self._drafter.enter(plan.sources)
         self._table.enter(plan.new_rows)
         self._sampler.enter(plan.new_rows)
-        self._scorer.enter(plan.new_rows)
+        self._eager.enter(plan.new_rows)
         self._table.set_pages(plan)
         if len(plan.copy_src):
             copies = np.stack([plan.copy_src, plan.copy_dst]).astype(np.int64)

@@ -1,9 +1,9 @@
 """Batches without a server: lists of requests, and files of native `/generate` objects.
 
-What recipes use is here by name: `generate`, `classify`, `classify_request`, `load_tokenizer`,
-`normalised_messages`, `check_variables`, `expand`, `respond`, the reader of lines
-(`files/jsonl.py`), the care for full disks (`files/disk_space.py`) and what is said of errors
-(`cli/failures.py`).
+What others use is here by name: `generate`, `classify`, `classify_request`, `embed`,
+`embed_request`, `load_tokenizer`, `normalised_messages`, `check_variables`, `expand`, `respond`,
+the reader of lines (`files/jsonl.py`), the care for full disks (`files/disk_space.py`) and what is
+said of errors (`cli/failures.py`).
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ from rollout.requests.generate import (
     Progress,
     classify,
     classify_request,
+    embed,
+    embed_request,
     generate,
     run,
 )
@@ -69,6 +71,8 @@ __all__ = [
     "create_output",
     "decode_text",
     "derive_seed",
+    "embed",
+    "embed_request",
     "expand",
     "free_bytes",
     "generate",

@@ -1,4 +1,4 @@
-"""How many labels a sequence classifier scores, as its config.json says it. Torch-free."""
+"""The labels that a sequence classifier scores, as its config.json says them. Torch-free."""
 
 from __future__ import annotations
 
@@ -30,3 +30,11 @@ def num_labels(source: Mapping[str, Any]) -> int:
             f"'num_labels' is {count}, but 'id2label' names {len(names)}", field="num_labels"
         )
     return len(names)
+
+
+def label_names(source: Mapping[str, Any], count: int) -> list[str]:
+    """What the `count` labels of a config.json dict are called: by `id2label`, whose keys JSON
+    writes as text; transformers' LABEL_0 and so on where it has no name for one."""
+    names = source.get("id2label") or {}
+    known = {str(key): str(name) for key, name in names.items()} if count else {}
+    return [known.get(str(number), f"LABEL_{number}") for number in range(count)]

@@ -201,6 +201,10 @@ class ReplicaState(Struct, frozen=True, kw_only=True, tag="state"):
     """As in config.json: the class's name, and what transformers calls the kind of model."""
     num_labels: Count = 0
     """Scores of a sequence that a classifier gives; 0 of a model that generates."""
+    labels: list[str] = msgspec.field(default_factory=list)
+    """Their names."""
+    hidden_size: Count = 0
+    """Numbers of an embedding."""
     drafter: str = ""
     """`SpeculativeConfig.drafter`."""
     draft_tokens: Count = 0

@@ -24,6 +24,7 @@ from engine.protocol.types import (
     LogprobLaw,
     Message,
     PauseMode,
+    Pooling,
     RequestId,
     RequestIds,
     StopIds,
@@ -62,7 +63,11 @@ class Request(Struct, frozen=True, kw_only=True, tag="request"):
     task: generate samples tokens. classify computes the prompt and nothing more, and ends with the
         scores that a sequence classifier gives its last token (`RequestOutput.scores`); what
         speaks of output tokens has to be left at its default, and `sampling` and `seed` are not
-        looked at. A model does one of the two and refuses the other.
+        looked at. embed does the same and ends with a hidden state (`RequestOutput.embedding`). A
+        sequence classifier does classify alone, any other model the other two; the rest is refused.
+    pooling: of a request to embed, which hidden states behind the final norm its embedding is: that
+        of the prompt's last token, or the mean of those of all its tokens. A mean takes no cached
+        prefix, of which there is KV and no hidden state.
     allowed_token_ids: int32 [k], at least one: only these are ever sampled. None for any. They say
         which tokens may come and not how likely they are; see `logprob_law`.
     grammar: what the text of the output must be; None for any.
@@ -100,6 +105,7 @@ class Request(Struct, frozen=True, kw_only=True, tag="request"):
     output_ids: IntArray | None = None
     hold_at: Int32 = -1
     task: Task = "generate"
+    pooling: Pooling = "last"
     allowed_token_ids: IntArray | None = None
     grammar: Grammar | None = None
     logprob_law: LogprobLaw = "model"
@@ -212,8 +218,10 @@ class RequestOutput(Struct, frozen=True, kw_only=True, tag="output"):
     finish: None while the sequence runs.
     kv_spans: which version computed the KV of tokens [start, end), prompt included, in the
         final output; more than one span says that stale KV was attended to. That of the last
-        token is by the version that computed `scores`.
+        token is by the version that computed `scores` or `embedding`.
     scores: float32 [num_labels], raw, of a request to classify that ended with them; else None.
+    embedding: float32 [hidden_size], of any length, of a request to embed that ended with it; else
+        None.
     spec: what was drafted for it so far; None by a server that drafts nothing.
     """
 
@@ -233,6 +241,7 @@ class RequestOutput(Struct, frozen=True, kw_only=True, tag="output"):
     prompt_top: TopLogprobs | None = None
     entropies: FloatArray | None = None
     scores: FloatArray | None = None
+    embedding: FloatArray | None = None
     spec: SpecCounts | None = None
 
 

@@ -19,6 +19,7 @@ from engine.protocol.types import (
     Int64,
     IntArray,
     Penalty,
+    Pooling,
     Size,
 )
 
@@ -30,7 +31,7 @@ class EngineFacts(Struct, frozen=True, kw_only=True):
 
     architecture, model_type: as in config.json, "" where nothing says. releases: memory can be
     given back and taken again. num_labels: scores that a classifier gives a sequence; 0 of a model
-    that generates.
+    that generates. labels: their names. hidden_size: of a hidden state, and so of an embedding.
     """
 
     model: str
@@ -49,6 +50,8 @@ class EngineFacts(Struct, frozen=True, kw_only=True):
     model_type: str = ""
     releases: bool = False
     num_labels: Count = 0
+    labels: list[str] = msgspec.field(default_factory=list)
+    hidden_size: Count = 0
 
 
 class RowSampling(Struct, frozen=True, kw_only=True):
@@ -84,7 +87,9 @@ class NewRow(Struct, frozen=True, kw_only=True):
     limit: known tokens, the prompt's among them, at which the sequence ends whatever is sampled:
         a rank samples none beyond it, since the leader may not know yet how many there are.
     forced_acceptance: probability with which each draft counts as accepted, whatever the model
-        would have drawn: a tool of benchmarks, whose tokens mean nothing. Below 0: off."""
+        would have drawn: a tool of benchmarks, whose tokens mean nothing. Below 0: off.
+    pooling: as in `Request`, of a sequence that is embedded: it samples nothing, and its embedding
+        comes with the step that computes the last token of its prompt. None of any other."""
 
     slot: Count
     token_ids: IntArray
@@ -93,6 +98,7 @@ class NewRow(Struct, frozen=True, kw_only=True):
     prompt_logprob_start: Int32 = -1
     limit: Int32 = 2**31 - 1
     forced_acceptance: Float32 = -1.0
+    pooling: Pooling | None = None
 
 
 class HistoryWrite(Struct, frozen=True):
@@ -190,6 +196,13 @@ class PromptLogprobs(Struct, frozen=True):
     top: TopLogprobs | None = None
 
 
+class PromptEmbedding(Struct, frozen=True):
+    """The embedding of a row's prompt, float32 [hidden_size], once all of it is computed."""
+
+    row: Count
+    values: FloatArray
+
+
 class StepResult(Struct, frozen=True, kw_only=True, tag="step_result"):
     """What one step sampled, for the S rows of the plan with `samples` set, in row order.
 
@@ -206,6 +219,7 @@ class StepResult(Struct, frozen=True, kw_only=True, tag="step_result"):
         after row. None: one each.
     drafted: int32 [S], tokens that were drafted for each row, of which one less than its count
         were accepted; None as `counts`.
+    embeddings: of the rows whose prompts are embedded and end with this step.
     """
 
     step: Size
@@ -218,3 +232,4 @@ class StepResult(Struct, frozen=True, kw_only=True, tag="step_result"):
     scores: FloatArray | None = None
     counts: IntArray | None = None
     drafted: IntArray | None = None
+    embeddings: list[PromptEmbedding] = msgspec.field(default_factory=list)

@@ -172,7 +172,10 @@ PauseMode = Literal["abort", "retract", "keep"]
 
 KvPolicy = Literal["keep", "recompute", "fresh"]
 
-Task = Literal["generate", "classify"]
+Task = Literal["generate", "classify", "embed"]
+
+Pooling = Literal["last", "mean"]
+"""Which hidden states of a prompt its embedding is made of."""
 
 GrammarKind = Literal[
     "json_schema", "json_object", "regex", "ebnf", "lark", "choice", "structural_tag"

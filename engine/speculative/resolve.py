@@ -62,10 +62,14 @@ def as_runs(pending: PendingStep, plan: StepPlan, kept_R: np.ndarray) -> Pending
     top = pending.top
     if top is not None:
         top = replace(top, rows=np.flatnonzero(counts_S)[top.rows].astype(np.int32))
+    pooled = pending.pooled
+    if pooled is not None:
+        pooled = replace(pooled, rows=rows[pooled.rows].tolist())
     return replace(
         pending,
         num_rows=len(counts_S),
         top=top,
         prompt=[replace_struct(part, row=int(rows[part.row])) for part in pending.prompt],
         runs=Runs(starts_S, Fetch(counts)),
+        pooled=pooled,
     )

@@ -20,6 +20,8 @@ from recipes.rewards.reward_options import (
 from recipes.rewards.reward_sum import RewardSum
 from recipes.rewards.services.http_reward import HttpReward
 from recipes.rewards.services.judge import Judge, read_template
+from recipes.rewards.services.label_judge import PROMPT as LABEL_PROMPT
+from recipes.rewards.services.label_judge import LabelJudge
 from recipes.rewards.task_reward import task_reward
 from recipes.rewards.user_function import UserFunction
 from recipes.types import Problem
@@ -74,6 +76,21 @@ def _open_own(
     return code_reward(code, num_processes=num_processes)
 
 
+def _judge(url: str, options: GraderOptions, problems: Sequence[Problem]) -> Reward:
+    path, model, timeout_s = options.judge_prompt, options.judge_model, options.reward_timeout
+    if labels := options.judge_labels:
+        template = read_template(path, problems, own=LABEL_PROMPT, more=("labels",))
+        return LabelJudge(url, model=model, template=template, labels=labels, timeout_s=timeout_s)
+    return Judge(
+        url,
+        model=model,
+        template=read_template(path, problems),
+        votes=options.judge_votes,
+        timeout_s=timeout_s,
+        schema=options.judge_schema,
+    )
+
+
 def _open(
     name: str, options: GraderOptions, problems: Sequence[Problem], num_processes: int
 ) -> Reward:
@@ -81,11 +98,5 @@ def _open(
     if name.startswith(("http://", "https://")):
         return HttpReward(name, timeout_s=timeout_s)
     if name.startswith("judge:"):
-        return Judge(
-            name.removeprefix("judge:"),
-            model=options.judge_model,
-            template=read_template(options.judge_prompt, problems),
-            votes=options.judge_votes,
-            timeout_s=timeout_s,
-        )
+        return _judge(name.removeprefix("judge:"), options, problems)
     return UserFunction(name, problems, timeout_s=timeout_s, num_processes=num_processes)

@@ -32,6 +32,13 @@ class GraderOptions:
     None takes one of ours."""
     judge_votes: int = 1
     """Votes of the judge on each reply, averaged."""
+    judge_schema: bool = False
+    """Ask the judge's server for replies of a JSON schema (response_format), which it has to
+    serve."""
+    judge_labels: tuple[str, ...] = ()
+    """Texts of one token each, the right one first, such as yes no: the reward is the probability
+    of the first among them as the judge's reply, which is read from /v1/score of its server and
+    not said; none has the judge say a score."""
 
     @property
     def uses_task(self) -> bool:
@@ -53,9 +60,17 @@ class RewardOptions(GraderOptions):
 
 
 def check_reward_options(options: GraderOptions) -> None:
-    """Raises InvalidRequest (`reward`) for what is no reward, or a file that is not there."""
+    """Raises InvalidRequest (`reward`) for what is no reward, or a file that is not there, and
+    (`judge_labels`) for labels that a judge cannot choose among."""
     for name in options.reward:
         _check(name)
+    labels = options.judge_labels
+    if labels and (len(set(labels)) != len(labels) or len(labels) < 2 or "" in labels):
+        raise InvalidRequest(
+            f"judge_labels: {' '.join(map(repr, labels))} are not two labels or more, each once; "
+            "give the right one first, such as yes no",
+            field="judge_labels",
+        )
 
 
 def is_model_reward(name: str) -> bool:

@@ -141,9 +141,14 @@ EVALUATING: tuple[Theme[Measured], ...] = (
 
 GRADING: tuple[Theme[Measured], ...] = (
     Theme(
-        names=("judge_model", "judge_prompt", "judge_votes"),
+        names=("judge_model", "judge_prompt", "judge_votes", "judge_schema", "judge_labels"),
         holds=_has_reward("judge:"),
         missing="where no judge grades: add --reward judge:URL",
+    ),
+    Theme(
+        names=("judge_votes", "judge_schema"),
+        holds=lambda options: not options.rewards.judge_labels,
+        missing="where labels are read and nothing is said: leave out --judge-labels",
     ),
     Theme(
         names=("reward_label",),

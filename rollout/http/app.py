@@ -19,9 +19,10 @@ from rollout.http.native import command_routes, session_routes
 from rollout.http.native import generate_routes as native_generate_routes
 from rollout.http.openai import chat_routes, completion_routes, model_routes
 from rollout.http.openai.responses import routes as response_routes
+from rollout.http.scoring import classify_routes, embedding_routes, rerank_routes, score_routes
 from rollout.http.services import Services
-from rollout.http.sglang import classify_routes, slime_routes
 from rollout.http.sglang import pause_routes as sglang_pause_routes
+from rollout.http.sglang import slime_routes
 from rollout.http.sglang import weight_routes as sglang_weight_routes
 from rollout.http.status import health_routes, info_routes, profile_routes
 from rollout.http.vllm import generate_routes as vllm_generate_routes
@@ -59,6 +60,9 @@ def build_app(services: Services) -> FastAPI:
             message_routes,
             vllm_generate_routes,
             classify_routes,
+            embedding_routes,
+            score_routes,
+            rerank_routes,
         )
     ]
     others = [

@@ -31,7 +31,8 @@ _WITH_BODY = frozenset({"POST", "PUT"})
 def takes(body: Any = None, *, query: Any = None, batches: bool = False) -> dict[str, Any]:
     """What a route reads, for its `openapi_extra`.
 
-    body, query: the struct, or union of structs, of its JSON body and of its query string.
+    body, query: the struct, or union of structs, of its JSON body and of its query string; of a
+    body that may be of one kind or another, a tuple of their structs.
     batches: each field of the body may also be a list with a value an item, as in /generate.
     """
     return {_BODY: body, _QUERY: query, _BATCHES: batches}
@@ -108,11 +109,17 @@ def _reads(route: APIRoute) -> dict[str, Any]:
     return route.openapi_extra or takes()
 
 
+def _bodies(route: APIRoute) -> tuple[Any, ...]:
+    """The kinds of body that a route reads."""
+    body = _reads(route)[_BODY]
+    return body if isinstance(body, tuple) else () if body is None else (body,)
+
+
 def _schemas(routes: list[APIRoute]) -> tuple[dict[Any, dict[str, Any]], dict[str, Any]]:
     """The schema of every struct that a route reads, and all the components they refer to."""
     kinds = {GenerateRequest: None}
     for route in routes:
-        kinds |= {kind: None for kind in map(_reads(route).get, (_BODY, _QUERY)) if kind}
+        kinds |= {kind: None for kind in (*_bodies(route), _reads(route)[_QUERY]) if kind}
     schemas, components = msgspec.json.schema_components(kinds, ref_template=_SCHEMAS + "{name}")
     components = {name: _with_nulls(schema) for name, schema in components.items()}
     return dict(zip(kinds, schemas, strict=True)), components
@@ -148,13 +155,14 @@ def _operation(route: APIRoute, method: str, schemas: dict[Any, dict[str, Any]])
             "503": {"description": "The engine cannot serve it.", "content": _ERROR_CONTENT},
         },
     }
-    body, query = reads[_BODY], reads[_QUERY]
-    if body is not None and method in _WITH_BODY:
-        schema = schemas[body]
+    bodies, query = _bodies(route), reads[_QUERY]
+    if bodies and method in _WITH_BODY:
+        options = [schemas[body] for body in bodies]
         if reads[_BATCHES]:
-            schema = {"anyOf": [schema, {"$ref": f"{_SCHEMAS}GenerateBatch"}]}
+            options.append({"$ref": f"{_SCHEMAS}GenerateBatch"})
+        schema = options[0] if len(options) == 1 else {"anyOf": options}
         operation["requestBody"] = {
-            "required": _has_required(body),
+            "required": all(map(_has_required, bodies)),
             "content": {"application/json": {"schema": schema}},
         }
     parameters = [_path_parameter(name) for name in route.param_convertors]

@@ -47,5 +47,6 @@ def _brings(row: NewRow) -> int:
         s.num_alternatives > 0,
         s.entropy,
         row.prompt_logprob_start >= 0,
+        row.pooling is not None,
     )
     return sum(1 << bit for bit, wanted in enumerate(wants) if wanted)

@@ -13,6 +13,7 @@ from engine.protocol import (
     GenerateRequest,
     Grammar,
     IntArray,
+    Pooling,
     ReplicaState,
     Request,
     SamplingParams,
@@ -38,6 +39,7 @@ def expand(
     default_seed: int,
     *,
     task: Task = "generate",
+    pooling: Pooling = "last",
 ) -> list[Request]:
     """The `n` requests that `wire` asks for, checked against what the replica can do.
 
@@ -48,7 +50,7 @@ def expand(
     Stop tokens are the model's EOS ids unless `ignore_eos`, `stop_token_ids`, and stop
     strings that are written exactly as a special token.
 
-    tokenizer: None serves ids only. task: as in `Request`. Raises InvalidRequest (or
+    tokenizer: None serves ids only. task, pooling: as in `Request`. Raises InvalidRequest (or
     ContextTooLong) naming the field.
     """
     sampling = wire.sampling_params
@@ -56,7 +58,7 @@ def expand(
     check_ranges(wire, skip=("input_ids", "sampling_params"))
     _check_count(sampling.n, state)
     _check_turn(wire)
-    prompt_ids = _prompt_ids(wire, tokenizer, state)
+    prompt_ids = _prompt_ids(wire, tokenizer, state, task)
     given = _given(wire, state)
     stop_ids, strings = _stops(sampling, tokenizer, state)
     base = default_seed if sampling.sampling_seed is None else sampling.sampling_seed
@@ -82,6 +84,7 @@ def expand(
         grammar=_grammar(wire, tokenizer),
         logprob_law=wire.logprob_law,
         task=task,
+        pooling=pooling,
         draft_tokens=wire.draft_tokens,
         forced_acceptance=wire.forced_acceptance,
         session=wire.session,
@@ -252,7 +255,7 @@ def check_text(
 
 
 def _prompt_ids(
-    wire: GenerateRequest, tokenizer: Tokenizer | None, state: ReplicaState
+    wire: GenerateRequest, tokenizer: Tokenizer | None, state: ReplicaState, task: Task
 ) -> IntArray:
     if (wire.text is None) == (wire.input_ids is None):
         found = "neither" if wire.text is None else "both"
@@ -260,7 +263,9 @@ def _prompt_ids(
             f"send exactly one of text and input_ids; {found} came", field="text, input_ids"
         )
     if wire.input_ids is not None:
-        return _as_int32(wire.input_ids, "input_ids", state)
+        # Whoever generates needs room for a token more.
+        most = state.context_length - (task == "generate")
+        return _as_int32(wire.input_ids, "input_ids", state, most)
     if tokenizer is None:
         raise InvalidRequest(
             "this model came without a tokenizer; send input_ids instead of text", field="text"
@@ -292,11 +297,11 @@ def _given(wire: GenerateRequest, state: ReplicaState) -> list[IntArray]:
             "order of their index, empty for one that has no tokens yet",
             field="output_ids",
         )
-    return [_as_int32(ids, "output_ids", state) for ids in lists]
+    return [_as_int32(ids, "output_ids", state, state.context_length - 1) for ids in lists]
 
 
-def _as_int32(ids: list[int], field: str, state: ReplicaState) -> IntArray:
-    if len(ids) >= state.context_length:
+def _as_int32(ids: list[int], field: str, state: ReplicaState, most: int) -> IntArray:
+    if len(ids) > most:
         raise ContextTooLong(
             f"{field} has {len(ids)} tokens, too many for a context of {state.context_length}; "
             "shorten it",

@@ -14,6 +14,7 @@ from engine.errors import InvalidRequest, SlipstreamError
 from engine.protocol import (
     Abort,
     IntArray,
+    Pooling,
     ReplicaState,
     Request,
     RequestOutput,
@@ -95,6 +96,32 @@ def classify(replica: Replica, prompts: Iterable[IntArray]) -> list[RequestOutpu
     """
     call = uuid.uuid4().hex
     requests = [classify_request(f"{call}-{n}", ids) for n, ids in enumerate(prompts)]
+    return generate(replica, requests)
+
+
+def embed_request(
+    rid: str, prompt_ids: IntArray, *, pooling: Pooling = "last", group: str = ""
+) -> Request:
+    """The request that has a model embed `prompt_ids` (int32 [n]). pooling: as in `Request`. group:
+    as in `classify_request`."""
+    return Request(
+        rid=rid,
+        prompt_ids=prompt_ids,
+        sampling=_NOTHING_SAMPLED,
+        seed=0,
+        group=group,
+        task="embed",
+        pooling=pooling,
+    )
+
+
+def embed(
+    replica: Replica, prompts: Iterable[IntArray], *, pooling: Pooling = "last"
+) -> list[RequestOutput]:
+    """The outputs of embedding each of `prompts` (int32 [n]), in their order; `embedding` is
+    float32 [hidden_size], of whatever length the model gives it. Failures as in `classify`."""
+    call = uuid.uuid4().hex
+    requests = [embed_request(f"{call}-{n}", ids, pooling=pooling) for n, ids in enumerate(prompts)]
     return generate(replica, requests)
 
 

@@ -53,6 +53,7 @@ def make_output(
         prompt_logprobs=_prompt_logprobs(sequence) if with_prompt else None,
         prompt_top=_prompt_top(sequence) if with_prompt else None,
         scores=sequence.scores,
+        embedding=sequence.embedding,
         spec=spec_counts(sequence, stay) if drafts else None,
     )
 
@@ -73,9 +74,10 @@ def final_output(sequence: Sequence, finish: FinishReason, *, drafts: bool) -> R
 
 
 def _num_read(sequence: Sequence, size: int) -> int:
-    """Tokens whose KV made the results, of a sequence with `size` output tokens: scores are of the
-    last token itself, and no token was sampled with the KV of the last one."""
-    return sequence.prompt_len + (0 if sequence.scores is not None else size - 1)
+    """Tokens whose KV made the results, of a sequence with `size` output tokens: scores and an
+    embedding are of the last token itself, and no token was sampled with the KV of the last one."""
+    whole = sequence.scores is not None or sequence.embedding is not None
+    return sequence.prompt_len + (0 if whole else size - 1)
 
 
 def _prompt_logprobs(sequence: Sequence) -> FloatArray | None:

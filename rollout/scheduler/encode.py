@@ -27,7 +27,8 @@ class RowNumbers:
     """What `SlotTable.load` writes of a request, within the range of its columns.
 
     max_new_tokens: at most what the context leaves. end_at: output tokens at which the sequence
-    ends, unless it stops before: that, or its `hold_at`. Both are 0 of a request to classify.
+    ends, unless it stops before: that, or its `hold_at`. Both are 0 of a request that samples
+    nothing.
     stop_ids: int32, each once.
     """
 
@@ -55,7 +56,7 @@ def row_numbers(request: Request, room: int) -> RowNumbers:
         _require_within("logit_bias", token, 0, _INT32.max)
     _require_within("top_k", sampling.top_k, -1, _INT64.max)
     max_new = min(_require_within("max_new_tokens", sampling.max_new_tokens, 0), room)
-    if request.task == "classify":
+    if request.task != "generate":
         max_new = 0
     hold_at = _require_within("hold_at", request.hold_at, -1, _INT32.max)
     return RowNumbers(

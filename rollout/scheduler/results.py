@@ -10,7 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from engine.protocol import FloatArray, IntArray, PromptLogprobs, StepResult, TopLogprobs
+from engine.protocol import (
+    FloatArray,
+    IntArray,
+    PromptEmbedding,
+    PromptLogprobs,
+    StepResult,
+    TopLogprobs,
+)
 from rollout.scheduler.planning.in_flight import InFlight
 from rollout.scheduler.running import RunningSet
 
@@ -81,6 +88,7 @@ class ResultWriter:
         if result.scores is not None:
             return self._scores(flight, result.scores)
         broken = self._collect_prompt(flight, result.prompt)
+        broken |= self._collect_embeddings(flight, result.embeddings)
         rows, table = _rows(flight, result), self._running.table
         alive = table.uid[rows.slots] == flight.uids
         if not alive.all():
@@ -244,6 +252,19 @@ class ResultWriter:
                 broken.add(slot)
                 continue
             sequence.prompt_parts.append(part)
+        return broken
+
+    def _collect_embeddings(self, flight: InFlight, found: list[PromptEmbedding]) -> set[int]:
+        """Keep the embeddings of prompts; the slots of rows where one is not finite."""
+        broken: set[int] = set()
+        for own in found:
+            slot = int(flight.row_slots[own.row])
+            if self._running.table.uid[slot] != flight.row_uids[own.row]:
+                continue
+            if np.isfinite(own.values).all():
+                self._running[slot].embedding = own.values.copy()
+            else:
+                broken.add(slot)
         return broken
 
 

@@ -14,6 +14,7 @@ from engine.protocol import (
     FinishReason,
     FloatArray,
     IntArray,
+    Pooling,
     PromptLogprobs,
     Request,
     RowSampling,
@@ -43,6 +44,7 @@ class Sequence:
     kv_spans, kv_end: which version computed the KV of tokens before `kv_end`; that of later
         ones is by the version that serves. Empty while it has no KV.
     scores: float32 [num_labels] of a request to classify, once its prompt is computed.
+    embedding: float32 [hidden_size] of a request to embed, likewise.
     spec: steps that verified drafts of it, tokens drafted, tokens accepted; while it runs, in its
         stays before this one.
     """
@@ -74,6 +76,7 @@ class Sequence:
     kv_spans: list[VersionSpan] = field(default_factory=list)
     kv_end: int = 0
     scores: FloatArray | None = None
+    embedding: FloatArray | None = None
     spec: tuple[int, int, int] = (0, 0, 0)
 
     @property
@@ -91,6 +94,11 @@ class Sequence:
         """Whether the logits of its last known token are wanted: to sample, or as scores."""
         classifies = self.request.task == "classify"
         return self.ended is None and (classifies or self.max_new_tokens > 0)
+
+    @property
+    def pooling(self) -> Pooling | None:
+        """How its prompt is embedded, if it is."""
+        return self.request.pooling if self.request.task == "embed" else None
 
     @property
     def may_draft(self) -> bool:
@@ -118,7 +126,10 @@ class Sequence:
 
     @property
     def match_limit(self) -> int:
-        """Most tokens that may come from the cache: logits of the rest are needed."""
+        """Most tokens that may come from the cache: logits of the rest are needed, or hidden
+        states, which nobody keeps."""
+        if self.pooling == "mean":
+            return 0
         limit = len(self.tokens) - 1
         start = self.prompt_logprob_start
         return limit if start < 0 else min(limit, start - 1)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import ContextTooLong, InvalidRequest
-from engine.protocol import IntArray, ReplicaState, Request, SamplingParams
+from engine.protocol import IntArray, ReplicaState, Request, SamplingParams, Task
 from engine.protocol.types import FLOAT32_TINY, MAX_ALLOWED_IDS
 from rollout.masks.base import banned_ids
 from rollout.requests.message_ranges import check_ranges
@@ -19,11 +19,12 @@ MIN_FACTOR, MAX_FACTOR = 1e-6, 1e6
 """Times or divided into a logit, such a factor leaves it finite in float32."""
 
 _SCORES_ONLY = (
-    "it is a sequence classifier without a language-model head; have it score texts (POST "
-    "/classify, task 'classify'), or serve a ...ForCausalLM checkpoint"
+    "this model can only classify: it is a sequence classifier without a language-model head; have "
+    "it score texts (POST /classify, task 'classify'), or serve a ...ForCausalLM checkpoint"
 )
-_GENERATES_ONLY = (
-    "it has no classification head; serve a ...ForSequenceClassification checkpoint to score texts"
+_SCORES_NOTHING = (
+    "this model can only generate and embed: it has no classification head; serve a "
+    "...ForSequenceClassification checkpoint to score texts"
 )
 _OF_OUTPUTS: Mapping[str, Any] = MappingProxyType(
     {
@@ -86,9 +87,17 @@ def check_served(request: Request, limits: Limits) -> None:
     _check_meaning(request, limits)
 
 
+def why_not(task: Task, num_labels: int) -> str:
+    """Why a model with so many labels, 0 of one that generates, does not do a task, and what it can
+    do; "" if it does."""
+    if (task == "classify") == (num_labels > 0):
+        return ""
+    return _SCORES_ONLY if num_labels else _SCORES_NOTHING
+
+
 def _check_meaning(request: Request, limits: Limits) -> None:
     _check_task(request, limits)
-    if request.task == "classify":
+    if request.task != "generate":
         return
     _check_sampling(request.sampling, limits.vocab_size)
     _check_ids("stop_ids", request.stop_ids, limits.vocab_size)
@@ -130,19 +139,19 @@ def _check_allowed(request: Request, vocab_size: int) -> None:
 
 def _check_task(request: Request, limits: Limits) -> None:
     """Raise InvalidRequest, naming the field, unless the model does what the request is for, and
-    a request to classify asks for nothing that only sampled tokens have."""
-    if (request.task == "classify") != (limits.num_labels > 0):
-        does = "classify" if limits.num_labels else "generate"
-        advice = _SCORES_ONLY if limits.num_labels else _GENERATES_ONLY
-        _refuse("task", f"is {request.task!r}, and this model can only {does}: {advice}")
-    if request.task != "classify":
+    a request to classify or to embed asks for nothing that only sampled tokens have."""
+    task = request.task
+    if reason := why_not(task, limits.num_labels):
+        _refuse("task", f"is {task!r}, and {reason}")
+    if task == "generate":
         return
+    told = f"is of sampled tokens, and a request to {task} has none; leave it out"
     if request.sampling.stop:
-        _refuse("stop", "is of sampled tokens, and a request to classify has none; leave it out")
+        _refuse("stop", told)
     for field, neutral in _OF_OUTPUTS.items():
         value = getattr(request, field)
         if value is not None if neutral is None else value != neutral:
-            _refuse(field, "is of sampled tokens, and a request to classify has none; leave it out")
+            _refuse(field, told)
 
 
 def _check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
@@ -170,7 +179,7 @@ def _check_prompt(request: Request, limits: Limits) -> None:
     if len(prompt) == 0:
         _refuse("prompt_ids", "is empty; give at least one token")
     # Whoever generates needs room for a token more.
-    if len(prompt) >= limits.context_length + (request.task == "classify"):
+    if len(prompt) >= limits.context_length + (request.task != "generate"):
         _refuse_length(len(prompt), f"a context of {limits.context_length}")
     if len(prompt) > limits.kv_tokens:
         _refuse_length(len(prompt), f"a KV pool of {limits.kv_tokens} tokens")

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tokenizers
@@ -67,6 +67,65 @@ class Tokenizer:
             ) from error
         ids: list[int] = batch[0].ids
         return ids
+
+    def encode_pair(
+        self,
+        first: str,
+        second: str | None = None,
+        *,
+        add_special_tokens: bool = True,
+        max_tokens: int | None = None,
+        keeps: Literal["first", "last"] = "first",
+    ) -> list[int]:
+        """Ids of two texts as the model's post-processor joins them, or of one.
+
+        max_tokens: most ids that come; of `second`, else of the only text, the `keeps` tokens stay,
+        and the special tokens do in any case. Raises InvalidRequest (`prompt`) as `encode` does,
+        and where `first` of two leaves no room.
+        """
+        if max_tokens is not None:
+            # A token stands for no more text than this, so that the rest could not be kept anyway.
+            most = (max_tokens + 16) * self.longest_token_bytes
+            part = slice(0, most) if keeps == "first" else slice(-most, None)
+            first, second = (first[part], None) if second is None else (first, second[part])
+        try:
+            if max_tokens is None:
+                texts: Any = [first] if second is None else [(first, second)]
+                found = self._backend.encode_batch_fast(
+                    texts, add_special_tokens=add_special_tokens
+                )[0]
+            else:
+                plain = self._backend.encode_batch(
+                    [first] if second is None else [first, second], add_special_tokens=False
+                )
+                found = self._cut(plain, max_tokens, keeps, add_special_tokens)
+        except InvalidRequest:
+            raise
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise InvalidRequest(
+                f"the tokenizer cannot encode this text: {error}", field="prompt"
+            ) from error
+        ids: list[int] = found.ids
+        return ids
+
+    def _cut(
+        self,
+        plain: list[tokenizers.Encoding],
+        max_tokens: int,
+        keeps: Literal["first", "last"],
+        add_special_tokens: bool,
+    ) -> tokenizers.Encoding:
+        """One text or two without special tokens, joined and in at most `max_tokens`."""
+        room = max_tokens - sum(len(part.ids) for part in plain[:-1])
+        if add_special_tokens:
+            room -= self._backend.num_special_tokens_to_add(len(plain) > 1)
+        if room < 1:
+            raise InvalidRequest(
+                f"{max_tokens} tokens leave no room for the text to cut; allow more", field="prompt"
+            )
+        plain[-1].truncate(room, direction="right" if keeps == "first" else "left")
+        first, second = (plain[0], plain[1] if len(plain) > 1 else None)
+        return self._backend.post_process(first, second, add_special_tokens)
 
     def decode(
         self,

@@ -106,3 +106,18 @@ def test_errors_are_those_of_the_package(client: OpenAI) -> None:
         client.completions.create(model="another", prompt="a")
     with pytest.raises(openai.BadRequestError):
         client.completions.create(model=MODEL_NAME, prompt="a" * 100_000)
+
+
+def test_embeddings_are_decoded_and_have_length_one(client: OpenAI) -> None:
+    """The package asks for base64 where nothing is said, and decodes it."""
+    reply = client.embeddings.create(model=MODEL_NAME, input=["ab", "cde"])
+    assert [entry.index for entry in reply.data] == [0, 1]
+    assert reply.usage.prompt_tokens == reply.usage.total_tokens > 0
+    plain = client.embeddings.create(model=MODEL_NAME, input=["ab", "cde"], encoding_format="float")
+    for entry, other in zip(reply.data, plain.data, strict=True):
+        assert entry.embedding == pytest.approx(other.embedding, abs=1e-5)
+        assert sum(x * x for x in entry.embedding) == pytest.approx(1.0)
+    (short,) = client.embeddings.create(model=MODEL_NAME, input=[5, 6], dimensions=4).data
+    assert len(short.embedding) == 4
+    with pytest.raises(openai.BadRequestError, match="dimensions"):
+        client.embeddings.create(model=MODEL_NAME, input="ab", dimensions=1 << 20)

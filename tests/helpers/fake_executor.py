@@ -34,6 +34,8 @@ from engine.protocol import (
     CommitUpdate,
     EngineFacts,
     LoadFromDisk,
+    Pooling,
+    PromptEmbedding,
     PromptLogprobs,
     Reply,
     ResumeMemory,
@@ -51,10 +53,12 @@ from engine.protocol import (
 VOCAB_SIZE = 300
 EOS_ID = 299
 NUM_PRINTABLE = 94
+HIDDEN_SIZE = 8
 POISON = 77
 """A prompt whose first token is POISON makes its step raise OutOfMemory."""
 NOT_FINITE = 298
-"""Logits after a prompt whose first token is NOT_FINITE are NaN from its third output token on."""
+"""Logits after a prompt whose first token is NOT_FINITE are NaN from its third output token on, and
+so is its embedding."""
 
 
 def next_token(tokens: list[int], shift: int = 0, allowed: Sequence[int] = ()) -> int:
@@ -72,6 +76,14 @@ def expected_tokens(
     for _ in range(count):
         tokens.append(next_token(tokens, shift, allowed))
     return tokens[len(prompt) :]
+
+
+def expected_embedding(prompt: list[int], pooling: Pooling = "last") -> np.ndarray:
+    """The embedding of `prompt`, float32 [HIDDEN_SIZE]."""
+    tokens = np.array(prompt, np.float64)[:, None]
+    states = np.sin(tokens * np.arange(1, HIDDEN_SIZE + 1) + 1)
+    found: np.ndarray = (states[-1] if pooling == "last" else states.mean(0)).astype(np.float32)
+    return found
 
 
 def tokens_of(bits: BitArray) -> list[int]:
@@ -153,11 +165,13 @@ class FakeExecutor:
             architecture="FakeForCausalLM",
             model_type="fake",
             releases=config.model != "lasting",
+            hidden_size=HIDDEN_SIZE,
         )
         self.closed = False
         self._rows: dict[int, list[int]] = {}
         self._prompts: dict[int, tuple[int, int]] = {}
         self._sampling: dict[int, RowSampling] = {}
+        self._pooling: dict[int, Pooling | None] = {}
         self._shift = 0
         self._waits: FakeMasked | None = None
         self._open: BeginUpdate | None = None
@@ -177,6 +191,7 @@ class FakeExecutor:
             self._rows[row.slot] = row.token_ids.tolist()
             self._prompts[row.slot] = (row.prompt_logprob_start, row.prompt_len)
             self._sampling[row.slot] = row.sampling
+            self._pooling[row.slot] = row.pooling
         self._misbehave(plan)
 
     def _sample(self, plan: StepPlan, allowed: dict[int, list[int]]) -> StepResult:
@@ -192,6 +207,7 @@ class FakeExecutor:
             top=self._top_of(plan, token_ids),
             prompt=self._prompt_logprobs(plan),
             entropies=self._entropies(plan, token_ids),
+            embeddings=self._embeddings(plan),
         )
 
     def _next(self, slot: int, allowed: Sequence[int]) -> int:
@@ -305,6 +321,18 @@ class FakeExecutor:
     def _entropies(self, plan: StepPlan, token_ids: np.ndarray) -> np.ndarray | None:
         wanted = any(self._sampling[slot].entropy for slot in plan.slots[plan.samples].tolist())
         return (token_ids / 50).astype(np.float32) if wanted else None
+
+    def _embeddings(self, plan: StepPlan) -> list[PromptEmbedding]:
+        found = []
+        for row, (slot, kv_len) in enumerate(zip(plan.slots.tolist(), plan.kv_lens, strict=True)):
+            pooling, tokens = self._pooling[slot], self._rows[slot]
+            if pooling is None or kv_len < len(tokens):
+                continue
+            values = expected_embedding(tokens, pooling)
+            found.append(
+                PromptEmbedding(row, values * np.nan if tokens[0] == NOT_FINITE else values)
+            )
+        return found
 
     def _prompt_logprobs(self, plan: StepPlan) -> list[PromptLogprobs]:
         found = []

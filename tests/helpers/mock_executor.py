@@ -12,9 +12,12 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 
 import numpy as np
+from msgspec.structs import replace
 
 from engine.protocol import (
     NewRow,
+    Pooling,
+    PromptEmbedding,
     PromptLogprobs,
     RowSampling,
     StepMasks,
@@ -26,6 +29,7 @@ from tests.helpers.fake_executor import tokens_of
 from tests.helpers.mock_sources import MockSources
 
 MASK = (1 << 61) - 1
+EMBEDDING_SIZE = 3
 
 
 def mix(*values: int) -> int:
@@ -82,6 +86,13 @@ def score(prefix: int, num_labels: int) -> list[float]:
     ]
 
 
+def embedding(prompt: list[int], pooling: Pooling) -> list[float]:
+    """The embedding this model gives a prompt."""
+    states = np.array([score(prefix, EMBEDDING_SIZE) for prefix in prefix_hashes(prompt)])
+    found = states[-1] if pooling == "last" else states.mean(0)
+    return found.astype(np.float32).tolist()
+
+
 def top_of(prefix: int, count: int, vocab: int) -> tuple[list[int], list[float]]:
     """`count` token ids and logprobs, as if they were the likeliest."""
     ids = [mix(prefix, rank, 5) % vocab for rank in range(count)]
@@ -120,6 +131,8 @@ class Row:
     hashes: list[int]
     prompt_logprob_start: int
     pages: dict[int, int] = field(default_factory=dict)
+    seen: list[int] = field(default_factory=list)
+    """Positions whose hidden states came by, of a row that is embedded."""
 
 
 class MockExecutor:
@@ -183,9 +196,28 @@ class MockExecutor:
         self.num_computed += int(plan.query_lens.sum())
         self.batches.append(plan.slots.tolist())
         prompt = self._prompt_logprobs(plan)
+        embeddings = self._embeddings(plan)
         if self.num_labels:
             return self._score(plan)
-        return self._verify(plan, prompt) if len(plan.draft_lens) else self._sample(plan, prompt)
+        run = self._verify if len(plan.draft_lens) else self._sample
+        return replace(run(plan, prompt), embeddings=embeddings)
+
+    def _embeddings(self, plan: StepPlan) -> list[PromptEmbedding]:
+        found = []
+        rows = zip(plan.slots.tolist(), plan.query_lens.tolist(), self._sure, strict=True)
+        for index, (slot, query_len, kv_len) in enumerate(rows):
+            row = self._rows[slot]
+            pooling = row.new.pooling
+            if pooling is None:
+                continue
+            assert not plan.samples[index], "a row that is embedded samples"
+            row.seen += range(kv_len - query_len, kv_len)
+            if kv_len == row.new.prompt_len:
+                every = list(range(kv_len))
+                assert row.seen == (every if pooling == "mean" else every[-len(row.seen) :])
+                values = embedding(row.tokens, pooling)
+                found.append(PromptEmbedding(index, np.array(values, np.float32)))
+        return found
 
     def _texts(self, slot: int) -> tuple[list[int], list[int]]:
         """Tokens of the sequence in a slot, and those of its prompt."""

@@ -219,6 +219,7 @@ def joined(outputs: list[RequestOutput]) -> RequestOutput:
         top=outputs[-1].top if len(outputs) == 1 else None,
         entropies=_joined_entropies(outputs),
         scores=outputs[-1].scores,
+        embedding=outputs[-1].embedding,
         spec=outputs[-1].spec,
     )
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from engine.errors import InvalidRequest
-from rollout.requests.generate import classify_request
+from rollout.requests.generate import classify_request, embed_request
 from tests.helpers.engines import drain, exact_logprobs, make_replica, request
 from tests.helpers.rounding import stored_logprob_bound
 from tests.helpers.tiny_models import tiny_hf, write_tiny
@@ -122,3 +122,36 @@ def test_a_classifier_scores_as_on_the_cpu(dtype: str, atol: float, tmp_path) ->
         for rid in asked:
             got, want = found["cuda", turn, rid], found["cpu", "first", rid]
             np.testing.assert_allclose(got, want, atol=atol, err_msg=f"{turn} {rid}")
+
+
+@pytest.mark.parametrize("dtype, atol", [("float32", 1e-4), ("bfloat16", 0.2)])
+def test_prompts_are_embedded_as_on_the_cpu(dtype: str, atol: float, tmp_path) -> None:
+    """Beside rows that decode in graphs before and after, whose tokens stay what they are."""
+    write_tiny(tmp_path, "qwen3", head_dim=64, max_position_embeddings=256)
+    asked = {
+        f"{pooling} {n}": embed_request(
+            f"{pooling} {n}", np.array(PROMPT[:n], np.int32), pooling=pooling
+        )
+        for pooling in ("last", "mean")
+        for n in (1, 3, 40, 55)
+    }
+    found, tokens = {}, {}
+    for device in ("cpu", "cuda"):
+        with make_replica(tmp_path, device=device, dtype=dtype, max_chunk_tokens=16) as replica:
+            replica.submit([request("alone", PROMPT[:9], seed=3, max_new_tokens=30)])
+            alone = drain(replica)["alone"].token_ids.tolist()
+            for turn in ("first", "cached"):
+                replica.submit([request("both", PROMPT[:9], seed=3, max_new_tokens=30)])
+                for _ in range(4):
+                    replica.step()
+                replica.submit(list(asked.values()))
+                outputs = drain(replica)
+                tokens[device, turn] = outputs.pop("both").token_ids.tolist() == alone
+                for rid, output in outputs.items():
+                    found[device, turn, rid] = output.embedding
+    for turn in ("first", "cached"):
+        for rid in asked:
+            got, want = found["cuda", turn, rid], found["cpu", "first", rid]
+            np.testing.assert_allclose(got, want, atol=atol, err_msg=f"{turn} {rid}")
+    if dtype == "float32":
+        assert all(tokens.values()), tokens

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 from types import MappingProxyType
@@ -47,6 +47,8 @@ _DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
         "BOOL": torch.bool,
     }
 )
+_WHOLE = ("model.", "lm_head.", "score.")
+"""What the names of a whole model begin with."""
 _LENGTH_BYTES = 8
 _LARGEST_HEADER = 100 << 20
 
@@ -137,12 +139,24 @@ def open_listing(path: Path) -> Listing:
     headers = {file: _header(file) for file in found.files}
     entries = [entry for _, listed in headers.values() for entry in listed]
     _require_listed(found, entries)
+    entries = _with_full_names(entries)
     return Listing(path, entries, {file: which for file, (which, _) in headers.items()})
 
 
 def tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor on the CPU) pairs of every file at `path`; see `open_listing`."""
     yield from open_listing(path).tensors()
+
+
+def _with_full_names(entries: list[Entry]) -> list[Entry]:
+    """The entries of a decoder that was saved without what is around it, as embedding models are
+    (transformers' AutoModel), by the names that it has in the whole model."""
+    if all(entry.name != "embed_tokens.weight" for entry in entries):
+        return entries
+    return [
+        entry if entry.name.startswith(_WHOLE) else replace(entry, name=f"model.{entry.name}")
+        for entry in entries
+    ]
 
 
 def _require_listed(found: WeightFiles, entries: list[Entry]) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import suppress
-from typing import Any
 
 import httpx
 
@@ -13,7 +11,7 @@ from engine.errors import InvalidRequest
 from engine.protocol import IntArray
 from recipes.rewards.base import Failed, FailureKind, Grade, Item, as_grade
 from recipes.rewards.reward_models.model_chat import ModelChat
-from recipes.rewards.services.retry import Retry, until_deadline
+from recipes.rewards.services.retry import Retry, refusal, until_deadline
 from rollout.offline import Tokenizer
 
 MOST_CALLS = 64
@@ -79,7 +77,7 @@ class RewardServer:
             return Retry(kind=kind, reason=f"the reward server: {type(error).__name__}: {error}")
         if reply.status_code == 200:
             return self._score(reply)
-        name, told = _refusal(reply)
+        name, told = refusal(reply, "the reward server")
         if reply.status_code == 429 or reply.status_code >= 500:
             return Retry(kind="http", reason=told)
         return Failed(kind="too_long" if name == "ContextTooLong" else "http", reason=told)
@@ -90,14 +88,3 @@ class RewardServer:
         except (ValueError, LookupError, TypeError):
             told = reply.text[:_SHOWN_CHARS]
             return Failed(kind="unparsable", reason=f"no score of label {self._label} in {told!r}")
-
-
-def _refusal(reply: httpx.Response) -> tuple[str, str]:
-    """Kind and text of an error that a server answered with."""
-    said: Any = None
-    with suppress(ValueError):
-        said = reply.json()
-    error = said.get("error") if isinstance(said, dict) else None
-    found = error if isinstance(error, dict) else {}
-    message = found.get("message") or reply.text[:_SHOWN_CHARS]
-    return str(found.get("type")), f"the reward server answered {reply.status_code}: {message}"

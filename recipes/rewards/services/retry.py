@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import httpx
 
 from recipes.rewards.base import Failed, FailureKind
 
 T = TypeVar("T")
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
+_SHOWN_CHARS = 200
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,6 +24,17 @@ class Retry:
 
     kind: FailureKind
     reason: str
+
+
+def refusal(reply: httpx.Response, who: str) -> tuple[str, str]:
+    """Kind and text of an error that a server, called `who`, answered with."""
+    said: Any = None
+    with suppress(ValueError):
+        said = reply.json()
+    error = said.get("error") if isinstance(said, dict) else None
+    found = error if isinstance(error, dict) else {}
+    message = found.get("message") or reply.text[:_SHOWN_CHARS]
+    return str(found.get("type")), f"{who} answered {reply.status_code}: {message}"
 
 
 async def until_deadline(

@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Raw
 
 from engine.errors import ContextTooLong, InvalidRequest
-from engine.protocol import GenerateRequest, ReplicaState, Task
+from engine.protocol import GenerateRequest, Pooling, ReplicaState, Task
 from rollout.http.native.long_prompts import check_long_prompt
 from rollout.requests.json_types import decode_json
 from rollout.requests.sample_ids import check_client_id
@@ -24,14 +24,15 @@ _LISTS = frozenset({"token_ids_logprob", "allowed_token_ids"})
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateCall:
-    """One POST. prefix: what every id of the call begins with, if the server made them. task: what
-    is done to each item, as in `Request`."""
+    """One POST. prefix: what every id of the call begins with, if the server made them. task,
+    pooling: what is done to each item, as in `Request`."""
 
     items: list[GenerateRequest]
     batch: bool
     stream: bool
     prefix: str = ""
     task: Task = "generate"
+    pooling: Pooling = "last"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +167,7 @@ def check_prompt(raw: Raw, room: PromptRoom, field: str) -> None:
             )
     elif inner in (b"[", b'"'):
         _check_items(bytes(raw), inner, room, field)
-    elif start.startswith(b"[") and (num_ids := bytes(raw).count(b",") + 1) >= room.num_ids:
+    elif start.startswith(b"[") and (num_ids := bytes(raw).count(b",") + 1) > room.num_ids:
         raise ContextTooLong(
             f"{field} has {num_ids} tokens, too many for a context of {room.num_ids}; shorten it",
             field=field,

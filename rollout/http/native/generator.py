@@ -234,7 +234,14 @@ class Generator:
         for number, item in enumerate(call.items):
             seed = derive_seed(self.seed, next(self._numbers))
             try:
-                requests = expand(item, self.tokenizer, self.engine.facts, seed, task=call.task)
+                requests = expand(
+                    item,
+                    self.tokenizer,
+                    self.engine.facts,
+                    seed,
+                    task=call.task,
+                    pooling=call.pooling,
+                )
             except InvalidRequest as error:
                 if not call.batch:
                     raise

@@ -15,7 +15,7 @@ _HEAD_BYTES = 4096
 _WINDOW_BYTES = 1 << 20
 
 # A quote within text is escaped, so what stands after a brace or a comma is a key.
-_PROMPT = re.compile(rb'[{,]\s*"(text|input_ids|prompt|token_ids)"\s*:\s*(?:(")|\[\s*[-\d])')
+_PROMPT = re.compile(rb'[{,]\s*"(text|input_ids|prompt|token_ids|input)"\s*:\s*(?:(")|\[\s*[-\d])')
 
 
 def check_long_prompt(body: bytes, *, text_bytes: int, num_ids: int) -> None:
@@ -68,7 +68,7 @@ def _check_ids(body: bytes, start: int, num_ids: int, field: str) -> None:
         stop = min(begin + _WINDOW_BYTES, len(body))
         end = body.find(b"]", begin, stop)
         commas += body.count(b",", begin, stop if end < 0 else end)
-        if commas + 1 >= num_ids:
+        if commas + 1 > num_ids:
             raise ContextTooLong(
                 f"{field} has {commas + 1} tokens or more, too many for a context of {num_ids}; "
                 "shorten the prompt",

@@ -29,6 +29,7 @@ from rollout.http.engine.client import AsyncEngine
 from rollout.http.engine.link import ProcessLink
 from rollout.http.openai.chat_routes import reply_to_chat
 from rollout.http.openai.completion_routes import complete
+from rollout.http.scoring.embedding_routes import embed
 from rollout.http.services import Services, make_services
 from rollout.offline import FileReport, check_output, create_output
 from rollout.replica.spawned import ProcessReplica
@@ -42,8 +43,8 @@ _MIN_WINDOW = 64
 _AGAIN_S = 0.1
 
 _A_LINE = (
-    "a line has custom_id, method POST, url, which is /v1/chat/completions or /v1/completions, and "
-    "body"
+    "a line has custom_id, method POST, url, which is /v1/chat/completions, /v1/completions or "
+    "/v1/embeddings, and body"
 )
 
 CustomId = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
@@ -53,7 +54,7 @@ class BatchRequest(msgspec.Struct):
     """One line of the input."""
 
     custom_id: CustomId
-    url: Literal["/v1/chat/completions", "/v1/completions"]
+    url: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
     body: msgspec.Raw
     method: Literal["POST"] = "POST"
 
@@ -236,6 +237,8 @@ class _Job:
         data = bytes(line.body)
         if _is_streamed(data):
             raise InvalidRequest("a batch has no streams; leave it out", field="stream")
+        if line.url == "/v1/embeddings":
+            return await embed(services, data)
         if line.url == "/v1/completions":
             return await complete(services, data)
         return await reply_to_chat(services, services.prompts, data)

@@ -120,28 +120,28 @@ def parse_openai(data: bytes, kind: type[T]) -> T:
     return body
 
 
-def prompts_of(prompt: msgspec.Raw) -> list[str] | list[list[int]]:
+def prompts_of(prompt: msgspec.Raw, field: str = "prompt") -> list[str] | list[list[int]]:
     """The prompts of `prompt`: a text, a list of texts, ids, or a list of lists of ids.
 
-    Raises InvalidRequest for anything else.
+    Raises InvalidRequest (`field`) for anything else.
     """
     start = bytes(memoryview(prompt)[:64]).lstrip()
     if start.startswith(b'"'):
-        return [_prompt(prompt, str)]
+        return [_prompt(prompt, str, field)]
     inner = start[1:].lstrip()[:1]
     if not start.startswith(b"[") or inner == b"]":
-        raise InvalidRequest("prompt must be text, ids, or a list of either", field="prompt")
+        raise InvalidRequest(f"{field} must be text, ids, or a list of either", field=field)
     if inner.isdigit() or inner == b"-":
-        return [_prompt(prompt, list[Int32])]
-    found: list[str] | list[list[int]] = _prompt(prompt, _PROMPT_KINDS.get(inner, list[str]))
+        return [_prompt(prompt, list[Int32], field)]
+    found: list[str] | list[list[int]] = _prompt(prompt, _PROMPT_KINDS.get(inner, list[str]), field)
     return found
 
 
-def _prompt(prompt: msgspec.Raw, kind: Any) -> Any:
+def _prompt(prompt: msgspec.Raw, kind: Any, field: str) -> Any:
     try:
-        return decode_json(prompt, kind, what="prompt")
+        return decode_json(prompt, kind, what=field)
     except InvalidRequest as error:
-        raise InvalidRequest(f"prompt: {error.message}", field="prompt") from error
+        raise InvalidRequest(f"{field}: {error.message}", field=field) from error
 
 
 def _sampling_of(body: CompletionBody | ChatBody, max_tokens: int) -> SamplingParams:

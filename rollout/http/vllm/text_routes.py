@@ -1,4 +1,5 @@
-"""vLLM's routes between text and ids: /tokenize, /detokenize and /v1/chat/completions/render."""
+"""Routes between text and ids: /tokenize and /detokenize, in the forms of vLLM and SGLang, and
+vLLM's /v1/chat/completions/render."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from rollout.http.openai.model_routes import check_model
 from rollout.http.openai.structured import grammar_of_body
 from rollout.http.openapi import takes
 from rollout.http.services import Services
-from rollout.requests.expand import check_text
+from rollout.requests.expand import check_text, check_total
 from rollout.requests.json_types import decode_json
 from rollout.text.token_bytes import spelled
 
@@ -49,18 +50,30 @@ _SAMPLING = (
 
 
 class Tokenize(msgspec.Struct, kw_only=True):
-    """POST /tokenize with a text; with `messages`, the body is one of /v1/chat/completions."""
+    """POST /tokenize with a text, or with several, as SGLang has it; with `messages`, the body is
+    one of /v1/chat/completions, and may have `return_token_strs` too."""
 
-    prompt: str
+    prompt: str | list[str]
     add_special_tokens: bool = True
     return_token_strs: bool | None = False
     model: Message | None = None
 
 
-class Detokenize(msgspec.Struct, kw_only=True):
-    """POST /detokenize."""
+class _Strings(msgspec.Struct):
+    """What /tokenize has beside the fields of /v1/chat/completions."""
 
-    tokens: Annotated[list[Count], Meta(max_length=1 << 24)]
+    return_token_strs: bool | None = False
+
+
+_OF_STRINGS = frozenset(_Strings.__struct_fields__)
+
+
+class Detokenize(msgspec.Struct, kw_only=True):
+    """POST /detokenize: ids, or as SGLang has it a list of lists of them. skip_special_tokens: off
+    as in vLLM, which has no such field; SGLang's default is on."""
+
+    tokens: Annotated[list[Count | list[Count]], Meta(max_length=1 << 24)]
+    skip_special_tokens: bool = False
     model: Message | None = None
 
 
@@ -79,40 +92,68 @@ class _Text:
         fields: dict[str, msgspec.Raw] = decode_json(data or b"{}", dict[str, msgspec.Raw])
         fields = {name: value for name, value in fields.items() if bytes(value) != b"null"}
         if "messages" in fields:
-            chat = await self._chat(data)
-            return self._ids((await self._prompts.prompt(chat, len(data))).ids, strings=False)
+            own = {name: fields.pop(name) for name in _OF_STRINGS & fields.keys()}
+            shown: _Strings = decode_json(msgspec.json.encode(own), _Strings, strict=False)
+            chat = await self._chat(msgspec.json.encode(fields))
+            ids = (await self._prompts.prompt(chat, len(data))).ids
+            return self._ids(ids, strings=bool(shown.return_token_strs))
         body: Tokenize = decode_json(data or b"{}", Tokenize, strict=False)
         check_model(self._services, body.model or "")
-        context = self._services.engine.facts.context_length
-        check_text(body.prompt, self._tokenizer, context, field="prompt")
-        ids = await self._services.generator.workers.run(
-            self._tokenizer.encode, body.prompt, add_special_tokens=body.add_special_tokens
-        )
-        return self._ids(ids, strings=bool(body.return_token_strs))
+        facts, several = self._services.engine.facts, isinstance(body.prompt, list)
+        texts = body.prompt if isinstance(body.prompt, list) else [body.prompt]
+        check_total(len(texts), facts, field="prompt")
+        for text in texts:
+            check_text(text, self._tokenizer, facts.context_length, field="prompt")
+        found = [
+            await self._services.generator.workers.run(
+                self._tokenizer.encode, text, add_special_tokens=body.add_special_tokens
+            )
+            for text in texts
+        ]
+        strings = bool(body.return_token_strs)
+        return self._lists(found, strings) if several else self._ids(found[0], strings=strings)
 
     async def detokenize(self, request: Request) -> Response:
         body = await read_body(request, Detokenize)
         check_model(self._services, body.model or "")
-        facts = self._services.engine.facts
-        if len(body.tokens) > facts.context_length:
-            raise ContextTooLong(
-                f"tokens has {len(body.tokens)} ids, more than the context of "
-                f"{facts.context_length}",
-                field="tokens",
-            )
-        for index, token in enumerate(body.tokens):
-            if token >= facts.vocab_size:
-                raise InvalidRequest(
-                    f"tokens [{index}] is {token}; ids must lie in [0, {facts.vocab_size})",
-                    field="tokens",
-                )
         return await answer(request, self._detokenize(body))
 
     async def _detokenize(self, body: Detokenize) -> Response:
-        text = await self._services.generator.workers.run(
-            self._tokenizer.decode, body.tokens, skip_special_tokens=False
-        )
-        return json_response({"prompt": text})
+        workers = self._services.generator.workers
+        lists = await workers.run(self._id_lists, body.tokens)
+        found = [
+            await workers.run(
+                self._tokenizer.decode, ids, skip_special_tokens=body.skip_special_tokens
+            )
+            for ids in lists
+        ]
+        several = bool(body.tokens) and isinstance(body.tokens[0], list)
+        text = found if several else found[0]
+        # vLLM's name of it, and SGLang's.
+        return json_response({"prompt": text, "text": text})
+
+    def _id_lists(self, tokens: list[int | list[int]]) -> list[list[int]]:
+        """The lists of ids in `tokens`, or the one that it is. Raises InvalidRequest (`tokens`)."""
+        facts = self._services.engine.facts
+        lists = [ids for ids in tokens if isinstance(ids, list)]
+        plain = [token for token in tokens if not isinstance(token, list)]
+        if lists and plain:
+            raise InvalidRequest("tokens mixes ids and lists of ids; send either", field="tokens")
+        check_total(len(lists), facts, field="tokens")
+        found = lists or [plain]
+        for ids in found:
+            if len(ids) > facts.context_length:
+                raise ContextTooLong(
+                    f"tokens has {len(ids)} ids, more than the context of {facts.context_length}",
+                    field="tokens",
+                )
+            if ids and (largest := max(ids)) >= facts.vocab_size:
+                raise InvalidRequest(
+                    f"tokens [{ids.index(largest)}] is {largest}; ids must lie in "
+                    f"[0, {facts.vocab_size})",
+                    field="tokens",
+                )
+        return found
 
     async def render(self, request: Request) -> Response:
         return await answer(request, self._render(await request.body()))
@@ -151,17 +192,28 @@ class _Text:
         }
 
     def _ids(self, ids: list[int], *, strings: bool) -> Response:
-        # As logprobs write them: part of a character, or a leading space, shows.
-        raw = self._tokenizer.token_bytes
-        texts = [spelled(raw(token)) for token in ids] if strings else None
         return json_response(
             {
                 "count": len(ids),
                 "max_model_len": self._services.engine.facts.context_length,
                 "tokens": ids,
-                "token_strs": texts,
+                "token_strs": self._strings(ids) if strings else None,
             }
         )
+
+    def _lists(self, found: list[list[int]], strings: bool) -> Response:
+        return json_response(
+            {
+                "count": [len(ids) for ids in found],
+                "max_model_len": self._services.engine.facts.context_length,
+                "tokens": found,
+                "token_strs": [self._strings(ids) for ids in found] if strings else None,
+            }
+        )
+
+    def _strings(self, ids: list[int]) -> list[str]:
+        # As logprobs write them: part of a character, or a leading space, shows.
+        return [spelled(self._tokenizer.token_bytes(token)) for token in ids]
 
 
 def _check_free(body: ChatBody) -> None:
@@ -184,9 +236,12 @@ def router(services: Services) -> APIRouter:
     async def refuse(_: Request) -> Response:
         raise InvalidRequest("this model came without a tokenizer: send ids", field="prompt")
 
+    tokenize, detokenize = (text.tokenize, text.detokenize) if text else (refuse, refuse)
     for path, handler, reads in (
-        ("/tokenize", text.tokenize if text else refuse, takes(Tokenize)),
-        ("/detokenize", text.detokenize if text else refuse, takes(Detokenize)),
+        ("/tokenize", tokenize, takes(Tokenize)),
+        ("/v1/tokenize", tokenize, takes(Tokenize)),
+        ("/detokenize", detokenize, takes(Detokenize)),
+        ("/v1/detokenize", detokenize, takes(Detokenize)),
         ("/v1/chat/completions/render", text.render if text else refuse, takes(ChatBody)),
     ):
         routes.add_api_route(path, handler, methods=["POST"], openapi_extra=reads)

@@ -76,6 +76,7 @@ class PlanBuilder:
                 prompt_logprob_start=sequence.prompt_logprob_start,
                 limit=int(self._running.table.max_tokens[slot]),
                 forced_acceptance=sequence.request.forced_acceptance,
+                pooling=sequence.pooling,
             )
         )
 

@@ -45,8 +45,10 @@ heldout
 is_cap
 is_level
 is_mode
+judge_labels
 judge_model
 judge_prompt
+judge_schema
 judge_votes
 kl_coef
 kl_controller
@@ -193,6 +195,8 @@ def test_a_toml_of_other_editors(tmp_path: Path, model: str) -> None:
             "normalise_rewards",
         ),
         (["--judge-votes", "2"], "judge_votes"),
+        (["--reward", "judge:http://a:1", "--judge-labels", "yes"], "judge_labels"),
+        (["--reward", "judge:http://a:1", "--judge-labels", "yes", "yes"], "judge_labels"),
         (["--reward", "classify:http://a:1", "--judge-model", "m"], "judge_model"),
         (["--reward-label", "1"], "reward_label"),
         (["--reward", "judge:http://a:1", "--reward-gpu", "0"], "reward_gpu"),

@@ -102,6 +102,8 @@ def test_what_an_algorithm_can_do_is_let_through(values: dict[str, Any]) -> None
 IDLE: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"judge_model": "m"}, {"reward": ("judge:http://h:1",)}),
     ({"judge_votes": 3}, {"reward": ("judge:http://h:1",)}),
+    ({"judge_schema": True}, {"reward": ("judge:http://h:1",)}),
+    ({"judge_labels": ("yes", "no")}, {"reward": ("judge:http://h:1",)}),
     ({"reward_label": 1}, {"reward": ("classify:http://h:1",)}),
     ({"reward_gpu": 1}, {"reward": (f"model:{__file__}",)}),
     ({"reward_memory_gb": 2.0}, {"reward": (f"model:{__file__}",)}),

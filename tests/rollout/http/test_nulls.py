@@ -71,7 +71,8 @@ def body_kinds() -> Iterator[type[msgspec.Struct]]:
         router = getattr(entry, "original_router", None)
         for route in router.routes if isinstance(router, APIRouter) else [entry]:
             kind = (getattr(route, "openapi_extra", None) or {}).get("body")
-            for one in getattr(kind, "__args__", [kind] if kind else []):
+            kinds = kind if isinstance(kind, tuple) else (kind,) if kind else ()
+            for one in (one for kind in kinds for one in getattr(kind, "__args__", [kind])):
                 found[one] = None
     yield from found
 

@@ -237,3 +237,18 @@ def test_gguf_tokenizer_equals_transformers(default_model: str, tmp_path: Path) 
         assert chat == ours.render_chat(CHAT)
     assert (ours.eos_ids, ours.bos_id) == ([theirs.eos_token_id], theirs.bos_token_id)
     assert ours.vocab_size == len(theirs)
+
+
+def test_two_texts_are_joined_and_cut_as_one() -> None:
+    tokenizer = tiny_tokenizer(add_bos=True)
+    assert tokenizer.encode_pair("ab") == tokenizer.encode("ab")
+    assert tokenizer.encode_pair("ab", "cd") == [BOS_ID, *ids_of("ab"), BOS_ID, *ids_of("cd")]
+    plain = tokenizer.encode_pair("ab", "cd", add_special_tokens=False)
+    assert plain == ids_of("abcd")
+    assert tokenizer.encode_pair("abcdef", max_tokens=3) == [BOS_ID, *ids_of("ab")]
+    assert tokenizer.encode_pair("abcdef", max_tokens=3, keeps="last") == [BOS_ID, *ids_of("ef")]
+    assert tokenizer.encode_pair("ab", "cd", max_tokens=6) == tokenizer.encode_pair("ab", "cd")
+    cut = tokenizer.encode_pair("ab", "cdef", max_tokens=6, keeps="last")
+    assert cut == [BOS_ID, *ids_of("ab"), BOS_ID, *ids_of("ef")]
+    with pytest.raises(InvalidRequest, match="no room"):
+        tokenizer.encode_pair("ab", "cd", max_tokens=4)

@@ -49,8 +49,25 @@ def test_a_judge_sees_question_answer_and_reply_and_gives_a_score() -> None:
         assert grade(stub.url, ["five"], model="") == [0.25]
     ((path, body),) = stub.asked
     assert path == "/v1/chat/completions" and body["model"] == "stub"
+    assert "response_format" not in body
     for text in ("2+2=", "\n4\n", "\nfive\n"):
         assert text in shown(body)
+
+
+def test_a_schema_is_asked_for_where_that_is_said() -> None:
+    async def run(url: str) -> list[Grade]:
+        template = read_template(None, [])
+        judge = Judge(url, model="stub", template=template, votes=1, timeout_s=60.0, schema=True)
+        try:
+            return await judge.grade(items(["4"]))
+        finally:
+            await judge.close()
+
+    with stub_service(lambda body: said('{"score": 1}')) as stub:
+        assert asyncio.run(run(f"{stub.url}/v1")) == [1.0]
+    asked = stub.asked[0][1]["response_format"]
+    assert asked["type"] == "json_schema"
+    assert asked["json_schema"]["schema"]["required"] == ["score"]
 
 
 def test_votes_are_averaged_over_those_that_can_be_read() -> None:

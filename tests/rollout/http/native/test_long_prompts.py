@@ -44,7 +44,7 @@ def test_a_model_without_text_takes_none() -> None:
 
 
 def test_too_many_ids_are_refused() -> None:
-    for body in ({"input_ids": [7] * 100}, {"rid": "x", "input_ids": [7] * 1_000_000}):
+    for body in ({"input_ids": [7] * 101}, {"rid": "x", "input_ids": [7] * 1_000_000}):
         with pytest.raises(ContextTooLong) as caught:
             check(body)
         assert caught.value.field == "input_ids"
@@ -57,7 +57,7 @@ def test_too_many_ids_are_refused() -> None:
         {"text": '"\\' * 1490},
         {"text": "\\" * 2000, "rid": "x" * 9000},
         {"text": ["a" * 7000, "b"]},
-        {"input_ids": [7] * 99, "session_params": [1] * 500},
+        {"input_ids": [7] * 100, "session_params": [1] * 500},
         {"input_ids": [[7] * 99] * 500},
         {"rid": '{"text": "' + "a" * 7000},
         {"rid": "y" * 5000, "text": "a" * 7000},

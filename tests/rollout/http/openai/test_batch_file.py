@@ -13,7 +13,7 @@ from rollout.files.jsonl import read_lines
 from rollout.http.config import ServeConfig
 from rollout.http.openai.batch_file import run_batch
 from rollout.offline import FileReport, is_batch
-from tests.helpers.fake_executor import expected_tokens
+from tests.helpers.fake_executor import expected_embedding, expected_tokens
 from tests.helpers.http_app import run, serving
 from tests.helpers.replicas import fake_config, spawned
 from tests.helpers.tiny_tokenizer import ids_of, tiny_tokenizer
@@ -147,17 +147,33 @@ def test_whatever_a_line_holds_the_others_are_answered(tmp_path: Path) -> None:
     assert report.num_errors == len(lines) - 1
 
 
+def test_texts_are_embedded_in_a_file(tmp_path: Path) -> None:
+    replies, report = answer(
+        tmp_path,
+        [
+            line("a", "/v1/embeddings", {"input": ["abc", "d"], "normalize": False}),
+            line("b", "/v1/embeddings", {"input": "a", "dimensions": 99}),
+        ],
+    )
+    good, bad = (reply["response"] for reply in replies)
+    for entry, text in zip(good["body"]["data"], ("abc", "d"), strict=True):
+        wanted = expected_embedding(ids_of(text))
+        assert entry["embedding"] == pytest.approx(wanted.tolist())
+    assert (bad["status_code"], bad["body"]["error"]["param"]) == (400, "dimensions")
+    assert (report.num_prompt_tokens, report.num_output_tokens, report.num_errors) == (4, 0, 1)
+
+
 def test_a_null_is_no_field_and_a_refusal_says_what_a_line_has(tmp_path: Path) -> None:
     lines = [
         completion("a") | {"method": None},
-        line("b", "/v1/embeddings", {}),
+        line("b", "/v1/images", {}),
         completion("c") | {"custom_id": None},
     ]
     replies, _ = answer(tmp_path, lines)
     assert replies[0]["response"]["status_code"] == 200
-    for reply, told in zip(replies[1:], ("/v1/embeddings", "custom_id"), strict=True):
+    for reply, told in zip(replies[1:], ("/v1/images", "custom_id"), strict=True):
         message = reply["error"]["message"]
-        assert told in message and "/v1/chat/completions or /v1/completions" in message
+        assert told in message and "/v1/completions or /v1/embeddings" in message
 
 
 def test_seeds_come_from_the_lines_number(tmp_path: Path) -> None:

@@ -126,3 +126,61 @@ def test_offline_says_on_every_line_that_a_classifier_does_not_generate(
         report = run_file(replica, None, source, out)
     assert report.num_errors == 1
     assert "sequence classifier" in out.read_text()
+
+
+@pytest.mark.parametrize("path", ["/classify", "/v1/classify"])
+def test_an_input_gets_a_label(path: str, classifier: tuple[Path, Any]) -> None:
+    folder, model = classifier
+    ids = [tiny_tokenizer().encode(text) for text in TEXTS]
+
+    async def test() -> None:
+        async with serving(engine=config_of(folder), executor=build_executor) as server:
+            for given in (TEXTS, ids):
+                reply = (await server.post(path, {"input": given})).json()
+                assert reply["object"] == "list"
+                for entry, own in zip(reply["data"], ids, strict=True):
+                    probs = torch.tensor(wanted(model, own)).softmax(0)
+                    np.testing.assert_allclose(entry["probs"], probs, atol=1e-4)
+                    assert entry["label"] == f"LABEL_{int(probs.argmax())}"
+                    assert entry["num_classes"] == 2 and entry["weight_version"] == "0"
+            raw = (await server.post(path, {"input": "ab", "use_activation": False})).json()
+            np.testing.assert_allclose(raw["data"][0]["probs"], wanted(model, ids[0]), atol=1e-4)
+            assert raw["usage"]["total_tokens"] == len(ids[0])
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    "path, body, told",
+    [
+        ("/v1/embeddings", {"input": "ab"}, "can only classify"),
+        ("/encode", {"text": "ab"}, "can only classify"),
+        (
+            "/v1/score",
+            {"query": "a", "items": ["b"], "label_token_ids": [5]},
+            "can only classify",
+        ),
+        ("/v1/score", {"text_1": "a", "text_2": "b"}, "2 scores"),
+        ("/rerank", {"query": "a", "documents": ["b"]}, "2 scores"),
+    ],
+)
+def test_a_classifier_says_what_it_can_do(
+    path: str, body: dict[str, Any], told: str, classifier: tuple[Path, Any]
+) -> None:
+    async def test() -> None:
+        async with serving(engine=config_of(classifier[0]), executor=build_executor) as server:
+            reply = await server.post(path, body)
+            assert reply.status_code == 400, reply.text
+            assert told in reply.text and "/classify" in reply.text
+
+    run(test)
+
+
+def test_a_model_that_embeds_labels_nothing() -> None:
+    async def test() -> None:
+        async with serving() as server:
+            reply = await server.post("/v1/classify", {"input": "ab"})
+            assert (reply.status_code, reply.json()["error"]["param"]) == (400, "model")
+            assert "can only generate and embed" in reply.text
+
+    run(test)

@@ -1,0 +1,1 @@
+"""Requests that sample nothing: embeddings, scores of texts, labels, and what ranks by them."""

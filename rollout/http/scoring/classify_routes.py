@@ -1,0 +1,87 @@
+"""POST /classify and /v1/classify: scores of sequence classifiers, such as reward models.
+
+SGLang's form has `text` or `input_ids` and gives raw scores; vLLM's has `input` and gives labels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Request, Response
+from msgspec import Raw
+
+from engine.protocol import ClassifyRequest
+from rollout.http.edge.errors import json_response
+from rollout.http.edge.sse import answer
+from rollout.http.native.generate_call import prompt_room
+from rollout.http.openai.bodies import parse_openai
+from rollout.http.openapi import takes
+from rollout.http.scoring.bodies import ClassifyBody
+from rollout.http.scoring.call import require, run_prompts
+from rollout.http.scoring.native_form import native_reply, parse_native
+from rollout.http.scoring.prompts import encoded, inputs, places
+from rollout.http.scoring.vectors import probabilities
+from rollout.http.services import Services
+from rollout.requests.json_types import decode_json
+
+
+def router(services: Services) -> APIRouter:
+    """The routes."""
+    routes = APIRouter()
+
+    async def classify(request: Request) -> Response:
+        return await answer(request, run(await request.body()))
+
+    async def run(data: bytes) -> Response:
+        if await services.generator.parsed(_is_labelled, data):
+            return await _labels(services, data)
+        return await _scores(services, data)
+
+    reads = takes((ClassifyRequest, ClassifyBody), batches=True)
+    routes.add_api_route("/classify", classify, methods=["POST", "PUT"], openapi_extra=reads)
+    routes.add_api_route("/v1/classify", classify, methods=["POST"], openapi_extra=reads)
+    return routes
+
+
+def _is_labelled(data: bytes) -> bool:
+    """Whether a body is of vLLM's form."""
+    found: dict[str, Raw] = decode_json(data, dict[str, Raw])
+    return not {"text", "input_ids"} & found.keys() and "input" in found
+
+
+async def _scores(services: Services, data: bytes) -> Response:
+    room = prompt_room(services.engine.facts, services.tokenizer)
+    call, _ = await services.generator.parsed(
+        parse_native, data, room, ClassifyRequest, "classify", "/classify"
+    )
+    samples = await services.generator.samples(call)
+    await services.generator.finish(samples)
+    found = [native_reply(services, sample, sample.output.scores) for sample in samples]
+    return json_response(found if call.batch else found[0])
+
+
+async def _labels(services: Services, data: bytes) -> Response:
+    body = await services.generator.parsed(parse_openai, data, ClassifyBody)
+    require(services, body, "classify")
+    prompts = await inputs(services, body.input, "input")
+    call = await run_prompts(
+        services,
+        body,
+        await encoded(services, prompts, body, field="input"),
+        task="classify",
+        prefix="classify",
+        places=places("input", len(prompts)),
+    )
+    labels, data_ = services.engine.facts.labels, []
+    for index, (logits, version) in enumerate(zip(call.values(), call.versions(), strict=True)):
+        best = int(np.argmax(logits))
+        entry: dict[str, Any] = {
+            "index": index,
+            "label": labels[best] if best < len(labels) else None,
+            "probs": probabilities(logits) if body.use_activation else logits.tolist(),
+            "num_classes": len(logits),
+            "weight_version": version,
+        }
+        data_.append(entry)
+    return json_response(call.reply(data_))
