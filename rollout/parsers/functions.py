@@ -18,16 +18,18 @@ NO_ARGUMENTS: Schema = MappingProxyType(
 """Of a function that names no parameters."""
 
 
-def offered_functions(tools: Sequence[Mapping[str, Any]]) -> Functions:
+def offered_functions(tools: Sequence[Any]) -> Functions:
     """The functions of `tools`, in order: OpenAI's objects `{"type": "function", "function": ...}`,
     or the functions themselves.
 
-    Raises InvalidRequest naming the tool without a name, with the name of another one, or whose
-    parameters are no object.
+    Raises InvalidRequest naming the tool that is no object, that has no name or another one's, or
+    whose parameters are no object.
     """
     found: dict[str, Schema] = {}
     for index, tool in enumerate(tools):
         function, where = tool, f"tools[{index}]"
+        if not isinstance(tool, Mapping):
+            raise InvalidRequest(f"{where} must be an object", field=where)
         if isinstance(tool.get("function"), Mapping):
             function, where = tool["function"], f"{where}.function"
         name = function.get("name")

@@ -8,7 +8,7 @@ from typing import Any
 from rollout.parsers.functions import Schema
 
 ALL_KINDS = frozenset({"string", "number", "integer", "boolean", "null", "array", "object"})
-_MAX_REFERENCES = 32
+_MAX_DEPTH = 32
 
 
 def argument_kinds(schema: Schema, key: str) -> frozenset[str]:
@@ -23,29 +23,42 @@ def argument_kinds(schema: Schema, key: str) -> frozenset[str]:
 
 def kinds_of(schema: Any, root: Schema) -> frozenset[str]:
     """Types of the values of a schema within `root`."""
-    return _kinds(schema, root, _MAX_REFERENCES)
+    return _Kinds(root).of(schema, _MAX_DEPTH)
 
 
-def _kinds(schema: Any, root: Schema, left: int) -> frozenset[str]:
-    """left: how many more schemas inside each other are looked at; a schema may name itself."""
-    if not isinstance(schema, Mapping) or not left:
-        return ALL_KINDS
-    kinds = ALL_KINDS
-    named = schema.get("type")
-    if named is not None:
-        kinds &= frozenset([named] if isinstance(named, str) else _texts(named))
-    if isinstance(schema.get("enum"), list):
-        kinds &= frozenset(map(_kind_of, schema["enum"]))
-    if "const" in schema:
-        kinds &= {_kind_of(schema["const"])}
-    for key in ("anyOf", "oneOf"):
-        if isinstance(schema.get(key), list):
-            kinds &= frozenset().union(*(_kinds(one, root, left - 1) for one in schema[key]))
-    for one in schema["allOf"] if isinstance(schema.get("allOf"), list) else ():
-        kinds &= _kinds(one, root, left - 1)
-    if isinstance(schema.get("$ref"), str):
-        kinds &= _kinds(resolved(schema["$ref"], root), root, left - 1)
-    return kinds or ALL_KINDS
+class _Kinds:
+    """Looks at every place that schemas refer to once: they may name each other in circles."""
+
+    def __init__(self, root: Schema) -> None:
+        self._root = root
+        self._referred: dict[str, frozenset[str]] = {}
+
+    def of(self, schema: Any, left: int) -> frozenset[str]:
+        """Types of one schema. left: how many schemas inside each other are looked into."""
+        if not isinstance(schema, Mapping) or not left:
+            return ALL_KINDS
+        kinds = ALL_KINDS
+        named = schema.get("type")
+        if named is not None:
+            kinds &= frozenset([named] if isinstance(named, str) else _texts(named))
+        if isinstance(schema.get("enum"), list):
+            kinds &= frozenset(map(_kind_of, schema["enum"]))
+        if "const" in schema:
+            kinds &= {_kind_of(schema["const"])}
+        for key in ("anyOf", "oneOf"):
+            if isinstance(schema.get(key), list):
+                kinds &= frozenset().union(*(self.of(one, left - 1) for one in schema[key]))
+        for one in schema["allOf"] if isinstance(schema.get("allOf"), list) else ():
+            kinds &= self.of(one, left - 1)
+        if isinstance(schema.get("$ref"), str):
+            kinds &= self._at(schema["$ref"], left - 1)
+        return kinds or ALL_KINDS
+
+    def _at(self, reference: str, left: int) -> frozenset[str]:
+        if reference not in self._referred:
+            self._referred[reference] = ALL_KINDS
+            self._referred[reference] = self.of(resolved(reference, self._root), left)
+        return self._referred[reference]
 
 
 def resolved(reference: str, root: Schema) -> Any:

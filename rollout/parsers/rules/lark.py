@@ -53,6 +53,10 @@ class Lark:
         given = {**served_schema(dict(schema)), "x-guidance": dict(_SPACING)}
         return self.rule(f"%json {json.dumps(given)}")
 
+    def check(self, schema: Mapping[str, Any]) -> None:
+        """Raise InvalidRequest, naming the place, for what is not served of a schema."""
+        served_schema(dict(schema))
+
     def up_to(self, closing: str) -> str:
         """Any text that has no `closing`, and `closing`."""
         found = self._markers.search(closing)

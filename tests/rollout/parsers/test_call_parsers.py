@@ -354,10 +354,11 @@ def test_any_text_is_read_and_none_is_lost(name: str, reply: tuple[str, list[str
     [
         ([{"type": "function", "function": {}}], "tools[0].function.name"),
         ([{"name": "a"}, {"name": "a"}], "tools[1].name"),
+        (["a"], "tools[0]"),
         ([{"name": "a", "parameters": []}], "tools[0].parameters"),
     ],
 )
-def test_tools_that_name_no_function(tools: list[dict[str, Any]], field: str) -> None:
+def test_tools_that_name_no_function(tools: list[Any], field: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         offered_functions(tools)
     assert caught.value.field == field

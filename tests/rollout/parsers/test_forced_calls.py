@@ -180,6 +180,15 @@ def test_a_choice_that_cannot_be() -> None:
         {"type": "object", "properties": []},
         {"type": "object", "properties": {"a": False}},
         {"type": "object", "properties": {"a</b": {}}},
+        {"type": "object", "properties": {"a": {"$ref": "#/properties/a"}}},
+        {
+            "type": "object",
+            "properties": {"a": {"$ref": "#/$defs/d0"}},
+            "$defs": {
+                f"d{at}": {"anyOf": [{"$ref": f"#/$defs/d{at + 1}"}] * 8 + [{"const": at}]}
+                for at in range(12)
+            },
+        },
     ],
 )
 def test_parameters_that_cannot_be_written_one_by_one(name: str, parameters: Any) -> None:
@@ -218,6 +227,25 @@ def test_a_pattern_between_tags(pattern: str, fits: list[str], others: list[str]
         assert vocabulary.accepts(grammar, own("glm", [("look", {"a": text})])), text
     for text in others:
         assert not vocabulary.accepts(grammar, own("glm", [("look", {"a": text})])), text
+
+
+@pytest.mark.parametrize("name", ["qwen3-coder", "glm"])
+@pytest.mark.parametrize(
+    "schema", [{"type": "string", "allOf": [{"minLength": 3}]}, {"type": "string", "not": {}}]
+)
+def test_what_cannot_be_said_of_a_text_between_tags(name: str, schema: dict[str, Any]) -> None:
+    parameters = {"type": "object", "properties": {"a": schema}}
+    assert refused(name, [{"name": "look", "parameters": parameters}]).field == "tools"
+
+
+def test_a_restricted_text_or_something_else() -> None:
+    schema = {"type": ["string", "null", "integer"], "maxLength": 2, "minimum": 5}
+    parameters = {"type": "object", "properties": {"a": schema}}
+    vocabulary, found = vocabulary_and_format("qwen3-coder", special=False)
+    grammar = found.force([{"name": "look", "parameters": parameters}], None, False)
+    for value, fits in (("ab", True), (None, True), (700, True), ("abc", False)):
+        text = own("qwen3-coder", [("look", {"a": value})])
+        assert vocabulary.accepts(grammar, text) is fits, text
 
 
 def test_a_function_named_like_the_word_can_be_named() -> None:

@@ -202,6 +202,18 @@ def test_which_types_a_schema_lets_an_argument_have(key: str, kinds: set[str]) -
     assert argument_kinds(SCHEMA, key) == kinds
 
 
+def test_schemas_that_name_each_other_are_looked_at_once() -> None:
+    """Every one names the next ten times, the last ones the first."""
+    definitions = {
+        f"d{at}": {"anyOf": [{"$ref": f"#/$defs/d{(at + step) % 200}"} for step in range(1, 11)]}
+        for at in range(200)
+    }
+    schema = {"properties": {"a": {"$ref": "#/$defs/d0"}}, "$defs": definitions}
+    assert argument_kinds(schema, "a") == ALL_KINDS
+    chain = {f"d{at}": {"$ref": f"#/$defs/d{at + 1}"} for at in range(5000)}
+    assert argument_kinds({**schema, "$defs": chain}, "a") == ALL_KINDS
+
+
 @pytest.mark.parametrize(
     "text,kinds,expected",
     [
