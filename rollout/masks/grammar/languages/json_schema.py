@@ -123,6 +123,10 @@ def _served(schema: Any, place: str) -> Schema:
                 )
         elif keyword not in _ANNOTATIONS:
             found[keyword] = _value(keyword, value, where)
+    # Names beside the schema's own may come twice, and are then one property.
+    most = len(set(found.get("required", ()))) + 1
+    if found.get("minProperties", 0) > most:
+        _wrong(_at(place, "minProperties"), f"is more than {most}, one above what is required")
     return found
 
 

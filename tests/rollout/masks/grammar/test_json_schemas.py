@@ -118,6 +118,8 @@ REFUSED: list[tuple[Any, str, str]] = [
         "#/properties/a",
         "oneOf",
     ),
+    ({"type": "object", "minProperties": 2}, "#/minProperties", "more than 1"),
+    ({"type": "object", "properties": {"a": {}}, "minProperties": 1}, "#", "maxProperties"),
     (False, "#", ""),
     ([], "#", "object"),
     ("text", "#", "object"),
@@ -161,3 +163,49 @@ def test_depth_is_bounded_and_named() -> None:
     compiled(schema_grammar(nested(MAX_DEPTH // 2)))
     with pytest.raises(InvalidRequest, match=r"nested more than .* at #/items/items"):
         compiled(schema_grammar(nested(MAX_DEPTH + 2)))
+
+
+@pytest.mark.parametrize(
+    "schema,good,bad",
+    [
+        (
+            {"patternProperties": {"^a": {"type": "integer"}}, "additionalProperties": False},
+            ['{"ab":1}', "{}"],
+            ['{"ab":"x"}', '{"b":1}'],
+        ),
+        ({"minProperties": 1, "maxProperties": 1}, ['{"a":1}'], ["{}", '{"a":1,"b":2}']),
+        ({"required": ["b"], "properties": {"a": {}}}, ['{"a":1,"b":2}', '{"b":1}'], ['{"a":1}']),
+        (
+            {"allOf": [{"properties": {"a": {"const": 1}}}, {"required": ["a"]}]},
+            ['{"a":1}'],
+            ["{}"],
+        ),
+        (
+            {"properties": {"a": {"$ref": "#"}}, "additionalProperties": False},
+            ['{"a":{"a":{}}}'],
+            ['{"a":1}'],
+        ),
+    ],
+)
+def test_keywords_of_objects(schema: dict[str, Any], good: list[str], bad: list[str]) -> None:
+    grammar = schema_grammar({"type": "object", **schema})
+    assert [text for text in good if not accepts(grammar, text)] == []
+    assert [text for text in bad if accepts(grammar, text)] == []
+
+
+@pytest.mark.parametrize(
+    "schema,good,bad",
+    [
+        ({"items": [{"type": "integer"}], "additionalItems": False}, ["[1]"], ["[1,2]", '["a"]']),
+        ({"type": "string", "pattern": "^a|b$"}, ['"ax"', '"xb"'], ['"x"']),
+        ({"type": "string", "format": "email"}, ['"a@b.c"'], ['"a"']),
+        ({"type": "integer", "multipleOf": 3}, ["-3", "12"], ["4"]),
+        ({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}, ["0.5"], ["0", "1"]),
+        ({"oneOf": [{"type": "string"}, {"type": "null"}]}, ["null", '"a"'], ["1"]),
+        ({"type": "string", "nullable": True}, ['"a"'], ["null"]),
+    ],
+)
+def test_keywords_of_other_values(schema: dict[str, Any], good: list[str], bad: list[str]) -> None:
+    grammar = schema_grammar(schema)
+    assert [text for text in good if not accepts(grammar, text)] == []
+    assert [text for text in bad if accepts(grammar, text)] == []
