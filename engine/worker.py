@@ -379,7 +379,10 @@ class Worker:
             workspace=step_bytes(config.scheduler, max_rows, **sizes),
             graphs=graph_bytes(kinds, max_rows, **sizes) if kinds else 0,
             trainer=config.memory.trainer_bytes,
-            shadow=weights if config.memory.reserve_shadow else 0,
+            # Full tensors as they come, whatever of them is stored here, and as what.
+            shadow=self._weights.session.catalog.full_bytes()
+            if config.memory.reserve_shadow
+            else 0,
         )
 
 

@@ -85,6 +85,29 @@ def test_previous_figures_are_the_newest_of_machine_and_model(tmp_path: Path) ->
     assert find("group", tmp_path / "c.json") == "c.json"
 
 
+def test_previous_figures_are_of_the_same_scheme(tmp_path: Path) -> None:
+    from gpu_rollout_previous import previous_figures
+
+    for name, scheme in (("a", "none"), ("b", "int8"), ("c", "none")):
+        options = {"model": "m", "quantization": scheme}
+        report = {"machine": "gpu", "date": name, "options": options, "workloads": {"single": {}}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(report))
+    asked = {"machine": "gpu", "model": "m", "workload": "single"}
+    assert previous_figures(tmp_path, **asked, quantization="int8") == ("b.json", {})
+    assert previous_figures(tmp_path, **asked) == ("c.json", {})
+
+
+def test_int8_weights_are_a_byte_each_but_for_the_head() -> None:
+    from gpu_rollout import model_bytes
+
+    shape = str(ROOT / "benchmarks" / "shapes" / "qwen3-8b.json")
+    plain, int8 = (model_bytes(shape, 8_190_735_360, scheme) for scheme in ("none", "int8"))
+    head = 151936 * 4096
+    assert plain.params == int8.params == 8_190_735_360 - head
+    assert plain.weight_bytes == 2 * plain.params
+    assert int8.weight_bytes == (plain.params - head) + 2 * head
+
+
 def test_results_in_the_repository_are_read() -> None:
     from gpu_rollout_previous import previous_figures
 

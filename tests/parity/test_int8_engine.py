@@ -138,6 +138,19 @@ def test_weights_come_back_from_sleep(tmp_path: Path) -> None:
     assert released.tags["weights"] < whole.tags["weights"]
 
 
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_room_is_reserved_for_full_tensors_as_they_come(tp_size: int, tmp_path: Path) -> None:
+    model = write_tiny(tmp_path, "llama", **SHAPE)
+    config = config_of(tmp_path, tp_size, memory=MemoryConfig(reserve_shadow=True))
+    executor = ThreadedExecutor(config)
+    with InlineReplica(config, executor):
+        for rank in executor._ranks:
+            worker = rank._worker
+            needs = worker._needs(config, has_graphs=False)
+            assert needs.shadow == 2 * sum(p.numel() for p in model.parameters())
+            assert needs.weights == sum(p.nbytes for p in worker._model.parameters())
+
+
 @pytest.mark.parametrize("scheme", ["fp8", "fp8-channel", "int4"])
 def test_other_schemes_are_refused_by_name(
     scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

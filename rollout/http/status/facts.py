@@ -11,7 +11,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from engine.config import SpeculativeConfig
+from engine.config import EngineConfig, SpeculativeConfig
 from engine.protocol import ReplicaState
 from rollout.http.services import Services
 
@@ -46,6 +46,7 @@ def server_info(services: Services, state: ReplicaState) -> dict[str, Any]:
         "base_gpu_id": config.engine.parallel.base_gpu,
         "gpu_id_step": 1,
         "dtype": state.dtype,
+        "quantization": _quantization(config.engine),
         "device": state.device,
         "attention_backend": state.attention,
         "context_length": state.context_length,
@@ -79,6 +80,7 @@ def vllm_config(services: Services, state: ReplicaState) -> dict[str, Any]:
             "model": state.model,
             "served_model_name": services.config.model_name,
             "dtype": f"torch.{state.dtype}",
+            "quantization": _quantization(services.config.engine),
             "max_model_len": state.context_length,
             "logprobs_mode": "processed_logprobs",
             "max_logprobs": UNLIMITED,
@@ -98,6 +100,10 @@ def vllm_config(services: Services, state: ReplicaState) -> dict[str, Any]:
         "lora_config": None,
         "speculative_config": _speculative_config(services.config.engine.speculative),
     }
+
+
+def _quantization(config: EngineConfig) -> str | None:
+    return None if config.quantization == "none" else config.quantization
 
 
 def _speculative(config: SpeculativeConfig) -> dict[str, Any]:

@@ -246,11 +246,13 @@ def test_half_of_an_encoded_tensor_is_refused_by_the_name_of_the_other(
         (without(whole, DOWN), DOWN),
         ({**whole, DOWN: new[DOWN]}, SCALE),
     ):
-        manifest = specs(sent) if announced else []
         with pytest.raises(ManifestMismatch) as refusal:
-            rank.handle(BeginUpdate(version=4, manifest=manifest, mode=mode))
-            rank.session.receive(sent.items())
-            rank.session.commit(4)
+            if announced:
+                rank.handle(BeginUpdate(version=4, manifest=specs(sent), mode=mode))
+            else:
+                rank.handle(BeginUpdate(version=4, mode=mode))
+                rank.session.receive(sent.items())
+                rank.session.commit(4)
         assert refusal.value.field == missing
         rank.session.abort(4)
         if mode != "in_place":

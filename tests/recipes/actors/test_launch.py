@@ -63,6 +63,12 @@ def test_drafts_are_paced_by_counts() -> None:
     assert engine_config(RunOptions()).speculative.method == "off"
 
 
+def test_the_engine_stores_what_the_rollout_asks_for() -> None:
+    assert engine_config(RunOptions()).quantization == "none"
+    rollout = RolloutOptions(rollout_quantization="int8")
+    assert engine_config(RunOptions(rollout=rollout)).quantization == "int8"
+
+
 def test_a_cpu_run_sleeps_only_when_asked(model: str) -> None:
     for asked, saver in ((None, False), (True, True), (False, False)):
         with launch_actor_of(options(model, sleep=asked)) as actor:

@@ -1,6 +1,7 @@
 """Health while serving, paused and stuck; facts in both dialects; metrics."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -137,3 +138,15 @@ def test_the_probe_shares_no_prefix_with_anyone() -> None:
             assert probe.sampling.max_new_tokens == 1
 
     run(test)
+
+
+def test_what_weights_are_stored_as_is_among_the_facts() -> None:
+    async def test(scheme: str, told: str | None) -> None:
+        engine = replace(fake_config(), quantization=scheme)
+        async with serving(engine=engine) as server:
+            info = (await server.get("/server_info")).json()
+            assert info["quantization"] == told
+            assert info["vllm_config"]["model_config"]["quantization"] == told
+
+    run(lambda: test("none", None))
+    run(lambda: test("int8", "int8"))
