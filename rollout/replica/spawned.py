@@ -23,6 +23,7 @@ from engine.protocol import (
     Call,
     Command,
     GetState,
+    LeaderMessage,
     ReplicaState,
     Reply,
     Request,
@@ -58,7 +59,7 @@ class ProcessReplica:
     weight command gets `start_s`. A leader that misses one, or shows by its pulse that it hangs,
     is killed, and every later call raises the same EngineDead. wait: return once the model is
     loaded; else at once, and the first reply that `collect` gives, of id 0, says that the engine
-    is ready, or why it cannot be built.
+    is ready, or why it cannot be built. shared: front processes may join it at `hub`.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class ProcessReplica:
         start_s: float = START_S,
         reply_s: float = REPLY_S,
         wait: bool = True,
+        shared: bool = False,
     ) -> None:
         self._start_s = start_s
         self._reply_s = reply_s
@@ -82,6 +84,7 @@ class ProcessReplica:
         self._folder = Path(tempfile.mkdtemp(prefix="slipstream-"))
         self._pulse = PulseWatch(pulse_path(self._folder), silent_s=min(SILENT_S, reply_s))
         self._look_at = 0.0
+        self.hub = f"ipc://{self._folder}/hub" if shared else ""
         endpoint = f"ipc://{self._folder}/leader"
         self._channel = Channel.listen(endpoint, RequestOutput | TokenRows | Reply)
         self._process = self._spawn(config, endpoint, factory)
@@ -126,7 +129,7 @@ class ProcessReplica:
         deadline_s = reply_deadline_s(command, reply_s=self._reply_s, slow_s=self._start_s)
         return self._await_reply(self._last_id, deadline_s, command_name(command))
 
-    def post(self, messages: Sequence[Request | Call]) -> None:
+    def post(self, messages: Sequence[LeaderMessage]) -> None:
         """Queue messages in this order and return at once; what comes of them is read by
         `collect`. For a caller with an event loop, in place of the calls above."""
         self._send(messages, timeout_s=_POST_S)
@@ -200,6 +203,7 @@ class ProcessReplica:
         config_path = self._folder / "config.json"
         config_path.write_bytes(msgspec.json.encode(config))
         arguments = [endpoint, str(config_path), factory, str(os.getpid())]
+        arguments += [self.hub] if self.hub else []
         # Threads of a CPU engine that spin at barriers take the processor from whoever feeds it.
         environment = child_environment(OMP_WAIT_POLICY="passive", RES_OPTIONS=RES_OPTIONS)
         # A Ctrl-C here is not one there.

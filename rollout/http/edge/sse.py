@@ -63,7 +63,7 @@ class EventStream(Response):
         headers = self.raw_headers
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         with contextlib.suppress(ClientGone):
-            await _until_gone(self._send_frames(send), receive)
+            await until_gone(self._send_frames(send), receive)
 
     async def _send_frames(self, send: Send) -> None:
         form = self.form
@@ -93,7 +93,7 @@ NAMED = EventForm(frame=_named_frame, error=named_error_body, end=b"")
 """Events with names: OpenAI's responses and Anthropic's messages."""
 
 
-async def _until_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
+async def until_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
     """Result of `work`, which is cancelled when the client leaves. Raises ClientGone then.
 
     receive: of the ASGI protocol, the body having been read.
@@ -151,7 +151,7 @@ class _Watch:
 async def answer(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
     """The reply of `work`, or an empty one that nobody reads if the client left before."""
     try:
-        return await _until_gone(work, request.receive)
+        return await until_gone(work, request.receive)
     except ClientGone:
         return Response(status_code=499)
 

@@ -43,7 +43,7 @@ class IdlePause:
         self.cancel("another pause by mode wait")
         wait = self._wait = _Wait()
         # Before anything is awaited: what comes after this call waits for the resume.
-        self._engine.hold()
+        self._engine.outbox.hold()
         try:
             if not await self._stands_still():
                 await self._until_idle(wait, timeout_s)
@@ -61,7 +61,7 @@ class IdlePause:
     def release(self) -> None:
         """Send what was held, unless a call still waits. Idempotent."""
         if self._wait is None:
-            self._engine.release()
+            self._engine.outbox.release()
 
     async def _stands_still(self) -> bool:
         """Whether nothing runs, and nothing that waits may begin."""
@@ -87,7 +87,7 @@ class IdlePause:
                     "had finished",
                     field="mode",
                 )
-            if not self._engine.num_open:
+            if not self._engine.num_open and not await self._num_in_engine():
                 return
             if time.monotonic() > deadline:
                 raise UpdateTimeout(
@@ -96,3 +96,9 @@ class IdlePause:
                     field="mode",
                 )
             await asyncio.sleep(_POLL_S)
+
+    async def _num_in_engine(self) -> int:
+        """Requests that it has, those of other processes included."""
+        state = (await self._engine.send(GetState())).state
+        assert state is not None
+        return state.num_running + state.num_waiting
