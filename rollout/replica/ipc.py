@@ -226,8 +226,23 @@ def _unreadable(data: bytes, error: str) -> Unreadable:
 def encode_frame(messages: Sequence[msgspec.Struct]) -> bytes:
     """One frame that holds the messages. Raises InvalidRequest if one of them holds a value that
     MessagePack has no form for, such as an integer of 65 bits or half a surrogate pair."""
+    return _encoded(list(messages))
+
+
+def encode_parts(messages: Sequence[msgspec.Struct]) -> list[bytes]:
+    """The messages one by one, for `frame_of`. Raises what `encode_frame` does."""
+    return [_encoded(message) for message in messages]
+
+
+def frame_of(parts: Sequence[bytes]) -> bytes:
+    """One frame that holds what `encode_parts` returned, of several calls in their order."""
+    # The head of a list of MessagePack, of up to 2**32 - 1 values.
+    return b"".join((b"\xdd" + len(parts).to_bytes(4, "big"), *parts))
+
+
+def _encoded(value: Any) -> bytes:
     try:
-        return encode(list(messages))
+        return encode(value)
     except (OverflowError, TypeError, ValueError, RecursionError) as error:
         raise InvalidRequest(
             f"a value of the message has no form on the wire: {error}; send integers of at most "

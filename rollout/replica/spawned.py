@@ -23,7 +23,6 @@ from engine.protocol import (
     Call,
     Command,
     GetState,
-    LeaderMessage,
     ReplicaState,
     Reply,
     Request,
@@ -129,10 +128,10 @@ class ProcessReplica:
         deadline_s = reply_deadline_s(command, reply_s=self._reply_s, slow_s=self._start_s)
         return self._await_reply(self._last_id, deadline_s, command_name(command))
 
-    def post(self, messages: Sequence[LeaderMessage]) -> None:
-        """Queue messages in this order and return at once; what comes of them is read by
-        `collect`. For a caller with an event loop, in place of the calls above."""
-        self._send(messages, timeout_s=_POST_S)
+    def post_frame(self, frame: bytes) -> None:
+        """Send messages, in the frame that `ipc.frame_of` made, and return at once; what comes of
+        them is read by `collect`. For a caller with an event loop, in place of the calls above."""
+        self._send_frame(frame, timeout_s=_POST_S)
 
     def collect(self) -> list[RequestOutput | Reply]:
         """The next messages that have arrived, in order; a reply carries its call's id. Does
@@ -217,14 +216,17 @@ class ProcessReplica:
                 start_new_session=True,
             )
 
-    def _send(self, messages: Sequence[Any], *, timeout_s: float | None = None) -> None:
+    def _send(self, messages: Sequence[Any]) -> None:
         """Send one frame. Raises InvalidRequest, having sent nothing, if a message cannot be
-        encoded; EngineDead if the leader takes nothing within `timeout_s`."""
+        encoded, EngineDead."""
         self._require_alive()
-        frame = encode_frame(messages)
+        self._send_frame(encode_frame(messages), timeout_s=self._reply_s)
+
+    def _send_frame(self, frame: bytes, *, timeout_s: float) -> None:
+        """Raises EngineDead if the leader takes nothing within `timeout_s`."""
+        self._require_alive()
         if self._channel.sent_at_once(frame):
             return
-        timeout_s = self._reply_s if timeout_s is None else timeout_s
         deadline = time.monotonic() + timeout_s
         while not self._channel.can_send(timeout_s=min(_POLL_S, timeout_s)):
             # A leader that has just left takes nothing; that is the better reason.

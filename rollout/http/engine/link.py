@@ -8,6 +8,7 @@ from typing import Protocol
 
 from engine.errors import EngineDead
 from engine.protocol import LeaderMessage, Reply, RequestOutput
+from rollout.replica.ipc import encode_parts, frame_of
 
 Message = RequestOutput | Reply
 Deliver = Callable[[Sequence[Message]], None]
@@ -62,8 +63,8 @@ class LeaderEnd(Protocol):
         """What the leader takes unusually long for, "" if nothing does."""
         ...
 
-    def post(self, messages: Sequence[LeaderMessage]) -> None:
-        """Queue messages in order. Raises InvalidRequest, EngineDead."""
+    def post_frame(self, frame: bytes) -> None:
+        """Send what `frame_of` made. Raises EngineDead."""
         ...
 
     def collect(self) -> list[Message]:
@@ -87,7 +88,8 @@ class ProcessLink:
     """A link to a leader in another process, woken by its socket; a look every `_LOOK_S` notices a
     leader that left without a word.
 
-    A delivery that keeps the handlers busy is followed by a rest (`_REST`), so that hundreds of
+    What is posted within one turn of the event loop leaves in one frame, at its end. A delivery
+    that keeps the handlers busy is followed by a rest (`_REST`), so that hundreds of
     streams do not take the processor from the engine that feeds them. A few streams never rest.
     """
 
@@ -95,6 +97,7 @@ class ProcessLink:
         self._leader = leader
         self._timer: asyncio.TimerHandle | None = None
         self._resting = False
+        self._unsent: list[bytes] = []
         self._deliver: Deliver | None = None
         self._fail: Fail | None = None
 
@@ -106,9 +109,10 @@ class ProcessLink:
 
     def post(self, messages: Sequence[LeaderMessage]) -> None:
         """See `EngineLink`."""
-        self._leader.post(messages)
-        # Sending may use up the one notice that the socket gives of something to read.
-        asyncio.get_running_loop().call_soon(self._drain)
+        parts = encode_parts(messages)
+        if not self._unsent:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._unsent += parts
 
     @property
     def late(self) -> str:
@@ -131,6 +135,20 @@ class ProcessLink:
         asyncio.get_running_loop().remove_reader(self._leader.fileno())
         if self._timer is not None:
             self._timer.cancel()
+
+    def _flush(self) -> None:
+        parts, self._unsent = self._unsent, []
+        if self._deliver is None or self._fail is None or not parts:
+            return
+        try:
+            self._leader.post_frame(frame_of(parts))
+        except EngineDead as error:
+            fail = self._fail
+            self.stop()
+            fail(error)
+            return
+        # Sending may use up the one notice that the socket gives of something to read.
+        self._drain()
 
     def _look(self) -> None:
         self._drain()

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
 
 from engine.errors import EngineDead
-from engine.protocol import Call, GetState, LeaderMessage, Reply, RequestOutput, TokenRows
+from engine.protocol import Call, GetState, Reply, RequestOutput, TokenRows
 from rollout.http.engine.client import AsyncEngine
 from rollout.http.engine.link import ProcessLink
 from rollout.http.fronts.news import NewsReader
@@ -33,10 +32,10 @@ class FrontEnd:
         self._channel = Channel.join(hub, RequestOutput | TokenRows | Reply, name)
         self.late = ""
 
-    def post(self, messages: Sequence[LeaderMessage]) -> None:
-        """As `ProcessReplica.post`."""
+    def post_frame(self, frame: bytes) -> None:
+        """As `ProcessReplica.post_frame`."""
         self._check()
-        self._channel.send(messages, timeout_s=_POST_S)
+        self._channel.send_frame(frame, timeout_s=_POST_S)
 
     def collect(self) -> list[RequestOutput | Reply]:
         """As `ProcessReplica.collect`."""
