@@ -157,7 +157,10 @@ def requests_part(options: Options) -> dict[str, Any]:
     children: list[Child] = []
     try:
         load = Child("over_http_load.py")
-        ours, bare = Listening("over_http_mock.py", "serve", "1"), Listening("over_http_mock.py", "echo")
+        ours, bare = (
+            Listening("over_http_mock.py", "serve", "1"),
+            Listening("over_http_mock.py", "echo"),
+        )
         children += [load, ours, bare]
         sampling = {"max_new_tokens": IDS_OUT, "ignore_eos": True}
         found: dict[str, list[dict[str, Any]]] = {"server": [], "echo": [], "completions": []}
@@ -234,7 +237,9 @@ class Sizes:
 
     def drawn(self, count: int) -> list[list[int]]:
         """Prompts that no earlier call had."""
-        found: list[list[int]] = self._rng.integers(5, self.vocab_size, (count, self.ids_in)).tolist()
+        found: list[list[int]] = self._rng.integers(
+            5, self.vocab_size, (count, self.ids_in)
+        ).tolist()
         return found
 
     def bodies(self, prompts: list[list[int]], *, stream: bool, max_new: int) -> list[Any]:
@@ -266,9 +271,7 @@ def over_http(
     return found
 
 
-def inline_group(
-    options: Options, config: EngineConfig, sizes: Sizes
-) -> list[dict[str, Any]]:
+def inline_group(options: Options, config: EngineConfig, sizes: Sizes) -> list[dict[str, Any]]:
     """The group without a server, once for each round, behind one that warms it up."""
     inline, found = Child("over_http_inline.py", msgspec.json.encode(config).decode()), []
     try:
@@ -289,9 +292,7 @@ def rollout_part(options: Options) -> dict[str, Any]:
     config, sizes = engine_config(options), Sizes(options)
     sides = {
         "inline": inline_group(options, config, sizes),
-        "http": over_http(
-            options, config, sizes, stream=False, processes=options.http_processes
-        ),
+        "http": over_http(options, config, sizes, stream=False, processes=options.http_processes),
         "stream": over_http(
             options, config, sizes, stream=True, processes=options.stream_processes
         ),

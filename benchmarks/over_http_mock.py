@@ -1,8 +1,8 @@
 """An engine that costs nothing, and what a bare server costs, for `benchmarks/over_http.py`.
 
-`python benchmarks/over_http_mock.py serve PROCESSES`: the whole server, `--http-processes PROCESSES`,
-before a model that draws one token over and over. `python benchmarks/over_http_mock.py echo`:
-uvicorn with nothing behind it, which sends bodies back. Both print "port N" once they listen.
+`python benchmarks/over_http_mock.py serve N`: the whole server, with `--http-processes N`, before a
+model that draws one token over and over. `python benchmarks/over_http_mock.py echo`: uvicorn with
+nothing behind it, which sends bodies back. Both print "port" and its number once they listen.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ from rollout.http.engine.link import ProcessLink
 from rollout.http.engine.supervisor import Supervisor
 from rollout.http.fronts.front_processes import FrontProcesses
 from rollout.http.fronts.news import NewsWriter
-from rollout.http.fronts.publisher import Publisher
 from rollout.http.fronts.owner_door import OwnerDoor
+from rollout.http.fronts.publisher import Publisher
 from rollout.http.http_server import PatientServer, uvicorn_config
 from rollout.http.listeners import bind, listen
 from rollout.http.services import Services, make_services

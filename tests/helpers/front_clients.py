@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,16 @@ def fronts_server(engine: str = "", server: str = "", *, count: int = 2) -> Serv
     return ServerProcess(["-c", fake_server(engine, f"http_processes={count}, {server}")])
 
 
-def client_of(server: ServerProcess, front: str) -> httpx.Client:
+@contextmanager
+def client_of(server: ServerProcess, front: str) -> Iterator[httpx.Client]:
     """A client whose one connection is to `front`, by its name without what follows a dot."""
     deadline = time.monotonic() + PATIENCE_S
     while True:
-        client = httpx.Client(base_url=server.url, timeout=PATIENCE_S)
-        served_by = client.get("/health").headers["x-served-by"]
-        if served_by.partition(".")[0] == front:
-            return client
-        client.close()
+        with httpx.Client(base_url=server.url, timeout=PATIENCE_S) as client:
+            served_by = client.get("/health").headers["x-served-by"]
+            if served_by.partition(".")[0] == front:
+                yield client
+                return
         assert time.monotonic() < deadline, f"no connection came to {front}"
 
 

@@ -64,7 +64,7 @@ class AsyncEngine:
         shared: bool = False,
     ) -> None:
         self._link = link
-        self._shared = shared
+        self.shared = shared
         self._reply_s = reply_s
         self._slow_s = slow_s
         self._mailboxes = Mailboxes()
@@ -184,7 +184,7 @@ class AsyncEngine:
         """Sequences sent to the engine whose final output has not come, about so many if other
         processes send some, too."""
         own = len(self._mailboxes) - len(self.outbox)
-        return max(own, self._heard.num_unfinished) if self._shared else own
+        return max(own, self._heard.num_unfinished) if self.shared else own
 
     @property
     def facts(self) -> ReplicaState:
@@ -393,7 +393,7 @@ class AsyncEngine:
             message = f"the engine lives but did not answer '{name}' within {entry.limit_s:g} s"
             logger.error("%s", message)
             entry.fail(CommandTimeout(message, field=name))
-        waited_for = self._shared or len(self._pending) or len(self._mailboxes)
+        waited_for = self.shared or len(self._pending) or len(self._mailboxes)
         if self._dead is None and waited_for and silent_s > min(_BEAT_S, self._reply_s / 4):
             # Alive is what answers anything, whatever else is slow.
             with contextlib.suppress(EngineDead):

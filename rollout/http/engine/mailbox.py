@@ -13,7 +13,6 @@ from engine.protocol import Abort, Command, RequestOutput
 from rollout.requests.outputs import coalesced
 from rollout.requests.sample_ids import of_sample, shown
 
-
 _MOST_OUTPUTS = 64
 """Kept one by one of what waits; an object a token would be most of its memory."""
 

@@ -196,5 +196,7 @@ class FrontProcesses:
             for front in self._fronts.values():
                 silent_s = time.monotonic() - front.heard_at
                 if silent_s > SILENT_S and front.process.returncode is None:
-                    logger.error("%s has said nothing for %.0f s and is ended", front.name, silent_s)
+                    logger.error(
+                        "%s has said nothing for %.0f s and is ended", front.name, silent_s
+                    )
                     front.process.kill()

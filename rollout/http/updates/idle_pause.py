@@ -87,8 +87,10 @@ class IdlePause:
                     "had finished",
                     field="mode",
                 )
-            if not self._engine.num_open and not await self._num_in_engine():
-                return
+            if self._engine.shared or not self._engine.num_open:
+                # What other processes sent is known to the engine alone.
+                if not await self._num_in_engine() and not self._engine.num_open:
+                    return
             if time.monotonic() > deadline:
                 raise UpdateTimeout(
                     f"{self._engine.num_open} requests still run after {timeout_s:g} s; pause "

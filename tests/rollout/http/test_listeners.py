@@ -42,7 +42,9 @@ def test_every_process_has_a_socket_of_one_port_and_each_gets_connections(
 
 
 @pytest.mark.parametrize("others", [ONE, THREE])
-def test_a_port_in_use_is_refused_whoever_shares_it(closing: ExitStack, others: ServeConfig) -> None:
+def test_a_port_in_use_is_refused_whoever_shares_it(
+    closing: ExitStack, others: ServeConfig
+) -> None:
     first, *_ = listening(closing, THREE)
     with pytest.raises(InvalidRequest, match="another server is there") as caught:
         bind(replace(others, port=first.getsockname()[1]))

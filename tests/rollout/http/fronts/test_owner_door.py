@@ -1,4 +1,4 @@
-"""What a front passes on to the owner of the engine arrives as it was sent, and so does the reply."""
+"""What a front passes on to the owner of the engine arrives as it was sent; so do replies."""
 
 from __future__ import annotations
 

@@ -186,7 +186,9 @@ def test_a_front_that_is_gone_leaves_nothing_in_the_engine_after_one_step(
 ) -> None:
     free = callers.leader.state().free_pages
     for name in ("a", "b"):
-        callers.send(name, *(make_request(f"{name}{i}", [i + 1], max_new_tokens=40) for i in (1, 2)))
+        callers.send(
+            name, *(make_request(f"{name}{i}", [i + 1], max_new_tokens=40) for i in (1, 2))
+        )
     callers.turn(4)
     callers.send("a", make_request("unread", [7], max_new_tokens=40))
     callers.hub.wait(callers.ends[OWNER], timeout_s=PATIENCE_S)
