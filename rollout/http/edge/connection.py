@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, cast
 
 import msgspec
+from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from engine.errors import SlipstreamError
@@ -79,7 +80,7 @@ class PatientProtocol(HttpToolsProtocol):
         """The first byte of a request."""
         self._in_request = self._in_head = True
         super().on_message_begin()
-        self._departure.offer(self.scope)
+        self._departure.offer(cast(Scope, self.scope))
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """A header. What follows a chunked body in their form is dropped."""
