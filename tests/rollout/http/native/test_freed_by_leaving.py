@@ -31,7 +31,7 @@ def tiny_config(folder: Path) -> EngineConfig:
 
 
 class Watch:
-    """The pages that requests hold after every step, and the step before which the first abort
+    """The pages that requests hold right after every step, and the step before which the first abort
     reached the engine."""
 
     def __init__(self, server: Server) -> None:
@@ -43,7 +43,8 @@ class Watch:
         def stepped() -> Any:
             outputs = step()
             state = self._leader.state()
-            self.held[state.num_steps] = state.total_pages - state.free_pages - state.cached_pages
+            held = state.total_pages - state.free_pages - state.cached_pages
+            self.held.setdefault(state.num_steps, held)
             return outputs
 
         def posted(messages: Any) -> None:
