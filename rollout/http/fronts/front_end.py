@@ -11,6 +11,7 @@ from rollout.http.engine.client import AsyncEngine
 from rollout.http.engine.link import ProcessLink
 from rollout.http.fronts.news import NewsReader
 from rollout.replica.columns import from_columns
+from rollout.replica.fronts.askers import channel_name
 from rollout.replica.ipc import Channel
 
 _POST_S = 1.0
@@ -72,6 +73,7 @@ class Follower:
         self._reader = reader
         self._name = name
         self._number = 0
+        self._end: FrontEnd | None = None
         self._task: asyncio.Task[None] | None = None
 
     def link(self) -> ProcessLink:
@@ -80,7 +82,9 @@ class Follower:
         if not news.hub:
             raise EngineDead(news.dead or "no engine runs", field=news.dead_field)
         self._number += 1
-        return ProcessLink(FrontEnd(news.hub, f"{self._name}.{self._number}", self._reader))
+        name = channel_name(self._name, self._number)
+        self._end = FrontEnd(news.hub, name, self._reader)
+        return ProcessLink(self._end)
 
     def follow(self, engine: AsyncEngine) -> None:
         """From now on."""
@@ -103,6 +107,8 @@ class Follower:
             if not news.hub:
                 engine.explain(news.dead)
                 continue
+            if self._end is not None:
+                self._end.close()
             link = self.link()
             # What a leader says by itself once it is built, it says to its owner.
             link.post([Call(id=0, command=GetState())])
@@ -110,4 +116,3 @@ class Follower:
                 await engine.restart(link, start_s=FOREVER_S)
                 return
             link.stop()
-            await asyncio.to_thread(link.close)

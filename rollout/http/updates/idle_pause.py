@@ -87,10 +87,9 @@ class IdlePause:
                     "had finished",
                     field="mode",
                 )
-            if self._engine.shared or not self._engine.num_open:
-                # What other processes sent is known to the engine alone.
-                if not await self._num_in_engine() and not self._engine.num_open:
-                    return
+            # What other processes sent is known to the engine alone, which is asked.
+            if (self._engine.shared or not self._engine.num_open) and await self._stands():
+                return
             if time.monotonic() > deadline:
                 raise UpdateTimeout(
                     f"{self._engine.num_open} requests still run after {timeout_s:g} s; pause "
@@ -99,8 +98,8 @@ class IdlePause:
                 )
             await asyncio.sleep(_POLL_S)
 
-    async def _num_in_engine(self) -> int:
-        """Requests that it has, those of other processes included."""
+    async def _stands(self) -> bool:
+        """Whether the engine has no request of anybody."""
         state = (await self._engine.send(GetState())).state
         assert state is not None
-        return state.num_running + state.num_waiting
+        return not (state.num_running or state.num_waiting or self._engine.num_open)

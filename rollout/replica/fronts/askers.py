@@ -11,6 +11,16 @@ OWNER = ""
 """The name of the caller that started the leader; the others have longer ones."""
 
 
+def channel_name(front: str, number: int) -> str:
+    """The name by which a leader knows a front that has joined `number` leaders so far."""
+    return f"{front}/{number}"
+
+
+def front_of(name: str) -> str:
+    """The front that a caller is."""
+    return name.partition("/")[0]
+
+
 @dataclass
 class _Asker:
     """count: requests of this id whose final output has not come. A caller may send the next one
@@ -50,9 +60,9 @@ class Askers:
                 del self._open[output.rid]
         return found.name
 
-    def of(self, name: str) -> list[str]:
-        """The ids of one caller's requests, in the order in which they came."""
-        return [rid for rid, asker in self._open.items() if asker.name == name]
+    def of_front(self, front: str) -> list[str]:
+        """The ids of one front's requests, in the order in which they came."""
+        return [rid for rid, asker in self._open.items() if front_of(asker.name) == front]
 
     def named(self, text: str) -> list[str]:
         """The ids that a client means by `text`, as replies show ids: one request, or one sample,

@@ -16,7 +16,7 @@ from engine.errors import InvalidRequest
 from engine.protocol import Abort, Call, FrontGone, GetState, Reply, Request, RequestOutput, Stop
 from rollout.replica.columns import to_columns
 from rollout.replica.command_replies import command_name, error_info
-from rollout.replica.fronts.askers import OWNER, Askers
+from rollout.replica.fronts.askers import OWNER, Askers, front_of
 from rollout.replica.ipc import Channel, Hub, Unreadable
 from rollout.requests.outputs import refused, refused_id
 
@@ -88,13 +88,13 @@ class FrontDoor:
     def _send_to(self, name: str, messages: Sequence[Message]) -> None:
         if name == OWNER:
             self._owner.send(to_columns(messages), timeout_s=_SEND_S)
-        elif name not in self._gone:
+        elif front_of(name) not in self._gone:
             assert self._hub is not None, "without a hub everything is the owner's"
             self._hub.send(name, to_columns(messages))
 
     def _taken(self, name: str, messages: Sequence[Any]) -> list[Any]:
         """Those of one caller's messages that go on to the leader; the others are answered."""
-        if name in self._gone:
+        if front_of(name) in self._gone:
             return []
         found = (self._one(name, message) for message in messages)
         return [message for message in found if message is not None]
@@ -129,8 +129,8 @@ class FrontDoor:
     def _forgotten(self, front: str) -> Call | None:
         """What ends the requests of a front that is gone."""
         self._gone.add(front)
-        self._calls = {number: call for number, call in self._calls.items() if call[0] != front}
-        rids = self._askers.of(front)
+        self._calls = {n: call for n, call in self._calls.items() if front_of(call[0]) != front}
+        rids = self._askers.of_front(front)
         logger.warning("front %s is gone, and with it %d requests", front, len(rids))
         if not rids:
             return None
@@ -151,7 +151,7 @@ class FrontDoor:
         """A command of a front, which ends no other caller's requests."""
         if not isinstance(command, Abort) or not command.all:
             return command
-        return replace(command, all=False, rids=self._askers.of(name))
+        return replace(command, all=False, rids=self._askers.of_front(front_of(name)))
 
     def _refuse(self, name: str, message: Unreadable) -> None:
         logger.error("front %s: %s", name, message.why)

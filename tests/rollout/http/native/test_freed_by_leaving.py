@@ -31,8 +31,8 @@ def tiny_config(folder: Path) -> EngineConfig:
 
 
 class Watch:
-    """The pages that requests hold right after every step, and the step before which the first abort
-    reached the engine."""
+    """The pages that requests hold right after every step, and the step before which the first
+    abort reached the engine."""
 
     def __init__(self, server: Server) -> None:
         self.held: dict[int, int] = {}

@@ -27,7 +27,7 @@ from engine.protocol import (
 )
 from rollout.replica import leader_main
 from rollout.replica.columns import from_columns
-from rollout.replica.fronts.askers import OWNER, Askers
+from rollout.replica.fronts.askers import OWNER, Askers, channel_name
 from rollout.replica.fronts.front_door import FrontDoor
 from rollout.replica.ipc import Channel, Hub
 from rollout.replica.leader import Leader
@@ -56,7 +56,8 @@ class Callers:
         self.leader = Leader(fake_config(), FakeExecutor(fake_config()))
 
     def join(self, name: str) -> None:
-        self.ends[name] = Channel.join(f"ipc://{self._folder}/hub", ANSWERS, name)
+        name_there = channel_name(name, 1)
+        self.ends[name] = Channel.join(f"ipc://{self._folder}/hub", ANSWERS, name_there)
 
     def send(self, name: str, *messages: Any) -> None:
         self.ends[name].send(messages, timeout_s=PATIENCE_S)
@@ -233,7 +234,7 @@ def test_what_a_front_says_outside_the_protocol_is_answered_to_it(callers: Calle
 def test_askers_are_forgotten_with_the_last_output() -> None:
     askers = Askers()
     assert askers.admit("a", "1") and askers.admit("b", "2") and not askers.admit("b", "1")
-    assert (askers.of("a"), askers.of("b"), askers.of(OWNER)) == (["1"], ["2"], [])
+    assert [askers.of_front(name) for name in ("a", "b", OWNER)] == [["1"], ["2"], []]
     assert (askers.take(nothing_of("1")), len(askers)) == ("a", 2)
     end = msgspec.structs.replace(nothing_of("1"), finish=FinishReason(type="stop"))
     assert (askers.take(end), len(askers)) == ("a", 1)
