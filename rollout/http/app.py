@@ -98,6 +98,7 @@ def front_paths(services: Services) -> frozenset[str]:
         native_generate_routes,
         completion_routes,
         chat_routes,
+        message_routes,
         vllm_generate_routes,
         classify_routes,
         text_routes,
