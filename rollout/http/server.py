@@ -191,6 +191,10 @@ class _Server:
                 await fronts.start()
                 self._announce(listeners[0])
                 await serving
+            except EngineDead:
+                # A front that is told to leave before it serves has not started.
+                if not self._server.signals:
+                    raise
             finally:
                 telling.cancel()
                 await fronts.leave()

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rollout.http.fronts.news import NewsReader
-from rollout.http.fronts.owner_client import OwnerClient
+from rollout.http.fronts.owner_client import REPORT, OwnerClient
 
 
 class FrontApp:
@@ -27,10 +27,13 @@ class FrontApp:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One connection of the ASGI protocol."""
-        passed_on = scope["type"] == "http" and (
-            scope["path"] not in self._own or self._reader.news.holds
-        )
-        if passed_on:
+        if self._is_owners(scope):
             await self._owner.forward(scope, receive, send)
         else:
             await self._app(scope, receive, send)
+
+    def _is_owners(self, scope: Scope) -> bool:
+        if scope["type"] != "http" or scope["path"] == REPORT:
+            # Nobody but fronts reports: to others that is a route which does not exist.
+            return False
+        return scope["path"] not in self._own or self._reader.news.holds

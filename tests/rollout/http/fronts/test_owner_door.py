@@ -14,7 +14,7 @@ import uvicorn
 
 from rollout.http.fronts.front_app import FrontApp
 from rollout.http.fronts.news import News, NewsReader, NewsWriter
-from rollout.http.fronts.owner_client import FrontReport, OwnerClient
+from rollout.http.fronts.owner_client import REPORT, FrontReport, OwnerClient
 from rollout.http.fronts.owner_door import OwnerDoor
 from rollout.metrics import FinishedSequence
 from tests.helpers.http_app import run, until
@@ -179,5 +179,9 @@ def test_a_report_is_no_request(tmp_path: Path) -> None:
             report = FrontReport(name="front-1", finished=[found])
             await here.client.report(report)
             assert (here.reports, here.owner.scope) == ([report], {})
+            # From outside it is no report.
+            for path in (REPORT, "/-/%66ront"):
+                assert (await here.http.post(path, content=b"{}")).text == "own"
+            assert here.reports == [report]
 
     run(test)
