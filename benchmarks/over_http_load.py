@@ -22,6 +22,7 @@ from typing import Any, cast
 import uvloop
 
 _LIMIT_S = 550.0
+_END = b"\r\n0\r\n\r\n"
 
 
 def post(path: str, body: bytes) -> bytes:
@@ -42,6 +43,7 @@ class Replies(asyncio.Protocol):
         self._size = 0
         self._wanted = -1
         self._chunked = False
+        self._tail = b""
         self.sent_at = 0.0
         self.first_at = 0.0
         self._transport: asyncio.WriteTransport | None = None
@@ -69,12 +71,12 @@ class Replies(asyncio.Protocol):
             if self._size > head + 4:
                 self.first_at = time.perf_counter()
         whole = self._size >= self._wanted >= 0
+        self._tail = (self._tail + data)[-len(_END) :] if len(data) < len(_END) else data
         if self._chunked:
-            tail = data if len(data) >= 7 else b"".join(self._parts[-3:])
-            whole = tail.endswith(b"\r\n0\r\n\r\n")
+            whole = self._tail.endswith(_END)
         if whole:
             reply, self._parts = b"".join(self._parts), []
-            self._size, self._wanted, self._chunked = 0, -1, False
+            self._size, self._wanted, self._chunked, self._tail = 0, -1, False, b""
             self._replied(self, reply)
 
     def _read_head(self) -> None:
