@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
+import msgspec
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -101,10 +102,28 @@ class _RequestNames(Collector):
             yield from self._names.of_histogram(name, source)
 
 
-class Metrics:
-    """One server's metrics, in a registry of their own. model_name: as vLLM's label has it."""
+class FinishedSequence(msgspec.Struct, frozen=True, kw_only=True):
+    """What is counted of a sequence. latency_s: from submit to its last token. first_s, decode_s:
+    to its first token, and from there on; None if it had none."""
 
-    def __init__(self, model_name: str = "") -> None:
+    reason: str
+    latency_s: float
+    first_s: float | None
+    decode_s: float | None
+    num_prompt: int
+    num_output: int
+
+
+class Metrics:
+    """One server's metrics, in a registry of their own. model_name: as vLLM's label has it.
+
+    report: called with every sequence, to be counted by another process; counted here without.
+    """
+
+    def __init__(
+        self, model_name: str = "", *, report: Callable[[FinishedSequence], None] | None = None
+    ) -> None:
+        self._report = report or self.count
         names = VllmNames(model_name)
         self._registry = CollectorRegistry()
         self._state = _StateCollector(names)
@@ -131,14 +150,27 @@ class Metrics:
         self, reason: str, *, started_at: float, first_at: float, num_prompt: int, num_output: int
     ) -> None:
         """Count a sequence. Times are of `time.monotonic`; first_at 0 if it had no token."""
-        self._requests.labels(reason).inc()
         now = time.monotonic()
-        self._latency.observe(now - started_at)
-        if first_at:
-            self._first.observe(first_at - started_at)
-            self._decode.observe(now - first_at)
-        self._prompt.observe(num_prompt)
-        self._output.observe(num_output)
+        self._report(
+            FinishedSequence(
+                reason=reason,
+                latency_s=now - started_at,
+                first_s=first_at - started_at if first_at else None,
+                decode_s=now - first_at if first_at else None,
+                num_prompt=num_prompt,
+                num_output=num_output,
+            )
+        )
+
+    def count(self, found: FinishedSequence) -> None:
+        """Count a sequence, of this process or of another."""
+        self._requests.labels(found.reason).inc()
+        self._latency.observe(found.latency_s)
+        if found.first_s is not None and found.decode_s is not None:
+            self._first.observe(found.first_s)
+            self._decode.observe(found.decode_s)
+        self._prompt.observe(found.num_prompt)
+        self._output.observe(found.num_output)
 
     def updated(self, seconds: float) -> None:
         """Count a committed weight update."""

@@ -26,6 +26,7 @@ NOT_READ = {
     "engine.protocol.steps.EngineFacts.load_seconds": "for a benchmark's table",
     "engine.protocol.steps.EngineFacts.num_parameters": "for a benchmark's table",
     "rollout.client.Client.wait_ready": "for a program that started the server",
+    "rollout.http.http_server.PatientServer.handle_exit": "for uvicorn, on a signal",
 }
 """Members of public classes that the product does not read itself, and why."""
 

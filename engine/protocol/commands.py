@@ -165,7 +165,14 @@ class CancelTransfers(Struct, frozen=True, kw_only=True, tag="cancel_transfers")
     group: str = ""
 
 
-LeaderMessage = Request | Call
+class FrontGone(Struct, frozen=True, kw_only=True, tag="front_gone"):
+    """Owner to leader: the front process `name` is gone, and nobody reads what its requests come
+    to. They are aborted; nothing is answered to this."""
+
+    name: str
+
+
+LeaderMessage = Request | Call | FrontGone
 """What a leader receives, in the order it was sent."""
 
 

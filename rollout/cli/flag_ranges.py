@@ -71,6 +71,8 @@ SERVE_RANGES: Mapping[str, Range] = MappingProxyType(
         "--max-control-body-mib": Range("max_control_body_bytes", 1, _TIB, unit=MIB),
         "--max-held-body-mib": Range("max_held_body_bytes", 1, _TIB, unit=MIB),
         "--receive-timeout-s": Range("receive_timeout_s", 0, 86400, open=True),
+        "--send-timeout-s": Range("send_timeout_s", 0, 86400, open=True),
+        "--http-processes": Range("http_processes", 1, 256),
     }
 )
 

@@ -95,6 +95,21 @@ def build_app(services: Services) -> FastAPI:
     return app
 
 
+def front_paths(services: Services) -> frozenset[str]:
+    """The routes that every front process answers by itself: they keep nothing from one call to
+    the next. All others are the owner's of the engine."""
+    modules = (
+        native_generate_routes,
+        completion_routes,
+        chat_routes,
+        message_routes,
+        vllm_generate_routes,
+        classify_routes,
+        text_routes,
+    )
+    return _paths([module.router(services) for module in modules])
+
+
 def _methods(routers: Sequence[APIRouter]) -> dict[str, list[str]]:
     """The methods of every path."""
     found: dict[str, set[str]] = {}

@@ -65,8 +65,14 @@ class ServeConfig:
     loopback without any, trainers are met everywhere."""
     profile_root: str = ""
     """Folder below which /start_profile writes; 'slipstream-profiles' among temporary files."""
+    http_processes: int = 1
+    """Processes that read requests, and write replies and text, before the one engine. With more
+    than one, another process owns the engine and everything that steers it."""
     receive_timeout_s: float = 60.0
     """Seconds for the headers, and then the body, of a request to arrive."""
+    send_timeout_s: float = 300.0
+    """Seconds after which a client that takes nothing of its reply, or that cannot be reached any
+    more, loses its connection."""
     reply_s: Suppress[float] = REPLY_S
     """Deadline for the engine to answer a command that touches no weights."""
     start_s: Suppress[float] = START_S

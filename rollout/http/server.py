@@ -4,44 +4,42 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import gc
 import logging
 import resource
 import signal
 import socket
+import tempfile
 import threading
-from functools import partial
+from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
-from typing import Any
 
-import uvicorn
 import uvloop
-from starlette.types import ASGIApp
 
 from engine.config import EngineConfig
-from engine.errors import EngineDead, InvalidRequest
+from engine.errors import EngineDead
 from rollout.http.app import build_app
 from rollout.http.config import ServeConfig
 from rollout.http.edge.access import is_loopback
-from rollout.http.edge.connection import PatientProtocol
 from rollout.http.engine.client import AsyncEngine
 from rollout.http.engine.link import ProcessLink
 from rollout.http.engine.supervisor import Supervisor
-from rollout.http.services import make_services
-from rollout.replica.leave import leave_at_once
+from rollout.http.fronts.front_processes import FrontProcesses
+from rollout.http.fronts.news import NewsWriter
+from rollout.http.fronts.owner_door import OwnerDoor
+from rollout.http.fronts.publisher import Publisher
+from rollout.http.http_server import PatientServer, uvicorn_config
+from rollout.http.listeners import bind, listen
+from rollout.http.services import Services, make_services
 from rollout.replica.spawned import ProcessReplica
 from rollout.text.tokenizer import Tokenizer, find_tokenizer
 
 logger = logging.getLogger(__name__)
 
-_GRACE_S = 3
-_PATIENCE_S = 4.0
-"""For the engine to end what is open, once the server is told to stop."""
 _LAST_ANSWERS_S = 2.0
 """Between the engine's death and the server's: whoever calls meanwhile is told why."""
 _MAX_FILES = 65536
-_BACKLOG = 4096
 _FACTORY = "engine.executor:build_executor"
 
 
@@ -55,16 +53,17 @@ def serve(config: ServeConfig, *, factory: str = _FACTORY) -> None:
     """
     _leave_by_exception()
     _raise_file_limit()
-    with _bind(config) as listener:
+    with bind(config) as listener:
         tokenizer = find_tokenizer(config.engine.model)
         engines = _Engines(config, factory)
+        server = _Server(config, engines, tokenizer)
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                signals, failure = runner.run(_serve(config, engines, tokenizer, listener))
+                signals = runner.run(server.serve(listener))
         finally:
             engines.close()
-    if failure is not None:
-        raise failure
+    if server.failure is not None:
+        raise server.failure
     if signal.SIGINT in signals:
         raise KeyboardInterrupt
 
@@ -81,6 +80,10 @@ class _Engines:
     def link(self) -> ProcessLink:
         """A link to the engine that runs."""
         return ProcessLink(self._replica)
+
+    def hub(self) -> str:
+        """Where fronts join the engine that runs."""
+        return self._replica.hub
 
     def next(self, config: EngineConfig) -> ProcessLink:
         """Begin to build another engine in place of one that died."""
@@ -103,84 +106,110 @@ class _Engines:
             start_s=self._config.start_s,
             reply_s=self._config.reply_s,
             wait=wait,
+            shared=self._config.http_processes > 1,
         )
 
 
-class _Server(uvicorn.Server):
-    """uvicorn's server, which answers everybody before it leaves.
+class _Server:
+    """One server from its start to its end. failure: why it leaves by itself, if it does."""
 
-    signals: those that came. failure: the engine's, if the server leaves because of that.
-    """
-
-    def __init__(self, config: uvicorn.Config, engine: AsyncEngine, engines: _Engines) -> None:
-        super().__init__(config)
-        self._engine = engine
+    def __init__(self, config: ServeConfig, engines: _Engines, tokenizer: Tokenizer | None) -> None:
+        self._config = config
         self._engines = engines
-        self._loop = asyncio.get_running_loop()
-        self._task: asyncio.Task[None] | None = None
-        self.signals: list[int] = []
+        self._tokenizer = tokenizer
+        self._server: PatientServer | None = None
         self.failure: EngineDead | None = None
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """SIGTERM or SIGINT, in place of uvicorn's own handling."""
-        self.signals.append(sig)
-        if len(self.signals) > 1:
-            self._engines.kill()
-            leave_at_once(128 + sig)
-        self._loop.call_soon_threadsafe(self._begin_to_leave)
+    async def serve(self, listener: socket.socket) -> list[int]:
+        """Serve to the end; the signals that came."""
+        config = self._config
+        engine = AsyncEngine(
+            self._engines.link(),
+            reply_s=config.reply_s,
+            slow_s=config.start_s,
+            shared=config.http_processes > 1,
+        )
+        await engine.start()
+        services = make_services(config, engine, self._tokenizer)
+        listeners = listen(listener, config)
+        supervisor = Supervisor(
+            engine, config, self._engines.next, self.give_up, services.labels.text
+        )
+        try:
+            if len(listeners) == 1:
+                return await self._alone(services, listener)
+            return await self._with_fronts(services, listeners)
+        finally:
+            await supervisor.close()
+            for further in listeners[1:]:
+                further.close()
 
     def give_up(self, error: EngineDead) -> None:
-        """The engine is gone for good: say so to who comes now, then leave."""
-        self.failure = error
-        self._loop.call_later(_LAST_ANSWERS_S, self._begin_to_leave)
+        """The engine, or a front, is gone for good: say so to who comes now, then leave."""
+        self.failure = self.failure or error
+        assert self._server is not None, "nothing serves yet"
+        asyncio.get_running_loop().call_later(_LAST_ANSWERS_S, self._server.begin_to_leave)
 
-    def _begin_to_leave(self) -> None:
-        if self._task is None:
-            self._task = asyncio.create_task(self._leave())
+    async def _alone(self, services: Services, listener: socket.socket) -> list[int]:
+        app = build_app(services)
+        self._server = PatientServer(
+            uvicorn_config(self._config, app), services.engine, end_now=self._engines.kill
+        )
+        self._announce(listener)
+        await self._server.serve(sockets=[listener])
+        return self._server.signals
 
-    async def _leave(self) -> None:
-        await self._engine.leave(_PATIENCE_S)
-        self.should_exit = True
+    async def _with_fronts(
+        self, services: Services, listeners: Sequence[socket.socket]
+    ) -> list[int]:
+        with tempfile.TemporaryDirectory(prefix="slipstream-fronts-") as folder:
+            fronts = FrontProcesses(
+                self._config,
+                services.engine,
+                listeners,
+                Path(folder),
+                has_text=self._tokenizer is not None,
+                metrics=services.metrics,
+                give_up=self.give_up,
+            )
+            publisher = Publisher(NewsWriter(Path(folder)), services, self._engines.hub)
 
+            def end_now() -> None:
+                fronts.kill()
+                self._engines.kill()
 
-async def _serve(
-    config: ServeConfig,
-    engines: _Engines,
-    tokenizer: Tokenizer | None,
-    listener: socket.socket,
-) -> tuple[list[int], EngineDead | None]:
-    """Serve to the end; the signals that came, and why the engine is gone, if it is."""
-    engine = AsyncEngine(engines.link(), reply_s=config.reply_s, slow_s=config.start_s)
-    await engine.start()
-    services = make_services(config, engine, tokenizer)
-    host, port = listener.getsockname()[:2]
-    listener.listen(_BACKLOG)
-    logger.info("serving %s at http://%s:%d", config.model_name, host, port)
-    if not is_loopback(config.host) and not config.admin_api_key:
-        logger.warning("control routes answer 403 at %s without --admin-api-key", config.host)
-    # What was made until here stays to the end: it need not be looked through again and again.
-    gc.collect()
-    gc.freeze()
-    server = _Server(_uvicorn_config(config, build_app(services)), engine, engines)
-    supervisor = Supervisor(engine, config, engines.next, server.give_up, services.labels.text)
-    try:
-        await server.serve(sockets=[listener])
-    finally:
-        await supervisor.close()
-    return server.signals, server.failure
+            app = OwnerDoor(build_app(services), fronts.take_report)
+            self._server = PatientServer(
+                uvicorn_config(self._config, app, uds=str(Path(folder, "owner"))),
+                services.engine,
+                end_now=end_now,
+                others=fronts.leave,
+            )
+            telling = asyncio.create_task(publisher.run())
+            serving = asyncio.create_task(self._server.serve())
+            try:
+                await fronts.start()
+                self._announce(listeners[0])
+                await serving
+            except EngineDead:
+                # A front that is told to leave before it serves has not started.
+                if not self._server.signals:
+                    raise
+            finally:
+                telling.cancel()
+                await fronts.leave()
+                self._server.begin_to_leave()
+                await asyncio.gather(serving, telling, return_exceptions=True)
+        return self._server.signals
 
-
-def _uvicorn_config(config: ServeConfig, app: ASGIApp) -> uvicorn.Config:
-    protocol: Any = partial(PatientProtocol, receive_s=config.receive_timeout_s)
-    return uvicorn.Config(
-        app,
-        http=protocol,
-        log_config=None,
-        access_log=False,
-        backlog=_BACKLOG,
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=_GRACE_S,
-    )
+    def _announce(self, listener: socket.socket) -> None:
+        config, (host, port) = self._config, listener.getsockname()[:2]
+        logger.info("serving %s at http://%s:%d", config.model_name, host, port)
+        if not is_loopback(config.host) and not config.admin_api_key:
+            logger.warning("control routes answer 403 at %s without --admin-api-key", config.host)
+        # What was made until here stays to the end: it need not be looked through again and again.
+        gc.collect()
+        gc.freeze()
 
 
 def _raise_file_limit() -> None:
@@ -201,24 +230,3 @@ def _leave_by_exception() -> None:
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, leave)
-
-
-def _bind(config: ServeConfig) -> socket.socket:
-    """The listening socket, bound before the model is loaded: a port in use shows at once."""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((config.host, config.port))
-    except OSError as error:
-        listener.close()
-        raise InvalidRequest(
-            f"cannot bind {config.host}:{config.port}: {error}; "
-            + (
-                "another server is there: end it, or give another --port (0 takes a free one)"
-                if error.errno == errno.EADDRINUSE
-                else "give an address of this machine, and a port that you may bind"
-            ),
-            field="--host, --port",
-        ) from error
-    return listener

@@ -18,7 +18,7 @@ from rollout.http.updates.lifecycle import Lifecycle
 from rollout.http.updates.version_labels import VersionLabels
 from rollout.metrics import Metrics
 from rollout.parsers.events import Reply
-from rollout.requests.seeds import base_seed
+from rollout.requests.seeds import base_seed, derive_seed
 from rollout.text.tokenizer import Tokenizer
 
 
@@ -66,14 +66,23 @@ class Services:
 
 
 def make_services(
-    config: ServeConfig, engine: AsyncEngine, tokenizer: Tokenizer | None
+    config: ServeConfig,
+    engine: AsyncEngine,
+    tokenizer: Tokenizer | None,
+    *,
+    labels: VersionLabels | None = None,
+    metrics: Metrics | None = None,
+    front: str = "",
 ) -> Services:
-    """The parts of a server in front of `engine`."""
-    metrics, labels, access = Metrics(config.model_name), VersionLabels(), Access(config)
+    """The parts of a server in front of `engine`. front: name of this process, if others share
+    the engine: its requests get seeds of their own. labels, metrics: where they are not its own."""
+    labels, metrics = labels or VersionLabels(), metrics or Metrics(config.model_name)
+    access = Access(config)
     lifecycle = Lifecycle(engine, labels, metrics, keeps_weights=config.engine.memory.cpu_backup)
     engine.guard(access.check)
     engine.on_restart(lambda: lifecycle.reset(weights_lost=bool(engine.no_version)))
     seed = base_seed(config.engine.seed, config.replica_id)
+    seed = derive_seed(seed, "front", front) if front else seed
     generator = Generator(engine, tokenizer, metrics, seed=seed)
     return Services(
         config=config,

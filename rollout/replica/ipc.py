@@ -14,6 +14,7 @@ import msgspec
 from zmq.constants import Flag, PollEvent, SocketOption, SocketType
 from zmq.error import Again
 from zmq.sugar.context import Context
+from zmq.sugar.poll import Poller
 
 from engine.errors import EngineDead, InvalidRequest
 from engine.protocol import decode, encode
@@ -41,14 +42,13 @@ class Channel:
     receive: type of the structs that arrive, a struct or a tagged union of them.
     """
 
-    def __init__(self, receive: Any) -> None:
+    def __init__(self, receive: Any, kind: SocketType = SocketType.PAIR) -> None:
         self._context = Context()
-        self._socket = self._context.socket(SocketType.PAIR)
+        self._socket = self._context.socket(kind)
         self._socket.set_hwm(0)
         # An end that is dropped without `close` must not keep its process from leaving.
         self._socket.linger = 0
-        self._kind = receive
-        self._receive_type = list[receive]
+        self._reader = _Reader(receive)
 
     @classmethod
     def listen(cls, endpoint: str, receive: Any) -> Channel:
@@ -61,6 +61,15 @@ class Channel:
     def connect(cls, endpoint: str, receive: Any) -> Channel:
         """The other end; it may connect before the first listens."""
         channel = cls(receive)
+        channel._socket.connect(endpoint)
+        return channel
+
+    @classmethod
+    def join(cls, endpoint: str, receive: Any, name: str) -> Channel:
+        """The end of one of the peers of a `Hub`, which knows it by `name`. A name is used once:
+        what the hub still has for an earlier peer of that name would come here."""
+        channel = cls(receive, SocketType.DEALER)
+        channel._socket.routing_id = name.encode()
         channel._socket.connect(endpoint)
         return channel
 
@@ -96,7 +105,7 @@ class Channel:
             return []
         data = self._socket.recv(Flag.NOBLOCK)
         try:
-            messages: list[Any] = decode(data, self._receive_type)
+            messages: list[Any] = self._reader.strictly(data)
         except msgspec.DecodeError as error:
             raise EngineDead(f"message outside the protocol: {error}", field="channel") from error
         return messages
@@ -112,29 +121,8 @@ class Channel:
         while len(messages) < max_messages and self._socket.poll(
             timeout_s * 1000, PollEvent.POLLIN
         ):
-            messages += self._read(self._socket.recv(Flag.NOBLOCK))
+            messages += self._reader.read(self._socket.recv(Flag.NOBLOCK))
             timeout_s = 0.0
-        return messages
-
-    def _read(self, data: bytes) -> list[Any]:
-        try:
-            messages: list[Any] = decode(data, self._receive_type)
-        except (msgspec.DecodeError, ValueError, TypeError, OverflowError):
-            return self._read_each(data)
-        return messages
-
-    def _read_each(self, data: bytes) -> list[Any]:
-        """The messages of a frame some of which are outside the protocol."""
-        try:
-            parts = decode(data, list[msgspec.Raw])
-        except (msgspec.DecodeError, ValueError) as error:
-            return [Unreadable(f"a frame outside the protocol: {error}")]
-        messages: list[Any] = []
-        for part in parts:
-            try:
-                messages.append(decode(bytes(part), self._kind))
-            except (msgspec.DecodeError, ValueError, TypeError, OverflowError) as error:
-                messages.append(_unreadable(bytes(part), str(error)))
         return messages
 
     def fileno(self) -> int:
@@ -146,6 +134,83 @@ class Channel:
         """Close; frames not yet sent get `linger_s` to leave. Idempotent."""
         self._socket.close(linger=int(linger_s * 1000))
         self._context.term()
+
+
+class Hub:
+    """One end for any number of peers, each of which came by `Channel.join`: it has a name, and
+    gets what is sent to that name.
+
+    What is sent to a peer that is gone is dropped. A peer that takes nothing has what it is sent
+    kept for it, so whoever owns the peers ends one that does not come along.
+    """
+
+    def __init__(self, endpoint: str, receive: Any) -> None:
+        self._context = Context()
+        self._socket = self._context.socket(SocketType.ROUTER)
+        self._socket.set_hwm(0)
+        self._socket.linger = 0
+        self._reader = _Reader(receive)
+        self._socket.bind(endpoint)
+
+    def wait(self, channel: Channel, *, timeout_s: float) -> None:
+        """Return once a peer, or the peer of `channel`, has sent something, or in time."""
+        poller = Poller()
+        poller.register(self._socket, PollEvent.POLLIN)
+        poller.register(channel._socket, PollEvent.POLLIN)
+        poller.poll(timeout_s * 1000)
+
+    def receive_waiting(self, *, max_messages: int) -> list[tuple[str, list[Any]]]:
+        """The frames that wait, in the order of each peer: its name, and its structs as in
+        `Channel.receive_waiting`. No further frame is taken once there are so many structs."""
+        found: list[tuple[str, list[Any]]] = []
+        count = 0
+        while count < max_messages and self._socket.poll(0, PollEvent.POLLIN):
+            name, data = self._socket.recv_multipart(Flag.NOBLOCK)
+            found.append((name.decode(errors="replace"), self._reader.read(data)))
+            count += len(found[-1][1])
+        return found
+
+    def send(self, name: str, messages: Sequence[msgspec.Struct]) -> None:
+        """Send one frame to a peer."""
+        self._socket.send_multipart([name.encode(), encode_frame(messages)], Flag.NOBLOCK)
+
+    def close(self, *, linger_s: float = 0.0) -> None:
+        """Close; frames not yet sent get `linger_s` to leave. Idempotent."""
+        self._socket.close(linger=int(linger_s * 1000))
+        self._context.term()
+
+
+class _Reader:
+    """Structs of one type, or of a tagged union, from the bytes of a frame."""
+
+    def __init__(self, kind: Any) -> None:
+        self._kind = kind
+        self._list = list[kind]
+
+    def strictly(self, data: bytes) -> list[Any]:
+        """All of them. Raises msgspec.DecodeError."""
+        messages: list[Any] = decode(data, self._list)
+        return messages
+
+    def read(self, data: bytes) -> list[Any]:
+        """All of them, `Unreadable` in place of each that is outside the protocol."""
+        try:
+            return self.strictly(data)
+        except (msgspec.DecodeError, ValueError, TypeError, OverflowError):
+            return self._read_each(data)
+
+    def _read_each(self, data: bytes) -> list[Any]:
+        try:
+            parts = decode(data, list[msgspec.Raw])
+        except (msgspec.DecodeError, ValueError) as error:
+            return [Unreadable(f"a frame outside the protocol: {error}")]
+        messages: list[Any] = []
+        for part in parts:
+            try:
+                messages.append(decode(bytes(part), self._kind))
+            except (msgspec.DecodeError, ValueError, TypeError, OverflowError) as error:
+                messages.append(_unreadable(bytes(part), str(error)))
+        return messages
 
 
 def _unreadable(data: bytes, error: str) -> Unreadable:
@@ -161,8 +226,23 @@ def _unreadable(data: bytes, error: str) -> Unreadable:
 def encode_frame(messages: Sequence[msgspec.Struct]) -> bytes:
     """One frame that holds the messages. Raises InvalidRequest if one of them holds a value that
     MessagePack has no form for, such as an integer of 65 bits or half a surrogate pair."""
+    return _encoded(list(messages))
+
+
+def encode_parts(messages: Sequence[msgspec.Struct]) -> list[bytes]:
+    """The messages one by one, for `frame_of`. Raises what `encode_frame` does."""
+    return [_encoded(message) for message in messages]
+
+
+def frame_of(parts: Sequence[bytes]) -> bytes:
+    """One frame that holds what `encode_parts` returned, of several calls in their order."""
+    # The head of a list of MessagePack, of up to 2**32 - 1 values.
+    return b"".join((b"\xdd" + len(parts).to_bytes(4, "big"), *parts))
+
+
+def _encoded(value: Any) -> bytes:
     try:
-        return encode(list(messages))
+        return encode(value)
     except (OverflowError, TypeError, ValueError, RecursionError) as error:
         raise InvalidRequest(
             f"a value of the message has no form on the wire: {error}; send integers of at most "

@@ -1,8 +1,8 @@
-"""The spawned leader: `python -m rollout.replica.leader_main ENDPOINT CONFIG FACTORY PARENT`.
+"""The spawned leader: `python -m rollout.replica.leader_main ENDPOINT CONFIG FACTORY PARENT [HUB]`.
 
 `rollout.replica.spawned` starts it. CONFIG is an `EngineConfig` as a JSON file, FACTORY
 the "module:function" that builds a rank from it, PARENT the process to outlive by
-no more than `_IDLE_S`.
+no more than `_IDLE_S`. HUB is where front processes come in beside that one, if any may.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from engine.protocol import LeaderMessage, Reply, Request, RequestOutput, Shutdo
 from engine.protocol.deadlines import watch_s
 from rollout.ranks.ranked_executor import RankedExecutor, build_executor
 from rollout.ranks.watched_executor import WatchedExecutor
-from rollout.replica.columns import to_columns
 from rollout.replica.command_replies import error_info
-from rollout.replica.ipc import Channel, Unreadable
+from rollout.replica.fronts.front_door import FrontDoor
+from rollout.replica.ipc import Channel, Hub, Unreadable
 from rollout.replica.leader import Leader
 from rollout.replica.leave import run_and_leave
 from rollout.replica.process_log import log_to_stderr
@@ -46,7 +46,7 @@ _MAX_MESSAGES = 1024
 
 def main(argv: list[str]) -> int:
     """Build the engine, say so, and serve until told to stop or orphaned."""
-    endpoint, config_path, factory, parent = argv
+    endpoint, config_path, factory, parent, *hub = argv
     log_to_stderr("leader")
     channel = Channel.connect(endpoint, LeaderMessage)
     folder = Path(config_path).parent
@@ -60,6 +60,7 @@ def main(argv: list[str]) -> int:
         channel.send([Reply(error=error_info(error))], timeout_s=_SEND_S)
         channel.close(linger_s=_SEND_S)
         return 1
+    door = FrontDoor(channel, Hub(hub[0], LeaderMessage) if hub else None)
     channel.send([Reply(state=leader.state())], timeout_s=_SEND_S)
     # The model stays to the end: a collection need not look through it again and again.
     gc.collect()
@@ -68,17 +69,17 @@ def main(argv: list[str]) -> int:
     pulse.start()
     alone = False
     try:
-        alone = _serve(leader, channel, ranks, pulse, parent_pid=int(parent))
+        alone = _serve(leader, door, ranks, pulse, parent_pid=int(parent))
     finally:
         pulse.stop()
         leader.close()
-        channel.close(linger_s=0.0 if alone else _SEND_S)
+        door.close(linger_s=0.0 if alone else _SEND_S)
     return int(ranks is not None and ranks.failure is not None)
 
 
 def _serve(
     leader: Leader,
-    channel: Channel,
+    door: FrontDoor,
     ranks: RankedExecutor | None,
     pulse: Pulse,
     *,
@@ -98,19 +99,19 @@ def _serve(
             logger.error("%s", ranks.failure)
             return False
         pulse.begin(Activity.WAITING)
-        messages = channel.receive_waiting(timeout_s=_wait_s(leader), max_messages=_MAX_MESSAGES)
+        messages = door.receive_waiting(timeout_s=_wait_s(leader), max_messages=_MAX_MESSAGES)
         pulse.begin(Activity.HOST, turn_s)
         answers, leaving = _obey(leader, messages, beside)
         leader.poll()
         answers += _ended(beside)
         if answers:
-            channel.send(answers, timeout_s=_SEND_S)
+            door.send(answers)
         if leaving:
             return False
         if leader.can_step():
             outputs = leader.step()
             if outputs:
-                channel.send(to_columns(outputs), timeout_s=_SEND_S)
+                door.send(outputs)
     logger.warning("process %d is gone; leaving", parent_pid)
     return True
 

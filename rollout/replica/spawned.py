@@ -58,7 +58,7 @@ class ProcessReplica:
     weight command gets `start_s`. A leader that misses one, or shows by its pulse that it hangs,
     is killed, and every later call raises the same EngineDead. wait: return once the model is
     loaded; else at once, and the first reply that `collect` gives, of id 0, says that the engine
-    is ready, or why it cannot be built.
+    is ready, or why it cannot be built. shared: front processes may join it at `hub`.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class ProcessReplica:
         start_s: float = START_S,
         reply_s: float = REPLY_S,
         wait: bool = True,
+        shared: bool = False,
     ) -> None:
         self._start_s = start_s
         self._reply_s = reply_s
@@ -82,6 +83,7 @@ class ProcessReplica:
         self._folder = Path(tempfile.mkdtemp(prefix="slipstream-"))
         self._pulse = PulseWatch(pulse_path(self._folder), silent_s=min(SILENT_S, reply_s))
         self._look_at = 0.0
+        self.hub = f"ipc://{self._folder}/hub" if shared else ""
         endpoint = f"ipc://{self._folder}/leader"
         self._channel = Channel.listen(endpoint, RequestOutput | TokenRows | Reply)
         self._process = self._spawn(config, endpoint, factory)
@@ -126,10 +128,10 @@ class ProcessReplica:
         deadline_s = reply_deadline_s(command, reply_s=self._reply_s, slow_s=self._start_s)
         return self._await_reply(self._last_id, deadline_s, command_name(command))
 
-    def post(self, messages: Sequence[Request | Call]) -> None:
-        """Queue messages in this order and return at once; what comes of them is read by
-        `collect`. For a caller with an event loop, in place of the calls above."""
-        self._send(messages, timeout_s=_POST_S)
+    def post_frame(self, frame: bytes) -> None:
+        """Send messages, in the frame that `ipc.frame_of` made, and return at once; what comes of
+        them is read by `collect`. For a caller with an event loop, in place of the calls above."""
+        self._send_frame(frame, timeout_s=_POST_S)
 
     def collect(self) -> list[RequestOutput | Reply]:
         """The next messages that have arrived, in order; a reply carries its call's id. Does
@@ -200,6 +202,7 @@ class ProcessReplica:
         config_path = self._folder / "config.json"
         config_path.write_bytes(msgspec.json.encode(config))
         arguments = [endpoint, str(config_path), factory, str(os.getpid())]
+        arguments += [self.hub] if self.hub else []
         # Threads of a CPU engine that spin at barriers take the processor from whoever feeds it.
         environment = child_environment(OMP_WAIT_POLICY="passive", RES_OPTIONS=RES_OPTIONS)
         # A Ctrl-C here is not one there.
@@ -213,14 +216,17 @@ class ProcessReplica:
                 start_new_session=True,
             )
 
-    def _send(self, messages: Sequence[Any], *, timeout_s: float | None = None) -> None:
+    def _send(self, messages: Sequence[Any]) -> None:
         """Send one frame. Raises InvalidRequest, having sent nothing, if a message cannot be
-        encoded; EngineDead if the leader takes nothing within `timeout_s`."""
+        encoded, EngineDead."""
         self._require_alive()
-        frame = encode_frame(messages)
+        self._send_frame(encode_frame(messages), timeout_s=self._reply_s)
+
+    def _send_frame(self, frame: bytes, *, timeout_s: float) -> None:
+        """Raises EngineDead if the leader takes nothing within `timeout_s`."""
+        self._require_alive()
         if self._channel.sent_at_once(frame):
             return
-        timeout_s = self._reply_s if timeout_s is None else timeout_s
         deadline = time.monotonic() + timeout_s
         while not self._channel.can_send(timeout_s=min(_POLL_S, timeout_s)):
             # A leader that has just left takes nothing; that is the better reason.

@@ -31,6 +31,11 @@ def starts_with(rid: str, prefix: str) -> bool:
     return rid.startswith(prefix) or (_MARK in rid and shown(rid).startswith(prefix))
 
 
+def in_group(rid: str, group: str) -> bool:
+    """Whether `rid` is the id of a sample of the request, or the call, that is called `group`."""
+    return rid.startswith(group + _MARK)
+
+
 def of_sample(name: str) -> str:
     """The id of the sample that replies show as `name`; `name` if there can be none."""
     group, dash, number = name.rpartition("-")

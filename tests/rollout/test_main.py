@@ -97,6 +97,8 @@ SERVE: dict[str, tuple[list[str], str, object]] = {
     "rendezvous-host": (["a", "--rendezvous-host", "b"], "rendezvous_hosts", ("a", "b")),
     "profile-root": (["/p"], "profile_root", "/p"),
     "receive-timeout-s": (["2.5"], "receive_timeout_s", 2.5),
+    "send-timeout-s": (["3.5"], "send_timeout_s", 3.5),
+    "http-processes": (["4"], "http_processes", 4),
 }
 
 
@@ -185,6 +187,8 @@ UNFIT = [
     ("--receive-timeout-s", "nan"),
     ("--tool-parser", "nothing"),
     ("--reasoning-parser", "hermes"),
+    ("--send-timeout-s", "0"),
+    ("--http-processes", "0"),
 ]
 
 

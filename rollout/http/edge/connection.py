@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, cast
 
 import msgspec
+from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from engine.errors import SlipstreamError
+from rollout.http.edge.departure import Departure
 from rollout.http.edge.errors import error_body
 
 _MAX_HEAD_BYTES = 64 << 10
@@ -40,6 +42,7 @@ class PatientProtocol(HttpToolsProtocol):
         super().__init__(*args, **options)
         self._receive_s = receive_s
         self._timer: asyncio.TimerHandle | None = None
+        self._departure = Departure()
         self._in_request = False
         """Whether the first byte of a request has come and not the last."""
         self._in_head = False
@@ -56,6 +59,7 @@ class PatientProtocol(HttpToolsProtocol):
         """It is gone."""
         self._disarm()
         super().connection_lost(exc)
+        self._departure.happens()
 
     def data_received(self, data: bytes) -> None:
         """A part of a request, a whole one, or several."""
@@ -76,6 +80,7 @@ class PatientProtocol(HttpToolsProtocol):
         """The first byte of a request."""
         self._in_request = self._in_head = True
         super().on_message_begin()
+        self._departure.offer(cast(Scope, self.scope))
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """A header. What follows a chunked body in their form is dropped."""

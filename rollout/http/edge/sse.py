@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from engine.errors import SlipstreamError
+from rollout.http.edge.departure import Departure, departure_of
 from rollout.http.edge.errors import error_body, named_error_body
 
 T = TypeVar("T")
@@ -63,7 +64,7 @@ class EventStream(Response):
         headers = self.raw_headers
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         with contextlib.suppress(ClientGone):
-            await _until_gone(self._send_frames(send), receive)
+            await until_gone(self._send_frames(send), receive, departure_of(scope))
 
     async def _send_frames(self, send: Send) -> None:
         form = self.form
@@ -93,12 +94,14 @@ NAMED = EventForm(frame=_named_frame, error=named_error_body, end=b"")
 """Events with names: OpenAI's responses and Anthropic's messages."""
 
 
-async def _until_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
+async def until_gone(
+    work: Coroutine[Any, Any, T], receive: Receive, departure: Departure | None = None
+) -> T:
     """Result of `work`, which is cancelled when the client leaves. Raises ClientGone then.
 
-    receive: of the ASGI protocol, the body having been read.
+    receive: of the ASGI protocol, the body having been read; not called if there is a departure.
     """
-    watch = _Watch(receive)
+    watch = _Watch(receive, departure)
     try:
         return await work
     except asyncio.CancelledError:
@@ -110,18 +113,22 @@ async def _until_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
 
 
 class _Watch:
-    """Cancels the task that makes it when its client leaves. Work that never waits is not
-    watched, and costs no task."""
+    """Cancels the task that makes it when its client leaves. Without a departure, work that never
+    waits is not watched, and costs no task."""
 
-    def __init__(self, receive: Receive) -> None:
-        loop = asyncio.get_running_loop()
+    def __init__(self, receive: Receive, departure: Departure | None) -> None:
         task = asyncio.current_task()
         assert task is not None, "a handler runs in a task"
         self._receive = receive
+        self._departure = departure
         self._watched = task
         self._watcher: asyncio.Task[None] | None = None
-        self._start = loop.call_soon(self._begin)
+        self._start: asyncio.Handle | None = None
         self._cancelled = False
+        if departure is None:
+            self._start = asyncio.get_running_loop().call_soon(self._begin)
+        else:
+            departure.tell(self._leave)
 
     @property
     def left(self) -> bool:
@@ -131,7 +138,10 @@ class _Watch:
 
     def end(self) -> None:
         """Watch no longer."""
-        self._start.cancel()
+        if self._departure is not None:
+            self._departure.forget(self._leave)
+        if self._start is not None:
+            self._start.cancel()
         if self._watcher is not None:
             self._watcher.remove_done_callback(self._gone)
             self._watcher.cancel()
@@ -144,14 +154,17 @@ class _Watch:
         if not watcher.cancelled():
             # An error is the end of the connection, too.
             watcher.exception()
-            self._cancelled = True
-            self._watched.cancel()
+            self._leave()
+
+    def _leave(self) -> None:
+        self._cancelled = True
+        self._watched.cancel()
 
 
 async def answer(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
     """The reply of `work`, or an empty one that nobody reads if the client left before."""
     try:
-        return await _until_gone(work, request.receive)
+        return await until_gone(work, request.receive, departure_of(request.scope))
     except ClientGone:
         return Response(status_code=499)
 

@@ -8,13 +8,15 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-from engine.errors import CommandTimeout, EngineDead, NoVersion, QueueFull
+from engine.errors import CommandTimeout, EngineDead, NoVersion
 from engine.protocol import (
     Abort,
     Call,
     Command,
     CommitUpdate,
+    FrontGone,
     GetState,
+    LeaderMessage,
     ReplicaState,
     Reply,
     Request,
@@ -46,22 +48,29 @@ class AsyncEngine:
     encoded is refused to its caller and leaves no trace. Replies are told apart by the ids of
     their calls. A command that misses its own deadline fails alone while the engine says
     anything else, and ends the engine if it is silent; from then on every call raises the same
-    EngineDead, until `restart` gives another engine.
+    EngineDead, until `restart` gives another engine. outbox: holds requests back when told to.
 
     reply_s: deadline for the leader to answer, and to say anything while requests run.
-    slow_s: deadline for commands that touch weights or memory.
+    slow_s: deadline for commands that touch weights or memory. shared: other processes send it
+    requests, too.
     """
 
     def __init__(
-        self, link: EngineLink, *, reply_s: float = REPLY_S, slow_s: float = START_S
+        self,
+        link: EngineLink,
+        *,
+        reply_s: float = REPLY_S,
+        slow_s: float = START_S,
+        shared: bool = False,
     ) -> None:
         self._link = link
+        self.shared = shared
         self._reply_s = reply_s
         self._slow_s = slow_s
         self._mailboxes = Mailboxes()
         self._pending = AwaitedReplies()
         self._last_id = _START_ID
-        self._outbox = Outbox(self._post, self._part_taken)
+        self.outbox = Outbox(self._post, self._part_taken)
         self._dead: EngineDead | None = None
         self._leaving: EngineDead | None = None
         self._starting = False
@@ -172,8 +181,10 @@ class AsyncEngine:
 
     @property
     def num_open(self) -> int:
-        """Sequences sent to the engine whose final output has not come."""
-        return len(self._mailboxes) - len(self._outbox)
+        """Sequences sent to the engine whose final output has not come, about so many if other
+        processes send some, too."""
+        own = len(self._mailboxes) - len(self.outbox)
+        return max(own, self._heard.num_unfinished) if self.shared else own
 
     @property
     def facts(self) -> ReplicaState:
@@ -183,10 +194,9 @@ class AsyncEngine:
     def stalled_s(self) -> float:
         """For how long requests that may run have seen no step and no output; 0.0 if that is
         less than the deadline for the leader to say anything."""
-        if self._dead is not None or not self.num_open or self._heard.may_wait:
+        if self._dead is not None or not self.num_open:
             return 0.0
-        stalled_s = time.monotonic() - self._heard.progress_at
-        return stalled_s if stalled_s > self._reply_s else 0.0
+        return self._heard.stalled_s(beyond=self._reply_s)
 
     @property
     def late(self) -> str:
@@ -213,26 +223,19 @@ class AsyncEngine:
         box = self._mailbox_of(requests)
         with contextlib.ExitStack() as undo:
             undo.callback(self._mailboxes.cancel, box)
-            self._outbox.send(requests)
+            self.outbox.send(requests)
             undo.pop_all()
         return box
 
     def check_room(self, count: int) -> None:
         """Raise QueueFull if `count` more sequences cannot wait now: before they are made."""
-        facts = self.facts
         # Those that are held here will wait in the engine, all at once.
-        num_waiting = max(0, len(self._mailboxes) - facts.max_running)
-        if num_waiting + count > facts.max_waiting:
-            raise QueueFull(
-                f"{num_waiting} sequences wait, at most {facts.max_waiting} may, and {count} "
-                "would join them; try again later",
-                field="queue",
-            )
+        self._heard.check_room(len(self._mailboxes), count)
 
     async def submit_all(self, requests: Sequence[Request]) -> Mailbox:
         """`submit` of sequences that may be many: the engine gets them in parts, each after it
         has answered since the one before, so that others are served in between."""
-        if len(requests) <= PART or self._outbox.holds:
+        if len(requests) <= PART or self.outbox.holds:
             return self.submit(requests)
         unsent, box = Unsent(requests), self._mailbox_of(requests)
 
@@ -241,7 +244,7 @@ class AsyncEngine:
             box.check()
 
         try:
-            await self._outbox.send_parts(unsent, check)
+            await self.outbox.send_parts(unsent, check)
         except BaseException:
             self._mailboxes.forget(box, unsent.clear())
             self.discard(box)
@@ -253,21 +256,13 @@ class AsyncEngine:
         rids = set(mailbox.open)
         if not rids or self._dead is not None:
             return
-        held = self._outbox.forget(rids)
+        held = self.outbox.forget(rids)
         self._mailboxes.forget(mailbox, held)
         sent = sorted(rids - held)
         if sent:
             self._mailboxes.drop(sent)
             with contextlib.suppress(EngineDead):
                 self.post([Abort(rids=sent, message="the client left")])
-
-    def hold(self) -> None:
-        """Keep requests submitted from now on here, until `release`. Idempotent."""
-        self._outbox.hold()
-
-    def release(self) -> None:
-        """Send the engine what was held, as `Outbox.release` does. Idempotent."""
-        self._outbox.release()
 
     def _mailbox_of(self, requests: Sequence[Request]) -> Mailbox:
         self.check_open()
@@ -298,12 +293,17 @@ class AsyncEngine:
                 self._admit(command)
         commands = [self._mailboxes.resolved(command) for command in commands]
         for abort in (command for command in commands if isinstance(command, Abort)):
-            for request in self._outbox.take_named(abort):
+            for request in self.outbox.take_named(abort):
                 self._mailboxes.end(ended_unsent(request, abort.message))
         calls = [Call(id=self._last_id + i, command=c) for i, c in enumerate(commands, 1)]
         self._post(calls)
         self._last_id += len(calls)
         return [self._await(call) for call in calls]
+
+    def forget_front(self, name: str) -> None:
+        """A front process is gone: end what it had sent the engine."""
+        with contextlib.suppress(EngineDead):
+            self._post([FrontGone(name=name)])
 
     async def state(self, *, max_age_s: float = 0.2, patience_s: float = 0.5) -> ReplicaState:
         """State of the engine, at most `max_age_s` old; an older one if a long command keeps
@@ -323,7 +323,7 @@ class AsyncEngine:
         limit_s = reply_deadline_s(call.command, reply_s=self._reply_s, slow_s=self._slow_s)
         return self._pending.add(call.id, call.command, time.monotonic(), limit_s)
 
-    def _post(self, messages: Sequence[Request | Call]) -> None:
+    def _post(self, messages: Sequence[LeaderMessage]) -> None:
         self._require_alive()
         try:
             self._link.post(messages)
@@ -363,7 +363,7 @@ class AsyncEngine:
     def _end(self, error: EngineDead) -> None:
         self._dead = self._dead or error
         self._mailboxes.fail(error)
-        self._outbox.clear()
+        self.outbox.clear()
         self._pending.fail(error)
 
     def _require_alive(self) -> None:
@@ -393,7 +393,7 @@ class AsyncEngine:
             message = f"the engine lives but did not answer '{name}' within {entry.limit_s:g} s"
             logger.error("%s", message)
             entry.fail(CommandTimeout(message, field=name))
-        waited_for = len(self._pending) or len(self._mailboxes)
+        waited_for = self.shared or len(self._pending) or len(self._mailboxes)
         if self._dead is None and waited_for and silent_s > min(_BEAT_S, self._reply_s / 4):
             # Alive is what answers anything, whatever else is slow.
             with contextlib.suppress(EngineDead):

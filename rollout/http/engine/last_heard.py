@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from engine.errors import QueueFull
 from engine.protocol import Command, CommitUpdate, ReplicaState, Reply, SetVersion
 
 
@@ -40,6 +41,27 @@ class LastHeard:
         """Whether requests that see no step are only doing what they were told to."""
         return self.state is None or self.state.paused or bool(self.state.refusal)
 
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that the engine had, whoever sent them."""
+        return 0 if self.state is None else self.state.num_running + self.state.num_waiting
+
+    def stalled_s(self, *, beyond: float) -> float:
+        """For how long requests that may run have seen no step; 0.0 if not longer than `beyond`."""
+        stalled_s = 0.0 if self.may_wait else time.monotonic() - self.progress_at
+        return stalled_s if stalled_s > beyond else 0.0
+
+    def check_room(self, num_sent: int, count: int) -> None:
+        """Raise QueueFull if `count` sequences cannot wait beside those that were sent."""
+        facts = self.facts
+        num_waiting = max(0, num_sent - facts.max_running)
+        if num_waiting + count > facts.max_waiting:
+            raise QueueFull(
+                f"{num_waiting} sequences wait, at most {facts.max_waiting} may, and {count} "
+                "would join them; try again later",
+                field="queue",
+            )
+
     def learn(self, command: Command, reply: Reply, *, starting: bool) -> None:
         """Note what a reply says of the engine as a whole. starting: it is not ready yet."""
         if reply.error is None and isinstance(command, CommitUpdate | SetVersion):
@@ -49,8 +71,10 @@ class LastHeard:
             # Any other command may have changed what was known.
             self.state_at = 0.0
             return
-        old, self.state, self.state_at = self.state, reply.state, self.heard_at
-        if old is None or old.num_steps != reply.state.num_steps:
+        old, was_idle = self.state, not self.num_unfinished
+        self.state, self.state_at = reply.state, self.heard_at
+        # Those that came since then have not waited for longer than that.
+        if old is None or was_idle or old.num_steps != reply.state.num_steps:
             self.progress_at = self.heard_at
         if not reply.state.refusal and not starting:
             self.no_version = ""

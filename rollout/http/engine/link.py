@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from engine.errors import EngineDead
-from engine.protocol import Call, Reply, Request, RequestOutput
-from rollout.replica.spawned import ProcessReplica
+from engine.protocol import LeaderMessage, Reply, RequestOutput
+from rollout.replica.ipc import encode_parts, frame_of
 
 Message = RequestOutput | Reply
 Deliver = Callable[[Sequence[Message]], None]
@@ -20,7 +20,8 @@ _HANDLER_TURNS = 3
 _REST = 2.0
 """Rest after a delivery, in times of what its handling took: under a load of streams the server
 keeps to a third of a core, and what comes meanwhile leaves in one piece a stream."""
-_LEAST_REST_S, _MOST_REST_S = 0.002, 0.04
+_LEAST_REST_S, _MOST_REST_S = 0.002, 0.01
+"""Tokens of a stream wait for those behind them at most so long."""
 
 
 class EngineLink(Protocol):
@@ -30,7 +31,7 @@ class EngineLink(Protocol):
         """Call `deliver` with what arrives and, once, `fail` when the engine is gone."""
         ...
 
-    def post(self, messages: Sequence[Request | Call]) -> None:
+    def post(self, messages: Sequence[LeaderMessage]) -> None:
         """Queue messages in order, without waiting. Raises InvalidRequest, having queued none,
         if one cannot be encoded, and EngineDead."""
         ...
@@ -54,54 +55,100 @@ class EngineLink(Protocol):
         ...
 
 
+class LeaderEnd(Protocol):
+    """This process's end of a channel to a leader, which never waits; see `ProcessReplica`."""
+
+    @property
+    def late(self) -> str:
+        """What the leader takes unusually long for, "" if nothing does."""
+        ...
+
+    def post_frame(self, frame: bytes) -> None:
+        """Send what `frame_of` made. Raises EngineDead."""
+        ...
+
+    def collect(self) -> list[Message]:
+        """The next messages that have arrived; empty when nothing is left. Raises EngineDead."""
+        ...
+
+    def fileno(self) -> int:
+        """A descriptor to watch before `collect`."""
+        ...
+
+    def fail(self, why: str) -> EngineDead:
+        """Give the leader up, because it `why`; the error that says so."""
+        ...
+
+    def close(self) -> None:
+        """Let go of it. Idempotent."""
+        ...
+
+
 class ProcessLink:
-    """A link to a spawned replica, woken by its socket; a look every `_LOOK_S` notices a
+    """A link to a leader in another process, woken by its socket; a look every `_LOOK_S` notices a
     leader that left without a word.
 
-    A delivery that keeps the handlers busy is followed by a rest (`_REST`), so that hundreds of
+    What is posted within one turn of the event loop leaves in one frame, at its end. A delivery
+    that keeps the handlers busy is followed by a rest (`_REST`), so that hundreds of
     streams do not take the processor from the engine that feeds them. A few streams never rest.
     """
 
-    def __init__(self, replica: ProcessReplica) -> None:
-        self._replica = replica
+    def __init__(self, leader: LeaderEnd) -> None:
+        self._leader = leader
         self._timer: asyncio.TimerHandle | None = None
         self._resting = False
+        self._unsent: list[bytes] = []
         self._deliver: Deliver | None = None
         self._fail: Fail | None = None
 
     def start(self, deliver: Deliver, fail: Fail) -> None:
         """See `EngineLink`."""
         self._deliver, self._fail = deliver, fail
-        asyncio.get_running_loop().add_reader(self._replica.fileno(), self._drain)
+        asyncio.get_running_loop().add_reader(self._leader.fileno(), self._drain)
         self._look()
 
-    def post(self, messages: Sequence[Request | Call]) -> None:
+    def post(self, messages: Sequence[LeaderMessage]) -> None:
         """See `EngineLink`."""
-        self._replica.post(messages)
-        # Sending may use up the one notice that the socket gives of something to read.
-        asyncio.get_running_loop().call_soon(self._drain)
+        parts = encode_parts(messages)
+        if not self._unsent:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._unsent += parts
 
     @property
     def late(self) -> str:
         """See `EngineLink`."""
-        return self._replica.late
+        return self._leader.late
 
     def kill(self, why: str) -> EngineDead:
         """See `EngineLink`."""
-        return self._replica.fail(why)
+        return self._leader.fail(why)
 
     def close(self) -> None:
         """See `EngineLink`."""
-        self._replica.close()
+        self._leader.close()
 
     def stop(self) -> None:
         """See `EngineLink`."""
         if self._deliver is None:
             return
         self._deliver = self._fail = None
-        asyncio.get_running_loop().remove_reader(self._replica.fileno())
+        asyncio.get_running_loop().remove_reader(self._leader.fileno())
         if self._timer is not None:
             self._timer.cancel()
+
+    def _flush(self) -> None:
+        parts, self._unsent = self._unsent, []
+        if self._deliver is None or self._fail is None or not parts:
+            return
+        try:
+            self._leader.post_frame(frame_of(parts))
+        except EngineDead as error:
+            fail = self._fail
+            self.stop()
+            fail(error)
+            return
+        # Sending may use up the one notice that the socket gives of something to read.
+        self._drain()
 
     def _look(self) -> None:
         self._drain()
@@ -114,7 +161,7 @@ class ProcessLink:
         loop = asyncio.get_running_loop()
         started, delivered = loop.time(), False
         try:
-            while self._deliver is not None and (messages := self._replica.collect()):
+            while self._deliver is not None and (messages := self._leader.collect()):
                 self._deliver(messages)
                 delivered = True
         except EngineDead as error:

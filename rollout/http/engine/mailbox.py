@@ -10,11 +10,16 @@ import msgspec
 
 from engine.errors import EngineDead, InvalidRequest
 from engine.protocol import Abort, Command, RequestOutput
+from rollout.requests.outputs import coalesced
 from rollout.requests.sample_ids import of_sample, shown
+
+_MOST_OUTPUTS = 64
+"""Kept one by one of what waits; an object a token would be most of its memory."""
 
 
 class Mailbox:
-    """Outputs of the sequences `rids`, in order of arrival.
+    """Outputs of the sequences `rids`, in order of arrival. Of a reader that is slow, what waits is
+    joined, so that it takes no more than its tokens do.
 
     open: ids whose final output has not come.
     """
@@ -22,6 +27,7 @@ class Mailbox:
     def __init__(self, rids: Iterable[str]) -> None:
         self.open = set(rids)
         self._outputs: list[RequestOutput] = []
+        self._most = _MOST_OUTPUTS
         self._waiter: asyncio.Future[None] | None = None
         self._error: EngineDead | None = None
 
@@ -30,6 +36,9 @@ class Mailbox:
         if output.finish is not None:
             self.open.discard(output.rid)
         self._outputs.append(output)
+        if len(self._outputs) >= self._most:
+            self._outputs = coalesced(self._outputs)
+            self._most = _MOST_OUTPUTS + 2 * len(self._outputs)
         self._wake()
 
     def fail(self, error: EngineDead) -> None:

@@ -60,6 +60,7 @@ class Outbox:
 
     post: sends a part, or raises. part_taken: returns once the engine has taken in what it was
     sent, so that its steps go on between two parts. The outbox's length counts what is held.
+    changed: called with `holds` whenever that changes.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Outbox:
         self._held = Unsent()
         self._sending: asyncio.Task[None] | None = None
         self._parted: list[Unsent] = []
+        self.changed: Callable[[bool], None] = lambda _: None
 
     def __len__(self) -> int:
         return len(self._held)
@@ -106,17 +108,18 @@ class Outbox:
     def hold(self) -> None:
         """Keep requests that come from now on here, until `release`. Idempotent."""
         self._holding = True
+        self.changed(True)
 
     def release(self) -> None:
         """Hold nothing back any more; send what was held, in the order in which it came: in
         parts, so that steps go on in between. Idempotent."""
         self._holding = False
-        if not self._held or self._sending is not None:
-            return
-        with contextlib.suppress(EngineDead):
-            self._send_first(self._held)
-        if self._held:
-            self._sending = asyncio.create_task(self._send_held())
+        if self._sending is None and self._held:
+            with contextlib.suppress(EngineDead):
+                self._send_first(self._held)
+            if self._held:
+                self._sending = asyncio.create_task(self._send_held())
+        self.changed(self.holds)
 
     def take_named(self, abort: Abort) -> list[Request]:
         """Remove and return those that `abort` names of the requests that are here."""
@@ -130,6 +133,7 @@ class Outbox:
     def clear(self) -> None:
         """Remove all that is held."""
         self._held.clear()
+        self.changed(self.holds)
 
     async def _send_held(self) -> None:
         """The parts after the first, unless `hold` is called again meanwhile."""
@@ -141,6 +145,7 @@ class Outbox:
                     await self._part_taken()
         finally:
             self._sending = None
+            self.changed(self.holds)
 
     def _send_first(self, requests: Unsent) -> None:
         part = requests.first(PART)

@@ -7,19 +7,17 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections import deque
 from collections.abc import Callable
 
 from engine.config import EngineConfig
 from engine.errors import EngineDead, SlipstreamError
 from rollout.http.config import ServeConfig
 from rollout.http.engine.client import AsyncEngine
+from rollout.http.engine.failure_window import MAX_FAILURES, WINDOW_S, FailureWindow
 from rollout.http.engine.link import EngineLink
 
 logger = logging.getLogger(__name__)
 
-_MAX_FAILURES = 3
-_WINDOW_S = 600.0
 _PAUSE_S = 1.0
 
 Spawn = Callable[[EngineConfig], EngineLink]
@@ -49,7 +47,7 @@ class Supervisor:
         self._spawn = spawn
         self._give_up = give_up
         self._label = label
-        self._failures: deque[float] = deque()
+        self._failures = FailureWindow()
         self._task: asyncio.Task[None] | None = None
         engine.on_death(self._died)
 
@@ -70,7 +68,7 @@ class Supervisor:
 
     async def _revive(self, error: SlipstreamError) -> None:
         cause = _first_line(error)
-        while self._may_try(time.monotonic()):
+        while self._failures.may_try(time.monotonic()):
             self._engine.explain(
                 f"{cause}; the engine is being started again, send this again later"
             )
@@ -89,15 +87,9 @@ class Supervisor:
             else:
                 logger.info("the engine was started again")
                 return
-        message = f"{cause}; the engine failed {_MAX_FAILURES} times within {_WINDOW_S:g} s"
+        message = f"{cause}; the engine failed {MAX_FAILURES} times within {WINDOW_S:g} s"
         self._engine.explain(message)
         self._give_up(EngineDead(message, field="leader"))
-
-    def _may_try(self, now: float) -> bool:
-        self._failures.append(now)
-        while now - self._failures[0] > _WINDOW_S:
-            self._failures.popleft()
-        return len(self._failures) < _MAX_FAILURES
 
     def _next_config(self, cause: str) -> EngineConfig:
         return dataclasses.replace(

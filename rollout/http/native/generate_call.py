@@ -62,6 +62,9 @@ def parse_call(body: bytes, room: PromptRoom | None = None) -> GenerateCall:
     (null, false, empty), since clients send their defaults. Raises InvalidRequest naming the
     field, and the item for a batch.
     """
+    plain = _plain(body, room)
+    if plain is not None:
+        return _alone(plain)
     if room is not None:
         check_long_prompt(body, text_bytes=room.text_bytes, num_ids=room.num_ids)
     fields = meaningful_fields(decode_json(body, Fields))
@@ -72,14 +75,28 @@ def parse_call(body: bytes, room: PromptRoom | None = None) -> GenerateCall:
         _check_given(fields["output_ids"], room)
     prompts = _prompts(fields)
     if prompts is None:
-        wire = parse_fields(fields)
-        check_client_id(wire.rid, "rid")
-        wire, prefix = _with_rid(wire)
-        return GenerateCall(items=[wire], batch=False, stream=wire.stream, prefix=prefix)
+        return _alone(parse_fields(fields))
     name, values = prompts
     if room is not None:
         _check_prompts(values, room, name)
     return _parse_batch({k: v for k, v in fields.items() if k != name}, name, values)
+
+
+def _plain(body: bytes, room: PromptRoom | None) -> GenerateRequest | None:
+    """The request of a short body that has one prompt and no field but ours, as most have, decoded
+    at once. None for any other, which is to be looked at part by part."""
+    if b"null" in body or (room is not None and len(body) > 2 * min(room.num_ids, room.num_items)):
+        return None
+    try:
+        return msgspec.json.decode(body, type=GenerateRequest)
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        return None
+
+
+def _alone(wire: GenerateRequest) -> GenerateCall:
+    check_client_id(wire.rid, "rid")
+    wire, prefix = _with_rid(wire)
+    return GenerateCall(items=[wire], batch=False, stream=wire.stream, prefix=prefix)
 
 
 def _check_given(raw: Raw, room: PromptRoom) -> None:

@@ -43,7 +43,7 @@ class IdlePause:
         self.cancel("another pause by mode wait")
         wait = self._wait = _Wait()
         # Before anything is awaited: what comes after this call waits for the resume.
-        self._engine.hold()
+        self._engine.outbox.hold()
         try:
             if not await self._stands_still():
                 await self._until_idle(wait, timeout_s)
@@ -61,7 +61,7 @@ class IdlePause:
     def release(self) -> None:
         """Send what was held, unless a call still waits. Idempotent."""
         if self._wait is None:
-            self._engine.release()
+            self._engine.outbox.release()
 
     async def _stands_still(self) -> bool:
         """Whether nothing runs, and nothing that waits may begin."""
@@ -87,7 +87,8 @@ class IdlePause:
                     "had finished",
                     field="mode",
                 )
-            if not self._engine.num_open:
+            # What other processes sent is known to the engine alone, which is asked.
+            if (self._engine.shared or not self._engine.num_open) and await self._stands():
                 return
             if time.monotonic() > deadline:
                 raise UpdateTimeout(
@@ -96,3 +97,9 @@ class IdlePause:
                     field="mode",
                 )
             await asyncio.sleep(_POLL_S)
+
+    async def _stands(self) -> bool:
+        """Whether the engine has no request of anybody."""
+        state = (await self._engine.send(GetState())).state
+        assert state is not None
+        return not (state.num_running or state.num_waiting or self._engine.num_open)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from engine.errors import UpdateOrder
@@ -14,10 +15,19 @@ _LARGEST_LABEL = MAX_VERSION
 
 
 class VersionLabels:
-    """What each version of the weights is called on the wire; its number if nothing else."""
+    """What each version of the weights is called on the wire; its number if nothing else.
+
+    changed: called after every change, before the version that was named can serve.
+    """
 
     def __init__(self) -> None:
         self._labels: OrderedDict[int, str] = OrderedDict()
+        self.changed: Callable[[], None] = lambda: None
+
+    @property
+    def labels(self) -> Mapping[int, str]:
+        """By version; those that are called by their number are not among them."""
+        return self._labels
 
     def reserve(self, label: str | None, current: int) -> int:
         """The version that an update called `label` gets: a decimal label greater than
@@ -35,19 +45,19 @@ class VersionLabels:
     def name(self, version: int, label: str | None) -> None:
         """Call `version` by `label` from now on, or by its number."""
         self._labels.pop(version, None)
-        if label is None or label == str(version):
-            return
-        self._labels[version] = label
-        while len(self._labels) > _MAX_LABELS:
-            self._labels.popitem(last=False)
+        if label is not None and label != str(version):
+            self._labels[version] = label
+            while len(self._labels) > _MAX_LABELS:
+                self._labels.popitem(last=False)
+        self.changed()
 
     def text(self, version: int) -> str:
         """The label of `version`."""
-        return self._labels.get(version, str(version))
+        return self.labels.get(version, str(version))
 
     def relabel(self, meta_info: dict[str, Any]) -> None:
         """Write labels in place of numbers into the `meta_info` of a reply."""
-        if not self._labels:
+        if not self.labels:
             return
         if meta_info.get("weight_version") is not None:
             meta_info["weight_version"] = self.text(int(meta_info["weight_version"]))

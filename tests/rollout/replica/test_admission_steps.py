@@ -12,6 +12,7 @@ import pytest
 
 from engine.protocol import Call, Shutdown, StepPlan, StepResult
 from rollout.replica import leader_main
+from rollout.replica.fronts.front_door import FrontDoor
 from rollout.replica.ipc import Channel
 from rollout.replica.leader import Leader
 from rollout.replica.pulse import Pulse, pulse_path
@@ -85,7 +86,9 @@ def test_every_request_is_in_the_first_or_second_plan_after_its_arrival(
     executor.send(1, -1)
     leader = Leader(config, executor)
     pulse = Pulse(pulse_path(tmp_path))
-    leader_main._serve(leader, cast(Channel, inbox), None, pulse, parent_pid=os.getppid())
+    leader_main._serve(
+        leader, FrontDoor(cast(Channel, inbox)), None, pulse, parent_pid=os.getppid()
+    )
     assert len(executor.sent_in) == STEPS * CALLERS + 1
     assert executor.planned_in.keys() == executor.sent_in.keys()
     waited = {executor.planned_in[number] - step for number, step in executor.sent_in.items()}

@@ -17,6 +17,7 @@ import pytest
 
 from engine.protocol import Call, GetState, LeaderMessage, Pause, Reply, RequestOutput, Shutdown
 from rollout.replica import leader_main
+from rollout.replica.fronts.front_door import FrontDoor
 from rollout.replica.ipc import Channel, Unreadable
 from rollout.replica.leader import Leader
 from rollout.replica.process_log import BoundedStderr
@@ -41,7 +42,7 @@ def serve(caller: Channel, channel: Channel, leader: Leader) -> list[Any]:
     caller.send([Call(id=0, command=Shutdown())], timeout_s=5)
     with tempfile.TemporaryDirectory() as folder:
         pulse = Pulse(pulse_path(Path(folder)))
-        leader_main._serve(leader, channel, None, pulse, parent_pid=os.getppid())
+        leader_main._serve(leader, FrontDoor(channel), None, pulse, parent_pid=os.getppid())
     sent: list[Any] = []
     while got := caller.receive(timeout_s=0.1):
         sent += got

@@ -163,13 +163,13 @@ def test_a_request_that_cannot_be_encoded_leaves_no_trace(held: bool) -> None:
         async with serving() as server:
             engine = server.engine
             if held:
-                engine.hold()
+                engine.outbox.hold()
             wide = replace(make_request("a", [1]), seed=WIDE)
             for _ in range(2):
                 with pytest.raises(InvalidRequest, match="64 bits"):
                     engine.submit([make_request("b", [1]), wide])
             assert (engine.num_open, server.link.requests) == (0, [])
-            engine.release()
+            engine.outbox.release()
             box = engine.submit([make_request("a", [1], max_new_tokens=1), make_request("b", [1])])
             (output,) = await box.take()
             assert output.rid == "a"

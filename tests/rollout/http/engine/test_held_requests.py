@@ -35,12 +35,12 @@ def test_held_requests_that_are_discarded_never_reach_the_engine() -> None:
     async def test() -> None:
         async with serving() as server:
             engine = server.engine
-            engine.hold()
+            engine.outbox.hold()
             dropped = engine.submit([make_request("a", [1])])
             kept = engine.submit([make_request("b", [1], max_new_tokens=1)])
             assert engine.num_open == 0
             engine.discard(dropped)
-            engine.release()
+            engine.outbox.release()
             (output,) = await kept.take()
             assert output.rid == "b"
             assert [request.rid for request in server.link.requests] == ["b"]
@@ -52,14 +52,14 @@ def test_held_requests_can_be_aborted() -> None:
     async def test() -> None:
         async with serving() as server:
             engine = server.engine
-            engine.hold()
+            engine.outbox.hold()
             mailbox = engine.submit([make_request("a-1", [1]), make_request("b", [1])])
             await engine.send(Abort(rid_prefix="a"))
             (output,) = await mailbox.take()
             assert output.finish is not None
             assert (output.rid, output.finish.type) == ("a-1", "abort")
             assert engine.num_open == 0
-            engine.release()
+            engine.outbox.release()
             (output,) = await mailbox.take()
             assert (output.rid, len(output.token_ids)) == ("b", 8)
 
@@ -71,12 +71,12 @@ def test_a_release_of_many_lets_steps_go_on_between_its_parts() -> None:
         async with serving() as server:
             engine = server.engine
             running = engine.submit([make_request("running", [1], max_new_tokens=400)])
-            engine.hold()
+            engine.outbox.hold()
             held = [engine.submit(requests_of(f"call{call}", MANY // 4)) for call in range(4)]
             parts = parts_of(server)
-            engine.release()
+            engine.outbox.release()
             late = engine.submit(requests_of("late", 1))
-            await until(lambda: not engine._outbox)
+            await until(lambda: not engine.outbox)
             asked = [request.rid for request in server.link.requests]
             want = [f"call{call}-{i}" for call in range(4) for i in range(MANY // 4)]
             assert asked == ["running", *want, "late-0"], "the order of the calls"
@@ -95,15 +95,15 @@ def test_a_hold_keeps_the_parts_that_have_not_left() -> None:
     async def test() -> None:
         async with serving() as server:
             engine = server.engine
-            engine.hold()
+            engine.outbox.hold()
             box = engine.submit(requests_of("a", MANY))
-            engine.release()
-            engine.hold()
+            engine.outbox.release()
+            engine.outbox.hold()
             for _ in range(3):
                 await engine.send(GetState())
-            assert (len(server.link.requests), len(engine._outbox)) == (PART, MANY - PART)
-            engine.release()
-            await until(lambda: not engine._outbox)
+            assert (len(server.link.requests), len(engine.outbox)) == (PART, MANY - PART)
+            engine.outbox.release()
+            await until(lambda: not engine.outbox)
             while box.open:
                 await box.take()
             assert len(server.link.requests) == MANY
@@ -118,7 +118,7 @@ def test_an_abort_ends_what_is_held_without_the_engine() -> None:
             old = engine.submit([make_request("a", [1], max_new_tokens=400)])
             # Its id is free at once, and what the engine still says of it is not the next one's.
             engine.discard(old)
-            engine.hold()
+            engine.outbox.hold()
             boxes = [engine.submit(requests_of(name, MANY)) for name in ("b", "c")]
             again = engine.submit([make_request("a", [1])])
             parts = parts_of(server)
@@ -130,8 +130,8 @@ def test_an_abort_ends_what_is_held_without_the_engine() -> None:
             finish = ends["a"]
             assert finish is not None and finish.message == "a left"
             assert parts == []
-            engine.release()
-            await until(lambda: not engine._outbox)
+            engine.outbox.release()
+            await until(lambda: not engine.outbox)
             assert sum(count for count, _ in parts) == MANY
 
     run(test)
@@ -146,9 +146,9 @@ def test_an_abort_by_name_ends_one_request_wherever_it_waits(held: tuple[str, ..
         async with serving() as server:
             engine = server.engine
             await server.post("/pause_generation", {"mode": "in_place"})
-            engine.release()
+            engine.outbox.release()
             boxes = {n: engine.submit([r]) for n, r in requests.items() if n not in held}
-            engine.hold()
+            engine.outbox.hold()
             boxes |= {name: engine.submit([requests[name]]) for name in held}
             await engine.send(Abort(rid="q-01"))
             assert all(box.open for box in boxes.values())
@@ -167,7 +167,7 @@ def test_what_is_held_counts_against_the_room() -> None:
         config = fake_config(max_waiting=10)
         async with serving(engine=config) as server:
             engine = server.engine
-            engine.hold()
+            engine.outbox.hold()
             room = engine.facts.max_running + engine.facts.max_waiting
             engine.check_room(room - engine.facts.max_running)
             engine.submit(requests_of("a", room))

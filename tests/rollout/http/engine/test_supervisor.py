@@ -129,7 +129,7 @@ def test_the_third_failure_in_a_short_time_is_the_last() -> None:
 
 
 def test_failures_long_ago_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor_module, "_WINDOW_S", 0.0)
+    monkeypatch.setattr("rollout.http.engine.failure_window.WINDOW_S", 0.0)
 
     async def test() -> None:
         async with bench("on-failure") as found:

@@ -321,16 +321,16 @@ def test_a_call_that_is_held_back_goes_on_too() -> None:
 
     async def test() -> None:
         async with serving() as server:
-            server.engine.hold()
+            server.engine.outbox.hold()
             body = {
                 "input_ids": PROMPT,
                 "output_ids": IDS[:9],
                 "sampling_params": {"max_new_tokens": 12, "stop": TEXT[4:6]},
             }
             call = asyncio.ensure_future(server.post("/generate", body))
-            while not server.engine._outbox:
+            while not server.engine.outbox:
                 await asyncio.sleep(0)
-            server.engine.release()
+            server.engine.outbox.release()
             found = (await call).json()
             assert found["meta_info"]["finish_reason"]["matched"] == TEXT[4:6]
 

@@ -25,7 +25,7 @@ async def waiting(server: Server) -> AsyncIterator[asyncio.Task[httpx.Response]]
     request = asyncio.create_task(server.post("/generate", LONG))
     await until(lambda: server.engine.num_open == 1)
     pause = asyncio.create_task(server.post("/pause?mode=wait"))
-    await until(lambda: server.engine.num_open == 1 and server.engine._outbox._holding)
+    await until(lambda: server.engine.num_open == 1 and server.engine.outbox.holds)
     try:
         yield pause
     finally:
@@ -39,7 +39,7 @@ def test_a_resume_ends_the_wait_and_sends_what_came_meanwhile(path: str) -> None
     async def test() -> None:
         async with serving() as server, waiting(server) as pause:
             second = asyncio.create_task(server.post("/generate", SHORT))
-            await until(lambda: bool(server.engine._outbox))
+            await until(lambda: bool(server.engine.outbox))
             assert (await asyncio.wait_for(server.post(path), 30)).status_code == 200
             reply = await pause
             assert (reply.status_code, reply.json()["error"]["type"]) == (409, "PauseCancelled")
@@ -56,7 +56,7 @@ def test_another_pause_ends_the_wait_and_holds_what_came_meanwhile(path: str) ->
     async def test() -> None:
         async with serving() as server, waiting(server) as pause:
             second = asyncio.create_task(server.post("/generate", SHORT))
-            await until(lambda: bool(server.engine._outbox))
+            await until(lambda: bool(server.engine.outbox))
             assert (await server.post(path)).status_code == 200
             assert (await pause).json()["error"]["type"] == "PauseCancelled"
             server.link.stalled = False
@@ -73,7 +73,7 @@ def test_a_second_wait_takes_over_from_the_first() -> None:
         async with serving() as server, waiting(server) as pause:
             second = asyncio.create_task(server.post("/pause?mode=wait"))
             assert (await pause).json()["error"]["type"] == "PauseCancelled"
-            assert server.engine._outbox._holding
+            assert server.engine.outbox.holds
             server.link.stalled = False
             assert (await second).status_code == 200
             assert (await server.get("/is_paused")).json() == {"is_paused": True}
@@ -116,7 +116,7 @@ def test_a_wait_has_an_end() -> None:
             reply = await server.post("/pause?mode=wait&timeout_s=0.1")
             assert (reply.status_code, reply.json()["error"]["type"]) == (408, "UpdateTimeout")
             assert (await pause).json()["error"]["type"] == "PauseCancelled"
-            assert not server.engine._outbox._holding
+            assert not server.engine.outbox.holds
             for bad in ("nan", "inf", "-1", "1e308"):
                 reply = await server.post(f"/pause?mode=wait&timeout_s={bad}")
                 assert (reply.status_code, reply.json()["error"]["field"]) == (400, "timeout_s")
@@ -128,7 +128,7 @@ def test_a_client_that_leaves_ends_its_wait() -> None:
     async def test() -> None:
         async with serving() as server, waiting(server) as pause:
             pause.cancel()
-            await until(lambda: not server.engine._outbox._holding)
+            await until(lambda: not server.engine.outbox.holds)
             server.link.stalled = False
             await until(lambda: server.engine.num_open == 0)
             assert kinds(server) == []

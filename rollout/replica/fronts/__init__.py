@@ -1,0 +1,1 @@
+"""A leader with several callers: the server that owns it, and front processes beside that."""
