@@ -13,7 +13,6 @@ NOT_CALLED = {
     "recipes.collecting.captured": "for a trainer of agents that use a server",
     "rollout.requests.generate.classify": "for a program that scores in its own process",
     "trainer_bridge.hf.load_classifier": "for a trainer of a reward model, or of a critic from one",
-    "rollout.parsers.events": "what routes that answer with calls read",
     "rollout.requests.parts": "for a program that asks for a reply in parts, of several servers",
 }
 """Modules and names that the product offers and does not use itself, and why."""

@@ -129,8 +129,8 @@ class ReplyFormat:
         """The language whose texts are calls in the family's form, with arguments that fit the
         schemas of the functions.
 
-        choice: the name of the function that is called, once; None, or "required", for one of
-        `tools`, or with `parallel` several calls. Raises InvalidRequest (`tool_choice`) for a
+        choice: the name of the function that is called, once; None for a call of any of `tools`,
+        or with `parallel` several. Raises InvalidRequest (`tool_choice`) for a
         function that is not among the tools, UnsupportedOption for a model whose calls have no
         known form, InvalidRequest (`tools`) for a schema that is not served.
         """
@@ -143,15 +143,14 @@ class ReplyFormat:
             )
         if not functions:
             raise InvalidRequest("tool_choice needs tools; send some", field="tool_choice")
-        named = choice if choice is not None and choice in functions else None
-        if named is None and choice not in (None, "required"):
+        if choice is not None and choice not in functions:
             raise InvalidRequest(
-                f"tool_choice is {str(choice)[:100]!r}, which is none of the tools",
+                f"tool_choice is {choice[:100]!r}, which is none of the tools",
                 field="tool_choice",
             )
-        offered = functions if named is None else {named: functions[named]}
+        offered = functions if choice is None else {choice: functions[choice]}
         lark = Lark(self._special_ids(family.markers))
-        start = family.grammar(lark, offered, parallel and named is None)
+        start = family.grammar(lark, offered, parallel and choice is None)
         return Grammar(kind="lark", source=lark.source(start))
 
     def _special_ids(self, markers: Sequence[str]) -> dict[str, int]:

@@ -75,10 +75,10 @@ def test_what_a_template_writes_is_a_forced_call(kind: str, special: bool) -> No
     assert vocabulary.accepts(required, own(kind, [("now", {})]))
     assert vocabulary.accepts(required, own(kind, [("forecast", {"city": ""})]))
     assert not vocabulary.accepts(required, two)
-    assert vocabulary.accepts(found.force(TOOLS, "required", True), one)
-    assert vocabulary.accepts(found.force(TOOLS, "required", True), two)
+    assert vocabulary.accepts(found.force(TOOLS, None, True), one)
+    assert vocabulary.accepts(found.force(TOOLS, None, True), two)
     three = own(kind, [*FULL, ("now", {}), ("now", {})])
-    assert vocabulary.accepts(found.force(TOOLS, "required", True), three)
+    assert vocabulary.accepts(found.force(TOOLS, None, True), three)
     assert vocabulary.accepts(found.force(TOOLS, "forecast", True), one)
     assert not vocabulary.accepts(found.force(TOOLS, "now", True), one)
 
@@ -246,11 +246,3 @@ def test_a_restricted_text_or_something_else() -> None:
     for value, fits in (("ab", True), (None, True), (700, True), ("abc", False)):
         text = own("qwen3-coder", [("look", {"a": value})])
         assert vocabulary.accepts(grammar, text) is fits, text
-
-
-def test_a_function_named_like_the_word_can_be_named() -> None:
-    vocabulary, found = vocabulary_and_format("hermes", special=False)
-    tools = [{"name": "required"}, {"name": "other"}]
-    grammar = found.force(tools, "required", True)
-    assert vocabulary.accepts(grammar, own("hermes", [("required", {})]))
-    assert not vocabulary.accepts(grammar, own("hermes", [("other", {})]))
