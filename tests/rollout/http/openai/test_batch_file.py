@@ -100,7 +100,7 @@ def test_a_line_that_names_no_request_has_an_error_of_its_own(tmp_path: Path) ->
     lines = [
         completion("a"),
         "{broken",
-        line("b", "/v1/embeddings", {}),
+        line("b", "/v1/images", {}),
         completion("c") | {"method": "GET"},
         {"custom_id": "d", "url": "/v1/completions"},
         {"url": "/v1/completions", "body": TEXT},
