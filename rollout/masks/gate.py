@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 _SHORTEST_PAUSE_S = 0.00005
 _LONGEST_PAUSE_S = 0.001
+_WHOLE_LOOK = 8
+"""Of so many looks one is at every row, the first among them; the others are at the first row that
+is missing, since a step may have hundreds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +50,8 @@ class _Awaited:
 
 @dataclass(kw_only=True)
 class _Open:
-    """The step that waits. found: masks that are there, by row. looked: whether every row has been
-    looked at once."""
+    """The step that waits. found: masks that are there, by row. num_looks: how often it was looked
+    at."""
 
     step: int
     until: float
@@ -56,7 +59,7 @@ class _Open:
     failed: list[tuple[str, SlipstreamError]]
     found: dict[int, BitArray] = field(default_factory=dict)
     pause_s: float = 0.0
-    looked: bool = False
+    num_looks: int = 0
 
 
 class MaskGate:
@@ -124,9 +127,10 @@ class MaskGate:
         found = self._open
         assert found is not None, "no step waits"
         late = self._clock() >= found.until
-        if not late and found.looked and self._waits_still(found.awaited, runs):
+        found.num_looks += 1
+        glance = found.pause_s > 0 and found.num_looks % _WHOLE_LOOK != 1
+        if glance and not late and self._waits_still(found.awaited, runs):
             return Answer(masks=None)
-        found.looked = True
         failed, found.failed = found.failed, []
         awaited, found.awaited = found.awaited, []
         for each in awaited:
@@ -148,8 +152,7 @@ class MaskGate:
         return Answer(masks=self._frame(found), failed=failed)
 
     def _waits_still(self, awaited: list[_Awaited], runs: Callable[[MaskedRow], bool]) -> bool:
-        """Whether the first that is waited for still is, which is all that a look has to find: the
-        frame has them all."""
+        """Whether the first that is waited for still is: the frame has them all."""
         if not awaited or not runs(awaited[0].row):
             return False
         try:

@@ -358,9 +358,9 @@ def test_whatever_sources_do_each_row_is_answered_by_the_deadline(
             assert failed[rid] == expected
 
 
-def test_while_the_first_is_awaited_the_others_are_not_looked_at_again() -> None:
+def test_while_the_first_is_awaited_the_others_are_seldom_looked_at() -> None:
     """A step may have hundreds of rows, and is looked at until the last of their masks is there."""
-    source = scripted(lambda rid, outputs: (5, [3]) if rid == "m0" else (0, [4]))
+    source = scripted(lambda rid, outputs: (30, [3]) if rid == "m0" else (0, [4]))
     gate = Gate(source)
     gate.gate.open(0, rows_of(*(asked_of(f"m{row}") for row in range(50))))
     looked: list[str] = []
@@ -371,10 +371,10 @@ def test_while_the_first_is_awaited_the_others_are_not_looked_at_again() -> None
 
     assert gate.gate.pause_s == 0.0
     assert gate.gate.look(runs).masks is None and len(looked) == 50
-    for _ in range(3):
-        looked.clear()
+    looked.clear()
+    for _ in range(16):
         assert gate.gate.look(runs).masks is None
-        assert looked == ["m0"]
+    assert len(looked) <= 14 + 2 * 50 and "m49" not in looked[:7]
     while (answer := gate.look()).masks is None:
         pass
     assert len(found(answer)) == 50
