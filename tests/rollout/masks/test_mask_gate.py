@@ -356,3 +356,25 @@ def test_whatever_sources_do_each_row_is_answered_by_the_deadline(
             assert rid not in failed
         elif in_time or fate == "never":
             assert failed[rid] == expected
+
+
+def test_while_the_first_is_awaited_the_others_are_seldom_looked_at() -> None:
+    """A step may have hundreds of rows, and is looked at until the last of their masks is there."""
+    source = scripted(lambda rid, outputs: (30, [3]) if rid == "m0" else (0, [4]))
+    gate = Gate(source)
+    gate.gate.open(0, rows_of(*(asked_of(f"m{row}") for row in range(50))))
+    looked: list[str] = []
+
+    def runs(row: MaskedRow) -> bool:
+        looked.append(row.request.rid)
+        return True
+
+    assert gate.gate.pause_s == 0.0
+    assert gate.gate.look(runs).masks is None and len(looked) == 50
+    looked.clear()
+    for _ in range(16):
+        assert gate.gate.look(runs).masks is None
+    assert len(looked) <= 14 + 2 * 50 and "m49" not in looked[:7]
+    while (answer := gate.look()).masks is None:
+        pass
+    assert len(found(answer)) == 50
