@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -78,6 +78,7 @@ class ChatTemplate:
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
+        self._environment = environment
         self._special_tokens = dict(special_tokens)
         self.source = source
         try:
@@ -125,6 +126,11 @@ class ChatTemplate:
                 field="messages",
             )
         return text
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """What the template reads of what it is given: names that it does not set itself."""
+        return frozenset(meta.find_undeclared_variables(self._environment.parse(self.source)))
 
     @cached_property
     def traits(self) -> TemplateTraits:

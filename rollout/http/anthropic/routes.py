@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from engine.errors import InvalidRequest, SlipstreamError
+from engine.errors import InvalidRequest, SlipstreamError, UnsupportedOption
 from rollout.http.anthropic.blocks import ContentBlocks
 from rollout.http.anthropic.bodies import (
     NAMES,
@@ -18,7 +18,7 @@ from rollout.http.anthropic.bodies import (
     parse_messages,
 )
 from rollout.http.anthropic.input_messages import to_chat
-from rollout.http.chat.conversation import translating
+from rollout.http.chat.conversation import Conversation, translating
 from rollout.http.chat.turn import Turn, start_turn
 from rollout.http.edge.errors import json_response
 from rollout.http.edge.sse import NAMED, EventStream, answer
@@ -60,6 +60,7 @@ async def reply_to_messages(services: Services, data: bytes) -> Response:
         services.prompts.check_size(len(data))
     body = await services.generator.parsed(parse_messages, data, MessagesBody)
     conversation = to_chat(body.system, body.messages)
+    _check_last(conversation)
     chat = chat_body(body, conversation.messages)
     with translating(NAMES, conversation):
         turn = await start_turn(
@@ -69,6 +70,17 @@ async def reply_to_messages(services: Services, data: bytes) -> Response:
     if body.stream:
         return EventStream(writer.frames(), NAMED)
     return json_response(await writer.reply())
+
+
+def _check_last(conversation: Conversation) -> None:
+    """Refuse a conversation that ends with the assistant, whose words would have to go on."""
+    where = list(conversation.places.values())[-1]
+    if conversation.messages[-1]["role"] == "assistant":
+        raise UnsupportedOption(
+            f"{where} is the assistant's, and last: its text is not gone on with; end with the "
+            "user's turn",
+            field=where,
+        )
 
 
 async def _count(services: Services, data: bytes) -> Response:

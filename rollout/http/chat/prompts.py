@@ -73,15 +73,17 @@ class ChatPrompts:
         return ChatPrompt(text=text, ids=ids)
 
     def reply_format(self, body: ChatBody, *, forced: bool) -> ReplyFormat:
-        """How the replies to a conversation write calls and reasoning.
+        """How the replies to a conversation write calls and reasoning: as the model's own template
+        tells, also where the request brings another.
 
         forced: a call has to come, which is written as Hermes does where the family is not known.
         Raises UnsupportedOption (`tool_choice`) where parsers of calls are turned off.
         """
-        source = self._source(body)
-        found = self._formats.get(source) or self._select(source)
-        if body.chat_template is None:
-            self._formats[source] = found
+        without = body.chat_template is not None and self.tokenizer.chat_template is None
+        source = "" if without else self.tokenizer.template_for(body.tools).source
+        found = self._formats.get(source)
+        if found is None:
+            found = self._formats[source] = self._select(source)
         if not forced or found.tool_parser is not None:
             return found
         if self._config.tool_parser == OFF:
@@ -99,17 +101,14 @@ class ChatPrompts:
             special_token_id=self.tokenizer.special_token_id,
         )
 
-    def _source(self, body: ChatBody) -> str:
-        """The text of the template that writes a conversation."""
-        return body.chat_template or self.tokenizer.template_for(body.tools).source
-
     def variables(self, body: ChatBody) -> dict[str, Any]:
         """What the template is rendered with beside the messages. Raises as `prompt` does."""
-        thinking = {}
+        thinking: dict[str, Any] = {}
         if body.reasoning_effort is not None:
-            thinking = thinking_variables(
-                body.reasoning_effort, self._source(body), field="reasoning_effort"
-            )
+            # What a request brings is not looked into here.
+            own = self.tokenizer.template_for(body.tools) if body.chat_template is None else None
+            known = () if own is None else own.variables
+            thinking = thinking_variables(body.reasoning_effort, known, field="reasoning_effort")
         return {
             "add_generation_prompt": body.add_generation_prompt,
             "tools": body.tools,

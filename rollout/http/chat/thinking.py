@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Collection
 from typing import Any
 
 from engine.errors import UnsupportedOption
@@ -20,28 +20,19 @@ _LEVEL = "reasoning_effort"
 """The variable of templates that know how much."""
 
 
-def thinking_variables(effort: str, source: str, *, field: str) -> dict[str, Any]:
-    """The variables by which the template `source` is told an effort: a level where it has them,
-    else its switch.
+def thinking_variables(effort: str, known: Collection[str], *, field: str) -> dict[str, Any]:
+    """The variables by which a template that reads those of `known` is told an effort: a level
+    where it has them, else its switch.
 
     Raises UnsupportedOption (`field`) where it has neither.
     """
-    if effort != OFF and _reads(source, _LEVEL):
+    if effort != OFF and _LEVEL in known:
         return {_LEVEL: effort}
     for name in _SWITCHES:
-        if _reads(source, name):
+        if name in known:
             return {name: effort != OFF}
     raise UnsupportedOption(
         f"{field} is not served: the chat template of this model has no switch for thinking; "
         "leave it out",
         field=field,
-    )
-
-
-def _reads(source: str, name: str) -> bool:
-    """Whether a template reads a variable of this name: not a key or an attribute, nor a word of
-    its text."""
-    return any(
-        re.search(rf"(?<![\w.'\"-]){name}(?![\w'\"-])", block) is not None
-        for block in re.findall(r"\{[%{](.*?)[%}]\}", source, re.DOTALL)
     )

@@ -100,8 +100,8 @@ async def start_turn(
     if prompts is None:
         raise InvalidRequest("this model has no tokenizer; send ids to /generate", field="messages")
     choice = tool_choice(body)
-    reply_format = prompts.reply_format(body, forced=choice.forced)
     prompt = await prompts.prompt(body, num_bytes)
+    reply_format = prompts.reply_format(body, forced=choice.forced)
     marks = _thinking_marks(reply_format, prompt.text, prompts.tokenizer)
     grammar = turn_grammar(body, choice, reply_format, marks)
     read = _read_format(body, choice, reply_format)
@@ -189,7 +189,9 @@ def _of_tools(error: InvalidRequest) -> InvalidRequest:
 def _num_until(end: list[int], ids: list[int]) -> int:
     """How many of `ids` there are up to the first occurrence of `end`, that included; all where
     there is none."""
-    for stop in range(len(end), len(ids) + 1):
-        if end and ids[stop - len(end) : stop] == end:
-            return stop
+    start = -1
+    while end and end[0] in ids[start + 1 :]:
+        start = ids.index(end[0], start + 1)
+        if ids[start : start + len(end)] == end:
+            return start + len(end)
     return len(ids)

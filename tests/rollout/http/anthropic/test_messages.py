@@ -207,6 +207,7 @@ def test_only_one_call_where_that_is_asked_for() -> None:
         ({"messages": [{"role": "user", "content": 1}]}, "messages[0].content"),
         ({"messages": [USER, {"role": "assistant", "content": [{"type": "tool_use"}]}]},
          "messages[1].content[0].input"),
+        ({"messages": [USER, {"role": "assistant", "content": "So"}]}, "messages[1]"),
         ({"system": [{"type": "image"}]}, "system[0]"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type"),
         ({"tools": [{"input_schema": {}}]}, "tools[0].name"),

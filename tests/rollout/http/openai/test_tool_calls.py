@@ -208,6 +208,19 @@ def test_parsers_by_name() -> None:
     run(test)
 
 
+def test_a_template_of_the_request_says_nothing_of_the_reply() -> None:
+    async def test() -> None:
+        other = "{{ messages[0].content }}[TOOL_CALLS][THINK]"
+        async with serving(**scripted(CALL), trust_request_chat_template=True) as server:
+            (choice,) = (await reply_to(server, chat_template=other))["choices"]
+            assert choice["message"]["tool_calls"]
+            body = {**BODY, "chat_template": other, "reasoning_effort": "low"}
+            reply = await server.post("/v1/chat/completions", body)
+            assert reply.json()["error"]["param"] == "reasoning_effort"
+
+    run(test)
+
+
 def test_special_tokens_are_there_for_the_parser_and_not_in_content() -> None:
     """The family's marks are special tokens of this model."""
     template = THINKING.replace("<think>", "[THINK]").replace("</think>", "[/THINK]")
