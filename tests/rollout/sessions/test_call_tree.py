@@ -81,7 +81,7 @@ def test_a_prompt_is_found_by_its_text_and_by_its_key() -> None:
 IDS = st.lists(st.integers(0, 1), max_size=3)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(st.lists(st.tuples(st.integers(-1, 20), IDS, IDS), min_size=1, max_size=14))
 def test_any_calls_keep_their_tokens_and_count_them_once(calls: list[tuple]) -> None:
     """Each call goes on from an earlier one, or from nothing, by any ids, few enough to collide."""
