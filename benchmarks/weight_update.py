@@ -35,7 +35,13 @@ import tyro
 from machine import describe
 from weight_update_trainer import RawGroup, TensorList, TrainerJob, free_port, run_trainer
 
-from engine.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
+from engine.config import (
+    CacheConfig,
+    EngineConfig,
+    ParallelConfig,
+    Quantization,
+    SchedulerConfig,
+)
 from engine.errors import SlipstreamError
 from engine.protocol import (
     BeginUpdate,
@@ -63,6 +69,8 @@ class Options:
     """Trainer ranks hold a module that DeepSpeed partitioned, not plain tensors."""
     tp: int = 1
     """Tensor-parallel ranks of the engine."""
+    quantization: Quantization = "none"
+    """What the engine stores linear weights as; the trainer sends bfloat16."""
     updates: int = 8
     """Updates to time, after two that warm up."""
     cycles: int = 0
@@ -94,6 +102,7 @@ class Engine:
                 context_length=512 if device == "cpu" else 4096,
                 cache=CacheConfig(memory_bytes=(64 << 20) if device == "cpu" else (4 << 30)),
                 scheduler=SchedulerConfig(max_running=max(options.rows, 1)),
+                quantization=options.quantization,
                 parallel=ParallelConfig(tp_size=options.tp),
             )
         )

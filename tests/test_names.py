@@ -24,6 +24,7 @@ NOT_READ = {
     "engine.protocol.commands.MemoryReport.used_bytes": "for whoever asked to release memory",
     "engine.protocol.steps.EngineFacts.load_seconds": "for a benchmark's table",
     "engine.protocol.steps.EngineFacts.num_parameters": "for a benchmark's table",
+    "rollout.masks.grammar.languages.gbnf.Repeated.part": "read by its place, in patterns",
     "rollout.client.Client.wait_ready": "for a program that started the server",
     "rollout.http.http_server.PatientServer.handle_exit": "for uvicorn, on a signal",
 }

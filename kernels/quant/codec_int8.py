@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from kernels.backend import KernelBackend
 from kernels.quant.codec import Index
 from kernels.quant.rows import quantize_rows
 
@@ -41,6 +42,10 @@ class Int8Rows:
     def write(self, targets: Sequence[torch.Tensor], full: torch.Tensor, source: Index) -> None:
         """See `Codec`. Rows travel as they came, and are quantised where they are stored."""
         rows = full[source[:-1]].to(targets[0].device)
+        quantized, scale = targets
+        if quantized.shape == rows.shape and quantized.is_contiguous() and scale.is_contiguous():
+            quantize_rows(rows, backend=_backend(rows), out=(quantized, scale))
+            return
         for target, new in zip(targets, _encode(rows, source[-1]), strict=True):
             target.copy_(new)
 
@@ -65,6 +70,10 @@ class Int8Rows:
         return quantized.float() * scale[..., None]
 
 
+def _backend(rows: torch.Tensor) -> KernelBackend:
+    return "triton" if rows.is_cuda else "torch"
+
+
 def _encode(rows: torch.Tensor, columns: slice | int) -> tuple[torch.Tensor, ...]:
-    quantized, scale = quantize_rows(rows, backend="triton" if rows.is_cuda else "torch")
+    quantized, scale = quantize_rows(rows, backend=_backend(rows))
     return quantized[..., columns], scale

@@ -20,18 +20,20 @@ def quantize_rows(
     backend: KernelBackend,
     norm_weight_I: torch.Tensor | None = None,
     eps: float = 0.0,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x [..., I] -> (int8 [..., I], scales float32 [...]), both contiguous.
 
     x: any float dtype, first rounded to float32 where it is wider. A row with NaN or inf has that
     for its scale. norm_weight_I, eps: x is RMS-normalised with them first, and rounded to its
     dtype where `rms_norm` rounds.
+    out: memory for the two, contiguous, which is returned.
     What a row gets depends on nothing else. Raises ValueError on an unknown backend.
     """
     if backend == "torch":
-        return reference.quantize_rows(x, norm_weight_I, eps)
+        return reference.quantize_rows(x, norm_weight_I, eps, out)
     if backend == "triton":
         from kernels.quant.rows import triton
 
-        return triton.quantize_rows(x, norm_weight_I, eps)
+        return triton.quantize_rows(x, norm_weight_I, eps, out)
     raise unknown_backend(backend)

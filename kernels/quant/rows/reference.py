@@ -8,7 +8,10 @@ from kernels.norm import reference as norm
 
 
 def quantize_rows(
-    x: torch.Tensor, norm_weight_I: torch.Tensor | None, eps: float
+    x: torch.Tensor,
+    norm_weight_I: torch.Tensor | None,
+    eps: float,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `kernels.quant.rows.quantize_rows`."""
     if norm_weight_I is not None:
@@ -19,4 +22,5 @@ def quantize_rows(
     scale = peak / torch.full_like(peak, 127.0)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     ratio = (wide / scale[..., None]).clamp_(-127.0, 127.0).round_()
-    return ratio.nan_to_num_(0.0).to(torch.int8), scale
+    quantized = ratio.nan_to_num_(0.0).to(torch.int8)
+    return (quantized, scale) if out is None else (out[0].copy_(quantized), out[1].copy_(scale))

@@ -59,19 +59,25 @@ def _quantize_kernel(
 
 
 def quantize_rows(
-    x: torch.Tensor, norm_weight_I: torch.Tensor | None, eps: float
+    x: torch.Tensor,
+    norm_weight_I: torch.Tensor | None,
+    eps: float,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `kernels.quant.rows.quantize_rows`."""
     ins = x.shape[-1]
     if ins > _MOST or ins == 0:
-        return reference.quantize_rows(x, norm_weight_I, eps)
+        return reference.quantize_rows(x, norm_weight_I, eps, out)
     if x.dtype == torch.float64:
         x = x.float()
     x_RI = x.reshape(-1, ins)
     if x_RI.stride(1) != 1:
         x_RI = x_RI.contiguous()
-    quantized = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    quantized, scale = out or (
+        torch.empty(x.shape, dtype=torch.int8, device=x.device),
+        torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device),
+    )
+    assert quantized.is_contiguous() and scale.is_contiguous()
     if not len(x_RI):
         return quantized, scale
     block = triton.next_power_of_2(ins)

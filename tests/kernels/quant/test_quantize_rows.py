@@ -72,6 +72,17 @@ def test_no_rows_and_no_columns() -> None:
     assert quantized.shape == (2, 0) and scale.tolist() == [1.0, 1.0]
 
 
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.gpu)])
+def test_memory_can_be_given(backend: str) -> None:
+    device = "cpu" if backend == "torch" else triton_device()
+    x = drawn((5, 63)).to(device)
+    out = torch.full((5, 63), 99, dtype=torch.int8, device=device), x.new_full((5,), 9.0)
+    found = quantize_rows(x, backend=backend, out=out)  # type: ignore[arg-type]
+    want = quantize_rows(x.cpu(), backend="torch")
+    assert all(a is b for a, b in zip(found, out, strict=True))
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(found, want, strict=True))
+
+
 def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(ValueError, match="cublas"):
         quantize_rows(torch.zeros(1, 1), backend="cublas")  # type: ignore[arg-type]
