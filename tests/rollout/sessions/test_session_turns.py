@@ -14,7 +14,7 @@ from engine.errors import (
     UnknownSession,
 )
 from engine.protocol import CloseSession, GetSession, Stop, VersionSpan
-from tests.helpers.scheduling import make_request
+from tests.helpers.scheduling import check_output, make_request
 from tests.helpers.session_turns import SessionBench
 
 POLICIES = ["keep", "recompute", "fresh"]
@@ -276,3 +276,18 @@ def test_an_engine_that_forgets_its_kv_keeps_the_tokens() -> None:
     bench.cache.reset()
     assert bench.held() == 0
     bench.turn("b", [4], max_new=3)
+
+
+def test_a_page_that_a_turn_goes_on_writing_is_copied_by_nobody() -> None:
+    """In one plan: a request that begins as the session does, and the turn that fills its page."""
+    bench = SessionBench()
+    bench.open()
+    bench.turn("a", range(10), max_new=1)
+    assert bench.held() % bench.cache.page_size
+    other = make_request("other", [*range(10), 60, 61], max_new=3, priority=1)
+    turn = make_request("b", [40, 41, 42], max_new=3, session="s")
+    whole = bench.whole(turn)
+    bench.add(other, turn)
+    bench.finish()
+    check_output(other, bench.outputs["other"][0])
+    check_output(whole, bench.outputs["b"][0])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from engine.protocol import Reply, Stop
 from tests.helpers.fake_executor import expected_tokens
 from tests.helpers.http_app import Server, events, run, serving, until
 from tests.helpers.tiny_tokenizer import ids_of
@@ -75,17 +76,17 @@ def test_a_stop_string_is_where_the_session_ends(stream: bool) -> None:
             await server.post("/generate", body)
             assert await tokens(server, "s") == [5, 6, *reply[:5]]
             await turn(server, "s", [7], count=3)
-            # The engine may have gone on to an end of its own by the time the text is read.
-            body = {**body, "input_ids": ids_of("q"), "sampling_params": {"max_new_tokens": 9}}
+            # The engine hears of the stop too late: it has gone on to an end of its own.
+            late = iter([Reply()])
+            server.link.answers[Stop] = lambda _: next(late, None)
             have = await tokens(server, "s")
             more = expected_tokens([*have, *ids_of("q")], 9)
-            body["sampling_params"]["stop"] = chr(33 + more[2])
+            end = more.index(more[2]) + 1
+            assert end < 9
+            sampling = {"max_new_tokens": 9, "stop": chr(33 + more[2])}
+            body = {**body, "input_ids": ids_of("q"), "sampling_params": sampling}
             await server.post("/generate", body)
-            assert await tokens(server, "s") == [
-                *have,
-                *ids_of("q"),
-                *more[: more.index(more[2]) + 1],
-            ]
+            assert await tokens(server, "s") == [*have, *ids_of("q"), *more[:end]]
 
     run(test)
 
