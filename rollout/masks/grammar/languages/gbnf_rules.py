@@ -68,8 +68,8 @@ class _Writer:
                 return f"({' '.join(map(self._text, parts))})" if parts else EMPTY
             case Choice(parts):
                 return f"({' | '.join(map(self._text, parts))})"
-            case Repeated(part, times):
-                return f"({self._text(part)}){times}"
+            case Repeated():
+                return f"({self._text(node.part)}){node.times}"
 
     def _rule(self, node: Node) -> str:
         """A node as Lark writes it, within a rule."""
@@ -80,8 +80,8 @@ class _Writer:
                 return f"({' '.join(self._merged(parts, Sequence))})"
             case Choice(parts):
                 return f"({' | '.join(self._merged(parts, Choice))})"
-            case Repeated(part, times):
-                return f"({self._rule(part)}){times}"
+            case Repeated():
+                return f"({self._rule(node.part)}){node.times}"
             case _:
                 return self._text(node)
 
@@ -112,8 +112,8 @@ def _names(node: Node) -> Iterator[str]:
         case Sequence(parts) | Choice(parts):
             for part in parts:
                 yield from _names(part)
-        case Repeated(part, _):
-            yield from _names(part)
+        case Repeated():
+            yield from _names(node.part)
 
 
 def _regular(rules: Mapping[str, Node]) -> set[str]:
