@@ -99,7 +99,7 @@ def test_what_steers_the_engine_at_one_front_is_so_at_all(
         pool.submit(generate, first, [6], 9, rid="stays"),
     ]
     until(lambda: state_of(second)["num_waiting"] == 4)
-    assert error_of(generate(second, [6], rid="mine"))[:2] == (400, "InvalidRequest")
+    assert error_of(generate(second, [6], rid="mine")) == (400, "InvalidRequest", "rid")
     second.post("/abort_request", json={"rid": "mine"})
     second.post("/abort_requests", json={"request_ids": ["call"]})
     assert calls[0].result().json()["meta_info"]["finish_reason"]["type"] == "abort"
