@@ -20,6 +20,7 @@ import json
 import random
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -219,6 +220,8 @@ def measure(options: Options, folder: Path) -> dict[str, Any]:
             lengths = [len(output.token_ids) for output in outputs]
             free_s, free = timed(lengths, repeat)
             assert [len(output.token_ids) for output in free] == lengths
+            said = f"{sum(lengths)} tokens: held {held_s:.2f} s, free {free_s:.2f} s"
+            print(said, file=sys.stderr, flush=True)
             valid += num_valid(outputs, tokenizer)
             total += len(outputs)
             if repeat > 0:  # the first run of each warms up
