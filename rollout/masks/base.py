@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,6 +38,40 @@ class PendingMask(Protocol):
         """The mask, uint32 [ceil(vocabulary / 32)], not to be written; None where every token may
         come. For when it is done. Whatever it raises ends the request, and no other."""
         ...
+
+
+class PendingMasks(Protocol):
+    """Masks of several rows of a step, computed as one. A source that answers with `MaskOf` has
+    them looked at as one too, which matters where rows are many."""
+
+    def done(self) -> bool:
+        """Whether all are there, or will never be. Does not wait."""
+        ...
+
+    def results(self) -> tuple[BitArray, Mapping[int, Exception]]:
+        """The masks, uint32 [n, ceil(vocabulary / 32)], not to be written; by index, what stands in
+        the way of some. For when they are done; may raise what stands in the way of all."""
+        ...
+
+
+@dataclass(frozen=True)
+class MaskOf:
+    """A `PendingMask`: one of several."""
+
+    masks: PendingMasks
+    index: int
+
+    def done(self) -> bool:
+        """Whether all are."""
+        return self.masks.done()
+
+    def result(self) -> BitArray:
+        """The mask; raises what stands in its way."""
+        bits, errors = self.masks.results()
+        if self.index in errors:
+            raise errors[self.index]
+        mask: BitArray = bits[self.index]
+        return mask
 
 
 class MaskSource(Protocol):

@@ -17,6 +17,7 @@ from engine.errors import MaskError, MaskTimeout, SlipstreamError
 from engine.protocol import BitArray, Request, RequestOutput, StepMasks
 from engine.protocol.deadlines import MASK_S
 from rollout.masks.base import MaskedRow, MaskSource, PendingMask, banned_ids, bits_of
+from rollout.masks.together import checked_together
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -132,9 +133,12 @@ class MaskGate:
         if glance and not late and self._waits_still(found.awaited, runs):
             return Answer(masks=None)
         failed, found.failed = found.failed, []
-        awaited, found.awaited = found.awaited, []
+        awaited = [each for each in found.awaited if runs(each.row)]
+        found.awaited = []
+        together = checked_together([(each.row, each.parts) for each in awaited], self._inside)
+        found.found |= together
         for each in awaited:
-            if not runs(each.row):
+            if each.row.row in together:
                 continue
             try:
                 if not late and not self._is_there(each):

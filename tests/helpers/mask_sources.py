@@ -38,6 +38,27 @@ class CountedMask:
 
 
 @dataclass
+class CountedMasks:
+    """`PendingMasks` that are there after so many looks; `error` is raised in their place."""
+
+    looks: int
+    bits: BitArray
+    errors: dict[int, Exception]
+    error: Exception | None = None
+
+    def done(self) -> bool:
+        """Counts a look."""
+        self.looks -= 1
+        return self.looks < 0
+
+    def results(self) -> tuple[BitArray, dict[int, Exception]]:
+        """The masks; raises the error."""
+        if self.error is not None:
+            raise self.error
+        return self.bits, self.errors
+
+
+@dataclass
 class ScriptedSource:
     """A source of all requests whose id begins with `prefix`.
 

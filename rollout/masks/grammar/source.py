@@ -6,7 +6,7 @@ threads; that lets go of the interpreter, so the leader's thread goes on meanwhi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ from llguidance.numpy import consume_token_par, fill_next_token_bitmask_par
 
 from engine.errors import MaskError
 from engine.protocol import BitArray, Request
-from rollout.masks.base import MaskedRow, PendingMask, num_words
+from rollout.masks.base import MaskedRow, MaskOf, PendingMask, num_words
 from rollout.masks.grammar.compiled import CompiledGrammars
 from rollout.masks.grammar.following import Following
 from rollout.masks.grammar.vocabulary import Vocabulary
@@ -72,12 +72,12 @@ class GrammarMasks:
             assert row.request.grammar is not None
             wanted.append(_Wanted(row=row, start=self._compiled.get(row.request.grammar)))
         ready = [one for one in wanted if one.start.done()]
-        job = self._steps.submit(self._compute, ready) if ready else None
+        job = self._submit(ready) if ready else None
         index = {one.row.row: number for number, one in enumerate(ready)}
         found: list[PendingMask] = []
         for one in wanted:
             if job is not None and one.row.row in index:
-                found.append(_Ready(job, index[one.row.row], num_words(self._vocab_size)))
+                found.append(MaskOf(job, index[one.row.row]))
             else:
                 found.append(_Late(one, self._submit))
         return found
@@ -91,9 +91,8 @@ class GrammarMasks:
         self._compiled.close()
         self._steps.shutdown(wait=False, cancel_futures=True)
 
-    def _submit(self, wanted: _Wanted) -> PendingMask:
-        job = self._steps.submit(self._compute, [wanted])
-        return _Ready(job, 0, num_words(self._vocab_size))
+    def _submit(self, wanted: list[_Wanted]) -> _Job:
+        return _Job(self._steps.submit(self._compute, wanted), num_words(self._vocab_size))
 
     def _compute(self, wanted: list[_Wanted]) -> _Masks:
         """The masks of some rows, in their order."""
@@ -187,29 +186,26 @@ class GrammarMasks:
 
 
 @dataclass(frozen=True)
-class _Ready:
-    """The mask of one row of a job."""
+class _Job:
+    """`PendingMasks` of the rows of a job."""
 
     job: Future[_Masks]
-    number: int
     num_words: int
 
     def done(self) -> bool:
         """Whether the job is."""
         return self.job.done()
 
-    def result(self) -> BitArray:
-        """The mask; raises what stands in its way."""
+    def results(self) -> tuple[BitArray, Mapping[int, Exception]]:
+        """The masks, and what stands in the way of some."""
         masks = self.job.result()
-        if self.number in masks.errors:
-            raise masks.errors[self.number]
-        return masks.bits[self.number, : self.num_words]
+        return masks.bits[:, : self.num_words], masks.errors
 
 
 class _Late:
     """The mask of a row whose grammar is still compiled."""
 
-    def __init__(self, wanted: _Wanted, submit: Callable[[_Wanted], PendingMask]) -> None:
+    def __init__(self, wanted: _Wanted, submit: Callable[[list[_Wanted]], _Job]) -> None:
         self._wanted = wanted
         self._submit = submit
         self._mask: PendingMask | None = None
@@ -217,7 +213,7 @@ class _Late:
     def done(self) -> bool:
         """Whether it is there; asks for it once it can be."""
         if self._mask is None and self._wanted.start.done():
-            self._mask = self._submit(self._wanted)
+            self._mask = MaskOf(self._submit([self._wanted]), 0)
         return self._mask is not None and self._mask.done()
 
     def result(self) -> BitArray | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,10 +16,10 @@ from engine.errors import InvalidRequest, MaskError, MaskTimeout
 from engine.protocol import FinishReason, Request, RequestOutput
 from engine.protocol.deadlines import MASK_S
 from rollout.masks.allowed import AllowedTokens
-from rollout.masks.base import KnownMask, MaskedRow, bits_of, num_words
+from rollout.masks.base import KnownMask, MaskedRow, MaskOf, bits_of, num_words
 from rollout.masks.gate import Answer, MaskGate
 from tests.helpers.fake_executor import tokens_of
-from tests.helpers.mask_sources import NEVER, Broken, ScriptedSource
+from tests.helpers.mask_sources import NEVER, Broken, CountedMasks, ScriptedSource
 from tests.helpers.replicas import make_request
 
 VOCAB = 70
@@ -378,3 +379,61 @@ def test_while_the_first_is_awaited_the_others_are_seldom_looked_at() -> None:
     while (answer := gate.look()).masks is None:
         pass
     assert len(found(answer)) == 50
+
+
+@given(
+    st.lists(st.sampled_from(["allows", "raises", "nothing", "ends", "banned", "outside"])),
+    st.sampled_from(["there", "late", "raises", "shape", "dtype"]),
+    st.randoms(use_true_random=False),
+)
+def test_masks_computed_together_are_answered_as_row_by_row(
+    fates: list[str], job: str, rng: random.Random
+) -> None:
+    """Whatever becomes of each row, and of all of them."""
+    words = num_words(VOCAB)
+    bits = np.zeros((len(fates), words), np.uint32)
+    errors: dict[int, Exception] = {}
+    order = rng.sample(range(len(fates)), len(fates))
+    requests = []
+    for number, fate in enumerate(fates):
+        index = order[number]
+        bias = {4: float("-inf")} if fate == "banned" else {}
+        requests.append(asked_of(f"m{number}", logit_bias=bias))
+        if fate in ("allows", "ends", "banned"):
+            bits[index] = bits_of([4], VOCAB)
+        if fate == "raises":
+            errors[index] = Broken("x")
+        if fate == "outside":
+            bits[index, -1] = 1 << 31  # a bit that is no token's
+    if job == "shape":
+        bits = np.ones((len(fates), words + 1), np.uint32)
+    if job == "dtype":
+        bits = bits.astype(np.int64)
+
+    class Together(ScriptedSource):
+        def ask(self, rows: Sequence[MaskedRow]) -> list[Any]:
+            error = Broken("all") if job == "raises" else None
+            masks = CountedMasks(NEVER if job == "late" else 0, bits, errors, error)
+            return [MaskOf(masks, order[int(row.request.rid[1:])]) for row in rows]
+
+    class Apart(Together):
+        def ask(self, rows: Sequence[MaskedRow]) -> list[Any]:
+            return [Hidden(part) for part in super().ask(rows)]
+
+    answers = []
+    for kind in (Together, Apart):
+        gate = Gate(kind(lambda rid, outputs: (0, None)))
+        gate.gate.open(3, rows_of(*requests))
+        gate.ended = {f"m{number}" for number, fate in enumerate(fates) if fate == "ends"}
+        gate.clock.now += 2 * TIMEOUT_S if job == "late" else 0
+        answer = gate.look()
+        said = [(rid, type(error), str(error)) for rid, error in answer.failed]
+        answers.append((found(answer), said))
+    assert answers[0] == answers[1]
+
+
+class Hidden:
+    """A mask that does not tell that it was computed with others."""
+
+    def __init__(self, part: MaskOf) -> None:
+        self.done, self.result = part.done, part.result
