@@ -399,7 +399,7 @@ def test_masks_computed_together_are_answered_as_row_by_row(
         index = order[number]
         bias = {4: float("-inf")} if fate == "banned" else {}
         requests.append(asked_of(f"m{number}", logit_bias=bias))
-        if fate in ("allows", "ends", "banned"):
+        if fate in ("allows", "ends", "banned", "raises"):
             bits[index] = bits_of([4], VOCAB)
         if fate == "raises":
             errors[index] = Broken("x")
