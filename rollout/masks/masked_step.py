@@ -56,7 +56,7 @@ class MaskedStep:
         table = self._scheduler.running.table
         answer = self._gate.look(lambda row: bool(table.masked[row.slot]))
         for rid, error in answer.failed:
-            logger.warning("request %s: %s", rid, error)
+            logger.warning("request %s: %s", rid, error.message)
             kind = type(error).__name__
             self._emit(self._scheduler.abort(rids=[rid], message=error.message, error=kind))
         if answer.masks is None:

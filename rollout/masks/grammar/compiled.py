@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -10,14 +11,40 @@ from dataclasses import dataclass
 
 from llguidance import LLMatcher, LLTokenizer
 
-from engine.protocol import Grammar
+from engine.errors import MaskError, SlipstreamError, by_name
+from engine.protocol import ErrorInfo, Grammar
 from rollout.masks.grammar.compile import compile_grammar
 from rollout.masks.grammar.vocabulary import Vocabulary, llguidance_tokenizer
+
+logger = logging.getLogger(__name__)
 
 _NUM_THREADS = 2
 _MOST_KEPT = 256
 _MOST_PENDING = 64
 """Grammars that are begun ahead; fewer than are kept, so that none is dropped before its use."""
+
+
+@dataclass(frozen=True)
+class CompiledGrammar:
+    """A grammar that is being compiled, or was.
+
+    A failure is kept as what it says: an error that is raised again and again would gather the
+    frames of all who met it.
+    """
+
+    future: Future[LLMatcher | ErrorInfo]
+
+    def done(self) -> bool:
+        """Whether it is there, or will never be."""
+        return self.future.done()
+
+    def matcher(self) -> LLMatcher:
+        """The matcher at the beginning of the grammar, not to be moved. For when it is done; raises
+        the error of `compile_grammar`."""
+        found = self.future.result()
+        if isinstance(found, ErrorInfo):
+            raise by_name(found.kind, found.message, found.field)
+        return found
 
 
 @dataclass(frozen=True)
@@ -34,26 +61,26 @@ class CompiledGrammars:
         for."""
         self._load = load
         self._pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="grammar")
-        self._found: OrderedDict[tuple[str, str], Future[LLMatcher]] = OrderedDict()
+        self._found: OrderedDict[tuple[str, str], CompiledGrammar] = OrderedDict()
         self._compiler: _Compiler | None = None
         self._loading = threading.Lock()
 
-    def get(self, grammar: Grammar) -> Future[LLMatcher]:
-        """The matcher at the beginning of a grammar, once it is there; it is begun now if it was
-        not. Not to be moved. Its error is that of `compile_grammar`."""
+    def get(self, grammar: Grammar) -> CompiledGrammar:
+        """The grammar, which is begun now if it was not."""
         key = grammar.kind, grammar.source
-        future = self._found.get(key)
-        if future is None:
-            future = self._found[key] = self._pool.submit(self._compile, grammar)
+        found = self._found.get(key)
+        if found is None:
+            found = CompiledGrammar(self._pool.submit(self._compile, grammar))
+            self._found[key] = found
             self._drop_old()
         else:
             self._found.move_to_end(key)
-        return future
+        return found
 
     def prepare(self, grammar: Grammar) -> bool:
         """Whether `get` is done; begins it unless too many are under way."""
         if (grammar.kind, grammar.source) not in self._found:
-            pending = sum(not future.done() for future in self._found.values())
+            pending = sum(not found.done() for found in self._found.values())
             if pending >= _MOST_PENDING:
                 return False
         return self.get(grammar).done()
@@ -62,7 +89,21 @@ class CompiledGrammars:
         """Begin nothing more. Idempotent."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _compile(self, grammar: Grammar) -> LLMatcher:
+    def _compile(self, grammar: Grammar) -> LLMatcher | ErrorInfo:
+        try:
+            return self._compiled(grammar)
+        except SlipstreamError as error:
+            return ErrorInfo(kind=type(error).__name__, message=error.message, field=error.field)
+        except Exception as error:
+            # A boundary: what is no error of ours is that of whoever wanted this grammar.
+            logger.exception("a grammar of kind %s", grammar.kind)
+            return ErrorInfo(
+                kind=MaskError.__name__,
+                message=f"the grammar could not be compiled: {type(error).__name__}: {error}",
+                field="grammar",
+            )
+
+    def _compiled(self, grammar: Grammar) -> LLMatcher:
         with self._loading:
             if self._compiler is None:
                 vocabulary = self._load()
@@ -76,6 +117,6 @@ class CompiledGrammars:
         if surplus <= 0:
             return
         # The oldest that is done; one that is not is awaited.
-        old = [key for key, future in self._found.items() if future.done()][:surplus]
+        old = [key for key, found in self._found.items() if found.done()][:surplus]
         for key in old:
             del self._found[key]

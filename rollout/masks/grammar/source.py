@@ -11,13 +11,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
-from llguidance import LLExecutor, LLMatcher
+from llguidance import LLExecutor
 from llguidance.numpy import consume_token_par, fill_next_token_bitmask_par
 
 from engine.errors import MaskError
 from engine.protocol import BitArray, Request
 from rollout.masks.base import MaskedRow, MaskOf, PendingMask, num_words
-from rollout.masks.grammar.compiled import CompiledGrammars
+from rollout.masks.grammar.compiled import CompiledGrammar, CompiledGrammars
 from rollout.masks.grammar.following import Following
 from rollout.masks.grammar.vocabulary import Vocabulary
 
@@ -29,7 +29,7 @@ class _Wanted:
     """A row, and the matcher at the beginning of its grammar."""
 
     row: MaskedRow
-    start: Future[LLMatcher]
+    start: CompiledGrammar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +153,7 @@ class GrammarMasks:
         # An id may come again, with another request, before its end was told.
         if found is None or found.request is not request:
             ending_ids = request.stop_ids or self._eos_ids
-            found = Following(request, wanted.start.result(), ending_ids)
+            found = Following(request, wanted.start.matcher(), ending_ids)
             self._following[request.rid] = found
         return found
 

@@ -25,7 +25,7 @@ from tests.helpers.tiny_tokenizer import ids_of, tiny_tokenizer
 PER_TOKEN = {"token_ids", "logprobs", "entropies", "top"}
 SPANS = {"spans", "kv_spans"}
 WHOLE = {"rid", "start", "finish", "prompt_tokens", "cached_tokens", "num_retractions"}
-WHOLE |= {"num_restarts", "prompt_logprobs", "prompt_top", "scores", "spec"}
+WHOLE |= {"num_restarts", "prompt_logprobs", "prompt_top", "scores", "embedding", "spec"}
 PROMPT = 3
 
 

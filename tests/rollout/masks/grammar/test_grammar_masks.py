@@ -140,6 +140,20 @@ def test_a_grammar_that_cannot_be_compiled_ends_its_request_alone() -> None:
         until(lambda: masks.prepare(broken))
 
 
+def test_a_failure_that_is_told_again_gathers_nothing() -> None:
+    """An error kept and raised again would hold the frames of all who met it."""
+    told = []
+    with source() as masks:
+        for number in range(3):
+            (mask,) = masks.ask([row(asked(f"{number}", Grammar(kind="regex", source="(")))])
+            until(mask.done)
+            with pytest.raises(InvalidRequest) as caught:
+                mask.result()
+            told.append(caught.value)
+    assert len({id(error) for error in told}) == 3
+    assert len({str(error) for error in told}) == 1
+
+
 def test_a_model_without_a_tokenizer_is_named() -> None:
     from rollout.masks.grammar.vocabulary import load_vocabulary
 
