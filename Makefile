@@ -43,7 +43,7 @@ sft: setup       ## watch the default model learn a task's answers, supervised; 
 test: setup      ## the CPU suite, slow tests included
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not long"
 
-test-long: setup ## the whole fault matrices, of which `make test` runs a slice
+test-long: setup ## the whole fault matrices, of which `make test` runs a slice; TEST_SHARE=0/2 runs half of them
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m long
 
 test-fast: setup ## the suite without the slow tests

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import zlib
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,23 @@ def _num_gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def _take_share(config: pytest.Config, items: list[pytest.Item], share: str) -> None:
+    """Of the long tests, keep part K of N, with `share` K/N; the same part in every process."""
+    number, of = map(int, share.split("/"))
+    others = [
+        item
+        for item in items
+        if item.get_closest_marker("long") and zlib.crc32(item.nodeid.encode()) % of != number
+    ]
+    config.hook.pytest_deselected(items=others)
+    dropped = set(others)
+    items[:] = [item for item in items if item not in dropped]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip tests of the GPU where there is none (`make gpu-test` runs them where there is)."""
+    if share := os.environ.get("TEST_SHARE"):
+        _take_share(config, items, share)
     marked = [i for i in items if i.get_closest_marker("gpu") or i.get_closest_marker("multi_gpu")]
     if not marked:
         return
