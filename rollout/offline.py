@@ -39,6 +39,7 @@ from rollout.files.jsonl import (
 )
 from rollout.masks.grammar.check import GrammarCheck, check_grammar
 from rollout.replica.base import Replica
+from rollout.replica.command_replies import error_info
 from rollout.requests.expand import expand, with_seed
 from rollout.requests.generate import (
     OnProgress,
@@ -210,11 +211,7 @@ def _parse(line: JsonLine) -> _Line:
         check_line(line)
         return _Line(where=line.where, wire=parse_request(line.data))
     except SlipstreamError as error:
-        return _Line(where=line.where, error=_info(error))
-
-
-def _info(error: SlipstreamError) -> ErrorInfo:
-    return ErrorInfo(kind=type(error).__name__, message=error.message, field=error.field)
+        return _Line(where=line.where, error=error_info(error))
 
 
 def _placed(line: _Line) -> ErrorInfo | None:
@@ -258,7 +255,7 @@ class _FileJob:
             try:
                 line.requests = self._expand(number, line.wire)
             except SlipstreamError as error:
-                line.error = _info(error)
+                line.error = error_info(error)
                 self.num_sequences -= line.num_sequences()
             yield from line.requests
 

@@ -30,6 +30,19 @@ from rollout.http.vllm import pause_routes as vllm_pause_routes
 from rollout.http.vllm import text_routes
 from rollout.http.vllm import weight_routes as vllm_weight_routes
 
+_GENERATING = (
+    native_generate_routes,
+    completion_routes,
+    chat_routes,
+    message_routes,
+    vllm_generate_routes,
+    classify_routes,
+    embedding_routes,
+    score_routes,
+    rerank_routes,
+)
+"""What runs requests of the engine and keeps nothing of them."""
+
 
 def build_app(services: Services) -> FastAPI:
     """The application of one server; its shutdown closes the engine."""
@@ -51,20 +64,7 @@ def build_app(services: Services) -> FastAPI:
         profile_routes.router(services),
         unserved_routes.router(),
     ]
-    generating = [
-        module.router(services)
-        for module in (
-            native_generate_routes,
-            completion_routes,
-            chat_routes,
-            message_routes,
-            vllm_generate_routes,
-            classify_routes,
-            embedding_routes,
-            score_routes,
-            rerank_routes,
-        )
-    ]
+    generating = [module.router(services) for module in _GENERATING]
     others = [
         module.router(services)
         for module in (
@@ -98,16 +98,7 @@ def build_app(services: Services) -> FastAPI:
 def front_paths(services: Services) -> frozenset[str]:
     """The routes that every front process answers by itself: they keep nothing from one call to
     the next. All others are the owner's of the engine."""
-    modules = (
-        native_generate_routes,
-        completion_routes,
-        chat_routes,
-        message_routes,
-        vllm_generate_routes,
-        classify_routes,
-        text_routes,
-    )
-    return _paths([module.router(services) for module in modules])
+    return _paths([module.router(services) for module in (*_GENERATING, text_routes)])
 
 
 def _methods(routers: Sequence[APIRouter]) -> dict[str, list[str]]:

@@ -14,6 +14,7 @@ from rollout.jobs.job_loop import Answer, serve_jobs
 from rollout.masks.grammar.compile import compile_grammar
 from rollout.masks.grammar.languages.bounds import refuse
 from rollout.masks.grammar.vocabulary import Vocabulary, llguidance_tokenizer
+from rollout.replica.command_replies import error_info
 
 
 def start(greeting: bytes) -> Answer:
@@ -34,7 +35,7 @@ def start(greeting: bytes) -> Answer:
             if not np.any(bits):
                 refuse("no text fits it")
         except SlipstreamError as error:
-            info = ErrorInfo(kind=type(error).__name__, message=error.message, field=error.field)
+            info = error_info(error)
         else:
             info = ErrorInfo(kind="", message="")
         return msgspec.msgpack.encode(info)

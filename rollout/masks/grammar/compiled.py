@@ -15,6 +15,7 @@ from engine.errors import MaskError, SlipstreamError, by_name
 from engine.protocol import ErrorInfo, Grammar
 from rollout.masks.grammar.compile import compile_grammar
 from rollout.masks.grammar.vocabulary import Vocabulary, llguidance_tokenizer
+from rollout.replica.command_replies import error_info
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ class CompiledGrammars:
         try:
             return self._compiled(grammar)
         except SlipstreamError as error:
-            return ErrorInfo(kind=type(error).__name__, message=error.message, field=error.field)
+            return error_info(error)
         except Exception as error:
             # A boundary: what is no error of ours is that of whoever wanted this grammar.
             logger.exception("a grammar of kind %s", grammar.kind)

@@ -12,12 +12,17 @@ import httpx
 import pytest
 import uvicorn
 
+from rollout.http.app import front_paths
+from rollout.http.config import ServeConfig
+from rollout.http.engine.client import AsyncEngine
 from rollout.http.fronts.front_app import FrontApp
 from rollout.http.fronts.news import News, NewsReader, NewsWriter
 from rollout.http.fronts.owner_client import REPORT, FrontReport, OwnerClient
 from rollout.http.fronts.owner_door import OwnerDoor
+from rollout.http.services import make_services
 from rollout.metrics import FinishedSequence
-from tests.helpers.http_app import run, until
+from tests.helpers.http_app import InlineLink, run, until
+from tests.helpers.replicas import fake_config
 
 CALLER = {"x-slipstream-caller": "6.6.6.6"}
 
@@ -185,3 +190,12 @@ def test_a_report_is_no_request(tmp_path: Path) -> None:
             assert here.reports == [report]
 
     run(test)
+
+
+def test_what_keeps_nothing_between_calls_is_answered_by_every_front() -> None:
+    config = ServeConfig(engine=fake_config())
+    services = make_services(config, AsyncEngine(InlineLink(config.engine)), None)
+    paths = front_paths(services)
+    assert {"/generate", "/v1/chat/completions", "/v1/messages", "/classify"} <= paths
+    assert {"/v1/embeddings", "/v1/score", "/v1/rerank", "/tokenize"} <= paths
+    assert paths.isdisjoint({"/sessions", "/rollouts", "/v1/responses", "/pause", "/command"})
