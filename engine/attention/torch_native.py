@@ -13,14 +13,16 @@ and gather only the pages that their window reaches.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from engine.attention.base import AttentionBatch
+from engine.attention.base import AttentionBatch, NewHeads
+from engine.attention.context import PoolWrites
 from engine.attention.sharing import Segment, find_shared_prefixes
+from engine.kv.layout import common_heads
 from engine.kv.pool import KVPool
 from kernels.kv_copy import write_kv
 from kernels.torch_compat import flash_attention_cpu
@@ -81,13 +83,12 @@ class TorchNativeBackend:
         *,
         num_heads: int,
         scale: float,
-        windows: Sequence[int | None] | None = None,
         share_prefixes: bool = True,
     ) -> None:
-        """windows: of each layer, see `engine.attention.base.AttentionBackend`."""
+        heads = common_heads(pool.layouts)
         self._pool = pool
-        self._windows = windows
-        self._group = num_heads // pool.num_kv_heads
+        self._dtype = heads.dtype
+        self._group = num_heads // heads.num_kv_heads
         self._scale = scale
         self._share = share_prefixes
 
@@ -97,14 +98,14 @@ class TorchNativeBackend:
         if self._pool.spoilt.any:
             places_T = batch.write_slots_T.cpu().numpy()
             self._pool.spoilt.written(*np.divmod(places_T, batch.page_size))
-        kinds = {None} if self._windows is None else set(self._windows)
+        windows = {layout.window for layout in self._pool.layouts}
         return TorchNativeStep(
+            writes=FiniteWrites(PoolWrites(self._pool, batch.write_slots_T)),
             pool=self._pool,
             scale=self._scale,
             batch=batch,
             pages_RP=pages_RP,
-            windows=self._windows,
-            layouts={window: self._layout(batch, pages_RP, window) for window in kinds},
+            layouts={window: self._layout(batch, pages_RP, window) for window in windows},
         )
 
     def _layout(self, batch: AttentionBatch, pages_RP: np.ndarray, window: int | None) -> Layout:
@@ -116,9 +117,8 @@ class TorchNativeBackend:
         elif self._share:
             found = find_shared_prefixes(pages_RP, computed, batch.page_size)
             segments, own_start_R = found.segments, found.own_start_R
-        dtype = self._pool.dtype
         buckets = [
-            _bucket(batch, pages_RP, own_start_R, rows, dtype, self._group, window)
+            _bucket(batch, pages_RP, own_start_R, rows, self._dtype, self._group, window)
             for rows in _group_rows(batch)
         ]
         return Layout(
@@ -129,35 +129,52 @@ class TorchNativeBackend:
 
 
 @dataclass(frozen=True)
+class FiniteWrites:
+    """`KVWrites` that puts zeros in place of what is not finite, and marks where.
+
+    Pages outlive the request that filled them, and the next one reads their tails under a mask:
+    one request gone to NaN, or one bad update, must not reach others. Whoever reads these zeros as
+    its own prefix is known by `KVPool.spoilt` and ends with NonFiniteLogits.
+    """
+
+    writes: PoolWrites
+
+    def store(self, layer_index: int, heads: NewHeads) -> torch.Tensor:
+        """See `KVWrites`."""
+        q_THD, k_TKD, v_TKD = heads.rotated()
+        target = self.writes.target(layer_index)
+        if not _is_finite(k_TKD, v_TKD):
+            wrong_T = ~(k_TKD.isfinite() & v_TKD.isfinite()).flatten(1).all(1)
+            pool = self.writes.pool
+            pool.spoilt.mark(*np.divmod(target.slots_T[wrong_T].cpu().numpy(), pool.page_size))
+            k_TKD, v_TKD = _zeroed(k_TKD), _zeroed(v_TKD)
+        write_kv(
+            k_TKD, v_TKD, target.k_pages_NGKD, target.v_pages_NGKD, target.slots_T, backend="torch"
+        )
+        return q_THD
+
+
+@dataclass(frozen=True)
 class TorchNativeStep:
     """One prepared step. pages_RP: int32, the page table of its rows on the host.
 
-    layouts: by window, of which `windows` names that of each layer; None: no layer has one.
+    layouts: how rows are attended, by window.
     """
 
+    writes: FiniteWrites
     pool: KVPool
     scale: float
     batch: AttentionBatch
     pages_RP: np.ndarray
-    windows: Sequence[int | None] | None
     layouts: Mapping[int | None, Layout]
 
     def layout(self, layer_index: int) -> Layout:
         """That of one layer."""
-        return self.layouts[None if self.windows is None else self.windows[layer_index]]
+        return self.layouts[self.pool.layouts[layer_index].window]
 
-    def attend(
-        self, layer_index: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
-    ) -> torch.Tensor:
-        """Write this step's KV of the layer, then attend. Returns [T, H, D]."""
+    def attend(self, layer_index: int, q_THD: torch.Tensor) -> torch.Tensor:
+        """See `AttentionStep`."""
         k_NGKD, v_NGKD = self.pool.layer(layer_index)
-        write_slots_T = self.batch.write_slots_T
-        if not _is_finite(k_TKD, v_TKD):
-            wrong_T = ~(k_TKD.isfinite() & v_TKD.isfinite()).flatten(1).all(1)
-            places = write_slots_T[wrong_T].cpu().numpy()
-            self.pool.spoilt.mark(*np.divmod(places, self.batch.page_size))
-            k_TKD, v_TKD = _zeroed(k_TKD), _zeroed(v_TKD)
-        write_kv(k_TKD, v_TKD, k_NGKD, v_NGKD, write_slots_T, backend="torch")
         layout = self.layout(layer_index)
         partial = [self._own(bucket, q_THD, k_NGKD, v_NGKD) for bucket in layout.buckets]
         out_THD, lse_TH = partial[0]
@@ -269,12 +286,7 @@ def _is_finite(k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> bool:
 
 
 def _zeroed(values: torch.Tensor) -> torch.Tensor:
-    """NaN and infinities as zero.
-
-    Pages outlive the request that filled them, and the next one reads their tails under a mask:
-    one request gone to NaN, or one bad update, must not reach others. Whoever reads these
-    zeros as its own prefix is known by `KVPool.spoilt` and ends with NonFiniteLogits.
-    """
+    """NaN and infinities as zero."""
     return torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
 
 

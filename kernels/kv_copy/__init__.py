@@ -5,6 +5,8 @@ Shapes: T tokens, K kv heads, D head dim, N pages, G tokens of a page, L layers,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from kernels.backend import KernelBackend, unknown_backend
@@ -36,15 +38,11 @@ def write_kv(
         raise unknown_backend(backend)
 
 
-def copy_pages(
-    k_pages_LNGKD: torch.Tensor,
-    v_pages_LNGKD: torch.Tensor,
-    src_C: torch.Tensor,
-    dst_C: torch.Tensor,
-) -> None:
-    """Copy whole pages src -> dst in every layer, in place.
+def copy_pages(pages: Sequence[torch.Tensor], src_C: torch.Tensor, dst_C: torch.Tensor) -> None:
+    """Copy whole pages src -> dst in every tensor, in place.
 
-    src_C, dst_C: int32 or int64 page ids; all sources are read before any page is written,
-    and destinations must be distinct. One implementation serves every device.
+    pages: tensors [L, N, ...] of any dtype and page shape. src_C, dst_C: int32 or int64 page ids;
+    all sources are read before any page is written, and destinations must be distinct. One
+    implementation serves every device.
     """
-    reference.copy_pages(k_pages_LNGKD, v_pages_LNGKD, src_C, dst_C)
+    reference.copy_pages(pages, src_C, dst_C)

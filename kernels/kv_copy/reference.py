@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -22,13 +24,8 @@ def write_kv(
     v_pages_NGKD.view(-1, num_heads, head_dim).index_copy_(0, slots_T, v_TKD)
 
 
-def copy_pages(
-    k_pages_LNGKD: torch.Tensor,
-    v_pages_LNGKD: torch.Tensor,
-    src_C: torch.Tensor,
-    dst_C: torch.Tensor,
-) -> None:
+def copy_pages(pages: Sequence[torch.Tensor], src_C: torch.Tensor, dst_C: torch.Tensor) -> None:
     """See `kernels.kv_copy.copy_pages`."""
     src_C, dst_C = src_C.long(), dst_C.long()
-    for pages_LNGKD in (k_pages_LNGKD, v_pages_LNGKD):
-        pages_LNGKD.index_copy_(1, dst_C, pages_LNGKD.index_select(1, src_C))
+    for pages_LN in pages:
+        pages_LN.index_copy_(1, dst_C, pages_LN.index_select(1, src_C))

@@ -5,20 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
+from engine.kv.layout import HeadLayout, page_bytes
 from engine.kv.pool import KVPool
+from tests.helpers.head_pools import head_pool
 
 LAYER_BYTES = 6 * 4 * 2 * 8 * 4
 
 
 def make(piece_bytes: int) -> KVPool:
-    return KVPool(
+    return head_pool(
         num_layers=5,
         num_pages=6,
         page_size=4,
         num_kv_heads=2,
         head_dim=8,
         dtype=torch.float32,
-        device=torch.device("cpu"),
         piece_bytes=piece_bytes,
     )
 
@@ -50,3 +51,23 @@ def test_layers_are_apart_and_copied_alike(piece_bytes: int) -> None:
         for part, pages in enumerate(pool.layer(index)):
             assert (pages[4] == 10 * index + part + 1).all()
             assert not pages[[0, 2, 3, 5]].any()
+
+
+def test_layers_that_store_otherwise_have_tensors_of_their_own() -> None:
+    wide = HeadLayout(num_kv_heads=2, key_dim=8, value_dim=6, dtype=torch.float32)
+    narrow = HeadLayout(num_kv_heads=1, key_dim=4, value_dim=4, dtype=torch.bfloat16, window=5)
+    layouts = [wide, narrow, wide, narrow]
+    pool = KVPool(layouts, num_pages=6, page_size=4, device=torch.device("cpu"))
+    assert [[t.shape[:2] for t in piece] for piece in pool.pieces] == [[(2, 6), (2, 6)]] * 2
+    for index, layout in enumerate(layouts):
+        k, v = pool.layer(index)
+        assert k.shape == (6, 4, layout.num_kv_heads, layout.key_dim)
+        assert v.shape == (6, 4, layout.num_kv_heads, layout.value_dim)
+        assert k.dtype == v.dtype == layout.dtype
+        k[1], v[1] = index + 1, -index - 1
+    pool.copy(torch.tensor([1]), torch.tensor([4]))
+    for index in range(len(layouts)):
+        k, v = pool.layer(index)
+        assert (k[4] == index + 1).all() and (v[4] == -index - 1).all()
+    size = sum(tensor.nbytes for tensor in pool.tensors())
+    assert 6 * page_bytes(layouts, 4) == size
