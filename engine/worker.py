@@ -28,9 +28,15 @@ from engine.layers.runtime import LayerRuntime
 from engine.memory import Needs, graph_bytes, plan_memory, step_bytes
 from engine.models.labels import label_names
 from engine.models.locate import locate
-from engine.numerics import dtype_name, kernel_backend, resolve_device, resolve_dtype
+from engine.numerics import (
+    compute_capability,
+    dtype_name,
+    kernel_backend,
+    resolve_device,
+    resolve_dtype,
+)
 from engine.occupancy import Occupancy
-from engine.option_checks import check_options
+from engine.option_checks import check_kv_dtype, check_options
 from engine.parallel.connect import connect, rank_device
 from engine.parallel.mesh import Mesh
 from engine.pending import LaunchedStep, MaskedStep, PendingStep, Runs, Sample
@@ -75,6 +81,7 @@ class Worker:
         files = locate(config.model, config.load_format)
         files.config.require_dtype(dtype_name(dtype))
         check_options(config, num_labels=files.config.num_labels)
+        check_kv_dtype(config.cache.kv_dtype, dtype_name(dtype), compute_capability(device))
         backend = kernel_backend(device)
         linear = linear_method(config.quantization, backend)
         self._device = device
@@ -326,7 +333,7 @@ class Worker:
     ) -> KVPool:
         model = self._model.config
         kinds = [layer.attention for layer in model.layers]
-        layouts = head_layouts(kinds, dtype=dtype, mesh=self._mesh)
+        layouts = head_layouts(kinds, dtype=dtype, kv_dtype=config.cache.kv_dtype, mesh=self._mesh)
         has_graphs = num_scratch > 0 and config.cuda_graphs and self._device.type == "cuda"
         needs = self._needs(config, has_graphs=has_graphs)
         plan = plan_memory(

@@ -91,7 +91,9 @@ class RotatedHeads:
         """Write keys and values; the queries."""
         backend: KernelBackend = "triton" if self.q_THD.is_cuda else "torch"
         pages = (target.k_pages_NGKD, target.v_pages_NGKD)
-        write_kv(self.k_TKD, self.v_TKD, *pages, target.slots_T, backend=backend)
+        write_kv(
+            self.k_TKD, self.v_TKD, *pages, target.slots_T, scales=target.scales, backend=backend
+        )
         return self.q_THD
 
     def rotated(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

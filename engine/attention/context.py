@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.attention.base import AttentionStep, NewHeads
+from engine.kv.layout import head_pages
 from engine.kv.pool import KVPool
 from kernels.rotary import KVTarget
 
@@ -26,8 +27,8 @@ class PoolWrites:
 
     def target(self, layer_index: int) -> KVTarget:
         """The pages of one layer and the slots of the step's tokens."""
-        k_NGKD, v_NGKD = self.pool.layer(layer_index)
-        return KVTarget(k_NGKD, v_NGKD, self.slots_T)
+        k_NGKD, v_NGKD, scales = head_pages(self.pool.layer(layer_index))
+        return KVTarget(k_NGKD, v_NGKD, self.slots_T, scales)
 
     def store(self, layer_index: int, heads: NewHeads) -> torch.Tensor:
         """See `KVWrites`."""

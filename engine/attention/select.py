@@ -61,6 +61,7 @@ def select(
         dtype,
         head_dim,
         installed=flashinfer_installed(),
+        scaled=layout.scaled,
         windowed=any(layer.window is not None for layer in pool.layouts),
     )
     found, reason = name, "asked for"
@@ -88,11 +89,14 @@ def flashinfer_refusal(
     head_dim: int,
     *,
     installed: bool,
+    scaled: bool = False,
     windowed: bool = False,
 ) -> str:
     """Why FlashInfer cannot serve; empty if it can."""
     if device_type != "cuda":
         return "FlashInfer needs a GPU"
+    if scaled:
+        return "FlashInfer reads no KV with a scale for each token and head (kv_dtype fp8_e4m3)"
     if windowed:
         return "FlashInfer plans no sliding windows of single layers"
     if dtype not in DTYPES:

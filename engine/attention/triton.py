@@ -13,7 +13,7 @@ import torch
 from engine.attention.base import AttentionBatch, DecodeLayout
 from engine.attention.context import PoolWrites
 from engine.attention.groups import GroupRule, GroupTracker, most_tiles, tile_groups
-from engine.kv.layout import HeadLayout, common_heads
+from engine.kv.layout import HeadLayout, common_heads, head_pages
 from engine.kv.pool import KVPool
 from engine.transfer import to_device
 from kernels.attention import SharedTiles, paged_attention
@@ -39,8 +39,12 @@ def group_rule(layout: HeadLayout) -> GroupRule:
         8B 16 x 16, 512 + 256                  503     155       123
         7B 32 x 8, 1,024 + 512                 470     166       138
         1.5B 32 x 16, 512 + 256, 512 lone      252     214       214
+
+    Codes of fp8 KV count as the 16-bit elements that they become: a row that reads them again
+    decodes them again too.
     """
-    position_bytes = sum(part.token_bytes for part in layout.parts)
+    elements = layout.num_kv_heads * (layout.key_dim + layout.value_dim)
+    position_bytes = elements * layout.dtype.itemsize
     return GroupRule(
         unit=MIN_SPLIT,
         min_rows=4,
@@ -124,7 +128,7 @@ class TritonStep:
 
     def attend(self, layer_index: int, q_THD: torch.Tensor) -> torch.Tensor:
         """See `AttentionStep`."""
-        k_NGKD, v_NGKD = self.pool.layer(layer_index)
+        k_NGKD, v_NGKD, scales = head_pages(self.pool.layer(layer_index))
         window = self.pool.layouts[layer_index].window
         return paged_attention(
             q_THD,
@@ -140,6 +144,7 @@ class TritonStep:
             max_kv_len=self.max_kv_len,
             shared=self.shared if window is None else None,
             run=self.run,
+            scales=scales,
             backend="triton",
         )
 

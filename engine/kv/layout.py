@@ -8,13 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
+from engine.config import KVDType
 from engine.layers.kinds import AttentionKind
 from engine.layers.parameter import kv_head_shard
 from engine.parallel.mesh import Mesh
+from kernels.quant import fp8_kv
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,25 +62,45 @@ class KVLayout(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class HeadLayout:
-    """Keys and values of every kv head of this rank, as they are: [N, G, K, D] each.
+    """Keys and values of every kv head of this rank: [N, G, K, D] each.
 
-    dtype: of what the layers compute.
+    dtype: of what the layers compute. scaled: kept as e4m3 codes, with a bfloat16 scale for each
+    token and head, [N, K, G] for keys and for values (`kernels.quant.fp8_kv`); else as computed.
     """
 
     num_kv_heads: int
     key_dim: int
     value_dim: int
     dtype: torch.dtype
+    scaled: bool = False
     window: int | None = None
 
     @property
     def parts(self) -> tuple[PagePart, ...]:
-        """See `KVLayout`: keys, then values."""
+        """See `KVLayout`: keys and values, then their scales if they have some."""
+        heads, dtype = self.num_kv_heads, fp8_kv.CODE if self.scaled else self.dtype
         dims = {"k": self.key_dim, "v": self.value_dim}
-        return tuple(
-            PagePart(name=name, shape=(self.num_kv_heads, dim), dtype=self.dtype)
-            for name, dim in dims.items()
-        )
+        parts = [PagePart(name=k, shape=(heads, dim), dtype=dtype) for k, dim in dims.items()]
+        if self.scaled:
+            parts += [
+                PagePart(name=f"{k}_scale", shape=(heads,), dtype=fp8_kv.SCALE, tokens_last=True)
+                for k in dims
+            ]
+        return tuple(parts)
+
+
+class HeadPages(NamedTuple):
+    """The pages of a layer that has a `HeadLayout`."""
+
+    k_NGKD: torch.Tensor
+    v_NGKD: torch.Tensor
+    scales: fp8_kv.KVScales | None
+
+
+def head_pages(tensors: Sequence[torch.Tensor]) -> HeadPages:
+    """What `KVPool.layer` gives of such a layer, by name."""
+    k_NGKD, v_NGKD, *scales = tensors
+    return HeadPages(k_NGKD, v_NGKD, fp8_kv.KVScales(*scales) if scales else None)
 
 
 def page_bytes(layouts: Iterable[KVLayout], page_size: int) -> int:
@@ -87,7 +109,7 @@ def page_bytes(layouts: Iterable[KVLayout], page_size: int) -> int:
 
 
 def head_layouts(
-    kinds: Sequence[AttentionKind], *, dtype: torch.dtype, mesh: Mesh
+    kinds: Sequence[AttentionKind], *, dtype: torch.dtype, kv_dtype: KVDType, mesh: Mesh
 ) -> tuple[HeadLayout, ...]:
     """Of the layers of a model on one rank, in order; a worker asks once. dtype: of the model."""
     return tuple(
@@ -96,6 +118,7 @@ def head_layouts(
             key_dim=kind.head_dim,
             value_dim=kind.head_dim,
             dtype=dtype,
+            scaled=kv_dtype == "fp8_e4m3",
             window=kind.window,
         )
         for kind in kinds

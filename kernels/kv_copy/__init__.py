@@ -11,6 +11,7 @@ import torch
 
 from kernels.backend import KernelBackend, unknown_backend
 from kernels.kv_copy import reference
+from kernels.quant.fp8_kv import KVScales
 
 
 def write_kv(
@@ -20,20 +21,22 @@ def write_kv(
     v_pages_NGKD: torch.Tensor,
     slots_T: torch.Tensor,
     *,
+    scales: KVScales | None = None,
     backend: KernelBackend,
 ) -> None:
     """Store one layer's keys and values of T tokens, in place.
 
     slots_T: int32 or int64, page * G + offset; a token with a negative slot is skipped.
     Slots must be distinct. k_TKD and v_TKD have the dtype of the pages, which are
-    contiguous. Raises ValueError on an unknown backend.
+    contiguous; with `scales` the pages are e4m3, and both get what `kernels.quant.fp8_kv.encode`
+    gives. Raises ValueError on an unknown backend.
     """
     if backend == "torch":
-        reference.write_kv(k_TKD, v_TKD, k_pages_NGKD, v_pages_NGKD, slots_T)
+        reference.write_kv(k_TKD, v_TKD, k_pages_NGKD, v_pages_NGKD, slots_T, scales)
     elif backend == "triton":
         from kernels.kv_copy import triton
 
-        triton.write_kv(k_TKD, v_TKD, k_pages_NGKD, v_pages_NGKD, slots_T)
+        triton.write_kv(k_TKD, v_TKD, k_pages_NGKD, v_pages_NGKD, slots_T, scales)
     else:
         raise unknown_backend(backend)
 

@@ -22,15 +22,17 @@ def head_pool(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     windows: Sequence[int | None] | None = None,
+    scaled: bool = False,
     **options,
 ) -> KVPool:
-    """windows: of each layer; None for none. options: of the pool."""
+    """windows: of each layer; None for none. scaled: fp8. options: of the pool."""
     layouts = [
         HeadLayout(
             num_kv_heads=num_kv_heads,
             key_dim=head_dim,
             value_dim=head_dim,
             dtype=dtype,
+            scaled=scaled,
             window=window,
         )
         for window in windows or (None,) * num_layers

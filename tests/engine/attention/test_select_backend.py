@@ -20,6 +20,8 @@ def make_pool(
     dtype: torch.dtype = torch.bfloat16,
     head_dim: int = 128,
     windows: tuple[int | None, ...] = (None,),
+    *,
+    scaled: bool = False,
 ) -> KVPool:
     return head_pool(
         num_layers=len(windows),
@@ -29,6 +31,7 @@ def make_pool(
         head_dim=head_dim,
         dtype=dtype,
         windows=windows,
+        scaled=scaled,
     )
 
 
@@ -153,3 +156,15 @@ def test_windows_of_layers_leave_triton(installed: None) -> None:
 def test_refusals() -> None:
     assert flashinfer_refusal("cuda", torch.bfloat16, 64, installed=True) == ""
     assert "GPU" in flashinfer_refusal("cpu", torch.bfloat16, 64, installed=True)
+
+
+def test_fp8_kv_takes_triton_and_flashinfer_is_refused(installed: None) -> None:
+    pool = make_pool(scaled=True)
+    choice = choose("auto", "cuda", pool)
+    assert choice.backend.name == "triton"
+    assert "fp8_e4m3" in choice.reason
+    for name in ("flashinfer", "split"):
+        with pytest.raises(InvalidRequest, match="fp8_e4m3") as caught:
+            choose(name, "cuda", pool)
+        assert caught.value.field == "attention"
+    assert choose("auto", "cpu", pool).backend.name == "torch_native"
