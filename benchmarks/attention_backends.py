@@ -33,6 +33,7 @@ from attention_setup import (
     BackendName,
     Rows,
     Setup,
+    attend,
     decode_rows,
 )
 from machine import describe
@@ -93,7 +94,7 @@ def captured_names(options: Options) -> list[BackendName]:
 def layered(step: Any, qkv: tuple[torch.Tensor, ...]) -> Callable[[], Any]:
     """One call attends once, each time on the next layer."""
     calls = iter(range(1 << 30))
-    return lambda: step.attend(next(calls) % LAYERS, *qkv)
+    return lambda: attend(step, next(calls) % LAYERS, *qkv)
 
 
 def host_us(call: Callable[[], Any], repeats: int = 30) -> float:
@@ -122,7 +123,7 @@ def check(options: Options) -> list[dict[str, Any]]:
             setup = Setup(shape, rows)
             qkv = setup.qkv()
             for name in options.backends:
-                out = setup.backend(name).prepare(setup.batch()).attend(0, *qkv)
+                out = attend(setup.backend(name).prepare(setup.batch()), 0, *qkv)
                 assert_close(f"{shape.name} {rows.name} {name}", out, setup.want(qkv[0]), DTYPE)
                 found.append({"shape": shape.name, "rows": rows.name, "backend": name})
             if max(rows.query_lens) == 1:
@@ -139,10 +140,10 @@ def _check_captured(
         captured = setup.backend(name).capture_decode(layout)
         captured.refresh(slots, lens)
         graph = torch.cuda.CUDAGraph()
-        captured.step.attend(0, *qkv)
+        attend(captured.step, 0, *qkv)
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
-            out = captured.step.attend(0, *qkv)
+            out = attend(captured.step, 0, *qkv)
         captured.refresh(slots, lens)
         graph.replay()
         assert_close(f"captured {name}", out, setup.want(qkv[0]), DTYPE)
@@ -189,7 +190,7 @@ def decode(options: Options) -> list[dict[str, Any]]:
         for name in names:
             captured = setup.backend(name).capture_decode(layout)
             captured.refresh(slots, lens)
-            captured.step.attend(0, *qkv)
+            attend(captured.step, 0, *qkv)
             captured.refresh(slots, lens)
             times[name] = time_us(layered(captured.step, qkv), graph=True)
         floors = [setup.kv_bytes(share=share) / 3e6 for share in (False, True)]
@@ -267,7 +268,7 @@ def invariance(options: Options) -> list[dict[str, Any]]:
 def _same_alone(name: BackendName, rows: Rows, row: int) -> bool:
     setup = Setup(SHAPES["1.5B"], rows, layers=1)
     qkv = setup.qkv()
-    whole = setup.backend(name).prepare(setup.batch()).attend(0, *qkv)
+    whole = attend(setup.backend(name).prepare(setup.batch()), 0, *qkv)
     tokens = slice(int(setup.starts[row]), int(setup.starts[row + 1]))
     batch = setup.batch()
     alone = replace(
@@ -277,20 +278,20 @@ def _same_alone(name: BackendName, rows: Rows, row: int) -> bool:
         slots_R=batch.slots_R[row : row + 1],
         write_slots_T=batch.write_slots_T[tokens],
     )
-    out = setup.backend(name).prepare(alone).attend(0, *(x[tokens] for x in qkv))
+    out = attend(setup.backend(name).prepare(alone), 0, *(x[tokens] for x in qkv))
     return bool(torch.equal(out, whole[tokens]))
 
 
 def _same_chunked(name: BackendName, total: int, chunk: int) -> bool:
     setup = Setup(SHAPES["1.5B"], Rows("chunked", (total,), (total,)), layers=1)
     qkv = setup.qkv()
-    whole = setup.backend(name).prepare(setup.batch()).attend(0, *qkv)
+    whole = attend(setup.backend(name).prepare(setup.batch()), 0, *qkv)
     last = replace(
         setup.batch(),
         query_start_R1=np.array([0, chunk]),
         write_slots_T=setup.write_slots[-chunk:],
     )
-    out = setup.backend(name).prepare(last).attend(0, *(x[-chunk:] for x in qkv))
+    out = attend(setup.backend(name).prepare(last), 0, *(x[-chunk:] for x in qkv))
     return bool(torch.equal(out, whole[-chunk:]))
 
 

@@ -44,6 +44,7 @@ from attention_decode_tune import (
     tune_whole,
 )
 
+from engine.config import KVDType
 from kernels.attention import reference
 from kernels.attention.grouped import Launch, choose_launch
 
@@ -54,6 +55,8 @@ class Options:
 
     parts: tuple[Literal["equal", "times", "launches", "whole", "rule"], ...] = ("equal", "times")
     """Parts, in order."""
+    kv_dtype: KVDType = "auto"
+    """What keys and values are kept as."""
     json: str | None = None
     """Write the figures to this file."""
 
@@ -73,14 +76,14 @@ EQUAL = [
 def check_equal(options: Options) -> list[dict[str, Any]]:
     rows = []
     for case in EQUAL:
-        bench = Bench(case, layers=1)
+        bench = Bench(case, 1, options.kv_dtype)
         want = bench.result(partial(bench.plain, whole=True))
         found = {"splits": bench.result(partial(bench.plain, whole=False))}
         launches = [*LAUNCHES, None] if "launches" in options.parts else [None]
         for launch in launches:
             if launch is None or launch.height >= case.model.heads // case.model.kv_heads:
                 run = partial(bench.grouped, launch=launch)
-                found[name(launch, case)] = attempt(partial(bench.result, run))
+                found[name(launch, case, options.kv_dtype)] = attempt(partial(bench.result, run))
         error = float_error(bench, want)
         for way, got in found.items():
             wrong = -1 if got is None else int((got != want).sum())
@@ -96,7 +99,11 @@ def float_error(bench: Bench, got: torch.Tensor) -> float:
     u //= bench.case.model.kv_heads
     worst = 0.0
     for row in rows.tolist():
-        k, v = (reference.gather_row(x[0], bench.table[row], length) for x in (bench.k, bench.v))
+        scales = bench.scales[0] or (None, None)
+        k, v = (
+            reference.gather_row(pages[0], bench.table[row], length, scale)
+            for pages, scale in zip((bench.k, bench.v), scales, strict=True)
+        )
         k, v = (x.double().repeat_interleave(u, 1) for x in (k, v))
         scores = torch.einsum("hd,shd->hs", bench.q[row].double(), k) * k.shape[-1] ** -0.5
         want = torch.einsum("hs,shd->hd", scores.softmax(-1), v)
@@ -104,21 +111,22 @@ def float_error(bench: Bench, got: torch.Tensor) -> float:
     return worst
 
 
-def name(launch: Launch | None, case: Case) -> str:
+def name(launch: Launch | None, case: Case, kv_dtype: KVDType) -> str:
     if launch is None:
-        launch = choose_launch(case.model.heads // case.model.kv_heads, wide=False)
+        group, scaled = case.model.heads // case.model.kv_heads, kv_dtype != "auto"
+        launch = choose_launch(group, wide=False, scaled=scaled)
         return f"grouped {launch.height}/{launch.num_warps}/{launch.num_stages}*"
     return f"grouped {launch.height}/{launch.num_warps}/{launch.num_stages}"
 
 
-def time_cases(_: Options) -> list[dict[str, Any]]:
+def time_cases(options: Options) -> list[dict[str, Any]]:
     rate = copy_gb_per_s()
     print(f"copy {rate:.0f} GB/s; microseconds of a layer")
     print(f"{'case':<28}{'floor':>8}{'plain':>8}{'grouped':>9}{'shared':>8}{'rest':>8}{'gain':>7}")
     rows = []
     for case in TIMED:
-        bench = on_device(case)
-        floor = case.unique_bytes / rate / 1e3
+        bench = on_device(case, options.kv_dtype)
+        floor = case.kept_bytes(options.kv_dtype) / rate / 1e3
         plain = time_us(bench.plain, bench.layers)
         grouped = time_us(bench.grouped, bench.layers)
         shared = time_us(bench.shared_part, bench.layers)
@@ -135,9 +143,9 @@ def time_cases(_: Options) -> list[dict[str, Any]]:
 PARTS = {
     "equal": check_equal,
     "times": time_cases,
-    "launches": lambda _: tune_launches(),
-    "whole": lambda _: tune_whole(),
-    "rule": lambda _: tune_rule(),
+    "launches": lambda options: tune_launches(options.kv_dtype),
+    "whole": lambda options: tune_whole(options.kv_dtype),
+    "rule": lambda options: tune_rule(options.kv_dtype),
 }
 
 
@@ -150,10 +158,11 @@ def main(options: Options) -> int:
     figures: dict[str, Any] = {
         "machine": torch.cuda.get_device_name(),
         "torch": torch.__version__,
+        "kv_dtype": options.kv_dtype,
         "unit": "us a layer",
     }
     if "launches" in options.parts:
-        compile_all()
+        compile_all(options.kv_dtype)
     failed = 0
     for part in options.parts:
         print(f"-- {part}")

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from engine.attention.groups import GroupRule, SharedGroup, most_tiles, tile_groups
+from engine.config import KVDType
 from kernels.attention import SharedTiles
 from kernels.attention.call import DecodeCall, decode_call
 from kernels.attention.decode import decode_attention
 from kernels.attention.grouped import Launch, shared_states
 from kernels.attention.tiles import TILE_ROWS
 from kernels.attention.whole import whole_rows
+from kernels.quant.fp8_kv import KVScales, encode
 
 PAGE = 16
 RULE = GroupRule(unit=128, min_rows=2, min_tokens=128, tile_rows=TILE_ROWS, max_kv_len=4096)
@@ -64,6 +66,13 @@ class Case:
         alone = self.loners * (self.shared + self.own) + self.groups * self.samples * self.own
         return (alone + self.groups * self.shared) * self.model.token_bytes
 
+    def kept_bytes(self, kv_dtype: KVDType) -> int:
+        """`unique_bytes` as they are kept."""
+        dim = self.model.head_dim
+        return (
+            self.unique_bytes if kv_dtype == "auto" else self.unique_bytes * (dim + 2) // (2 * dim)
+        )
+
     @property
     def saved_bytes(self) -> int:
         rows = self.samples - RULE.tiles(self.samples)
@@ -76,6 +85,7 @@ class Bench:
 
     case: Case
     layers: int
+    kv_dtype: KVDType = "auto"
     out: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -84,6 +94,11 @@ class Bench:
         self.table = page_table(case).to(device)
         shape = (self.layers, int(self.table.max()) + 1, PAGE, model.kv_heads, model.head_dim)
         self.k, self.v = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(2))
+        self.scales: list[KVScales | None] = [None] * self.layers
+        if self.kv_dtype != "auto":
+            (self.k, k_scale), (self.v, v_scale) = encode(self.k), encode(self.v)
+            pairs = (scale.transpose(2, 3).contiguous() for scale in (k_scale, v_scale))
+            self.scales = [KVScales(*pair) for pair in zip(*pairs, strict=True)]
         self.q = torch.randn(case.rows, model.heads, model.head_dim, device=device).bfloat16()
         self.starts = torch.arange(case.rows + 1, device=device, dtype=torch.int32)
         self.kv_lens = torch.full((case.rows,), length, device=device, dtype=torch.int32)
@@ -96,7 +111,9 @@ class Bench:
         self.tiles = SharedTiles(packed[: 3 * tiles].view(tiles, 3), packed[3 * tiles :])
 
     def call(self, layer: int) -> DecodeCall:
-        return decode_call(*self._arguments(layer), self.slots, self.case.shared + self.case.own)
+        longest = self.case.shared + self.case.own
+        rows = (self.slots, longest)
+        return decode_call(*self._arguments(layer), *rows, scales=self.scales[layer])
 
     def _arguments(self, layer: int) -> tuple[Any, ...]:
         scale = self.case.model.head_dim**-0.5
@@ -105,7 +122,8 @@ class Bench:
 
     def plain(self, layer: int, whole: bool | None = None) -> None:
         longest = self.case.shared + self.case.own
-        decode_attention(*self._arguments(layer), self.slots, longest, whole=whole)
+        rows = (self.slots, longest)
+        decode_attention(*self._arguments(layer), *rows, whole=whole, scales=self.scales[layer])
 
     def grouped(self, layer: int, launch: Launch | None = None) -> None:
         call = self.call(layer)
@@ -168,9 +186,10 @@ def copy_gb_per_s() -> float:
     return 2 * source.numel() / us / 1e3
 
 
-def on_device(case: Case) -> Bench:
+def on_device(case: Case, kv_dtype: KVDType = "auto") -> Bench:
     """With as many layers as make 300 MB, so that no call finds its KV in the cache."""
-    return Bench(case, layers=max(2, min(28, -(-300_000_000 // case.unique_bytes))))
+    layers = max(2, min(28, -(-300_000_000 // case.kept_bytes(kv_dtype))))
+    return Bench(case, layers, kv_dtype)
 
 
 TIMED = [

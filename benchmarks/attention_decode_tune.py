@@ -22,6 +22,7 @@ from attention_decode_cases import (
     time_us,
 )
 
+from engine.config import KVDType
 from kernels.attention.grouped import Launch, shared_states
 from kernels.attention.tiles import TILE_ROWS
 from kernels.attention.whole import whole_rows
@@ -54,18 +55,18 @@ def run_whole(bench: Bench, states: Any, warps: int, stages: int, layer: int) ->
     whole_rows(bench.call(layer), states, num_warps=warps, num_stages=stages)
 
 
-def compile_all() -> None:
+def compile_all(kv_dtype: KVDType = "auto") -> None:
     """Fill Triton's cache from several processes: one alone compiles for minutes."""
     models = (SMALL, LARGE, MIDDLE, TINY)
-    jobs = [(model, launch) for model in models for launch in [*LAUNCHES, *WHOLE]]
+    jobs = [(model, launch, kv_dtype) for model in models for launch in [*LAUNCHES, *WHOLE]]
     with ProcessPoolExecutor(12, mp_context=get_context("spawn")) as pool:
         list(pool.map(compile_one, jobs))
 
 
-def compile_one(job: tuple[Any, Any]) -> None:
+def compile_one(job: tuple[Any, Any, KVDType]) -> None:
     """Run one launch once on a batch of two rows."""
-    model, launch = job
-    bench = Bench(Case(model, 1, 2, 128, 16), layers=1)
+    model, launch, kv_dtype = job
+    bench = Bench(Case(model, 1, 2, 128, 16), 1, kv_dtype)
     if isinstance(launch, Launch):
         attempt(partial(bench.grouped, 0, launch))
         return
@@ -75,11 +76,11 @@ def compile_one(job: tuple[Any, Any]) -> None:
         attempt(partial(run_whole, bench, states, *launch, 0))
 
 
-def tune_launches() -> list[dict[str, Any]]:
+def tune_launches(kv_dtype: KVDType = "auto") -> list[dict[str, Any]]:
     """The shared part alone by launch, then the rest by warps and stages."""
     rows = []
     for case in (TIMED[0], TIMED[3], TIMED[4], TIMED[7], Case(TINY, 128, 8, 512, 64)):
-        bench = on_device(case)
+        bench = on_device(case, kv_dtype)
         group = case.model.heads // case.model.kv_heads
         for launch in LAUNCHES:
             run = partial(bench.shared_part, launch=launch)
@@ -117,12 +118,12 @@ def small_groups() -> Iterator[Case]:
     yield Case(SMALL, 32, 16, 512, 64, loners=512)
 
 
-def tune_rule() -> list[dict[str, Any]]:
+def tune_rule(kv_dtype: KVDType = "auto") -> list[dict[str, Any]]:
     """From which size groups pay, against the better of whole rows and splits."""
     rows = []
     print(f"{'case':<28}{'saved MB':>9}{'splits':>8}{'whole':>8}{'grouped':>9}{'gain':>7}")
     for case in small_groups():
-        bench = on_device(case)
+        bench = on_device(case, kv_dtype)
         splits = time_us(partial(bench.plain, whole=False), bench.layers)
         whole = time_us(partial(bench.plain, whole=True), bench.layers)
         grouped = time_us(bench.grouped, bench.layers)
@@ -135,7 +136,7 @@ def tune_rule() -> list[dict[str, Any]]:
     return rows
 
 
-def tune_whole() -> list[dict[str, Any]]:
+def tune_whole(kv_dtype: KVDType = "auto") -> list[dict[str, Any]]:
     """Rows that share nothing: one program for a row and kv head, or for each split."""
     rows = []
     print(f"{'case':<28}{'splits':>8}{'whole':>8}{'GB/s':>8}")
@@ -143,11 +144,11 @@ def tune_whole() -> list[dict[str, Any]]:
         for programs in (64, 128, 192, 256, 384, 512, 1024):
             for length in (512, 1024, 2048):
                 case = Case(model, 0, 1, 0, length, loners=programs // model.kv_heads)
-                bench = on_device(case)
+                bench = on_device(case, kv_dtype)
                 splits = time_us(partial(bench.plain, whole=False), bench.layers)
                 whole = time_us(partial(bench.plain, whole=True), bench.layers)
                 rows.append({"case": str(case), "splits_us": splits, "whole_us": whole})
-                best = case.unique_bytes / min(splits, whole) / 1e3
+                best = case.kept_bytes(kv_dtype) / min(splits, whole) / 1e3
                 print(f"{case!s:<28}{splits:>8.1f}{whole:>8.1f}{best:>8.0f}")
                 del bench
     return rows

@@ -11,11 +11,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from engine.attention.base import AttentionBatch, DecodeLayout
+from engine.attention.base import AttentionBatch, AttentionStep, DecodeLayout
 from engine.attention.flashinfer import FlashInferBackend
 from engine.attention.select import select
+from engine.kv.layout import HeadLayout
 from engine.kv.pool import KVPool
 from kernels.attention import reference
+from kernels.testing import RotatedHeads
 
 PAGE = 16
 LAYERS = 3
@@ -59,6 +61,11 @@ def decode_rows(groups: int, samples: int, shared: int, own: int) -> Rows:
     return Rows(name, (1,) * rows, (shared + own,) * rows, group=samples, shared=shared)
 
 
+def attend(step: AttentionStep, layer: int, *qkv: torch.Tensor) -> torch.Tensor:
+    """Write the keys and values of a layer, then attend."""
+    return step.attend(layer, step.writes.store(layer, RotatedHeads(*qkv)))
+
+
 class Setup:
     """A pool of random KV and the page table of some rows, in random page order."""
 
@@ -75,15 +82,13 @@ class Setup:
             common = rows.shared // PAGE
             leaders = np.arange(num_rows) // rows.group * rows.group
             self.table[:num_rows, :common] = self.table[leaders, :common]
-        self.pool = KVPool(
-            num_layers=layers,
-            num_pages=len(ids),
-            page_size=PAGE,
+        layout = HeadLayout(
             num_kv_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
+            key_dim=shape.head_dim,
+            value_dim=shape.head_dim,
             dtype=DTYPE,
-            device=DEVICE,
         )
+        self.pool = KVPool([layout] * layers, num_pages=len(ids), page_size=PAGE, device=DEVICE)
         for pages in self.pool.tensors():
             pages.normal_()
         self.page_table = torch.from_numpy(self.table).to(DEVICE)

@@ -41,6 +41,7 @@ from engine.config import (
     AttentionBackendName,
     CacheConfig,
     EngineConfig,
+    KVDType,
     Quantization,
     SchedulerConfig,
 )
@@ -62,6 +63,8 @@ class Options:
     """Attention back end."""
     quantization: Quantization = "none"
     """What weights of linear layers are stored as."""
+    kv_dtype: KVDType = "auto"
+    """What keys and values are kept as."""
     max_running: int = 1024
     """Most sequences running at once."""
     max_step_tokens: int = 8192
@@ -102,7 +105,7 @@ def engine_config(options: Options) -> EngineConfig:
         quantization=options.quantization,
         cuda_graphs=options.cuda_graphs,
         context_length=8192,
-        cache=CacheConfig(),
+        cache=CacheConfig(kv_dtype=options.kv_dtype),
         scheduler=SchedulerConfig(
             max_running=options.max_running,
             max_step_tokens=options.max_step_tokens,
@@ -135,7 +138,12 @@ def ceilings() -> dict[str, float]:
     }
 
 
-def model_bytes(model: str, num_parameters: int, quantization: Quantization = "none") -> ModelBytes:
+def model_bytes(
+    model: str,
+    num_parameters: int,
+    quantization: Quantization = "none",
+    kv_dtype: KVDType = "auto",
+) -> ModelBytes:
     """Sizes by the config.json; an input embedding of its own is not read by matrix products."""
     path = Path(model)
     config = json.loads((path / "config.json" if path.is_dir() else path).read_text())
@@ -145,7 +153,8 @@ def model_bytes(model: str, num_parameters: int, quantization: Quantization = "n
     if not config.get("tie_word_embeddings"):
         params -= head
     weight_bytes = 2 * params if quantization == "none" else params + head
-    kv_bytes = 2 * 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head_dim
+    head_bytes = 2 * head_dim if kv_dtype == "auto" else head_dim + 2
+    kv_bytes = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head_bytes
     return ModelBytes(params=params, weight_bytes=weight_bytes, kv_bytes_per_token=kv_bytes)
 
 
@@ -268,7 +277,7 @@ def attempt(part: str, run: Callable[[], None], bench: Bench) -> list[str]:
 def measure(options: Options, bench: Bench, report: dict[str, Any], name: WorkloadName) -> None:
     """One workload and what it cost to return its logprobs."""
     num_parameters = bench.executor.facts.num_parameters
-    model = model_bytes(options.model, num_parameters, options.quantization)
+    model = model_bytes(options.model, num_parameters, options.quantization, options.kv_dtype)
     figures = run_workload(bench, name, model, report["ceilings"])
     report["workloads"][name] = figures
     show(name, figures, with_kernels=options.profile)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from engine.attention.base import AttentionBackend, AttentionBatch
-from engine.attention.stored import ForwardContext
+from engine.attention.context import ForwardContext
 from engine.protocol import NewRow, StepPlan
 from engine.transfer import to_device
 

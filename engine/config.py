@@ -19,6 +19,8 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 AttentionBackendName = Literal["auto", "torch_native", "triton", "flashinfer", "split"]
 KernelBackend = Literal["torch", "triton"]
+KVDType = Literal["auto", "fp8_e4m3"]
+KVScaleSource = Literal["token", "checkpoint"]
 SpeculativeMethod = Literal["off", "auto", "ngram", "eagle3", "draft"]
 SpeculativePace = Literal["time", "counts"]
 Numerics = Literal["fast", "invariant"]
@@ -78,6 +80,12 @@ class CacheConfig:
     of this share."""
     prefix_cache: bool = True
     """Reuse the KV of shared prefixes."""
+    kv_dtype: KVDType = "auto"
+    """What keys and values are kept as: 'auto' as they are computed, 'fp8_e4m3' in half the bytes
+    of bfloat16, with a scale for each token and head; docs/numerics.md has what that costs."""
+    kv_scales: KVScaleSource = "token"
+    """Where the scales of fp8 KV come from: 'token' is each token's own. 'checkpoint' is not
+    built."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ from engine.attention.base import (
     CapturedDecode,
     DecodeLayout,
 )
-from engine.attention.stored import ForwardContext
+from engine.attention.context import ForwardContext
 from engine.batch import RequestTable
 from engine.config import DRAFT_LADDER, ROW_BUCKETS
 from engine.late_draw import DecodeLogits

@@ -51,6 +51,11 @@ def _cpu_is_fast_in_bf16(cpu_info: str | None) -> bool:
     return "amx_bf16" in words or ("avx512_bf16" in words and "AuthenticAMD" in words)
 
 
+def compute_capability(device: torch.device) -> tuple[int, int] | None:
+    """Major and minor number of a GPU; None of a CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
 def kernel_backend(device: torch.device) -> KernelBackend:
     """Back end of the pointwise kernels: Triton on a GPU, plain torch on a CPU."""
     return "triton" if device.type == "cuda" else "torch"

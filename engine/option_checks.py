@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, KVDType
 from engine.errors import UnsupportedOption
 from engine.speculative.checks import check_speculative
+
+_FIRST_WITH_FP8 = (8, 9)
 
 
 def check_options(config: EngineConfig, *, num_labels: int) -> None:
@@ -18,4 +20,31 @@ def check_options(config: EngineConfig, *, num_labels: int) -> None:
             "'fast'",
             field="numerics",
         )
+    if config.cache.kv_scales != "token":
+        raise UnsupportedOption(
+            f"{config.cache.kv_scales!r} is not built: scales of fp8 KV are each token's own; use "
+            "'token'",
+            field="kv_scales",
+        )
     check_speculative(config.speculative, num_labels=num_labels)
+
+
+def check_kv_dtype(
+    kv_dtype: KVDType, dtype: str, compute_capability: tuple[int, int] | None
+) -> None:
+    """Refuse fp8 KV where it cannot be kept. dtype: of the model. compute_capability: of the GPU;
+    None on a CPU. Raises UnsupportedOption."""
+    if kv_dtype == "auto":
+        return
+    if dtype == "float16":
+        raise UnsupportedOption(
+            f"{kv_dtype!r} does not go with float16: probabilities times scales leave its range; "
+            "use bfloat16, or 'auto'",
+            field="kv_dtype",
+        )
+    if compute_capability is not None and compute_capability < _FIRST_WITH_FP8:
+        raise UnsupportedOption(
+            f"{kv_dtype!r} needs a GPU that has fp8 (compute capability 8.9 or more); this one has "
+            f"{'.'.join(map(str, compute_capability))}; use 'auto'",
+            field="kv_dtype",
+        )

@@ -21,16 +21,22 @@ from engine.config import DEFAULT_CONTEXT_LIMIT, EngineConfig
 from engine.eager import EagerSteps
 from engine.errors import InvalidRequest
 from engine.graphs import DecodeGraphs, num_kinds
+from engine.kv.layout import head_layouts, page_bytes
 from engine.kv.pool import KVPool
 from engine.late_draw import draw_late
-from engine.layers.parameter import kv_head_shard
 from engine.layers.runtime import LayerRuntime
 from engine.memory import Needs, graph_bytes, plan_memory, step_bytes
 from engine.models.labels import label_names
 from engine.models.locate import locate
-from engine.numerics import dtype_name, kernel_backend, resolve_device, resolve_dtype
+from engine.numerics import (
+    compute_capability,
+    dtype_name,
+    kernel_backend,
+    resolve_device,
+    resolve_dtype,
+)
 from engine.occupancy import Occupancy
-from engine.option_checks import check_options
+from engine.option_checks import check_kv_dtype, check_options
 from engine.parallel.connect import connect, rank_device
 from engine.parallel.mesh import Mesh
 from engine.pending import LaunchedStep, MaskedStep, PendingStep, Runs, Sample
@@ -75,6 +81,7 @@ class Worker:
         files = locate(config.model, config.load_format)
         files.config.require_dtype(dtype_name(dtype))
         check_options(config, num_labels=files.config.num_labels)
+        check_kv_dtype(config.cache.kv_dtype, dtype_name(dtype), compute_capability(device))
         backend = kernel_backend(device)
         linear = linear_method(config.quantization, backend)
         self._device = device
@@ -126,7 +133,6 @@ class Worker:
             self._pool,
             num_heads=files.config.num_heads // self._mesh.tp_size,
             scale=files.config.attention_scale,
-            windows=files.config.windows,
             device=device,
         )
         logger.info("attention back end %s (%s)", choice.backend.name, choice.reason)
@@ -326,19 +332,13 @@ class Worker:
         self, config: EngineConfig, context: int, dtype: torch.dtype, num_scratch: int
     ) -> KVPool:
         model = self._model.config
-        num_kv_heads = kv_head_shard(model.num_kv_heads, self._mesh).length
-        page_bytes = KVPool.page_bytes(
-            num_layers=model.num_layers,
-            page_size=config.cache.page_size,
-            num_kv_heads=num_kv_heads,
-            head_dim=model.head_dim,
-            dtype=dtype,
-        )
+        kinds = [layer.attention for layer in model.layers]
+        layouts = head_layouts(kinds, dtype=dtype, kv_dtype=config.cache.kv_dtype, mesh=self._mesh)
         has_graphs = num_scratch > 0 and config.cuda_graphs and self._device.type == "cuda"
         needs = self._needs(config, has_graphs=has_graphs)
         plan = plan_memory(
             config.cache,
-            page_bytes=page_bytes,
+            page_bytes=page_bytes(layouts, config.cache.page_size),
             needs=needs,
             device=self._device,
             context_length=context,
@@ -352,12 +352,9 @@ class Worker:
         num_pages = self._collectives.minimum(plan.num_pages) + num_scratch
         with self._occupancy.region("kv_cache"):
             pool = KVPool(
-                num_layers=model.num_layers,
+                layouts,
                 num_pages=num_pages,
                 page_size=config.cache.page_size,
-                num_kv_heads=num_kv_heads,
-                head_dim=model.head_dim,
-                dtype=dtype,
                 device=self._device,
             )
         self._occupancy.hold("kv_cache", pool.tensors())

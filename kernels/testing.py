@@ -8,9 +8,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from unittest import mock
 
 import torch
+
+from kernels.backend import KernelBackend
+from kernels.kv_copy import write_kv
+from kernels.rotary import KVTarget
 
 TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
     torch.float64: (1e-12, 1e-12),
@@ -71,3 +76,26 @@ def _poisoning(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
 def triton_device() -> str:
     """Where Triton kernels run: "cuda", or "cpu" under Triton's interpreter."""
     return "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+
+
+@dataclass(frozen=True, eq=False)
+class RotatedHeads:
+    """Queries [T, H, D], keys and values [T, K, D] that are rotated already, as back ends of
+    attention take those of a layer (`engine.attention.base.NewHeads`)."""
+
+    q_THD: torch.Tensor
+    k_TKD: torch.Tensor
+    v_TKD: torch.Tensor
+
+    def store(self, target: KVTarget) -> torch.Tensor:
+        """Write keys and values; the queries."""
+        backend: KernelBackend = "triton" if self.q_THD.is_cuda else "torch"
+        pages = (target.k_pages_NGKD, target.v_pages_NGKD)
+        write_kv(
+            self.k_TKD, self.v_TKD, *pages, target.slots_T, scales=target.scales, backend=backend
+        )
+        return self.q_THD
+
+    def rotated(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """All three."""
+        return self.q_THD, self.k_TKD, self.v_TKD

@@ -11,6 +11,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 
+from kernels.rotary import KVTarget
+
 
 @dataclass(frozen=True)
 class AttentionBatch:
@@ -37,22 +39,47 @@ class AttentionBatch:
         return np.diff(self.query_start_R1)
 
 
-class AttentionStep(Protocol):
-    """One prepared step."""
+class NewHeads(Protocol):
+    """Queries, keys and values that a layer computed for the tokens of a step, not rotated yet."""
 
-    def attend(
-        self, layer_index: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
-    ) -> torch.Tensor:
-        """Write K and V of every token, then attend causally. Returns [T, H, D]."""
+    def store(self, target: KVTarget) -> torch.Tensor:
+        """Rotate them and write keys and values to `target`, in one kernel where there is one.
+        Returns the queries [T, H, D]."""
+        ...
+
+    def rotated(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries [T, H, D], keys and values [T, K, D], rotated; nothing is written."""
+        ...
+
+
+class KVWrites(Protocol):
+    """Where the tokens of one step keep their KV."""
+
+    def store(self, layer_index: int, heads: NewHeads) -> torch.Tensor:
+        """Write K and V of every token of the step to the pages of a layer. Returns the rotated
+        queries [T, H, D]."""
+        ...
+
+
+class AttentionStep(Protocol):
+    """One prepared step. Of each layer first all KV is written, then attention reads it: from the
+    pages, as all later steps will."""
+
+    @property
+    def writes(self) -> KVWrites:
+        """What writes the KV of the step's tokens."""
+        ...
+
+    def attend(self, layer_index: int, q_THD: torch.Tensor) -> torch.Tensor:
+        """Attend causally to the KV that is written. Returns [T, H, D]."""
         ...
 
 
 class AttentionBackend(Protocol):
     """Builds steps over one KV pool.
 
-    A back end is built with the `windows` of the model's layers, in order: how many positions a
-    query of that layer sees, its own the last of them, or None for all; None in place of the
-    list where no layer has a window. A step is prepared for all of them.
+    The pool's layouts say what each layer stores and how many positions its queries see. A step is
+    prepared for all layers.
     """
 
     name: str

@@ -23,9 +23,10 @@ import numpy as np
 import torch
 
 from engine.attention.base import AttentionBatch, AttentionStep, DecodeLayout
+from engine.attention.context import PoolWrites
+from engine.kv.layout import common_heads
 from engine.kv.pool import KVPool
 from engine.transfer import to_device
-from kernels.kv_copy import write_kv
 
 HEAD_DIMS = (64, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16)
@@ -118,6 +119,7 @@ class FlashInferBackend:
 
         self._library = flashinfer
         self._pool = pool
+        self._heads = common_heads(pool.layouts)
         self._num_heads = num_heads
         self._scale = scale
         self._long_kernels = long_kernels
@@ -168,15 +170,15 @@ class FlashInferBackend:
         return self._pool.device
 
     def _step(self, wrapper: Any, write_slots_T: torch.Tensor) -> FlashInferStep:
-        return FlashInferStep(pool=self._pool, wrapper=wrapper, write_slots_T=write_slots_T)
+        return FlashInferStep(PoolWrites(self._pool, write_slots_T), self._pool, wrapper)
 
     def _floats(self, max_rows: int) -> torch.Tensor:
         """Where partial results go: of all wrappers the same, since they run in turn."""
         if self._workspace is None:
             size = workspace_bytes(
                 num_heads=self._num_heads,
-                num_kv_heads=self._pool.num_kv_heads,
-                head_dim=self._pool.head_dim,
+                num_kv_heads=self._heads.num_kv_heads,
+                head_dim=self._heads.key_dim,
                 max_rows=max_rows,
                 num_sms=torch.cuda.get_device_properties(self._device).multi_processor_count,
             )
@@ -188,18 +190,18 @@ class FlashInferBackend:
             wrapper = self._library.BatchPrefillWithPagedKVCacheWrapper(
                 self._floats(max_rows), backend=kernels
             )
-            options = self._shape() | {"head_dim_qk": self._pool.head_dim, "causal": True}
+            options = self._shape() | {"head_dim_qk": self._heads.key_dim, "causal": True}
             self._prefill[kernels] = _Prefill(wrapper, options)
         return self._prefill[kernels]
 
     def _decode_options(self) -> dict[str, Any]:
-        return self._shape() | {"head_dim": self._pool.head_dim}
+        return self._shape() | {"head_dim": self._heads.key_dim}
 
     def _shape(self) -> dict[str, Any]:
-        dtype = self._pool.dtype
+        dtype = self._heads.dtype
         return {
             "num_qo_heads": self._num_heads,
-            "num_kv_heads": self._pool.num_kv_heads,
+            "num_kv_heads": self._heads.num_kv_heads,
             "page_size": self._pool.page_size,
             "q_data_type": dtype,
             "kv_data_type": dtype,
@@ -211,16 +213,13 @@ class FlashInferBackend:
 class FlashInferStep:
     """One prepared step; runs by its wrapper's latest plan."""
 
+    writes: PoolWrites
     pool: KVPool
     wrapper: Any
-    write_slots_T: torch.Tensor
 
-    def attend(
-        self, layer_index: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
-    ) -> torch.Tensor:
-        """Write this step's KV of the layer, then attend. Returns [T, H, D]."""
+    def attend(self, layer_index: int, q_THD: torch.Tensor) -> torch.Tensor:
+        """See `AttentionStep`."""
         k_NGKD, v_NGKD = self.pool.layer(layer_index)
-        write_kv(k_TKD, v_TKD, k_NGKD, v_NGKD, self.write_slots_T, backend="triton")
         # Else the wrapper clears the memory of its output first.
         out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
         self.wrapper.run(q_THD, (k_NGKD, v_NGKD), out=out_THD)

@@ -12,7 +12,6 @@ FlashInfer plans a window into a whole step, not into single layers.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +29,7 @@ from engine.attention.flashinfer import DTYPES, HEAD_DIMS, FlashInferBackend
 from engine.attention.split import SplitBackend
 from engine.config import AttentionBackendName
 from engine.errors import InvalidRequest
+from engine.kv.layout import common_heads
 from engine.kv.pool import KVPool
 
 
@@ -48,22 +48,21 @@ def select(
     num_heads: int,
     scale: float,
     device: torch.device,
-    windows: Sequence[int | None] | None = None,
 ) -> Choice:
     """Build the back end `name`; 'auto' as at the top of this file.
-
-    windows: of each layer, see `engine.attention.base.AttentionBackend`.
 
     Raises InvalidRequest when the back end cannot run this model on `device`, or needs a package
     that is not there.
     """
-    dtype, head_dim = pool.dtype, pool.head_dim
+    layout = common_heads(pool.layouts)
+    dtype, head_dim = layout.dtype, layout.key_dim
     refusal = flashinfer_refusal(
         device.type,
         dtype,
         head_dim,
         installed=flashinfer_installed(),
-        windowed=windows is not None,
+        scaled=layout.scaled,
+        windowed=any(layer.window is not None for layer in pool.layouts),
     )
     found, reason = name, "asked for"
     if name == "auto":
@@ -76,7 +75,7 @@ def select(
         raise InvalidRequest(
             f"{found!r} cannot serve: {refusal}; use 'triton' or 'auto'", field="attention"
         )
-    return Choice(_build(found, pool, num_heads=num_heads, scale=scale, windows=windows), reason)
+    return Choice(_build(found, pool, num_heads=num_heads, scale=scale), reason)
 
 
 def flashinfer_installed() -> bool:
@@ -90,11 +89,14 @@ def flashinfer_refusal(
     head_dim: int,
     *,
     installed: bool,
+    scaled: bool = False,
     windowed: bool = False,
 ) -> str:
     """Why FlashInfer cannot serve; empty if it can."""
     if device_type != "cuda":
         return "FlashInfer needs a GPU"
+    if scaled:
+        return "FlashInfer reads no KV with a scale for each token and head (kv_dtype fp8_e4m3)"
     if windowed:
         return "FlashInfer plans no sliding windows of single layers"
     if dtype not in DTYPES:
@@ -135,22 +137,17 @@ def _automatic(
 
 
 def _build(
-    name: AttentionBackendName,
-    pool: KVPool,
-    *,
-    num_heads: int,
-    scale: float,
-    windows: Sequence[int | None] | None,
+    name: AttentionBackendName, pool: KVPool, *, num_heads: int, scale: float
 ) -> AttentionBackend:
     if name == "torch_native":
         from engine.attention.torch_native import TorchNativeBackend
 
-        return TorchNativeBackend(pool, num_heads=num_heads, scale=scale, windows=windows)
+        return TorchNativeBackend(pool, num_heads=num_heads, scale=scale)
     if name == "flashinfer":
         return FlashInferBackend(pool, num_heads=num_heads, scale=scale)
     from engine.attention.triton import TritonBackend
 
-    triton = TritonBackend(pool, scale=scale, windows=windows)
+    triton = TritonBackend(pool, scale=scale)
     if name == "triton":
         return triton
     flashinfer = FlashInferBackend(pool, num_heads=num_heads, scale=scale, long_queries=0)

@@ -1,6 +1,6 @@
 """Prefill by one back end and decode by another.
 
-Legend: T tokens of the step, R rows, H query heads, K kv heads, D head dim.
+Legend: T tokens of the step, R rows, H query heads, D head dim.
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ from engine.attention.base import (
     CapturedDecode,
     DecodeLayout,
 )
+from engine.attention.context import PoolWrites
 from engine.kv.pool import KVPool
-from engine.numerics import kernel_backend
 from engine.transfer import to_device
-from kernels.backend import KernelBackend
-from kernels.kv_copy import write_kv
 
 
 class SplitBackend:
@@ -47,13 +45,11 @@ class SplitBackend:
         if not single_R.any():
             return self._prefill.prepare(batch)
         return SplitStep(
-            pool=self._pool,
-            write_slots_T=batch.write_slots_T,
+            writes=PoolWrites(self._pool, batch.write_slots_T),
             parts=[
                 _part(batch, np.flatnonzero(single_R), self._decode),
                 _part(batch, np.flatnonzero(~single_R), self._prefill),
             ],
-            kernels=kernel_backend(batch.device),
         )
 
     def capture_decode(self, layout: DecodeLayout) -> CapturedDecode:
@@ -63,24 +59,19 @@ class SplitBackend:
 
 @dataclass(frozen=True)
 class SplitStep:
-    """A prepared step of two parts: (tokens, int64 on the device; step of their rows)."""
+    """A prepared step of two parts: (tokens, int64 on the device; step of their rows).
 
-    pool: KVPool
-    write_slots_T: torch.Tensor
+    writes: of all tokens, since a row may read a page that one of the other part fills.
+    """
+
+    writes: PoolWrites
     parts: list[tuple[torch.Tensor, AttentionStep]]
-    kernels: KernelBackend
 
-    def attend(
-        self, layer_index: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
-    ) -> torch.Tensor:
-        """Write this step's KV of the layer, then attend. Returns [T, H, D]."""
-        # Of all tokens first: a row may read a page that one of the other part fills. The
-        # parts then write their own again, the same values.
-        k_NGKD, v_NGKD = self.pool.layer(layer_index)
-        write_kv(k_TKD, v_TKD, k_NGKD, v_NGKD, self.write_slots_T, backend=self.kernels)
+    def attend(self, layer_index: int, q_THD: torch.Tensor) -> torch.Tensor:
+        """See `AttentionStep`."""
         out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
         for tokens, step in self.parts:
-            out_THD[tokens] = step.attend(layer_index, q_THD[tokens], k_TKD[tokens], v_TKD[tokens])
+            out_THD[tokens] = step.attend(layer_index, q_THD[tokens])
         return out_THD
 
 

@@ -13,16 +13,19 @@ and gather only the pages that their window reaches.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from engine.attention.base import AttentionBatch
+from engine.attention.base import AttentionBatch, NewHeads
+from engine.attention.context import PoolWrites
 from engine.attention.sharing import Segment, find_shared_prefixes
+from engine.kv.layout import HeadPages, common_heads, head_pages
 from engine.kv.pool import KVPool
 from kernels.kv_copy import write_kv
+from kernels.quant.fp8_kv import as_bytes, decode
 from kernels.torch_compat import flash_attention_cpu
 
 # Rows are padded together while the longest is at most this many times the shortest.
@@ -81,13 +84,12 @@ class TorchNativeBackend:
         *,
         num_heads: int,
         scale: float,
-        windows: Sequence[int | None] | None = None,
         share_prefixes: bool = True,
     ) -> None:
-        """windows: of each layer, see `engine.attention.base.AttentionBackend`."""
+        heads = common_heads(pool.layouts)
         self._pool = pool
-        self._windows = windows
-        self._group = num_heads // pool.num_kv_heads
+        self._dtype = heads.dtype
+        self._group = num_heads // heads.num_kv_heads
         self._scale = scale
         self._share = share_prefixes
 
@@ -97,14 +99,14 @@ class TorchNativeBackend:
         if self._pool.spoilt.any:
             places_T = batch.write_slots_T.cpu().numpy()
             self._pool.spoilt.written(*np.divmod(places_T, batch.page_size))
-        kinds = {None} if self._windows is None else set(self._windows)
+        windows = {layout.window for layout in self._pool.layouts}
         return TorchNativeStep(
+            writes=FiniteWrites(PoolWrites(self._pool, batch.write_slots_T)),
             pool=self._pool,
             scale=self._scale,
             batch=batch,
             pages_RP=pages_RP,
-            windows=self._windows,
-            layouts={window: self._layout(batch, pages_RP, window) for window in kinds},
+            layouts={window: self._layout(batch, pages_RP, window) for window in windows},
         )
 
     def _layout(self, batch: AttentionBatch, pages_RP: np.ndarray, window: int | None) -> Layout:
@@ -116,9 +118,8 @@ class TorchNativeBackend:
         elif self._share:
             found = find_shared_prefixes(pages_RP, computed, batch.page_size)
             segments, own_start_R = found.segments, found.own_start_R
-        dtype = self._pool.dtype
         buckets = [
-            _bucket(batch, pages_RP, own_start_R, rows, dtype, self._group, window)
+            _bucket(batch, pages_RP, own_start_R, rows, self._dtype, self._group, window)
             for rows in _group_rows(batch)
         ]
         return Layout(
@@ -129,44 +130,60 @@ class TorchNativeBackend:
 
 
 @dataclass(frozen=True)
+class FiniteWrites:
+    """`KVWrites` that puts zeros in place of what is not finite, and marks where.
+
+    Pages outlive the request that filled them, and the next one reads their tails under a mask:
+    one request gone to NaN, or one bad update, must not reach others. Whoever reads these zeros as
+    its own prefix is known by `KVPool.spoilt` and ends with NonFiniteLogits.
+    """
+
+    writes: PoolWrites
+
+    def store(self, layer_index: int, heads: NewHeads) -> torch.Tensor:
+        """See `KVWrites`."""
+        q_THD, k_TKD, v_TKD = heads.rotated()
+        target = self.writes.target(layer_index)
+        if not _is_finite(k_TKD, v_TKD):
+            wrong_T = ~(k_TKD.isfinite() & v_TKD.isfinite()).flatten(1).all(1)
+            pool = self.writes.pool
+            pool.spoilt.mark(*np.divmod(target.slots_T[wrong_T].cpu().numpy(), pool.page_size))
+            k_TKD, v_TKD = _zeroed(k_TKD), _zeroed(v_TKD)
+        pages = (target.k_pages_NGKD, target.v_pages_NGKD)
+        write_kv(k_TKD, v_TKD, *pages, target.slots_T, scales=target.scales, backend="torch")
+        return q_THD
+
+
+@dataclass(frozen=True)
 class TorchNativeStep:
     """One prepared step. pages_RP: int32, the page table of its rows on the host.
 
-    layouts: by window, of which `windows` names that of each layer; None: no layer has one.
+    layouts: how rows are attended, by window.
     """
 
+    writes: FiniteWrites
     pool: KVPool
     scale: float
     batch: AttentionBatch
     pages_RP: np.ndarray
-    windows: Sequence[int | None] | None
     layouts: Mapping[int | None, Layout]
 
     def layout(self, layer_index: int) -> Layout:
         """That of one layer."""
-        return self.layouts[None if self.windows is None else self.windows[layer_index]]
+        return self.layouts[self.pool.layouts[layer_index].window]
 
-    def attend(
-        self, layer_index: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
-    ) -> torch.Tensor:
-        """Write this step's KV of the layer, then attend. Returns [T, H, D]."""
-        k_NGKD, v_NGKD = self.pool.layer(layer_index)
-        write_slots_T = self.batch.write_slots_T
-        if not _is_finite(k_TKD, v_TKD):
-            wrong_T = ~(k_TKD.isfinite() & v_TKD.isfinite()).flatten(1).all(1)
-            places = write_slots_T[wrong_T].cpu().numpy()
-            self.pool.spoilt.mark(*np.divmod(places, self.batch.page_size))
-            k_TKD, v_TKD = _zeroed(k_TKD), _zeroed(v_TKD)
-        write_kv(k_TKD, v_TKD, k_NGKD, v_NGKD, write_slots_T, backend="torch")
+    def attend(self, layer_index: int, q_THD: torch.Tensor) -> torch.Tensor:
+        """See `AttentionStep`."""
+        pages = head_pages(self.pool.layer(layer_index))
         layout = self.layout(layer_index)
-        partial = [self._own(bucket, q_THD, k_NGKD, v_NGKD) for bucket in layout.buckets]
+        partial = [self._own(bucket, q_THD, pages) for bucket in layout.buckets]
         out_THD, lse_TH = partial[0]
         if layout.order_T is not None:
             out_THD = torch.cat([out for out, _ in partial])[layout.order_T]
             lse_TH = torch.cat([lse for _, lse in partial])[layout.order_T]
         for index, run in enumerate(layout.runs):
             rows = slice(run.start, run.stop)
-            out, lse = self._shared(run, q_THD[rows], k_NGKD, v_NGKD)
+            out, lse = self._shared(run, q_THD[rows], pages)
             last = index + 1 == len(layout.runs)
             _merge_into(out_THD[rows], lse_TH[rows], out, lse, need_lse=not last)
         return out_THD
@@ -178,12 +195,11 @@ class TorchNativeStep:
         return self.pool.spoilt.rows(self.pages_RP, batch.kv_lens_R, batch.page_size)
 
     def _own(
-        self, bucket: Bucket, q_THD: torch.Tensor, k_NGKD: torch.Tensor, v_NGKD: torch.Tensor
+        self, bucket: Bucket, q_THD: torch.Tensor, pages: HeadPages
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A bucket's rows over their own pages: ([B * Q, H, D], float32 [B * Q, H])."""
         size, queries = bucket.token_BQ.shape
-        k_BKLD = _gather(k_NGKD, bucket.pages, size)
-        v_BKLD = _gather(v_NGKD, bucket.pages, size)
+        k_BKLD, v_BKLD = _gather(pages, bucket.pages, size, q_THD.dtype)
         if bucket.flat is not None:
             start, stop = bucket.flat
             q_BQHD = q_THD[start:stop].view(size, queries, *q_THD.shape[1:])
@@ -192,10 +208,10 @@ class TorchNativeStep:
         return _attend(q_BQHD, k_BKLD, v_BKLD, bucket.bias_B1NL, self.scale)
 
     def _shared(
-        self, run: SharedRun, q_THD: torch.Tensor, k_NGKD: torch.Tensor, v_NGKD: torch.Tensor
+        self, run: SharedRun, q_THD: torch.Tensor, pages: HeadPages
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Some tokens over pages that all of them read: ([T, H, D], float32 [T, H])."""
-        k_BKLD, v_BKLD = _gather(k_NGKD, run.pages, 1), _gather(v_NGKD, run.pages, 1)
+        k_BKLD, v_BKLD = _gather(pages, run.pages, 1, q_THD.dtype)
         return _attend(q_THD.unsqueeze(0), k_BKLD, v_BKLD, None, self.scale)
 
 
@@ -269,19 +285,39 @@ def _is_finite(k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> bool:
 
 
 def _zeroed(values: torch.Tensor) -> torch.Tensor:
-    """NaN and infinities as zero.
-
-    Pages outlive the request that filled them, and the next one reads their tails under a mask:
-    one request gone to NaN, or one bad update, must not reach others. Whoever reads these
-    zeros as its own prefix is known by `KVPool.spoilt` and ends with NonFiniteLogits.
-    """
+    """NaN and infinities as zero."""
     return torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def _gather(pages_NGKD: torch.Tensor, pages: torch.Tensor | slice, size: int) -> torch.Tensor:
-    """[B * P] page ids, or a slice of the pool -> [B, K, L, D] of their contents."""
-    taken = pages_NGKD[pages] if isinstance(pages, slice) else pages_NGKD.index_select(0, pages)
-    return taken.view(size, -1, *pages_NGKD.shape[2:]).transpose(1, 2)
+def _gather(
+    pages: HeadPages, ids: torch.Tensor | slice, size: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B * P] page ids, or a slice of the pool -> keys and values in them, [B, K, L, D] each, in
+    `dtype`."""
+    scales = pages.scales or (None, None)
+    k_PGKD = _taken(pages.k_NGKD, scales[0], ids, dtype)
+    v_PGKD = _taken(pages.v_NGKD, scales[1], ids, dtype)
+    k_BKLD, v_BKLD = (
+        x_PGKD.view(size, -1, *x_PGKD.shape[2:]).transpose(1, 2) for x_PGKD in (k_PGKD, v_PGKD)
+    )
+    return k_BKLD, v_BKLD
+
+
+def _taken(
+    pages_NGKD: torch.Tensor,
+    scale_NKG: torch.Tensor | None,
+    ids: torch.Tensor | slice,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Some pages of keys or values, decoded where they hold codes."""
+
+    def take(pages_N: torch.Tensor) -> torch.Tensor:
+        return pages_N[ids] if isinstance(ids, slice) else pages_N.index_select(0, ids)
+
+    if scale_NKG is None:
+        return take(pages_NGKD)
+    codes_PGKD = take(as_bytes(pages_NGKD)).view(pages_NGKD.dtype)
+    return decode(codes_PGKD, take(scale_NKG).transpose(1, 2), dtype)
 
 
 def _group_rows(batch: AttentionBatch) -> list[np.ndarray]:

@@ -5,26 +5,25 @@ Legend: T tokens, R rows, H query heads, K kv heads, D head dim, P page columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from engine.attention.base import AttentionBatch, DecodeLayout
+from engine.attention.context import PoolWrites
 from engine.attention.groups import GroupRule, GroupTracker, most_tiles, tile_groups
+from engine.kv.layout import HeadLayout, common_heads, head_pages
 from engine.kv.pool import KVPool
 from engine.transfer import to_device
 from kernels.attention import SharedTiles, paged_attention
 from kernels.attention.tiles import MAX_SPLITS, MIN_SPLIT, TILE_ROWS
-from kernels.kv_copy import write_kv
-from kernels.rotary import KVTarget
 
 SAVED_BYTES = 256e6
 PROGRAMS = 64
 
 
-def group_rule(num_kv_heads: int, head_dim: int, itemsize: int) -> GroupRule:
+def group_rule(layout: HeadLayout) -> GroupRule:
     """From when shared pages are read once for a tile of rows.
 
     A tile costs a launch and its own walk over the shared tokens, about 10 us and 3.6 us for
@@ -40,8 +39,12 @@ def group_rule(num_kv_heads: int, head_dim: int, itemsize: int) -> GroupRule:
         8B 16 x 16, 512 + 256                  503     155       123
         7B 32 x 8, 1,024 + 512                 470     166       138
         1.5B 32 x 16, 512 + 256, 512 lone      252     214       214
+
+    Codes of fp8 KV count as the 16-bit elements that they become: a row that reads them again
+    decodes them again too.
     """
-    position_bytes = 2 * num_kv_heads * head_dim * itemsize
+    elements = layout.num_kv_heads * (layout.key_dim + layout.value_dim)
+    position_bytes = elements * layout.dtype.itemsize
     return GroupRule(
         unit=MIN_SPLIT,
         min_rows=4,
@@ -49,7 +52,7 @@ def group_rule(num_kv_heads: int, head_dim: int, itemsize: int) -> GroupRule:
         tile_rows=TILE_ROWS,
         max_kv_len=MAX_SPLITS * MIN_SPLIT,
         min_saved=int(SAVED_BYTES / position_bytes),
-        min_tiles=-(-PROGRAMS // num_kv_heads),
+        min_tiles=-(-PROGRAMS // layout.num_kv_heads),
     )
 
 
@@ -58,25 +61,14 @@ class TritonBackend:
 
     name = "triton"
 
-    def __init__(
-        self,
-        pool: KVPool,
-        *,
-        scale: float,
-        windows: Sequence[int | None] | None = None,
-        share_prefixes: bool = True,
-    ) -> None:
-        """windows: of each layer, see `engine.attention.base.AttentionBackend`."""
+    def __init__(self, pool: KVPool, *, scale: float, share_prefixes: bool = True) -> None:
+        layout = common_heads(pool.layouts)
         self._pool = pool
-        self._windows = windows
         self._scale = scale
         self._tracker: GroupTracker | None = None
-        num_kv_heads, head_dim = pool.num_kv_heads, pool.head_dim
-        itemsize = pool.dtype.itemsize
         # Tiles of wider elements or heads hold too few rows to gain anything.
-        if share_prefixes and itemsize == 2 and head_dim <= 128:
-            rule = group_rule(num_kv_heads, head_dim, itemsize)
-            self._tracker = GroupTracker(pool.page_size, rule)
+        if share_prefixes and layout.dtype.itemsize == 2 and layout.key_dim <= 128:
+            self._tracker = GroupTracker(pool.page_size, group_rule(layout))
 
     def prepare(self, batch: AttentionBatch) -> TritonStep:
         """Bring the row layout to the device in one copy."""
@@ -86,31 +78,29 @@ class TritonBackend:
             [starts, lens, lens]
         )
         return TritonStep(
+            writes=PoolWrites(self._pool, batch.write_slots_T),
             pool=self._pool,
             scale=self._scale,
-            write_slots_T=batch.write_slots_T,
             page_table=batch.page_table,
             table_rows_R=rows,
             query_start_R1=query_start,
             kv_lens_R=kv_lens,
             max_query_len=int(batch.query_lens_R.max()),
             max_kv_len=int(batch.kv_lens_R.max()),
-            windows=self._windows,
         )
 
     def capture_decode(self, layout: DecodeLayout) -> TritonDecode:
         """See `CapturableBackend`: the kernels read the layout's tensors in place."""
         plain = TritonStep(
+            writes=PoolWrites(self._pool, layout.write_slots_R),
             pool=self._pool,
             scale=self._scale,
-            write_slots_T=layout.write_slots_R,
             page_table=layout.page_table,
             table_rows_R=layout.slots_R,
             query_start_R1=layout.query_start_R1,
             kv_lens_R=layout.kv_lens_R,
             max_query_len=1,
             max_kv_len=layout.max_kv_len,
-            windows=self._windows,
             run=layout.run,
         )
         tracker = self._tracker
@@ -124,35 +114,22 @@ class TritonStep:
     """One prepared step. table_rows_R: where each row's pages are in `page_table`. shared: of the
     layers without a window; those with one read too little to share. run: as in `DecodeLayout`."""
 
+    writes: PoolWrites
     pool: KVPool
     scale: float
-    write_slots_T: torch.Tensor
     page_table: torch.Tensor
     table_rows_R: torch.Tensor
     query_start_R1: torch.Tensor
     kv_lens_R: torch.Tensor
     max_query_len: int
     max_kv_len: int
-    windows: Sequence[int | None] | None = None
     shared: SharedTiles | None = None
     run: int = 1
 
-    def attend(
-        self, layer_index: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
-    ) -> torch.Tensor:
-        """Write this step's KV of the layer, then attend. Returns [T, H, D]."""
-        k_NGKD, v_NGKD = self.pool.layer(layer_index)
-        write_kv(k_TKD, v_TKD, k_NGKD, v_NGKD, self.write_slots_T, backend="triton")
-        return self.attend_stored(layer_index, q_THD)
-
-    def kv_target(self, layer_index: int) -> KVTarget:
-        """See `StoredStep`."""
-        return KVTarget(*self.pool.layer(layer_index), self.write_slots_T)
-
-    def attend_stored(self, layer_index: int, q_THD: torch.Tensor) -> torch.Tensor:
-        """Attend to KV that is written already. Returns [T, H, D]."""
-        k_NGKD, v_NGKD = self.pool.layer(layer_index)
-        window = None if self.windows is None else self.windows[layer_index]
+    def attend(self, layer_index: int, q_THD: torch.Tensor) -> torch.Tensor:
+        """See `AttentionStep`."""
+        k_NGKD, v_NGKD, scales = head_pages(self.pool.layer(layer_index))
+        window = self.pool.layouts[layer_index].window
         return paged_attention(
             q_THD,
             k_NGKD,
@@ -167,6 +144,7 @@ class TritonStep:
             max_kv_len=self.max_kv_len,
             shared=self.shared if window is None else None,
             run=self.run,
+            scales=scales,
             backend="triton",
         )
 

@@ -7,6 +7,7 @@ query, key and value projection.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -29,20 +30,9 @@ class StepContext(Protocol):
         """Position of each token in its sequence, int [T]."""
         ...
 
-    def attend(
-        self, layer_index: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
-    ) -> torch.Tensor:
+    def attend(self, layer_index: int, heads: ProjectedHeads) -> torch.Tensor:
         """Store the new keys and values of a layer, attend to each sequence as far as the layer's
         window reaches, its scores scaled as the model's are: [T, H, D]."""
-        ...
-
-    def kv_target(self, layer_index: int) -> KVTarget | None:
-        """Where the new keys and values of a layer may be written by someone else, who then
-        calls `attend_stored` in place of `attend`; None if nowhere."""
-        ...
-
-    def attend_stored(self, layer_index: int, q_THD: torch.Tensor) -> torch.Tensor:
-        """`attend`, the new keys and values being in `kv_target` already."""
         ...
 
 
@@ -73,7 +63,7 @@ class Attention(nn.Module):
         )
         self.q_norm: nn.Module | None = None
         self.k_norm: nn.Module | None = None
-        self._head_norms: HeadNorms | None = None
+        self.head_norms: HeadNorms | None = None
         self._projection_norms: ProjectionNorms | None = None
         if kind.qk_norm == "head":
             self._add_head_norms(kind, runtime)
@@ -83,7 +73,7 @@ class Attention(nn.Module):
     def _add_head_norms(self, kind: AttentionKind, runtime: LayerRuntime) -> None:
         q_norm, k_norm = (RMSNorm(kind.head_dim, kind.norm, runtime=runtime) for _ in range(2))
         self.q_norm, self.k_norm = q_norm, k_norm
-        self._head_norms = HeadNorms(
+        self.head_norms = HeadNorms(
             q_norm.weight, k_norm.weight, kind.norm.eps, kind.norm.weighting
         )
 
@@ -110,14 +100,34 @@ class Attention(nn.Module):
         """Fused projection [T, C] -> [T, H * D]."""
         if self._projection_norms is not None:
             self._projection_norms(qkv_TC)
-        target = context.kv_target(self.layer_index)
-        if target is not None:
-            q_THD = self.rotary.store(qkv_TC, context.positions_T, target, self._head_norms)
-            return context.attend_stored(self.layer_index, q_THD).flatten(1)
-        parts = qkv_TC.split(self.qkv_proj.sizes, dim=-1)
-        q_THD, k_TKD, v_TKD = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
-        if self._head_norms is not None:
-            assert self.q_norm is not None and self.k_norm is not None
-            q_THD, k_TKD = self.q_norm(q_THD), self.k_norm(k_TKD)
-        q_THD, k_TKD = self.rotary(q_THD, k_TKD, context.positions_T)
-        return context.attend(self.layer_index, q_THD, k_TKD, v_TKD).flatten(1)
+        heads = ProjectedHeads(self, qkv_TC, context.positions_T)
+        return context.attend(self.layer_index, heads).flatten(1)
+
+
+@dataclass(frozen=True, eq=False)
+class ProjectedHeads:
+    """What a layer hands to whoever keeps the KV: the heads of its fused projection, whose
+    norms and rotation are still to be done, so that the kernel that does them may write the KV.
+
+    qkv_TC: [T, C]. positions_T: int [T].
+    """
+
+    layer: Attention
+    qkv_TC: torch.Tensor
+    positions_T: torch.Tensor
+
+    def store(self, target: KVTarget) -> torch.Tensor:
+        """Normalise and rotate the heads and write keys and values to their pages, in one kernel
+        on a GPU. Returns the queries [T, H, D]."""
+        layer = self.layer
+        return layer.rotary.store(self.qkv_TC, self.positions_T, target, layer.head_norms)
+
+    def rotated(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries [T, H, D], keys and values [T, K, D], normalised and rotated."""
+        layer = self.layer
+        parts = self.qkv_TC.split(layer.qkv_proj.sizes, dim=-1)
+        q_THD, k_TKD, v_TKD = (part.unflatten(-1, (-1, layer.head_dim)) for part in parts)
+        if layer.head_norms is not None:
+            assert layer.q_norm is not None and layer.k_norm is not None
+            q_THD, k_TKD = layer.q_norm(q_THD), layer.k_norm(k_TKD)
+        return (*layer.rotary(q_THD, k_TKD, self.positions_T), v_TKD)

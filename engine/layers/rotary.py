@@ -158,7 +158,7 @@ class NoRotary:
             q_THD = self._normed(q_THD, norms.q_weight_D, norms)
             k_TKD = self._normed(k_TKD, norms.k_weight_D, norms)
         pages = (target.k_pages_NGKD, target.v_pages_NGKD)
-        write_kv(k_TKD, v_TKD, *pages, target.slots_T, backend=self.backend)
+        write_kv(k_TKD, v_TKD, *pages, target.slots_T, scales=target.scales, backend=self.backend)
         return q_THD
 
     def _normed(

@@ -76,12 +76,6 @@ class ModelConfig:
         """What attention scores are multiplied by, the same in all layers."""
         return self.layers[0].attention.scale
 
-    @property
-    def windows(self) -> tuple[int | None, ...] | None:
-        """As `engine.attention.base.AttentionBackend` wants them; None where no layer has one."""
-        windows = tuple(layer.attention.window for layer in self.layers)
-        return windows if any(windows) else None
-
 
 def read_config(
     source: Mapping[str, Any], generation: Mapping[str, Any] | None = None

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from engine.attention.base import AttentionBackend, AttentionBatch
+from engine.attention.context import ForwardContext
 from engine.attention.spoilt import spoilt_rows
-from engine.attention.stored import ForwardContext
 from engine.batch import RequestTable, StepBatch
 from engine.models.build import Model
 from engine.numerics import kernel_backend

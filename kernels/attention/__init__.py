@@ -13,6 +13,7 @@ import torch
 from kernels.attention import reference
 from kernels.attention.tiles import SharedTiles, takes_whole_rows
 from kernels.backend import KernelBackend, unknown_backend
+from kernels.quant.fp8_kv import KVScales
 
 __all__ = ["SharedTiles", "paged_attention", "takes_whole_rows"]
 
@@ -32,6 +33,7 @@ def paged_attention(
     max_kv_len: int | None = None,
     shared: SharedTiles | None = None,
     run: int = 1,
+    scales: KVScales | None = None,
     backend: KernelBackend,
 ) -> torch.Tensor:
     """Attend the last tokens of each row to the whole row; returns out_THD, dtype of q.
@@ -55,6 +57,8 @@ def paged_attention(
     their first row and are each at least as long as the one before; a row that holds others is
     not in use, and gets what says nothing. "triton" reads the KV of a run once. What the other
     rows get does not depend on it.
+    scales: those of the pages, which then hold e4m3 codes (`kernels.quant.fp8_kv`): what a
+    position's code stands for is attended to.
     Softmax and sums are float32. With "triton", what a row gets does not depend on the other
     rows of the batch. Raises ValueError on an unknown backend.
     """
@@ -70,6 +74,7 @@ def paged_attention(
             kv_len_R,
             scale,
             window,
+            scales,
         )
     if backend == "triton":
         from kernels.attention import triton
@@ -88,5 +93,6 @@ def paged_attention(
             max_kv_len,
             shared,
             run,
+            scales,
         )
     raise unknown_backend(backend)

@@ -78,11 +78,47 @@ def load_pages(
 
 
 @triton.jit
+def load_scales(
+    k_scales_ptr: tl.tensor,
+    v_scales_ptr: tl.tensor,
+    page_B: tl.tensor,
+    block: tl.tensor,
+    end: tl.tensor,
+    kv_head: tl.tensor,
+    G: tl.constexpr,
+    B: tl.constexpr,
+    SCALED: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Scales of the keys and values of a block's positions, [B] each; without SCALED nothing that
+    is read. Loaded a block ahead, like page ids. The second axis of the grid is that of kv heads.
+    """
+    k_scale_B, v_scale_B = page_B, page_B
+    if SCALED:
+        position_B = block + tl.arange(0, B)
+        head_B = page_B.to(tl.int64) * tl.num_programs(1) + kv_head
+        offset_B = head_B * G + position_B % G
+        k_scale_B = tl.load(k_scales_ptr + offset_B, mask=position_B < end, other=0.0)
+        v_scale_B = tl.load(v_scales_ptr + offset_B, mask=position_B < end, other=0.0)
+    return k_scale_B, v_scale_B
+
+
+@triton.jit
+def decoded(codes: tl.tensor, SCALED: tl.constexpr, DTYPE: tl.constexpr) -> tl.tensor:
+    """Codes as elements of a product, exactly; elements as they are. By way of float32, since the
+    one instruction from float16 to bfloat16 is slow."""
+    if SCALED:
+        codes = codes.to(tl.float16).to(tl.float32).to(DTYPE)
+    return codes
+
+
+@triton.jit
 def block_state(
     q_MD: tl.tensor,
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,
     page_B: tl.tensor,
+    k_scale_B: tl.tensor,
+    v_scale_B: tl.tensor,
     block: tl.tensor,
     low: tl.tensor,
     end: tl.tensor,
@@ -101,9 +137,11 @@ def block_state(
     DP: tl.constexpr,
     G: tl.constexpr,
     B: tl.constexpr,
+    SCALED: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """One block of KV into the running (max, sum, weighted sum) of a split; `scale` > 0.
 
+    SCALED: pages hold codes, whose scales multiply the score and the probability of their position.
     Positions [low, end) count, of which the block has one at least; without a WINDOW, low is
     0. FIRST: it is the first of its split. FULL: `end` is no nearer than the block's end. Both
     save work and change no bit.
@@ -118,7 +156,9 @@ def block_state(
     inside_BD = seen_B[:, None] & (dim_D[None, :] < D)
     k_BD = tl.load(k_ptr + offset_BD, mask=inside_BD, other=0.0)
     v_BD = tl.load(v_ptr + offset_BD, mask=inside_BD, other=0.0)
-    score_MB = tl.dot(q_MD, tl.trans(k_BD), input_precision="ieee")
+    score_MB = tl.dot(q_MD, tl.trans(decoded(k_BD, SCALED, q_MD.dtype)), input_precision="ieee")
+    if SCALED:
+        score_MB = score_MB * k_scale_B.to(tl.float32)[None, :]
     if not FULL:
         score_MB = tl.where(seen_B[None, :], score_MB, float("-inf"))
     scale_M, zero_M = tl.full([M], 1.0, tl.float32) * scale, tl.zeros([M], tl.float32)
@@ -128,7 +168,11 @@ def block_state(
         new_max_M = tl.maximum(max_M, new_max_M)
     scale_MB = tl.full([M, B], 1.0, tl.float32) * scale
     prob_MB = tl.exp2(tl.fma(score_MB, scale_MB, tl.broadcast_to(-new_max_M[:, None], [M, B])))
-    block_sum_M, part_MB = row_sum(prob_MB, M, B), prob_MB.to(v_BD.dtype)
+    block_sum_M = row_sum(prob_MB, M, B)
+    if SCALED:
+        # What is not seen may have any scale, NaN among them.
+        prob_MB = prob_MB * tl.where(seen_B, v_scale_B.to(tl.float32), 0.0)[None, :]
+    part_MB, v_BD = prob_MB.to(q_MD.dtype), decoded(v_BD, SCALED, q_MD.dtype)
     if FIRST:
         return new_max_M, block_sum_M, tl.dot(part_MB, v_BD, input_precision="ieee")
     shrink_M = tl.exp2(max_M - new_max_M)

@@ -12,13 +12,15 @@ import triton
 
 from kernels.attention.blocks import LOG2_E
 from kernels.attention.tiles import MAX_SPLITS, MIN_SPLIT
+from kernels.quant.fp8_kv import KVScales
 
 
 @dataclass(frozen=True)
 class DecodeCall:
     """One decode step of one layer.
 
-    inputs: (q, k pages, v pages, page table, table rows, query starts). scale: in base 2.
+    inputs: (q, k pages, v pages, their scales or what stands in for them, page table, table rows,
+    query starts). scale: in base 2.
     strides: of q, of the pages, of the table. shape: constants of the model and the pool.
     cut: how a row's KV is cut. max_kv_len: positions that a row walks at most.
     """
@@ -51,6 +53,7 @@ def decode_call(
     table_rows_R: torch.Tensor | None,
     max_kv_len: int | None,
     window: int | None = None,
+    scales: KVScales | None = None,
 ) -> DecodeCall:
     """See `kernels.attention.decode.decode_attention`."""
     num_heads, head_dim = q_THD.shape[1:]
@@ -62,8 +65,9 @@ def decode_call(
     longest = page_table_RP.shape[1] * page_size if max_kv_len is None else max_kv_len
     if window is not None:
         longest = min(longest, window + block - 1)
+    pages = (k_pages_NGKD, v_pages_NGKD)
     return DecodeCall(
-        inputs=(q_THD, k_pages_NGKD, v_pages_NGKD, page_table_RP, rows_R, query_start_R1),
+        inputs=(q_THD, *pages, *(scales or pages), page_table_RP, rows_R, query_start_R1),
         kv_len_R=kv_len_R,
         out_THD=out_THD,
         scale=scale * LOG2_E,
@@ -74,6 +78,7 @@ def decode_call(
             "DP": padded_dim,
             "G": page_size,
             "B": block,
+            "SCALED": scales is not None,
             "INDIRECT": table_rows_R is not None,
         },
         cut={"SPLITS": MAX_SPLITS, "LEAST": MIN_SPLIT, "WINDOW": window or 0},

@@ -20,6 +20,7 @@ from kernels.attention.blocks import (
     block_state,
     first_block,
     load_pages,
+    load_scales,
     lowest_seen,
     split_size,
 )
@@ -28,6 +29,7 @@ from kernels.attention.grouped import shared_states
 from kernels.attention.runs import are_many, run_states, takes_runs, takes_whole_runs
 from kernels.attention.tiles import MAX_SPLITS, MIN_SPLIT, SharedTiles, takes_whole_rows
 from kernels.attention.whole import row_height, whole_rows
+from kernels.quant.fp8_kv import KVScales
 
 _TOGETHER = 8
 """Splits of a row that are merged in one turn; a short row takes one turn, whatever the batch's
@@ -39,6 +41,8 @@ def _decode_split_kernel(
     q_ptr: tl.tensor,
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,
+    k_scales_ptr: tl.tensor,
+    v_scales_ptr: tl.tensor,
     table_ptr: tl.tensor,
     table_rows_ptr: tl.tensor,
     query_start_ptr: tl.tensor,
@@ -57,6 +61,7 @@ def _decode_split_kernel(
     DP: tl.constexpr,
     G: tl.constexpr,
     B: tl.constexpr,
+    SCALED: tl.constexpr,
     SPLITS: tl.constexpr,
     LEAST: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -84,6 +89,9 @@ def _decode_split_kernel(
     sum_M = tl.zeros([M], tl.float32)
     acc_MD = tl.zeros([M, DP], tl.float32)
     page_B = load_pages(pages_ptr, begin, end, G, B)
+    k_scale_B, v_scale_B = load_scales(
+        k_scales_ptr, v_scales_ptr, page_B, begin, end, kv_head, G, B, SCALED
+    )
     for block in range(begin, end, B):
         next_B = load_pages(pages_ptr, block + B, end, G, B)
         max_M, sum_M, acc_MD = block_state(
@@ -91,6 +99,8 @@ def _decode_split_kernel(
             k_ptr,
             v_ptr,
             page_B,
+            k_scale_B,
+            v_scale_B,
             block,
             low,
             end,
@@ -109,8 +119,13 @@ def _decode_split_kernel(
             DP,
             G,
             B,
+            SCALED,
         )
         page_B = next_B
+        if SCALED:
+            k_scale_B, v_scale_B = load_scales(
+                k_scales_ptr, v_scales_ptr, page_B, block + B, end, kv_head, G, B, SCALED
+            )
     slot_M = (row * tl.num_programs(1) * U + kv_head * U + head_M) * tl.num_programs(2) + split
     part_offset_MD = slot_M[:, None] * D + dim_D[None, :]
     tl.store(part_ptr + part_offset_MD, acc_MD, mask=inside_MD)
@@ -182,15 +197,16 @@ def decode_attention(
     whole: bool | None = None,
     window: int | None = None,
     run: int = 1,
+    scales: KVScales | None = None,
 ) -> None:
     """Fill `out_THD` for the rows that have exactly one query; other rows are left alone.
 
-    table_rows_R, max_kv_len, shared, window, run: see `kernels.attention.paged_attention`.
+    table_rows_R, max_kv_len, shared, window, run, scales: see `kernels.attention.paged_attention`.
     whole: one program takes all splits of a row, in place of one for each and a merge; the
     result is the same. None does so when the rows alone fill the GPU or share tiles.
     """
     batch = (q_THD, k_pages_NGKD, v_pages_NGKD, page_table_RP, query_start_R1, kv_len_R)
-    call = decode_call(*batch, scale, out_THD, table_rows_R, max_kv_len, window)
+    call = decode_call(*batch, scale, out_THD, table_rows_R, max_kv_len, window, scales)
     if shared is not None:
         whole_rows(call, (shared.tokens_R, *shared_states(call, shared)))
     elif takes_runs(call, run, window) and (whole is not None or are_many(call, run)):

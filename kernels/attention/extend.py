@@ -16,7 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention.blocks import LOG2_E, first_block, lowest_seen
+from kernels.attention.blocks import LOG2_E, decoded, first_block, lowest_seen
+from kernels.quant.fp8_kv import KVScales
 
 
 @triton.jit
@@ -24,6 +25,8 @@ def _extend_kernel(
     q_ptr: tl.tensor,
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,
+    k_scales_ptr: tl.tensor,
+    v_scales_ptr: tl.tensor,
     table_ptr: tl.tensor,
     table_rows_ptr: tl.tensor,
     query_start_ptr: tl.tensor,
@@ -41,6 +44,7 @@ def _extend_kernel(
     DP: tl.constexpr,
     G: tl.constexpr,
     B: tl.constexpr,
+    SCALED: tl.constexpr,
     WINDOW: tl.constexpr,
     INDIRECT: tl.constexpr,
 ) -> None:
@@ -81,7 +85,13 @@ def _extend_kernel(
         inside_BD = seen_B[:, None] & (dim_D[None, :] < D)
         k_BD = tl.load(k_ptr + kv_offset_BD, mask=inside_BD, other=0.0)
         v_BD = tl.load(v_ptr + kv_offset_BD, mask=inside_BD, other=0.0)
-        score_MB = tl.dot(q_MD, tl.trans(k_BD), input_precision="ieee") * scale
+        score_MB = tl.dot(q_MD, tl.trans(decoded(k_BD, SCALED, q_MD.dtype)), input_precision="ieee")
+        if SCALED:
+            scale_B = ((page_B * tl.num_programs(1) + kv_head) * G) + position_B % G
+            k_scale_B = tl.load(k_scales_ptr + scale_B, mask=seen_B, other=0.0).to(tl.float32)
+            v_scale_B = tl.load(v_scales_ptr + scale_B, mask=seen_B, other=0.0).to(tl.float32)
+            score_MB = score_MB * k_scale_B[None, :]
+        score_MB = score_MB * scale
         visible_MB = position_B[None, :] <= last_M[:, None]
         if WINDOW:
             visible_MB = visible_MB & (position_B[None, :] > (last_M - WINDOW)[:, None])
@@ -94,8 +104,11 @@ def _extend_kernel(
         shrink_M = tl.exp2(max_M - finite_max_M)
         prob_MB = tl.exp2(score_MB - finite_max_M[:, None])
         sum_M = sum_M * shrink_M + tl.sum(prob_MB, axis=1)
+        if SCALED:
+            prob_MB = prob_MB * v_scale_B[None, :]
         acc_MD = acc_MD * shrink_M[:, None]
-        acc_MD = tl.dot(prob_MB.to(v_BD.dtype), v_BD, acc_MD, input_precision="ieee")
+        part_MB, v_BD = prob_MB.to(q_MD.dtype), decoded(v_BD, SCALED, q_MD.dtype)
+        acc_MD = tl.dot(part_MB, v_BD, acc_MD, input_precision="ieee")
         max_M = new_max_M
 
     if WINDOW:
@@ -118,10 +131,11 @@ def extend_attention(
     out_THD: torch.Tensor,
     table_rows_R: torch.Tensor | None = None,
     window: int | None = None,
+    scales: KVScales | None = None,
 ) -> None:
     """Fill `out_THD` for the rows that have two or more queries; others are left alone.
 
-    table_rows_R, window: see `kernels.attention.paged_attention`.
+    table_rows_R, window, scales: see `kernels.attention.paged_attention`.
     """
     num_heads, head_dim = q_THD.shape[1:]
     page_size, num_kv_heads = k_pages_NGKD.shape[1:3]
@@ -133,6 +147,7 @@ def extend_attention(
         q_THD,
         k_pages_NGKD,
         v_pages_NGKD,
+        *(scales or (k_pages_NGKD, v_pages_NGKD)),
         page_table_RP,
         kv_len_R if table_rows_R is None else table_rows_R,
         query_start_R1,
@@ -148,6 +163,7 @@ def extend_attention(
         DP=padded_dim,
         G=page_size,
         B=32 if wide else 64,
+        SCALED=scales is not None,
         WINDOW=window or 0,
         INDIRECT=table_rows_R is not None,
         num_warps=4,

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention.blocks import block_state, fold_split, load_pages
+from kernels.attention.blocks import block_state, fold_split, load_pages, load_scales
 from kernels.attention.call import DecodeCall
 from kernels.attention.tiles import MIN_SPLIT, TILE_ROWS, SharedTiles
 
@@ -39,6 +39,8 @@ def shared_kernel(
     q_ptr: tl.tensor,
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,
+    k_scales_ptr: tl.tensor,
+    v_scales_ptr: tl.tensor,
     table_ptr: tl.tensor,
     table_rows_ptr: tl.tensor,
     query_start_ptr: tl.tensor,
@@ -57,6 +59,7 @@ def shared_kernel(
     DP: tl.constexpr,
     G: tl.constexpr,
     B: tl.constexpr,
+    SCALED: tl.constexpr,
     LEAST: tl.constexpr,
     INDIRECT: tl.constexpr,
 ) -> None:
@@ -72,6 +75,9 @@ def shared_kernel(
     pages_ptr = table_ptr + table_row * table_stride
 
     page_B = load_pages(pages_ptr, 0, tokens, G, B)
+    k_scale_B, v_scale_B = load_scales(
+        k_scales_ptr, v_scales_ptr, page_B, 0, tokens, kv_head, G, B, SCALED
+    )
     item_M, dim_D = tl.arange(0, M), tl.arange(0, DP)
     row_M, head_M = first + passed + item_M // U, kv_head * U + item_M % U
     valid_M = item_M < tl.minimum(num_rows - passed, M // U) * U
@@ -92,6 +98,8 @@ def shared_kernel(
             k_ptr,
             v_ptr,
             page_B,
+            k_scale_B,
+            v_scale_B,
             block,
             0,
             tokens,
@@ -110,8 +118,13 @@ def shared_kernel(
             DP,
             G,
             B,
+            SCALED,
         )
         page_B = next_B
+        if SCALED:
+            k_scale_B, v_scale_B = load_scales(
+                k_scales_ptr, v_scales_ptr, page_B, block + B, tokens, kv_head, G, B, SCALED
+            )
         if (B == LEAST) or ((block + B) % LEAST == 0):
             run_max_M, run_sum_M, run_acc_MD = fold_split(
                 run_max_M, run_sum_M, run_acc_MD, max_M, sum_M, acc_MD, M, DP
@@ -125,14 +138,17 @@ def shared_kernel(
     tl.store(state_ptr + 2 * slot_M + 1, run_sum_M, mask=valid_M)
 
 
-def choose_launch(group: int, *, wide: bool) -> Launch:
+def choose_launch(group: int, *, wide: bool, scaled: bool = False) -> Launch:
     """For `group` query heads of a kv head: what was fastest on an H100 at head dim 128.
 
     wide: elements of 32 bits or a head dim above 128, which leave registers for few rows. Then
-    nothing is gained, and a tile is as high as that of one row.
+    nothing is gained, and a tile is as high as that of one row. scaled: fp8 pages, whose decoding
+    takes registers too: as compiled for a Hopper GPU, 8 warps spill 400 bytes a thread and read
+    values byte by byte, 4 warps 48 bytes.
     """
     least = max(triton.next_power_of_2(group), 16)
-    height = max(least, min(triton.next_power_of_2(TILE_ROWS * group), HIGHEST))
+    highest = max(HIGHEST // 2, least) if scaled else HIGHEST
+    height = max(least, min(triton.next_power_of_2(TILE_ROWS * group), highest))
     if wide or height < 64:
         return Launch(least if wide else height, num_warps=4, num_stages=2)
     return Launch(height, num_warps=4 if height < HIGHEST else 8, num_stages=3)
@@ -147,7 +163,9 @@ def shared_states(
     the scores, float32 [R, H, 2]; rows without a tile are left unwritten.
     """
     q_THD, group = call.inputs[0], call.shape["U"]
-    launch = launch or choose_launch(group, wide=call.shape["B"] < MIN_SPLIT)
+    if launch is None:
+        wide, scaled = call.shape["B"] < MIN_SPLIT, bool(call.shape["SCALED"])
+        launch = choose_launch(group, wide=wide, scaled=scaled)
     acc_RHD = q_THD.new_empty(call.num_rows, *q_THD.shape[1:], dtype=torch.float32)
     state_RH2 = acc_RHD.new_empty(*acc_RHD.shape[:2], 2)
     passes = triton.cdiv(TILE_ROWS, launch.height // group)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from kernels.quant.fp8_kv import KVScales, as_bytes, decode
+
 
 def paged_attention(
     q_THD: torch.Tensor,
@@ -18,25 +20,37 @@ def paged_attention(
     kv_len_R: torch.Tensor,
     scale: float,
     window: int | None = None,
+    scales: KVScales | None = None,
 ) -> torch.Tensor:
     """See `kernels.attention.paged_attention`."""
+    k_scale_NKG, v_scale_NKG = scales or (None, None)
     out_THD = torch.empty_like(q_THD)
     starts = query_start_R1.tolist()
     for row, kv_len in enumerate(kv_len_R.tolist()):
         begin, end = starts[row], starts[row + 1]
         if begin == end:
             continue
-        k_sKD = gather_row(k_pages_NGKD, page_table_RP[row], kv_len)
-        v_sKD = gather_row(v_pages_NGKD, page_table_RP[row], kv_len)
+        k_sKD = gather_row(k_pages_NGKD, page_table_RP[row], kv_len, k_scale_NKG)
+        v_sKD = gather_row(v_pages_NGKD, page_table_RP[row], kv_len, v_scale_NKG)
         out_THD[begin:end] = attend(q_THD[begin:end], k_sKD, v_sKD, scale, window)
     return out_THD
 
 
-def gather_row(pages_NGKD: torch.Tensor, page_ids_P: torch.Tensor, kv_len: int) -> torch.Tensor:
-    """The first `kv_len` positions of one sequence, [kv_len, K, D], copied out of its pages."""
+def gather_row(
+    pages_NGKD: torch.Tensor,
+    page_ids_P: torch.Tensor,
+    kv_len: int,
+    scale_NKG: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The first `kv_len` positions of one sequence, [kv_len, K, D], copied out of its pages; in
+    float32 where these hold codes."""
     page_size = pages_NGKD.shape[1]
-    used = -(-kv_len // page_size)
-    return pages_NGKD[page_ids_P[:used].long()].flatten(0, 1)[:kv_len]
+    used_U = page_ids_P[: -(-kv_len // page_size)].long()
+    if scale_NKG is None:
+        return pages_NGKD[used_U].flatten(0, 1)[:kv_len]
+    codes_UGKD = as_bytes(pages_NGKD)[used_U].view(pages_NGKD.dtype)
+    scale_UGK = scale_NKG[used_U].transpose(1, 2)
+    return decode(codes_UGKD, scale_UGK, torch.float32).flatten(0, 1)[:kv_len]
 
 
 def attend(

@@ -15,7 +15,15 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention.blocks import block_state, fold_split, load_pages, row_sum, split_size
+from kernels.attention.blocks import (
+    block_state,
+    decoded,
+    fold_split,
+    load_pages,
+    load_scales,
+    row_sum,
+    split_size,
+)
 from kernels.attention.call import DecodeCall
 from kernels.attention.tiles import takes_whole_rows
 
@@ -46,6 +54,8 @@ def _run_block_state(
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,
     page_B: tl.tensor,
+    k_scale_B: tl.tensor,
+    v_scale_B: tl.tensor,
     block: tl.tensor,
     stop: tl.tensor,
     end_M: tl.tensor,
@@ -61,6 +71,7 @@ def _run_block_state(
     DP: tl.constexpr,
     G: tl.constexpr,
     B: tl.constexpr,
+    SCALED: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """`blocks.block_state` for query rows with ends of their own, `stop` at most; a row may have no
     position in the block."""
@@ -72,7 +83,9 @@ def _run_block_state(
     k_BD = tl.load(k_ptr + offset_BD, mask=inside_BD, other=0.0)
     v_BD = tl.load(v_ptr + offset_BD, mask=inside_BD, other=0.0)
     seen_MB = position_B[None, :] < end_M[:, None]
-    score_MB = tl.dot(q_MD, tl.trans(k_BD), input_precision="ieee")
+    score_MB = tl.dot(q_MD, tl.trans(decoded(k_BD, SCALED, q_MD.dtype)), input_precision="ieee")
+    if SCALED:
+        score_MB = score_MB * k_scale_B.to(tl.float32)[None, :]
     score_MB = tl.where(seen_MB, score_MB, float("-inf"))
     scale_M, zero_M = tl.full([M], 1.0, tl.float32) * scale, tl.zeros([M], tl.float32)
     new_max_M = tl.maximum(max_M, tl.fma(tl.max(score_MB, axis=1), scale_M, zero_M))
@@ -80,13 +93,22 @@ def _run_block_state(
     base_M = tl.where(new_max_M == float("-inf"), 0.0, new_max_M)
     scale_MB = tl.full([M, B], 1.0, tl.float32) * scale
     prob_MB = tl.exp2(tl.fma(score_MB, scale_MB, tl.broadcast_to(-base_M[:, None], [M, B])))
-    block_sum_M, part_MB = row_sum(prob_MB, M, B), prob_MB.to(v_BD.dtype)
+    block_sum_M = row_sum(prob_MB, M, B)
+    # 0 times infinity is NaN: a value that is not finite reaches the rows that see it alone. Of
+    # codes it is the scale that is not.
+    if SCALED:
+        v_scale_B = v_scale_B.to(tl.float32)
+        odd_B = v_scale_B != v_scale_B
+        prob_MB = prob_MB * tl.where(odd_B, 0.0, v_scale_B)[None, :]
+    part_MB = prob_MB.to(q_MD.dtype)
     shrink_M = tl.exp2(max_M - base_M)
     sum_M = tl.fma(sum_M, shrink_M, block_sum_M)
-    # 0 times infinity is NaN: a value that is not finite reaches the rows that see it alone.
-    odd_BD = (v_BD != v_BD) | (tl.abs(v_BD.to(tl.float32)) == float("inf"))
-    odd_B = tl.max(odd_BD.to(tl.int32), axis=1) > 0
-    v_BD = tl.where(odd_BD, 0.0, v_BD).to(v_BD.dtype)
+    if SCALED:
+        v_BD = decoded(v_BD, SCALED, q_MD.dtype)
+    else:
+        odd_BD = (v_BD != v_BD) | (tl.abs(v_BD.to(tl.float32)) == float("inf"))
+        odd_B = tl.max(odd_BD.to(tl.int32), axis=1) > 0
+        v_BD = tl.where(odd_BD, 0.0, v_BD).to(v_BD.dtype)
     meets_M = tl.max((seen_MB & odd_B[None, :]).to(tl.int32), axis=1) > 0
     sum_M = tl.where(meets_M, float("nan"), sum_M)
     acc_MD = tl.dot(part_MB, v_BD, acc_MD * shrink_M[:, None], input_precision="ieee")
@@ -98,6 +120,8 @@ def _run_kernel(
     q_ptr: tl.tensor,
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,
+    k_scales_ptr: tl.tensor,
+    v_scales_ptr: tl.tensor,
     table_ptr: tl.tensor,
     table_rows_ptr: tl.tensor,
     query_start_ptr: tl.tensor,
@@ -118,6 +142,7 @@ def _run_kernel(
     DP: tl.constexpr,
     G: tl.constexpr,
     B: tl.constexpr,
+    SCALED: tl.constexpr,
     SPLITS: tl.constexpr,
     LEAST: tl.constexpr,
     PARTS: tl.constexpr,
@@ -161,6 +186,9 @@ def _run_kernel(
         start = split * size if PARTS else 0
         stop = tl.minimum(start + size, end) if PARTS else end
         page_B = load_pages(pages_ptr, start, stop, G, B)
+        k_scale_B, v_scale_B = load_scales(
+            k_scales_ptr, v_scales_ptr, page_B, start, stop, kv_head, G, B, SCALED
+        )
         max_M = tl.full([M], float("-inf"), tl.float32)
         sum_M = tl.zeros([M], tl.float32)
         acc_MD = tl.zeros([M, DP], tl.float32)
@@ -176,6 +204,8 @@ def _run_kernel(
                 k_ptr,
                 v_ptr,
                 page_B,
+                k_scale_B,
+                v_scale_B,
                 block,
                 0,
                 stop,
@@ -194,8 +224,13 @@ def _run_kernel(
                 DP,
                 G,
                 B,
+                SCALED,
             )
             page_B = next_B
+            if SCALED:
+                k_scale_B, v_scale_B = load_scales(
+                    k_scales_ptr, v_scales_ptr, page_B, block + B, stop, kv_head, G, B, SCALED
+                )
             ends = ((block + B) % size == 0) | (block + B >= end)
             if not PARTS and ends:
                 run_max_M, run_sum_M, run_acc_MD = fold_split(
@@ -210,6 +245,8 @@ def _run_kernel(
                 k_ptr,
                 v_ptr,
                 page_B,
+                k_scale_B,
+                v_scale_B,
                 block,
                 stop,
                 end_M,
@@ -225,8 +262,13 @@ def _run_kernel(
                 DP,
                 G,
                 B,
+                SCALED,
             )
             page_B = load_pages(pages_ptr, block + B, stop, G, B)
+            if SCALED:
+                k_scale_B, v_scale_B = load_scales(
+                    k_scales_ptr, v_scales_ptr, page_B, block + B, stop, kv_head, G, B, SCALED
+                )
             ends = ((block + B) % size == 0) | (block + B >= end)
             if not PARTS and ends:
                 run_max_M, run_sum_M, run_acc_MD = fold_split(

@@ -14,6 +14,7 @@ from kernels.attention.blocks import (
     first_block,
     fold_split,
     load_pages,
+    load_scales,
     lowest_seen,
     split_size,
 )
@@ -25,6 +26,8 @@ def whole_kernel(
     q_ptr: tl.tensor,
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,
+    k_scales_ptr: tl.tensor,
+    v_scales_ptr: tl.tensor,
     table_ptr: tl.tensor,
     table_rows_ptr: tl.tensor,
     query_start_ptr: tl.tensor,
@@ -45,6 +48,7 @@ def whole_kernel(
     DP: tl.constexpr,
     G: tl.constexpr,
     B: tl.constexpr,
+    SCALED: tl.constexpr,
     SPLITS: tl.constexpr,
     LEAST: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -69,6 +73,9 @@ def whole_kernel(
     # Larger splits end elsewhere than those of a tile: such a row reads all its KV itself.
     start = tl.where(size == LEAST, shared, 0) if RESUME else begin
     page_B = load_pages(pages_ptr, start, kv_len, G, B)
+    k_scale_B, v_scale_B = load_scales(
+        k_scales_ptr, v_scales_ptr, page_B, start, kv_len, kv_head, G, B, SCALED
+    )
 
     head_M, dim_D = tl.arange(0, M), tl.arange(0, DP)
     inside_MD = (head_M[:, None] < U) & (dim_D[None, :] < D)
@@ -96,6 +103,8 @@ def whole_kernel(
             k_ptr,
             v_ptr,
             page_B,
+            k_scale_B,
+            v_scale_B,
             block,
             low,
             kv_len,
@@ -114,8 +123,13 @@ def whole_kernel(
             DP,
             G,
             B,
+            SCALED,
         )
         page_B = next_B
+        if SCALED:
+            k_scale_B, v_scale_B = load_scales(
+                k_scales_ptr, v_scales_ptr, page_B, block + B, kv_len, kv_head, G, B, SCALED
+            )
         if ((block + B - begin) % size == 0) | (block + B >= kv_len):
             run_max_M, run_sum_M, run_acc_MD = fold_split(
                 run_max_M, run_sum_M, run_acc_MD, max_M, sum_M, acc_MD, M, DP

@@ -1,4 +1,4 @@
-"""What weights are stored as: codecs, each one arithmetic in plain torch."""
+"""What weights and KV pages are stored as: codecs, each one arithmetic in plain torch."""
 
 from __future__ import annotations
 

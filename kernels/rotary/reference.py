@@ -52,5 +52,6 @@ def rotate_and_store(
         q_THD = norm.rms_norm(q_THD, norms.q_weight_D, norms.eps, norms.weighting)
         k_TKD = norm.rms_norm(k_TKD, norms.k_weight_D, norms.eps, norms.weighting)
     q_THD, k_TKD = apply_rotary(q_THD, k_TKD, positions_T, cos_sin_MD, wide=wide)
-    kv_copy.write_kv(k_TKD, v_TKD, target.k_pages_NGKD, target.v_pages_NGKD, target.slots_T)
+    pages = (target.k_pages_NGKD, target.v_pages_NGKD)
+    kv_copy.write_kv(k_TKD, v_TKD, *pages, target.slots_T, target.scales)
     return q_THD

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.quant.fp8_kv import as_bytes
+from kernels.quant.fp8_kv_triton import codes_of, head_scale, largest_finite, stored_scale
 from kernels.rotary.types import HeadNorms, KVTarget
 
 _HEADS_PER_PROGRAM = 4
@@ -76,6 +78,8 @@ def _rotate_and_store_kernel(
     q_out_ptr: tl.tensor,
     k_pages_ptr: tl.tensor,
     v_pages_ptr: tl.tensor,
+    k_scales_ptr: tl.tensor,
+    v_scales_ptr: tl.tensor,
     slots_ptr: tl.tensor,
     positions_ptr: tl.tensor,
     cos_sin_ptr: tl.tensor,
@@ -90,6 +94,8 @@ def _rotate_and_store_kernel(
     WIDE_NORM: tl.constexpr,
     OFFSET_NORM: tl.constexpr,
     WIDE: tl.constexpr,
+    SCALED: tl.constexpr,
+    G: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ) -> None:
@@ -132,12 +138,35 @@ def _rotate_and_store_kernel(
     kept_HE = inside_HE & (slot >= 0)
     is_k_HE = kept_HE & (k_head_H1 >= 0) & (v_head_H1 < 0)
     k_HE = k_pages_ptr + (slot * KV_HEADS + k_head_H1) * DIM + half_1E
-    tl.store(k_HE, new_low_HE, mask=is_k_HE)
-    tl.store(k_HE + HALF, new_high_HE, mask=is_k_HE)
     is_v_HE = kept_HE & (v_head_H1 >= 0)
     v_HE = v_pages_ptr + (slot * KV_HEADS + v_head_H1) * DIM + half_1E
-    tl.store(v_HE, low_HE, mask=is_v_HE)
-    tl.store(v_HE + HALF, high_HE, mask=is_v_HE)
+    if SCALED:
+        # Programs that have query heads alone are done.
+        if (tl.program_id(1) + 1) * BLOCK_H > Q_HEADS:
+            low_HE = tl.where(v_head_H1 >= 0, low_HE, new_low_HE)
+            high_HE = tl.where(v_head_H1 >= 0, high_HE, new_high_HE)
+            low_largest_H1, low_odd_H1 = largest_finite(low_HE)
+            high_largest_H1, high_odd_H1 = largest_finite(high_HE)
+            odd_H1 = tl.maximum(low_odd_H1, high_odd_H1)
+            scale_H1 = head_scale(tl.maximum(low_largest_H1, high_largest_H1))
+            low_code_HE = codes_of(low_HE, scale_H1, odd_H1)
+            high_code_HE = codes_of(high_HE, scale_H1, odd_H1)
+            tl.store(k_HE, low_code_HE, mask=is_k_HE)
+            tl.store(k_HE + HALF, high_code_HE, mask=is_k_HE)
+            tl.store(v_HE, low_code_HE, mask=is_v_HE)
+            tl.store(v_HE + HALF, high_code_HE, mask=is_v_HE)
+            kept_scale_H1 = stored_scale(scale_H1, odd_H1)
+            kept_H1 = (head_H1 < Q_HEADS + 2 * KV_HEADS) & (slot >= 0)
+            k_scale_H1 = k_scales_ptr + (slot // G * KV_HEADS + k_head_H1) * G + slot % G
+            is_k_H1 = kept_H1 & (k_head_H1 >= 0) & (v_head_H1 < 0)
+            tl.store(k_scale_H1, kept_scale_H1, mask=is_k_H1)
+            v_scale_H1 = v_scales_ptr + (slot // G * KV_HEADS + v_head_H1) * G + slot % G
+            tl.store(v_scale_H1, kept_scale_H1, mask=kept_H1 & (v_head_H1 >= 0))
+    else:
+        tl.store(k_HE, new_low_HE, mask=is_k_HE)
+        tl.store(k_HE + HALF, new_high_HE, mask=is_k_HE)
+        tl.store(v_HE, low_HE, mask=is_v_HE)
+        tl.store(v_HE + HALF, high_HE, mask=is_v_HE)
 
 
 def rotate_and_store(
@@ -157,8 +186,9 @@ def rotate_and_store(
     """
     k_pages_NGKD, v_pages_NGKD = target.k_pages_NGKD, target.v_pages_NGKD
     assert k_pages_NGKD.is_contiguous() and v_pages_NGKD.is_contiguous()
-    assert qkv_TC.stride(1) == 1 and qkv_TC.dtype == k_pages_NGKD.dtype
-    kv_heads, head_dim = k_pages_NGKD.shape[2:]
+    assert qkv_TC.stride(1) == 1
+    assert target.scales is not None or qkv_TC.dtype == k_pages_NGKD.dtype
+    page_size, kv_heads, head_dim = k_pages_NGKD.shape[1:]
     num_tokens, columns = qkv_TC.shape
     num_heads = columns // head_dim - 2 * kv_heads
     q_THD = qkv_TC.new_empty(num_tokens, num_heads, head_dim)
@@ -166,8 +196,9 @@ def rotate_and_store(
         _rotate_and_store_kernel[(num_tokens, triton.cdiv(num_heads + 2 * kv_heads, block_h))](
             qkv_TC,
             q_THD,
-            k_pages_NGKD,
-            v_pages_NGKD,
+            as_bytes(k_pages_NGKD),
+            as_bytes(v_pages_NGKD),
+            *(target.scales or (k_pages_NGKD, v_pages_NGKD)),
             target.slots_T.contiguous(),
             positions_T.contiguous(),
             cos_sin_MD,
@@ -182,6 +213,8 @@ def rotate_and_store(
             WIDE_NORM=norms is not None and norms.weighting != "rounded",
             OFFSET_NORM=norms is not None and norms.weighting == "offset",
             WIDE=wide,
+            SCALED=target.scales is not None,
+            G=page_size,
             BLOCK_H=block_h,
             BLOCK_E=triton.next_power_of_2(head_dim // 2),
             num_warps=1,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.quant.fp8_kv import KVScales
 from kernels.weighting import Weighting
 
 
@@ -13,13 +14,14 @@ from kernels.weighting import Weighting
 class KVTarget:
     """Where the tokens of a step keep their keys and values in one layer.
 
-    k_pages_NGKD, v_pages_NGKD: contiguous, in the dtype of the tokens.
+    k_pages_NGKD, v_pages_NGKD: contiguous, in the dtype of the tokens, or e4m3 with `scales`.
     slots_T: int32 or int64, page * G + offset of each token, distinct; negative for none.
     """
 
     k_pages_NGKD: torch.Tensor
     v_pages_NGKD: torch.Tensor
     slots_T: torch.Tensor
+    scales: KVScales | None = None
 
 
 @dataclass(frozen=True)

@@ -69,9 +69,12 @@ def assert_equal(got, want) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype"),
+    [("float32", "auto"), ("bfloat16", "auto"), ("float16", "auto"), ("bfloat16", "fp8_e4m3")],
+)
 @pytest.mark.parametrize("rows", [1, 8, 64])
-def test_a_full_bucket_is_bit_equal_to_eager(tiny, rows: int, dtype: str) -> None:
+def test_a_full_bucket_is_bit_equal_to_eager(tiny, rows: int, dtype: str, kv_dtype: str) -> None:
     requests = [
         request(f"{i}", PROMPT, seed=i, max_new_tokens=50, temperature=0.0 if i % 2 else 1.0)
         for i in range(rows)
@@ -79,6 +82,7 @@ def test_a_full_bucket_is_bit_equal_to_eager(tiny, rows: int, dtype: str) -> Non
     # All begin and end in the same step: a batch that shrinks would be padded, and products
     # of other sizes round in another order.
     options = {"dtype": dtype, "num_pages": 1500, "prefix_cache": False, "max_step_tokens": 4096}
+    options["kv_dtype"] = kv_dtype
     graphs = outputs_of(tiny[0], requests, **options)
     assert_equal(graphs, outputs_of(tiny[0], requests, cuda_graphs=False, **options))
 
@@ -144,9 +148,12 @@ def test_graphs_serve_new_weights(tiny) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype"),
+    [("bfloat16", "auto"), ("float16", "auto"), ("bfloat16", "fp8_e4m3")],
+)
 def test_a_prompt_group_is_bit_equal_to_the_same_rows_without_tiles(
-    tiny, monkeypatch, dtype: str
+    tiny, monkeypatch, dtype: str, kv_dtype: str
 ) -> None:
     """Sixteen samples of each of five prompts: their shared pages read once, or row by row."""
     prompts = [[(7 * i + 13 * n) % 90 + 5 for i in range(300)] for n in range(5)]
@@ -156,6 +163,7 @@ def test_a_prompt_group_is_bit_equal_to_the_same_rows_without_tiles(
         for i in range(16)
     ]
     options = {"dtype": dtype, "num_pages": 3000, "max_running": 96, "max_step_tokens": 2048}
+    options["kv_dtype"] = kv_dtype
     seen = []
     refresh = TritonDecode.refresh
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from engine.layers.attention import ProjectedHeads
 from engine.layers.kinds import LayerKind
 from engine.models.decoder import CausalLM
 
@@ -19,17 +20,9 @@ class DenseContext:
         self.layers = layers
         self.positions_T = torch.arange(num_tokens, device=device)
 
-    def kv_target(self, layer_index: int) -> None:
-        """There are no pages to write to."""
-
-    def attend_stored(self, layer_index: int, q_THD: torch.Tensor) -> torch.Tensor:
-        """Not reached: `kv_target` names no place."""
-        raise AssertionError
-
-    def attend(
-        self, layer_index: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
-    ) -> torch.Tensor:
+    def attend(self, layer_index: int, heads: ProjectedHeads) -> torch.Tensor:
         """Softmax attention, [T, H, D]; query head h reads KV head h // (H / K)."""
+        q_THD, k_TKD, v_TKD = heads.rotated()
         repeats = q_THD.shape[1] // k_TKD.shape[1]
         k_THD, v_THD = (x.repeat_interleave(repeats, dim=1) for x in (k_TKD, v_TKD))
         scores_HTT = torch.einsum("thd,shd->hts", q_THD, k_THD)

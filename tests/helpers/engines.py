@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.config import CacheConfig, EngineConfig, SchedulerConfig
+from engine.config import CacheConfig, EngineConfig, KVDType, SchedulerConfig
 from engine.protocol import Request, RequestOutput, SamplingParams
 from rollout.launch import launch
 from rollout.replica.inline import InlineReplica
@@ -28,6 +28,7 @@ def make_replica(
     device: str = "cpu",
     cuda_graphs: bool = True,
     overlap: bool | None = None,
+    kv_dtype: KVDType = "auto",
 ) -> InlineReplica:
     """An inline replica over the checkpoint at `model`."""
     replica = launch(
@@ -37,7 +38,12 @@ def make_replica(
             device=device,
             context_length=context_length,
             cuda_graphs=cuda_graphs,
-            cache=CacheConfig(num_pages=num_pages, page_size=page_size, prefix_cache=prefix_cache),
+            cache=CacheConfig(
+                num_pages=num_pages,
+                page_size=page_size,
+                prefix_cache=prefix_cache,
+                kv_dtype=kv_dtype,
+            ),
             scheduler=SchedulerConfig(
                 max_running=max_running,
                 max_step_tokens=max_step_tokens,

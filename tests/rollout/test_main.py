@@ -55,6 +55,8 @@ ENGINE: dict[str, tuple[list[str], str, object]] = {
     "kv-memory": (["0.5"], "cache.memory_bytes", 1 << 29),
     "mem-fraction": (["0.25"], "cache.memory_fraction", 0.25),
     "no-prefix-cache": ([], "cache.prefix_cache", False),
+    "kv-dtype": (["fp8_e4m3"], "cache.kv_dtype", "fp8_e4m3"),
+    "kv-scales": (["checkpoint"], "cache.kv_scales", "checkpoint"),
     "max-running": (["7"], "scheduler.max_running", 7),
     "max-waiting": (["8"], "scheduler.max_waiting", 8),
     "max-samples": (["9"], "scheduler.max_samples", 9),

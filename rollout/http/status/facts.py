@@ -47,6 +47,7 @@ def server_info(services: Services, state: ReplicaState) -> dict[str, Any]:
         "gpu_id_step": 1,
         "dtype": state.dtype,
         "quantization": _quantization(config.engine),
+        "kv_cache_dtype": config.engine.cache.kv_dtype,
         "device": state.device,
         "attention_backend": state.attention,
         "context_length": state.context_length,
@@ -95,6 +96,7 @@ def vllm_config(services: Services, state: ReplicaState) -> dict[str, Any]:
         "cache_config": {
             "block_size": state.page_size,
             "num_gpu_blocks": state.total_pages,
+            "cache_dtype": services.config.engine.cache.kv_dtype,
             "enable_prefix_caching": services.config.engine.cache.prefix_cache,
         },
         "lora_config": None,

@@ -11,11 +11,11 @@ import torch
 from engine.attention.base import AttentionBatch, DecodeLayout
 from engine.attention.flashinfer import FlashInferBackend, paged_rows, workspace_bytes
 from engine.config import CacheConfig, EngineConfig, SchedulerConfig
-from engine.kv.pool import KVPool
 from kernels.attention import reference
 from kernels.testing import assert_close, poison, poisoned_allocations
 from rollout.launch import launch
 from tests.helpers.engines import drain, exact_logprobs, request
+from tests.helpers.head_pools import attend, head_pool
 from tests.helpers.tiny_models import write_tiny
 
 PAGE = 16
@@ -88,7 +88,7 @@ class Rows:
         free = np.random.default_rng(0).permutation(len(lens) * columns + 2).astype(np.int32)
         self.table = free[: len(lens) * columns].reshape(len(lens), columns).copy()
         self.table[:, :share] = self.table[0, :share]
-        self.pool = KVPool(
+        self.pool = head_pool(
             num_layers=2,
             num_pages=len(free),
             page_size=PAGE,
@@ -189,7 +189,7 @@ def test_steps_equal_the_reference(
     q, k, v = rows.qkv()
     step = backend.prepare(rows.batch())
     with poisoned_allocations():
-        got = [step.attend(layer, q, k, v) for layer in range(2)]
+        got = [attend(step, layer, q, k, v) for layer in range(2)]
     for layer, out in enumerate(got):
         assert_close(f"{case}, layer {layer}", out, rows.want(layer, q), rows.dtype)
 
@@ -201,7 +201,7 @@ def test_other_shapes(dtype: torch.dtype, dim: int) -> None:
     torch.manual_seed(0)
     rows = Rows(CASES["mixed"], heads=(14, 2), head_dim=dim, dtype=dtype)
     q, k, v = rows.qkv()
-    got = rows.backend(long_kernels="fa2").prepare(rows.batch()).attend(0, q, k, v)
+    got = attend(rows.backend(long_kernels="fa2").prepare(rows.batch()), 0, q, k, v)
     assert_close("other shapes", got, rows.want(0, q), dtype)
 
 
@@ -216,15 +216,15 @@ def test_plans_queued_ahead_do_not_overwrite_each_other() -> None:
     for count in (4, 1, 3, 2):
         rows.set_lens(np.array([25 * count] * count), np.array([100] * count))
         steps.append((rows.batch(), *rows.qkv()))
-    backend.prepare(steps[0][0]).attend(1, *steps[0][1:])
+    attend(backend.prepare(steps[0][0]), 1, *steps[0][1:])
     wants = []
     for batch, q, k, v in steps:
-        backend.prepare(batch).attend(0, q, k, v)
+        attend(backend.prepare(batch), 0, q, k, v)
         rows.query_lens, rows.kv_lens = batch.query_lens_R, batch.kv_lens_R
         rows.starts = batch.query_start_R1
         wants.append(rows.want(0, q))
     torch.cuda._sleep(500_000_000)
-    outs = [backend.prepare(batch).attend(0, q, k, v) for batch, q, k, v in steps]
+    outs = [attend(backend.prepare(batch), 0, q, k, v) for batch, q, k, v in steps]
     for out, want in zip(outs, wants, strict=True):
         assert_close("queued ahead", out, want, rows.dtype)
 
@@ -266,10 +266,10 @@ def test_a_graph_serves_rows_that_change() -> None:
     stream.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
-        captured.step.attend(0, q, k, v)
+        attend(captured.step, 0, q, k, v)
         stream.synchronize()
         with torch.cuda.graph(graph, stream=stream):
-            out = captured.step.attend(0, q, k, v)
+            out = attend(captured.step, 0, q, k, v)
     torch.cuda.current_stream().wait_stream(stream)
     for slots, lens in (
         ([0, 1, 2, 3, 4, 5], [333] * 6),

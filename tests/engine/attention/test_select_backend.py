@@ -13,34 +13,30 @@ from engine.attention.base import CapturableBackend
 from engine.attention.select import flashinfer_refusal, select
 from engine.errors import InvalidRequest
 from engine.kv.pool import KVPool
+from tests.helpers.head_pools import head_pool
 
 
-def make_pool(dtype: torch.dtype = torch.bfloat16, head_dim: int = 128) -> KVPool:
-    return KVPool(
-        num_layers=1,
+def make_pool(
+    dtype: torch.dtype = torch.bfloat16,
+    head_dim: int = 128,
+    windows: tuple[int | None, ...] = (None,),
+    *,
+    scaled: bool = False,
+) -> KVPool:
+    return head_pool(
+        num_layers=len(windows),
         num_pages=2,
         page_size=16,
         num_kv_heads=2,
         head_dim=head_dim,
         dtype=dtype,
-        device=torch.device("cpu"),
-    )
-
-
-def choose(
-    name: str,
-    device: str,
-    pool: KVPool | None = None,
-    windows: tuple[int | None, ...] | None = None,
-):
-    return select(
-        name,
-        pool or make_pool(),
-        num_heads=4,
-        scale=0.1,
-        device=torch.device(device),
         windows=windows,
+        scaled=scaled,
     )
+
+
+def choose(name: str, device: str, pool: KVPool | None = None):
+    return select(name, pool or make_pool(), num_heads=4, scale=0.1, device=torch.device(device))
 
 
 @pytest.fixture
@@ -147,15 +143,28 @@ def test_the_captured_back_ends_are_capturable(installed: None) -> None:
 
 
 def test_windows_of_layers_leave_triton(installed: None) -> None:
-    choice = choose("auto", "cuda", windows=(64, None))
+    pool = make_pool(windows=(64, None))
+    choice = choose("auto", "cuda", pool)
     assert choice.backend.name == "triton"
     assert "sliding windows" in choice.reason
     for name in ("flashinfer", "split"):
         with pytest.raises(InvalidRequest, match="sliding windows") as caught:
-            choose(name, "cuda", windows=(64, None))
+            choose(name, "cuda", pool)
         assert caught.value.field == "attention"
 
 
 def test_refusals() -> None:
     assert flashinfer_refusal("cuda", torch.bfloat16, 64, installed=True) == ""
     assert "GPU" in flashinfer_refusal("cpu", torch.bfloat16, 64, installed=True)
+
+
+def test_fp8_kv_takes_triton_and_flashinfer_is_refused(installed: None) -> None:
+    pool = make_pool(scaled=True)
+    choice = choose("auto", "cuda", pool)
+    assert choice.backend.name == "triton"
+    assert "fp8_e4m3" in choice.reason
+    for name in ("flashinfer", "split"):
+        with pytest.raises(InvalidRequest, match="fp8_e4m3") as caught:
+            choose(name, "cuda", pool)
+        assert caught.value.field == "attention"
+    assert choose("auto", "cpu", pool).backend.name == "torch_native"

@@ -11,6 +11,7 @@ from engine.attention.split import SplitBackend
 from engine.attention.torch_native import TorchNativeBackend
 from engine.kv.pool import KVPool
 from kernels.attention import paged_attention
+from tests.helpers.head_pools import attend, head_pool
 
 PAGE, HEADS, KV_HEADS, DIM = 4, 6, 2, 16
 SCALE = DIM**-0.5
@@ -48,7 +49,7 @@ class Spy:
 
 
 def make_pool() -> KVPool:
-    pool = KVPool(
+    pool = head_pool(
         num_layers=2,
         num_pages=16,
         page_size=PAGE,
@@ -95,7 +96,7 @@ def test_equals_the_reference(case: str) -> None:
     num_tokens = int(batch.query_start_R1[-1])
     q = torch.randn(num_tokens, HEADS, DIM)
     k, v = torch.randn(2, num_tokens, KV_HEADS, DIM).unbind(0)
-    got = split.prepare(batch).attend(1, q, k, v)
+    got = attend(split.prepare(batch), 1, q, k, v)
     want = paged_attention(
         q,
         *pool.layer(1),

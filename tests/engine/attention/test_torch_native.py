@@ -11,20 +11,25 @@ from engine.attention.base import AttentionBatch
 from engine.attention.torch_native import TorchNativeBackend
 from engine.kv.pool import KVPool
 from kernels.attention import paged_attention
+from tests.helpers.head_pools import attend, head_pool
 
 PAGE, HEADS, KV_HEADS, DIM = 4, 6, 2, 16
 SCALE = DIM**-0.5
 
 
-def make_pool(dtype: torch.dtype = torch.float32, num_pages: int = 64) -> KVPool:
-    pool = KVPool(
+def make_pool(
+    dtype: torch.dtype = torch.float32,
+    num_pages: int = 64,
+    windows: tuple[int | None, int | None] | None = None,
+) -> KVPool:
+    pool = head_pool(
         num_layers=2,
         num_pages=num_pages,
         page_size=PAGE,
         num_kv_heads=KV_HEADS,
         head_dim=DIM,
         dtype=dtype,
-        device=torch.device("cpu"),
+        windows=windows,
     )
     for pages in pool.tensors():
         pages.normal_()
@@ -55,14 +60,14 @@ def make_batch(pages: list[list[int]], query_lens: list[int], kv_lens: list[int]
 def compare(
     batch: AttentionBatch, pool: KVPool, *, tolerance: float, window: int | None = None
 ) -> None:
+    """Layer 1, whose window is `window`."""
     num_tokens = int(batch.query_start_R1[-1])
-    dtype = pool.dtype
+    dtype = pool.layer(1)[0].dtype
     q = torch.randn(num_tokens, HEADS, DIM).to(dtype)
     k = torch.randn(num_tokens, KV_HEADS, DIM).to(dtype)
     v = torch.randn(num_tokens, KV_HEADS, DIM).to(dtype)
-    windows = None if window is None else (None, window)
-    backend = TorchNativeBackend(pool, num_heads=HEADS, scale=SCALE, windows=windows)
-    got = backend.prepare(batch).attend(1, q, k, v)
+    backend = TorchNativeBackend(pool, num_heads=HEADS, scale=SCALE)
+    got = attend(backend.prepare(batch), 1, q, k, v)
     want = paged_attention(
         q,
         *pool.layer(1),
@@ -114,7 +119,8 @@ def test_equals_the_reference(case: str, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("case", CASES)
 def test_a_window_equals_the_reference(case: str, window: int) -> None:
     torch.manual_seed(0)
-    compare(make_batch(*CASES[case]), make_pool(), tolerance=2e-5, window=window)
+    pool = make_pool(windows=(None, window))
+    compare(make_batch(*CASES[case]), pool, tolerance=2e-5, window=window)
 
 
 @pytest.mark.parametrize("window", [1, 60, 700])
@@ -122,23 +128,23 @@ def test_a_window_in_rows_of_many_blocks(window: int) -> None:
     """Queries of one chunk that see nothing of its first blocks, and a row beside them."""
     torch.manual_seed(0)
     pages = torch.randperm(600).tolist()
-    pool = make_pool(num_pages=600)
+    pool = make_pool(num_pages=600, windows=(None, window))
     batch = make_batch([pages[:375], pages[375:500]], [1100, 3], [1500, 500])
     compare(batch, pool, tolerance=2e-5, window=window)
 
 
 def test_each_layer_has_its_own_window() -> None:
     torch.manual_seed(0)
-    batch, pool = make_batch(*CASES["group decode"]), make_pool()
+    batch, pool = make_batch(*CASES["group decode"]), make_pool(windows=(None, 5))
     q = torch.randn(5, HEADS, DIM)
     k, v = torch.randn(2, 5, KV_HEADS, DIM).unbind(0)
     for layer in (0, 1):
         for pages in pool.layer(layer):
             pages.copy_(pool.layer(0)[0])
-    backend = TorchNativeBackend(pool, num_heads=HEADS, scale=SCALE, windows=(None, 5))
+    backend = TorchNativeBackend(pool, num_heads=HEADS, scale=SCALE)
     step = backend.prepare(batch)
     assert step.layout(0).runs and not step.layout(1).runs
-    assert not torch.allclose(step.attend(0, q, k, v), step.attend(1, q, k, v))
+    assert not torch.allclose(attend(step, 0, q, k, v), attend(step, 1, q, k, v))
 
 
 @pytest.mark.parametrize("case", ["group decode", "mixed"])
@@ -160,13 +166,17 @@ def test_sharing_changes_nothing_beyond_rounding() -> None:
     batch, pool = make_batch(*CASES["group decode"]), make_pool()
     q = torch.randn(5, HEADS, DIM)
     k, v = torch.randn(2, 5, KV_HEADS, DIM).unbind(0)
-    shared = (
-        TorchNativeBackend(pool, num_heads=HEADS, scale=SCALE).prepare(batch).attend(0, q, k, v)
-    )
-    apart = (
-        TorchNativeBackend(pool, num_heads=HEADS, scale=SCALE, share_prefixes=False)
-        .prepare(batch)
-        .attend(0, q, k, v)
+    shared, apart = (
+        attend(
+            TorchNativeBackend(pool, num_heads=HEADS, scale=SCALE, share_prefixes=share).prepare(
+                batch
+            ),
+            0,
+            q,
+            k,
+            v,
+        )
+        for share in (True, False)
     )
     torch.testing.assert_close(shared, apart, atol=1e-6, rtol=1e-5)
 
@@ -180,10 +190,10 @@ def test_a_row_of_nan_does_not_reach_the_next_tenant_of_its_page() -> None:
     bad = torch.full((4, HEADS, DIM), float("nan"))
     bad_kv = torch.full((4, KV_HEADS, DIM), float("inf"))
     step = backend.prepare(make_batch([[1]], [4], [4]))
-    assert step.attend(0, bad, bad_kv, bad_kv).isnan().all()
+    assert attend(step, 0, bad, bad_kv, bad_kv).isnan().all()
     good = backend.prepare(make_batch([[1]], [1], [1]))
     q, kv = torch.randn(1, HEADS, DIM), torch.randn(1, KV_HEADS, DIM)
-    assert good.attend(0, q, kv, kv).isfinite().all()
+    assert attend(good, 0, q, kv, kv).isfinite().all()
 
 
 def test_a_step_says_what_it_writes_only_while_something_is_marked(

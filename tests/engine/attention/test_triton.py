@@ -13,7 +13,8 @@ from engine.attention import triton
 from engine.attention.base import DecodeLayout
 from engine.attention.groups import find_groups
 from engine.attention.triton import TritonBackend, group_rule
-from engine.kv.pool import KVPool
+from engine.kv.layout import HeadLayout
+from tests.helpers.head_pools import head_pool
 
 PAGE, COLUMNS, ROWS, SLOTS = 16, 300, 80, 90
 
@@ -25,16 +26,19 @@ def few_bytes_are_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def backend(
-    dtype: torch.dtype = torch.bfloat16, head_dim: int = 8, num_layers: int = 1, **options
+    dtype: torch.dtype = torch.bfloat16,
+    head_dim: int = 8,
+    windows: tuple[int | None, ...] = (None,),
+    **options,
 ) -> TritonBackend:
-    pool = KVPool(
-        num_layers=num_layers,
+    pool = head_pool(
+        num_layers=len(windows),
         num_pages=1,
         page_size=PAGE,
         num_kv_heads=2,
         head_dim=head_dim,
         dtype=dtype,
-        device=torch.device("cpu"),
+        windows=windows,
     )
     return TritonBackend(pool, scale=1.0, **options)
 
@@ -94,13 +98,13 @@ def test_a_layer_with_a_window_has_its_window_and_shares_nothing(
     monkeypatch.setattr(triton, "paged_attention", lambda *_, **options: calls.append(options))
     where = layout()
     share(where, range(8, 24), 512)
-    served = backend(num_layers=3, windows=(64, None, 128))
+    served = backend(windows=(64, None, 128))
     captured = served.capture_decode(where)
     captured.refresh(*rows_of(list(range(60)), 600))
     tiles = captured.step.shared
     assert tiles is not None
     for layer in range(3):
-        captured.step.attend_stored(layer, torch.zeros(ROWS, 2, 8))
+        captured.step.attend(layer, torch.zeros(ROWS, 2, 8))
     assert [call["window"] for call in calls] == [64, None, 128]
     assert [call["shared"] for call in calls] == [None, tiles, None]
 
@@ -155,6 +159,7 @@ def test_only_batches_that_save_much_on_a_full_gpu_are_grouped(
     kv_heads: int, groups: int, samples: int, tokens: int, worth: bool, monkeypatch
 ) -> None:
     monkeypatch.undo()
-    rule = group_rule(kv_heads, 128, 2)
+    layout = HeadLayout(num_kv_heads=kv_heads, key_dim=128, value_dim=128, dtype=torch.bfloat16)
+    rule = group_rule(layout)
     found = find_groups(*prompt_groups(groups, samples, tokens), PAGE, rule)
     assert len(found) == (groups if worth else 0)

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from engine.attention.base import AttentionBatch
-from engine.attention.stored import ForwardContext
+from engine.attention.context import ForwardContext
 from engine.attention.triton import TritonBackend
-from engine.kv.pool import KVPool
 from engine.layers.runtime import LayerRuntime
 from engine.models.build import build_model
 from engine.models.config import read_config
 from engine.models.decoder import CausalLM
 from engine.parallel.mesh import Mesh
 from kernels.testing import triton_device
+from tests.helpers.head_pools import head_pool
 
 PAGE_SIZE, CONTEXT = 16, 64
 CONFIG = {
@@ -85,7 +85,7 @@ class Sequences:
         columns = CONTEXT // PAGE_SIZE
         self.host_pages = np.arange(rows * columns, dtype=np.int32).reshape(rows, columns)
         self.pages = torch.from_numpy(self.host_pages).to(device)
-        self.pool = KVPool(
+        self.pool = head_pool(
             num_layers=config.num_layers,
             num_pages=rows * columns,
             page_size=PAGE_SIZE,

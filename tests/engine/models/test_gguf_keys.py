@@ -15,6 +15,7 @@ from engine.models.gguf_families import FAMILIES
 from engine.models.gguf_keys import HARMLESS, NEUTRAL, READ
 from engine.models.locate import locate
 from tests.helpers.gguf_writer import add_key
+from tests.helpers.layer_windows import layer_windows
 from tests.helpers.tiny_models import SIZES, write_tiny_gguf
 
 HEAD_DIM = SIZES["hidden_size"] // SIZES["num_attention_heads"]
@@ -193,7 +194,7 @@ def test_gemma3_says_what_llama_cpp_takes_for_granted(tmp_path: Path) -> None:
     plain = {"gemma3.block_count": 7, "gemma3.rope.freq_base": 1e6}
     windowed = {**plain, "gemma3.attention.sliding_window": 64}
     config = locate(write(tmp_path / "a.gguf", windowed, "gemma3"), "random").config
-    assert config.windows == (64,) * 5 + (None, 64)
+    assert layer_windows(config) == (64,) * 5 + (None, 64)
     full, sliding = config.layers[5].attention.rope, config.layers[0].attention.rope
     assert full is not None and sliding is not None
     assert (full.theta, sliding.theta) == (1e6, 1e4)
@@ -201,7 +202,7 @@ def test_gemma3_says_what_llama_cpp_takes_for_granted(tmp_path: Path) -> None:
     assert config.tie_word_embeddings
     # Without a window all layers are of the one kind.
     config = locate(write(tmp_path / "b.gguf", plain, "gemma3"), "random").config
-    assert config.windows is None
+    assert layer_windows(config) is None
     assert {layer.attention.rope for layer in config.layers} == {config.rope}
     said = {
         **windowed,
@@ -209,12 +210,12 @@ def test_gemma3_says_what_llama_cpp_takes_for_granted(tmp_path: Path) -> None:
         "gemma3.attention.sliding_window_pattern": 2,
     }
     config = locate(write(tmp_path / "c.gguf", said, "gemma3"), "random").config
-    assert config.windows == (64, None) * 3 + (64,)
+    assert layer_windows(config) == (64, None) * 3 + (64,)
     local = config.layers[0].attention.rope
     assert local is not None and local.theta == pytest.approx(3e4)
     listed = {**windowed, "gemma3.attention.sliding_window_pattern": [True] + [False] * 6}
     config = locate(write(tmp_path / "d.gguf", listed, "gemma3"), "random").config
-    assert config.windows == (64,) + (None,) * 6
+    assert layer_windows(config) == (64,) + (None,) * 6
     # Only the largest has another scale, and only its depth says so.
     largest = {
         **windowed,

@@ -12,6 +12,7 @@ from engine.errors import CheckpointError, UnknownArchitecture
 from engine.models.config import read_config
 from engine.models.config_keys import HANDLED
 from engine.models.registry import ARCHITECTURES, find
+from tests.helpers.layer_windows import layer_windows
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -139,9 +140,9 @@ def test_a_sliding_window_is_that_of_its_layers(
 ) -> None:
     source = with_(use_sliding_window=True, sliding_window=64, hidden_act="silu", **changes)
     config = read_config(source)
-    assert config.windows == windows
+    assert layer_windows(config) == windows
     # No context is longer than this.
-    assert read_config({**source, "sliding_window": 128}).windows is None
+    assert layer_windows(read_config({**source, "sliding_window": 128})) is None
 
 
 @pytest.mark.parametrize("arch", ["LlamaForCausalLM", "Olmo2ForCausalLM"])
@@ -174,7 +175,7 @@ def test_a_window_is_refused_where_no_layer_may_have_one(arch: str) -> None:
     ],
 )
 def test_a_sliding_window_that_does_not_apply_is_none(changes: dict[str, Any]) -> None:
-    assert read_config(with_(**changes)).windows is None
+    assert layer_windows(read_config(with_(**changes))) is None
 
 
 @pytest.mark.parametrize(
@@ -214,9 +215,9 @@ def test_mistral_slides_by_default_and_looks_at_nothing_else() -> None:
         {"sliding_window": 4096, "use_sliding_window": False},
         {"sliding_window": 4096, "layer_types": ["full_attention"] * 2},
     ):
-        assert read_config({**mistral, **changes}).windows == (4096, 4096)
-    assert read_config({**mistral, "sliding_window": None}).windows is None
-    assert read_config({**mistral, "max_position_embeddings": 4096}).windows is None
+        assert layer_windows(read_config({**mistral, **changes})) == (4096, 4096)
+    assert layer_windows(read_config({**mistral, "sliding_window": None})) is None
+    assert layer_windows(read_config({**mistral, "max_position_embeddings": 4096})) is None
 
 
 def test_smollm3_does_not_rotate_every_fourth_layer() -> None:

@@ -46,7 +46,7 @@ def test_copy_pages_reads_every_source_before_it_writes() -> None:
     k_pages, v_pages = torch.randn(2, 3, PAGES, SIZE, 2, 8)
     before_k, before_v = k_pages.clone(), v_pages.clone()
     src, dst = torch.tensor([1, 2, 5]), torch.tensor([2, 1, 0])
-    copy_pages(k_pages, v_pages, src.int(), dst.int())
+    copy_pages([k_pages, v_pages], src.int(), dst.int())
     for layer in range(3):
         for a, b in zip(src.tolist(), dst.tolist(), strict=True):
             assert torch.equal(k_pages[layer, b], before_k[layer, a])
