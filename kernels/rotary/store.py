@@ -218,5 +218,8 @@ def rotate_and_store(
             BLOCK_H=block_h,
             BLOCK_E=triton.next_power_of_2(head_dim // 2),
             num_warps=1,
+            # A product that goes into a sum unrounded, in one variant and not in another, would
+            # give queries other bits beside fp8 pages than beside others.
+            enable_fp_fusion=False,
         )
     return q_THD

@@ -106,6 +106,8 @@ def apply_rotary(
             BLOCK_K=triton.next_power_of_2(k_heads),
             BLOCK_E=triton.next_power_of_2(half),
             WIDE=wide,
+            # As in `store`: products are rounded before they are added.
+            enable_fp_fusion=False,
         )
     return q_out_THD, k_out_TKD
 

@@ -167,8 +167,9 @@ def test_other_schemes_are_refused_by_name(
 def test_a_gpu_samples_alike_after_an_update(cuda_graphs: bool, tmp_path: Path) -> None:
     """Graphs that were captured before it read what it wrote."""
     shape = {**SHAPE, "head_dim": 32}
-    write_tiny(tmp_path / "old", "qwen2", **shape)
-    model = write_tiny(tmp_path / "new", "qwen2", seed=1, **shape).cuda().bfloat16()
+    dtype = torch.bfloat16
+    write_tiny(tmp_path / "old", "qwen2", dtype=dtype, **shape)
+    model = write_tiny(tmp_path / "new", "qwen2", seed=1, dtype=dtype, **shape).cuda()
     found = []
     for folder in ("old", "new"):
         config = EngineConfig(
