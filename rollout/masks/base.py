@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -13,8 +13,7 @@ from engine.protocol import BitArray, IntArray, Request
 WORD = 32
 
 
-@dataclass(frozen=True, kw_only=True)
-class MaskedRow:
+class MaskedRow(NamedTuple):
     """A row of a step that waits for its mask.
 
     row: its index among the rows of the step that sample. slot: of its sequence. output_ids: int32

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from engine.errors import MaskError, MaskTimeout, SlipstreamError
 from engine.protocol import BitArray, Request, RequestOutput, StepMasks
 from engine.protocol.deadlines import MASK_S
 from rollout.masks.base import MaskedRow, MaskSource, PendingMask, banned_ids, bits_of
-from rollout.masks.together import checked_together
+from rollout.masks.together import Block, checked_together
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _SHORTEST_PAUSE_S = 0.00005
 _LONGEST_PAUSE_S = 0.001
+_SHARE_WAITED = 0.125
 _WHOLE_LOOK = 8
 """Of so many looks one is at every row, the first among them; the others are at the first row that
 is missing, since a step may have hundreds."""
@@ -43,22 +44,23 @@ class Answer:
     failed: list[tuple[str, SlipstreamError]] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class _Awaited:
+class _Awaited(NamedTuple):
     row: MaskedRow
     parts: Sequence[PendingMask]
 
 
 @dataclass(kw_only=True)
 class _Open:
-    """The step that waits. found: masks that are there, by row. num_looks: how often it was looked
-    at."""
+    """The step that waits. found: masks that are there, by row. blocks: those of several rows.
+    num_looks: how often it was looked at."""
 
     step: int
+    since: float
     until: float
     awaited: list[_Awaited]
     failed: list[tuple[str, SlipstreamError]]
     found: dict[int, BitArray] = field(default_factory=dict)
+    blocks: list[Block] = field(default_factory=list)
     pause_s: float = 0.0
     num_looks: int = 0
 
@@ -86,11 +88,13 @@ class MaskGate:
 
     @property
     def pause_s(self) -> float:
-        """How long to wait until the next look: not at all until the first, then longer and
-        longer."""
+        """How long to wait until the next look: not at all until the first, then a share of what
+        was waited so far, so that little is lost of a short wait."""
         assert self._open is not None, "no step waits"
         pause_s = self._open.pause_s
-        self._open.pause_s = min(max(2 * pause_s, _SHORTEST_PAUSE_S), _LONGEST_PAUSE_S)
+        waited_s = self._clock() - self._open.since
+        longest_s = min(_SHARE_WAITED * waited_s, _LONGEST_PAUSE_S)
+        self._open.pause_s = max(longest_s, _SHORTEST_PAUSE_S)
         return pause_s
 
     def prepared(self, request: Request) -> bool:
@@ -113,9 +117,11 @@ class MaskGate:
         assert self._open is None, "two steps wait for masks"
         self._asked.update(row.request.rid for row in rows)
         parts, failed = self._ask(rows)
+        now = self._clock()
         self._open = _Open(
             step=step,
-            until=self._clock() + self._timeout_s,
+            since=now,
+            until=now + self._timeout_s,
             awaited=[
                 _Awaited(row, parts[row.row]) for row in rows if row.request.rid not in failed
             ],
@@ -135,8 +141,9 @@ class MaskGate:
         failed, found.failed = found.failed, []
         awaited = [each for each in found.awaited if runs(each.row)]
         found.awaited = []
-        together = checked_together([(each.row, each.parts) for each in awaited], self._inside)
-        found.found |= together
+        blocks = checked_together(awaited, self._inside)
+        found.blocks += blocks
+        together = {row for block in blocks for row in block.rows.tolist()}
         for each in awaited:
             if each.row.row in together:
                 continue
@@ -193,10 +200,11 @@ class MaskGate:
             wanted = []
             for row in rows:
                 try:
-                    if _guarded(row.request, source.wants, row.request):
+                    if source.wants(row.request):
                         wanted.append(row)
-                except SlipstreamError as error:
-                    failed[row.request.rid] = error
+                except Exception as error:
+                    # A boundary, as in `_guarded`.
+                    failed[row.request.rid] = _as_mask_error(row.request, error)
             if not wanted:
                 continue
             try:
@@ -253,6 +261,11 @@ class MaskGate:
         return bits
 
     def _frame(self, found: _Open) -> StepMasks:
+        if len(found.blocks) == 1 and not found.found and (np.diff(found.blocks[0].rows) > 0).all():
+            (block,) = found.blocks
+            return StepMasks(step=found.step, rows=block.rows, bits=block.bits)
+        for block in found.blocks:
+            found.found |= zip(block.rows.tolist(), block.bits, strict=True)
         rows = sorted(found.found)
         bits = [found.found[row] for row in rows]
         nothing: BitArray = np.empty((0, len(self._inside)), np.uint32)

@@ -14,12 +14,11 @@ def masked_rows(running: RunningSet, plan: StepPlan) -> list[MaskedRow]:
     of all before it were applied.
     """
     table, found = running.table, []
-    slots = plan.slots[plan.samples]
-    for row in plan.masked.tolist():
-        slot = int(slots[row])
-        if not table.masked[slot]:
-            continue
-        outputs = table.tokens[slot, table.prompt_len[slot] : table.num_tokens[slot]]
-        request = running[slot].request
-        found.append(MaskedRow(row=row, slot=slot, request=request, output_ids=outputs.copy()))
+    slots = plan.slots[plan.samples][plan.masked]
+    columns = (plan.masked, slots, table.masked[slots], table.prompt_len[slots])
+    ends = table.num_tokens[slots]
+    for row, slot, masked, start, end in zip(*(c.tolist() for c in (*columns, ends)), strict=True):
+        if masked:
+            outputs = table.tokens[slot, start:end].copy()
+            found.append(MaskedRow(row, slot, running[slot].request, outputs))
     return found

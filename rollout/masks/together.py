@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from engine.protocol import BitArray
+import numpy as np
+
+from engine.protocol import BitArray, IntArray
 from rollout.masks.base import MaskedRow, MaskOf, PendingMask, PendingMasks, banned_ids
 
 Asked = tuple[MaskedRow, Sequence[PendingMask]]
 """A row, and what was asked for it."""
 
 
-def checked_together(asked: Sequence[Asked], inside: BitArray) -> dict[int, BitArray]:
+@dataclass(frozen=True)
+class Block:
+    """Masks of some rows of a step: rows int32 [n], bits uint32 [n, words]."""
+
+    rows: IntArray
+    bits: BitArray
+
+
+def checked_together(asked: Sequence[Asked], inside: BitArray) -> list[Block]:
     """The masks that are there and in order of rows whose one part was computed with those of
-    others, by row. Of a row that is left out nothing is said: it has to be looked at by itself.
+    others. Of a row that is left out nothing is said: it has to be looked at by itself.
 
     inside: uint32 [words], the mask that allows the whole vocabulary.
     """
@@ -22,26 +33,29 @@ def checked_together(asked: Sequence[Asked], inside: BitArray) -> dict[int, BitA
         part = parts[0] if len(parts) == 1 else None
         if isinstance(part, MaskOf) and not banned_ids(row.request, len(row.output_ids)):
             jobs.setdefault(id(part.masks), (part.masks, []))[1].append((row.row, part.index))
-    found: dict[int, BitArray] = {}
-    for masks, rows in jobs.values():
-        found |= _in_order(masks, rows, inside)
-    return found
+    blocks = [_in_order(masks, rows, inside) for masks, rows in jobs.values()]
+    return [block for block in blocks if block is not None]
 
 
-def _in_order(
-    masks: PendingMasks, rows: list[tuple[int, int]], inside: BitArray
-) -> dict[int, BitArray]:
+def _in_order(masks: PendingMasks, rows: list[tuple[int, int]], inside: BitArray) -> Block | None:
     try:
         if not masks.done():
-            return {}
+            return None
         bits, errors = masks.results()
     except Exception:
         # A boundary: each of these rows is told by itself.
-        return {}
+        return None
     if bits.dtype != inside.dtype or bits.shape[1:] != inside.shape:
-        return {}
+        return None
     # The largest word is 0 where every word is; only the last has bits of no token.
     allows = (bits[:, -1] & inside[-1]) != 0
     if bits.shape[1] > 1:
         allows |= bits[:, :-1].max(axis=1) != 0
-    return {row: bits[index] for row, index in rows if index not in errors and allows[index]}
+    if errors:
+        allows[list(errors)] = False
+    numbers, indices = np.array(rows, np.int32).T
+    kept = allows[indices]
+    if kept.all() and len(indices) == len(bits) and (np.diff(indices) == 1).all():
+        # All of them, as they are: as in nearly every step, and so that none is copied.
+        return Block(numbers, bits)
+    return Block(numbers[kept], bits[indices[kept]])

@@ -7,13 +7,15 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
 
 from llguidance import LLMatcher, LLTokenizer
 
 from engine.errors import MaskError, SlipstreamError, by_name
 from engine.protocol import ErrorInfo, Grammar
 from rollout.masks.grammar.compile import compile_grammar
+from rollout.masks.grammar.starts import Start
 from rollout.masks.grammar.vocabulary import Vocabulary, llguidance_tokenizer
 from rollout.replica.command_replies import error_info
 
@@ -27,25 +29,33 @@ _MOST_PENDING = 64
 
 @dataclass(frozen=True)
 class CompiledGrammar:
-    """A grammar that is being compiled, or was.
+    """A grammar that is being compiled, or was: once, and again where many rows follow it.
 
     A failure is kept as what it says: an error that is raised again and again would gather the
     frames of all who met it.
     """
 
-    future: Future[LLMatcher | ErrorInfo]
+    future: Future[Start | ErrorInfo]
+    again: Callable[[], Future[Start | ErrorInfo]]
+    more: list[Future[Start | ErrorInfo]] = field(default_factory=list)
 
     def done(self) -> bool:
         """Whether it is there, or will never be."""
         return self.future.done()
 
-    def matcher(self) -> LLMatcher:
-        """The matcher at the beginning of the grammar, not to be moved. For when it is done; raises
-        the error of `compile_grammar`."""
-        found = self.future.result()
-        if isinstance(found, ErrorInfo):
-            raise by_name(found.kind, found.message, found.field)
-        return found
+    def starts(self) -> list[Start]:
+        """Matchers at the beginning of the grammar, not to be moved; those that are there. For when
+        it is done; raises the error of `compile_grammar`."""
+        first = self.future.result()
+        if isinstance(first, ErrorInfo):
+            raise by_name(first.kind, first.message, first.field)
+        others = (future.result() for future in self.more if future.done())
+        return [first, *(start for start in others if isinstance(start, Start))]
+
+    def grow(self, num: int) -> None:
+        """Have `num` starts, once they are compiled. Called by one thread."""
+        while 1 + len(self.more) < num:
+            self.more.append(self.again())
 
 
 @dataclass(frozen=True)
@@ -65,14 +75,18 @@ class CompiledGrammars:
         self._found: OrderedDict[tuple[str, str], CompiledGrammar] = OrderedDict()
         self._compiler: _Compiler | None = None
         self._loading = threading.Lock()
+        self._serials = count()
 
     def get(self, grammar: Grammar) -> CompiledGrammar:
         """The grammar, which is begun now if it was not."""
         key = grammar.kind, grammar.source
         found = self._found.get(key)
         if found is None:
-            found = CompiledGrammar(self._pool.submit(self._compile, grammar))
-            self._found[key] = found
+
+            def again() -> Future[Start | ErrorInfo]:
+                return self._pool.submit(self._compile, grammar)
+
+            found = self._found[key] = CompiledGrammar(again(), again)
             self._drop_old()
         else:
             self._found.move_to_end(key)
@@ -90,9 +104,9 @@ class CompiledGrammars:
         """Begin nothing more. Idempotent."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _compile(self, grammar: Grammar) -> LLMatcher | ErrorInfo:
+    def _compile(self, grammar: Grammar) -> Start | ErrorInfo:
         try:
-            return self._compiled(grammar)
+            return Start(matcher=self._compiled(grammar), serial=next(self._serials))
         except SlipstreamError as error:
             return error_info(error)
         except Exception as error:

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from llguidance import LLMatcher
 
 from engine.protocol import IntArray, Request
+from rollout.masks.grammar.starts import Start
 
 _NOTHING: IntArray = np.empty(0, np.int32)
 
@@ -20,14 +20,15 @@ class Following:
     `Grammar.after_ids`, and is over with the first token that ends the sequence.
     """
 
-    def __init__(self, request: Request, start: LLMatcher, ending_ids: Iterable[int]) -> None:
-        """start: the matcher of `compile_grammar`, which stays as it is. ending_ids: tokens that
-        may come once the text is whole, and no sooner."""
+    def __init__(self, request: Request, start: Start, ending_ids: Iterable[int]) -> None:
+        """start: of its grammar; it counts this row from now on. ending_ids: tokens that may come
+        once the text is whole, and no sooner."""
         assert request.grammar is not None
         self.request = request
         self.ending_ids = tuple(ending_ids)
-        self.matcher = start.deep_copy()
-        self._start = start
+        self.matcher = start.matcher.deep_copy()
+        self.start = start
+        start.num_rows += 1
         self._after: IntArray = np.array(request.grammar.after_ids, np.int32)
         self._seen = _NOTHING
         self._begin = -1 if len(self._after) else 0
@@ -44,9 +45,48 @@ class Following:
         """Whether an ending token has come since."""
         return self._over
 
+    @property
+    def num_fed(self) -> int:
+        """Output tokens that `matcher` has consumed, once it was given those of the last `move`."""
+        return self._num_fed
+
+    def join(self, start: Start) -> None:
+        """Go on from another start of the grammar: `matcher` is a copy of that one, which has
+        consumed what this one had."""
+        fed: list[int] = self._seen[self._begin :][: self._num_fed].tolist() if self.begun else []
+        matcher = start.matcher.deep_copy()
+        if fed and not matcher.consume_tokens(fed):
+            return
+        self.leave()
+        start.num_rows += 1
+        self.start, self.matcher = start, matcher
+
+    def leave(self) -> None:
+        """The row is over, or elsewhere: its start does not count it any more."""
+        self.start.num_rows -= 1
+
     def move(self, output_ids: IntArray) -> list[int]:
         """The output is now `output_ids`, int32 [n], whatever it was before. Returns the tokens
         that `matcher`, which may have been moved back, has to consume."""
+        size = len(self._seen)
+        if (
+            self.begun
+            and not self._over
+            and len(output_ids) == size + 1
+            and self._begin + self._num_fed == size
+            and output_ids[:size].tobytes() == self._seen.tobytes()
+        ):
+            # One token more, as of nearly every row of every step.
+            self._seen = output_ids
+            token = int(output_ids[size])
+            if token in self.ending_ids:
+                self._over = True
+                return []
+            self._num_fed += 1
+            return [token]
+        return self._moved(output_ids)
+
+    def _moved(self, output_ids: IntArray) -> list[int]:
         kept = _num_common(self._seen, output_ids)
         if kept < len(self._seen):
             self._move_back(kept)
@@ -74,7 +114,7 @@ class Following:
         if surplus <= 0:
             return
         if not self.matcher.rollback(surplus):
-            self.matcher, left = self._start.deep_copy(), 0
+            self.matcher, left = self.start.matcher.deep_copy(), 0
         self._num_fed = left
 
 

@@ -1,7 +1,7 @@
 """Masks of `Request.grammar`, computed beside the forward pass.
 
-The matchers of a step advance and are asked by one thread, which hands both to llguidance's own
-threads; that lets go of the interpreter, so the leader's thread goes on meanwhile.
+One thread finds out what the matchers of a step have to consume, and a `Crew` of threads moves and
+asks them; llguidance lets go of the interpreter, so the leader's thread goes on meanwhile.
 """
 
 from __future__ import annotations
@@ -9,27 +9,27 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
-from llguidance import LLExecutor
-from llguidance.numpy import consume_token_par, fill_next_token_bitmask_par
 
 from engine.errors import MaskError
 from engine.protocol import BitArray, Request
 from rollout.masks.base import MaskedRow, MaskOf, PendingMask, num_words
 from rollout.masks.grammar.compiled import CompiledGrammar, CompiledGrammars
+from rollout.masks.grammar.crew import Crew, Turn
 from rollout.masks.grammar.following import Following
+from rollout.masks.grammar.starts import ROWS_OF_A_START, least_followed, spread
 from rollout.masks.grammar.vocabulary import Vocabulary
 
 _ALL = np.uint32(0xFFFFFFFF)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Wanted:
-    """A row, and the matcher at the beginning of its grammar."""
+class _Wanted(NamedTuple):
+    """A row, and its grammar."""
 
     row: MaskedRow
-    start: CompiledGrammar
+    grammar: CompiledGrammar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,16 +44,22 @@ class GrammarMasks:
     """A `MaskSource`. Nothing is loaded, and no thread started, before a request has a grammar."""
 
     def __init__(
-        self, load: Callable[[], Vocabulary], *, vocab_size: int, eos_ids: Sequence[int]
+        self,
+        load: Callable[[], Vocabulary],
+        *,
+        vocab_size: int,
+        eos_ids: Sequence[int],
+        num_threads: int | None = None,
     ) -> None:
         """load: the model's tokens, `vocab_size` of them. eos_ids: the model's; of a request that
-        nothing ends, they alone come once its text is whole."""
+        nothing ends, they alone come once its text is whole. num_threads: as `Crew` has it."""
         self._compiled = CompiledGrammars(load)
         self._vocab_size = vocab_size
         self._eos_ids = tuple(eos_ids)
         self._steps = ThreadPoolExecutor(1, thread_name_prefix="masks")
-        self._executor: LLExecutor | None = None
+        self._num_threads = num_threads
         # Touched by the thread of `_steps` alone.
+        self._crew: Crew | None = None
         self._following: dict[str, Following] = {}
 
     def wants(self, request: Request) -> bool:
@@ -67,12 +73,11 @@ class GrammarMasks:
     def ask(self, rows: Sequence[MaskedRow]) -> list[PendingMask]:
         """The masks of all rows whose grammars are compiled are one job; the others come each by
         itself."""
-        wanted = []
-        for row in rows:
-            assert row.request.grammar is not None
-            wanted.append(_Wanted(row=row, start=self._compiled.get(row.request.grammar)))
-        ready = [one for one in wanted if one.start.done()]
+        wanted = [_Wanted(row, self._grammar(row.request)) for row in rows]
+        ready = [one for one in wanted if one.grammar.done()]
         job = self._submit(ready) if ready else None
+        if job is not None and len(ready) == len(wanted):
+            return [MaskOf(job, number) for number in range(len(ready))]
         index = {one.row.row: number for number, one in enumerate(ready)}
         found: list[PendingMask] = []
         for one in wanted:
@@ -84,11 +89,13 @@ class GrammarMasks:
 
     def forget(self, rid: str) -> None:
         """Drop where that request stood."""
-        self._steps.submit(self._following.pop, rid, None)
+        self._steps.submit(self._drop, rid)
 
     def close(self) -> None:
         """End the threads. Idempotent."""
         self._compiled.close()
+        if self._crew is not None:
+            self._crew.close()
         self._steps.shutdown(wait=False, cancel_futures=True)
 
     def _submit(self, wanted: list[_Wanted]) -> _Job:
@@ -96,71 +103,89 @@ class GrammarMasks:
 
     def _compute(self, wanted: list[_Wanted]) -> _Masks:
         """The masks of some rows, in their order."""
-        if self._executor is None:
-            self._executor = LLExecutor()
         # One token more than there are: that of a text that is whole.
         end_word, end_bit = divmod(self._vocab_size, 32)
-        bits = np.zeros((len(wanted), end_word + 1), np.uint32)
+        bits = np.empty((len(wanted), end_word + 1), np.uint32)
         errors: dict[int, Exception] = {}
-        moved = self._moved(wanted, errors)
-        inside = [
-            (one.matcher, number) for number, one in moved.items() if one.begun and not one.over
-        ]
-        if inside:
-            fill_next_token_bitmask_par(self._executor, inside, bits.view(np.int32))
-        for matcher, number in inside:
-            if matcher.is_error():
-                errors[number] = MaskError(
-                    f"the grammar gave no mask: {matcher.get_error()[:500]}", field="grammar"
-                )
-        for number, one in moved.items():
-            if not one.begun:
-                bits[number] = _ALL
+        turns = self._turns(wanted, errors)
+        ran = self._running_crew().run(turns, bits)
+        for turn in ran.unfit:
+            errors[turn.number] = self._unfit(turn.following)
+        for turn, told in ran.broken:
+            errors[turn.number] = MaskError(
+                f"the grammar gave no mask: {told[:500]}", field="grammar"
+            )
+        empty = np.ones(len(wanted), np.bool_)
+        empty[ran.filled] = False
+        bits[empty] = 0
         whole = (bits[:, end_word] >> np.uint32(end_bit)) & np.uint32(1) == 1
-        for number, one in moved.items():
-            whole[number] = one.begun and (one.over or whole[number])
-        self._set_ending(bits, whole, moved)
+        for turn in turns:
+            if not turn.following.begun:
+                bits[turn.number] = _ALL
+                whole[turn.number] = False
+            elif turn.following.over:
+                whole[turn.number] = True
+        self._set_ending(bits, whole, turns)
         return _Masks(bits=bits, errors=errors)
 
-    def _moved(self, wanted: list[_Wanted], errors: dict[int, Exception]) -> dict[int, Following]:
-        """Those of the rows whose matchers have consumed their tokens, by index."""
-        assert self._executor is not None
-        moved: dict[int, Following] = {}
-        single: list[tuple[int, int]] = []
-        for number, one in enumerate(wanted):
+    def _running_crew(self) -> Crew:
+        if self._crew is None:
+            self._crew = Crew(self._num_threads)
+        return self._crew
+
+    def _turns(self, wanted: list[_Wanted], errors: dict[int, Exception]) -> list[Turn]:
+        """What each row's matcher has to consume; rows of a grammar that many follow are spread
+        over its starts first."""
+        turns: list[Turn] = []
+        alike: dict[int, tuple[CompiledGrammar, list[Following]]] = {}
+        found: list[tuple[int, MaskedRow, Following]] = []
+        for number, (row, grammar) in enumerate(wanted):
             try:
-                following = self._of(one)
-                tokens = following.move(one.row.output_ids)
+                following = self._of(row.request, grammar)
             except Exception as error:
                 # A boundary: what is wrong with one row is its own.
                 errors[number] = error
                 continue
-            moved[number] = following
-            if len(tokens) == 1:
-                single.append((number, tokens[0]))
-            elif tokens and not following.matcher.consume_tokens(tokens):
-                errors[number] = self._unfit(moved.pop(number))
-        pairs = [(moved[number].matcher, token) for number, token in single]
-        fit = consume_token_par(self._executor, pairs) if pairs else []
-        for (number, _), fits in zip(single, fit, strict=True):
-            if not fits:
-                errors[number] = self._unfit(moved.pop(number))
-        return moved
+            found.append((number, row, following))
+            alike.setdefault(id(grammar), (grammar, []))[1].append(following)
+        for grammar, rows in alike.values():
+            if len(rows) > ROWS_OF_A_START and self._running_crew().num_threads > 1:
+                starts = -(-len(rows) // ROWS_OF_A_START)
+                grammar.grow(min(starts, self._running_crew().num_threads))
+                spread(rows, grammar.starts())
+        for number, row, following in found:
+            try:
+                tokens = following.move(row.output_ids)
+            except Exception as error:
+                # A boundary, as above.
+                errors[number] = error
+                continue
+            turns.append(Turn(number=number, following=following, tokens=tokens))
+        return turns
 
-    def _of(self, wanted: _Wanted) -> Following:
-        request = wanted.row.request
+    def _grammar(self, request: Request) -> CompiledGrammar:
+        assert request.grammar is not None
+        return self._compiled.get(request.grammar)
+
+    def _of(self, request: Request, grammar: CompiledGrammar) -> Following:
         found = self._following.get(request.rid)
         # An id may come again, with another request, before its end was told.
         if found is None or found.request is not request:
             ending_ids = request.stop_ids or self._eos_ids
-            found = Following(request, wanted.start.matcher(), ending_ids)
-            self._following[request.rid] = found
+            start = least_followed(grammar.starts())
+            self._drop(request.rid)
+            found = self._following[request.rid] = Following(request, start, ending_ids)
         return found
+
+    def _drop(self, rid: str) -> None:
+        found = self._following.pop(rid, None)
+        if found is not None:
+            found.leave()
 
     def _unfit(self, following: Following) -> MaskError:
         """What is said of output tokens that are none of the grammar. Nothing is known of where it
         stands any more."""
-        del self._following[following.request.rid]
+        self._drop(following.request.rid)
         return MaskError(
             "the output tokens so far, those that came with the request among them, are not of "
             f"its grammar: {following.matcher.get_error()[:500]}",
@@ -171,12 +196,12 @@ class GrammarMasks:
         self,
         bits: BitArray,
         whole: np.ndarray[tuple[int], np.dtype[np.bool_]],
-        moved: dict[int, Following],
+        turns: Sequence[Turn],
     ) -> None:
         """Ending tokens may come where a text is whole, and nowhere else."""
         alike: dict[tuple[int, ...], list[int]] = {}
-        for number, one in moved.items():
-            alike.setdefault(one.ending_ids, []).append(number)
+        for turn in turns:
+            alike.setdefault(turn.following.ending_ids, []).append(turn.number)
         for ending_ids, numbers in alike.items():
             rows = np.array(numbers)
             for token in ending_ids:
@@ -212,7 +237,7 @@ class _Late:
 
     def done(self) -> bool:
         """Whether it is there; asks for it once it can be."""
-        if self._mask is None and self._wanted.start.done():
+        if self._mask is None and self._wanted.grammar.done():
             self._mask = MaskOf(self._submit([self._wanted]), 0)
         return self._mask is not None and self._mask.done()
 

@@ -123,8 +123,10 @@ def test_what_is_late_is_waited_for_longer_and_longer() -> None:
     while (answer := gate.look()).masks is None:
         assert answer.failed == []
         pauses.append(gate.gate.pause_s)
+        gate.clock.now += 0.001
     assert len(pauses) == 20
     assert pauses[0] == 0.0 and pauses == sorted(pauses) and pauses[-1] <= 0.001
+    assert pauses[1] < pauses[5] < pauses[-1]
     assert found(answer) == {0: [3]}
 
 

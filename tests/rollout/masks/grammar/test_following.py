@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from engine.protocol import Grammar, IntArray
 from rollout.masks.grammar.following import Following
+from rollout.masks.grammar.starts import Start
 from tests.helpers.fake_executor import EOS_ID
 from tests.helpers.grammars import compiled, ids_in
 from tests.helpers.replicas import make_request
@@ -22,7 +23,7 @@ LIST = Grammar(kind="json_schema", source='{"type": "array", "maxItems": 5}')
 
 def following(grammar: Grammar = LIST) -> Following:
     request = msgspec.structs.replace(make_request("a", [1]), grammar=grammar)
-    return Following(request, compiled(grammar), (EOS_ID,))
+    return Following(request, Start(matcher=compiled(grammar)), (EOS_ID,))
 
 
 def array(tokens: list[int]) -> IntArray:
@@ -93,4 +94,23 @@ def test_a_matcher_that_cannot_go_back_begins_anew() -> None:
     moved(one, ids_in("abcd"))
     moved(one, ids_in("ab"))
     moved(fresh, ids_in("ab"))
+    assert state(one) == state(fresh)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, len(TEXT)), st.integers(0, len(TEXT)), st.booleans())
+def test_a_row_that_joins_another_start_goes_on_where_it_was(
+    length: int, later: int, thinks: bool
+) -> None:
+    before = [9, 50, 51] if thinks else []
+    grammar = msgspec.structs.replace(LIST, after_ids=[50, 51] if thinks else [])
+    one, fresh = following(grammar), following(grammar)
+    moved(one, before + TEXT[:length])
+    left, other = one.start, Start(matcher=compiled(grammar), serial=1)
+    one.join(other)
+    assert (left.num_rows, other.num_rows) == (0, 1)
+    moved(fresh, before + TEXT[:length])
+    assert state(one) == state(fresh)
+    moved(one, before + TEXT[:later])
+    moved(fresh, before + TEXT[:later])
     assert state(one) == state(fresh)

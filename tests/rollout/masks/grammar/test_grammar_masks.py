@@ -36,8 +36,10 @@ def row(request: Request, text: str = "", number: int = 0, more: tuple[int, ...]
 
 
 @contextmanager
-def source(load: Callable[[], Vocabulary] = tiny_vocabulary) -> Iterator[GrammarMasks]:
-    made = GrammarMasks(load, vocab_size=VOCAB_SIZE, eos_ids=[EOS_ID])
+def source(
+    load: Callable[[], Vocabulary] = tiny_vocabulary, num_threads: int | None = None
+) -> Iterator[GrammarMasks]:
+    made = GrammarMasks(load, vocab_size=VOCAB_SIZE, eos_ids=[EOS_ID], num_threads=num_threads)
     try:
         yield made
     finally:
@@ -230,3 +232,54 @@ def test_which_tokens_a_text_is_cut_into_is_left_to_the_model() -> None:
             assert [token for token in found if token < len(tokens)] == want
     finally:
         made.close()
+
+
+def test_many_rows_of_a_grammar_are_spread_over_threads_and_get_the_same_masks() -> None:
+    """Rows come, go on, go back and end while the grammar is compiled again beside them."""
+    texts = ("", "y", "ye", "n", "yes")
+    requests = [asked(f"r{number}") for number in range(24)]
+    with source(num_threads=3) as masks:
+        for step in range(40):
+            rows = [
+                row(request, texts[(number + step) % len(texts)], number)
+                for number, request in enumerate(requests)
+                if (number + step) % 7
+            ]
+            found = [result(mask) for mask in masks.ask(rows)]
+            for one, allowed in zip(rows, found, strict=True):
+                text = "".join(texts[(one.row + step) % len(texts)])
+                want = {"": "ny", "y": "e", "ye": "st", "n": "o"}.get(text)
+                assert allowed == ([EOS_ID] if want is None else sorted(ids_in(want)))
+            (compiled,) = masks._compiled._found.values()
+            until(lambda compiled=compiled: all(one.done() for one in compiled.more))
+        starts = compiled.starts()
+        assert len(starts) == 3 and len({start.serial % 3 for start in starts}) == 3
+        counts = [start.num_rows for start in starts]
+        assert sum(counts) == 24 and max(counts) <= 11
+        for request in requests:
+            masks.forget(request.rid)
+        (mask,) = masks.ask([row(asked("last"))])
+        result(mask)
+        assert sum(start.num_rows for start in starts) == 1
+
+
+def test_rows_whose_tokens_do_not_fit_are_told_apart_from_their_neighbours_on_other_threads() -> (
+    None
+):
+    requests = [asked(f"r{number}") for number in range(12)]
+    with source(num_threads=4) as masks:
+        for text in ("", "y", "ye"):
+            rows = [row(request, text, number) for number, request in enumerate(requests)]
+            [result(mask) for mask in masks.ask(rows)]
+            (compiled,) = masks._compiled._found.values()
+            until(lambda compiled=compiled: all(one.done() for one in compiled.more))
+        rows = [
+            row(request, "yex" if number in (3, 8) else "yes", number)
+            for number, request in enumerate(requests)
+        ]
+        for number, mask in enumerate(masks.ask(rows)):
+            if number in (3, 8):
+                with pytest.raises(MaskError, match="output tokens"):
+                    result(mask)
+            else:
+                assert result(mask) == [EOS_ID]
