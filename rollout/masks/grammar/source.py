@@ -14,9 +14,10 @@ import numpy as np
 from llguidance import LLExecutor
 from llguidance.numpy import consume_token_par, fill_next_token_bitmask_par
 
-from engine.errors import MaskError
+from engine.errors import UnmetConstraint
 from engine.protocol import BitArray, Request
 from rollout.masks.base import MaskedRow, MaskOf, PendingMask, num_words
+from rollout.masks.grammar.compile import told
 from rollout.masks.grammar.compiled import CompiledGrammar, CompiledGrammars
 from rollout.masks.grammar.following import Following
 from rollout.masks.grammar.vocabulary import Vocabulary
@@ -110,8 +111,8 @@ class GrammarMasks:
             fill_next_token_bitmask_par(self._executor, inside, bits.view(np.int32))
         for matcher, number in inside:
             if matcher.is_error():
-                errors[number] = MaskError(
-                    f"the grammar gave no mask: {matcher.get_error()[:500]}", field="grammar"
+                errors[number] = UnmetConstraint(
+                    f"grammar: nothing can come next: {told(matcher)}", field="grammar"
                 )
         for number, one in moved.items():
             if not one.begun:
@@ -157,13 +158,13 @@ class GrammarMasks:
             self._following[request.rid] = found
         return found
 
-    def _unfit(self, following: Following) -> MaskError:
+    def _unfit(self, following: Following) -> UnmetConstraint:
         """What is said of output tokens that are none of the grammar. Nothing is known of where it
         stands any more."""
         del self._following[following.request.rid]
-        return MaskError(
-            "the output tokens so far, those that came with the request among them, are not of "
-            f"its grammar: {following.matcher.get_error()[:500]}",
+        return UnmetConstraint(
+            "grammar: it cannot go on behind the output tokens so far, those that came with the "
+            f"request among them: {told(following.matcher)}",
             field="grammar",
         )
 
