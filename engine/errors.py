@@ -5,6 +5,7 @@
     SlipstreamError
     ├── InvalidRequest (ValueError)    the caller's mistake; names the field
     │   ├── ContextTooLong             prompt does not fit the context
+    │   ├── UnmetConstraint            what it asks of its output cannot be met any further
     │   └── UnsupportedOption          a known wire field this engine does not serve
     ├── QueueFull                      the waiting queue is at its limit; try later
     ├── StoreFull                      sessions or rollouts are at their limit; close some
@@ -94,6 +95,12 @@ class ContextTooLong(InvalidRequest):
 
 class UnsupportedOption(InvalidRequest):
     """A field of the wire dialect that this engine knows but does not serve."""
+
+
+class UnmetConstraint(InvalidRequest):
+    """What a request asks of its output cannot be met behind the tokens that came: they are none of
+    its grammar, nothing may follow them, or the grammar asks for more there than one request may
+    have. It ends with those tokens. Names the request's field."""
 
 
 class QueueFull(SlipstreamError):

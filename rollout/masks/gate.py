@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from engine.errors import MaskError, MaskTimeout, SlipstreamError
+from engine.errors import MaskError, MaskTimeout, SlipstreamError, UnmetConstraint
 from engine.protocol import BitArray, Request, RequestOutput, StepMasks
 from engine.protocol.deadlines import MASK_S
 from rollout.masks.base import MaskedRow, MaskSource, PendingMask, banned_ids, bits_of
@@ -232,7 +232,9 @@ class MaskGate:
         if banned:
             whole = whole & ~bits_of(banned, self._vocab_size)
         if not (whole & self._inside).any():
-            raise MaskError(
+            # What may be in advance has been: of a grammar only its course tells.
+            kind = MaskError if request.grammar is None else UnmetConstraint
+            raise kind(
                 f"nothing may come as output token {at}: the masks of this request, its logit_bias "
                 "and min_new_tokens together rule out every token",
                 field=_field(request),

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from engine.protocol import RequestOutput, StepMasks, StepPlan
 from rollout.masks.gate import MaskGate
 from rollout.masks.rows import masked_rows
+from rollout.replica.command_replies import error_info
 from rollout.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -57,8 +58,7 @@ class MaskedStep:
         answer = self._gate.look(lambda row: bool(table.masked[row.slot]))
         for rid, error in answer.failed:
             logger.warning("request %s: %s", rid, error.message)
-            kind = type(error).__name__
-            self._emit(self._scheduler.abort(rids=[rid], message=error.message, error=kind))
+            self._emit(self._scheduler.abort(rids=[rid], error=error_info(error)))
         if answer.masks is None:
             return False
         self._plan = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.protocol import FinishReason
+from engine.protocol import ErrorInfo, FinishReason
 from rollout.scheduler.sequence import Sequence
 
 NOT_FINITE = FinishReason(
@@ -23,6 +23,13 @@ CANNOT_RESTART = FinishReason(
     ),
     error="WeightUpdateError",
 )
+
+
+def failed(error: ErrorInfo) -> FinishReason:
+    """Why a sequence ended that an error ended."""
+    return FinishReason(
+        type="abort", message=error.message, error=error.kind, field=error.field or None
+    )
 
 
 def finish_of(sequence: Sequence, matched: int, size: int, kv_tokens: int) -> FinishReason:

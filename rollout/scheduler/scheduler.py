@@ -27,7 +27,7 @@ from engine.protocol import (
 from rollout.cache.manager import CacheManager
 from rollout.scheduler.continued import begin
 from rollout.scheduler.emit import final_output, make_output
-from rollout.scheduler.finish import CANNOT_RESTART, NOT_FINITE, finish_of
+from rollout.scheduler.finish import CANNOT_RESTART, NOT_FINITE, failed, finish_of
 from rollout.scheduler.kv_policy import KvPolicies
 from rollout.scheduler.named import named_sequences
 from rollout.scheduler.planning.decode import DecodePlanner
@@ -152,11 +152,11 @@ class Scheduler:
         *,
         rid: str = "",
         rids: Iterable[str] = (),
-        error: str | None = None,
+        error: ErrorInfo | None = None,
     ) -> list[RequestOutput]:
         """End the request `rid`, those of `rids`, those whose id starts with `rid_prefix`, or
-        `all`. rid, rid_prefix: as replies show ids too; rids: as they are. error: the kind of what
-        ended them.
+        `all`. rid, rid_prefix: as replies show ids too; rids: as they are. error: what ended them,
+        in place of `message`.
 
         Returns what each produced so far, in order of arrival. Empty names nothing. The KV of
         those named stays cached; with `all` it does not, since most often an update follows.
@@ -165,7 +165,7 @@ class Scheduler:
             named = list(self._requests.values())
         else:
             named = named_sequences(self._requests, rid=rid, rid_prefix=rid_prefix, rids=rids)
-        finish = FinishReason(type="abort", message=message, error=error)
+        finish = failed(error) if error else FinishReason(type="abort", message=message)
         return self._finish_each(named, finish, keep_kv=not all)
 
     def stop(self, rid: str, num_tokens: int, matched: str) -> RequestOutput | None:
@@ -299,7 +299,7 @@ class Scheduler:
         Whatever a call that broke off has left behind is forgotten with it: queue, slots and
         pages start anew.
         """
-        finish = FinishReason(type="abort", message=error.message, error=error.kind)
+        finish = failed(error)
         sequences = list(self._requests.values())
         self._running.take_results(sequences)
         outputs = [final_output(sequence, finish, drafts=self.drafts) for sequence in sequences]

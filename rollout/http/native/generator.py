@@ -39,7 +39,9 @@ _REFUSED = frozenset(
     }
 )
 # A call with a sequence that ended by one of these is answered by the error.
-_FAILED = _REFUSED | {"NonFiniteLogits", "InternalError", "MaskError", "MaskTimeout"}
+_FAILED = _REFUSED | {
+    *("NonFiniteLogits", "InternalError", "MaskError", "MaskTimeout", "UnmetConstraint"),
+}
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -296,7 +298,8 @@ def _failure(sample: Sample) -> SlipstreamError | None:
     finish = sample.finish
     if finish is None or finish.error not in _FAILED:
         return None
-    return by_name(finish.error or "", finish.message or "", finish.field or "")
+    error = by_name(finish.error or "", finish.message or "", finish.field or "")
+    return in_field(error, grammar_field(sample.wire))
 
 
 def _num_grammar_tokens(request: Request) -> int:

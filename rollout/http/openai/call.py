@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -58,16 +58,19 @@ class OpenAICall:
         choose: the indices of the samples to write, once all have finished; None for all.
         """
         generator = self.services.generator
-        await generator.finish(self.samples)
+        with _as_named(self.body):
+            await generator.finish(self.samples)
         indices = range(len(self.samples)) if choose is None else choose(self.samples)
         return [await generator.written(write, self.samples[index], index) for index in indices]
 
     async def outputs(self) -> AsyncGenerator[tuple[int, Sample, SampleDelta], None]:
         """What every output added, with the index of its sample."""
         position = {id(sample): index for index, sample in enumerate(self.samples)}
-        async with aclosing(self.services.generator.run(self.samples)) as outputs:
-            async for sample, delta in outputs:
-                yield position[id(sample)], sample, delta
+        generator = self.services.generator
+        with _as_named(self.body):
+            async with aclosing(generator.run(self.samples)) as outputs:
+                async for sample, delta in outputs:
+                    yield position[id(sample)], sample, delta
 
     def num_likeliest(self, wanted: int) -> int:
         """How many of the likeliest tokens are meant: by -1, the whole vocabulary."""
@@ -110,16 +113,23 @@ async def start(
         for number, item in enumerate(items)
     ]
     call = GenerateCall(items=named, batch=len(named) > 1, stream=body.stream, prefix=rid)
-    try:
+    with _as_named(body):
         samples = await services.generator.samples(call)
         if (other := services.calls.get(rid)) is not None:
             # Its samples may have other ids than these, if it has more of them.
             services.engine.check_ids([sample.request.rid for sample in other.samples])
-    except InvalidRequest as error:
-        raise named_grammar(renamed(error), body) from error
     found = OpenAICall(services=services, body=body, call=call, samples=samples, object=object_name)
     services.calls[rid] = found
     return found
+
+
+@contextmanager
+def _as_named(body: CompletionBody | ChatBody) -> Iterator[None]:
+    """Errors of a call speak of the fields of its body."""
+    try:
+        yield
+    except InvalidRequest as error:
+        raise named_grammar(renamed(error), body) from error
 
 
 def token_writer(call: OpenAICall, sample: Sample, *, echo: bool = False) -> TokenWriter:

@@ -11,7 +11,7 @@ from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 from engine.errors import SlipstreamError
 from engine.protocol import ErrorInfo, Grammar
 from rollout.jobs.job_loop import Answer, serve_jobs
-from rollout.masks.grammar.compile import compile_grammar
+from rollout.masks.grammar.compile import compile_grammar, told
 from rollout.masks.grammar.languages.bounds import refuse
 from rollout.masks.grammar.vocabulary import Vocabulary, llguidance_tokenizer
 from rollout.replica.command_replies import error_info
@@ -31,7 +31,7 @@ def start(greeting: bytes) -> Answer:
             bits = allocate_token_bitmask(1, vocabulary.end_id + 1)
             fill_next_token_bitmask(matcher, bits)
             if matcher.is_error():
-                refuse(matcher.get_error()[:500])
+                refuse(told(matcher))
             if not np.any(bits):
                 refuse("no text fits it")
         except SlipstreamError as error:

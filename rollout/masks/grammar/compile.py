@@ -17,6 +17,8 @@ from rollout.masks.grammar.languages.translate import schema_of, to_lark
 _DEFINITIONS = ("$defs", "definitions", "$id", "$schema")
 _SHOWN = re.compile(r"\d+ \||\^+$|<non-verbose/>$")
 _PLACE = re.compile(r"^(at )?\d+\(\d+\): (failed to compile JSON schema: )?")
+_CLEARER = {"NoExtensionBias": "no text fits it"}
+"""Words of llguidance's own."""
 _MAX_TRIED = 200
 """Most parts of a schema that are compiled alone to find the one that is not served."""
 
@@ -32,11 +34,11 @@ def compile_grammar(
     """
     matcher = _matcher(to_lark(grammar, special), tokenizer)
     if matcher.is_error():
-        told = _told(matcher)
+        problem = told(matcher)
         if grammar.kind != "lark":
             # A place in the rules, which are ours.
-            told = _PLACE.sub("", told)
-        refuse(f"{_place_in_schema(grammar, told, tokenizer)}{told}")
+            problem = _PLACE.sub("", problem)
+        refuse(f"{_place_in_schema(grammar, problem, tokenizer)}{problem}")
     return matcher
 
 
@@ -44,13 +46,15 @@ def _matcher(lark: str, tokenizer: LLTokenizer) -> LLMatcher:
     return LLMatcher(tokenizer, lark, log_level=0, limits=parser_limits())
 
 
-def _told(matcher: LLMatcher) -> str:
-    """What llguidance says is wrong, on one line, without the source that it shows."""
+def told(matcher: LLMatcher) -> str:
+    """What llguidance says is wrong, on one line, without the source that it shows. Of a matcher
+    that is in error."""
     lines = [line.strip() for line in matcher.get_error().splitlines()]
-    return " ".join(line for line in lines if line and not _SHOWN.match(line))[:500]
+    found = " ".join(line for line in lines if line and not _SHOWN.match(line))[:500]
+    return _CLEARER.get(found, found)
 
 
-def _place_in_schema(grammar: Grammar, told: str, tokenizer: LLTokenizer) -> str:
+def _place_in_schema(grammar: Grammar, problem: str, tokenizer: LLTokenizer) -> str:
     """Where in a JSON Schema that is: of its parts, the innermost that alone is refused for the
     same reason. "" of other grammars."""
     schema = schema_of(grammar)
@@ -62,13 +66,13 @@ def _place_in_schema(grammar: Grammar, told: str, tokenizer: LLTokenizer) -> str
         if not where.startswith(f"{place}/") or num_tried >= _MAX_TRIED:
             continue
         num_tried += 1
-        if _refused_alike(part, common, told, tokenizer):
+        if _refused_alike(part, common, problem, tokenizer):
             place = where
     return f"{place}: "
 
 
 def _refused_alike(
-    part: dict[str, Any], common: dict[str, Any], told: str, tokenizer: LLTokenizer
+    part: dict[str, Any], common: dict[str, Any], problem: str, tokenizer: LLTokenizer
 ) -> bool:
     alone = _matcher(f"start: %json {json.dumps({**common, **part})}\n", tokenizer)
-    return alone.is_error() and _PLACE.sub("", _told(alone)) == told
+    return alone.is_error() and _PLACE.sub("", told(alone)) == problem

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from engine.errors import InvalidRequest
+from typing import TypeVar
+
+from engine.errors import InvalidRequest, SlipstreamError
 from engine.protocol import GenerateRequest, Grammar, GrammarKind
+
+Error = TypeVar("Error", bound=SlipstreamError)
 
 ANY_OBJECT = "$$ANY$$"
 """The `json_schema` by which SGLang's clients ask for any object."""
@@ -44,7 +48,7 @@ def grammar_field(wire: GenerateRequest) -> str:
     return "grammar"
 
 
-def in_field(error: InvalidRequest, field: str) -> InvalidRequest:
+def in_field(error: Error, field: str) -> Error:
     """An error of a grammar as one of the field that it came by; others as they are."""
     if error.field != "grammar":
         return error

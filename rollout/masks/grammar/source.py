@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.errors import MaskError
+from engine.errors import UnmetConstraint
 from engine.protocol import BitArray, Request
 from rollout.masks.base import MaskedRow, MaskOf, PendingMask, num_words
+from rollout.masks.grammar.compile import told
 from rollout.masks.grammar.compiled import CompiledGrammar, CompiledGrammars
 from rollout.masks.grammar.crew import Crew, Turn
 from rollout.masks.grammar.following import Following
@@ -111,9 +112,9 @@ class GrammarMasks:
         ran = self._running_crew().run(turns, bits)
         for turn in ran.unfit:
             errors[turn.number] = self._unfit(turn.following)
-        for turn, told in ran.broken:
-            errors[turn.number] = MaskError(
-                f"the grammar gave no mask: {told[:500]}", field="grammar"
+        for turn in ran.broken:
+            errors[turn.number] = UnmetConstraint(
+                f"grammar: nothing can come next: {told(turn.following.matcher)}", field="grammar"
             )
         empty = np.ones(len(wanted), np.bool_)
         empty[ran.filled] = False
@@ -182,13 +183,13 @@ class GrammarMasks:
         if found is not None:
             found.leave()
 
-    def _unfit(self, following: Following) -> MaskError:
+    def _unfit(self, following: Following) -> UnmetConstraint:
         """What is said of output tokens that are none of the grammar. Nothing is known of where it
         stands any more."""
         self._drop(following.request.rid)
-        return MaskError(
-            "the output tokens so far, those that came with the request among them, are not of "
-            f"its grammar: {following.matcher.get_error()[:500]}",
+        return UnmetConstraint(
+            "grammar: it cannot go on behind the output tokens so far, those that came with the "
+            f"request among them: {told(following.matcher)}",
             field="grammar",
         )
 

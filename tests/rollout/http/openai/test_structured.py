@@ -244,6 +244,37 @@ def test_what_is_wrong_is_told_by_its_field(model: str) -> None:
     run(test)
 
 
+def test_a_grammar_that_leads_nowhere_is_the_fault_of_its_field(model: str) -> None:
+    regex = {"regex": "(red|green)"}
+    bodies: list[tuple[str, dict[str, Any], str]] = [
+        (path, body | fields, field)
+        for path, body in (("chat/completions", CHAT), ("completions", COMPLETION))
+        for fields, field in (
+            ({"guided_regex": regex["regex"]}, "guided_regex"),
+            ({"structured_outputs": regex}, "structured_outputs.regex"),
+        )
+    ]
+
+    async def test() -> None:
+        async with serving(engine=fake_config(model)) as server:
+            for path, body, field in bodies:
+                long = {"min_tokens": 50, "max_tokens": 60}
+                reply = await server.post(f"/v1/{path}", body | long)
+                error = reply.json()["error"]
+                assert (reply.status_code, error["param"]) == (400, field), error
+                stream = await server.post(f"/v1/{path}", body | long | {"stream": True})
+                assert [f["error"]["param"] for f in events(stream.text) if f and "error" in f] == [
+                    field
+                ]
+            sampling = regex | {"min_new_tokens": 50, "max_new_tokens": 60}
+            reply = await server.post("/generate", {"text": "a", "sampling_params": sampling})
+            error = reply.json()["error"]
+            assert (reply.status_code, error["field"]) == (400, "sampling_params.regex"), error
+            assert error["type"] == "UnmetConstraint"
+
+    run(test)
+
+
 @pytest.mark.parametrize("name", ["disable_any_whitespace", "whitespace_pattern"])
 def test_options_that_are_not_served_are_refused_where_they_are_set(model: str, name: str) -> None:
     async def test() -> None:

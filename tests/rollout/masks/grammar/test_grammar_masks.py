@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from engine.errors import InvalidRequest, MaskError
+from engine.errors import InvalidRequest, UnmetConstraint
 from engine.protocol import Grammar, Request
 from rollout.masks.base import MaskedRow, PendingMask, num_words
 from rollout.masks.grammar.source import GrammarMasks
@@ -124,7 +124,7 @@ def test_output_that_is_not_of_the_grammar_is_its_own_fault() -> None:
     with source() as masks:
         bad, good = masks.ask([row(asked("a"), "yx", 0), row(asked("b"), "ye", 1)])
         assert result(good) == sorted(ids_in("st"))
-        with pytest.raises(MaskError, match="output tokens") as caught:
+        with pytest.raises(UnmetConstraint, match="output tokens") as caught:
             result(bad)
         assert caught.value.field == "grammar"
         # It is looked at anew the next time.
@@ -279,7 +279,7 @@ def test_rows_whose_tokens_do_not_fit_are_told_apart_from_their_neighbours_on_ot
         ]
         for number, mask in enumerate(masks.ask(rows)):
             if number in (3, 8):
-                with pytest.raises(MaskError, match="output tokens"):
+                with pytest.raises(UnmetConstraint, match="output tokens"):
                     result(mask)
             else:
                 assert result(mask) == [EOS_ID]

@@ -97,7 +97,39 @@ def test_a_request_that_is_continued_has_the_tokens_of_one_that_was_not(
 
 def test_tokens_to_continue_that_are_not_of_the_grammar(model: str) -> None:
     output = alone(model, asked("a", output_ids=np.array(ids_in("fx"), np.int32)))
-    assert output.finish.error == "MaskError" and "grammar" in output.finish.message
+    assert output.finish.error == "UnmetConstraint" and "grammar" in output.finish.message
+    assert output.finish.field == "grammar"
+
+
+WIDE = Grammar(
+    kind="lark",
+    source="\n".join(
+        [
+            'start: "z" ' + " ".join(f"r{number}?" for number in range(1500)),
+            *(f'r{number}: "{number}" "y"' for number in range(1500)),
+        ]
+    ),
+)
+"""Its first mask is cheap, and what comes behind it is more than one request may have."""
+
+
+@pytest.mark.parametrize(
+    "name,request_",
+    [
+        ("asks for too much", asked("m", WIDE)),
+        ("is over too early", asked("m", CHOICE, min_new_tokens=200)),
+    ],
+)
+def test_a_grammar_that_leads_nowhere_is_the_fault_of_its_request(
+    model: str, name: str, request_: Request
+) -> None:
+    with inline(model) as replica:
+        replica.submit([request_, asked("b", None, prompt=[4, 5], max_new_tokens=9)])
+        found = finals(replica)
+    finish = found["m"].finish
+    assert (finish.error, finish.field) == ("UnmetConstraint", "grammar"), name
+    assert found["m"].token_ids.size > 0
+    assert found["b"].token_ids.tolist() == expected_tokens([4, 5], 9)
 
 
 def test_a_retracted_request_goes_on_as_it_was(model: str) -> None:
