@@ -11,6 +11,18 @@ from engine.errors import InvalidRequest, ModelNotFound
 from rollout.text.tokenizer import Tokenizer, load_tokenizer
 
 
+_CHARACTER = r'[^"\\\x00-\x1F\x7F]'
+_LENGTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20, 30)
+_SLICES = [
+    r"[\x20\x0A\x0D\x09]+",
+    *(f"{_CHARACTER}{{1,{length}}}" for length in _LENGTHS),
+    f"{_CHARACTER}+",
+]
+"""Sets of tokens whose masks inside JSON strings are computed once; of a string whose length is
+bounded, those short enough for what is left of it. With llguidance's own four, a mask takes 1.1 to
+1.4 times as long."""
+
+
 class Vocabulary(msgspec.Struct, frozen=True):
     """tokens: bytes of each token by id, of special tokens the text they are written as; none where
     an id stands for nothing. special_ids: those that add nothing to a text."""
@@ -63,8 +75,7 @@ def load_vocabulary(model: str | Path, vocab_size: int) -> Vocabulary:
 
 def llguidance_tokenizer(vocabulary: Vocabulary) -> LLTokenizer:
     """What llguidance compiles grammars for; with `Vocabulary.end_id` one token more."""
-    # Slices are sets of tokens whose masks inside JSON strings are computed once.
-    return LLTokenizer(TokenizerWrapper(_Tokens(vocabulary)), slices=LLTokenizer.json_slices())
+    return LLTokenizer(TokenizerWrapper(_Tokens(vocabulary)), slices=_SLICES)
 
 
 class _Tokens:
