@@ -40,15 +40,15 @@ class ChatPrompts:
         self._renderer = ChatRenderer(tokenizer, trusted=config.trust_request_chat_template)
         self._formats: dict[str, ReplyFormat] = {}
 
-    def check_size(self, num_bytes: int) -> None:
+    def check_size(self, num_bytes: int, field: str = "messages") -> None:
         """Refuse, before it is decoded, a body far beyond what a context of text needs. Raises
-        ContextTooLong (`messages`)."""
+        ContextTooLong. field: what the dialect calls the conversation."""
         most = _BYTES_PER_CHAR * self._max_chars() + _MORE_BYTES
         if num_bytes > most:
             raise ContextTooLong(
                 f"the body has {num_bytes} bytes; the context of this model takes messages in "
                 f"at most {most}",
-                field="messages",
+                field=field,
             )
 
     async def prompt(self, body: ChatBody, num_bytes: int) -> ChatPrompt:

@@ -6,8 +6,8 @@ translates its body into a `ChatBody`, and the events of a `Turn` into its own.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -58,14 +58,16 @@ class Turn:
 
     async def finish(self) -> list[list[Event]]:
         """Run to the end; the events of all replies, in the order of the samples."""
-        return await self.call.choices(self._whole)
+        with _speaking_of_tools():
+            return await self.call.choices(self._whole)
 
     async def deltas(self) -> AsyncGenerator[TurnDelta, None]:
         """What every output added, until all replies are whole. Whoever iterates closes it."""
-        async with aclosing(self.call.outputs()) as outputs:
-            async for index, sample, delta in outputs:
-                events = self._readers[index].read(delta.text, last=delta.finished)
-                yield TurnDelta(index=index, sample=sample, delta=delta, events=events)
+        with _speaking_of_tools():
+            async with aclosing(self.call.outputs()) as outputs:
+                async for index, sample, delta in outputs:
+                    events = self._readers[index].read(delta.text, last=delta.finished)
+                    yield TurnDelta(index=index, sample=sample, delta=delta, events=events)
 
     def reply(self, index: int = 0) -> Reply:
         """What reply `index` holds, as far as it was read."""
@@ -109,10 +111,8 @@ async def start_turn(
     item = msgspec.structs.replace(item, grammar=grammar)
     if services.capture is not None:
         services.capture.conversing(body)
-    try:
+    with _speaking_of_tools():
         call = await start(services, body, [item], prefix=prefix, object_name=object_name)
-    except InvalidRequest as error:
-        raise _of_tools(error) from error
     hides = read.keeps_special_tokens and body.skip_special_tokens
     readers = [
         ReplyReader(
@@ -179,11 +179,15 @@ def _item(
     return msgspec.structs.replace(base, input_ids=prompt.ids)
 
 
-def _of_tools(error: InvalidRequest) -> InvalidRequest:
-    """The error of a grammar that no field of the body names: it was made of the tools."""
-    if error.field != "grammar":
-        return error
-    return type(error)(error.message.replace("grammar", "tools", 1), field="tools")
+@contextmanager
+def _speaking_of_tools() -> Iterator[None]:
+    """Errors of a grammar that no field of the body names: it was made of the tools."""
+    try:
+        yield
+    except InvalidRequest as error:
+        if error.field not in ("grammar", "grammar.source"):
+            raise
+        raise type(error)(error.message.replace(error.field, "tools", 1), field="tools") from error
 
 
 def _num_until(end: list[int], ids: list[int]) -> int:

@@ -142,7 +142,7 @@ class _Responses:
     async def _parsed(self, data: bytes) -> ResponsesBody:
         services = self._services
         if services.prompts is not None:
-            services.prompts.check_size(len(data))
+            services.prompts.check_size(len(data), "input")
         return await services.generator.parsed(parse_responses, data)
 
     async def _started(self, body: ResponsesBody, before: Items, num_bytes: int) -> Turn:

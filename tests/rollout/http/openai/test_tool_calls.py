@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.helpers.http_app import Server, events, run, serving
+from tests.helpers.replicas import fake_config
 from tests.helpers.scripted_replies import CALL, OTHER_CALL, THINKING, TOOLS, scripted
+from tests.helpers.text_models import fake_text_model
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
 USER = {"role": "user", "content": "ab"}
 BODY: dict[str, Any] = {"messages": [USER], "tools": TOOLS, "max_tokens": 200}
 NAMED = {"type": "function", "function": {"name": "now"}}
+
+
+def _function(name: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
 
 
 async def reply_to(server: Server, **more: Any) -> Any:
@@ -253,6 +260,8 @@ def test_special_tokens_are_there_for_the_parser_and_not_in_content() -> None:
         ({"tools": [TOOLS[0], TOOLS[0]]}, "tools[1].function.name", "InvalidRequest"),
         ({"structured_outputs": {"regex": "a"}}, "structured_outputs.regex", "UnsupportedOption"),
         ({"reasoning_effort": "high"}, "reasoning_effort", "UnsupportedOption"),
+        ({"tools": [_function("f", {"type": "object", "properties": {"a": {"not": {}}}})],
+          "tool_choice": "required"}, "tools", "InvalidRequest"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_refused_by_name(
@@ -265,5 +274,27 @@ def test_what_cannot_be_done_is_refused_by_name(
             error = reply.json()["error"]
             assert (error["param"], error["type"]) == (field, kind), error
             assert server.link.requests == []
+
+    run(test)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_that_cannot_come_are_the_fault_of_the_tools(stream: bool, tmp_path: Path) -> None:
+    """No call is as long as the reply has to be."""
+
+    async def test() -> None:
+        body = {**BODY, "tool_choice": NAMED, "min_tokens": 150, "stream": stream}
+        async with serving(
+            engine=fake_config(fake_text_model(tmp_path)), tool_parser="hermes"
+        ) as server:
+            reply = await server.post("/v1/chat/completions", body)
+            told = (
+                [frame for frame in events(reply.text) if frame and "error" in frame]
+                if stream
+                else [reply.json()]
+            )
+            assert [(one["error"]["type"], one["error"]["param"]) for one in told] == [
+                ("UnmetConstraint", "tools")
+            ]
 
     run(test)

@@ -271,6 +271,7 @@ def test_pages_of_input_items() -> None:
         ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
         ({"input": ""}, "input"),
+        ({"input": "x" * 5_000_000}, "input"),
         ({"max_output_tokens": -1}, "max_output_tokens"),
         ({"temperature": -1}, "temperature"),
         ({"temprature": 1}, "temprature"),
