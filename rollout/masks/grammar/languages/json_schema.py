@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -61,7 +62,8 @@ _FORMATS = (
 
 
 def read_json(source: str, what: str) -> Any:
-    """A source that is JSON text, at most `MAX_DEPTH` deep. Raises InvalidRequest."""
+    """A source that is JSON text, at most `MAX_DEPTH` deep, of numbers that float64 has and texts
+    that UTF-8 has. Raises InvalidRequest."""
     try:
         value = json.loads(source, parse_constant=lambda name: refuse(f"{what} has {name}"))
     except ValueError as error:
@@ -69,6 +71,7 @@ def read_json(source: str, what: str) -> Any:
     except RecursionError:
         refuse(f"{what} is nested more than {MAX_DEPTH} deep")
     _check_depth(value, what)
+    _check_leaves("#", value, what)
     return value
 
 
@@ -100,6 +103,21 @@ def _check_depth(value: Any, what: str) -> None:
         if not level:
             return
     refuse(f"{what} is nested more than {MAX_DEPTH} deep, at {level[0][0][:200]}")
+
+
+def _check_leaves(place: str, value: Any, what: str) -> None:
+    """Of a value whose depth was checked."""
+    if isinstance(value, float) and not math.isfinite(value):
+        refuse(f"{what} has a number beyond the range of float64, at {place[:200]}")
+    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+        refuse(f"{what} has a text with half a surrogate pair, at {place[:200]}")
+    if isinstance(value, list):
+        for number, inner in enumerate(value):
+            _check_leaves(_at(place, number), inner, what)
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            _check_leaves(place, name, what)
+            _check_leaves(_at(place, name), inner, what)
 
 
 def _parts(place: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -181,6 +199,12 @@ def _check_number(where: str, value: Any) -> None:
         _wrong(where, f"is {_show(value)}; give a number")
 
 
+def _check_divisor(where: str, value: Any) -> None:
+    _check_number(where, value)
+    if value <= 0:
+        _wrong(where, f"is {_show(value)}; give a number above 0")
+
+
 def _check_bound(where: str, value: Any) -> None:
     # Draft 4 has booleans here.
     if not isinstance(value, bool):
@@ -212,7 +236,7 @@ _CHECKS: Mapping[str, Callable[[str, Any], None]] = MappingProxyType(
         "minLength": _check_count,
         "minProperties": _check_count,
         "minimum": _check_number,
-        "multipleOf": _check_number,
+        "multipleOf": _check_divisor,
         "pattern": _check_text,
         "required": _check_required,
         "type": _check_type,

@@ -120,6 +120,8 @@ REFUSED: list[tuple[Any, str, str]] = [
     ),
     ({"type": "object", "minProperties": 2}, "#/minProperties", "more than 1"),
     ({"type": "object", "properties": {"a": {}}, "minProperties": 1}, "#", "maxProperties"),
+    ({"items": {"multipleOf": 0}}, "#/items/multipleOf", "above 0"),
+    ({"items": {"multipleOf": -0.5}}, "#/items/multipleOf", "above 0"),
     (False, "#", ""),
     ([], "#", "object"),
     ("text", "#", "object"),
@@ -144,6 +146,9 @@ def test_what_asks_for_nothing_is_no_keyword() -> None:
     [
         ("{", "no JSON"),
         ('{"minimum": NaN}', "NaN"),
+        ('{"items": {"minimum": -1e400}}', "float64, at #/items/minimum"),
+        ('{"properties": {"a": {"enum": ["\\ud800"]}}}', "surrogate pair, at #/properties/a/enum/0"),
+        ('{"properties": {"\\udc00": {}}}', "surrogate pair, at #/properties"),
         ('{"properties": {"a": ' * 5000 + "1" + "}}" * 5000, "deep"),
         (json.dumps({"enum": [None]})[:-1], "no JSON"),
     ],

@@ -71,6 +71,7 @@ def test_a_text_fits_or_not(
         ("choice", '["a", 1]', "texts"),
         ("choice", '{"a": 1}', "texts"),
         ("choice", "[", "JSON"),
+        ("choice", '["a", "\\ud800"]', "surrogate pair, at #/1"),
         ("choice", json.dumps([str(n) for n in range(MAX_CHOICES + 1)]), str(MAX_CHOICES)),
         ("ebnf", 'rot ::= "a"', "'root'"),
         ("ebnf", 'root ::= "a" b', "line 1, column 14: there is no rule 'b'"),
