@@ -8,11 +8,12 @@ import msgspec
 import numpy as np
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
-from engine.errors import SlipstreamError
+from engine.errors import InvalidRequest, SlipstreamError
 from engine.protocol import ErrorInfo, Grammar
 from rollout.jobs.job_loop import Answer, serve_jobs
 from rollout.masks.grammar.compile import compile_grammar, told
 from rollout.masks.grammar.languages.bounds import refuse
+from rollout.masks.grammar.panics import Panic, contained
 from rollout.masks.grammar.vocabulary import Vocabulary, llguidance_tokenizer
 from rollout.replica.command_replies import error_info
 
@@ -29,13 +30,19 @@ def start(greeting: bytes) -> Answer:
                 msgspec.msgpack.decode(data, type=Grammar), tokenizer, special
             ).deep_copy()
             bits = allocate_token_bitmask(1, vocabulary.end_id + 1)
-            fill_next_token_bitmask(matcher, bits)
+            contained(fill_next_token_bitmask, matcher, bits)
             if matcher.is_error():
                 refuse(told(matcher))
             if not np.any(bits):
                 refuse("no text fits it")
         except SlipstreamError as error:
             info = error_info(error)
+        except Panic as error:
+            info = ErrorInfo(
+                kind=InvalidRequest.__name__,
+                message=f"grammar: it cannot be served: {error}",
+                field="grammar",
+            )
         else:
             info = ErrorInfo(kind="", message="")
         return msgspec.msgpack.encode(info)

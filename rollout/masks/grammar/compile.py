@@ -13,6 +13,7 @@ from engine.protocol import Grammar
 from rollout.masks.grammar.languages.bounds import parser_limits, refuse
 from rollout.masks.grammar.languages.json_schema import subschemas
 from rollout.masks.grammar.languages.translate import schema_of, to_lark
+from rollout.masks.grammar.panics import Panic, contained
 
 _DEFINITIONS = ("$defs", "definitions", "$id", "$schema")
 _SHOWN = re.compile(r"\d+ \||\^+$|<non-verbose/>$")
@@ -32,7 +33,11 @@ def compile_grammar(
     InvalidRequest (`grammar`) naming the place of what is no grammar, is not served, or asks for
     more than `bounds` allows.
     """
-    matcher = _matcher(to_lark(grammar, special), tokenizer)
+    lark = to_lark(grammar, special)
+    try:
+        matcher = _matcher(lark, tokenizer)
+    except Panic as error:
+        refuse(f"it cannot be served: {error}")
     if matcher.is_error():
         problem = told(matcher)
         if grammar.kind != "lark":
@@ -43,7 +48,7 @@ def compile_grammar(
 
 
 def _matcher(lark: str, tokenizer: LLTokenizer) -> LLMatcher:
-    return LLMatcher(tokenizer, lark, log_level=0, limits=parser_limits())
+    return contained(LLMatcher, tokenizer, lark, log_level=0, limits=parser_limits())
 
 
 def told(matcher: LLMatcher) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from llguidance.numpy import consume_token_par, fill_next_token_bitmask_par
 
 from engine.protocol import BitArray
 from rollout.masks.grammar.following import Following
+from rollout.masks.grammar.panics import contained
 
 _MOST_THREADS = 16
 _LEFT_CORES = 2
@@ -57,7 +58,8 @@ class Crew:
     def run(self, turns: Sequence[Turn], bits: BitArray) -> Ran:
         """Move all matchers, and write the masks of those that are within their grammar.
 
-        bits: uint32 [rows, words], words for the tokens of the grammar's vocabulary.
+        bits: uint32 [rows, words], words for the tokens of the grammar's vocabulary. Raises Panic;
+        then it is not known how far any of the matchers has come.
         """
         shares: dict[int, list[Turn]] = {}
         for turn in turns:
@@ -69,7 +71,12 @@ class Crew:
             self._others.submit(_in_turn, self._executors[thread], share, bits)
             for thread, share in others
         ]
-        found = [_in_turn(self._executors[own[0]], own[1], bits), *(job.result() for job in jobs)]
+        try:
+            mine = _in_turn(self._executors[own[0]], own[1], bits)
+        finally:
+            # Nobody writes into the bits of a call that is over.
+            wait(jobs)
+        found = [mine, *(job.result() for job in jobs)]
         return Ran(
             [number for one in found for number in one.filled],
             [turn for one in found for turn in one.unfit],
@@ -85,10 +92,11 @@ def _in_turn(executor: LLExecutor, turns: Sequence[Turn], bits: BitArray) -> Ran
     """What `Crew.run` does, of the rows of one thread."""
     single = [turn for turn in turns if len(turn.tokens) == 1]
     pairs = [(turn.following.matcher, turn.tokens[0]) for turn in single]
-    fits = consume_token_par(executor, pairs) if pairs else []
+    fits = contained(consume_token_par, executor, pairs) if pairs else []
     unfit = [turn for turn, fit in zip(single, fits, strict=True) if not fit]
     for turn in turns:
-        if len(turn.tokens) > 1 and not turn.following.matcher.consume_tokens(turn.tokens):
+        matcher = turn.following.matcher
+        if len(turn.tokens) > 1 and not contained(matcher.consume_tokens, turn.tokens):
             unfit.append(turn)
     lost = {turn.number for turn in unfit}
     inside = [
@@ -98,6 +106,6 @@ def _in_turn(executor: LLExecutor, turns: Sequence[Turn], bits: BitArray) -> Ran
     ]
     if inside:
         matchers = [(turn.following.matcher, turn.number) for turn in inside]
-        fill_next_token_bitmask_par(executor, matchers, bits.view(np.int32))
+        contained(fill_next_token_bitmask_par, executor, matchers, bits.view(np.int32))
     broken = [turn for turn in inside if turn.following.matcher.is_error()]
     return Ran([turn.number for turn in inside], unfit, broken)

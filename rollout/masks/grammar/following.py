@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from engine.protocol import IntArray, Request
+from rollout.masks.grammar.panics import contained
 from rollout.masks.grammar.starts import Start
 
 _NOTHING: IntArray = np.empty(0, np.int32)
@@ -26,7 +27,7 @@ class Following:
         assert request.grammar is not None
         self.request = request
         self.ending_ids = tuple(ending_ids)
-        self.matcher = start.matcher.deep_copy()
+        self.matcher = contained(start.matcher.deep_copy)
         self.start = start
         start.num_rows += 1
         self._after: IntArray = np.array(request.grammar.after_ids, np.int32)
@@ -54,8 +55,8 @@ class Following:
         """Go on from another start of the grammar: `matcher` is a copy of that one, which has
         consumed what this one had."""
         fed: list[int] = self._seen[self._begin :][: self._num_fed].tolist() if self.begun else []
-        matcher = start.matcher.deep_copy()
-        if fed and not matcher.consume_tokens(fed):
+        matcher = contained(start.matcher.deep_copy)
+        if fed and not contained(matcher.consume_tokens, fed):
             return
         self.leave()
         start.num_rows += 1
@@ -113,8 +114,8 @@ class Following:
         surplus = self._num_fed - left
         if surplus <= 0:
             return
-        if not self.matcher.rollback(surplus):
-            self.matcher, left = self.start.matcher.deep_copy(), 0
+        if not contained(self.matcher.rollback, surplus):
+            self.matcher, left = contained(self.start.matcher.deep_copy), 0
         self._num_fed = left
 
 

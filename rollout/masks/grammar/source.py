@@ -6,6 +6,7 @@ asks them; llguidance lets go of the interpreter, so the leader's thread goes on
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,8 +21,11 @@ from rollout.masks.grammar.compile import told
 from rollout.masks.grammar.compiled import CompiledGrammar, CompiledGrammars
 from rollout.masks.grammar.crew import Crew, Turn
 from rollout.masks.grammar.following import Following
+from rollout.masks.grammar.panics import Panic
 from rollout.masks.grammar.starts import ROWS_OF_A_START, least_followed, spread
 from rollout.masks.grammar.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
 
 _ALL = np.uint32(0xFFFFFFFF)
 
@@ -104,6 +108,20 @@ class GrammarMasks:
 
     def _compute(self, wanted: list[_Wanted]) -> _Masks:
         """The masks of some rows, in their order."""
+        try:
+            return self._computed(wanted)
+        except Panic as error:
+            # Whose it is was not said, nor how far the matchers of the others have come.
+            for one in wanted:
+                self._drop(one.row.request.rid)
+            if len(wanted) > 1:
+                return _joined([self._compute([one]) for one in wanted])
+            logger.error("the grammar of request %s: %s", wanted[0].row.request.rid, error)
+            nothing = np.zeros((1, self._vocab_size // 32 + 1), np.uint32)
+            ended = UnmetConstraint(f"grammar: it cannot go on: {error}", field="grammar")
+            return _Masks(bits=nothing, errors={0: ended})
+
+    def _computed(self, wanted: list[_Wanted]) -> _Masks:
         # One token more than there are: that of a text that is whole.
         end_word, end_bit = divmod(self._vocab_size, 32)
         bits = np.empty((len(wanted), end_word + 1), np.uint32)
@@ -209,6 +227,12 @@ class GrammarMasks:
                 word, bit = token // 32, np.uint32(1 << (token % 32))
                 bits[rows, word] &= ~bit
                 bits[rows[whole[rows]], word] |= bit
+
+
+def _joined(parts: Sequence[_Masks]) -> _Masks:
+    """One of masks of a row each."""
+    errors = {number: part.errors[0] for number, part in enumerate(parts) if part.errors}
+    return _Masks(bits=np.concatenate([part.bits for part in parts]), errors=errors)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import msgspec
 from llguidance import LLTokenizer, TokenizerWrapper
 
 from engine.errors import InvalidRequest, ModelNotFound
+from rollout.masks.grammar.panics import contained
 from rollout.text.tokenizer import Tokenizer, load_tokenizer
-
 
 _CHARACTER = r'[^"\\\x00-\x1F\x7F]'
 _LENGTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20, 30)
@@ -75,7 +75,7 @@ def load_vocabulary(model: str | Path, vocab_size: int) -> Vocabulary:
 
 def llguidance_tokenizer(vocabulary: Vocabulary) -> LLTokenizer:
     """What llguidance compiles grammars for; with `Vocabulary.end_id` one token more."""
-    return LLTokenizer(TokenizerWrapper(_Tokens(vocabulary)), slices=_SLICES)
+    return contained(LLTokenizer, TokenizerWrapper(_Tokens(vocabulary)), slices=_SLICES)
 
 
 class _Tokens:

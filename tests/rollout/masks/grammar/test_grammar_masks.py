@@ -11,12 +11,15 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from llguidance import LLExecutor, LLMatcher
 
-from engine.errors import InvalidRequest, UnmetConstraint
+from engine.errors import InvalidRequest, MaskError, UnmetConstraint
 from engine.protocol import Grammar, Request
 from rollout.masks.base import MaskedRow, PendingMask, num_words
+from rollout.masks.grammar import compile as compile_
+from rollout.masks.grammar import crew
 from rollout.masks.grammar.source import GrammarMasks
-from rollout.masks.grammar.vocabulary import Vocabulary
+from rollout.masks.grammar.vocabulary import Vocabulary, llguidance_tokenizer
 from tests.helpers.fake_executor import EOS_ID, VOCAB_SIZE, tokens_of
 from tests.helpers.grammars import ids_in, tiny_vocabulary
 from tests.helpers.replicas import make_request
@@ -130,6 +133,56 @@ def test_output_that_is_not_of_the_grammar_is_its_own_fault() -> None:
         # It is looked at anew the next time.
         (mask,) = masks.ask([row(asked("a"), "y")])
         assert result(mask) == ids_in("e")
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_a_panic_is_the_end_of_the_request_that_caused_it(
+    monkeypatch: pytest.MonkeyPatch, num_threads: int
+) -> None:
+    consume = crew.consume_token_par
+    bad = ids_in("n")[0]
+
+    def panicking(executor: LLExecutor, pairs: list[tuple[LLMatcher, int]]) -> list[bool]:
+        done = consume(executor, pairs)
+        if bad in (token for _, token in pairs):
+            # A token longer than llguidance's tree is deep: a panic of its own.
+            llguidance_tokenizer(Vocabulary([b"x" * 70_000], []))
+        return done
+
+    monkeypatch.setattr(crew, "consume_token_par", panicking)
+    with source(num_threads=num_threads) as masks:
+        for _ in range(2):
+            rows = [row(asked(rid), text, n) for n, (rid, text) in enumerate(BESIDE)]
+            first, broken, last = masks.ask(rows)
+            assert result(first) == ids_in("e")
+            assert result(last) == sorted(ids_in("st"))
+            with pytest.raises(UnmetConstraint, match="llguidance failed") as caught:
+                result(broken)
+            assert caught.value.field == "grammar"
+
+
+BESIDE = (("a", "y"), ("b", "n"), ("c", "ye"))
+"""The second is the one in which something panics."""
+
+
+@pytest.mark.parametrize("broken", ["vocabulary", "compilation"])
+def test_a_panic_before_the_first_mask(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def panicking(*args: Any, **options: Any) -> LLMatcher:
+        llguidance_tokenizer(Vocabulary([b"x" * 70_000], []))
+        raise AssertionError("it did not panic")
+
+    if broken == "compilation":
+        monkeypatch.setattr(compile_, "LLMatcher", panicking)
+        load = tiny_vocabulary
+    else:
+
+        def load() -> Vocabulary:
+            return Vocabulary([b"x" * 70_000], [])
+
+    with source(load) as masks:
+        (mask,) = masks.ask([row(asked("a"))])
+        with pytest.raises((InvalidRequest, MaskError), match="num_parents"):
+            result(mask)
 
 
 def test_a_grammar_that_cannot_be_compiled_ends_its_request_alone() -> None:

@@ -147,7 +147,10 @@ def test_what_asks_for_nothing_is_no_keyword() -> None:
         ("{", "no JSON"),
         ('{"minimum": NaN}', "NaN"),
         ('{"items": {"minimum": -1e400}}', "float64, at #/items/minimum"),
-        ('{"properties": {"a": {"enum": ["\\ud800"]}}}', "surrogate pair, at #/properties/a/enum/0"),
+        (
+            '{"properties": {"a": {"enum": ["\\ud800"]}}}',
+            "surrogate pair, at #/properties/a/enum/0",
+        ),
         ('{"properties": {"\\udc00": {}}}', "surrogate pair, at #/properties"),
         ('{"properties": {"a": ' * 5000 + "1" + "}}" * 5000, "deep"),
         (json.dumps({"enum": [None]})[:-1], "no JSON"),
