@@ -85,9 +85,7 @@ class Leader:
     asked for, so the ranks never wait for the host; outputs come one step later and are the
     same. Without it every step is planned, run and applied in turn: the reference. A control
     command that could matter to a step finds none in flight either way; see `weight_queue` for
-    those that run beside steps. A step with masked rows is launched like any other, so that its
-    forward pass runs; the next one is planned once its masks were sent (`masked_step`).
-    """
+    those that run beside steps, and `masked_step` for steps with masked rows."""
 
     def __init__(
         self,
@@ -95,10 +93,12 @@ class Leader:
         executor: StepExecutor,
         mask_sources: Sequence[MaskSource] = (),
         clock: Callable[[], float] = time.monotonic,
+        loads_grammars: bool = False,
     ) -> None:
-        """mask_sources: beside those that requests bring. clock: of sessions that are idle."""
+        """mask_sources: beside those that requests bring. clock: of sessions that are idle.
+        loads_grammars: as `mask_gate` has it."""
         facts = executor.facts
-        gate = mask_gate(config, facts, mask_sources)
+        gate = mask_gate(config, facts, mask_sources, loads_grammars=loads_grammars)
         cache = CacheManager(
             num_pages=facts.num_pages,
             page_size=facts.page_size,

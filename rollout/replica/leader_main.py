@@ -55,7 +55,9 @@ def main(argv: list[str]) -> int:
         config = msgspec.json.decode(Path(config_path).read_bytes(), type=EngineConfig)
         executor = build_executor(config, factory, folder=folder)
         collective_s = config.parallel.timeout_s
-        leader = Leader(config, WatchedExecutor(executor, pulse, collective_s=collective_s))
+        watched = WatchedExecutor(executor, pulse, collective_s=collective_s)
+        # Now, while nobody is kept waiting.
+        leader = Leader(config, watched, loads_grammars=True)
     except SlipstreamError as error:
         channel.send([Reply(error=error_info(error))], timeout_s=_SEND_S)
         channel.close(linger_s=_SEND_S)

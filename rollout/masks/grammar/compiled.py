@@ -68,14 +68,25 @@ class CompiledGrammars:
     """By kind and source. Called by one thread."""
 
     def __init__(self, load: Callable[[], Vocabulary]) -> None:
-        """load: the model's tokens; called once, in a thread, when the first grammar is asked
-        for."""
+        """load: the model's tokens; called once, by `load`, or in a thread when the first grammar
+        is asked for."""
         self._load = load
         self._pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="grammar")
         self._found: OrderedDict[tuple[str, str], CompiledGrammar] = OrderedDict()
         self._compiler: _Compiler | None = None
         self._loading = threading.Lock()
         self._serials = count()
+
+    def load(self) -> None:
+        """Read the model's tokens now. A model that has none, or none that can be read, says so to
+        the first grammar."""
+        try:
+            self._loaded()
+        except SlipstreamError as error:
+            logger.info("no grammars: %s", error)
+        except Exception:
+            # A boundary: what no grammar asks for must not be in the way of others.
+            logger.exception("no grammars")
 
     def get(self, grammar: Grammar) -> CompiledGrammar:
         """The grammar, which is begun now if it was not."""
@@ -119,13 +130,17 @@ class CompiledGrammars:
             )
 
     def _compiled(self, grammar: Grammar) -> LLMatcher:
+        compiler = self._loaded()
+        return compile_grammar(grammar, compiler.tokenizer, compiler.special)
+
+    def _loaded(self) -> _Compiler:
         with self._loading:
             if self._compiler is None:
                 vocabulary = self._load()
                 self._compiler = _Compiler(
                     llguidance_tokenizer(vocabulary), vocabulary.special_tokens()
                 )
-        return compile_grammar(grammar, self._compiler.tokenizer, self._compiler.special)
+            return self._compiler
 
     def _drop_old(self) -> None:
         surplus = len(self._found) - _MOST_KEPT

@@ -46,7 +46,8 @@ class _Masks:
 
 
 class GrammarMasks:
-    """A `MaskSource`. Nothing is loaded, and no thread started, before a request has a grammar."""
+    """A `MaskSource`. Nothing is loaded, and no thread started, before a request has a grammar, but
+    by `load`."""
 
     def __init__(
         self,
@@ -66,6 +67,11 @@ class GrammarMasks:
         # Touched by the thread of `_steps` alone.
         self._crew: Crew | None = None
         self._following: dict[str, Following] = {}
+
+    def load(self) -> None:
+        """Load what the first grammar would. That holds the interpreter for up to two seconds, in
+        which nothing else of this process runs."""
+        self._compiled.load()
 
     def wants(self, request: Request) -> bool:
         """Whether it has a grammar."""

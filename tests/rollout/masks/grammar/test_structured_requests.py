@@ -4,7 +4,10 @@ what those beside them notice."""
 from __future__ import annotations
 
 import random
+import shutil
 import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -14,9 +17,10 @@ import pytest
 from engine.protocol import Grammar, Pause, Request, RequestOutput, Resume
 from rollout.masks.grammar.source import GrammarMasks
 from rollout.replica.inline import InlineReplica
-from tests.helpers.fake_executor import EOS_ID, expected_tokens
+from rollout.replica.leader import Leader
+from tests.helpers.fake_executor import EOS_ID, FakeExecutor, expected_tokens
 from tests.helpers.grammars import ids_in, schema_grammar
-from tests.helpers.replicas import inline, make_request
+from tests.helpers.replicas import fake_config, inline, make_request, spawned
 from tests.helpers.schemas import is_valid, random_schema
 from tests.helpers.text_models import fake_text_model
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
@@ -206,3 +210,38 @@ def test_a_model_without_a_tokenizer_ends_the_request_alone() -> None:
         found = finals(replica)
     assert found["a"].finish.error == "InvalidRequest"
     assert found["b"].token_ids.tolist() == expected_tokens([1, 2, 3], 4)
+
+
+@pytest.mark.slow
+def test_a_leader_of_its_own_has_loaded_all_before_it_serves(tmp_path: Path) -> None:
+    """The first grammar holds up nobody: by then nothing is left to read of the model."""
+    folder = fake_text_model(tmp_path)
+    with spawned(folder) as replica:
+        shutil.rmtree(folder)
+        replica.submit([asked("a")])
+        found: list[RequestOutput] = []
+        deadline = time.monotonic() + 60
+        while not found:
+            assert time.monotonic() < deadline
+            found = [output for output in replica.step() if output.finish is not None]
+        assert text_of(found[0]) in ("first", "fourth", "second"), found[0].finish
+
+
+@pytest.mark.parametrize("wrong", ["no folder", "no tokenizer", "no JSON"])
+def test_a_model_without_tokens_serves_all_but_grammars(tmp_path: Path, wrong: str) -> None:
+    folder = tmp_path / "model"
+    if wrong != "no folder":
+        folder.mkdir()
+    if wrong == "no JSON":
+        (folder / "tokenizer.json").write_text("{")
+    config = fake_config(str(folder))
+    leader = Leader(config, FakeExecutor(config), loads_grammars=True)
+    try:
+        leader.submit([asked("a"), asked("b", None, prompt=[4, 5], max_new_tokens=3)])
+        found: dict[str, RequestOutput] = {}
+        while not leader.idle():
+            found |= {o.rid: o for o in leader.step() if o.finish is not None}
+        assert found["b"].token_ids.tolist() == expected_tokens([4, 5], 3)
+        assert found["a"].finish is not None and found["a"].finish.type == "abort"
+    finally:
+        leader.close()
