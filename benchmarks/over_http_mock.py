@@ -1,7 +1,8 @@
 """An engine that costs nothing, and what a bare server costs, for `benchmarks/over_http.py`.
 
-`python benchmarks/over_http_mock.py serve N`: the whole server, with `--http-processes N`, before a
-model that draws one token over and over. `python benchmarks/over_http_mock.py echo`: uvicorn with
+`python benchmarks/over_http_mock.py serve N [MS]`: the whole server, with `--http-processes N`,
+before a model that draws tokens at random and takes MS milliseconds a step, as a GPU does: the host
+plans meanwhile. `python benchmarks/over_http_mock.py echo`: uvicorn with
 nothing behind it, which sends bodies back. Both print "port" and its number once they listen.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import re
 import socket
 import sys
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -23,27 +25,37 @@ from engine.protocol import EngineFacts, Reply, StepMasks, StepPlan, StepResult,
 from rollout.http import server
 from rollout.http.config import ServeConfig
 
-TOKEN = 7
+_MOST_ROWS = 4096
 _ADDRESS = re.compile(r"serving .* at http://[^:]+:(\d+)")
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A step that is done, or a command."""
+    """A step, or a command. ready_at: when it is done, by `time.perf_counter`."""
 
     outcome: Any
+    ready_at: float = 0.0
 
     def done(self) -> bool:
-        return True
+        return time.perf_counter() >= self.ready_at
 
     def result(self) -> Any:
+        left_s = self.ready_at - time.perf_counter()
+        if left_s > 0:
+            time.sleep(left_s)
         return self.outcome
 
 
 class MockExecutor:
-    """Gives every row that samples the same token."""
+    """Gives every row that samples a token drawn beforehand. Its steps take turns, each as long as
+    the name of the model says behind an @, in seconds."""
 
     def __init__(self, config: EngineConfig) -> None:
+        self._step_s = float(config.model.partition("@")[2] or 0.0)
+        self._free_at = 0.0
+        rng = np.random.default_rng(0)
+        self._ids = rng.integers(3, 32000, 2 * _MOST_ROWS).astype(np.int32)
+        self._logprobs = -rng.exponential(1.0, 2 * _MOST_ROWS).astype(np.float32)
         self.facts = EngineFacts(
             model=config.model,
             num_pages=1 << 16,
@@ -57,15 +69,18 @@ class MockExecutor:
         )
 
     def execute(self, plan: StepPlan) -> StepResult:
-        rows = int(np.count_nonzero(plan.samples))
-        return StepResult(
-            step=plan.step,
-            token_ids=np.full(rows, TOKEN, np.int32),
-            logprobs=np.full(rows, -0.25, np.float32),
-        )
+        return self.launch(plan).result()  # type: ignore[no-any-return]
 
     def launch(self, plan: StepPlan) -> Ready:
-        return Ready(self.execute(plan))
+        rows = int(np.count_nonzero(plan.samples))
+        at = plan.step % _MOST_ROWS
+        result = StepResult(
+            step=plan.step,
+            token_ids=self._ids[at : at + rows],
+            logprobs=self._logprobs[at : at + rows],
+        )
+        self._free_at = max(self._free_at, time.perf_counter()) + self._step_s
+        return Ready(result, self._free_at)
 
     def mask(self, masks: StepMasks) -> None:
         raise NotImplementedError("no request of the benchmark waits for masks")
@@ -119,25 +134,32 @@ class _Told:
         pass
 
 
-def serve(processes: int) -> None:
+def mock_config(step_ms: float) -> EngineConfig:
+    """An engine whose steps take so long; planned one ahead if they take any time."""
+    return EngineConfig(
+        model=f"mock@{step_ms / 1e3}",
+        cache=CacheConfig(page_size=16),
+        scheduler=SchedulerConfig(max_running=1024, max_waiting=8192, overlap=step_ms > 0),
+    )
+
+
+def serve(processes: int, step_ms: float) -> None:
     """The whole server, until it is told to stop."""
     import logging
 
     logging.basicConfig(level=logging.INFO, stream=_Told(), format="%(message)s")
     server.find_tokenizer = lambda model: None
-    engine = EngineConfig(
-        model="mock",
-        cache=CacheConfig(page_size=16),
-        scheduler=SchedulerConfig(max_running=256, max_waiting=8192),
+    engine = mock_config(step_ms)
+    config = ServeConfig(
+        engine=engine, port=0, http_processes=processes, incremental_streaming_output=True
     )
-    config = ServeConfig(engine=engine, port=0, http_processes=processes)
     server.serve(config, factory="over_http_mock:build")
 
 
 def main() -> None:
     """See the module."""
     if sys.argv[1] == "serve":
-        serve(int(sys.argv[2]))
+        serve(int(sys.argv[2]), float(sys.argv[3]) if len(sys.argv) > 3 else 0.0)
         return
     listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
     print(f"port {listener.getsockname()[1]}", flush=True)

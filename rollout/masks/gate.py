@@ -14,10 +14,11 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from engine.errors import MaskError, MaskTimeout, SlipstreamError, UnmetConstraint
-from engine.protocol import BitArray, Request, RequestOutput, StepMasks
+from engine.protocol import BitArray, Request, StepMasks, TokenRows
 from engine.protocol.deadlines import MASK_S
 from rollout.masks.base import MaskedRow, MaskSource, PendingMask, banned_ids, bits_of
 from rollout.masks.together import Block, checked_together
+from rollout.scheduler.emit import StepOutput
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -180,11 +181,13 @@ class MaskGate:
         for source in self._sources:
             source.close()
 
-    def forget_ended(self, outputs: Iterable[RequestOutput]) -> None:
+    def forget_ended(self, outputs: Iterable[StepOutput]) -> None:
         """Tell the sources which of the requests they were asked about are over."""
         if not self._asked:
             return
         for output in outputs:
+            if isinstance(output, TokenRows):
+                continue
             if output.finish is not None and output.rid in self._asked:
                 self._asked.discard(output.rid)
                 for source in self._sources:

@@ -10,6 +10,7 @@ from engine.protocol import RequestOutput, StepMasks, StepPlan
 from rollout.masks.gate import MaskGate
 from rollout.masks.rows import masked_rows
 from rollout.replica.command_replies import error_info
+from rollout.scheduler.emit import StepOutput
 from rollout.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,6 @@ class MaskedStep:
         """End what the sources of masks have running. Idempotent."""
         self._gate.shut_down()
 
-    def forget_ended(self, outputs: list[RequestOutput]) -> None:
+    def forget_ended(self, outputs: list[StepOutput]) -> None:
         """Tell the sources of masks which requests are over."""
         self._gate.forget_ended(outputs)

@@ -7,19 +7,22 @@ they cost both processes more time than the numbers do.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 
 from engine.protocol import IntArray, Reply, RequestOutput, SpecCounts, TokenRows, VersionSpan
 
+BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
+
 _FEWEST = 4
 """Rows below which columns save nothing."""
 
 Message = RequestOutput | Reply
+R = TypeVar("R", bound=Reply)
 
 
-def to_columns(messages: Sequence[Message]) -> list[Message | TokenRows]:
+def to_columns(messages: Sequence[Message | TokenRows]) -> list[Message | TokenRows]:
     """The messages in their order, those of neighbouring streams that only got tokens joined."""
     found: list[Message | TokenRows] = []
     run: list[RequestOutput] = []
@@ -33,9 +36,9 @@ def to_columns(messages: Sequence[Message]) -> list[Message | TokenRows]:
     return found + _joined(run)
 
 
-def from_columns(messages: Iterable[Message | TokenRows]) -> list[Message]:
+def from_columns(messages: Iterable[R | RequestOutput | TokenRows]) -> list[R | RequestOutput]:
     """Inverse of `to_columns`."""
-    found: list[Message] = []
+    found: list[R | RequestOutput] = []
     for message in messages:
         if isinstance(message, TokenRows):
             found += _outputs(message)
@@ -48,7 +51,7 @@ def _joined(run: list[RequestOutput]) -> list[Message | TokenRows]:
     return [_columns(run)] if len(run) >= _FEWEST else list(run)
 
 
-def _is_plain(message: Message) -> TypeGuard[RequestOutput]:
+def _is_plain(message: Message | TokenRows) -> TypeGuard[RequestOutput]:
     return (
         isinstance(message, RequestOutput)
         and message.finish is None
@@ -58,6 +61,27 @@ def _is_plain(message: Message) -> TypeGuard[RequestOutput]:
         and message.prompt_top is None
         and not message.kv_spans
         and len(message.spans) == 1
+    )
+
+
+def taken_rows(rows: TokenRows, at: IntArray) -> TokenRows:
+    """The rows of these indices, in their order. at: int32, ascending."""
+    if len(at) == len(rows.rids):
+        return rows
+    tokens: IntArray | BoolArray = at
+    if len(rows.token_ids) != len(rows.rids) or (rows.sizes != 1).any():
+        chosen = np.zeros(len(rows.rids), np.bool_)
+        chosen[at] = True
+        tokens = np.repeat(chosen, rows.sizes)
+    return TokenRows(
+        rids=[rows.rids[i] for i in at.tolist()],
+        starts=rows.starts[at],
+        sizes=rows.sizes[at],
+        versions=rows.versions[at],
+        token_ids=rows.token_ids[tokens],
+        logprobs=rows.logprobs[tokens],
+        counts=rows.counts[:, at],
+        spec=None if rows.spec is None else rows.spec[:, at],
     )
 
 

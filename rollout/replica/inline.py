@@ -17,6 +17,7 @@ from engine.protocol import (
     UpdateReport,
 )
 from rollout.ranks.step_executor import StepExecutor
+from rollout.replica.columns import from_columns
 from rollout.replica.leader import Leader
 from rollout.requests.message_ranges import check_ranges
 
@@ -34,7 +35,7 @@ class InlineReplica:
 
     def step(self) -> list[RequestOutput]:
         """Run one step of the engine."""
-        return self._leader.step()
+        return from_columns(self._leader.step())
 
     def send(self, command: Command) -> Reply:
         """Run a control command now; raises its typed error."""

@@ -57,6 +57,7 @@ from rollout.replica.command_replies import error_info
 from rollout.replica.weight_commands import WeightCommands
 from rollout.replica.weight_queue import Ticket
 from rollout.requests.outputs import refused
+from rollout.scheduler.emit import StepOutput
 from rollout.scheduler.readiness import Readiness
 from rollout.scheduler.scheduler import Scheduler
 from rollout.sessions.turns_in_progress import SessionTurns
@@ -135,7 +136,7 @@ class Leader:
         overlap = config.scheduler.overlap
         self._overlap = facts.device == "cuda" if overlap is None else overlap
         self._in_flight: deque[tuple[StepPlan, PendingStep]] = deque()
-        self._outputs: list[RequestOutput] = []
+        self._outputs: list[StepOutput] = []
         self._num_empty_plans = 0
         self._num_failures = 0
 
@@ -159,8 +160,7 @@ class Leader:
 
         Whatever goes wrong in it is typed: see `engine.errors.of_command`.
         """
-        ticket = self.start(command)
-        pause_s = _POLL_S
+        ticket, pause_s = self.start(command), _POLL_S
         while not ticket.done():
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_POLL_S)
@@ -213,7 +213,7 @@ class Leader:
                 assert isinstance(command, Shutdown), command
         return Reply()
 
-    def step(self) -> list[RequestOutput]:
+    def step(self) -> list[StepOutput]:
         """Run at most one step; every output since the last call, those of commands too."""
         if self._readiness.late_undo is not None:
             self._weights.abandon(self._readiness.late_undo)
@@ -322,7 +322,7 @@ class Leader:
         if not self._overlap:
             self._drain()
 
-    def _take_outputs(self) -> list[RequestOutput]:
+    def _take_outputs(self) -> list[StepOutput]:
         outputs, self._outputs = self._outputs, []
         self._masked.forget_ended(outputs)
         self._sessions.take(outputs)

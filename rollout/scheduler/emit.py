@@ -1,4 +1,5 @@
-"""Builds what a sequence returns: pieces of a stream, or all of it at its end."""
+"""Builds what sequences return: all of one at its end, pieces of one that streams, and columns of
+many streams, whose cost is not one by row."""
 
 from __future__ import annotations
 
@@ -10,9 +11,14 @@ from engine.protocol import (
     IntArray,
     RequestOutput,
     SpecCounts,
+    TokenRows,
     TopLogprobs,
 )
+from rollout.scheduler.running import RunningSet
 from rollout.scheduler.sequence import Sequence
+
+StepOutput = RequestOutput | TokenRows
+"""The output of one sequence, or those of many streams that got tokens and nothing else."""
 
 
 def make_output(
@@ -99,3 +105,77 @@ def _prompt_top(sequence: Sequence) -> TopLogprobs | None:
         np.concatenate([part.ids[:, :count] for part in parts]),
         np.concatenate([part.logprobs[:, :count] for part in parts]),
     )
+
+
+class StreamOutputs:
+    """Makes the outputs of streams that go on.
+
+    The first output of a stream, the first behind a change of weights, and all of one that wants
+    more than tokens and logprobs are an object each. From then on the slot table says what the
+    stream has returned (`SlotTable.emitted`), and a step touches no object of it.
+    """
+
+    def __init__(self, running: RunningSet, *, drafts: bool) -> None:
+        """drafts: as in `make_output`; counts of drafts are an object's to say."""
+        self._running = running
+        self._drafts = drafts
+
+    def outputs(self, slots: IntArray) -> list[StepOutput]:
+        """What those streams got that they have not returned yet. slots: int32."""
+        plain = self._running.table.emitted[slots] > 0
+        found: list[StepOutput] = [
+            self._one(self._running[slot]) for slot in slots[~plain].tolist()
+        ]
+        return [*found, self._columns(slots[plain])] if plain.any() else found
+
+    def _columns(self, slots: IntArray) -> TokenRows:
+        table = self._running.table
+        begin, end = table.emitted[slots], table.num_tokens[slots]
+        sizes = end - begin
+        if (sizes == 1).all():
+            rows, at = slots, begin
+        else:
+            rows = np.repeat(slots, sizes)
+            first = np.repeat(begin - np.cumsum(sizes) + sizes, sizes)
+            at = first + np.arange(len(rows), dtype=np.int32)
+        table.emitted[slots] = end
+        return TokenRows(
+            rids=table.rids[slots].tolist(),
+            starts=begin - table.prompt_len[slots],
+            sizes=sizes,
+            versions=table.version[slots],
+            token_ids=table.tokens[rows, at],
+            logprobs=table.logprobs[rows, at],
+            counts=np.ascontiguousarray(table.told[slots].T),
+        )
+
+    def _one(self, sequence: Sequence) -> RequestOutput:
+        table, slot = self._running.table, sequence.slot
+        size = int(table.num_tokens[slot])
+        outputs = slice(sequence.prompt_len, size)
+        output = make_output(
+            sequence,
+            table.tokens[slot, outputs],
+            table.logprobs[slot, outputs],
+            table.entropies[slot, outputs],
+            None,
+            drafts=self._drafts,
+            stay=table.spec[slot],
+        )
+        if not self._drafts and _is_plain(sequence):
+            table.emitted[slot] = size
+            table.rids[slot] = output.rid
+            table.told[slot] = (
+                output.prompt_tokens,
+                output.cached_tokens,
+                output.num_retractions,
+                output.num_restarts,
+            )
+        return output
+
+
+def _is_plain(sequence: Sequence) -> bool:
+    """Whether outputs of a stream behind the first are tokens and logprobs alone. Those of turns
+    are read on their way out."""
+    request = sequence.request
+    return not (request.num_alternatives or request.entropy or request.session)

@@ -223,6 +223,7 @@ class ResultWriter:
             return
         for slot, size in zip(slots[other].tolist(), position[other].tolist(), strict=True):
             sequence = self._running[slot]
+            self._running.take_emitted(sequence)
             sequence.close_span(size - sequence.prompt_len, version)
         table.version[slots[other]] = version
 

@@ -184,6 +184,14 @@ class RunningSet:
         if self.drafts is not None:
             self.drafts.set_version(version)
 
+    def take_emitted(self, sequence: Sequence) -> None:
+        """Copy what the table knows of outputs that a stream returned into it: the next one is not
+        as those before."""
+        emitted = int(self.table.emitted[sequence.slot])
+        if emitted:
+            sequence.num_emitted = emitted - sequence.prompt_len
+            self.table.emitted[sequence.slot] = 0
+
     def take_results(self, sequences: list[Sequence]) -> None:
         """Copy what the table knows of those of `sequences` that run into them, whatever state
         a call that broke off has left the rest in."""
@@ -200,6 +208,7 @@ class RunningSet:
         if sequence.request.entropy:
             sequence.entropies = table.entropies[slot, sequence.prompt_len : size].copy()
         sequence.spec = add_spec(sequence.spec, table.spec[slot])
+        self.take_emitted(sequence)
         computed = min(int(table.num_computed[slot] - table.num_unsure[slot]), size)
         sequence.close_kv(computed, self.version)
         return computed

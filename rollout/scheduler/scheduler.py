@@ -26,7 +26,7 @@ from engine.protocol import (
 )
 from rollout.cache.manager import CacheManager
 from rollout.scheduler.continued import begin
-from rollout.scheduler.emit import final_output, make_output
+from rollout.scheduler.emit import StepOutput, StreamOutputs, final_output
 from rollout.scheduler.finish import CANNOT_RESTART, NOT_FINITE, failed, finish_of
 from rollout.scheduler.kv_policy import KvPolicies
 from rollout.scheduler.named import named_sequences
@@ -233,12 +233,13 @@ class Scheduler:
         self._counters.num_steps += 1
         return plan
 
-    def apply(self, result: StepResult) -> list[RequestOutput]:
+    def apply(self, result: StepResult) -> list[StepOutput]:
         """Take in the result of the oldest step in flight.
 
-        Returns the final output of each sequence that ended, and one output for each
-        streaming sequence that got a token. A sequence whose numbers were not finite ends with
-        NonFiniteLogits and the tokens it had; its KV is not cached.
+        Returns the final output of each sequence that ended, and the output of each
+        streaming sequence that got a token, those of many as columns. A sequence whose
+        numbers were not finite ends with NonFiniteLogits and the tokens it had; its KV is not
+        cached.
         """
         flight = self._in_flight.popleft()
         assert result.step == flight.step, f"result of step {result.step}, not {flight.step}"
@@ -246,8 +247,10 @@ class Scheduler:
         if self._running.drafts is not None:
             self._running.drafts.applied(flight, result)
         self._counters.count(appended.num_tokens, appended.spec)
-        outputs = [self._finish_broken(self._running[slot]) for slot in appended.broken]
-        outputs += [self._stream(self._running[slot]) for slot in appended.streaming.tolist()]
+        outputs: list[StepOutput] = [
+            self._finish_broken(self._running[slot]) for slot in appended.broken
+        ]
+        outputs += self._streams.outputs(appended.streaming)
         ended = zip(appended.ended.tolist(), appended.matched.tolist(), strict=True)
         for slot, matched in ended:
             sequence = self._running[slot]
@@ -327,6 +330,7 @@ class Scheduler:
             config, self._running, self._queue, self._reserve, self._admitted, self._prepared
         )
         self._results = ResultWriter(self._running)
+        self._streams = StreamOutputs(self._running, drafts=self.drafts)
 
     def _fill(self, builder: PlanBuilder) -> None:
         num_decode = self._decode.plan(builder)
@@ -356,19 +360,6 @@ class Scheduler:
         sequence.tokens = sequence.tokens[:size]
         sequence.logprobs = sequence.logprobs[: size - sequence.prompt_len]
         sequence.entropies = sequence.entropies[: size - sequence.prompt_len]
-
-    def _stream(self, sequence: Sequence) -> RequestOutput:
-        table, slot = self._running.table, sequence.slot
-        outputs = slice(sequence.prompt_len, int(table.num_tokens[slot]))
-        return make_output(
-            sequence,
-            table.tokens[slot, outputs],
-            table.logprobs[slot, outputs],
-            table.entropies[slot, outputs],
-            None,
-            drafts=self.drafts,
-            stay=table.spec[slot],
-        )
 
     def _finish_each(
         self, sequences: list[Sequence], finish: FinishReason, *, keep_kv: bool = True

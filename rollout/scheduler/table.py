@@ -36,6 +36,9 @@ class SlotTable:
     tokens: int32 [S, C]. logprobs: float32 [S, C], by position; those of outputs only.
     entropies: float32 [S, C], as `logprobs`; written only for requests that want them.
     page_table: int32 [S, ceil(C / page_size)]; the first `num_pages` are valid.
+    emitted: of a stream whose outputs are columns by now (`emit.py`), tokens of prompt and output
+        that it has returned; 0 of every other, whose `Sequence` knows. rids, told: what its
+        outputs are called and say beside tokens; told: int32 [S, 4], as `TokenRows.counts`.
     masked: whether each of its steps waits for a mask, so that nothing can be drafted for it.
     stop_ids: int32 [S, K], padded with -1; empty in the rows of `many_stops`, the sets of
         those sequences that have more than K.
@@ -63,6 +66,9 @@ class SlotTable:
         self.group_order = np.zeros(num_slots, np.int64)
         self.version = np.zeros(num_slots, np.int64)
         self.stream = np.zeros(num_slots, np.bool_)
+        self.emitted = np.zeros(num_slots, np.int32)
+        self.rids = np.full(num_slots, "", object)
+        self.told = np.zeros((num_slots, 4), np.int32)
         self.num_alternatives = np.zeros(num_slots, np.int32)
         self.masked = np.zeros(num_slots, np.bool_)
         self.stop_ids = np.full((num_slots, STOP_COLUMNS), -1, np.int32)
@@ -94,6 +100,7 @@ class SlotTable:
         self.group_order[slot] = sequence.group_order
         self.version[slot] = sequence.span_version
         self.stream[slot] = request.stream
+        self.emitted[slot] = 0
         self.num_alternatives[slot] = numbers.num_alternatives
         self.masked[slot] = request.masked
         self.tokens[slot, :size] = sequence.tokens
@@ -131,6 +138,7 @@ class SlotTable:
         self.num_pages[slot] = 0
         self.stop_ids[slot] = -1
         self.stream[slot] = False
+        self.emitted[slot] = 0
         self.num_alternatives[slot] = 0
         self.masked[slot] = False
 

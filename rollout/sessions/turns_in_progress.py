@@ -25,7 +25,9 @@ from engine.protocol import (
     SessionCommand,
     SessionState,
     Stop,
+    TokenRows,
 )
+from rollout.scheduler.emit import StepOutput
 from rollout.scheduler.scheduler import Scheduler
 from rollout.sessions.open_rollouts import OpenRollouts
 from rollout.sessions.open_sessions import OpenSessions, Session
@@ -104,14 +106,13 @@ class SessionTurns:
         self._turns[request.rid] = _Turn(session=session, prompt=request.prompt_ids)
         return answer
 
-    def take(self, outputs: Iterable[RequestOutput]) -> None:
+    def take(self, outputs: Iterable[StepOutput]) -> None:
         """Look at outputs on their way out: those of turns are noted, and the last of each ends
-        its turn."""
+        its turn. Columns have none of turns."""
         if not self._turns:
             return
         for output in outputs:
-            turn = self._turns.get(output.rid)
-            if turn is None:
+            if isinstance(output, TokenRows) or (turn := self._turns.get(output.rid)) is None:
                 continue
             turn.chunks.append(output.token_ids)
             if output.finish is not None:

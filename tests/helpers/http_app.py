@@ -32,6 +32,7 @@ from rollout.http.engine.client import AsyncEngine
 from rollout.http.engine.link import Deliver, Fail, Message
 from rollout.http.services import make_services
 from rollout.ranks.step_executor import StepExecutor
+from rollout.replica.columns import from_columns
 from rollout.replica.command_replies import error_info
 from rollout.replica.ipc import encode_frame
 from rollout.replica.leader import Leader
@@ -134,7 +135,7 @@ class InlineLink:
             elif type(message.command) not in self.swallowed:
                 self._deliver([replace(self._answer(message.command), id=message.id)])
         if self.leader.can_step() and not self.stalled:
-            outputs = self.leader.step()
+            outputs = from_columns(self.leader.step())
             if outputs:
                 self._deliver(outputs)
         if self.leader.can_step():

@@ -21,6 +21,8 @@ from engine.protocol import (
 from rollout.cache.manager import CacheManager
 from rollout.masks.base import bits_of, num_words
 from rollout.masks.rows import masked_rows
+from rollout.replica.columns import from_columns
+from rollout.scheduler.emit import StepOutput
 from rollout.scheduler.encode import row_numbers
 from rollout.scheduler.scheduler import Scheduler
 from rollout.scheduler.sequence import Sequence
@@ -99,11 +101,12 @@ class Bench:
             answer = self.scheduler.add(request)
             self.keep([] if answer is None else [answer])
 
-    def keep(self, outputs: list[RequestOutput]) -> list[RequestOutput]:
-        """File outputs that came from a command."""
-        for output in outputs:
+    def keep(self, outputs: Iterable[StepOutput]) -> list[RequestOutput]:
+        """File outputs that came from a command or a step, each of columns by itself."""
+        found = from_columns(outputs)
+        for output in found:
             self.outputs.setdefault(output.rid, []).append(output)
-        return outputs
+        return found
 
     def step(self) -> StepPlan | None:
         """Plan, execute and apply one step, the last with a delay when overlapped. One that waits

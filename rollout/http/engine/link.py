@@ -180,10 +180,17 @@ class ProcessLink:
             loop.call_soon(self._handled, started, turns - 1)
             return
         busy_s = loop.time() - started
-        if busy_s < _LEAST_REST_S:
+        if busy_s < _LEAST_REST_S or self._deliver is None:
             self._rested()
-        else:
-            loop.call_later(min(_REST * busy_s, _MOST_REST_S), self._rested)
+            return
+        # The socket stays readable; a loop that goes on asking it does not rest.
+        loop.remove_reader(self._leader.fileno())
+        loop.call_later(min(_REST * busy_s, _MOST_REST_S), self._watch_again)
+
+    def _watch_again(self) -> None:
+        if self._deliver is not None:
+            asyncio.get_running_loop().add_reader(self._leader.fileno(), self._drain)
+        self._rested()
 
     def _rested(self) -> None:
         self._resting = False

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.protocol import RequestOutput
+import numpy as np
+
+from engine.protocol import IntArray, RequestOutput, TokenRows
+from rollout.replica.columns import taken_rows
 from rollout.requests.sample_ids import in_group, of_sample
 
 OWNER = ""
@@ -35,6 +38,10 @@ class Askers:
 
     def __init__(self) -> None:
         self._open: dict[str, _Asker] = {}
+        self._rids: list[str] = []
+        self._places: list[tuple[str, IntArray]] = []
+        """Whose are the rows of columns with the ids `_rids`: those of the last, most often of the
+        next as well."""
 
     def __len__(self) -> int:
         return len(self._open)
@@ -45,6 +52,7 @@ class Askers:
         found = self._open.get(rid)
         if found is None:
             self._open[rid] = _Asker(name)
+            self._rids = []
         elif found.name == name:
             found.count += 1
         return found is None or found.name == name
@@ -59,6 +67,17 @@ class Askers:
             if not found.count:
                 del self._open[output.rid]
         return found.name
+
+    def parts(self, rows: TokenRows) -> list[tuple[str, TokenRows]]:
+        """Whom the rows of columns go to, each caller with its own."""
+        if rows.rids != self._rids:
+            at: dict[str, list[int]] = {}
+            for i, rid in enumerate(rows.rids):
+                found = self._open.get(rid)
+                at.setdefault(OWNER if found is None else found.name, []).append(i)
+            self._rids = rows.rids
+            self._places = [(name, np.array(some, np.int32)) for name, some in at.items()]
+        return [(name, taken_rows(rows, some)) for name, some in self._places]
 
     def of_front(self, front: str) -> list[str]:
         """The ids of one front's requests, in the order in which they came."""

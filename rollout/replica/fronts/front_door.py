@@ -13,7 +13,17 @@ from typing import Any
 from msgspec.structs import replace
 
 from engine.errors import InvalidRequest
-from engine.protocol import Abort, Call, FrontGone, GetState, Reply, Request, RequestOutput, Stop
+from engine.protocol import (
+    Abort,
+    Call,
+    FrontGone,
+    GetState,
+    Reply,
+    Request,
+    RequestOutput,
+    Stop,
+    TokenRows,
+)
 from rollout.replica.columns import to_columns
 from rollout.replica.command_replies import command_name, error_info
 from rollout.replica.fronts.askers import OWNER, Askers, front_of
@@ -27,7 +37,7 @@ _FIRST_ID = 1 << 40
 """Calls of fronts are numbered from here on, beyond any number that an owner reaches."""
 _OF_FRONTS = (Abort, Stop, GetState)
 
-Message = Reply | RequestOutput
+Message = Reply | RequestOutput | TokenRows
 
 
 class FrontDoor:
@@ -70,6 +80,10 @@ class FrontDoor:
             return
         parts: dict[str, list[Message]] = {}
         for message in messages:
+            if isinstance(message, TokenRows):
+                for name, rows in self._askers.parts(message):
+                    parts.setdefault(name, []).append(rows)
+                continue
             if isinstance(message, Reply):
                 name, number = self._calls.pop(message.id, (OWNER, message.id))
                 message = replace(message, id=number)

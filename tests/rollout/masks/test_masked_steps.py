@@ -30,6 +30,7 @@ from engine.protocol import (
     StepResult,
     Stop,
 )
+from rollout.replica.columns import from_columns
 from rollout.replica.leader import Leader
 from tests.helpers.fake_executor import (
     NOT_FINITE,
@@ -95,7 +96,7 @@ class Engine:
         self.outputs: list[RequestOutput] = []
 
     def step(self) -> list[RequestOutput]:
-        found = self.leader.step()
+        found = from_columns(self.leader.step())
         self.outputs += found
         return found
 

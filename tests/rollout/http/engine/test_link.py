@@ -99,3 +99,31 @@ def test_the_last_frame_is_delivered_though_nothing_wakes_the_link_again() -> No
         assert [output.start for output in found] == list(range(20))
 
     run(test)
+
+
+def test_a_link_that_rests_is_not_called_again_and_again_by_a_socket_that_is_readable() -> None:
+    calls = []
+
+    class Counted(ProcessLink):
+        def _drain(self) -> None:
+            calls.extend([1] if self._resting else [])
+            super()._drain()
+
+    async def test() -> None:
+        frames, found = Frames(), []
+        link = Counted(frames)
+
+        def deliver(messages: Sequence[Message]) -> None:
+            found.extend(messages)
+            if len(found) == 1:
+                asyncio.get_running_loop().call_soon(frames.put, [token("a", 1)])
+                time.sleep(0.02)  # so it rests for as long as it ever does
+
+        link.start(deliver, never)
+        frames.put([token("a", 0)])
+        await until(lambda: len(found) == 2)
+        link.stop()
+        # A call a turn of the loop, while handlers have theirs.
+        assert len(calls) < 10
+
+    run(test)

@@ -24,6 +24,7 @@ from engine.protocol import (
     Request,
     RequestOutput,
     TokenRows,
+    encode,
 )
 from rollout.replica import leader_main
 from rollout.replica.columns import from_columns
@@ -239,3 +240,44 @@ def test_askers_are_forgotten_with_the_last_output() -> None:
     end = msgspec.structs.replace(nothing_of("1"), finish=FinishReason(type="stop"))
     assert (askers.take(end), len(askers)) == ("a", 1)
     assert askers.take(end) == OWNER
+
+
+def rows_of(rids: list[str], sizes: list[int]) -> TokenRows:
+    count, total = len(rids), sum(sizes)
+    numbers = np.arange(count, dtype=np.int32)
+    return TokenRows(
+        rids=rids,
+        starts=10 * numbers,
+        sizes=np.array(sizes, np.int32),
+        versions=numbers.astype(np.int64),
+        token_ids=np.arange(total, dtype=np.int32),
+        logprobs=-np.arange(total, dtype=np.float32),
+        counts=np.stack([numbers + i for i in range(4)]),
+    )
+
+
+@pytest.mark.parametrize("sizes", [[1, 1, 1, 1, 1], [1, 3, 0, 2, 1]])
+def test_rows_of_columns_go_to_whoever_asked_for_each(sizes: list[int]) -> None:
+    askers = Askers()
+    rids = ["1", "2", "3", "4", "5"]
+    names = dict(zip(rids, ["a", "b", "a", "a", "b"], strict=True))
+    for rid, name in names.items():
+        askers.admit(name, rid)
+    whole = {output.rid: output for output in from_columns([rows_of(rids, sizes)])}
+    for _ in range(2):  # the second time their places are known
+        parts = dict(askers.parts(rows_of(list(rids), sizes)))
+        assert {name: part.rids for name, part in parts.items()} == {
+            "a": ["1", "3", "4"],
+            "b": ["2", "5"],
+        }
+        for part in parts.values():
+            for output in from_columns([part]):
+                assert encode(output) == encode(whole[output.rid])
+    end = msgspec.structs.replace(nothing_of("2"), finish=FinishReason(type="stop"))
+    askers.take(end)
+    askers.admit("a", "2")
+    parts = dict(askers.parts(rows_of(list(rids), sizes)))
+    assert {name: part.rids for name, part in parts.items()} == {
+        "a": ["1", "2", "3", "4"],
+        "b": ["5"],
+    }
