@@ -7,7 +7,12 @@ import os
 import zlib
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# How long an example takes depends on the machine and on what else it does.
+hypothesis.settings.register_profile("suite", deadline=None)
+hypothesis.settings.load_profile("suite")
 
 # Few intra-op threads each: two torch processes with a thread a core on two cores stall.
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")

@@ -22,7 +22,8 @@ from rollout.masks.grammar.compiled import CompiledGrammar, CompiledGrammars
 from rollout.masks.grammar.crew import Crew, Turn
 from rollout.masks.grammar.following import Following
 from rollout.masks.grammar.panics import Panic
-from rollout.masks.grammar.starts import ROWS_OF_A_START, least_followed, spread
+from rollout.masks.grammar.spread import spread
+from rollout.masks.grammar.starts import ROWS_OF_A_START, least_followed
 from rollout.masks.grammar.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Matchers at the beginning of a grammar, and which of them the rows of a step go on from.
+"""Matchers at the beginning of a grammar, and which of them a row goes on from.
 
 llguidance's copies of a matcher share what its lexer has learned, behind a lock: masks of copies
 that are asked for at once take as long as one by one. Matchers that were compiled apart do not wait
@@ -7,19 +7,13 @@ for one another; so a grammar that many rows follow is compiled several times.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from llguidance import LLMatcher
 
-if TYPE_CHECKING:
-    from rollout.masks.grammar.following import Following
-
 ROWS_OF_A_START = 4
 """Fewer rows are not worth another start."""
-_MOST_REPLAYED = 256
-"""Output tokens of a row that is moved to another start, which consumes all of them again."""
 
 
 @dataclass(kw_only=True)
@@ -35,21 +29,3 @@ class Start:
 def least_followed(starts: Sequence[Start]) -> Start:
     """The start for one row more."""
     return min(starts, key=lambda start: start.num_rows)
-
-
-def spread(rows: Iterable[Following], starts: Sequence[Start]) -> None:
-    """Move rows from starts that have many to those that have few. The rows follow one grammar,
-    whose starts these are."""
-    if len(starts) < 2:
-        return
-    share = sum(start.num_rows for start in starts) / len(starts)
-    most = share + max(1.0, share / 4)
-    if all(start.num_rows <= most for start in starts):
-        return
-    for following in rows:
-        if following.start.num_rows <= most or following.num_fed > _MOST_REPLAYED:
-            continue
-        other = least_followed(starts)
-        if other.num_rows + 1 >= following.start.num_rows:
-            return
-        following.join(other)

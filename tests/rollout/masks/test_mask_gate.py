@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import InvalidRequest, MaskError, MaskTimeout
@@ -383,6 +383,7 @@ def test_while_the_first_is_awaited_the_others_are_seldom_looked_at() -> None:
     assert len(found(answer)) == 50
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.sampled_from(["allows", "raises", "nothing", "ends", "banned", "outside"])),
     st.sampled_from(["there", "late", "raises", "shape", "dtype"]),
