@@ -9,12 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from llguidance import LLMatcher
-
-if TYPE_CHECKING:
-    from rollout.masks.grammar.following import Following
 
 ROWS_OF_A_START = 4
 """Fewer rows are not worth another start."""
@@ -32,12 +29,27 @@ class Start:
     num_rows: int = 0
 
 
+class FollowingRow(Protocol):
+    """A row that goes on from a start (`following.Following`)."""
+
+    start: Start
+
+    @property
+    def num_fed(self) -> int:
+        """Tokens that another start would have to consume for it."""
+        ...
+
+    def join(self, start: Start) -> None:
+        """Go on from that one."""
+        ...
+
+
 def least_followed(starts: Sequence[Start]) -> Start:
     """The start for one row more."""
     return min(starts, key=lambda start: start.num_rows)
 
 
-def spread(rows: Iterable[Following], starts: Sequence[Start]) -> None:
+def spread(rows: Iterable[FollowingRow], starts: Sequence[Start]) -> None:
     """Move rows from starts that have many to those that have few. The rows follow one grammar,
     whose starts these are."""
     if len(starts) < 2:
