@@ -97,16 +97,23 @@ def chunk_weights(
 
 @triton.jit
 def _allowed(
-    logits_X: tl.tensor,
-    token_X: tl.tensor,
-    bits_ptr: tl.tensor,
-    inside_X: tl.tensor,
-    LOWEST: tl.constexpr,
+    bits_ptr: tl.tensor, chunk_N: tl.tensor, vocab: tl.int32, N: tl.constexpr, C: tl.constexpr
 ) -> tl.tensor:
-    """`kernels.sampling.masks.restrict_` of logits of one row, whose mask is at bits_ptr."""
-    word_X = tl.load(bits_ptr + (token_X >> 5), mask=inside_X, other=0)
-    least_X = tl.where(logits_X > LOWEST, logits_X, LOWEST)
-    return tl.where(((word_X >> (token_X & 31)) & 1) != 0, least_X, float("-inf"))
+    """Which tokens of some chunks a mask allows, bool [N, C]; C is a multiple of 32.
+
+    Loaded by the word, so that the compiler leaves the logits beside it where they are, and sums
+    them as in a launch without masks: a load for every token would be spread otherwise.
+    """
+    word_NW = chunk_N[:, None] * (C // 32) + tl.arange(0, C // 32)[None, :]
+    bits_NW = tl.load(bits_ptr + word_NW, mask=word_NW * 32 < vocab, other=0)
+    bits_NWT = (bits_NW[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+    return bits_NWT.reshape(N, C) != 0
+
+
+@triton.jit
+def _masked(logits_X: tl.tensor, allowed_X: tl.tensor, LOWEST: tl.constexpr) -> tl.tensor:
+    """Logits of the masked law, as `kernels.sampling.masks.restrict_` has them."""
+    return tl.where(allowed_X, tl.where(logits_X > LOWEST, logits_X, LOWEST), float("-inf"))
 
 
 @triton.jit
@@ -157,8 +164,8 @@ def chunk_kernel(
     if mask_ptr is not None:
         index = tl.load(mask_ptr + row).to(tl.int64)
         if index >= 0:
-            own_ptr = bits_ptr + index * bits_stride
-            law_NC = _allowed(logits_NC, token_NC, own_ptr, token_NC < vocab, LOWEST)
+            allowed_NC = _allowed(bits_ptr + index * bits_stride, chunk_N, vocab, CHUNKS, C)
+            law_NC = _masked(logits_NC, allowed_NC & (token_NC < vocab), LOWEST)
             law_max_N, _, law_weight_NC = _chunk_weights_of(law_NC, scale)
             law_N = offset_N + tl.num_programs(0).to(tl.int64) * num_chunks
             tl.store(chunk_max_ptr + law_N, law_max_N, mask=inside_N)
@@ -216,17 +223,16 @@ def search_kernel(
     max_N, maximum, weight_N = chunk_weights(
         chunk_max_ptr + at, chunk_sum_ptr + at, scale, num_chunks, N
     )
-    total = tl.sum(weight_N, axis=0)
-    # What is searched.
-    law_max_N, law_maximum, law_weight_N, law_total = max_N, maximum, weight_N, total
+    law_max_N, law_maximum, law_weight_N = max_N, maximum, weight_N
     if mask_ptr is not None:
         index = tl.load(mask_ptr + row).to(tl.int64)
         law_at = at + tl.where(index >= 0, tl.num_programs(0).to(tl.int64) * num_chunks, 0)
         law_max_N, law_maximum, law_weight_N = chunk_weights(
             chunk_max_ptr + law_at, chunk_sum_ptr + law_at, scale, num_chunks, N
         )
-        law_total = tl.sum(law_weight_N, axis=0)
     cumulative_N = tl.cumsum(law_weight_N, axis=0)
+    total = tl.sum(weight_N, axis=0)
+    law_total = total if mask_ptr is None else tl.sum(law_weight_N, axis=0)
     target = uniform(tl.load(seed_ptr + row), tl.load(position_ptr + row)) * law_total
     drawn_chunk = first_above(cumulative_N, law_weight_N, target, N)
     chunk = tl.where(greedy, _first_equal(law_max_N, law_maximum, N), drawn_chunk)
@@ -238,8 +244,10 @@ def search_kernel(
     ).to(tl.float32)
     law_C = logits_C
     if mask_ptr is not None:
-        inside_C = (token_C < vocab) & (index >= 0)
-        masked_C = _allowed(logits_C, token_C, bits_ptr + index * bits_stride, inside_C, LOWEST)
+        # Any mask may be read where there is none.
+        own_ptr = bits_ptr + tl.maximum(index, 0) * bits_stride
+        allowed_C = _allowed(own_ptr, chunk + tl.arange(0, 1), vocab, 1, C).reshape(C)
+        masked_C = _masked(logits_C, allowed_C & (token_C < vocab), LOWEST)
         law_C = tl.where(index >= 0, masked_C, logits_C)
     weight_C = weight_of(law_C, law_maximum, scale)
     cumulative_C = tl.cumsum(weight_C.to(tl.float64), axis=0)
