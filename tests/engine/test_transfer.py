@@ -52,6 +52,7 @@ def test_memory_of_the_host_is_used_again(device: str) -> None:
     staging.send(arrays_of(0, 100))
     staging.send(arrays_of(1, 100))
     owned = {block.memory.data_ptr() for block in staging._blocks if block is not None}
+    assert len(owned) == 2
     for step in range(5):
         staging.send(arrays_of(step, 90))
     assert owned == {block.memory.data_ptr() for block in staging._blocks if block is not None}
