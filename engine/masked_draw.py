@@ -1,4 +1,4 @@
-"""What masks rule out, as the draw needs it. M masked rows, V vocabulary, B bytes of a mask."""
+"""What masks rule out, as the draw needs it. S rows, M of them masked, V vocabulary."""
 
 from __future__ import annotations
 
@@ -9,26 +9,38 @@ import numpy as np
 import torch
 
 from engine.protocol import StepMasks
-from engine.transfer import to_device
+from engine.transfer import Staging, to_device
+from kernels.sampling import TokenMasks
 from kernels.sampling.allowed import sample_allowed
-
-_LOWEST_LOGIT = -1e30
-"""Divided by the lowest temperature it is still a float32."""
+from kernels.sampling.masks import restrict_
 
 
 def masked_logits(logits_SV: torch.Tensor, rows_M: torch.Tensor, bits: np.ndarray) -> torch.Tensor:
     """The logits of some rows, -inf where their bits (`StepMasks.bits`) rule a token out."""
-    banned_MV = banned_tokens(to_device(_as_bytes(bits), logits_SV.device), logits_SV)
-    # What is allowed may come however unlikely it is; what is not never does.
-    lowest = max(torch.finfo(logits_SV.dtype).min, _LOWEST_LOGIT)
-    return logits_SV[rows_M].clamp_(min=lowest).masked_fill_(banned_MV, float("-inf"))
+    found = _words(bits).view(np.int32)
+    # What came in a frame cannot be written, which torch warns of.
+    words = to_device(found if found.flags.writeable else found.copy(), logits_SV.device)
+    return restrict_(logits_SV[rows_M], words)
 
 
-def banned_tokens(bytes_MB: torch.Tensor, logits_SV: torch.Tensor) -> torch.Tensor:
-    """What masks rule out, bool [M, V]. bytes_MB: uint8 [M, B], the bytes of `StepMasks.bits`,
-    lowest first; 8 * B is at least V."""
-    bit_8 = 1 << torch.arange(8, dtype=torch.uint8, device=bytes_MB.device)
-    return (bytes_MB.unsqueeze(-1) & bit_8).eq(0).flatten(1)[:, : logits_SV.shape[1]]
+def split_masks(masks: StepMasks, chosen_M: np.ndarray) -> tuple[StepMasks, StepMasks]:
+    """The masks that `chosen_M` (bool) names, and the others."""
+    if chosen_M.all():
+        # By far most steps; the bits of many rows are megabytes.
+        return masks, StepMasks(step=masks.step, rows=masks.rows[:0], bits=masks.bits[:0])
+    parts = [
+        StepMasks(step=masks.step, rows=masks.rows[own_M], bits=masks.bits[own_M])
+        for own_M in (chosen_M, ~chosen_M)
+    ]
+    return parts[0], parts[1]
+
+
+def token_masks(masks: StepMasks, num_rows: int, staging: Staging) -> TokenMasks:
+    """Masks of some of `num_rows` rows on the device, as the draw takes them; one copy."""
+    mask_S = np.full(num_rows, -1, np.int32)
+    mask_S[masks.rows] = np.arange(len(masks.rows), dtype=np.int32)
+    bits_MB, masks_S = staging.send([_words(masks.bits).view(np.int32), mask_S])
+    return TokenMasks(bits_MB, masks_S)
 
 
 @dataclass(frozen=True)
@@ -90,17 +102,12 @@ def draw_on_cpu(
 
 def _allowed(bits: np.ndarray, vocab_size: int) -> torch.Tensor:
     """Bits as booleans, [M, V]."""
-    flags = np.unpackbits(_bytes(bits), axis=1, count=vocab_size, bitorder="little")
+    packed = _words(bits).view(np.uint8)
+    flags = np.unpackbits(packed, axis=1, count=vocab_size, bitorder="little")
     return torch.from_numpy(flags.view(np.bool_))
 
 
-def _as_bytes(bits: np.ndarray) -> np.ndarray:
-    """uint32 [M, W] as uint8 [M, 4 W], the lowest byte of a word first; to be read only."""
-    found = _bytes(bits)
-    # What came in a frame cannot be written, which torch warns of.
-    return found if found.flags.writeable else found.copy()
-
-
-def _bytes(bits: np.ndarray) -> np.ndarray:
-    found: np.ndarray = np.ascontiguousarray(bits, "<u4").view(np.uint8)
+def _words(bits: np.ndarray) -> np.ndarray:
+    """`StepMasks.bits`, the lowest byte of a word first; to be read only."""
+    found: np.ndarray = np.ascontiguousarray(bits, "<u4")
     return found

@@ -19,10 +19,16 @@ import torch
 from engine.batch import RequestTable
 from engine.config import KernelBackend
 from engine.logit_edits import LogitEdit, edit_logits, edit_of
-from engine.masked_draw import PlainRows, draw_on_cpu, masked_logits
+from engine.masked_draw import (
+    PlainRows,
+    draw_on_cpu,
+    masked_logits,
+    split_masks,
+    token_masks,
+)
 from engine.protocol import NewRow, StepMasks, TopLogprobs
-from engine.transfer import to_device
-from kernels.sampling import moved_logprobs, named_logprobs, sample, top_logprobs
+from engine.transfer import Staging, to_device
+from kernels.sampling import TokenMasks, moved_logprobs, named_logprobs, sample, top_logprobs
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,7 @@ class Sampler:
     def __init__(self, *, num_slots: int, device: torch.device, backend: KernelBackend) -> None:
         self._device = device
         self._backend = backend
+        self._staging = Staging(device)
         self._temperature = torch.ones(num_slots, device=device)
         self._top_k = torch.full((num_slots,), -1, dtype=torch.int64, device=device)
         self._top_p = torch.ones(num_slots, device=device)
@@ -153,11 +160,13 @@ class Sampler:
         position_S: torch.Tensor,
         options: DrawOptions = PLAIN,
         entropy_S: torch.Tensor | None = None,
+        masks: TokenMasks | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`draw` for rows that are `is_capturable`: on a GPU it never asks the device.
 
         position_S: index of the new token in its sequence, int64. options: at least what the
         rows need. entropy_S: float32 [S], filled in place; needed where `options.entropy`.
+        masks: of rows without a filter; numbers stay those of the law without a mask.
         """
         return sample(
             logits_SV,
@@ -165,6 +174,7 @@ class Sampler:
             self._seed[slots_S],
             position_S,
             entropy_S=entropy_S,
+            masks=masks,
             backend=self._backend,
             **(self._filters(slots_S) if options.filtered else {}),
         )
@@ -191,8 +201,9 @@ class Sampler:
         options, entropy_S, top = self.options(slots), None, None
         if options.entropy:
             entropy_S = torch.empty(len(slots), dtype=torch.float32, device=self._device)
-        if masks is not None and len(masks.rows) and self._device.type == "cpu":
-            tokens, logprobs, masks = self._draw_on_cpu(logits_SV, batch, slots, masks, entropy_S)
+        if masks is not None and len(masks.rows):
+            draw = self._draw_on_cpu if self._device.type == "cpu" else self._draw_on_gpu
+            tokens, logprobs, masks = draw(logits_SV, batch, slots, masks, entropy_S)
         else:
             tokens, logprobs = self.draw_plain(
                 logits_SV, batch.slots_S, batch.kv_lens_S, options, entropy_S
@@ -238,6 +249,27 @@ class Sampler:
             self._filtered[slots],
         )
         return draw_on_cpu(logits_SV, rows, masks, entropy_S, draw)
+
+    def _draw_on_gpu(
+        self,
+        logits_SV: torch.Tensor,
+        batch: DrawnRows,
+        slots: np.ndarray,
+        masks: StepMasks,
+        entropy_S: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, StepMasks]:
+        """Draw all rows, those that have a mask and no filter from what it allows. Returns tokens,
+        logprobs, and the masks of the rows that still have to be drawn."""
+        own, left = split_masks(masks, ~self._filtered[slots[masks.rows]])
+        tokens, logprobs = self.draw_plain(
+            logits_SV,
+            batch.slots_S,
+            batch.kv_lens_S,
+            self.options(slots),
+            entropy_S,
+            token_masks(own, len(slots), self._staging) if len(own.rows) else None,
+        )
+        return tokens, logprobs, left
 
     def _draw_masked(
         self,

@@ -7,8 +7,15 @@ that touch it are done.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import torch
+
+_ALIGNED = 64
+"""Every array of a copy begins at a multiple of so many numbers: kernels are compiled anew for
+pointers of another alignment."""
 
 
 def wait_for(device: torch.device) -> None:
@@ -24,6 +31,56 @@ def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+@dataclass
+class _Block:
+    """int32 memory of the host, and when the last copy from it is done; None on a CPU."""
+
+    memory: torch.Tensor
+    copied: torch.cuda.Event | None
+
+
+class Staging:
+    """Pinned memory through which a step's larger arrays go to the device, used again by the next.
+
+    Two blocks take turns, so that one may be written while the copy from the other is queued. A
+    call waits only for the copy of the call before the last.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._blocks: list[_Block | None] = [None, None]
+
+    def send(self, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        """int32 arrays as tensors of their shapes on the device, by one copy in stream order. The
+        arrays may be changed at once."""
+        sizes = [-(-array.size // _ALIGNED) * _ALIGNED for array in arrays]
+        block = self._free_block(sum(sizes))
+        sent = torch.empty(sum(sizes), dtype=torch.int32, device=self._device)
+        places = np.cumsum([0, *sizes])
+        memory = block.memory.numpy()
+        for at, array in zip(places.tolist(), arrays, strict=False):
+            np.copyto(memory[at : at + array.size].reshape(array.shape), array, casting="no")
+        sent.copy_(block.memory[: len(sent)], non_blocking=True)
+        if block.copied is not None:
+            block.copied.record()
+        return [
+            sent[at : at + array.size].view(array.shape)
+            for at, array in zip(places.tolist(), arrays, strict=False)
+        ]
+
+    def _free_block(self, size: int) -> _Block:
+        """The block whose turn it is, of at least so many numbers, which no copy reads."""
+        block = self._blocks.pop(0)
+        if block is not None and block.copied is not None:
+            block.copied.synchronize()
+        if block is None or len(block.memory) < size:
+            pinned = self._device.type == "cuda"
+            memory = torch.empty(size + size // 4, dtype=torch.int32, pin_memory=pinned)
+            block = _Block(memory, torch.cuda.Event() if pinned else None)
+        self._blocks.append(block)
+        return block
 
 
 class Fetch:

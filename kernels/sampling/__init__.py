@@ -20,9 +20,11 @@ from kernels.sampling.logprobs import (
     token_logprobs,
     top_logprobs,
 )
+from kernels.sampling.masks import TokenMasks
 from kernels.sampling.philox import philox_uniform
 
 __all__ = [
+    "TokenMasks",
     "moved_logprobs",
     "named_logprobs",
     "philox_uniform",
@@ -42,6 +44,7 @@ def sample(
     top_p_S: torch.Tensor | None = None,
     min_p_S: torch.Tensor | None = None,
     entropy_S: torch.Tensor | None = None,
+    masks: TokenMasks | None = None,
     backend: KernelBackend,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw one token a row; returns (token_S int64, logprob_S float32).
@@ -59,16 +62,23 @@ def sample(
     values on the host).
     entropy_S: float32 [S], contiguous, filled in place if given: entropy in nats of
     softmax(logits / temperature) over the whole vocabulary, at temperature 1 in greedy rows.
+    masks: which tokens may be drawn in some rows, none of which has a filter (what a row with both
+    is given says nothing). A row with a mask is drawn by the law over what that allows, however
+    unlikely all of it is, and its logprob is at least the lowest float32. A mask that allows
+    nothing gives some valid id. Rows without one get what they get without `masks`.
 
     The logprob is log_softmax(logits / temperature)[token] in float32 over the whole
-    vocabulary, whatever the filters. A token of probability 0, banned or filtered is never
-    drawn. Raises ValueError on an unknown backend.
+    vocabulary, whatever the filters and masks. A token of probability 0, banned or filtered is
+    never drawn. Raises ValueError on an unknown backend, and on masks of a wrong shape or dtype.
     """
     filters = (top_k_S, top_p_S, min_p_S)
+    rows = (logits_SV, temperature_S, seed_S, position_S)
+    if masks is not None:
+        masks.check(logits_SV)
     if backend == "torch":
-        return reference.sample(logits_SV, temperature_S, seed_S, position_S, filters, entropy_S)
+        return reference.sample(*rows, filters, entropy_S, masks)
     if backend == "triton":
         from kernels.sampling import triton
 
-        return triton.sample(logits_SV, temperature_S, seed_S, position_S, filters, entropy_S)
+        return triton.sample(*rows, filters, entropy_S, masks)
     raise unknown_backend(backend)

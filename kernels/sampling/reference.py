@@ -1,6 +1,7 @@
 """Sampling in plain torch; it also runs in production on CPU.
 
-Shapes: S rows, V vocabulary, W = V padded to whole chunks, N chunks, F rows with a filter.
+Shapes: S rows, V vocabulary, W = V padded to whole chunks, N chunks, F rows with a filter, M rows
+with a mask.
 
 The search for the drawn token has two levels, chunk then token, so that the vocabulary is
 exponentiated once and scanned never: only N chunk sums and one chunk a row are accumulated.
@@ -11,6 +12,7 @@ from __future__ import annotations
 import torch
 
 from kernels.sampling.filters import Filters, filtered_rows, keep_mask
+from kernels.sampling.masks import TokenMasks, restrict_
 from kernels.sampling.philox import philox_uniform
 
 CHUNK = 256
@@ -24,6 +26,7 @@ def sample(
     position_S: torch.Tensor,
     filters: Filters,
     entropy_S: torch.Tensor | None = None,
+    masks: TokenMasks | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `kernels.sampling.sample`."""
     greedy_S, divisor_S = split_temperature(temperature_S)
@@ -36,12 +39,20 @@ def sample(
         token_S[rows_F] = draw_filtered(logits_SV, divisor_S, uniform_S, filters, rows_F)
     if logits_SV.is_cuda or bool(greedy_S.any()):
         token_S = torch.where(greedy_S, logits_SV.argmax(-1), token_S)
+    if masks is not None:
+        rows_M = (masks.mask_S >= 0).nonzero().squeeze(1)
+        token_S[rows_M] = draw_masked(logits_SV, temperature_S, uniform_S, masks, rows_M)
     chosen_S = logits_SV.gather(1, token_S.unsqueeze(1)).squeeze(1).double()
     total_S = chunk_sum_SN.double().sum(-1)
     if entropy_S is not None:
         entropy_S.copy_(entropy(weights_SW, total_S))
     # The difference first: at low temperature a quotient has no digits left for it.
-    return token_S, ((chosen_S - max_S.double()) / divisor_S.double() - total_S.log()).float()
+    logprob_S = (chosen_S - max_S.double()) / divisor_S.double() - total_S.log()
+    if masks is not None:
+        # What has to come may be ruled out by the logits. Where these are not finite this is NaN.
+        lowest_S = torch.where(masks.mask_S >= 0, torch.finfo(torch.float32).min, float("-inf"))
+        logprob_S = logprob_S.clamp(min=lowest_S)
+    return token_S, logprob_S.float()
 
 
 def split_temperature(temperature_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,6 +116,22 @@ def first_above(
     first_S = torch.where(above_SX, index_X, size).amin(-1)
     last_S = torch.where(positive_SX, index_X, 0).amax(-1)
     return torch.minimum(first_S, last_S)
+
+
+def draw_masked(
+    logits_SV: torch.Tensor,
+    temperature_S: torch.Tensor,
+    uniform_S: torch.Tensor,
+    masks: TokenMasks,
+    rows_M: torch.Tensor,
+) -> torch.Tensor:
+    """Tokens of the rows that have a mask: int64 [M]."""
+    greedy_M, divisor_M = split_temperature(temperature_S[rows_M])
+    law_MV = restrict_(logits_SV[rows_M], masks.bits_MB[masks.mask_S[rows_M]])
+    weights_MW, _ = exp_weights(law_MV, divisor_M)
+    chunk_sum_MN = weights_MW.unflatten(1, (-1, CHUNK)).sum(-1)
+    token_M = inverse_cdf(weights_MW, chunk_sum_MN, uniform_S[rows_M])
+    return torch.where(greedy_M, law_MV.argmax(-1), token_M)
 
 
 def draw_filtered(

@@ -1,6 +1,6 @@
 """Sampling on GPU: chunk sums of the whole vocabulary, the search, the rows with filters.
 
-Shapes: S rows, V vocabulary, N chunks.
+Shapes: S rows, V vocabulary, N chunks, L laws: S, and S more where there are masks.
 
 Nothing here asks the device anything, so a step that samples can be captured in a CUDA graph.
 """
@@ -11,6 +11,7 @@ import torch
 import triton
 
 from kernels.sampling.filters import Filters
+from kernels.sampling.masks import TokenMasks, lowest_logit
 from kernels.sampling.reference import CHUNK
 from kernels.sampling.triton_draw import chunk_kernel, search_kernel
 from kernels.sampling.triton_filters import filter_kernel
@@ -31,6 +32,7 @@ def sample(
     position_S: torch.Tensor,
     filters: Filters,
     entropy_S: torch.Tensor | None,
+    masks: TokenMasks | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `kernels.sampling.sample`."""
     num_rows, vocab = logits_SV.shape
@@ -41,11 +43,12 @@ def sample(
     if logits_SV.stride(1) != 1:
         logits_SV = logits_SV.contiguous()
     rows = (logits_SV, temperature_S.float(), seed_S, position_S)
-    chunk_max_SN = torch.empty(num_rows, triton.cdiv(vocab, CHUNK), device=logits_SV.device)
-    chunk_sum_SN = torch.empty_like(chunk_max_SN)
-    chunk_moment_SN = None if entropy_S is None else torch.empty_like(chunk_max_SN)
-    chunks = (chunk_max_SN, chunk_sum_SN)
-    _launch_chunks(rows, chunks, chunk_moment_SN)
+    num_laws = num_rows if masks is None else 2 * num_rows
+    chunk_max_LN = torch.empty(num_laws, triton.cdiv(vocab, CHUNK), device=logits_SV.device)
+    chunk_sum_LN = torch.empty_like(chunk_max_LN)
+    chunk_moment_SN = None if entropy_S is None else torch.empty_like(chunk_max_LN[:num_rows])
+    chunks = (chunk_max_LN, chunk_sum_LN)
+    _launch_chunks(rows, chunks, chunk_moment_SN, masks)
     search_kernel[(num_rows,)](
         *rows,
         *chunks,
@@ -53,12 +56,15 @@ def sample(
         token_S,
         logprob_S,
         entropy_S,
-        *_sizes(logits_SV, chunk_max_SN),
+        *_sizes(logits_SV, chunk_max_LN),
+        *_mask_arguments(masks),
+        LOWEST=lowest_logit(logits_SV.dtype),
         C=CHUNK,
-        N=triton.next_power_of_2(chunk_max_SN.shape[1]),
+        N=triton.next_power_of_2(chunk_max_LN.shape[1]),
     )
     if any(values_S is not None for values_S in filters):
-        _launch_filters(rows, filters, chunks, (token_S, logprob_S))
+        own = (chunk_max_LN[:num_rows], chunk_sum_LN[:num_rows])
+        _launch_filters(rows, filters, own, (token_S, logprob_S))
     return token_S, logprob_S
 
 
@@ -66,19 +72,30 @@ def _sizes(logits_SV: torch.Tensor, chunk_max_SN: torch.Tensor) -> tuple[int, in
     return logits_SV.stride(0), logits_SV.shape[1], chunk_max_SN.shape[1]
 
 
+def _mask_arguments(
+    masks: TokenMasks | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, int]:
+    if masks is None:
+        return None, None, 0
+    return masks.mask_S, masks.bits_MB, masks.bits_MB.shape[1]
+
+
 def _launch_chunks(
     rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
     chunks: tuple[torch.Tensor, torch.Tensor],
     chunk_moment_SN: torch.Tensor | None,
+    masks: TokenMasks | None,
 ) -> None:
     logits_SV, temperature_S, _, _ = rows
-    num_rows, num_chunks = chunks[0].shape
-    chunk_kernel[(num_rows, triton.cdiv(num_chunks, CHUNKS_PER_PROGRAM))](
+    num_chunks = chunks[0].shape[1]
+    chunk_kernel[(logits_SV.shape[0], triton.cdiv(num_chunks, CHUNKS_PER_PROGRAM))](
         logits_SV,
         temperature_S,
         *chunks,
         chunk_moment_SN,
         *_sizes(logits_SV, chunks[0]),
+        *_mask_arguments(masks),
+        LOWEST=lowest_logit(logits_SV.dtype),
         C=CHUNK,
         CHUNKS=CHUNKS_PER_PROGRAM,
         num_warps=CHUNK_WARPS,
