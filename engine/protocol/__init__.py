@@ -94,6 +94,7 @@ from engine.protocol.sessions import (
 )
 from engine.protocol.steps import (
     NO_INTS,
+    CommonShape,
     DraftSources,
     EngineFacts,
     HistoryWrite,
@@ -166,6 +167,7 @@ __all__ = [
     "ClassifyRequest",
     "LeaderMessage",
     "CommitUpdate",
+    "CommonShape",
     "Command",
     "ControlCommand",
     "BeginCall",

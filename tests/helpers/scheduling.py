@@ -139,7 +139,7 @@ class Bench:
         self._late -= 1
         if self._late >= 0:
             return plan
-        rows = masked_rows(self.scheduler.running, plan)
+        rows = masked_rows([self.scheduler.running], plan)
         bits = [bits_of(may_come(row.request, row.output_ids.tolist()), VOCAB) for row in rows]
         masks = StepMasks(
             step=plan.step,
