@@ -93,7 +93,7 @@ class SchedulerConfig:
     """What the scheduler may put into one step and how it orders the waiting queue."""
 
     max_running: int = 256
-    """Most sequences running at once."""
+    """Most sequences running at once, on each copy of the model."""
     max_step_tokens: Suppress[int] = 8192
     """Most tokens computed in one step, prefill and decode together."""
     max_chunk_tokens: Suppress[int] = 2048

@@ -238,7 +238,7 @@ class ReplicaState(Struct, frozen=True, kw_only=True, tag="state"):
     tp_size: Count = 1
     """Ranks that share a copy of the model."""
     dp_size: Count = 1
-    """Copies of the model; `max_running` and what else a scheduler limits is of each."""
+    """Copies of the model; counts and limits are of all together."""
     pause_mode: PauseMode | None = None
     released: list[MemoryTag] = msgspec.field(default_factory=list)
     open_update: Version | None = None

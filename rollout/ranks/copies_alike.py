@@ -15,8 +15,8 @@ def difference(reports: Sequence[WeightsReport], parallel: ParallelConfig) -> En
     first = reports[: parallel.tp_size]
     for rank, report in enumerate(reports):
         other = first[rank % parallel.tp_size]
-        for name, value in report.checksums.items():
-            if other.checksums.get(name) != value:
+        for name in {**other.checksums, **report.checksums}:
+            if other.checksums.get(name) != report.checksums.get(name):
                 return EngineDead(
                     f"{parallel.rank_name(rank)} holds other values of {name!r} than "
                     f"{parallel.rank_name(rank % parallel.tp_size)}: the replica would serve a "

@@ -193,12 +193,12 @@ class RankedExecutor:
         what, kind = f"step {plan.step}", self._kinds.of(plan)
         builds = self.facts.device == "cpu" or self._kinds.is_new(kind)
         self._launch_s = launch_s(self._timeout_s, builds=builds)
+        # The launch of another copy's step is part of what its result takes.
+        result_s = self._launch_s if builds and self._samplers else self._timeout_s
         pending = self._monitor.guard(what, run, timeout_s=self._launch_s, step=plan.step)
         self._kinds.launched(kind)
         self._waits = len(plan.masked) > 0
-        # The launch of another copy's step is part of what its result takes.
-        timeout_s = max(self._timeout_s, self._launch_s) if self._samplers else self._timeout_s
-        return RankedStep(plan, pending, self._samplers, self._monitor, timeout_s)
+        return RankedStep(plan, pending, self._samplers, self._monitor, result_s)
 
     def mask(self, masks: StepMasks) -> None:
         """Queue the sampling of the step launched last on every rank, behind its plan in each

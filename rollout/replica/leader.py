@@ -232,7 +232,8 @@ class Leader:
             **self._sessions.facts,
             **_said(self._readiness, "released open_update refusal groups"),
             **_said(self._executor.facts, _FACTS),
-            **_said(self._config.scheduler, "max_running max_waiting max_samples"),
+            **_said(self._config.scheduler, "max_waiting max_samples"),
+            max_running=self._config.scheduler.max_running * self._config.parallel.dp_size,
             receiving=self._weights.in_progress,
         )
 
