@@ -94,7 +94,6 @@ from engine.protocol.sessions import (
 )
 from engine.protocol.steps import (
     NO_INTS,
-    CommonShape,
     DraftSources,
     EngineFacts,
     HistoryWrite,
@@ -167,7 +166,6 @@ __all__ = [
     "ClassifyRequest",
     "LeaderMessage",
     "CommitUpdate",
-    "CommonShape",
     "Command",
     "ControlCommand",
     "BeginCall",

@@ -127,17 +127,6 @@ class DraftSources(Struct, frozen=True, kw_only=True):
     ids: IntArray
 
 
-class CommonShape(Struct, frozen=True, kw_only=True):
-    """What ranks of several copies have to know of each other's rows to compute a layer together.
-
-    num_tokens: most tokens that one copy computes in the step. decodes: each row of every copy
-    computes one token and samples, so that the step may be a captured one.
-    """
-
-    num_tokens: Count
-    decodes: bool
-
-
 class StepPlan(Struct, frozen=True, kw_only=True, tag="step"):
     """One step, as changes to the ranks' tables. Applied in this order: `sources`, `new_rows`,
     page table writes, page copies, then the forward pass over `slots`.
@@ -167,8 +156,8 @@ class StepPlan(Struct, frozen=True, kw_only=True, tag="step"):
     Of a replica with several copies of the model (`ParallelConfig.dp_size`), one frame has a plan
     for the ranks of each: this one is of copy 0.
     further: those of copies 1, 2, and so on, of the same step. One without rows is a step all the
-        same: its ranks handle it, and its result is empty.
-    common: of all copies; None where there is one.
+        same: its ranks handle it, and its result is empty. Every rank gets all of them, so that
+        what ranks of several copies compute together can be decided from the frame alone.
     """
 
     step: Size
@@ -186,7 +175,6 @@ class StepPlan(Struct, frozen=True, kw_only=True, tag="step"):
     sources: DraftSources | None = None
     masked: IntArray = msgspec.field(default_factory=lambda: NO_INTS)
     further: list[StepPlan] = msgspec.field(default_factory=list)
-    common: CommonShape | None = None
 
     @property
     def waits(self) -> bool:

@@ -29,8 +29,6 @@ class CopiedExecutor:
         own = [None] * len(self.copies) if split is None else [split, *split.further]
         plans = plan.copies()
         assert len(plans) == len(self.copies)
-        assert plan.common is not None
-        assert plan.common.num_tokens >= max(int(each.query_lens.sum()) for each in plans)
         first, *further = map(_step, self.copies, plans, own)
         return replace(first, further=further)
 

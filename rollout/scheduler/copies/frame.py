@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 from msgspec.structs import replace
 
-from engine.protocol import NO_INTS, CommonShape, StepMasks, StepPlan
+from engine.protocol import NO_INTS, StepMasks, StepPlan
 
 
 def framed(plans: Sequence[StepPlan | None], step: int) -> StepPlan:
     """The frame of a step. plans: of each copy, of that step; None where it has no rows."""
     first, *further = [_rowless(step) if plan is None else plan for plan in plans]
-    return replace(first, further=further, common=_common([first, *further]))
+    return replace(first, further=further)
 
 
 def split_masks(masks: StepMasks, plan: StepPlan) -> StepMasks:
@@ -32,16 +32,6 @@ def first_rows(plan: StepPlan) -> list[int]:
     """The index of the first sampling row of each copy, among those of all."""
     counts = [int(copy.samples.sum()) for copy in plan.copies()]
     return [sum(counts[:index]) for index in range(len(counts))]
-
-
-def _common(plans: Sequence[StepPlan]) -> CommonShape:
-    tokens = [int((plan.query_lens + _drafts(plan)).sum()) for plan in plans]
-    decodes = [bool((plan.query_lens == 1).all() and plan.samples.all()) for plan in plans]
-    return CommonShape(num_tokens=max(tokens), decodes=all(decodes))
-
-
-def _drafts(plan: StepPlan) -> int | np.ndarray:
-    return plan.draft_lens if len(plan.draft_lens) else 0
 
 
 def _rowless(step: int) -> StepPlan:

@@ -6,10 +6,33 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
+import numpy as np
 import pytest
 
-from engine.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
-from engine.protocol import Abort, FlushCache, Pause, Request, RequestOutput, Resume
+from engine.config import (
+    CacheConfig,
+    EngineConfig,
+    MemoryConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    SpeculativeConfig,
+    SpeculativeMethod,
+)
+from engine.errors import GroupError, UnsupportedOption
+from engine.protocol import (
+    Abort,
+    CloseSession,
+    FlushCache,
+    JoinGroup,
+    OpenSession,
+    Pause,
+    ReleaseMemory,
+    Request,
+    RequestOutput,
+    Resume,
+    ResumeMemory,
+)
 from rollout.launch import launch
 from rollout.replica.base import Replica
 from tests.helpers.engines import drain, make_replica, request
@@ -25,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def copies_of(folder: Path, dp_size: int, tp_size: int, **settings: object) -> Replica:
+def copies_of(folder: Path, dp_size: int, tp_size: int, speculative: SpeculativeMethod) -> Replica:
     """A replica in as many processes."""
     return launch(
         EngineConfig(
@@ -33,18 +56,20 @@ def copies_of(folder: Path, dp_size: int, tp_size: int, **settings: object) -> R
             dtype="float32",
             device="cpu",
             cache=CacheConfig(num_pages=64, page_size=8),
-            scheduler=SchedulerConfig(
-                **{"check_integrity": True, "max_step_tokens": 128, **settings}
-            ),
+            scheduler=SchedulerConfig(check_integrity=True, max_step_tokens=128),
             parallel=ParallelConfig(dp_size=dp_size, tp_size=tp_size, timeout_s=30.0),
+            memory=MemoryConfig(saver=True, cpu_backup=True),
+            speculative=SpeculativeConfig(method=speculative),
         )
     )
 
 
-@pytest.fixture(scope="module", params=[(2, 1), (2, 2)], ids=["dp2", "dp2-tp2"])
+@pytest.fixture(
+    scope="module", params=[(2, 1, "off"), (2, 2, "ngram")], ids=["dp2", "dp2-tp2-ngram"]
+)
 def replica(folder: Path, request: pytest.FixtureRequest) -> Iterator[Replica]:
-    dp_size, tp_size = request.param
-    with copies_of(folder, dp_size, tp_size) as replica:
+    dp_size, tp_size, speculative = request.param
+    with copies_of(folder, dp_size, tp_size, speculative) as replica:
         yield replica
 
 
@@ -134,3 +159,80 @@ def test_pauses_and_aborts_reach_every_copy(replica: Replica, one: Replica) -> N
     finals = drain(replica)
     assert {finals[f"g{i}"].finish.type for i in range(4)} == {"abort"}
     assert finals["r3"].token_ids.tolist() == expected["r3"]
+
+
+def test_masked_rows_of_any_copy_get_their_masks(replica: Replica, one: Replica) -> None:
+    requests = [
+        msgspec.structs.replace(each, allowed_token_ids=np.arange(10, 30, dtype=np.int32))
+        if index % 3 == 0
+        else each
+        for index, each in enumerate(mixed())
+    ]
+    found = run(replica, requests)
+    assert found == run(one, requests)
+    assert set(found["r0"]) | set(found["r3"]) <= set(range(10, 30))
+
+
+def test_turns_of_a_session_go_where_its_kv_is(replica: Replica, one: Replica) -> None:
+    turns: dict[str, list[list[int]]] = {}
+    for engine in (replica, one):
+        names = [f"s{index}" for index in range(4)]
+        for name in names:
+            engine.send(OpenSession(session=name))
+        found = []
+        for turn in range(3):
+            requests = [
+                msgspec.structs.replace(
+                    request(
+                        f"{name}-{turn}",
+                        [7 + index, 8, turn + 3],
+                        max_new_tokens=9,
+                        temperature=0.0,
+                        ignore_eos=True,
+                    ),
+                    session=name,
+                )
+                for index, name in enumerate(names)
+            ]
+            engine.submit(requests)
+            outputs = drain(engine)
+            found += [outputs[each.rid].token_ids.tolist() for each in requests]
+            if turn:
+                assert all(outputs[each.rid].cached_tokens >= 11 for each in requests)
+        for name in names:
+            engine.send(CloseSession(session=name))
+        assert engine.state().held_pages == 0
+        turns["replica" if engine is replica else "one"] = found
+    assert turns["replica"] == turns["one"]
+
+
+def test_memory_is_released_and_resumed_on_every_rank(replica: Replica, one: Replica) -> None:
+    expected = run(one, mixed())
+    replica.submit(mixed())
+    finals: dict[str, RequestOutput] = {}
+    for _ in range(3):
+        finals |= {o.rid: o for o in replica.step() if o.finish is not None}
+    released = replica.send(ReleaseMemory(pause="retract")).memory
+    assert len(released) == replica.state().num_ranks
+    assert replica.step() == [] and replica.state().num_running == 0
+    assert len(replica.send(ResumeMemory()).memory) == len(released)
+    replica.send(Resume())
+    assert tokens(finals | drain(replica)) == expected
+
+
+def test_a_trainer_that_counts_the_ranks_of_one_copy_is_refused_at_once(replica: Replica) -> None:
+    state = replica.state()
+    join = JoinGroup(
+        name="g", address="127.0.0.1", port=9, rank_offset=1, world_size=1 + state.tp_size
+    )
+    with pytest.raises(GroupError, match=f"this engine's {state.num_ranks} rank") as caught:
+        replica.send(join)
+    assert caught.value.field == "world_size"
+    run(replica, mixed(2))
+
+
+def test_experts_of_all_ranks_are_refused_by_name(folder: Path) -> None:
+    config = EngineConfig(model=str(folder), device="cpu", parallel=ParallelConfig(ep=True))
+    with pytest.raises(UnsupportedOption) as caught:
+        launch(config)
+    assert caught.value.field == "parallel.ep"

@@ -82,18 +82,17 @@ def test_counts_are_of_all_copies_and_a_step_is_one_of_all() -> None:
     assert bench.scheduler.stats().num_output_tokens == 16
 
 
-def test_a_frame_has_a_plan_for_every_copy_and_says_what_they_share() -> None:
+def test_a_frame_has_a_plan_of_one_step_for_every_copy() -> None:
     bench = CopiedBench()
     bench.add(make_request("a", range(10), max_new=3))
     plan = bench.step()
-    assert plan is not None and plan.common is not None
+    assert plan is not None
     assert [len(each.slots) for each in plan.copies()] == [1, 0, 0]
     assert [each.step for each in plan.copies()] == [0, 0, 0]
-    assert (plan.common.num_tokens, plan.common.decodes) == (10, False)
     bench.add(make_request("b", [1], max_new=3))
-    assert (plan := bench.step()) is not None and plan.common is not None
+    assert (plan := bench.step()) is not None
     assert [len(each.slots) for each in plan.copies()] == [1, 1, 0]
-    assert (plan.common.num_tokens, plan.common.decodes) == (1, True)
+    assert [each.step for each in plan.copies()] == [1, 1, 1]
 
 
 def test_masks_of_a_frame_are_split_among_its_copies() -> None:
