@@ -85,7 +85,7 @@ class DividedScheduler:
         *,
         rid: str = "",
         rids: Iterable[str] = (),
-        error: str | None = None,
+        error: ErrorInfo | None = None,
     ) -> list[RequestOutput]:
         """As `Scheduler.abort`."""
         names = list(rids)
