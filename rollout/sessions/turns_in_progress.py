@@ -27,6 +27,7 @@ from engine.protocol import (
     Stop,
     TokenRows,
 )
+from rollout.cache.idle_kv import IdleKvs
 from rollout.scheduler.copies.schedulers import ReplicaScheduler
 from rollout.scheduler.emit import StepOutput
 from rollout.sessions.open_rollouts import OpenRollouts
