@@ -1,4 +1,5 @@
-"""One measurement of `benchmarks/tensor_parallel.py`, in a process of its own.
+"""One measurement of `benchmarks/tensor_parallel.py` or `data_parallel.py`, in a process of its
+own.
 
 `python benchmarks/tensor_parallel_jobs.py JOB OUT` takes a `Job` as JSON and writes its figures.
 """
@@ -32,12 +33,16 @@ FAULT_S, PATIENT_S = 20.0, 120.0
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One measurement, in its own process."""
+    """One measurement, in its own process. times: how often the workload comes, with other prompts.
+    shorten: divisor of its lengths."""
 
     part: str
     model: str
     tp: int
     device: str
+    dp: int = 1
+    times: int = 1
+    shorten: int = 1
     dtype: str = "bfloat16"
     name: str = ""
     rank: int = 0
@@ -55,7 +60,7 @@ def config_of(job: Job, max_running: int = 64, context: int = 2048) -> EngineCon
         context_length=256 if on_cpu else context,
         cache=CacheConfig(memory_bytes=(64 << 20) if on_cpu else None),
         scheduler=SchedulerConfig(max_running=max_running),
-        parallel=ParallelConfig(tp_size=job.tp, timeout_s=timeout_s),
+        parallel=ParallelConfig(tp_size=job.tp, dp_size=job.dp, timeout_s=timeout_s),
     )
 
 
@@ -161,7 +166,7 @@ def graph_us(run: Any, repeats: int = 100) -> float:
 def speed(job: Job) -> dict[str, Any]:
     """Tokens a second, and the median time between steps that only decode."""
     work = make_workload(job.name)
-    shorten = 64 if job.device == "cpu" else 1
+    shorten = 64 if job.device == "cpu" else job.shorten
     config = config_of(job, max_running=len(work.output_lens), context=4096)
     if job.device == "cpu":
         num_rows = min(work.samples, 2)
@@ -171,10 +176,15 @@ def speed(job: Job) -> dict[str, Any]:
         )
     with launch(config) as replica:
         vocab = replica.state().vocab_size
-        replica.submit(work.requests(vocab, seed=1, shorten=16 * shorten))
+        for seed in range(100, 100 + job.times):
+            replica.submit(work.requests(vocab, seed=seed, shorten=16 * shorten))
         finish(replica)
         replica.send(FlushCache())
-        requests = work.requests(vocab, seed=2, shorten=shorten)
+        requests = [
+            request
+            for seed in range(2, 2 + job.times)
+            for request in work.requests(vocab, seed=seed, shorten=shorten)
+        ]
         replica.submit(requests)
         started = time.perf_counter()
         walls = []

@@ -93,7 +93,7 @@ class SchedulerConfig:
     """What the scheduler may put into one step and how it orders the waiting queue."""
 
     max_running: int = 256
-    """Most sequences running at once."""
+    """Most sequences running at once, on each copy of the model."""
     max_step_tokens: Suppress[int] = 8192
     """Most tokens computed in one step, prefill and decode together."""
     max_chunk_tokens: Suppress[int] = 2048
@@ -121,10 +121,26 @@ class ParallelConfig:
 
     tp_size: Annotated[int, arg(name="tp")] = 1
     """Tensor-parallel ranks, one GPU each."""
+    dp_size: Annotated[int, arg(name="dp")] = 1
+    """Copies of the model, each with --tp ranks and a KV cache of its own; requests are divided
+    among them."""
+    ep: bool = False
+    """Divide experts among the ranks of all copies; not built."""
     base_gpu: int = 0
     """First GPU of the replica, among those visible."""
     timeout_s: Suppress[float] = 60.0
     """Deadline of a collective; a rank that misses it ends the replica with EngineDead."""
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the replica, one GPU each."""
+        return self.dp_size * self.tp_size
+
+    def rank_name(self, rank: int) -> str:
+        """How errors name a rank: "rank 3", or "rank 3 (dp 1, tp 1)" where there are copies."""
+        dp_rank, tp_rank = divmod(rank, self.tp_size)
+        place = f" (dp {dp_rank}, tp {tp_rank})" if self.dp_size > 1 else ""
+        return f"rank {rank}{place}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,11 @@ def check_options(config: EngineConfig, *, num_labels: int) -> None:
             "'token'",
             field="kv_scales",
         )
+    if config.parallel.ep:
+        raise UnsupportedOption(
+            "expert parallelism is not built; leave it out",
+            field="parallel.ep",
+        )
     check_speculative(config.speculative, num_labels=num_labels)
 
 

@@ -75,7 +75,7 @@ class Worker:
     def __init__(self, config: EngineConfig, *, rank: int = 0, meeting_place: str = "") -> None:
         """rank, meeting_place: as in `engine.executor.build_executor`."""
         started = time.perf_counter()
-        self._mesh = Mesh(tp_rank=rank, tp_size=config.parallel.tp_size)
+        self._mesh = Mesh.of(config.parallel, rank)
         device = rank_device(resolve_device(config.device), config.parallel, self._mesh)
         dtype = resolve_dtype(config.dtype, device)
         files = locate(config.model, config.load_format)
@@ -173,6 +173,7 @@ class Worker:
             num_parameters=num_parameters(self._model),
             load_seconds=time.perf_counter() - started,
             tp_size=self._mesh.tp_size,
+            dp_size=self._mesh.dp_size,
             architecture=files.config.architecture,
             model_type=str(files.source.get("model_type") or ""),
             releases=config.memory.saver,
@@ -206,6 +207,9 @@ class Worker:
     def _launch(self, plan: StepPlan) -> LaunchedStep:
         self._occupancy.require_all()
         self._weights.session.require_servable()
+        if not len(plan.slots):
+            # Nothing to compute, and by a rank of its own copy nothing to take part in.
+            return PendingStep(plan.step)
         if plan.sources is not None and self._drafter is not None:
             self._drafter.enter(plan.sources)
         self._table.enter(plan.new_rows)

@@ -199,8 +199,8 @@ def _require_alike(held: Member, took: Member, version: int) -> None:
         )
 
 
-def _layout(state: ReplicaState) -> tuple[int, str, str]:
-    return state.tp_size, state.dtype, state.device.partition(":")[0]
+def _layout(state: ReplicaState) -> tuple[int, int, str, str]:
+    return state.tp_size, state.dp_size, state.dtype, state.device.partition(":")[0]
 
 
 def _divided(

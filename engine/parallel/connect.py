@@ -9,10 +9,12 @@ import torch
 from engine.config import ParallelConfig
 from engine.errors import InvalidRequest
 from engine.parallel.collectives import Collectives, NoCollectives
+from engine.parallel.data_parallel import WholeCopy
 from engine.parallel.gloo import GlooCollectives
 from engine.parallel.mesh import Mesh
 from engine.parallel.nccl import NcclCollectives
 from engine.parallel.process_group import gloo_group, meeting_point, nccl_group
+from kernels.torch_compat import Store
 
 _WATCHDOG_MARGIN_S = 60.0
 
@@ -26,16 +28,15 @@ def rank_device(device: torch.device, config: ParallelConfig, mesh: Mesh) -> tor
     """
     if device.type != "cuda":
         return device
-    if mesh.tp_size == 1 and config.base_gpu == 0:
+    if mesh.size == 1 and config.base_gpu == 0:
         return torch.device("cuda", torch.cuda.current_device())
-    needed, found = config.base_gpu + mesh.tp_size, torch.cuda.device_count()
+    needed, found = config.base_gpu + mesh.size, torch.cuda.device_count()
     if needed > found:
         raise InvalidRequest(
-            f"tp_size {mesh.tp_size} from GPU {config.base_gpu} needs {needed} GPUs, {found} are "
-            "visible",
-            field="parallel.tp_size",
+            f"{_sizes(mesh)} from GPU {config.base_gpu} needs {needed} GPUs, {found} are visible",
+            field=_field(mesh),
         )
-    index = config.base_gpu + mesh.tp_rank
+    index = config.base_gpu + mesh.rank
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
@@ -54,18 +55,18 @@ def connect(
     and resumed at its addresses. Raises InvalidRequest if there are other ranks but no
     place to meet them, EngineDead if one does not come.
     """
-    if mesh.tp_size == 1:
+    if mesh.size == 1:
         return NoCollectives()
     if not meeting_place:
         raise InvalidRequest(
-            f"tp_size {mesh.tp_size} takes as many processes; build the engine by "
+            f"{_sizes(mesh)} takes {mesh.size} processes; build the engine by "
             "rollout.launch, which starts them",
-            field="parallel.tp_size",
+            field=_field(mesh),
         )
     store = meeting_point(meeting_place, mesh)
-    host = GlooCollectives(
-        gloo_group(store, mesh), timeout_s, updates=gloo_group(store, mesh, "updates")
-    )
+    host = _host(store, mesh, timeout_s)
+    if mesh.tp_size == 1:
+        return WholeCopy(host)
     if device.type != "cuda":
         return host
     if releasable:
@@ -74,3 +75,22 @@ def connect(
         os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     # The replica's own deadline comes first: it can name the rank, the watchdog cannot.
     return NcclCollectives(nccl_group(store, mesh, timeout_s + _WATCHDOG_MARGIN_S, device), host)
+
+
+def _host(store: Store, mesh: Mesh, timeout_s: float) -> GlooCollectives:
+    """Sums among the ranks of a copy; what is agreed, among all."""
+    updates = gloo_group(store, mesh.rank, mesh.size, "updates")
+    everyone = gloo_group(store, mesh.rank, mesh.size)
+    copy = everyone
+    if mesh.dp_size > 1:
+        copy = gloo_group(store, mesh.tp_rank, mesh.tp_size, f"copy {mesh.dp_rank}")
+    return GlooCollectives(copy, timeout_s, updates=updates, everyone=everyone)
+
+
+def _sizes(mesh: Mesh) -> str:
+    tp = f"tp_size {mesh.tp_size}"
+    return tp if mesh.dp_size == 1 else f"dp_size {mesh.dp_size} with {tp}"
+
+
+def _field(mesh: Mesh) -> str:
+    return "parallel.tp_size" if mesh.dp_size == 1 else "parallel.dp_size"

@@ -22,13 +22,14 @@ class GlooCollectives:
     """Collectives of one rank in a gloo group.
 
     timeout_s: after which a collective that a rank does not join raises EngineDead. updates:
-    another group of the same ranks, for `agree`.
+    another group, of all ranks of the replica, for `agree`. everyone: one for `minimum`, if
+    `group` has only some of them.
     """
 
-    def __init__(self, group: Any, timeout_s: float, updates: Any) -> None:
+    def __init__(self, group: Any, timeout_s: float, updates: Any, everyone: Any = None) -> None:
         self._group: Any = group
         self._updates: Any = updates
-        self._size = group.size()
+        self._everyone: Any = everyone or group
         self._timeout_s = timeout_s
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
@@ -50,7 +51,7 @@ class GlooCollectives:
     def minimum(self, value: int) -> int:
         """The least of every rank's value. Ranks may come to it when they have loaded weights,
         some much sooner than others; one whose process ends does not keep them that long."""
-        return int(self._gather(torch.tensor([value]), START_AGREE_S).min())
+        return int(self._gather(torch.tensor([value]), START_AGREE_S, self._everyone).min())
 
     def agree(self, value: int) -> int:
         """The least of every rank's value; every rank was told of the command at once."""
@@ -61,17 +62,18 @@ class GlooCollectives:
 
     def close(self) -> None:
         """Leave the group."""
-        self._group = self._updates = None
+        self._group = self._updates = self._everyone = None
 
     def _gather(self, x: torch.Tensor, timeout_s: float, group: Any = None) -> torch.Tensor:
         """Contiguous x [...] -> [N, ...]; as bytes, since gloo does not know every dtype."""
         assert self._group is not None, "a collective after the group was left"
-        out = x.new_empty((self._size, *x.shape))
+        group = group or self._group
+        out = x.new_empty((group.size(), *x.shape))
         options = AllgatherOptions()
         options.timeout = timedelta(seconds=timeout_s)
         source, target = x.reshape(-1).view(torch.uint8), out.view(-1).view(torch.uint8)
         try:
-            all_gather_flat(group or self._group, target, source, options).wait()
+            all_gather_flat(group, target, source, options).wait()
         except RuntimeError as error:
             raise EngineDead(
                 f"a rank left or missed a collective: {error}", field="ranks"

@@ -236,6 +236,9 @@ class ReplicaState(Struct, frozen=True, kw_only=True, tag="state"):
     draft_len: Count = 0
     """As in `SchedulerStats`; 0 where nothing is drafted."""
     tp_size: Count = 1
+    """Ranks that share a copy of the model."""
+    dp_size: Count = 1
+    """Copies of the model; counts and limits are of all together."""
     pause_mode: PauseMode | None = None
     released: list[MemoryTag] = msgspec.field(default_factory=list)
     open_update: Version | None = None
@@ -247,6 +250,11 @@ class ReplicaState(Struct, frozen=True, kw_only=True, tag="state"):
     groups: list[str] = msgspec.field(default_factory=list)
     receiving: list[str] = msgspec.field(default_factory=list)
     """Weight commands in progress beside steps, and those that wait for them, in order."""
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the replica: as many join a trainer's group."""
+        return self.tp_size * self.dp_size
 
 
 class MemoryReport(Struct, frozen=True, kw_only=True):

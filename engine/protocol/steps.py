@@ -46,6 +46,7 @@ class EngineFacts(Struct, frozen=True, kw_only=True):
     num_parameters: Size = 0
     load_seconds: float = 0.0
     tp_size: Count = 1
+    dp_size: Count = 1
     architecture: str = ""
     model_type: str = ""
     releases: bool = False
@@ -151,6 +152,12 @@ class StepPlan(Struct, frozen=True, kw_only=True, tag="step"):
     KV cache before its drafts; the rank knows how many: all of its known tokens. One that has
     reached its `NewRow.limit` samples nothing. The pages of a row hold `kv_lens + draft_lens`
     tokens, or as many as its limit lets it have.
+
+    Of a replica with several copies of the model (`ParallelConfig.dp_size`), one frame has a plan
+    for the ranks of each: this one is of copy 0.
+    further: those of copies 1, 2, and so on, of the same step. One without rows is a step all the
+        same: its ranks handle it, and its result is empty. Every rank gets all of them, so that
+        what ranks of several copies compute together can be decided from the frame alone.
     """
 
     step: Size
@@ -167,6 +174,16 @@ class StepPlan(Struct, frozen=True, kw_only=True, tag="step"):
     draft_lens: IntArray = msgspec.field(default_factory=lambda: NO_INTS)
     sources: DraftSources | None = None
     masked: IntArray = msgspec.field(default_factory=lambda: NO_INTS)
+    further: list[StepPlan] = msgspec.field(default_factory=list)
+
+    @property
+    def waits(self) -> bool:
+        """Whether the sampling of some copy waits for masks."""
+        return len(self.masked) > 0 or any(len(plan.masked) for plan in self.further)
+
+    def copies(self) -> list[StepPlan]:
+        """The plan of each copy, this one first."""
+        return [self, *self.further]
 
 
 class StepMasks(Struct, frozen=True, kw_only=True, tag="masks"):
@@ -177,12 +194,15 @@ class StepMasks(Struct, frozen=True, kw_only=True, tag="masks"):
     bits: uint32 [M, ceil(vocabulary / 32)], `types.BitArray`: 1 where the token may be sampled.
         No row is all 0, and bits beyond the vocabulary are not looked at.
 
+    further: of copies 1, 2, and so on, as in `StepPlan`; no rows where none waits.
+
     Example: with a vocabulary of 40, a row that allows tokens 1 and 33 has the bits [2, 2].
     """
 
     step: Size
     rows: IntArray
     bits: BitArray
+    further: list[StepMasks] = msgspec.field(default_factory=list)
 
 
 class PromptLogprobs(Struct, frozen=True):
@@ -220,6 +240,7 @@ class StepResult(Struct, frozen=True, kw_only=True, tag="step_result"):
     drafted: int32 [S], tokens that were drafted for each row, of which one less than its count
         were accepted; None as `counts`.
     embeddings: of the rows whose prompts are embedded and end with this step.
+    further: of copies 1, 2, and so on, as in `StepPlan`.
     """
 
     step: Size
@@ -233,3 +254,4 @@ class StepResult(Struct, frozen=True, kw_only=True, tag="step_result"):
     counts: IntArray | None = None
     drafted: IntArray | None = None
     embeddings: list[PromptEmbedding] = msgspec.field(default_factory=list)
+    further: list[StepResult] = msgspec.field(default_factory=list)

@@ -69,9 +69,9 @@ class Groups:
         self._parked: list[_Parked] = []
 
     @property
-    def tp_rank(self) -> int:
+    def rank(self) -> int:
         """This rank among those of its engine."""
-        return self._mesh.tp_rank
+        return self._mesh.rank
 
     @property
     def names(self) -> list[str]:
@@ -87,7 +87,7 @@ class Groups:
             return len(self._parked)
 
     def join(self, command: JoinGroup, look: Look = nothing) -> None:
-        """Become rank `rank_offset` + tp_rank of the trainer's group.
+        """Become rank `rank_offset` + `rank` of the trainer's group.
 
         Joining again by the same arguments is no error. By others, or when the trainer of the
         old group is gone, a trainer has started again, and its group replaces the old one.
@@ -154,7 +154,7 @@ class Groups:
         """Ranks of the group `name` that are this engine's."""
         self.get(name)
         offset = self._open[name][0].rank_offset
-        return range(offset, offset + self._mesh.tp_size)
+        return range(offset, offset + self._mesh.size)
 
     def close(self) -> None:
         """Leave every group. Idempotent."""
@@ -178,11 +178,11 @@ class Groups:
             self._parked.append(_Parked(group, memory))
 
     def _check(self, command: JoinGroup) -> None:
-        last = command.rank_offset + self._mesh.tp_size - 1
+        last = command.rank_offset + self._mesh.size - 1
         if command.rank_offset < 1 or last >= command.world_size:
             raise GroupError(
                 f"group {command.name!r} has world_size {command.world_size}, and rank_offset "
-                f"{command.rank_offset} puts this engine's {self._mesh.tp_size} rank(s) at "
+                f"{command.rank_offset} puts this engine's {self._mesh.size} rank(s) at "
                 f"{command.rank_offset} to {last}; the trainer is rank 0",
                 field="world_size",
             )
@@ -220,7 +220,7 @@ class Groups:
             raise trainer_store.nobody_answers(command, "it stopped answering") from error
 
     def _connect(self, command: JoinGroup, deadline: float, look: Look) -> Group:
-        rank = command.rank_offset + self._mesh.tp_rank
+        rank = command.rank_offset + self._mesh.rank
         helpers = self._helpers
         if command.rendezvous == "vllm":
             return vllm_group.join(command, rank, self._device, deadline, look, helpers, self._park)

@@ -27,7 +27,7 @@ class WeightInspector:
     ) -> None:
         self._session = session
         self._catalog = session.catalog
-        self._rank = mesh.tp_rank
+        self._rank = mesh.rank
         self._require_weights = require_weights
         self._snapshot: dict[str, list[torch.Tensor]] = {}
 

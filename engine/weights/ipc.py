@@ -87,7 +87,7 @@ class IpcReceiver:
             case "native":
                 return self._read_native(data, version)
             case "sglang":
-                tensors = _read_named(data, self._mesh.tp_rank)
+                tensors = _read_named(data, self._mesh)
             case "sglang_bucket":
                 tensors = _read_bucket(data)
             case _:
@@ -98,13 +98,7 @@ class IpcReceiver:
         return tensors, [_piece(name, tensor) for name, tensor in tensors]
 
     def _mine(self, payloads: Sequence[bytes]) -> bytes:
-        if len(payloads) not in (1, self._mesh.tp_size):
-            raise InvalidRequest(
-                f"{len(payloads)} payloads for {self._mesh.tp_size} rank(s): send one a rank, or "
-                "one for all",
-                field="payloads",
-            )
-        return payloads[self._mesh.tp_rank if len(payloads) > 1 else 0]
+        return payloads[_place(len(payloads), self._mesh)]
 
     def _read_native(self, data: bytes, version: int) -> tuple[list[Named], list[TensorPiece]]:
         try:
@@ -178,7 +172,22 @@ def _view(tensor: IpcTensor, buffers: Sequence[torch.Tensor | IpcBuffer]) -> tor
     return part.view(dtype).view(tensor.shape)
 
 
-def _read_named(data: bytes, rank: int) -> list[Named]:
+def _place(count: int, mesh: Mesh) -> int:
+    """Which of `count` payloads is this rank's: they are one a rank, one for each rank of a copy of
+    the model, as a trainer sends that knows of one copy, or one for all. Raises InvalidRequest."""
+    if count == mesh.size:
+        return mesh.rank
+    if count == mesh.tp_size:
+        return mesh.tp_rank
+    if count == 1:
+        return 0
+    raise InvalidRequest(
+        f"{count} payloads for {mesh.size} rank(s): send one a rank, or one for all",
+        field="payloads",
+    )
+
+
+def _read_named(data: bytes, mesh: Mesh) -> list[Named]:
     """SGLang's default payload: pickled (name, tensor) pairs, or per-rank pickles of tensors."""
     pairs = restricted_loads(data)
     if not isinstance(pairs, Iterable):
@@ -190,7 +199,7 @@ def _read_named(data: bytes, rank: int) -> list[Named]:
         name, value = pair
         per_rank = getattr(value, "values", None)
         if isinstance(per_rank, Sequence):
-            value = restricted_loads(per_rank[rank])
+            value = restricted_loads(per_rank[_place(len(per_rank), mesh)])
         tensors.append((str(name), _as_tensor(str(name), value)))
     return tensors
 

@@ -44,6 +44,7 @@ _TIB = 1 << 20
 ENGINE_RANGES: Mapping[str, Range] = MappingProxyType(
     {
         "--tp": Range("parallel.tp_size", 1, 1024),
+        "--dp": Range("parallel.dp_size", 1, 1024),
         "--context-length": Range("context_length", 1, INT32_MAX),
         "--max-running": Range("scheduler.max_running", 1, INT32_MAX),
         "--max-waiting": Range("scheduler.max_waiting", 1, INT32_MAX),

@@ -16,14 +16,16 @@ WORD = 32
 class MaskedRow(NamedTuple):
     """A row of a step that waits for its mask.
 
-    row: its index among the rows of the step that sample. slot: of its sequence. output_ids: int32
-    [n], its output tokens so far, those among them that came with the request; a copy.
+    row: its index among the rows of the step that sample, those of all copies of the model one
+    behind the other. slot: of its sequence, on `copy`. output_ids: int32 [n], its output tokens so
+    far, those among them that came with the request; a copy.
     """
 
     row: int
     slot: int
     request: Request
     output_ids: IntArray
+    copy: int = 0
 
 
 class PendingMask(Protocol):

@@ -10,8 +10,9 @@ from engine.protocol import RequestOutput, StepMasks, StepPlan
 from rollout.masks.gate import MaskGate
 from rollout.masks.rows import masked_rows
 from rollout.replica.command_replies import error_info
+from rollout.scheduler.copies.frame import split_masks
+from rollout.scheduler.copies.schedulers import ReplicaScheduler
 from rollout.scheduler.emit import StepOutput
-from rollout.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ class MaskedStep:
 
     def __init__(
         self,
-        scheduler: Scheduler,
+        scheduler: ReplicaScheduler,
         *,
         gate: MaskGate,
         send: Callable[[StepPlan, StepMasks], None],
@@ -45,7 +46,8 @@ class MaskedStep:
 
     def ask(self, plan: StepPlan) -> None:
         """`plan` was launched, and waits from now on."""
-        self._gate.open(plan.step, masked_rows(self._scheduler.running, plan))
+        copies = [copy.running for copy in self._scheduler.copies]
+        self._gate.open(plan.step, masked_rows(copies, plan))
         self._plan = plan
 
     def look(self) -> bool:
@@ -55,15 +57,16 @@ class MaskedStep:
         assert plan is not None, "no step waits"
         time.sleep(self._gate.pause_s)
         # A slot that is left goes to nobody else before the next plan.
-        table = self._scheduler.running.table
-        answer = self._gate.look(lambda row: bool(table.masked[row.slot]))
+        tables = [copy.running.table for copy in self._scheduler.copies]
+        answer = self._gate.look(lambda row: bool(tables[row.copy].masked[row.slot]))
         for rid, error in answer.failed:
             logger.warning("request %s: %s", rid, error.message)
             self._emit(self._scheduler.abort(rids=[rid], error=error_info(error)))
         if answer.masks is None:
             return False
         self._plan = None
-        self._send(plan, answer.masks)
+        masks = split_masks(answer.masks, plan) if plan.further else answer.masks
+        self._send(plan, masks)
         return True
 
     def give_up(self) -> None:

@@ -44,6 +44,7 @@ class RankMonitor:
         self._board = board
         self._abort = abort
         self._due: _Due | None = None
+        self._awaited = ""
         self._failure: EngineDead | None = None
         self._lock = threading.Lock()
         self._failed = threading.Event()
@@ -74,12 +75,16 @@ class RankMonitor:
                 raise self._failure from error
             raise
         finally:
-            self._due = None
+            self._due, self._awaited = None, ""
             if not agreed:
                 self._fail(EngineDead(f"rank 0 failed in {what}", field="rank 0"))
         # What an aborted collective left behind is no result.
         self.require_alive()
         return result
+
+    def awaits(self, name: str) -> None:
+        """The call that is guarded waits for the result of that rank."""
+        self._awaited = name
 
     def fail(self, error: EngineDead) -> EngineDead:
         """End the replica; returns the error that it ended with, an earlier one if there was."""
@@ -122,7 +127,9 @@ class RankMonitor:
         if names := self._behind(due.step):
             why = f"{names} did not launch {due.what} within {due.timeout_s:g} s"
             return EngineDead(why, field=names)
-        return EngineDead(f"{due.what} did not end within {due.timeout_s:g} s", field="ranks")
+        who = f" on {self._awaited}" if self._awaited else ""
+        why = f"{due.what} did not end{who} within {due.timeout_s:g} s"
+        return EngineDead(why, field=self._awaited or "ranks")
 
     def _explained(self, error: EngineDead) -> EngineDead:
         """The error if it names a rank, else what broke the collective: a rank that ended, as
@@ -139,8 +146,8 @@ class RankMonitor:
 
     def _behind(self, step: int) -> str:
         """The further ranks that have not launched `step`, whom rank 0 would wait for."""
-        ranks = [str(rank) for rank in self._board.behind(step) if rank > 0]
-        return f"rank {', '.join(ranks)}" if ranks else ""
+        behind = self._board.behind(step)
+        return ", ".join(rank.name for rank in self._ranks if rank.rank in behind)
 
     def _fail(self, error: EngineDead) -> None:
         with self._lock:

@@ -10,9 +10,11 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.errors import EngineDead
-from engine.protocol import Reply
+from engine.config import ParallelConfig
+from engine.errors import EngineDead, by_name
+from engine.protocol import Reply, StepResult
 from engine.protocol.deadlines import RES_OPTIONS
+from rollout.ranks.results import RankResult
 from rollout.replica.ipc import Channel
 from rollout.replica.python_child import child_command, child_environment
 
@@ -50,15 +52,19 @@ class RankProcess:
     Raises EngineDead, naming the rank, from any call that needs a rank which is gone.
     """
 
-    def __init__(self, rank: int, num_ranks: int, files: RankFiles, factory: str) -> None:
+    def __init__(self, rank: int, parallel: ParallelConfig, files: RankFiles, factory: str) -> None:
         self.rank = rank
+        self.name = parallel.rank_name(rank)
         self._log = files.folder / f"rank-{rank}.log"
         endpoint = f"ipc://{files.folder}/rank-{rank}"
         self._channel = Channel.listen(endpoint, Reply)
         self._replies: dict[int, deque[Reply]] = {}
+        self._results: Channel | None = None
+        if rank % parallel.tp_size == 0:
+            self._results = Channel.listen(results_endpoint(endpoint), RankResult)
         arguments = [endpoint, str(files.folder), factory, str(rank), str(os.getpid())]
         # Ranks that all start a thread a core stall each other.
-        threads = max(1, (os.cpu_count() or 1) // num_ranks)
+        threads = max(1, (os.cpu_count() or 1) // parallel.num_ranks)
         # A Ctrl-C here is not one there; a spawned leader has none, and whoever ends it ends its
         # ranks with it, as one process group.
         with self._log.open("a+b") as log:
@@ -107,6 +113,29 @@ class RankProcess:
             raise self.error(exit_text)
         return None
 
+    @property
+    def samples(self) -> bool:
+        """Whether it returns what its copy of the model samples."""
+        return self._results is not None
+
+    def result(self, step: int) -> StepResult:
+        """What its copy sampled in a step; results come in the order of steps. Waits as long as the
+        rank lives, so whoever calls this has it ended in time. Raises the error of a step that
+        failed there."""
+        assert self._results is not None, f"{self.name} returns no results"
+        while True:
+            exit_text = self.exit_text()
+            found: list[RankResult] = self._results.receive(timeout_s=0.0 if exit_text else _POLL_S)
+            # Steps before it that nobody waited for had failed elsewhere.
+            for answer in (each for each in found if each.step == step):
+                if answer.error is not None:
+                    error = answer.error
+                    raise by_name(error.kind, f"{self.name}: {error.message}", error.field)
+                assert answer.result is not None, "neither a result nor an error"
+                return answer.result
+            if exit_text and not found:
+                raise self.error(exit_text)
+
     def _receive(self, timeout_s: float) -> None:
         """Sort what has come, or comes in time: a rank answers some commands out of order."""
         self._replies = {call: found for call, found in self._replies.items() if found}
@@ -127,7 +156,7 @@ class RankProcess:
     def error(self, why: str) -> EngineDead:
         """What to raise about this rank, with the end of its log."""
         tail = self._log.read_bytes()[-_LOG_TAIL:].decode(errors="replace").strip()
-        message = f"rank {self.rank} (process {self._process.pid}) {why}"
+        message = f"{self.name} (process {self._process.pid}) {why}"
         return EngineDead(f"{message}\n{tail}" if tail else message, field=f"rank {self.rank}")
 
     def kill(self) -> None:
@@ -143,6 +172,13 @@ class RankProcess:
         finally:
             self.kill()
             self._channel.close()
+            if self._results is not None:
+                self._results.close()
+
+
+def results_endpoint(endpoint: str) -> str:
+    """Where a rank sends what its copy of the model samples, given where it takes commands."""
+    return f"{endpoint}-results"
 
 
 def _is_session_leader() -> bool:

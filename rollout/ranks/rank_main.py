@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import threading
@@ -31,15 +30,15 @@ from engine.protocol import (
     StepPlan,
 )
 from rollout.ranks.board import StepBoard
-from rollout.ranks.process import RankFiles
+from rollout.ranks.process import RankFiles, results_endpoint
+from rollout.ranks.rank_steps import RankSteps
 from rollout.ranks.ranked_executor import RankExecutor, resolve
+from rollout.ranks.results import ResultSender
 from rollout.replica.command_replies import error_info, reply_of
 from rollout.replica.ipc import Channel
 from rollout.replica.leave import run_and_leave
 from rollout.replica.process_log import log_to_stderr
 from rollout.replica.weight_queue import PendingReply
-
-logger = logging.getLogger(__name__)
 
 _IDLE_S = 1.0
 _BESIDE_S = 0.001
@@ -57,14 +56,16 @@ def main(argv: list[str]) -> int:
     _leave_with(int(parent))
     channel = Channel.connect(endpoint, Call | StepPlan | StepMasks | CancelTransfers | Shutdown)
     try:
-        return _build_and_serve(channel, files, factory, rank)
+        return _build_and_serve(channel, endpoint, files, factory, rank)
     finally:
         channel.close(linger_s=_SEND_S)
 
 
-def _build_and_serve(channel: Channel, files: RankFiles, factory: str, rank: int) -> int:
+def _build_and_serve(
+    channel: Channel, endpoint: str, files: RankFiles, factory: str, rank: int
+) -> int:
     config = msgspec.json.decode(files.config.read_bytes(), type=EngineConfig)
-    board = StepBoard(files.board, config.parallel.tp_size)
+    board = StepBoard(files.board, config.parallel.num_ranks)
     build = resolve(factory)
     channel.send([Reply()], timeout_s=_SEND_S)
     try:
@@ -73,7 +74,13 @@ def _build_and_serve(channel: Channel, files: RankFiles, factory: str, rank: int
         channel.send([Reply(error=error_info(error))], timeout_s=_SEND_S)
         return 1
     channel.send([Reply()], timeout_s=_SEND_S)
-    _serve(executor, channel, board, rank)
+    copy, tp_rank = divmod(rank, config.parallel.tp_size)
+    results = None
+    if copy and not tp_rank:
+        results = ResultSender(Channel.connect(results_endpoint(endpoint), Reply))
+    steps = RankSteps(executor, board, rank=rank, copy=copy, results=results)
+    _serve(executor, channel, steps)
+    steps.close()
     executor.close()
     return 0
 
@@ -89,17 +96,18 @@ def _leave_with(parent: int) -> None:
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
-def _serve(executor: RankExecutor, channel: Channel, board: StepBoard, rank: int) -> None:
+def _serve(executor: RankExecutor, channel: Channel, steps: RankSteps) -> None:
     beside: dict[int, tuple[EngineCommand, PendingReply]] = {}
     while True:
+        steps.require_alive()
         for message in channel.receive(timeout_s=_BESIDE_S if beside else _IDLE_S):
             match message:
                 case Shutdown():
                     return
                 case StepPlan():
-                    _launch(executor, message, board, rank)
+                    steps.launch(message)
                 case StepMasks():
-                    _mask(executor, message)
+                    steps.mask(message)
                 case CancelTransfers():
                     executor.cancel(message.reason, group=message.group)
                 case Call() if isinstance(message.command, BesideSteps):
@@ -114,24 +122,6 @@ def _serve(executor: RankExecutor, channel: Channel, board: StepBoard, rank: int
 
 def _reply(channel: Channel, call: int, command: EngineCommand, run: Callable[[], Reply]) -> None:
     channel.send([replace(reply_of(command, run), id=call)], timeout_s=_SEND_S)
-
-
-def _launch(executor: RankExecutor, plan: StepPlan, board: StepBoard, rank: int) -> None:
-    """Queue the step; its result is rank 0's to return. A refusal is every rank's alike."""
-    try:
-        executor.launch(plan)
-    except SlipstreamError as error:
-        logger.error("step %d refused: %s", plan.step, error)
-        return
-    board.note(rank, plan.step)
-
-
-def _mask(executor: RankExecutor, masks: StepMasks) -> None:
-    """Queue the sampling of the step that waits for it. A refusal is every rank's alike."""
-    try:
-        executor.mask(masks)
-    except SlipstreamError as error:
-        logger.error("the masks of step %d refused: %s", masks.step, error)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The ranks of a replica as one executor: rank 0 in this process, each other in its own.
 
 Every rank gets the same plans and commands in the same order, so that their collectives
-match; they sample the same tokens from the same bits, so only rank 0 returns any.
+match. The ranks of one copy of the model sample the same tokens from the same bits, so only the
+first of them returns any.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
+from msgspec.structs import replace
 
 from engine.config import EngineConfig
 from engine.errors import (
@@ -44,20 +46,19 @@ from engine.protocol import (
 )
 from engine.protocol.deadlines import START_S, deadlines, launch_s
 from rollout.ranks.board import StepBoard
+from rollout.ranks.copies_alike import difference
 from rollout.ranks.monitor import RankMonitor
 from rollout.ranks.process import RankFiles, RankProcess
-from rollout.ranks.replies import merge
+from rollout.ranks.replies import RankedReply, merge
 from rollout.ranks.step_executor import PendingStep, StepExecutor
 from rollout.ranks.step_kinds import StepKinds
 from rollout.replica.command_replies import command_name, reply_of
-from rollout.replica.weight_queue import PendingReply
 
 logger = logging.getLogger(__name__)
 
 _LEAVE_S = 4.0
 """For ranks to leave: less than whoever waits for the leader gives it, so that one that is
 stopped is ended by the leader."""
-_BESIDE_S = 0.001
 _LAST_WORDS_S = 5.0
 
 
@@ -90,9 +91,10 @@ def build_executor(
 
     Raises the typed error of a rank that could not be built.
     """
-    if config.parallel.tp_size < 1:
-        raise InvalidRequest("takes at least one rank", field="parallel.tp_size")
-    if config.parallel.tp_size == 1:
+    for name in ("tp_size", "dp_size"):
+        if getattr(config.parallel, name) < 1:
+            raise InvalidRequest("takes at least one rank", field=f"parallel.{name}")
+    if config.parallel.num_ranks == 1:
         executor: StepExecutor = resolve(factory)(config)
         return executor
     return RankedExecutor(config, factory, folder=folder)
@@ -100,72 +102,29 @@ def build_executor(
 
 @dataclass(frozen=True)
 class RankedStep:
-    """A step that every rank was sent."""
+    """A step that every rank was sent. samplers: ranks whose copies of the model return results of
+    their own."""
 
     plan: StepPlan
     local: PendingStep
+    samplers: Sequence[RankProcess]
     monitor: RankMonitor
     timeout_s: float
 
     def result(self) -> StepResult:
         """Wait for it. Raises EngineDead, naming the rank that is missing."""
         step = self.plan.step
-        return self.monitor.guard(
-            f"step {step}", self.local.result, timeout_s=self.timeout_s, step=step
-        )
+        return self.monitor.guard(f"step {step}", self._wait, timeout_s=self.timeout_s, step=step)
 
-
-@dataclass(kw_only=True)
-class RankedReply:
-    """A command that every rank runs beside steps: one answer, once all have answered."""
-
-    command: BesideSteps
-    call: int
-    local: PendingReply
-    ranks: Sequence[RankProcess]
-    monitor: RankMonitor
-    alike: Callable[[str, Sequence[Reply]], None]
-    timeout_s: float
-    started: float = field(default_factory=time.monotonic)
-    found: dict[int, Reply] = field(default_factory=dict)
-
-    def done(self) -> bool:
-        """Whether every rank has answered, or one never will."""
-        if self.monitor.failure is not None:
-            return True
-        try:
-            self._look()
-        except EngineDead as error:
-            self.monitor.fail(error)
-            return True
-        return len(self.found) == len(self.ranks) and self.local.done()
-
-    def result(self) -> Reply:
-        """The answer of all. Raises the error of the first rank that failed, EngineDead when one
-        is gone or late, or when a mistake of ours met only some."""
-        while not self.done():
-            time.sleep(_BESIDE_S)
-        self.monitor.require_alive()
-        what = command_name(self.command)
-        own = reply_of(self.command, self.local.result)
-        replies = [own, *(self.found[rank.rank] for rank in self.ranks)]
-        self.alike(what, replies)
-        return merge(replies)
-
-    def _look(self) -> None:
-        """Take in what has come. Raises EngineDead for a rank that is gone or late."""
-        late = time.monotonic() - self.started > self.timeout_s
-        what = command_name(self.command)
-        for rank in self.ranks:
-            if rank.rank in self.found:
-                continue
-            reply = rank.poll(self.call)
-            if reply is not None:
-                self.found[rank.rank] = reply
-            elif late:
-                raise rank.error(f"did not answer '{what}' within {self.timeout_s:g} s")
-        if late and not self.local.done():
-            raise EngineDead(f"rank 0 does not end '{what}'", field="rank 0")
+    def _wait(self) -> StepResult:
+        own = self.local.result()
+        if not self.samplers:
+            return own
+        further = []
+        for rank in self.samplers:
+            self.monitor.awaits(rank.name)
+            further.append(rank.result(self.plan.step))
+        return replace(own, further=further)
 
 
 class RankedExecutor:
@@ -192,9 +151,14 @@ class RankedExecutor:
         if folder is None:
             self._remove = weakref.finalize(self, shutil.rmtree, files.folder, ignore_errors=True)
         files.config.write_bytes(msgspec.json.encode(config))
-        size = config.parallel.tp_size
+        self._parallel = config.parallel
+        size = config.parallel.num_ranks
         board = StepBoard(files.board, size, create=True)
-        self._ranks = [RankProcess(rank, size, files, factory) for rank in range(1, size)]
+        self._ranks = [
+            RankProcess(rank, config.parallel, files, factory) for rank in range(1, size)
+        ]
+        self._samplers = [rank for rank in self._ranks if rank.samples]
+        self._waits = False
         built = False
         try:
             self._local: RankExecutor = self._build(config, files, factory, start_s)
@@ -229,9 +193,12 @@ class RankedExecutor:
         what, kind = f"step {plan.step}", self._kinds.of(plan)
         builds = self.facts.device == "cpu" or self._kinds.is_new(kind)
         self._launch_s = launch_s(self._timeout_s, builds=builds)
+        # The launch of another copy's step is part of what its result takes.
+        result_s = self._launch_s if builds and self._samplers else self._timeout_s
         pending = self._monitor.guard(what, run, timeout_s=self._launch_s, step=plan.step)
         self._kinds.launched(kind)
-        return RankedStep(plan, pending, self._monitor, self._timeout_s)
+        self._waits = len(plan.masked) > 0
+        return RankedStep(plan, pending, self._samplers, self._monitor, result_s)
 
     def mask(self, masks: StepMasks) -> None:
         """Queue the sampling of the step launched last on every rank, behind its plan in each
@@ -240,7 +207,8 @@ class RankedExecutor:
 
         def run() -> None:
             self._post([masks])
-            self._local.mask(masks)
+            if self._waits:
+                self._local.mask(masks)
 
         what = f"the masks of step {masks.step}"
         self._monitor.guard(what, run, timeout_s=self._launch_s, step=masks.step)
@@ -258,7 +226,7 @@ class RankedExecutor:
         )
         failed = [reply.error is not None for reply in replies]
         if isinstance(command, CommitUpdate) and any(failed) and not all(failed):
-            named = [f"rank {rank}" for rank, was in enumerate(failed) if was]
+            named = [self._parallel.rank_name(rank) for rank, was in enumerate(failed) if was]
             raise self._monitor.fail(
                 EngineDead(
                     f"version {command.version} was committed, but not by {', '.join(named)}: the "
@@ -267,7 +235,11 @@ class RankedExecutor:
                 )
             )
         self._require_alike(what, replies)
-        return merge(replies)
+        reply = merge(replies)
+        different = difference(reply.weights, self._parallel)
+        if different is not None:
+            raise self._monitor.fail(different)
+        return reply
 
     def start(self, command: BesideSteps) -> RankedReply:
         """Run one command on every rank, beside steps. Its deadline is its own, apart from that

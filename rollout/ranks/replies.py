@@ -2,12 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
-from engine.errors import by_name
-from engine.protocol import ErrorInfo, Reply, UpdateReport
+from engine.errors import EngineDead, by_name
+from engine.protocol import BesideSteps, ErrorInfo, Reply, UpdateReport
+from rollout.ranks.monitor import RankMonitor
+from rollout.ranks.process import RankProcess
+from rollout.replica.command_replies import command_name, reply_of
+from rollout.replica.weight_queue import PendingReply
+
+_BESIDE_S = 0.001
+
+
+@dataclass(kw_only=True)
+class RankedReply:
+    """A command that every rank runs beside steps: one answer, once all have answered."""
+
+    command: BesideSteps
+    call: int
+    local: PendingReply
+    ranks: Sequence[RankProcess]
+    monitor: RankMonitor
+    alike: Callable[[str, Sequence[Reply]], None]
+    timeout_s: float
+    started: float = field(default_factory=time.monotonic)
+    found: dict[int, Reply] = field(default_factory=dict)
+
+    def done(self) -> bool:
+        """Whether every rank has answered, or one never will."""
+        if self.monitor.failure is not None:
+            return True
+        try:
+            self._look()
+        except EngineDead as error:
+            self.monitor.fail(error)
+            return True
+        return len(self.found) == len(self.ranks) and self.local.done()
+
+    def result(self) -> Reply:
+        """The answer of all. Raises the error of the first rank that failed, EngineDead when one
+        is gone or late, or when a mistake of ours met only some."""
+        while not self.done():
+            time.sleep(_BESIDE_S)
+        self.monitor.require_alive()
+        what = command_name(self.command)
+        own = reply_of(self.command, self.local.result)
+        replies = [own, *(self.found[rank.rank] for rank in self.ranks)]
+        self.alike(what, replies)
+        return merge(replies)
+
+    def _look(self) -> None:
+        """Take in what has come. Raises EngineDead for a rank that is gone or late."""
+        late = time.monotonic() - self.started > self.timeout_s
+        what = command_name(self.command)
+        for rank in self.ranks:
+            if rank.rank in self.found:
+                continue
+            reply = rank.poll(self.call)
+            if reply is not None:
+                self.found[rank.rank] = reply
+            elif late:
+                raise rank.error(f"did not answer '{what}' within {self.timeout_s:g} s")
+        if late and not self.local.done():
+            raise EngineDead(f"rank 0 does not end '{what}'", field="rank 0")
 
 
 def merge(replies: Sequence[Reply]) -> Reply:

@@ -8,31 +8,37 @@ from __future__ import annotations
 
 from engine.protocol import NewRow, StepPlan
 
-StepKind = tuple[int, int, int, bool]
+StepKind = frozenset[tuple[int, int, int, int, bool]]
 
 
 class StepKinds:
     """The kinds of step that have been launched before."""
 
     def __init__(self) -> None:
-        self._seen: set[StepKind] = set()
+        self._seen: StepKind = frozenset()
 
     def of(self, plan: StepPlan) -> StepKind:
-        """The kind of a step: its rows, to a power of two; most drafts of one, -1 where lengths
-        are known; what its new rows bring, or 0; and whether its sampling waits for masks."""
-        brings = 0
-        for row in plan.new_rows:
-            brings |= _brings(row)
-        drafts = int(plan.draft_lens.max(initial=-1))
-        return len(plan.slots).bit_length(), drafts, brings, len(plan.masked) > 0
+        """The kind of a step, for each copy of the model: which; its rows, to a power of two; most
+        drafts of one, -1 where lengths are known; what its new rows bring, or 0; and whether its
+        sampling waits for masks."""
+        return frozenset((copy, *_kind(own)) for copy, own in enumerate(plan.copies()))
 
     def is_new(self, kind: StepKind) -> bool:
-        """Whether no step of the kind was launched to its end."""
-        return kind not in self._seen
+        """Whether some copy has launched no step of the kind to its end."""
+        return not kind <= self._seen
 
     def launched(self, kind: StepKind) -> None:
         """A step of the kind was launched."""
-        self._seen.add(kind)
+        if self.is_new(kind):
+            self._seen |= kind
+
+
+def _kind(plan: StepPlan) -> tuple[int, int, int, bool]:
+    brings = 0
+    for row in plan.new_rows:
+        brings |= _brings(row)
+    drafts = int(plan.draft_lens.max(initial=-1))
+    return len(plan.slots).bit_length(), drafts, brings, len(plan.masked) > 0
 
 
 def _brings(row: NewRow) -> int:

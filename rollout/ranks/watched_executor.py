@@ -58,7 +58,9 @@ class WatchedExecutor:
         self._pulse.begin(*self._launching)
         pending = self._executor.launch(plan)
         self._kinds.launched(kind)
-        return WatchedStep(pending, self._pulse, self._step_s)
+        # The launch of another copy's step is part of what its result takes.
+        limit_s = self._launching[1] if self.facts.dp_size > 1 else self._step_s
+        return WatchedStep(pending, self._pulse, limit_s)
 
     def mask(self, masks: StepMasks) -> None:
         """Queue the sampling of the step launched last, which may take as long again as its launch.

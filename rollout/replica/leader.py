@@ -47,7 +47,6 @@ from engine.protocol import (
     Stop,
     UpdateReport,
 )
-from rollout.cache.manager import CacheManager
 from rollout.masks.base import MaskSource
 from rollout.masks.masked_step import MaskedStep
 from rollout.masks.sources import mask_gate
@@ -57,9 +56,9 @@ from rollout.replica.command_replies import error_info
 from rollout.replica.weight_commands import WeightCommands
 from rollout.replica.weight_queue import Ticket
 from rollout.requests.outputs import refused
+from rollout.scheduler.copies.schedulers import build_scheduler
 from rollout.scheduler.emit import StepOutput
 from rollout.scheduler.readiness import Readiness
-from rollout.scheduler.scheduler import Scheduler
 from rollout.sessions.turns_in_progress import SessionTurns
 
 logger = logging.getLogger(__name__)
@@ -73,7 +72,7 @@ _BESIDE_STEPS = GetState | Abort | Stop | SessionCommand | RolloutCommand
 """Commands that leave steps in flight alone: at most they mark rows, whose results are dropped."""
 _FACTS = (
     "page_size context_length vocab_size eos_ids model architecture model_type num_labels labels "
-    "hidden_size dtype device attention tp_size releases"
+    "hidden_size dtype device attention tp_size dp_size releases"
 )
 _POLL_S = 0.00005
 _LONGEST_POLL_S = 0.001
@@ -100,24 +99,9 @@ class Leader:
         loads_grammars: as `mask_gate` has it."""
         facts = executor.facts
         gate = mask_gate(config, facts, mask_sources, loads_grammars=loads_grammars)
-        cache = CacheManager(
-            num_pages=facts.num_pages,
-            page_size=facts.page_size,
-            prefix_cache=config.cache.prefix_cache,
-        )
         self._config = config
         self._executor = executor
-        self._scheduler = Scheduler(
-            config.scheduler,
-            cache,
-            context_length=facts.context_length,
-            vocab_size=facts.vocab_size,
-            num_labels=facts.num_labels,
-            version=config.weight_version,
-            speculative=config.speculative,
-            device=facts.device,
-            prepared=gate.prepared,
-        )
+        self._scheduler = build_scheduler(config, facts, gate.prepared)
         self._readiness = Readiness(
             version=config.weight_version,
             keeps_weights=config.memory.cpu_backup,
@@ -248,7 +232,8 @@ class Leader:
             **self._sessions.facts,
             **_said(self._readiness, "released open_update refusal groups"),
             **_said(self._executor.facts, _FACTS),
-            **_said(self._config.scheduler, "max_running max_waiting max_samples"),
+            **_said(self._config.scheduler, "max_waiting max_samples"),
+            max_running=self._config.scheduler.max_running * self._config.parallel.dp_size,
             receiving=self._weights.in_progress,
         )
 
@@ -297,7 +282,7 @@ class Leader:
 
     def _advance(self, plan: StepPlan | None) -> None:
         """Launch the plan, if any, and take in the results that are due."""
-        masked = plan is not None and len(plan.masked) > 0
+        masked = plan is not None and plan.waits
         if plan is not None and (self._overlap or masked):
             pending = self._guarded(plan, lambda: self._executor.launch(plan))
             if pending is not None:
@@ -371,7 +356,7 @@ class Leader:
         except Exception as error:
             # A boundary: what no single request is to blame for ends those that run.
             ended = True
-            lasting = self._executor.facts.tp_size > 1 or breaks_device(error)
+            lasting = self._config.parallel.num_ranks > 1 or breaks_device(error)
             self._recover(error, step, lasting=lasting)
             return None
         finally:

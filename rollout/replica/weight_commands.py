@@ -37,8 +37,8 @@ from engine.protocol import (
 from engine.protocol.types import MAX_VERSION
 from rollout.ranks.step_executor import StepExecutor
 from rollout.replica.weight_queue import PendingReply, WeightQueue
+from rollout.scheduler.copies.schedulers import ReplicaScheduler
 from rollout.scheduler.readiness import ALL_TAGS, Readiness
-from rollout.scheduler.scheduler import Scheduler
 
 _NEED_NO_WEIGHTS = (
     JoinGroup,
@@ -62,7 +62,7 @@ class WeightCommands:
     def __init__(
         self,
         executor: StepExecutor,
-        scheduler: Scheduler,
+        scheduler: ReplicaScheduler,
         readiness: Readiness,
         *,
         drain: Callable[[], None],

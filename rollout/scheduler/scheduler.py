@@ -121,13 +121,21 @@ class Scheduler:
         """Whether the last `plan` left requests in the queue that are not `prepared`."""
         return self._prefill.num_unprepared > 0
 
+    @property
+    def copies(self) -> list[Scheduler]:
+        """The schedulers of the replica's copies of the model: this one."""
+        return [self]
+
+    def check(self, request: Request) -> None:
+        """Raise InvalidRequest or ContextTooLong, naming the field, if it can never be served."""
+        check_request(request, self._limits)
+
     def add(self, request: Request) -> RequestOutput | None:
         """Queue one request; its answer if the tokens that it came with are all of its output.
 
-        Raises InvalidRequest or ContextTooLong, naming the field, for one that can never be
-        served, and QueueFull when too many wait.
+        Raises what `check` does, and QueueFull when too many wait.
         """
-        check_request(request, self._limits)
+        self.check(request)
         if request.rid in self._requests:
             raise InvalidRequest(f"rid {request.rid!r} is already in use", field="rid")
         context_length = self._limits.context_length
@@ -213,10 +221,11 @@ class Scheduler:
         """Drop every cached prefix; raises SlipstreamError while sequences hold pages."""
         self._cache.flush()
 
-    def plan(self) -> StepPlan | None:
-        """The next step, or None if there is nothing to compute or steps are paused."""
+    def plan(self, step: int = -1) -> StepPlan | None:
+        """The next step, or None: nothing is to be computed, or a pause is on. step: its number."""
         if self.paused or not self._requests:
             return None
+        self._next_step = max(step, self._next_step)
         builder = PlanBuilder(self._next_step, self._running)
         self._preemption.make_room(self._decode.num_missing_pages, self._next_step)
         self._fill(builder)

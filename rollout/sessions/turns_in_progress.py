@@ -27,8 +27,9 @@ from engine.protocol import (
     Stop,
     TokenRows,
 )
+from rollout.cache.idle_kv import IdleKvs
+from rollout.scheduler.copies.schedulers import ReplicaScheduler
 from rollout.scheduler.emit import StepOutput
-from rollout.scheduler.scheduler import Scheduler
 from rollout.sessions.open_rollouts import OpenRollouts
 from rollout.sessions.open_sessions import OpenSessions, Session
 
@@ -58,7 +59,7 @@ class SessionTurns:
 
     def __init__(
         self,
-        scheduler: Scheduler,
+        scheduler: ReplicaScheduler,
         config: SessionConfig,
         context_length: int,
         *,
@@ -77,7 +78,7 @@ class SessionTurns:
     def facts(self) -> dict[str, Any]:
         """Fields of `ReplicaState`."""
         self.sessions.expire()
-        held_pages = self._scheduler.running.cache.idle.num_pages
+        held_pages = sum(idle.num_pages for idle in self._idle)
         self.rollouts.expire()
         return {
             "num_sessions": len(self.sessions),
@@ -180,11 +181,17 @@ class SessionTurns:
             num_tokens=len(session.tokens),
             num_turns=session.num_turns,
             busy=bool(session.rid),
-            held_tokens=self._scheduler.running.cache.idle.num_tokens(session.id),
+            held_tokens=sum(idle.num_tokens(session.id) for idle in self._idle),
         )
 
     def _drop_kv(self, name: str) -> None:
-        self._scheduler.running.cache.idle.drop(name)
+        for idle in self._idle:
+            idle.drop(name)
+
+    @property
+    def _idle(self) -> list[IdleKvs]:
+        """What sessions hold on each copy of the model."""
+        return [copy.running.cache.idle for copy in self._scheduler.copies]
 
 
 def _with_history(request: Request, session: Session) -> Request:

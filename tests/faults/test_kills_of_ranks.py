@@ -1,5 +1,5 @@
-"""Kills and stops of a real engine of two tensor-parallel ranks, which wait for each other in
-collectives, and of the parts of a weight update."""
+"""Kills and stops of a real engine of two ranks, which share a model and wait for each other in
+collectives or hold a copy each, and of the parts of a weight update."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from engine.protocol import GenerateRequest, SamplingParams
 from rollout.client import Client
 from tests.helpers.engines import drain, make_replica, request
 from tests.helpers.loaded_server import Load, family, untyped
+from tests.helpers.peers import until
 from tests.helpers.serve_process import ServerProcess, gone
 from tests.helpers.tiny_models import tiny_hf, write_tiny
 from trainer_bridge.adapters.plain import PlainSource
@@ -40,7 +41,9 @@ server.serve(ServeConfig(
     engine=EngineConfig(
         model=sys.argv[1], device="cpu", dtype="float32",
         cache=CacheConfig(memory_bytes=32 << 20),
-        parallel=ParallelConfig(tp_size=int(sys.argv[2]), timeout_s={collective_s}),
+        parallel=ParallelConfig(
+            tp_size=int(sys.argv[2]), dp_size=int(sys.argv[4]), timeout_s={collective_s}
+        ),
     ),
     port=0, restart=sys.argv[3],
 ))
@@ -56,10 +59,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def served(
-    model: Path, *, tp: int = 2, restart: str = "never"
+    model: Path, *, tp: int = 2, dp: int = 1, restart: str = "never"
 ) -> Iterator[tuple[ServerProcess, dict[str, int]]]:
     code = SERVE.format(collective_s=COLLECTIVE_S)
-    with ServerProcess(["-c", code, str(model), str(tp), restart]) as server:
+    with ServerProcess(["-c", code, str(model), str(tp), restart, str(dp)]) as server:
         processes = family(server.process.pid)
         try:
             yield server, processes
@@ -86,6 +89,28 @@ def test_a_rank_that_does_not_come_ends_the_engine_and_everybody_is_told(
             assert gone(pid, EXIT_S), f"the {name} was left behind"
 
 
+@pytest.mark.parametrize("num", [1, 8], ids=["no rows", "rows"])
+def test_a_rank_of_another_copy_that_dies_ends_the_engine_and_everybody_is_told(
+    model: Path, num: int
+) -> None:
+    """A single request is of the first copy: the step of the other one has no rows."""
+    with (
+        served(model, tp=1, dp=2) as (server, processes),
+        Load(server.url, num=num, num_tokens=3000) as load,
+    ):
+        load.started()
+        with server.client() as client:
+            until(lambda: client.state().num_running == num, EXIT_S)
+        os.kill(processes["rank"], signal.SIGKILL)
+        answers = load.answers()
+        assert untyped(answers) == []
+        assert all(a.error == "EngineDead" or a.finish == "abort" for a in answers), answers
+        assert server.process.wait(EXIT_S) != 0
+        assert any("rank 1 (dp 1, tp 0)" in line for line in server.lines)
+        for name, pid in processes.items():
+            assert gone(pid, EXIT_S), f"the {name} was left behind"
+
+
 class Killing(PlainSource):
     """Kills a process when its tenth tensor is asked for."""
 
@@ -103,13 +128,17 @@ class Killing(PlainSource):
             yield item
 
 
-@pytest.mark.parametrize(("who", "transport"), [("leader", "nccl"), ("rank", "cuda_ipc")])
+@pytest.mark.parametrize(
+    ("who", "transport", "dp"),
+    [("leader", "nccl", 1), ("rank", "cuda_ipc", 1), ("rank", "nccl", 2)],
+)
 def test_an_engine_that_dies_in_an_update_fails_it_and_another_takes_the_next(
-    model: Path, tmp_path: Path, who: str, transport: Any
+    model: Path, tmp_path: Path, who: str, transport: Any, dp: int
 ) -> None:
     new = tiny_hf("qwen3", 5, eos_token_id=99, max_position_embeddings=4096)
     options = PushOptions(transport=transport, bucket_bytes=4096, timeout_s=20.0)
-    with served(model, restart="on-failure") as (server, processes), server.client() as client:
+    serving = served(model, tp=2 // dp, dp=dp, restart="on-failure")
+    with serving as (server, processes), server.client() as client:
         killing = Killing(new, processes[who])
         with pytest.raises(SlipstreamError):
             Publisher(killing, [HttpTarget(server.url)], options).push(1)

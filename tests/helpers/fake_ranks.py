@@ -72,7 +72,10 @@ class FakeRank(FakeExecutor):
         self._trace: list[str] = []
         self._build_fault()
         super().__init__(replace(config, model="fake"))
-        self.facts = msgspec.structs.replace(self.facts, tp_size=config.parallel.tp_size)
+        self._parallel = config.parallel
+        self.facts = msgspec.structs.replace(
+            self.facts, tp_size=config.parallel.tp_size, dp_size=config.parallel.dp_size
+        )
 
     def _build_fault(self) -> None:
         if self._kind == "crash":
@@ -97,7 +100,9 @@ class FakeRank(FakeExecutor):
         if self._kind == "broken" and self._is_bad:
             raise ZeroDivisionError("not an error of ours")
         queued = super().launch(plan)
-        waits = self._rank == 0 and self._kind in ("leave", "stall", "broken")
+        # Copies of the model have no collective that would.
+        shared = self._parallel.tp_size > 1
+        waits = shared and self._rank == 0 and self._kind in ("leave", "stall", "broken")
         return WaitingStep(queued, self._released) if waits else queued
 
     def mask(self, masks: StepMasks) -> None:

@@ -116,7 +116,7 @@ class Bench:
         plan = self.scheduler.plan()
         if plan is not None:
             self.plans.append(plan)
-        if plan is not None and len(plan.masked):
+        if plan is not None and plan.waits:
             # Its masks are of the tokens before it.
             while self._results:
                 self.keep(self.scheduler.apply(self._results.popleft()))
@@ -139,7 +139,7 @@ class Bench:
         self._late -= 1
         if self._late >= 0:
             return plan
-        rows = masked_rows(self.scheduler.running, plan)
+        rows = masked_rows([copy.running for copy in self.scheduler.copies], plan)
         bits = [bits_of(may_come(row.request, row.output_ids.tolist()), VOCAB) for row in rows]
         masks = StepMasks(
             step=plan.step,
@@ -176,7 +176,7 @@ class Bench:
         """New weights, on both sides; the outputs of requests that this ended. Where drafts are
         verified no step may be in flight, as none is when a leader commits."""
         self.settle()
-        while self.scheduler.drafts and self._results:
+        while self.scheduler.copies[0].drafts and self._results:
             self.keep(self.scheduler.apply(self._results.popleft()))
         self.executor.version = version
         return self.keep(self.scheduler.set_version(version))

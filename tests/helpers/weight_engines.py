@@ -121,7 +121,7 @@ def join(
             pool.submit(
                 rank.handle,
                 # Ranks here are engines of their own, so each has its own offset.
-                join_command(sender, index + 1 - rank.groups.tp_rank, timeout_s=timeout_s),
+                join_command(sender, index + 1 - rank.groups.rank, timeout_s=timeout_s),
             )
             for index, rank in enumerate(ranks)
         ]

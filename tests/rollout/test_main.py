@@ -65,6 +65,8 @@ ENGINE: dict[str, tuple[list[str], str, object]] = {
     "max-rollouts": (["8"], "sessions.max_rollouts", 8),
     "rollout-timeout-s": (["1.5"], "sessions.rollout_timeout_s", 1.5),
     "tp": (["2"], "parallel.tp_size", 2),
+    "dp": (["2"], "parallel.dp_size", 2),
+    "ep": ([], "parallel.ep", True),
     "base-gpu": (["3"], "parallel.base_gpu", 3),
     "enable-memory-saver": ([], "memory.saver", True),
     "enable-weights-cpu-backup": ([], "memory.cpu_backup", True),

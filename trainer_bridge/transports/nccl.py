@@ -171,7 +171,7 @@ class NcclCarrier(Carrier):
         # Its port has to be free before the next one listens.
         self._drop()
         backend: Backend = "nccl" if self._device.type == "cuda" else "gloo"
-        sizes = [member.state.tp_size for member in members]
+        sizes = [member.state.num_ranks for member in members]
         group = SenderGroup(
             self._name,
             world_size=1 + sum(sizes),

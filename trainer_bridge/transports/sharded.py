@@ -149,7 +149,7 @@ class ShardedCarrier:
 
     def _connect(self, source: WeightSource) -> None:
         """Every rank listens, rank 0 has the engines join all groups, every rank completes."""
-        sizes = self._agree(lambda: [member.state.tp_size for member in self._taking])[0]
+        sizes = self._agree(lambda: [member.state.num_ranks for member in self._taking])[0]
         joins = self._agree(self._listen, sizes)
         self._hosts = [(commands[0].address, commands[0].port) for commands in joins]
         self._agree(self._complete, joins)
@@ -178,7 +178,7 @@ class ShardedCarrier:
                 pool.submit(_join_all, member, [commands[index] for commands in joins])
                 for index, member in enumerate(self._taking)
             ]
-            complete(self._sender.group, joined, [m.state.tp_size for m in self._taking])
+            complete(self._sender.group, joined, [m.state.num_ranks for m in self._taking])
             check(joined, wait=True)
 
     def _carry(self, source: WeightSource, owner: str) -> None:

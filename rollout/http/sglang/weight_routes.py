@@ -188,10 +188,12 @@ class _Weights:
             payloads=[_base64(i, text) for i, text in enumerate(body.serialized_named_tensors)],
             format="sglang_bucket" if body.load_format == _FLAT else "sglang",
         )
-        ranks = self._engine.facts.tp_size
-        if len(command.payloads) != ranks:
+        facts = self._engine.facts
+        # As many as one copy of the model has are for each of the copies.
+        if len(command.payloads) not in (facts.num_ranks, facts.tp_size):
             raise InvalidRequest(
-                f"serialized_named_tensors has {len(command.payloads)} entries for {ranks} ranks",
+                f"serialized_named_tensors has {len(command.payloads)} entries for "
+                f"{facts.num_ranks} ranks",
                 field="serialized_named_tensors",
             )
         return await self._feed(command, body, caller(request))
@@ -255,7 +257,7 @@ class _Weights:
         body = await read_body(request, _Check)
         reply = await self._lifecycle.send(CheckWeights(action=body.action))
         differing = sorted({name for report in reply.weights for name in report.differing})
-        found = check_summary(reply)
+        found = check_summary(reply, tp_size=self._engine.facts.tp_size)
         if differing:
             names = ", ".join(differing[:8])
             found |= {"success": False, "message": f"{len(differing)} tensors differ: {names}"}
@@ -323,19 +325,21 @@ def router(services: Services) -> APIRouter:
     return routes
 
 
-def check_summary(reply: Reply) -> dict[str, Any]:
-    """Checksums by rank, one digest a rank, and one of all ranks in order."""
-    ranks = [_rank_summary(report) for report in reply.weights]
+def check_summary(reply: Reply, *, tp_size: int) -> dict[str, Any]:
+    """Checksums by rank, one digest a rank, and one of all ranks in order. tp_size: ranks that
+    share a copy of the model."""
+    ranks = [_rank_summary(report, tp_size) for report in reply.weights]
     whole = hashlib.sha256("".join(rank["per_gpu_checksum"] for rank in ranks).encode())
     return {"ranks": ranks, "per_engine_checksum": whole.hexdigest()}
 
 
-def _rank_summary(report: WeightsReport) -> dict[str, Any]:
+def _rank_summary(report: WeightsReport, tp_size: int) -> dict[str, Any]:
+    dp_rank, tp_rank = divmod(report.rank, tp_size)
     checksums: Mapping[str, int] = dict(sorted(report.checksums.items()))
     return {
         "checksums": checksums,
         "per_gpu_checksum": hashlib.sha256(msgspec.json.encode(checksums)).hexdigest(),
-        "parallelism_info": {"tp_rank": report.rank},
+        "parallelism_info": {"tp_rank": tp_rank, "dp_rank": dp_rank},
     }
 
 

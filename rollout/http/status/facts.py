@@ -38,9 +38,9 @@ def server_info(services: Services, state: ReplicaState) -> dict[str, Any]:
         "tp_size": state.tp_size,
         "pp_size": 1,
         "ep_size": 1,
-        "dp_size": 1,
+        "dp_size": state.dp_size,
         "moe_dp_size": 1,
-        "num_gpus": state.tp_size,
+        "num_gpus": state.num_ranks,
         "nnodes": 1,
         "node_rank": 0,
         "base_gpu_id": config.engine.parallel.base_gpu,
@@ -89,7 +89,7 @@ def vllm_config(services: Services, state: ReplicaState) -> dict[str, Any]:
         "parallel_config": {
             "tensor_parallel_size": state.tp_size,
             "pipeline_parallel_size": 1,
-            "data_parallel_size": 1,
+            "data_parallel_size": state.dp_size,
             "world_size": state.tp_size,
         },
         "scheduler_config": {"max_num_seqs": state.max_running},
@@ -142,7 +142,8 @@ def model_info(services: Services, state: ReplicaState) -> dict[str, Any]:
 
 
 def load(state: ReplicaState) -> dict[str, Any]:
-    """One entry of SGLang's `/v1/loads`."""
+    """One entry of SGLang's `/v1/loads`: of all copies of the model, which are one place to send
+    requests to."""
     used = _used_tokens(state)
     total = _total_tokens(state)
     prompt = state.num_prompt_tokens

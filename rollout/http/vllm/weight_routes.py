@@ -85,7 +85,7 @@ class _Transfer:
     @property
     def num_ranks(self) -> int:
         """Ranks of the engine."""
-        return self._engine.facts.tp_size
+        return self._engine.facts.num_ranks
 
     async def world_size(self, _: Request) -> Response:
         return json_response({"world_size": self.num_ranks})
@@ -173,7 +173,8 @@ class _Transfer:
         body = await read_body(request, _Check)
         reply = await self._lifecycle.send(CheckWeights(action=_ACTIONS[body.action]))
         differing = sorted({name for report in reply.weights for name in report.differing})
-        found = {"success": not differing, "differing": differing, **check_summary(reply)}
+        summary = check_summary(reply, tp_size=self._engine.facts.tp_size)
+        found = {"success": not differing, "differing": differing, **summary}
         return json_response(found)
 
     def _broadcast(self, info: UpdateInfo) -> ReceiveBroadcast:

@@ -1,4 +1,5 @@
-"""Updates of two tensor-parallel processes: every transport that reaches them, and refusals."""
+"""Updates of two ranks, halves of a model or copies of it: every transport that reaches them, and
+refusals."""
 
 from __future__ import annotations
 
@@ -27,22 +28,28 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
-def sharded(folder) -> Iterator[Any]:
+@pytest.fixture(scope="module", params=[(1, 2), (2, 1)], ids=["halves", "copies"])
+def sharded(folder, request: pytest.FixtureRequest) -> Iterator[Any]:
+    dp_size, tp_size = request.param
     config = EngineConfig(
         model=str(folder),
         dtype="float32",
         device="cpu",
         cache=CacheConfig(num_pages=64, page_size=8),
-        parallel=ParallelConfig(tp_size=2, timeout_s=30.0),
+        parallel=ParallelConfig(dp_size=dp_size, tp_size=tp_size, timeout_s=30.0),
     )
     with launch(config) as replica:
         yield replica
 
 
 def greedy(replica: Any, rid: str) -> list[int]:
-    replica.submit([request(rid, PROMPT, temperature=0.0, max_new_tokens=8)])
-    return list(drain(replica)[rid].token_ids)
+    """What two requests at once get, which is the same; of two copies each serves one."""
+    names = [f"{rid}-{index}" for index in range(2)]
+    replica.submit([request(name, PROMPT, temperature=0.0, max_new_tokens=8) for name in names])
+    finals = drain(replica)
+    first, second = (list(finals[name].token_ids) for name in names)
+    assert first == second
+    return first
 
 
 @pytest.mark.slow
@@ -60,7 +67,8 @@ def test_every_transport_reaches_both_ranks_and_none_commits_alone(folder, shard
                     BeginUpdate(version=1),
                     [(name, p.detach()) for name, p in model.named_parameters()],
                 )
-                assert greedy(sharded, f"{transport}-{seed}") == greedy(one, "one")
+                expected = greedy(one, "one")
+            assert greedy(sharded, f"{transport}-{seed}") == expected
     assert len(sharded.send(CheckWeights()).weights) == 2
     wrong = BeginUpdate(version=9, manifest=specs({"model.nothing": torch.zeros(1)}))
     with pytest.raises(ManifestMismatch, match="nothing"):

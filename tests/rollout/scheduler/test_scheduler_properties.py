@@ -6,6 +6,7 @@ enough to run out. The mock executor asserts that every row reads its own KV.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -25,6 +26,7 @@ from hypothesis.stateful import (
 from engine.config import SpeculativeConfig
 from engine.errors import InvalidRequest, SlipstreamError
 from engine.protocol import Request, RequestOutput
+from tests.helpers.copied_bench import CopiedBench
 from tests.helpers.mock_executor import mix
 from tests.helpers.scheduling import (
     Bench,
@@ -77,6 +79,8 @@ DRAFTS = st.just({"method": "off"}) | st.fixed_dictionaries(
 class SchedulerMachine(RuleBasedStateMachine):
     """Commands in any order; `requests` are all ever added, `ended_early` those cut off."""
 
+    build: Callable[..., Bench] = Bench
+
     def __init__(self) -> None:
         super().__init__()
         self.requests: dict[str, Request] = {}
@@ -101,7 +105,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         """accepted: in three, drafts that come true."""
         speculative = SpeculativeConfig(pace="counts", **drafts)
         self.draft_tokens = drafts.get("draft_tokens", 0)
-        self.bench = Bench(context_length=CONTEXT, speculative=speculative, **config)
+        self.bench = self.build(context_length=CONTEXT, speculative=speculative, **config)
         self.bench.executor.accepts = lambda seed, place: mix(seed, place, 11) % 3 < accepted
 
     @rule(
@@ -221,3 +225,13 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(max_examples=60, stateful_step_count=20, deadline=None)
+
+
+class DividedMachine(SchedulerMachine):
+    """The same of three copies of the model: what a group shares is on one of them."""
+
+    build = CopiedBench
+
+
+TestDividedScheduler = DividedMachine.TestCase
+TestDividedScheduler.settings = TestScheduler.settings

@@ -1,0 +1,1 @@
+"""One scheduler for each copy of the model, driven as one."""

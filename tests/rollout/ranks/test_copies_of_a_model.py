@@ -1,0 +1,238 @@
+"""Several copies of a model in one replica: what they sample is what one rank samples, and every
+command reaches all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from engine.config import (
+    CacheConfig,
+    EngineConfig,
+    MemoryConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    SpeculativeConfig,
+    SpeculativeMethod,
+)
+from engine.errors import GroupError, UnsupportedOption
+from engine.protocol import (
+    Abort,
+    CloseSession,
+    FlushCache,
+    JoinGroup,
+    OpenSession,
+    Pause,
+    ReleaseMemory,
+    Request,
+    RequestOutput,
+    Resume,
+    ResumeMemory,
+)
+from rollout.launch import launch
+from rollout.replica.base import Replica
+from tests.helpers.engines import drain, make_replica, request
+from tests.helpers.tiny_models import write_tiny
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny")
+    write_tiny(path, "qwen2", tie_word_embeddings=True)
+    return path
+
+
+def copies_of(folder: Path, dp_size: int, tp_size: int, speculative: SpeculativeMethod) -> Replica:
+    """A replica in as many processes."""
+    return launch(
+        EngineConfig(
+            model=str(folder),
+            dtype="float32",
+            device="cpu",
+            cache=CacheConfig(num_pages=64, page_size=8),
+            scheduler=SchedulerConfig(check_integrity=True, max_step_tokens=128),
+            parallel=ParallelConfig(dp_size=dp_size, tp_size=tp_size, timeout_s=30.0),
+            memory=MemoryConfig(saver=True, cpu_backup=True),
+            speculative=SpeculativeConfig(method=speculative),
+        )
+    )
+
+
+@pytest.fixture(
+    scope="module", params=[(2, 1, "off"), (2, 2, "ngram")], ids=["dp2", "dp2-tp2-ngram"]
+)
+def replica(folder: Path, request: pytest.FixtureRequest) -> Iterator[Replica]:
+    dp_size, tp_size, speculative = request.param
+    with copies_of(folder, dp_size, tp_size, speculative) as replica:
+        yield replica
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path) -> Iterator[Replica]:
+    with make_replica(folder) as replica:
+        yield replica
+
+
+def mixed(num: int = 12) -> list[Request]:
+    """Requests of several lengths, some sampled and some greedy, and a group of four."""
+    found = [
+        request(
+            f"r{index}",
+            [3 + (index * 7 + place) % 80 for place in range(3 + 5 * index % 40)],
+            seed=index,
+            temperature=float(index % 2),
+            max_new_tokens=4 + index,
+            ignore_eos=True,
+        )
+        for index in range(num)
+    ]
+    found += [
+        request(
+            f"g{sample}",
+            range(5, 40),
+            seed=100 + sample,
+            group="g",
+            temperature=1.0,
+            max_new_tokens=8,
+            ignore_eos=True,
+        )
+        for sample in range(4)
+    ]
+    return found
+
+
+def tokens(outputs: dict[str, RequestOutput]) -> dict[str, list[int]]:
+    return {rid: output.token_ids.tolist() for rid, output in outputs.items()}
+
+
+def run(replica: Replica, requests: list[Request]) -> dict[str, list[int]]:
+    replica.submit(requests)
+    return tokens(drain(replica))
+
+
+def test_copies_sample_what_one_rank_samples(replica: Replica, one: Replica) -> None:
+    replica.send(FlushCache())
+    assert run(replica, mixed()) == run(one, mixed())
+    # Again, with prefixes that are cached now.
+    assert run(replica, mixed()) == run(one, mixed())
+    state = replica.state()
+    assert state.dp_size == 2 and state.num_cached_tokens > 0
+    assert state.total_pages == 2 * 64
+
+
+def test_one_request_is_a_step_of_every_copy(replica: Replica, one: Replica) -> None:
+    alone = [request("a", [5, 6, 7, 8], max_new_tokens=12, temperature=0.0, ignore_eos=True)]
+    assert run(replica, alone) == run(one, alone)
+
+
+def test_pauses_and_aborts_reach_every_copy(replica: Replica, one: Replica) -> None:
+    expected = run(one, mixed())
+    for mode in ("keep", "retract"):
+        replica.submit(mixed())
+        finals: dict[str, RequestOutput] = {}
+        for _ in range(4):
+            finals |= {o.rid: o for o in replica.step() if o.finish is not None}
+        replica.send(Pause(mode=mode))
+        finals |= {o.rid: o for o in replica.step() if o.finish is not None}
+        assert replica.state().num_running + replica.state().num_waiting > 0
+        assert replica.step() == []
+        replica.send(Resume())
+        finals |= drain(replica)
+        assert tokens(finals) == expected, mode
+    replica.submit(mixed())
+    for _ in range(3):
+        replica.step()
+    replica.send(Pause(mode="abort"))
+    ended = replica.step()
+    assert {output.finish.type for output in ended if output.finish} == {"abort"}
+    assert replica.idle()
+    replica.send(Resume())
+    replica.submit(mixed())
+    replica.step()
+    replica.send(Abort(rid_prefix="g"))
+    finals = drain(replica)
+    assert {finals[f"g{i}"].finish.type for i in range(4)} == {"abort"}
+    assert finals["r3"].token_ids.tolist() == expected["r3"]
+
+
+def test_masked_rows_of_any_copy_get_their_masks(replica: Replica, one: Replica) -> None:
+    requests = [
+        msgspec.structs.replace(each, allowed_token_ids=np.arange(10, 30, dtype=np.int32))
+        if index % 3 == 0
+        else each
+        for index, each in enumerate(mixed())
+    ]
+    found = run(replica, requests)
+    assert found == run(one, requests)
+    assert set(found["r0"]) | set(found["r3"]) <= set(range(10, 30))
+
+
+def test_turns_of_a_session_go_where_its_kv_is(replica: Replica, one: Replica) -> None:
+    turns: dict[str, list[list[int]]] = {}
+    for engine in (replica, one):
+        names = [f"s{index}" for index in range(4)]
+        for name in names:
+            engine.send(OpenSession(session=name))
+        found = []
+        for turn in range(3):
+            requests = [
+                msgspec.structs.replace(
+                    request(
+                        f"{name}-{turn}",
+                        [7 + index, 8, turn + 3],
+                        max_new_tokens=9,
+                        temperature=0.0,
+                        ignore_eos=True,
+                    ),
+                    session=name,
+                )
+                for index, name in enumerate(names)
+            ]
+            engine.submit(requests)
+            outputs = drain(engine)
+            found += [outputs[each.rid].token_ids.tolist() for each in requests]
+            if turn:
+                assert all(outputs[each.rid].cached_tokens >= 11 for each in requests)
+        for name in names:
+            engine.send(CloseSession(session=name))
+        assert engine.state().held_pages == 0
+        turns["replica" if engine is replica else "one"] = found
+    assert turns["replica"] == turns["one"]
+
+
+def test_memory_is_released_and_resumed_on_every_rank(replica: Replica, one: Replica) -> None:
+    expected = run(one, mixed())
+    replica.submit(mixed())
+    finals: dict[str, RequestOutput] = {}
+    for _ in range(3):
+        finals |= {o.rid: o for o in replica.step() if o.finish is not None}
+    released = replica.send(ReleaseMemory(pause="retract")).memory
+    assert len(released) == replica.state().num_ranks
+    assert replica.step() == [] and replica.state().num_running == 0
+    assert len(replica.send(ResumeMemory()).memory) == len(released)
+    replica.send(Resume())
+    assert tokens(finals | drain(replica)) == expected
+
+
+def test_a_trainer_that_counts_the_ranks_of_one_copy_is_refused_at_once(replica: Replica) -> None:
+    state = replica.state()
+    join = JoinGroup(
+        name="g", address="127.0.0.1", port=9, rank_offset=1, world_size=1 + state.tp_size
+    )
+    with pytest.raises(GroupError, match=f"this engine's {state.num_ranks} rank") as caught:
+        replica.send(join)
+    assert caught.value.field == "world_size"
+    run(replica, mixed(2))
+
+
+def test_experts_of_all_ranks_are_refused_by_name(folder: Path) -> None:
+    config = EngineConfig(model=str(folder), device="cpu", parallel=ParallelConfig(ep=True))
+    with pytest.raises(UnsupportedOption) as caught:
+        launch(config)
+    assert caught.value.field == "parallel.ep"
