@@ -17,9 +17,13 @@ from kernels.weighting import Weighting
 class Norm(Protocol):
     """What a collective asks of the norm that follows it; see `engine.layers.norm.RMSNorm`."""
 
-    weight: torch.nn.Parameter
     eps: float
     weighting: Weighting
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """[D]."""
+        ...
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm(x + residual), x + residual)."""
