@@ -12,14 +12,12 @@ import triton.language as tl
 from kernels.collectives.mailbox import NUM_LANES, Mailbox
 from kernels.collectives.normed import normed_kernel
 from kernels.collectives.one_shot import one_shot_kernel
-from kernels.collectives.plan import Cut, choose
+from kernels.collectives.plan import Cut, choose, programs, share_words
 from kernels.collectives.two_shot import two_shot_kernel
 from kernels.norm.triton import row_block
 from kernels.weighting import Weighting
 
 _NUMBERS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_ALIGNED = 16
-"""Words; where shares begin at a multiple of them, accesses are of 16 bytes."""
 
 
 def all_reduce(
@@ -34,10 +32,9 @@ def all_reduce(
     if shots == 1:
         _one_shot(x_words, out_words, num_words, mailbox, x.dtype, cut, reduce=True)
         return out
-    share = _ALIGNED * triton.cdiv(triton.cdiv(num_words, mailbox.size), _ALIGNED)
+    share = share_words(num_words, mailbox.size)
     cut = cut or choose(share)
-    programs = _programs(share, cut, mailbox.lane_words // 2)
-    two_shot_kernel[(programs,)](
+    two_shot_kernel[(programs(share, cut, mailbox.lane_words // 2),)](
         x_words,
         out_words,
         mailbox.addresses,
@@ -93,9 +90,9 @@ def all_reduce_add_rms_norm(
     if not rows:
         return out, total
     block, warps = row_block(width)
-    programs = min(rows, NUM_LANES)
-    assert triton.cdiv(rows, programs) * row_words <= mailbox.lane_words, "more than a lane holds"
-    normed_kernel[(programs,)](
+    lanes = min(rows, NUM_LANES)
+    assert triton.cdiv(rows, lanes) * row_words <= mailbox.lane_words, "more than a lane holds"
+    normed_kernel[(lanes,)](
         x_words,
         _words(residual),
         weight,
@@ -135,7 +132,7 @@ def _one_shot(
     scatter: bool = False,
 ) -> None:
     cut = cut or choose(num_words)
-    one_shot_kernel[(_programs(num_words, cut, mailbox.lane_words),)](
+    one_shot_kernel[(programs(num_words, cut, mailbox.lane_words),)](
         x_words,
         out_words,
         mailbox.addresses,
@@ -152,14 +149,6 @@ def _one_shot(
         DTYPE=_NUMBERS[dtype],
         num_warps=cut.warps,
     )
-
-
-def _programs(num_words: int, cut: Cut, lane_words: int) -> int:
-    """How many programs take `num_words`; each has room for its tiles in its lane."""
-    tiles = triton.cdiv(num_words, cut.tile)
-    programs = min(tiles, cut.programs)
-    assert triton.cdiv(tiles, programs) * cut.tile <= lane_words, "more than a lane holds"
-    return programs
 
 
 def _words(x: torch.Tensor) -> torch.Tensor:
