@@ -43,7 +43,9 @@ class Mapping:
         self._store = store
         shape = ops.words_shape(mesh.tp_size, MAILBOX_BYTES)
         addresses, self._held = map_symmetric(words, self._name, store, mesh.tp_rank, mesh.tp_size)
-        give_up = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+        # Written by whichever thread gives up, in inference mode or not.
+        with torch.inference_mode(False):
+            give_up = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         self.mailbox = ops.open_mailbox(mesh.tp_rank, words.view(shape), addresses, give_up)
         torch.cuda.synchronize(words.device)
 
