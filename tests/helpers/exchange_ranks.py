@@ -12,7 +12,6 @@ import torch.multiprocessing
 
 from kernels.collectives import reference
 from kernels.collectives.mailbox import EMPTY, Mailbox, open_mailbox, words_shape
-from kernels.norm.triton import add_rms_norm
 
 ROUNDS = 2
 EPS = 1e-5
@@ -48,6 +47,7 @@ def _addresses(memory: Sequence[torch.Tensor]) -> list[int]:
 def _round(box: Mailbox, width: int, dtype: torch.dtype, seed: int, rng: random.Random) -> None:
     from kernels.collectives import triton as own
     from kernels.collectives.plan import Cut
+    from kernels.norm.triton import add_rms_norm
 
     generator = torch.Generator().manual_seed(seed)
 
