@@ -2,11 +2,12 @@
 of few rows against cuBLAS and the bandwidth, and what stands around a step that verifies drafts.
 
     python benchmarks/small_kernels.py [--parts correct fused products chain speculative] [--tune]
-        [--json F]
+        [--models 1.5B 8B 8B/2 8B/4] [--json F]
 
 Every time is microseconds of one call inside a CUDA graph of many, over enough copies of the
 weights that none is found in the L2 cache. `chain` runs the layers of a decode step without
 their attention: as separate kernels and fused.
+`--models` are those of the products; "8B/2" is what one of two ranks holds.
 `--tune` tries every configuration of the products first, and the later parts use the best.
 """
 
@@ -34,10 +35,10 @@ PARTS = ("correct", "fused", "products", "chain", "speculative")
 WARMERS = 14
 
 
-def warm_compile_cache() -> None:
+def warm_compile_cache(models: Sequence[str]) -> None:
     """Compile all configurations in processes of their own: Triton's disk cache keeps them."""
     script = str(Path(__file__).with_name("small_kernels_products.py"))
-    args = [[sys.executable, script, str(index), str(WARMERS)] for index in range(WARMERS)]
+    args = [[sys.executable, script, str(index), str(WARMERS), *models] for index in range(WARMERS)]
     running = [subprocess.Popen(command) for command in args]
     for process in running:
         process.wait(timeout=500)
@@ -61,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--models", nargs="+", choices=products.MODELS, default=("1.5B", "8B"))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -75,14 +77,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs: dict[str, Callable[[], Any]] = {
         "correct": correct.run,
         "fused": chain.fused_kernels,
-        "products": lambda: products.table(best, bandwidth),
+        "products": lambda: products.table(best, bandwidth, options.models),
         "chain": lambda: chain.table(best, bandwidth),
         "speculative": speculative.table,
     }
     order = [name for name in PARTS if name in options.parts]
     if options.tune:
-        runs["warm"] = warm_compile_cache
-        runs["tune"] = lambda: products.tune(best, bandwidth)
+        runs["warm"] = lambda: warm_compile_cache(options.models)
+        runs["tune"] = lambda: products.tune(best, bandwidth, options.models)
         at = int("correct" in order)
         order[at:at] = ["warm", "tune"]
     fine = True

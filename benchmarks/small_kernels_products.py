@@ -55,6 +55,26 @@ SHAPES = [
     Shape("8B down", 4096, 12288, residual=True),
     Shape("8B head", 151936, 4096),
 ]
+SHARDS = [
+    shape
+    for ranks in (2, 4)
+    for shape in (
+        Shape(f"8B/{ranks} qkv", 6144 // ranks, 4096),
+        Shape(f"8B/{ranks} o", 4096, 4096 // ranks),
+        Shape(f"8B/{ranks} gate_up", 12288 // ranks, 4096, gated=True),
+        Shape(f"8B/{ranks} down", 4096, 12288 // ranks),
+        Shape(f"8B/{ranks} head", 151936 // ranks, 4096),
+    )
+]
+"""What one of 2 or of 4 ranks holds: norms and residuals are those of the sum over ranks."""
+MODELS = ("1.5B", "8B", "8B/2", "8B/4")
+
+
+def shapes_of(models: Sequence[str]) -> list[Shape]:
+    """The shapes of `MODELS`."""
+    return [shape for shape in (*SHAPES, *SHARDS) if shape.name.split()[0] in models]
+
+
 Best = dict[tuple[str, bool], Config | None]
 """The configuration by shape and whether there is one row only."""
 
@@ -168,10 +188,10 @@ def candidates(shape: Shape, one_row: bool) -> list[Config]:
     return list(gemv_candidates(shape) if one_row else tiles_candidates(shape))
 
 
-def tune(best: Best, bandwidth: float) -> list[dict[str, Any]]:
+def tune(best: Best, bandwidth: float, models: Sequence[str]) -> list[dict[str, Any]]:
     """Fill `best`, print the leaders of each shape; cuBLAS (None) may win."""
     rows_out = []
-    for shape in SHAPES:
+    for shape in shapes_of(models):
         case = Case(shape)
         for one_row, rows in ((True, 1), (False, 8)):
             timed = _timed(case, rows, [None, *candidates(shape, one_row)])
@@ -198,11 +218,11 @@ def _timed(
     return sorted(timed, key=lambda item: item[0])
 
 
-def table(best: Best, bandwidth: float) -> list[dict[str, Any]]:
+def table(best: Best, bandwidth: float, models: Sequence[str]) -> list[dict[str, Any]]:
     """Ours, cuBLAS with separate kernels, cuBLAS alone, the floor."""
     out = []
     print(f"{'shape':<14}{'rows':>5}{'ours':>9}{'separate':>10}{'cuBLAS':>9}{'floor':>8}")
-    for shape in SHAPES:
+    for shape in shapes_of(models):
         case = Case(shape)
         for rows in (1, 2, 4, 8, 16):
             config = pick(best, shape, rows)
@@ -217,10 +237,10 @@ def table(best: Best, bandwidth: float) -> list[dict[str, Any]]:
     return out
 
 
-def _warm(index: int, count: int) -> None:
+def _warm(index: int, count: int, models: Sequence[str]) -> None:
     """Compile every `count`-th configuration by running it once."""
     turn = 0
-    for shape in SHAPES:
+    for shape in shapes_of(models):
         x = torch.zeros(16, shape.ins, device="cuda", dtype=DTYPE)
         case = None
         for one_row, rows in ((True, 1), (False, 8)):
@@ -257,4 +277,4 @@ def _timed_once(case: Case, rows: int, x: torch.Tensor, config: Config) -> None:
 
 
 if __name__ == "__main__":
-    _warm(int(sys.argv[1]), int(sys.argv[2]))
+    _warm(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])

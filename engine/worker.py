@@ -180,6 +180,7 @@ class Worker:
             num_labels=files.config.num_labels,
             labels=label_names(files.source, files.config.num_labels),
             hidden_size=files.config.hidden_size,
+            collectives=self._collectives.description,
         )
 
     def launch(self, plan: StepPlan) -> LaunchedStep:

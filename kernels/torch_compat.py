@@ -24,8 +24,12 @@ from torch._C._distributed_c10d import (
     FileStore,
     HashStore,
     PrefixStore,
+    ReduceScatterOptions,
     Store,
     TCPStore,
+    _register_process_group,
+    _SymmetricMemory,
+    _unregister_process_group,
 )
 from torch.multiprocessing import reductions
 
@@ -39,6 +43,7 @@ __all__ = [
     "HashStore",
     "PrefixStore",
     "PythonUnpickler",
+    "ReduceScatterOptions",
     "Store",
     "TCPStore",
     "WeakStorage",
@@ -52,12 +57,16 @@ __all__ = [
     "keep_for_ever",
     "largest_magnitudes",
     "local_part",
+    "map_symmetric",
     "nccl_backend",
     "parameter_of",
     "ran_out_of_memory",
     "rebuild_cuda_tensor",
     "rebuild_tensor",
+    "reduce_scatter_flat",
     "storage_bytes",
+    "symmetric_empty",
+    "unmap_symmetric",
     "weakly",
 ]
 
@@ -99,6 +108,44 @@ def all_gather_flat(
     """Queue the gather of every rank's x [...] into out [ranks, ...] on a back end; returns its
     work. The public call takes registered groups alone, which belong to a trainer."""
     return group._allgather_base(out, x, options)
+
+
+def reduce_scatter_flat(
+    group: Any, out: torch.Tensor, x: torch.Tensor, options: ReduceScatterOptions
+) -> Any:
+    """Queue the sum over ranks of x [ranks, ...], of which each gets its part in out [...], on a
+    back end; returns its work. As for `all_gather_flat`."""
+    return group._reduce_scatter_base(out, x, options)
+
+
+def symmetric_empty(num_words: int, device: torch.device) -> torch.Tensor:
+    """Uninitialised int32 [num_words] on a GPU, which other processes of the host can map. Its
+    memory is of no allocator of torch's: what releases theirs leaves it alone. Raises RuntimeError
+    where there is no such memory."""
+    return _SymmetricMemory.empty_strided_p2p((num_words,), (1,), torch.int32, device)
+
+
+def map_symmetric(
+    tensor: torch.Tensor, name: Any, store: Store, rank: int, size: int
+) -> tuple[list[int], Any]:
+    """Map the `symmetric_empty` of every rank: (their addresses here, by rank; what keeps them
+    mapped). Every rank calls it with a tensor of the same size.
+
+    name: a string that this process has named no group by. The public call looks up a registered
+    group, which belongs to a trainer. Raises RuntimeError where a rank cannot be reached, or does
+    not come within the store's timeout.
+    """
+    group: Any = dist.ProcessGroup(store, rank, size)
+    # One torch looks for the store here, another there.
+    _register_process_group(name, group)
+    _SymmetricMemory.set_group_info(name, rank, size, store)
+    handle: Any = _SymmetricMemory.rendezvous(tensor, name)
+    return list(handle.buffer_ptrs), (group, handle)
+
+
+def unmap_symmetric(name: Any) -> None:
+    """Forget the group of `map_symmetric`, once what keeps the memory mapped is dropped."""
+    _unregister_process_group(name)
 
 
 def export_cuda(storage: torch.UntypedStorage) -> tuple[Any, ...]:

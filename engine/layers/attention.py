@@ -19,6 +19,7 @@ from engine.layers.norm import RMSNorm
 from engine.layers.projection_norm import ProjectionNorm, ProjectionNorms
 from engine.layers.rotary import AnyRotary
 from engine.layers.runtime import LayerRuntime
+from engine.layers.summand import Summand
 from kernels.rotary import HeadNorms, KVTarget
 
 
@@ -90,6 +91,10 @@ class Attention(nn.Module):
     def forward(self, hidden_TE: torch.Tensor, context: StepContext) -> torch.Tensor:
         """[T, E] -> [T, E], the sum over ranks."""
         return self.o_proj(self._attend(self.qkv_proj(hidden_TE), context))
+
+    def summand(self, hidden_TE: torch.Tensor, context: StepContext) -> Summand:
+        """forward(hidden, context), its sum over ranks left to the norm that follows."""
+        return self.o_proj.summand(self._attend(self.qkv_proj(hidden_TE), context))
 
     def add_to(self, total_TE: torch.Tensor, norm: RMSNorm, context: StepContext) -> torch.Tensor:
         """`total + forward(norm(total))` for the few rows of `LayerRuntime.few_rows`: [T, E]."""

@@ -19,8 +19,9 @@ from engine.layers.kinds import LayerKind
 from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
 from engine.layers.runtime import LayerRuntime
+from engine.layers.summand import Summand, whole
 
-Stream = tuple[torch.Tensor, torch.Tensor]
+Stream = tuple[Summand, torch.Tensor]
 """(last summand, the rest): both [T, E]; the residual stream is their sum."""
 
 
@@ -35,7 +36,7 @@ class DecoderLayer(Protocol):
         ...
 
     def __call__(
-        self, hidden_TE: torch.Tensor, residual_TE: torch.Tensor, context: StepContext
+        self, hidden_TE: Summand, residual_TE: torch.Tensor, context: StepContext
     ) -> Stream:
         """The layer on the stream that the one before it gave."""
         ...
@@ -62,7 +63,7 @@ class _NormedInput(nn.Module):
         return self._after_norm(*embedding.normed(ids_T, self.input_layernorm), context)
 
     def forward(
-        self, hidden_TE: torch.Tensor, residual_TE: torch.Tensor, context: StepContext
+        self, hidden_TE: Summand, residual_TE: torch.Tensor, context: StepContext
     ) -> Stream:
         """See `DecoderLayer`."""
         return self._after_norm(*self.input_layernorm.add(hidden_TE, residual_TE), context)
@@ -86,9 +87,9 @@ class NormBeforeLayer(_NormedInput):
     def _after_norm(
         self, normed_TE: torch.Tensor, residual_TE: torch.Tensor, context: StepContext
     ) -> Stream:
-        hidden_TE = self.self_attn(normed_TE, context)
-        hidden_TE, residual_TE = self.post_attention_layernorm.add(hidden_TE, residual_TE)
-        return self.mlp(hidden_TE), residual_TE
+        attended_TE = self.self_attn.summand(normed_TE, context)
+        hidden_TE, residual_TE = self.post_attention_layernorm.add(attended_TE, residual_TE)
+        return self.mlp.summand(hidden_TE), residual_TE
 
     def add_to(self, total_TE: torch.Tensor, context: StepContext) -> torch.Tensor:
         """See `DecoderLayer`."""
@@ -115,10 +116,10 @@ class NormAfterLayer(nn.Module):
         return self._on_total(embedding(ids_T), context)
 
     def forward(
-        self, hidden_TE: torch.Tensor, residual_TE: torch.Tensor, context: StepContext
+        self, hidden_TE: Summand, residual_TE: torch.Tensor, context: StepContext
     ) -> Stream:
         """See `DecoderLayer`."""
-        return self._on_total(hidden_TE + residual_TE, context)
+        return self._on_total(whole(hidden_TE) + residual_TE, context)
 
     def _on_total(self, total_TE: torch.Tensor, context: StepContext) -> Stream:
         total_TE = total_TE + self.post_attention_layernorm(self.self_attn(total_TE, context))

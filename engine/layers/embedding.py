@@ -82,7 +82,8 @@ class LMHead(nn.Module):
         super().__init__()
         self.collectives = runtime.collectives
         self.sizes = vocab_sizes(vocab_size, runtime.mesh)
-        self.backend, self.few_rows = runtime.backend, runtime.few_rows
+        self.backend = runtime.backend
+        self.few_rows = max(runtime.few_rows, runtime.few_rows_apart)
         if tied_to is None:
             self.weight = _vocab_parameter(vocab_size, hidden_size, runtime)
         else:

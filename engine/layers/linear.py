@@ -23,6 +23,7 @@ from engine.layers.parameter import (
     whole,
 )
 from engine.layers.runtime import LayerRuntime
+from engine.layers.summand import Partial, Summand
 from engine.parallel.mesh import Mesh
 from kernels.linear import Options, new_counters
 
@@ -77,7 +78,14 @@ class Fusion:
 
     def __init__(self, runtime: LayerRuntime) -> None:
         self.backend = runtime.backend
-        self.counters = new_counters(runtime.device) if runtime.few_rows else None
+        self.rows_apart = runtime.few_rows_apart
+        has_few = max(runtime.few_rows, runtime.few_rows_apart) > 0
+        self.counters = new_counters(runtime.device) if has_few else None
+
+    def takes(self, x: torch.Tensor) -> bool:
+        """Whether the product of x [R, I] alone is one of those; see
+        `LayerRuntime.few_rows_apart`."""
+        return 0 < len(x) <= self.rows_apart
 
     def options(
         self,
@@ -123,7 +131,15 @@ class MergedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., I] -> [..., O], the merged outputs of this rank side by side."""
+        if self.fusion.takes(x):
+            options = self.fusion.options(self.bias)
+            return self.method.fused(x, self.weight, options, backend=self.fusion.backend)
         return self.method.apply(x, self.weight, self.bias)
+
+    def gated(self, x_RI: torch.Tensor) -> torch.Tensor:
+        """x [R, I] that `Fusion.takes` -> silu(gate) * up of the halves of forward(x)."""
+        options = self.fusion.options(self.bias, gated=True)
+        return self.method.fused(x_RI, self.weight, options, backend=self.fusion.backend)
 
     def after(self, norm: RMSNorm, x_RI: torch.Tensor, *, gated: bool = False) -> torch.Tensor:
         """Few rows x [R, I] -> forward(norm(x)) [R, O], or silu(gate) * up of its halves."""
@@ -143,6 +159,7 @@ class RowLinear(nn.Module):
         super().__init__()
         self.method = runtime.linear
         self.collectives = runtime.collectives
+        self.is_divided = runtime.mesh.tp_size > 1
         self.fusion = Fusion(runtime)
         shard = even_shard(in_features, runtime.mesh, what)
         self.weight = self.method.build(
@@ -160,8 +177,19 @@ class RowLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., I] -> [..., O], the sum over ranks."""
+        return self.collectives.all_reduce(self._own(x))
+
+    def summand(self, x: torch.Tensor) -> Summand:
+        """forward(x), its sum over ranks left to the norm that follows."""
+        own = self._own(x)
+        return Partial(own, self.collectives) if self.is_divided else own
+
+    def _own(self, x: torch.Tensor) -> torch.Tensor:
         bias = self.bias if self.adds_bias else None
-        return self.collectives.all_reduce(self.method.apply(x, self.weight, bias))
+        if self.fusion.takes(x):
+            options = self.fusion.options(bias)
+            return self.method.fused(x, self.weight, options, backend=self.fusion.backend)
+        return self.method.apply(x, self.weight, bias)
 
     def add_to(self, total_RO: torch.Tensor, x_RI: torch.Tensor) -> torch.Tensor:
         """Few rows x [R, I], on a rank that holds all inputs -> total + forward(x) [R, O]."""

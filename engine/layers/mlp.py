@@ -13,6 +13,7 @@ from engine.layers.kinds import DenseMLPKind
 from engine.layers.linear import MergedLinear, RowLinear, gate_up_outputs
 from engine.layers.norm import RMSNorm
 from engine.layers.runtime import LayerRuntime
+from engine.layers.summand import Summand
 
 
 class GatedMLP(nn.Module):
@@ -31,7 +32,16 @@ class GatedMLP(nn.Module):
 
     def forward(self, hidden_TE: torch.Tensor) -> torch.Tensor:
         """[T, E] -> [T, E], the sum over ranks."""
-        return self.down_proj(self.activation(self.gate_up_proj(hidden_TE)))
+        return self.down_proj(self._hidden(hidden_TE))
+
+    def summand(self, hidden_TE: torch.Tensor) -> Summand:
+        """forward(hidden), its sum over ranks left to the norm that follows."""
+        return self.down_proj.summand(self._hidden(hidden_TE))
+
+    def _hidden(self, hidden_TE: torch.Tensor) -> torch.Tensor:
+        if self.fuses_few_rows and self.gate_up_proj.fusion.takes(hidden_TE):
+            return self.gate_up_proj.gated(hidden_TE)
+        return self.activation(self.gate_up_proj(hidden_TE))
 
     def add_to(self, total_TE: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
         """`total + forward(norm(total))` for the few rows of `LayerRuntime.few_rows`, where

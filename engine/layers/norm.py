@@ -8,6 +8,7 @@ from torch import nn
 from engine.layers.kinds import NormKind
 from engine.layers.parameter import ShardedParameter, whole
 from engine.layers.runtime import LayerRuntime
+from engine.layers.summand import Partial, Summand
 from kernels.norm import add_rms_norm, rms_norm
 
 
@@ -26,8 +27,10 @@ class RMSNorm(nn.Module):
         """x [..., size] -> the same shape and dtype."""
         return rms_norm(x, self.weight, self.eps, weighting=self.weighting, backend=self.backend)
 
-    def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def add(self, x: Summand, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalise `x + residual`; return (normed, x + residual)."""
+        if isinstance(x, Partial):
+            return x.collectives.all_reduce_add_norm(x.own_TE, residual, self)
         return add_rms_norm(
             x, residual, self.weight, self.eps, weighting=self.weighting, backend=self.backend
         )

@@ -38,5 +38,15 @@ class LayerRuntime:
 
         One rank only: with more, a sum over ranks comes between a product and its residual.
         """
-        fuses = self.backend == "triton" and self.dtype.itemsize == 2
-        return MAX_ROWS if fuses and self.linear.fuses_few_rows and self.mesh.tp_size == 1 else 0
+        return MAX_ROWS if self._fuses and self.mesh.tp_size == 1 else 0
+
+    @property
+    def few_rows_apart(self) -> int:
+        """Products of up to this many rows run through `LinearMethod.fused` without a norm before
+        or a residual behind them, which the sums over ranks have; 0 for none. Several ranks."""
+        return MAX_ROWS if self._fuses and self.mesh.tp_size > 1 else 0
+
+    @property
+    def _fuses(self) -> bool:
+        has_kernels = self.backend == "triton" and self.dtype.itemsize == 2
+        return has_kernels and self.linear.fuses_few_rows

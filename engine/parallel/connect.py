@@ -14,6 +14,7 @@ from engine.parallel.gloo import GlooCollectives
 from engine.parallel.mesh import Mesh
 from engine.parallel.nccl import NcclCollectives
 from engine.parallel.process_group import gloo_group, meeting_point, nccl_group
+from engine.parallel.symmetric import map_or_not
 from kernels.torch_compat import Store
 
 _WATCHDOG_MARGIN_S = 60.0
@@ -74,7 +75,8 @@ def connect(
         # release, and replays then hang.
         os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     # The replica's own deadline comes first: it can name the rank, the watchdog cannot.
-    return NcclCollectives(nccl_group(store, mesh, timeout_s + _WATCHDOG_MARGIN_S, device), host)
+    group = nccl_group(store, mesh, timeout_s + _WATCHDOG_MARGIN_S, device)
+    return map_or_not(NcclCollectives(group, host), host, store, mesh, device)
 
 
 def _host(store: Store, mesh: Mesh, timeout_s: float) -> GlooCollectives:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from engine.errors import EngineDead
-from engine.parallel.collectives import gather_last
+from engine.parallel.collectives import Norm, gather_last
 from engine.protocol.deadlines import AGREE_S, START_AGREE_S
+from kernels.collectives import reference
 from kernels.torch_compat import AllgatherOptions, all_gather_flat
 
 
@@ -26,10 +27,13 @@ class GlooCollectives:
     `group` has only some of them.
     """
 
+    description = "gloo"
+
     def __init__(self, group: Any, timeout_s: float, updates: Any, everyone: Any = None) -> None:
         self._group: Any = group
         self._updates: Any = updates
         self._everyone: Any = everyone or group
+        self._rank = group.rank()
         self._timeout_s = timeout_s
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
@@ -38,11 +42,22 @@ class GlooCollectives:
         A ring would add each chunk of x in another order, so that a row's bits would depend on
         the batch it is in.
         """
-        pieces = self._gather(x.contiguous(), self._timeout_s).unbind(0)
-        total = pieces[0].to(torch.promote_types(x.dtype, torch.float32))
-        for piece in pieces[1:]:
-            total = total + piece
-        return total.to(x.dtype)
+        return reference.all_reduce(self._gather(x.contiguous(), self._timeout_s).unbind(0))
+
+    def all_reduce_add_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, norm: Norm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One after the other."""
+        return norm.add(self.all_reduce(x), residual)
+
+    def all_gather_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Every rank's rows below each other."""
+        return self._gather(x.contiguous(), self._timeout_s).flatten(0, 1)
+
+    def reduce_scatter_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's rows of the sum, added as `all_reduce` adds."""
+        parts = self._gather(x.contiguous(), self._timeout_s).unbind(0)
+        return reference.reduce_scatter_rows(parts, self._rank)
 
     def all_gather_last(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         """Every rank's x [..., sizes[rank]] side by side."""

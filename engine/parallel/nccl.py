@@ -13,9 +13,16 @@ from typing import Any
 import torch
 
 from engine.errors import EngineDead
-from engine.parallel.collectives import gather_last
+from engine.parallel.collectives import Norm, gather_last
 from engine.parallel.gloo import GlooCollectives
-from kernels.torch_compat import AllgatherOptions, AllreduceOptions, all_gather_flat, keep_for_ever
+from kernels.torch_compat import (
+    AllgatherOptions,
+    AllreduceOptions,
+    ReduceScatterOptions,
+    all_gather_flat,
+    keep_for_ever,
+    reduce_scatter_flat,
+)
 
 _ABORT_S = 5.0
 
@@ -38,11 +45,30 @@ class NcclCollectives:
         self._sum.asyncOp = False
         self._side_by_side = AllgatherOptions()
         self._side_by_side.asyncOp = False
+        self._sum_of_rows = ReduceScatterOptions()
+        self._sum_of_rows.asyncOp = False
+        self.description = "NCCL"
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, in place."""
         _join(self._joined().allreduce([x], self._sum))
         return x
+
+    def all_reduce_add_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, norm: Norm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One after the other."""
+        return norm.add(self.all_reduce(x), residual)
+
+    def all_gather_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Every rank's rows below each other."""
+        return self._gather(x).flatten(0, 1)
+
+    def reduce_scatter_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's rows of the sum."""
+        out = x.new_empty(x.shape[0] // self._size, *x.shape[1:])
+        _join(reduce_scatter_flat(self._joined(), out, x, self._sum_of_rows))
+        return out
 
     def all_gather_last(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         """Every rank's x [..., sizes[rank]] side by side."""

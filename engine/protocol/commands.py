@@ -212,6 +212,8 @@ class ReplicaState(Struct, frozen=True, kw_only=True, tag="state"):
     """Their names."""
     hidden_size: Count = 0
     """Numbers of an embedding."""
+    collectives: str = ""
+    """How the ranks reach each other."""
     drafter: str = ""
     """`SpeculativeConfig.drafter`."""
     draft_tokens: Count = 0

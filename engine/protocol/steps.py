@@ -32,6 +32,7 @@ class EngineFacts(Struct, frozen=True, kw_only=True):
     architecture, model_type: as in config.json, "" where nothing says. releases: memory can be
     given back and taken again. num_labels: scores that a classifier gives a sequence; 0 of a model
     that generates. labels: their names. hidden_size: of a hidden state, and so of an embedding.
+    collectives: how the ranks reach each other, and where it is not the fastest way why not.
     """
 
     model: str
@@ -53,6 +54,7 @@ class EngineFacts(Struct, frozen=True, kw_only=True):
     num_labels: Count = 0
     labels: list[str] = msgspec.field(default_factory=list)
     hidden_size: Count = 0
+    collectives: str = ""
 
 
 class RowSampling(Struct, frozen=True, kw_only=True):

@@ -10,6 +10,36 @@ from kernels.weighting import Weighting
 
 
 @triton.jit
+def norm_row(
+    x_D: tl.tensor,
+    weight_ptr: tl.tensor,
+    offset_D: tl.tensor,
+    inside_D: tl.tensor,
+    eps: tl.float32,
+    D: tl.constexpr,
+    WIDE: tl.constexpr,
+    OFFSET: tl.constexpr,
+) -> tl.tensor:
+    """The normalised row, in the dtype of x. WIDE: weighted before it is rounded. OFFSET: by one
+    more than the weight."""
+    wide_D = x_D.to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(wide_D * wide_D, axis=0) / D + eps)
+    normed_D = wide_D * scale
+    if not WIDE:
+        normed_D = normed_D.to(x_D.dtype).to(tl.float32)
+    weight_D = tl.load(weight_ptr + offset_D, mask=inside_D, other=0.0).to(tl.float32)
+    if OFFSET:
+        weight_D = 1.0 + weight_D
+    return (normed_D * weight_D).to(x_D.dtype)
+
+
+def row_block(width: int) -> tuple[int, int]:
+    """(numbers, warps) of the program that normalises a row; the order of its sum follows them."""
+    block = triton.next_power_of_2(width)
+    return block, min(max(block // 512, 1), 16)
+
+
+@triton.jit
 def _rms_norm_kernel(
     x_ptr: tl.tensor,
     residual_ptr: tl.tensor,
@@ -39,15 +69,8 @@ def _rms_norm_kernel(
         residual_D = tl.load(residual_row_ptr + offset_D, mask=inside_D, other=0.0)
         x_D = (x_D.to(tl.float32) + residual_D.to(tl.float32)).to(x_D.dtype)
         tl.store(total_ptr + row * D + offset_D, x_D, mask=inside_D)
-    wide_D = x_D.to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(wide_D * wide_D, axis=0) / D + eps)
-    normed_D = wide_D * scale
-    if not WIDE:
-        normed_D = normed_D.to(x_D.dtype).to(tl.float32)
-    weight_D = tl.load(weight_ptr + offset_D, mask=inside_D, other=0.0).to(tl.float32)
-    if OFFSET:
-        weight_D = 1.0 + weight_D
-    tl.store(out_ptr + row * D + offset_D, (normed_D * weight_D).to(x_D.dtype), mask=inside_D)
+    normed_D = norm_row(x_D, weight_ptr, offset_D, inside_D, eps, D, WIDE, OFFSET)
+    tl.store(out_ptr + row * D + offset_D, normed_D, mask=inside_D)
 
 
 def rms_norm(
@@ -99,7 +122,7 @@ def _launch(
     outer, inner, width = rows.shape
     if outer * inner == 0:
         return
-    block = triton.next_power_of_2(width)
+    block, warps = row_block(width)
     _rms_norm_kernel[(outer * inner,)](
         rows,
         residual,
@@ -115,5 +138,5 @@ def _launch(
         ADD=add,
         WIDE=weighting != "rounded",
         OFFSET=weighting == "offset",
-        num_warps=min(max(block // 512, 1), 16),
+        num_warps=warps,
     )

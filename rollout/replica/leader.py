@@ -72,7 +72,7 @@ _BESIDE_STEPS = GetState | Abort | Stop | SessionCommand | RolloutCommand
 """Commands that leave steps in flight alone: at most they mark rows, whose results are dropped."""
 _FACTS = (
     "page_size context_length vocab_size eos_ids model architecture model_type num_labels labels "
-    "hidden_size dtype device attention tp_size dp_size releases"
+    "hidden_size dtype device attention tp_size dp_size releases collectives"
 )
 _POLL_S = 0.00005
 _LONGEST_POLL_S = 0.001

@@ -162,6 +162,7 @@ class FakeExecutor:
             dtype="float32",
             device="cpu",
             attention="fake",
+            collectives="one rank",
             architecture="FakeForCausalLM",
             model_type="fake",
             releases=config.model != "lasting",

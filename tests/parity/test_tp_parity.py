@@ -91,6 +91,7 @@ def test_float32_text_is_that_of_one_rank(name: str, tmp_path: Path) -> None:
             np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-4, err_msg=rid)
         assert_scores_agree(together["scored"], alone["scored"])
         assert (ranks.facts.tp_size, ranks.facts.num_pages) == (tp_size, 100)
+        assert (executor.facts.collectives, ranks.facts.collectives) == ("one rank", "gloo")
         assert ranks.facts.num_parameters == executor.facts.num_parameters
 
 

@@ -50,6 +50,7 @@ def server_info(services: Services, state: ReplicaState) -> dict[str, Any]:
         "kv_cache_dtype": config.engine.cache.kv_dtype,
         "device": state.device,
         "attention_backend": state.attention,
+        "collectives": state.collectives,
         "context_length": state.context_length,
         "random_seed": services.generator.seed,
         "disaggregation_mode": "null",

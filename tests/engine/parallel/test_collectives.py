@@ -55,6 +55,24 @@ def test_all_gather_puts_uneven_pieces_side_by_side() -> None:
         assert gathered.is_contiguous()
 
 
+def test_rows_are_gathered_below_each_other_and_scattered_by_rank() -> None:
+    def run(mesh: Mesh, group: Collectives) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x = summand(mesh.tp_rank, torch.bfloat16, rows=6)
+        whole = group.all_reduce(x.clone())
+        return group.all_gather_rows(x), group.reduce_scatter_rows(x.clone()), whole
+
+    found = with_collectives(3, run)
+    held = torch.cat([summand(rank, torch.bfloat16, rows=6) for rank in range(3)])
+    for rank, (gathered, own, whole) in enumerate(found):
+        assert torch.equal(gathered, held)
+        assert torch.equal(own, whole[2 * rank : 2 * rank + 2])
+
+
+def test_ranks_say_how_they_reach_each_other() -> None:
+    assert with_collectives(2, lambda mesh, group: group.description) == ["gloo", "gloo"]
+    assert NoCollectives().description == "one rank"
+
+
 def test_minimum_is_that_of_all_ranks() -> None:
     assert with_collectives(2, lambda mesh, group: group.minimum(40 - mesh.tp_rank)) == [39, 39]
 
@@ -65,6 +83,8 @@ def test_a_single_rank_needs_nobody() -> None:
     x = torch.randn(2, 3)
     assert group.all_reduce(x) is x
     assert group.all_gather_last(x, [3]) is x
+    assert group.all_gather_rows(x) is x
+    assert group.reduce_scatter_rows(x) is x
     assert group.minimum(7) == 7
 
 

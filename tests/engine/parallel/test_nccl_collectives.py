@@ -40,6 +40,11 @@ class StandIn:
         assert x.is_contiguous()
         out.copy_(torch.stack([x, x]))
 
+    def _reduce_scatter_base(self, out: torch.Tensor, x: torch.Tensor, options: Any) -> None:
+        self.on_callers_stream.append(not options.asyncOp)
+        assert x.is_contiguous()
+        out.copy_(2 * x[: len(out)])
+
     def abort(self) -> None:
         self.num_aborts += 1
 
@@ -71,6 +76,15 @@ def test_gathers_pieces_of_different_widths() -> None:
     gathered = NcclCollectives(group, Host()).all_gather_last(torch.arange(6.0).view(2, 3), [3, 2])
     assert gathered.tolist() == [[0, 1, 2, 0, 1], [3, 4, 5, 3, 4]]
     assert group.on_callers_stream == [True]
+
+
+def test_gathers_rows_and_scatters_sums() -> None:
+    group = StandIn()
+    collectives = NcclCollectives(group, Host())
+    x = torch.arange(8.0).view(4, 2)
+    assert torch.equal(collectives.all_gather_rows(x), torch.cat([x, x]))
+    assert torch.equal(collectives.reduce_scatter_rows(x), 2 * x[:2])
+    assert group.on_callers_stream == [True, True]
 
 
 def test_a_group_that_was_given_up_is_broken_once_and_not_used_again() -> None:

@@ -78,6 +78,7 @@ def test_facts_in_both_dialects() -> None:
             info = (await server.get("/get_server_info")).json()
             assert info == {**info, "tp_size": 1, "pp_size": 1, "ep_size": 1, "num_gpus": 1}
             assert info["disaggregation_mode"] == "null"
+            assert info["collectives"] == "one rank"
             assert info["max_total_num_tokens"] == 256 * 4
             assert info["vllm_config"]["weight_transfer_config"] == {"backend": "nccl"}
             assert info["vllm_config"]["model_config"]["dtype"] == "torch.float32"
