@@ -41,6 +41,9 @@ class _Block:
     copied: torch.cuda.Event | None
 
 
+_FOR_THREADS = 1 << 20
+
+
 class Staging:
     """Pinned memory through which a step's larger arrays go to the device, used again by the next.
 
@@ -61,7 +64,7 @@ class Staging:
         places = np.cumsum([0, *sizes])
         memory = block.memory.numpy()
         for at, array in zip(places.tolist(), arrays, strict=False):
-            np.copyto(memory[at : at + array.size].reshape(array.shape), array, casting="no")
+            _copy(memory[at : at + array.size].reshape(array.shape), array)
         sent.copy_(block.memory[: len(sent)], non_blocking=True)
         if block.copied is not None:
             block.copied.record()
@@ -81,6 +84,15 @@ class Staging:
             block = _Block(memory, torch.cuda.Event() if pinned else None)
         self._blocks.append(block)
         return block
+
+
+def _copy(target: np.ndarray, source: np.ndarray) -> None:
+    """Copy int32 numbers; what is large by torch, which has several threads for it."""
+    # What came in a frame cannot be written, which torch would warn of.
+    if source.nbytes < _FOR_THREADS or not source.flags.writeable:
+        np.copyto(target, source, casting="no")
+    else:
+        torch.from_numpy(target).copy_(torch.from_numpy(source))
 
 
 class Fetch:

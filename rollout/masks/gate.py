@@ -16,7 +16,14 @@ import numpy as np
 from engine.errors import MaskError, MaskTimeout, SlipstreamError, UnmetConstraint
 from engine.protocol import BitArray, Request, StepMasks, TokenRows
 from engine.protocol.deadlines import MASK_S
-from rollout.masks.base import MaskedRow, MaskSource, PendingMask, banned_ids, bits_of
+from rollout.masks.base import (
+    MaskedRow,
+    MaskOf,
+    MaskSource,
+    PendingMask,
+    banned_ids,
+    bits_of,
+)
 from rollout.masks.together import Block, checked_together
 from rollout.scheduler.emit import StepOutput
 
@@ -136,6 +143,8 @@ class MaskGate:
         assert found is not None, "no step waits"
         late = self._clock() >= found.until
         found.num_looks += 1
+        if not late and not found.failed and _is_computed(found.awaited):
+            return Answer(masks=None)
         glance = found.pause_s > 0 and found.num_looks % _WHOLE_LOOK != 1
         if glance and not late and self._waits_still(found.awaited, runs):
             return Answer(masks=None)
@@ -279,6 +288,22 @@ class MaskGate:
             rows=np.array(rows, np.int32),
             bits=np.stack(bits) if bits else nothing,
         )
+
+
+def _is_computed(awaited: list[_Awaited]) -> bool:
+    """Whether all that is awaited is still being computed as one."""
+    parts = awaited[0].parts if awaited else []
+    if len(parts) != 1 or not isinstance(parts[0], MaskOf):
+        return False
+    job = parts[0].masks
+    try:
+        return not job.done() and all(
+            len(each.parts) == 1 and getattr(each.parts[0], "masks", None) is job
+            for each in awaited
+        )
+    except Exception:
+        # A boundary: each of these rows is told by itself.
+        return False
 
 
 def _answers(source: MaskSource, rows: Sequence[MaskedRow]) -> Sequence[PendingMask]:

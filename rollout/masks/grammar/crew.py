@@ -63,20 +63,28 @@ class Crew:
         """
         shares: dict[int, list[Turn]] = {}
         for turn in turns:
-            thread = turn.following.start.serial % self.num_threads
-            shares.setdefault(thread, []).append(turn)
-        # The caller's own share is the largest: the others begin before it.
-        *others, own = sorted(shares.items(), key=lambda share: len(share[1])) or [(0, [])]
-        jobs = [
-            self._others.submit(_in_turn, self._executors[thread], share, bits)
-            for thread, share in others
-        ]
+            shares.setdefault(turn.following.start.serial, []).append(turn)
+        # Those with most rows first: a thread that is done takes the next.
+        left = sorted(shares.values(), key=len)
+        found: list[Ran] = []
+
+        def work(executor: LLExecutor) -> None:
+            while left:
+                try:
+                    share = left.pop()
+                except IndexError:
+                    return
+                found.append(_in_turn(executor, share, bits))
+
+        own, *others = self._executors[: len(left)] or self._executors[:1]
+        jobs = [self._others.submit(work, executor) for executor in others]
         try:
-            mine = _in_turn(self._executors[own[0]], own[1], bits)
+            work(own)
         finally:
             # Nobody writes into the bits of a call that is over.
             wait(jobs)
-        found = [mine, *(job.result() for job in jobs)]
+        for job in jobs:
+            job.result()
         return Ran(
             [number for one in found for number in one.filled],
             [turn for one in found for turn in one.unfit],

@@ -29,6 +29,8 @@ from rollout.masks.grammar.vocabulary import Vocabulary
 logger = logging.getLogger(__name__)
 
 _ALL = np.uint32(0xFFFFFFFF)
+_STARTS_OF_A_THREAD = 2
+"""More even out what masks of unequal cost leave to the last thread."""
 
 
 class _Wanted(NamedTuple):
@@ -177,7 +179,7 @@ class GrammarMasks:
         for grammar, rows in alike.values():
             if len(rows) > ROWS_OF_A_START and self._running_crew().num_threads > 1:
                 starts = -(-len(rows) // ROWS_OF_A_START)
-                grammar.grow(min(starts, self._running_crew().num_threads))
+                grammar.grow(min(starts, _STARTS_OF_A_THREAD * self._running_crew().num_threads))
                 spread(rows, grammar.starts())
         for number, row, following in found:
             try:

@@ -18,7 +18,7 @@ ROWS_OF_A_START = 4
 
 @dataclass(kw_only=True)
 class Start:
-    """matcher: stays at the beginning. serial: one asks the matchers of equal serials in turn.
+    """matcher: stays at the beginning. serial: of no other start.
     num_rows: that follow copies of it."""
 
     matcher: LLMatcher
