@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import msgspec
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from engine.protocol import ReplicaState
+from engine.protocol import CopyLoad, ReplicaState
 from rollout.http.vllm.metric_names import VllmNames
 
 _SECONDS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -58,7 +58,18 @@ class _StateCollector(Collector):
         yield GaugeMetricFamily("slipstream_cache_hit_rate", "Cached share of prompt tokens", rate)
         if self.state.drafter:
             yield from _of_drafter(self.state)
+        if self.state.copies:
+            yield from _of_copies(self.state.copies)
         yield from self._names.of_state(self.state)
+
+
+def _of_copies(copies: Sequence[CopyLoad]) -> Iterator[Metric]:
+    """What each copy of the model does, labelled with its number."""
+    for name in CopyLoad.__struct_fields__:
+        gauge = GaugeMetricFamily(f"slipstream_copy_{name}", _GAUGES[name], labels=("dp_rank",))
+        for dp_rank, copy in enumerate(copies):
+            gauge.add_metric((str(dp_rank),), float(getattr(copy, name)))
+        yield gauge
 
 
 def _of_drafter(state: ReplicaState) -> Iterator[Metric]:

@@ -184,6 +184,15 @@ class ErrorInfo(Struct, frozen=True, kw_only=True):
     field: str = ""
 
 
+class CopyLoad(Struct, frozen=True, kw_only=True):
+    """What one copy of the model does, in the words of `ReplicaState`."""
+
+    num_running: Count
+    num_waiting: Count
+    free_pages: Count
+    cached_pages: Count
+
+
 class ReplicaState(Struct, frozen=True, kw_only=True, tag="state"):
     """What a replica is and does right now. Times in seconds, memory in pages."""
 
@@ -241,6 +250,8 @@ class ReplicaState(Struct, frozen=True, kw_only=True, tag="state"):
     """Ranks that share a copy of the model."""
     dp_size: Count = 1
     """Copies of the model; counts and limits are of all together."""
+    copies: list[CopyLoad] = msgspec.field(default_factory=list)
+    """Of each copy, where there are several."""
     pause_mode: PauseMode | None = None
     released: list[MemoryTag] = msgspec.field(default_factory=list)
     open_update: Version | None = None

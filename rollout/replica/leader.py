@@ -57,6 +57,7 @@ from rollout.replica.weight_commands import WeightCommands
 from rollout.replica.weight_queue import Ticket
 from rollout.requests.outputs import refused
 from rollout.scheduler.copies.schedulers import build_scheduler
+from rollout.scheduler.copies.sums import loads
 from rollout.scheduler.emit import StepOutput
 from rollout.scheduler.readiness import Readiness
 from rollout.sessions.turns_in_progress import SessionTurns
@@ -235,6 +236,7 @@ class Leader:
             **_said(self._config.scheduler, "max_waiting max_samples"),
             max_running=self._config.scheduler.max_running * self._config.parallel.dp_size,
             receiving=self._weights.in_progress,
+            copies=loads(self._scheduler.copies),
         )
 
     def update_weights_inproc(

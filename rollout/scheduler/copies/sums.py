@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from engine.protocol import CopyLoad
+from rollout.scheduler.scheduler import Scheduler
 from rollout.scheduler.stats import SchedulerStats
 
 _SUMMED = (
@@ -29,3 +31,13 @@ def summed(stats: Sequence[SchedulerStats], *, num_steps: int) -> SchedulerStats
     sums = {name: sum(getattr(each, name) for each in stats) for name in _SUMMED}
     draft_len = max(each.draft_len for each in stats)
     return replace(stats[0], **sums, num_steps=num_steps, draft_len=draft_len)
+
+
+def loads(copies: Sequence[Scheduler]) -> list[CopyLoad]:
+    """What each copy does; empty where there is one, whose counts are those of the replica."""
+    if len(copies) == 1:
+        return []
+    return [
+        CopyLoad(**{name: getattr(copy.stats(), name) for name in CopyLoad.__struct_fields__})
+        for copy in copies
+    ]
