@@ -12,6 +12,7 @@ import pytest
 
 from engine.models.gguf_families import FAMILIES
 from engine.models.registry import ARCHITECTURES
+from rollout.http.config import ServeConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "recipes" / "README.md"]
@@ -179,3 +180,9 @@ def test_commands_name_programs_that_exist(document: Path) -> None:
 def test_results_hold_no_path_of_a_machine(result: Path) -> None:
     texts = strings(json.loads(result.read_text()))
     assert [text for text in texts if _ABSOLUTE.search(text)] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=by_name)
+def test_addresses_are_where_a_server_listens(document: Path) -> None:
+    ports = re.findall(r"(?:localhost|127\.0\.0\.1):(\d+)", document.read_text())
+    assert set(ports) <= {str(ServeConfig.__dataclass_fields__["port"].default)}
