@@ -39,7 +39,7 @@ class Options:
     """How many GPUs; 0 for all."""
     parts: tuple[Part, ...] = ("bits", "stress", "time", "abort")
     """In order; "abort" has to be the last."""
-    rows: tuple[int, ...] = (1, 8, 16, 64, 256, 1024)
+    rows: tuple[int, ...] = (1, 8, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
     """Rows of the times."""
     width: int = 4096
     """Of a row, in bfloat16."""

@@ -56,17 +56,17 @@ class Op:
     """One collective.
 
     shape: of x by its length and the number of ranks. run: the op on this rank's x, a tuple.
-    want: what it has to give, of all ranks' x. share: of x, what one rank sends another in one
-    lane, as a fraction of the bytes of x.
+    want: what it has to give, of all ranks' x. in_pieces: whether it takes more than fits the
+    mailbox.
     """
 
     shape: Callable[[int, int], tuple[int, ...]]
     run_on: Callable[[torch.Tensor, Inputs, Peers], Any]
     want_of: Callable[[list[torch.Tensor], Inputs, Peers], Any]
-    share: Callable[[int], float] = lambda size: 1.0
+    in_pieces: bool = False
 
     def takes(self, length: int, dtype: torch.dtype, peers: Peers) -> bool:
-        """Whether it fits the mailbox, each rank's words in one lane of every other."""
+        """Whether it is what the op takes, and fits the mailbox."""
         num_bytes = length * dtype.itemsize
         if self is OPS["normed"]:
             rows, width = self.shape(length, peers.size)
@@ -75,8 +75,8 @@ class Op:
                 return False
             if rows > NUM_LANES * (peers.mailbox.lane_words // row_words):
                 return False
-        most = peers.mailbox.source_bytes
-        return num_bytes % 4 == 0 and num_bytes * self.share(peers.size) <= most
+        fits = self.in_pieces or num_bytes <= peers.mailbox.source_bytes
+        return num_bytes % 4 == 0 and fits
 
     def run(self, inputs: Inputs, peers: Peers) -> tuple[torch.Tensor, ...]:
         return _tuple(self.run_on(inputs.parts[peers.rank], inputs, peers))
@@ -121,12 +121,13 @@ OPS: dict[str, Op] = {
         lambda length, size: (length,),
         lambda x, inputs, peers: own.all_reduce(x, peers.mailbox, 1),
         lambda parts, inputs, peers: reference.all_reduce(parts),
+        in_pieces=True,
     ),
     "two shot": Op(
         lambda length, size: (length,),
         lambda x, inputs, peers: own.all_reduce(x, peers.mailbox, 2),
         lambda parts, inputs, peers: reference.all_reduce(parts),
-        share=lambda size: 2 / size,
+        in_pieces=True,
     ),
     "gather": Op(
         lambda length, size: (1, length),
@@ -154,33 +155,35 @@ def timed_ops(peers: Peers, rows: Sequence[int], width: int) -> Iterator[tuple[s
     """Every op at every number of rows, and what it stands beside."""
     own_box, nccl = peers.mailbox, peers.nccl
     weight = torch.ones(width, dtype=torch.bfloat16, device="cuda")
-    torchs = _torch_ops(peers, max(rows) * width)
+    torchs = _torch_ops(peers, 1024 * width)
     for count in rows:
         x = torch.randn(count, width, device="cuda").bfloat16()
-        residual = torch.randn_like(x)
+        residual, in_place = torch.randn_like(x), x.clone()
         room = own_box.source_bytes
         title = f"all-reduce {count}"
         if x.nbytes <= room:
             yield f"{title} one shot", lambda x=x: own.all_reduce(x, own_box, 1)
-        if x.nbytes * 2 / peers.size <= room:
+        if count > 1:
             yield f"{title} two shot", lambda x=x: own.all_reduce(x, own_box, 2)
-        yield f"{title} NCCL", lambda x=x: nccl.all_reduce(x)
-        for name, call in torchs:
+        yield f"{title} NCCL", lambda x=in_place: nccl.all_reduce(x)
+        for name, call in torchs if count <= 1024 else ():
             yield f"{title} torch {name}", lambda call=call, x=x: call(x.numel())
         title = f"all-reduce, norm {count}"
-        if count <= 512:
+        if -(-count // NUM_LANES) * width // 2 <= own_box.lane_words:
             yield (
                 f"{title} fused",
                 lambda x=x, r=residual: own.all_reduce_add_rms_norm(x, r, weight, EPS, own_box),
             )
-        if x.nbytes <= room:
+        for shots, name in ((1, "one shot"), (2, "two shot")):
             yield (
-                f"{title} one shot",
-                lambda x=x, r=residual: add_rms_norm(own.all_reduce(x, own_box, 1), r, weight, EPS),
+                f"{title} {name}",
+                lambda x=x, r=residual, shots=shots: add_rms_norm(
+                    own.all_reduce(x, own_box, shots), r, weight, EPS
+                ),
             )
         yield (
             f"{title} NCCL",
-            lambda x=x, r=residual: add_rms_norm(nccl.all_reduce(x), r, weight, EPS),
+            lambda x=in_place, r=residual: add_rms_norm(nccl.all_reduce(x), r, weight, EPS),
         )
         if x.nbytes <= room:
             yield f"gather {count} own", lambda x=x: own.all_gather_rows(x, own_box)

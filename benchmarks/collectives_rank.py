@@ -17,7 +17,7 @@ import torch
 from collectives_ops import OPS, Inputs, Peers, timed_ops, tuned_ops
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-LENGTHS = (2, 62, 1022, 4096, 12290, 65536, 262144, 1 << 20, (1 << 21) - 6)
+LENGTHS = (2, 62, 1022, 4096, 12290, 65536, 262144, 1 << 20, (1 << 21) - 6, (5 << 20) + 6)
 
 
 class Rank:

@@ -10,6 +10,8 @@ class WholeCopy(NoCollectives):
     """The collectives of a rank that shares its copy of the model with nobody, in a replica of
     several copies. host: all ranks of the replica."""
 
+    description = "one rank a copy"
+
     def __init__(self, host: GlooCollectives) -> None:
         self._host = host
 

@@ -46,8 +46,8 @@ def can_send(x: torch.Tensor) -> bool:
 def all_reduce(x: torch.Tensor, mailbox: Mailbox, *, shots: int) -> torch.Tensor:
     """The sum of every rank's x [...].
 
-    shots: 1 sends x to every rank, for `Mailbox.source_bytes` at most. 2 sends a share to each,
-    which sends back its sum: N / 2 times as much, and less traffic from 3 ranks on.
+    shots: 1 sends x to every rank. 2 sends a share to each, which sends back its sum: longer for
+    few bytes, and less traffic from 3 ranks on. What is too much for the mailbox goes in pieces.
     """
     from kernels.collectives import triton
 

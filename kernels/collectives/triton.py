@@ -26,30 +26,16 @@ def all_reduce(
     """See `kernels.collectives.all_reduce`. cut: in place of the plan's."""
     out = torch.empty_like(x)
     x_words, out_words = _words(x), _words(out)
-    num_words = len(x_words)
-    if not num_words:
-        return out
+    most = mailbox.source_bytes // 4
     if shots == 1:
-        _one_shot(x_words, out_words, num_words, mailbox, x.dtype, cut, reduce=True)
+        for words, sums in zip(x_words.split(most), out_words.split(most), strict=True):
+            if len(words):
+                _one_shot(words, sums, len(words), mailbox, x.dtype, cut, reduce=True)
         return out
-    share = share_words(num_words, mailbox.size)
-    cut = cut or choose(share)
-    two_shot_kernel[(programs(share, cut, mailbox.lane_words // 2),)](
-        x_words,
-        out_words,
-        mailbox.addresses,
-        mailbox.turns,
-        mailbox.give_up,
-        num_words,
-        share,
-        RANK=mailbox.rank,
-        SIZE=mailbox.size,
-        LANES=NUM_LANES,
-        LANE_WORDS=mailbox.lane_words,
-        TILE=cut.tile,
-        DTYPE=_NUMBERS[x.dtype],
-        num_warps=cut.warps,
-    )
+    most = most // 2 * mailbox.size
+    for words, sums in zip(x_words.split(most), out_words.split(most), strict=True):
+        if len(words):
+            _two_shot(words, sums, mailbox, x.dtype, cut)
     return out
 
 
@@ -118,6 +104,33 @@ def all_reduce_add_rms_norm(
         num_warps=warps,
     )
     return out, total
+
+
+def _two_shot(
+    x_words: torch.Tensor,
+    out_words: torch.Tensor,
+    mailbox: Mailbox,
+    dtype: torch.dtype,
+    cut: Cut | None,
+) -> None:
+    share = share_words(len(x_words), mailbox.size)
+    cut = cut or choose(share)
+    two_shot_kernel[(programs(share, cut, mailbox.lane_words // 2),)](
+        x_words,
+        out_words,
+        mailbox.addresses,
+        mailbox.turns,
+        mailbox.give_up,
+        len(x_words),
+        share,
+        RANK=mailbox.rank,
+        SIZE=mailbox.size,
+        LANES=NUM_LANES,
+        LANE_WORDS=mailbox.lane_words,
+        TILE=cut.tile,
+        DTYPE=_NUMBERS[dtype],
+        num_warps=cut.warps,
+    )
 
 
 def _one_shot(
