@@ -76,14 +76,16 @@ class SenderGroup:
     def connect(self, check: Check = lambda: None) -> None:
         """Wait until every rank came. Raises GroupError naming those that did not, and what
         `check` raises, which is called now and then."""
-        device = "cuda" if self.backend == "nccl" else "cpu"
-        keys = PrefixStore(backend_prefix(self.name, device), self._keys)
         try:
             self._keys.set(joined_key(self.rank), self._peers.own or "1")
             self._await_members(check)
-            if not self.rank:
-                for other in range(1, self.senders):
-                    self._peers.watch(other, self._keys.get(joined_key(other)).decode())
+            self._watch_peers()
+        except RuntimeError as error:
+            raise self._broken(error) from error
+        # Not before: an error of what waits there would keep the store open by it.
+        device = "cuda" if self.backend == "nccl" else "cpu"
+        keys = PrefixStore(backend_prefix(self.name, device), self._keys)
+        try:
             self._link = connect(
                 self.backend,
                 keys,
@@ -144,6 +146,10 @@ class SenderGroup:
             raise self._broken(error) from error
         self.abort()
         raise GroupError(f"group {self.name!r} was given up: {reason}", field=self.name)
+
+    def _watch_peers(self) -> None:
+        for other in range(1, self.senders) if self.rank == 0 else ():
+            self._peers.watch(other, self._keys.get(joined_key(other)).decode())
 
     def _check_peers(self) -> None:
         try:

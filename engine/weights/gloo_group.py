@@ -133,13 +133,16 @@ class GlooGroup:
 
     def poll(self, ticket: _Ticket, deadline: float) -> bool:
         """Whether a broadcast is done; raises as `wait` does, which it would not wait in."""
-        if ticket.work is None:
+        work = ticket.work
+        if work is None:
             raise GroupError(f"group {self.name!r} was dropped", field=ticket.tensor)
-        if not ticket.work.is_completed() and time.monotonic() < deadline:
+        if not work.is_completed() and time.monotonic() < deadline:
             return False
         try:
-            ticket.work.wait(timedelta(seconds=seconds_left(deadline)))
+            work.wait(timedelta(seconds=seconds_left(deadline)))
         except RuntimeError as error:
+            # The frames of an error keep nothing of the group.
+            del work
             raise self._broken(ticket.source, ticket.tensor, deadline, error) from error
         self._require_size(ticket)
         ticket.work = None
