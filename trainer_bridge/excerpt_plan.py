@@ -1,4 +1,4 @@
-"""What one trainer rank sends to every engine rank, planned once and used by update after update."""
+"""What one trainer rank sends to every engine rank, planned once for many updates."""
 
 from __future__ import annotations
 
@@ -105,9 +105,7 @@ def needs_whole(begin: BeginUpdate) -> bool:
     return any(spec.checksum is not None for spec in begin.manifest)
 
 
-def _share(
-    piece: TensorPiece, numbers: dict[str, int], begin: BeginUpdate
-) -> tuple[int, int, int]:
+def _share(piece: TensorPiece, numbers: dict[str, int], begin: BeginUpdate) -> tuple[int, int, int]:
     number = numbers.get(piece.name)
     if number is None:
         raise ManifestMismatch(f"{piece.name} was not announced in the manifest", field=piece.name)
@@ -130,11 +128,11 @@ def plan_sends(
     pairs = [pair_stages(command, sender, excerpts) for excerpts in needs]
     found = []
     for same in zip(*pairs, strict=True):
-        first, last, _ = same[0]
+        first, last = same[0].first, same[0].last
         messages: list[Planned] = []
         end = 0
-        for place, (_, _, sent) in enumerate(same):
-            for message in sent:
+        for place, stage in enumerate(same):
+            for message in stage.messages:
                 sources = tuple(
                     shares.source(part, needs[place].tensors[part.tensor][part.block])
                     for part in message.parts

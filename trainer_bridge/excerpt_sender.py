@@ -34,7 +34,7 @@ class ExcerptSender:
         self.group = group
         self._device = device
         self._buffers: list[torch.Tensor] = []
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None
 
     def send(
         self,
@@ -134,9 +134,11 @@ class ExcerptSender:
     def _pack(
         self, packed: Sequence[tuple[Planned, torch.Tensor]], flats: dict[int, torch.Tensor]
     ) -> None:
-        if self._stream is None:
+        if self._device.type != "cuda":
             _copy(packed, flats)
             return
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -144,9 +146,7 @@ class ExcerptSender:
         current.wait_stream(self._stream)
 
 
-def _copy(
-    packed: Sequence[tuple[Planned, torch.Tensor]], flats: dict[int, torch.Tensor]
-) -> None:
+def _copy(packed: Sequence[tuple[Planned, torch.Tensor]], flats: dict[int, torch.Tensor]) -> None:
     """Copy the elements of each message into its bytes, small runs together."""
     small: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
     for message, data in packed:

@@ -134,9 +134,7 @@ class GlooPairLinks:
             found.append((link, link.broadcast(tensor, check)))
         return found
 
-    def wait(
-        self, work: list[tuple[GlooLink, _GlooWork]], deadline: float, check: Check
-    ) -> None:
+    def wait(self, work: list[tuple[GlooLink, _GlooWork]], deadline: float, check: Check) -> None:
         """See `Link`. Whichever connection broke is told of first."""
         waiting, polls = list(work), 0
         while waiting:

@@ -1,8 +1,8 @@
 """A process group between trainer ranks and the ranks of engines, beside any other group.
 
 Trainer rank 0 is rank 0, hosts the store and is known by (address, port). It may be the only one;
-where there are others they come next, and meet it there. Engines join by `JoinGroup`. The store's keys are `engine.comm.rendezvous`'s, so either side may be another
-project's.
+where there are others they come next, and meet it there. Engines join by `JoinGroup`. The store's
+keys are `engine.comm.rendezvous`'s, so either side may be another project's.
 """
 
 from __future__ import annotations
@@ -64,7 +64,11 @@ class SenderGroup:
         self.senders = senders
         self._link: Link | None = None
         self._peers = Peers(own_address if rank else "")
-        store = _meet(name, address, port, timeout_s) if rank else _listen(name, address, port, timeout_s)
+        store = (
+            _meet(name, address, port, timeout_s)
+            if rank
+            else _listen(name, address, port, timeout_s)
+        )
         self.port = port if rank else int(store.port)
         self._held: PrefixStore | None = PrefixStore(name, store)
 

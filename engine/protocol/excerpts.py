@@ -17,6 +17,7 @@ from typing import NamedTuple
 from engine.protocol.buckets import BUCKET_ALIGNMENT, ITEM_BYTES
 from engine.protocol.updates import Block, Blocks, PlanExcerpts, RankExcerpts, TensorPiece
 
+
 class Part(NamedTuple):
     """Elements [start, stop) of block number `block` of tensor number `tensor`, counted row by row
     within the block; `offset` bytes into their message."""
@@ -125,9 +126,7 @@ def stages(tensors: Sequence[TensorPiece], num_bytes: int) -> list[tuple[int, in
     return found
 
 
-def pair_stages(
-    plan: PlanExcerpts, sender: int, excerpts: RankExcerpts
-) -> list[Stage]:
+def pair_stages(plan: PlanExcerpts, sender: int, excerpts: RankExcerpts) -> list[Stage]:
     """What trainer rank `sender` sends to one engine rank, stage by stage; a stage in which it
     sends nothing has no messages."""
     by_tensor: dict[int, list[tuple[int, int]]] = {}

@@ -329,9 +329,7 @@ class Catalog:
             for parameter, part in self._index.values()
         )
 
-    def place(
-        self, tensors: Mapping[str, torch.Tensor], excerpts: Set[str] = frozenset()
-    ) -> int:
+    def place(self, tensors: Mapping[str, torch.Tensor], excerpts: Set[str] = frozenset()) -> int:
         """Write this rank's elements of units, in place; return the bytes written. Scales are
         written with the encoded tensors that they are of, which are among `tensors` too.
         excerpts: those of `tensors` that are what this rank reads, and not full ones.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -63,10 +63,6 @@ class PlannedStage:
     absent: list[PlannedUnit]
     messages: list[tuple[int, Message]]
 
-    def every_unit(self) -> Iterator[PlannedUnit]:
-        """Those of which something comes."""
-        return (unit for units in self.units.values() for unit in units)
-
 
 @dataclass(frozen=True)
 class ExcerptPlan:
@@ -94,14 +90,16 @@ def plan_excerpts(command: PlanExcerpts, catalog: Catalog) -> ExcerptPlan:
     pairs = [pair_stages(command, sender, needs) for sender in range(len(command.shares))]
     stages = []
     for same in zip(*pairs, strict=True):
-        first, last, _ = same[0]
+        first, last = same[0].first, same[0].last
         numbers = range(first, last)
         stages.append(
             PlannedStage(
                 first_name=command.tensors[first].name,
                 units={n: [unit for unit in units[n] if unit.size] for n in numbers},
                 absent=[unit for n in numbers for unit in units[n] if not unit.size],
-                messages=[(s, message) for s, stage in enumerate(same) for message in stage[2]],
+                messages=[
+                    (s, message) for s, stage in enumerate(same) for message in stage.messages
+                ],
             )
         )
     return ExcerptPlan(command, needs, stages)

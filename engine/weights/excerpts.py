@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.layers.parameter import ShardedParameter
-from engine.protocol import Block, Blocks, TensorPiece
-from engine.weights.layouts import torch_dtype
+from engine.protocol import Block
 from kernels.quant import Index
 
 Ranges = tuple[tuple[int, int], ...]

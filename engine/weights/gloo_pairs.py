@@ -108,4 +108,6 @@ class GlooPairs:
 
     def abort(self) -> bool:
         """See `Group`."""
-        return all([end.abort() for end in self._ends])
+        # All of them are asked, whatever the first says.
+        ended = [end.abort() for end in self._ends]
+        return all(ended)

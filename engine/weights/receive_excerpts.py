@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from engine.errors import GroupError, ManifestMismatch, SlipstreamError
-from engine.protocol import BUCKET_ALIGNMENT, Message, PlanExcerpts, ReceiveExcerpts, RankExcerpts
+from engine.protocol import BUCKET_ALIGNMENT, Message, PlanExcerpts, RankExcerpts, ReceiveExcerpts
 from engine.protocol.deadlines import capped
+from engine.weights import verify
 from engine.weights.catalog import copy_each
 from engine.weights.excerpt_plan import ExcerptPlan, PlannedStage, PlannedUnit, plan_excerpts
 from engine.weights.group import Group
@@ -98,8 +99,8 @@ class ExcerptReceiver:
                 done = True
             finally:
                 # Before the memory goes that messages still write to.
-                if not done and not self._groups.leave(command.group):
-                    session.forsake(transfer is not None and transfer.wrote_live)
+                if not done and not self._groups.leave(command.group) and transfer is not None:
+                    transfer.forsake()
 
     def _plan_of(self, name: str) -> ExcerptPlan:
         group = self._groups.get(name)
@@ -129,17 +130,19 @@ def _is_summed(spec: Any) -> bool:
 
 class _Transfer:
     """One update's stages. memory: filled with what messages may be writing to, as long as they
-    may. wrote_live: whether some of that is live weights."""
+    may."""
 
     def __init__(
         self, session: UpdateSession, group: Group, memory: list[torch.Tensor], timeout_s: float
     ) -> None:
         self._session = session
+        self._catalog = session.catalog
+        self._update = session.require_open("receive")
         self._group = group
         self._memory = memory
         self._deadline = session.deadline(capped(timeout_s))
         self._in_flight: deque[_Arrival] = deque()
-        self.wrote_live = False
+        self._wrote_live = False
 
     def run(self, plan: ExcerptPlan) -> None:
         """Receive every stage, and take it in."""
@@ -150,6 +153,12 @@ class _Transfer:
         while self._in_flight:
             self._take_in(self._in_flight.popleft())
 
+    def forsake(self) -> None:
+        """The transfer failed, and may write to its memory still. If that is live weights, putting
+        old ones back is of no use: the rank refuses to step until a whole update came."""
+        if self._wrote_live:
+            self._update.undo = None
+
     def _begin(self, stage: PlannedStage) -> _Arrival:
         """Have the messages of a stage come."""
         sinks: dict[tuple[int, int], torch.Tensor] = {}
@@ -158,13 +167,13 @@ class _Transfer:
             for place, unit in enumerate(units):
                 sink = self._live(unit)
                 if sink is None:
-                    sink = torch.empty(unit.size, dtype=unit.dtype, device=self._session.device)
+                    sink = torch.empty(unit.size, dtype=unit.dtype, device=self._catalog.device)
                 else:
                     live[number, place] = unit.name
                 sinks[number, place] = sink
         if live:
-            self._session.keep(live.values())
-            self.wrote_live = True
+            self._update.keep(live.values(), self._catalog)
+            self._wrote_live = True
         coming: list[tuple[torch.Tensor, int]] = []
         scattered: list[tuple[Message, torch.Tensor]] = []
         for source, message in stage.messages:
@@ -180,10 +189,9 @@ class _Transfer:
 
     def _live(self, unit: PlannedUnit) -> torch.Tensor | None:
         """The live weights, flat, where a unit can be received there."""
-        update = self._session.require_open("receive")
-        if not (update.in_place and self._group.lands and unit.is_excerpt and unit.alone):
+        if not (self._update.in_place and self._group.lands and unit.is_excerpt and unit.alone):
             return None
-        target = self._session.catalog.live(unit.name, unit.dtype)
+        target = self._catalog.live(unit.name, unit.dtype)
         if target is None or target.data_ptr() % BUCKET_ALIGNMENT:
             return None
         return target.view(-1)
@@ -209,7 +217,18 @@ class _Transfer:
                 targets.append(sink)
                 sources.append(buffer[part.offset : end].view(sink.dtype))
         copy_each(targets, sources)
-        self._session.feed_units(*_units_of(arrival))
+        self._take_units(*_units_of(arrival))
+
+    def _take_units(self, held: Units, live: Units) -> None:
+        """Take in whole units, and read them for NaN and inf: what comes next is on its way
+        meanwhile."""
+        update, came = self._session.require_open("receive"), [*held, *live]
+        update.origins.update({u.name: u.origin for u, _ in came if u.origin is not None})
+        excerpts = [unit.name for unit, _ in came if unit.is_excerpt]
+        written = {unit.name: tensor for unit, tensor in live}
+        update.take_units({u.name: tensor for u, tensor in held}, written, excerpts, self._catalog)
+        waiting = {u.name: update.staged[u.name] for u, _ in held if u.name in update.staged}
+        verify.scan(update, self._catalog, waiting | written)
 
 
 def _units_of(arrival: _Arrival) -> tuple[Units, Units]:

@@ -36,7 +36,6 @@ from engine.transfer import wait_for
 from engine.weights import commit, owner, verify
 from engine.weights.agreement import Agreement, settle
 from engine.weights.catalog import Catalog, Loadable
-from engine.weights.excerpt_plan import PlannedUnit
 from engine.weights.expected import Expected
 from engine.weights.modes import REFUSED, SHADOW, UNDO, choose_mode, undo_size
 from engine.weights.staging import Arrived, OpenUpdate, batches
@@ -45,8 +44,6 @@ from engine.weights.undo import UndoCopy
 from kernels.torch_compat import ran_out_of_memory
 
 logger = logging.getLogger(__name__)
-
-Came = tuple[PlannedUnit, torch.Tensor]
 
 
 def _alone(value: int) -> int:
@@ -228,29 +225,6 @@ class UpdateSession:
             self.require_open("receive").add(batch, self.catalog, lasting=lasting)
             # Not held while the next are made.
             del batch
-
-    def feed_units(self, held: Sequence[Came], live: Sequence[Came]) -> None:
-        """Take in whole units that came as `PlannedUnit`s: `held` in memory that lasts, `live` in
-        the live weights, for which `keep` was called. They are read here for NaN and inf, since
-        what comes next is on its way meanwhile."""
-        update = self.require_open("receive")
-        came = [*held, *live]
-        update.origins.update({u.name: u.origin for u, _ in came if u.origin is not None})
-        excerpts = [unit.name for unit, _ in came if unit.is_excerpt]
-        written = {unit.name: tensor for unit, tensor in live}
-        update.take_units({u.name: tensor for u, tensor in held}, written, excerpts, self.catalog)
-        waiting = {u.name: update.staged[u.name] for u, _ in held if u.name in update.staged}
-        verify.scan(update, self.catalog, waiting | written)
-
-    def keep(self, names: Iterable[str]) -> None:
-        """Undo mode: copy what is live of units that are about to be written."""
-        self.require_open("receive").keep(names, self.catalog)
-
-    def forsake(self, wrote_live: bool) -> None:
-        """A transfer that failed may write to its memory still. If that is live weights, putting
-        old ones back is of no use: the rank refuses to step until a whole update came."""
-        if wrote_live and self._open is not None:
-            self._open.undo = None
 
     def keeps_memory(self) -> bool:
         """Whether memory that tensors arrive in can serve as their shadow."""

@@ -87,9 +87,7 @@ def merge(replies: Sequence[Reply]) -> Reply:
         replace(report, rank=rank) for rank, reply in enumerate(replies) for report in reply.weights
     ]
     excerpts = [
-        replace(found, rank=rank)
-        for rank, reply in enumerate(replies)
-        for found in reply.excerpts
+        replace(found, rank=rank) for rank, reply in enumerate(replies) for found in reply.excerpts
     ]
     return replace(
         replies[0],

@@ -112,8 +112,9 @@ class ShardedCarrier:
         # Known before any of them may fail: whoever began gives up.
         self._taking = taking
         on_each(taking, lambda member: member.send(begin))
-        is_same = self._way is not None and isinstance(self._way, self._kind_for(len(taking)))
-        return len(taking), is_same and self._way.is_ready(begin, taking)
+        way = self._way
+        is_same = way is not None and isinstance(way, self._kind_for(len(taking)))
+        return len(taking), way is not None and is_same and way.is_ready(begin, taking)
 
     def _carry(self, way: Way, begin: BeginUpdate, source: WeightSource) -> None:
         """The tensors, and on rank 0 the first phase: an engine that is through with it has got

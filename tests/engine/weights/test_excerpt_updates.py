@@ -1,4 +1,4 @@
-"""Updates in which every rank receives what it reads: the bits of a fresh load, or a typed error."""
+"""Every rank receives what it reads: the bits of a fresh load, or a typed error."""
 
 from __future__ import annotations
 
