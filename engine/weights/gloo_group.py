@@ -181,8 +181,8 @@ class GlooGroup:
     def _odd_size(self, ticket: _Ticket, which: str, instead: str) -> GroupError:
         return GroupError(
             f"rank {ticket.source + self._sender} of group {self.name!r} sent {which} bytes than "
-            f"the {ticket.buffer.numel()} announced, from {ticket.tensor} on{instead}: announce the "
-            "dtype and shape that are sent, in their order",
+            f"the {ticket.buffer.numel()} announced, from {ticket.tensor} on{instead}: announce "
+            "the dtype and shape that are sent, in their order",
             field=ticket.tensor,
         )
 
