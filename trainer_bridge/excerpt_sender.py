@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -52,7 +53,8 @@ class ExcerptSender:
         sent = False
         try:
             held = _Held(pieces, shards)
-            self._send_stages(stages, held, deadline, check)
+            with self._on_device():
+                self._send_stages(stages, held, deadline, check)
             held.finish()
             sent = True
         finally:
@@ -67,6 +69,7 @@ class ExcerptSender:
         check: Callable[[], None],
     ) -> None:
         seldom = _seldom(check)
+        self.group.send([], seldom)
         in_flight: deque[tuple[SendStage, Any, Any]] = deque()
         num_sent = 0
         for stage in stages:
@@ -82,6 +85,9 @@ class ExcerptSender:
             num_sent += 1
         while in_flight:
             self._wait(*in_flight.popleft()[:2], deadline, check)
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
     def _wait(
         self, stage: SendStage, work: Any, deadline: float, check: Callable[[], None]

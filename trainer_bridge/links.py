@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
@@ -199,11 +200,12 @@ class NcclLink:
             return _Queued(stream.record_event(), [tensor])
 
     def send(self, messages: Sequence[Outgoing], check: Check) -> _Queued:
-        """See `Link`."""
+        """See `Link`. Without messages it builds the communicator, which takes all ranks, those
+        too that have nothing to send; on the current device then."""
         self._check = check
         deadline = time.monotonic() + self._timeout_s
         tensors = [tensor for tensor, _ in messages]
-        with torch.cuda.device(tensors[0].device):
+        with torch.cuda.device(tensors[0].device) if tensors else nullcontext():
             comm, stream = self._connect(deadline)
             stream.wait_stream(torch.cuda.current_stream())
             comm.exchange(

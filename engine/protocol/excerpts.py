@@ -52,6 +52,9 @@ def block_size(block: Block) -> int:
 def elements_before(block: Block, place: int) -> int:
     """How many elements of a block lie before flat element `place` of its tensor."""
     rest = place - block.start
+    if len(block.ranges) == 1:
+        first, last = block.ranges[0]
+        return min(max(rest, first), last) - first
     inner = block_size(block)
     if rest <= 0 or not inner:
         return 0
