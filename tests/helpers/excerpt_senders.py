@@ -115,7 +115,7 @@ class Senders:
                 address="127.0.0.1",
                 port=port,
                 # Ranks here are engines of their own to the group, so each has its own offset.
-                rank_offset=self.size + place - rank.groups.tp_rank,
+                rank_offset=self.size + place - rank.groups.rank,
                 world_size=self.size + len(self.ranks),
                 backend="gloo",
                 senders=self.size,

@@ -42,7 +42,7 @@ class ShardedCarrier:
     shards travel. By excerpts each engine rank gets only what it reads, from all trainer ranks at
     once; by broadcasts every engine rank gets everything, from one trainer rank after the other,
     and a trainer rank sends its shards once, however many engines there are. auto takes excerpts
-    unless there are more engines than trainer ranks.
+    unless the engines have more copies of the model than there are trainer ranks.
     """
 
     def __init__(
@@ -103,8 +103,8 @@ class ShardedCarrier:
             self._way = None
 
     def _begin(self, begin: BeginUpdate) -> tuple[int, bool]:
-        """Open the update; how many engines take it, which rank 0 knows of, and whether this rank
-        can carry it as it is."""
+        """Open the update; how many copies of the model take it, which rank 0 knows of, and whether
+        this rank can carry it as it is."""
         self._taking = []
         if not self.targets:
             return 0, self._way is not None and self._way.is_ready(begin, [])
@@ -112,9 +112,10 @@ class ShardedCarrier:
         # Known before any of them may fail: whoever began gives up.
         self._taking = taking
         on_each(taking, lambda member: member.send(begin))
+        num_copies = sum(member.state.dp_size for member in taking)
         way = self._way
-        is_same = way is not None and isinstance(way, self._kind_for(len(taking)))
-        return len(taking), way is not None and is_same and way.is_ready(begin, taking)
+        is_same = way is not None and isinstance(way, self._kind_for(num_copies))
+        return num_copies, way is not None and is_same and way.is_ready(begin, taking)
 
     def _carry(self, way: Way, begin: BeginUpdate, source: WeightSource) -> None:
         """The tensors, and on rank 0 the first phase: an engine that is through with it has got
@@ -122,15 +123,15 @@ class ShardedCarrier:
         way.carry(begin, self._taking, source)
         prepare(self._taking, begin)
 
-    def _kind_for(self, num_engines: int) -> type[ExcerptWay | BroadcastWay]:
+    def _kind_for(self, num_copies: int) -> type[ExcerptWay | BroadcastWay]:
         by_excerpts = self._choice == "excerpts" or (
-            self._choice == "auto" and num_engines <= self._trainers.size
+            self._choice == "auto" and num_copies <= self._trainers.size
         )
         return ExcerptWay if by_excerpts else BroadcastWay
 
-    def _way_for(self, num_engines: int) -> ExcerptWay | BroadcastWay:
+    def _way_for(self, num_copies: int) -> ExcerptWay | BroadcastWay:
         """The same on every rank."""
-        kind = self._kind_for(num_engines)
+        kind = self._kind_for(num_copies)
         if not isinstance(self._way, kind):
             self.close()
             self._way = kind(self._settings, self._trainers)

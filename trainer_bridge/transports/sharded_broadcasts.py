@@ -47,7 +47,7 @@ class BroadcastWay:
         """See `Way`. Every rank listens, rank 0 has the engines join all groups, every rank
         completes."""
         agree = self._trainers.agree
-        sizes = agree(lambda: [member.state.tp_size for member in members])[0]
+        sizes = agree(lambda: [member.state.num_ranks for member in members])[0]
         joins = agree(self._listen, sizes)
         self._hosts = [(commands[0].address, commands[0].port) for commands in joins]
         agree(self._complete, joins, members)
@@ -109,7 +109,7 @@ class BroadcastWay:
                 pool.submit(_join_all, member, [commands[index] for commands in joins])
                 for index, member in enumerate(members)
             ]
-            complete(self._sender.group, joined, [m.state.tp_size for m in members])
+            complete(self._sender.group, joined, [m.state.num_ranks for m in members])
             check(joined, wait=True)
 
     def _stop_others(self, members: Sequence[Member]) -> None:

@@ -59,7 +59,7 @@ class ExcerptWay:
         """See `Way`."""
         agree = self._trainers.agree
         if not all(agree(self._is_joined, members)):
-            sizes = agree(lambda: [member.state.tp_size for member in members])[0]
+            sizes = agree(lambda: [member.state.num_ranks for member in members])[0]
             place = agree(self._listen, sizes)[0]
             agree(self._complete, place, sizes, members)
             self._joined = [member.name for member in members]
@@ -181,7 +181,7 @@ class ExcerptWay:
         """What every engine rank takes, in the order of the group's ranks."""
         replies = on_each(members, lambda member: member.send(command))
         found = [excerpts for reply in replies for excerpts in reply.excerpts]
-        expected = sum(member.state.tp_size for member in members)
+        expected = sum(member.state.num_ranks for member in members)
         if len(found) != expected:
             raise GroupError(
                 f"{len(found)} of {expected} engine ranks said what they take", field="excerpts"
