@@ -3,6 +3,7 @@
     python benchmarks/weight_update.py --model shapes/qwen2.5-7b.json --transport cuda_ipc
     python benchmarks/weight_update.py --model ... --transport nccl              (two GPUs)
     python benchmarks/weight_update.py --model ... --transport nccl --trainers 2 --tp 2 --zero3
+    python benchmarks/sharded_update.py --model ...    (whatever GPUs there are, every way and mode)
 
 The engine runs in this process and decodes `--rows` requests all the while; trainer ranks are
 processes of their own (`weight_update_trainer.py`), on the GPUs behind the engine's, or on the
@@ -65,6 +66,11 @@ class Options:
     """How the weights travel; on a CPU gloo and shared memory take the place of NCCL and IPC."""
     trainers: int = 1
     """Trainer ranks; more than one sends shards, each rank its own."""
+    way: Literal["", "auto", "excerpts", "broadcasts"] = ""
+    """How shards travel; see `ShardedCarrier`. By default auto, and a single trainer rank sends
+    everything by one broadcast."""
+    check: bool = False
+    """Compare what the engine stores after the first update with what it should, to the bit."""
     zero3: bool = False
     """Trainer ranks hold a module that DeepSpeed partitioned, not plain tensors."""
     tp: int = 1
@@ -245,6 +251,8 @@ def trainer_jobs(options: Options, engine: Engine, device: str, raw_port: int) -
             checksums=options.checksums,
             mode=options.mode,
             zero3=options.zero3,
+            way=options.way,
+            check=options.check,
         )
         for rank in range(options.trainers)
     ]

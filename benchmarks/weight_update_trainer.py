@@ -22,6 +22,7 @@ from kernels.torch_compat import TCPStore
 from trainer_bridge.adapters.base import WeightSource
 from trainer_bridge.adapters.deepspeed import DeepSpeedSource
 from trainer_bridge.bridge import Publisher, PushOptions
+from trainer_bridge.stored import check_stored
 from trainer_bridge.transports.sharded import ShardedCarrier
 
 Tensors = list[tuple[str, str, tuple[int, ...]]]
@@ -45,6 +46,13 @@ class TrainerJob:
     checksums: bool
     mode: StagingMode
     zero3: bool
+    way: str
+    check: bool
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether every rank sends its part."""
+        return self.world_size > 1 or bool(self.way)
 
     def torch_device(self) -> torch.device:
         """Where the weights are."""
@@ -174,13 +182,13 @@ def run_trainer(job: TrainerJob, pipe: Connection | None) -> None:
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(1)
-    if job.world_size > 1:
+    if job.is_sharded:
         _join_trainers(job)
     source = zero3_source(job) if job.zero3 else TensorList(job)
     if job.transport == "nccl" and job.rank == 0:
         with RawGroup(0, job.raw_port, device) as group:
             group.measure(TensorList.num_bytes_of(job.tensors))
-    push, close = _sharded(job, source, pipe) if job.world_size > 1 else _single(job, source, pipe)
+    push, close = _sharded(job, source, pipe) if job.is_sharded else _single(job, source, pipe)
     seconds = []
     memory = [0, 0]
     for index in range(job.updates + job.cycles):
@@ -189,6 +197,8 @@ def run_trainer(job: TrainerJob, pipe: Connection | None) -> None:
         started = time.perf_counter()
         push(index + 1)
         seconds.append(time.perf_counter() - started)
+        if job.check and index == 0 and pipe is not None:
+            check_stored(TensorList(job), PipeTarget(pipe))
         if pipe is not None and index < job.updates:
             time.sleep(0.05)
     memory[1] = _used_bytes(device)
@@ -222,7 +232,8 @@ def _single(job: TrainerJob, source: WeightSource, pipe: Connection | None) -> t
 
 def _sharded(job: TrainerJob, source: WeightSource, pipe: Connection | None) -> tuple[Any, Any]:
     targets = [] if pipe is None else [PipeTarget(pipe)]
-    carrier = ShardedCarrier(targets, device=job.torch_device())
+    way: Any = job.way or "auto"
+    carrier = ShardedCarrier(targets, device=job.torch_device(), way=way)
 
     def push(version: int) -> None:
         dist.all_gather_object([None] * job.world_size, version)

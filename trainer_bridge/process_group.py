@@ -1,14 +1,15 @@
-"""A process group between one trainer rank and the ranks of engines, beside any other group.
+"""A process group between trainer ranks and the ranks of engines, beside any other group.
 
-The sender is rank 0, hosts the store and is known by (address, port); everybody else joins by
-`JoinGroup`. The store's keys are `engine.comm.rendezvous`'s, so either side may be another
-project's.
+Trainer rank 0 is rank 0, hosts the store and is known by (address, port). It may be the only one;
+where there are others they come next, and meet it there. Engines join by `JoinGroup`. The store's
+keys are `engine.comm.rendezvous`'s, so either side may be another project's.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -18,21 +19,27 @@ import torch.distributed as dist
 from engine.comm.rendezvous import backend_prefix, joined_key
 from engine.errors import GroupError, UpdateTimeout
 from kernels.torch_compat import PrefixStore, TCPStore
-from trainer_bridge.links import Check, Link, connect
+from trainer_bridge.links import Check, Link, Outgoing, connect
+from trainer_bridge.peers import Peers
 
 logger = logging.getLogger(__name__)
 
 Backend = Literal["nccl", "gloo"]
 _POLL_S = 0.00005
+_ASK_S = 0.002
 _STOPPED_KEY = "slipstream/stopped"
 _STOP_S = 5.0
 
 
 class SenderGroup:
-    """Rank 0 of a group of `world_size`: listens once built, complete after `connect`.
+    """A trainer rank of a group of `world_size`: rank 0 listens once built; complete after
+    `connect`.
 
-    port: 0 takes a free one; the attribute `port` is the one taken. timeout_s: for a member to
-    come. Raises GroupError when the port is in use.
+    port: of rank 0; there, 0 takes a free one, and the attribute `port` is the one taken.
+    timeout_s: for a member to come. senders: trainer ranks, of a group in which each of them sends
+    to every engine rank by itself; 0 of one in which rank 0 broadcasts. rank: of them. own_address:
+    under which rank 0 reaches this one. Raises GroupError when the port is in use, or nobody
+    listens there.
     """
 
     def __init__(
@@ -44,15 +51,25 @@ class SenderGroup:
         address: str = "127.0.0.1",
         port: int = 0,
         timeout_s: float = 300.0,
+        rank: int = 0,
+        senders: int = 0,
+        own_address: str = "127.0.0.1",
     ) -> None:
         self.name = name
         self.address = address
         self.world_size = world_size
         self.backend = backend
         self.timeout_s = timeout_s
+        self.rank = rank
+        self.senders = senders
         self._link: Link | None = None
-        store = _listen(name, address, port, timeout_s)
-        self.port = int(store.port)
+        self._peers = Peers(own_address if rank else "")
+        store = (
+            _meet(name, address, port, timeout_s)
+            if rank
+            else _listen(name, address, port, timeout_s)
+        )
+        self.port = port if rank else int(store.port)
         self._held: PrefixStore | None = PrefixStore(name, store)
 
     @property
@@ -63,18 +80,39 @@ class SenderGroup:
     def connect(self, check: Check = lambda: None) -> None:
         """Wait until every rank came. Raises GroupError naming those that did not, and what
         `check` raises, which is called now and then."""
-        self._keys.set(joined_key(0), "1")
-        self._await_members(check)
+        try:
+            self._keys.set(joined_key(self.rank), self._peers.own or "1")
+            self._await_members(check)
+            self._watch_peers()
+        except RuntimeError as error:
+            raise self._broken(error) from error
+        # Not before: an error of what waits there would keep the store open by it.
         device = "cuda" if self.backend == "nccl" else "cpu"
         keys = PrefixStore(backend_prefix(self.name, device), self._keys)
         try:
-            self._link = connect(self.backend, keys, self.world_size, self.timeout_s)
+            self._link = connect(
+                self.backend,
+                keys,
+                self.world_size,
+                self.timeout_s,
+                rank=self.rank,
+                senders=self.senders,
+            )
         except RuntimeError as error:
             raise self._broken(error) from error
 
     def num_arrived(self) -> int:
         """How many other ranks have found the group."""
         return sum(self._keys.check([joined_key(rank)]) for rank in range(1, self.world_size))
+
+    def send(self, messages: Sequence[Outgoing], check: Check = lambda: None) -> Any:
+        """Queue messages, contiguous tensors and the ranks that they are for, which travel all at
+        once; returns their work. Of groups with `senders`. Raises as `wait` does."""
+        link = self._open_link()
+        try:
+            return link.send(messages, check)
+        except (TimeoutError, RuntimeError) as error:
+            raise self._broken(error) from error
 
     def broadcast(self, tensor: torch.Tensor, check: Check = lambda: None) -> Any:
         """Queue the broadcast of a contiguous tensor to all; returns its work: see `Link`.
@@ -101,18 +139,44 @@ class SenderGroup:
             raise self._broken(error, late=time.monotonic() >= deadline) from error
 
     def check_stopped(self) -> None:
-        """Raise GroupError, having torn the group down, once `stop` was called for it."""
-        if self._held is None or not self._held.check([_STOPPED_KEY]):
-            return
-        reason = self._keys.get(_STOPPED_KEY).decode()
+        """Raise GroupError, having torn the group down, once it was told to stop, or another
+        trainer rank is gone."""
+        try:
+            if self._held is None or not self._held.check([_STOPPED_KEY]):
+                self._check_peers()
+                return
+            reason = self._keys.get(_STOPPED_KEY).decode()
+        except RuntimeError as error:
+            raise self._broken(error) from error
         self.abort()
         raise GroupError(f"group {self.name!r} was given up: {reason}", field=self.name)
 
+    def _watch_peers(self) -> None:
+        for other in range(1, self.senders) if self.rank == 0 else ():
+            self._peers.watch(other, self._keys.get(joined_key(other)).decode())
+
+    def _check_peers(self) -> None:
+        try:
+            self._peers.check()
+        except GroupError:
+            self.abort()
+            raise
+
+    def stop(self, reason: str) -> None:
+        """Have the other trainer ranks of the group give up their waits."""
+        try:
+            if self._held is not None:
+                self._held.set(_STOPPED_KEY, reason)
+        except RuntimeError as error:
+            logger.warning("group %s cannot be told to stop: %s", self.name, error)
+
     def abort(self) -> None:
-        """Drop the group at once, whatever is queued on it. Idempotent."""
+        """Drop the group at once, whatever is queued on it; other trainer ranks notice.
+        Idempotent."""
         link, self._link = self._link, None
         if link is not None:
             link.abort()
+        self._peers.close()
 
     def close(self) -> None:
         """Leave the group and listen no more: ranks that still wait to join notice. Idempotent."""
@@ -141,9 +205,9 @@ class SenderGroup:
         return GroupError(f"a member of group {self.name!r} is gone: {error}", field=self.name)
 
     def _await_members(self, check: Check) -> None:
-        """Look for the keys of our engines' ranks; the back ends would wait without a name."""
+        """Look for the keys of the other ranks; the back ends would wait without a name."""
         deadline = time.monotonic() + self.timeout_s
-        absent = list(range(1, self.world_size))
+        absent = [rank for rank in range(self.world_size) if rank != self.rank]
         while absent := [rank for rank in absent if not self._keys.check([joined_key(rank)])]:
             check()
             self.check_stopped()
@@ -153,7 +217,8 @@ class SenderGroup:
                     f"{self.name!r} at {self.address}:{self.port} within {self.timeout_s:g} s",
                     field=f"rank {absent[0]}",
                 )
-            time.sleep(_POLL_S)
+            # Another process's store is asked over a connection.
+            time.sleep(_ASK_S if self.rank else _POLL_S)
 
 
 def stop(name: str, address: str, port: int, reason: str) -> None:
@@ -182,4 +247,14 @@ def _listen(name: str, address: str, port: int, timeout_s: float) -> TCPStore:
             f"cannot listen at {address}:{port} for group {name!r}; choose another port, or 0 "
             f"for a free one ({error})",
             field="port",
+        ) from error
+
+
+def _meet(name: str, address: str, port: int, timeout_s: float) -> TCPStore:
+    try:
+        return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout_s))
+    except (RuntimeError, dist.DistError) as error:
+        raise GroupError(
+            f"trainer rank 0 of group {name!r} does not answer at {address}:{port} ({error})",
+            field="rank 0",
         ) from error

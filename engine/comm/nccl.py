@@ -15,7 +15,7 @@ import ctypes
 import importlib.util
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,10 @@ _CONFIG_MAGIC, _CONFIG_VERSION = 0xCAFEBEEF, 21800
 _POLLS_WITHOUT_SLEEP = 20
 _POLLS_BETWEEN_LOOKS = 500
 _POLL_S = 0.00005
+
+
+Message = tuple[int, int, int]
+"""An address, a number of bytes from there on, and the rank at the other end."""
 
 
 class NcclError(RuntimeError):
@@ -109,6 +113,10 @@ def _declare(loaded: ctypes.CDLL) -> None:
         ],
         "ncclBroadcast": [pointer, pointer, size, integer, integer, pointer, pointer],
         "ncclAllReduce": [pointer, pointer, size, integer, integer, pointer, pointer],
+        "ncclSend": [pointer, size, integer, integer, pointer, pointer],
+        "ncclRecv": [pointer, size, integer, integer, pointer, pointer],
+        "ncclGroupStart": [],
+        "ncclGroupEnd": [],
         "ncclCommGetAsyncError": [pointer, ctypes.POINTER(integer)],
         "ncclCommAbort": [pointer],
     }
@@ -184,6 +192,31 @@ class Communicator:
             address, address, num_bytes, _UINT8, root, self._comm, stream
         )
         self._settle(result, deadline)
+
+    def exchange(
+        self,
+        *,
+        sends: Sequence[Message] = (),
+        receives: Sequence[Message] = (),
+        stream: int,
+        deadline: float,
+    ) -> None:
+        """Queue messages to and from other ranks, which travel all at once. Those of one pair of
+        ranks are matched in the order in which each end names them, in one call or several."""
+        nccl = library()
+        _check(nccl.ncclGroupStart(), self._comm)
+        ended = False
+        try:
+            for address, num_bytes, rank in sends:
+                _check(nccl.ncclSend(address, num_bytes, _UINT8, rank, self._comm, stream), None)
+            for address, num_bytes, rank in receives:
+                _check(nccl.ncclRecv(address, num_bytes, _UINT8, rank, self._comm, stream), None)
+            ended = True
+        finally:
+            # Ended whatever was refused, or the thread's next call would be in the group still.
+            result = nccl.ncclGroupEnd()
+            if ended:
+                self._settle(result, deadline)
 
     def sum_one(self, address: int, *, stream: int, deadline: float) -> None:
         """Queue an all-reduce of the float32 at `address`, in place."""

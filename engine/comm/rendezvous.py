@@ -19,3 +19,9 @@ def joined_key(rank: int) -> str:
 def backend_prefix(name: str, device: str) -> str:
     """What a back end's keys have behind `PrefixStore(name)`. device: "cuda" or "cpu"."""
     return f"{name}//{device}/"
+
+
+def pair_prefix(sender: int, rank: int) -> str:
+    """What the keys of the connection between two ranks have behind `backend_prefix`, where each
+    pair has its own."""
+    return f"pair/{sender}/{rank}/"

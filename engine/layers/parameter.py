@@ -233,6 +233,14 @@ class ShardedParameter(torch.nn.Parameter):
             num_bytes += sum(target.nbytes for target in targets)
         return num_bytes
 
+    def place_excerpt(
+        self, excerpt: torch.Tensor, sources: Sequence[Index], part: str = SINGLE
+    ) -> None:
+        """`place` from the elements of the full tensor that are read for it, alone: `sources`
+        index them, one for each piece of the part."""
+        for (_, targets), source in zip(self.stored(part), sources, strict=True):
+            self.codec.write(targets, excerpt, source)
+
     def place_encoded(
         self, full: torch.Tensor, scales: torch.Tensor, part: str = SINGLE, *, name: str = ""
     ) -> int:
@@ -247,8 +255,14 @@ class ShardedParameter(torch.nn.Parameter):
     def holds(self, full: torch.Tensor, part: str = SINGLE, *, name: str = "") -> bool:
         """Whether placing `full` would change nothing."""
         self.check(tuple(full.shape), part, name=name)
+        return self.holds_excerpt(full, [piece.source for piece in self.parts[part].pieces], part)
+
+    def holds_excerpt(
+        self, excerpt: torch.Tensor, sources: Sequence[Index], part: str = SINGLE
+    ) -> bool:
+        """Whether `place_excerpt` would change nothing."""
         return all(
             torch.equal(mine, new.to(mine.device))
-            for piece, views in self.stored(part)
-            for mine, new in zip(views, self.codec.encode(full.detach(), piece.source), strict=True)
+            for (_, views), source in zip(self.stored(part), sources, strict=True)
+            for mine, new in zip(views, self.codec.encode(excerpt.detach(), source), strict=True)
         )

@@ -31,8 +31,11 @@ from engine.protocol.updates import (
     JoinGroup,
     LeaveGroup,
     LoadFromDisk,
+    PlanExcerpts,
     PrepareUpdate,
+    RankExcerpts,
     ReceiveBroadcast,
+    ReceiveExcerpts,
     ReceiveIpc,
     UpdateReport,
     WeightCommand,
@@ -129,6 +132,8 @@ ControlCommand = (
     | JoinGroup
     | LeaveGroup
     | ReceiveBroadcast
+    | PlanExcerpts
+    | ReceiveExcerpts
     | ReceiveIpc
     | LoadFromDisk
     | PrepareUpdate
@@ -312,7 +317,7 @@ class Reply(Struct, frozen=True, kw_only=True, tag="reply"):
     id: of the `Call` that it answers; 0 for what nobody called.
     in_place: the update that was begun writes into the live weights, so no step may run until
     it is committed. undo: what it writes over comes back if it is aborted.
-    traces: files of a profile.
+    excerpts: of a `PlanExcerpts`. traces: files of a profile.
     refusal: after a commit or a `CheckWeights`: why no step may run, or "".
     session: of a command of `SessionCommand`, but that of one that was closed.
     rollout: of a command of `RolloutCommand`.
@@ -324,6 +329,7 @@ class Reply(Struct, frozen=True, kw_only=True, tag="reply"):
     report: UpdateReport | None = None
     memory: list[MemoryReport] = msgspec.field(default_factory=list)
     weights: list[WeightsReport] = msgspec.field(default_factory=list)
+    excerpts: list[RankExcerpts] = msgspec.field(default_factory=list)
     traces: list[str] = msgspec.field(default_factory=list)
     in_place: bool = False
     undo: bool = False

@@ -20,8 +20,10 @@ from engine.protocol.updates import (
     JoinGroup,
     LeaveGroup,
     LoadFromDisk,
+    PlanExcerpts,
     PrepareUpdate,
     ReceiveBroadcast,
+    ReceiveExcerpts,
     ReceiveIpc,
 )
 
@@ -102,7 +104,7 @@ def deadlines(command: Command, *, collective_s: float = COLLECTIVE_S) -> Deadli
 def operation_s(command: Command) -> float:
     """How long what a command does may take on a rank; a caller's own deadline, capped."""
     match command:
-        case JoinGroup() | ReceiveBroadcast():
+        case JoinGroup() | ReceiveBroadcast() | PlanExcerpts() | ReceiveExcerpts():
             return capped(command.timeout_s) + ABORT_S
         case LoadFromDisk() | ReceiveIpc() | CheckWeights() | StopProfile():
             return _SLOW_S

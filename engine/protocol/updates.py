@@ -102,6 +102,9 @@ class JoinGroup(Struct, frozen=True, kw_only=True, tag="join_group"):
     `PrefixStore(name)`, as SGLang's dialect has it. vllm: a TCPStore and a raw NCCL
     communicator, or `unique_id` (128 bytes) in place of the store. Blocks until the world is
     complete, `timeout_s` at most. Joining again by the same arguments is no error.
+
+    senders: ranks 0 to `senders` - 1 are a trainer's, and each sends to every engine rank by
+    itself (`ReceiveExcerpts`); 0 stands for one trainer rank that broadcasts.
     """
 
     name: Name
@@ -112,6 +115,7 @@ class JoinGroup(Struct, frozen=True, kw_only=True, tag="join_group"):
     backend: Literal["nccl", "gloo"] = "nccl"
     rendezvous: Rendezvous = "torch"
     unique_id: Handle = b""
+    senders: Rank = 0
     timeout_s: Seconds = 300.0
 
 
@@ -135,6 +139,65 @@ class ReceiveBroadcast(Struct, frozen=True, kw_only=True, tag="receive_broadcast
     layout: BroadcastLayout = "buckets"
     bucket_bytes: PositiveSize = 256 << 20
     source: Rank = 0
+    timeout_s: Seconds = 300.0
+    owner: Owner = ""
+
+
+DIRECT_BYTES = 1 << 20
+"""A part of this size is a message of its own, which can be sent and received where it is."""
+
+Shares = Annotated[list[tuple[Count, Size, Size]], Meta(max_length=MAX_TENSORS)]
+"""Flat elements [number of the tensor, start, stop) that one trainer rank sends."""
+
+
+class Block(Struct, frozen=True, array_like=True):
+    """Elements that a rank takes of a tensor: from flat element `start` of it on lies a tensor of
+    `shape`, and the rank takes those of it that are within `ranges`, a [first, last) for each dim.
+    """
+
+    start: Size
+    shape: Shape
+    ranges: list[tuple[Size, Size]]
+
+
+Blocks = list[Block]
+"""Of one tensor: none where the rank needs nothing of it, several where it is several units."""
+
+
+class RankExcerpts(Struct, frozen=True, kw_only=True):
+    """What one engine rank takes of each tensor of a `PlanExcerpts`, in its order."""
+
+    rank: Count = 0
+    tensors: list[Blocks]
+
+
+class PlanExcerpts(Struct, frozen=True, kw_only=True, tag="plan_excerpts"):
+    """Prepare updates by `ReceiveExcerpts` over `group`, formed with `JoinGroup.senders`.
+
+    tensors: whole ones, in the order in which they will come. shares: of each trainer rank, the
+        flat elements [number of the tensor, start, stop) that it sends; together they are every
+        element once. bucket_bytes: most bytes that one trainer rank sends at a time, unless one
+        tensor is larger. direct_bytes: a part of this size is a message of its own. whole: every
+        rank takes all of every tensor, as it must where checksums are announced.
+
+    `Reply.excerpts` says what each rank takes, from which the trainer ranks compute the same plan.
+    It holds until the group is left.
+    """
+
+    group: Name
+    tensors: Pieces
+    shares: Annotated[list[Shares], Meta(max_length=1 << 16)]
+    bucket_bytes: PositiveSize = 256 << 20
+    direct_bytes: PositiveSize = DIRECT_BYTES
+    whole: bool = False
+    timeout_s: Seconds = 300.0
+
+
+class ReceiveExcerpts(Struct, frozen=True, kw_only=True, tag="receive_excerpts"):
+    """Feed the open update from every trainer rank of `group` at once, by the last
+    `PlanExcerpts` of the group: each rank receives what it said it takes, and nothing else."""
+
+    group: Name
     timeout_s: Seconds = 300.0
     owner: Owner = ""
 
@@ -232,6 +295,8 @@ WeightCommand = (
     | JoinGroup
     | LeaveGroup
     | ReceiveBroadcast
+    | PlanExcerpts
+    | ReceiveExcerpts
     | ReceiveIpc
     | LoadFromDisk
     | PrepareUpdate
@@ -244,8 +309,11 @@ WeightCommand = (
 GroupCommand = JoinGroup | LeaveGroup
 """What forms and drops groups; it touches no update."""
 
-TransferCommand = ReceiveBroadcast | ReceiveIpc | LoadFromDisk
-"""What feeds the open update."""
+GroupTransfer = ReceiveBroadcast | PlanExcerpts | ReceiveExcerpts
+"""What uses a group with the trainer."""
+
+TransferCommand = GroupTransfer | ReceiveIpc | LoadFromDisk
+"""What feeds the open update, or prepares to."""
 
 BesideSteps = GroupCommand | TransferCommand
 """What waits for somebody else: ranks run it on threads of their own, beside steps."""

@@ -12,7 +12,7 @@ of their own, which is no unit. Neither is written without the other.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +23,7 @@ from engine.layers.parameter import ShardedParameter
 from engine.models.full_names import FusedTensor
 from engine.numerics import dtype_name
 from engine.protocol import StoredTensor
+from engine.weights.excerpts import Excerpt, cut, excerpt_of
 from kernels.quant import Index
 from kernels.torch_compat import copy_together
 
@@ -75,12 +76,13 @@ class _Slot:
 
     targets: all that is stored for it, views of the live weights. source: the elements of the full
     tensor that make a run of bytes like those of the one target, () for all of them; None where
-    there is no such run.
+    there is no such run. excerpt: what is read of the full tensor, if it is one block.
     """
 
     targets: tuple[torch.Tensor, ...]
     num_bytes: int
     source: Index | None
+    excerpt: Excerpt | None
 
     @classmethod
     def of(cls, parameter: ShardedParameter, key: str) -> _Slot:
@@ -91,7 +93,8 @@ class _Slot:
         if is_run and parameter.codec.copies(targets[0].dtype):
             whole = tuple(targets[0].shape) == parameter.parts[key].full_shape
             source = () if whole else stored[0][0].source
-        return cls(targets, sum(target.nbytes for target in targets), source)
+        num_bytes = sum(target.nbytes for target in targets)
+        return cls(targets, num_bytes, source, excerpt_of(parameter, key))
 
     def same_bytes(self, full: torch.Tensor) -> torch.Tensor | None:
         """The part of a full tensor that can be copied into the target as one run of bytes."""
@@ -104,6 +107,19 @@ class _Slot:
             return full
         part = full[self.source]
         return part if part.is_contiguous() else None
+
+    def same_elements(self, excerpt: torch.Tensor) -> torch.Tensor | None:
+        """An excerpt that can be copied into the target as it is."""
+        live = self.live(excerpt.dtype)
+        if live is None or excerpt.device != live.device or not excerpt.is_contiguous():
+            return None
+        return excerpt.view(live.shape)
+
+    def live(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """The target, if it is what an excerpt of `dtype` is, element by element in one run."""
+        if self.source is None or self.targets[0].dtype != dtype:
+            return None
+        return self.targets[0]
 
 
 def _ranges(index: Index, shape: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -264,10 +280,32 @@ class Catalog:
         """Bytes that this rank stores for a unit; 0 for one that is not needed."""
         return 0 if name in self._ignored else self._slot(name).num_bytes
 
-    def holds(self, name: str, tensor: torch.Tensor) -> bool:
-        """Whether placing a full tensor would change nothing; waits for the device."""
+    def holds(self, name: str, tensor: torch.Tensor, *, is_excerpt: bool = False) -> bool:
+        """Whether placing a full tensor, or its excerpt, would change nothing; waits for the
+        device."""
         parameter, part = self.target(name)
+        excerpt = self._slot(name).excerpt
+        if is_excerpt:
+            assert excerpt is not None, f"{name} comes whole"
+            return parameter.holds_excerpt(tensor, excerpt.sources, part)
         return parameter.holds(tensor, part, name=name)
+
+    def excerpt(self, name: str, dtype: torch.dtype) -> Excerpt | None:
+        """The block of a unit of `dtype` that this rank reads; None if it has to come whole."""
+        if name in self._ignored:
+            return Excerpt(((0, 0),), ())
+        if name in self._scales or not dtype.is_floating_point:
+            return None
+        return self._slot(name).excerpt
+
+    def cut(self, name: str, full: torch.Tensor) -> torch.Tensor:
+        """The excerpt of a full tensor: a view. The tensor itself if it has to come whole."""
+        excerpt = self.excerpt(name, full.dtype)
+        return full if excerpt is None else cut(full, excerpt)
+
+    def live(self, name: str, dtype: torch.dtype) -> torch.Tensor | None:
+        """The live weights that are an excerpt of `dtype`, element by element in one run."""
+        return None if name in self._ignored else self._slot(name).live(dtype)
 
     def covered(self, names: Iterable[str]) -> set[str]:
         """The units that `names` are names of; of an encoded one, its own name is."""
@@ -291,9 +329,10 @@ class Catalog:
             for parameter, part in self._index.values()
         )
 
-    def place(self, tensors: Mapping[str, torch.Tensor]) -> int:
+    def place(self, tensors: Mapping[str, torch.Tensor], excerpts: Set[str] = frozenset()) -> int:
         """Write this rank's elements of units, in place; return the bytes written. Scales are
         written with the encoded tensors that they are of, which are among `tensors` too.
+        excerpts: those of `tensors` that are what this rank reads, and not full ones.
 
         Those that are runs of the bytes they become are copied by `copy_each`, others written
         by `ShardedParameter.place`. Shapes and dtypes were checked before, and they are detached.
@@ -306,8 +345,11 @@ class Catalog:
                 continue
             slot = self._slot(name)
             num_bytes += slot.num_bytes
-            source = slot.same_bytes(tensor)
-            if source is None:
+            is_excerpt = name in excerpts
+            source = slot.same_elements(tensor) if is_excerpt else slot.same_bytes(tensor)
+            if source is None and is_excerpt:
+                self._place_excerpt(name, tensor)
+            elif source is None:
                 self._place(name, tensor, tensors)
             else:
                 targets.append(slot.targets[0])
@@ -322,6 +364,12 @@ class Catalog:
             parameter.place_encoded(tensor, tensors[scales], part, name=name)
         else:
             parameter.place(tensor, part, name=name)
+
+    def _place_excerpt(self, name: str, tensor: torch.Tensor) -> None:
+        parameter, part = self.target(name)
+        excerpt = self._slot(name).excerpt
+        assert excerpt is not None, f"{name} comes whole"
+        parameter.place_excerpt(tensor, excerpt.sources, part)
 
     def _expanded(self, names: Iterable[str]) -> Iterator[str]:
         """The units of `names`, by their own names."""

@@ -45,7 +45,7 @@ def place(update: OpenUpdate, catalog: Catalog, torn: TornWeights) -> UpdateRepo
         "mixture. Commit it again, or publish a whole version, to serve again",
     )
     update.keep(names, catalog)
-    num_bytes = update.placed_bytes + catalog.place(staged)
+    num_bytes = update.placed_bytes + catalog.place(staged, update.excerpts)
     # The sender may change what it lent, and staged memory goes back, once this returns.
     wait_for(catalog.device)
     return UpdateReport(

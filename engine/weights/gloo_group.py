@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -28,8 +29,11 @@ _POLL_S = 0.00005
 _LONGEST_POLL_S = 0.002
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Ticket:
+    """work: None once the group was dropped. It holds the connection, and whoever caught the error
+    of a transfer holds its frames, tickets included."""
+
     work: Any
     source: int
     tensor: str
@@ -44,34 +48,48 @@ class GlooGroup:
     backend itself needs neither, only the store keys that torch would use.
     """
 
+    lands = False
+
     def __init__(
         self,
+        command: JoinGroup,
+        rank: int,
+        backend: Any,
+        *,
+        store: Store,
+        look: Look = nothing,
+        helpers: Helpers | None = None,
+        sender: int = 0,
+        world_size: int = 0,
+    ) -> None:
+        """backend: what `connect` returns. sender: the rank of the whole group that is rank 0 of
+        this one, where it is of two ranks alone. world_size: that of the command if 0."""
+        self.name = command.name
+        self.look = look
+        self._store = store
+        self._rank = rank
+        self._world_size = world_size or command.world_size
+        self._sender = sender
+        self._helpers = helpers or Helpers()
+        self._queued: list[_Ticket] = []
+        self._group = backend
+
+    @classmethod
+    def meet(
+        cls,
         store: Store,
         command: JoinGroup,
         rank: int,
         deadline: float,
         look: Look = nothing,
         helpers: Helpers | None = None,
-    ) -> None:
-        self.name = command.name
-        self.look = look
-        self._store = store
-        self._rank = rank
-        self._world_size = command.world_size
-        self._helpers = helpers or Helpers()
-        self._queued: list[Any] = []
+    ) -> GlooGroup:
+        """This rank's end, once every rank came."""
         keys = PrefixStore(command.name, store)
         trainer_store.announce_and_await(keys, command, rank, deadline, look)
         backend_keys = PrefixStore(backend_prefix(command.name, "cpu"), keys)
-        timeout = timedelta(seconds=seconds_left(deadline))
-        try:
-            self._group: Any = dist.ProcessGroupGloo(
-                backend_keys, rank, command.world_size, timeout
-            )
-        except RuntimeError as error:
-            if time.monotonic() < deadline:
-                raise trainer_store.store_lost(command, error) from error
-            raise trainer_store.absent_error(command, [0]) from error
+        backend = connect(backend_keys, command, rank, command.world_size, deadline)
+        return cls(command, rank, backend, store=store, look=look, helpers=helpers)
 
     def empty(self, num_bytes: int) -> torch.Tensor:
         """See `Group`. There is room behind it, which costs no memory until something comes
@@ -93,21 +111,42 @@ class GlooGroup:
             work = self._group.broadcast([room], options)
         except RuntimeError as error:
             raise self._broken(source, tensor, deadline, error) from error
-        self._queued = [other for other in self._queued if not other.is_completed()] + [work]
-        return _Ticket(work, source, tensor, buffer, behind)
+        ticket = _Ticket(work, source, tensor, buffer, behind)
+        self._queued = [other for other in self._queued if other.work is not None] + [ticket]
+        return ticket
+
+    def receive(
+        self, messages: Sequence[tuple[torch.Tensor, int]], deadline: float, tensor: str
+    ) -> Any:
+        """See `Group`: `GlooPairs` does."""
+        raise GroupError(
+            f"group {self.name!r} was formed for broadcasts; form it with `senders`", field="group"
+        )
 
     def wait(self, ticket: _Ticket, deadline: float) -> None:
         """See `Group`."""
         pause_s = _POLL_S
-        while not ticket.work.is_completed() and time.monotonic() < deadline:
+        while not self.poll(ticket, deadline):
             self.look()
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_POLL_S)
+
+    def poll(self, ticket: _Ticket, deadline: float) -> bool:
+        """Whether a broadcast is done; raises as `wait` does, which it would not wait in."""
+        work = ticket.work
+        if work is None:
+            raise GroupError(f"group {self.name!r} was dropped", field=ticket.tensor)
+        if not work.is_completed() and time.monotonic() < deadline:
+            return False
         try:
-            ticket.work.wait(timedelta(seconds=seconds_left(deadline)))
+            work.wait(timedelta(seconds=seconds_left(deadline)))
         except RuntimeError as error:
+            # The frames of an error keep nothing of the group.
+            del work
             raise self._broken(ticket.source, ticket.tensor, deadline, error) from error
         self._require_size(ticket)
+        ticket.work = None
+        return True
 
     def is_alive(self) -> bool:
         """See `Group`."""
@@ -116,8 +155,10 @@ class GlooGroup:
     def abort(self) -> bool:
         """See `Group`. Gloo ends no operation before its time, and its group waits for them: one
         that has some left is kept until they ended."""
-        self._queued = [work for work in self._queued if not work.is_completed()]
-        if not self._queued:
+        if all(ticket.work is None or ticket.work.is_completed() for ticket in self._queued):
+            for ticket in self._queued:
+                ticket.work = None
+            self._queued.clear()
             self._group = None
         return not self._queued
 
@@ -139,9 +180,9 @@ class GlooGroup:
 
     def _odd_size(self, ticket: _Ticket, which: str, instead: str) -> GroupError:
         return GroupError(
-            f"rank {ticket.source} of group {self.name!r} sent {which} bytes than the "
-            f"{ticket.buffer.numel()} announced, from {ticket.tensor} on{instead}: announce the "
-            "dtype and shape that are sent, in their order",
+            f"rank {ticket.source + self._sender} of group {self.name!r} sent {which} bytes than "
+            f"the {ticket.buffer.numel()} announced, from {ticket.tensor} on{instead}: announce "
+            "the dtype and shape that are sent, in their order",
             field=ticket.tensor,
         )
 
@@ -149,7 +190,19 @@ class GlooGroup:
         self, source: int, tensor: str, deadline: float, error: RuntimeError
     ) -> WeightUpdateError:
         late = time.monotonic() >= deadline - 0.01
-        return broken(self.name, source, tensor, error, late=late)
+        return broken(self.name, source + self._sender, tensor, error, late=late)
+
+
+def connect(keys: Store, command: JoinGroup, rank: int, size: int, deadline: float) -> Any:
+    """One gloo group of `size` ranks that meet behind `keys`. Raises GroupError if one does not
+    come."""
+    timeout = timedelta(seconds=seconds_left(deadline))
+    try:
+        return dist.ProcessGroupGloo(keys, rank, size, timeout)
+    except RuntimeError as error:
+        if time.monotonic() < deadline:
+            raise trainer_store.store_lost(command, error) from error
+        raise trainer_store.absent_error(command, [0]) from error
 
 
 def _with_room(buffer: torch.Tensor) -> torch.Tensor:

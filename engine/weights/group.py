@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -12,14 +13,17 @@ from engine.weights.lane import Look
 
 
 class Group(Protocol):
-    """Broadcasts from a rank outside this engine. One thread uses it at a time.
+    """Broadcasts from a rank outside this engine, or messages from several. One thread uses it at
+    a time.
 
     look: called now and then while it waits; what it raises ends the wait, and the group
-    cannot be used again.
+    cannot be used again. lands: whether messages may arrive in any memory, live weights included:
+    nothing is written any more once `abort` says so. Else they need memory of `empty`.
     """
 
     name: str
     look: Look
+    lands: bool
 
     def empty(self, num_bytes: int) -> torch.Tensor:
         """Memory that `broadcast` may receive into: uint8 [num_bytes]."""
@@ -33,8 +37,18 @@ class Group(Protocol):
         """
         ...
 
+    def receive(
+        self, messages: Sequence[tuple[torch.Tensor, int]], deadline: float, tensor: str
+    ) -> Any:
+        """Start receiving what ranks send to this one alone, all at once: contiguous memory and
+        the rank whose message it is, those of one rank in the order in which it sends them.
+
+        Of groups with `JoinGroup.senders`. Otherwise like `broadcast`.
+        """
+        ...
+
     def wait(self, ticket: Any, deadline: float) -> None:
-        """Wait on the host until a broadcast is done.
+        """Wait on the host until a broadcast, or all messages of a ticket, are done.
 
         Raises UpdateTimeout past the deadline and GroupError when the group is broken. It
         cannot be used again after either.

@@ -15,6 +15,7 @@ from engine.protocol import JoinGroup
 from engine.protocol.deadlines import capped
 from engine.weights import trainer_store, vllm_group
 from engine.weights.gloo_group import GlooGroup
+from engine.weights.gloo_pairs import GlooPairs
 from engine.weights.group import Group
 from engine.weights.helpers import Helpers, nothing
 from engine.weights.lane import Look
@@ -126,13 +127,13 @@ class Groups:
         with self._lock:
             self._memory[name] = memory
 
-    def leave(self, name: str) -> None:
-        """Drop a group; no error when there is none. What is queued on it is lost."""
+    def leave(self, name: str) -> bool:
+        """Drop a group; no error when there is none. What is queued on it is lost. Whether nothing
+        writes any more into what it was lent."""
         with self._lock:
             known = self._open.pop(name, None)
             memory = self._memory.pop(name, ())
-        if known is not None:
-            self._park(known[1], memory)
+        return known is None or self._park(known[1], memory)
 
     def get(self, name: str) -> Group:
         """The group `name`. Raises GroupError when it was not joined or broke."""
@@ -150,6 +151,11 @@ class Groups:
         self.get(name)
         return self._open[name][0].world_size
 
+    def senders(self, name: str) -> int:
+        """Ranks of the group `name` that send by themselves; 0 of one for broadcasts."""
+        self.get(name)
+        return self._open[name][0].senders
+
     def own_ranks(self, name: str) -> range:
         """Ranks of the group `name` that are this engine's."""
         self.get(name)
@@ -165,10 +171,11 @@ class Groups:
         with self._lock:
             return self._open.get(name)
 
-    def _park(self, group: Group, memory: Sequence[torch.Tensor] = ()) -> None:
-        """Abort a group; keep it, and the memory, while its back end may still use them."""
+    def _park(self, group: Group, memory: Sequence[torch.Tensor] = ()) -> bool:
+        """Abort a group; keep it, and the memory, while its back end may still use them. Whether
+        it uses them no more."""
         if group.abort():
-            return
+            return True
         logger.warning(
             "group %s does not end; it is kept, with %d bytes of memory",
             group.name,
@@ -176,15 +183,22 @@ class Groups:
         )
         with self._lock:
             self._parked.append(_Parked(group, memory))
+        return False
 
     def _check(self, command: JoinGroup) -> None:
         last = command.rank_offset + self._mesh.size - 1
-        if command.rank_offset < 1 or last >= command.world_size:
+        if command.rank_offset < max(1, command.senders) or last >= command.world_size:
+            trainer = f"ranks 0 to {command.senders - 1}" if command.senders > 1 else "rank 0"
             raise GroupError(
                 f"group {command.name!r} has world_size {command.world_size}, and rank_offset "
                 f"{command.rank_offset} puts this engine's {self._mesh.size} rank(s) at "
-                f"{command.rank_offset} to {last}; the trainer is rank 0",
+                f"{command.rank_offset} to {last}; the trainer is {trainer}",
                 field="world_size",
+            )
+        if command.senders and command.rendezvous == "vllm":
+            raise GroupError(
+                f"group {command.name!r} has {command.senders} senders: meet as 'torch' does",
+                field="rendezvous",
             )
         if command.world_size > _MOST_RANKS:
             raise GroupError(
@@ -225,6 +239,8 @@ class Groups:
         if command.rendezvous == "vllm":
             return vllm_group.join(command, rank, self._device, deadline, look, helpers, self._park)
         store = trainer_store.connect(command, deadline, look)
+        if command.backend == "gloo" and command.senders:
+            return GlooPairs(store, command, rank, deadline, look, helpers)
         if command.backend == "gloo":
-            return GlooGroup(store, command, rank, deadline, look, helpers)
+            return GlooGroup.meet(store, command, rank, deadline, look, helpers)
         return NcclGroup.behind_store(store, command, rank, self._device, deadline, look, helpers)

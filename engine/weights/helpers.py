@@ -45,7 +45,7 @@ class Helpers:
         deadline: float,
         look: Look = nothing,
         *,
-        discard: Callable[[Any], None] = lambda _result: None,
+        discard: Callable[[Any], object] = lambda _result: None,
     ) -> T:
         """`run()`, or its error, by `deadline` (of time.monotonic).
 
@@ -79,7 +79,7 @@ class Helpers:
 class _Call(Generic[T]):
     """One call: what it came to, unless it was abandoned."""
 
-    def __init__(self, run: Callable[[], T], discard: Callable[[Any], None]) -> None:
+    def __init__(self, run: Callable[[], T], discard: Callable[[Any], object]) -> None:
         self.ended = threading.Event()
         self._run = run
         self._discard = discard

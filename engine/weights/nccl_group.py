@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +35,8 @@ class NcclGroup:
     unique_id: returns the 128 bytes that rank 0 made, by the deadline given. It is asked for
     at the first broadcast, since torch's process group makes them then.
     """
+
+    lands = True
 
     def __init__(
         self,
@@ -138,6 +140,24 @@ class NcclGroup:
         except (NcclError, TimeoutError) as error:
             raise self._broken(source, tensor, error) from error
         return _Ticket(self._stream.record_event(), source, tensor)
+
+    def receive(
+        self, messages: Sequence[tuple[torch.Tensor, int]], deadline: float, tensor: str
+    ) -> _Ticket:
+        """See `Group`."""
+        sources = [source for _, source in messages]
+        try:
+            comm = self.connect(deadline)
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.device(self._device):
+                comm.exchange(
+                    receives=[(b.data_ptr(), b.nbytes, source) for b, source in messages],
+                    stream=self._stream.cuda_stream,
+                    deadline=deadline,
+                )
+        except (NcclError, TimeoutError) as error:
+            raise self._broken(sources[0] if sources else 0, tensor, error) from error
+        return _Ticket(self._stream.record_event(), sources[0] if sources else 0, tensor)
 
     def wait(self, ticket: _Ticket, deadline: float) -> None:
         """See `Group`."""

@@ -20,8 +20,10 @@ from engine.protocol import (
     JoinGroup,
     LeaveGroup,
     LoadFromDisk,
+    PlanExcerpts,
     PrepareUpdate,
     ReceiveBroadcast,
+    ReceiveExcerpts,
     ReceiveIpc,
     Reply,
 )
@@ -33,6 +35,7 @@ from engine.weights.inspect import WeightInspector
 from engine.weights.ipc import IpcReceiver
 from engine.weights.lane import Crew, Lane, Look, PendingCommand
 from engine.weights.receive import receive_broadcast
+from engine.weights.receive_excerpts import ExcerptReceiver
 from engine.weights.session import UpdateSession
 from engine.weights.sources import disk
 
@@ -62,6 +65,7 @@ class WeightService:
         self.groups = Groups(device, mesh)
         self._lane = Lane(device)
         self._crew = Crew()
+        self._excerpts = ExcerptReceiver(self.session, self.groups)
         self._ipc = IpcReceiver(self.session, device, mesh)
         self._inspector = WeightInspector(self.session, mesh, require_weights)
 
@@ -111,6 +115,10 @@ class WeightService:
                 self.groups.leave(command.name)
             case ReceiveBroadcast():
                 receive_broadcast(self.session, self.groups, command, look)
+            case PlanExcerpts():
+                return Reply(excerpts=[self._excerpts.plan(command)])
+            case ReceiveExcerpts():
+                self._excerpts.receive(command, look)
             case ReceiveIpc():
                 self._ipc.receive(command, look)
             case LoadFromDisk():

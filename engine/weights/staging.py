@@ -53,6 +53,8 @@ class OpenUpdate:
     names: dict[str, torch.dtype] = field(default_factory=dict)
     """Units that came completely, and the dtypes they came in."""
     staged: dict[str, torch.Tensor] = field(default_factory=dict)
+    excerpts: set[str] = field(default_factory=set)
+    """Units of which only what this rank reads came."""
     placed: dict[str, str] = field(default_factory=dict)
     """In-place mode: names by canonical name."""
     origins: dict[str, Origin] = field(default_factory=dict)
@@ -156,6 +158,23 @@ class OpenUpdate:
             self.lent.add(unit)
             self.names[unit] = values.dtype
 
+    def take_units(
+        self,
+        held: Mapping[str, torch.Tensor],
+        live: Mapping[str, torch.Tensor],
+        excerpts: Iterable[str],
+        catalog: Catalog,
+    ) -> None:
+        """Take in units that came complete: in memory that lasts, or in the `live` weights
+        themselves, of which `keep` was told before. excerpts: those of which only what this rank
+        reads came."""
+        self.excerpts.update(excerpts)
+        self._take(held, catalog, lasting=True)
+        for name, tensor in live.items():
+            self.names[name] = tensor.dtype
+            self.placed[catalog.canonical(name)] = name
+            self.placed_bytes += catalog.held_bytes(name)
+
     def keep(self, names: Iterable[str], catalog: Catalog) -> None:
         """Undo mode: copy what is live of tensors, by any of their names, that are to be
         written. Raises OutOfMemory."""
@@ -253,10 +272,10 @@ class OpenUpdate:
                 fresh[canonical] = name
         self.keep(fresh, catalog)
         written = {name: tensors[name] for name in (*fresh.values(), *scales)}
-        self.placed_bytes += catalog.place(written)
+        self.placed_bytes += catalog.place(written, self.excerpts)
         self.placed.update(fresh)
         for name, canonical in twins.items():
-            if not catalog.holds(name, tensors[name]):
+            if not catalog.holds(name, tensors[name], is_excerpt=name in self.excerpts):
                 raise tied_differ(name, self.placed[canonical])
 
 

@@ -139,7 +139,9 @@ def require_bits(
         elif catalog.is_needed(name) and tensor.is_floating_point():
             unread.append((name, tensor, catalog.dtype(name)))
     for canonical, name in update.placed.items() if only is None else ():
-        if not update.is_summed(name) and catalog.is_needed(name):
+        if name in update.peaks:
+            known.append((name, update.peaks[name], update.names[name], catalog.dtype(name)))
+        elif not update.is_summed(name) and catalog.is_needed(name):
             unread += [(name, stored, stored.dtype) for stored in catalog.floats(canonical)]
     scans = sums.scans()
     for name, scanned in scans.items():
@@ -171,25 +173,42 @@ def scan_staged(update: OpenUpdate, catalog: Catalog) -> None:
 
     What comes with a checksum is left to the commit, which is to see what it places.
     """
+    scan(update, catalog, update.staged)
+
+
+def scan(update: OpenUpdate, catalog: Catalog, tensors: Mapping[str, torch.Tensor]) -> None:
+    """The same for some units: `tensors` are what is staged of them, or live and final."""
     by_dtype: dict[tuple[torch.device, torch.dtype], list[str]] = {}
-    for name, tensor in update.staged.items():
+    for name, tensor in tensors.items():
         left = name in update.peaks or update.sum_of(name)[0] is not None
         if not left and catalog.is_needed(name) and tensor.is_floating_point():
             by_dtype.setdefault((tensor.device, tensor.dtype), []).append(name)
     for members in by_dtype.values():
-        found = finite.find_peaks([update.staged[name] for name in members])
+        found = finite.find_peaks([tensors[name] for name in members])
         update.peaks.update(zip(members, found, strict=True))
+
+
+def _cut(
+    name: str, tensor: torch.Tensor | None, update: OpenUpdate, catalog: Catalog
+) -> torch.Tensor | None:
+    """What is staged of a unit, as this rank's excerpt of it."""
+    if tensor is None or name in update.excerpts:
+        return tensor
+    return catalog.cut(name, tensor)
 
 
 def _compare_tied(update: OpenUpdate, catalog: Catalog) -> None:
     for alias, name in catalog.aliases.items():
         one, other = update.staged.get(alias), update.staged.get(name)
+        if (alias in update.excerpts) != (name in update.excerpts):
+            one, other = _cut(alias, one, update, catalog), _cut(name, other, update, catalog)
         if one is not None and other is not None:
             served = catalog.dtype(name)
             differ = not torch.equal(one.to(served), other.to(one.device, served))
         elif name in update.placed and (one is not None or other is not None):
             staged = alias if one is not None else name
-            differ = not catalog.holds(staged, update.staged[staged])
+            is_excerpt = staged in update.excerpts
+            differ = not catalog.holds(staged, update.staged[staged], is_excerpt=is_excerpt)
         else:
             differ = False
         if differ:

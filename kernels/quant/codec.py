@@ -55,6 +55,11 @@ class Codec(Protocol):
         `views` orders it; where the tensor is."""
         ...
 
+    def reads(self, source: Index, shape: tuple[int, ...]) -> Index:
+        """The elements of a full tensor of `shape` that `write` looks at for the elements
+        `source`: those, and what decides how they are stored."""
+        ...
+
     def write(self, targets: Sequence[torch.Tensor], full: torch.Tensor, source: Index) -> None:
         """`encode` into `targets`, which may be on another device."""
         ...
@@ -103,6 +108,10 @@ class Plain:
     def encode(self, full: torch.Tensor, source: Index) -> tuple[torch.Tensor, ...]:
         """See `Codec`."""
         return (full[source].to(self.range_dtype),)
+
+    def reads(self, source: Index, shape: tuple[int, ...]) -> Index:
+        """See `Codec`."""
+        return source
 
     def write(self, targets: Sequence[torch.Tensor], full: torch.Tensor, source: Index) -> None:
         """See `Codec`."""

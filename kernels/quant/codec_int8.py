@@ -39,6 +39,10 @@ class Int8Rows:
         """See `Codec`."""
         return _encode(full[source[:-1]], source[-1])
 
+    def reads(self, source: Index, shape: tuple[int, ...]) -> Index:
+        """See `Codec`: whole rows, whose largest element is their scale."""
+        return *source[:-1], slice(0, shape[-1])
+
     def write(self, targets: Sequence[torch.Tensor], full: torch.Tensor, source: Index) -> None:
         """See `Codec`. Rows travel as they came, and are quantised where they are stored."""
         rows = full[source[:-1]].to(targets[0].device)

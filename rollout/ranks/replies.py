@@ -86,11 +86,15 @@ def merge(replies: Sequence[Reply]) -> Reply:
     weights = [
         replace(report, rank=rank) for rank, reply in enumerate(replies) for report in reply.weights
     ]
+    excerpts = [
+        replace(found, rank=rank) for rank, reply in enumerate(replies) for found in reply.excerpts
+    ]
     return replace(
         replies[0],
         report=_whole(replies),
         memory=[report for reply in replies for report in reply.memory],
         weights=weights,
+        excerpts=excerpts,
         traces=[path for reply in replies for path in reply.traces],
     )
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 
 from engine.errors import SlipstreamError, by_name, of_command
-from engine.protocol import Command, EngineCommand, ErrorInfo, JoinGroup, ReceiveBroadcast, Reply
+from engine.protocol import Command, EngineCommand, ErrorInfo, GroupTransfer, JoinGroup, Reply
 from engine.protocol.deadlines import deadlines
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,6 @@ def reply_deadline_s(command: Command, *, reply_s: float, slow_s: float) -> floa
     """How long the leader may take to answer: `slow_s` for what touches weights or memory, else
     `reply_s`; and for what brings its own deadline what the table of deadlines says, so that its
     typed error comes first."""
-    if isinstance(command, JoinGroup | ReceiveBroadcast):
+    if isinstance(command, JoinGroup | GroupTransfer):
         return max(slow_s, deadlines(command).caller)
     return slow_s if isinstance(command, EngineCommand) else reply_s

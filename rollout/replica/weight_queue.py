@@ -19,7 +19,7 @@ from engine.protocol import (
     BesideSteps,
     Command,
     GroupCommand,
-    ReceiveBroadcast,
+    GroupTransfer,
     Reply,
     TransferCommand,
 )
@@ -185,7 +185,7 @@ class WeightQueue:
 
     def _forms(self, command: TransferCommand) -> bool:
         """Whether the group that a transfer comes by is being joined or left."""
-        if not isinstance(command, ReceiveBroadcast):
+        if not isinstance(command, GroupTransfer):
             return False
         changing = [t.command for t, _ in self._beside if isinstance(t.command, GroupCommand)]
         return any(other.name == command.group for other in changing)

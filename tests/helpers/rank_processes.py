@@ -37,6 +37,7 @@ _IMPORTED = [
     "recipes.trainers.deepspeed",
     "recipes.trainers.fsdp",
     "tests.helpers.sharded_publish",
+    "tests.helpers.doomed_ranks",
     "tests.helpers.source_ranks",
     "tests.helpers.trainer_ranks",
     "tests.helpers.critic_ranks",

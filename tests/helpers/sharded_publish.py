@@ -16,6 +16,7 @@ from engine.protocol import (
     JoinGroup,
     PrepareUpdate,
     ReceiveBroadcast,
+    ReceiveExcerpts,
     TensorPiece,
 )
 from tests.helpers.engines import drain, make_replica, request
@@ -40,7 +41,10 @@ class Stalling(PlainSource):
             yield shard
 
 
-def publish_despite_faults(rank: int, size: int, folder: Path) -> dict[str, Any]:
+RECEIVES = {"excerpts": ReceiveExcerpts, "broadcasts": ReceiveBroadcast}
+
+
+def publish_despite_faults(rank: int, size: int, folder: Path, *, way: Any) -> dict[str, Any]:
     """Updates of two engines between which a rank or an engine fails; what each rank was told,
     how long it took, and what the engines then served."""
     model = tiny_hf("qwen2", seed=9, tie_word_embeddings=True)
@@ -49,7 +53,9 @@ def publish_despite_faults(rank: int, size: int, folder: Path) -> dict[str, Any]
     if rank == 0:
         write_tiny(folder / "model", "qwen2", tie_word_embeddings=True)
         engines = [FaultyTarget(make_replica(folder / "model")) for _ in range(2)]
-    carrier = ShardedCarrier(engines, device=torch.device("cpu"), bucket_bytes=4096, timeout_s=60)
+    carrier = ShardedCarrier(
+        engines, device=torch.device("cpu"), bucket_bytes=4096, timeout_s=60, way=way
+    )
     told: dict[str, Any] = {}
 
     def publish(step: str, version: int) -> None:
@@ -71,7 +77,7 @@ def publish_despite_faults(rank: int, size: int, folder: Path) -> dict[str, Any]
         source.fails = rank == failing
         publish(f"rank {failing} fails", 2)
     source.fails = False
-    fail(1, ReceiveBroadcast)
+    fail(1, RECEIVES[way])
     publish("no receive", 2)
     fail(0, JoinGroup)
     publish("no join", 2)
@@ -97,7 +103,7 @@ def _tokens(replica: Any) -> list[int]:
     return drain(replica)["r"].token_ids.tolist()
 
 
-def publish_some(rank: int, size: int, folder: Path) -> dict[str, Any]:
+def publish_some(rank: int, size: int, folder: Path, *, way: Any) -> dict[str, Any]:
     """Updates that are refused between updates that are not; what each rank was told."""
     model = tiny_hf("qwen2", seed=9, tie_word_embeddings=True)
     source = PlainSource(model, rank=rank, world_size=size)
@@ -106,7 +112,7 @@ def publish_some(rank: int, size: int, folder: Path) -> dict[str, Any]:
         write_tiny(folder / "model", "qwen2", tie_word_embeddings=True)
         replicas.append(make_replica(folder / "model"))
     carrier = ShardedCarrier(
-        replicas, device=torch.device("cpu"), bucket_bytes=4096, timeout_s=20.0
+        replicas, device=torch.device("cpu"), bucket_bytes=4096, timeout_s=20.0, way=way
     )
     told: dict[str, Any] = {}
     for name, version in STEPS:

@@ -21,12 +21,14 @@ from engine.protocol import (
     LeaveGroup,
     LoadFromDisk,
     ReceiveBroadcast,
+    ReceiveExcerpts,
     ReceiveIpc,
     TensorPiece,
     encode,
 )
 from engine.weights import trainer_store
 from engine.weights.service import WeightService
+from tests.helpers.excerpt_senders import Senders, cut_among
 from tests.helpers.peers import until
 from tests.helpers.weight_engines import Tensors, join, pieces, send, split
 from trainer_bridge import process_group
@@ -172,6 +174,54 @@ class GlooGroup:
         self._pool.shutdown()
 
 
+class Excerpts:
+    """What the rank takes of each tensor, planned anew for every update, from a sender's thread.
+    Its ends meet as those of `GlooGroup` do."""
+
+    def __init__(self, rank: WeightService) -> None:
+        self._rank = rank
+        self._world: Senders | None = None
+        self._sent: list[Future[None]] = []
+        self._new: Tensors = {}
+        self._whole = True
+
+    def prepare(self, new: Tensors) -> None:
+        if self._world is None:
+            store = _OwnStore()
+            with (
+                mock.patch.object(process_group, "_listen", lambda *_: store),
+                mock.patch.object(trainer_store, "connect", lambda *_: store),
+            ):
+                self._world = Senders([self._rank], 1)
+        self._new = new
+
+    def receive(self) -> None:
+        assert self._world is not None
+        self._whole = False
+        announced = self._rank.session.require_open("receive").announced.values()
+        self._world.plan(list(announced), cut_among(self._new, 1, by="flat"))
+        self._sent = self._world.sends()
+        self._rank.handle(ReceiveExcerpts(group="g", timeout_s=20.0))
+        self._whole = True
+
+    def recover(self) -> None:
+        if not self._whole:
+            self.close()
+
+    def close(self) -> None:
+        """Leave the group, and end its threads."""
+        self._rank.handle(LeaveGroup(name="g"))
+        if self._world is not None:
+            for end in self._world.ends:
+                end.group.close()
+            until(lambda: self._rank.groups.num_parked == 0)
+            for sent in self._sent:
+                with suppress(WeightUpdateError, AssertionError):
+                    sent.result(30)
+            self._world.close()
+        self._world, self._sent, self._whole = None, [], True
+
+
 class SharedMemoryIpc:
     """A block of POSIX shared memory that is overwritten once the command has answered."""
 
@@ -209,7 +259,7 @@ class SharedMemoryIpc:
             self._block.unlink()
 
 
-NAMES = ("lent", "consumed", "disk", "group", "shm")
+NAMES = ("lent", "consumed", "disk", "group", "excerpts", "summed", "shm")
 
 
 def make(name: str, rank: WeightService, folder: Path) -> Carrier:
@@ -221,5 +271,7 @@ def make(name: str, rank: WeightService, folder: Path) -> Carrier:
             return Disk(rank, folder)
         case "group":
             return GlooGroup(rank)
+        case "excerpts" | "summed":
+            return Excerpts(rank)
         case _:
             return SharedMemoryIpc(rank)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,15 @@ from tests.helpers.sharded_publish import publish_despite_faults, publish_some
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+WAYS = ("excerpts", "broadcasts")
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def told(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("sharded")
-    return run_ranks(publish_some, 2, folder)
+    return run_ranks(partial(publish_some, way=request.param), 2, folder)
 
 
 def test_updates_that_are_allowed_reach_the_engine_from_both_ranks(told) -> None:
@@ -33,10 +39,12 @@ def test_a_refused_begin_is_told_to_every_rank_before_and_after_the_groups_form(
     assert told[1][name].startswith("GroupError: trainer rank 0 failed: UpdateOrder")
 
 
-@pytest.fixture(scope="module")
-def faults(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+@pytest.fixture(scope="module", params=WAYS)
+def faults(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("faults")
-    return run_ranks(publish_despite_faults, 2, folder)
+    return run_ranks(partial(publish_despite_faults, way=request.param), 2, folder)
 
 
 @pytest.mark.parametrize(

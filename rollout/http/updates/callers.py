@@ -14,7 +14,14 @@ from typing import Any, TypeVar
 from fastapi import Request
 
 from engine.errors import SlipstreamError
-from engine.protocol import Command, JoinGroup, LeaveGroup, ReceiveBroadcast, Reply
+from engine.protocol import (
+    Command,
+    JoinGroup,
+    LeaveGroup,
+    ReceiveBroadcast,
+    ReceiveExcerpts,
+    Reply,
+)
 from rollout.http.updates.lifecycle import Lifecycle
 
 logger = logging.getLogger(__name__)
@@ -33,7 +40,7 @@ async def join(lifecycle: Lifecycle, command: JoinGroup, request: Request) -> Re
 
 async def received(
     lifecycle: Lifecycle,
-    command: ReceiveBroadcast,
+    command: ReceiveBroadcast | ReceiveExcerpts,
     request: Request,
     work: Coroutine[Any, Any, T],
 ) -> T:
@@ -48,7 +55,7 @@ async def forward(lifecycle: Lifecycle, command: Command, request: Request) -> R
     match command:
         case JoinGroup():
             return await join(lifecycle, command, request)
-        case ReceiveBroadcast():
+        case ReceiveBroadcast() | ReceiveExcerpts():
             return await received(lifecycle, command, request, lifecycle.forward(command))
         case _:
             return await lifecycle.forward(command)

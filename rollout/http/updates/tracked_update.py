@@ -13,14 +13,16 @@ from engine.protocol import (
     LoadFromDisk,
     PrepareUpdate,
     ReceiveBroadcast,
+    ReceiveExcerpts,
     ReceiveIpc,
 )
 from rollout.replica.command_replies import command_name
 
-Feed = ReceiveBroadcast | ReceiveIpc | LoadFromDisk
+Feed = ReceiveBroadcast | ReceiveExcerpts | ReceiveIpc | LoadFromDisk
 UpdateCommand = (
     BeginUpdate
     | ReceiveBroadcast
+    | ReceiveExcerpts
     | ReceiveIpc
     | LoadFromDisk
     | PrepareUpdate
@@ -54,7 +56,7 @@ def origin_of(command: Feed, peer: str) -> tuple[str, ...]:
     """How tensors came: the carrier, its group, the caller's host. A trainer of several pipeline
     stages has a group a stage, whose names differ in their number only."""
     kind = command_name(command)
-    if isinstance(command, ReceiveBroadcast):
+    if isinstance(command, ReceiveBroadcast | ReceiveExcerpts):
         return kind, command.group.rstrip("0123456789"), peer
     return kind, peer
 
