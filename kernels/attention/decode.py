@@ -28,7 +28,7 @@ from kernels.attention.call import DecodeCall, decode_call
 from kernels.attention.grouped import shared_states
 from kernels.attention.runs import are_many, run_states, takes_runs, takes_whole_runs
 from kernels.attention.tiles import MAX_SPLITS, MIN_SPLIT, SharedTiles, takes_whole_rows
-from kernels.attention.whole import row_height, whole_rows
+from kernels.attention.whole import row_height, stages_of, whole_rows
 from kernels.quant.fp8_kv import KVScales
 
 _TOGETHER = 8
@@ -241,7 +241,7 @@ def _split_rows(call: DecodeCall, run: int = 1) -> None:
             **call.cut,
             M=row_height(call),
             num_warps=4,
-            num_stages=2,
+            num_stages=stages_of(call),
         )
     _decode_merge_kernel[(num_rows, q_THD.shape[1])](
         *parts,
