@@ -20,7 +20,8 @@ class DecodeCall:
     """One decode step of one layer.
 
     inputs: (q, k pages, v pages, their scales or what stands in for them, page table, table rows,
-    query starts). scale: in base 2.
+    query starts); pages of codes are read as pairs where q has 16 bits (`heads.py`), in which their
+    strides are then counted. scale: in base 2.
     strides: of q, of the pages, of the table. shape: constants of the model and the pool.
     cut: how a row's KV is cut. max_kv_len: positions that a row walks at most.
     """
@@ -58,7 +59,9 @@ def decode_call(
     """See `kernels.attention.decode.decode_attention`."""
     num_heads, head_dim = q_THD.shape[1:]
     page_size, num_kv_heads = k_pages_NGKD.shape[1:3]
-    padded_dim = max(triton.next_power_of_2(head_dim), 16)
+    paired = scales is not None and q_THD.element_size() == 2 and head_dim % 2 == 0
+    # Products add up 16 elements at least.
+    padded_dim = max(triton.next_power_of_2(head_dim), 32 if paired else 16)
     wide = q_THD.dtype == torch.float32 or padded_dim > 128
     block = 32 if wide else 128
     rows_R = kv_len_R if table_rows_R is None else table_rows_R
@@ -66,12 +69,14 @@ def decode_call(
     if window is not None:
         longest = min(longest, window + block - 1)
     pages = (k_pages_NGKD, v_pages_NGKD)
+    if paired:
+        pages = (k_pages_NGKD.view(torch.uint16), v_pages_NGKD.view(torch.uint16))
     return DecodeCall(
         inputs=(q_THD, *pages, *(scales or pages), page_table_RP, rows_R, query_start_R1),
         kv_len_R=kv_len_R,
         out_THD=out_THD,
         scale=scale * LOG2_E,
-        strides=(q_THD.stride(0), *k_pages_NGKD.stride()[:3], page_table_RP.stride(0)),
+        strides=(q_THD.stride(0), *pages[0].stride()[:3], page_table_RP.stride(0)),
         shape={
             "U": num_heads // num_kv_heads,
             "D": head_dim,
@@ -79,6 +84,7 @@ def decode_call(
             "G": page_size,
             "B": block,
             "SCALED": scales is not None,
+            "PAIRED": paired,
             "INDIRECT": table_rows_R is not None,
         },
         cut={"SPLITS": MAX_SPLITS, "LEAST": MIN_SPLIT, "WINDOW": window or 0},

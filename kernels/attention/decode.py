@@ -26,9 +26,10 @@ from kernels.attention.blocks import (
 )
 from kernels.attention.call import DecodeCall, decode_call
 from kernels.attention.grouped import shared_states
+from kernels.attention.heads import as_queries, in_order, zeros
 from kernels.attention.runs import are_many, run_states, takes_runs, takes_whole_runs
 from kernels.attention.tiles import MAX_SPLITS, MIN_SPLIT, SharedTiles, takes_whole_rows
-from kernels.attention.whole import row_height, whole_rows
+from kernels.attention.whole import row_height, stages_of, whole_rows
 from kernels.quant.fp8_kv import KVScales
 
 _TOGETHER = 8
@@ -62,6 +63,7 @@ def _decode_split_kernel(
     G: tl.constexpr,
     B: tl.constexpr,
     SCALED: tl.constexpr,
+    PAIRED: tl.constexpr,
     SPLITS: tl.constexpr,
     LEAST: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -85,17 +87,18 @@ def _decode_split_kernel(
     inside_MD = (head_M[:, None] < U) & (dim_D[None, :] < D)
     head_offset_MD = (kv_head * U + head_M[:, None]) * D + dim_D[None, :]
     q_MD = tl.load(q_ptr + query * q_stride_t + head_offset_MD, mask=inside_MD, other=0.0)
+    q, scale_M = as_queries(q_MD, scale, M, DP, PAIRED)
     max_M = tl.full([M], float("-inf"), tl.float32)
     sum_M = tl.zeros([M], tl.float32)
-    acc_MD = tl.zeros([M, DP], tl.float32)
+    acc = zeros(M, DP, PAIRED)
     page_B = load_pages(pages_ptr, begin, end, G, B)
     k_scale_B, v_scale_B = load_scales(
         k_scales_ptr, v_scales_ptr, page_B, begin, end, kv_head, G, B, SCALED
     )
     for block in range(begin, end, B):
         next_B = load_pages(pages_ptr, block + B, end, G, B)
-        max_M, sum_M, acc_MD = block_state(
-            q_MD,
+        max_M, sum_M, acc = block_state(
+            q,
             k_ptr,
             v_ptr,
             page_B,
@@ -107,10 +110,10 @@ def _decode_split_kernel(
             kv_head * kv_stride_k,
             kv_stride_n,
             kv_stride_g,
-            scale,
+            scale_M,
             max_M,
             sum_M,
-            acc_MD,
+            acc,
             False,
             False,
             WINDOW,
@@ -120,6 +123,7 @@ def _decode_split_kernel(
             G,
             B,
             SCALED,
+            PAIRED,
         )
         page_B = next_B
         if SCALED:
@@ -128,7 +132,7 @@ def _decode_split_kernel(
             )
     slot_M = (row * tl.num_programs(1) * U + kv_head * U + head_M) * tl.num_programs(2) + split
     part_offset_MD = slot_M[:, None] * D + dim_D[None, :]
-    tl.store(part_ptr + part_offset_MD, acc_MD, mask=inside_MD)
+    tl.store(part_ptr + part_offset_MD, in_order(acc, PAIRED), mask=inside_MD)
     tl.store(state_ptr + 2 * slot_M, max_M, mask=head_M < U)
     tl.store(state_ptr + 2 * slot_M + 1, sum_M, mask=head_M < U)
 
@@ -241,7 +245,7 @@ def _split_rows(call: DecodeCall, run: int = 1) -> None:
             **call.cut,
             M=row_height(call),
             num_warps=4,
-            num_stages=2,
+            num_stages=stages_of(call),
         )
     _decode_merge_kernel[(num_rows, q_THD.shape[1])](
         *parts,

@@ -17,14 +17,18 @@ import triton.language as tl
 
 from kernels.attention.blocks import (
     block_state,
-    decoded,
     fold_split,
+    load_block,
     load_pages,
     load_scales,
     row_sum,
+    scores,
     split_size,
+    value_shift,
+    weighed,
 )
 from kernels.attention.call import DecodeCall
+from kernels.attention.heads import as_queries, in_order, power_of_two, zeros
 from kernels.attention.tiles import takes_whole_rows
 
 HIGHEST = 64
@@ -50,7 +54,7 @@ _LOWEST = 16
 
 @triton.jit
 def _run_block_state(
-    q_MD: tl.tensor,
+    q: tl.tuple,
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,
     page_B: tl.tensor,
@@ -62,57 +66,60 @@ def _run_block_state(
     head_offset: tl.tensor,
     kv_stride_n: tl.int64,
     kv_stride_g: tl.int64,
-    scale: tl.float32,
+    scale_M: tl.tensor,
     max_M: tl.tensor,
     sum_M: tl.tensor,
-    acc_MD: tl.tensor,
+    acc: tl.tuple,
     M: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
     G: tl.constexpr,
     B: tl.constexpr,
     SCALED: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    PAIRED: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tuple]:
     """`blocks.block_state` for query rows with ends of their own, `stop` at most; a row may have no
     position in the block."""
-    dim_D = tl.arange(0, DP)
     position_B = block + tl.arange(0, B)
     base_B = page_B.to(tl.int64) * kv_stride_n + (position_B % G) * kv_stride_g + head_offset
-    offset_BD = base_B[:, None] + dim_D[None, :]
-    inside_BD = (position_B < stop)[:, None] & (dim_D[None, :] < D)
-    k_BD = tl.load(k_ptr + offset_BD, mask=inside_BD, other=0.0)
-    v_BD = tl.load(v_ptr + offset_BD, mask=inside_BD, other=0.0)
+    k_BW, v_BW = load_block(k_ptr, v_ptr, base_B, position_B < stop, D, DP, PAIRED)
     seen_MB = position_B[None, :] < end_M[:, None]
-    score_MB = tl.dot(q_MD, tl.trans(decoded(k_BD, SCALED, q_MD.dtype)), input_precision="ieee")
+    score_MB = scores(q, k_BW, SCALED, PAIRED)
     if SCALED:
         score_MB = score_MB * k_scale_B.to(tl.float32)[None, :]
     score_MB = tl.where(seen_MB, score_MB, float("-inf"))
-    scale_M, zero_M = tl.full([M], 1.0, tl.float32) * scale, tl.zeros([M], tl.float32)
+    zero_M = tl.zeros([M], tl.float32)
     new_max_M = tl.maximum(max_M, tl.fma(tl.max(score_MB, axis=1), scale_M, zero_M))
     # A row that has seen nothing keeps a sum of 0.
-    base_M = tl.where(new_max_M == float("-inf"), 0.0, new_max_M)
-    scale_MB = tl.full([M, B], 1.0, tl.float32) * scale
-    prob_MB = tl.exp2(tl.fma(score_MB, scale_MB, tl.broadcast_to(-base_M[:, None], [M, B])))
-    block_sum_M = row_sum(prob_MB, M, B)
+    finite_max_M = tl.where(new_max_M == float("-inf"), 0.0, new_max_M)
+    base_M, unshift_M = finite_max_M, zero_M
     # 0 times infinity is NaN: a value that is not finite reaches the rows that see it alone. Of
     # codes it is the scale that is not.
     if SCALED:
         v_scale_B = v_scale_B.to(tl.float32)
         odd_B = v_scale_B != v_scale_B
-        prob_MB = prob_MB * tl.where(odd_B, 0.0, v_scale_B)[None, :]
-    part_MB = prob_MB.to(q_MD.dtype)
-    shrink_M = tl.exp2(max_M - base_M)
-    sum_M = tl.fma(sum_M, shrink_M, block_sum_M)
-    if SCALED:
-        v_BD = decoded(v_BD, SCALED, q_MD.dtype)
+        v_scale_B = tl.where(odd_B, 0.0, v_scale_B)
     else:
-        odd_BD = (v_BD != v_BD) | (tl.abs(v_BD.to(tl.float32)) == float("inf"))
-        odd_B = tl.max(odd_BD.to(tl.int32), axis=1) > 0
-        v_BD = tl.where(odd_BD, 0.0, v_BD).to(v_BD.dtype)
+        odd_BW = (v_BW != v_BW) | (tl.abs(v_BW.to(tl.float32)) == float("inf"))
+        odd_B = tl.max(odd_BW.to(tl.int32), axis=1) > 0
+        v_BW = tl.where(odd_BW, 0.0, v_BW).to(v_BW.dtype)
+    if PAIRED:
+        shift_M = value_shift(tl.max(tl.where(seen_MB, v_scale_B[None, :], 0.0), axis=1))
+        base_M, unshift_M = finite_max_M + shift_M, power_of_two(shift_M)
+    scale_MB = tl.broadcast_to(scale_M[:, None], [M, B])
+    prob_MB = tl.exp2(tl.fma(score_MB, scale_MB, tl.broadcast_to(-base_M[:, None], [M, B])))
+    block_sum_M = row_sum(prob_MB, M, B)
+    if PAIRED:
+        block_sum_M = tl.fma(block_sum_M, unshift_M, zero_M)
+    if SCALED:
+        prob_MB = prob_MB * v_scale_B[None, :]
+    shrink_M = tl.exp2(max_M - finite_max_M)
+    sum_M = tl.fma(sum_M, shrink_M, block_sum_M)
     meets_M = tl.max((seen_MB & odd_B[None, :]).to(tl.int32), axis=1) > 0
     sum_M = tl.where(meets_M, float("nan"), sum_M)
-    acc_MD = tl.dot(part_MB, v_BD, acc_MD * shrink_M[:, None], input_precision="ieee")
-    return new_max_M, sum_M, acc_MD
+    part_MB = prob_MB.to(q[0].dtype)
+    acc = weighed(part_MB, v_BW, unshift_M, shrink_M, acc, M, DP, False, SCALED, PAIRED)
+    return new_max_M, sum_M, acc
 
 
 @triton.jit
@@ -143,6 +150,7 @@ def _run_kernel(
     G: tl.constexpr,
     B: tl.constexpr,
     SCALED: tl.constexpr,
+    PAIRED: tl.constexpr,
     SPLITS: tl.constexpr,
     LEAST: tl.constexpr,
     PARTS: tl.constexpr,
@@ -171,6 +179,7 @@ def _run_kernel(
     inside_D = dim_D[None, :] < D
     q_offset_MD = query_M[:, None] * q_stride_t + head_offset_MD
     q_MD = tl.load(q_ptr + q_offset_MD, mask=live_M[:, None] & inside_D, other=0.0)
+    q, scale_M = as_queries(q_MD, scale, M, DP, PAIRED)
     out_offset_MD = query_M[:, None] * tl.num_programs(1) * U * D + head_offset_MD
     heads = tl.num_programs(1) * U
     slot_M = (row_M * heads + kv_head * U + item_M % U) * tl.num_programs(2) + split
@@ -191,16 +200,16 @@ def _run_kernel(
         )
         max_M = tl.full([M], float("-inf"), tl.float32)
         sum_M = tl.zeros([M], tl.float32)
-        acc_MD = tl.zeros([M, DP], tl.float32)
+        acc = zeros(M, DP, PAIRED)
         run_max_M = tl.full([M], float("-inf"), tl.float32)
         run_sum_M = tl.zeros([M], tl.float32)
-        run_acc_MD = tl.zeros([M, DP], tl.float32)
+        run_acc = zeros(M, DP, PAIRED)
         # Blocks that every row sees whole, then the last one or two.
         whole = tl.maximum(tl.minimum(first_end, stop) // B * B, start)
         for block in range(start, whole, B):
             next_B = load_pages(pages_ptr, block + B, stop, G, B)
-            max_M, sum_M, acc_MD = block_state(
-                q_MD,
+            max_M, sum_M, acc = block_state(
+                q,
                 k_ptr,
                 v_ptr,
                 page_B,
@@ -212,10 +221,10 @@ def _run_kernel(
                 kv_head * kv_stride_k,
                 kv_stride_n,
                 kv_stride_g,
-                scale,
+                scale_M,
                 max_M,
                 sum_M,
-                acc_MD,
+                acc,
                 False,
                 True,
                 0,
@@ -225,6 +234,7 @@ def _run_kernel(
                 G,
                 B,
                 SCALED,
+                PAIRED,
             )
             page_B = next_B
             if SCALED:
@@ -233,15 +243,15 @@ def _run_kernel(
                 )
             ends = ((block + B) % size == 0) | (block + B >= end)
             if not PARTS and ends:
-                run_max_M, run_sum_M, run_acc_MD = fold_split(
-                    run_max_M, run_sum_M, run_acc_MD, max_M, sum_M, acc_MD, M, DP
+                run_max_M, run_sum_M, run_acc = fold_split(
+                    run_max_M, run_sum_M, run_acc, max_M, sum_M, acc, PAIRED
                 )
                 max_M = tl.full([M], float("-inf"), tl.float32)
                 sum_M = tl.zeros([M], tl.float32)
-                acc_MD = tl.zeros([M, DP], tl.float32)
+                acc = zeros(M, DP, PAIRED)
         for block in range(whole, stop, B):
-            max_M, sum_M, acc_MD = _run_block_state(
-                q_MD,
+            max_M, sum_M, acc = _run_block_state(
+                q,
                 k_ptr,
                 v_ptr,
                 page_B,
@@ -253,16 +263,17 @@ def _run_kernel(
                 kv_head * kv_stride_k,
                 kv_stride_n,
                 kv_stride_g,
-                scale,
+                scale_M,
                 max_M,
                 sum_M,
-                acc_MD,
+                acc,
                 M,
                 D,
                 DP,
                 G,
                 B,
                 SCALED,
+                PAIRED,
             )
             page_B = load_pages(pages_ptr, block + B, stop, G, B)
             if SCALED:
@@ -271,19 +282,21 @@ def _run_kernel(
                 )
             ends = ((block + B) % size == 0) | (block + B >= end)
             if not PARTS and ends:
-                run_max_M, run_sum_M, run_acc_MD = fold_split(
-                    run_max_M, run_sum_M, run_acc_MD, max_M, sum_M, acc_MD, M, DP
+                run_max_M, run_sum_M, run_acc = fold_split(
+                    run_max_M, run_sum_M, run_acc, max_M, sum_M, acc, PAIRED
                 )
                 max_M = tl.full([M], float("-inf"), tl.float32)
                 sum_M = tl.zeros([M], tl.float32)
-                acc_MD = tl.zeros([M, DP], tl.float32)
+                acc = zeros(M, DP, PAIRED)
         if PARTS:
             mine_M = active_M & (start < end_M)
-            tl.store(part_ptr + part_offset_MD, acc_MD, mask=mine_M[:, None] & inside_D)
+            tl.store(
+                part_ptr + part_offset_MD, in_order(acc, PAIRED), mask=mine_M[:, None] & inside_D
+            )
             tl.store(state_ptr + 2 * slot_M, max_M, mask=mine_M)
             tl.store(state_ptr + 2 * slot_M + 1, sum_M, mask=mine_M)
         else:
-            out_MD = run_acc_MD / tl.where(run_sum_M == 0.0, 1.0, run_sum_M)[:, None]
+            out_MD = in_order(run_acc, PAIRED) / tl.where(run_sum_M == 0.0, 1.0, run_sum_M)[:, None]
             mine_MD = active_M[:, None] & inside_D
             tl.store(out_ptr + out_offset_MD, out_MD.to(out_ptr.dtype.element_ty), mask=mine_MD)
     # Rows that are not in use get zeros.

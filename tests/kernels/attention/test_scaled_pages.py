@@ -119,8 +119,6 @@ def test_a_row_gets_the_same_alone_and_in_chunks(dtype: torch.dtype) -> None:
 def test_whole_rows_are_bit_equal_to_merged_splits(head_dim: int, dtype: torch.dtype) -> None:
     from kernels.attention.decode import decode_attention
 
-    if triton_device() == "cpu" and dtype == torch.bfloat16:
-        pytest.skip("the interpreter has no bfloat16 dot")
     rows = [(1, kv_len) for kv_len in (1, 127, 128, 129, 700)]
     if triton_device() != "cpu":
         rows += [(1, 4097), (1, 9000)]
@@ -136,10 +134,48 @@ def test_whole_rows_are_bit_equal_to_merged_splits(head_dim: int, dtype: torch.d
 
 
 @pytest.mark.gpu
-def test_tiles_match_the_reference() -> None:
-    batch = make_groups(MIXED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles_match_the_reference(dtype: torch.dtype) -> None:
+    batch = make_groups(MIXED, dtype=dtype)
     got = run(batch, "triton", poisoned=True, shared=batch.tiles)
-    assert_close("grouped", got, run(batch, "torch"), torch.float32)
+    assert_close("grouped", got, run(batch, "torch"), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("exponent", [-90, -30, 30, 100])
+def test_queries_and_values_of_any_magnitude_keep_their_digits(exponent: int) -> None:
+    """Products of float16 have its range; magnitudes that it does not have are taken out first, of
+    each row and of each block by itself."""
+    device, dtype = triton_device(), torch.bfloat16
+    case = make([(1, 300), (1, 40), (1, 129)], (4, 2), 32, 16, dtype, device)
+    factor = 2.0**exponent
+    far = case._replace(v_pages=case.v_pages * factor)
+    got = run(far, "triton").float() / factor
+    assert_close("values", got.to(dtype), run(case, "torch"), dtype)
+    # Queries as many times larger as keys are smaller: the same scores.
+    k = (case.k_pages.float() / factor).to(dtype)
+    far = case._replace(q=(case.q.float() * factor).to(dtype), k_pages=k)
+    assert_close("queries", run(far, "triton"), run(case, "torch"), dtype)
+
+
+@pytest.mark.gpu
+def test_a_large_value_takes_no_digits_from_the_others_of_its_block() -> None:
+    """2**16 times theirs, at a position that its row hardly looks at."""
+    device, dtype = triton_device(), torch.bfloat16
+    case = make([(1, 100), (1, 250)], (4, 2), 32, 16, dtype, device)
+    for row, position in ((0, 7), (1, 200)):
+        page = int(case.table[row, position // 16])
+        case.v_pages[page, position % 16] *= 2**16
+        case.k_pages[page, position % 16] = -6
+    case.q.fill_(1)
+    assert_close("values", run(case, "triton"), run(case, "torch"), dtype)
+
+
+@pytest.mark.gpu
+def test_queries_of_zeros_see_every_position_alike() -> None:
+    case = make([(1, 200)], (4, 2), 32, 16, torch.bfloat16, triton_device())
+    case.q.zero_()
+    assert_close("zeros", run(case, "triton"), run(case, "torch"), torch.bfloat16)
 
 
 @pytest.mark.gpu

@@ -24,9 +24,10 @@ def attend(batch: Batch, run: int, whole: bool | None) -> torch.Tensor:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("whole", [True, False])
-def test_runs_match_rows_alone(whole: bool) -> None:
-    batch = Batch([1, 16, 126, 200], [4, 1, 3, 4], 4, heads=(4, 2), head_dim=64)
+def test_runs_match_rows_alone(whole: bool, dtype: torch.dtype) -> None:
+    batch = Batch([1, 16, 126, 200], [4, 1, 3, 4], 4, heads=(4, 2), head_dim=64, dtype=dtype)
     got = attend(batch, 4, whole)
     torch.testing.assert_close(got, attend(batch, 1, True), atol=2e-3, rtol=2e-3)
 
