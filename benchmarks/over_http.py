@@ -9,7 +9,11 @@ rollout: the workload `group` of `gpu_rollout.py` on random weights, ids and log
     second over those of the replica without a server; not streaming, and streaming every token.
 first: seconds to the first token of one open request, over HTTP and without it.
 
-Every side has a process of its own; sides alternate. On a GPU the sides of `rollout` and `first`
+paced: the same as rollout without a GPU: an engine that takes a fixed time a step, as a GPU does.
+
+Every side has a process of its own; sides alternate. Clients are raw sockets in one process, which
+with 8 cores and more has two of them to itself, and whatever is measured the others; `client_s` is
+its processor time while it measures. On a GPU the sides of `rollout` and `first`
 run one after another, since each needs the whole of it. With `--device cpu` a tiny model shows
 that the script runs, and nothing else.
 """
@@ -18,27 +22,22 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import socket
 import statistics
-import subprocess
-import sys
-import time
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import checkout
+import checkout  # noqa: F401
 import msgspec
 import numpy as np
 import tyro
 from machine import describe
+from over_http_children import FOLDER, Child, Listening, Server
+from process_times import between, seconds_by_role
 
 from engine.config import CacheConfig, EngineConfig, SchedulerConfig
 
-FOLDER = Path(__file__).parent
-Part = Literal["requests", "rollout", "first"]
+Part = Literal["requests", "rollout", "first", "paced"]
 IDS_IN, IDS_OUT = 32, 16
 
 
@@ -64,90 +63,14 @@ class Options:
     """Fronts of the server for the streams of rollout."""
     shorten: int = 1
     """Divide the output lengths of rollout by this, for a quick look."""
+    step_ms: float = 13.0
+    """Milliseconds of a step of paced."""
+    rows: int = 1024
+    """Sequences of paced, 16 of a prompt."""
     cores: int = 2
     """Cores that all processes of requests share."""
     json: Path | None = None
     """Write the figures to this file."""
-
-
-class Child:
-    """A script of this folder that answers one JSON line with another."""
-
-    def __init__(self, script: str, *args: str) -> None:
-        self._child = subprocess.Popen(
-            [sys.executable, str(FOLDER / script), *args],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=checkout.environment(),
-            text=True,
-        )
-
-    def line(self) -> str:
-        """The next line that it prints."""
-        assert self._child.stdout is not None
-        line = self._child.stdout.readline()
-        assert line, f"{self._child.args} ended"
-        return line
-
-    def ask(self, job: dict[str, Any]) -> dict[str, Any]:
-        """One job."""
-        assert self._child.stdin is not None
-        self._child.stdin.write(json.dumps(job) + "\n")
-        self._child.stdin.flush()
-        found: dict[str, Any] = json.loads(self.line())
-        return found
-
-    def close(self) -> None:
-        """End it."""
-        assert self._child.stdin is not None
-        self._child.stdin.close()
-        self._child.terminate()
-        self._child.wait(60)
-
-
-class Listening(Child):
-    """A script that prints where it listens. port: there."""
-
-    def __init__(self, script: str, *args: str) -> None:
-        super().__init__(script, *args)
-        found = re.match(r"port (\d+)", self.line())
-        assert found is not None
-        self.port = int(found.group(1))
-
-
-class Server:
-    """`python -m rollout serve` of the model, in a process of its own."""
-
-    def __init__(self, config: EngineConfig, processes: int) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
-        command = [sys.executable, "-m", "rollout", "serve", "--model", config.model]
-        command += ["--load-format", config.load_format, "--port", str(self.port)]
-        command += ["--device", config.device, "--dtype", config.dtype]
-        command += ["--context-length", str(config.context_length), "--max-waiting", "8192"]
-        command += ["--max-running", str(config.scheduler.max_running)]
-        command += ["--http-processes", str(processes), "--incremental-streaming-output"]
-        if config.cache.memory_bytes is not None:
-            command += ["--kv-memory", str(config.cache.memory_bytes / (1 << 30))]
-        self._child = subprocess.Popen(command, env=checkout.environment())
-        deadline = time.monotonic() + 600
-        while not self._answers():
-            assert self._child.poll() is None, "the server ended"
-            assert time.monotonic() < deadline, "the server did not start"
-            time.sleep(0.2)
-
-    def _answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5) as reply:
-                return bool(reply.status == 200)
-        except OSError:
-            return False
-
-    def close(self) -> None:
-        """End it."""
-        self._child.terminate()
-        self._child.wait(60)
 
 
 def requests_part(options: Options) -> dict[str, Any]:
@@ -255,19 +178,41 @@ def over_http(
     options: Options, config: EngineConfig, sizes: Sizes, *, stream: bool, processes: int
 ) -> list[dict[str, Any]]:
     """The group over HTTP, once for each round, behind one that warms it up."""
-    server, load, found = Server(config, processes), Child("over_http_load.py"), []
+    server = Server(config, processes)
+    try:
+        return groups(options, sizes, server, stream=stream)
+    finally:
+        server.close()
+
+
+def groups(
+    options: Options, sizes: Sizes, server: Server | Listening, *, stream: bool
+) -> list[dict[str, Any]]:
+    """The group over HTTP, once for each round, behind one that warms it up."""
+    load, found = Child("over_http_load.py"), []
     try:
         for number in range(options.rounds + 1):
             short = 1 if number else 16
             max_new = max(sizes.ids_out // short, 4)
             bodies = sizes.bodies(sizes.drawn(sizes.prompts), stream=stream, max_new=max_new)
+            before = seconds_by_role(server.pid)
             measured = load.ask({"do": "at_once", "port": server.port, "bodies": bodies})
-            assert measured["tokens"] == sizes.prompts * sizes.samples * max_new, measured["tokens"]
+            spent = between(before, seconds_by_role(server.pid))
+            tokens = measured["tokens"]
+            assert tokens == sizes.prompts * sizes.samples * max_new, tokens
+            one = {k: v for k, v in measured.items() if k != "first_s"}
+            one |= {
+                "stream": stream,
+                "ms_per_token_of_a_row": 1e3 * measured["seconds"] / max_new,
+                "bytes_per_token_of_all_rows": measured["bytes"] / max_new,
+                "processor_s": spent,
+                "handlers_us_per_token": 1e6 * spent.get("fronts", spent["server"]) / tokens,
+            }
+            print(json.dumps(one if number else {"warm_up": one}), flush=True)
             if number:
-                found.append({k: v for k, v in measured.items() if k != "first_s"})
+                found.append(one)
     finally:
         load.close()
-        server.close()
     return found
 
 
@@ -280,6 +225,8 @@ def inline_group(options: Options, config: EngineConfig, sizes: Sizes) -> list[d
             max_new = max(sizes.ids_out // (1 if number else 16), 4)
             job = {"prompts": sizes.drawn(sizes.prompts), "samples": sizes.samples}
             measured = inline.ask({**job, "max_new": max_new})
+            measured["ms_per_token_of_a_row"] = 1e3 * measured["seconds"] / max_new
+            print(json.dumps({"inline": measured}), flush=True)
             if number:
                 found.append(measured)
     finally:
@@ -307,6 +254,32 @@ def rollout_part(options: Options) -> dict[str, Any]:
         "ratio": rates["http"] / rates["inline"],
         "stream_ratio": rates["stream"] / rates["inline"],
         "frames_per_token": frames,
+        "sides": sides,
+    }
+
+
+def paced_part(options: Options) -> dict[str, Any]:
+    """Tokens a second of the three sides, before an engine that takes a fixed time a step."""
+    sizes = Sizes(options)
+    sizes.prompts, sizes.samples, sizes.ids_in = -(-options.rows // 16), 16, 512
+    sizes.ids_out, sizes.vocab_size = max(1024 // options.shorten, 4), 30_000
+    step, sides = str(options.step_ms), {}
+    ideal_s = sizes.ids_out * options.step_ms / 1e3
+    for side, stream, processes in (
+        ("http", False, options.http_processes),
+        ("stream", True, options.stream_processes),
+    ):
+        server = Listening("over_http_mock.py", "serve", str(processes), step)
+        try:
+            sides[side] = groups(options, sizes, server, stream=stream)
+        finally:
+            server.close()
+    seconds = {
+        side: statistics.median(one["seconds"] for one in each) for side, each in sides.items()
+    }
+    return {
+        "ratio": ideal_s / seconds["http"],
+        "stream_ratio": ideal_s / seconds["stream"],
         "sides": sides,
     }
 
@@ -345,6 +318,8 @@ def table(report: dict[str, Any]) -> str:
         ("requests", "completions_ratio", "the same of /v1/completions", ""),
         ("rollout", "ratio", "tokens/s over those without a server", ">= 0.98"),
         ("rollout", "stream_ratio", "the same, streaming every token", ">= 0.9"),
+        ("paced", "ratio", "tokens/s over those of an engine of fixed steps", ""),
+        ("paced", "stream_ratio", "the same, streaming every token", ""),
         ("first", "more_ms", "ms to the first token, beyond those without", "<= 2"),
     ]
     lines = [
@@ -359,6 +334,7 @@ def main() -> None:
     """Measure what was asked for, print it and save it."""
     options = tyro.cli(Options)
     parts = {"requests": requests_part, "rollout": rollout_part, "first": first_part}
+    parts["paced"] = paced_part
     report: dict[str, Any] = {"machine": describe(), "device": options.device}
     for part in options.only:
         report[part] = parts[part](options)

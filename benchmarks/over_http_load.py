@@ -6,8 +6,8 @@ One job a line on standard input, a JSON object; one line with what came of it o
     again as soon as it has the reply, until there were `count` replies together. Gives the
     seconds, and the seconds that replies took.
 {"do": "at_once", "port", "bodies"}: one POST /generate each, all at once. Gives the seconds from
-    the first to the last byte, the output tokens of the replies, and seconds to each first byte of
-    a body.
+    the first to the last byte, processor time of the client meanwhile, the output tokens of the
+    replies, and seconds to each first byte of a body.
 """
 
 from __future__ import annotations
@@ -141,17 +141,18 @@ async def at_once(job: dict[str, Any]) -> dict[str, Any]:
             done.set_result(None)
 
     connections = await _connect(job["port"], len(requests), replied)
-    start = time.perf_counter()
+    start, busy_s = time.perf_counter(), time.process_time()
     for connection, request in zip(connections, requests, strict=True):
         connection.send(request)
     await asyncio.wait_for(done, _LIMIT_S)
-    seconds = time.perf_counter() - start
+    seconds, busy_s = time.perf_counter() - start, time.process_time() - busy_s
     for connection in connections:
         connection.close()
     tokens = [num_tokens(reply) for reply in replies]
     return {
         "seconds": seconds,
         "tokens": sum(tokens),
+        "client_s": busy_s,
         "bytes": sum(map(len, replies)),
         "frames": sum(reply.count(b"data: {") for reply in replies),
         "first_s": first_s,

@@ -151,7 +151,11 @@ def serve(processes: int, step_ms: float) -> None:
     server.find_tokenizer = lambda model: None
     engine = mock_config(step_ms)
     config = ServeConfig(
-        engine=engine, port=0, http_processes=processes, incremental_streaming_output=True
+        engine=engine,
+        port=0,
+        http_processes=processes,
+        served_model_name="mock",
+        incremental_streaming_output=True,
     )
     server.serve(config, factory="over_http_mock:build")
 

@@ -30,6 +30,7 @@ from engine.protocol.types import (
     StopIds,
     StopString,
     Task,
+    TokenCount,
     TokenIds,
     Version,
 )
@@ -44,7 +45,8 @@ class Request(Struct, frozen=True, kw_only=True, tag="request"):
     group: equal for the samples of one prompt; they are kept adjacent in the batch.
     stop_ids: tokens that end the sequence, the model's EOS ids included unless ignore_eos.
     prompt_logprob_start: first prompt position whose logprob is wanted; -1 for none.
-    stream: outputs are wanted after every step, not only at the end.
+    stream: outputs are wanted while it runs, not only at the end. stream_every: the first at once,
+        and then one for so many tokens.
     kv_policy: what a weight update does to it while it runs. keep: it goes on with the KV the
         old weights computed, which its output records; recompute: its KV is computed again
         by the new weights, its tokens stay; fresh: it starts again from its prompt, so that
@@ -99,6 +101,7 @@ class Request(Struct, frozen=True, kw_only=True, tag="request"):
     top_logprobs: Int32 = 0
     prompt_logprob_start: Int32 = -1
     stream: bool = False
+    stream_every: TokenCount = 1
     kv_policy: KvPolicy = "keep"
     entropy: bool = False
     logprob_ids: TokenIds = msgspec.field(default_factory=list)

@@ -54,6 +54,7 @@ MAX_VALUES = 100_000
 
 # Numbers. Each name says what is counted; the range is that of the narrowest place it reaches.
 Count = Annotated[int, Meta(ge=0, le=INT32_MAX)]
+TokenCount = Annotated[int, Meta(ge=1, le=INT32_MAX)]
 """Tokens, rows, pages: int32 tables."""
 
 Int32 = Annotated[int, Meta(ge=-(2**31), le=INT32_MAX)]

@@ -180,6 +180,7 @@ def head(output: RequestOutput, count: int) -> RequestOutput:
     )
 
 
+_NO_LOGPROB = float("-inf")
 LEAST_LOGPROB = -9999.0
 """What replies show for a token that cannot come, whose logprob is -inf: JSON has no number for
 it, and OpenAI's API documents this one."""
@@ -189,9 +190,12 @@ def finite_logprobs(values: FloatArray) -> list[Any]:
     """float32 of any shape as lists to encode. -inf, which banned tokens have among the likeliest,
     becomes LEAST_LOGPROB, or the least finite of `values` if that is lower, so that the order
     stays."""
+    found: list[Any] = values.tolist()
+    if values.ndim == 1 and _NO_LOGPROB not in found:
+        # As of every token that was sampled.
+        return found
     banned = np.isneginf(values)
     if banned.any():
         least = min(LEAST_LOGPROB, float(values[~banned].min(initial=0.0)))
-        values = np.where(banned, np.float32(least), values)
-    found: list[Any] = values.tolist()
+        found = np.where(banned, np.float32(least), values).tolist()
     return found

@@ -74,7 +74,7 @@ def respond(
     if tokenizer is None:
         text = None
     elif text is None:
-        text = _text_of(request, output, tokenizer, begin)
+        text = text_of(request, output, tokenizer, begin)
     return GenerateResponse(
         text=text,
         output_ids=output.token_ids.tolist(),
@@ -84,7 +84,7 @@ def respond(
     )
 
 
-def _text_of(
+def text_of(
     request: Request, output: RequestOutput, tokenizer: Tokenizer, begin: Seam | None
 ) -> str:
     """The text of a finished sequence from its seam on."""
@@ -177,6 +177,14 @@ class RunningReply:
             prompt_token_ids=request.prompt_ids.tolist() if wire.return_prompt_token_ids else None,
             index=self._index,
         )
+
+
+def token_entries(
+    wire: GenerateRequest, output: RequestOutput, tokenizer: Tokenizer | None
+) -> list[LogprobEntry]:
+    """`output_token_logprobs` of the tokens of one output."""
+    texts = tokenizer if wire.return_text_in_logprobs else None
+    return _entries(output.logprobs, output.token_ids, texts)
 
 
 def _meta_info(
@@ -315,6 +323,8 @@ def _top_entries(
 
 def _pairs(logprobs: list[float], ids: list[int], texts: Tokenizer | None) -> list[LogprobEntry]:
     pairs = zip(logprobs, ids, strict=True)
+    if texts is None:
+        return [[logprob, token_id, None] for logprob, token_id in pairs]
     return [[logprob, token_id, _text(token_id, texts)] for logprob, token_id in pairs]
 
 

@@ -139,6 +139,7 @@ class StreamOutputs:
             first = np.repeat(begin - np.cumsum(sizes) + sizes, sizes)
             at = first + np.arange(len(rows), dtype=np.int32)
         table.emitted[slots] = end
+        table.emit_at[slots] = end + table.stream_every[slots]
         return TokenRows(
             rids=table.rids[slots].tolist(),
             starts=begin - table.prompt_len[slots],
@@ -162,6 +163,7 @@ class StreamOutputs:
             drafts=self._drafts,
             stay=table.spec[slot],
         )
+        table.emit_at[slot] = size + table.stream_every[slot]
         if not self._drafts and _is_plain(sequence):
             table.emitted[slot] = size
             table.rids[slot] = output.rid

@@ -109,6 +109,7 @@ class ResultWriter:
         stopped = (matched >= 0) & ~not_finite
         ended = (stopped | (size >= table.max_tokens[rows.slots])) & ~not_finite
         streaming = table.stream[rows.slots] & ~ended & ~not_finite & (kept > 0)
+        streaming &= size >= table.emit_at[rows.slots]
         return Appended(
             ended=rows.slots[ended],
             matched=np.where(stopped, matched, -1)[ended],

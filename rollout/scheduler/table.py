@@ -39,6 +39,8 @@ class SlotTable:
     emitted: of a stream whose outputs are columns by now (`emit.py`), tokens of prompt and output
         that it has returned; 0 of every other, whose `Sequence` knows. rids, told: what its
         outputs are called and say beside tokens; told: int32 [S, 4], as `TokenRows.counts`.
+    emit_at: `num_tokens` from which a stream that goes on returns what it has. stream_every: tokens
+        between two such.
     masked: whether each of its steps waits for a mask, so that nothing can be drafted for it.
     stop_ids: int32 [S, K], padded with -1; empty in the rows of `many_stops`, the sets of
         those sequences that have more than K.
@@ -67,6 +69,8 @@ class SlotTable:
         self.version = np.zeros(num_slots, np.int64)
         self.stream = np.zeros(num_slots, np.bool_)
         self.emitted = np.zeros(num_slots, np.int32)
+        self.emit_at = np.zeros(num_slots, np.int64)
+        self.stream_every = np.ones(num_slots, np.int64)
         self.rids = np.full(num_slots, "", object)
         self.told = np.zeros((num_slots, 4), np.int32)
         self.num_alternatives = np.zeros(num_slots, np.int32)
@@ -100,7 +104,8 @@ class SlotTable:
         self.group_order[slot] = sequence.group_order
         self.version[slot] = sequence.span_version
         self.stream[slot] = request.stream
-        self.emitted[slot] = 0
+        self.stream_every[slot] = request.stream_every
+        self.emitted[slot] = self.emit_at[slot] = 0
         self.num_alternatives[slot] = numbers.num_alternatives
         self.masked[slot] = request.masked
         self.tokens[slot, :size] = sequence.tokens

@@ -10,9 +10,11 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from engine.protocol import GenerateRequest, GenerateResponse
-from rollout.http.edge.errors import json_response
-from rollout.http.edge.sse import EventStream, answer
+from rollout.http.edge.errors import error_body, json_response
+from rollout.http.edge.sse import DONE, EventForm, EventStream, answer, frame
 from rollout.http.native.generate_call import parse_call, prompt_room
+from rollout.http.native.increments import IncrementWriter
+from rollout.http.native.prepared_reply import PIECE, PreparedReply
 from rollout.http.native.sample import Sample
 from rollout.http.openapi import takes
 from rollout.http.services import Services
@@ -31,7 +33,7 @@ def router(services: Services) -> APIRouter:
         call = await services.generator.parsed(parse_call, data, room)
         samples = await services.generator.samples(call)
         if call.stream:
-            return EventStream(_frames(services, samples))
+            return _stream(services, samples)
         return await _reply(services, samples)
 
     routes.add_api_route(
@@ -47,27 +49,62 @@ async def _reply(services: Services, samples: Sequence[Sample]) -> Response:
     # Encoded as each finishes: a large batch would hold up the event loop at its end.
     replies: dict[int, msgspec.Raw] = {}
     position = {id(sample): number for number, sample in enumerate(samples)}
+    prepared = {id(s): PreparedReply(s) for s in samples if s.come_in_pieces(PIECE)}
     async with aclosing(services.generator.run(samples)) as outputs:
         async for sample, delta in outputs:
-            if delta.finished:
+            written = prepared.get(id(sample))
+            if written is not None:
+                written.add(delta)
+            if not delta.finished:
+                continue
+            if written is not None:
+                reply = _encoded(written.object(), services)
+            else:
                 reply = await services.generator.written(_whole, sample, services)
-                replies[position[id(sample)]] = msgspec.Raw(reply)
+            replies[position[id(sample)]] = msgspec.Raw(reply)
     found = [replies[number] for number in range(len(samples))]
     return json_response(found if samples[0].index is not None else found[0])
 
 
-async def _frames(
+def _stream(services: Services, samples: Sequence[Sample]) -> Response:
+    if services.config.incremental_streaming_output:
+        return EventStream(_increments(services, samples), _WRITTEN)
+    for sample in samples:
+        sample.keep_replies()
+    return EventStream(_replies(services, samples))
+
+
+async def _increments(services: Services, samples: Sequence[Sample]) -> AsyncGenerator[bytes, None]:
+    """Frames, those that came together in one piece."""
+    writers = {id(sample): IncrementWriter(sample, services.labels) for sample in samples}
+    async with aclosing(services.generator.run_together(samples)) as together:
+        async for pairs in together:
+            yield b"".join([writers[id(sample)].frame(delta) for sample, delta in pairs])
+
+
+async def _replies(
     services: Services, samples: Sequence[Sample]
 ) -> AsyncGenerator[dict[str, Any], None]:
-    incremental = services.config.incremental_streaming_output
     async with aclosing(services.generator.run(samples)) as outputs:
-        async for sample, delta in outputs:
-            reply = sample.increment(delta) if incremental else sample.partial()
-            yield _object(services, reply)
+        async for sample, _ in outputs:
+            yield _object(services, sample.partial())
+
+
+def _as_written(value: bytes | dict[str, Any]) -> bytes:
+    return value if isinstance(value, bytes) else frame(value)
+
+
+_WRITTEN = EventForm(frame=_as_written, error=error_body, end=DONE)
+"""A stream whose source yields frames; errors are objects."""
 
 
 def _whole(sample: Sample, services: Services) -> bytes:
-    return msgspec.json.encode(_object(services, sample.response()))
+    return _encoded(to_wire(sample.response()), services)
+
+
+def _encoded(reply: dict[str, Any], services: Services) -> bytes:
+    services.labels.relabel(reply["meta_info"])
+    return msgspec.json.encode(reply)
 
 
 def _object(services: Services, response: GenerateResponse) -> dict[str, Any]:

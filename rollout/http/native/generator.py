@@ -193,6 +193,19 @@ class Generator:
     ) -> AsyncGenerator[tuple[Sample, SampleDelta], None]:
         """Submit the samples and yield what each output added, until all have finished.
 
+        Closed and raising as `run_together`.
+        """
+        async with contextlib.aclosing(self.run_together(samples)) as together:
+            async for pairs in together:
+                for pair in pairs:
+                    yield pair
+
+    async def run_together(
+        self, samples: Sequence[Sample]
+    ) -> AsyncGenerator[list[tuple[Sample, SampleDelta]], None]:
+        """Submit the samples and yield what outputs added, those that came together at once and at
+        most one of a sample, until all have finished.
+
         Whoever iterates closes the generator (`contextlib.aclosing`), which aborts what still
         runs. Raises the typed error of a request that the engine refused, and of one whose
         logits were not finite, after the tokens it had before; EngineDead if the server leaves
@@ -202,6 +215,8 @@ class Generator:
         mailbox = await self.engine.submit_all([sample.request for sample in samples])
         try:
             while open_samples:
+                added: list[tuple[Sample, SampleDelta]] = []
+                failure = None
                 for output in coalesced(await mailbox.take()):
                     sample = open_samples[output.rid]
                     stopped = sample.stop is not None
@@ -214,9 +229,13 @@ class Generator:
                         self._post_stop(sample)
                     failure = _failure(sample)
                     if failure is None or len(delta.output.token_ids):
-                        yield sample, delta
+                        added.append((sample, delta))
                     if failure is not None:
-                        raise failure
+                        break
+                if added:
+                    yield added
+                if failure is not None:
+                    raise failure
         finally:
             self.engine.discard(mailbox)
         leaving = self.engine.leaving

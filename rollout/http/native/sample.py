@@ -18,7 +18,15 @@ from engine.protocol import (
     SamplingParams,
 )
 from rollout.requests.outputs import Gathered, head
-from rollout.requests.respond import RunningReply, Seam, respond, seam
+from rollout.requests.respond import (
+    LogprobEntry,
+    RunningReply,
+    Seam,
+    respond,
+    seam,
+    text_of,
+    token_entries,
+)
 from rollout.scheduler.continued import num_given
 from rollout.text.detokenizer import Detokenizer, StopMatch, TextDelta
 from rollout.text.tokenizer import Tokenizer
@@ -87,11 +95,10 @@ class Sample:
         self._gathered = Gathered(request, self._tap)
         self.request = self._gathered.request
         self._begin = self._begun()
-        self._running = (
-            RunningReply(wire, request, tokenizer, index, self._begin) if stream else None
-        )
+        self._running: RunningReply | None = None
         self._final: RequestOutput | None = None
-        self._num_sent = 0
+        self.num_sent = 0
+        """Output tokens that deltas have brought."""
         self.stop: StopMatch | None = self._gathered.stop
 
     def _begun(self) -> Seam | None:
@@ -101,6 +108,33 @@ class Sample:
         if self._tap is not None:
             self._tap.text = ""
         return seam(self.request, self._tokenizer)
+
+    def come_in_pieces(self, num_tokens: int) -> bool:
+        """Before it is sent: have the engine return so many tokens at a time, if the reply is long
+        and tokens and their logprobs are all that is in it of each; whether it will. A request that
+        may have to start again must not return any."""
+        request = self.request
+        refused = (
+            request.stream,
+            request.output_ids is not None,
+            request.session,
+            request.kv_policy == "fresh",
+            request.task != "generate",
+            request.num_alternatives,
+            request.entropy,
+            request.prompt_logprob_start >= 0,
+            request.sampling.max_new_tokens <= 2 * num_tokens,
+        )
+        if any(refused):
+            return False
+        self.request = msgspec.structs.replace(request, stream=True, stream_every=num_tokens)
+        return True
+
+    def keep_replies(self) -> None:
+        """Before the first output: `partial` will be asked for."""
+        self._running = RunningReply(
+            self.wire, self.request, self._tokenizer, self.index, self._begin
+        )
 
     def take(self, output: RequestOutput) -> SampleDelta:
         """Take the next output. `stop` is set once a stop string has been seen."""
@@ -127,11 +161,25 @@ class Sample:
             begin=self._begin,
         )
 
+    def response_behind(self, count: int) -> GenerateResponse:
+        """`response` without what it has of each of the first `count` tokens. One that comes in
+        pieces."""
+        whole, text = self.output, None
+        if self._tokenizer is not None:
+            text = text_of(self.request, whole, self._tokenizer, self._begin)
+        rest = msgspec.structs.replace(
+            whole,
+            start=whole.start + count,
+            token_ids=whole.token_ids[count:],
+            logprobs=whole.logprobs[count:],
+        )
+        return respond(self.wire, self.request, rest, self._tokenizer, index=self.index, text=text)
+
     def partial(self) -> GenerateResponse:
         """The reply with everything so far; `finish_reason` is null while the sequence runs."""
         if self._final is not None:
             return self.response()
-        assert self._running is not None, "partial replies are those of a stream"
+        assert self._running is not None, "partial replies are kept where `keep_replies` says so"
         return self._running.response(None if self._tap is None else self._text(self._tap.text))
 
     def increment(self, delta: SampleDelta) -> GenerateResponse:
@@ -147,12 +195,16 @@ class Sample:
             # What the tap holds back may yet become part of a stop string.
             text=delta.text,
         )
-        more = {"finish_reason": None, "completion_tokens": self._num_sent}
+        more = {"finish_reason": None, "completion_tokens": self.num_sent}
         meta = {**reply.meta_info, **more}
         if self._final is not None:
             whole = self.response().meta_info
             meta |= {key: whole[key] for key in _AT_THE_END if key in whole}
         return msgspec.structs.replace(reply, meta_info=meta)
+
+    def entries(self, output: RequestOutput) -> list[LogprobEntry]:
+        """What a reply says of the logprob of each token of `output`."""
+        return token_entries(self.wire, output, self._tokenizer)
 
     @property
     def output(self) -> RequestOutput:
@@ -177,7 +229,7 @@ class Sample:
         end = output.start + len(output.token_ids)
         limit = end if self.stop is None else min(end, self.stop.num_tokens)
         new = head(output, max(0, limit - output.start))
-        self._num_sent = max(self._num_sent, limit)
+        self.num_sent = max(self.num_sent, limit)
         if self._running is not None:
             self._running.add(new)
         return new

@@ -111,6 +111,7 @@ def test_what_a_stop_string_cuts_off_a_stream_is_gone_from_every_column(sizes: l
         stream=True,
     )
     sample = Sample(wire, request, tiny_tokenizer(), stream=True)
+    sample.keep_replies()
     increments: list[dict[str, list[object]]] = []
     start = 0
     for size in sizes:

@@ -105,6 +105,8 @@ def frames(
     would sample."""
     (request,) = expand(wire, TOKENIZER, state, 7)
     sample = Sample(with_seed(wire, 7), request, TOKENIZER, stream=stream)
+    if stream:
+        sample.keep_replies()
     found = []
     for said in script(ids, sample.request):
         delta = sample.take(said)

@@ -21,6 +21,9 @@ WANTS: list[dict[str, Any]] = [
     {"top_logprobs": 2},
     {"prompt_logprob_start": 0},
     {"kv_policy": "recompute"},
+    {"stream_every": 3},
+    {"stream_every": 3, "kv_policy": "recompute"},
+    {"stream_every": 2**31 - 1},
     {"stream": False},
 ]
 
@@ -96,27 +99,18 @@ def test_streams_are_columns_from_their_second_output_on() -> None:
     assert [rows.starts.tolist() for rows in bench.columns] == [[i] * 5 for i in range(1, 5)]
 
 
-def test_several_tokens_of_a_row() -> None:
-    """A stream that is returned after more than one token, as behind a step that was not read."""
+def test_a_stream_returns_so_many_tokens_at_once() -> None:
     bench = Recorded()
-    bench.add(*(make_request(f"r{i}", range(5), max_new=9, stream=True) for i in range(2)))
-    for _ in range(3):
-        bench.step()
-    table = bench.scheduler.running.table
-    slot = int(bench.scheduler.running.slots()[0])
-    rid = table.rids[slot]
-    begin = int(table.emitted[slot]) - 1
-    table.emitted[slot] = begin
-    del bench.columns[:]
-    bench.step()
-    (rows,) = bench.columns
-    row = rows.rids.index(rid)
-    assert rows.sizes[row] == 2 and rows.sizes.sum() == 3
-    place = int(rows.sizes[:row].sum())
-    assert rows.starts[row] == begin - table.prompt_len[slot]
-    np.testing.assert_array_equal(
-        rows.token_ids[place : place + 2], table.tokens[slot, begin : begin + 2]
-    )
-    np.testing.assert_array_equal(
-        rows.logprobs[place : place + 2], table.logprobs[slot, begin : begin + 2]
-    )
+    for every in (1, 3):
+        request = make_request(f"r{every}", range(5), max_new=9, stream=True, stream_every=every)
+        bench.add(request)
+    found = bench.run()
+    sizes = {rid: [len(o.token_ids) for o in outputs] for rid, outputs in bench.outputs.items()}
+    # The first comes at once.
+    assert sizes == {"r1": [1] * 9, "r3": [1, 3, 3, 2]}
+    whole = Bench()
+    whole.add(*(make_request(f"r{every}", range(5), max_new=9) for every in (1, 3)))
+    for rid, output in whole.run().items():
+        np.testing.assert_array_equal(found[rid].token_ids, output.token_ids)
+        np.testing.assert_array_equal(found[rid].logprobs, output.logprobs)
+    assert [rows.sizes.tolist() for rows in bench.columns if len(rows.rids) == 2] == [[1, 3]] * 2

@@ -228,7 +228,7 @@ def test_an_increment_makes_its_own_text_alone(monkeypatch: pytest.MonkeyPatch) 
         asked.append(request.rid)
         return text_of(request, *args)
 
-    monkeypatch.setattr(respond, "_text_of", noted)
+    monkeypatch.setattr(respond, "text_of", noted)
     body = {"input_ids": PROMPT, "output_ids": IDS[:4], "sampling_params": SAMPLING, "stream": True}
     body |= {"return_logprob": True, "return_text_in_logprobs": True}
     frames = post(body, incremental_streaming_output=True).text.split("\n\n")[:-2]
