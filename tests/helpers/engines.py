@@ -8,7 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.config import CacheConfig, EngineConfig, KVDType, SchedulerConfig
+from engine.config import (
+    CacheConfig,
+    EngineConfig,
+    KVDType,
+    ParallelConfig,
+    SchedulerConfig,
+)
 from engine.protocol import Request, RequestOutput, SamplingParams
 from rollout.launch import launch
 from rollout.replica.inline import InlineReplica
@@ -29,6 +35,7 @@ def make_replica(
     cuda_graphs: bool = True,
     overlap: bool | None = None,
     kv_dtype: KVDType = "auto",
+    dp_size: int = 1,
 ) -> InlineReplica:
     """An inline replica over the checkpoint at `model`."""
     replica = launch(
@@ -38,6 +45,7 @@ def make_replica(
             device=device,
             context_length=context_length,
             cuda_graphs=cuda_graphs,
+            parallel=ParallelConfig(dp_size=dp_size),
             cache=CacheConfig(
                 num_pages=num_pages,
                 page_size=page_size,

@@ -49,6 +49,14 @@ class WaitingStep:
         return self.queued.result()
 
 
+class BrokenStep:
+    """A launched step that breaks when its result is waited for."""
+
+    def result(self) -> StepResult:
+        """Not an error of ours."""
+        raise ZeroDivisionError("broke late")
+
+
 class Unending:
     """A command beside steps that never ends."""
 
@@ -88,7 +96,7 @@ class FakeRank(FakeExecutor):
         if self._kind == "full" and self._rank == 0:
             raise EngineDead("a rank left", field="ranks")
 
-    def launch(self, plan: StepPlan) -> FakePending | FakeMasked | WaitingStep:
+    def launch(self, plan: StepPlan) -> FakePending | FakeMasked | WaitingStep | BrokenStep:
         """Misbehave, or queue the step. As on a GPU, rank 0 waits for its result only."""
         self._trace.append(f"step {plan.step}")
         if self._kind == "refuse":
@@ -100,6 +108,8 @@ class FakeRank(FakeExecutor):
         if self._kind == "broken" and self._is_bad:
             raise ZeroDivisionError("not an error of ours")
         queued = super().launch(plan)
+        if self._kind == "late" and self._is_bad:
+            return BrokenStep()
         # Copies of the model have no collective that would.
         shared = self._parallel.tp_size > 1
         waits = shared and self._rank == 0 and self._kind in ("leave", "stall", "broken")

@@ -12,6 +12,7 @@ import torch
 from engine.errors import EngineDead, SlipstreamError
 from engine.protocol import (
     BeginUpdate,
+    CheckWeights,
     CommitUpdate,
     JoinGroup,
     PrepareUpdate,
@@ -103,14 +104,15 @@ def _tokens(replica: Any) -> list[int]:
     return drain(replica)["r"].token_ids.tolist()
 
 
-def publish_some(rank: int, size: int, folder: Path, *, way: Any) -> dict[str, Any]:
-    """Updates that are refused between updates that are not; what each rank was told."""
+def publish_some(rank: int, size: int, folder: Path, *, way: Any, copies: int) -> dict[str, Any]:
+    """Updates that are refused between updates that are not; what each rank was told, and what two
+    requests got, one a copy where there are two. copies: of the model, in the engine."""
     model = tiny_hf("qwen2", seed=9, tie_word_embeddings=True)
     source = PlainSource(model, rank=rank, world_size=size)
     replicas = []
     if rank == 0:
         write_tiny(folder / "model", "qwen2", tie_word_embeddings=True)
-        replicas.append(make_replica(folder / "model"))
+        replicas.append(make_replica(folder / "model", dp_size=copies))
     carrier = ShardedCarrier(
         replicas, device=torch.device("cpu"), bucket_bytes=4096, timeout_s=20.0, way=way
     )
@@ -127,8 +129,12 @@ def publish_some(rank: int, size: int, folder: Path, *, way: Any) -> dict[str, A
     carrier.close()
     if replicas:
         replica = replicas[0]
-        replica.submit([request("r", PROMPT, temperature=0.0, max_new_tokens=12)])
-        told["tokens"] = drain(replica)["r"].token_ids.tolist()
+        asked = [request(rid, PROMPT, temperature=0.0, max_new_tokens=12) for rid in "ab"]
+        replica.submit(asked)
+        outputs = drain(replica)
+        told["tokens"] = [outputs[rid].token_ids.tolist() for rid in "ab"]
+        # Raises where copies differ.
+        told["ranks"] = len(replica.send(CheckWeights()).weights)
         ids = torch.tensor([PROMPT])
         with torch.no_grad():
             for _ in range(12):

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, ParallelConfig
 from engine.executor import LocalExecutor
 from engine.parallel.collectives import Collectives
 from engine.parallel.connect import connect
@@ -31,20 +31,25 @@ def on_ranks(tp_size: int, run: Callable[[int], T]) -> list[T]:
 
 
 def with_collectives(
-    tp_size: int, run: Callable[[Mesh, Collectives], T], *, timeout_s: float = 30.0
+    tp_size: int,
+    run: Callable[[Mesh, Collectives], T],
+    *,
+    dp_size: int = 1,
+    timeout_s: float = 30.0,
 ) -> list[T]:
-    """`run` on every rank of a connected gloo group."""
+    """`run` on every rank of a connected gloo group, or of several copies of the model."""
+    parallel = ParallelConfig(tp_size=tp_size, dp_size=dp_size)
     with tempfile.TemporaryDirectory() as folder:
 
         def rank_main(rank: int) -> T:
-            mesh = Mesh(tp_rank=rank, tp_size=tp_size)
+            mesh = Mesh.of(parallel, rank)
             place = str(Path(folder) / "meeting")
             cpu = torch.device("cpu")
             group = connect(mesh, cpu, meeting_place=place, timeout_s=timeout_s)
             with torch.inference_mode():
                 return run(mesh, group)
 
-        return on_ranks(tp_size, rank_main)
+        return on_ranks(parallel.num_ranks, rank_main)
 
 
 @dataclass(frozen=True)

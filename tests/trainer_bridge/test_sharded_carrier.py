@@ -17,18 +17,23 @@ pytestmark = pytest.mark.slow
 WAYS = ("excerpts", "broadcasts")
 
 
-@pytest.fixture(scope="module", params=WAYS)
+@pytest.fixture(
+    scope="module", params=[(way, copies) for way in WAYS for copies in (1, 2)], ids=str
+)
 def told(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("sharded")
-    return run_ranks(partial(publish_some, way=request.param), 2, folder)
+    way, copies = request.param
+    found = run_ranks(partial(publish_some, way=way, copies=copies), 2, folder)
+    assert found[0]["ranks"] == copies
+    return found
 
 
 def test_updates_that_are_allowed_reach_the_engine_from_both_ranks(told) -> None:
     for rank in told:
         assert (rank["first"], rank["second"], rank["third"]) == (1, 2, 3)
-    assert told[0]["tokens"] == told[0]["wanted"]
+    assert told[0]["tokens"] == 2 * [told[0]["wanted"]]
 
 
 @pytest.mark.parametrize("name", ["backwards", "again backwards"])

@@ -1,4 +1,5 @@
-"""A server over two tensor-parallel ranks: replies, an update into both, and a rank that dies."""
+"""A server over two ranks, halves of a model or copies of it: replies, an update into both by a
+trainer that asks how many there are, and a rank that dies."""
 
 import os
 import signal
@@ -35,13 +36,16 @@ def expected(folder: Path) -> list[int]:
         return drain(replica)["r"].token_ids.tolist()
 
 
-def test_two_ranks_serve_update_and_die_as_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flag", ["--tp", "--dp"])
+def test_two_ranks_serve_update_and_die_as_one(tmp_path: Path, flag: str) -> None:
     write_tiny(tmp_path / "old", "qwen3", seed=0)
     write_tiny(tmp_path / "new", "qwen3", seed=5)
-    options = ["--model", str(tmp_path / "old"), "--tp", "2", "--port", "0", "--device", "cpu"]
+    options = ["--model", str(tmp_path / "old"), flag, "2", "--port", "0", "--device", "cpu"]
     options += ["--dtype", "float32", "--kv-memory", "0.02"]
     with ServerProcess(["-m", "rollout", "serve", *options]) as server, server.client() as client:
         assert client.call("/get_world_size") == {"world_size": 2}
+        info = client.call("/server_info")
+        assert (info["num_gpus"], info[f"{flag[2:]}_size"]) == (2, 2)
         assert greedy(client) == expected(tmp_path / "old")
 
         tensors = [(name, p.detach()) for name, p in tiny_hf("qwen3", 5).named_parameters()]
@@ -51,7 +55,9 @@ def test_two_ranks_serve_update_and_die_as_one(tmp_path: Path) -> None:
             client.call("/destroy_weights_update_group", {"group_name": "both"})
         assert greedy(client) == expected(tmp_path / "new")
         checked = client.call("/weights_checker", {"action": "checksum"})
-        assert [rank["parallelism_info"]["tp_rank"] for rank in checked["ranks"]] == [0, 1]
+        places = [rank["parallelism_info"] for rank in checked["ranks"]]
+        assert [place[f"{flag[2:]}_rank"] for place in places] == [0, 1]
+        assert sum(place["tp_rank"] + place["dp_rank"] for place in places) == 1
 
         (leader,) = server.children()
         (rank,) = children(leader)

@@ -37,6 +37,7 @@ from rollout.launch import launch
 from rollout.replica.base import Replica
 from tests.helpers.engines import drain, make_replica, request
 from tests.helpers.tiny_models import write_tiny
+from tests.rollout.ranks.test_ranks import processes
 
 pytestmark = pytest.mark.slow
 
@@ -236,3 +237,21 @@ def test_experts_of_all_ranks_are_refused_by_name(folder: Path) -> None:
     with pytest.raises(UnsupportedOption) as caught:
         launch(config)
     assert caught.value.field == "parallel.ep"
+
+
+@pytest.mark.parametrize("num", [1, 8], ids=["no rows", "rows"])
+def test_a_rank_that_dies_beside_another_of_its_copy_is_named(folder: Path, num: int) -> None:
+    """Where its copy has rows, the other rank's collective fails first, and is not to blame."""
+    with copies_of(folder, 2, 2, "off") as replica:
+        replica.submit(
+            [request(f"r{i}", [5 + i, 6], max_new_tokens=60, ignore_eos=True) for i in range(num)]
+        )
+        for _ in range(5):
+            replica.step()
+        process = processes(replica)[2]
+        process.kill()
+        process.wait()
+        finals = drain(replica)
+        assert {output.finish.error for output in finals.values()} == {"EngineDead"}
+        message = finals["r0"].finish.message
+        assert message.startswith("rank 3 (dp 1, tp 1) (process"), message
