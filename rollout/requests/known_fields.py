@@ -166,6 +166,16 @@ _RESPONSES_UNSERVED = (
     "prompt",
 )
 
+_MESSAGES_UNSERVED = (
+    "compaction",
+    "container",
+    "context_management",
+    "fallbacks",
+    "mcp_servers",
+    "prefill",
+    "thread",
+)
+
 UNSERVED: Mapping[Bodies, Mapping[str, tuple[Any, ...]]] = MappingProxyType(
     {
         "native": dict.fromkeys(_NATIVE_UNSERVED, ()),
@@ -186,7 +196,7 @@ UNSERVED: Mapping[Bodies, Mapping[str, tuple[Any, ...]]] = MappingProxyType(
             "truncation": ("disabled",),
         },
         "messages": {
-            **dict.fromkeys(("container", "context_management", "mcp_servers", "prefill"), ()),
+            **dict.fromkeys(_MESSAGES_UNSERVED, ()),
             "speed": ("standard",),
         },
         "control": dict.fromkeys(("profile_by_stage", "profile_stages", "merge_profiles"), ()),

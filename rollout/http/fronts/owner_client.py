@@ -15,7 +15,8 @@ from rollout.http.edge.sse import ClientGone, until_gone
 from rollout.metrics import FinishedSequence
 
 CALLER = b"x-slipstream-caller"
-"""Header by which a front says whose request it passes on; a client's own is dropped."""
+"""Header by which a front says whose request it passes on, in each that it does; a client's own is
+dropped."""
 REPORT = "/-/front"
 """Where fronts report; no route of the server, and not reached from outside."""
 
@@ -73,9 +74,11 @@ class OwnerClient:
         has_body = _announces_body(scope["headers"])
         request = httpx.Request(
             scope["method"],
-            httpx.URL(scheme="http", host="owner", raw_path=_target(scope)),
+            "http://owner/",
             headers=_headers(scope),
             content=body.parts() if has_body else None,
+            # As it came: a URL of httpx would take "/a/../b" for "/b".
+            extensions={"target": _target(scope)},
         )
         if not has_body:
             body.ended()
@@ -144,6 +147,5 @@ def _headers(scope: Scope) -> list[tuple[bytes, bytes]]:
     dropped = _DROPPED | {CALLER, b"connection", b"expect"}
     headers = [(name, value) for name, value in scope["headers"] if name not in dropped]
     client = scope.get("client")
-    if client is not None:
-        headers.append((CALLER, str(client[0]).encode()))
+    headers.append((CALLER, b"" if client is None else str(client[0]).encode()))
     return headers

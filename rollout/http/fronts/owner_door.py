@@ -27,12 +27,12 @@ class OwnerDoor:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if scope["path"] == REPORT:
+        hosts = [value.decode() for name, value in scope["headers"] if name == CALLER]
+        if scope["path"] == REPORT and not hosts:
             body = await Request(scope, receive).body()
             self._report(msgspec.json.decode(body, type=FrontReport))
             await Response(status_code=204)(scope, receive, send)
             return
-        hosts = [value.decode() for name, value in scope["headers"] if name == CALLER]
         headers = [(name, value) for name, value in scope["headers"] if name != CALLER]
-        client = (hosts[0], 0) if hosts else None
+        client = (hosts[0], 0) if hosts and hosts[0] else None
         await self._app({**scope, "headers": headers, "client": client}, receive, send)

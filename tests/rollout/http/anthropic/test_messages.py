@@ -237,6 +237,26 @@ def test_errors_have_the_form_of_the_dialect(more: dict[str, Any], field: str) -
     run(test)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("thread", {"type": "create"}),
+        ("compaction", {"type": "auto"}),
+        ("fallbacks", [{"model": "other"}]),
+    ],
+)
+def test_what_only_anthropics_server_does_is_known_and_refused(name: str, value: Any) -> None:
+    async def test() -> None:
+        async with serving(**scripted("x")) as server:
+            reply = await server.post("/v1/messages", {**BODY, name: value})
+            assert reply.status_code == 400
+            error = reply.json()["error"]
+            assert error["param"] == name and "not served" in error["message"], error
+            assert (await server.post("/v1/messages", {**BODY, name: None})).status_code == 200
+
+    run(test)
+
+
 def test_errors_of_what_stands_before_the_route() -> None:
     async def test() -> None:
         async with serving(**scripted("x"), api_key="k", max_body_bytes=1000) as server:

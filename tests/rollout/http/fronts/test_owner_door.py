@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import httpx
 import pytest
@@ -188,6 +189,37 @@ def test_a_report_is_no_request(tmp_path: Path) -> None:
             for path in (REPORT, "/-/%66ront"):
                 assert (await here.http.post(path, content=b"{}")).text == "own"
             assert here.reports == [report]
+
+    run(test)
+
+
+@pytest.mark.parametrize("path", ["/a/../-/front", "/a/..", "/./a//b/%2e%2e", "//c/d"])
+def test_a_path_is_passed_on_as_it_is(tmp_path: Path, path: str) -> None:
+    """Whatever it would be for a browser: so it leads to no report either."""
+
+    async def receive() -> Any:
+        if bodies:
+            return {"type": "http.request", "body": bodies.pop(), "more_body": False}
+        return await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            statuses.append(message["status"])
+
+    statuses: list[int] = []
+    bodies = [b"{}"]
+    scope = {"type": "http", "method": "POST", "path": unquote(path), "query_string": b""}
+    scope |= {"raw_path": path.encode(), "headers": [(b"content-length", b"2")], "client": None}
+
+    async def test() -> None:
+        async with setting(tmp_path) as here:
+            await here.client.forward(scope, receive, send)
+            assert statuses == [202]
+            assert here.owner.scope["raw_path"] == path.encode()
+            scope.update(path=REPORT, raw_path=REPORT.encode())
+            bodies.append(b"{}")
+            await here.client.forward(scope, receive, send)
+            assert (statuses, here.reports) == ([202, 202], [])
 
     run(test)
 
