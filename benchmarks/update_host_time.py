@@ -1,8 +1,9 @@
 """Host time of an update of many small tensors: `python benchmarks/update_host_time.py`.
 
 A made-up model of 18,864 tensors of 16 numbers each, the count of a large mixture of experts,
-goes through begin, receive, prepare and commit in every mode, lent, read as it comes, and as
-pieces of a transfer, under the names of its tensors and fused, a layer's in one. Milliseconds of
+goes through begin, receive, prepare and commit in every mode, lent, read as it comes, as pieces of
+a transfer, and as excerpts from two trainer ranks, under the names of its tensors and fused, a
+layer's in one; `plan` is what excerpts cost once, on both sides. Milliseconds of
 each command: what is not proportional to the number of tensors shows here. With --gib G, a second
 table says what reading G GiB of bfloat16 tensors for their checks takes beside placing them: the
 finite check alone, and with checksums.
@@ -27,10 +28,12 @@ from machine import describe
 
 from engine.layers.parameter import ShardedParameter, whole
 from engine.models.full_names import FusedTensor
-from engine.protocol import BeginUpdate, TensorPiece, TensorSpec
+from engine.protocol import BeginUpdate, ReceiveExcerpts, TensorPiece, TensorSpec
 from engine.weights.checksum import Checksums
 from engine.weights.finite import find_unfit
+from engine.weights.receive_excerpts import ExcerptReceiver
 from engine.weights.session import UpdateSession
+from trainer_bridge.excerpt_plan import plan_command, plan_sends
 
 NUM_TENSORS = 18_864
 ELEMENTS = 16
@@ -41,8 +44,9 @@ CASES = [
     (mode, how, naming)
     for naming in NAMINGS
     for mode in ("shadow", "undo", "in_place")
-    for how in ("lent", "read", "pieces")
+    for how in ("lent", "read", "pieces", "excerpts")
 ]
+NUM_SENDERS = 2
 REPEATS = 3
 
 
@@ -97,17 +101,18 @@ def measure(count: int, device: str) -> Iterator[dict[str, Any]]:
         new = {n: torch.ones(size, device=device) for n, size in sizes[naming].items()}
         manifest = [TensorSpec(name, "float32", [len(t)]) for name, t in new.items()]
         pieces = [TensorPiece(name, "float32", [len(t)]) for name, t in new.items()]
+        excerpts, plan_ms = _planned(session, pieces) if how == "excerpts" else (None, 0.0)
         runs = []
         for _ in range(REPEATS):
             version = session.version + 1
             begin = BeginUpdate(version=version, manifest=manifest, mode=mode)  # type: ignore[arg-type]
             times = {
                 "begin": _ms(lambda begin=begin: session.begin(begin)),
-                "receive": _ms(partial(_receive, session, how, new, pieces)),
+                "receive": _ms(partial(_receive, session, how, new, pieces, excerpts)),
                 "prepare": _ms(lambda version=version: session.prepare(version)),
                 "commit": _ms(lambda version=version: session.commit(version)),
             }
-            runs.append({**times, "total": sum(times.values())})
+            runs.append({**times, "total": sum(times.values()), "plan": plan_ms})
         yield {
             "naming": naming,
             "mode": mode,
@@ -116,9 +121,84 @@ def measure(count: int, device: str) -> Iterator[dict[str, Any]]:
         }
 
 
+class _Instant:
+    """A group, and the groups of a rank, whose messages are there as soon as they are asked for,
+    whatever they hold: numbers that are finite."""
+
+    lands = True
+    name = "g"
+    names = ("g",)
+
+    def __init__(self, device: str) -> None:
+        self.look: Any = None
+        self._device = device
+
+    def empty(self, num_bytes: int) -> torch.Tensor:
+        """See `Group`."""
+        return torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
+
+    def receive(self, messages: Any, deadline: float, tensor: str) -> None:
+        """See `Group`."""
+        for buffer, _ in messages:
+            buffer.zero_()
+
+    def wait(self, ticket: None, deadline: float) -> None:
+        """See `Group`."""
+
+    def get(self, name: str) -> _Instant:
+        """See `Groups`."""
+        return self
+
+    def senders(self, name: str) -> int:
+        """See `Groups`."""
+        return NUM_SENDERS
+
+    def lend(self, name: str, memory: Any) -> None:
+        """See `Groups`."""
+
+    def leave(self, name: str) -> bool:
+        """See `Groups`."""
+        return True
+
+
+def _planned(session: UpdateSession, pieces: list[TensorPiece]) -> tuple[ExcerptReceiver, float]:
+    """A receiver with a plan, and the milliseconds that it took on both sides."""
+    groups: Any = _Instant(str(session.device))
+    receiver = ExcerptReceiver(session, groups)
+    begin = BeginUpdate(
+        version=0, manifest=[TensorSpec(piece.name, piece.dtype, piece.shape) for piece in pieces]
+    )
+    held = [
+        [
+            TensorPiece(
+                piece.name,
+                piece.dtype,
+                piece.shape,
+                piece.shape[0] * sender // NUM_SENDERS,
+                piece.shape[0] * (sender + 1) // NUM_SENDERS,
+            )
+            for piece in pieces
+        ]
+        for sender in range(NUM_SENDERS)
+    ]
+
+    def plan() -> None:
+        command = plan_command("g", begin, held, bucket_bytes=256 << 20, timeout_s=60.0)
+        plan_sends(command, 0, [receiver.plan(command)])
+
+    return receiver, _ms(plan)
+
+
 def _receive(
-    session: UpdateSession, how: str, new: dict[str, torch.Tensor], pieces: list[TensorPiece]
+    session: UpdateSession,
+    how: str,
+    new: dict[str, torch.Tensor],
+    pieces: list[TensorPiece],
+    excerpts: ExcerptReceiver | None,
 ) -> None:
+    if excerpts is not None:
+        excerpts.receive(ReceiveExcerpts(group="g"))
+        return
     if how != "pieces":
         session.receive(new.items(), lasting=how == "lent")
         return
@@ -176,7 +256,7 @@ def main() -> int:
     args = parser.parse_args()
     machine = {"machine": describe(), "torch": torch.__version__}
     sys.stdout.write(f"{describe()}, torch {torch.__version__}, {args.tensors} tensors, ms\n")
-    columns = ("begin", "receive", "prepare", "commit", "total")
+    columns = ("begin", "receive", "prepare", "commit", "total", "plan")
     sys.stdout.write(
         f"{'naming':<8}{'mode':<10}{'tensors':<9}" + "".join(f"{c:>9}" for c in columns) + "\n"
     )

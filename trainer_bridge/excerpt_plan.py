@@ -29,24 +29,26 @@ _ALIGNMENT = 256
 @dataclass(frozen=True)
 class Source:
     """Where a part lies: rectangles of share number `share`, its elements counted from its start;
-    `offset` and `num_bytes` of it in its message."""
+    `offset` and `num_bytes` of it in its message. run: its [first, last) elements of the share, if
+    they are one run."""
 
     share: int
     rectangles: tuple[Rectangle, ...]
+    run: tuple[int, int] | None
     offset: int
     num_bytes: int
 
-    def run(self) -> tuple[int, int] | None:
-        """Its [first, last) elements of the share, where they are one run."""
-        if len(self.rectangles) > 1:
+
+def _run(found: tuple[Rectangle, ...]) -> tuple[int, int] | None:
+    if len(found) > 1:
+        return None
+    ((start, sizes, strides),) = found
+    size = 1
+    for length, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        if stride != size and length > 1:
             return None
-        ((start, sizes, strides),) = self.rectangles
-        size = 1
-        for length, stride in zip(reversed(sizes), reversed(strides), strict=True):
-            if stride != size and length > 1:
-                return None
-            size *= length
-        return start, start + size
+        size *= length
+    return start, start + size
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def plan_sends(
 
 
 def _planned(rank: int, message: Message, sources: tuple[Source, ...], offset: int) -> Planned:
-    run = sources[0].run() if len(sources) == 1 else None
+    run = sources[0].run if len(sources) == 1 else None
     return Planned(rank, message.num_bytes, sources, run, offset)
 
 
@@ -176,6 +178,7 @@ class _Shares:
         found = list(rectangles(block, part.start, part.stop))
         at = self._order[bisect_right(self._keys, (part.tensor, found[0].start)) - 1]
         begin = self._shares[at][1]
-        moved = tuple(one._replace(start=one.start - begin) for one in found)
+        moved = tuple(Rectangle(start - begin, sizes, strides) for start, sizes, strides in found)
         item = ITEM_BYTES[self._command.tensors[part.tensor].dtype]
-        return Source(at, moved, part.offset, (part.stop - part.start) * item)
+        num_bytes = (part.stop - part.start) * item
+        return Source(at, moved, _run(moved), part.offset, num_bytes)

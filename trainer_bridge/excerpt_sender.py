@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from engine.errors import ManifestMismatch, SlipstreamError, UpdateTimeout
-from engine.protocol import BUCKET_ALIGNMENT, TensorPiece
+from engine.protocol import BUCKET_ALIGNMENT, TensorPiece, cuts_of
 from kernels.torch_compat import copy_together
 from trainer_bridge.adapters.base import dtype_name
 from trainer_bridge.excerpt_plan import Planned, SendStage, Source
@@ -156,24 +156,43 @@ def _copy(packed: Sequence[tuple[Planned, torch.Tensor]], flats: dict[int, torch
     """Copy the elements of each message into its bytes, small runs together."""
     small: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
     for message, data in packed:
-        for source in message.sources:
-            flat = flats[source.share]
-            target = data[source.offset : source.offset + source.num_bytes].view(flat.dtype)
-            for part, values in _parts(source, flat, target):
+        for source, target in _targets(message, data, flats):
+            for part, values in _parts(source, flats[source.share], target):
                 if values.nbytes >= _SMALL_BYTES or values.device != part.device:
                     part.copy_(values, non_blocking=True)
                     continue
-                targets, sources = small.setdefault(flat.dtype, ([], []))
+                targets, sources = small.setdefault(values.dtype, ([], []))
                 targets.append(part)
                 sources.append(values)
     for targets, sources in small.values():
         copy_together(targets, sources)
 
 
+def _targets(
+    message: Planned, data: torch.Tensor, flats: dict[int, torch.Tensor]
+) -> Iterator[tuple[Source, torch.Tensor]]:
+    """The parts of a message, and where each goes: in one call where all have one dtype."""
+    dtypes = {flats[source.share].dtype for source in message.sources}
+    if len(dtypes) == 1:
+        (dtype,) = dtypes
+        spans = ((source.offset, source.num_bytes) for source in message.sources)
+        sizes, picks = cuts_of(spans, dtype.itemsize)
+        runs = data.view(dtype).split_with_sizes(sizes)
+        yield from zip(message.sources, (runs[pick] for pick in picks), strict=True)
+        return
+    for source in message.sources:
+        target = data[source.offset : source.offset + source.num_bytes]
+        yield source, target.view(flats[source.share].dtype)
+
+
 def _parts(
     source: Source, flat: torch.Tensor, target: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Where each rectangle goes, and its values: of one shape."""
+    if source.run is not None:
+        first, last = source.run
+        yield target, flat if last - first == flat.numel() else flat[first:last]
+        return
     begin = 0
     for start, sizes, strides in source.rectangles:
         values = flat.as_strided(sizes, strides, flat.storage_offset() + start)

@@ -160,19 +160,35 @@ def _messages(plan: PlanExcerpts, runs: Iterable[Part]) -> tuple[Message, ...]:
     alone: list[Message] = []
     small: list[Part] = []
     end = 0
-    for run in runs:
-        item = ITEM_BYTES[plan.tensors[run.tensor].dtype]
-        step = BUCKET_ALIGNMENT // item
-        first, last = -(-run.start // step) * step, run.stop // step * step
-        rest = [(run.start, run.stop)]
-        if (last - first) * item >= plan.direct_bytes:
-            part = run._replace(start=first, stop=last)
-            alone.append(Message((part,), (last - first) * item))
-            rest = [(run.start, first), (last, run.stop)]
-        for start, stop in rest:
-            if start < stop:
+    for tensor, block, start, stop, _ in runs:
+        item = ITEM_BYTES[plan.tensors[tensor].dtype]
+        rest = [(start, stop)]
+        if (stop - start) * item >= plan.direct_bytes:
+            step = BUCKET_ALIGNMENT // item
+            first, last = -(-start // step) * step, stop // step * step
+            if (last - first) * item >= plan.direct_bytes:
+                part = Part(tensor, block, first, last, 0)
+                alone.append(Message((part,), (last - first) * item))
+                rest = [(start, first), (last, stop)]
+        for head, tail in rest:
+            if head < tail:
                 offset = -(-end // BUCKET_ALIGNMENT) * BUCKET_ALIGNMENT
-                small.append(run._replace(start=start, stop=stop, offset=offset))
-                end = offset + (stop - start) * item
+                small.append(Part(tensor, block, head, tail, offset))
+                end = offset + (tail - head) * item
     packed = (Message(tuple(small), end),) if small else ()
     return (*alone, *packed)
+
+
+def cuts_of(spans: Iterable[tuple[int, int]], item: int) -> tuple[list[int], list[int]]:
+    """How to cut a message of elements of `item` bytes: the sizes of its runs, gaps included, and
+    which of them are the parts. spans: (offset, bytes) of those, in order."""
+    sizes: list[int] = []
+    picks: list[int] = []
+    end = 0
+    for offset, num_bytes in spans:
+        if offset > end:
+            sizes.append((offset - end) // item)
+        picks.append(len(sizes))
+        sizes.append(num_bytes // item)
+        end = offset + num_bytes
+    return sizes, picks

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,10 +14,12 @@ from engine.protocol import (
     Block,
     Blocks,
     Message,
+    Part,
     PlanExcerpts,
     RankExcerpts,
     TensorPiece,
     TensorSpec,
+    cuts_of,
     pair_stages,
 )
 from engine.weights import verify
@@ -32,21 +34,42 @@ from engine.weights.units import Origin
 class PlannedUnit:
     """A unit as this rank receives it.
 
-    shape: of what comes, its excerpt or all of it. origin: the fused tensor that it is part of.
-    alone: whether the update brings its parameter's part under this name only.
+    shape, size: of what comes, its excerpt or all of it. origin: the fused tensor that it is part
+    of. alone: whether the update brings its parameter's part under this name only.
     """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    size: int
     is_excerpt: bool
     origin: Origin | None
     alone: bool
 
-    @property
-    def size(self) -> int:
-        """Elements that come."""
-        return math.prod(self.shape)
+
+@dataclass(frozen=True)
+class PlannedMessage:
+    """A message from trainer rank `source`. dtype: of all its parts, which `sizes` and `picks` cut
+    it into (`cuts_of`); None where they differ."""
+
+    source: int
+    num_bytes: int
+    parts: tuple[Part, ...]
+    dtype: torch.dtype | None
+    sizes: list[int]
+    picks: list[int]
+
+    def cut(self, buffer: torch.Tensor, dtypes: Sequence[torch.dtype]) -> list[torch.Tensor]:
+        """The elements of each part; dtypes: of the tensors by their number."""
+        if self.dtype is not None:
+            runs = buffer.view(self.dtype).split_with_sizes(self.sizes)
+            return [runs[pick] for pick in self.picks]
+        found = []
+        for part in self.parts:
+            dtype = dtypes[part.tensor]
+            end = part.offset + (part.stop - part.start) * dtype.itemsize
+            found.append(buffer[part.offset : end].view(dtype))
+        return found
 
 
 @dataclass(frozen=True)
@@ -54,14 +77,14 @@ class PlannedStage:
     """Tensors that come together.
 
     units: of each of them by its number, those of which something comes, in the order of its
-    blocks. absent: those of which this rank needs nothing. messages: with the trainer ranks that
-    send them, in their order.
+    blocks. absent: those of which this rank needs nothing. messages: those of one trainer rank in
+    the order in which it sends them.
     """
 
     first_name: str
     units: dict[int, list[PlannedUnit]]
     absent: list[PlannedUnit]
-    messages: list[tuple[int, Message]]
+    messages: list[PlannedMessage]
 
 
 @dataclass(frozen=True)
@@ -70,7 +93,8 @@ class ExcerptPlan:
 
     command: PlanExcerpts
     needs: RankExcerpts
-    stages: list[PlannedStage] = field(default_factory=list)
+    stages: list[PlannedStage]
+    dtypes: list[torch.dtype]
 
     @property
     def tensors(self) -> Sequence[TensorPiece]:
@@ -88,6 +112,7 @@ def plan_excerpts(command: PlanExcerpts, catalog: Catalog) -> ExcerptPlan:
     needs = RankExcerpts(tensors=[blocks for _, blocks in planned])
     units = _named_alone([units for units, _ in planned], catalog)
     pairs = [pair_stages(command, sender, needs) for sender in range(len(command.shares))]
+    dtypes = [torch_dtype(piece.dtype, piece.name) for piece in command.tensors]
     stages = []
     for same in zip(*pairs, strict=True):
         first, last = same[0].first, same[0].last
@@ -98,11 +123,22 @@ def plan_excerpts(command: PlanExcerpts, catalog: Catalog) -> ExcerptPlan:
                 units={n: [unit for unit in units[n] if unit.size] for n in numbers},
                 absent=[unit for n in numbers for unit in units[n] if not unit.size],
                 messages=[
-                    (s, message) for s, stage in enumerate(same) for message in stage.messages
+                    _message(sender, message, dtypes)
+                    for sender, stage in enumerate(same)
+                    for message in stage.messages
                 ],
             )
         )
-    return ExcerptPlan(command, needs, stages)
+    return ExcerptPlan(command, needs, stages, dtypes)
+
+
+def _message(source: int, message: Message, dtypes: Sequence[torch.dtype]) -> PlannedMessage:
+    found = {dtypes[part.tensor] for part in message.parts}
+    dtype = found.pop() if len(found) == 1 else None
+    item = 1 if dtype is None else dtype.itemsize
+    spans = ((part.offset, (part.stop - part.start) * item) for part in message.parts)
+    sizes, picks = ([], []) if dtype is None else cuts_of(spans, item)
+    return PlannedMessage(source, message.num_bytes, message.parts, dtype, sizes, picks)
 
 
 def _tensor(
@@ -120,7 +156,8 @@ def _tensor(
         ranges = tuple((0, size) for size in full) if excerpt is None else excerpt.ranges
         shape = tuple(last - first for first, last in ranges)
         origin = Origin(piece.name, begin) if catalog.is_fused(piece.name) else None
-        unit = PlannedUnit(name, dtype, shape, excerpt is not None, origin, True)
+        size = math.prod(shape)
+        unit = PlannedUnit(name, dtype, shape, size, excerpt is not None, origin, True)
         units.append(unit)
         if unit.size:
             blocks.append(block_of(ranges, full, begin))
@@ -135,10 +172,8 @@ def _named_alone(units: list[list[PlannedUnit]], catalog: Catalog) -> list[list[
         return units
     return [
         [
-            PlannedUnit(u.name, u.dtype, u.shape, u.is_excerpt, u.origin, False)
-            if times[catalog.canonical(u.name)] > 1
-            else u
-            for u in some
+            replace(unit, alone=False) if times[catalog.canonical(unit.name)] > 1 else unit
+            for unit in some
         ]
         for some in units
     ]

@@ -47,11 +47,21 @@ class _Parked:
         threading.Thread(target=self._outlast, name="weights-parked", daemon=True).start()
 
     def ended(self) -> bool:
-        """Whether the back end has let go."""
-        with self._lock:
+        """Whether the back end has let go; False while it is being asked to."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
             return self._group.abort()
+        finally:
+            self._lock.release()
 
     def _outlast(self) -> None:
+        with self._lock:
+            ended = self._group.abort()
+        if not ended:
+            num_bytes = sum(tensor.nbytes for tensor in self.memory)
+            name = self._group.name
+            logger.warning("group %s does not end; it is kept, with %d bytes", name, num_bytes)
         while not self.ended():
             time.sleep(_OUTLAST_S)
 
@@ -130,10 +140,21 @@ class Groups:
     def leave(self, name: str) -> bool:
         """Drop a group; no error when there is none. What is queued on it is lost. Whether nothing
         writes any more into what it was lent."""
-        with self._lock:
-            known = self._open.pop(name, None)
-            memory = self._memory.pop(name, ())
+        known, memory = self._pop(name)
         return known is None or self._park(known[1], memory)
+
+    def drop(self, name: str) -> None:
+        """`leave` a group that nothing is queued on, without waiting for its back end: NCCL takes
+        up to a second to free a communicator."""
+        known, memory = self._pop(name)
+        if known is not None:
+            parked = _Parked(known[1], memory)
+            with self._lock:
+                self._parked.append(parked)
+
+    def _pop(self, name: str) -> tuple[tuple[JoinGroup, Group] | None, Sequence[torch.Tensor]]:
+        with self._lock:
+            return self._open.pop(name, None), self._memory.pop(name, ())
 
     def get(self, name: str) -> Group:
         """The group `name`. Raises GroupError when it was not joined or broke."""
@@ -176,13 +197,9 @@ class Groups:
         it uses them no more."""
         if group.abort():
             return True
-        logger.warning(
-            "group %s does not end; it is kept, with %d bytes of memory",
-            group.name,
-            sum(tensor.nbytes for tensor in memory),
-        )
+        parked = _Parked(group, memory)
         with self._lock:
-            self._parked.append(_Parked(group, memory))
+            self._parked.append(parked)
         return False
 
     def _check(self, command: JoinGroup) -> None:

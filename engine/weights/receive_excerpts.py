@@ -9,18 +9,23 @@ are packed, and copied from their message.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from engine.errors import GroupError, ManifestMismatch, SlipstreamError
-from engine.protocol import BUCKET_ALIGNMENT, Message, PlanExcerpts, RankExcerpts, ReceiveExcerpts
+from engine.protocol import BUCKET_ALIGNMENT, PlanExcerpts, RankExcerpts, ReceiveExcerpts
 from engine.protocol.deadlines import capped
 from engine.weights import verify
 from engine.weights.catalog import copy_each
-from engine.weights.excerpt_plan import ExcerptPlan, PlannedStage, PlannedUnit, plan_excerpts
+from engine.weights.excerpt_plan import (
+    ExcerptPlan,
+    PlannedMessage,
+    PlannedStage,
+    PlannedUnit,
+    plan_excerpts,
+)
 from engine.weights.group import Group
 from engine.weights.groups import Groups
 from engine.weights.helpers import nothing
@@ -29,19 +34,28 @@ from engine.weights.session import UpdateSession
 
 _IN_FLIGHT = 2
 
+_ALIGNMENT = 256
+
 Units = list[tuple[PlannedUnit, torch.Tensor]]
+Place = tuple[int, int]
+Sinks = dict[Place, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class _Arrival:
-    """A stage on its way. sinks: where the elements of each unit belong, flat, by the number of
-    its tensor and its block. scattered: messages that arrive elsewhere, and where."""
+    """A stage on its way.
+
+    sinks: where the elements of each unit belong, flat, by the number of its tensor and its block.
+    live: those that are live weights. scattered: messages that arrive elsewhere, and where. memory:
+    what messages write to, beside live weights.
+    """
 
     stage: PlannedStage
     ticket: Any
-    sinks: dict[tuple[int, int], torch.Tensor]
-    scattered: list[tuple[Message, torch.Tensor]]
-    live: set[tuple[int, int]]
+    sinks: Sinks
+    live: frozenset[Place]
+    scattered: list[tuple[PlannedMessage, torch.Tensor]]
+    memory: list[torch.Tensor]
 
 
 class ExcerptReceiver:
@@ -92,8 +106,8 @@ class ExcerptReceiver:
                 group = self._groups.get(command.group)
                 group.look = look
                 self._groups.lend(command.group, memory)
-                transfer = _Transfer(session, group, memory, command.timeout_s)
-                transfer.run(plan)
+                transfer = _Transfer(session, group, plan, memory, command.timeout_s)
+                transfer.run()
                 group.look = nothing
                 self._groups.lend(command.group, ())
                 done = True
@@ -133,20 +147,26 @@ class _Transfer:
     may."""
 
     def __init__(
-        self, session: UpdateSession, group: Group, memory: list[torch.Tensor], timeout_s: float
+        self,
+        session: UpdateSession,
+        group: Group,
+        plan: ExcerptPlan,
+        memory: list[torch.Tensor],
+        timeout_s: float,
     ) -> None:
         self._session = session
         self._catalog = session.catalog
         self._update = session.require_open("receive")
         self._group = group
+        self._plan = plan
         self._memory = memory
         self._deadline = session.deadline(capped(timeout_s))
         self._in_flight: deque[_Arrival] = deque()
         self._wrote_live = False
 
-    def run(self, plan: ExcerptPlan) -> None:
+    def run(self) -> None:
         """Receive every stage, and take it in."""
-        for stage in plan.stages:
+        for stage in self._plan.stages:
             if len(self._in_flight) == _IN_FLIGHT:
                 self._take_in(self._in_flight.popleft())
             self._in_flight.append(self._begin(stage))
@@ -161,31 +181,47 @@ class _Transfer:
 
     def _begin(self, stage: PlannedStage) -> _Arrival:
         """Have the messages of a stage come."""
-        sinks: dict[tuple[int, int], torch.Tensor] = {}
-        live: dict[tuple[int, int], str] = {}
-        for number, units in stage.units.items():
-            for place, unit in enumerate(units):
-                sink = self._live(unit)
-                if sink is None:
-                    sink = torch.empty(unit.size, dtype=unit.dtype, device=self._catalog.device)
-                else:
-                    live[number, place] = unit.name
-                sinks[number, place] = sink
-        if live:
-            self._update.keep(live.values(), self._catalog)
-            self._wrote_live = True
+        sinks, live, memory = self._sinks_of(stage)
         coming: list[tuple[torch.Tensor, int]] = []
-        scattered: list[tuple[Message, torch.Tensor]] = []
-        for source, message in stage.messages:
+        scattered: list[tuple[PlannedMessage, torch.Tensor]] = []
+        for message in stage.messages:
             buffer = self._in_place(message, sinks)
             if buffer is None:
                 buffer = self._group.empty(message.num_bytes)
                 scattered.append((message, buffer))
-            coming.append((buffer, source))
-        arriving = [tensor for other in self._in_flight for tensor in _memory_of(other)]
-        self._memory[:] = [*arriving, *sinks.values(), *(buffer for buffer, _ in coming)]
+                memory.append(buffer)
+            coming.append((buffer, message.source))
+        arriving = [tensor for other in self._in_flight for tensor in other.memory]
+        self._memory[:] = [*arriving, *memory]
         ticket = self._group.receive(coming, self._deadline, stage.first_name)
-        return _Arrival(stage, ticket, sinks, scattered, set(live))
+        return _Arrival(stage, ticket, sinks, live, scattered, memory)
+
+    def _sinks_of(self, stage: PlannedStage) -> tuple[Sinks, frozenset[Place], list[torch.Tensor]]:
+        """Where the units of a stage go, which of those are live weights, and memory for the
+        others: one piece for all of a dtype, since there may be thousands."""
+        sinks: Sinks = {}
+        live: dict[Place, str] = {}
+        others: dict[torch.dtype, list[tuple[Place, int]]] = {}
+        for number, units in stage.units.items():
+            for block, unit in enumerate(units):
+                sink = self._live(unit)
+                if sink is None:
+                    others.setdefault(unit.dtype, []).append(((number, block), unit.size))
+                else:
+                    live[number, block] = unit.name
+                    sinks[number, block] = sink
+        if live:
+            self._update.keep(live.values(), self._catalog)
+            self._wrote_live = True
+        memory = []
+        for dtype, places in others.items():
+            step = _ALIGNMENT // dtype.itemsize
+            padded = [-(-size // step) * step for _, size in places]
+            memory.append(torch.empty(sum(padded), dtype=dtype, device=self._catalog.device))
+            cut = memory[-1].split_with_sizes(padded)
+            for (place, size), room, run in zip(places, padded, cut, strict=True):
+                sinks[place] = run if room == size else run[:size]
+        return sinks, frozenset(live), memory
 
     def _live(self, unit: PlannedUnit) -> torch.Tensor | None:
         """The live weights, flat, where a unit can be received there."""
@@ -196,9 +232,7 @@ class _Transfer:
             return None
         return target.view(-1)
 
-    def _in_place(
-        self, message: Message, sinks: dict[tuple[int, int], torch.Tensor]
-    ) -> torch.Tensor | None:
+    def _in_place(self, message: PlannedMessage, sinks: Sinks) -> torch.Tensor | None:
         """The bytes that a message is of, where it can be received there."""
         if not self._group.lands or len(message.parts) > 1:
             return None
@@ -211,13 +245,13 @@ class _Transfer:
         targets: list[torch.Tensor] = []
         sources: list[torch.Tensor] = []
         for message, buffer in arrival.scattered:
-            for part in message.parts:
-                sink = arrival.sinks[part.tensor, part.block][part.start : part.stop]
-                end = part.offset + sink.nbytes
-                targets.append(sink)
-                sources.append(buffer[part.offset : end].view(sink.dtype))
+            sources += message.cut(buffer, self._plan.dtypes)
+            for tensor, block, start, stop, _ in message.parts:
+                sink = arrival.sinks[tensor, block]
+                is_whole = not start and stop == sink.numel()
+                targets.append(sink if is_whole else sink[start:stop])
         copy_each(targets, sources)
-        self._take_units(*_units_of(arrival))
+        self._take_units(*_units_of(arrival, self._catalog.device))
 
     def _take_units(self, held: Units, live: Units) -> None:
         """Take in whole units, and read them for NaN and inf: what comes next is on its way
@@ -231,20 +265,15 @@ class _Transfer:
         verify.scan(update, self._catalog, waiting | written)
 
 
-def _units_of(arrival: _Arrival) -> tuple[Units, Units]:
+def _units_of(arrival: _Arrival, device: torch.device) -> tuple[Units, Units]:
     """The units of a stage that lie in memory of their own, and those in the live weights."""
-    device = next((sink.device for sink in arrival.sinks.values()), torch.device("cpu"))
     held: Units = [
         (unit, torch.empty(unit.shape, dtype=unit.dtype, device=device))
         for unit in arrival.stage.absent
     ]
     live: Units = []
     for number, units in arrival.stage.units.items():
-        for place, unit in enumerate(units):
-            sink = arrival.sinks[number, place].view(unit.shape)
-            (live if (number, place) in arrival.live else held).append((unit, sink))
+        for block, unit in enumerate(units):
+            sink = arrival.sinks[number, block].view(unit.shape)
+            (live if (number, block) in arrival.live else held).append((unit, sink))
     return held, live
-
-
-def _memory_of(arrival: _Arrival) -> Sequence[torch.Tensor]:
-    return [*arrival.sinks.values(), *(buffer for _, buffer in arrival.scattered)]

@@ -112,7 +112,7 @@ class WeightService:
             case JoinGroup():
                 self.groups.join(command, look)
             case LeaveGroup():
-                self.groups.leave(command.name)
+                self.groups.drop(command.name)
             case ReceiveBroadcast():
                 receive_broadcast(self.session, self.groups, command, look)
             case PlanExcerpts():

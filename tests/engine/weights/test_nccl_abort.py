@@ -116,3 +116,28 @@ def test_memory_is_kept_until_a_hung_abort_comes_back(monkeypatch: pytest.Monkey
     library.release.set()
     until(lambda: groups.num_parked == 0)
     assert library.aborted == [1234]
+
+
+class Slow:
+    """A group whose back end takes its time to be freed."""
+
+    name = "g"
+
+    def __init__(self) -> None:
+        self.may_end = threading.Event()
+        self.was_told: list[bool] = []
+
+    def abort(self) -> bool:
+        self.was_told.append(self.may_end.wait(30))
+        return True
+
+
+def test_a_trainer_that_leaves_does_not_wait_for_the_back_end() -> None:
+    groups = Groups(torch.device("cpu"), Mesh())
+    group = Slow()
+    groups._open["g"] = (None, group)  # type: ignore[assignment]
+    groups.drop("g")
+    assert groups.names == [] and groups.num_parked == 1
+    group.may_end.set()
+    until(lambda: groups.num_parked == 0)
+    assert all(group.was_told)
