@@ -100,7 +100,11 @@ def requests_part(options: Options) -> dict[str, Any]:
                     body |= {"ignore_eos": True}
                 job = {"do": "closed", "port": port, "path": path, "body": json.dumps(body)}
                 job |= {"connections": options.connections, "count": options.count}
+                process = bare.pid if side == "echo" else ours.pid
+                before = seconds_by_role(process)
                 measured = load.ask(job)
+                spent = between(before, seconds_by_role(process)).items()
+                measured["us"] = {role: 1e6 * s / options.count for role, s in spent}
                 assert measured["statuses"] == ["200"], measured
                 if number:  # the first round warms all of them up
                     found[side].append(measured)
@@ -119,6 +123,7 @@ def requests_part(options: Options) -> dict[str, Any]:
         f"{side}_p50_ms": 1e3 * statistics.median(m["p50_s"] for m in each)
         for side, each in found.items()
     }
+    report["processor_us"] = {side: [one["us"] for one in each] for side, each in found.items()}
     for side, name in (("server", "ratio"), ("completions", "completions_ratio")):
         pairs = zip(rates[side], rates["echo"], strict=True)
         report[name] = statistics.median(ours / echo for ours, echo in pairs)

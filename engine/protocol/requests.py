@@ -46,7 +46,7 @@ class Request(Struct, frozen=True, kw_only=True, tag="request"):
     stop_ids: tokens that end the sequence, the model's EOS ids included unless ignore_eos.
     prompt_logprob_start: first prompt position whose logprob is wanted; -1 for none.
     stream: outputs are wanted while it runs, not only at the end. stream_every: the first at once,
-        and then one for so many tokens.
+        the second at any token, and then one for so many.
     kv_policy: what a weight update does to it while it runs. keep: it goes on with the KV the
         old weights computed, which its output records; recompute: its KV is computed again
         by the new weights, its tokens stay; fresh: it starts again from its prompt, so that

@@ -163,7 +163,9 @@ class StreamOutputs:
             drafts=self._drafts,
             stay=table.spec[slot],
         )
-        table.emit_at[slot] = size + table.stream_every[slot]
+        every = int(table.stream_every[slot])
+        # Streams that began at one step take turns, so that no step returns all they have.
+        table.emit_at[slot] = size + (every if table.emit_at[slot] else 1 + slot % every)
         if not self._drafts and _is_plain(sequence):
             table.emitted[slot] = size
             table.rids[slot] = output.rid

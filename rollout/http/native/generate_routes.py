@@ -50,18 +50,19 @@ async def _reply(services: Services, samples: Sequence[Sample]) -> Response:
     replies: dict[int, msgspec.Raw] = {}
     position = {id(sample): number for number, sample in enumerate(samples)}
     prepared = {id(s): PreparedReply(s) for s in samples if s.come_in_pieces(PIECE)}
-    async with aclosing(services.generator.run(samples)) as outputs:
-        async for sample, delta in outputs:
-            written = prepared.get(id(sample))
-            if written is not None:
-                written.add(delta)
-            if not delta.finished:
-                continue
-            if written is not None:
-                reply = _encoded(written.object(), services)
-            else:
-                reply = await services.generator.written(_whole, sample, services)
-            replies[position[id(sample)]] = msgspec.Raw(reply)
+    async with aclosing(services.generator.run_together(samples)) as together:
+        async for pairs in together:
+            for sample, delta in pairs:
+                written = prepared.get(id(sample))
+                if written is not None:
+                    written.add(delta)
+                if delta.finished and written is not None:
+                    reply = _encoded(written.object(), services)
+                elif delta.finished:
+                    reply = await services.generator.written(_whole, sample, services)
+                else:
+                    continue
+                replies[position[id(sample)]] = msgspec.Raw(reply)
     found = [replies[number] for number in range(len(samples))]
     return json_response(found if samples[0].index is not None else found[0])
 

@@ -114,6 +114,8 @@ class Sample:
         and tokens and their logprobs are all that is in it of each; whether it will. A request that
         may have to start again must not return any."""
         request = self.request
+        if request.sampling.max_new_tokens <= 2 * num_tokens:
+            return False
         refused = (
             request.stream,
             request.output_ids is not None,
@@ -123,7 +125,6 @@ class Sample:
             request.num_alternatives,
             request.entropy,
             request.prompt_logprob_start >= 0,
-            request.sampling.max_new_tokens <= 2 * num_tokens,
         )
         if any(refused):
             return False

@@ -106,11 +106,20 @@ def test_a_stream_returns_so_many_tokens_at_once() -> None:
         bench.add(request)
     found = bench.run()
     sizes = {rid: [len(o.token_ids) for o in outputs] for rid, outputs in bench.outputs.items()}
-    # The first comes at once.
-    assert sizes == {"r1": [1] * 9, "r3": [1, 3, 3, 2]}
+    # The first comes at once, and the second sooner or later, so that streams take turns.
+    assert sizes == {"r1": [1] * 9, "r3": [1, 2, 3, 3]}
     whole = Bench()
     whole.add(*(make_request(f"r{every}", range(5), max_new=9) for every in (1, 3)))
     for rid, output in whole.run().items():
         np.testing.assert_array_equal(found[rid].token_ids, output.token_ids)
         np.testing.assert_array_equal(found[rid].logprobs, output.logprobs)
-    assert [rows.sizes.tolist() for rows in bench.columns if len(rows.rids) == 2] == [[1, 3]] * 2
+    both = [rows.sizes.tolist() for rows in bench.columns if len(rows.rids) == 2]
+    assert both == [[1, 2], [1, 3]]
+
+
+def test_streams_that_began_together_take_turns() -> None:
+    bench = Recorded(max_running=8, max_step_tokens=128)
+    options = {"max_new": 40, "stream": True, "stream_every": 8}
+    bench.add(*(make_request(f"r{i}", range(5), **options) for i in range(8)))
+    bench.run()
+    assert {len(rows.rids) for rows in bench.columns} == {1}

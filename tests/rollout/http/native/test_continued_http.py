@@ -222,7 +222,7 @@ def test_many_output_tokens_become_text_beside_the_loop(monkeypatch: pytest.Monk
 def test_an_increment_makes_its_own_text_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not that of all tokens before it, for each of them."""
     asked: list[str] = []
-    text_of = respond._text_of
+    text_of = respond.text_of
 
     def noted(request: Request, *args: Any) -> str:
         asked.append(request.rid)
