@@ -55,7 +55,7 @@ _MEASURED: Mapping[int, Routes] = MappingProxyType(
     }
 )
 """By the number of ranks. Of 2: measured on two H200 with torch 2.11.0+cu130, NCCL 2.28, on rows of
-4,096 bfloat16 (`benchmarks/results/collectives-h200x2.json`). Of 4: from those figures, one shot
+4,096 bfloat16 (`benchmarks/results/collectives-2xh200.json`). Of 4: from those figures, one shot
 sending three times as much as it does between 2, two shots one and a half times."""
 # As much as surely gains.
 _OTHERS = Routes(
