@@ -38,9 +38,9 @@ class WatchedExecutor:
         self._pulse = pulse
         self._collective_s = collective_s
         self._kinds = StepKinds()
-        self._step_s = watch_s(collective_s, builds=False)
-        self._build_s = watch_s(collective_s, builds=True)
-        self._launching = (Activity.BUILD, self._build_s)
+        self._stepping = Activity.STEP, watch_s(collective_s, builds=False)
+        self._building = Activity.BUILD, watch_s(collective_s, builds=True)
+        self._launching = self._building
         # There the whole step runs in its launch, and takes as long as the model is large.
         self._always_new = executor.facts.device == "cpu"
 
@@ -52,14 +52,12 @@ class WatchedExecutor:
         """Queue one step."""
         kind = self._kinds.of(plan)
         builds = self._always_new or self._kinds.is_new(kind)
-        self._launching = (
-            (Activity.BUILD, self._build_s) if builds else (Activity.STEP, self._step_s)
-        )
+        self._launching = self._building if builds else self._stepping
         self._pulse.begin(*self._launching)
         pending = self._executor.launch(plan)
         self._kinds.launched(kind)
         # The launch of another copy's step is part of what its result takes.
-        limit_s = self._launching[1] if self.facts.dp_size > 1 else self._step_s
+        _, limit_s = self._launching if self.facts.dp_size > 1 else self._stepping
         return WatchedStep(pending, self._pulse, limit_s)
 
     def mask(self, masks: StepMasks) -> None:
