@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import numpy as np
@@ -22,9 +23,14 @@ from engine.config import (
 from engine.errors import GroupError, UnsupportedOption
 from engine.protocol import (
     Abort,
+    AbortUpdate,
+    BeginUpdate,
+    CheckWeights,
     CloseSession,
+    CommitUpdate,
     FlushCache,
     JoinGroup,
+    LoadFromDisk,
     OpenSession,
     Pause,
     ReleaseMemory,
@@ -32,6 +38,7 @@ from engine.protocol import (
     RequestOutput,
     Resume,
     ResumeMemory,
+    StagingMode,
 )
 from rollout.launch import launch
 from rollout.replica.base import Replica
@@ -255,3 +262,54 @@ def test_a_rank_that_dies_beside_another_of_its_copy_is_named(folder: Path, num:
         assert {output.finish.error for output in finals.values()} == {"EngineDead"}
         message = finals["r0"].finish.message
         assert message.startswith("rank 3 (dp 1, tp 1) (process"), message
+
+
+def updated_midway(replica: Replica, num: int, updates: list[tuple[StagingMode, Path]]) -> list:
+    """Tokens and version spans of requests that meet each of the updates after a few steps, the
+    first of them in a pause; a copy without any of them takes every update too."""
+    replica.submit(
+        [
+            request(f"r{i}", [5 + i, 6, 7], max_new_tokens=24, temperature=0.0, ignore_eos=True)
+            for i in range(num)
+        ]
+    )
+    finals: dict[str, RequestOutput] = {}
+    for version, (mode, path) in enumerate(updates, start=replica.state().version + 1):
+        for _ in range(5):
+            finals |= {o.rid: o for o in replica.step() if o.finish is not None}
+        if mode == updates[0][0]:
+            replica.send(Pause())
+        replica.send(BeginUpdate(version=version, mode=mode))
+        replica.send(LoadFromDisk(path=str(path)))
+        replica.send(CommitUpdate(version=version))
+        replica.send(Resume())
+    finals |= drain(replica)
+    # Raises where copies hold different weights.
+    assert len(replica.send(CheckWeights()).weights) == replica.state().num_ranks
+    return [
+        (finals[f"r{i}"].token_ids.tolist(), [s.version for s in finals[f"r{i}"].spans])
+        for i in range(num)
+    ]
+
+
+def test_updates_of_every_mode_reach_copies_with_rows_and_without(
+    folder: Path, tmp_path: Path
+) -> None:
+    updates: list[tuple[StagingMode, Path]] = []
+    for seed, mode in enumerate(get_args(StagingMode), start=1):
+        write_tiny(tmp_path / mode, "qwen2", seed=seed, tie_word_embeddings=True)
+        updates.append((mode, tmp_path / mode))
+    with copies_of(folder, 2, 1, "off") as replica, make_replica(folder) as one:
+        for num in (1, 6):
+            found = updated_midway(replica, num, updates)
+            assert found == updated_midway(one, num, updates)
+            assert len(found[0][1]) == 1 + len(updates)
+        # Aborted before it was committed: each copy serves what it served.
+        replica.submit([request("a", [8, 9], max_new_tokens=20, temperature=0.0)])
+        replica.step()
+        replica.send(BeginUpdate(version=99, mode="undo"))
+        replica.send(LoadFromDisk(path=str(updates[0][1])))
+        replica.send(AbortUpdate(version=99))
+        one.submit([request("a", [8, 9], max_new_tokens=20, temperature=0.0)])
+        assert tokens(drain(replica)) == tokens(drain(one))
+        replica.send(CheckWeights())
