@@ -35,7 +35,7 @@ class Peers:
         self.group = connect(mesh, device, meeting_place=place, timeout_s=120.0)
         if not isinstance(self.group, SymmetricCollectives):
             raise RuntimeError(f"no mapped memory here: {self.group.description}")
-        self.mailbox = self.group._mailbox
+        self.mailbox = self.group._mapping.mailbox
         self.nccl = self.group._rest
 
     def meet(self) -> None:

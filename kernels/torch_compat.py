@@ -144,7 +144,8 @@ def map_symmetric(
 
 
 def unmap_symmetric(name: Any) -> None:
-    """Forget the group of `map_symmetric`, once what keeps the memory mapped is dropped."""
+    """Forget the group of `map_symmetric`; its memory stays mapped as long as what keeps it, and
+    the tensor."""
     _unregister_process_group(name)
 
 

@@ -54,8 +54,10 @@ class Mapping:
         self.mailbox.give_up.fill_(1)
 
     def close(self) -> None:
-        """Unmap the memory: no kernel that uses it is queued any more."""
-        self._held = None
+        """Forget the group; the memory is unmapped with this object. Raises RuntimeError where the
+        device is in no state to be asked."""
+        # torch unmaps in a destructor, where an error of the device would end the process.
+        torch.cuda.synchronize(self.mailbox.words.device)
         unmap_symmetric(self._name)
 
 
@@ -67,11 +69,11 @@ class SymmetricCollectives:
 
     def __init__(self, mapping: Mapping, rest: NcclCollectives) -> None:
         self._mapping: Mapping | None = mapping
-        self._mailbox = mapping.mailbox
-        self._routes = routes_of(mapping.mailbox.size)
+        self._size = mapping.mailbox.size
+        self._routes = routes_of(self._size)
         self._rest = rest
         self._given_up = False
-        self.description = f"mapped memory of {mapping.mailbox.size} GPUs"
+        self.description = f"mapped memory of {self._size} GPUs"
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, in a tensor of its own where it does not go by NCCL."""
@@ -102,7 +104,7 @@ class SymmetricCollectives:
 
     def reduce_scatter_rows(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's rows of the sum."""
-        num_bytes = x.nbytes // self._mailbox.size
+        num_bytes = x.nbytes // self._size
         if num_bytes > self._routes.scatter or num_bytes % 4 or not ops.can_send(x):
             return self._rest.reduce_scatter_rows(x)
         return ops.reduce_scatter_rows(x, self._joined())
@@ -126,19 +128,19 @@ class SymmetricCollectives:
         """Leave the group: the graphs are gone by now."""
         mapping, self._mapping = self._mapping, None
         if mapping is not None:
-            # Unmapping waits for the device, on which a kernel may wait for a rank that left.
+            # Closing waits for the device, on which a kernel may wait for a rank that left.
             mapping.give_up()
-            if self._given_up:
-                # What a lost rank has left of the device may not be asked to unmap anything.
-                keep_for_ever(mapping)
-            else:
+            try:
                 mapping.close()
+            except RuntimeError as error:
+                logger.warning("mapped memory stays mapped: %s", _first_line(error))
+                keep_for_ever(mapping)
         self._rest.close()
 
     def _joined(self) -> ops.Mailbox:
         if self._given_up or self._mapping is None:
             raise EngineDead("the ranks were given up", field="ranks")
-        return self._mailbox
+        return self._mapping.mailbox
 
 
 def map_or_not(

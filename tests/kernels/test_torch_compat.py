@@ -13,6 +13,7 @@ import sys
 import threading
 from datetime import timedelta
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -274,3 +275,29 @@ def test_the_host_has_no_memory_left() -> None:
     assert compat.ran_out_of_memory(host.value)
     assert compat.ran_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert not compat.ran_out_of_memory(RuntimeError("CUDA error: misaligned address"))
+
+
+def test_symmetric_memory_is_refused_by_an_error_where_there_is_none() -> None:
+    """Which whoever asks understands; on GPUs it is `tests/kernels/collectives` that maps it."""
+    if torch.cuda.is_available():
+        pytest.skip("has a GPU")
+    with pytest.raises(RuntimeError):
+        compat.symmetric_empty(4, torch.device("cuda", 0))
+    store = compat.HashStore()
+    with pytest.raises(RuntimeError):
+        compat.map_symmetric(torch.zeros(4, dtype=torch.int32), "nobody", store, 0, 1)
+    compat.unmap_symmetric("nobody")
+    with pytest.raises(RuntimeError):
+        compat.map_symmetric(torch.zeros(4, dtype=torch.int32), "nobody", store, 0, 1)
+    compat.unmap_symmetric("nobody")
+
+
+def test_sums_of_rows_are_asked_of_the_back_end() -> None:
+    group, options = Mock(), compat.ReduceScatterOptions()
+    out, x = torch.zeros(1), torch.zeros(2)
+    assert compat.reduce_scatter_flat(group, out, x, options) is (
+        group._reduce_scatter_base.return_value
+    )
+    group._reduce_scatter_base.assert_called_once_with(out, x, options)
+    assert hasattr(dist.ProcessGroupGloo, "_reduce_scatter_base")
+    assert hasattr(options, "asyncOp")

@@ -3,10 +3,13 @@ and how they end. The kernels themselves: `tests/kernels/collectives`."""
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -143,7 +146,7 @@ def test_given_up_it_ends_waits_and_refuses_more(sent: list[str]) -> None:
         group.all_reduce(torch.ones(4))
     assert not sent
     group.close()
-    assert "close" not in mapping.events, "unmapping waits for a device that a lost rank may hold"
+    assert mapping.events == ["give up", "give up", "close"]
 
 
 def test_closing_ends_waits_before_it_unmaps() -> None:
@@ -153,6 +156,30 @@ def test_closing_ends_waits_before_it_unmaps() -> None:
     group.close()
     assert mapping.events == ["give up", "close"]
     assert rest.calls == ["close", "close"]
+
+
+def test_closed_it_keeps_no_memory() -> None:
+    mapping = FakeMapping()
+    group = SymmetricCollectives(mapping, Rest())
+    seen = weakref.ref(mapping)
+    del mapping
+    group.close()
+    gc.collect()
+    assert seen() is None
+
+
+def test_memory_of_a_device_in_error_stays_mapped() -> None:
+    """torch would end the process over it."""
+    mapping = FakeMapping()
+    mapping.close = Mock(side_effect=RuntimeError("an illegal memory access"))
+    rest = Rest()
+    group = SymmetricCollectives(mapping, rest)
+    seen = weakref.ref(mapping)
+    del mapping
+    group.close()
+    gc.collect()
+    assert seen() is not None
+    assert rest.calls == ["close"]
 
 
 def mapped_on(
