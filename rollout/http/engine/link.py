@@ -20,6 +20,8 @@ _HANDLER_TURNS = 3
 _REST = 2.0
 """Rest after a delivery, in times of what its handling took: under a load of streams the server
 keeps to a third of a core, and what comes meanwhile leaves in one piece a stream."""
+_MOST_UNSENT = 64
+"""Messages that wait for the end of the turn, while the engine could begin with them."""
 _LEAST_REST_S, _MOST_REST_S = 0.002, 0.01
 """Tokens of a stream wait for those behind them at most so long."""
 
@@ -88,8 +90,9 @@ class ProcessLink:
     """A link to a leader in another process, woken by its socket; a look every `_LOOK_S` notices a
     leader that left without a word.
 
-    What is posted within one turn of the event loop leaves in one frame, at its end. A delivery
-    that keeps the handlers busy is followed by a rest (`_REST`), so that hundreds of
+    What is posted within one turn of the event loop leaves in one frame, at its end, or in frames
+    of some 64 messages: a turn may make a thousand requests, and the engine begins with the first.
+    A delivery that keeps the handlers busy is followed by a rest (`_REST`), so that hundreds of
     streams do not take the processor from the engine that feeds them. A few streams never rest.
     """
 
@@ -98,6 +101,7 @@ class ProcessLink:
         self._timer: asyncio.TimerHandle | None = None
         self._resting = False
         self._unsent: list[bytes] = []
+        self._flushes, self._takes = False, True
         self._deliver: Deliver | None = None
         self._fail: Fail | None = None
 
@@ -110,9 +114,17 @@ class ProcessLink:
     def post(self, messages: Sequence[LeaderMessage]) -> None:
         """See `EngineLink`."""
         parts = encode_parts(messages)
-        if not self._unsent:
+        if not self._flushes:
+            self._flushes = True
             asyncio.get_running_loop().call_soon(self._flush)
         self._unsent += parts
+        if len(self._unsent) >= _MOST_UNSENT and self._takes and self._deliver is not None:
+            try:
+                self._leader.post_frame(frame_of(self._unsent))
+                self._unsent = []
+            except EngineDead:
+                # Left to the end of the turn: nobody is told in the middle of a call.
+                self._takes = False
 
     @property
     def late(self) -> str:
@@ -138,10 +150,12 @@ class ProcessLink:
 
     def _flush(self) -> None:
         parts, self._unsent = self._unsent, []
-        if self._deliver is None or self._fail is None or not parts:
+        self._flushes, self._takes = False, True
+        if self._deliver is None or self._fail is None:
             return
         try:
-            self._leader.post_frame(frame_of(parts))
+            if parts:
+                self._leader.post_frame(frame_of(parts))
         except EngineDead as error:
             fail = self._fail
             self.stop()

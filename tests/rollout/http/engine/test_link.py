@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from engine.errors import EngineDead
-from engine.protocol import RequestOutput
+from engine.protocol import Call, GetState, RequestOutput, decode
 from rollout.http.engine.link import Message, ProcessLink
 from rollout.http.engine.mailbox import Mailbox
 from rollout.requests.outputs import coalesced
@@ -125,5 +125,57 @@ def test_a_link_that_rests_is_not_called_again_and_again_by_a_socket_that_is_rea
         link.stop()
         # A call a turn of the loop, while handlers have theirs.
         assert len(calls) < 10
+
+    run(test)
+
+
+class Sending(Frames):
+    """Keeps what is sent. fails: posts from this one on, counted from 0, find nobody."""
+
+    def __init__(self, fails: int = 1 << 30) -> None:
+        super().__init__()
+        self.sent: list[list[Call]] = []
+        self.num_posts = 0
+        self._fails = fails
+
+    def post_frame(self, frame: bytes) -> None:
+        self.num_posts += 1
+        if len(self.sent) >= self._fails:
+            raise EngineDead("nobody takes a message")
+        self.sent.append(decode(frame, list[Call]))
+
+
+def test_many_messages_of_one_turn_leave_before_its_end_and_few_together() -> None:
+    async def test() -> None:
+        leader = Sending()
+        link = ProcessLink(leader)
+        link.start(lambda messages: None, never)
+        calls = [Call(id=number, command=GetState()) for number in range(150)]
+        for call in calls:
+            link.post([call])
+        assert [len(frame) for frame in leader.sent] == [64, 64]
+        await asyncio.sleep(0)
+        assert [call.id for frame in leader.sent for call in frame] == list(range(150))
+        link.post(calls[:1])
+        link.post(calls[1:3])
+        assert len(leader.sent) == 3
+        await asyncio.sleep(0)
+        assert [len(frame) for frame in leader.sent] == [64, 64, 22, 3]
+        link.stop()
+
+    run(test)
+
+
+def test_an_engine_that_takes_nothing_is_told_of_at_the_end_of_the_turn() -> None:
+    async def test() -> None:
+        leader, errors = Sending(fails=1), []
+        link = ProcessLink(leader)
+        link.start(lambda messages: None, errors.append)
+        for number in range(200):
+            link.post([Call(id=number, command=GetState())])
+        # Each may wait for a moment, so it is asked once.
+        assert (errors, leader.num_posts) == ([], 2)
+        await asyncio.sleep(0)
+        assert (len(errors), leader.num_posts) == (1, 3)
 
     run(test)

@@ -44,7 +44,7 @@ def sample_of(has_text: bool, wants: dict[str, Any], **fields: Any) -> Sample:
     st.booleans(),
     st.sampled_from([{}, {"return_logprob": True}]),
     st.booleans(),
-    st.sampled_from(["length", "stop", "abort"]),
+    st.sampled_from(["length", "stop", "abort", "hold"]),
 )
 def test_it_is_the_reply_written_at_the_end(
     sizes: list[int], has_text: bool, wants: dict[str, Any], spelled: bool, finish: Any
