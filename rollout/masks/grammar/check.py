@@ -92,8 +92,8 @@ class GrammarCheck:
             return msgspec.msgpack.decode(data, type=ErrorInfo)
         return ErrorInfo(
             kind=InvalidRequest.__name__,
-            message=f"grammar: it took longer than {self._limit_s:g} s to compile, or more than "
-            f"{self._memory_bytes >> 20} MiB; ask for less",
+            message=f"grammar: it took longer than {self._limit_s:g} s to compile, more than "
+            f"{self._memory_bytes >> 20} MiB, or too many rules deep; ask for less",
             field="grammar",
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import numpy as np
@@ -14,6 +15,7 @@ from rollout.jobs.job_loop import Answer, serve_jobs
 from rollout.masks.grammar.compile import compile_grammar, told
 from rollout.masks.grammar.languages.bounds import refuse
 from rollout.masks.grammar.panics import Panic, contained
+from rollout.masks.grammar.stack import TRIALS_STACK_BYTES, stack_of
 from rollout.masks.grammar.vocabulary import Vocabulary, llguidance_tokenizer
 from rollout.replica.command_replies import error_info
 
@@ -47,7 +49,11 @@ def start(greeting: bytes) -> Answer:
             info = ErrorInfo(kind="", message="")
         return msgspec.msgpack.encode(info)
 
-    return tried
+    with stack_of(TRIALS_STACK_BYTES):
+        pool = ThreadPoolExecutor(1)
+        # It starts the thread.
+        pool.submit(int).result()
+    return lambda data: pool.submit(tried, data).result()
 
 
 if __name__ == "__main__":

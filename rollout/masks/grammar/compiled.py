@@ -15,6 +15,7 @@ from llguidance import LLMatcher, LLTokenizer
 from engine.errors import MaskError, SlipstreamError, by_name
 from engine.protocol import ErrorInfo, Grammar
 from rollout.masks.grammar.compile import compile_grammar
+from rollout.masks.grammar.stack import LEADERS_STACK_BYTES, stack_of
 from rollout.masks.grammar.starts import Start
 from rollout.masks.grammar.vocabulary import Vocabulary, llguidance_tokenizer
 from rollout.replica.command_replies import error_info
@@ -95,7 +96,8 @@ class CompiledGrammars:
         if found is None:
 
             def again() -> Future[Start | ErrorInfo]:
-                return self._pool.submit(self._compile, grammar)
+                with stack_of(LEADERS_STACK_BYTES):
+                    return self._pool.submit(self._compile, grammar)
 
             found = self._found[key] = CompiledGrammar(again(), again)
             self._drop_old()

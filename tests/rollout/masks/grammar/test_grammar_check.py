@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +13,8 @@ from engine.errors import InvalidRequest
 from engine.protocol import Grammar
 from rollout.jobs.job_process import JobProcess
 from rollout.masks.grammar.check import GrammarCheck
+from rollout.masks.grammar.stack import LEADERS_STACK_BYTES, TRIALS_STACK_BYTES
+from tests.helpers.children import ROOT, child_environment
 from tests.helpers.fake_executor import VOCAB_SIZE
 from tests.helpers.grammars import schema_grammar
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
@@ -70,7 +74,7 @@ def test_a_bomb_is_refused_or_served_and_the_next_grammar_is_tried(
 def test_a_process_that_gives_no_answer_is_over_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(JobProcess, "run", lambda *_: None)
     made = GrammarCheck(tiny_tokenizer(), limit_s=7.0, memory_bytes=1 << 20)
-    with pytest.raises(InvalidRequest, match="longer than 7 s to compile, or more than 1 MiB"):
+    with pytest.raises(InvalidRequest, match="longer than 7 s to compile, more than 1 MiB"):
         made.check(Grammar(kind="regex", source="a"), VOCAB_SIZE)
     made.close()
 
@@ -113,6 +117,34 @@ def test_the_event_loop_goes_on_meanwhile(check: GrammarCheck) -> None:
 def test_nothing_fits(check: GrammarCheck, grammar: Grammar) -> None:
     with pytest.raises(InvalidRequest, match=r"no text fits it$|Unsatisfiable"):
         check.check(grammar, VOCAB_SIZE)
+
+
+def test_what_a_trial_takes_for_too_deep_ends_no_leader(check: GrammarCheck) -> None:
+    """Recursion beyond a stack ends a process: the trial's, whose stack is the smaller one."""
+    assert TRIALS_STACK_BYTES < LEADERS_STACK_BYTES
+    with pytest.raises(InvalidRequest, match="rules deep"):
+        check.check(CHAIN, VOCAB_SIZE)
+    check.check(Grammar(kind="regex", source="a"), VOCAB_SIZE)
+    code = (
+        "from rollout.masks.grammar.compiled import CompiledGrammars\n"
+        "from tests.helpers.grammars import tiny_vocabulary\n"
+        "from tests.rollout.masks.grammar.test_grammar_check import CHAIN\n"
+        "made = CompiledGrammars(tiny_vocabulary)\n"
+        "print(len(made.get(CHAIN).future.result().matcher.get_error()))\n"
+        "made.close()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=child_environment(), capture_output=True
+    )
+    assert (done.returncode, done.stdout) == (0, b"0\n"), done.stderr
+
+
+CHAIN = Grammar(
+    kind="ebnf",
+    source="root ::= r0\n"
+    + "\n".join(f'r{n} ::= "a" r{n + 1} | "b"' for n in range(2500))
+    + '\nr2500 ::= "a"',
+)
 
 
 def test_a_model_without_a_tokenizer() -> None:
