@@ -83,7 +83,8 @@ def main() -> int:
 
 
 def _environment() -> dict[str, str]:
-    return checkout.environment(PYTHONUNBUFFERED="1")
+    # Also where torch's own kernels are timed: they shall map memory as ours do.
+    return checkout.environment(PYTHONUNBUFFERED="1", TORCH_SYMM_MEM_DISABLE_MULTICAST="1")
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]], deadline_s: float) -> int:

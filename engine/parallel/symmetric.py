@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ from kernels.torch_compat import (
 )
 
 logger = logging.getLogger(__name__)
+
+_NO_MULTICAST = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
 
 
 class Mapping:
@@ -161,8 +164,6 @@ def _try_to_map(
 ) -> tuple[Mapping | None, str]:
     """The mapping, or why there is none. After every step that may fail on one rank all agree,
     so that none waits for another."""
-    # Multicast is not used, and setting it up can fail where mapping does not.
-    os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
     words: Any = None
     reason = "another rank has no mapped memory"
     shape = torch.Size(ops.words_shape(mesh.tp_size, MAILBOX_BYTES))
@@ -174,13 +175,29 @@ def _try_to_map(
         return None, reason
     mapping = None
     try:
-        mapping = Mapping(words, mesh, store)
+        with _without_multicast():
+            mapping = Mapping(words, mesh, store)
     except RuntimeError as error:
         reason = _first_line(error)
     # Also the meeting that `open_mailbox` asks for.
     if host.minimum(int(mapping is not None)):
         return mapping, ""
     return None, reason
+
+
+@contextmanager
+def _without_multicast() -> Iterator[None]:
+    """Have torch set up no multicast: it is not used, and setting it up can fail where mapping
+    does not. A trainer in the same process may use it."""
+    before = os.environ.get(_NO_MULTICAST)
+    os.environ[_NO_MULTICAST] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_NO_MULTICAST]
+        else:
+            os.environ[_NO_MULTICAST] = before
 
 
 def _can_norm(x: torch.Tensor, residual: torch.Tensor) -> bool:

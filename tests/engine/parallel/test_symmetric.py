@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 
 from engine.errors import EngineDead
 from engine.parallel import symmetric
-from engine.parallel.collectives import Collectives
+from engine.parallel.collectives import Collectives, NoCollectives
 from engine.parallel.mesh import Mesh
 from engine.parallel.process_group import meeting_point
 from engine.parallel.routes import Routes
@@ -230,6 +231,30 @@ def test_a_rank_without_mapped_memory_sends_all_by_nccl(
         said = why if rank in ranks else "another rank has no mapped memory"
         assert description == f"NCCL ({said})"
         assert said in caplog.text
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_multicast_is_off_while_memory_is_mapped_only(
+    before: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trainer in the same process may use it."""
+    name = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
+    monkeypatch.delenv(name, raising=False)
+    if before is not None:
+        monkeypatch.setenv(name, before)
+    seen: list[str | None] = []
+
+    class Seen(FakeMapping):
+        def __init__(self, *_: Any) -> None:
+            super().__init__()
+            seen.append(os.environ.get(name))
+
+    monkeypatch.setattr(symmetric, "symmetric_empty", lambda *_: torch.zeros(1))
+    monkeypatch.setattr(symmetric, "Mapping", Seen)
+    host = NoCollectives()
+    map_or_not(Rest(), host, HashStore(), Mesh(tp_size=2), torch.device("cuda", 0))
+    assert seen == ["1"]
+    assert os.environ.get(name) == before
 
 
 def test_on_a_machine_without_gpus_there_is_none(tmp_path: Path) -> None:
