@@ -8,6 +8,7 @@ from tests.helpers.name_uses import PACKAGES, Uses, members, read_attributes
 
 NOT_CALLED = {
     "kernels.testing": "what tests of kernels compare with",
+    "kernels.collectives.reference.all_reduce_add_rms_norm": "what its kernel is compared with",
     "engine.errors.NonFiniteLogits": "known by its name, which crosses processes in a reply",
     "rollout.client.Client": "what a program that uses a server imports",
     "recipes.collecting.captured": "for a trainer of agents that use a server",

@@ -52,7 +52,7 @@ class GlooCollectives:
 
     def all_gather_rows(self, x: torch.Tensor) -> torch.Tensor:
         """Every rank's rows below each other."""
-        return self._gather(x.contiguous(), self._timeout_s).flatten(0, 1)
+        return reference.all_gather_rows(self._gather(x.contiguous(), self._timeout_s).unbind(0))
 
     def reduce_scatter_rows(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's rows of the sum, added as `all_reduce` adds."""
