@@ -12,6 +12,8 @@ from rollout.http.native.sample import Sample, SampleDelta
 from rollout.http.updates.version_labels import VersionLabels
 from rollout.requests.respond import to_wire
 
+Gap = Callable[[Sample, SampleDelta], bytes]
+_json = msgspec.json.encode
 _MARK = b"\x00"
 """In no JSON text, which escapes it."""
 
@@ -28,7 +30,7 @@ class IncrementWriter:
         self._labels = labels
         self._fixed: tuple[Any, ...] = ()
         self._form = b""
-        self._gaps: list[Callable[[Sample, SampleDelta], bytes]] = []
+        self._gaps: list[Gap] = []
         self._any = False
 
     def frame(self, delta: SampleDelta) -> bytes:
@@ -59,22 +61,14 @@ class IncrementWriter:
         """Take what `made` says beside the gaps as what the next frames say."""
         meta = made["meta_info"]
         (span,) = meta["weight_versions"]
-        places: list[tuple[dict[str, Any], str, Callable[[Sample, SampleDelta], bytes]]] = [
-            (made, "output_ids", lambda _, delta: _json(delta.output.token_ids.tolist())),
-            (made, "text", lambda _, delta: _json(delta.text)),
-            (meta, "completion_tokens", lambda sample, _: b"%d" % sample.num_sent),
-            (span, "start", lambda _, delta: b"%d" % delta.output.spans[0].start),
-            (span, "end", lambda _, delta: b"%d" % delta.output.spans[0].end),
-            (
-                meta,
-                "output_token_logprobs",
-                lambda sample, delta: _json(sample.entries(delta.output)),
-            ),
-            (
-                meta,
-                "output_token_logprobs_length",
-                lambda _, delta: b"%d" % len(delta.output.token_ids),
-            ),
+        places: list[tuple[dict[str, Any], str, Gap]] = [
+            (made, "output_ids", lambda s, d: _json(d.output.token_ids.tolist())),
+            (made, "text", lambda s, d: _json(d.text)),
+            (meta, "completion_tokens", lambda s, d: b"%d" % s.num_sent),
+            (span, "start", lambda s, d: b"%d" % d.output.spans[0].start),
+            (span, "end", lambda s, d: b"%d" % d.output.spans[0].end),
+            (meta, "output_token_logprobs", lambda s, d: _json(s.entries(d.output))),
+            (meta, "output_token_logprobs_length", lambda s, d: b"%d" % len(d.output.token_ids)),
         ]
         for number, (holder, name, _) in enumerate(places, 1):
             if holder.get(name) is not None:
@@ -82,9 +76,6 @@ class IncrementWriter:
         head, *pieces = frame(made).replace(b"%", b"%%").split(_MARK)
         self._gaps = [places[piece[0] - 1][2] for piece in pieces]
         self._form = head + b"".join(b"%b" + piece[1:] for piece in pieces)
-
-
-_json = msgspec.json.encode
 
 
 def _brings_tokens_alone(delta: SampleDelta) -> bool:

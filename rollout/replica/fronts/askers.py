@@ -40,8 +40,7 @@ class Askers:
         self._open: dict[str, _Asker] = {}
         self._rids: list[str] = []
         self._places: list[tuple[str, IntArray]] = []
-        """Whose are the rows of columns with the ids `_rids`: those of the last, most often of the
-        next as well."""
+        """Whose the rows of columns with the ids `_rids` are; most often those of the next, too."""
 
     def __len__(self) -> int:
         return len(self._open)
