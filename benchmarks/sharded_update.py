@@ -36,7 +36,7 @@ CASES = [
     ("excerpts", "undo", 0),
     ("broadcasts", "in_place", 0),
 ]
-CASE_S = 420.0
+CASE_S = 150.0
 
 
 @dataclass(frozen=True)

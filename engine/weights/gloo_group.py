@@ -126,18 +126,21 @@ class GlooGroup:
     def wait(self, ticket: _Ticket, deadline: float) -> None:
         """See `Group`."""
         pause_s = _POLL_S
-        while not self.poll(ticket, deadline):
+        while (
+            ticket.work is not None
+            and not ticket.work.is_completed()
+            and time.monotonic() < deadline
+        ):
             self.look()
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_POLL_S)
+        self.finish(ticket, deadline)
 
-    def poll(self, ticket: _Ticket, deadline: float) -> bool:
-        """Whether a broadcast is done; raises as `wait` does, which it would not wait in."""
+    def finish(self, ticket: _Ticket, deadline: float) -> None:
+        """What `wait` does once a broadcast is done, or its time is up."""
         work = ticket.work
         if work is None:
             raise GroupError(f"group {self.name!r} was dropped", field=ticket.tensor)
-        if not work.is_completed() and time.monotonic() < deadline:
-            return False
         try:
             work.wait(timedelta(seconds=seconds_left(deadline)))
         except RuntimeError as error:
@@ -146,7 +149,6 @@ class GlooGroup:
             raise self._broken(ticket.source, ticket.tensor, deadline, error) from error
         self._require_size(ticket)
         ticket.work = None
-        return True
 
     def is_alive(self) -> bool:
         """See `Group`."""

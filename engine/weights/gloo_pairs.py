@@ -61,17 +61,6 @@ class GlooPairs:
             self._ends.append(end)
         self.look = look
 
-    @property
-    def look(self) -> Look:
-        """See `Group`."""
-        return self._look
-
-    @look.setter
-    def look(self, look: Look) -> None:
-        self._look = look
-        for end in self._ends:
-            end.look = look
-
     def empty(self, num_bytes: int) -> torch.Tensor:
         """See `Group`."""
         return self._ends[0].empty(num_bytes)
@@ -95,11 +84,18 @@ class GlooPairs:
 
     def wait(self, ticket: _Tickets, deadline: float) -> None:
         """See `Group`. Whichever connection broke is told of first, not the first of them."""
-        waiting = list(ticket.each)
+        waiting = ticket.each
         while waiting:
-            waiting = [(end, one) for end, one in waiting if not end.poll(one, deadline)]
+            left = []
+            late = time.monotonic() >= deadline
+            for end, one in waiting:
+                if late or one.work is None or one.work.is_completed():
+                    end.finish(one, deadline)
+                else:
+                    left.append((end, one))
+            waiting = left
             if waiting:
-                self._look()
+                self.look()
                 time.sleep(_POLL_S)
 
     def is_alive(self) -> bool:

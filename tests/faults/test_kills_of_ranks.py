@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ import torch
 from engine.errors import SlipstreamError
 from engine.protocol import GenerateRequest, SamplingParams
 from rollout.client import Client
+from tests.helpers.doomed_ranks import push_and_kill
 from tests.helpers.engines import drain, make_replica, request
 from tests.helpers.loaded_server import Load, family, untyped
 from tests.helpers.peers import until
+from tests.helpers.rank_processes import run_ranks
 from tests.helpers.serve_process import ServerProcess, gone
 from tests.helpers.tiny_models import tiny_hf, write_tiny
 from trainer_bridge.adapters.plain import PlainSource
@@ -166,3 +169,18 @@ def expected(folder: Path) -> list[int]:
         asked = request("r", [3, 14, 15], max_new_tokens=12, temperature=0.0, ignore_eos=True)
         replica.submit([asked])
         return drain(replica)["r"].token_ids.tolist()
+
+
+@pytest.mark.parametrize(("tp", "dp"), [(2, 1), (1, 2)])
+def test_a_rank_that_dies_while_it_receives_excerpts_is_told_to_every_trainer_rank(
+    model: Path, tmp_path: Path, tp: int, dp: int
+) -> None:
+    with served(model, tp=tp, dp=dp) as (server, processes):
+        act = partial(push_and_kill, url=server.url, pid=processes["rank"])
+        told = run_ranks(act, 2, tmp_path / "trainers")
+    for answers, seconds in told:
+        assert answers[0] == "1"
+        assert "Error" in answers[1] or "EngineDead" in answers[1]
+        # Far from the update's own 300 s.
+        assert seconds < 100
+    assert any("EngineDead" in answers[1] for answers, _ in told), told

@@ -73,3 +73,36 @@ def push_and_die(
             told.append(f"{type(error).__name__}: {error}")
             break
     return told, time.monotonic() - started
+
+
+class KillingShards(PlainSource):
+    """Kills a process of the engine while its tenth shard is asked for."""
+
+    victim = 0
+
+    def shards(self) -> Iterator[tuple[TensorPiece, torch.Tensor]]:
+        for place, shard in enumerate(super().shards()):
+            if self.victim and place == 9:
+                os.kill(self.victim, signal.SIGKILL)
+            yield shard
+
+
+def push_and_kill(
+    rank: int, size: int, folder: Path, *, url: str, pid: int
+) -> tuple[list[str], float]:
+    """Two updates of a served engine, one of whose processes is killed in the second: what a rank
+    was told of each, and how long the last one took it."""
+    targets = [HttpTarget(url)] if rank == 0 else []
+    carrier = ShardedCarrier(targets, device=torch.device("cpu"), bucket_bytes=4096)
+    told, started = [], 0.0
+    for version in (1, 2):
+        model = tiny_hf("qwen3", seed=version, eos_token_id=99, max_position_embeddings=4096)
+        source = KillingShards(model, rank=rank, world_size=size)
+        source.victim = pid if rank == size - 1 and version == 2 else 0
+        started = time.monotonic()
+        try:
+            begin = BeginUpdate(version=version, manifest=source.specs())
+            told.append(str(carrier.publish(begin, source).version))
+        except Exception as error:
+            told.append(f"{type(error).__name__}: {error}")
+    return told, time.monotonic() - started

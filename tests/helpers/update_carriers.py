@@ -35,6 +35,9 @@ from trainer_bridge import process_group
 from trainer_bridge.process_group import SenderGroup
 from trainer_bridge.transports.disk import write
 
+PATIENCE_S = 60.0
+"""For one message: the first operation under a dispatch mode imports much of torch."""
+
 
 class Carrier(Protocol):
     """One way; `prepare` before the fault is armed, `receive` under it, `recover` after it."""
@@ -137,16 +140,17 @@ class GlooGroup:
                 mock.patch.object(process_group, "_listen", lambda *_: store),
                 mock.patch.object(trainer_store, "connect", lambda *_: store),
             ):
-                self._sender = join([self._rank])
+                self._sender = join([self._rank], timeout_s=PATIENCE_S)
         self._halves = [half for share in split(new, 2) for half in share if half[1].numel()]
 
     def receive(self) -> None:
         assert self._sender is not None
         self._whole = False
-        self._sent = self._pool.submit(send, self._sender, [half for _, half in self._halves])
+        halves = [half for _, half in self._halves]
+        self._sent = self._pool.submit(send, self._sender, halves, PATIENCE_S)
         named = [piece for piece, _ in self._halves]
         self._rank.handle(
-            ReceiveBroadcast(group="g", tensors=named, layout="tensors", timeout_s=20.0)
+            ReceiveBroadcast(group="g", tensors=named, layout="tensors", timeout_s=PATIENCE_S)
         )
         self._whole = True
 
@@ -192,7 +196,7 @@ class Excerpts:
                 mock.patch.object(process_group, "_listen", lambda *_: store),
                 mock.patch.object(trainer_store, "connect", lambda *_: store),
             ):
-                self._world = Senders([self._rank], 1)
+                self._world = Senders([self._rank], 1, timeout_s=PATIENCE_S)
         self._new = new
 
     def receive(self) -> None:
@@ -201,7 +205,7 @@ class Excerpts:
         announced = self._rank.session.require_open("receive").announced.values()
         self._world.plan(list(announced), cut_among(self._new, 1, by="flat"))
         self._sent = self._world.sends()
-        self._rank.handle(ReceiveExcerpts(group="g", timeout_s=20.0))
+        self._rank.handle(ReceiveExcerpts(group="g", timeout_s=PATIENCE_S))
         self._whole = True
 
     def recover(self) -> None:
