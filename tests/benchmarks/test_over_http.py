@@ -90,7 +90,7 @@ def test_connections_send_again_until_there_were_enough_replies() -> None:
 
 
 def test_the_engine_that_costs_nothing_is_one() -> None:
-    from over_http_mock import TOKEN, MockExecutor
+    from over_http_mock import MockExecutor
 
     from rollout.replica.inline import InlineReplica
 
@@ -100,7 +100,10 @@ def test_the_engine_that_costs_nothing_is_one() -> None:
         outputs = []
         while not replica.idle():
             outputs += replica.step()
-    assert [output.token_ids.tolist() for output in outputs] == [[TOKEN] * 4] * 3
+    assert sorted(output.rid for output in outputs) == ["r0", "r1", "r2"]
+    for output in outputs:
+        assert len(output.token_ids) == len(output.logprobs) == 4
+        assert output.token_ids.min() >= 3 and (output.logprobs < 0).all()
 
 
 def test_the_table_has_a_line_for_each_ratio() -> None:

@@ -20,7 +20,9 @@ from tests.helpers.weight_engines import Tensors, specs
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 4000}
 MODES = ("shadow", "undo")
 WARM_UP = 8
-LARGEST_GROWTH = 0.01
+MOST_KEPT = 4
+"""Models; less than a few updates that keep what they took would. Threads of other tests that ran in
+this process may take more memory too."""
 
 
 def resident_bytes() -> int:
@@ -82,5 +84,6 @@ def test_every_second_update_fails(tmp_path: Path, count: int) -> None:
             if index == WARM_UP:
                 base = resident_bytes()
         grown = resident_bytes() - base
-        assert grown <= LARGEST_GROWTH * base, f"{grown} bytes more than {base}"
+        model = sum(tensor.nbytes for tensor in weights[0].values())
+        assert grown <= MOST_KEPT * model, f"{grown} bytes more than {base}, of {model} a model"
         assert len(served) == 2 and served[0] != served[1]
