@@ -21,8 +21,8 @@ SIZES = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 4000}
 MODES = ("shadow", "undo")
 WARM_UP = 8
 MOST_KEPT = 4
-"""Models; less than a few updates that keep what they took would. Threads of other tests that ran in
-this process may take more memory too."""
+"""Models; fewer than updates would keep that keep what they took. Threads of other tests that ran
+in this process may take more memory too."""
 
 
 def resident_bytes() -> int:
