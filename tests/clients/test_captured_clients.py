@@ -10,6 +10,7 @@ from openai import OpenAI
 
 from tests.clients.conftest import MODEL_NAME
 from tests.clients.test_openai_client import TOOLS, USER
+from tests.helpers.tiny_tokenizer import EOS_ID
 
 
 def record(url: str, rollout: dict[str, Any]) -> dict[str, Any]:
@@ -25,8 +26,14 @@ def test_an_agent_of_the_openai_package(url: str) -> None:
         assert client.models.list().data[0].id == MODEL_NAME
         messages: list[Any] = [USER]
         forced = {"type": "function", "function": {"name": "add"}}
+        # A call that ends as the template ends a message; by the other end it would be a branch.
         reply = client.chat.completions.create(
-            model=MODEL_NAME, messages=messages, tools=TOOLS, tool_choice=forced, max_tokens=400
+            model=MODEL_NAME,
+            messages=messages,
+            tools=TOOLS,
+            tool_choice=forced,
+            max_tokens=400,
+            logit_bias={str(EOS_ID): -100},
         )
         said = reply.choices[0].message
         messages.append(said)
