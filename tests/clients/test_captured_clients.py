@@ -10,7 +10,7 @@ from openai import OpenAI
 
 from tests.clients.conftest import MODEL_NAME
 from tests.clients.test_openai_client import TOOLS, USER
-from tests.helpers.tiny_tokenizer import EOS_ID
+from tests.helpers.tiny_tokenizer import EOS_ID, IM_END_ID
 
 
 def record(url: str, rollout: dict[str, Any]) -> dict[str, Any]:
@@ -34,6 +34,7 @@ def test_an_agent_of_the_openai_package(url: str) -> None:
             tool_choice=forced,
             max_tokens=400,
             logit_bias={str(EOS_ID): -100},
+            extra_body={"stop_token_ids": [IM_END_ID]},
         )
         said = reply.choices[0].message
         messages.append(said)
