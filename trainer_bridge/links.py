@@ -78,7 +78,11 @@ class GlooLink:
 
     def broadcast(self, tensor: torch.Tensor, check: Check) -> _GlooWork:
         """See `Link`."""
-        queued = _GlooWork(self._group.broadcast([tensor], dist.BroadcastOptions()))
+        group = self._group
+        if group is None:
+            # By another thread, between two messages.
+            raise RuntimeError(_DROPPED)
+        queued = _GlooWork(group.broadcast([tensor], dist.BroadcastOptions()))
         self._queued.append(queued)
         return queued
 

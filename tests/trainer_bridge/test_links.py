@@ -48,6 +48,14 @@ def test_a_wait_on_a_dropped_link_says_so(when: str) -> None:
         link.wait(work, time.monotonic() + 60, lambda: None)
 
 
+def test_a_link_that_was_dropped_between_two_messages_says_so() -> None:
+    link = alone()
+    link.broadcast(torch.ones(1), lambda: None)
+    link.abort()
+    with pytest.raises(RuntimeError, match="dropped"):
+        link.broadcast(torch.ones(1), lambda: None)
+
+
 def test_a_group_that_was_dropped_is_a_typed_error() -> None:
     group = SenderGroup("g", world_size=1, backend="gloo", timeout_s=60.0)
     group.connect()
