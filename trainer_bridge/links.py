@@ -82,7 +82,11 @@ class GlooLink:
         if group is None:
             # By another thread, between two messages.
             raise RuntimeError(_DROPPED)
-        queued = _GlooWork(group.broadcast([tensor], dist.BroadcastOptions()))
+        try:
+            queued = _GlooWork(group.broadcast([tensor], dist.BroadcastOptions()))
+        finally:
+            # The traceback of an error would keep the connections open.
+            del group
         self._queued.append(queued)
         return queued
 
