@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -16,15 +16,8 @@ import numpy as np
 from engine.errors import MaskError, MaskTimeout, SlipstreamError, UnmetConstraint
 from engine.protocol import BitArray, Request, StepMasks, TokenRows
 from engine.protocol.deadlines import MASK_S
-from rollout.masks.base import (
-    MaskedRow,
-    MaskOf,
-    MaskSource,
-    PendingMask,
-    banned_ids,
-    bits_of,
-)
-from rollout.masks.together import Block, checked_together
+from rollout.masks.base import MaskedRow, MaskSource, PendingMask, banned_ids, bits_of
+from rollout.masks.together import Block, look_together
 from rollout.scheduler.emit import StepOutput
 
 A = TypeVar("A")
@@ -143,22 +136,20 @@ class MaskGate:
         assert found is not None, "no step waits"
         late = self._clock() >= found.until
         found.num_looks += 1
-        if not late and not found.failed and _is_computed(found.awaited):
-            return Answer(masks=None)
         glance = found.pause_s > 0 and found.num_looks % _WHOLE_LOOK != 1
         if glance and not late and self._waits_still(found.awaited, runs):
             return Answer(masks=None)
         failed, found.failed = found.failed, []
         awaited = [each for each in found.awaited if runs(each.row)]
         found.awaited = []
-        blocks = checked_together(awaited, self._inside)
-        found.blocks += blocks
-        together = {row for block in blocks for row in block.rows.tolist()}
+        together = look_together(awaited, self._inside)
+        found.blocks += together.blocks
+        answered = {row for block in together.blocks for row in block.rows.tolist()}
         for each in awaited:
-            if each.row.row in together:
+            if each.row.row in answered:
                 continue
             try:
-                if not late and not self._is_there(each):
+                if not late and not self._is_there(each, together.computed):
                     found.awaited.append(each)
                     continue
                 bits = self._bits(each)
@@ -177,7 +168,7 @@ class MaskGate:
         if not awaited or not runs(awaited[0].row):
             return False
         try:
-            return not self._is_there(awaited[0])
+            return not self._is_there(awaited[0], frozenset())
         except SlipstreamError:
             return False
 
@@ -253,7 +244,10 @@ class MaskGate:
             )
         return whole
 
-    def _is_there(self, awaited: _Awaited) -> bool:
+    def _is_there(self, awaited: _Awaited, computed: Set[int]) -> bool:
+        """computed: rows of which it is known that they are not."""
+        if awaited.row.row in computed:
+            return False
         return all(_guarded(awaited.row.request, _is_done, part) for part in awaited.parts)
 
     def _part(self, request: Request, part: PendingMask) -> BitArray | None:
@@ -288,22 +282,6 @@ class MaskGate:
             rows=np.array(rows, np.int32),
             bits=np.stack(bits) if bits else nothing,
         )
-
-
-def _is_computed(awaited: list[_Awaited]) -> bool:
-    """Whether all that is awaited is still being computed as one."""
-    parts = awaited[0].parts if awaited else []
-    if len(parts) != 1 or not isinstance(parts[0], MaskOf):
-        return False
-    job = parts[0].masks
-    try:
-        return not job.done() and all(
-            len(each.parts) == 1 and getattr(each.parts[0], "masks", None) is job
-            for each in awaited
-        )
-    except Exception:
-        # A boundary: each of these rows is told by itself.
-        return False
 
 
 def _answers(source: MaskSource, rows: Sequence[MaskedRow]) -> Sequence[PendingMask]:

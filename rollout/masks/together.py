@@ -22,28 +22,52 @@ class Block:
     bits: BitArray
 
 
-def checked_together(asked: Sequence[Asked], inside: BitArray) -> list[Block]:
-    """The masks that are there and in order of rows whose one part was computed with those of
-    others. Of a row that is left out nothing is said: it has to be looked at by itself.
+@dataclass(frozen=True)
+class Together:
+    """blocks: masks that are there and in order. computed: rows whose masks are being computed."""
+
+    blocks: list[Block]
+    computed: set[int]
+
+
+def look_together(asked: Sequence[Asked], inside: BitArray) -> Together:
+    """What came of the rows whose one part is computed with those of others; every such job is
+    asked once. Of a row that is left out nothing is said: it has to be looked at by itself.
 
     inside: uint32 [words], the mask that allows the whole vocabulary.
     """
-    jobs: dict[int, tuple[PendingMasks, list[tuple[int, int]]]] = {}
+    jobs: dict[int, tuple[PendingMasks, list[tuple[MaskedRow, int]]]] = {}
     for row, parts in asked:
         part = parts[0] if len(parts) == 1 else None
-        if isinstance(part, MaskOf) and not banned_ids(row.request, len(row.output_ids)):
-            jobs.setdefault(id(part.masks), (part.masks, []))[1].append((row.row, part.index))
-    blocks = [_in_order(masks, rows, inside) for masks, rows in jobs.values()]
-    return [block for block in blocks if block is not None]
+        if isinstance(part, MaskOf):
+            jobs.setdefault(id(part.masks), (part.masks, []))[1].append((row, part.index))
+    found = Together([], set())
+    for masks, rows in jobs.values():
+        try:
+            done = masks.done()
+        except Exception:
+            # A boundary: each of these rows is told by itself.
+            continue
+        if not done:
+            found.computed.update(row.row for row, _ in rows)
+        elif (block := _in_order(masks, rows, inside)) is not None:
+            found.blocks.append(block)
+    return found
 
 
-def _in_order(masks: PendingMasks, rows: list[tuple[int, int]], inside: BitArray) -> Block | None:
+def _in_order(
+    masks: PendingMasks, asked: list[tuple[MaskedRow, int]], inside: BitArray
+) -> Block | None:
+    """The masks of a job that is done, of the rows that nothing else restricts."""
+    rows = [
+        (row.row, index) for row, index in asked if not banned_ids(row.request, len(row.output_ids))
+    ]
+    if not rows:
+        return None
     try:
-        if not masks.done():
-            return None
         bits, errors = masks.results()
     except Exception:
-        # A boundary: each of these rows is told by itself.
+        # A boundary, as above.
         return None
     if bits.dtype != inside.dtype or bits.shape[1:] != inside.shape:
         return None

@@ -435,6 +435,21 @@ def test_masks_computed_together_are_answered_as_row_by_row(
     assert answers[0] == answers[1]
 
 
+def test_masks_computed_together_are_not_waited_for_on_behalf_of_rows_that_ended() -> None:
+    bits = np.ones((3, num_words(VOCAB)), np.uint32)
+
+    class Never(ScriptedSource):
+        def ask(self, rows: Sequence[MaskedRow]) -> list[Any]:
+            masks = CountedMasks(NEVER, bits, {}, None)
+            return [MaskOf(masks, number) for number in range(len(rows))]
+
+    gate = Gate(Never(lambda rid, outputs: (0, None)))
+    gate.gate.open(3, rows_of(*(asked_of(f"m{row}") for row in range(3))))
+    assert gate.look().masks is None and gate.look().masks is None
+    gate.ended = {"m0", "m1", "m2"}
+    assert found(gate.look()) == {}
+
+
 class Hidden:
     """A mask that does not tell that it was computed with others."""
 
