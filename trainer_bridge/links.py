@@ -74,7 +74,7 @@ class GlooLink:
 
     def __init__(self, keys: Store, world_size: int, timeout_s: float) -> None:
         self._group: Any = dist.ProcessGroupGloo(keys, 0, world_size, timedelta(seconds=timeout_s))
-        self._queued: list[_GlooWork] = []
+        self._queued: set[_GlooWork] = set()
 
     def broadcast(self, tensor: torch.Tensor, check: Check) -> _GlooWork:
         """See `Link`."""
@@ -87,7 +87,11 @@ class GlooLink:
         finally:
             # The traceback of an error would keep the connections open.
             del group
-        self._queued.append(queued)
+        self._queued.add(queued)
+        if self._group is None:
+            # Dropped while this was queued: `abort` may not have seen it, and it holds the group.
+            queued.work = None
+            raise RuntimeError(_DROPPED)
         return queued
 
     def send(self, messages: Sequence[Outgoing], check: Check) -> Any:
@@ -104,7 +108,7 @@ class GlooLink:
             # Another thread dropped the group meanwhile: what came is not known of all members.
             raise RuntimeError(_DROPPED)
         work.work = None
-        self._queued.remove(work)
+        self._queued.discard(work)
 
     def poll(self, work: _GlooWork) -> bool:
         """Whether `wait` would not wait."""
@@ -113,10 +117,11 @@ class GlooLink:
     def abort(self) -> None:
         """See `Link`. Gloo's connections end with the last reference to the group, and every
         work holds one, wherever a caller's error still has it in its traceback."""
-        for queued in self._queued:
+        # First: what is queued from now on sees it.
+        self._group = None
+        for queued in list(self._queued):
             queued.work = None
         self._queued.clear()
-        self._group = None
 
 
 class GlooPairLinks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -54,6 +55,23 @@ def test_a_link_that_was_dropped_between_two_messages_says_so() -> None:
     link.abort()
     with pytest.raises(RuntimeError, match="dropped"):
         link.broadcast(torch.ones(1), lambda: None)
+
+
+def test_a_link_that_is_dropped_while_a_message_is_queued_keeps_no_group() -> None:
+    """Queueing lets other threads run; a work holds its group, and by it the connections."""
+    link = alone()
+    real, works = link._group, []
+
+    class Dropping:
+        def broadcast(self, *args: object) -> object:
+            link.abort()
+            works.append(weakref.ref(work := real.broadcast(*args)))
+            return work
+
+    link._group = Dropping()
+    with pytest.raises(RuntimeError, match="dropped") as caught:
+        link.broadcast(torch.ones(1), lambda: None)
+    assert works[0]() is None and caught.value is not None
 
 
 def test_a_group_that_was_dropped_is_a_typed_error() -> None:
