@@ -95,15 +95,17 @@ def test_the_engine_that_costs_nothing_is_one() -> None:
     from rollout.replica.inline import InlineReplica
 
     config = fake_config()
-    with InlineReplica(config, MockExecutor(config)) as replica:
+    executor = MockExecutor(config)
+    with InlineReplica(config, executor) as replica:
         replica.submit([make_request(f"r{i}", [5, 6], max_new_tokens=4) for i in range(3)])
         outputs = []
         while not replica.idle():
             outputs += replica.step()
-    assert sorted(output.rid for output in outputs) == ["r0", "r1", "r2"]
-    for output in outputs:
-        assert len(output.token_ids) == len(output.logprobs) == 4
-        assert output.token_ids.min() >= 3 and (output.logprobs < 0).all()
+    assert [output.rid for output in outputs] == ["r0", "r1", "r2"]
+    # Four steps of three rows, each of which goes on one number further.
+    want = [executor._ids[row : row + 4].tolist() for row in range(3)]
+    assert [output.token_ids.tolist() for output in outputs] == want
+    assert all((output.logprobs < 0).all() for output in outputs)
 
 
 def test_the_table_has_a_line_for_each_ratio() -> None:
