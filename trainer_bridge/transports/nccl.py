@@ -238,9 +238,10 @@ def _await_arrival(group: SenderGroup, joined: Sequence[Future[Any]], sizes: Seq
 
 
 def join_commands(group: SenderGroup, sizes: Sequence[int]) -> list[JoinGroup]:
-    """What each target is to do: its ranks follow those of the targets before it."""
+    """What each target is to do: its ranks follow those of the trainer and of the targets before
+    it."""
     commands = []
-    offset = 1
+    offset = max(1, group.senders)
     for size in sizes:
         commands.append(
             JoinGroup(
@@ -250,6 +251,7 @@ def join_commands(group: SenderGroup, sizes: Sequence[int]) -> list[JoinGroup]:
                 rank_offset=offset,
                 world_size=group.world_size,
                 backend=group.backend,
+                senders=group.senders,
                 timeout_s=group.timeout_s,
             )
         )

@@ -28,7 +28,7 @@ from trainer_bridge.excerpt_plan import SendStage, needs_whole, plan_command, pl
 from trainer_bridge.excerpt_sender import ExcerptSender
 from trainer_bridge.fleet import Member, on_each
 from trainer_bridge.process_group import SenderGroup
-from trainer_bridge.transports.nccl import check, complete
+from trainer_bridge.transports.nccl import check, complete, join_commands
 from trainer_bridge.transports.sharded_ways import (
     Settings,
     Trainers,
@@ -165,7 +165,7 @@ class ExcerptWay:
             return
         assert self._sender is not None, "complete before listen"
         group = self._sender.group
-        joins = _join_commands(group, sizes)
+        joins = join_commands(group, sizes)
         with (
             stopping(lambda: self._stop_others(members)),
             ThreadPoolExecutor(len(members)) as pool,
@@ -200,28 +200,6 @@ class ExcerptWay:
 
 
 _POLL_S = 0.0005
-
-
-def _join_commands(group: SenderGroup, sizes: Sequence[int]) -> list[JoinGroup]:
-    """What each engine is to do: its ranks follow the trainer's and those of the engines before
-    it."""
-    found = []
-    offset = group.senders
-    for size in sizes:
-        found.append(
-            JoinGroup(
-                name=group.name,
-                address=group.address,
-                port=group.port,
-                rank_offset=offset,
-                world_size=group.world_size,
-                backend=group.backend,
-                senders=group.senders,
-                timeout_s=group.timeout_s,
-            )
-        )
-        offset += size
-    return found
 
 
 def _join(member: Member, command: JoinGroup) -> Any:
