@@ -92,8 +92,7 @@ def test_what_an_engine_stores_of_one_expert_is_compared(
     version = replica.state().version
     with Publisher(model, [replica], PushOptions(stored=True)) as publisher:
         publisher.push(version + 1)
-        moe = ranks[1]._worker._model.model.layers[2].mlp.experts
-        # Slot 1 of the second rank is expert 5.
+        moe = ranks[0]._worker._model.model.layers[2].mlp.experts
         moe.down_proj.weight.data[1, 0, 0] += 1
         with pytest.raises(ChecksumMismatch, match="rank 0 stores") as caught:
             check_stored(source_of(model), replica)
