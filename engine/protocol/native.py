@@ -98,8 +98,8 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     `session`: the id of an open session (POST /sessions), whose tokens come before this prompt.
     `session_at`: behind the first so many of them, the rest being forgotten; -1 for all.
 
-    `return_routed_experts`: the experts that every token but the last was sent to, prompt and output
-    (of a turn, the tokens of its session too), from token `routed_experts_start_len` on: in
+    `return_routed_experts`: the experts that every token but the last was sent to, prompt and
+    output (of a turn, the tokens of its session too), from token `routed_experts_start_len` on: in
     `meta_info`, base64 of `routed_experts_dtype` numbers [tokens - 1 - start, layers, experts of a
     token]. Layers without experts have zeros; a route that is not known has -1, or the largest
     number of an unsigned dtype.

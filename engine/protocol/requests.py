@@ -90,8 +90,8 @@ class Request(Struct, frozen=True, kw_only=True, tag="request"):
     session_at: go on behind the first so many tokens of the session and forget the rest; -1 for
         behind all.
     return_routed_experts: the routes of its tokens are wanted, prompt and output, with its last
-        output (`RequestOutput.routed_experts`), from token `routed_experts_start_len` on. Refused by
-        a model without experts, and by an engine that keeps no routes.
+        output (`RequestOutput.routed_experts`), from token `routed_experts_start_len` on. Refused
+        by a model without experts, and by an engine that keeps no routes.
     """
 
     rid: RequestId

@@ -128,8 +128,8 @@ class CallNode(Struct, frozen=True, kw_only=True):
 
     parent: index of the node whose tokens, prompt and output and those before it, begin this one's
     prompt; -1 for none. prompt_ids: int32, the rest of the prompt. token_ids, logprobs, spans,
-    finish, temperature, logprob_law: as in `CallSample`. routed_experts: the routes of its own tokens
-        but the last, behind that of the last token of its parent; None where there are none.
+    finish, temperature, logprob_law: as in `CallSample`. routed_experts: the routes of its own
+    tokens but the last, behind that of the last token of its parent; None where there are none.
     """
 
     parent: int

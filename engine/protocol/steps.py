@@ -163,8 +163,9 @@ class StepPlan(Struct, frozen=True, kw_only=True, tag="step"):
     Of a replica with several copies of the model (`ParallelConfig.dp_size`), one frame has a plan
     for the ranks of each: this one is of copy 0.
     further: those of copies 1, 2, and so on, of the same step. One without rows is a step all the
-        same: its ranks handle it, and its result has no more than routes. Every rank gets all of them, so that
-        what ranks of several copies compute together can be decided from the frame alone.
+        same: its ranks handle it, and its result has no more than routes. Every rank gets all of
+        them, so that what ranks of several copies compute together can be decided from the frame
+        alone.
     """
 
     step: Size

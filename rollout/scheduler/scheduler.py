@@ -72,9 +72,9 @@ class Scheduler:
         device: str = "cpu",
         prepared: Callable[[Request], bool] = lambda request: True,
     ) -> None:
-        """experts, keeps_routes: as in `EngineFacts`. speculative: what is drafted, nothing if None;
-        device: what the ranks run on. prepared: whether a request may leave the queue; one that may
-        not waits, and others pass it."""
+        """experts, keeps_routes: as in `EngineFacts`. speculative: what is drafted, nothing if
+        None; device: what the ranks run on. prepared: whether a request may leave the queue; one
+        that may not waits, and others pass it."""
         # Every running sequence must be able to decode in one step.
         num_slots = min(config.max_running, config.max_step_tokens)
         if num_slots < 1:

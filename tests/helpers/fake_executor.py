@@ -143,8 +143,8 @@ class Answered:
 
 
 class FakeExecutor:
-    """See the module. `model` "experts" has some, and keeps their routes where its configuration says
-    so; "missing" is not found, "exit" leaves the process while it
+    """See the module. `model` "experts" has some, and keeps their routes where its configuration
+    says so; "missing" is not found, "exit" leaves the process while it
     loads, "lasting" gives no memory back, "raise" raises what is no error of ours, "hang" sleeps
     in its first step, "die" leaves in it."""
 
