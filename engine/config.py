@@ -125,7 +125,8 @@ class ParallelConfig:
     """Copies of the model, each with --tp ranks and a KV cache of its own; requests are divided
     among them."""
     ep: bool = False
-    """Divide experts among the ranks of all copies; not built."""
+    """Divide a model's experts among the --tp ranks, each holding some of them whole; without it
+    every rank holds a slice of each."""
     base_gpu: int = 0
     """First GPU of the replica, among those visible."""
     timeout_s: Suppress[float] = 60.0

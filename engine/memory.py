@@ -9,6 +9,7 @@ import torch
 
 from engine.config import CacheConfig, SchedulerConfig
 from engine.errors import OutOfMemory
+from engine.models.config import ModelConfig
 
 # A CPU's memory is shared with the trainer and everything else on the machine.
 CPU_SHARE = 0.25
@@ -70,27 +71,51 @@ class MemoryPlan:
         )
 
 
-def step_bytes(
-    config: SchedulerConfig,
-    max_rows: int,
-    *,
-    hidden_size: int,
-    intermediate_size: int,
-    vocab_size: int,
-) -> int:
-    """Estimate of the largest activations of one step: hidden states and MLP of every token,
-    and the logits of every row in float32, three times over. max_rows: drafts among them."""
-    per_token = 4 * (8 * hidden_size + 3 * intermediate_size)
-    return max(config.max_step_tokens, max_rows) * per_token + 3 * 4 * max_rows * vocab_size
+@dataclass(frozen=True, kw_only=True)
+class StepSizes:
+    """What the activations of a step are as large as, in elements.
+
+    outputs: logits or scores of a row. experts_size: of all experts of a token, their inner sizes
+    and hidden states together; 0 where there are none.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    outputs: int
+    experts_size: int = 0
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> StepSizes:
+        """Those of a model."""
+        experts, experts_size = model.experts, 0
+        if experts is not None:
+            inner = experts.intermediate_size + model.hidden_size
+            experts_size = experts.routing.top_k * inner
+        return cls(
+            hidden_size=model.hidden_size,
+            intermediate_size=model.intermediate_size,
+            outputs=model.num_labels or model.vocab_size,
+            experts_size=experts_size,
+        )
+
+    @property
+    def token_bytes(self) -> int:
+        """Of a token: hidden states and MLP as if they were float32, and what goes through its
+        experts in 16 bits."""
+        return 4 * (8 * self.hidden_size + 3 * self.intermediate_size) + 2 * self.experts_size
 
 
-def graph_bytes(
-    num_graphs: int, max_rows: int, *, hidden_size: int, intermediate_size: int, vocab_size: int
-) -> int:
+def step_bytes(config: SchedulerConfig, max_rows: int, sizes: StepSizes) -> int:
+    """Estimate of the largest activations of one step: hidden states, MLP and experts of every
+    token, and the logits of every row in float32, three times over. max_rows: drafts among them."""
+    num_tokens = max(config.max_step_tokens, max_rows)
+    return num_tokens * sizes.token_bytes + 3 * 4 * max_rows * sizes.outputs
+
+
+def graph_bytes(num_graphs: int, max_rows: int, sizes: StepSizes) -> int:
     """Estimate of what CUDA graphs keep: one pool as large as the largest decode step, which
     all share, and the nodes of each."""
-    per_row = 4 * (8 * hidden_size + 3 * intermediate_size + vocab_size)
-    return num_graphs * _GRAPH_BYTES + max_rows * per_row
+    return num_graphs * _GRAPH_BYTES + max_rows * (sizes.token_bytes + 4 * sizes.outputs)
 
 
 def plan_memory(

@@ -25,7 +25,7 @@ from engine.kv.layout import head_layouts, page_bytes
 from engine.kv.pool import KVPool
 from engine.late_draw import draw_late
 from engine.layers.runtime import LayerRuntime
-from engine.memory import Needs, graph_bytes, plan_memory, step_bytes
+from engine.memory import Needs, StepSizes, graph_bytes, plan_memory, step_bytes
 from engine.models.labels import label_names
 from engine.models.locate import locate
 from engine.numerics import (
@@ -80,7 +80,7 @@ class Worker:
         dtype = resolve_dtype(config.dtype, device)
         files = locate(config.model, config.load_format)
         files.config.require_dtype(dtype_name(dtype))
-        check_options(config, num_labels=files.config.num_labels)
+        check_options(config, files.config)
         check_kv_dtype(config.cache.kv_dtype, dtype_name(dtype), compute_capability(device))
         backend = kernel_backend(device)
         linear = linear_method(config.quantization, backend)
@@ -367,19 +367,14 @@ class Worker:
 
     def _needs(self, config: EngineConfig, *, has_graphs: bool) -> Needs:
         """What memory goes to beside the KV pool. has_graphs: whether any are captured."""
-        model, max_rows = self._model.config, max_verified(config)
-        sizes = {
-            "hidden_size": model.hidden_size,
-            "intermediate_size": model.intermediate_size,
-            "vocab_size": model.num_labels or model.vocab_size,
-        }
+        sizes, max_rows = StepSizes.of(self._model.config), max_verified(config)
         weights = parameter_bytes(self._model)
         most = config.speculative.most
         kinds = num_kinds(config.scheduler.max_running, max_rows, most) if has_graphs else 0
         return Needs(
             weights=weights,
-            workspace=step_bytes(config.scheduler, max_rows, **sizes),
-            graphs=graph_bytes(kinds, max_rows, **sizes) if kinds else 0,
+            workspace=step_bytes(config.scheduler, max_rows, sizes),
+            graphs=graph_bytes(kinds, max_rows, sizes) if kinds else 0,
             trainer=config.memory.trainer_bytes,
             # Full tensors as they come, whatever of them is stored here, and as what.
             shadow=self._weights.session.catalog.full_bytes()
