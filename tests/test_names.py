@@ -15,6 +15,7 @@ NOT_CALLED = {
     "recipes.collecting.captured": "for a trainer of agents that use a server",
     "rollout.requests.generate.classify": "for a program that scores in its own process",
     "trainer_bridge.hf.load_classifier": "for a trainer of a reward model, or of a critic from one",
+    "engine.models.deepseek_experts.v2_experts": "of DeepSeek-V2, whose attention is not built",
     "rollout.requests.parts": "for a program that asks for a reply in parts, of several servers",
 }
 """Modules and names that the product offers and does not use itself, and why."""
