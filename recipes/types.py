@@ -13,7 +13,6 @@ from engine.protocol import FloatArray, IntArray, SpecCounts, VersionSpan
 T = TypeVar("T")
 
 BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
-RouteArray = np.ndarray[Any, np.dtype[np.uint8] | np.dtype[np.uint16]]
 
 Message = dict[str, Any]
 """One chat message: {"role": ..., "content": ...}."""

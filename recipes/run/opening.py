@@ -42,6 +42,7 @@ from recipes.trainers.critic import Critic
 from recipes.trainers.critic_model import check_critic_model
 from recipes.trainers.model import load_critic, load_trainer
 from recipes.trainers.route_shelf import RouteShelf
+from recipes.trainers.routing_options import check_routers
 from recipes.types import Problem
 from recipes.world import World, open_world
 from rollout.launch import read_checkpoint
@@ -110,8 +111,11 @@ def open_run(options: RunOptions, ledger: Ledger) -> Run:
 
 
 def _context_length(options: RunOptions) -> int:
-    """Tokens the engine will serve, prompt and reply together."""
-    return read_checkpoint(options.model, options.load_format, options.seed).context_length
+    """Tokens the engine will serve, prompt and reply together. Raises InvalidRequest for options
+    of routers where the model has none."""
+    checkpoint = read_checkpoint(options.model, options.load_format, options.seed)
+    check_routers(options.routing, checkpoint.hf_config)
+    return checkpoint.context_length
 
 
 def _read_task(options: RunOptions, tokenizer: Tokenizer, context_length: int) -> CheckedTask:

@@ -22,8 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.protocol import IntArray
-from recipes.types import RouteArray
+from engine.protocol import IntArray, RouteArray
 
 Int64Array = np.ndarray[Any, np.dtype[np.int64]]
 BoolArray = np.ndarray[Any, np.dtype[np.bool_]]

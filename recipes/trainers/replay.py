@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from engine.errors import InvalidRequest
-from recipes.types import RouteArray
+from engine.protocol import RouteArray
 
 
 class RouteReplay:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from recipes.types import HeldRoutes, RouteArray
+from engine.protocol import RouteArray
+from recipes.types import HeldRoutes
 from recipes.world import World
 
 

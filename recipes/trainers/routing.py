@@ -15,13 +15,16 @@ from typing import Any
 
 import torch
 
-from engine.errors import InvalidRequest
 from recipes.trainers.balance import LoadArray, balance_loss
 from recipes.trainers.prefix_tree import PrefixTree, PromptResponse
 from recipes.trainers.replay import RouteReplay
 from recipes.trainers.route_shelf import RouteShelf
 from recipes.trainers.routers import Router, routers_of
-from recipes.trainers.routing_options import RoutingOptions
+from recipes.trainers.routing_options import (
+    RoutingOptions,
+    asked_of_routers,
+    without_routers,
+)
 from recipes.types import Trajectory
 
 
@@ -60,7 +63,9 @@ class Routing:
 
     def __init__(self, model: Any, options: RoutingOptions, shelf: RouteShelf) -> None:
         self._routers = routers_of(model)
-        _require_routers(self._routers, model, options)
+        asked = asked_of_routers(options)
+        if asked and not self._routers:
+            raise without_routers(asked, type(model).__name__)
         self._aux_coef = options.router_aux_coef
         self._shelf = shelf
         self._replay: RouteReplay | None = None
@@ -147,22 +152,6 @@ class Routing:
             flips=flips,
             absent=absent,
             aux_loss=self._aux_loss,
-        )
-
-
-def _require_routers(routers: Sequence[Router], model: Any, options: RoutingOptions) -> None:
-    given = {
-        "routing_replay": options.routing_replay,
-        "freeze_router": options.freeze_router,
-        "router_aux_coef": options.router_aux_coef > 0,
-    }
-    asked = [name for name, value in given.items() if value]
-    if asked and not routers:
-        flag = f"--{asked[0].replace('_', '-')}"
-        raise InvalidRequest(
-            f"{asked[0]}: {type(model).__name__} has no routers that this trainer knows; leave "
-            f"{flag} out, or train a mixture of experts",
-            field=asked[0],
         )
 
 

@@ -1,4 +1,5 @@
-"""A character-level mixture of experts, and the additions that it learns, as files."""
+"""A character-level mixture of experts and its task, as files: the largest of four digits,
+"3725=" -> "7"."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from tests.helpers.char_model import VOCAB, char_tokenizer
 
 
-def char_experts(hidden: int = 64, layers: int = 2, *, seed: int = 0) -> Qwen3MoeForCausalLM:
+def char_experts(hidden: int = 32, layers: int = 2, *, seed: int = 0) -> Qwen3MoeForCausalLM:
     """A Qwen3-MoE with random weights: eight experts a layer, two of them a token."""
     torch.manual_seed(seed)
     config = Qwen3MoeConfig(
@@ -41,9 +42,11 @@ def write_char_experts(folder: Path, *, seed: int = 0) -> str:
     return str(folder)
 
 
-def write_additions(path: Path) -> str:
-    """Every sum of two numbers of two digits, as prompt, completion and answer."""
-    pairs = itertools.product(range(10, 100), repeat=2)
-    sums = [{"prompt": f"{a}+{b}=", "completion": str(a + b), "answer": str(a + b)} for a, b in pairs]
-    path.write_text("".join(json.dumps(row) + "\n" for row in sums))
+def write_largest(path: Path) -> str:
+    """Every four digits with the largest of them, as prompt, completion and answer."""
+    rows = []
+    for digits in itertools.product("0123456789", repeat=4):
+        best = max(digits)
+        rows.append({"prompt": f"{''.join(digits)}=", "completion": best, "answer": best})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)

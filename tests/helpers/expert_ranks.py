@@ -35,7 +35,7 @@ STEPS = 2
 CPU = torch.device("cpu")
 # A few tree nodes only, so that ranks have several micro-batches, and not equally many.
 OPTIONS = OptimizerOptions(lr=1e-2, max_tokens_per_microbatch=14, gradient_checkpointing=True)
-REPLAYED = RoutingOptions(routing_replay=True, router_aux_coef=1e-3)
+REPLAYED = RoutingOptions(routing_replay=True, router_aux_coef=0.05)
 FROZEN = RoutingOptions(freeze_router=True)
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.protocol import RouteArray
 from recipes.trainers.route_shelf import RouteShelf
 from recipes.trainers.routers import routers_of
-from recipes.types import RouteArray, Trajectory
+from recipes.types import Trajectory
 
 SIGMOID = ("DeepseekV3TopkRouter", "Glm4MoeTopkRouter")
 

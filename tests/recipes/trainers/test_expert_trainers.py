@@ -52,15 +52,16 @@ def plain() -> dict[str, Any]:
 def test_replayed_and_balanced_experts_learn_what_plain_does(
     sharded: list[dict[str, Any]], plain: dict[str, Any], name: str
 ) -> None:
-    """Each process replays the routes of its share, half of which the other one sampled."""
+    """Each process replays the routes of its share, half of which the other one sampled. The
+    balance loss is another in other micro-batches; without it the difference is 0.05."""
     for rank in sharded:
         found = rank[f"{name} qwen3_moe"]
-        for key in ("before", "after"):
+        for key, atol in (("before", 1e-5), ("after", 5e-3)):
             for ours, theirs in zip(found[key], plain[key], strict=True):
-                np.testing.assert_allclose(ours, theirs, atol=1e-4)
+                np.testing.assert_allclose(ours, theirs, atol=atol)
         for ours, theirs in zip(found["rows"], plain["rows"], strict=True):
             assert ours["router/replay_flips"] > 0 == ours["router/replay_absent"]
-            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.02)
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-3)
     norms = [[row["grad_norm"] for row in r[f"{name} qwen3_moe"]["rows"]] for r in sharded]
     assert norms[0] == norms[1]
     assert_complete([rank[f"{name} qwen3_moe"]["source"] for rank in sharded])

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from engine.errors import InvalidRequest
+from engine.protocol import RouteArray
 from recipes.trainers.metrics import TokenMetrics
 from recipes.trainers.optimizer_options import OptimizerOptions
 from recipes.trainers.plain import Trainer
@@ -17,7 +18,7 @@ from recipes.trainers.route_shelf import RouteShelf
 from recipes.trainers.routers import routers_of
 from recipes.trainers.routing import Routing
 from recipes.trainers.routing_options import RoutingOptions
-from recipes.types import Batch, RouteArray
+from recipes.types import Batch
 from tests.helpers.expert_families import FAMILIES, tiny_experts
 from tests.helpers.expert_routes import perturbed, routes_of, with_routes
 from tests.helpers.tiny_models import tiny_hf
