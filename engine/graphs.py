@@ -34,6 +34,7 @@ from engine.attention.base import (
 from engine.attention.context import ForwardContext
 from engine.batch import RequestTable
 from engine.config import DRAFT_LADDER, ROW_BUCKETS
+from engine.kv.route_pool import RoutePool
 from engine.late_draw import DecodeLogits
 from engine.models.build import Model
 from engine.sampling import PLAIN, DrawOptions, Sampler
@@ -105,8 +106,8 @@ class DecodeGraphs:
 
     max_rows: rows of a step; max_verified: rows of the model's step, drafts among them.
     scratch_slot: a row of the tables that no request takes; its pages are of nobody. Rows
-    that pad a bucket run on it. drafter: None where nothing is drafted. region: what a capture
-    allocates belongs to it.
+    that pad a bucket run on it. drafter: None where nothing is drafted. routes: where those of the
+    rows belong, if they are kept. region: what a capture allocates belongs to it.
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class DecodeGraphs:
         max_verified: int,
         scratch_slot: int,
         drafter: NgramDrafter | None = None,
+        routes: RoutePool | None = None,
         region: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._model = model
@@ -129,6 +131,7 @@ class DecodeGraphs:
         self._buckets = np.array(row_buckets(max_rows))
         self._scratch_slot = scratch_slot
         self._region = region
+        self._routes = routes
         self._device = table.device
         self._drafter = drafter
         self._max_verified = max_verified
@@ -301,7 +304,8 @@ class DecodeGraphs:
         )
         # Unused drafts of rows that are there count as rows; what fills the bucket does not.
         num_rows = self._inputs[2 * kind.rows : 2 * kind.rows + 1]
-        context = ForwardContext(rows.positions_V, step, num_rows=num_rows)
+        routes = None if self._routes is None else self._routes.step(rows.write_slots_V)
+        context = ForwardContext(rows.positions_V, step, num_rows=num_rows, routes=routes)
         hidden_VE = self._model(rows.input_ids_V, context)
         logits = self._model.compute_logits(hidden_VE, widen=False)
         if kind.options is None:

@@ -50,10 +50,12 @@ class Needs:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """How the KV pool was sized. All sizes in bytes."""
+    """How the KV pool was sized. All sizes in bytes. page_bytes: of all that a page has, of which
+    route_bytes are routes."""
 
     num_pages: int
     page_bytes: int
+    route_bytes: int
     free_bytes: int
     needs: Needs
     reason: str
@@ -65,8 +67,9 @@ class MemoryPlan:
 
     def describe(self) -> str:
         """One line with the whole arithmetic, for the log and for refusals."""
+        routes = f", {self.route_bytes} of them routes," if self.route_bytes else ""
         return (
-            f"KV pool: {self.num_pages} pages x {self.page_bytes} B = {gib(self.kv_bytes)} "
+            f"KV pool: {self.num_pages} pages x {self.page_bytes} B{routes} = {gib(self.kv_bytes)} "
             f"({self.reason}); free {gib(self.free_bytes)}; {self.needs.describe()}"
         )
 
@@ -122,6 +125,7 @@ def plan_memory(
     cache: CacheConfig,
     *,
     page_bytes: int,
+    route_bytes: int = 0,
     needs: Needs,
     device: torch.device,
     context_length: int,
@@ -129,12 +133,13 @@ def plan_memory(
 ) -> MemoryPlan:
     """Size the KV pool after the weights are loaded.
 
-    page_bytes: K and V of one page over all layers. Raises OutOfMemory when not even one
-    sequence of `context_length` tokens fits, or when what was asked for does not.
+    page_bytes: K and V of one page over all layers; route_bytes: its routes. Raises OutOfMemory
+    when not even one sequence of `context_length` tokens fits, or when what was asked for does not.
     """
     _empty_cache(device)
     free = free_bytes(device)
     wanted, reason = _wanted_bytes(cache, free, needs, device)
+    page_bytes += route_bytes
     if cache.num_pages is not None:
         num_pages, reason = cache.num_pages, f"num_pages={cache.num_pages}"
     else:
@@ -142,7 +147,12 @@ def plan_memory(
         most = max_running * -(-context_length // cache.page_size)
         num_pages = min(wanted // page_bytes, most)
     plan = MemoryPlan(
-        num_pages=num_pages, page_bytes=page_bytes, free_bytes=free, needs=needs, reason=reason
+        num_pages=num_pages,
+        page_bytes=page_bytes,
+        route_bytes=route_bytes,
+        free_bytes=free,
+        needs=needs,
+        reason=reason,
     )
     _refuse_if_it_does_not_fit(plan, cache)
     return plan

@@ -35,6 +35,11 @@ def _check_experts(config: EngineConfig, model: ModelConfig) -> None:
                 f"{model.architecture} has no experts to divide among the ranks; leave it out",
                 field="parallel.ep",
             )
+        if config.return_routed_experts:
+            raise UnsupportedOption(
+                f"{model.architecture} has no experts and so no routes to keep; leave it out",
+                field="return_routed_experts",
+            )
         return
     if config.parallel.ep and config.parallel.dp_size > 1:
         raise UnsupportedOption(

@@ -12,6 +12,7 @@ NOT_CALLED = {
     "kernels.collectives.reference.all_reduce_add_rms_norm": "what its kernel is compared with",
     "engine.errors.NonFiniteLogits": "known by its name, which crosses processes in a reply",
     "rollout.client.Client": "what a program that uses a server imports",
+    "rollout.client.routed_experts": "for a program that trains on what a server returned",
     "recipes.collecting.captured": "for a trainer of agents that use a server",
     "rollout.requests.generate.classify": "for a program that scores in its own process",
     "trainer_bridge.hf.load_classifier": "for a trainer of a reward model, or of a critic from one",

@@ -24,6 +24,7 @@ from engine.models.labels import num_labels
 from engine.models.registry import CLASSIFIERS, find
 from engine.models.sizes import Sizes
 from engine.models.windows import refuse_windows
+from engine.protocol import ExpertFacts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,19 @@ class ModelConfig:
         """The kind of the layers that have experts, one for all of them; None where none has."""
         kinds = (layer.mlp for layer in self.layers)
         return next((kind for kind in kinds if isinstance(kind, MoeKind)), None)
+
+    @property
+    def expert_facts(self) -> ExpertFacts | None:
+        """The experts as a leader is told of them."""
+        kind = self.experts
+        if kind is None:
+            return None
+        return ExpertFacts(
+            num_layers=self.num_layers,
+            layers=[i for i, layer in enumerate(self.layers) if isinstance(layer.mlp, MoeKind)],
+            num_experts=kind.routing.num_experts,
+            top_k=kind.routing.top_k,
+        )
 
     @property
     def attention_scale(self) -> float:

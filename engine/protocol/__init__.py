@@ -97,6 +97,13 @@ from engine.protocol.rollouts import (
     RolloutCommand,
     RolloutState,
 )
+from engine.protocol.routes import (
+    ExpertFacts,
+    RouteArray,
+    RouteDType,
+    RouteRead,
+    route_dtype,
+)
 from engine.protocol.sessions import (
     CloseSession,
     GetSession,
@@ -223,6 +230,7 @@ __all__ = [
     "DELTA_FILE",
     "EngineCommand",
     "EngineFacts",
+    "ExpertFacts",
     "ErrorInfo",
     "FinishReason",
     "FinishType",
@@ -271,6 +279,10 @@ __all__ = [
     "SpecCounts",
     "Resume",
     "ResumeMemory",
+    "RouteArray",
+    "RouteDType",
+    "RouteRead",
+    "route_dtype",
     "RowSampling",
     "SamplingParams",
     "SetVersion",

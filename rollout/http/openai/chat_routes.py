@@ -15,7 +15,13 @@ from rollout.http.edge.errors import json_response
 from rollout.http.edge.sse import EventStream, answer
 from rollout.http.native.sample import Sample
 from rollout.http.openai.bodies import ChatBody, parse_openai
-from rollout.http.openai.call import finish_fields, token_writer, usage, version_fields
+from rollout.http.openai.call import (
+    finish_fields,
+    route_fields,
+    token_writer,
+    usage,
+    version_fields,
+)
 from rollout.http.openapi import takes
 from rollout.http.services import Services
 from rollout.parsers.events import (
@@ -99,6 +105,7 @@ class _ChatChoices:
             **self._finish(sample, reply),
             **self._ids(sample.output),
             **version_fields(sample, self._services.labels),
+            **route_fields(sample, self._body),
         }
 
     def _parts(self, found: TurnDelta) -> Iterator[dict[str, Any]]:
@@ -113,6 +120,7 @@ class _ChatChoices:
             if found.delta.finished and number == len(deltas) - 1:
                 choice |= self._finish(found.sample, self._turn.reply(index))
                 choice |= version_fields(found.sample, self._services.labels)
+                choice |= route_fields(found.sample, self._body)
             else:
                 choice |= finish_fields(None, self._body)
             yield choice

@@ -21,6 +21,7 @@ from rollout.http.openai.bodies import CompletionBody, base_request, parse_opena
 from rollout.http.openai.call import (
     OpenAICall,
     finish_fields,
+    route_fields,
     start,
     token_writer,
     usage,
@@ -163,7 +164,7 @@ class _CompletionChoices:
             yield frame
 
     def _whole(self, sample: Sample, index: int) -> dict[str, Any]:
-        text = self._prompt_text(sample) + (sample.response().text or "")
+        text = self._prompt_text(sample) + sample.text
         rows = self._rows(index, sample, sample.output, None, first=True)
         return {
             "index": index,
@@ -173,6 +174,7 @@ class _CompletionChoices:
             **self._ids(sample, sample.output.token_ids.tolist(), prompt=True),
             "prompt_logprobs": self._call.prompt_scores(sample),
             **version_fields(sample, self._services.labels),
+            **route_fields(sample, self._body),
         }
 
     def _part(
@@ -194,6 +196,7 @@ class _CompletionChoices:
         }
         if delta.finished:
             choice |= version_fields(sample, self._services.labels)
+            choice |= route_fields(sample, self._body)
         return choice
 
     def _prompt_text(self, sample: Sample) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Sequence_
 from typing import Any
 
 import numpy as np
 
-from engine.protocol import NO_INTS, IntArray, NewRow, StepPlan
+from engine.protocol import NO_INTS, IntArray, NewRow, RouteRead, StepPlan
 from rollout.cache.radix_node import Match
 from rollout.scheduler.planning.in_flight import InFlight
+from rollout.scheduler.routes.kept import KeptRoutes
 from rollout.scheduler.running import RunningSet
 from rollout.scheduler.sequence import Sequence
 
@@ -115,7 +117,8 @@ class PlanBuilder:
                 draft_lens = self._draft_lens
             computed = computed - draft_lens
         copies = np.array(self._copies, np.int32).reshape(-1, 2)
-        flight = self._in_flight(slots, samples, draft_lens if len(draft_lens) else None)
+        reads, keepers = self._running.routes.take()
+        flight = self._in_flight(slots, samples, draft_lens if len(draft_lens) else None, keepers)
         plan = StepPlan(
             step=self.step,
             new_rows=self._new_rows,
@@ -131,6 +134,7 @@ class PlanBuilder:
             draft_lens=draft_lens,
             sources=None if drafts is None else drafts.sources(),
             masked=np.flatnonzero(table.masked[flight.slots]).astype(np.int32),
+            route_reads=reads,
         )
         if drafts is not None:
             all_decode = self.all_decode
@@ -154,7 +158,11 @@ class PlanBuilder:
         return slots[order], lens[order], samples[order]
 
     def _in_flight(
-        self, slots: IntArray, samples: BoolArray, draft_lens: IntArray | None
+        self,
+        slots: IntArray,
+        samples: BoolArray,
+        draft_lens: IntArray | None,
+        routes: list[KeptRoutes],
     ) -> InFlight:
         uids = self._running.table.uid[slots]
         all_sample = bool(samples.all())
@@ -167,7 +175,41 @@ class PlanBuilder:
             row_uids=uids,
             scored=self._scored,
             draft_lens=draft_lens if draft_lens is None or all_sample else draft_lens[samples],
+            routes=routes,
         )
+
+
+def no_rows(step: int, reads: Sequence_[RouteRead] = ()) -> StepPlan:
+    """A step that computes nothing, and reads routes if there are any to read."""
+    return StepPlan(
+        step=step,
+        new_rows=[],
+        page_slots=NO_INTS,
+        page_columns=NO_INTS,
+        page_ids=NO_INTS,
+        copy_src=NO_INTS,
+        copy_dst=NO_INTS,
+        slots=NO_INTS,
+        query_lens=NO_INTS,
+        kv_lens=NO_INTS,
+        samples=np.empty(0, np.bool_),
+        route_reads=list(reads),
+    )
+
+
+def rowless(step: int, running: RunningSet) -> tuple[StepPlan, InFlight]:
+    """The step that reads what routes there are to read, and no more."""
+    reads, keepers = running.routes.take()
+    flight = InFlight(
+        step=step,
+        version=running.version,
+        slots=NO_INTS,
+        uids=np.empty(0, np.int64),
+        row_slots=NO_INTS,
+        row_uids=np.empty(0, np.int64),
+        routes=keepers,
+    )
+    return no_rows(step, reads), flight
 
 
 def _join(parts: list[IntArray]) -> IntArray:
