@@ -12,6 +12,7 @@ from engine.protocol import RequestOutput
 from rollout.http.chat.prompts import ChatPrompts
 from rollout.http.chat.turn import Turn, TurnDelta, start_turn
 from rollout.http.edge.errors import json_response
+from rollout.http.edge.read_body import whole_body
 from rollout.http.edge.sse import EventStream, answer
 from rollout.http.native.sample import Sample
 from rollout.http.openai.bodies import ChatBody, parse_openai
@@ -40,7 +41,7 @@ def router(services: Services) -> APIRouter:
     routes = APIRouter()
 
     async def chat(request: Request) -> Response:
-        data = await request.body()
+        data = await whole_body(request)
         return await answer(request, reply_to_chat(services, services.prompts, data))
 
     routes.add_api_route(
