@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
-from fastapi import APIRouter, FastAPI
+from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
-from starlette.routing import Route
 
 from rollout.http import openapi
 from rollout.http.anthropic import routes as message_routes
 from rollout.http.capture import rollout_routes
 from rollout.http.edge import errors, unserved_routes
 from rollout.http.edge.guard import Guard
+from rollout.http.edge.routes import Routes
 from rollout.http.edge.shortcut import Shortcut
 from rollout.http.native import command_routes, session_routes
 from rollout.http.native import generate_routes as native_generate_routes
@@ -54,7 +54,6 @@ def build_app(services: Services) -> FastAPI:
         finally:
             await services.engine.close()
 
-    app = FastAPI(title="Slipstream", lifespan=lifespan, openapi_url=None)
     control = [
         command_routes.router(services),
         sglang_weight_routes.router(services),
@@ -79,8 +78,8 @@ def build_app(services: Services) -> FastAPI:
     others += [session_routes.router(services), rollout_routes.router(services)]
     routers = [*generating, *others, *control]
     routers.append(openapi.router(services.config, routers, _paths(control)))
-    for routes in routers:
-        app.include_router(routes)
+    served = [route for part in routers for route in part.routes]
+    app = FastAPI(title="Slipstream", lifespan=lifespan, openapi_url=None, routes=served)
     errors.install(app, _methods(routers))
     app.add_middleware(Shortcut, routers=generating)
     app.add_middleware(Guard, config=services.config, control_paths=_paths(control))
@@ -101,17 +100,13 @@ def front_paths(services: Services) -> frozenset[str]:
     return _paths([module.router(services) for module in (*_GENERATING, text_routes)])
 
 
-def _methods(routers: Sequence[APIRouter]) -> dict[str, list[str]]:
+def _methods(routers: Sequence[Routes]) -> dict[str, list[str]]:
     """The methods of every path."""
     found: dict[str, set[str]] = {}
     for route in (route for router in routers for route in router.routes):
-        if isinstance(route, Route):
-            found.setdefault(route.path_format, set()).update(route.methods or ())
+        found.setdefault(route.path_format, set()).update(route.methods or ())
     return {path: sorted(methods) for path, methods in found.items()}
 
 
-def _paths(routers: Sequence[APIRouter]) -> frozenset[str]:
-    found = [
-        route.path for router in routers for route in router.routes if isinstance(route, Route)
-    ]
-    return frozenset(found)
+def _paths(routers: Sequence[Routes]) -> frozenset[str]:
+    return frozenset(route.path for router in routers for route in router.routes)
