@@ -76,11 +76,12 @@ def build_app(services: Services) -> ASGIApp:
     and Starlette put around every route take as long as all that the route does.
     """
     routers = _Routers(services)
+    routes: Any = _routes(services, routers)
     # As uvicorn has it, whoever a proxy of this machine speaks for is the caller.
-    routes: Any = ProxyHeadersMiddleware(
-        _routes(services, routers), os.environ.get("FORWARDED_ALLOW_IPS", "127.0.0.1")
+    proxied: Any = ProxyHeadersMiddleware(
+        routes, os.environ.get("FORWARDED_ALLOW_IPS", "127.0.0.1")
     )
-    app: ASGIApp = Shortcut(routes, routers.generating)
+    app: ASGIApp = Shortcut(proxied, routers.generating)
     app = Guard(app, services.config, _paths(routers.control))
     if services.config.allowed_origins:
         # Outermost: it also answers what browsers ask before they send a request.

@@ -145,9 +145,10 @@ class PlanBuilder:
             slots, columns, pages = zip(*self._page_runs, strict=True)
             sizes = [len(ids) for ids in pages]
             # Those of a run are behind each other, however many came in runs before it.
-            start = np.array(columns, np.int32) - np.cumsum([0, *sizes[:-1]], dtype=np.int32)
+            before: IntArray = np.cumsum([0, *sizes[:-1]]).astype(np.int32)
+            start: IntArray = np.array(columns, np.int32) - before
             ids = np.concatenate(pages)
-            column = np.repeat(start, sizes) + np.arange(len(ids), dtype=np.int32)
+            column: IntArray = np.repeat(start, sizes) + np.arange(len(ids), dtype=np.int32)
             parts.append((np.repeat(np.array(slots, np.int32), sizes), column, ids))
         if len(parts) == 1:
             return parts[0]
