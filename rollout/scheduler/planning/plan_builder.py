@@ -148,7 +148,8 @@ class PlanBuilder:
             before: IntArray = np.cumsum([0, *sizes[:-1]]).astype(np.int32)
             start: IntArray = np.array(columns, np.int32) - before
             ids = np.concatenate(pages)
-            column: IntArray = np.repeat(start, sizes) + np.arange(len(ids), dtype=np.int32)
+            within: IntArray = np.arange(len(ids), dtype=np.int32)
+            column: IntArray = np.add(np.repeat(start, sizes), within)
             parts.append((np.repeat(np.array(slots, np.int32), sizes), column, ids))
         if len(parts) == 1:
             return parts[0]
