@@ -22,6 +22,7 @@ from engine.protocol.buckets import (
 )
 from engine.protocol.codec import (
     decode,
+    decoder,
     encode,
 )
 from engine.protocol.commands import (
@@ -96,6 +97,13 @@ from engine.protocol.rollouts import (
     RewardRollout,
     RolloutCommand,
     RolloutState,
+)
+from engine.protocol.routes import (
+    ExpertFacts,
+    RouteArray,
+    RouteDType,
+    RouteRead,
+    route_dtype,
 )
 from engine.protocol.sessions import (
     CloseSession,
@@ -223,6 +231,7 @@ __all__ = [
     "DELTA_FILE",
     "EngineCommand",
     "EngineFacts",
+    "ExpertFacts",
     "ErrorInfo",
     "FinishReason",
     "FinishType",
@@ -271,6 +280,10 @@ __all__ = [
     "SpecCounts",
     "Resume",
     "ResumeMemory",
+    "RouteArray",
+    "RouteDType",
+    "RouteRead",
+    "route_dtype",
     "RowSampling",
     "SamplingParams",
     "SetVersion",
@@ -293,6 +306,7 @@ __all__ = [
     "StoredTensor",
     "WeightsReport",
     "decode",
+    "decoder",
     "encode",
     "piece_bytes",
     "plan_buckets",

@@ -74,7 +74,9 @@ class DeepSpeedBackend:
             recompute_layers(model)
         kept = keep_buffers(model)
         engine, *_ = library.initialize(
-            model=model, model_parameters=list(model.parameters()), config=config
+            model=model,
+            model_parameters=[p for p in model.parameters() if p.requires_grad],
+            config=config,
         )
         restore_buffers(model, kept)
         _set_masters(engine.module, full, device)
@@ -217,6 +219,8 @@ def _set_masters(
         return
     tensors: Any = importlib.import_module("deepspeed.utils")
     for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
         tensors.safe_set_full_fp32_param(parameter, full[name].to(device))
 
 

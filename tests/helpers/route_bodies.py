@@ -85,11 +85,11 @@ class RouteBody:
 
 def openapi() -> dict[str, Any]:
     """The document of a server over the fake engine."""
-    from rollout.http.app import build_app
+    from rollout.http.app import build_routes
     from rollout.http.edge.routes import Routes
 
     config = ServeConfig(engine=fake_config())
-    app = build_app(make_services(config, AsyncEngine(InlineLink(config.engine)), None))
+    app = build_routes(make_services(config, AsyncEngine(InlineLink(config.engine)), None))
     found = Routes()
     found.routes += app.routes
     return document(config, [found], frozenset())

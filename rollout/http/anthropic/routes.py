@@ -21,6 +21,7 @@ from rollout.http.anthropic.input_messages import to_chat
 from rollout.http.chat.conversation import Conversation, translating
 from rollout.http.chat.turn import Turn, start_turn
 from rollout.http.edge.errors import json_response
+from rollout.http.edge.read_body import whole_body
 from rollout.http.edge.routes import Routes
 from rollout.http.edge.sse import NAMED, EventStream, answer
 from rollout.http.openai.call import usage, version_fields
@@ -42,10 +43,10 @@ def router(services: Services) -> Routes:
     routes = Routes()
 
     async def messages(request: Request) -> Response:
-        return await answer(request, reply_to_messages(services, await request.body()))
+        return await answer(request, reply_to_messages(services, await whole_body(request)))
 
     async def count_tokens(request: Request) -> Response:
-        return await answer(request, _count(services, await request.body()))
+        return await answer(request, _count(services, await whole_body(request)))
 
     for path, handler, body in (
         ("/v1/messages", messages, MessagesBody),

@@ -36,6 +36,7 @@ from rollout.http.openai.responses.store import ResponseStore
 from rollout.http.openapi import takes
 from rollout.http.services import Services
 from rollout.requests.json_types import decode_json
+from rollout.scheduler.validate import check_keeps_routes
 
 Reply = Callable[[Services, bytes], Coroutine[Any, Any, Response]]
 
@@ -46,6 +47,7 @@ class RolloutBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     rollout_id: ClientId | None = None
     timeout_s: Seconds | None = None
     history: History | None = None
+    return_routed_experts: bool = False
 
 
 class RewardBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -82,10 +84,13 @@ def router(services: Services) -> Routes:
 
     async def create(request: Request) -> Response:
         body = decode_json(await request.body() or b"{}", RolloutBody)
+        if body.return_routed_experts:
+            check_keeps_routes(services.engine.facts)
         command = OpenRollout(
             rollout=body.rollout_id or "",
             timeout_s=body.timeout_s,
             history=body.history or "kept",
+            return_routed_experts=body.return_routed_experts,
         )
         turns = None if prompts is None else prompts.turns
         told = None if turns is None else turns.told

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engine.errors import SlipstreamError
-from rollout.http.edge.errors import error_response
+from rollout.http.edge.errors import error_response, unexpected_response
 from rollout.http.edge.routes import Routes
 
 
@@ -45,4 +45,8 @@ class Shortcut:
             reply = error_response(error, scope["path"])
         except ClientDisconnect:
             reply = Response(status_code=499)
+        except Exception as error:
+            # A boundary: what goes on from here ends the connection.
+            await unexpected_response(error, scope["path"])(scope, receive, send)
+            raise
         await reply(scope, receive, send)

@@ -31,8 +31,8 @@ REFUSED: Mapping[str, tuple[str, str]] = MappingProxyType(
         "/skyrl/v1/load_lora_adapter": ("POST", _ADAPTERS),
         "/skyrl/v1/generate": (
             "POST",
-            "routed experts and sampling supports are not returned; generate by "
-            "/inference/v1/generate",
+            "sampling supports are not returned; generate by /inference/v1/generate, which "
+            "returns routed experts too",
         ),
         "/fetch_weights": (
             "POST",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +20,8 @@ from rollout.http.openai.model_routes import check_model
 from rollout.http.openai.structured import named_grammar
 from rollout.http.services import Services
 from rollout.http.updates.version_labels import VersionLabels
-from rollout.requests.sample_ids import check_client_id, sample_id
+from rollout.requests.sample_ids import check_client_id, fresh_id, sample_id
+from rollout.scheduler.routes.reply_fields import npy_routes
 
 T = TypeVar("T")
 
@@ -107,7 +107,7 @@ async def start(
     """
     check_model(services, body.model)
     check_client_id(body.request_id, "request_id")
-    rid = body.request_id or f"{prefix}{uuid.uuid4().hex}"
+    rid = body.request_id or f"{prefix}{fresh_id()}"
     named = [
         msgspec.structs.replace(item, rid=sample_id(rid, number))
         for number, item in enumerate(items)
@@ -167,6 +167,13 @@ def finish_fields(finish: FinishReason | None, body: CompletionBody | ChatBody) 
     matched = finish.matched
     asked = isinstance(matched, str) or matched in (body.stop_token_ids or [])
     return {"finish_reason": finish.type, "stop_reason": matched if asked else None}
+
+
+def route_fields(sample: Sample, body: CompletionBody | ChatBody) -> dict[str, Any]:
+    """vLLM's `routed_experts` of a finished sequence, where its body asks for them."""
+    if not body.wants_routes:
+        return {}
+    return {"routed_experts": npy_routes(sample.output, body.routed_experts_prompt_start or 0)}
 
 
 def version_fields(sample: Sample, labels: VersionLabels) -> dict[str, Any]:

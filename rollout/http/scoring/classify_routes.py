@@ -13,6 +13,7 @@ from msgspec import Raw
 
 from engine.protocol import ClassifyRequest
 from rollout.http.edge.errors import json_response
+from rollout.http.edge.read_body import whole_body
 from rollout.http.edge.routes import Routes
 from rollout.http.edge.sse import answer
 from rollout.http.native.generate_call import prompt_room
@@ -32,7 +33,7 @@ def router(services: Services) -> Routes:
     routes = Routes()
 
     async def classify(request: Request) -> Response:
-        return await answer(request, run(await request.body()))
+        return await answer(request, run(await whole_body(request)))
 
     async def run(data: bytes) -> Response:
         if await services.generator.parsed(_is_labelled, data):

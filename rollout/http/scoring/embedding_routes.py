@@ -11,6 +11,7 @@ from fastapi import Request, Response
 from engine.errors import InvalidRequest
 from engine.protocol import FloatArray
 from rollout.http.edge.errors import json_response
+from rollout.http.edge.read_body import whole_body
 from rollout.http.edge.routes import Routes
 from rollout.http.edge.sse import answer
 from rollout.http.native.generate_call import prompt_room
@@ -32,10 +33,10 @@ def router(services: Services) -> Routes:
     routes = Routes()
 
     async def embeddings(request: Request) -> Response:
-        return await answer(request, embed(services, await request.body()))
+        return await answer(request, embed(services, await whole_body(request)))
 
     async def encode(request: Request) -> Response:
-        return await answer(request, _encode(services, await request.body()))
+        return await answer(request, _encode(services, await whole_body(request)))
 
     routes.add_api_route(
         "/v1/embeddings", embeddings, methods=["POST"], openapi_extra=takes(EmbeddingBody)

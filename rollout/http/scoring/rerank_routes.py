@@ -11,6 +11,7 @@ from fastapi import Request, Response
 
 from engine.errors import InvalidRequest
 from rollout.http.edge.errors import json_response
+from rollout.http.edge.read_body import whole_body
 from rollout.http.edge.routes import Routes
 from rollout.http.edge.sse import answer
 from rollout.http.openai.bodies import parse_openai
@@ -27,7 +28,7 @@ def router(services: Services) -> Routes:
     routes = Routes()
 
     async def rerank(request: Request) -> Response:
-        return await answer(request, run(await request.body()))
+        return await answer(request, run(await whole_body(request)))
 
     async def run(data: bytes) -> Response:
         body = await services.generator.parsed(parse_openai, data, RerankBody)

@@ -11,7 +11,7 @@ import pytest
 
 from engine.errors import InvalidRequest
 from engine.protocol import Command, GenerateRequest
-from rollout.http.app import build_app
+from rollout.http.app import build_routes
 from rollout.http.config import ServeConfig
 from rollout.http.engine.client import AsyncEngine
 from rollout.http.native.generate_call import parse_call
@@ -64,7 +64,7 @@ _OTHERS = ("user", "functions", "modalities", "lora_path", "guided_decoding_back
 def body_kinds() -> Iterator[type[msgspec.Struct]]:
     """Every struct that a route of the server reads a body into, the commands one by one."""
     config = ServeConfig(engine=fake_config())
-    app = build_app(make_services(config, AsyncEngine(InlineLink(config.engine)), None))
+    app = build_routes(make_services(config, AsyncEngine(InlineLink(config.engine)), None))
     found: dict[type[msgspec.Struct], None] = {}
     for route in app.routes:
         kind = (getattr(route, "openapi_extra", None) or {}).get("body")

@@ -63,7 +63,7 @@ def test_every_route_of_the_application_is_in_it() -> None:
     async def check() -> None:
         async with serving() as server:
             described = operations(await document(server))
-            answered = {found for found in routes_of(server.app) if found[0] != "head"}
+            answered = {found for found in routes_of(server.routes) if found[0] != "head"}
             assert described.keys() == answered
             assert len(answered) > 50
             bare = {
@@ -131,7 +131,7 @@ def test_the_routes_that_the_docs_name_are_there() -> None:
 
     async def test() -> None:
         async with serving() as server:
-            there = {path for _, path in routes_of(server.app)} | {"/init_broadcaster"}
+            there = {path for _, path in routes_of(server.routes)} | {"/init_broadcaster"}
         rows = _TRAINERS.read_text().split("| client, with the version")[1].split("\n\n")[0]
         calls = [row.split(" | ")[1] for row in rows.splitlines()[2:]]
         named = {path for call in calls for path in re.findall(r"`(/[\w/]+)", call)}
