@@ -18,8 +18,8 @@ class RoutingRule:
     rounded_weights: weights are rounded to the dtype of the tokens; else they stay float32.
     wide_logits: logits are products in float32; else they are rounded to the dtype of the tokens.
     group_score: experts are chosen from the `top_groups` best of `num_groups` groups of neighbours,
-        by each group's best score ("max", where the others score 0) or by the sum of its two best
-        ("top2_sum", where the others score -inf); "none" chooses from all.
+        by each group's best score ("max") or by the sum of its two best ("top2_sum"); "none"
+        chooses from all.
 
     Qwen2-MoE, Qwen3-MoE and OLMoE round their weights; Mixtral normalises them; DeepSeek-V2 and V3
     and GLM-4-MoE have wide logits, and the latter two sigmoids and a bias that chooses only.

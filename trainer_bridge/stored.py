@@ -33,10 +33,10 @@ def stored_checksums(
     listed = {name_in_model(name): name for name in layout}
     totals: dict[str, torch.Tensor] = {}
     for name, tensor in tensors:
-        for part, values in (parts_of(name, tensor) or {name: tensor}).items():
+        for part, whole in (parts_of(name, tensor) or {name: tensor}).items():
             stored = listed.get(name_in_model(part))
             if stored is not None:
-                totals[stored] = _total(values, layout[stored])
+                totals[stored] = _total(whole, layout[stored])
     by_device: dict[torch.device, list[str]] = {}
     for name, total in totals.items():
         by_device.setdefault(total.device, []).append(name)

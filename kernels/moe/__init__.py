@@ -27,7 +27,7 @@ def route(
 ) -> Routed:
     """The experts of every token and their weights, by `rule`.
 
-    x_TH: float32, bfloat16 or float16; gate_NH: the router's weight, of that dtype or float32.
+    x_TH: float32, bfloat16 or float16; gate_NH: the router's weight, of that dtype, contiguous.
     bias_N: float32, added to the scores that experts are chosen by, and to no weight.
     num_rows: int32 [1] on the device of x; rows from there on only fill a graph: their ids are -1,
     their weights 0. Without it every row is a token.
@@ -36,6 +36,10 @@ def route(
     """
     if backend == "torch":
         return reference.route(x_TH, gate_NH, rule, bias_N, num_rows)
+    if backend == "triton":
+        from kernels.moe import triton
+
+        return triton.route(x_TH, gate_NH, rule, bias_N, num_rows)
     raise unknown_backend(backend)
 
 
@@ -49,6 +53,7 @@ def run_experts(
     first_slot: int = 0,
     added_TH: torch.Tensor | None = None,
     residual_TH: torch.Tensor | None = None,
+    num_experts: int | None = None,
     backend: KernelBackend,
 ) -> torch.Tensor:
     """Every token through its experts: the sum of `weight * down(silu(gate(x)) * up(x))`.
@@ -58,7 +63,9 @@ def run_experts(
     ids_TK: int32. Slot s holds expert `first_slot + s`; experts that no slot holds, and ids of -1,
     add nothing and read no weight. weights_TK: float32 or the dtype of x.
     added_TH: a shared expert's output, added to the sum; residual_TH: what that is then added to;
-    both in the dtype of x.
+    both in the dtype of x, rows may be strided.
+    num_experts: of the model, where this rank does not hold all; kernels are cut by how many tokens
+    an expert has on average.
     Products are summed in float32. They are rounded to the dtype of x after gate and up, after
     silu, after the product of both, and after down; the product with a weight is rounded to the
     wider of both dtypes. The sum over a token's experts runs in float32 in the order of ids_TK and
@@ -68,5 +75,19 @@ def run_experts(
     if backend == "torch":
         return reference.run_experts(
             x_TH, gate_up_SJH, down_SHI, ids_TK, weights_TK, first_slot, added_TH, residual_TH
+        )
+    if backend == "triton":
+        from kernels.moe import triton
+
+        return triton.run_experts(
+            x_TH,
+            gate_up_SJH,
+            down_SHI,
+            ids_TK,
+            weights_TK,
+            first_slot,
+            added_TH,
+            residual_TH,
+            num_experts,
         )
     raise unknown_backend(backend)

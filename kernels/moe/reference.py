@@ -52,12 +52,12 @@ def _choose(choice_TN: torch.Tensor, rule: RoutingRule) -> torch.Tensor:
     if rule.group_score != "none":
         groups_TGN = choice_TN.unflatten(1, (rule.num_groups, rule.num_experts // rule.num_groups))
         if rule.group_score == "max":
-            best_TG, left_out = groups_TGN.amax(-1), 0.0
+            best_TG = groups_TGN.amax(-1)
         else:
-            best_TG, left_out = groups_TGN.topk(2, dim=-1).values.sum(-1), float("-inf")
+            best_TG = groups_TGN.topk(2, dim=-1).values.sum(-1)
         worse_TG = torch.ones_like(best_TG, dtype=torch.bool)
         worse_TG.scatter_(1, _highest(best_TG, rule.top_groups), False)
-        choice_TN = groups_TGN.masked_fill(worse_TG[:, :, None], left_out).flatten(1)
+        choice_TN = groups_TGN.masked_fill(worse_TG[:, :, None], float("-inf")).flatten(1)
     return _highest(choice_TN, rule.top_k)
 
 

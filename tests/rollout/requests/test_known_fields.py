@@ -49,4 +49,4 @@ def test_a_field_is_not_both_refused_and_without_effect() -> None:
     for bodies, unserved in UNSERVED.items():
         both = unserved.keys() & WITHOUT_EFFECT[bodies]
         # Refused in an item and passed over beside it; refused but for the value that is served.
-        assert both <= {"routed_experts_start_len", "modalities"}
+        assert both <= {"modalities"}
