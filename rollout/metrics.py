@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import msgspec
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from engine.protocol import CopyLoad, ReplicaState
 from rollout.http.vllm.metric_names import VllmNames
+from rollout.tallies import Histogram, Tally
 
 _SECONDS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _TOKENS = (1, 16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -100,7 +101,7 @@ class _RequestNames(Collector):
     """Counts and histograms of requests once more, by vLLM's names."""
 
     def __init__(
-        self, names: VllmNames, requests: Counter, histograms: Mapping[str, Histogram]
+        self, names: VllmNames, requests: Tally, histograms: Mapping[str, Histogram]
     ) -> None:
         self._names = names
         self._requests = requests
@@ -139,9 +140,8 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._state = _StateCollector(names)
         self._registry.register(self._state)
-        self._requests = Counter(
-            "slipstream_requests", "Finished sequences", ["reason"], registry=self._registry
-        )
+        self._requests = Tally("slipstream_requests", "Finished sequences", "reason")
+        self._registry.register(self._requests)
         self._latency = self._histogram("request_seconds", "Submit to the last token", _SECONDS)
         self._first = self._histogram("first_token_seconds", "Submit to the first token", _SECONDS)
         self._prompt = self._histogram("request_prompt_tokens", "Prompt length", _TOKENS)
@@ -175,7 +175,7 @@ class Metrics:
 
     def count(self, found: FinishedSequence) -> None:
         """Count a sequence, of this process or of another."""
-        self._requests.labels(found.reason).inc()
+        self._requests.count(found.reason)
         self._latency.observe(found.latency_s)
         if found.first_s is not None and found.decode_s is not None:
             self._first.observe(found.first_s)
@@ -193,4 +193,6 @@ class Metrics:
         return generate_latest(self._registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(f"slipstream_{name}", text, buckets=buckets, registry=self._registry)
+        made = Histogram(f"slipstream_{name}", text, buckets)
+        self._registry.register(made)
+        return made

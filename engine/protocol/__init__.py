@@ -22,6 +22,7 @@ from engine.protocol.buckets import (
 )
 from engine.protocol.codec import (
     decode,
+    decoder,
     encode,
 )
 from engine.protocol.commands import (
@@ -305,6 +306,7 @@ __all__ = [
     "StoredTensor",
     "WeightsReport",
     "decode",
+    "decoder",
     "encode",
     "piece_bytes",
     "plan_buckets",

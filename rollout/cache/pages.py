@@ -5,7 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from engine.errors import OutOfMemory
-from engine.protocol import IntArray
+from engine.protocol import NO_INTS, IntArray
+from rollout.booleans import every
+
+_FEW = 8
+"""Pages that are counted one by one, as most calls have: an operation of numpy takes longer."""
 
 
 class PagePool:
@@ -30,6 +34,8 @@ class PagePool:
                 f"{count} KV pages asked, {self.num_free} of {self.num_pages} are free",
                 field="num_pages",
             )
+        if count == 0:
+            return NO_INTS
         left = self.num_free - count
         # Ascending where the stack allows: a run of consecutive pages is read without a gather.
         pages: IntArray = self._free[left : self.num_free][::-1].copy()
@@ -39,17 +45,35 @@ class PagePool:
 
     def retain(self, pages: IntArray) -> None:
         """Add one reference to each of `pages`, which must be in use."""
-        assert (self.refcounts[pages] > 0).all(), "retained a free page"
-        self.refcounts[pages] += 1
+        if len(pages) <= _FEW:
+            for page in pages.tolist():
+                self._count(page, 1)
+            return
+        counts = self.refcounts[pages]
+        assert every(counts), "retained a free page"
+        self.refcounts[pages] = counts + 1
 
     def release(self, pages: IntArray) -> None:
         """Drop one reference of each of `pages`; those without any left become free."""
-        counts = self.refcounts[pages] - 1
-        assert (counts >= 0).all(), "released a free page"
-        self.refcounts[pages] = counts
-        freed = pages[counts == 0]
+        if len(pages) <= _FEW:
+            for page in pages.tolist():
+                if self._count(page, -1) == 0:
+                    self._free[self.num_free] = page
+                    self.num_free += 1
+            return
+        counts = self.refcounts[pages]
+        assert every(counts), "released a free page"
+        self.refcounts[pages] = counts - 1
+        freed = pages[counts == 1]
         self._free[self.num_free : self.num_free + len(freed)] = freed
         self.num_free += len(freed)
+
+    def _count(self, page: int, change: int) -> int:
+        """Change the references of a page that is in use; those it has now."""
+        count: int = self.refcounts.item(page)
+        assert count > 0, f"{'retained' if change > 0 else 'released'} a free page"
+        self.refcounts[page] = count + change
+        return count + change
 
     def release_many(self, pages: IntArray) -> None:
         """As `release`, where a page may be named as often as it is held."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 
+import msgspec
 import numpy as np
 
 from engine.protocol import IntArray
@@ -17,7 +17,10 @@ def common_prefix(left: IntArray, right: IntArray) -> int:
     size = min(len(left), len(right))
     if size == 0:
         return 0
-    differ = left[:size] != right[:size]
+    left, right = left[:size], right[:size]
+    if left.tobytes() == right.tobytes():
+        return size
+    differ = left != right
     first = int(differ.argmax())
     return first if differ[first] else size
 
@@ -62,8 +65,7 @@ def descendants(root: Node) -> Iterator[Node]:
         pending.extend(node.children.values())
 
 
-@dataclass(frozen=True)
-class Match:
+class Match(msgspec.Struct, frozen=True):
     """The longest cached prefix of some tokens.
 
     node: deepest node whose pages are used as they are; pages: int32, full pages to there.
@@ -86,4 +88,4 @@ class Match:
 
     def without_copy(self) -> Match:
         """The same match, shared pages only."""
-        return replace(self, source=None, num_copied=0)
+        return msgspec.structs.replace(self, source=None, num_copied=0)

@@ -107,7 +107,7 @@ class RadixTree:
                 return self._insert_tail(adopted[0], tokens, pages, step, adopted[1])
             shared = self._shared_pages(child, tokens, done, num_full)
             mine = pages[done : done + shared]
-            if own and not np.array_equal(child.pages[:shared], mine):
+            if own and child.pages[:shared].tobytes() != mine.tobytes():
                 return node, EMPTY_PAGES
             node = child if shared == len(child.pages) else self._split(child, shared)
             self._touch(node)
@@ -225,6 +225,9 @@ class RadixTree:
         return node.children.get(tokens[done * size : (done + 1) * size].tobytes())
 
     def _shared_pages(self, child: Node, tokens: IntArray, done: int, num_full: int) -> int:
+        if len(child.pages) == 1:
+            # The page that it was found by.
+            return 1
         rest = tokens[done * self.page_size : num_full * self.page_size]
         return common_prefix(child.tokens, rest) // self.page_size
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
-from fastapi import APIRouter, FastAPI
+from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
-from starlette.routing import Route
+from starlette.types import ASGIApp
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from rollout.http import openapi
 from rollout.http.anthropic import routes as message_routes
 from rollout.http.capture import rollout_routes
 from rollout.http.edge import errors, unserved_routes
 from rollout.http.edge.guard import Guard
+from rollout.http.edge.routes import Routes
 from rollout.http.edge.shortcut import Shortcut
 from rollout.http.native import command_routes, session_routes
 from rollout.http.native import generate_routes as native_generate_routes
@@ -43,10 +47,69 @@ _GENERATING = (
 )
 """What runs requests of the engine and keeps nothing of them."""
 
+_OTHERS = (
+    health_routes,
+    info_routes,
+    model_routes,
+    response_routes,
+    slime_routes,
+    text_routes,
+    session_routes,
+    rollout_routes,
+)
 
-def build_app(services: Services) -> FastAPI:
-    """The application of one server; its shutdown closes the engine."""
+_CONTROL = (
+    command_routes,
+    sglang_weight_routes,
+    sglang_pause_routes,
+    vllm_weight_routes,
+    vllm_pause_routes,
+    profile_routes,
+)
+"""What takes the admin key."""
 
+
+def build_app(services: Services) -> ASGIApp:
+    """The application of one server; its shutdown closes the engine.
+
+    What generates is called right behind the guard: for a short request, the layers that FastAPI
+    and Starlette put around every route take as long as all that the route does.
+    """
+    routers = _Routers(services)
+    routes: Any = _routes(services, routers)
+    # As uvicorn has it, whoever a proxy of this machine speaks for is the caller.
+    proxied: Any = ProxyHeadersMiddleware(
+        routes, os.environ.get("FORWARDED_ALLOW_IPS", "127.0.0.1")
+    )
+    app: ASGIApp = Shortcut(proxied, routers.generating)
+    app = Guard(app, services.config, _paths(routers.control))
+    if services.config.allowed_origins:
+        # Outermost: it also answers what browsers ask before they send a request.
+        app = CORSMiddleware(
+            app,
+            allow_origins=list(services.config.allowed_origins),
+            allow_methods=["GET", "POST", "PUT", "DELETE"],
+            allow_headers=["*"],
+        )
+    return app
+
+
+def build_routes(services: Services) -> FastAPI:
+    """Every route of the application, with nothing before them."""
+    return _routes(services, _Routers(services))
+
+
+class _Routers:
+    """The routes of a server: those that generate, those that steer the engine, and others."""
+
+    def __init__(self, services: Services) -> None:
+        self.generating = [module.router(services) for module in _GENERATING]
+        self.others = [module.router(services) for module in _OTHERS]
+        self.control = [module.router(services) for module in _CONTROL]
+        self.control.append(unserved_routes.router())
+
+
+def _routes(services: Services, routers: _Routers) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         try:
@@ -54,44 +117,11 @@ def build_app(services: Services) -> FastAPI:
         finally:
             await services.engine.close()
 
-    app = FastAPI(title="Slipstream", lifespan=lifespan, openapi_url=None)
-    control = [
-        command_routes.router(services),
-        sglang_weight_routes.router(services),
-        sglang_pause_routes.router(services),
-        vllm_weight_routes.router(services),
-        vllm_pause_routes.router(services),
-        profile_routes.router(services),
-        unserved_routes.router(),
-    ]
-    generating = [module.router(services) for module in _GENERATING]
-    others = [
-        module.router(services)
-        for module in (
-            health_routes,
-            info_routes,
-            model_routes,
-            response_routes,
-            slime_routes,
-            text_routes,
-        )
-    ]
-    others += [session_routes.router(services), rollout_routes.router(services)]
-    routers = [*generating, *others, *control]
-    routers.append(openapi.router(services.config, routers, _paths(control)))
-    for routes in routers:
-        app.include_router(routes)
-    errors.install(app, _methods(routers))
-    app.add_middleware(Shortcut, routers=generating)
-    app.add_middleware(Guard, config=services.config, control_paths=_paths(control))
-    if services.config.allowed_origins:
-        # Outermost: it also answers what browsers ask before they send a request.
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=list(services.config.allowed_origins),
-            allow_methods=["GET", "POST", "PUT", "DELETE"],
-            allow_headers=["*"],
-        )
+    found = [*routers.generating, *routers.others, *routers.control]
+    found.append(openapi.router(services.config, found, _paths(routers.control)))
+    served = [route for router in found for route in router.routes]
+    app = FastAPI(title="Slipstream", lifespan=lifespan, openapi_url=None, routes=served)
+    errors.install(app, _methods(found))
     return app
 
 
@@ -101,17 +131,13 @@ def front_paths(services: Services) -> frozenset[str]:
     return _paths([module.router(services) for module in (*_GENERATING, text_routes)])
 
 
-def _methods(routers: Sequence[APIRouter]) -> dict[str, list[str]]:
+def _methods(routers: Sequence[Routes]) -> dict[str, list[str]]:
     """The methods of every path."""
     found: dict[str, set[str]] = {}
     for route in (route for router in routers for route in router.routes):
-        if isinstance(route, Route):
-            found.setdefault(route.path_format, set()).update(route.methods or ())
+        found.setdefault(route.path_format, set()).update(route.methods or ())
     return {path: sorted(methods) for path, methods in found.items()}
 
 
-def _paths(routers: Sequence[APIRouter]) -> frozenset[str]:
-    found = [
-        route.path for router in routers for route in router.routes if isinstance(route, Route)
-    ]
-    return frozenset(found)
+def _paths(routers: Sequence[Routes]) -> frozenset[str]:
+    return frozenset(route.path for router in routers for route in router.routes)

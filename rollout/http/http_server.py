@@ -74,6 +74,8 @@ def uvicorn_config(config: ServeConfig, app: ASGIApp, **more: Any) -> uvicorn.Co
         http=protocol,
         log_config=None,
         access_log=False,
+        # `app.build_app` looks at them, where they matter.
+        proxy_headers=False,
         backlog=BACKLOG,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=GRACE_S,

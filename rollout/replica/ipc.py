@@ -17,7 +17,7 @@ from zmq.sugar.context import Context
 from zmq.sugar.poll import Poller
 
 from engine.errors import EngineDead, InvalidRequest
-from engine.protocol import decode, encode
+from engine.protocol import decode, decoder, encode
 
 
 @dataclass(frozen=True)
@@ -184,12 +184,12 @@ class _Reader:
     """Structs of one type, or of a tagged union, from the bytes of a frame."""
 
     def __init__(self, kind: Any) -> None:
-        self._kind = kind
-        self._list = list[kind]
+        self._one = decoder(kind)
+        self._all = decoder(list[kind])
 
     def strictly(self, data: bytes) -> list[Any]:
         """All of them. Raises msgspec.DecodeError."""
-        messages: list[Any] = decode(data, self._list)
+        messages: list[Any] = self._all.decode(data)
         return messages
 
     def read(self, data: bytes) -> list[Any]:
@@ -207,7 +207,7 @@ class _Reader:
         messages: list[Any] = []
         for part in parts:
             try:
-                messages.append(decode(bytes(part), self._kind))
+                messages.append(self._one.decode(bytes(part)))
             except (msgspec.DecodeError, ValueError, TypeError, OverflowError) as error:
                 messages.append(_unreadable(bytes(part), str(error)))
         return messages

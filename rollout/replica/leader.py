@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any, TypeVar
 
 from engine.config import EngineConfig
@@ -125,13 +126,15 @@ class Leader:
         self._num_empty_plans = 0
         self._num_failures = 0
 
-    def submit(self, requests: Sequence[Request]) -> None:
-        """Queue requests; one that is refused comes back from `step` as an abort."""
+    def submit(self, requests: Sequence[Request], *, decoded: bool = False) -> None:
+        """Queue requests; one that is refused comes back from `step` as an abort. decoded: as in
+        `Scheduler.add`."""
+        add = partial(self._scheduler.add, decoded=decoded)
         for request in requests:
             try:
                 if self._readiness.no_version:
                     raise NoVersion(self._readiness.no_version, field="version")
-                answer = self._sessions.admit(request, self._scheduler.add)
+                answer = self._sessions.admit(request, add)
                 self._outputs += [] if answer is None else [answer]
             except SlipstreamError as error:
                 self._outputs.append(refused(request, error))

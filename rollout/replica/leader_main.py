@@ -135,7 +135,7 @@ def _obey(
     answers: list[Reply | RequestOutput] = []
     for kind, group in groupby(messages, key=type):
         if kind is Request:
-            leader.submit(list(group))
+            leader.submit(list(group), decoded=True)
             continue
         for message in group:
             if isinstance(message, Unreadable):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from typing import Any
 
 import msgspec
@@ -21,7 +20,7 @@ from engine.protocol import (
 )
 from rollout.masks.grammar.requested import grammar_of
 from rollout.requests.message_ranges import check_ranges
-from rollout.requests.sample_ids import sample_id
+from rollout.requests.sample_ids import fresh_id, sample_id
 from rollout.requests.seeds import derive_seed
 from rollout.scheduler.validate import (
     check_continued,
@@ -32,6 +31,7 @@ from rollout.scheduler.validate import (
 from rollout.text.detokenizer import stop_strings
 from rollout.text.tokenizer import Tokenizer
 
+_NO_GRAMMARS = (None, None, None, None)
 MAX_TOP_ENTRIES = 1 << 22
 """Most entries of likeliest tokens of one call, held until its reply is written: an entry takes
 some 200 bytes on the way, so 1 GiB."""
@@ -45,6 +45,7 @@ def expand(
     *,
     task: Task = "generate",
     pooling: Pooling = "last",
+    decoded: bool = False,
 ) -> list[Request]:
     """The `n` requests that `wire` asks for, checked against what the replica can do.
 
@@ -55,19 +56,21 @@ def expand(
     Stop tokens are the model's EOS ids unless `ignore_eos`, `stop_token_ids`, and stop
     strings that are written exactly as a special token.
 
-    tokenizer: None serves ids only. task, pooling: as in `Request`. Raises InvalidRequest (or
+    tokenizer: None serves ids only. task, pooling: as in `Request`. decoded: `wire` is what a body
+    was decoded into, whose ranges were looked at then. Raises InvalidRequest (or
     ContextTooLong) naming the field.
     """
     sampling = wire.sampling_params
-    check_ranges(sampling)
-    check_ranges(wire, skip=("input_ids", "sampling_params"))
+    if not decoded:
+        check_ranges(sampling)
+        check_ranges(wire, skip=("input_ids", "sampling_params"))
     _check_count(sampling.n, state)
     _check_turn(wire)
-    prompt_ids = _prompt_ids(wire, tokenizer, state, task)
+    prompt_ids = _prompt_ids(wire, tokenizer, state, task, decoded=decoded)
     given = _given(wire, state)
     stop_ids, strings = _stops(sampling, tokenizer, state)
     base = default_seed if sampling.sampling_seed is None else sampling.sampling_seed
-    group = wire.rid if wire.rid is not None else uuid.uuid4().hex
+    group = wire.rid if wire.rid is not None else fresh_id()
     first = Request(
         rid=group if sampling.n == 1 else sample_id(group, 0),
         prompt_ids=prompt_ids,
@@ -124,14 +127,12 @@ def _allowed(wire: GenerateRequest) -> IntArray | None:
 
 def _sampling(sampling: SamplingParams, strings: list[str]) -> SamplingParams:
     """The parameters of one sample, whose `grammar` is a field of its own."""
+    grammars = (sampling.json_schema, sampling.regex, sampling.ebnf, sampling.structural_tag)
+    stop = strings or None
+    if sampling.n == 1 and sampling.stop == stop and grammars == _NO_GRAMMARS:
+        return sampling
     return msgspec.structs.replace(
-        sampling,
-        n=1,
-        stop=strings or None,
-        json_schema=None,
-        regex=None,
-        ebnf=None,
-        structural_tag=None,
+        sampling, n=1, stop=stop, json_schema=None, regex=None, ebnf=None, structural_tag=None
     )
 
 
@@ -263,7 +264,12 @@ def check_text(
 
 
 def _prompt_ids(
-    wire: GenerateRequest, tokenizer: Tokenizer | None, state: ReplicaState, task: Task
+    wire: GenerateRequest,
+    tokenizer: Tokenizer | None,
+    state: ReplicaState,
+    task: Task,
+    *,
+    decoded: bool,
 ) -> IntArray:
     if (wire.text is None) == (wire.input_ids is None):
         found = "neither" if wire.text is None else "both"
@@ -273,7 +279,7 @@ def _prompt_ids(
     if wire.input_ids is not None:
         # Whoever generates needs room for a token more.
         most = state.context_length - (task == "generate")
-        return _as_int32(wire.input_ids, "input_ids", state, most)
+        return _as_int32(wire.input_ids, "input_ids", state, most, decoded=decoded)
     if tokenizer is None:
         raise InvalidRequest(
             "this model came without a tokenizer; send input_ids instead of text", field="text"
@@ -308,13 +314,17 @@ def _given(wire: GenerateRequest, state: ReplicaState) -> list[IntArray]:
     return [_as_int32(ids, "output_ids", state, state.context_length - 1) for ids in lists]
 
 
-def _as_int32(ids: list[int], field: str, state: ReplicaState, most: int) -> IntArray:
+def _as_int32(
+    ids: list[int], field: str, state: ReplicaState, most: int, *, decoded: bool = False
+) -> IntArray:
     if len(ids) > most:
         raise ContextTooLong(
             f"{field} has {len(ids)} tokens, too many for a context of {state.context_length}; "
             "shorten it",
             field=field,
         )
+    if decoded:
+        return np.array(ids, np.int32)
     try:
         found = np.array(ids)
     except ValueError as error:

@@ -6,9 +6,16 @@ it as a dash, and so does whoever aborts write it.
 
 from __future__ import annotations
 
+import os
+
 from engine.errors import InvalidRequest
 
 _MARK = "\0"
+
+
+def fresh_id() -> str:
+    """An id that nobody has, of 32 hexadecimal digits: 16 bytes of the operating system's."""
+    return os.urandom(16).hex()
 
 
 def sample_id(group: str, number: int) -> str:

@@ -14,6 +14,7 @@ from engine.protocol import (
     TokenRows,
     TopLogprobs,
 )
+from rollout.booleans import every, some
 from rollout.scheduler.running import RunningSet
 from rollout.scheduler.sequence import Sequence
 
@@ -122,17 +123,19 @@ class StreamOutputs:
 
     def outputs(self, slots: IntArray) -> list[StepOutput]:
         """What those streams got that they have not returned yet. slots: int32."""
+        if not len(slots):
+            return []
         plain = self._running.table.emitted[slots] > 0
         found: list[StepOutput] = [
             self._one(self._running[slot]) for slot in slots[~plain].tolist()
         ]
-        return [*found, self._columns(slots[plain])] if plain.any() else found
+        return [*found, self._columns(slots[plain])] if some(plain) else found
 
     def _columns(self, slots: IntArray) -> TokenRows:
         table = self._running.table
         begin, end = table.emitted[slots], table.num_tokens[slots]
         sizes = end - begin
-        if (sizes == 1).all():
+        if every(sizes == 1):
             rows, at = slots, begin
         else:
             rows = np.repeat(slots, sizes)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import msgspec
 import numpy as np
 
 from engine.errors import InvalidRequest
 from engine.protocol import IntArray, Request
 
-_INT64 = np.iinfo(np.int64)
-_INT32 = np.iinfo(np.int32)
+_INT64_MIN, _INT64_MAX = -(1 << 63), (1 << 63) - 1
+_INT32_MAX = (1 << 31) - 1
+_NONE = np.empty(0, np.int32)
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _FLOATS = (
     "temperature",
@@ -22,8 +22,7 @@ _FLOATS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class RowNumbers:
+class RowNumbers(msgspec.Struct, frozen=True, kw_only=True):
     """What `SlotTable.load` writes of a request, within the range of its columns.
 
     max_new_tokens: at most what the context leaves. end_at: output tokens at which the sequence
@@ -53,14 +52,14 @@ def row_numbers(request: Request, room: int) -> RowNumbers:
     for token, bias in sampling.logit_bias.items():
         if bias != -np.inf:
             _require_float32("logit_bias", bias)
-        _require_within("logit_bias", token, 0, _INT32.max)
-    _require_within("top_k", sampling.top_k, -1, _INT64.max)
+        _require_within("logit_bias", token, 0, _INT32_MAX)
+    _require_within("top_k", sampling.top_k, -1, _INT64_MAX)
     max_new = min(_require_within("max_new_tokens", sampling.max_new_tokens, 0), room)
     if request.task != "generate":
         max_new = 0
-    hold_at = _require_within("hold_at", request.hold_at, -1, _INT32.max)
+    hold_at = _require_within("hold_at", request.hold_at, -1, _INT32_MAX)
     return RowNumbers(
-        priority=_require_within("priority", request.priority, _INT64.min, _INT64.max),
+        priority=_require_within("priority", request.priority, _INT64_MIN, _INT64_MAX),
         max_new_tokens=max_new,
         end_at=max_new if hold_at < 0 else min(max_new, hold_at),
         # Above what the sequence can reach, every larger minimum means the same.
@@ -71,15 +70,17 @@ def row_numbers(request: Request, room: int) -> RowNumbers:
 
 
 def _num_alternatives(request: Request) -> int:
-    _require_within("top_logprobs", request.top_logprobs, 0, _INT32.max)
+    _require_within("top_logprobs", request.top_logprobs, 0, _INT32_MAX)
     for token in request.logprob_ids:
-        _require_within("logprob_ids", token, 0, _INT32.max)
-    return _require_within("logprob_ids", request.num_alternatives, 0, _INT32.max)
+        _require_within("logprob_ids", token, 0, _INT32_MAX)
+    return _require_within("logprob_ids", request.num_alternatives, 0, _INT32_MAX)
 
 
 def _stop_ids(ids: list[int]) -> IntArray:
+    if not ids:
+        return _NONE
     for token in ids:
-        _require_within("stop_ids", token, 0, _INT32.max)
+        _require_within("stop_ids", token, 0, _INT32_MAX)
     return np.array(sorted(set(ids)), np.int32)
 
 

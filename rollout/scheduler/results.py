@@ -6,7 +6,6 @@ Legend: S rows, K tokens a row at most.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -18,10 +17,9 @@ from engine.protocol import (
     StepResult,
     TopLogprobs,
 )
+from rollout.booleans import BoolArray, every, some
 from rollout.scheduler.planning.in_flight import InFlight
 from rollout.scheduler.running import RunningSet
-
-BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 @dataclass(frozen=True)
@@ -91,31 +89,35 @@ class ResultWriter:
         broken |= self._collect_embeddings(flight, result.embeddings)
         rows, table = _rows(flight, result), self._running.table
         alive = table.uid[rows.slots] == flight.uids
-        if not alive.all():
+        if not every(alive):
             rows = rows.where(alive)
         if broken:
             rows = rows.where(~np.isin(rows.slots, list(broken)))
         begin = table.num_tokens[rows.slots]
-        kept, matched = self._kept(rows, begin)
+        room = table.max_tokens[rows.slots] - begin
+        kept, matched = self._kept(rows, begin, room)
         finite = self._num_finite(rows)
-        not_finite = finite < kept
-        kept = np.minimum(kept, finite)
-        broken |= set(rows.slots[not_finite].tolist())
+        if finite is not None and some(not_finite := finite < kept):
+            kept = np.minimum(kept, finite)
+            broken |= set(rows.slots[not_finite].tolist())
+            # A row that breaks has less than it may have, so that it does not end either way.
+            matched = np.where(not_finite, -1, matched)
         self._write(rows, begin, kept, flight.version)
         spec = (0, 0, 0)
         if flight.draft_lens is not None:
             spec = self._count(flight, result, alive)
-        size = begin + kept
-        stopped = (matched >= 0) & ~not_finite
-        ended = (stopped | (size >= table.max_tokens[rows.slots])) & ~not_finite
-        streaming = table.stream[rows.slots] & ~ended & ~not_finite & (kept > 0)
-        streaming &= size >= table.emit_at[rows.slots]
+        ended = (matched >= 0) | (kept >= room)
+        streaming = table.stream[rows.slots]
+        if some(streaming):
+            streaming &= ~ended & (kept > 0) & (begin + kept >= table.emit_at[rows.slots])
+            if broken:
+                streaming &= ~np.isin(rows.slots, list(broken))
         return Appended(
             ended=rows.slots[ended],
-            matched=np.where(stopped, matched, -1)[ended],
+            matched=matched[ended],
             streaming=rows.slots[streaming],
             broken=sorted(broken),
-            num_tokens=int(kept.sum()),
+            num_tokens=int(np.add.reduce(kept)),
             spec=spec,
         )
 
@@ -144,35 +146,40 @@ class ResultWriter:
             num_tokens=0,
         )
 
-    def _kept(self, rows: _Rows, begin: IntArray) -> tuple[IntArray, IntArray]:
+    def _kept(self, rows: _Rows, begin: IntArray, room: IntArray) -> tuple[IntArray, IntArray]:
         """How many of its tokens each row keeps, and the stop token it ends with or -1: up to the
         first stop token beyond its minimum, and no more than it may have. Both int32 [S]. begin:
-        tokens that each row has.
+        tokens that each row has. room: those that it may have yet.
 
         A rank goes on behind a stop token, which it does not know of; it never exceeds the limit.
         """
         table = self._running.table
-        kept: IntArray = np.minimum(rows.counts, table.max_tokens[rows.slots] - begin)
+        kept: IntArray = np.minimum(rows.counts, room)
         matched = np.full(len(kept), -1, np.int32)
-        least = table.min_tokens[rows.slots] - begin
         for column in range(rows.ids.shape[1]):
             ids = rows.ids[:, column]
-            stopped = table.is_stop(rows.slots, ids) & (column >= least)
+            stopped = table.is_stop(rows.slots, ids)
+            if not some(stopped):
+                continue
+            stopped &= column >= table.min_tokens[rows.slots] - begin
             stopped &= (matched < 0) & (column < kept)
             matched = np.where(stopped, ids, matched)
             kept = np.where(stopped, column + 1, kept)
         return kept, matched
 
-    def _num_finite(self, rows: _Rows) -> IntArray:
+    def _num_finite(self, rows: _Rows) -> IntArray | None:
         """Tokens of each row before the first with a logprob, or an entropy it asked for, that is
-        not finite, int32 [S].
+        not finite, int32 [S]. None of rows with no such token.
 
         The logprob of a sampled token is finite exactly where the largest logit of its row is
         and no logit is NaN (`kernels.sampling.sample`). Of the likeliest tokens only NaN is
         wrong: a banned token has -inf.
         """
         width = rows.ids.shape[1]
-        first = _first_false(np.isfinite(rows.logprobs))
+        finite = np.isfinite(rows.logprobs)
+        if rows.entropies is None and rows.top is None and every(finite):
+            return None
+        first = _first_false(finite)
         if rows.entropies is not None:
             finite = _first_false(np.isfinite(rows.entropies))
             for row in np.flatnonzero(finite < width).tolist():
@@ -188,15 +195,18 @@ class ResultWriter:
     def _write(self, rows: _Rows, begin: IntArray, kept: IntArray, version: int) -> None:
         """Append the first `kept` tokens of each row to the `begin` that it has."""
         table, got = self._running.table, kept > 0
-        self._stamp(rows.slots[got], begin[got], version)
+        if every(got):
+            self._stamp(rows.slots, begin, version)
+        else:
+            self._stamp(rows.slots[got], begin[got], version)
         if rows.top is not None:
             chosen = np.isin(rows.top_slots, rows.slots[got])
             top = TopLogprobs(rows.top.ids[chosen], rows.top.logprobs[chosen])
             self._collect_top(rows.top_slots[chosen], top)
         for column in range(rows.ids.shape[1]):
-            some = column < kept
+            has = column < kept if column else got
             # Most steps bring each row its one token: a view of all costs nothing.
-            at: BoolArray | slice = slice(None) if some.all() else some
+            at: BoolArray | slice = slice(None) if every(has) else has
             slots, position = rows.slots[at], begin[at] + column
             table.tokens[slots, position] = rows.ids[at, column]
             table.logprobs[slots, position] = rows.logprobs[at, column]
@@ -220,7 +230,7 @@ class ResultWriter:
         """Open a span of `version` for the rows whose last token another one sampled."""
         table = self._running.table
         other = table.version[slots] != version
-        if not other.any():
+        if not some(other):
             return
         for slot, size in zip(slots[other].tolist(), position[other].tolist(), strict=True):
             sequence = self._running[slot]
@@ -272,7 +282,7 @@ class ResultWriter:
 
 def _first_false(values: BoolArray) -> IntArray:
     """Of each row of [S, K] the first column that is False, K where none is; int32 [S]."""
-    if values.all():
+    if every(values):
         return np.full(len(values), values.shape[1], np.int32)
     found: IntArray = np.where(values.all(axis=1), values.shape[1], values.argmin(axis=1))
     return found.astype(np.int32)
@@ -282,10 +292,12 @@ def _rows(flight: InFlight, result: StepResult) -> _Rows:
     top_slots = flight.slots
     if result.top_rows is not None:
         top_slots = flight.slots[result.top_rows]
-    counts = result.counts
+    counts, size = result.counts, len(flight.slots)
     if counts is None:
-        counts = np.ones(len(flight.slots), np.int32)
-    assert len(counts) == len(flight.slots) and int(counts.sum()) == len(result.token_ids), (
+        counts = np.ones(size, np.int32)
+    else:
+        size = int(counts.sum())
+    assert len(counts) == len(flight.slots) and size == len(result.token_ids), (
         f"{len(result.token_ids)} tokens came for {len(flight.slots)} rows"
     )
     return _Rows(
@@ -301,7 +313,7 @@ def _rows(flight: InFlight, result: StepResult) -> _Rows:
 
 def _by_row(flat: np.ndarray, counts: IntArray) -> np.ndarray:
     """Values of `counts` tokens a row, row after row, as [S, K]; behind a row's own are zeros."""
-    width = int(counts.max(initial=1))
+    width = 1 if len(flat) == 0 else int(np.maximum.reduce(counts))
     if width == 1 and len(flat) == len(counts):
         return flat[:, None]
     table = np.zeros((len(counts), width), flat.dtype)

@@ -48,7 +48,7 @@ from rollout.scheduler.sequence import Sequence
 from rollout.scheduler.speculative.build import build_drafts
 from rollout.scheduler.stats import Counters, SchedulerStats
 from rollout.scheduler.table import SlotTable
-from rollout.scheduler.validate import Limits, check_request
+from rollout.scheduler.validate import Limits, check_request, check_served
 
 
 class Scheduler:
@@ -135,16 +135,18 @@ class Scheduler:
         """The schedulers of the replica's copies of the model: this one."""
         return [self]
 
-    def check(self, request: Request) -> None:
-        """Raise InvalidRequest or ContextTooLong, naming the field, if it can never be served."""
-        check_request(request, self._limits)
+    def check(self, request: Request, *, decoded: bool = False) -> None:
+        """Raise InvalidRequest or ContextTooLong, naming the field, if it can never be served.
+        decoded: it came from bytes, so that its ranges were looked at."""
+        check = check_served if decoded else check_request
+        check(request, self._limits)
 
-    def add(self, request: Request) -> RequestOutput | None:
+    def add(self, request: Request, *, decoded: bool = False) -> RequestOutput | None:
         """Queue one request; its answer if the tokens that it came with are all of its output.
 
-        Raises what `check` does, and QueueFull when too many wait.
+        decoded: as in `check`. Raises what that does, and QueueFull when too many wait.
         """
-        self.check(request)
+        self.check(request, decoded=decoded)
         if request.rid in self._requests or self._running.routes.waits(request.rid):
             raise InvalidRequest(f"rid {request.rid!r} is already in use", field="rid")
         context_length = self._limits.context_length

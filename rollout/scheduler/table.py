@@ -6,19 +6,16 @@ The large tables come from `np.zeros`, whose pages the system commits when writt
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from engine.protocol import IntArray
+from rollout.booleans import BoolArray, some
 from rollout.scheduler.sequence import Sequence
 
 FREE, PREFILLING, DECODING = 0, 1, 2
 STOP_COLUMNS = 8
 """Stop ids of a sequence that are compared for all rows at once. A sequence with more has its
 token looked up in a set of its own while it runs, and costs the others nothing."""
-
-BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 class SlotTable:
@@ -127,7 +124,8 @@ class SlotTable:
 
     def is_stop(self, slots: IntArray, ids: IntArray) -> BoolArray:
         """Which of the tokens `ids` (int32 [R]) is a stop id of its slot; bool [R]."""
-        stopped: BoolArray = (self.stop_ids[slots] == ids[:, None]).any(axis=1)
+        equal = self.stop_ids[slots] == ids[:, None]
+        stopped: BoolArray = equal.any(axis=1) if some(equal) else equal[:, 0]
         if self.many_stops:
             for row in np.flatnonzero(np.isin(slots, list(self.many_stops))).tolist():
                 stopped[row] = int(ids[row]) in self.many_stops[int(slots[row])]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from engine.errors import ContextTooLong, InvalidRequest
@@ -24,6 +24,7 @@ from engine.protocol.types import FLOAT32_TINY, MAX_ALLOWED_IDS
 from rollout.masks.base import banned_ids
 from rollout.requests.message_ranges import check_ranges
 
+_UNSIGNED = MappingProxyType({1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64})
 MIN_FACTOR, MAX_FACTOR = 1e-6, 1e6
 """Times or divided into a logit, such a factor leaves it finite in float32."""
 
@@ -56,8 +57,7 @@ _OF_OUTPUTS: Mapping[str, Any] = MappingProxyType(
 """Fields that speak of logits over a vocabulary, and what each has to be where there are none."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Limits:
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """What a replica can serve at all. kv_tokens: tokens its whole KV pool holds. num_labels: of a
     classifier; 0 of a model that generates. draft_tokens: most that it drafts at once, 0 if it
     drafts nothing. forces: whether it was told to serve requests that force acceptance. experts,
@@ -289,9 +289,18 @@ def _check_drafts(request: Request, limits: Limits) -> None:
 def _check_tokens(field: str, ids: IntArray, vocab_size: int) -> None:
     if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype.kind not in "iu":
         _refuse(field, "must be a one-dimensional array of integers")
-    wrong = np.flatnonzero((ids < 0) | (ids >= vocab_size))
-    if len(wrong):
+    if not _within(ids, vocab_size):
+        wrong = np.flatnonzero((ids < 0) | (ids >= vocab_size))
         _refuse(field, f"[{wrong[0]}] is {ids[wrong[0]]}; ids must lie in [0, {vocab_size})")
+
+
+def _within(ids: IntArray, limit: int) -> bool:
+    """Whether all lie in [0, limit): a negative number is a large one without its sign."""
+    if not len(ids):
+        return True
+    if ids.dtype.kind == "i":
+        ids = ids.view(_UNSIGNED[ids.itemsize])
+    return int(np.maximum.reduce(ids)) < limit
 
 
 def _check_lengths(sampling: SamplingParams) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -79,10 +80,15 @@ def batches(family: str, world: World, shelf: RouteShelf) -> list[Batch]:
     return found
 
 
-def plain(family: str, options: RoutingOptions, shelf: RouteShelf) -> Trainer:
+def plain(
+    family: str,
+    options: RoutingOptions,
+    shelf: RouteShelf,
+    dtype: torch.dtype = torch.float32,
+) -> Trainer:
     made = model(family)
     routing = Routing(made, options, shelf)
-    return Trainer(made, OPTIONS, device=CPU, dtype=torch.float32, temperature=0.7, routing=routing)
+    return Trainer(made, OPTIONS, device=CPU, dtype=dtype, temperature=0.7, routing=routing)
 
 
 def learnt(trainer: Learner, given: list[Batch], world: World) -> Results:
@@ -113,12 +119,33 @@ def expert_trainers(rank: int, size: int, folder: Path) -> Results:
             ("qwen3_moe", REPLAYED, torch.float32),
             ("glm4_moe", FROZEN, torch.bfloat16),
         ):
-            shelf, made = RouteShelf(world=world), model(family)
-            routing = Routing(made, routers, shelf)
-            backend = build(made, OPTIONS, device=CPU, dtype=dtype)
-            trainer = ShardedTrainer(backend, OPTIONS, world, temperature=0.7, routing=routing)
-            found = learnt(trainer, batches(family, world, shelf), world)
+            shelf = RouteShelf(world=world)
+
+            def made(family=family, routers=routers, shelf=shelf, dtype=dtype, build=build) -> Any:
+                start = model(family)
+                routing = Routing(start, routers, shelf)
+                backend = build(start, OPTIONS, device=CPU, dtype=dtype)
+                return ShardedTrainer(backend, OPTIONS, world, temperature=0.7, routing=routing)
+
+            trainer, given = made(), batches(family, world, shelf)
+            found = learnt(trainer, given, world)
             found["source"] = seen(trainer.weights)
             results[f"{name} {family}"] = found
+        found["resumed"] = resumed(trainer, made, given[0], world, folder / f"{name}-saved")
         trainer.write_model(folder / name, torch.bfloat16)
     return results
+
+
+def resumed(
+    trainer: Learner, made: Callable[[], Learner], batch: Batch, world: World, folder: Path
+) -> list[Any]:
+    """Log-probabilities of a trainer a step further, and of one that loaded it before that."""
+    folder.mkdir(exist_ok=True)
+    trainer.save(folder)
+    world.barrier()
+    other = made()
+    other.load(folder)
+    for each in (trainer, other):
+        each.accumulate(batch, LOSS, TokenMetrics())
+        each.step(1e-2)
+    return [np.concatenate(each.logprobs(batch.trajectories)) for each in (trainer, other)]

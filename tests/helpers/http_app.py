@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+from fastapi import FastAPI
 from msgspec.structs import replace
 
 from engine.config import EngineConfig
@@ -26,11 +27,11 @@ from engine.protocol import (
     decode,
     encode,
 )
-from rollout.http.app import build_app
+from rollout.http.app import build_app, build_routes
 from rollout.http.config import ServeConfig
 from rollout.http.engine.client import AsyncEngine
 from rollout.http.engine.link import Deliver, Fail, Message
-from rollout.http.services import make_services
+from rollout.http.services import Services, make_services
 from rollout.ranks.step_executor import StepExecutor
 from rollout.replica.columns import from_columns
 from rollout.replica.command_replies import error_info
@@ -159,6 +160,12 @@ class Server:
     link: InlineLink
     engine: AsyncEngine
     app: Any
+    services: Services
+
+    @property
+    def routes(self) -> FastAPI:
+        """Every route that it answers."""
+        return build_routes(self.services)
 
     def another_engine(self, config: EngineConfig | None = None) -> InlineLink:
         """A link to a new engine that says when it is ready; `link` from now on."""
@@ -194,13 +201,14 @@ async def serving(
     client = AsyncEngine(link, reply_s=reply_s, slow_s=slow_s)
     await client.start()
     known = None if ids_only else tokenizer or tiny_tokenizer()
-    app = build_app(make_services(config, client, known))
+    services = make_services(config, client, known)
+    app = build_app(services)
     transport = httpx.ASGITransport(app=app)
     async with httpx.AsyncClient(
         transport=transport, base_url="http://127.0.0.1", timeout=30.0
     ) as http:
         try:
-            yield Server(http=http, link=link, engine=client, app=app)
+            yield Server(http=http, link=link, engine=client, app=app, services=services)
         finally:
             await client.close()
 

@@ -10,6 +10,7 @@ from starlette.types import Message, Receive
 from engine.errors import SlipstreamError
 from rollout.http.config import ServeConfig
 from rollout.http.edge.browsers import Headers
+from rollout.http.edge.departure import Departure
 from rollout.http.edge.errors import BodyTooLarge
 
 _BYTES_PER_S = 1 << 20
@@ -64,7 +65,7 @@ class BodyBudget:
 class BodyReader:
     """The `receive` of one request. It raises BodyTooLarge, BodyTimeout or BodiesFull into the
     handler that reads the body; once that is complete, it waits for the client to leave, without
-    a limit.
+    a limit. departure: of the connection, if its server gives one.
 
     failed: the body was given up; what still comes of it must not be taken for a request.
     """
@@ -77,8 +78,10 @@ class BodyReader:
         budget: BodyBudget,
         *,
         control: bool,
+        departure: Departure | None = None,
     ) -> None:
         self._receive = receive
+        self._departure = departure
         self._budget = budget
         self._held = 0
         self._option = "--max-control-body-mib" if control else "--max-body-mib"
@@ -107,10 +110,19 @@ class BodyReader:
         """The next message of the ASGI protocol."""
         if self._complete:
             return await self._receive()
+        if self._departure is not None and self._departure.body_arrived:
+            message = await self._receive()
+        else:
+            message = await self._received_in_time()
+        self._complete = not message.get("more_body", False)
+        self._count(len(message.get("body", b"")))
+        return message
+
+    async def _received_in_time(self) -> Message:
         left_s = self._deadline - time.monotonic()
         try:
             async with asyncio.timeout(max(left_s, 0.0)):
-                message = await self._receive()
+                return await self._receive()
         except TimeoutError as error:
             self.failed = True
             raise BodyTimeout(
@@ -118,9 +130,6 @@ class BodyReader:
                 "the server with a larger --receive-timeout-s",
                 field="body",
             ) from error
-        self._complete = not message.get("more_body", False)
-        self._count(len(message.get("body", b"")))
-        return message
 
     def _count(self, count: int) -> None:
         self._num_bytes += count
@@ -130,10 +139,11 @@ class BodyReader:
             raise self._too_large(self._num_bytes)
         self._budget.check(count, small=small)
         self.failed = False
-        self._budget.take(count)
-        self._held += count
         if self._complete and small:
             self.release()
+        else:
+            self._budget.take(count)
+            self._held += count
 
     def _too_large(self, found: int) -> BodyTooLarge:
         return BodyTooLarge(

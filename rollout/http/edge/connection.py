@@ -79,6 +79,7 @@ class PatientProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """The first byte of a request."""
         self._in_request = self._in_head = True
+        self._departure.body_arrived = False
         super().on_message_begin()
         self._departure.offer(cast(Scope, self.scope))
 
@@ -100,6 +101,7 @@ class PatientProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """The last byte of the request."""
         self._in_request, self._head_bytes = False, 0
+        self._departure.body_arrived = True
         super().on_message_complete()
 
     def on_response_complete(self) -> None:

@@ -14,9 +14,11 @@ _KEY = "slipstream.departure"
 
 
 class Departure:
-    """The end of one connection, and calls that wait for it."""
+    """The end of one connection, and calls that wait for it. body_arrived: whether the last byte of
+    the request that began last has come, so that nobody has to wait for its body."""
 
     def __init__(self) -> None:
+        self.body_arrived = False
         self._calls: set[Callable[[], None]] = set()
         self._left = False
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import Collection
+from collections.abc import Awaitable, Collection
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -16,6 +16,7 @@ from rollout.http.config import ServeConfig
 from rollout.http.edge.access import is_loopback
 from rollout.http.edge.body_limits import BodyBudget, BodyReader
 from rollout.http.edge.browsers import BrowserRules, Headers
+from rollout.http.edge.departure import departure_of
 from rollout.http.edge.errors import error_response
 
 OPEN_PATHS = frozenset({"/health", "/liveness", "/ping"})
@@ -48,7 +49,14 @@ class Guard:
         path = scope["path"].rstrip("/") or "/"
         control = path in self._control
         headers = Headers(scope["headers"])
-        body = BodyReader(receive, self._config, headers, self._budget, control=control)
+        body = BodyReader(
+            receive,
+            self._config,
+            headers,
+            self._budget,
+            control=control,
+            departure=departure_of(scope),
+        )
         reply = _Reply(send, body)
         try:
             self._browsers.check(scope["method"], path, headers, control=control)
@@ -99,13 +107,13 @@ class _Reply:
         self._body = body
         self.begun = False
 
-    async def __call__(self, message: Message) -> None:
+    def __call__(self, message: Message) -> Awaitable[None]:
         """Send one message of the ASGI protocol."""
         self.begun = True
         if self._body.failed and message["type"] == "http.response.start":
             headers = [*message.get("headers", []), (b"connection", b"close")]
             message = {**message, "headers": headers}
-        await self._send(message)
+        return self._send(message)
 
 
 def _same_key(headers: Headers, key: str, *, plain: bool) -> bool:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import msgspec
 from fastapi import Request
+from starlette.requests import ClientDisconnect
 
 from engine.errors import InvalidRequest
 from engine.protocol import ITEM_BYTES, TensorPiece
@@ -17,6 +18,18 @@ from rollout.requests.json_types import convert, decode_json
 T = TypeVar("T", bound=msgspec.Struct)
 
 _MAX_TENSOR_BYTES = 1 << 44
+
+
+async def whole_body(request: Request) -> bytes:
+    """The body, to be read once. Raises ClientDisconnect."""
+    parts: list[bytes] = []
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        parts.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 async def read_body(request: Request, kind: type[T]) -> T:

@@ -221,10 +221,11 @@ class AsyncEngine:
         queued then.
         """
         box = self._mailbox_of(requests)
-        with contextlib.ExitStack() as undo:
-            undo.callback(self._mailboxes.cancel, box)
+        try:
             self.outbox.send(requests)
-            undo.pop_all()
+        except BaseException:
+            self._mailboxes.cancel(box)
+            raise
         return box
 
     def check_room(self, count: int) -> None:

@@ -20,8 +20,9 @@ _HANDLER_TURNS = 3
 _REST = 2.0
 """Rest after a delivery, in times of what its handling took: under a load of streams the server
 keeps to a third of a core, and what comes meanwhile leaves in one piece a stream."""
-_MOST_UNSENT = 64
-"""Messages that wait for the end of the turn, while the engine could begin with them."""
+_MOST_UNSENT = 16
+"""Messages that wait for the end of the turn, while the engine could begin with them: so few that
+it steps while the requests behind them are read."""
 _LEAST_REST_S, _MOST_REST_S = 0.002, 0.01
 """Tokens of a stream wait for those behind them at most so long."""
 
@@ -92,8 +93,9 @@ class ProcessLink:
 
     What is posted within one turn of the event loop leaves in one frame, at its end, or in frames
     of some 64 messages: a turn may make a thousand requests, and the engine begins with the first.
-    A delivery that keeps the handlers busy is followed by a rest (`_REST`), so that hundreds of
-    streams do not take the processor from the engine that feeds them. A few streams never rest.
+    A delivery to streams that keeps the handlers busy is followed by a rest (`_REST`), so that
+    hundreds of them do not take the processor from the engine that feeds them. A few streams never
+    rest, and last outputs alone ask for none: nothing comes behind them to leave in one piece.
     """
 
     def __init__(self, leader: LeaderEnd) -> None:
@@ -173,17 +175,17 @@ class ProcessLink:
         if self._deliver is None or self._fail is None or self._resting:
             return
         loop = asyncio.get_running_loop()
-        started, delivered = loop.time(), False
+        started, streams = loop.time(), False
         try:
             while self._deliver is not None and (messages := self._leader.collect()):
                 self._deliver(messages)
-                delivered = True
+                streams = streams or any(map(_goes_on, messages))
         except EngineDead as error:
             fail = self._fail
             self.stop()
             fail(error)
             return
-        if delivered:
+        if streams:
             self._resting = True
             loop.call_soon(self._handled, started, _HANDLER_TURNS)
 
@@ -209,3 +211,7 @@ class ProcessLink:
     def _rested(self) -> None:
         self._resting = False
         self._drain()
+
+
+def _goes_on(message: Message) -> bool:
+    return isinstance(message, RequestOutput) and message.finish is None

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
-from dataclasses import dataclass
-
 import msgspec
 from msgspec import Raw
 
@@ -12,7 +9,7 @@ from engine.errors import ContextTooLong, InvalidRequest
 from engine.protocol import GenerateRequest, Pooling, ReplicaState, Task
 from rollout.http.native.long_prompts import check_long_prompt
 from rollout.requests.json_types import decode_json
-from rollout.requests.sample_ids import check_client_id
+from rollout.requests.sample_ids import check_client_id, fresh_id
 from rollout.requests.wire import Fields, meaningful_fields, parse_fields
 from rollout.text.tokenizer import Tokenizer
 
@@ -22,10 +19,10 @@ _PER_ITEM = frozenset(GenerateRequest.__struct_fields__) - {"text", "input_ids",
 _LISTS = frozenset({"token_ids_logprob", "allowed_token_ids"})
 
 
-@dataclass(frozen=True, kw_only=True)
-class GenerateCall:
+class GenerateCall(msgspec.Struct, frozen=True, kw_only=True):
     """One POST. prefix: what every id of the call begins with, if the server made them. task,
-    pooling: what is done to each item, as in `Request`."""
+    pooling: what is done to each item, as in `Request`. decoded: the items were decoded as they
+    are, so that their ranges need no second look."""
 
     items: list[GenerateRequest]
     batch: bool
@@ -33,10 +30,10 @@ class GenerateCall:
     prefix: str = ""
     task: Task = "generate"
     pooling: Pooling = "last"
+    decoded: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class PromptRoom:
+class PromptRoom(msgspec.Struct, frozen=True, kw_only=True):
     """What a body may bring at most, looked at before it is decoded. text_bytes: of the longest
     text that tokens of the context can hold. num_ids: of a prompt. num_items: of a batch."""
 
@@ -96,7 +93,7 @@ def _plain(body: bytes, room: PromptRoom | None) -> GenerateRequest | None:
 def _alone(wire: GenerateRequest) -> GenerateCall:
     check_client_id(wire.rid, "rid")
     wire, prefix = _with_rid(wire)
-    return GenerateCall(items=[wire], batch=False, stream=wire.stream, prefix=prefix)
+    return GenerateCall(items=[wire], batch=False, stream=wire.stream, prefix=prefix, decoded=True)
 
 
 def _check_given(raw: Raw, room: PromptRoom) -> None:
@@ -125,7 +122,7 @@ def _parse_batch(fields: Fields, name: str, values: list[Raw]) -> GenerateCall:
     if not values:
         raise InvalidRequest(f"{name} is an empty batch; send at least one prompt", field=name)
     lists = _lists(fields, len(values))
-    prefix = "" if "rid" in fields else f"{uuid.uuid4().hex}-"
+    prefix = "" if "rid" in fields else f"{fresh_id()}-"
     common = {key: value for key, value in fields.items() if key not in lists}
     if "rid" in common:
         raise InvalidRequest("rid must be a list with one id an item in a batch", field="rid")
@@ -245,5 +242,5 @@ def _is_flat(value: Raw) -> bool:
 def _with_rid(wire: GenerateRequest) -> tuple[GenerateRequest, str]:
     if wire.rid is not None:
         return wire, ""
-    rid = uuid.uuid4().hex
+    rid = fresh_id()
     return msgspec.structs.replace(wire, rid=rid), rid

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
 import msgspec
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 
 from engine.protocol import GenerateRequest, GenerateResponse
-from rollout.http.edge.errors import error_body, json_response
+from rollout.http.edge.errors import JsonResponse, error_body, json_response
+from rollout.http.edge.read_body import whole_body
+from rollout.http.edge.routes import Routes
 from rollout.http.edge.sse import DONE, EventForm, EventStream, answer, frame
 from rollout.http.native.generate_call import parse_call, prompt_room
 from rollout.http.native.increments import IncrementWriter
@@ -21,12 +23,12 @@ from rollout.http.services import Services
 from rollout.requests.respond import to_wire
 
 
-def router(services: Services) -> APIRouter:
+def router(services: Services) -> Routes:
     """The route of the native dialect."""
-    routes = APIRouter()
+    routes = Routes()
 
     async def generate(request: Request) -> Response:
-        return await answer(request, run(await request.body()))
+        return await answer(request, run(await whole_body(request)))
 
     async def run(data: bytes) -> Response:
         room = prompt_room(services.engine.facts, services.tokenizer)
@@ -46,10 +48,21 @@ def router(services: Services) -> APIRouter:
 
 
 async def _reply(services: Services, samples: Sequence[Sample]) -> Response:
+    alone = samples[0].index is None
+    prepared = {id(s): PreparedReply(s) for s in samples if s.come_in_pieces(PIECE)}
+    if alone and not prepared:
+        await services.generator.finish(samples)
+        return JsonResponse(await services.generator.written(_whole, samples[0], services))
+    replies = await _written(services, samples, prepared)
+    return json_response(replies[0] if alone else replies)
+
+
+async def _written(
+    services: Services, samples: Sequence[Sample], prepared: Mapping[int, PreparedReply]
+) -> list[msgspec.Raw]:
     # Encoded as each finishes: a large batch would hold up the event loop at its end.
     replies: dict[int, msgspec.Raw] = {}
     position = {id(sample): number for number, sample in enumerate(samples)}
-    prepared = {id(s): PreparedReply(s) for s in samples if s.come_in_pieces(PIECE)}
     async with aclosing(services.generator.run_together(samples)) as together:
         async for pairs in together:
             for sample, delta in pairs:
@@ -63,8 +76,7 @@ async def _reply(services: Services, samples: Sequence[Sample]) -> Response:
                 else:
                     continue
                 replies[position[id(sample)]] = msgspec.Raw(reply)
-    found = [replies[number] for number in range(len(samples))]
-    return json_response(found if samples[0].index is not None else found[0])
+    return [replies[number] for number in range(len(samples))]
 
 
 def _stream(services: Services, samples: Sequence[Sample]) -> Response:

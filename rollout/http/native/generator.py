@@ -11,8 +11,9 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 import msgspec
 
 from engine.errors import InvalidRequest, SlipstreamError, by_name
-from engine.protocol import Request, Stop
+from engine.protocol import Request, RequestOutput, Stop
 from rollout.http.engine.client import AsyncEngine
+from rollout.http.engine.mailbox import Mailbox
 from rollout.http.native.generate_call import GenerateCall, in_item
 from rollout.http.native.sample import Sample, SampleDelta
 from rollout.http.native.text_workers import TextWorkers
@@ -136,17 +137,18 @@ class Generator:
     async def _expanded(self, call: GenerateCall) -> list[Sample]:
         """The sequences; of a large call made beside the event loop."""
         count = sum(max(item.sampling_params.n, 0) for item in call.items)
-        many = any(item.sampling_params.n > 1 for item in call.items)
-        name = "text" if call.items[0].input_ids is None else "input_ids"
         facts = self.engine.facts
         if len(call.items) > 1:
+            many = any(item.sampling_params.n > 1 for item in call.items)
+            name = "text" if call.items[0].input_ids is None else "input_ids"
             check_total(count, facts, field="n" if many else name)
         if count <= facts.max_waiting:
             self.engine.check_room(count + self._num_expanding)
-        num_chars = sum(len(item.text or "") for item in call.items)
-        num_ids = sum(len(item.input_ids or ()) for item in call.items)
-        # Output tokens become text one by one, to find where it goes on.
-        num_chars += sum(map(num_sent, call.items))
+        num_ids = num_chars = 0
+        for item in call.items:
+            num_ids += len(item.input_ids or ())
+            # Output tokens become text one by one, to find where it goes on.
+            num_chars += len(item.text or "") + num_sent(item)
         small = count <= _INLINE_SEQUENCES and num_ids <= _INLINE_IDS
         if small and num_chars <= _INLINE_CHARS:
             return self._expand(call)
@@ -211,42 +213,65 @@ class Generator:
         logits were not finite, after the tokens it had before; EngineDead if the server leaves
         before any sample has a token.
         """
-        open_samples = {sample.request.rid: sample for sample in samples}
-        mailbox = await self.engine.submit_all([sample.request for sample in samples])
+        open_samples, mailbox = await self._submitted(samples)
         try:
             while open_samples:
-                added: list[tuple[Sample, SampleDelta]] = []
-                failure = None
-                for output in coalesced(await mailbox.take()):
-                    sample = open_samples[output.rid]
-                    stopped = sample.stop is not None
-                    delta = sample.take(output)
-                    if delta.finished:
-                        del open_samples[output.rid]
-                        await self._settle(sample)
-                        self._count(sample)
-                    elif sample.stop is not None and not stopped:
-                        self._post_stop(sample)
-                    failure = _failure(sample)
-                    if failure is None or len(delta.output.token_ids):
-                        added.append((sample, delta))
-                    if failure is not None:
-                        break
+                added, failure = await self._taken(open_samples, await mailbox.take())
                 if added:
                     yield added
                 if failure is not None:
                     raise failure
         finally:
             self.engine.discard(mailbox)
+        self._check_begun(samples)
+
+    async def finish(self, samples: Sequence[Sample]) -> None:
+        """Run the samples to their end. Raises what `run_together` does."""
+        open_samples, mailbox = await self._submitted(samples)
+        try:
+            while open_samples:
+                _, failure = await self._taken(open_samples, await mailbox.take())
+                if failure is not None:
+                    raise failure
+        finally:
+            self.engine.discard(mailbox)
+        self._check_begun(samples)
+
+    async def _submitted(self, samples: Sequence[Sample]) -> tuple[dict[str, Sample], Mailbox]:
+        """The samples by their ids, and where what comes of them arrives."""
+        requests = [sample.request for sample in samples]
+        by_rid = {sample.request.rid: sample for sample in samples}
+        return by_rid, await self.engine.submit_all(requests)
+
+    async def _taken(
+        self, open_samples: dict[str, Sample], outputs: list[RequestOutput]
+    ) -> tuple[list[tuple[Sample, SampleDelta]], SlipstreamError | None]:
+        """What outputs add, and the error of the first sample that failed, behind which nothing is
+        looked at. Takes those that finished out of `open_samples`."""
+        added: list[tuple[Sample, SampleDelta]] = []
+        failure = None
+        for output in coalesced(outputs):
+            sample = open_samples[output.rid]
+            stopped = sample.stop is not None
+            delta = sample.take(output)
+            if delta.finished:
+                del open_samples[output.rid]
+                await self._settle(sample)
+                self._count(sample)
+            elif sample.stop is not None and not stopped:
+                self._post_stop(sample)
+            failure = _failure(sample)
+            if failure is None or len(delta.output.token_ids):
+                added.append((sample, delta))
+            if failure is not None:
+                break
+        return added, failure
+
+    def _check_begun(self, samples: Sequence[Sample]) -> None:
+        """Raise EngineDead if the server leaves and none of the samples has a token."""
         leaving = self.engine.leaving
         if leaving is not None and not any(sample.first_at for sample in samples):
             raise leaving.copy()
-
-    async def finish(self, samples: Sequence[Sample]) -> None:
-        """Run the samples to their end."""
-        async with contextlib.aclosing(self.run(samples)) as outputs:
-            async for _ in outputs:
-                pass
 
     def _expand(self, call: GenerateCall) -> list[Sample]:
         samples: list[Sample] = []
@@ -262,6 +287,7 @@ class Generator:
                     seed,
                     task=call.task,
                     pooling=call.pooling,
+                    decoded=call.decoded,
                 )
             except InvalidRequest as error:
                 if not call.batch:

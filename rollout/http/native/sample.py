@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import msgspec
 
@@ -37,8 +36,7 @@ _ROUTES_A_TOKEN = 64
 _AT_THE_END = ("finish_reason", "weight_versions", "kv_versions", "num_retractions")
 
 
-@dataclass(frozen=True, kw_only=True)
-class SampleDelta:
+class SampleDelta(msgspec.Struct, frozen=True, kw_only=True):
     """What one output added. output: its tokens, cut at a stop string; text: what became
     certain with them; finished: nothing more comes."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from rollout.http.openai.model_routes import check_model
 from rollout.http.openai.structured import named_grammar
 from rollout.http.services import Services
 from rollout.http.updates.version_labels import VersionLabels
-from rollout.requests.sample_ids import check_client_id, sample_id
+from rollout.requests.sample_ids import check_client_id, fresh_id, sample_id
 from rollout.scheduler.routes.reply_fields import npy_routes
 
 T = TypeVar("T")
@@ -108,7 +107,7 @@ async def start(
     """
     check_model(services, body.model)
     check_client_id(body.request_id, "request_id")
-    rid = body.request_id or f"{prefix}{uuid.uuid4().hex}"
+    rid = body.request_id or f"{prefix}{fresh_id()}"
     named = [
         msgspec.structs.replace(item, rid=sample_id(rid, number))
         for number, item in enumerate(items)

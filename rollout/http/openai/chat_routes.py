@@ -6,12 +6,14 @@ from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 
 from engine.protocol import RequestOutput
 from rollout.http.chat.prompts import ChatPrompts
 from rollout.http.chat.turn import Turn, TurnDelta, start_turn
 from rollout.http.edge.errors import json_response
+from rollout.http.edge.read_body import whole_body
+from rollout.http.edge.routes import Routes
 from rollout.http.edge.sse import EventStream, answer
 from rollout.http.native.sample import Sample
 from rollout.http.openai.bodies import ChatBody, parse_openai
@@ -35,12 +37,12 @@ from rollout.parsers.events import (
 )
 
 
-def router(services: Services) -> APIRouter:
+def router(services: Services) -> Routes:
     """The route."""
-    routes = APIRouter()
+    routes = Routes()
 
     async def chat(request: Request) -> Response:
-        data = await request.body()
+        data = await whole_body(request)
         return await answer(request, reply_to_chat(services, services.prompts, data))
 
     routes.add_api_route(

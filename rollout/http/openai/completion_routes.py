@@ -8,11 +8,13 @@ from functools import partial
 from typing import Any
 
 import msgspec
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 
 from engine.errors import InvalidRequest, UnsupportedOption
 from engine.protocol import GenerateRequest, RequestOutput
 from rollout.http.edge.errors import json_response
+from rollout.http.edge.read_body import whole_body
+from rollout.http.edge.routes import Routes
 from rollout.http.edge.sse import EventStream, answer
 from rollout.http.native.generate_call import check_prompt, prompt_room
 from rollout.http.native.long_prompts import check_long_prompt
@@ -36,12 +38,12 @@ from rollout.text.detokenizer import IncrementalDecoder
 _DEFAULT_TOKENS = 16
 
 
-def router(services: Services) -> APIRouter:
+def router(services: Services) -> Routes:
     """The route."""
-    routes = APIRouter()
+    routes = Routes()
 
     async def completions(request: Request) -> Response:
-        return await answer(request, complete(services, await request.body()))
+        return await answer(request, complete(services, await whole_body(request)))
 
     routes.add_api_route(
         "/v1/completions", completions, methods=["POST"], openapi_extra=takes(CompletionBody)

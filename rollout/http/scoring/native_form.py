@@ -3,10 +3,10 @@ vector in reply."""
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, TypeVar
 
 from msgspec import json
+from msgspec.structs import replace
 
 from engine.errors import InvalidRequest
 from engine.protocol import ClassifyRequest, FloatArray, GenerateRequest, Task
@@ -37,7 +37,7 @@ def parse_native(
             )
     shared = {name for name in kind.__struct_fields__ if name not in _GENERATING} & fields.keys()
     options: T = decode_json(json.encode({name: fields.pop(name) for name in shared}), kind)
-    return dataclasses.replace(parse_call(json.encode(fields), room), task=task), options
+    return replace(parse_call(json.encode(fields), room), task=task), options
 
 
 def native_reply(services: Services, sample: Sample, vector: FloatArray | None) -> dict[str, Any]:

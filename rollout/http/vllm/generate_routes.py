@@ -12,13 +12,14 @@ from contextlib import aclosing
 from typing import Any
 
 import msgspec
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 
 from engine.errors import InvalidRequest, UnsupportedOption
 from engine.protocol import GenerateRequest, RequestOutput
 from engine.protocol.types import ClientId, Int64, Message, Salt
 from rollout.http.edge.errors import json_response
-from rollout.http.edge.read_body import read_query
+from rollout.http.edge.read_body import read_query, whole_body
+from rollout.http.edge.routes import Routes
 from rollout.http.edge.sse import EventStream, answer
 from rollout.http.native.generate_call import check_prompt, prompt_room
 from rollout.http.native.long_prompts import check_long_prompt
@@ -78,12 +79,12 @@ class _Session(msgspec.Struct):
     session_id: ClientId = ""
 
 
-def router(services: Services) -> APIRouter:
+def router(services: Services) -> Routes:
     """The routes."""
-    routes = APIRouter()
+    routes = Routes()
 
     async def generate(request: Request) -> Response:
-        return await answer(request, named(await request.body()))
+        return await answer(request, named(await whole_body(request)))
 
     async def named(data: bytes) -> Response:
         try:

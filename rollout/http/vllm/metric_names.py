@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
-from prometheus_client import Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.samples import Sample
 
 from engine.protocol import ReplicaState
+from rollout.tallies import Histogram, Tally
 
 _ENGINE = "0"
 _LABELS = ("engine", "model_name")
@@ -60,7 +60,7 @@ class VllmNames:
             family.add_metric(self._values, getattr(state, field))
             yield family
 
-    def of_requests(self, requests: Counter) -> Iterator[Metric]:
+    def of_requests(self, requests: Tally) -> Iterator[Metric]:
         """Finished sequences, by the reason that `requests` has as its label."""
         labels = (*_LABELS, "finished_reason")
         family = CounterMetricFamily("vllm:request_success", "Finished sequences", labels=labels)
@@ -86,6 +86,6 @@ class VllmNames:
         return family
 
 
-def _samples(source: Counter) -> Iterator[Sample]:
+def _samples(source: Tally) -> Iterator[Sample]:
     for family in source.collect():
         yield from family.samples

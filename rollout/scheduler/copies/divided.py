@@ -61,9 +61,9 @@ class DividedScheduler:
         """Whether the last `plan` left requests in a queue that are not prepared."""
         return any(copy.preparing for copy in self._copies)
 
-    def add(self, request: Request) -> RequestOutput | None:
+    def add(self, request: Request, *, decoded: bool = False) -> RequestOutput | None:
         """As `Scheduler.add`, on the copy that `Placement` chooses."""
-        self._copies[0].check(request)
+        self._copies[0].check(request, decoded=decoded)
         if request.rid in self._placement:
             raise InvalidRequest(f"rid {request.rid!r} is already in use", field="rid")
         waiting = len(self._placement) - sum(len(copy.running) for copy in self._copies)
@@ -72,7 +72,7 @@ class DividedScheduler:
                 f"{waiting} requests wait, the limit; send it again later", field="max_waiting"
             )
         index = self._placement.choose(request)
-        answer = self._copies[index].add(request)
+        answer = self._copies[index].add(request, decoded=decoded)
         if answer is None:
             self._placement.enter(request, index)
         return answer

@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 
 from engine.protocol import IntArray
+from rollout.booleans import every, some
 from rollout.scheduler.planning.plan_builder import PlanBuilder
 from rollout.scheduler.running import RunningSet
 
@@ -19,8 +20,11 @@ class DecodePlanner:
     def num_missing_pages(self) -> int:
         """Pages the next decode step needs beyond those that can be had; idle sessions have given
         up theirs then."""
-        slots = self._slots()
         cache = self._running.cache
+        if len(self._running) <= cache.num_free:
+            # One token each is one page each at most.
+            return 0
+        slots = self._slots()
         missing = int(self._missing(slots, self._next_computed(slots)).sum())
         cache.can_have(missing)
         return missing - cache.num_available
@@ -34,7 +38,7 @@ class DecodePlanner:
         self._take_pages(builder, slots, computed)
         unsure = False
         if self._running.drafts is not None:
-            unsure = bool(table.num_unsure[slots].any())
+            unsure = some(table.num_unsure[slots])
             end = table.max_tokens[slots] - 1
             least = table.num_computed[slots] - table.num_unsure[slots] + 1
             table.num_unsure[slots] = computed - np.minimum(least, end)
@@ -47,10 +51,10 @@ class DecodePlanner:
         and free pages hold."""
         drafts, slots = self._running.drafts, builder.decode
         # One that waits for masks samples apart from its forward pass.
-        if drafts is None or self._running.table.masked[slots].any():
+        if drafts is None or some(self._running.table.masked[slots]):
             return
         lens = drafts.lens(slots)
-        if lens.any():
+        if some(lens):
             self._take_pages(builder, slots, self._running.table.num_computed[slots] + lens)
             drafts.drafted(slots, lens)
         builder.set_draft_lens(lens)
@@ -62,7 +66,7 @@ class DecodePlanner:
         if self._running.drafts is not None:
             computed = computed - table.num_unsure[slots]
         more = computed < table.max_tokens[slots] - 1
-        return slots if more.all() else slots[more]
+        return slots if every(more) else slots[more]
 
     def _next_computed(self, slots: IntArray) -> IntArray:
         """Most tokens with KV once a step of one token each is done, int32 [R]."""
@@ -81,7 +85,7 @@ class DecodePlanner:
     def _take_pages(self, builder: PlanBuilder, slots: IntArray, computed: IntArray) -> None:
         """Give each row the pages that it lacks."""
         table, missing = self._running.table, self._missing(slots, computed)
-        while missing.any():
+        while some(missing):
             short = slots[missing > 0]
             pages = self._running.cache.allocate(len(short))
             assert pages is not None, "decode was planned without pages for it"

@@ -7,6 +7,8 @@ falls while all goes well and rises when pages ran out.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from engine.protocol import IntArray
@@ -34,6 +36,13 @@ class PageReserve:
     def retracted(self) -> None:
         """Pages ran out: the estimate was too low."""
         self._ratio = min(1.0, self._ratio + RETRACT_RAISE)
+
+    def pages_of(self, table: SlotTable, slot: int) -> int:
+        """`pages_for` one slot."""
+        known = max(int(table.target[slot]), int(table.num_tokens[slot]))
+        future = min(max(int(table.max_tokens[slot]) - known, 0), MOST_FUTURE_TOKENS)
+        pages = math.ceil((known + future * self._ratio) / self._page_size)
+        return max(pages - int(table.num_pages[slot]), 0)
 
     def pages_for(self, table: SlotTable, slots: IntArray) -> int:
         """Pages that the sequences in `slots` (int32) are still expected to take."""

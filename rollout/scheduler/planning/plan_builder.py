@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Sequence_
-from typing import Any
 
 import numpy as np
 
 from engine.protocol import NO_INTS, IntArray, NewRow, RouteRead, StepPlan
+from rollout.booleans import BoolArray, every, some
 from rollout.cache.radix_node import Match
 from rollout.scheduler.planning.in_flight import InFlight
 from rollout.scheduler.routes.kept import KeptRoutes
 from rollout.scheduler.running import RunningSet
 from rollout.scheduler.sequence import Sequence
-
-BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 class PlanBuilder:
@@ -28,9 +26,8 @@ class PlanBuilder:
         self._unsure = False
         self._rows: list[tuple[int, int, bool]] = []
         self._new_rows: list[NewRow] = []
-        self._page_slots: list[IntArray] = []
-        self._page_columns: list[IntArray] = []
-        self._page_ids: list[IntArray] = []
+        self._page_columns: list[tuple[IntArray, IntArray, IntArray]] = []
+        self._page_runs: list[tuple[int, int, IntArray]] = []
         self._copies: list[tuple[int, int]] = []
         self._copied: list[Match] = []
         self._scored: list[int] = []
@@ -84,16 +81,11 @@ class PlanBuilder:
 
     def add_pages(self, slot: int, column: int, pages: IntArray) -> None:
         """page_table[slot, column:] = pages."""
-        count = len(pages)
-        self._page_slots.append(np.full(count, slot, np.int32))
-        self._page_columns.append(np.arange(column, column + count, dtype=np.int32))
-        self._page_ids.append(pages)
+        self._page_runs.append((slot, column, pages))
 
     def add_page_column(self, slots: IntArray, columns: IntArray, pages: IntArray) -> None:
         """page_table[slots, columns] = pages, one page for each slot."""
-        self._page_slots.append(slots)
-        self._page_columns.append(columns)
-        self._page_ids.append(pages)
+        self._page_columns.append((slots, columns, pages))
 
     def add_copy(self, match: Match, target: int) -> None:
         """Page `target` begins as a copy of the page `match` copies from.
@@ -116,30 +108,55 @@ class PlanBuilder:
             if self._draft_lens is not None:
                 draft_lens = self._draft_lens
             computed = computed - draft_lens
-        copies = np.array(self._copies, np.int32).reshape(-1, 2)
+        copy_src = copy_dst = NO_INTS
+        if self._copies:
+            copy_src, copy_dst = np.array(self._copies, np.int32).T.copy()
+        page_slots, page_columns, page_ids = self._page_writes()
         reads, keepers = self._running.routes.take()
         flight = self._in_flight(slots, samples, draft_lens if len(draft_lens) else None, keepers)
+        masked = table.masked[flight.slots]
         plan = StepPlan(
             step=self.step,
             new_rows=self._new_rows,
-            page_slots=_join(self._page_slots),
-            page_columns=_join(self._page_columns),
-            page_ids=_join(self._page_ids),
-            copy_src=np.ascontiguousarray(copies[:, 0]),
-            copy_dst=np.ascontiguousarray(copies[:, 1]),
+            page_slots=page_slots,
+            page_columns=page_columns,
+            page_ids=page_ids,
+            copy_src=copy_src,
+            copy_dst=copy_dst,
             slots=slots,
             query_lens=lens,
             kv_lens=computed,
             samples=samples,
             draft_lens=draft_lens,
             sources=None if drafts is None else drafts.sources(),
-            masked=np.flatnonzero(table.masked[flight.slots]).astype(np.int32),
+            masked=np.flatnonzero(masked).astype(np.int32) if some(masked) else NO_INTS,
             route_reads=reads,
         )
         if drafts is not None:
             all_decode = self.all_decode
             drafts.planned(self.step, flight.slots, flight.draft_lens, all_decode=all_decode)
         return plan, flight
+
+    def _page_writes(self) -> tuple[IntArray, IntArray, IntArray]:
+        """Slots, columns and pages: those of rows that decode, then those of others, which have
+        other slots."""
+        parts = list(self._page_columns)
+        if self._page_runs:
+            slots, columns, pages = zip(*self._page_runs, strict=True)
+            sizes = [len(ids) for ids in pages]
+            # Those of a run are behind each other, however many came in runs before it.
+            before: IntArray = np.cumsum([0, *sizes[:-1]]).astype(np.int32)
+            start: IntArray = np.array(columns, np.int32) - before
+            ids = np.concatenate(pages)
+            within: IntArray = np.arange(len(ids), dtype=np.int32)
+            column: IntArray = np.add(np.repeat(start, sizes), within)
+            parts.append((np.repeat(np.array(slots, np.int32), sizes), column, ids))
+        if len(parts) == 1:
+            return parts[0]
+        if not parts:
+            return NO_INTS, NO_INTS, NO_INTS
+        joined = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return next(joined), next(joined), next(joined)
 
     def _has_bounds(self) -> bool:
         """Whether some row drafts, or did in a step that is still in flight."""
@@ -165,7 +182,7 @@ class PlanBuilder:
         routes: list[KeptRoutes],
     ) -> InFlight:
         uids = self._running.table.uid[slots]
-        all_sample = bool(samples.all())
+        all_sample = every(samples)
         return InFlight(
             step=self.step,
             version=self._running.version,
@@ -210,9 +227,3 @@ def rowless(step: int, running: RunningSet) -> tuple[StepPlan, InFlight]:
         routes=keepers,
     )
     return no_rows(step, reads), flight
-
-
-def _join(parts: list[IntArray]) -> IntArray:
-    if len(parts) == 1:
-        return parts[0]
-    return np.concatenate(parts) if parts else NO_INTS

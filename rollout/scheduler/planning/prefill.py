@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
 from engine.config import SchedulerConfig
 from engine.protocol import Request
 from rollout.cache.idle_kv import IdleKv
@@ -80,8 +78,7 @@ class PrefillPlanner:
                 break
             latest = max(latest, sequence.arrival)
             budget -= self._plan_chunk(builder, sequence, budget)
-            own = np.array([sequence.slot], np.int32)
-            reserved += self._reserve.pages_for(self._running.table, own)
+            reserved += self._reserve.pages_of(self._running.table, sequence.slot)
         if latest >= 0:
             self._queue.admitted(latest)
 
@@ -136,17 +133,20 @@ class PrefillPlanner:
     def _hold(self, match: Match | None, needed: int) -> Match | None:
         """Acquire `match` if that leaves `needed` pages, less those matched; else without
         the page to copy, which holds one page more; else None and nothing is held."""
-        cache = self._running.cache
-        if match is None:
-            return None
-        attempts = (match,) if match.source is None else (match, match.without_copy())
-        for attempt in attempts:
-            cache.acquire(attempt)
-            if cache.can_have(needed - len(attempt.pages)):
-                return attempt
-            cache.release_source(attempt)
-            cache.release(attempt.pages, attempt.node)
+        if match is None or self._acquired(match, needed):
+            return match
+        if match.source is not None and self._acquired(bare := match.without_copy(), needed):
+            return bare
         return None
+
+    def _acquired(self, match: Match, needed: int) -> bool:
+        cache = self._running.cache
+        cache.acquire(match)
+        if cache.can_have(needed - len(match.pages)):
+            return True
+        cache.release_source(match)
+        cache.release(match.pages, match.node)
+        return False
 
     def _plan_copy(self, builder: PlanBuilder, slot: int, match: Match) -> None:
         if match.source is None:

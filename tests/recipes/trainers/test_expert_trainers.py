@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from recipes.trainers.metrics import TokenMetrics
@@ -37,9 +39,11 @@ def sharded(folder: Any) -> list[dict[str, Any]]:
     return run_ranks(ranks.expert_trainers, 2, folder)
 
 
-def alone(family: str, options: Any) -> tuple[Any, dict[str, Any]]:
+def alone(
+    family: str, options: Any, dtype: torch.dtype = torch.float32
+) -> tuple[Any, dict[str, Any]]:
     shelf = RouteShelf()
-    trainer = ranks.plain(family, options, shelf)
+    trainer = ranks.plain(family, options, shelf, dtype)
     return trainer, ranks.learnt(trainer, ranks.batches(family, World(), shelf), World())
 
 
@@ -94,6 +98,7 @@ def test_frozen_routers_stay_and_are_sent_and_everything_else_learns(
         assert torch.equal(now[key], tensor.bfloat16()) == stays, key
     for rank in sharded:
         assert all(row["grad_norm"] > 0 for row in rank[f"{name} glm4_moe"]["rows"])
+        assert np.array_equal(*rank[f"{name} glm4_moe"]["resumed"])
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -107,14 +112,23 @@ def test_what_is_written_is_read_by_transformers_with_biases_in_float32(
     assert len(dict(sent_buffers(written))) == 2
 
 
-def test_frozen_routers_of_the_plain_trainer_stay_and_everything_else_learns() -> None:
-    trainer, found = alone("glm4_moe", ranks.FROZEN)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frozen_routers_of_the_plain_trainer_stay_and_everything_else_learns(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    trainer, found = alone("glm4_moe", ranks.FROZEN, dtype)
     frozen = {id(router.module.weight) for router in routers_of(trainer.model)}
     start = dict(ranks.model("glm4_moe").named_parameters())
     assert len(frozen) == 2
     for name, parameter in trainer.model.named_parameters():
-        assert torch.equal(parameter, start[name]) == (id(parameter) in frozen), name
+        assert parameter.dtype == dtype
+        assert torch.equal(parameter, start[name].to(dtype)) == (id(parameter) in frozen), name
     assert "router/aux_loss" not in found["rows"][0]
+    biases = {name: b.clone() for name, b in sent_buffers(trainer.model)}
+    trainer.write_model(tmp_path, torch.bfloat16)
+    written = load_file(tmp_path / "model.safetensors")
+    assert len(biases) == 2
+    assert all(torch.equal(written[name], bias) for name, bias in biases.items())
 
 
 def test_a_balance_loss_evens_out_the_use_of_experts() -> None:

@@ -8,11 +8,10 @@ from typing import Any
 
 import msgspec
 import pytest
-from fastapi import APIRouter
 
 from engine.errors import InvalidRequest
 from engine.protocol import Command, GenerateRequest
-from rollout.http.app import build_app
+from rollout.http.app import build_routes
 from rollout.http.config import ServeConfig
 from rollout.http.engine.client import AsyncEngine
 from rollout.http.native.generate_call import parse_call
@@ -65,15 +64,13 @@ _OTHERS = ("user", "functions", "modalities", "lora_path", "guided_decoding_back
 def body_kinds() -> Iterator[type[msgspec.Struct]]:
     """Every struct that a route of the server reads a body into, the commands one by one."""
     config = ServeConfig(engine=fake_config())
-    app = build_app(make_services(config, AsyncEngine(InlineLink(config.engine)), None))
+    app = build_routes(make_services(config, AsyncEngine(InlineLink(config.engine)), None))
     found: dict[type[msgspec.Struct], None] = {}
-    for entry in app.routes:
-        router = getattr(entry, "original_router", None)
-        for route in router.routes if isinstance(router, APIRouter) else [entry]:
-            kind = (getattr(route, "openapi_extra", None) or {}).get("body")
-            kinds = kind if isinstance(kind, tuple) else (kind,) if kind else ()
-            for one in (one for kind in kinds for one in getattr(kind, "__args__", [kind])):
-                found[one] = None
+    for route in app.routes:
+        kind = (getattr(route, "openapi_extra", None) or {}).get("body")
+        kinds = kind if isinstance(kind, tuple) else (kind,) if kind else ()
+        for one in (one for kind in kinds for one in getattr(kind, "__args__", [kind])):
+            found[one] = None
     yield from found
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -68,8 +68,8 @@ def test_refuses_and_names_the_field(field: str, request_: Request):
     assert field in caught.value.message
 
 
-DRAFTS = dataclasses.replace(LIMITS, draft_tokens=3, forces=True)
-PLAIN = dataclasses.replace(LIMITS, draft_tokens=3)
+DRAFTS = msgspec.structs.replace(LIMITS, draft_tokens=3, forces=True)
+PLAIN = msgspec.structs.replace(LIMITS, draft_tokens=3)
 
 
 @pytest.mark.parametrize(

@@ -150,17 +150,17 @@ def test_many_messages_of_one_turn_leave_before_its_end_and_few_together() -> No
         leader = Sending()
         link = ProcessLink(leader)
         link.start(lambda messages: None, never)
-        calls = [Call(id=number, command=GetState()) for number in range(150)]
+        calls = [Call(id=number, command=GetState()) for number in range(38)]
         for call in calls:
             link.post([call])
-        assert [len(frame) for frame in leader.sent] == [64, 64]
+        assert [len(frame) for frame in leader.sent] == [16, 16]
         await asyncio.sleep(0)
-        assert [call.id for frame in leader.sent for call in frame] == list(range(150))
+        assert [call.id for frame in leader.sent for call in frame] == list(range(38))
         link.post(calls[:1])
         link.post(calls[1:3])
         assert len(leader.sent) == 3
         await asyncio.sleep(0)
-        assert [len(frame) for frame in leader.sent] == [64, 64, 22, 3]
+        assert [len(frame) for frame in leader.sent] == [16, 16, 6, 3]
         link.stop()
 
     run(test)
@@ -171,7 +171,7 @@ def test_an_engine_that_takes_nothing_is_told_of_at_the_end_of_the_turn() -> Non
         leader, errors = Sending(fails=1), []
         link = ProcessLink(leader)
         link.start(lambda messages: None, errors.append)
-        for number in range(200):
+        for number in range(50):
             link.post([Call(id=number, command=GetState())])
         # Each may wait for a moment, so it is asked once.
         assert (errors, leader.num_posts) == ([], 2)
