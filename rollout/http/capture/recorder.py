@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
-from dataclasses import replace as replaced
 from typing import Any, ParamSpec, TypeVar
 
 from fastapi import Response
@@ -93,7 +92,7 @@ class CallRecorder:
             await self._continued(item, text, prefix)
             for item, text, prefix in zip(call.items, texts, reply.rollout.prefixes, strict=True)
         ]
-        return replaced(call, items=items)
+        return replace(call, items=items)
 
     def sampling(self, samples: Sequence[Sample]) -> None:
         """Keep the sequences, which have their outputs when they have finished."""
