@@ -125,7 +125,8 @@ def _routed(made: Branch, branch: Record, shelf: RouteShelf) -> Branch:
     trajectory = made.trajectory
     num = len(trajectory.prompt_ids) + len(trajectory.response_ids) - 1
     # -1 of a signed dtype becomes the largest number.
-    kept = routes[:num].astype(np.uint8 if routes.dtype.itemsize == 1 else np.uint16)
+    narrow = routes.dtype.itemsize == 1
+    kept = routes[:num].astype(np.uint8) if narrow else routes[:num].astype(np.uint16)
     held = shelf.put(kept)
     return dataclasses.replace(made, trajectory=dataclasses.replace(trajectory, routes=held))
 
