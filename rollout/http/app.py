@@ -76,12 +76,11 @@ def build_app(services: Services) -> ASGIApp:
     and Starlette put around every route take as long as all that the route does.
     """
     routers = _Routers(services)
-    routes: Any = _routes(services, routers)
+    inner: Any = build_routes(services, routers)
     # As uvicorn has it, whoever a proxy of this machine speaks for is the caller.
-    proxied: Any = ProxyHeadersMiddleware(
-        routes, os.environ.get("FORWARDED_ALLOW_IPS", "127.0.0.1")
-    )
-    app: ASGIApp = Shortcut(proxied, routers.generating)
+    trusted = os.environ.get("FORWARDED_ALLOW_IPS", "127.0.0.1")
+    routes: Any = ProxyHeadersMiddleware(inner, trusted)
+    app: ASGIApp = Shortcut(routes, routers.generating)
     app = Guard(app, services.config, _paths(routers.control))
     if services.config.allowed_origins:
         # Outermost: it also answers what browsers ask before they send a request.
@@ -94,11 +93,6 @@ def build_app(services: Services) -> ASGIApp:
     return app
 
 
-def build_routes(services: Services) -> FastAPI:
-    """Every route of the application, with nothing before them."""
-    return _routes(services, _Routers(services))
-
-
 class _Routers:
     """The routes of a server: those that generate, those that steer the engine, and others."""
 
@@ -109,7 +103,10 @@ class _Routers:
         self.control.append(unserved_routes.router())
 
 
-def _routes(services: Services, routers: _Routers) -> FastAPI:
+def build_routes(services: Services, routers: _Routers | None = None) -> FastAPI:
+    """Every route of the application, with nothing before them."""
+    routers = routers or _Routers(services)
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         try:

@@ -28,15 +28,15 @@ pytestmark = pytest.mark.slow
 BACKENDS = ["zero1", "zero3", "fsdp"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return tmp_path_factory.mktemp("experts")
-
-
-@pytest.fixture(scope="module")
-def sharded(folder: Any) -> list[dict[str, Any]]:
-    pytest.importorskip("deepspeed", exc_type=ImportError)
-    return run_ranks(ranks.expert_trainers, 2, folder)
+@pytest.fixture(scope="module", params=BACKENDS)
+def sharded(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[dict[str, Any]], Path]:
+    """What two processes saw of a back end, and where they wrote."""
+    if request.param != "fsdp":
+        pytest.importorskip("deepspeed", exc_type=ImportError)
+    folder = tmp_path_factory.mktemp(request.param)
+    return run_ranks(functools.partial(ranks.expert_trainers, request.param), 2, folder), folder
 
 
 def alone(
@@ -52,23 +52,22 @@ def plain() -> dict[str, Any]:
     return alone("qwen3_moe", ranks.REPLAYED)[1]
 
 
-@pytest.mark.parametrize("name", BACKENDS)
 def test_replayed_and_balanced_experts_learn_what_plain_does(
-    sharded: list[dict[str, Any]], plain: dict[str, Any], name: str
+    sharded: tuple[list[dict[str, Any]], Path], plain: dict[str, Any]
 ) -> None:
     """Each process replays the routes of its share, half of which the other one sampled. The
     balance loss is another in other micro-batches; without it the difference is 0.05."""
-    for rank in sharded:
-        found = rank[f"{name} qwen3_moe"]
+    for rank in sharded[0]:
+        found = rank["qwen3_moe"]
         for key, atol in (("before", 1e-5), ("after", 5e-3)):
             for ours, theirs in zip(found[key], plain[key], strict=True):
                 np.testing.assert_allclose(ours, theirs, atol=atol)
         for ours, theirs in zip(found["rows"], plain["rows"], strict=True):
             assert ours["router/replay_flips"] > 0 == ours["router/replay_absent"]
             assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-3)
-    norms = [[row["grad_norm"] for row in r[f"{name} qwen3_moe"]["rows"]] for r in sharded]
+    norms = [[row["grad_norm"] for row in r["qwen3_moe"]["rows"]] for r in sharded[0]]
     assert norms[0] == norms[1]
-    assert_complete([rank[f"{name} qwen3_moe"]["source"] for rank in sharded])
+    assert_complete([rank["qwen3_moe"]["source"] for rank in sharded[0]])
 
 
 def assert_complete(sources: list[dict[str, Any]]) -> None:
@@ -80,12 +79,11 @@ def assert_complete(sources: list[dict[str, Any]]) -> None:
             assert torch.equal(whole[name], tensor), name
 
 
-@pytest.mark.parametrize("name", BACKENDS)
 def test_frozen_routers_stay_and_are_sent_and_everything_else_learns(
-    sharded: list[dict[str, Any]], name: str
+    sharded: tuple[list[dict[str, Any]], Path],
 ) -> None:
     start = dict(named_tensors(ranks.model("glm4_moe")))
-    sources = [rank[f"{name} glm4_moe"]["source"] for rank in sharded]
+    sources = [rank["glm4_moe"]["source"] for rank in sharded[0]]
     assert_complete(sources)
     now = dict(sources[0]["tensors"])
     assert now.keys() == start.keys()
@@ -96,17 +94,16 @@ def test_frozen_routers_stay_and_are_sent_and_everything_else_learns(
         assert now[key].dtype == torch.bfloat16
         stays = ".mlp.gate." in key
         assert torch.equal(now[key], tensor.bfloat16()) == stays, key
-    for rank in sharded:
-        assert all(row["grad_norm"] > 0 for row in rank[f"{name} glm4_moe"]["rows"])
-        assert np.array_equal(*rank[f"{name} glm4_moe"]["resumed"])
+    for rank in sharded[0]:
+        assert all(row["grad_norm"] > 0 for row in rank["glm4_moe"]["rows"])
+        assert np.array_equal(*rank["glm4_moe"]["resumed"])
 
 
-@pytest.mark.parametrize("name", BACKENDS)
 def test_what_is_written_is_read_by_transformers_with_biases_in_float32(
-    sharded: list[dict[str, Any]], name: str, folder: Any
+    sharded: tuple[list[dict[str, Any]], Path],
 ) -> None:
-    written = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.bfloat16)
-    now = dict(sharded[0][f"{name} glm4_moe"]["source"]["tensors"])
+    written = AutoModelForCausalLM.from_pretrained(sharded[1] / "model", dtype=torch.bfloat16)
+    now = dict(sharded[0][0]["glm4_moe"]["source"]["tensors"])
     for key, tensor in named_tensors(written):
         assert torch.equal(now[key], tensor), key
     assert len(dict(sent_buffers(written))) == 2
