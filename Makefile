@@ -14,6 +14,9 @@ STAMP       := $(VENV)/.installed
 # deadlines and other processes. WORKERS=0 runs all in one. (nproc would count OMP_NUM_THREADS.)
 WORKERS     ?= $(shell n=$$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || echo 2); [ $$n -gt 3 ] && n=3; echo $$((n + 1)))
 SIDE_BY_SIDE := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# Compiled tests and sources stay for the other test processes and for the servers that tests start,
+# whatever the shell says: each would spend most of a minute on them again.
+unexport PYTHONDONTWRITEBYTECODE
 # Clients of the server, which are large and run on the CPU only.
 CLIENTS     := .venv-clients
 

@@ -17,6 +17,7 @@ import torch
 
 from engine.attention.base import AttentionBackend, AttentionBatch
 from engine.attention.context import ForwardContext
+from engine.kv.route_pool import RoutePool
 from engine.protocol import NewRow, StepPlan
 from engine.transfer import to_device
 
@@ -115,8 +116,14 @@ def token_layout(plan: StepPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return slot_T, position_T, starts
 
 
-def build_batch(plan: StepPlan, table: RequestTable, attention: AttentionBackend) -> StepBatch:
-    """Gather the tensors of one step from the tables; one host-to-device copy for all of it."""
+def build_batch(
+    plan: StepPlan,
+    table: RequestTable,
+    attention: AttentionBackend,
+    routes: RoutePool | None = None,
+) -> StepBatch:
+    """Gather the tensors of one step from the tables; one host-to-device copy for all of it.
+    routes: where those of the step belong, if they are kept."""
     slot_T, position_T, starts = token_layout(plan)
     sampling = np.flatnonzero(plan.samples)
     num_tokens, num_samples = len(slot_T), len(sampling)
@@ -153,5 +160,9 @@ def build_batch(plan: StepPlan, table: RequestTable, attention: AttentionBackend
         slots_S=slots_S,
         kv_lens_S=kv_lens_S,
         query_start_R1=starts,
-        context=ForwardContext(positions, attention.prepare(batch)),
+        context=ForwardContext(
+            positions,
+            attention.prepare(batch),
+            routes=None if routes is None else routes.step(write_slots_T),
+        ),
     )

@@ -125,7 +125,8 @@ class ParallelConfig:
     """Copies of the model, each with --tp ranks and a KV cache of its own; requests are divided
     among them."""
     ep: bool = False
-    """Divide experts among the ranks of all copies; not built."""
+    """Divide a model's experts among the --tp ranks, each holding some of them whole; without it
+    every rank holds a slice of each."""
     base_gpu: int = 0
     """First GPU of the replica, among those visible."""
     timeout_s: Suppress[float] = 60.0
@@ -257,6 +258,9 @@ class EngineConfig:
     seed: int | None = None
     """Seed of requests that bring none, and of random weights; by default the first is drawn and
     logged, and random weights have their fixed seed 0."""
+    return_routed_experts: Annotated[bool, arg(name="enable-return-routed-experts")] = False
+    """Keep beside the KV which experts each token was sent to, so that requests may ask for it
+    (return_routed_experts): a byte for each expert of a token and layer, two above 255 experts."""
     weight_version: int = 0
     """Version that the loaded weights are served as."""
     refusal: Suppress[str] = ""

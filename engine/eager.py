@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from engine.attention.base import AttentionBackend
 from engine.attention.spoilt import spoilt_rows
 from engine.batch import RequestTable, StepBatch, build_batch
+from engine.kv.route_pool import RoutePool
 from engine.models.build import Model
 from engine.pending import PendingStep, Sample, pack_sampled
 from engine.prompt_logprobs import PromptScorer
@@ -49,12 +50,14 @@ class EagerSteps:
         sampler: Sampler,
         scorer: PromptScorer,
         attention: AttentionBackend,
+        routes: RoutePool | None = None,
     ) -> None:
         self._model = model
         self._table = table
         self._sampler = sampler
         self._scorer = scorer
         self._attention = attention
+        self._routes = routes
         self._pooler = PromptPooler()
 
     def enter(self, rows: Sequence[NewRow]) -> None:
@@ -80,7 +83,7 @@ class EagerSteps:
 
     def _run(self, plan: StepPlan) -> _Computed:
         """The forward pass of rows whose lengths are those of the plan."""
-        batch = build_batch(plan, self._table, self._attention)
+        batch = build_batch(plan, self._table, self._attention, self._routes)
         hidden_TH = self._model(batch.input_ids_T, batch.context)
         prompt = self._scorer.score(plan, batch, hidden_TH)
         spoilt_R = spoilt_rows(batch.context.step)

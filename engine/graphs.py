@@ -34,6 +34,7 @@ from engine.attention.base import (
 from engine.attention.context import ForwardContext
 from engine.batch import RequestTable
 from engine.config import DRAFT_LADDER, ROW_BUCKETS
+from engine.kv.route_pool import RoutePool
 from engine.late_draw import DecodeLogits
 from engine.models.build import Model
 from engine.sampling import PLAIN, DrawOptions, Sampler
@@ -105,8 +106,8 @@ class DecodeGraphs:
 
     max_rows: rows of a step; max_verified: rows of the model's step, drafts among them.
     scratch_slot: a row of the tables that no request takes; its pages are of nobody. Rows
-    that pad a bucket run on it. drafter: None where nothing is drafted. region: what a capture
-    allocates belongs to it.
+    that pad a bucket run on it. drafter: None where nothing is drafted. routes: where those of the
+    rows belong, if they are kept. region: what a capture allocates belongs to it.
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class DecodeGraphs:
         max_verified: int,
         scratch_slot: int,
         drafter: NgramDrafter | None = None,
+        routes: RoutePool | None = None,
         region: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._model = model
@@ -129,10 +131,11 @@ class DecodeGraphs:
         self._buckets = np.array(row_buckets(max_rows))
         self._scratch_slot = scratch_slot
         self._region = region
+        self._routes = routes
         self._device = table.device
         self._drafter = drafter
         self._max_verified = max_verified
-        self._inputs = torch.zeros(2 * max_rows, dtype=torch.int32, device=table.device)
+        self._inputs = torch.zeros(2 * max_rows + 1, dtype=torch.int32, device=table.device)
         self._rows = VirtualRows.empty(max_verified, table.device)
         self._drafts = torch.zeros(max_verified, dtype=torch.int32, device=table.device)
         self._counts = torch.zeros(2 * max_rows, dtype=torch.int32, device=table.device)
@@ -201,7 +204,7 @@ class DecodeGraphs:
         if attention is None:
             attention = self._attention.capture_decode(self._layout(kind))
             self._attentions[shape] = attention
-        packed = self._fill(rows, slots, draft_lens)
+        packed = self._fill(kind, slots, draft_lens)
         lens = np.ones(rows, dtype=np.int32)
         lens[: len(kv_lens)] = kv_lens
         attention.refresh(packed[0], lens, exact=draft_lens is None)
@@ -209,7 +212,7 @@ class DecodeGraphs:
         captured = self._graphs.get(key)
         if captured is None:
             captured = self._graphs[key] = self._capture(kind, attention.step)
-            self._fill(rows, slots, draft_lens)
+            self._fill(kind, slots, draft_lens)
         captured.graph.replay()
 
     def capture_all(self) -> None:
@@ -231,20 +234,23 @@ class DecodeGraphs:
         return next((k for k in fits if k >= wanted), fits[-1])
 
     def _fill(
-        self, rows: int, slots: np.ndarray, draft_lens: np.ndarray | None = None
+        self, kind: _Kind, slots: np.ndarray, draft_lens: np.ndarray | None = None
     ) -> np.ndarray:
-        """Send the rows of the next replay, padded to the bucket: int32 [2, R]."""
-        packed = np.zeros((2, rows), dtype=np.int32)
+        """Send the rows of the next replay, padded to the bucket, and how many of the model's step
+        they are; returns the former: int32 [2, R]."""
+        rows = kind.rows
+        inputs = np.zeros(2 * rows + 1, dtype=np.int32)
+        packed, inputs[-1] = inputs[:-1].reshape(2, rows), len(slots) * (kind.drafts + 1)
         packed[0, : len(slots)], packed[0, len(slots) :] = slots, self._scratch_slot
         if draft_lens is not None:
             packed[1, : len(slots)] = draft_lens
-        self._inputs[: 2 * rows].copy_(to_device(packed.reshape(-1), self._device))
+        self._inputs[: 2 * rows + 1].copy_(to_device(inputs, self._device))
         return packed
 
     def _capture(self, kind: _Kind, step: AttentionStep) -> _Captured:
         """Record a step; what it runs over meanwhile are rows of nobody."""
         started = time.perf_counter()
-        self._fill(kind.rows, np.zeros(0, dtype=np.int32))
+        self._fill(kind, np.zeros(0, dtype=np.int32))
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
         with self._region(), torch.cuda.stream(self._stream):
@@ -296,7 +302,11 @@ class DecodeGraphs:
             out=self._rows.first(verified),
             backend="triton",
         )
-        hidden_VE = self._model(rows.input_ids_V, ForwardContext(rows.positions_V, step))
+        # Unused drafts of rows that are there count as rows; what fills the bucket does not.
+        num_rows = self._inputs[2 * kind.rows : 2 * kind.rows + 1]
+        routes = None if self._routes is None else self._routes.step(rows.write_slots_V)
+        context = ForwardContext(rows.positions_V, step, num_rows=num_rows, routes=routes)
+        hidden_VE = self._model(rows.input_ids_V, context)
         logits = self._model.compute_logits(hidden_VE, widen=False)
         if kind.options is None:
             self._keep(logits)

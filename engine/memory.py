@@ -9,6 +9,7 @@ import torch
 
 from engine.config import CacheConfig, SchedulerConfig
 from engine.errors import OutOfMemory
+from engine.models.config import ModelConfig
 
 # A CPU's memory is shared with the trainer and everything else on the machine.
 CPU_SHARE = 0.25
@@ -49,10 +50,12 @@ class Needs:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """How the KV pool was sized. All sizes in bytes."""
+    """How the KV pool was sized. All sizes in bytes. page_bytes: of all that a page has, of which
+    route_bytes are routes."""
 
     num_pages: int
     page_bytes: int
+    route_bytes: int
     free_bytes: int
     needs: Needs
     reason: str
@@ -64,39 +67,65 @@ class MemoryPlan:
 
     def describe(self) -> str:
         """One line with the whole arithmetic, for the log and for refusals."""
+        routes = f", {self.route_bytes} of them routes," if self.route_bytes else ""
         return (
-            f"KV pool: {self.num_pages} pages x {self.page_bytes} B = {gib(self.kv_bytes)} "
+            f"KV pool: {self.num_pages} pages x {self.page_bytes} B{routes} = {gib(self.kv_bytes)} "
             f"({self.reason}); free {gib(self.free_bytes)}; {self.needs.describe()}"
         )
 
 
-def step_bytes(
-    config: SchedulerConfig,
-    max_rows: int,
-    *,
-    hidden_size: int,
-    intermediate_size: int,
-    vocab_size: int,
-) -> int:
-    """Estimate of the largest activations of one step: hidden states and MLP of every token,
-    and the logits of every row in float32, three times over. max_rows: drafts among them."""
-    per_token = 4 * (8 * hidden_size + 3 * intermediate_size)
-    return max(config.max_step_tokens, max_rows) * per_token + 3 * 4 * max_rows * vocab_size
+@dataclass(frozen=True, kw_only=True)
+class StepSizes:
+    """What the activations of a step are as large as, in elements.
+
+    outputs: logits or scores of a row. experts_size: of all experts of a token, their inner sizes
+    and hidden states together; 0 where there are none.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    outputs: int
+    experts_size: int = 0
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> StepSizes:
+        """Those of a model."""
+        experts, experts_size = model.experts, 0
+        if experts is not None:
+            inner = experts.intermediate_size + model.hidden_size
+            experts_size = experts.routing.top_k * inner
+        return cls(
+            hidden_size=model.hidden_size,
+            intermediate_size=model.intermediate_size,
+            outputs=model.num_labels or model.vocab_size,
+            experts_size=experts_size,
+        )
+
+    @property
+    def token_bytes(self) -> int:
+        """Of a token: hidden states and MLP as if they were float32, and what goes through its
+        experts in 16 bits."""
+        return 4 * (8 * self.hidden_size + 3 * self.intermediate_size) + 2 * self.experts_size
 
 
-def graph_bytes(
-    num_graphs: int, max_rows: int, *, hidden_size: int, intermediate_size: int, vocab_size: int
-) -> int:
+def step_bytes(config: SchedulerConfig, max_rows: int, sizes: StepSizes) -> int:
+    """Estimate of the largest activations of one step: hidden states, MLP and experts of every
+    token, and the logits of every row in float32, three times over. max_rows: drafts among them."""
+    num_tokens = max(config.max_step_tokens, max_rows)
+    return num_tokens * sizes.token_bytes + 3 * 4 * max_rows * sizes.outputs
+
+
+def graph_bytes(num_graphs: int, max_rows: int, sizes: StepSizes) -> int:
     """Estimate of what CUDA graphs keep: one pool as large as the largest decode step, which
     all share, and the nodes of each."""
-    per_row = 4 * (8 * hidden_size + 3 * intermediate_size + vocab_size)
-    return num_graphs * _GRAPH_BYTES + max_rows * per_row
+    return num_graphs * _GRAPH_BYTES + max_rows * (sizes.token_bytes + 4 * sizes.outputs)
 
 
 def plan_memory(
     cache: CacheConfig,
     *,
     page_bytes: int,
+    route_bytes: int = 0,
     needs: Needs,
     device: torch.device,
     context_length: int,
@@ -104,12 +133,13 @@ def plan_memory(
 ) -> MemoryPlan:
     """Size the KV pool after the weights are loaded.
 
-    page_bytes: K and V of one page over all layers. Raises OutOfMemory when not even one
-    sequence of `context_length` tokens fits, or when what was asked for does not.
+    page_bytes: K and V of one page over all layers; route_bytes: its routes. Raises OutOfMemory
+    when not even one sequence of `context_length` tokens fits, or when what was asked for does not.
     """
     _empty_cache(device)
     free = free_bytes(device)
     wanted, reason = _wanted_bytes(cache, free, needs, device)
+    page_bytes += route_bytes
     if cache.num_pages is not None:
         num_pages, reason = cache.num_pages, f"num_pages={cache.num_pages}"
     else:
@@ -117,7 +147,12 @@ def plan_memory(
         most = max_running * -(-context_length // cache.page_size)
         num_pages = min(wanted // page_bytes, most)
     plan = MemoryPlan(
-        num_pages=num_pages, page_bytes=page_bytes, free_bytes=free, needs=needs, reason=reason
+        num_pages=num_pages,
+        page_bytes=page_bytes,
+        route_bytes=route_bytes,
+        free_bytes=free,
+        needs=needs,
+        reason=reason,
     )
     _refuse_if_it_does_not_fit(plan, cache)
     return plan

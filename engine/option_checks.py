@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from engine.config import EngineConfig, KVDType
 from engine.errors import UnsupportedOption
+from engine.models.config import ModelConfig
 from engine.speculative.checks import check_speculative
 
 _FIRST_WITH_FP8 = (8, 9)
 
 
-def check_options(config: EngineConfig, *, num_labels: int) -> None:
-    """A rank calls this first. num_labels: of a classifier; 0 of a model that generates.
-
-    Raises UnsupportedOption and InvalidRequest.
-    """
+def check_options(config: EngineConfig, model: ModelConfig) -> None:
+    """A rank calls this first. Raises UnsupportedOption and InvalidRequest."""
     if config.numerics != "fast":
         raise UnsupportedOption(
             f"{config.numerics!r} is not built: bits depend on how many rows a step has; use "
@@ -26,12 +24,35 @@ def check_options(config: EngineConfig, *, num_labels: int) -> None:
             "'token'",
             field="kv_scales",
         )
-    if config.parallel.ep:
+    _check_experts(config, model)
+    check_speculative(config.speculative, num_labels=model.num_labels)
+
+
+def _check_experts(config: EngineConfig, model: ModelConfig) -> None:
+    if model.experts is None:
+        if config.parallel.ep:
+            raise UnsupportedOption(
+                f"{model.architecture} has no experts to divide among the ranks; leave it out",
+                field="parallel.ep",
+            )
+        if config.return_routed_experts:
+            raise UnsupportedOption(
+                f"{model.architecture} has no experts and so no routes to keep; leave it out",
+                field="return_routed_experts",
+            )
+        return
+    if config.parallel.ep and config.parallel.dp_size > 1:
         raise UnsupportedOption(
-            "expert parallelism is not built; leave it out",
+            f"experts are divided among the --tp ranks of one copy, not among the "
+            f"{config.parallel.dp_size} copies of --dp; use one of the two",
             field="parallel.ep",
         )
-    check_speculative(config.speculative, num_labels=num_labels)
+    if config.quantization != "none":
+        raise UnsupportedOption(
+            f"{config.quantization!r} is not built for experts, which are nearly all weights of "
+            f"{model.architecture}; use 'none'",
+            field="quantization",
+        )
 
 
 def check_kv_dtype(

@@ -6,11 +6,12 @@ Legend: S rows that sample, V tokens drawn for them, k likeliest tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
+from engine.kv.route_pool import ReadRoutes
 from engine.prompt_pooling import Pooled
 from engine.protocol import PromptLogprobs, StepMasks, StepResult
 from engine.sampling import Top, to_top
@@ -31,7 +32,8 @@ class PendingStep:
     """sampled: int32 [2 or 3, >= S] as `pack_sampled` lays it out; None where no row samples.
     num_rows: S. top: of the rows that asked. scores: float32 [>= S, labels], by a classifier,
     which samples nothing. runs: where rows got several tokens or none, with `sampled` of all that
-    were drawn, [2 or 3, V]. pooled: embeddings that the step completes."""
+    were drawn, [2 or 3, V]. pooled: embeddings that the step completes. routes: of sequences that
+    had left their pages."""
 
     step: int
     sampled: Fetch | None = None
@@ -41,6 +43,11 @@ class PendingStep:
     scores: Fetch | None = None
     runs: Runs | None = None
     pooled: Pooled | None = None
+    routes: ReadRoutes | None = None
+
+    def with_routes(self, routes: ReadRoutes) -> PendingStep:
+        """The step, with what it read before it wrote anything."""
+        return replace(self, routes=routes)
 
     def result(self) -> StepResult:
         """Wait for the step and return what it sampled."""
@@ -67,6 +74,7 @@ class PendingStep:
             counts=counts,
             drafted=drafted,
             embeddings=[] if self.pooled is None else self.pooled.embeddings(),
+            routes=None if self.routes is None else self.routes.numpy(),
         )
 
 
@@ -81,13 +89,19 @@ class MaskedStep:
         self._step = step
         self._sample: Sample | None = sample
         self._sampled: PendingStep | None = None
+        self._routes: ReadRoutes | None = None
+
+    def with_routes(self, routes: ReadRoutes) -> MaskedStep:
+        """As `PendingStep.with_routes`."""
+        self._routes = routes
+        return self
 
     def mask(self, masks: StepMasks) -> None:
         """Queue the sampling, once."""
         assert masks.step == self._step, f"masks of step {masks.step} came for {self._step}"
         sample, self._sample = self._sample, None
         assert sample is not None, f"masks of step {masks.step} came twice"
-        self._sampled = sample(masks)
+        self._sampled = replace(sample(masks), routes=self._routes)
 
     def result(self) -> StepResult:
         """As `PendingStep.result`, for when the masks came."""

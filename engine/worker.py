@@ -13,19 +13,16 @@ from functools import partial
 import numpy as np
 import torch
 
-from engine.allocation import allocate_model, num_parameters, parameter_bytes
+from engine.allocation import allocate_model, num_parameters
 from engine.attention.base import CapturableBackend
 from engine.attention.select import select
 from engine.batch import RequestTable
 from engine.config import DEFAULT_CONTEXT_LIMIT, EngineConfig
 from engine.eager import EagerSteps
 from engine.errors import InvalidRequest
-from engine.graphs import DecodeGraphs, num_kinds
-from engine.kv.layout import head_layouts, page_bytes
-from engine.kv.pool import KVPool
+from engine.graphs import DecodeGraphs
 from engine.late_draw import draw_late
 from engine.layers.runtime import LayerRuntime
-from engine.memory import Needs, graph_bytes, plan_memory, step_bytes
 from engine.models.labels import label_names
 from engine.models.locate import locate
 from engine.numerics import (
@@ -40,7 +37,7 @@ from engine.option_checks import check_kv_dtype, check_options
 from engine.parallel.connect import connect, rank_device
 from engine.parallel.mesh import Mesh
 from engine.pending import LaunchedStep, MaskedStep, PendingStep, Runs, Sample
-from engine.phases import check_phases
+from engine.pools import PoolBuilder
 from engine.profiler import RankProfiler
 from engine.prompt_logprobs import PromptScorer
 from engine.protocol import (
@@ -60,7 +57,7 @@ from engine.sampling import Sampler
 from engine.speculative.checks import check_attention, max_verified
 from engine.speculative.ngram import NgramDrafter
 from engine.speculative.verify import Verifier
-from engine.transfer import Fetch, to_device
+from engine.transfer import Fetch
 from engine.weights.initial import load_initial
 from engine.weights.lane import PendingCommand
 from engine.weights.open import open_source, origin_of
@@ -80,7 +77,7 @@ class Worker:
         dtype = resolve_dtype(config.dtype, device)
         files = locate(config.model, config.load_format)
         files.config.require_dtype(dtype_name(dtype))
-        check_options(config, num_labels=files.config.num_labels)
+        check_options(config, files.config)
         check_kv_dtype(config.cache.kv_dtype, dtype_name(dtype), compute_capability(device))
         backend = kernel_backend(device)
         linear = linear_method(config.quantization, backend)
@@ -126,11 +123,23 @@ class Worker:
         # What graphs hold are decode steps, which a classifier has none of.
         drafts = config.speculative.enabled
         num_scratch = int((has_graphs or drafts) and not files.config.num_labels)
-        self._pool = self._build_pool(config, context, dtype, num_scratch)
-        num_pages = self._pool.num_pages - num_scratch
+        self._pools = PoolBuilder(
+            config=config,
+            model=self._model,
+            mesh=self._mesh,
+            collectives=self._collectives,
+            occupancy=self._occupancy,
+            device=device,
+            dtype=dtype,
+            context=context,
+            num_scratch=num_scratch,
+            # Full tensors as they come, whatever of them is stored here, and as what.
+            shadow_bytes=catalog.full_bytes() if config.memory.reserve_shadow else 0,
+        ).build()
+        num_pages = self._pools.kv.num_pages - num_scratch
         choice = select(
             config.attention,
-            self._pool,
+            self._pools.kv,
             num_heads=files.config.num_heads // self._mesh.tp_size,
             scale=files.config.attention_scale,
             device=device,
@@ -147,7 +156,12 @@ class Worker:
         self._sampler = Sampler(num_slots=num_slots + num_scratch, device=device, backend=backend)
         self._scorer = PromptScorer(self._model, self._sampler)
         self._eager = EagerSteps(
-            self._model, self._table, self._sampler, self._scorer, self._attention
+            self._model,
+            self._table,
+            self._sampler,
+            self._scorer,
+            self._attention,
+            self._pools.routes,
         )
         self._masked: MaskedStep | None = None
         self._scratch_slot = num_slots
@@ -181,6 +195,8 @@ class Worker:
             labels=label_names(files.source, files.config.num_labels),
             hidden_size=files.config.hidden_size,
             collectives=self._collectives.description,
+            experts=files.config.expert_facts,
+            keeps_routes=config.return_routed_experts,
         )
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
@@ -206,21 +222,27 @@ class Worker:
 
     @torch.inference_mode()
     def _launch(self, plan: StepPlan) -> LaunchedStep:
-        self._occupancy.require_all()
-        self._weights.session.require_servable()
+        if plan.route_reads:
+            self._occupancy.require("kv_cache")
+        routes = self._pools.read(plan)
+        if not plan.route_reads or len(plan.slots):
+            self._occupancy.require_all()
+            self._weights.session.require_servable()
         if not len(plan.slots):
             # Nothing to compute, and by a rank of its own copy nothing to take part in.
-            return PendingStep(plan.step)
+            return PendingStep(plan.step, routes=routes)
+        step = self._queue(plan)
+        return step if routes is None else step.with_routes(routes)
+
+    def _queue(self, plan: StepPlan) -> LaunchedStep:
+        """Queue what a plan computes."""
         if plan.sources is not None and self._drafter is not None:
             self._drafter.enter(plan.sources)
         self._table.enter(plan.new_rows)
         self._sampler.enter(plan.new_rows)
         self._eager.enter(plan.new_rows)
         self._table.set_pages(plan)
-        if len(plan.copy_src):
-            copies = np.stack([plan.copy_src, plan.copy_dst]).astype(np.int64)
-            self._pool.copy(*to_device(copies, self._device))
-            self._pool.spoilt.copied(plan.copy_src, plan.copy_dst)
+        self._pools.copy(plan)
         graphs = self._graphs
         if graphs is not None and not self._is_capturable(plan):
             graphs = None
@@ -316,6 +338,7 @@ class Worker:
             self._attention,
             drafter,
             scratch_slot=self._scratch_slot,
+            routes=self._pools.routes,
         )
 
     def _build_graphs(self, config: EngineConfig) -> DecodeGraphs | None:
@@ -330,61 +353,8 @@ class Worker:
             max_verified=max_verified(config),
             scratch_slot=self._scratch_slot,
             drafter=self._drafter,
+            routes=self._pools.routes,
             region=partial(self._occupancy.region, "cuda_graph"),
-        )
-
-    def _build_pool(
-        self, config: EngineConfig, context: int, dtype: torch.dtype, num_scratch: int
-    ) -> KVPool:
-        model = self._model.config
-        kinds = [layer.attention for layer in model.layers]
-        layouts = head_layouts(kinds, dtype=dtype, kv_dtype=config.cache.kv_dtype, mesh=self._mesh)
-        has_graphs = num_scratch > 0 and config.cuda_graphs and self._device.type == "cuda"
-        needs = self._needs(config, has_graphs=has_graphs)
-        plan = plan_memory(
-            config.cache,
-            page_bytes=page_bytes(layouts, config.cache.page_size),
-            needs=needs,
-            device=self._device,
-            context_length=context,
-            max_running=config.scheduler.max_running,
-        )
-        logger.info("%s", plan.describe())
-        if self._device.type == "cuda":
-            device_bytes = torch.cuda.get_device_properties(self._device).total_memory
-            check_phases(config.memory, needs, kv_bytes=plan.kv_bytes, device_bytes=device_bytes)
-        # One plan goes to every rank, so every rank has the pages that the fullest has.
-        num_pages = self._collectives.minimum(plan.num_pages) + num_scratch
-        with self._occupancy.region("kv_cache"):
-            pool = KVPool(
-                layouts,
-                num_pages=num_pages,
-                page_size=config.cache.page_size,
-                device=self._device,
-            )
-        self._occupancy.hold("kv_cache", pool.tensors())
-        return pool
-
-    def _needs(self, config: EngineConfig, *, has_graphs: bool) -> Needs:
-        """What memory goes to beside the KV pool. has_graphs: whether any are captured."""
-        model, max_rows = self._model.config, max_verified(config)
-        sizes = {
-            "hidden_size": model.hidden_size,
-            "intermediate_size": model.intermediate_size,
-            "vocab_size": model.num_labels or model.vocab_size,
-        }
-        weights = parameter_bytes(self._model)
-        most = config.speculative.most
-        kinds = num_kinds(config.scheduler.max_running, max_rows, most) if has_graphs else 0
-        return Needs(
-            weights=weights,
-            workspace=step_bytes(config.scheduler, max_rows, **sizes),
-            graphs=graph_bytes(kinds, max_rows, **sizes) if kinds else 0,
-            trainer=config.memory.trainer_bytes,
-            # Full tensors as they come, whatever of them is stored here, and as what.
-            shadow=self._weights.session.catalog.full_bytes()
-            if config.memory.reserve_shadow
-            else 0,
         )
 
 

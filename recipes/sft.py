@@ -43,6 +43,7 @@ def update(run: SftRun, batch: Batch) -> dict[str, float]:
     assert batch.kept is not None
     return {
         "loss": metrics.loss,
+        **metrics.routing_figures(),
         **scale_figures(run.trainer.loss_scale),
         "grad_norm": grad_norm,
         "learning_rate": lr,

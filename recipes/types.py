@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -35,6 +36,25 @@ class Problem:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HeldRoutes:
+    """Where the experts that a reply's tokens went to are kept (`trainers/route_shelf.py`).
+
+    owner: rank of the process. key: in its shelf. shape: all tokens but the last, decoder layers,
+    experts of a token. dtype: uint8 or uint16, whose largest number says that there is no route.
+    """
+
+    owner: int
+    key: int
+    shape: tuple[int, int, int]
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole array."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Trajectory:
     """One sampled reply, token by token, never re-tokenised.
 
@@ -47,6 +67,7 @@ class Trajectory:
         sample has no part in its group's statistics nor in the loss; its reward and `correct` are
         0 and mean nothing.
     spec: what the engine drafted for it; None of one that drafts nothing.
+    routes: the experts that its tokens went to, where they are to be replayed.
     """
 
     prompt_ids: IntArray
@@ -59,6 +80,7 @@ class Trajectory:
     correct: float
     failed: str = ""
     spec: SpecCounts | None = None
+    routes: HeldRoutes | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import httpx
@@ -19,6 +19,7 @@ from engine.protocol import (
     Reply,
 )
 from engine.protocol.urls import url_fault
+from rollout.scheduler.routes.reply_fields import Ids, decoded_routes
 
 _POLL_S = 0.1
 _CONNECT_S = 10.0
@@ -149,6 +150,13 @@ class Client:
     def _unreachable(self, error: httpx.HTTPError) -> EngineDead:
         reason = str(error) or type(error).__name__
         return EngineDead(f"no answer from {self._url}: {reason}", field="server")
+
+
+def routed_experts(fields: Mapping[str, Any]) -> Ids | None:
+    """The routes of a reply's `meta_info`, or of a branch of a rollout that was read: ids of
+    experts [tokens - 1 - start, layers, experts of a token] in the dtype that was sent, in which -1
+    or the largest unsigned number is an absent one; None without (docs/routed_experts.md)."""
+    return decoded_routes(fields)
 
 
 def _headers(key: str) -> dict[bytes, bytes]:

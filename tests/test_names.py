@@ -8,16 +8,21 @@ from tests.helpers.name_uses import PACKAGES, Uses, members, read_attributes
 
 NOT_CALLED = {
     "kernels.testing": "what tests of kernels compare with",
+    "kernels.moe": "what layers with experts call",
     "kernels.collectives.reference.all_reduce_add_rms_norm": "what its kernel is compared with",
     "engine.errors.NonFiniteLogits": "known by its name, which crosses processes in a reply",
     "rollout.client.Client": "what a program that uses a server imports",
+    "rollout.client.routed_experts": "for a program that trains on what a server returned",
     "recipes.collecting.captured": "for a trainer of agents that use a server",
     "rollout.requests.generate.classify": "for a program that scores in its own process",
     "trainer_bridge.hf.load_classifier": "for a trainer of a reward model, or of a critic from one",
+    "engine.models.deepseek_experts.v2_experts": "of DeepSeek-V2, whose attention is not built",
     "rollout.requests.parts": "for a program that asks for a reply in parts, of several servers",
 }
 """Modules and names that the product offers and does not use itself, and why."""
 NOT_READ = {
+    "kernels.moe.types.Routed.ids_TK": "what layers with experts read",
+    "kernels.moe.types.Routed.weights_TK": "what layers with experts read",
     "engine.models.config.ModelConfig.bos_token_id": "checked when a config.json is read",
     "engine.protocol.commands.ReplicaState.held_pages": "a gauge of /metrics",
     "engine.protocol.commands.ReplicaState.num_sessions": "a gauge of /metrics",

@@ -17,18 +17,26 @@ from kernels.backend import KernelBackend
 from kernels.checksum import checksum_into
 from kernels.quant import codec_named
 from trainer_bridge.adapters.base import WeightSource
+from trainer_bridge.expert_names import name_in_model, parts_of
 from trainer_bridge.update_target import UpdateTarget
 
 
 def stored_checksums(
     tensors: Iterable[tuple[str, torch.Tensor]], layout: Mapping[str, StoredTensor]
 ) -> dict[str, int]:
-    """The checksums that a rank of this layout has of these full tensors, by name.
+    """The checksums that a rank of this layout has of these full tensors, by its names.
 
-    tensors: in any float dtype. layout: of `CheckWeights(action="layout")`. A tensor that it does
-    not list, such as a second name of one, is left out. Waits for every device once.
+    tensors: in any float dtype, experts one by one or those of a layer together. layout: of
+    `CheckWeights(action="layout")`. A tensor that it does not list, such as a second name of one,
+    is left out. Waits for every device once.
     """
-    totals = {name: _total(tensor, layout[name]) for name, tensor in tensors if name in layout}
+    listed = {name_in_model(name): name for name in layout}
+    totals: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors:
+        for part, whole in (parts_of(name, tensor) or {name: tensor}).items():
+            stored = listed.get(name_in_model(part))
+            if stored is not None:
+                totals[stored] = _total(whole, layout[stored])
     by_device: dict[torch.device, list[str]] = {}
     for name, total in totals.items():
         by_device.setdefault(total.device, []).append(name)

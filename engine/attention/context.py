@@ -12,6 +12,7 @@ import torch
 from engine.attention.base import AttentionStep, NewHeads
 from engine.kv.layout import head_pages
 from engine.kv.pool import KVPool
+from engine.layers.route_sink import RouteSink
 from kernels.rotary import KVTarget
 
 
@@ -44,6 +45,8 @@ class ForwardContext:
 
     positions_T: torch.Tensor
     step: AttentionStep
+    num_rows: torch.Tensor | None = None
+    routes: RouteSink | None = None
 
     def attend(self, layer_index: int, heads: NewHeads) -> torch.Tensor:
         """Write this step's K and V of a layer into the pool, then attend. Returns [T, H, D]."""

@@ -18,6 +18,7 @@ from engine.layers.linear import MergedLinear, Output, RowLinear, qkv_outputs
 from engine.layers.norm import RMSNorm
 from engine.layers.projection_norm import ProjectionNorm, ProjectionNorms
 from engine.layers.rotary import AnyRotary
+from engine.layers.route_sink import RouteSink
 from engine.layers.runtime import LayerRuntime
 from engine.layers.summand import Summand
 from kernels.rotary import HeadNorms, KVTarget
@@ -29,6 +30,16 @@ class StepContext(Protocol):
     @property
     def positions_T(self) -> torch.Tensor:
         """Position of each token in its sequence, int [T]."""
+        ...
+
+    @property
+    def num_rows(self) -> torch.Tensor | None:
+        """int32 [1] on the device: rows from there on only fill a graph. None: every row counts."""
+        ...
+
+    @property
+    def routes(self) -> RouteSink | None:
+        """What takes the experts of each row; None where nobody wants them."""
         ...
 
     def attend(self, layer_index: int, heads: ProjectedHeads) -> torch.Tensor:

@@ -16,10 +16,29 @@ from torch import nn
 from engine.layers.attention import Attention, StepContext
 from engine.layers.embedding import VocabEmbedding
 from engine.layers.kinds import LayerKind
-from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
 from engine.layers.runtime import LayerRuntime
 from engine.layers.summand import Summand, whole
+
+
+class FeedForward(Protocol):
+    """What a layer asks of its MLP, one dense or a mixture of experts."""
+
+    fuses_few_rows: bool
+    """Whether it has `add_to`."""
+
+    def __call__(self, hidden_TE: torch.Tensor, context: StepContext) -> torch.Tensor:
+        """[T, E] -> [T, E], the sum over ranks."""
+        ...
+
+    def summand(self, hidden_TE: torch.Tensor, context: StepContext) -> Summand:
+        """The same, its sum over ranks left to the norm that follows."""
+        ...
+
+    def add_to(self, total_TE: torch.Tensor, norm: RMSNorm, context: StepContext) -> torch.Tensor:
+        """`total + mlp(norm(total))` for the few rows of `LayerRuntime.few_rows`: [T, E]."""
+        ...
+
 
 Stream = tuple[Summand, torch.Tensor]
 """(last summand, the rest): both [T, E]; the residual stream is their sum."""
@@ -50,7 +69,7 @@ class _NormedInput(nn.Module):
     """A layer whose attention has a norm before it, which closes the sum of the stream."""
 
     def __init__(
-        self, kind: LayerKind, attention: Attention, mlp: GatedMLP, *, runtime: LayerRuntime
+        self, kind: LayerKind, attention: Attention, mlp: FeedForward, *, runtime: LayerRuntime
     ) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(kind.hidden_size, kind.norm, runtime=runtime)
@@ -79,7 +98,7 @@ class NormBeforeLayer(_NormedInput):
     """x + attention(norm(x)), then x + mlp(norm(x)): Llama and most others."""
 
     def __init__(
-        self, kind: LayerKind, attention: Attention, mlp: GatedMLP, *, runtime: LayerRuntime
+        self, kind: LayerKind, attention: Attention, mlp: FeedForward, *, runtime: LayerRuntime
     ) -> None:
         super().__init__(kind, attention, mlp, runtime=runtime)
         self.fuses_few_rows = mlp.fuses_few_rows and kind.norm.weighting == "rounded"
@@ -89,12 +108,12 @@ class NormBeforeLayer(_NormedInput):
     ) -> Stream:
         attended_TE = self.self_attn.summand(normed_TE, context)
         hidden_TE, residual_TE = self.post_attention_layernorm.add(attended_TE, residual_TE)
-        return self.mlp.summand(hidden_TE), residual_TE
+        return self.mlp.summand(hidden_TE, context), residual_TE
 
     def add_to(self, total_TE: torch.Tensor, context: StepContext) -> torch.Tensor:
         """See `DecoderLayer`."""
         total_TE = self.self_attn.add_to(total_TE, self.input_layernorm, context)
-        return self.mlp.add_to(total_TE, self.post_attention_layernorm)
+        return self.mlp.add_to(total_TE, self.post_attention_layernorm, context)
 
 
 class NormAfterLayer(nn.Module):
@@ -103,7 +122,7 @@ class NormAfterLayer(nn.Module):
     fuses_few_rows = False
 
     def __init__(
-        self, kind: LayerKind, attention: Attention, mlp: GatedMLP, *, runtime: LayerRuntime
+        self, kind: LayerKind, attention: Attention, mlp: FeedForward, *, runtime: LayerRuntime
     ) -> None:
         super().__init__()
         self.self_attn = attention
@@ -123,7 +142,7 @@ class NormAfterLayer(nn.Module):
 
     def _on_total(self, total_TE: torch.Tensor, context: StepContext) -> Stream:
         total_TE = total_TE + self.post_attention_layernorm(self.self_attn(total_TE, context))
-        return self.post_feedforward_layernorm(self.mlp(total_TE)), total_TE
+        return self.post_feedforward_layernorm(self.mlp(total_TE, context)), total_TE
 
     def add_to(self, total_TE: torch.Tensor, context: StepContext) -> torch.Tensor:
         """Not reached: the products of few rows are fused with a norm before them."""
@@ -136,7 +155,7 @@ class NormBothLayer(_NormedInput):
     fuses_few_rows = False
 
     def __init__(
-        self, kind: LayerKind, attention: Attention, mlp: GatedMLP, *, runtime: LayerRuntime
+        self, kind: LayerKind, attention: Attention, mlp: FeedForward, *, runtime: LayerRuntime
     ) -> None:
         super().__init__(kind, attention, mlp, runtime=runtime)
         size, norm = kind.hidden_size, kind.norm
@@ -148,7 +167,7 @@ class NormBothLayer(_NormedInput):
     ) -> Stream:
         hidden_TE = self.post_attention_layernorm(self.self_attn(normed_TE, context))
         hidden_TE, residual_TE = self.pre_feedforward_layernorm.add(hidden_TE, residual_TE)
-        return self.post_feedforward_layernorm(self.mlp(hidden_TE)), residual_TE
+        return self.post_feedforward_layernorm(self.mlp(hidden_TE, context)), residual_TE
 
     def add_to(self, total_TE: torch.Tensor, context: StepContext) -> torch.Tensor:
         """Not reached: the norms after the products come between them and the residual."""

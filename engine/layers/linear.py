@@ -54,9 +54,11 @@ def qkv_outputs(num_heads: int, num_kv_heads: int, head_dim: int, mesh: Mesh) ->
     ]
 
 
-def gate_up_outputs(intermediate_size: int, mesh: Mesh) -> list[Output]:
-    """Gate and up projections of a gated MLP."""
-    shard = even_shard(intermediate_size, mesh, "intermediate_size")
+def gate_up_outputs(
+    intermediate_size: int, mesh: Mesh, what: str = "intermediate_size"
+) -> list[Output]:
+    """Gate and up projections of a gated MLP. what: names its size in errors."""
+    shard = even_shard(intermediate_size, mesh, what)
     return [
         Output("gate_proj", intermediate_size, shard),
         Output("up_proj", intermediate_size, shard),

@@ -48,6 +48,7 @@ class RopeConfig:
         max_position_embeddings, and no longer context is served.
     original_max_position: context the frequencies were trained for (llama3, yarn).
     attention_factor: yarn's scale of cos and sin; None infers it from factor and mscale.
+    partial: share of a head's dims that turn, the first ones; the rest stay as they are.
     frequency_divisors: one divisor per frequency, which GGUF files of llama3 type carry in
         place of the four numbers; applied on top of `rope_type`.
     """
@@ -64,12 +65,18 @@ class RopeConfig:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    partial: float = 1.0
     frequency_divisors: tuple[float, ...] | None = None
 
+    def num_turned(self, head_dim: int) -> int:
+        """Dims of a head that turn."""
+        return int(head_dim * self.partial)
 
-def read_rope(source: Mapping[str, Any]) -> RopeConfig:
+
+def read_rope(source: Mapping[str, Any], *, may_be_partial: bool = False) -> RopeConfig:
     """Rotary settings of a config.json dict, as transformers 5 computes them.
 
+    may_be_partial: whether the family has `partial_rotary_factor`; elsewhere it is refused.
     Raises UnknownArchitecture for a rope type or a setting that is not served, CheckpointError
     for a setting its type needs and does not have, or that is no number it can compute with.
     Both name the key.
@@ -77,7 +84,7 @@ def read_rope(source: Mapping[str, Any]) -> RopeConfig:
     settings = _settings(source)
     rope_type = _rope_type(settings)
     _refuse_unused(rope_type, settings)
-    _refuse_partial(source, settings)
+    partial = _partial(source, settings, may_be_partial)
     theta = _positive("rope_theta", settings.get("rope_theta", source.get("rope_theta")))
     rope = RopeConfig(
         rope_type=rope_type,
@@ -92,6 +99,7 @@ def read_rope(source: Mapping[str, Any]) -> RopeConfig:
         mscale=_positive("mscale", settings.get("mscale") or None),
         mscale_all_dim=_positive("mscale_all_dim", settings.get("mscale_all_dim") or None),
         truncate=_truncate(settings),
+        partial=partial,
         frequency_divisors=_divisors(settings.get("frequency_divisors")),
     )
     _refuse_contradictions(rope)
@@ -185,12 +193,17 @@ def _is_neutral(value: Any) -> bool:
     return value is None or value is False or (value == 1 and value is not True)
 
 
-def _refuse_partial(source: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    partial = settings.get("partial_rotary_factor", source.get("partial_rotary_factor"))
-    if partial not in (None, 1, 1.0):
-        raise UnknownArchitecture(
-            f"partial_rotary_factor {partial!r} is not served", field="partial_rotary_factor"
-        )
+def _partial(source: Mapping[str, Any], settings: Mapping[str, Any], may_be_partial: bool) -> float:
+    key = "partial_rotary_factor"
+    value = settings.get(key, source.get(key))
+    if value in (None, 1, 1.0):
+        return 1.0
+    share = _positive(key, value)
+    if not may_be_partial:
+        raise UnknownArchitecture(f"{key} {value!r} is not served", field=key)
+    if share is None or share > 1:
+        raise CheckpointError(f"{key!r} is {value!r}, not a share of a head", field=key)
+    return share
 
 
 def _original(source: Mapping[str, Any], settings: Mapping[str, Any]) -> int:

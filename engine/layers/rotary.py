@@ -12,10 +12,9 @@ import torch
 
 from engine.config import KernelBackend
 from engine.layers.kinds import AttentionKind
+from engine.layers.odd_rotary import NoRotary, PartialRotary
 from engine.layers.rope_config import RopeConfig
 from engine.layers.runtime import LayerRuntime
-from kernels.kv_copy import write_kv
-from kernels.norm import rms_norm
 from kernels.rotary import HeadNorms, KVTarget, apply_rotary, rotate_and_store
 
 
@@ -129,45 +128,7 @@ class Rotary:
         )
 
 
-class NoRotary:
-    """In place of `Rotary` in layers that know no positions: queries and keys stay as they are
-    (NoPE, Kazemnejad et al. 2023, arXiv:2305.19466)."""
-
-    def __init__(self, backend: KernelBackend) -> None:
-        self.backend = backend
-
-    def __call__(
-        self, q_THD: torch.Tensor, k_TKD: torch.Tensor, positions_T: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The arguments themselves."""
-        return q_THD, k_TKD
-
-    def store(
-        self,
-        qkv_TC: torch.Tensor,
-        positions_T: torch.Tensor,
-        target: KVTarget,
-        norms: HeadNorms | None,
-    ) -> torch.Tensor:
-        """`Rotary.store` without the rotation."""
-        kv_heads, head_dim = target.k_pages_NGKD.shape[2:]
-        heads_TCD = qkv_TC.unflatten(-1, (-1, head_dim))
-        num_heads = heads_TCD.shape[1] - 2 * kv_heads
-        q_THD, k_TKD, v_TKD = heads_TCD.split([num_heads, kv_heads, kv_heads], dim=1)
-        if norms is not None:
-            q_THD = self._normed(q_THD, norms.q_weight_D, norms)
-            k_TKD = self._normed(k_TKD, norms.k_weight_D, norms)
-        pages = (target.k_pages_NGKD, target.v_pages_NGKD)
-        write_kv(k_TKD, v_TKD, *pages, target.slots_T, scales=target.scales, backend=self.backend)
-        return q_THD
-
-    def _normed(
-        self, x_THD: torch.Tensor, weight_D: torch.Tensor, norms: HeadNorms
-    ) -> torch.Tensor:
-        return rms_norm(x_THD, weight_D, norms.eps, weighting=norms.weighting, backend=self.backend)
-
-
-AnyRotary = Rotary | NoRotary
+AnyRotary = Rotary | NoRotary | PartialRotary
 
 
 class RotaryTables:
@@ -189,11 +150,15 @@ class RotaryTables:
         runtime = self._runtime
         if attention.rope is None:
             return NoRotary(runtime.backend)
-        return Rotary(
+        turned = attention.rope.num_turned(attention.head_dim)
+        rotary = Rotary(
             attention.rope,
-            attention.head_dim,
+            turned,
             self._max_position,
             device=runtime.device,
             backend=runtime.backend,
             wide=attention.rope_wide,
         )
+        if turned < attention.head_dim:
+            return PartialRotary(rotary, turned, runtime.backend)
+        return rotary

@@ -13,8 +13,15 @@ from engine.layers.attention import StepContext
 from engine.layers.parameter import ShardedParameter, whole
 from engine.layers.runtime import LayerRuntime
 from engine.models.config import ModelConfig
-from engine.models.decoder import Decoder, rotary_frequencies
-from engine.models.full_names import FusedTensor, Target, full_tensors, fused_tensors
+from engine.models.decoder import Decoder
+from engine.models.full_names import (
+    FusedTensor,
+    Target,
+    full_tensors,
+    fused_tensors,
+    second_names,
+)
+from engine.models.passed_over import PassedOver
 
 
 class ScoreHead(nn.Module):
@@ -68,9 +75,9 @@ class SequenceClassifier(nn.Module):
         return fused_tensors(self)
 
     def aliases(self) -> dict[str, str]:
-        """No tensor has a second name."""
-        return {}
+        """Second names of tensors: those of transformers in memory."""
+        return second_names(self)
 
-    def ignored_names(self) -> frozenset[str]:
+    def ignored_names(self) -> PassedOver:
         """As `CausalLM.ignored_names`."""
-        return rotary_frequencies(self.config.num_layers)
+        return PassedOver(self.config)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import CheckpointError, InvalidRequest, UnknownArchitecture
-from engine.layers.kinds import LayerKind, NormKind
+from engine.layers.kinds import LayerKind, MoeKind, NormKind
 from engine.layers.rope_config import RopeConfig, served_positions
 from engine.models.config_keys import (
     check_biases,
@@ -24,6 +24,7 @@ from engine.models.labels import num_labels
 from engine.models.registry import CLASSIFIERS, find
 from engine.models.sizes import Sizes
 from engine.models.windows import refuse_windows
+from engine.protocol import ExpertFacts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,7 @@ class ModelConfig:
     torch_dtype: dtype of the files ("bfloat16"); None where they do not say.
     overflows_float16: see `engine.models.decoder_options.Options`.
     num_labels: scores of a sequence that a classifier gives; 0 for a model that generates.
+    extra_layers: see `engine.models.decoder_options.Options`.
     """
 
     architecture: str
@@ -56,6 +58,7 @@ class ModelConfig:
     torch_dtype: str | None
     overflows_float16: bool = False
     num_labels: int = 0
+    extra_layers: frozenset[int] = frozenset()
 
     def require_dtype(self, dtype: str) -> None:
         """Raise InvalidRequest where activations of such models overflow in `dtype`."""
@@ -70,6 +73,25 @@ class ModelConfig:
     def num_layers(self) -> int:
         """Layers, each with KV of its own."""
         return len(self.layers)
+
+    @property
+    def experts(self) -> MoeKind | None:
+        """The kind of the layers that have experts, one for all of them; None where none has."""
+        kinds = (layer.mlp for layer in self.layers)
+        return next((kind for kind in kinds if isinstance(kind, MoeKind)), None)
+
+    @property
+    def expert_facts(self) -> ExpertFacts | None:
+        """The experts as a leader is told of them."""
+        kind = self.experts
+        if kind is None:
+            return None
+        return ExpertFacts(
+            num_layers=self.num_layers,
+            layers=[i for i, layer in enumerate(self.layers) if isinstance(layer.mlp, MoeKind)],
+            num_experts=kind.routing.num_experts,
+            top_k=kind.routing.top_k,
+        )
 
     @property
     def attention_scale(self) -> float:
@@ -112,6 +134,7 @@ def read_config(
         torch_dtype=_dtype(source),
         overflows_float16=options.overflows_float16,
         num_labels=num_labels(source) if architecture in CLASSIFIERS else 0,
+        extra_layers=options.extra_layers,
     )
 
 
@@ -145,12 +168,14 @@ def _epsilon(source: Mapping[str, Any]) -> float:
 
 def _fitted(rope: RopeConfig, head_dim: int) -> RopeConfig:
     """`rope` if it suits heads of `head_dim`."""
-    if head_dim % 2:
+    turned = rope.num_turned(head_dim)
+    if turned % 2 or not turned:
         raise UnknownArchitecture(
-            f"head_dim {head_dim} is odd, and rotary embeddings turn pairs", field="head_dim"
+            f"{turned} of a head_dim of {head_dim} turn, and rotary embeddings turn pairs",
+            field="head_dim",
         )
     divisors = rope.frequency_divisors
-    if divisors is not None and len(divisors) != head_dim // 2:
+    if divisors is not None and len(divisors) != turned // 2:
         raise CheckpointError(
             f"{len(divisors)} rotary divisors do not fit a head_dim of {head_dim}",
             field="frequency_divisors",

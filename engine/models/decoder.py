@@ -20,7 +20,14 @@ from engine.layers.norm import RMSNorm
 from engine.layers.rotary import RotaryTables
 from engine.layers.runtime import LayerRuntime
 from engine.models.config import ModelConfig
-from engine.models.full_names import FusedTensor, Target, full_tensors, fused_tensors
+from engine.models.full_names import (
+    FusedTensor,
+    Target,
+    full_tensors,
+    fused_tensors,
+    second_names,
+)
+from engine.models.passed_over import PassedOver
 
 
 class Decoder(nn.Module):
@@ -92,17 +99,10 @@ class CausalLM(nn.Module):
         return fused_tensors(self)
 
     def aliases(self) -> dict[str, str]:
-        """Second names of tensors: that of a tied head."""
-        if not self.config.tie_word_embeddings:
-            return {}
-        return {"lm_head.weight": "model.embed_tokens.weight"}
+        """Second names of tensors: that of a tied head, and those of transformers in memory."""
+        tied = {"lm_head.weight": "model.embed_tokens.weight"}
+        return second_names(self) | (tied if self.config.tie_word_embeddings else {})
 
-    def ignored_names(self) -> frozenset[str]:
-        """Names old checkpoints hold that are computed here: rotary frequencies."""
-        return rotary_frequencies(self.config.num_layers)
-
-
-def rotary_frequencies(num_layers: int) -> frozenset[str]:
-    """Names of the rotary frequencies in old checkpoints of a decoder."""
-    per_layer = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(num_layers)}
-    return frozenset(per_layer | {"model.rotary_emb.inv_freq"})
+    def ignored_names(self) -> PassedOver:
+        """Names that checkpoints hold and that are not needed."""
+        return PassedOver(self.config)

@@ -25,6 +25,7 @@ class Options:
     scales_embedding: rows of the embedding are multiplied by the root of the hidden size.
     overflows_float16: trained checkpoints have activations beyond what float16 holds, so that it
         is refused.
+    extra_layers: of files that have more layers than the model, those that transformers drops.
     """
 
     reads: frozenset[str] = frozenset()
@@ -36,3 +37,4 @@ class Options:
     rope: Callable[[Mapping[str, Any]], RopeConfig] = read_rope
     scales_embedding: bool = False
     overflows_float16: bool = False
+    extra_layers: frozenset[int] = frozenset()

@@ -18,6 +18,10 @@ ARCHITECTURES: Mapping[str, str] = MappingProxyType(
         "MistralForCausalLM": "engine.models.mistral",
         "Qwen2ForCausalLM": "engine.models.qwen2",
         "Qwen3ForCausalLM": "engine.models.qwen3",
+        "Qwen2MoeForCausalLM": "engine.models.qwen2_moe",
+        "Qwen3MoeForCausalLM": "engine.models.qwen3_moe",
+        "MixtralForCausalLM": "engine.models.mixtral",
+        "Glm4MoeForCausalLM": "engine.models.glm4_moe",
         "Olmo2ForCausalLM": "engine.models.olmo2",
         "SmolLM3ForCausalLM": "engine.models.smollm3",
         "Gemma3ForCausalLM": "engine.models.gemma3",
@@ -27,11 +31,21 @@ CLASSIFIERS: Mapping[str, str] = MappingProxyType(
     {
         name.replace("ForCausalLM", "ForSequenceClassification"): page
         for name, page in ARCHITECTURES.items()
-        if name != "Gemma3ForCausalLM"
+        if name not in ("Gemma3ForCausalLM", "Glm4MoeForCausalLM")
     }
     | {"Gemma3TextForSequenceClassification": "engine.models.gemma3"}
 )
 """The same decoders with a head that scores a sequence (`engine.models.classifier`)."""
+
+_NOT_BUILT: Mapping[str, str] = MappingProxyType(
+    {
+        "DeepseekV2ForCausalLM": "its attention (multi-head latent attention, MLA)",
+        "DeepseekV3ForCausalLM": "its attention (multi-head latent attention, MLA)",
+        "GptOssForCausalLM": "its attention with sinks, and its experts with biases",
+        "OlmoeForCausalLM": "its norms of queries and keys beside `clip_qkv`",
+    }
+)
+"""Architectures that are asked for, and what of them is missing."""
 
 
 class Architecture(Protocol):
@@ -54,6 +68,11 @@ def find(name: str) -> Architecture:
     Raises UnknownArchitecture with the names that are known.
     """
     module = ARCHITECTURES.get(name) or CLASSIFIERS.get(name)
+    if name in _NOT_BUILT:
+        raise UnknownArchitecture(
+            f"architecture {name!r} is not served: {_NOT_BUILT[name]} is not built",
+            field="architectures",
+        )
     if module is None:
         known = ", ".join((*ARCHITECTURES, *CLASSIFIERS))
         raise UnknownArchitecture(

@@ -13,6 +13,7 @@ from engine.layers.kinds import (
     AttentionKind,
     DenseMLPKind,
     LayerKind,
+    MoeKind,
     NormKind,
     NormPlace,
     QKNorm,
@@ -82,6 +83,11 @@ class Sizes:
             attention=attention,
             mlp=mlp,
         )
+
+    def mixed(self, layer: LayerKind, experts: MoeKind, sparse: Sequence[bool]) -> list[LayerKind]:
+        """Such layers, those that are `sparse` with experts in place of their MLP."""
+        moe = replace(layer, mlp=experts)
+        return [moe if has_experts else layer for has_experts in sparse]
 
     def alike(self, layer: LayerKind) -> tuple[LayerKind, ...]:
         """A model of such layers only."""

@@ -33,7 +33,13 @@ class Mesh:
     def of(cls, config: ParallelConfig, rank: int) -> Mesh:
         """The place of the replica's `rank`: the ranks of a copy are adjacent."""
         dp_rank, tp_rank = divmod(rank, config.tp_size)
-        return cls(dp_rank=dp_rank, dp_size=config.dp_size, tp_rank=tp_rank, tp_size=config.tp_size)
+        return cls(
+            dp_rank=dp_rank,
+            dp_size=config.dp_size,
+            tp_rank=tp_rank,
+            tp_size=config.tp_size,
+            ep_size=config.num_ranks if config.ep else 1,
+        )
 
     @property
     def rank(self) -> int:

@@ -98,6 +98,13 @@ from engine.protocol.rollouts import (
     RolloutCommand,
     RolloutState,
 )
+from engine.protocol.routes import (
+    ExpertFacts,
+    RouteArray,
+    RouteDType,
+    RouteRead,
+    route_dtype,
+)
 from engine.protocol.sessions import (
     CloseSession,
     GetSession,
@@ -224,6 +231,7 @@ __all__ = [
     "DELTA_FILE",
     "EngineCommand",
     "EngineFacts",
+    "ExpertFacts",
     "ErrorInfo",
     "FinishReason",
     "FinishType",
@@ -272,6 +280,10 @@ __all__ = [
     "SpecCounts",
     "Resume",
     "ResumeMemory",
+    "RouteArray",
+    "RouteDType",
+    "RouteRead",
+    "route_dtype",
     "RowSampling",
     "SamplingParams",
     "SetVersion",

@@ -9,6 +9,7 @@ from msgspec import Struct
 
 from engine.protocol.requests import Abort, FlushCache, Pause, Request, Resume, Stop
 from engine.protocol.rollouts import RolloutCommand, RolloutState
+from engine.protocol.routes import ExpertFacts
 from engine.protocol.sessions import SessionCommand, SessionState
 from engine.protocol.types import (
     CheckAction,
@@ -228,6 +229,10 @@ class ReplicaState(Struct, frozen=True, kw_only=True, tag="state"):
     """Numbers of an embedding."""
     collectives: str = ""
     """How the ranks reach each other."""
+    experts: ExpertFacts | None = None
+    """None of a dense model."""
+    keeps_routes: bool = False
+    """Whether requests may set `return_routed_experts`."""
     drafter: str = ""
     """`SpeculativeConfig.drafter`."""
     draft_tokens: Count = 0

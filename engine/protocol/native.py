@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Struct
 
 from engine.protocol.grammar import Grammar
+from engine.protocol.routes import RouteDType
 from engine.protocol.types import (
     AllowedIds,
     ClientId,
@@ -96,6 +97,12 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     `session`: the id of an open session (POST /sessions), whose tokens come before this prompt.
     `session_at`: behind the first so many of them, the rest being forgotten; -1 for all.
+
+    `return_routed_experts`: the experts that every token but the last was sent to, prompt and
+    output (of a turn, the tokens of its session too), from token `routed_experts_start_len` on: in
+    `meta_info`, base64 of `routed_experts_dtype` numbers [tokens - 1 - start, layers, experts of a
+    token]. Layers without experts have zeros; a route that is not known has -1, or the largest
+    number of an unsigned dtype.
     """
 
     text: str | None = None
@@ -123,6 +130,9 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     forced_acceptance: Float32 = -1.0
     session: ClientId = ""
     session_at: Int32 = -1
+    return_routed_experts: bool = False
+    routed_experts_start_len: Int32 = 0
+    routed_experts_dtype: RouteDType = "int32"
 
 
 class ClassifyRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -10,6 +10,7 @@ from msgspec import Struct
 
 from engine.protocol.grammar import Grammar
 from engine.protocol.native import SamplingParams
+from engine.protocol.routes import RouteArray
 from engine.protocol.types import (
     CacheKey,
     ClientId,
@@ -88,6 +89,9 @@ class Request(Struct, frozen=True, kw_only=True, tag="request"):
         Refused with SessionBusy while another turn is in progress.
     session_at: go on behind the first so many tokens of the session and forget the rest; -1 for
         behind all.
+    return_routed_experts: the routes of its tokens are wanted, prompt and output, with its last
+        output (`RequestOutput.routed_experts`), from token `routed_experts_start_len` on. Refused
+        by a model without experts, and by an engine that keeps no routes.
     """
 
     rid: RequestId
@@ -116,6 +120,8 @@ class Request(Struct, frozen=True, kw_only=True, tag="request"):
     forced_acceptance: Float32 = -1.0
     session: ClientId = ""
     session_at: Int32 = -1
+    return_routed_experts: bool = False
+    routed_experts_start_len: Int32 = 0
 
     @property
     def num_alternatives(self) -> int:
@@ -226,6 +232,11 @@ class RequestOutput(Struct, frozen=True, kw_only=True, tag="output"):
     embedding: float32 [hidden_size], of any length, of a request to embed that ended with it; else
         None.
     spec: what was drafted for it so far; None by a server that drafts nothing.
+    routed_experts: uint8 or uint16 [tokens - 1 - routed_experts_start, layers, K] of the final
+        output where they were asked for: the experts that each token of prompt and output but the
+        last was sent to, in the step that sampled the token behind it. Layers without experts have
+        zeros. A route that nobody knows is absent (`engine.protocol.routes`). None of a request
+        that was refused or whose step failed.
     """
 
     rid: str
@@ -246,6 +257,8 @@ class RequestOutput(Struct, frozen=True, kw_only=True, tag="output"):
     scores: FloatArray | None = None
     embedding: FloatArray | None = None
     spec: SpecCounts | None = None
+    routed_experts: RouteArray | None = None
+    routed_experts_start: Count = 0
 
 
 class TokenRows(Struct, frozen=True, kw_only=True, tag="token_rows"):

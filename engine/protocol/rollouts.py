@@ -9,6 +9,7 @@ import numpy as np
 from msgspec import Meta, Struct
 
 from engine.protocol.requests import FinishReason, VersionSpan
+from engine.protocol.routes import RouteArray
 from engine.protocol.types import (
     ClientId,
     Count,
@@ -33,12 +34,14 @@ PromptText = Annotated[str, Meta(max_length=1 << 28)]
 class OpenRollout(Struct, frozen=True, kw_only=True, tag="open_rollout"):
     """Open a rollout. rollout: its id, as that of a session; timeout_s: as of a session. history:
     kept, a conversation goes on from the tokens that were sampled, whatever the chat template does
-    to old turns; template, only where the template writes the same text. Raises InvalidRequest
-    naming the field, StoreFull."""
+    to old turns; template, only where the template writes the same text. return_routed_experts: the
+    routes of every call are recorded (`Request.return_routed_experts`), whether its client asks for
+    them or not. Raises InvalidRequest naming the field, StoreFull."""
 
     rollout: ClientId = ""
     timeout_s: Seconds | None = None
     history: History = "kept"
+    return_routed_experts: bool = False
 
 
 class PromptQuery(Struct, frozen=True, kw_only=True):
@@ -63,7 +66,7 @@ class CallSample(Struct, frozen=True, kw_only=True):
     prompt_ids: int32, the whole prompt; token_ids: int32 [n], logprobs: float32 [n], spans: of the
     output. temperature, logprob_law: those of the logprobs. text_bytes, text_digest: of the text of
     prompt and output, special tokens included, in UTF-8. key: of the conversation with the reply;
-    empty for calls that are no chats.
+    empty for calls that are no chats. routed_experts, routed_experts_start: as in `RequestOutput`.
     """
 
     prompt_ids: IntArray
@@ -76,6 +79,14 @@ class CallSample(Struct, frozen=True, kw_only=True):
     text_bytes: Count = 0
     text_digest: Digest = b""
     key: Digest = b""
+    routed_experts: RouteArray | None = None
+    routed_experts_start: Count = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its arrays."""
+        routes = 0 if self.routed_experts is None else self.routed_experts.nbytes
+        return self.prompt_ids.nbytes + self.token_ids.nbytes + self.logprobs.nbytes + routes
 
 
 class EndCall(Struct, frozen=True, kw_only=True, tag="end_call"):
@@ -117,7 +128,8 @@ class CallNode(Struct, frozen=True, kw_only=True):
 
     parent: index of the node whose tokens, prompt and output and those before it, begin this one's
     prompt; -1 for none. prompt_ids: int32, the rest of the prompt. token_ids, logprobs, spans,
-    finish, temperature, logprob_law: as in `CallSample`.
+    finish, temperature, logprob_law: as in `CallSample`. routed_experts: the routes of its own
+    tokens but the last, behind that of the last token of its parent; None where there are none.
     """
 
     parent: int
@@ -129,6 +141,7 @@ class CallNode(Struct, frozen=True, kw_only=True):
     finish: FinishReason
     temperature: float
     logprob_law: LogprobLaw
+    routed_experts: RouteArray | None = None
 
 
 class CallRecord(Struct, frozen=True, kw_only=True):
@@ -157,12 +170,13 @@ class CallPrefix(Struct, frozen=True, kw_only=True):
 
 class RolloutState(Struct, frozen=True, kw_only=True):
     """A rollout, or what a command says of it. complete: every call that was not refused was
-    recorded before its reply, and none failed. nodes, calls: of `GetRollout`. call, prefixes: of
-    `BeginCall`."""
+    recorded before its reply, and none failed. return_routed_experts: as in `OpenRollout`. nodes,
+    calls: of `GetRollout`. call, prefixes: of `BeginCall`."""
 
     rollout: str
     timeout_s: float
     history: History = "kept"
+    return_routed_experts: bool = False
     complete: bool = True
     num_calls: Count = 0
     reward: float | None = None

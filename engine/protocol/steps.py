@@ -9,6 +9,7 @@ import numpy as np
 from msgspec import Struct
 
 from engine.protocol.requests import TopLogprobs
+from engine.protocol.routes import ExpertFacts, RouteArray, RouteRead
 from engine.protocol.types import (
     Bias,
     BitArray,
@@ -33,6 +34,7 @@ class EngineFacts(Struct, frozen=True, kw_only=True):
     given back and taken again. num_labels: scores that a classifier gives a sequence; 0 of a model
     that generates. labels: their names. hidden_size: of a hidden state, and so of an embedding.
     collectives: how the ranks reach each other, and where it is not the fastest way why not.
+    experts: None of a dense model. keeps_routes: routes are kept beside KV, to be returned.
     """
 
     model: str
@@ -55,6 +57,8 @@ class EngineFacts(Struct, frozen=True, kw_only=True):
     labels: list[str] = msgspec.field(default_factory=list)
     hidden_size: Count = 0
     collectives: str = ""
+    experts: ExpertFacts | None = None
+    keeps_routes: bool = False
 
 
 class RowSampling(Struct, frozen=True, kw_only=True):
@@ -130,9 +134,10 @@ class DraftSources(Struct, frozen=True, kw_only=True):
 
 
 class StepPlan(Struct, frozen=True, kw_only=True, tag="step"):
-    """One step, as changes to the ranks' tables. Applied in this order: `sources`, `new_rows`,
-    page table writes, page copies, then the forward pass over `slots`.
+    """One step, as changes to the ranks' tables. Applied in this order: `route_reads`, `sources`,
+    `new_rows`, page table writes, page copies, then the forward pass over `slots`.
 
+    route_reads: of sequences that have left their pages, which this step may write.
     page_slots, page_columns, page_ids: int32 [U]; page_table[slot, column] = page id.
     copy_src, copy_dst: int32 [C]; copy-on-write of partly filled pages.
     slots: int32 [R], rows of the batch in order; samples of a group are adjacent.
@@ -158,8 +163,9 @@ class StepPlan(Struct, frozen=True, kw_only=True, tag="step"):
     Of a replica with several copies of the model (`ParallelConfig.dp_size`), one frame has a plan
     for the ranks of each: this one is of copy 0.
     further: those of copies 1, 2, and so on, of the same step. One without rows is a step all the
-        same: its ranks handle it, and its result is empty. Every rank gets all of them, so that
-        what ranks of several copies compute together can be decided from the frame alone.
+        same: its ranks handle it, and its result has no more than routes. Every rank gets all of
+        them, so that what ranks of several copies compute together can be decided from the frame
+        alone.
     """
 
     step: Size
@@ -176,6 +182,7 @@ class StepPlan(Struct, frozen=True, kw_only=True, tag="step"):
     draft_lens: IntArray = msgspec.field(default_factory=lambda: NO_INTS)
     sources: DraftSources | None = None
     masked: IntArray = msgspec.field(default_factory=lambda: NO_INTS)
+    route_reads: list[RouteRead] = msgspec.field(default_factory=list)
     further: list[StepPlan] = msgspec.field(default_factory=list)
 
     @property
@@ -242,6 +249,8 @@ class StepResult(Struct, frozen=True, kw_only=True, tag="step_result"):
     drafted: int32 [S], tokens that were drafted for each row, of which one less than its count
         were accepted; None as `counts`.
     embeddings: of the rows whose prompts are embedded and end with this step.
+    routes: of `StepPlan.route_reads`, one read behind the other, [P, layers with experts, K]; None
+        where the plan reads none.
     further: of copies 1, 2, and so on, as in `StepPlan`.
     """
 
@@ -256,4 +265,5 @@ class StepResult(Struct, frozen=True, kw_only=True, tag="step_result"):
     counts: IntArray | None = None
     drafted: IntArray | None = None
     embeddings: list[PromptEmbedding] = msgspec.field(default_factory=list)
+    routes: RouteArray | None = None
     further: list[StepResult] = msgspec.field(default_factory=list)

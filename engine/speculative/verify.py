@@ -17,6 +17,7 @@ from engine.attention.base import AttentionBackend, AttentionBatch
 from engine.attention.context import ForwardContext
 from engine.attention.spoilt import spoilt_rows
 from engine.batch import RequestTable, StepBatch
+from engine.kv.route_pool import RoutePool
 from engine.models.build import Model
 from engine.numerics import kernel_backend
 from engine.pending import PendingStep, Runs, pack_sampled
@@ -54,7 +55,8 @@ class VerifyBatch:
 class Verifier:
     """Runs steps in which every row decodes and some verify drafts.
 
-    scratch_slot: a slot that no request takes, whose page is of nobody.
+    scratch_slot: a slot that no request takes, whose page is of nobody. routes: where those of the
+    rows belong, if they are kept.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Verifier:
         drafter: NgramDrafter,
         *,
         scratch_slot: int,
+        routes: RoutePool | None = None,
     ) -> None:
         self._model = model
         self._table = table
@@ -73,6 +76,7 @@ class Verifier:
         self._attention = attention
         self._drafter = drafter
         self._scratch_slot = scratch_slot
+        self._routes = routes
         self._backend = kernel_backend(table.device)
 
     def run(self, plan: StepPlan) -> PendingStep:
@@ -130,7 +134,7 @@ class Verifier:
         """The valid ones of `rows` as a step of as many decode rows; their slots, and these on the
         host."""
         table, valid = self._table, rows.valid_V
-        kv_lens_V = rows.kv_lens_V[valid].long()
+        kv_lens_V, write_slots_V = rows.kv_lens_V[valid].long(), rows.write_slots_V[valid]
         starts = np.arange(len(slots_V) + 1, dtype=np.int64)
         step = self._attention.prepare(
             AttentionBatch(
@@ -139,7 +143,7 @@ class Verifier:
                 slots_R=slots,
                 host_pages=table.host_pages,
                 page_table=table.page_table,
-                write_slots_T=rows.write_slots_V[valid],
+                write_slots_T=write_slots_V,
                 page_size=table.page_size,
                 device=table.device,
             )
@@ -150,7 +154,11 @@ class Verifier:
             slots_S=slots_V,
             kv_lens_S=kv_lens_V,
             query_start_R1=starts,
-            context=ForwardContext(rows.positions_V[valid], step),
+            context=ForwardContext(
+                rows.positions_V[valid],
+                step,
+                routes=None if self._routes is None else self._routes.step(write_slots_V),
+            ),
         )
 
     def _accept(self, rows: VerifyBatch, token_V: torch.Tensor) -> Runs:

@@ -12,7 +12,7 @@ of their own, which is no unit. Neither is written without the other.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -65,7 +65,7 @@ class Loadable(Protocol):
         """Second names of tensors in the index."""
         ...
 
-    def ignored_names(self) -> frozenset[str]:
+    def ignored_names(self) -> Container[str]:
         """Names that may come and are not needed."""
         ...
 
@@ -188,7 +188,7 @@ class Catalog:
 
     def check(self, name: str, shape: Sequence[int]) -> None:
         """Raise ManifestMismatch unless the model has a tensor `name` of this full shape."""
-        if name in self._ignored:
+        if not self.is_needed(name):
             return
         expected = self.shape(name)
         if tuple(shape) != expected:
@@ -260,11 +260,11 @@ class Catalog:
         units = dict.fromkeys(self._expanded(names))
         if self._scales:
             units = dict.fromkeys(self._scales.get(unit, unit) for unit in units)
-        return [unit for unit in units if unit not in self._ignored]
+        return [unit for unit in units if self.is_needed(unit)]
 
     def is_needed(self, name: str) -> bool:
         """Whether a tensor goes anywhere: checkpoints hold some that can be computed."""
-        return name not in self._ignored
+        return name in self._index or name not in self._ignored
 
     def has(self, name: str) -> bool:
         """Whether `name` is that of a tensor of the model, a second name of one, or fused."""
@@ -278,7 +278,7 @@ class Catalog:
 
     def held_bytes(self, name: str) -> int:
         """Bytes that this rank stores for a unit; 0 for one that is not needed."""
-        return 0 if name in self._ignored else self._slot(name).num_bytes
+        return self._slot(name).num_bytes if self.is_needed(name) else 0
 
     def holds(self, name: str, tensor: torch.Tensor, *, is_excerpt: bool = False) -> bool:
         """Whether placing a full tensor, or its excerpt, would change nothing; waits for the
@@ -292,7 +292,7 @@ class Catalog:
 
     def excerpt(self, name: str, dtype: torch.dtype) -> Excerpt | None:
         """The block of a unit of `dtype` that this rank reads; None if it has to come whole."""
-        if name in self._ignored:
+        if not self.is_needed(name):
             return Excerpt(((0, 0),), ())
         if name in self._scales or not dtype.is_floating_point:
             return None
@@ -305,7 +305,7 @@ class Catalog:
 
     def live(self, name: str, dtype: torch.dtype) -> torch.Tensor | None:
         """The live weights that are an excerpt of `dtype`, element by element in one run."""
-        return None if name in self._ignored else self._slot(name).live(dtype)
+        return self._slot(name).live(dtype) if self.is_needed(name) else None
 
     def covered(self, names: Iterable[str]) -> set[str]:
         """The units that `names` are names of; of an encoded one, its own name is."""
@@ -314,7 +314,7 @@ class Catalog:
             if alias in found:
                 found.remove(alias)
                 found.add(name)
-        found -= self._ignored
+        found = set(filter(self.is_needed, found))
         return found - self._scales.keys() if self._scales else found
 
     def missing(self, names: Iterable[str]) -> list[str]:
@@ -341,7 +341,7 @@ class Catalog:
         targets: list[torch.Tensor] = []
         sources: list[torch.Tensor] = []
         for name, tensor in tensors.items():
-            if name in self._ignored or name in self._scales:
+            if name in self._scales or not self.is_needed(name):
                 continue
             slot = self._slot(name)
             num_bytes += slot.num_bytes

@@ -71,6 +71,7 @@ def engine_config(options: RunOptions, *, gpu: int = 0, saver: bool = False) -> 
         device=options.device,
         dtype=options.dtype,
         quantization=options.rollout.rollout_quantization,
+        return_routed_experts=options.routing.routing_replay,
         seed=options.seed,
         cache=CacheConfig(memory_bytes=int(options.rollout.kv_memory_gb * 2**30)),
         scheduler=SchedulerConfig(max_running=_max_running(options)),

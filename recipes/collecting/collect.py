@@ -12,6 +12,7 @@ from recipes.collecting.prompts import Prompts
 from recipes.rewards.base import Failed, Grade, Item
 from recipes.rewards.grading import Grader, grading_of
 from recipes.rewards.shaping import overlong_penalty
+from recipes.trainers.route_shelf import RouteShelf
 from recipes.types import Group, Problem, Trajectory
 from rollout.offline import derive_seed
 
@@ -26,12 +27,14 @@ def rollout(
     greedy: bool = False,
     seed: int,
     first: int = 0,
+    routes: bool = False,
 ) -> list[tuple[Request, RequestOutput]]:
     """Sample replies to each problem; `samples` pairs a problem, in the order of the problems.
 
     greedy: one pair more a problem, behind its samples: the greedy reply.
     seed: of this call; every sample's own is derived from it and its place. first: place of the
-    first problem among those that several processes share out.
+    first problem among those that several processes share out. routes: ask for the experts that
+    the samples' tokens go to, as an engine with `return_routed_experts` tells them.
     """
     likeliest = msgspec.structs.replace(sampling, temperature=0.0)
     requests: list[Request] = []
@@ -45,12 +48,14 @@ def rollout(
                 seed=derive_seed(seed, index, sample),
                 group=f"{seed:x}-{index}",
                 stop_ids=prompts.stop_ids,
+                return_routed_experts=routes,
             )
             for sample in range(samples)
         ]
         if greedy:
             rid = f"{seed:x}-{index}-greedy"
-            requests.append(msgspec.structs.replace(requests[-1], rid=rid, sampling=likeliest))
+            asked = {"sampling": likeliest, "return_routed_experts": False}
+            requests.append(msgspec.structs.replace(requests[-1], rid=rid, **asked))
     return list(zip(requests, actor.generate(requests), strict=True))
 
 
@@ -62,11 +67,13 @@ def score(
     overlong_buffer: int = 0,
     greedy: bool = False,
     grader: Grader | None = None,
+    shelf: RouteShelf | None = None,
 ) -> list[Group]:
     """Grade replies and put them in groups, `len(replies) // len(problems)` a problem.
 
     greedy: the last reply to each problem is the greedy one.
-    grader: None is the task's own. A reply that it cannot grade says so in `failed`."""
+    grader: None is the task's own. A reply that it cannot grade says so in `failed`. shelf: takes
+    the routes of replies that have them."""
     samples = len(replies) // max(len(problems), 1)
     items = _items(prompts, problems, replies, samples)
     if grader is None:
@@ -75,7 +82,7 @@ def score(
     else:
         grades = grader(items)
     trajectories = [
-        _trajectory(*reply, item.reply, grade, overlong_buffer)
+        _trajectory(*reply, item.reply, grade, overlong_buffer, shelf)
         for reply, item, grade in zip(replies, items, grades, strict=True)
     ]
     return [
@@ -109,7 +116,12 @@ def _items(
 
 
 def _trajectory(
-    request: Request, output: RequestOutput, text: str, grade: Grade, overlong_buffer: int
+    request: Request,
+    output: RequestOutput,
+    text: str,
+    grade: Grade,
+    overlong_buffer: int,
+    shelf: RouteShelf | None,
 ) -> Trajectory:
     assert output.finish is not None and len(output.token_ids) > 0
     failed = str(grade) if isinstance(grade, Failed) else ""
@@ -117,6 +129,7 @@ def _trajectory(
     penalty = overlong_penalty(
         len(output.token_ids), request.sampling.max_new_tokens, overlong_buffer
     )
+    routes = output.routed_experts
     return Trajectory(
         prompt_ids=request.prompt_ids,
         response_ids=output.token_ids,
@@ -128,4 +141,5 @@ def _trajectory(
         correct=correct,
         failed=failed,
         spec=output.spec,
+        routes=None if shelf is None or routes is None else shelf.put(routes),
     )

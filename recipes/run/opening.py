@@ -41,6 +41,8 @@ from recipes.trainers.base import Learner
 from recipes.trainers.critic import Critic
 from recipes.trainers.critic_model import check_critic_model
 from recipes.trainers.model import load_critic, load_trainer
+from recipes.trainers.route_shelf import RouteShelf
+from recipes.trainers.routing_options import check_routers
 from recipes.types import Problem
 from recipes.world import World, open_world
 from rollout.launch import read_checkpoint
@@ -87,7 +89,8 @@ def open_run(options: RunOptions, ledger: Ledger) -> Run:
             check_pool(task, teacher.state, max_new_tokens, option="teacher_kv_memory_gb")
         for each in (task, *(checked.longest for checked in sets)):
             check_pool(each, actor.state(), _max_new_tokens(options, each.environment))
-        trainer = load_trainer(options, actor, world)
+        shelf = RouteShelf(world=world)
+        trainer = load_trainer(options, actor, world, shelf)
         run = assemble(
             options,
             ledger,
@@ -101,14 +104,18 @@ def open_run(options: RunOptions, ledger: Ledger) -> Run:
             reference=reference,
             teacher=teacher,
             sets=[checked.eval_set for checked in sets],
+            shelf=shelf,
         )
         on_failure.pop_all()
     return run
 
 
 def _context_length(options: RunOptions) -> int:
-    """Tokens the engine will serve, prompt and reply together."""
-    return read_checkpoint(options.model, options.load_format, options.seed).context_length
+    """Tokens the engine will serve, prompt and reply together. Raises InvalidRequest for options
+    of routers where the model has none."""
+    checkpoint = read_checkpoint(options.model, options.load_format, options.seed)
+    check_routers(options.routing, checkpoint.hf_config)
+    return checkpoint.context_length
 
 
 def _read_task(options: RunOptions, tokenizer: Tokenizer, context_length: int) -> CheckedTask:
@@ -163,11 +170,13 @@ def assemble(
     reference: ScoringEngine | None = None,
     teacher: ScoringEngine | None = None,
     sets: Sequence[EvalSet] = (),
+    shelf: RouteShelf | None = None,
 ) -> Run:
     """A run of these parts, whatever task, sets and model the options name.
 
     reference: the engine that has the initial weights, where the trainer has not. teacher: that
-    of a distillation. sets: to evaluate on beside the held-out problems of the task.
+    of a distillation. sets: to evaluate on beside the held-out problems of the task. shelf: the
+    trainer's, where routes are replayed.
     """
     world = world or World()
     folder = open_folder(options, world)
@@ -218,6 +227,7 @@ def assemble(
         display=display,
         tracker=Tracker(options.wandb if world.is_main else "off", folder.path, flatten(options)),
         progress=RunProgress(),
+        shelf=shelf or RouteShelf(world=world),
     )
 
 

@@ -36,6 +36,7 @@ from recipes.trainers.checkpoint import (
 )
 from recipes.trainers.critic import Critic
 from recipes.trainers.model import engine_dtype
+from recipes.trainers.route_shelf import RouteShelf
 from recipes.trainers.schedule import learning_rate
 from recipes.types import Group, Problem
 from recipes.world import World
@@ -67,6 +68,8 @@ class Run:
     display: Display
     tracker: Tracker
     progress: RunProgress
+    shelf: RouteShelf
+    """Routes of the replies that this process sampled, where they are replayed."""
     reference: ScoringEngine | None = None
     teacher: ScoringEngine | None = None
     surplus: list[Group] = field(default_factory=list)
@@ -157,6 +160,7 @@ class Run:
         seconds = self.ledger.take()
         self.progress.spent(seconds)
         self.progress.step += 1
+        self.shelf.keep(t.routes for group in self.surplus for t in group.trajectories)
         step = self.progress.step
         row: dict[str, float] = {
             "step": step,

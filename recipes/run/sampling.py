@@ -24,6 +24,7 @@ def sample_groups(run: Run) -> list[Group]:
             greedy=algorithm.needs_greedy,
             seed=seed,
             first=first,
+            routes=run.options.routing.routing_replay,
         )
         run.world.barrier()
     with run.ledger.phase("score"):
@@ -35,5 +36,6 @@ def sample_groups(run: Run) -> list[Group]:
                 overlong_buffer=algorithm.overlong_buffer,
                 greedy=algorithm.needs_greedy,
                 grader=run.grading,
+                shelf=run.shelf,
             )
         )

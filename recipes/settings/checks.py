@@ -55,6 +55,7 @@ LEAST: Mapping[str, int] = MappingProxyType(
         "judge_votes": 1,
         "reward_label": 0,
         "reward_gpu": 0,
+        "router_aux_coef": 0,
     }
 )
 """Least values of the numbers among the options."""

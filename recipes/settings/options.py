@@ -19,6 +19,7 @@ from recipes.rewards.reward_models.reward_model_options import RewardModelOption
 from recipes.rewards.reward_options import RewardOptions
 from recipes.trainers.critic_options import CriticOptions
 from recipes.trainers.optimizer_options import OptimizerOptions
+from recipes.trainers.routing_options import RoutingOptions
 
 DEFAULT_MODEL = Path(__file__).parent.parent.parent / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -127,6 +128,7 @@ class RunOptions:
         default_factory=EvaluationOptions
     )
     distillation: tyro.conf.OmitArgPrefixes[TeacherOptions] = field(default_factory=TeacherOptions)
+    routing: tyro.conf.OmitArgPrefixes[RoutingOptions] = field(default_factory=RoutingOptions)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 import tyro
@@ -16,6 +17,7 @@ from recipes.settings.options import (
     WandbMode,
 )
 from recipes.trainers.optimizer_options import OptimizerOptions
+from recipes.trainers.routing_options import RouterOptions, RoutingOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,7 @@ class SftOptions:
         default_factory=lambda: OptimizerOptions(lr=2e-5, schedule="linear", warmup_steps=5)
     )
     placement: tyro.conf.OmitArgPrefixes[PlacementOptions] = field(default_factory=PlacementOptions)
+    routing: tyro.conf.OmitArgPrefixes[RouterOptions] = field(default_factory=RouterOptions)
 
 
 def run_options(options: SftOptions) -> RunOptions:
@@ -95,4 +98,5 @@ def run_options(options: SftOptions) -> RunOptions:
         ),
         optimizer=options.optimizer,
         placement=options.placement,
+        routing=RoutingOptions(**dataclasses.asdict(options.routing)),
     )

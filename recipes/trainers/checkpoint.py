@@ -128,9 +128,10 @@ def load_checkpoint(
 
 
 def _sharing_prompt(group: Group) -> Group:
-    """The group with one prompt array for all its samples, as it had when they were sampled."""
+    """The group with one prompt array for all its samples, as it had when they were sampled; its
+    routes were in the memory of processes that are gone."""
     prompt_ids = group.trajectories[0].prompt_ids
-    trajectories = tuple(replace(t, prompt_ids=prompt_ids) for t in group.trajectories)
+    trajectories = tuple(replace(t, prompt_ids=prompt_ids, routes=None) for t in group.trajectories)
     return replace(group, trajectories=trajectories)
 
 

@@ -65,7 +65,7 @@ class FsdpBackend:
         self.loss_scale: LossScale | None = loss_scale_of(dtype)
         self._max_grad_norm = options.max_grad_norm
         self._optimizer = torch.optim.AdamW(
-            self.model.parameters(),
+            [p for p in self.model.parameters() if p.requires_grad],
             lr=options.lr,
             betas=(options.beta1, options.beta2),
             weight_decay=options.weight_decay,

@@ -47,9 +47,9 @@ class Masters:
         }
         for name, parameter in self._computing.items():
             parameter.data = parameter.detach().to(dtype)
-            parameter.register_post_accumulate_grad_hook(
-                _hand_over_to(self._named[name], loss_scale)
-            )
+            if parameter.requires_grad:
+                hand_over = _hand_over_to(self._named[name], loss_scale)
+                parameter.register_post_accumulate_grad_hook(hand_over)
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:

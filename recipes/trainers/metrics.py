@@ -6,14 +6,19 @@ Legend: K response tokens.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from recipes.algorithms.kl import k3
 from recipes.algorithms.losses import LossInputs, LossOutput
 from recipes.algorithms.values import ValueOutput
+from recipes.trainers.balance import load_entropy, max_violation
+from recipes.trainers.routing import RoutingCounts
 
 
 @dataclass(slots=True)
@@ -40,6 +45,7 @@ class TokenMetrics:
     num_value_tokens: int = 0
     value_loss: float = 0.0
     value_clipped: float = 0.0
+    routing: RoutingCounts | None = None
 
     def add(
         self, inputs: LossInputs, output: LossOutput, entropy_K: torch.Tensor, num_nodes: int
@@ -78,9 +84,14 @@ class TokenMetrics:
         self.value_loss += float(output.loss.detach())
         self.value_clipped += float(output.clipped.sum())
 
+    def add_routing(self, counts: RoutingCounts | None) -> None:
+        """Take in what the routers did in one micro-batch; None of a dense model."""
+        if counts is not None:
+            self.routing = counts if self.routing is None else self.routing + counts
+
     def result(self) -> dict[str, float]:
         """Means over tokens under the names TRL and verl log; empty before the first `add`."""
-        values = self._value_figures()
+        values = self._value_figures() | self.routing_figures()
         if not self.num_tokens:
             return values
         num, fresh = self.num_tokens, max(self.num_fresh, 1)
@@ -113,6 +124,23 @@ class TokenMetrics:
             "critic/vf_clipfrac": self.value_clipped / self.num_value_tokens,
         }
 
+    def routing_figures(self) -> dict[str, float]:
+        """How evenly experts are used, and what replayed routes changed; nothing of a dense
+        model."""
+        counts = self.routing
+        if counts is None:
+            return {}
+        figures = {
+            "router/load_entropy": load_entropy(counts.load),
+            "router/max_violation": max_violation(counts.load),
+        }
+        if counts.aux_loss:
+            figures["router/aux_loss"] = counts.aux_loss / max(self.num_updates, 1)
+        if routed := counts.replayed + counts.absent:
+            figures["router/replay_flips"] = counts.flips / max(counts.replayed, 1)
+            figures["router/replay_absent"] = counts.absent / routed
+        return figures
+
 
 def merge(parts: Sequence[TokenMetrics]) -> TokenMetrics:
     """The figures of one step of which each process saw a part."""
@@ -124,6 +152,10 @@ def merge(parts: Sequence[TokenMetrics]) -> TokenMetrics:
         values = [v for v in (getattr(part, field.name) for part in parts) if v is not None]
         if not values:
             continue
-        join = min if field.name in smallest else max if field.name in largest | updates else sum
+        join = min if field.name in smallest else max if field.name in largest | updates else _sum
         setattr(merged, field.name, join(values))
     return merged
+
+
+def _sum(values: Sequence[Any]) -> Any:
+    return functools.reduce(operator.add, values)

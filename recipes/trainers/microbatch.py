@@ -15,7 +15,8 @@ from engine.protocol import FloatArray
 from recipes.algorithms.losses import LossInputs
 from recipes.algorithms.values import ValueInputs
 from recipes.trainers.forward import Head, TokenScores, score_tree, value_tree
-from recipes.trainers.prefix_tree import PromptResponse, build_tree, pack
+from recipes.trainers.prefix_tree import PrefixTree, PromptResponse, build_tree, pack
+from recipes.trainers.routing import Routing
 from recipes.types import Batch, Trajectory
 
 # Most nodes of a tree by default. A CPU's attention under a mask keeps the scores of every pair of
@@ -25,15 +26,19 @@ MAX_TOKENS_ELSEWHERE = 4096
 
 
 def microbatches(
-    trajectories: Sequence[Trajectory], max_tokens: int | None, device: torch.device
+    trajectories: Sequence[Trajectory],
+    max_tokens: int | None,
+    device: torch.device,
+    routing: Routing | None = None,
 ) -> list[list[int]]:
     """Indices of the trajectories of each micro-batch; see `prefix_tree.pack`.
 
-    max_tokens: most distinct prefix tokens at once; None takes what suits the device.
+    max_tokens: most distinct prefix tokens at once; None takes what suits the device. routing: of
+    the model, whose routes part what is shared.
     """
     if max_tokens is None:
         max_tokens = MAX_TOKENS.get(device.type, MAX_TOKENS_ELSEWHERE)
-    return pack([_sequence(t) for t in trajectories], max_tokens)
+    return pack([_sequence(t, routing) for t in trajectories], max_tokens)
 
 
 def score(
@@ -41,17 +46,25 @@ def score(
     trajectories: Sequence[Trajectory],
     temperature: float,
     head: Head | None = None,
+    routing: Routing | None = None,
 ) -> tuple[TokenScores, int]:
-    """Scores of all response tokens, end to end, and how many tokens were computed for them."""
-    tree = build_tree([_sequence(t) for t in trajectories])
+    """Scores of all response tokens, end to end, and how many tokens were computed for them.
+
+    routing: of the model's routers, if they are replayed or looked at."""
+    tree = _tree(trajectories, routing)
     return score_tree(model, tree, temperature, head), len(tree.token_ids)
 
 
 def score_values(
-    model: Any, trajectories: Sequence[Trajectory], head: Head, *, trunk: bool
+    model: Any,
+    trajectories: Sequence[Trajectory],
+    head: Head,
+    *,
+    trunk: bool,
+    routing: Routing | None = None,
 ) -> torch.Tensor:
     """Values of all response tokens, end to end, float32 [K]; see `forward.value_tree`."""
-    tree = build_tree([_sequence(t) for t in trajectories])
+    tree = _tree(trajectories, routing)
     return value_tree(model, tree, head, trunk=trunk)
 
 
@@ -112,5 +125,15 @@ def _token_weights(batch: Batch) -> FloatArray:
     return weights_K if batch.kept is None else weights_K * np.concatenate(batch.kept)
 
 
-def _sequence(trajectory: Trajectory) -> PromptResponse:
+def _tree(trajectories: Sequence[Trajectory], routing: Routing | None) -> PrefixTree:
+    """The trajectories packed; the pass over them begins."""
+    tree = build_tree([_sequence(t, routing) for t in trajectories])
+    if routing is not None:
+        routing.begin(tree)
+    return tree
+
+
+def _sequence(trajectory: Trajectory, routing: Routing | None) -> PromptResponse:
+    if routing is not None:
+        return routing.sequence(trajectory)
     return PromptResponse(prompt_ids=trajectory.prompt_ids, response_ids=trajectory.response_ids)

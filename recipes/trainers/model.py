@@ -16,6 +16,8 @@ from recipes.trainers.base import Learner
 from recipes.trainers.critic import Critic
 from recipes.trainers.masters import dither, require_range
 from recipes.trainers.plain import Trainer
+from recipes.trainers.route_shelf import RouteShelf
+from recipes.trainers.routing import Routing
 from recipes.trainers.sharded import Backend, ShardedTrainer
 from recipes.trainers.value_head import ValueHead
 from recipes.world import World, uses_gpu
@@ -29,11 +31,17 @@ LR_RATIO = 5.0
 """Learning rate of a critic over that of the policy, where none is given."""
 
 
-def load_trainer(options: RunOptions, actor: Actor, world: World | None = None) -> Learner:
+def load_trainer(
+    options: RunOptions,
+    actor: Actor,
+    world: World | None = None,
+    shelf: RouteShelf | None = None,
+) -> Learner:
     """The trainer that the options name, computing in the engine's dtype; collective.
 
-    Raises InvalidRequest for several processes of a trainer of one, and for a trainer whose
-    library is missing; CheckpointError for a weight that the dtype cannot hold.
+    shelf: where the routes of replies are, where they are replayed. Raises InvalidRequest for
+    several processes of a trainer of one, for a trainer whose library is missing, and for options
+    of routers where there are none; CheckpointError for a weight that the dtype cannot hold.
     """
     world = world or World()
     if options.placement.trainer == "plain" and world.size > 1:
@@ -49,7 +57,8 @@ def load_trainer(options: RunOptions, actor: Actor, world: World | None = None) 
     if isinstance(options, PpoOptions) and options.value_function.critic == "shared":
         coef = options.value_function.value_coef
         head = _value_head(options, model, world, coef=coef, lr_ratio=critic_lr_ratio(options))
-    return _learner(options, actor, world, model, reference=reference, head=head)
+    routing = Routing(model, options.routing, shelf or RouteShelf(world=world))
+    return _learner(options, actor, world, model, reference=reference, head=head, routing=routing)
 
 
 def load_critic(options: RunOptions, actor: Actor, policy: Learner, world: World) -> Critic | None:
@@ -133,6 +142,7 @@ def _learner(
     *,
     reference: PreTrainedModel | None = None,
     head: ValueHead | None = None,
+    routing: Routing | None = None,
 ) -> Learner:
     """The trainer of one model, its masters dithered where they are to be."""
     device, dtype = trainer_device(options, world), engine_dtype(actor)
@@ -151,9 +161,12 @@ def _learner(
             reference=reference,
             reference_on_host=options.objective.reference == "host",
             head=head,
+            routing=routing,
         )
     backend = _backend(options, model, reference, world, device, dtype)
-    return ShardedTrainer(backend, options.optimizer, world, temperature=temperature, head=head)
+    return ShardedTrainer(
+        backend, options.optimizer, world, temperature=temperature, head=head, routing=routing
+    )
 
 
 def trainer_device(options: RunOptions, world: World) -> torch.device:

@@ -28,8 +28,10 @@ from recipes.trainers.microbatch import (
 )
 from recipes.trainers.optimizer_options import OptimizerOptions
 from recipes.trainers.reference import Reference, reference_of
+from recipes.trainers.routing import Routing, length_share
 from recipes.trainers.value_head import ValueHead
 from recipes.types import Batch, Trajectory
+from trainer_bridge.adapters.buffers import keep_buffers, restore_buffers
 
 TENSORS = "trainer.pt"
 
@@ -41,7 +43,7 @@ class Trainer:
     serves; the optimizer keeps float32 masters of them, and in float16 the loss is scaled.
     temperature: that of the rollouts. reference: the same model with its initial weights, where
     there is a KL term, in host memory between its passes if `reference_on_host`. head: a critic's,
-    on this model.
+    on this model. routing: of this model's routers; None where nobody looks at them.
     """
 
     def __init__(
@@ -55,7 +57,9 @@ class Trainer:
         reference: PreTrainedModel | None = None,
         reference_on_host: bool = False,
         head: ValueHead | None = None,
+        routing: Routing | None = None,
     ) -> None:
+        self.routing = routing
         self.model: PreTrainedModel = model.to(device=device, dtype=torch.float32).eval()
         self.model.set_attn_implementation("sdpa")
         if options.gradient_checkpointing:
@@ -97,12 +101,18 @@ class Trainer:
         for indices in self._microbatches(batch.trajectories):
             part = batch.select(indices)
             head = self.head if part.returns is not None else None
-            scores, num_nodes = score(self.model, part.trajectories, self.temperature, head)
+            scores, num_nodes = score(
+                self.model, part.trajectories, self.temperature, head, self.routing
+            )
             inputs = loss_inputs(part, scores.logprobs, self.device)
             output = loss(inputs)
             total = output.loss
             if head is not None and scores.values is not None:
                 total = total + head.loss(part, scores.values, metrics)
+            if self.routing is not None:
+                share = length_share(part.trajectories, batch.trajectories)
+                total = total + self.routing.aux_loss(share)
+                metrics.add_routing(self.routing.counts())
             if total.requires_grad:
                 self._scaled(total).backward()
             metrics.add(inputs, output, scores.entropy, num_nodes)
@@ -113,7 +123,7 @@ class Trainer:
         metrics.num_value_updates += 1
         for indices in self._microbatches(batch.trajectories):
             part = batch.select(indices)
-            values_K = score_values(self.model, part.trajectories, self.head, trunk=trunk)
+            values_K = self._values(part.trajectories, self.head, trunk=trunk)
             loss = self.head.loss(part, values_K, metrics)
             if trunk:
                 self._scaled(loss).backward()
@@ -145,7 +155,7 @@ class Trainer:
 
     def logprobs(self, trajectories: tuple[Trajectory, ...]) -> Logprobs:
         """Per sequence, float32 [response_len] under the current weights, without gradient."""
-        return self._logprobs(self.model, trajectories)
+        return self._logprobs(self.model, trajectories, self.routing)
 
     def reference_logprobs(self, trajectories: tuple[Trajectory, ...]) -> Logprobs:
         """As `logprobs`, under the initial weights."""
@@ -182,19 +192,26 @@ class Trainer:
 
     def write_model(self, folder: Path, dtype: torch.dtype) -> None:
         """Write the model in Hugging Face format; it is cast itself."""
-        self.model.to(dtype=dtype).save_pretrained(folder)
+        kept = keep_buffers(self.model)
+        self.model.to(dtype=dtype)
+        restore_buffers(self.model, kept)
+        self.model.save_pretrained(folder)
 
     def values(self, trajectories: tuple[Trajectory, ...]) -> Values:
         """See `Learner`."""
         head = self.head
         assert head is not None
-        return self._per_sequence(
-            trajectories, lambda part: score_values(self.model, part, head, trunk=False)
-        )
+        return self._per_sequence(trajectories, lambda part: self._values(part, head, trunk=False))
 
-    def _logprobs(self, model: Any, trajectories: tuple[Trajectory, ...]) -> Logprobs:
+    def _values(self, part: Sequence[Trajectory], head: ValueHead, *, trunk: bool) -> torch.Tensor:
+        return score_values(self.model, part, head, trunk=trunk, routing=self.routing)
+
+    def _logprobs(
+        self, model: Any, trajectories: tuple[Trajectory, ...], routing: Routing | None = None
+    ) -> Logprobs:
         return self._per_sequence(
-            trajectories, lambda part: score(model, part, self.temperature)[0].logprobs
+            trajectories,
+            lambda part: score(model, part, self.temperature, None, routing)[0].logprobs,
         )
 
     def _per_sequence(
@@ -212,7 +229,8 @@ class Trainer:
         return tuple(arrays[i] for i in range(len(trajectories)))
 
     def _microbatches(self, trajectories: Sequence[Trajectory]) -> list[list[int]]:
-        return microbatches(trajectories, self.options.max_tokens_per_microbatch, self.device)
+        most = self.options.max_tokens_per_microbatch
+        return microbatches(trajectories, most, self.device, self.routing)
 
 
 def _frozen(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

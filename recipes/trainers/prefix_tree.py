@@ -6,8 +6,12 @@ tokens under an ancestor mask gives the same states, and the same gradients, as 
 by one. The idea of sharing a group's prompt is Prefix Grouper's (arXiv 2506.05433); a tree takes
 it to any shared prefix.
 
+Routes of a mixture of experts (`recipes/trainers/replay.py`) belong to a token and its prefix, but
+also to the weights and the step that computed it: where two samples went to different experts
+behind equal tokens, their paths part there, and each keeps its own.
+
 Legend: T nodes of the tree, P nodes whose logits are needed, K response tokens of all sequences
-laid end to end, N sequences.
+laid end to end, N sequences. Of routes: L decoder layers, E experts of a token.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.protocol import IntArray
+from engine.protocol import IntArray, RouteArray
 
 Int64Array = np.ndarray[Any, np.dtype[np.int64]]
 BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
@@ -28,10 +32,20 @@ ROOT = -1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptResponse:
-    """One prompt and its response, int32 [prompt_len] and [response_len]."""
+    """One prompt and its response, int32 [prompt_len] and [response_len].
+
+    routes: uint8 or uint16 [prompt_len + response_len - 1, L, E], the experts that each token but
+    the last goes to; None where it is routed as the model will have it.
+    """
 
     prompt_ids: IntArray
     response_ids: IntArray
+    routes: RouteArray | None = None
+
+    def route_rows(self) -> list[bytes]:
+        """The routes token by token; b"" for none."""
+        num = len(self.prompt_ids) + len(self.response_ids) - 1
+        return [b""] * num if self.routes is None else [row.tobytes() for row in self.routes]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +56,8 @@ class PrefixTree:
     predicting: [P] nodes that predict some response token.
     rows: [K] index into `predicting` of the node that predicts each response token.
     targets: [K] the response tokens. sequence: [K] which sequence each belongs to.
+    routes: uint8 or uint16 [T, L, E], absent (the largest number) for tokens without; None where
+        no sequence has any.
     """
 
     token_ids: Int64Array
@@ -52,6 +68,7 @@ class PrefixTree:
     targets: Int64Array
     sequence: Int64Array
     num_sequences: int
+    routes: RouteArray | None = None
 
     def ancestor_mask(self) -> BoolArray:
         """bool [T, T]: node t may attend to node u if u is t or an ancestor of t."""
@@ -72,21 +89,23 @@ class PrefixTree:
 
 @dataclass(slots=True)
 class _Trie:
-    """A growing token trie. `prompts` remembers where each prompt object ends."""
+    """A growing trie of tokens and their routes. `prompts` remembers where each prompt ends."""
 
-    children: dict[tuple[int, int], int] = field(default_factory=dict)
+    children: dict[tuple[int, int, bytes], int] = field(default_factory=dict)
     token_ids: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
-    prompts: dict[bytes, int] = field(default_factory=dict)
+    routes: list[bytes] = field(default_factory=list)
+    prompts: dict[tuple[bytes, bytes], int] = field(default_factory=dict)
 
-    def walk(self, node: int, tokens: Iterable[int]) -> list[int]:
+    def walk(self, node: int, tokens: Iterable[int], routes: Iterable[bytes]) -> list[int]:
         """Nodes of `tokens` below `node`, made where they are missing."""
         path = []
-        for token in tokens:
-            child = self.children.setdefault((node, token), len(self.token_ids))
+        for token, route in zip(tokens, routes, strict=True):
+            child = self.children.setdefault((node, token, route), len(self.token_ids))
             if child == len(self.token_ids):
                 self.token_ids.append(token)
                 self.parents.append(node)
+                self.routes.append(route)
             path.append(child)
             node = child
         return path
@@ -96,12 +115,13 @@ class _Trie:
 
         The last response token predicts nothing and gets no node.
         """
-        key = sequence.prompt_ids.tobytes()
+        num, rows = len(sequence.prompt_ids), sequence.route_rows()
+        key = (sequence.prompt_ids.tobytes(), b"".join(rows[:num]))
         last = self.prompts.get(key)
         if last is None:
-            last = self.walk(ROOT, sequence.prompt_ids.tolist())[-1]
+            last = self.walk(ROOT, sequence.prompt_ids.tolist(), rows[:num])[-1]
             self.prompts[key] = last
-        return [last, *self.walk(last, sequence.response_ids[:-1].tolist())]
+        return [last, *self.walk(last, sequence.response_ids[:-1].tolist(), rows[num:])]
 
     def depths(self) -> list[int]:
         """Depth of each node; a parent is always made before its children."""
@@ -131,7 +151,19 @@ def build_tree(sequences: Sequence[PromptResponse]) -> PrefixTree:
         targets=np.concatenate([s.response_ids for s in sequences]).astype(np.int64),
         sequence=np.asarray(sequence_K, dtype=np.int64),
         num_sequences=len(sequences),
+        routes=_stacked(trie.routes, sequences),
     )
+
+
+def _stacked(rows: Sequence[bytes], sequences: Sequence[PromptResponse]) -> RouteArray | None:
+    """Routes of nodes as one array."""
+    like = next((s.routes for s in sequences if s.routes is not None), None)
+    if like is None:
+        return None
+    shape = (len(rows), *like.shape[1:])
+    absent = np.full(shape[1:], np.iinfo(like.dtype).max, dtype=like.dtype).tobytes()
+    joined = b"".join(row or absent for row in rows)
+    return np.frombuffer(joined, dtype=like.dtype).reshape(shape)
 
 
 def pack(sequences: Sequence[PromptResponse], max_tokens: int) -> list[list[int]]:

@@ -28,10 +28,13 @@ from recipes.trainers.microbatch import (
 )
 from recipes.trainers.optimizer_options import OptimizerOptions
 from recipes.trainers.reference import Reference
+from recipes.trainers.routing import Routing, length_share
 from recipes.trainers.value_head import ValueHead
 from recipes.types import Batch, Trajectory
 from recipes.world import World
 from trainer_bridge.adapters.base import WeightSource
+from trainer_bridge.adapters.buffers import wire_dtype
+from trainer_bridge.expert_names import in_file
 
 
 class Backend(Protocol):
@@ -73,7 +76,8 @@ class Backend(Protocol):
 
 class ShardedTrainer:
     """A `Learner` over a `Backend`. temperature: that of the rollouts. head: a critic's, on this
-    model, whole in every process."""
+    model, whole in every process. routing: of the model's routers; None where nobody looks at
+    them."""
 
     def __init__(
         self,
@@ -83,7 +87,9 @@ class ShardedTrainer:
         *,
         temperature: float,
         head: ValueHead | None = None,
+        routing: Routing | None = None,
     ) -> None:
+        self._routing = routing
         self._backend = backend
         self._options = options
         self._world = world
@@ -104,8 +110,9 @@ class ShardedTrainer:
         for with_grad in (False, True):
             rows = np.flatnonzero(learns == with_grad).tolist()
             part = batch.select(self._share(rows, batch.trajectories))
+            whole = [batch.trajectories[row] for row in rows]
             with torch.set_grad_enabled(with_grad):
-                self._run_microbatches(part, loss, metrics)
+                self._run_microbatches(part, whole, loss, metrics)
         return bool(learns.any())
 
     def accumulate_values(self, batch: Batch, metrics: TokenMetrics, *, trunk: bool) -> None:
@@ -125,7 +132,7 @@ class ShardedTrainer:
         assert self._head is not None
         model, empty = self._backend.model, not part.trajectories
         trajectories = [_filler()] if empty else part.trajectories
-        values_K = score_values(model, trajectories, self._head, trunk=trunk)
+        values_K = score_values(model, trajectories, self._head, trunk=trunk, routing=self._routing)
         return 0.0 * values_K.sum() if empty else self._head.loss(part, values_K, metrics)
 
     def step(self, lr: float) -> float:
@@ -146,7 +153,7 @@ class ShardedTrainer:
 
     def logprobs(self, trajectories: tuple[Trajectory, ...]) -> Logprobs:
         """See `Learner`."""
-        return self._logprobs(self._backend.model, trajectories)
+        return self._logprobs(self._backend.model, trajectories, self._routing)
 
     def reference_logprobs(self, trajectories: tuple[Trajectory, ...]) -> Logprobs:
         """See `Learner`."""
@@ -170,10 +177,14 @@ class ShardedTrainer:
         """See `Learner`. The main process collects the weights in host memory."""
         import safetensors.torch
 
-        state = {}
+        state: dict[str, torch.Tensor] = {}
+        model = self._backend.model
+        family = getattr(model, "module", model).config.model_type
         for name, tensor in self.weights.tensors():
             if self._world.is_main:
-                state[name] = tensor.to("cpu", dtype, copy=True).contiguous()
+                # Buffers that travel are float32 in a file too.
+                whole = tensor.to("cpu", wire_dtype(name, dtype), copy=True)
+                state |= {label: part.contiguous() for label, part in in_file(name, whole, family)}
         if self._world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             file = folder / "model.safetensors"
@@ -183,15 +194,22 @@ class ShardedTrainer:
     def _share(self, rows: Sequence[int], trajectories: Sequence[Trajectory]) -> list[int]:
         """The rows that this process computes."""
         lengths = [len(trajectories[row].response_ids) for row in rows]
-        share = even_by_length(lengths, self._world.size)[self._world.rank]
-        return [rows[index] for index in share]
+        shares = even_by_length(lengths, self._world.size)
+        if self._routing is not None:
+            self._routing.fetch([[trajectories[rows[i]] for i in share] for share in shares])
+        return [rows[index] for index in shares[self._world.rank]]
 
-    def _run_microbatches(self, batch: Batch, loss: Loss, metrics: TokenMetrics) -> None:
+    def _run_microbatches(
+        self, batch: Batch, whole: Sequence[Trajectory], loss: Loss, metrics: TokenMetrics
+    ) -> None:
+        """whole: what all processes compute together."""
         head = self._head if batch.returns is not None else None
         parts = self._microbatches(batch.trajectories)
         for index, indices in enumerate(parts):
             if indices:
-                total = self._run(batch.select(indices), loss, metrics, head)
+                part = batch.select(indices)
+                total = self._run(part, loss, metrics, head)
+                total = total + self._aux_loss(length_share(part.trajectories, whole), metrics)
             else:
                 total = self._run_empty(head)
             if torch.is_grad_enabled():
@@ -202,7 +220,9 @@ class ShardedTrainer:
     def _run(
         self, part: Batch, loss: Loss, metrics: TokenMetrics, head: ValueHead | None
     ) -> torch.Tensor:
-        scores, num_nodes = score(self._backend.model, part.trajectories, self._temperature, head)
+        scores, num_nodes = score(
+            self._backend.model, part.trajectories, self._temperature, head, self._routing
+        )
         inputs = loss_inputs(part, scores.logprobs, scores.logprobs.device)
         output = loss(inputs)
         metrics.add(inputs, output, scores.entropy, num_nodes)
@@ -210,11 +230,22 @@ class ShardedTrainer:
             return output.loss
         return output.loss + head.loss(part, scores.values, metrics)
 
+    def _aux_loss(self, share: float, metrics: TokenMetrics) -> torch.Tensor | float:
+        """That of the routers in the pass that was computed, which is counted."""
+        if self._routing is None:
+            return 0.0
+        loss = self._routing.aux_loss(share)
+        metrics.add_routing(self._routing.counts())
+        return loss
+
     def _run_empty(self, head: ValueHead | None) -> torch.Tensor:
         """What adds nothing. It has the same outputs with a gradient as `_run`: ZeRO-3 follows the
         order in which they are used, and waits for ever for a process with another one."""
-        scores, _ = score(self._backend.model, [_filler()], self._temperature, head)
+        model, routing = self._backend.model, self._routing
+        scores, _ = score(model, [_filler()], self._temperature, head, routing)
         nothing = 0.0 * scores.logprobs.sum()
+        if routing is not None:
+            nothing = nothing + routing.aux_loss(0.0)
         return nothing if scores.values is None else nothing + 0.0 * scores.values.sum()
 
     def values(self, trajectories: tuple[Trajectory, ...]) -> Values:
@@ -222,12 +253,16 @@ class ShardedTrainer:
         head, model = self._head, self._backend.model
         assert head is not None
         return self._per_sequence(
-            trajectories, lambda part: score_values(model, part, head, trunk=False)
+            trajectories,
+            lambda part: score_values(model, part, head, trunk=False, routing=self._routing),
         )
 
-    def _logprobs(self, model: Any, trajectories: Sequence[Trajectory]) -> Logprobs:
+    def _logprobs(
+        self, model: Any, trajectories: Sequence[Trajectory], routing: Routing | None = None
+    ) -> Logprobs:
         return self._per_sequence(
-            trajectories, lambda part: score(model, part, self._temperature)[0].logprobs
+            trajectories,
+            lambda part: score(model, part, self._temperature, None, routing)[0].logprobs,
         )
 
     def _per_sequence(
@@ -253,7 +288,8 @@ class ShardedTrainer:
     def _microbatches(self, trajectories: Sequence[Trajectory]) -> list[list[int]]:
         """Micro-batches of this process's share, with empty ones up to the most of any."""
         most_tokens = self._options.max_tokens_per_microbatch
-        parts = microbatches(trajectories, most_tokens, self._backend.model.device)
+        device = self._backend.model.device
+        parts = microbatches(trajectories, most_tokens, device, self._routing)
         most = max(self._world.gather([len(parts)]))
         return [[] for _ in range(most - len(parts))] + parts
 

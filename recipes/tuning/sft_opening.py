@@ -24,6 +24,7 @@ from recipes.settings.options import flatten
 from recipes.settings.sft_options import SftOptions, run_options
 from recipes.trainers.base import Learner
 from recipes.trainers.model import load_trainer
+from recipes.trainers.routing_options import check_routers
 from recipes.tuning.heldout_measure import Asked
 from recipes.tuning.sft_run import SftRun
 from recipes.tuning.sft_task import SftTask, read_task
@@ -38,6 +39,7 @@ def open_sft(options: SftOptions, ledger: Ledger) -> SftRun:
     The task is checked against tokenizer and context before any weight is read."""
     tokenizer = load_tokenizer(options.model)
     checkpoint = read_checkpoint(options.model, options.load_format, options.seed)
+    check_routers(options.routing, checkpoint.hf_config)
     task = read_task(options, tokenizer, checkpoint.context_length)
     same, placement = run_options(options), options.placement
     with ExitStack() as on_failure:

@@ -7,9 +7,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import APIRouter, FastAPI
+from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
-from starlette.routing import Route
 from starlette.types import ASGIApp
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
@@ -18,6 +17,7 @@ from rollout.http.anthropic import routes as message_routes
 from rollout.http.capture import rollout_routes
 from rollout.http.edge import errors, unserved_routes
 from rollout.http.edge.guard import Guard
+from rollout.http.edge.routes import Routes
 from rollout.http.edge.shortcut import Shortcut
 from rollout.http.native import command_routes, session_routes
 from rollout.http.native import generate_routes as native_generate_routes
@@ -114,11 +114,10 @@ def build_routes(services: Services, routers: _Routers | None = None) -> FastAPI
         finally:
             await services.engine.close()
 
-    app = FastAPI(title="Slipstream", lifespan=lifespan, openapi_url=None)
     found = [*routers.generating, *routers.others, *routers.control]
     found.append(openapi.router(services.config, found, _paths(routers.control)))
-    for router in found:
-        app.include_router(router)
+    served = [route for router in found for route in router.routes]
+    app = FastAPI(title="Slipstream", lifespan=lifespan, openapi_url=None, routes=served)
     errors.install(app, _methods(found))
     return app
 
@@ -129,17 +128,13 @@ def front_paths(services: Services) -> frozenset[str]:
     return _paths([module.router(services) for module in (*_GENERATING, text_routes)])
 
 
-def _methods(routers: Sequence[APIRouter]) -> dict[str, list[str]]:
+def _methods(routers: Sequence[Routes]) -> dict[str, list[str]]:
     """The methods of every path."""
     found: dict[str, set[str]] = {}
     for route in (route for router in routers for route in router.routes):
-        if isinstance(route, Route):
-            found.setdefault(route.path_format, set()).update(route.methods or ())
+        found.setdefault(route.path_format, set()).update(route.methods or ())
     return {path: sorted(methods) for path, methods in found.items()}
 
 
-def _paths(routers: Sequence[APIRouter]) -> frozenset[str]:
-    found = [
-        route.path for router in routers for route in router.routes if isinstance(route, Route)
-    ]
-    return frozenset(found)
+def _paths(routers: Sequence[Routes]) -> frozenset[str]:
+    return frozenset(route.path for router in routers for route in router.routes)

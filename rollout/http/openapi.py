@@ -8,17 +8,17 @@ where it is declared: `routes.add_api_route(path, handler, openapi_extra=takes(S
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
-from fastapi import APIRouter, Response
-from fastapi.routing import APIRoute
+from fastapi import Response
 
 from engine.protocol import GenerateRequest
 from rollout.http.config import ServeConfig
 from rollout.http.edge.errors import json_response
 from rollout.http.edge.guard import OPEN_PATHS
+from rollout.http.edge.routes import HandlerRoute, Routes
 from rollout.http.status.facts import package_version
 
 PATH = "/openapi.json"
@@ -39,11 +39,11 @@ def takes(body: Any = None, *, query: Any = None, batches: bool = False) -> dict
 
 
 def router(
-    config: ServeConfig, routers: Sequence[APIRouter], control_paths: Collection[str]
-) -> APIRouter:
+    config: ServeConfig, routers: Sequence[Routes], control_paths: Collection[str]
+) -> Routes:
     """The route that serves the document of `routers`. control_paths: those that take the admin
     key."""
-    routes = APIRouter()
+    routes = Routes()
 
     async def openapi() -> Response:
         return json_response(document(config, [*routers, routes], control_paths))
@@ -53,11 +53,10 @@ def router(
 
 
 def document(
-    config: ServeConfig, routers: Sequence[APIRouter], control_paths: Collection[str]
+    config: ServeConfig, routers: Sequence[Routes], control_paths: Collection[str]
 ) -> dict[str, Any]:
     """The OpenAPI 3.1 document of every route of `routers`."""
-    found = [route for router in routers for route in router.routes]
-    routes = [route for route in found if isinstance(route, APIRoute)]
+    routes = [route for router in routers for route in router.routes]
     schemas, components = _schemas(routes)
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
@@ -105,17 +104,17 @@ _ERROR = {
 _ERROR_CONTENT = {"application/json": {"schema": {"$ref": f"{_SCHEMAS}Error"}}}
 
 
-def _reads(route: APIRoute) -> dict[str, Any]:
+def _reads(route: HandlerRoute) -> Mapping[str, Any]:
     return route.openapi_extra or takes()
 
 
-def _bodies(route: APIRoute) -> tuple[Any, ...]:
+def _bodies(route: HandlerRoute) -> tuple[Any, ...]:
     """The kinds of body that a route reads."""
     body = _reads(route)[_BODY]
     return body if isinstance(body, tuple) else () if body is None else (body,)
 
 
-def _schemas(routes: list[APIRoute]) -> tuple[dict[Any, dict[str, Any]], dict[str, Any]]:
+def _schemas(routes: list[HandlerRoute]) -> tuple[dict[Any, dict[str, Any]], dict[str, Any]]:
     """The schema of every struct that a route reads, and all the components they refer to."""
     kinds = {GenerateRequest: None}
     for route in routes:
@@ -145,7 +144,9 @@ def _or_null(field: dict[str, Any]) -> dict[str, Any]:
     return {"anyOf": options, **default}
 
 
-def _operation(route: APIRoute, method: str, schemas: dict[Any, dict[str, Any]]) -> dict[str, Any]:
+def _operation(
+    route: HandlerRoute, method: str, schemas: dict[Any, dict[str, Any]]
+) -> dict[str, Any]:
     reads = _reads(route)
     operation: dict[str, Any] = {
         "operationId": method.lower() + _NOT_WORD.sub("_", route.path_format).rstrip("_"),

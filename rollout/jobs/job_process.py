@@ -37,34 +37,40 @@ class JobProcess:
         self._lock = threading.Lock()
         # Guards the two below: an interrupt must not meet the job after its own.
         self._state = threading.Lock()
-        self._job: object | None = None
+        self._stop: threading.Event | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._remove: weakref.finalize[Any, Any] | None = None
 
-    def run(self, data: bytes, job: object = None) -> bytes | None:
+    def run(self, data: bytes, stop: threading.Event | None = None) -> bytes | None:
         """The answer to `data`; None if the process ended in its place: the job took more time or
-        memory than it may, or was interrupted. job: what `interrupt` knows it by."""
+        memory than it may, or was interrupted. stop: what `interrupt` knows it by; a job whose
+        `stop` is set is not begun."""
+        stop = stop or threading.Event()
         with self._lock:
-            process = self._started()
-            if process is None:
-                return None
             with self._state:
-                self._job = data if job is None else job
+                self._stop = stop
             try:
-                answer = _within(process, self._limit_s, data)
+                process = self._started()
+                if process is None:
+                    return None
+                answer = None if stop.is_set() else _within(process, self._limit_s, data)
             finally:
                 with self._state:
-                    self._job = None
+                    self._stop = None
             if answer is None:
                 self._close()
             return answer
 
-    def interrupt(self, job: object = None) -> None:
-        """End `job`, or whichever it is, if the process is at it."""
+    def interrupt(self, stop: threading.Event | None = None) -> None:
+        """End the job that has this `stop`, or whichever the process is at or is started for: at
+        once if it has begun, before it begins otherwise."""
         with self._state:
-            process, found = self._process, self._job
-            if process is not None and found is not None and (job is None or job is found):
-                process.kill()
+            stop = stop or self._stop
+            if stop is None:
+                return
+            stop.set()
+            if stop is self._stop and self._process is not None:
+                self._process.kill()
 
     def close(self) -> None:
         """End the process, and with it the job that it is at. Idempotent."""

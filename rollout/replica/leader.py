@@ -74,7 +74,7 @@ _BESIDE_STEPS = GetState | Abort | Stop | SessionCommand | RolloutCommand
 """Commands that leave steps in flight alone: at most they mark rows, whose results are dropped."""
 _FACTS = (
     "page_size context_length vocab_size eos_ids model architecture model_type num_labels labels "
-    "hidden_size dtype device attention tp_size dp_size releases collectives"
+    "hidden_size dtype device attention tp_size dp_size releases collectives experts keeps_routes"
 )
 _POLL_S = 0.00005
 _LONGEST_POLL_S = 0.001
@@ -208,7 +208,7 @@ class Leader:
         self.poll()
         if self._masked.waits and not self._masked.look():
             return self._take_outputs()
-        plan = None if self._readiness.hold else self._plan()
+        plan = self._plan(held=bool(self._readiness.hold))
         if plan is not None or self._in_flight:
             self._num_empty_plans = 0
             self._advance(plan)
@@ -273,13 +273,16 @@ class Leader:
         self._executor.close()
 
     def _may_plan(self) -> bool:
+        if self._scheduler.wants_reads:
+            return True
         if self._readiness.hold or not self._scheduler.has_work():
             return False
         return not self._scheduler.paused
 
-    def _plan(self) -> StepPlan | None:
+    def _plan(self, *, held: bool) -> StepPlan | None:
+        """The next step; one that computes nothing where steps are `held` back."""
         try:
-            return self._scheduler.plan()
+            return self._scheduler.plan_reads() if held else self._scheduler.plan()
         except Exception as error:
             # A boundary. No rank has seen the plan, so whatever broke is the scheduler's.
             self._recover(error, "planning")
@@ -322,11 +325,12 @@ class Leader:
         self._outputs += outputs
 
     def _drain(self) -> None:
-        """Wait for the steps in flight: what follows must not fall between them."""
+        """Wait for the steps in flight, and read the routes there are to read: what follows must
+        not fall between them, and may take the pages."""
         while self._masked.waits:
             self._masked.look()
-        while self._in_flight:
-            self._collect()
+        while self._in_flight or self._scheduler.wants_reads:
+            self._advance(self._plan(held=True))
 
     def _apply(self, result: StepResult | None) -> None:
         if result is None:

@@ -55,7 +55,8 @@ _NEED_NO_WEIGHTS = (
 class WeightCommands:
     """Runs the leader's `EngineCommand`s and `SetVersion`, in order.
 
-    queue: takes them in. drain: waits for the steps in flight. emit: takes outputs of requests
+    queue: takes them in. drain: waits for the steps in flight, and for what
+    is to be read of pages. emit: takes outputs of requests
     that a command ended.
     """
 
@@ -179,6 +180,8 @@ class WeightCommands:
         self._readiness.check_release(tags, self._scheduler.stats(), pause=command.pause)
         if command.pause is not None:
             self._emit(self._scheduler.pause(command.pause))
+            # Routes of requests that it ended or sent back are in the pages still.
+            self._drain()
         if "kv_cache" in tags:
             self._scheduler.flush_cache()
         reply = self._executor.handle(command)

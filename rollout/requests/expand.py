@@ -22,7 +22,12 @@ from rollout.masks.grammar.requested import grammar_of
 from rollout.requests.message_ranges import check_ranges
 from rollout.requests.sample_ids import fresh_id, sample_id
 from rollout.requests.seeds import derive_seed
-from rollout.scheduler.validate import check_continued, check_served, limits_of
+from rollout.scheduler.validate import (
+    check_continued,
+    check_route_dtype,
+    check_served,
+    limits_of,
+)
 from rollout.text.detokenizer import stop_strings
 from rollout.text.tokenizer import Tokenizer
 
@@ -92,6 +97,8 @@ def expand(
         forced_acceptance=wire.forced_acceptance,
         session=wire.session,
         session_at=wire.session_at,
+        return_routed_experts=wire.return_routed_experts,
+        routed_experts_start_len=wire.routed_experts_start_len,
     )
     _check(wire, first, state)
     check_top_entries(num_top_entries(first, sampling.n, state))
@@ -204,6 +211,7 @@ def _check(wire: GenerateRequest, request: Request, state: ReplicaState) -> None
     }
     try:
         check_served(request, limits_of(state))
+        check_route_dtype(request, wire.routed_experts_dtype, state.experts)
     except InvalidRequest as error:
         name = names.get(error.field, error.field)
         message = error.message.replace(error.field, name) if error.field else error.message

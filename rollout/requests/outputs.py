@@ -15,6 +15,7 @@ from engine.protocol import (
     IntArray,
     Request,
     RequestOutput,
+    RouteArray,
     TopLogprobs,
 )
 from rollout.requests.version_spans import clip_spans, join_spans
@@ -177,7 +178,19 @@ def head(output: RequestOutput, count: int) -> RequestOutput:
         entropies=None if entropies is None else entropies[:count],
         spans=clip_spans(output.spans, end),
         kv_spans=clip_spans(output.kv_spans, output.prompt_tokens + end),
+        routed_experts=_routes_before(output, output.prompt_tokens + end - 1),
     )
+
+
+def without_routes(output: RequestOutput) -> RequestOutput:
+    """The output as if nobody had asked for its routes."""
+    return msgspec.structs.replace(output, routed_experts=None)
+
+
+def _routes_before(output: RequestOutput, stop: int) -> RouteArray | None:
+    """The routes of an output of the positions before `stop`."""
+    routes = output.routed_experts
+    return None if routes is None else routes[: max(stop - output.routed_experts_start, 0)]
 
 
 _NO_LOGPROB = float("-inf")

@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from engine.protocol import GenerateRequest, GenerateResponse
+from rollout.scheduler.routes.reply_fields import joined_route_meta, next_start
 from rollout.scheduler.speculative.reply_fields import joined_spec_meta
 
 Replies = Sequence[GenerateResponse]
@@ -39,7 +40,7 @@ def continued(request: GenerateRequest, replies: Replies, *, hold_at: int = -1) 
 
     Samples that were over come back at once, without tokens. The seed is the one stated, or that
     of the replies where they were held; without either the tokens to come are drawn by another.
-    hold_at: as in the request.
+    hold_at: as in the request. Of routes it asks for those that these replies lack.
     """
     given = _given(request, len(replies))
     ids = [_extended(known, reply) for known, reply in zip(given, replies, strict=True)]
@@ -51,6 +52,7 @@ def continued(request: GenerateRequest, replies: Replies, *, hold_at: int = -1) 
         output_ids=ids if len(ids) > 1 else ids[0],
         hold_at=hold_at,
         sampling_params=msgspec.structs.replace(sampling, sampling_seed=seed),
+        routed_experts_start_len=next_start([reply.meta_info for reply in replies]),
     )
 
 
@@ -58,7 +60,8 @@ def joined(parts: Sequence[Replies]) -> list[GenerateResponse]:
     """The replies that their parts make, in the order in which they were given: for each sample
     the tokens, text, logprobs, entropies and version spans of a reply that was never cut.
 
-    `kv_versions` is the last part's: another engine computed the KV of all tokens again.
+    `kv_versions` is the last part's: another engine computed the KV of all tokens again. The route
+    of each token is of the part that sampled the token behind it.
     """
     return [_joined(sample) for sample in zip(*parts, strict=True)]
 
@@ -94,7 +97,8 @@ def _joined(parts: Replies) -> GenerateResponse:
     of_prompt = {k: v for k, v in first.meta_info.items() if k.startswith("input_")}
     meta |= {**of_prompt, "cached_tokens": first.meta_info["cached_tokens"]}
     meta |= {key: sum(part.meta_info[key] for part in parts) for key in _SUMS}
-    meta |= joined_spec_meta([part.meta_info for part in parts])
+    metas = [part.meta_info for part in parts]
+    meta |= joined_spec_meta(metas) | joined_route_meta(metas)
     meta["weight_versions"] = spans = _spans(parts, len(ids))
     meta["weight_version"] = spans[-1]["version"] if spans else None
     return msgspec.structs.replace(last, text=text, output_ids=ids, meta_info=meta)

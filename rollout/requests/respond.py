@@ -20,6 +20,7 @@ from rollout.requests.outputs import finite_logprobs
 from rollout.requests.sample_ids import shown
 from rollout.requests.version_spans import clip_spans, join_spans
 from rollout.scheduler.continued import given_stop, shown_given
+from rollout.scheduler.routes.reply_fields import route_meta
 from rollout.scheduler.speculative.reply_fields import spec_meta
 from rollout.text.detokenizer import Detokenizer, final_text
 from rollout.text.token_bytes import spelled
@@ -209,7 +210,7 @@ def _meta_info(
             meta |= _input_logprobs(wire, request, output, texts)
     if output.entropies is not None:
         meta["output_token_entropy"] = output.entropies.tolist()
-    return meta
+    return meta | route_meta(output, wire.routed_experts_dtype)
 
 
 def _counts(

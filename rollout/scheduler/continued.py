@@ -7,6 +7,7 @@ import numpy as np
 
 from engine.protocol import FinishReason, IntArray, Request
 from rollout.scheduler.encode import row_numbers
+from rollout.scheduler.routes.kept import kept_routes
 from rollout.scheduler.sequence import Sequence
 
 
@@ -55,6 +56,7 @@ def begin(request: Request, arrival: int, *, context_length: int) -> Sequence:
         group_order=arrival,
         numbers=row_numbers(request, context_length - len(request.prompt_ids)),
         tokens=request.prompt_ids.astype(np.int32),
+        routes=kept_routes(request),
     )
     if request.output_ids is not None:
         give(sequence, request.output_ids)

@@ -8,6 +8,7 @@ from engine.protocol import IntArray
 from rollout.cache.idle_kv import IdleKv
 from rollout.cache.manager import CacheManager
 from rollout.cache.radix_node import Match
+from rollout.scheduler.routes.reads import RouteReads
 from rollout.scheduler.sequence import Sequence
 from rollout.scheduler.speculative.drafts import Drafts
 from rollout.scheduler.table import DECODING, PREFILLING, SlotTable
@@ -17,13 +18,20 @@ class RunningSet:
     """Owns the slot table; every page a sequence holds is taken and given back here."""
 
     def __init__(
-        self, table: SlotTable, cache: CacheManager, version: int, drafts: Drafts | None = None
+        self,
+        table: SlotTable,
+        cache: CacheManager,
+        version: int,
+        drafts: Drafts | None,
+        routes: RouteReads,
     ) -> None:
-        """drafts: told who comes and goes; None where nothing is drafted."""
+        """drafts: told who comes and goes; None where nothing is drafted. routes: reads those of
+        sequences that leave their pages."""
         self.table = table
         self.cache = cache
         self.version = version
         self.drafts = drafts
+        self.routes = routes
         self.prefilling: dict[int, Sequence] = {}
         """By slot, oldest admission first."""
         self._by_slot: dict[int, Sequence] = {}
@@ -124,6 +132,8 @@ class RunningSet:
         """
         slot, table = sequence.slot, self.table
         computed = self._take_results(sequence)
+        if not comes_back or len(sequence.tokens) > table.target[slot]:
+            self.routes.leave(sequence, table.pages(slot), computed)
         keep = keep_kv and sequence.pure
         if sequence.request.session and keep_kv and not comes_back:
             self._hold(sequence, computed, step - 1)
@@ -164,7 +174,8 @@ class RunningSet:
     def stop_many(self, sequences: list[Sequence]) -> None:
         """As `stop` for each of `sequences`, leaving nothing to the prefix cache."""
         for sequence in sequences:
-            self._take_results(sequence)
+            computed = self._take_results(sequence)
+            self.routes.leave(sequence, self.table.pages(sequence.slot), computed)
         slots = np.array([sequence.slot for sequence in sequences], np.int32)
         pages = [self.table.pages(slot) for slot in slots.tolist()]
         self.cache.release_many(pages, [sequence.node for sequence in sequences])

@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 
 import numpy as np
+from msgspec.structs import replace
 
 from engine.config import SchedulerConfig, SpeculativeConfig
 from engine.errors import InvalidRequest, QueueFull
 from engine.protocol import (
     ErrorInfo,
+    ExpertFacts,
     FinishReason,
     PauseMode,
     Request,
@@ -27,18 +29,20 @@ from engine.protocol import (
 from rollout.cache.manager import CacheManager
 from rollout.scheduler.continued import begin
 from rollout.scheduler.emit import StepOutput, StreamOutputs, final_output
-from rollout.scheduler.finish import CANNOT_RESTART, NOT_FINITE, failed, finish_of
+from rollout.scheduler.ending.endings import Endings
+from rollout.scheduler.ending.finish import CANNOT_RESTART, failed, finish_of
+from rollout.scheduler.ending.named import named_sequences
 from rollout.scheduler.kv_policy import KvPolicies
-from rollout.scheduler.named import named_sequences
 from rollout.scheduler.planning.decode import DecodePlanner
 from rollout.scheduler.planning.in_flight import InFlight
 from rollout.scheduler.planning.page_reserve import PageReserve
-from rollout.scheduler.planning.plan_builder import PlanBuilder
+from rollout.scheduler.planning.plan_builder import PlanBuilder, rowless
 from rollout.scheduler.planning.preempt import Preemption
 from rollout.scheduler.planning.prefill import PrefillPlanner
 from rollout.scheduler.planning.queue import WaitingQueue
 from rollout.scheduler.planning.queue_groups import QueueGroups
 from rollout.scheduler.results import ResultWriter
+from rollout.scheduler.routes.reads import RouteReads
 from rollout.scheduler.running import RunningSet
 from rollout.scheduler.sequence import Sequence
 from rollout.scheduler.speculative.build import build_drafts
@@ -61,13 +65,16 @@ class Scheduler:
         context_length: int,
         vocab_size: int,
         num_labels: int = 0,
+        experts: ExpertFacts | None = None,
+        keeps_routes: bool = False,
         version: int = 0,
         speculative: SpeculativeConfig | None = None,
         device: str = "cpu",
         prepared: Callable[[Request], bool] = lambda request: True,
     ) -> None:
-        """speculative: what is drafted, nothing if None; device: what the ranks run on. prepared:
-        whether a request may leave the queue; one that may not waits, and others pass it."""
+        """experts, keeps_routes: as in `EngineFacts`. speculative: what is drafted, nothing if
+        None; device: what the ranks run on. prepared: whether a request may leave the queue; one
+        that may not waits, and others pass it."""
         # Every running sequence must be able to decode in one step.
         num_slots = min(config.max_running, config.max_step_tokens)
         if num_slots < 1:
@@ -82,13 +89,15 @@ class Scheduler:
             num_labels=num_labels,
             draft_tokens=self._speculative.most,
             forces=self._speculative.allow_forced_acceptance,
+            experts=experts,
+            keeps_routes=keeps_routes,
         )
         self._num_slots = num_slots
         self._device = device
         self._prepared = prepared
-        self._build_parts(version)
         self._requests: dict[str, Sequence] = {}
         self._groups = QueueGroups()
+        self._build_parts(version)
         self._in_flight: deque[InFlight] = deque()
         self._ones = np.ones(num_slots, np.int32)
         self._counters = Counters()
@@ -138,11 +147,11 @@ class Scheduler:
         decoded: as in `check`. Raises what that does, and QueueFull when too many wait.
         """
         self.check(request, decoded=decoded)
-        if request.rid in self._requests:
+        if request.rid in self._requests or self._running.routes.waits(request.rid):
             raise InvalidRequest(f"rid {request.rid!r} is already in use", field="rid")
         context_length = self._limits.context_length
         sequence = begin(request, self._next_arrival, context_length=context_length)
-        if sequence.ended is not None and request.prompt_logprob_start < 0:
+        if sequence.ended is not None and sequence.needs_nothing:
             return final_output(sequence, sequence.ended, drafts=self.drafts)
         if len(self._queue) >= self._config.max_waiting:
             raise QueueFull(
@@ -176,19 +185,19 @@ class Scheduler:
         else:
             named = named_sequences(self._requests, rid=rid, rid_prefix=rid_prefix, rids=rids)
         finish = failed(error) if error else FinishReason(type="abort", message=message)
-        return self._finish_each(named, finish, keep_kv=not all)
+        return self._endings.each(named, finish, step=self._next_step, keep_kv=not all)
 
-    def stop(self, rid: str, num_tokens: int, matched: str) -> RequestOutput | None:
+    def stop(self, rid: str, num_tokens: int, matched: str) -> list[RequestOutput]:
         """End one request at `num_tokens` output tokens, a stop string having been seen.
 
-        None if the request is already gone. A stream that returned more tokens than that
-        gets an empty output whose `start` is `num_tokens`.
+        Empty if the request is already gone, or its routes are on their way. A stream that returned
+        more tokens than that gets an empty output whose `start` is `num_tokens`.
         """
         sequence = self._requests.get(rid)
         if sequence is None:
-            return None
-        self._truncate(sequence, num_tokens)
-        return self._finish(sequence, FinishReason(type="stop", matched=matched))
+            return []
+        finish = FinishReason(type="stop", matched=matched)
+        return self._endings.at(sequence, num_tokens, finish, step=self._next_step)
 
     def pause(self, mode: PauseMode = "keep") -> list[RequestOutput]:
         """Plan nothing until `resume`. Returns what 'abort' ended; else nothing."""
@@ -215,7 +224,7 @@ class Scheduler:
         treated = self._policies.apply(list(self._requests.values()), self._next_step)
         for sequence in treated.restarted:
             self._requests[sequence.request.rid] = sequence
-        outputs = self._finish_each(treated.stuck, CANNOT_RESTART)
+        outputs = self._endings.each(treated.stuck, CANNOT_RESTART, step=self._next_step)
         self._running.set_version(version)
         return outputs
 
@@ -223,10 +232,16 @@ class Scheduler:
         """Drop every cached prefix; raises SlipstreamError while sequences hold pages."""
         self._cache.flush()
 
+    @property
+    def wants_reads(self) -> bool:
+        """Whether routes are to be read before anything else is done to pages."""
+        return self._running.routes.wanted
+
     def plan(self, step: int = -1) -> StepPlan | None:
-        """The next step, or None: nothing is to be computed, or a pause is on. step: its number."""
+        """The next step, or None: nothing is to be computed, or a pause is on, and there are no
+        routes to read. step: its number."""
         if self.paused or not self._requests:
-            return None
+            return self.plan_reads(step)
         self._next_step = max(step, self._next_step)
         builder = PlanBuilder(self._next_step, self._running)
         self._preemption.make_room(self._decode.num_missing_pages, self._next_step)
@@ -235,13 +250,23 @@ class Scheduler:
             self._preemption.retract_one(self._next_step)
             self._fill(builder)
         if builder.empty:
-            return None
+            return self.plan_reads(step)
         if builder.all_decode:
             self._decode.draft(builder)
-        plan, flight = builder.build(self._ones)
+        self._counters.num_steps += 1
+        return self._launched(builder.build(self._ones))
+
+    def plan_reads(self, step: int = -1) -> StepPlan | None:
+        """A step that computes nothing and reads the routes there are to read; None without."""
+        if not self.wants_reads:
+            return None
+        self._next_step = max(step, self._next_step)
+        return self._launched(rowless(self._next_step, self._running))
+
+    def _launched(self, planned: tuple[StepPlan, InFlight]) -> StepPlan:
+        plan, flight = planned
         self._in_flight.append(flight)
         self._next_step += 1
-        self._counters.num_steps += 1
         return plan
 
     def apply(self, result: StepResult) -> list[StepOutput]:
@@ -254,29 +279,37 @@ class Scheduler:
         """
         flight = self._in_flight.popleft()
         assert result.step == flight.step, f"result of step {result.step}, not {flight.step}"
+        outputs: list[StepOutput] = []
+        outputs += self._running.routes.arrived(flight.routes, result.routes)
+        if len(flight.row_slots):
+            outputs += self._apply_rows(flight, result)
+        return outputs
+
+    def _apply_rows(self, flight: InFlight, result: StepResult) -> list[StepOutput]:
+        step = self._next_step
         appended = self._results.append(flight, result)
         if self._running.drafts is not None:
             self._running.drafts.applied(flight, result)
         self._counters.count(appended.num_tokens, appended.spec)
-        outputs: list[StepOutput] = [
-            self._finish_broken(self._running[slot]) for slot in appended.broken
-        ]
+        outputs: list[StepOutput] = []
+        for slot in appended.broken:
+            outputs += self._endings.broken(self._running[slot], step=step)
         outputs += self._streams.outputs(appended.streaming)
         ended = zip(appended.ended.tolist(), appended.matched.tolist(), strict=True)
         for slot, matched in ended:
             sequence = self._running[slot]
             size = int(self._running.table.num_tokens[slot])
             finish = finish_of(sequence, matched, size, self._limits.kv_tokens)
-            outputs.append(self._finish(sequence, finish))
+            outputs += self._endings.one(sequence, finish, step=step)
         for slot in self._results.scored(flight):
             sequence = self._running[slot]
             finish = sequence.ended or FinishReason(type="length", length=0)
-            outputs.append(self._finish(sequence, finish))
+            outputs += self._endings.one(sequence, finish, step=step)
         return outputs
 
     def has_work(self) -> bool:
-        """Whether any request is waiting or running, paused or not."""
-        return bool(self._requests)
+        """Whether any request is waiting or running, paused or not, or waits for its routes."""
+        return bool(self._requests) or self._running.routes.waiting
 
     def stats(self) -> SchedulerStats:
         """Counts now and totals since the start."""
@@ -317,6 +350,7 @@ class Scheduler:
         sequences = list(self._requests.values())
         self._running.take_results(sequences)
         outputs = [final_output(sequence, finish, drafts=self.drafts) for sequence in sequences]
+        outputs += [replace(last, finish=finish) for last in self._running.routes.give_up()]
         self._in_flight.clear()
         self._requests.clear()
         self._groups.clear()
@@ -331,7 +365,8 @@ class Scheduler:
         config, cache = self._config, self._cache
         table = SlotTable(self._num_slots, self._limits.context_length, cache.page_size)
         drafts = build_drafts(self._speculative, table, cache, device=self._device)
-        self._running = RunningSet(table, cache, version, drafts)
+        routes = RouteReads(self._limits.experts, cache.page_size)
+        self._running = RunningSet(table, cache, version, drafts, routes)
         self._queue = WaitingQueue(config.policy, config.starvation_steps)
         self._reserve = PageReserve(cache.page_size)
         self._preemption = Preemption(self._running, self._queue, self._reserve)
@@ -342,6 +377,9 @@ class Scheduler:
         )
         self._results = ResultWriter(self._running)
         self._streams = StreamOutputs(self._running, drafts=self.drafts)
+        self._endings = Endings(
+            self._requests, self._groups, self._running, self._queue, drafts=self.drafts
+        )
 
     def _fill(self, builder: PlanBuilder) -> None:
         num_decode = self._decode.plan(builder)
@@ -362,41 +400,3 @@ class Scheduler:
         sequence.cached_tokens = min(cached, sequence.prompt_len)
         self._counters.num_prompt_tokens += sequence.prompt_len
         self._counters.num_cached_tokens += sequence.cached_tokens
-
-    def _truncate(self, sequence: Sequence, num_tokens: int) -> None:
-        size = sequence.prompt_len + max(0, num_tokens)
-        if sequence.slot >= 0:
-            table, slot = self._running.table, sequence.slot
-            table.num_tokens[slot] = min(size, int(table.num_tokens[slot]))
-        sequence.tokens = sequence.tokens[:size]
-        sequence.logprobs = sequence.logprobs[: size - sequence.prompt_len]
-        sequence.entropies = sequence.entropies[: size - sequence.prompt_len]
-
-    def _finish_each(
-        self, sequences: list[Sequence], finish: FinishReason, *, keep_kv: bool = True
-    ) -> list[RequestOutput]:
-        if not keep_kv:
-            running = [sequence for sequence in sequences if sequence.slot >= 0]
-            waiting = [sequence for sequence in sequences if sequence.slot < 0]
-            self._running.stop_many(running)
-            self._queue.remove_many(waiting)
-            return [self._close(sequence, finish) for sequence in sequences]
-        # From the back: taking from the front of a long queue moves all of it.
-        return [self._finish(sequence, finish) for sequence in reversed(sequences)][::-1]
-
-    def _finish(self, sequence: Sequence, finish: FinishReason) -> RequestOutput:
-        if sequence.slot >= 0:
-            self._running.stop(sequence, step=self._next_step)
-        else:
-            self._queue.remove(sequence)
-        return self._close(sequence, finish)
-
-    def _finish_broken(self, sequence: Sequence) -> RequestOutput:
-        self._running.stop_broken(sequence, step=self._next_step)
-        return self._close(sequence, NOT_FINITE)
-
-    def _close(self, sequence: Sequence, finish: FinishReason) -> RequestOutput:
-        """Forget a sequence that neither runs nor waits any more; its last output."""
-        del self._requests[sequence.request.rid]
-        self._groups.leave(sequence.request.group)
-        return final_output(sequence, finish, drafts=self.drafts)

@@ -24,6 +24,7 @@ from engine.protocol import (
 from rollout.cache.radix_node import Node
 from rollout.requests.version_spans import clip_spans
 from rollout.scheduler.encode import RowNumbers
+from rollout.scheduler.routes.kept import KeptRoutes, kept_routes
 from rollout.scheduler.speculative.reasons import why_undrafted
 
 NO_LOGPROBS: FloatArray = np.empty(0, np.float32)
@@ -47,6 +48,7 @@ class Sequence:
     embedding: float32 [hidden_size] of a request to embed, likewise.
     spec: steps that verified drafts of it, tokens drafted, tokens accepted; while it runs, in its
         stays before this one.
+    routes: those of its tokens that were read; None unless they are wanted.
     """
 
     request: Request
@@ -78,6 +80,7 @@ class Sequence:
     scores: FloatArray | None = None
     embedding: FloatArray | None = None
     spec: tuple[int, int, int] = (0, 0, 0)
+    routes: KeptRoutes | None = None
 
     @property
     def max_new_tokens(self) -> int:
@@ -94,6 +97,11 @@ class Sequence:
         """Whether the logits of its last known token are wanted: to sample, or as scores."""
         classifies = self.request.task == "classify"
         return self.ended is None and (classifies or self.max_new_tokens > 0)
+
+    @property
+    def needs_nothing(self) -> bool:
+        """Whether nothing is wanted of the tokens that it came with."""
+        return self.request.prompt_logprob_start < 0 and self.routes is None
 
     @property
     def pooling(self) -> Pooling | None:
@@ -172,6 +180,7 @@ class Sequence:
             num_retractions=self.num_retractions,
             num_restarts=self.num_restarts + 1,
             spec=self.spec,
+            routes=kept_routes(self.request),
         )
 
     def top_between(self, start: int, end: int) -> TopLogprobs | None:

@@ -10,7 +10,16 @@ import msgspec
 import numpy as np
 
 from engine.errors import ContextTooLong, InvalidRequest
-from engine.protocol import IntArray, ReplicaState, Request, SamplingParams, Task
+from engine.protocol import (
+    ExpertFacts,
+    IntArray,
+    ReplicaState,
+    Request,
+    RouteDType,
+    SamplingParams,
+    Task,
+    route_dtype,
+)
 from engine.protocol.types import FLOAT32_TINY, MAX_ALLOWED_IDS
 from rollout.masks.base import banned_ids
 from rollout.requests.message_ranges import check_ranges
@@ -41,6 +50,8 @@ _OF_OUTPUTS: Mapping[str, Any] = MappingProxyType(
         "logprob_law": "model",
         "draft_tokens": -1,
         "forced_acceptance": -1.0,
+        "return_routed_experts": False,
+        "routed_experts_start_len": 0,
     }
 )
 """Fields that speak of logits over a vocabulary, and what each has to be where there are none."""
@@ -49,7 +60,8 @@ _OF_OUTPUTS: Mapping[str, Any] = MappingProxyType(
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """What a replica can serve at all. kv_tokens: tokens its whole KV pool holds. num_labels: of a
     classifier; 0 of a model that generates. draft_tokens: most that it drafts at once, 0 if it
-    drafts nothing. forces: whether it was told to serve requests that force acceptance."""
+    drafts nothing. forces: whether it was told to serve requests that force acceptance. experts,
+    keeps_routes: as in `EngineFacts`."""
 
     context_length: int
     vocab_size: int
@@ -57,6 +69,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     num_labels: int = 0
     draft_tokens: int = 0
     forces: bool = False
+    experts: ExpertFacts | None = None
+    keeps_routes: bool = False
 
 
 def limits_of(state: ReplicaState) -> Limits:
@@ -68,6 +82,8 @@ def limits_of(state: ReplicaState) -> Limits:
         num_labels=state.num_labels,
         draft_tokens=state.draft_tokens,
         forces=state.forces_acceptance,
+        experts=state.experts,
+        keeps_routes=state.keeps_routes,
     )
 
 
@@ -108,15 +124,54 @@ def _check_meaning(request: Request, limits: Limits) -> None:
             "prompt_logprob_start",
             f"is {request.prompt_logprob_start}; give a position in [0, {prompt_len}) or -1",
         )
-    if request.sampling.max_new_tokens == 0 and request.prompt_logprob_start < 0:
-        _refuse("max_new_tokens", "may be 0 only when prompt logprobs are asked for")
+    of_prompt = request.prompt_logprob_start >= 0 or request.return_routed_experts
+    if request.sampling.max_new_tokens == 0 and not of_prompt:
+        _refuse("max_new_tokens", "may be 0 only when prompt logprobs are asked for, or routes")
     if not 0 <= request.top_logprobs <= limits.vocab_size:
         _refuse("top_logprobs", f"is {request.top_logprobs}; give 0 to {limits.vocab_size}")
     _check_allowed(request, limits.vocab_size)
     check_continued(request, limits)
     _check_drafts(request, limits)
+    _check_routes(request, limits)
     if request.seed < 0:
         _refuse("seed", f"is {request.seed}; give 0 to 2**63 - 1")
+
+
+def _check_routes(request: Request, limits: Limits) -> None:
+    if not request.return_routed_experts:
+        return
+    check_keeps_routes(limits)
+    start = request.routed_experts_start_len
+    known = len(request.prompt_ids)
+    known += 0 if request.output_ids is None else len(request.output_ids)
+    # Where a turn begins, the leader knows.
+    if not 0 <= start <= known and not (request.session and start > 0):
+        _refuse("routed_experts_start_len", f"is {start}; give a position in [0, {known}]")
+
+
+def check_keeps_routes(engine: Limits | ReplicaState) -> None:
+    """Raise InvalidRequest (`return_routed_experts`) where no routes can be returned."""
+    field = "return_routed_experts"
+    if engine.experts is None:
+        _refuse(field, "asks for routes, and this model has no experts; leave it out")
+    if not engine.keeps_routes:
+        _refuse(
+            field,
+            "asks for routes, and this server keeps none; start it with "
+            "--enable-return-routed-experts, or leave it out",
+        )
+
+
+def check_route_dtype(request: Request, dtype: RouteDType, experts: ExpertFacts | None) -> None:
+    """Raise InvalidRequest (`routed_experts_dtype`) if the ids that `request` asks for do not all
+    fit into `dtype`, with a number to spare for absent ones."""
+    if not request.return_routed_experts or experts is None or dtype != "uint8":
+        return
+    if route_dtype(experts.num_experts).name != dtype:
+        _refuse(
+            "routed_experts_dtype",
+            f"is uint8, which does not hold {experts.num_experts} experts; ask for uint16 or int32",
+        )
 
 
 def _check_allowed(request: Request, vocab_size: int) -> None:

@@ -8,7 +8,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.protocol import CallNode, CallPrefix, CallSample, IntArray, PromptQuery
+from engine.protocol import (
+    CallNode,
+    CallPrefix,
+    CallSample,
+    IntArray,
+    PromptQuery,
+    RouteArray,
+)
 
 NODE_BYTES = 1024
 """About what a node takes beside its arrays."""
@@ -53,11 +60,10 @@ class CallTree:
             finish=sample.finish,
             temperature=sample.temperature,
             logprob_law=sample.logprob_law,
+            routed_experts=_own_routes(sample, start),
         )
         self.nodes.append(node)
-        self.num_bytes += NODE_BYTES + sum(
-            array.nbytes for array in (node.prompt_ids, node.token_ids, node.logprobs)
-        )
+        self.num_bytes += NODE_BYTES + _num_bytes(node)
         if sample.finish.type in ("stop", "length"):
             self._below.setdefault(parent, []).append(index)
             self._marks[index] = _Mark(sample.text_bytes, sample.text_digest, sample.key)
@@ -122,3 +128,17 @@ class CallTree:
             if keys[number] in found:
                 return found[keys[number]], number
         return _ROOT, -1
+
+
+def _own_routes(sample: CallSample, start: int) -> RouteArray | None:
+    """The routes of a sample from the token before its own first one on, which its parent sampled
+    last and has no route of. start: tokens that are its parent's."""
+    first = max(start - 1, 0) - sample.routed_experts_start
+    if sample.routed_experts is None or first < 0:
+        return None
+    return sample.routed_experts[first:].copy()
+
+
+def _num_bytes(node: CallNode) -> int:
+    routes = 0 if node.routed_experts is None else node.routed_experts.nbytes
+    return node.prompt_ids.nbytes + node.token_ids.nbytes + node.logprobs.nbytes + routes

@@ -35,6 +35,7 @@ class _Rollout:
     timeout_s: float
     history: History
     used_at: float
+    routes: bool = False
     tree: CallTree = field(default_factory=CallTree)
     calls: list[CallRecord] = field(default_factory=list)
     reward: float | None = None
@@ -110,7 +111,11 @@ class OpenRollouts:
         self._gone.forget(name)
         timeout_s = longest if command.timeout_s is None else command.timeout_s
         found = _Rollout(
-            id=name, timeout_s=timeout_s, history=command.history, used_at=self._clock()
+            id=name,
+            timeout_s=timeout_s,
+            history=command.history,
+            routes=command.return_routed_experts,
+            used_at=self._clock(),
         )
         self._open[name] = found
         return found
@@ -136,11 +141,7 @@ class OpenRollouts:
     def _end(self, found: _Rollout, command: EndCall) -> None:
         if command.call >= len(found.calls) or not found.calls[command.call].open:
             raise InvalidRequest(f"call {command.call} is not in progress", field="call")
-        size = sum(
-            NODE_BYTES + array.nbytes
-            for sample in command.samples
-            for array in (sample.prompt_ids, sample.token_ids, sample.logprobs)
-        )
+        size = sum(NODE_BYTES + sample.num_bytes for sample in command.samples)
         try:
             self._check_room(size)
         except StoreFull as error:
@@ -173,6 +174,7 @@ class OpenRollouts:
             rollout=found.id,
             timeout_s=found.timeout_s,
             history=found.history,
+            return_routed_experts=found.routes,
             complete=found.complete,
             num_calls=len(found.calls),
             reward=found.reward,

@@ -130,8 +130,7 @@ class SessionTurns:
             session = self.sessions.get(stop.session)
             if session.last_rid == stop.rid:
                 session.tokens = session.tokens[: session.last_start + stop.num_tokens]
-        output = self._scheduler.stop(stop.rid, stop.num_tokens, stop.matched)
-        return [] if output is None else [output]
+        return self._scheduler.stop(stop.rid, stop.num_tokens, stop.matched)
 
     def handle(self, command: SessionCommand | RolloutCommand) -> Reply:
         """Run a command. Raises its typed error."""
@@ -212,6 +211,12 @@ def _with_history(request: Request, session: Session) -> Request:
         )
     before = session.tokens if request.session_at < 0 else session.tokens[: request.session_at]
     prompt = np.concatenate((before, request.prompt_ids)).astype(np.int32)
+    if request.routed_experts_start_len > len(prompt):
+        raise InvalidRequest(
+            f"routed_experts_start_len is {request.routed_experts_start_len}; session {session.id} "
+            f"has {len(prompt)} tokens with its turn, so give a position in [0, {len(prompt)}]",
+            field="routed_experts_start_len",
+        )
     room = session.max_tokens - len(prompt)
     if room < 1:
         raise ContextTooLong(

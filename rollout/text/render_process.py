@@ -7,6 +7,7 @@ stand still.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,13 +43,14 @@ class RenderProcess:
             "rollout.text.render_main", limit_s=limit_s, memory_bytes=memory_bytes
         )
 
-    def render(self, job: RenderJob) -> str:
-        """The text. Blocks, so the caller has a thread for it.
+    def render(self, job: RenderJob, stop: threading.Event | None = None) -> str:
+        """The text. Blocks, so the caller has a thread for it. stop: what `interrupt` knows the
+        job by.
 
         Raises InvalidRequest naming `messages` or `chat_template`, also for a job that takes
         more time or memory than it may.
         """
-        data = self._process.run(_encode(job), job)
+        data = self._process.run(_encode(job), stop)
         if data is None:
             raise InvalidRequest(
                 f"the chat template took longer than {self._limit_s:g} s, or more memory than "
@@ -61,10 +63,10 @@ class RenderProcess:
         error: SlipstreamError = by_name(answer["kind"], answer["message"], answer["field"])
         raise error
 
-    def interrupt(self, job: RenderJob | None = None) -> None:
-        """End `job`, or whichever it is, if the process is at it; its caller gets InvalidRequest.
-        From any thread."""
-        self._process.interrupt(job)
+    def interrupt(self, stop: threading.Event) -> None:
+        """End the job that has this `stop`, or see that it does not begin; its caller gets
+        InvalidRequest. From any thread."""
+        self._process.interrupt(stop)
 
     def close(self) -> None:
         """End the process, and with it the job that it is at. Idempotent."""

@@ -18,12 +18,14 @@ def plan(
     *,
     free: int,
     device: str = "cuda",
+    route_bytes: int = 0,
     **needs: int,
 ) -> memory.MemoryPlan:
     monkeypatch.setattr(memory, "free_bytes", lambda _: free)
     return memory.plan_memory(
         cache,
         page_bytes=1 << 20,
+        route_bytes=route_bytes,
         needs=memory.Needs(workspace=GIB, **needs),
         device=torch.device(device),
         context_length=32768,
@@ -71,6 +73,14 @@ def test_what_others_need_is_kept_free(monkeypatch) -> None:
     found = plan(CacheConfig(memory_fraction=0.5), monkeypatch, free=11 * GIB, **needs)
     assert found.kv_bytes == 2 * GIB
     assert "2.00 GiB for the trainer, 3.00 GiB for a shadow" in found.describe()
+
+
+def test_routes_are_bytes_of_a_page(monkeypatch) -> None:
+    whole = plan(CacheConfig(memory_bytes=GIB), monkeypatch, free=9 * GIB)
+    found = plan(CacheConfig(memory_bytes=GIB), monkeypatch, free=9 * GIB, route_bytes=1 << 18)
+    assert (whole.num_pages, found.num_pages) == (1024, 819)
+    assert "B, 262144 of them routes, =" in found.describe()
+    assert "routes" not in whole.describe()
 
 
 def test_an_explicit_pool_that_leaves_the_trainer_too_little_is_refused(monkeypatch) -> None:

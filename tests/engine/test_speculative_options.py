@@ -10,7 +10,7 @@ import pytest
 import engine.worker
 from engine.config import EngineConfig, SpeculativeConfig
 from engine.errors import InvalidRequest, UnsupportedOption
-from engine.memory import step_bytes
+from engine.memory import StepSizes, step_bytes
 from engine.speculative.checks import check_attention, max_verified
 from rollout.launch import launch
 from tests.helpers.tiny_models import write_tiny
@@ -88,9 +88,7 @@ def test_memory_is_kept_free_for_the_logits_of_drafts() -> None:
         return step_bytes(
             config.scheduler,
             max_verified(config),
-            hidden_size=64,
-            intermediate_size=128,
-            vocab_size=1000,
+            StepSizes(hidden_size=64, intermediate_size=128, outputs=1000),
         )
 
     assert kept(method="ngram") - kept() == 3 * 4 * (512 - 256) * 1000

@@ -37,6 +37,11 @@ class CopiedExecutor:
         """Of all copies; each request is on one."""
         return {seed: found for copy in self.copies for seed, found in copy.kv_versions.items()}
 
+    @property
+    def first_read(self) -> dict[int, list[int]]:
+        """Of all copies."""
+        return {seed: found for copy in self.copies for seed, found in copy.first_read.items()}
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("version", "accepts"):
             for copy in self.copies:
@@ -46,7 +51,7 @@ class CopiedExecutor:
 
 
 def _step(executor: MockExecutor, plan: StepPlan, masks: StepMasks | None) -> StepResult:
-    if len(plan.slots):
+    if len(plan.slots) or plan.route_reads:
         return executor.step(plan, masks if len(plan.masked) else None)
     assert masks is None or len(masks.rows) == 0
     assert not plan.new_rows and len(plan.page_ids) == len(plan.copy_src) == 0

@@ -8,6 +8,7 @@ import torch
 
 from engine.layers.attention import ProjectedHeads
 from engine.layers.kinds import LayerKind
+from engine.layers.route_sink import RouteSink
 from engine.models.decoder import CausalLM
 
 
@@ -19,6 +20,8 @@ class DenseContext:
     ) -> None:
         self.layers = layers
         self.positions_T = torch.arange(num_tokens, device=device)
+        self.num_rows: torch.Tensor | None = None
+        self.routes: RouteSink | None = None
 
     def attend(self, layer_index: int, heads: ProjectedHeads) -> torch.Tensor:
         """Softmax attention, [T, H, D]; query head h reads KV head h // (H / K)."""

@@ -39,6 +39,7 @@ from engine.protocol import (
     PromptLogprobs,
     Reply,
     ResumeMemory,
+    RouteArray,
     RowSampling,
     StartProfile,
     StepMasks,
@@ -49,6 +50,7 @@ from engine.protocol import (
     UpdateReport,
     WeightCommand,
 )
+from tests.helpers.mock_routes import EXPERTS, PagedRoutes
 
 VOCAB_SIZE = 300
 EOS_ID = 299
@@ -141,7 +143,8 @@ class Answered:
 
 
 class FakeExecutor:
-    """See the module. `model` "missing" is not found, "exit" leaves the process while it
+    """See the module. `model` "experts" has some, and keeps their routes where its configuration
+    says so; "missing" is not found, "exit" leaves the process while it
     loads, "lasting" gives no memory back, "raise" raises what is no error of ours, "hang" sleeps
     in its first step, "die" leaves in it."""
 
@@ -167,7 +170,12 @@ class FakeExecutor:
             model_type="fake",
             releases=config.model != "lasting",
             hidden_size=HIDDEN_SIZE,
+            experts=EXPERTS if config.model == "experts" else None,
+            keeps_routes=config.return_routed_experts,
         )
+        self._routes: PagedRoutes | None = None
+        if config.return_routed_experts:
+            self._routes = PagedRoutes(self.facts.num_pages, self.facts.page_size)
         self.closed = False
         self._rows: dict[int, list[int]] = {}
         self._prompts: dict[int, tuple[int, int]] = {}
@@ -179,6 +187,7 @@ class FakeExecutor:
         self._staged = 0
         self._undefined = False
         self._profiling = False
+        self._read: RouteArray | None = None
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Append one token to each row that samples."""
@@ -193,6 +202,9 @@ class FakeExecutor:
             self._prompts[row.slot] = (row.prompt_logprob_start, row.prompt_len)
             self._sampling[row.slot] = row.sampling
             self._pooling[row.slot] = row.pooling
+        self._read = None
+        if self._routes is not None:
+            self._read = self._routes.step(plan, self._rows, self._shift)
         self._misbehave(plan)
 
     def _sample(self, plan: StepPlan, allowed: dict[int, list[int]]) -> StepResult:
@@ -209,6 +221,7 @@ class FakeExecutor:
             prompt=self._prompt_logprobs(plan),
             entropies=self._entropies(plan, token_ids),
             embeddings=self._embeddings(plan),
+            routes=self._read,
         )
 
     def _next(self, slot: int, allowed: Sequence[int]) -> int:

@@ -19,6 +19,7 @@ from engine.protocol import (
     Pooling,
     PromptEmbedding,
     PromptLogprobs,
+    RouteArray,
     RowSampling,
     StepMasks,
     StepPlan,
@@ -26,6 +27,7 @@ from engine.protocol import (
     TopLogprobs,
 )
 from tests.helpers.fake_executor import tokens_of
+from tests.helpers.mock_routes import FirstReads, read_routes
 from tests.helpers.mock_sources import MockSources
 
 MASK = (1 << 61) - 1
@@ -161,9 +163,11 @@ class MockExecutor:
         self.version = 0
         self.num_computed = 0
         self.num_copies = 0
+        self.num_rowless = 0
         self.batches: list[list[int]] = []
         self.kv_versions: dict[int, list[int]] = {}
         """By seed of a request: the version of each KV entry its last step read."""
+        self._first_reads = FirstReads()
         self.kept_seeds: set[int] = set()
         """Of requests that may begin with KV of older versions than they do."""
         self._allowed: dict[int, set[int]] = {}
@@ -177,6 +181,9 @@ class MockExecutor:
         self._next_step += 1
         assert (masks is None) == (len(plan.masked) == 0), "masks that nobody or somebody waits for"
         self._allowed = self._allowed_of(plan, masks)
+        routes = read_routes(self._kv, plan.route_reads)
+        if not len(plan.slots):
+            return self._read_alone(plan, routes)
         self._check_shapes(plan)
         if plan.sources is not None:
             self.sources.apply(plan.sources, self._texts)
@@ -200,7 +207,19 @@ class MockExecutor:
         if self.num_labels:
             return self._score(plan)
         run = self._verify if len(plan.draft_lens) else self._sample
-        return replace(run(plan, prompt), embeddings=embeddings)
+        return replace(run(plan, prompt), embeddings=embeddings, routes=routes)
+
+    @property
+    def first_read(self) -> dict[int, list[int]]:
+        """As `FirstReads.versions`."""
+        return self._first_reads.versions
+
+    def _read_alone(self, plan: StepPlan, routes: RouteArray | None) -> StepResult:
+        assert routes is not None and not plan.new_rows, "an empty step"
+        self.num_rowless += 1
+        nothing = np.empty(0, np.int32)
+        logprobs = nothing.astype(np.float32)
+        return StepResult(step=plan.step, token_ids=nothing, logprobs=logprobs, routes=routes)
 
     def _embeddings(self, plan: StepPlan) -> list[PromptEmbedding]:
         found = []
@@ -325,11 +344,11 @@ class MockExecutor:
 
     def _new_row(self, new: NewRow) -> Row:
         tokens = new.token_ids.tolist()
+        self._first_reads.enter(new.sampling.seed, len(tokens))
         return Row(new, self.version, tokens, prefix_hashes(tokens), new.prompt_logprob_start)
 
     def _check_shapes(self, plan: StepPlan) -> None:
         rows = len(plan.slots)
-        assert rows > 0, "an empty step"
         assert len(set(plan.slots.tolist())) == rows, "a slot twice in one step"
         assert len(plan.query_lens) == len(plan.kv_lens) == len(plan.samples) == rows
         assert (plan.query_lens > 0).all() and (plan.query_lens <= plan.kv_lens).all()
@@ -367,6 +386,7 @@ class MockExecutor:
             assert kept or version >= row.version, f"KV of version {version} at {position}"
             versions.append(version)
         self.kv_versions[row.new.sampling.seed] = versions
+        self._first_reads.read(row.new.sampling.seed, versions)
 
     def _prompt_logprobs(self, plan: StepPlan) -> list[PromptLogprobs]:
         parts = []

@@ -20,10 +20,12 @@ def fake_config(
     num_pages: int = 256,
     overlap: bool | None = None,
     parallel: ParallelConfig | None = None,
+    routes: bool = False,
 ) -> EngineConfig:
-    """A small replica of the fake model."""
+    """A small replica of the fake model. routes: keeps those of the model "experts"."""
     return EngineConfig(
         model=model,
+        return_routed_experts=routes,
         cache=CacheConfig(page_size=4, num_pages=num_pages),
         scheduler=SchedulerConfig(
             max_running=32,

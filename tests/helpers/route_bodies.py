@@ -86,11 +86,13 @@ class RouteBody:
 def openapi() -> dict[str, Any]:
     """The document of a server over the fake engine."""
     from rollout.http.app import build_routes
+    from rollout.http.edge.routes import Routes
 
     config = ServeConfig(engine=fake_config())
     app = build_routes(make_services(config, AsyncEngine(InlineLink(config.engine)), None))
-    routers = [entry.original_router for entry in app.routes if hasattr(entry, "original_router")]
-    return document(config, routers, frozenset())
+    found = Routes()
+    found.routes += app.routes
+    return document(config, [found], frozenset())
 
 
 def route_bodies() -> Iterator[RouteBody]:

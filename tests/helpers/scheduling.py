@@ -33,6 +33,7 @@ from tests.helpers.mock_executor import (
     logprob,
     prefix_hashes,
 )
+from tests.helpers.mock_routes import EXPERTS, expected_routes
 
 VOCAB = 97
 
@@ -82,6 +83,8 @@ class Bench:
             context_length=context_length,
             vocab_size=VOCAB,
             num_labels=num_labels,
+            experts=EXPERTS,
+            keeps_routes=True,
             speculative=speculative,
         )
         self.executor = MockExecutor(
@@ -176,10 +179,35 @@ class Bench:
         """New weights, on both sides; the outputs of requests that this ended. Where drafts are
         verified no step may be in flight, as none is when a leader commits."""
         self.settle()
-        while self.scheduler.copies[0].drafts and self._results:
-            self.keep(self.scheduler.apply(self._results.popleft()))
+        self.land()
         self.executor.version = version
         return self.keep(self.scheduler.set_version(version))
+
+    def land(self) -> None:
+        """Take in the steps in flight where drafts are verified."""
+        while self.scheduler.copies[0].drafts and self._results:
+            self.keep(self.scheduler.apply(self._results.popleft()))
+
+    def check_routes(self, request: Request, output: RequestOutput, *, whole: bool = True) -> None:
+        """The routes of a final output are those of the steps that sampled its tokens, if it asked
+        for them; of one that is not whole, those that nobody computed are absent."""
+        routes, start = output.routed_experts, output.routed_experts_start
+        if not request.return_routed_experts:
+            assert routes is None
+            return
+        size = output.start + len(output.token_ids)
+        hashes = prefix_hashes([*request.prompt_ids.tolist(), *expected(request)[0][:size]])[:-1]
+        assert routes is not None and start == request.routed_experts_start_len
+        assert routes.dtype == np.uint8 and len(routes) == max(len(hashes) - start, 0)
+        versions = self.executor.first_read.get(request.seed, [])[: len(hashes)]
+        computed = expected_routes(hashes[start : len(versions)], versions[start:])
+        known = (routes[:, EXPERTS.layers] != 255).all(axis=(1, 2))
+        count = int(known.sum())
+        assert known[:count].all() and count <= len(computed), f"{request.rid}: a gap"
+        assert (routes[:count] == computed[:count]).all(), f"{request.rid}: other routes"
+        assert (routes[count:, EXPERTS.layers] == 255).all()
+        if whole:
+            assert known.all(), f"{request.rid}: no routes from {count} on"
 
     def check_kv_spans(self, request: Request, output: RequestOutput) -> None:
         """The KV spans of a final output say what the executor found in the KV."""
@@ -224,6 +252,8 @@ def joined(outputs: list[RequestOutput]) -> RequestOutput:
         scores=outputs[-1].scores,
         embedding=outputs[-1].embedding,
         spec=outputs[-1].spec,
+        routed_experts=outputs[-1].routed_experts,
+        routed_experts_start=outputs[-1].routed_experts_start,
     )
 
 

@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import save_file
 
 SIZES: dict[str, Any] = {
     "vocab_size": 100,
@@ -31,6 +32,10 @@ _CLASSES = {
     "gemma3": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
     "smollm3": (transformers.SmolLM3Config, transformers.SmolLM3ForCausalLM),
     "olmo2": (transformers.Olmo2Config, transformers.Olmo2ForCausalLM),
+    "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
+    "qwen2_moe": (transformers.Qwen2MoeConfig, transformers.Qwen2MoeForCausalLM),
+    "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM),
+    "glm4_moe": (transformers.Glm4MoeConfig, transformers.Glm4MoeForCausalLM),
 }
 _OWN_SIZES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 32},
@@ -43,6 +48,41 @@ _OWN_SIZES: dict[str, dict[str, Any]] = {
         "sliding_window": 16,
         "query_pre_attn_scalar": 32,
         "tie_word_embeddings": True,
+    },
+    # Eight experts of 32, two a token, and one dense layer where the family has such.
+    "qwen3_moe": {
+        "num_hidden_layers": 3,
+        "head_dim": 32,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "mlp_only_layers": [1],
+    },
+    "qwen2_moe": {
+        "num_hidden_layers": 3,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+        "mlp_only_layers": [1],
+    },
+    "mixtral": {
+        "num_hidden_layers": 3,
+        "intermediate_size": 32,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    "glm4_moe": {
+        "num_hidden_layers": 3,
+        "head_dim": 32,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "n_shared_experts": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.5,
     },
 }
 _GGUF_NAMES = {
@@ -86,6 +126,9 @@ def tiny_hf(arch: str, seed: int = 0, *, classifier: bool = False, **overrides: 
             # Gemma keeps the difference of a norm's weight from one.
             one = 0.0 if arch == "gemma3" else 1.0
             parameter.copy_(one + 0.2 * noise if is_norm else 0.15 * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
     return model
 
 
@@ -107,6 +150,15 @@ def write_tiny(
     model = tiny_hf(arch, seed, **overrides).to(dtype)
     model.save_pretrained(path, max_shard_size=max_shard_size)
     return model
+
+
+def write_fused(path: Path, model: Any) -> None:
+    """The tensors of a transformers model as it names them in memory, experts in one, beside the
+    config.json that is there."""
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    save_file(tensors, path / "model.safetensors")
 
 
 def write_tiny_gguf(

@@ -45,16 +45,18 @@ def make_rank(
     dtype: torch.dtype = torch.float32,
     linear: LinearMethod | None = None,
     num_layers: int = CONFIG["num_hidden_layers"],
+    ep: bool = False,
+    config: dict[str, Any] = CONFIG,
     **service: Any,
 ) -> tuple[Any, WeightService]:
     """(model, its weight service) of one rank, serving version 3 of the weights of seed 0."""
-    mesh = Mesh(tp_rank=tp_rank, tp_size=tp_size)
+    mesh = Mesh(tp_rank=tp_rank, tp_size=tp_size, ep_size=tp_size if ep else 1)
     device = torch.device("cpu")
     runtime = LayerRuntime(
         device=device, dtype=dtype, backend="torch", mesh=mesh, linear=linear or Unquantized()
     )
-    config = read_config({**CONFIG, "num_hidden_layers": num_layers})
-    model = build_model(config, runtime=runtime)
+    read = read_config({**config, "num_hidden_layers": num_layers})
+    model = build_model(read, runtime=runtime)
     settings = {"agree": lambda value: value, "require_weights": lambda: None, **service}
     weights = WeightService(model, version=VERSION, device=device, mesh=mesh, **settings)
     load_initial(weights.session.catalog, random.tensors(model.weight_index(), seed=0))

@@ -40,6 +40,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("olmo2", {"num_labels": 1}),
     "smollm3": ("smollm3", {"num_labels": 1}),
     "gemma3": ("gemma3", {"num_labels": 1}),
+    "qwen2 with experts": ("qwen2_moe", {"num_labels": 1}),
+    "qwen3 with experts": ("qwen3_moe", {"num_labels": 2}),
+    "mixtral": ("mixtral", {"num_labels": 1}),
 }
 
 
@@ -80,7 +83,8 @@ def test_scores_are_those_of_transformers(name: str, tmp_path: Path) -> None:
 
 
 def test_every_family_has_its_classifier() -> None:
-    assert len(CLASSIFIERS) == len(ARCHITECTURES) == len({f for f, _ in FAMILIES.values()})
+    # Of GLM-4 with experts transformers has none.
+    assert len(CLASSIFIERS) == len(ARCHITECTURES) - 1 == len({f for f, _ in FAMILIES.values()})
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -27,6 +27,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3",
         {"sliding_window": 13, "use_sliding_window": True, "max_window_layers": 1},
     ),
+    "qwen3 with experts": ("qwen3_moe", {}),
+    "qwen2 with experts and windows": (
+        "qwen2_moe",
+        {"sliding_window": 13, "use_sliding_window": True, "max_window_layers": 1},
+    ),
+    # With two experts a token one choice hangs on the last bits.
+    "mixtral": ("mixtral", {"num_experts_per_tok": 3}),
+    "glm4 with experts": ("glm4_moe", {}),
 }
 
 

@@ -74,6 +74,7 @@ ENGINE: dict[str, tuple[list[str], str, object]] = {
     "trainer-training-memory": (["0.5"], "memory.trainer_training_bytes", 1 << 29),
     "reserve-shadow": ([], "memory.reserve_shadow", True),
     "numerics": (["invariant"], "numerics", "invariant"),
+    "enable-return-routed-experts": ([], "return_routed_experts", True),
     "speculative": (["ngram"], "speculative.method", "ngram"),
     "draft-tokens": (["7"], "speculative.draft_tokens", 7),
     "allow-forced-acceptance": ([], "speculative.allow_forced_acceptance", True),

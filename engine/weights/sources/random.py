@@ -26,7 +26,7 @@ def _generator(name: str, seed: int) -> torch.Generator:
 def _draw(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     if name.endswith("norm.weight"):
         return torch.ones(shape)
-    if name.endswith(".bias"):
+    if name.endswith((".bias", "_bias")):
         return torch.zeros(shape)
     return torch.randn(shape, generator=_generator(name, seed)) * STANDARD_DEVIATION
 

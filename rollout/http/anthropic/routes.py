@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 
 from engine.errors import InvalidRequest, SlipstreamError, UnsupportedOption
 from rollout.http.anthropic.blocks import ContentBlocks
@@ -22,6 +22,7 @@ from rollout.http.chat.conversation import Conversation, translating
 from rollout.http.chat.turn import Turn, start_turn
 from rollout.http.edge.errors import json_response
 from rollout.http.edge.read_body import whole_body
+from rollout.http.edge.routes import Routes
 from rollout.http.edge.sse import NAMED, EventStream, answer
 from rollout.http.openai.call import usage, version_fields
 from rollout.http.openai.model_routes import check_model
@@ -37,9 +38,9 @@ class MessageAborted(SlipstreamError):
     status = 503
 
 
-def router(services: Services) -> APIRouter:
+def router(services: Services) -> Routes:
     """The routes."""
-    routes = APIRouter()
+    routes = Routes()
 
     async def messages(request: Request) -> Response:
         return await answer(request, reply_to_messages(services, await whole_body(request)))

@@ -92,6 +92,10 @@ class CallRecorder:
             await self._continued(item, text, prefix)
             for item, text, prefix in zip(call.items, texts, reply.rollout.prefixes, strict=True)
         ]
+        if reply.rollout.return_routed_experts:
+            items = [
+                _with_routes(*pair) for pair in zip(items, reply.rollout.prefixes, strict=True)
+            ]
         return replace(call, items=items)
 
     def sampling(self, samples: Sequence[Sample]) -> None:
@@ -215,6 +219,8 @@ class CallRecorder:
             text_bytes=len(text),
             text_digest=hashlib.sha256(text).digest() if text else b"",
             key=self._key(index),
+            routed_experts=output.routed_experts,
+            routed_experts_start=output.routed_experts_start,
         )
 
     def _key(self, index: int) -> bytes:
@@ -225,3 +231,15 @@ class CallRecorder:
         except InvalidRequest:
             # Such as a call whose arguments are no JSON: nobody can repeat it either.
             return b""
+
+
+def _with_routes(item: GenerateRequest, prefix: CallPrefix) -> GenerateRequest:
+    """The item with its routes wanted: all that its client wants, and those that the branch it goes
+    on from does not have."""
+    known, ids = prefix.ids.tolist(), item.input_ids
+    # A prompt that could not be written behind the branch begins another.
+    behind = ids is not None and len(known) > 0 and ids[: len(known)] == known
+    start = len(known) - 1 if behind else 0
+    if item.return_routed_experts:
+        start = min(start, item.routed_experts_start_len)
+    return replace(item, return_routed_experts=True, routed_experts_start_len=start)

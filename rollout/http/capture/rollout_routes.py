@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from fastapi import APIRouter, Request, Response
-from fastapi.routing import APIRoute
+from fastapi import Request, Response
 
 from engine.protocol import (
     CloseRollout,
@@ -27,6 +26,7 @@ from rollout.http.capture.next_prompt import NextPrompts
 from rollout.http.capture.recorder import CallRecorder
 from rollout.http.capture.transcript import summary, transcript
 from rollout.http.edge.errors import json_response
+from rollout.http.edge.routes import Routes
 from rollout.http.edge.sse import answer
 from rollout.http.openai import chat_routes, completion_routes, model_routes
 from rollout.http.openai.bodies import ChatBody, CompletionBody
@@ -36,6 +36,7 @@ from rollout.http.openai.responses.store import ResponseStore
 from rollout.http.openapi import takes
 from rollout.http.services import Services
 from rollout.requests.json_types import decode_json
+from rollout.scheduler.validate import check_keeps_routes
 
 Reply = Callable[[Services, bytes], Coroutine[Any, Any, Response]]
 
@@ -46,6 +47,7 @@ class RolloutBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     rollout_id: ClientId | None = None
     timeout_s: Seconds | None = None
     history: History | None = None
+    return_routed_experts: bool = False
 
 
 class RewardBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -67,9 +69,9 @@ class _Captured:
     from_text: bool = False
 
 
-def router(services: Services) -> APIRouter:
+def router(services: Services) -> Routes:
     """The routes of rollouts."""
-    routes, tokenizer = APIRouter(), services.tokenizer
+    routes, tokenizer = Routes(), services.tokenizer
     prompts: NextPrompts | None = None
     if tokenizer is not None:
         longest = services.engine.facts.context_length * tokenizer.longest_token_bytes
@@ -82,10 +84,13 @@ def router(services: Services) -> APIRouter:
 
     async def create(request: Request) -> Response:
         body = decode_json(await request.body() or b"{}", RolloutBody)
+        if body.return_routed_experts:
+            check_keeps_routes(services.engine.facts)
         command = OpenRollout(
             rollout=body.rollout_id or "",
             timeout_s=body.timeout_s,
             history=body.history or "kept",
+            return_routed_experts=body.return_routed_experts,
         )
         turns = None if prompts is None else prompts.turns
         told = None if turns is None else turns.told
@@ -124,7 +129,6 @@ def router(services: Services) -> APIRouter:
     for captured in _captured():
         add_captured(captured)
     for route in model_routes.router(services).routes:
-        assert isinstance(route, APIRoute)
         path = f"/rollouts/{{rollout_id}}{route.path}"
         add(path, route.endpoint, methods=["GET"], openapi_extra=route.openapi_extra)
     return routes

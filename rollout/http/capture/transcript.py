@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from engine.protocol import CallNode, RolloutState
 from rollout.http.updates.version_labels import VersionLabels
 from rollout.requests.outputs import finite_logprobs
+from rollout.scheduler.routes.reply_fields import encoded_routes
 
 
 def transcript(state: RolloutState, labels: VersionLabels) -> dict[str, Any]:
@@ -35,6 +38,7 @@ def summary(state: RolloutState) -> dict[str, Any]:
         "id": state.rollout,
         "base_url": f"/rollouts/{state.rollout}/v1",
         "history": state.history,
+        "return_routed_experts": state.return_routed_experts,
         "timeout_s": state.timeout_s,
         "complete": state.complete,
         "num_calls": state.num_calls,
@@ -57,8 +61,18 @@ def _branches(nodes: Sequence[CallNode], labels: VersionLabels) -> list[dict[str
         for index in reversed(path):
             segments += _segments(nodes[index], labels, new=index not in seen)
             seen.add(index)
-        branches.append({"segments": segments})
+        branches.append({"segments": segments, **_routes([nodes[i] for i in reversed(path)])})
     return branches
+
+
+def _routes(path: Sequence[CallNode]) -> dict[str, Any]:
+    """The routes of a branch, of each token but the last, in the dtype they are kept in; nothing
+    where some reply came without."""
+    routes = [node.routed_experts for node in path if node.routed_experts is not None]
+    if len(routes) < len(path):
+        return {}
+    whole = np.concatenate(routes)
+    return encoded_routes(whole, whole.dtype.name)
 
 
 def _segments(node: CallNode, labels: VersionLabels, *, new: bool) -> list[dict[str, Any]]:

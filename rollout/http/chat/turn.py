@@ -82,7 +82,7 @@ class Turn:
         )
 
     def _whole(self, sample: Sample, index: int) -> list[Event]:
-        return self._readers[index].whole(sample.response().text or "")
+        return self._readers[index].whole(sample.text)
 
 
 async def start_turn(

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from fastapi import APIRouter
-from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engine.errors import SlipstreamError
 from rollout.http.edge.errors import error_response, unexpected_response
+from rollout.http.edge.routes import Routes
 
 
 class Shortcut:
@@ -23,12 +22,12 @@ class Shortcut:
     for every request and every frame of a stream.
     """
 
-    def __init__(self, app: ASGIApp, routers: Iterable[APIRouter]) -> None:
+    def __init__(self, app: ASGIApp, routers: Iterable[Routes]) -> None:
         self._app = app
-        found = [r for router in routers for r in router.routes if isinstance(r, APIRoute)]
         self._handlers: dict[tuple[str, str], Any] = {
             (method, route.path): route.endpoint
-            for route in found
+            for router in routers
+            for route in router.routes
             for method in route.methods or ()
         }
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 
 from engine.errors import UnsupportedOption
+from rollout.http.edge.routes import Routes
 
 _ADAPTERS = "LoRA adapters are not served; publish the merged weights as an update"
 _REMOTE = (
@@ -30,8 +31,8 @@ REFUSED: Mapping[str, tuple[str, str]] = MappingProxyType(
         "/skyrl/v1/load_lora_adapter": ("POST", _ADAPTERS),
         "/skyrl/v1/generate": (
             "POST",
-            "routed experts and sampling supports are not returned; generate by "
-            "/inference/v1/generate",
+            "sampling supports are not returned; generate by /inference/v1/generate, which "
+            "returns routed experts too",
         ),
         "/fetch_weights": (
             "POST",
@@ -46,9 +47,9 @@ REFUSED: Mapping[str, tuple[str, str]] = MappingProxyType(
 """Method and reason by path."""
 
 
-def router() -> APIRouter:
+def router() -> Routes:
     """The routes that refuse."""
-    routes = APIRouter()
+    routes = Routes()
 
     async def refuse(request: Request) -> Response:
         path = request.scope["path"]

@@ -7,12 +7,13 @@ it waits for a peer, when its caller closes the connection.
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 
 from engine.errors import InvalidRequest
 from engine.protocol import ControlCommand, JoinGroup, Shutdown
 from rollout.http.edge.access import caller
 from rollout.http.edge.errors import json_response
+from rollout.http.edge.routes import Routes
 from rollout.http.openapi import takes
 from rollout.http.services import Services
 from rollout.http.updates import callers
@@ -20,9 +21,9 @@ from rollout.requests.json_types import decode_json
 from rollout.requests.message_ranges import check_ranges
 
 
-def router(services: Services) -> APIRouter:
+def router(services: Services) -> Routes:
     """The protocol's own control route."""
-    routes = APIRouter()
+    routes = Routes()
 
     async def command(request: Request) -> Response:
         parsed = _parse_command(await request.body())

@@ -7,11 +7,12 @@ from contextlib import aclosing
 from typing import Any
 
 import msgspec
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 
 from engine.protocol import GenerateRequest, GenerateResponse
 from rollout.http.edge.errors import JsonResponse, error_body, json_response
 from rollout.http.edge.read_body import whole_body
+from rollout.http.edge.routes import Routes
 from rollout.http.edge.sse import DONE, EventForm, EventStream, answer, frame
 from rollout.http.native.generate_call import parse_call, prompt_room
 from rollout.http.native.increments import IncrementWriter
@@ -22,9 +23,9 @@ from rollout.http.services import Services
 from rollout.requests.respond import to_wire
 
 
-def router(services: Services) -> APIRouter:
+def router(services: Services) -> Routes:
     """The route of the native dialect."""
-    routes = APIRouter()
+    routes = Routes()
 
     async def generate(request: Request) -> Response:
         return await answer(request, run(await whole_body(request)))

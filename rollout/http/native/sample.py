@@ -16,7 +16,7 @@ from engine.protocol import (
     RequestOutput,
     SamplingParams,
 )
-from rollout.requests.outputs import Gathered, head
+from rollout.requests.outputs import Gathered, head, without_routes
 from rollout.requests.respond import (
     LogprobEntry,
     RunningReply,
@@ -31,6 +31,8 @@ from rollout.text.detokenizer import Detokenizer, StopMatch, TextDelta
 from rollout.text.tokenizer import Tokenizer
 
 _RUNNING = FinishReason(type="length")
+_ROUTES_A_TOKEN = 64
+"""Ids of routes that cost a reply as much as one token."""
 _AT_THE_END = ("finish_reason", "weight_versions", "kv_versions", "num_retractions")
 
 
@@ -123,6 +125,7 @@ class Sample:
             request.num_alternatives,
             request.entropy,
             request.prompt_logprob_start >= 0,
+            request.return_routed_experts,
         )
         if any(refused):
             return False
@@ -150,15 +153,24 @@ class Sample:
 
     def response(self) -> GenerateResponse:
         """The reply, once the sequence has finished."""
-        assert self._final is not None, f"request {self.request.rid} has not finished"
+        return self._respond(self.output)
+
+    def _respond(self, output: RequestOutput) -> GenerateResponse:
         return respond(
             self.wire,
             self.request,
-            self._final,
+            output,
             self._tokenizer,
             index=self.index,
             begin=self._begin,
         )
+
+    @property
+    def text(self) -> str:
+        """The text of the reply, once the sequence has finished; "" without a tokenizer."""
+        if self._tokenizer is None:
+            return ""
+        return text_of(self.request, self.output, self._tokenizer, self._begin)
 
     def response_behind(self, count: int) -> GenerateResponse:
         """`response` without what it has of each of the first `count` tokens. One that comes in
@@ -197,7 +209,7 @@ class Sample:
         more = {"finish_reason": None, "completion_tokens": self.num_sent}
         meta = {**reply.meta_info, **more}
         if self._final is not None:
-            whole = self.response().meta_info
+            whole = self._respond(without_routes(self._final)).meta_info
             meta |= {key: whole[key] for key in _AT_THE_END if key in whole}
         return msgspec.structs.replace(reply, meta_info=meta)
 
@@ -218,7 +230,9 @@ class Sample:
         output = self.output
         wanted = self.request.num_alternatives + 1
         scored = 0 if output.prompt_logprobs is None else len(output.prompt_logprobs)
-        return (len(output.token_ids) + scored) * wanted + num_given(self.request)
+        num_ids = 0 if output.routed_experts is None else output.routed_experts.size
+        tokens = (len(output.token_ids) + scored) * wanted + num_given(self.request)
+        return tokens + num_ids // _ROUTES_A_TOKEN
 
     def _text(self, text: str) -> str | None:
         return None if self._tokenizer is None else text

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from msgspec import Struct
 
 from engine.protocol import CloseSession, GetSession, OpenSession, SessionState
 from engine.protocol.types import ClientId, Count, Seconds
 from rollout.http.edge.errors import json_response
+from rollout.http.edge.routes import Routes
 from rollout.http.openapi import takes
 from rollout.http.services import Services
 from rollout.requests.json_types import decode_json
@@ -39,9 +40,9 @@ class CloseBody(Struct, kw_only=True, forbid_unknown_fields=True):
     session_id: ClientId
 
 
-def router(services: Services) -> APIRouter:
+def router(services: Services) -> Routes:
     """The routes of sessions."""
-    routes, engine = APIRouter(), services.engine
+    routes, engine = Routes(), services.engine
 
     async def opened(name: str | None, max_tokens: int, timeout_s: float | None) -> SessionState:
         command = OpenSession(session=name or "", max_tokens=max_tokens, timeout_s=timeout_s)

@@ -73,6 +73,15 @@ class _Common(StructuredFields, kw_only=True):
     allowed_token_ids: AllowedIds | None = None
     logprob_law: LogprobLaw = "model"
     kv_policy: KvPolicy = "keep"
+    return_routed_experts: bool | None = None
+    routed_experts_prompt_start: Int32 | None = None
+
+    @property
+    def wants_routes(self) -> bool:
+        """Whether choices are to have `routed_experts`; a start asks for them too."""
+        if self.return_routed_experts is None:
+            return self.routed_experts_prompt_start is not None
+        return self.return_routed_experts
 
 
 class CompletionBody(_Common, kw_only=True):
@@ -199,6 +208,8 @@ def base_request(
         allowed_token_ids=body.allowed_token_ids,
         grammar=None if named is None else named[1],
         logprob_law=body.logprob_law,
+        return_routed_experts=body.wants_routes,
+        routed_experts_start_len=body.routed_experts_prompt_start or 0,
     )
 
 

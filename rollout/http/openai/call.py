@@ -21,6 +21,7 @@ from rollout.http.openai.structured import named_grammar
 from rollout.http.services import Services
 from rollout.http.updates.version_labels import VersionLabels
 from rollout.requests.sample_ids import check_client_id, fresh_id, sample_id
+from rollout.scheduler.routes.reply_fields import npy_routes
 
 T = TypeVar("T")
 
@@ -166,6 +167,13 @@ def finish_fields(finish: FinishReason | None, body: CompletionBody | ChatBody) 
     matched = finish.matched
     asked = isinstance(matched, str) or matched in (body.stop_token_ids or [])
     return {"finish_reason": finish.type, "stop_reason": matched if asked else None}
+
+
+def route_fields(sample: Sample, body: CompletionBody | ChatBody) -> dict[str, Any]:
+    """vLLM's `routed_experts` of a finished sequence, where its body asks for them."""
+    if not body.wants_routes:
+        return {}
+    return {"routed_experts": npy_routes(sample.output, body.routed_experts_prompt_start or 0)}
 
 
 def version_fields(sample: Sample, labels: VersionLabels) -> dict[str, Any]:

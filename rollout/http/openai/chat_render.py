@@ -4,6 +4,7 @@ a small conversation takes."""
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -93,10 +94,11 @@ class _Renderer:
 
     async def render(self, job: RenderJob) -> str:
         """The job's text; a caller that is cancelled ends the job."""
-        future: Future[str] = self._pool.submit(self.process.render, job)
+        stop = threading.Event()
+        future: Future[str] = self._pool.submit(self.process.render, job, stop)
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
             if not future.cancelled():
-                self.process.interrupt(job)
+                self.process.interrupt(stop)
             raise

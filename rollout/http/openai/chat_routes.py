@@ -6,17 +6,24 @@ from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 
 from engine.protocol import RequestOutput
 from rollout.http.chat.prompts import ChatPrompts
 from rollout.http.chat.turn import Turn, TurnDelta, start_turn
 from rollout.http.edge.errors import json_response
 from rollout.http.edge.read_body import whole_body
+from rollout.http.edge.routes import Routes
 from rollout.http.edge.sse import EventStream, answer
 from rollout.http.native.sample import Sample
 from rollout.http.openai.bodies import ChatBody, parse_openai
-from rollout.http.openai.call import finish_fields, token_writer, usage, version_fields
+from rollout.http.openai.call import (
+    finish_fields,
+    route_fields,
+    token_writer,
+    usage,
+    version_fields,
+)
 from rollout.http.openapi import takes
 from rollout.http.services import Services
 from rollout.parsers.events import (
@@ -30,9 +37,9 @@ from rollout.parsers.events import (
 )
 
 
-def router(services: Services) -> APIRouter:
+def router(services: Services) -> Routes:
     """The route."""
-    routes = APIRouter()
+    routes = Routes()
 
     async def chat(request: Request) -> Response:
         data = await whole_body(request)
@@ -100,6 +107,7 @@ class _ChatChoices:
             **self._finish(sample, reply),
             **self._ids(sample.output),
             **version_fields(sample, self._services.labels),
+            **route_fields(sample, self._body),
         }
 
     def _parts(self, found: TurnDelta) -> Iterator[dict[str, Any]]:
@@ -114,6 +122,7 @@ class _ChatChoices:
             if found.delta.finished and number == len(deltas) - 1:
                 choice |= self._finish(found.sample, self._turn.reply(index))
                 choice |= version_fields(found.sample, self._services.labels)
+                choice |= route_fields(found.sample, self._body)
             else:
                 choice |= finish_fields(None, self._body)
             yield choice

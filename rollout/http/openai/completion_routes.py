@@ -8,12 +8,13 @@ from functools import partial
 from typing import Any
 
 import msgspec
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 
 from engine.errors import InvalidRequest, UnsupportedOption
 from engine.protocol import GenerateRequest, RequestOutput
 from rollout.http.edge.errors import json_response
 from rollout.http.edge.read_body import whole_body
+from rollout.http.edge.routes import Routes
 from rollout.http.edge.sse import EventStream, answer
 from rollout.http.native.generate_call import check_prompt, prompt_room
 from rollout.http.native.long_prompts import check_long_prompt
@@ -22,6 +23,7 @@ from rollout.http.openai.bodies import CompletionBody, base_request, parse_opena
 from rollout.http.openai.call import (
     OpenAICall,
     finish_fields,
+    route_fields,
     start,
     token_writer,
     usage,
@@ -36,9 +38,9 @@ from rollout.text.detokenizer import IncrementalDecoder
 _DEFAULT_TOKENS = 16
 
 
-def router(services: Services) -> APIRouter:
+def router(services: Services) -> Routes:
     """The route."""
-    routes = APIRouter()
+    routes = Routes()
 
     async def completions(request: Request) -> Response:
         return await answer(request, complete(services, await whole_body(request)))
@@ -164,7 +166,7 @@ class _CompletionChoices:
             yield frame
 
     def _whole(self, sample: Sample, index: int) -> dict[str, Any]:
-        text = self._prompt_text(sample) + (sample.response().text or "")
+        text = self._prompt_text(sample) + sample.text
         rows = self._rows(index, sample, sample.output, None, first=True)
         return {
             "index": index,
@@ -174,6 +176,7 @@ class _CompletionChoices:
             **self._ids(sample, sample.output.token_ids.tolist(), prompt=True),
             "prompt_logprobs": self._call.prompt_scores(sample),
             **version_fields(sample, self._services.labels),
+            **route_fields(sample, self._body),
         }
 
     def _part(
@@ -195,6 +198,7 @@ class _CompletionChoices:
         }
         if delta.finished:
             choice |= version_fields(sample, self._services.labels)
+            choice |= route_fields(sample, self._body)
         return choice
 
     def _prompt_text(self, sample: Sample) -> str:

@@ -26,6 +26,7 @@ NATIVE_NAMES = {
     "no_stop_trim": "include_stop_str_in_output",
     "return_prompt_token_ids": "return_token_ids",
     "rid": "request_id",
+    "routed_experts_start_len": "routed_experts_prompt_start",
 }
 """Fields of the native dialect by their names in this one."""
 

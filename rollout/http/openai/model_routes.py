@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 
 from engine.errors import InvalidRequest
 from engine.protocol import ReplicaState
 from rollout.http.edge.errors import json_response
+from rollout.http.edge.routes import Routes
 from rollout.http.openapi import takes
 from rollout.http.services import Services
 
@@ -24,9 +25,9 @@ class UnknownModel(InvalidRequest):
     code = "model_not_found"
 
 
-def router(services: Services) -> APIRouter:
+def router(services: Services) -> Routes:
     """The routes; a server serves one model."""
-    routes, created = APIRouter(), int(time.time())
+    routes, created = Routes(), int(time.time())
 
     async def models() -> Response:
         found = _model(services, await services.engine.state(), created)

@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from msgspec import Raw
 
 from engine.protocol import ClassifyRequest
 from rollout.http.edge.errors import json_response
 from rollout.http.edge.read_body import whole_body
+from rollout.http.edge.routes import Routes
 from rollout.http.edge.sse import answer
 from rollout.http.native.generate_call import prompt_room
 from rollout.http.openai.bodies import parse_openai
@@ -27,9 +28,9 @@ from rollout.http.services import Services
 from rollout.requests.json_types import decode_json
 
 
-def router(services: Services) -> APIRouter:
+def router(services: Services) -> Routes:
     """The routes."""
-    routes = APIRouter()
+    routes = Routes()
 
     async def classify(request: Request) -> Response:
         return await answer(request, run(await whole_body(request)))

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from msgspec.structs import replace
 
 from engine.errors import InvalidRequest
 from engine.protocol import FloatArray
 from rollout.http.edge.errors import json_response
 from rollout.http.edge.read_body import whole_body
+from rollout.http.edge.routes import Routes
 from rollout.http.edge.sse import answer
 from rollout.http.native.generate_call import prompt_room
 from rollout.http.native.long_prompts import check_long_prompt
@@ -27,9 +28,9 @@ from rollout.http.services import Services
 _INLINE_NUMBERS = 1 << 16
 
 
-def router(services: Services) -> APIRouter:
+def router(services: Services) -> Routes:
     """The routes."""
-    routes = APIRouter()
+    routes = Routes()
 
     async def embeddings(request: Request) -> Response:
         return await answer(request, embed(services, await whole_body(request)))

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 
 from engine.errors import InvalidRequest
 from rollout.http.edge.errors import json_response
 from rollout.http.edge.read_body import whole_body
+from rollout.http.edge.routes import Routes
 from rollout.http.edge.sse import answer
 from rollout.http.openai.bodies import parse_openai
 from rollout.http.openapi import takes
@@ -22,9 +23,9 @@ from rollout.http.services import Services
 PATHS = ("/v1/rerank", "/v2/rerank", "/rerank")
 
 
-def router(services: Services) -> APIRouter:
+def router(services: Services) -> Routes:
     """The routes."""
-    routes = APIRouter()
+    routes = Routes()
 
     async def rerank(request: Request) -> Response:
         return await answer(request, run(await whole_body(request)))

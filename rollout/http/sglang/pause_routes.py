@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import msgspec
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 
 from engine.errors import EngineDead, SlipstreamError
 from engine.protocol import Abort, PauseMode, Reply
 from engine.protocol.types import MemoryTags, Message, Patience, RequestId
 from rollout.http.edge.read_body import read_body, read_body_or_query, read_query
+from rollout.http.edge.routes import Routes
 from rollout.http.openapi import takes
 from rollout.http.services import Services
 from rollout.http.sglang.admin_replies import admin
@@ -79,9 +80,9 @@ class _Generation:
         return _memory_report(await self._lifecycle.resume_memory(tags))
 
 
-def router(services: Services) -> APIRouter:
+def router(services: Services) -> Routes:
     """The routes of the dialect that steer generation and memory."""
-    routes, generation = APIRouter(), _Generation(services)
+    routes, generation = Routes(), _Generation(services)
     memory = takes(_Memory, query=_Memory)
     for path, handler, reads in (
         ("/pause_generation", admin(generation.pause), takes(_Pause)),

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Response
+from fastapi import Response
 
 from rollout.http.edge.errors import json_response
+from rollout.http.edge.routes import Routes
 from rollout.http.services import Services
 
 
-def router(services: Services) -> APIRouter:
+def router(services: Services) -> Routes:
     """The label of the weights that serve."""
-    routes = APIRouter()
+    routes = Routes()
 
     async def weight_version() -> Response:
         state = await services.engine.state(max_age_s=0.0)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from msgspec import Meta
 
 from engine.errors import InvalidRequest, QueueFull, UnsupportedOption, UpdateTimeout
@@ -42,6 +42,7 @@ from engine.protocol.types import Path as FolderPath
 from rollout.http.edge.access import caller
 from rollout.http.edge.errors import json_response
 from rollout.http.edge.read_body import pieces, read_body, read_body_or_query
+from rollout.http.edge.routes import Routes
 from rollout.http.openapi import takes
 from rollout.http.services import Services
 from rollout.http.sglang.admin_replies import admin
@@ -301,9 +302,9 @@ class _Begin(msgspec.Struct):
     partial: bool = True
 
 
-def router(services: Services) -> APIRouter:
+def router(services: Services) -> Routes:
     """The weight routes of the dialect."""
-    routes, weights = APIRouter(), _Weights(services)
+    routes, weights = Routes(), _Weights(services)
     for path, (handler, reads) in {
         "/init_weights_update_group": (weights.init_group, takes(_InitGroup)),
         "/destroy_weights_update_group": (weights.destroy_group, takes(_DestroyGroup)),

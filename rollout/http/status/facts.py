@@ -59,7 +59,7 @@ def server_info(services: Services, state: ReplicaState) -> dict[str, Any]:
         "prefill_round_robin_balance": False,
         "encoder_only": False,
         "enable_memory_saver": config.engine.memory.saver,
-        "enable_return_routed_experts": False,
+        "enable_return_routed_experts": config.engine.return_routed_experts,
         **_speculative(services.config.engine.speculative),
         "max_total_num_tokens": _total_tokens(state),
         "weight_version": services.labels.text(state.version),

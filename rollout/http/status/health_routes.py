@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
-from fastapi import APIRouter, Response
+from fastapi import Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from engine.errors import SlipstreamError
 from engine.protocol import GenerateRequest, SamplingParams, Task
 from rollout.http.edge.errors import error_response, json_response
+from rollout.http.edge.routes import Routes
 from rollout.http.native.generate_call import GenerateCall
 from rollout.http.services import Services
 
@@ -23,9 +24,9 @@ class NotReady(SlipstreamError):
     status = 503
 
 
-def router(services: Services) -> APIRouter:
+def router(services: Services) -> Routes:
     """Health, readiness and metrics."""
-    routes = APIRouter()
+    routes = Routes()
     engine = services.engine
 
     async def health() -> Response:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import Response
 
 from engine.protocol import ReplicaState
 from rollout.http.edge.errors import json_response
+from rollout.http.edge.routes import Routes
 from rollout.http.services import Services
 from rollout.http.status.facts import load, loads_total, model_info, package_version, server_info
 
 
-def router(services: Services) -> APIRouter:
+def router(services: Services) -> Routes:
     """Information routes; none changes anything."""
-    routes = APIRouter()
+    routes = Routes()
     engine = services.engine
 
     async def server() -> Response:

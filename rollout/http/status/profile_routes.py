@@ -7,7 +7,7 @@ import uuid
 from typing import Annotated, Any
 
 import msgspec
-from fastapi import APIRouter, Request
+from fastapi import Request
 from msgspec import Meta
 
 from engine.errors import InvalidRequest, UnsupportedOption
@@ -15,6 +15,7 @@ from engine.protocol import ProfileActivity, StartProfile, StopProfile
 from engine.protocol.types import Name, NumSteps, Size
 from engine.protocol.types import Path as FolderPath
 from rollout.http.edge.read_body import read_body
+from rollout.http.edge.routes import Routes
 from rollout.http.openapi import takes
 from rollout.http.services import Services
 from rollout.http.sglang.admin_replies import admin
@@ -42,9 +43,9 @@ class _Start(msgspec.Struct, kw_only=True):
     merge_profiles: bool | None = None
 
 
-def router(services: Services) -> APIRouter:
+def router(services: Services) -> Routes:
     """The routes."""
-    routes = APIRouter()
+    routes = Routes()
     access, lifecycle = services.access, services.lifecycle
 
     async def start(request: Request) -> dict[str, Any]:

@@ -12,13 +12,14 @@ from contextlib import aclosing
 from typing import Any
 
 import msgspec
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 
 from engine.errors import InvalidRequest, UnsupportedOption
 from engine.protocol import GenerateRequest, RequestOutput
 from engine.protocol.types import ClientId, Int64, Message, Salt
 from rollout.http.edge.errors import json_response
 from rollout.http.edge.read_body import read_query, whole_body
+from rollout.http.edge.routes import Routes
 from rollout.http.edge.sse import EventStream, answer
 from rollout.http.native.generate_call import check_prompt, prompt_room
 from rollout.http.native.long_prompts import check_long_prompt
@@ -30,7 +31,14 @@ from rollout.http.openai.bodies import (
     parse_openai,
     prompts_of,
 )
-from rollout.http.openai.call import OpenAICall, finish_fields, start, usage, version_fields
+from rollout.http.openai.call import (
+    OpenAICall,
+    finish_fields,
+    route_fields,
+    start,
+    usage,
+    version_fields,
+)
 from rollout.http.openai.logprobs import TokenWriter
 from rollout.http.openapi import takes
 from rollout.http.services import Services
@@ -40,7 +48,10 @@ from rollout.requests.known_fields import WITHOUT_EFFECT
 _DEFAULT_TOKENS = 16
 _INERT = frozenset({b"null", b"false", b'""', b"[]", b"{}"})
 # Fields of a body that stand beside the sampling parameters, here as in /v1/completions.
-_BESIDE = ("model", "request_id", "stream", "stream_options", "cache_salt", "priority")
+_BESIDE = (
+    *("model", "request_id", "stream", "stream_options", "cache_salt", "priority"),
+    "return_routed_experts",
+)
 # Fields of /v1/completions that are no sampling parameters here.
 _ELSEWHERE = frozenset({"prompt", "echo", *_BESIDE})
 
@@ -58,6 +69,8 @@ class TokensBody(msgspec.Struct, kw_only=True):
     cache_salt: Salt | None = None
     priority: Int64 | None = None
     return_token_ids: bool | None = None
+    return_routed_experts: bool | None = None
+    """Where an engine keeps routes, this route returns them unless told not to, as vLLM's does."""
 
 
 class _Session(msgspec.Struct):
@@ -66,9 +79,9 @@ class _Session(msgspec.Struct):
     session_id: ClientId = ""
 
 
-def router(services: Services) -> APIRouter:
+def router(services: Services) -> Routes:
     """The routes."""
-    routes = APIRouter()
+    routes = Routes()
 
     async def generate(request: Request) -> Response:
         return await answer(request, named(await whole_body(request)))
@@ -88,6 +101,8 @@ def router(services: Services) -> APIRouter:
         check_long_prompt(data, text_bytes=room.text_bytes, num_ids=room.num_ids)
         body = await services.generator.parsed(_parse_tokens, data)
         check_prompt(body.prompt, room, "token_ids")
+        if body.return_routed_experts is None:
+            body.return_routed_experts = facts.keeps_routes
         item = _item(services, body, _ids(await services.generator.parsed(prompts_of, body.prompt)))
         call = await start(services, body, [item], prefix="generate-", object_name="generate")
         writer = _TokenChoices(call, body)
@@ -187,6 +202,7 @@ class _TokenChoices:
             **self._scores(sample.output),
             **finish_fields(sample.finish, self._body),
             **version_fields(sample, self._services.labels),
+            **route_fields(sample, self._body),
         }
 
     def _part(self, index: int, sample: Sample, delta: SampleDelta) -> dict[str, Any]:
@@ -198,6 +214,7 @@ class _TokenChoices:
         }
         if delta.finished:
             choice |= version_fields(sample, self._services.labels)
+            choice |= route_fields(sample, self._body)
         return choice
 
     def _scores(self, output: RequestOutput) -> dict[str, Any]:

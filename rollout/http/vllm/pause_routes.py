@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import msgspec
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from msgspec import Meta
 
 from engine.errors import EngineDead, SlipstreamError
@@ -13,6 +13,7 @@ from engine.protocol import Abort, MemoryTag
 from engine.protocol.types import Patience, RequestId
 from rollout.http.edge.errors import json_response
 from rollout.http.edge.read_body import read_body, read_query
+from rollout.http.edge.routes import Routes
 from rollout.http.edge.sse import answer
 from rollout.http.openapi import takes
 from rollout.http.services import Services
@@ -127,9 +128,9 @@ class _Generation:
         return [name] if call is None else [sample.request.rid for sample in call.samples]
 
 
-def router(services: Services) -> APIRouter:
+def router(services: Services) -> Routes:
     """The routes of the dialect that steer generation and memory."""
-    routes, generation = APIRouter(), _Generation(services)
+    routes, generation = Routes(), _Generation(services)
     for path, (handler, reads) in {
         "/pause": (generation.pause, takes(query=_Pause)),
         "/resume": (generation.resume, takes()),

@@ -7,7 +7,7 @@ import uuid
 from typing import Annotated, Any
 
 import msgspec
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from msgspec import Meta
 
 from engine.errors import ContextTooLong, InvalidRequest, UnsupportedOption
@@ -16,6 +16,7 @@ from rollout.http.chat.prompts import ChatPrompts
 from rollout.http.chat.tool_choice import tool_choice
 from rollout.http.edge.errors import json_response
 from rollout.http.edge.read_body import read_body
+from rollout.http.edge.routes import Routes
 from rollout.http.edge.sse import answer
 from rollout.http.openai.bodies import ChatBody, parse_openai
 from rollout.http.openai.model_routes import check_model
@@ -228,9 +229,9 @@ def _check_free(body: ChatBody) -> None:
         )
 
 
-def router(services: Services) -> APIRouter:
+def router(services: Services) -> Routes:
     """The routes; a model without a tokenizer refuses them."""
-    routes = APIRouter()
+    routes = Routes()
     text = None if services.prompts is None else _Text(services, services.prompts)
 
     async def refuse(_: Request) -> Response:

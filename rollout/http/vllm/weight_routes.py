@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 
 from engine.errors import InvalidRequest, UnsupportedOption
 from engine.protocol import CheckAction, CheckWeights, JoinGroup, LeaveGroup, ReceiveBroadcast
@@ -23,6 +23,7 @@ from engine.protocol.types import Path as FolderPath
 from rollout.http.edge.access import caller
 from rollout.http.edge.errors import json_response
 from rollout.http.edge.read_body import pieces, read_body
+from rollout.http.edge.routes import Routes
 from rollout.http.openapi import takes
 from rollout.http.services import Services
 from rollout.http.sglang.weight_routes import check_summary
@@ -193,9 +194,9 @@ class _Transfer:
         )
 
 
-def router(services: Services) -> APIRouter:
+def router(services: Services) -> Routes:
     """The weight routes of the dialect."""
-    routes, transfer = APIRouter(), _Transfer(services)
+    routes, transfer = Routes(), _Transfer(services)
     for path, (handler, reads) in {
         "/init_weight_transfer_engine": (transfer.init, takes(_Init)),
         "/shutdown_weight_transfer_engine": (transfer.shutdown, takes()),

@@ -93,13 +93,13 @@ class DividedScheduler:
             lambda copy: copy.abort(rid_prefix, all, message, rid=rid, rids=names, error=error)
         )
 
-    def stop(self, rid: str, num_tokens: int, matched: str) -> RequestOutput | None:
+    def stop(self, rid: str, num_tokens: int, matched: str) -> list[RequestOutput]:
         """As `Scheduler.stop`."""
         if rid not in self._placement:
-            return None
-        output = self._copies[self._placement.copy_of(rid)].stop(rid, num_tokens, matched)
-        self._placement.leave([] if output is None else [output])
-        return output
+            return []
+        outputs = self._copies[self._placement.copy_of(rid)].stop(rid, num_tokens, matched)
+        self._placement.leave(outputs)
+        return outputs
 
     def pause(self, mode: PauseMode = "keep") -> list[RequestOutput]:
         """As `Scheduler.pause`."""
@@ -119,17 +119,28 @@ class DividedScheduler:
         for copy in self._copies:
             copy.flush_cache()
 
+    @property
+    def wants_reads(self) -> bool:
+        """As `Scheduler.wants_reads`, of any copy."""
+        return any(copy.wants_reads for copy in self._copies)
+
     def plan(self) -> StepPlan | None:
-        """The next step of all copies, or None if none of them has anything to compute."""
-        step = self._next_step
-        plans = [copy.plan(step) for copy in self._copies]
-        with_rows = [index for index, plan in enumerate(plans) if plan is not None]
-        if not with_rows:
+        """The next step of all copies, or None if none of them has anything to do."""
+        plan = self._framed([copy.plan(self._next_step) for copy in self._copies])
+        self._num_steps += plan is not None and any(len(own.slots) for own in plan.copies())
+        return plan
+
+    def plan_reads(self) -> StepPlan | None:
+        """As `Scheduler.plan_reads`."""
+        return self._framed([copy.plan_reads(self._next_step) for copy in self._copies])
+
+    def _framed(self, plans: list[StepPlan | None]) -> StepPlan | None:
+        with_plans = [index for index, plan in enumerate(plans) if plan is not None]
+        if not with_plans:
             return None
-        self._in_flight.append(with_rows)
+        self._in_flight.append(with_plans)
         self._next_step += 1
-        self._num_steps += 1
-        return framed(plans, step)
+        return framed(plans, self._next_step - 1)
 
     def apply(self, result: StepResult) -> list[StepOutput]:
         """As `Scheduler.apply`; result: of copy 0, with those of the others."""

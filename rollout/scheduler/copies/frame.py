@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 from msgspec.structs import replace
 
-from engine.protocol import NO_INTS, StepMasks, StepPlan
+from engine.protocol import StepMasks, StepPlan
+from rollout.scheduler.planning.plan_builder import no_rows
 
 
 def framed(plans: Sequence[StepPlan | None], step: int) -> StepPlan:
     """The frame of a step. plans: of each copy, of that step; None where it has no rows."""
-    first, *further = [_rowless(step) if plan is None else plan for plan in plans]
+    first, *further = [no_rows(step) if plan is None else plan for plan in plans]
     return replace(first, further=further)
 
 
@@ -32,19 +32,3 @@ def first_rows(plan: StepPlan) -> list[int]:
     """The index of the first sampling row of each copy, among those of all."""
     counts = [int(copy.samples.sum()) for copy in plan.copies()]
     return [sum(counts[:index]) for index in range(len(counts))]
-
-
-def _rowless(step: int) -> StepPlan:
-    return StepPlan(
-        step=step,
-        new_rows=[],
-        page_slots=NO_INTS,
-        page_columns=NO_INTS,
-        page_ids=NO_INTS,
-        copy_src=NO_INTS,
-        copy_dst=NO_INTS,
-        slots=NO_INTS,
-        query_lens=NO_INTS,
-        kv_lens=NO_INTS,
-        samples=np.empty(0, np.bool_),
-    )

@@ -42,6 +42,8 @@ def _scheduler(
         context_length=facts.context_length,
         vocab_size=facts.vocab_size,
         num_labels=facts.num_labels,
+        experts=facts.experts,
+        keeps_routes=facts.keeps_routes,
         version=config.weight_version,
         speculative=config.speculative,
         device=facts.device,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from engine.protocol import IntArray
+from rollout.scheduler.routes.kept import KeptRoutes
 
 UidArray = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -20,6 +21,7 @@ class InFlight:
     a row whose slot has another uid by then left meanwhile, and its token is dropped.
     row_slots, row_uids: [R], all rows. scored: slots that end without sampling.
     draft_lens: int32 [S], as in the plan; None where it has none, so that each row gets one token.
+    routes: whose routes it reads, in the order of its reads.
     """
 
     step: int
@@ -30,3 +32,4 @@ class InFlight:
     row_uids: UidArray
     scored: list[int] = field(default_factory=list)
     draft_lens: IntArray | None = None
+    routes: list[KeptRoutes] = field(default_factory=list)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Sequence_
+
 import numpy as np
 
-from engine.protocol import NO_INTS, IntArray, NewRow, StepPlan
+from engine.protocol import NO_INTS, IntArray, NewRow, RouteRead, StepPlan
 from rollout.booleans import BoolArray, every, some
 from rollout.cache.radix_node import Match
 from rollout.scheduler.planning.in_flight import InFlight
+from rollout.scheduler.routes.kept import KeptRoutes
 from rollout.scheduler.running import RunningSet
 from rollout.scheduler.sequence import Sequence
 
@@ -109,7 +112,8 @@ class PlanBuilder:
         if self._copies:
             copy_src, copy_dst = np.array(self._copies, np.int32).T.copy()
         page_slots, page_columns, page_ids = self._page_writes()
-        flight = self._in_flight(slots, samples, draft_lens if len(draft_lens) else None)
+        reads, keepers = self._running.routes.take()
+        flight = self._in_flight(slots, samples, draft_lens if len(draft_lens) else None, keepers)
         masked = table.masked[flight.slots]
         plan = StepPlan(
             step=self.step,
@@ -126,6 +130,7 @@ class PlanBuilder:
             draft_lens=draft_lens,
             sources=None if drafts is None else drafts.sources(),
             masked=np.flatnonzero(masked).astype(np.int32) if some(masked) else NO_INTS,
+            route_reads=reads,
         )
         if drafts is not None:
             all_decode = self.all_decode
@@ -140,11 +145,11 @@ class PlanBuilder:
             slots, columns, pages = zip(*self._page_runs, strict=True)
             sizes = [len(ids) for ids in pages]
             # Those of a run are behind each other, however many came in runs before it.
-            before = np.cumsum([0, *sizes[:-1]], dtype=np.int32)
-            ids: IntArray = np.concatenate(pages)
+            before: IntArray = np.cumsum([0, *sizes[:-1]]).astype(np.int32)
             start: IntArray = np.array(columns, np.int32) - before
-            column: IntArray = np.arange(len(ids), dtype=np.int32)
-            column += np.repeat(start, sizes)
+            ids = np.concatenate(pages)
+            within: IntArray = np.arange(len(ids), dtype=np.int32)
+            column: IntArray = np.add(np.repeat(start, sizes), within)
             parts.append((np.repeat(np.array(slots, np.int32), sizes), column, ids))
         if len(parts) == 1:
             return parts[0]
@@ -170,7 +175,11 @@ class PlanBuilder:
         return slots[order], lens[order], samples[order]
 
     def _in_flight(
-        self, slots: IntArray, samples: BoolArray, draft_lens: IntArray | None
+        self,
+        slots: IntArray,
+        samples: BoolArray,
+        draft_lens: IntArray | None,
+        routes: list[KeptRoutes],
     ) -> InFlight:
         uids = self._running.table.uid[slots]
         all_sample = every(samples)
@@ -183,4 +192,38 @@ class PlanBuilder:
             row_uids=uids,
             scored=self._scored,
             draft_lens=draft_lens if draft_lens is None or all_sample else draft_lens[samples],
+            routes=routes,
         )
+
+
+def no_rows(step: int, reads: Sequence_[RouteRead] = ()) -> StepPlan:
+    """A step that computes nothing, and reads routes if there are any to read."""
+    return StepPlan(
+        step=step,
+        new_rows=[],
+        page_slots=NO_INTS,
+        page_columns=NO_INTS,
+        page_ids=NO_INTS,
+        copy_src=NO_INTS,
+        copy_dst=NO_INTS,
+        slots=NO_INTS,
+        query_lens=NO_INTS,
+        kv_lens=NO_INTS,
+        samples=np.empty(0, np.bool_),
+        route_reads=list(reads),
+    )
+
+
+def rowless(step: int, running: RunningSet) -> tuple[StepPlan, InFlight]:
+    """The step that reads what routes there are to read, and no more."""
+    reads, keepers = running.routes.take()
+    flight = InFlight(
+        step=step,
+        version=running.version,
+        slots=NO_INTS,
+        uids=np.empty(0, np.int64),
+        row_slots=NO_INTS,
+        row_uids=np.empty(0, np.int64),
+        routes=keepers,
+    )
+    return no_rows(step, reads), flight

@@ -37,6 +37,9 @@ ARCHITECTURES = [
     "Qwen3ForCausalLM",
     "LlamaForCausalLM",
     "SmolLM3ForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "MixtralForCausalLM",
 ]
 
 

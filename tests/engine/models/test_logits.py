@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from engine.models.locate import locate
 from tests.helpers.dense_context import dense_logits
 from tests.helpers.load_tiny import load_path
-from tests.helpers.tiny_models import write_tiny
+from tests.helpers.tiny_models import write_fused, write_tiny
 
 TOLERANCE = 1e-4
 LLAMA3 = {
@@ -67,7 +69,21 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("olmo2", {}),
     ("olmo2", {"tie_word_embeddings": True, "attention_bias": True, "num_key_value_heads": 4}),
     ("olmo2", {"num_key_value_heads": 1, "rope_parameters": YARN}),
+    ("qwen3_moe", {}),
+    ("qwen3_moe", {"norm_topk_prob": True, "tie_word_embeddings": True, "attention_bias": True}),
+    ("qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [], "num_experts_per_tok": 8}),
+    ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 9}),
+    ("qwen2_moe", {}),
+    ("qwen2_moe", {"qkv_bias": False, "norm_topk_prob": True, "rope_parameters": YARN}),
+    ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}),
+    ("mixtral", {}),
+    ("mixtral", {"sliding_window": 16, "num_local_experts": 5, "tie_word_embeddings": True}),
+    ("glm4_moe", {}),
+    ("glm4_moe", {"use_qk_norm": True, "attention_bias": True, "n_group": 1}),
+    ("glm4_moe", {"rope_parameters": {**YARN, "partial_rotary_factor": 0.25}}),
+    ("glm4_moe", {"n_group": 4, "topk_group": 3, "norm_topk_prob": False}),
 ]
+MIXTURES = ("qwen3_moe", "qwen2_moe", "mixtral", "glm4_moe")
 
 
 def _largest_difference(reference: Any, path: Path) -> float:
@@ -102,6 +118,34 @@ def test_yarn_as_a_model_card_switches_it_on(arch: str, tmp_path: Path) -> None:
     assert _largest_difference(reference, tmp_path) > 100 * TOLERANCE
 
 
+@pytest.mark.parametrize("arch", MIXTURES)
+def test_experts_in_one_tensor_equal_transformers(arch: str, tmp_path: Path) -> None:
+    reference = write_tiny(tmp_path, arch)
+    write_fused(tmp_path, reference)
+    assert _largest_difference(reference, tmp_path) <= TOLERANCE
+
+
+@pytest.mark.parametrize("arch", ["qwen3_moe", "mixtral"])
+def test_experts_in_files_of_either_form_equal_transformers(arch: str, tmp_path: Path) -> None:
+    """Some tensors of a sharded folder fused, the others one by one."""
+    reference = write_tiny(tmp_path, arch, max_shard_size=60_000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    fused = {
+        n: t for n, t in reference.state_dict().items() if n.endswith("2.mlp.experts.gate_up_proj")
+    }
+    (name,) = fused
+    parts = re.compile(r"layers\.2\..*experts\.\d+\.(gate_proj|up_proj|w1|w3)\.weight")
+    for file in sorted(set(index.values())):
+        kept = {n: t for n, t in load_file(tmp_path / file).items() if not parts.search(n)}
+        save_file(kept, tmp_path / file)
+    save_file(fused, tmp_path / "fused.safetensors")
+    index = {n: file for n, file in index.items() if not parts.search(n)} | {
+        name: "fused.safetensors"
+    }
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    assert _largest_difference(reference, tmp_path) <= TOLERANCE
+
+
 def test_sharded_checkpoint_equals_transformers(tmp_path: Path) -> None:
     reference = write_tiny(tmp_path, "llama", max_shard_size=60_000)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
@@ -121,6 +165,7 @@ def test_other_weights_give_other_logits(tmp_path: Path) -> None:
         ("olmo2", {}),
         ("smollm3", {"num_hidden_layers": 2, "no_rope_layers": [1, 0]}),
         ("gemma3", {}),
+        ("qwen3_moe", {}),
     ],
 )
 def test_bfloat16_is_close_to_transformers(

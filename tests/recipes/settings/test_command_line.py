@@ -39,6 +39,7 @@ eval_prompts
 eval_samples
 eval_set
 eval_temperature
+freeze_router
 gamma
 gradient_checkpointing
 heldout
@@ -84,6 +85,8 @@ reward_timeout
 reward_tokenizer
 rollout_gpus
 rollout_quantization
+router_aux_coef
+routing_replay
 samples
 sandbox
 schedule

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -87,3 +89,27 @@ def test_packing_keeps_groups_together_where_they_fit() -> None:
 
 def test_nothing_packs_to_nothing() -> None:
     assert pack([], 10) == []
+
+
+def routed(prompt: list[int], response: list[int], experts: list[int] | None) -> PromptResponse:
+    """experts: one a token but the last; a layer, an expert a token."""
+    plain = sequence(prompt, response)
+    routes = None if experts is None else np.array(experts, np.uint8).reshape(-1, 1, 1)
+    return dataclasses.replace(plain, routes=routes)
+
+
+def test_paths_part_where_routes_do() -> None:
+    sequences = [
+        routed([5, 6], [7, 8, 1], [0, 1, 2, 3]),
+        routed([5, 6], [7, 8, 2], [0, 1, 2, 3]),
+        routed([5, 6], [7, 8, 3], [0, 1, 9, 3]),
+        routed([5, 6], [7, 8, 3], None),
+    ]
+    tree = build_tree(sequences)
+    assert tree.token_ids.tolist() == [5, 6, 7, 8, 7, 8, 5, 6, 7, 8]
+    assert tree.parents.tolist() == [-1, 0, 1, 2, 1, 4, -1, 6, 7, 8]
+    assert tree.routes is not None and tree.routes.dtype == np.uint8
+    assert tree.routes.flatten().tolist() == [0, 1, 2, 3, 9, 3, 255, 255, 255, 255]
+    assert pack(sequences, 4) == [[0, 1], [2], [3]]
+    assert pack(sequences, 6) == [[0, 1, 2], [3]]
+    assert build_tree(sequences[3:]).routes is None

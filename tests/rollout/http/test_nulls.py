@@ -8,7 +8,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from fastapi import APIRouter
 
 from engine.errors import InvalidRequest
 from engine.protocol import Command, GenerateRequest
@@ -67,13 +66,11 @@ def body_kinds() -> Iterator[type[msgspec.Struct]]:
     config = ServeConfig(engine=fake_config())
     app = build_routes(make_services(config, AsyncEngine(InlineLink(config.engine)), None))
     found: dict[type[msgspec.Struct], None] = {}
-    for entry in app.routes:
-        router = getattr(entry, "original_router", None)
-        for route in router.routes if isinstance(router, APIRouter) else [entry]:
-            kind = (getattr(route, "openapi_extra", None) or {}).get("body")
-            kinds = kind if isinstance(kind, tuple) else (kind,) if kind else ()
-            for one in (one for kind in kinds for one in getattr(kind, "__args__", [kind])):
-                found[one] = None
+    for route in app.routes:
+        kind = (getattr(route, "openapi_extra", None) or {}).get("body")
+        kinds = kind if isinstance(kind, tuple) else (kind,) if kind else ()
+        for one in (one for kind in kinds for one in getattr(kind, "__args__", [kind])):
+            found[one] = None
     yield from found
 
 

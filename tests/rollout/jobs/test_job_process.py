@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
 
 from rollout.jobs.job_process import JobProcess
+from tests.helpers.peers import until
 
 MODULE = "tests.helpers.odd_jobs"
 
@@ -52,16 +52,38 @@ def test_a_process_that_does_not_start_gives_no_answer() -> None:
 
 
 def test_only_the_job_that_is_meant_is_interrupted(process: JobProcess) -> None:
-    job, other = object(), object()
+    stop = threading.Event()
     answers: list[bytes | None] = []
-    thread = threading.Thread(target=lambda: answers.append(process.run(b"sleep", job)))
+    thread = threading.Thread(target=lambda: answers.append(process.run(b"sleep", stop)))
     thread.start()
-    deadline = time.monotonic() + 60
-    while process._job is not job:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    process.interrupt(other)
+    until(lambda: process._stop is stop and process._process is not None)
+    process.interrupt(threading.Event())
     assert process._process is not None and process._process.poll() is None
-    process.interrupt(job)
+    process.interrupt(stop)
     thread.join(60)
     assert answers == [None]
+    assert process.run(b"you") == b"hello you"
+
+
+def test_a_job_that_was_interrupted_before_its_turn_does_not_begin(process: JobProcess) -> None:
+    stop = threading.Event()
+    process.interrupt(stop)
+    assert process.run(b"sleep", stop) is None
+    assert process.run(b"you") == b"hello you"
+
+
+def test_a_job_may_be_interrupted_while_its_process_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = JobProcess(MODULE, limit_s=600.0, memory_bytes=1 << 30, greeting=b"hello ")
+    started = JobProcess._started
+
+    def interrupted(self: JobProcess) -> object:
+        self.interrupt()
+        return started(self)
+
+    monkeypatch.setattr(JobProcess, "_started", interrupted)
+    assert made.run(b"sleep") is None
+    monkeypatch.undo()
+    assert made.run(b"you") == b"hello you"
+    made.close()

@@ -32,6 +32,7 @@ from trainer_bridge.process_group import SenderGroup
 pytestmark = pytest.mark.slow
 
 PROMPT = [3, 14, 15, 92, 65]
+NUM_TOKENS = 20
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def generate(replica: InlineReplica, count: int) -> list[int]:
 def test_tokens_go_on_while_a_peer_keeps_a_group_waiting(
     replica: InlineReplica, act: peers.Act
 ) -> None:
-    expected = alone(replica, 60)
+    expected = alone(replica, NUM_TOKENS)
     tp_size = replica.state().tp_size
     with listening(act) as port:
         command = JoinGroup(
@@ -100,12 +101,12 @@ def test_tokens_go_on_while_a_peer_keeps_a_group_waiting(
             timeout_s=1.5,
         )
         ticket = leader_of(replica).start(command)
-        assert generate(replica, 60) == expected
+        assert generate(replica, NUM_TOKENS) == expected
         assert replica.state().receiving in (["join_group"], [])
         until(lambda: (leader_of(replica).poll(), ticket.done())[1])
         with pytest.raises(GroupError, match=f"127.0.0.1:{port}"):
             ticket.result()
-    assert generate(replica, 60) == expected
+    assert generate(replica, NUM_TOKENS) == expected
 
 
 def form(replica: InlineReplica) -> SenderGroup:
@@ -136,7 +137,7 @@ def pieces(named: list[tuple[str, torch.Tensor]]) -> list[TensorPiece]:
 def test_tokens_go_on_while_a_trainer_is_silent_and_the_update_can_be_aborted(
     replica: InlineReplica,
 ) -> None:
-    expected = alone(replica, 60)
+    expected = alone(replica, NUM_TOKENS)
     sender = form(replica)
     new = weights(1)
     replica.send(BeginUpdate(version=1, mode="shadow"))
@@ -145,12 +146,12 @@ def test_tokens_go_on_while_a_trainer_is_silent_and_the_update_can_be_aborted(
     # Half of it comes; the old version serves, bit for bit.
     for _, tensor in new[: len(new) // 2]:
         sender.broadcast(tensor.contiguous())
-    assert generate(replica, 60) == expected
+    assert generate(replica, NUM_TOKENS) == expected
     assert not ticket.done()
     replica.send(AbortUpdate(version=1))
     with pytest.raises(WeightUpdateError, match="aborted"):
         ticket.result()
-    assert generate(replica, 60) == expected
+    assert generate(replica, NUM_TOKENS) == expected
     assert replica.state().open_update is None
     sender.close()
 
@@ -158,23 +159,23 @@ def test_tokens_go_on_while_a_trainer_is_silent_and_the_update_can_be_aborted(
 def test_an_update_received_beside_steps_serves_from_its_commit_on(
     replica: InlineReplica,
 ) -> None:
-    old = alone(replica, 60)
+    old = alone(replica, NUM_TOKENS)
     sender = form(replica)
     new = weights(1)
     replica.send(BeginUpdate(version=1, mode="shadow"))
     receive = ReceiveBroadcast(group="g", tensors=pieces(new), layout="tensors", timeout_s=60.0)
     ticket = leader_of(replica).start(receive)
-    assert generate(replica, 60) == old
+    assert generate(replica, NUM_TOKENS) == old
     works = [sender.broadcast(tensor.contiguous()) for _, tensor in new]
     until(lambda: (leader_of(replica).poll(), ticket.done())[1])
     assert len(works) == len(new)
-    assert generate(replica, 60) == old
+    assert generate(replica, NUM_TOKENS) == old
     replica.send(CommitUpdate(version=1))
-    fresh = generate(replica, 60)
+    fresh = generate(replica, NUM_TOKENS)
     assert fresh != old
     assert replica.state().version == 1
     # What a replica says that took them in process.
     if replica.state().tp_size == 1:
         replica.update_weights_inproc(BeginUpdate(version=2), weights(1))
-        assert generate(replica, 60) == fresh
+        assert generate(replica, NUM_TOKENS) == fresh
     sender.close()

@@ -23,10 +23,12 @@ from rollout.requests.respond import respond
 from tests.helpers.tiny_tokenizer import ids_of, tiny_tokenizer
 
 PER_TOKEN = {"token_ids", "logprobs", "entropies", "top"}
-SPANS = {"spans", "kv_spans"}
+SPANS = {"spans", "kv_spans", "routed_experts"}
 WHOLE = {"rid", "start", "finish", "prompt_tokens", "cached_tokens", "num_retractions"}
 WHOLE |= {"num_restarts", "prompt_logprobs", "prompt_top", "scores", "embedding", "spec"}
+WHOLE |= {"routed_experts_start"}
 PROMPT = 3
+ROUTES_FROM = 2
 
 
 def output(ids: list[int], start: int = 0, **fields: object) -> RequestOutput:
@@ -43,6 +45,8 @@ def output(ids: list[int], start: int = 0, **fields: object) -> RequestOutput:
         top=TopLogprobs(np.array(ids, np.int32)[:, None], -at[:, None] - 1),
         spans=[VersionSpan(v, max(start, 2 * v), min(end, 2 * v + 2)) for v in range(9)],
         kv_spans=[VersionSpan(1, 0, PROMPT + 2), VersionSpan(2, PROMPT + 2, PROMPT + end)],
+        routed_experts=np.arange(ROUTES_FROM, PROMPT + end - 1, dtype=np.uint8)[:, None, None],
+        routed_experts_start=ROUTES_FROM,
     )
     spans = [span for span in made.spans if span.start < span.end]
     return msgspec.structs.replace(made, spans=spans, **fields)
@@ -64,6 +68,9 @@ def test_a_head_has_so_many_of_everything(size: int, count: int, start: int) -> 
     assert positions == list(range(start, start + kept))
     if count < size:
         assert max((span.end for span in found.kv_spans), default=0) <= PROMPT + start + kept
+    assert found.routed_experts is not None
+    routed = list(range(ROUTES_FROM, PROMPT + start + kept - 1))
+    assert found.routed_experts.ravel().tolist() == routed
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=6), st.integers(0, 15))

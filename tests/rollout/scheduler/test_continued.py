@@ -254,7 +254,7 @@ def test_a_stop_string_before_its_tokens_cuts_those_that_came_with_it() -> None:
     bench = Bench()
     bench.add(going_on(whole("columns"), 6))
     bench.step()
-    output = bench.scheduler.stop("a", 4, "END")
+    (output,) = bench.scheduler.stop("a", 4, "END")
     assert (output.start, len(output.token_ids), len(output.top.ids)) == (4, 0, 0)
     assert output.spans == []
 

@@ -204,7 +204,7 @@ def test_entropies_are_cut_with_the_tokens():
     bench.add(request)
     for _ in range(9):
         bench.step()
-    output = bench.scheduler.stop("a", 3, "x")
+    (output,) = bench.scheduler.stop("a", 3, "x")
     assert len(output.token_ids) == 3
     check_entropies(request, output)
 
@@ -287,12 +287,12 @@ def test_stop_string_truncates():
     bench.add(request)
     for _ in range(6):
         bench.step()
-    output = bench.scheduler.stop("a", 4, "END")
+    (output,) = bench.scheduler.stop("a", 4, "END")
     assert output.token_ids.tolist() == expected(request)[0][:4]
     assert len(output.logprobs) == 4
     assert (output.finish.type, output.finish.matched) == ("stop", "END")
     assert output.spans[-1].end == 4
-    assert bench.scheduler.stop("a", 4, "END") is None
+    assert bench.scheduler.stop("a", 4, "END") == []
     bench.check_empty()
 
 
@@ -301,7 +301,7 @@ def test_stop_string_behind_what_a_stream_returned():
     bench.add(make_request("a", range(4), max_new=20, stream=True))
     for _ in range(6):
         bench.step()
-    output = bench.scheduler.stop("a", 4, "END")
+    (output,) = bench.scheduler.stop("a", 4, "END")
     assert (output.start, len(output.token_ids)) == (4, 0)
 
 

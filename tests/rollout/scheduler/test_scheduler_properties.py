@@ -61,6 +61,8 @@ FIELDS = st.fixed_dictionaries(
         "kv_policy": st.sampled_from(["keep", "recompute", "fresh"]),
         "hold_at": st.integers(1, 14),
         "draft_tokens": st.integers(0, 7),
+        "return_routed_experts": st.booleans(),
+        "routed_experts_start_len": st.integers(0, 4),
         # Of both kinds that a mask may ask for, some are no stop ids.
         "allowed_token_ids": st.just(np.array([1, 2, 4, 5, 9, 18, 40, 71, 90], np.int32)),
     },
@@ -139,7 +141,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
         rid = data.draw(st.sampled_from(sorted(self.requests)))
-        self._cut(self.bench.keep(self.bench.scheduler.abort(rid)))
+        self._cut(lambda: self.bench.scheduler.abort(rid))
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data(), num_tokens=st.integers(0, 10))
@@ -147,13 +149,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         rid = data.draw(st.sampled_from(sorted(self.requests)))
         if self.requests[rid].stream:
             return
-        output = self.bench.scheduler.stop(rid, num_tokens, "END")
-        self._cut(self.bench.keep([] if output is None else [output]))
+        self._cut(lambda: self.bench.scheduler.stop(rid, num_tokens, "END"))
 
     @rule(mode=st.sampled_from(["keep", "keep", "retract", "abort"]))
     def pause(self, mode: str) -> None:
         self.bench.settle()
-        self._cut(self.bench.keep(self.bench.scheduler.pause(mode)))
+        self._cut(lambda: self.bench.scheduler.pause(mode))
 
     @rule()
     def resume(self) -> None:
@@ -162,7 +163,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def update(self) -> None:
         self.version += 1
-        self._cut(self.bench.set_version(self.version))
+        self._cut(lambda: self.bench.set_version(self.version), kept=True)
 
     @rule()
     def flush(self) -> None:
@@ -184,8 +185,22 @@ class SchedulerMachine(RuleBasedStateMachine):
         for rid, request in self.requests.items():
             self._check(request, joined(self.bench.outputs[rid]))
 
-    def _cut(self, outputs: list[RequestOutput]) -> None:
+    def _cut(self, command: Callable[[], list[RequestOutput]], *, kept: bool = False) -> None:
+        """Run a command, which ends the requests whose outputs it returns (kept: which are filed
+        already), and those whose outputs wait for routes from then on."""
+        if kept:
+            self.bench.settle()
+            self.bench.land()
+        waited = self._waiting()
+        outputs = command()
+        if not kept:
+            self.bench.keep(outputs)
         self.ended_early.update(output.rid for output in outputs)
+        self.ended_early |= self._waiting() - waited
+
+    def _waiting(self) -> set[str]:
+        reads = [copy.running.routes for copy in self.bench.scheduler.copies]
+        return {rid for rid in self.requests if any(own.waits(rid) for own in reads)}
 
     def _check(self, request: Request, output: RequestOutput) -> None:
         tokens, logprobs = expected(request)
@@ -196,6 +211,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         check_entropies(request, output)
         check_spans(output)
         self.bench.check_kv_spans(request, output)
+        self.bench.check_routes(request, output, whole=request.rid not in self.ended_early)
         if output.top is not None:
             assert output.top.ids.shape == (size, request.top_logprobs)
         if request.rid in self.ended_early:

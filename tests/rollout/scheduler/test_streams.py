@@ -66,8 +66,7 @@ def play(actions: list[str], wants: list[int]) -> Recorded:
             case "abort":
                 bench.keep(bench.scheduler.abort(rid="r1"))
             case "stop":
-                output = bench.scheduler.stop("r0", 3, "x")
-                bench.keep([] if output is None else [output])
+                bench.keep(bench.scheduler.stop("r0", 3, "x"))
             case "more":
                 add()
     for _ in range(200):

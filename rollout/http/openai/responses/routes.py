@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import msgspec
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from msgspec import Meta
 
 from engine.errors import InvalidRequest, UnsupportedOption
@@ -14,6 +14,7 @@ from rollout.http.chat.conversation import translating
 from rollout.http.chat.turn import Turn, start_turn
 from rollout.http.edge.errors import json_response
 from rollout.http.edge.read_body import read_query
+from rollout.http.edge.routes import Routes
 from rollout.http.edge.sse import NAMED, EventStream, answer
 from rollout.http.openai.model_routes import check_model
 from rollout.http.openai.responses.bodies import (
@@ -47,9 +48,9 @@ class _Retrieve(msgspec.Struct):
     starting_after: Int64 | None = None
 
 
-def router(services: Services) -> APIRouter:
+def router(services: Services) -> Routes:
     """The routes. What is stored is this server's."""
-    routes, store = APIRouter(), ResponseStore()
+    routes, store = Routes(), ResponseStore()
     calls = _Responses(services, store)
 
     async def create(request: Request) -> Response:

@@ -298,12 +298,12 @@ def test_health_says_when_requests_see_no_step(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(engine_client, "_TICK_S", 3600.0)
 
     async def test() -> None:
-        async with serving(reply_s=0.2) as server:
+        async with serving(reply_s=60.0) as server:
             assert (await server.get("/health")).status_code == 200
             server.link.silent = True
             box = server.engine.submit([make_request("a", [1])])
             assert (await server.get("/health")).status_code == 200
-            await asyncio.sleep(0.3)
+            server.engine._heard.progress_at -= 61.0
             reply = await server.get("/health")
             assert (reply.status_code, reply.json()["error"]["type"]) == (503, "NotReady")
             assert "no step" in reply.json()["error"]["message"]

@@ -19,10 +19,12 @@ from engine.protocol import (
     CommitUpdate,
     GenerateRequest,
     LoadFromDisk,
+    Pause,
     SamplingParams,
 )
 from rollout.client import Client
 from tests.helpers.fake_executor import expected_tokens
+from tests.helpers.peers import until
 from tests.helpers.serve_process import ServerProcess, fake_server, gone
 
 pytestmark = pytest.mark.slow
@@ -31,6 +33,26 @@ pytestmark = pytest.mark.slow
 IMPATIENT = """
 import rollout.http.server, rollout.replica.spawned
 rollout.http.server._PATIENCE_S = rollout.replica.spawned._LEAVE_S = 1.0
+"""
+PATIENT = """
+import rollout.http.http_server
+rollout.http.http_server.PATIENCE_S = 60.0
+"""
+# It says what it sends to its engine, and that it was told to leave.
+TELLING = """
+import sys, rollout.http.http_server as http_server, rollout.http.engine.link as link
+def tell(what):
+    sys.stderr.write(f"told {what}\\n")
+class Link(link.ProcessLink):
+    def post(self, messages):
+        super().post(messages)
+        for message in messages:
+            tell(type(getattr(message, "command", message)).__name__)
+class Server(http_server.PatientServer):
+    def begin_to_leave(self):
+        super().begin_to_leave()
+        tell("to leave")
+link.ProcessLink, http_server.PatientServer = Link, Server
 """
 RESTARTING = fake_server(server='restart="on-failure"')
 SHORT = GenerateRequest(input_ids=[5], sampling_params=SamplingParams(max_new_tokens=3))
@@ -97,14 +119,20 @@ def test_an_engine_that_cannot_be_started_again_ends_the_server() -> None:
         assert any("failed 3 times" in line for line in server.lines)
 
 
+def told(server: ServerProcess, what: str) -> None:
+    """Until a server has said so."""
+    until(lambda: f"told {what}\n" in server.lines)
+
+
 def test_everybody_is_answered_before_a_silent_engine_is_ended() -> None:
-    with ServerProcess(["-c", IMPATIENT + fake_server(engine='model="hang"')]) as server:
+    code = TELLING + IMPATIENT + fake_server(engine='model="hang"')
+    with ServerProcess(["-c", code]) as server:
         (leader,) = server.children()
         with server.client() as first, server.client() as second, ThreadPoolExecutor(2) as pool:
             generating = pool.submit(first.generate, SHORT)
-            time.sleep(0.3)
-            controlling = pool.submit(second.state)
-            time.sleep(0.3)
+            told(server, "Request")
+            controlling = pool.submit(second.send, Pause())
+            told(server, "Pause")
             assert server.terminate() == 0
             for asked in (generating, controlling):
                 with pytest.raises(EngineDead, match="the server is shutting down"):
@@ -113,14 +141,16 @@ def test_everybody_is_answered_before_a_silent_engine_is_ended() -> None:
 
 
 def test_a_second_signal_leaves_at_once() -> None:
-    with ServerProcess(["-c", fake_server(engine='model="hang"')]) as server:
+    code = PATIENT + TELLING + fake_server(engine='model="hang"')
+    with ServerProcess(["-c", code]) as server:
         (leader,) = server.children()
         with server.client() as client:
             asked = threading.Thread(target=_ignoring_errors, args=(client,), daemon=True)
             asked.start()
-            time.sleep(0.3)
+            told(server, "Request")
             server.process.send_signal(signal.SIGTERM)
-            time.sleep(0.3)
+            # Two that come at once may be one.
+            told(server, "to leave")
             server.process.send_signal(signal.SIGTERM)
             assert server.process.wait(60) == 128 + signal.SIGTERM
             assert gone(leader)

@@ -53,9 +53,10 @@ def test_output_has_a_limit_in_either_place(renderer: ChatRenderer) -> None:
 
 def test_a_caller_that_leaves_ends_its_job(renderer: ChatRenderer) -> None:
     async def test() -> None:
-        for _ in range(2):
+        # Before it has begun, while its process starts, and while it runs.
+        for wait_s in (0.0, 0.05, 1.0):
             running, queued = (asyncio.create_task(render(renderer, ENDLESS)) for _ in range(2))
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(wait_s)
             queued.cancel()
             running.cancel()
             await asyncio.gather(running, queued, return_exceptions=True)

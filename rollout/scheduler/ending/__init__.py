@@ -1,0 +1,1 @@
+"""How sequences end: which ones a command names, why, and their last outputs."""
