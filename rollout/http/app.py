@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, FastAPI, Response
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
@@ -15,10 +15,12 @@ from rollout.http.capture import rollout_routes
 from rollout.http.edge import errors, unserved_routes
 from rollout.http.edge.guard import Guard
 from rollout.http.edge.shortcut import Shortcut
+from rollout.http.journal.door import Answer, JournalDoor
 from rollout.http.native import command_routes, session_routes
 from rollout.http.native import generate_routes as native_generate_routes
 from rollout.http.openai import chat_routes, completion_routes, model_routes
 from rollout.http.openai.responses import routes as response_routes
+from rollout.http.openai.responses.store import ResponseStore
 from rollout.http.scoring import classify_routes, embedding_routes, rerank_routes, score_routes
 from rollout.http.services import Services
 from rollout.http.sglang import pause_routes as sglang_pause_routes
@@ -71,11 +73,12 @@ def build_app(services: Services) -> FastAPI:
             health_routes,
             info_routes,
             model_routes,
-            response_routes,
             slime_routes,
             text_routes,
         )
     ]
+    store = ResponseStore()
+    others.append(response_routes.router(services, store))
     others += [session_routes.router(services), rollout_routes.router(services)]
     routers = [*generating, *others, *control]
     routers.append(openapi.router(services.config, routers, _paths(control)))
@@ -83,6 +86,7 @@ def build_app(services: Services) -> FastAPI:
         app.include_router(routes)
     errors.install(app, _methods(routers))
     app.add_middleware(Shortcut, routers=generating)
+    app.add_middleware(JournalDoor, services=services, answers=_journaled(store))
     app.add_middleware(Guard, config=services.config, control_paths=_paths(control))
     if services.config.allowed_origins:
         # Outermost: it also answers what browsers ask before they send a request.
@@ -93,6 +97,25 @@ def build_app(services: Services) -> FastAPI:
             allow_headers=["*"],
         )
     return app
+
+
+def _journaled(store: ResponseStore) -> Mapping[str, Answer]:
+    """The routes whose replies have a journal on demand."""
+
+    async def chat(seen: Services, body: bytes) -> Response:
+        return await chat_routes.reply_to_chat(seen, seen.prompts, body)
+
+    async def response(seen: Services, body: bytes) -> Response:
+        return await response_routes.reply_to_response(seen, store, body)
+
+    return {
+        "/generate": native_generate_routes.reply_to_generate,
+        "/v1/completions": completion_routes.complete,
+        "/v1/chat/completions": chat,
+        "/v1/responses": response,
+        "/v1/messages": message_routes.reply_to_messages,
+        "/inference/v1/generate": vllm_generate_routes.reply_to_tokens,
+    }
 
 
 def front_paths(services: Services) -> frozenset[str]:

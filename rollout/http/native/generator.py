@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from copy import copy
 from itertools import count
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 import msgspec
 
-from engine.errors import InvalidRequest, SlipstreamError, by_name
-from engine.protocol import Request, Stop
+from engine.errors import EngineDead, InvalidRequest, SlipstreamError, by_name
+from engine.protocol import Request, RequestOutput, Stop
 from rollout.http.engine.client import AsyncEngine
 from rollout.http.native.generate_call import GenerateCall, in_item
+from rollout.http.native.hooks import Journal, Recorder
 from rollout.http.native.sample import Sample, SampleDelta
 from rollout.http.native.text_workers import TextWorkers
 from rollout.masks.grammar.check import GrammarCheck
@@ -56,18 +57,6 @@ _INLINE_CHARS = 8192
 _INLINE_IDS = 65_536
 
 
-class Recorder(Protocol):
-    """Sees the calls of a `Generator`."""
-
-    async def began(self, call: GenerateCall) -> GenerateCall:
-        """The call, with the prompts that are to be sampled from."""
-        ...
-
-    def sampling(self, samples: Sequence[Sample]) -> None:
-        """These sequences are about to be sampled; each has its output once it has finished."""
-        ...
-
-
 class Generator:
     """Expands calls into samples and drives them.
 
@@ -87,6 +76,7 @@ class Generator:
         self.grammars = GrammarCheck(tokenizer)
         self._num_expanding = 0
         self._recorder: Recorder | None = None
+        self._journal: Journal | None = None
 
     def seeded(self, seed: int) -> Generator:
         """The same, with seeds derived from `seed` and counted anew: what a call draws then depends
@@ -101,6 +91,12 @@ class Generator:
         other._recorder = recorder
         return other
 
+    def journaled(self, journal: Journal) -> Generator:
+        """The same for one call, which may have begun elsewhere."""
+        other = copy(self)
+        other._journal = journal
+        return other
+
     async def samples(self, call: GenerateCall) -> list[Sample]:
         """The sequences of a call, prompt-major. Raises InvalidRequest, naming the item of a
         batch or an id in use, EngineDead, NoVersion, QueueFull; nothing is submitted yet."""
@@ -113,6 +109,8 @@ class Generator:
         self.engine.check_ids([sample.request.rid for sample in samples])
         if self._recorder is not None:
             self._recorder.sampling(samples)
+        if self._journal is not None:
+            self._journal.sampling(samples)
         return samples
 
     async def _check_grammars(self, call: GenerateCall, samples: Sequence[Sample]) -> None:
@@ -212,35 +210,66 @@ class Generator:
         before any sample has a token.
         """
         open_samples = {sample.request.rid: sample for sample in samples}
-        mailbox = await self.engine.submit_all([sample.request for sample in samples])
         try:
-            while open_samples:
-                added: list[tuple[Sample, SampleDelta]] = []
-                failure = None
-                for output in coalesced(await mailbox.take()):
-                    sample = open_samples[output.rid]
-                    stopped = sample.stop is not None
-                    delta = sample.take(output)
-                    if delta.finished:
-                        del open_samples[output.rid]
-                        await self._settle(sample)
-                        self._count(sample)
-                    elif sample.stop is not None and not stopped:
-                        self._post_stop(sample)
-                    failure = _failure(sample)
-                    if failure is None or len(delta.output.token_ids):
-                        added.append((sample, delta))
+            async with contextlib.aclosing(self._outputs(open_samples)) as batches:
+                async for outputs in batches:
+                    added, failure = await self._take(open_samples, outputs)
+                    if added:
+                        yield added
                     if failure is not None:
-                        break
-                if added:
-                    yield added
-                if failure is not None:
-                    raise failure
-        finally:
-            self.engine.discard(mailbox)
+                        raise failure
+        except EngineDead as error:
+            if self._journal is not None:
+                self._journal.lost = error
+            raise
         leaving = self.engine.leaving
         if leaving is not None and not any(sample.first_at for sample in samples):
             raise leaving.copy()
+
+    async def _outputs(
+        self, open_samples: Mapping[str, Sample]
+    ) -> AsyncGenerator[list[RequestOutput], None]:
+        """Outputs of the samples, those that came together at once, until none is open: first those
+        of the journal, and then the engine's."""
+        journal = self._journal
+        if journal is not None:
+            for outputs in journal.replayed():
+                yield outputs
+        rest = list(open_samples.values())
+        if not rest:
+            return
+        requests = [s.request if journal is None else journal.to_send(s) for s in rest]
+        mailbox = await self.engine.submit_all(requests)
+        try:
+            while open_samples:
+                outputs = coalesced(await mailbox.take())
+                if journal is not None:
+                    await journal.record(outputs)
+                yield outputs
+        finally:
+            self.engine.discard(mailbox)
+
+    async def _take(
+        self, open_samples: dict[str, Sample], outputs: Sequence[RequestOutput]
+    ) -> tuple[list[tuple[Sample, SampleDelta]], SlipstreamError | None]:
+        """What outputs that came together added, up to the first error, and that."""
+        added: list[tuple[Sample, SampleDelta]] = []
+        for output in outputs:
+            sample = open_samples[output.rid]
+            stopped = sample.stop is not None
+            delta = sample.take(output)
+            if delta.finished:
+                del open_samples[output.rid]
+                await self._settle(sample)
+                self._count(sample)
+            elif sample.stop is not None and not stopped:
+                self._post_stop(sample)
+            failure = _failure(sample)
+            if failure is None or len(delta.output.token_ids):
+                added.append((sample, delta))
+            if failure is not None:
+                return added, failure
+        return added, None
 
     async def finish(self, samples: Sequence[Sample]) -> None:
         """Run the samples to their end."""

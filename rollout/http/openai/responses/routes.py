@@ -47,9 +47,9 @@ class _Retrieve(msgspec.Struct):
     starting_after: Int64 | None = None
 
 
-def router(services: Services) -> APIRouter:
-    """The routes. What is stored is this server's."""
-    routes, store = APIRouter(), ResponseStore()
+def router(services: Services, store: ResponseStore) -> APIRouter:
+    """The routes. store: of this server's responses."""
+    routes = APIRouter()
     calls = _Responses(services, store)
 
     async def create(request: Request) -> Response:
