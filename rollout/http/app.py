@@ -16,7 +16,7 @@ from rollout.http.edge import errors, unserved_routes
 from rollout.http.edge.guard import Guard
 from rollout.http.edge.shortcut import Shortcut
 from rollout.http.journal.door import Answer, JournalDoor
-from rollout.http.native import command_routes, session_routes
+from rollout.http.native import command_routes, phase_routes, session_routes
 from rollout.http.native import generate_routes as native_generate_routes
 from rollout.http.openai import chat_routes, completion_routes, model_routes
 from rollout.http.openai.responses import routes as response_routes
@@ -59,6 +59,7 @@ def build_app(services: Services) -> FastAPI:
     app = FastAPI(title="Slipstream", lifespan=lifespan, openapi_url=None)
     control = [
         command_routes.router(services),
+        phase_routes.router(services),
         sglang_weight_routes.router(services),
         sglang_pause_routes.router(services),
         vllm_weight_routes.router(services),

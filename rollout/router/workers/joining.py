@@ -56,7 +56,7 @@ class Joining:
     async def refresh(self, worker: Worker) -> None:
         """Ask it once what it is, and judge it. Raises WorkerLost and what it refuses with."""
         facts = await call_json(worker, "GET", "/server_info", key=self._key, timeout_s=_ASK_S)
-        self._judge(worker, facts)
+        self._take(worker, facts)
 
     async def _look(self, worker: Worker) -> None:
         wait_s, told = _FIRST_WAIT_S, False
@@ -75,12 +75,16 @@ class Joining:
         if worker.in_rotation:
             self._fleet.changed()
 
-    def _judge(self, worker: Worker, facts: dict[str, Any]) -> None:
+    def _take(self, worker: Worker, facts: dict[str, Any]) -> None:
         worker.facts, worker.joined = facts, True
         worker.heard_at = time.monotonic()
         version = str(facts.get("weight_version", ""))
         if version != worker.version:
             worker.version, worker.epoch = version, worker.epoch + 1
+        self.judge(worker)
+
+    def judge(self, worker: Worker) -> None:
+        """Say whether one that has answered may be asked, by what it answered last."""
         held = self._fault(worker)
         if held != worker.held:
             logger.info("%s %s", worker.url, held or "is in rotation")
