@@ -15,6 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from engine.errors import CheckpointError
+from trainer_bridge.filling import fill
 
 # In-place draws: methods of tensors, and the functions of `torch.nn.init` that ask a mode first.
 _RANDOM = frozenset({"normal_", "uniform_", "kaiming_uniform_"})
@@ -30,8 +31,8 @@ def load_causal_lm(
     """Build a transformers causal LM from a config.json's contents and named tensors.
 
     Raises CheckpointError, naming the tensor, for one that is unknown, missing, misshapen or no
-    float, that comes twice, or unlike the other name of a tied one; and for rotary frequencies of
-    a GGUF file that transformers has no setting for.
+    float, that comes twice, or unlike the other name of a tied one (`filling.fill`); and for rotary
+    frequencies of a GGUF file that transformers has no setting for.
     """
     import transformers
 
@@ -94,7 +95,7 @@ def _build(
     config = architecture.config_class(**values)
     with _NoRandomParameters():
         model: torch.nn.Module = auto.from_config(config, dtype=dtype)
-    _fill(model, tensors)
+    fill(model, tensors)
     return model
 
 
@@ -126,42 +127,3 @@ def _refuse_divisors(hf_config: dict[str, Any]) -> None:
             "model cannot; train from the model's Hugging Face folder",
             field="rope_freqs.weight",
         )
-
-
-@torch.no_grad()
-def _fill(model: torch.nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    filled: dict[int, str] = {}
-    names: set[str] = set()
-    for name, tensor in tensors:
-        if name in names:
-            raise CheckpointError(f"{name!r} came twice", field=name)
-        names.add(name)
-        target = _target(parameters, name, tensor)
-        twin = filled.setdefault(id(target), name)
-        if twin == name:
-            target.copy_(tensor)
-        elif not torch.equal(target, tensor.to(target)):
-            raise CheckpointError(f"{name!r} differs from {twin!r}: the two are tied", field=name)
-    missing = [name for name, target in parameters.items() if id(target) not in filled]
-    if missing:
-        raise CheckpointError(
-            f"no tensor for {missing[0]!r} ({len(missing)} missing)", field=missing[0]
-        )
-
-
-def _target(
-    parameters: Mapping[str, torch.Tensor], name: str, tensor: torch.Tensor
-) -> torch.Tensor:
-    """The parameter that a tensor fills. Raises CheckpointError for one that fits none."""
-    if name not in parameters:
-        raise CheckpointError(f"the model has no tensor {name!r}", field=name)
-    target = parameters[name]
-    if target.shape != tensor.shape:
-        raise CheckpointError(
-            f"{name!r} has shape {list(tensor.shape)}, the model {list(target.shape)}",
-            field=name,
-        )
-    if not tensor.is_floating_point():
-        raise CheckpointError(f"{name!r} has dtype {tensor.dtype}, not a float", field=name)
-    return target

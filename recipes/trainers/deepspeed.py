@@ -27,6 +27,7 @@ from recipes.trainers.optimizer_options import OptimizerOptions
 from recipes.trainers.reference import Reference, reference_of
 from recipes.trainers.sharded import write_hf_config
 from trainer_bridge.adapters.base import WeightSource
+from trainer_bridge.adapters.buffers import keep_buffers, restore_buffers
 from trainer_bridge.adapters.deepspeed import DeepSpeedSource
 
 logger = logging.getLogger(__name__)
@@ -71,9 +72,11 @@ class DeepSpeedBackend:
         config = _config(options, stage, dtype)
         if options.gradient_checkpointing:
             recompute_layers(model)
+        kept = keep_buffers(model)
         engine, *_ = library.initialize(
             model=model, model_parameters=list(model.parameters()), config=config
         )
+        restore_buffers(model, kept)
         _set_masters(engine.module, full, device)
         self.model: Any = engine
         self._scales = dtype == torch.float16
@@ -230,7 +233,9 @@ def _sharded(library: Any, model: PreTrainedModel, config: dict[str, Any], offlo
     if offloads:
         offload = {"device": "cpu", "pin_memory": True}
         config["zero_optimization"] = {**config["zero_optimization"], "offload_param": offload}
+    kept = keep_buffers(model)
     engine, *_ = library.initialize(model=model, config=config)
+    restore_buffers(model, kept)
     engine.eval()
     return engine
 

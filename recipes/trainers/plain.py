@@ -30,6 +30,7 @@ from recipes.trainers.optimizer_options import OptimizerOptions
 from recipes.trainers.reference import Reference, reference_of
 from recipes.trainers.value_head import ValueHead
 from recipes.types import Batch, Trajectory
+from trainer_bridge.adapters.buffers import keep_buffers, restore_buffers
 
 TENSORS = "trainer.pt"
 
@@ -182,7 +183,10 @@ class Trainer:
 
     def write_model(self, folder: Path, dtype: torch.dtype) -> None:
         """Write the model in Hugging Face format; it is cast itself."""
-        self.model.to(dtype=dtype).save_pretrained(folder)
+        kept = keep_buffers(self.model)
+        self.model.to(dtype=dtype)
+        restore_buffers(self.model, kept)
+        self.model.save_pretrained(folder)
 
     def values(self, trajectories: tuple[Trajectory, ...]) -> Values:
         """See `Learner`."""

@@ -32,6 +32,8 @@ from recipes.trainers.value_head import ValueHead
 from recipes.types import Batch, Trajectory
 from recipes.world import World
 from trainer_bridge.adapters.base import WeightSource
+from trainer_bridge.adapters.buffers import wire_dtype
+from trainer_bridge.expert_names import in_file
 
 
 class Backend(Protocol):
@@ -170,10 +172,14 @@ class ShardedTrainer:
         """See `Learner`. The main process collects the weights in host memory."""
         import safetensors.torch
 
-        state = {}
+        state: dict[str, torch.Tensor] = {}
+        model = self._backend.model
+        family = getattr(model, "module", model).config.model_type
         for name, tensor in self.weights.tensors():
             if self._world.is_main:
-                state[name] = tensor.to("cpu", dtype, copy=True).contiguous()
+                # Buffers that travel are float32 in a file too.
+                whole = tensor.to("cpu", wire_dtype(name, dtype), copy=True)
+                state |= {label: part.contiguous() for label, part in in_file(name, whole, family)}
         if self._world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             file = folder / "model.safetensors"

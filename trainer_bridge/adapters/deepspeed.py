@@ -24,13 +24,14 @@ from trainer_bridge.adapters.bucketing import (
     piece_of,
     wire_spec,
 )
+from trainer_bridge.adapters.buffers import sent_buffers, wire_dtype
 from trainer_bridge.adapters.plain import bare_name
 
 
 class DeepSpeedSource:
     """A `WeightSource` over a DeepSpeedEngine, or the module that one was built from.
 
-    dtype: of the tensors on the wire; None sends the module's own. bucket_bytes: most bytes of
+    dtype: of the parameters on the wire; None sends the module's own. bucket_bytes: most bytes of
     parameters gathered at once under ZeRO-3, unless one alone is larger.
     """
 
@@ -45,13 +46,13 @@ class DeepSpeedSource:
         self._dtype = dtype
         self._bucket_bytes = bucket_bytes
         self.lasting = not any(
-            _is_partitioned(p) or (dtype is not None and p.dtype != dtype)
-            for p in engine.parameters()
+            _is_partitioned(tensor) or tensor.dtype != (wire_dtype(name, dtype) or tensor.dtype)
+            for name, tensor in self._tensors()
         )
 
     def specs(self) -> list[TensorSpec]:
         """See `WeightSource`."""
-        return [self._spec(name, parameter) for name, parameter in self._parameters()]
+        return [self._spec(name, parameter) for name, parameter in self._tensors()]
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See `WeightSource`; collective under ZeRO-3."""
@@ -59,29 +60,32 @@ class DeepSpeedSource:
         def num_bytes(item: tuple[str, Any]) -> int:
             return _numel(item[1]) * int(item[1].element_size())
 
-        for bucket in in_buckets(self._parameters(), num_bytes, self._bucket_bytes):
+        for bucket in in_buckets(self._tensors(), num_bytes, self._bucket_bytes):
             with _gathered([parameter for _, parameter in bucket]):
                 for name, parameter in bucket:
-                    yield name, on_wire(parameter.detach(), self._dtype)
+                    yield name, on_wire(parameter.detach(), wire_dtype(name, self._dtype))
 
     def shards(self) -> Iterator[tuple[TensorPiece, torch.Tensor]]:
         """See `WeightSource`. Raises UnsupportedOption for parameters offloaded to NVMe."""
-        for name, parameter in self._parameters():
+        for name, parameter in self._tensors():
             spec = self._spec(name, parameter)
             if _is_partitioned(parameter):
                 start, flat = _partition(name, parameter)
             else:
                 start, flat = _replica_share(parameter)
             if flat.numel():
-                yield piece_of(spec, start, start + flat.numel()), on_wire(flat, self._dtype)
+                piece = piece_of(spec, start, start + flat.numel())
+                yield piece, on_wire(flat, wire_dtype(name, self._dtype))
 
-    def _parameters(self) -> Iterator[tuple[str, Any]]:
+    def _tensors(self) -> Iterator[tuple[str, Any]]:
         for name, parameter in self._model.named_parameters():
             yield bare_name(name), parameter
+        for name, buffer in sent_buffers(self._model):
+            yield bare_name(name), buffer
 
     def _spec(self, name: str, parameter: Any) -> TensorSpec:
         shape = parameter.ds_shape if _is_partitioned(parameter) else parameter.shape
-        return wire_spec(name, shape, parameter.dtype, self._dtype)
+        return wire_spec(name, shape, parameter.dtype, wire_dtype(name, self._dtype))
 
 
 def _is_partitioned(parameter: Any) -> bool:

@@ -25,13 +25,14 @@ from trainer_bridge.adapters.bucketing import (
     piece_of,
     wire_spec,
 )
+from trainer_bridge.adapters.buffers import sent_buffers, wire_dtype
 from trainer_bridge.adapters.plain import bare_name
 
 
 class FsdpSource:
     """A `WeightSource` over a module to which `fully_shard` was applied.
 
-    dtype: of the tensors on the wire; None sends the parameters' own, often float32 masters.
+    dtype: of the parameters on the wire; None sends the parameters' own, often float32 masters.
     bucket_bytes: most bytes of parameters gathered at once, unless one alone is larger.
     """
 
@@ -50,7 +51,7 @@ class FsdpSource:
 
     def specs(self) -> list[TensorSpec]:
         """See `WeightSource`."""
-        return [self._spec(name, parameter) for name, parameter in self._parameters()]
+        return [self._spec(name, parameter) for name, parameter in self._tensors()]
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See `WeightSource`; collective."""
@@ -58,31 +59,37 @@ class FsdpSource:
         def num_bytes(item: tuple[str, torch.Tensor]) -> int:
             return item[1].numel() * item[1].element_size()
 
-        for bucket in in_buckets(self._parameters(), num_bytes, self._bucket_bytes):
+        for bucket in in_buckets(self._tensors(), num_bytes, self._bucket_bytes):
             # Shards are converted first: a gather in the dtype of the wire moves less.
-            whole = [(name, _whole(on_wire(parameter, self._dtype))) for name, parameter in bucket]
+            whole = [
+                (name, _whole(on_wire(parameter, wire_dtype(name, self._dtype))))
+                for name, parameter in bucket
+            ]
             yield from whole
             del whole
 
     def shards(self) -> Iterator[tuple[TensorPiece, torch.Tensor]]:
         """See `WeightSource`. Raises UnsupportedOption, naming the parameter, for a placement
         whose local part is not one run of the flattened tensor, such as columns."""
-        for name, parameter in self._parameters():
+        for name, parameter in self._tensors():
             start, flat = _local_run(name, parameter)
             if flat.numel():
                 piece = piece_of(self._spec(name, parameter), start, start + flat.numel())
-                yield piece, on_wire(flat, self._dtype)
+                yield piece, on_wire(flat, wire_dtype(name, self._dtype))
 
-    def _parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Sharded parameters: a forward pass may have left some modules gathered."""
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Sharded parameters: a forward pass may have left some modules gathered. Then the buffers
+        that travel, which every rank holds whole."""
         for module in self._model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
         for name, parameter in self._model.named_parameters():
             yield bare_name(name), parameter.detach()
+        for name, buffer in sent_buffers(self._model):
+            yield bare_name(name), buffer
 
     def _spec(self, name: str, parameter: torch.Tensor) -> TensorSpec:
-        return wire_spec(name, parameter.shape, parameter.dtype, self._dtype)
+        return wire_spec(name, parameter.shape, parameter.dtype, wire_dtype(name, self._dtype))
 
 
 def _whole(parameter: torch.Tensor) -> torch.Tensor:
