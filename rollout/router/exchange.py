@@ -8,7 +8,7 @@ what it has not got yet, any other client the whole reply: neither can tell.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -189,6 +189,7 @@ class Exchange:
         worker.num_bytes += len(self._ask.prompt)
         if worker.breaker.half_open:
             worker.breaker.begin_try()
+            self._parts.fleet.touch()
         worker.take(self._connected, fresh=not self._repeatable)
 
     def _choose(self) -> Worker | None:
@@ -196,7 +197,9 @@ class Exchange:
         if self._only is not None:
             usable = self._only.in_rotation or (self._only.draining and self._only.joined)
             return self._only if usable and self._only not in self._tried else None
-        able = [worker for worker in parts.fleet.rotation() if worker not in self._tried]
+        able: Sequence[Worker] = parts.fleet.rotation()
+        if self._tried:
+            able = [worker for worker in able if worker not in self._tried]
         journal = self._journal
         if journal is not None and journal.records and journal.version:
             # With the weights that sampled its last token it goes on as if nothing had been.

@@ -78,13 +78,13 @@ class WorkerRoutes:
         worker, new = self._fleet.add(url)
         if not new:
             # Who registers again may be another process.
-            worker.joined = False
-            worker.epoch += 1
+            self._joining.doubt(worker)
         self._joining.look(worker)
         return worker
 
     def _remove(self, worker: Worker) -> Reply:
         worker.draining = True
+        self._fleet.touch()
         if not worker.num_open:
             self._fleet.drop(worker)
         told = {"status": "accepted", "worker_id": worker.id, "message": f"{worker.url} drains"}

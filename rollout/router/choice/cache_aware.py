@@ -41,11 +41,13 @@ class CacheAware:
         clock: Callable[[], float] = time.monotonic,
         most_blocks: int = 1 << 20,
     ) -> None:
-        self._index = PrefixIndex(most_blocks)
+        self.index = PrefixIndex(most_blocks)
         self._random = random.Random(seed)
         self._clock = clock
         self._groups: OrderedDict[int, tuple[Holder, float]] = OrderedDict()
         self._turn = 0
+        self._candidates: Sequence[Candidate] = ()
+        self._places: dict[str, int] = {}
 
     def choose(self, ask: Ask, candidates: Sequence[Candidate]) -> Choice:
         if ask.key:
@@ -53,21 +55,21 @@ class CacheAware:
         if not ask.prompt:
             self._turn += 1
             return Choice(least(candidates, self._turn), "least_load")
-        places = {(worker.url, worker.epoch): at for at, worker in enumerate(candidates)}
+        places = self._places_of(candidates)
         group = hash(ask.prompt)
         place = self._of_group(group, places, candidates)
         if place is not None:
             return Choice(place, "group", num_hit=len(ask.prompt))
         blocks = blocks_of(ask.prompt)
-        hits = {
-            places[holder]: count
-            for holder, count in self._index.longest(blocks)
-            if holder in places
-        }
+        hits: dict[int, int] = {}
+        for holder, count in self.index.longest(blocks):
+            place = _place_of(holder, places, candidates)
+            if place is not None:
+                hits[place] = count
         place = self._cheapest(len(ask.prompt), hits, candidates)
         chosen = candidates[place]
         holder = (chosen.url, chosen.epoch)
-        self._index.insert(blocks, holder)
+        self.index.insert(blocks, holder)
         self._note(group, holder)
         num_hit = hits.get(place, 0) * BLOCK_BYTES
         return Choice(place, "prefix" if num_hit else "least_load", num_hit=num_hit)
@@ -88,13 +90,13 @@ class CacheAware:
         return min(places, key=cost)
 
     def _of_group(
-        self, group: int, places: dict[Holder, int], candidates: Sequence[Candidate]
+        self, group: int, places: dict[str, int], candidates: Sequence[Candidate]
     ) -> int | None:
         """Where the prompt went a moment ago, unless that worker has far more than others."""
         found = self._groups.get(group)
         if found is None or self._clock() - found[1] > GROUP_S:
             return None
-        place = places.get(found[0])
+        place = _place_of(found[0], places, candidates)
         if place is None:
             return None
         loads = sorted(worker.num_open for worker in candidates)
@@ -103,6 +105,13 @@ class CacheAware:
             return None
         self._groups[group] = (found[0], self._clock())
         return place
+
+    def _places_of(self, candidates: Sequence[Candidate]) -> dict[str, int]:
+        """The candidates' places by URL; they are the same object until one comes or goes."""
+        if candidates is not self._candidates:
+            self._candidates = candidates
+            self._places = {worker.url: at for at, worker in enumerate(candidates)}
+        return self._places
 
     def _note(self, group: int, holder: Holder) -> None:
         self._groups[group] = (holder, self._clock())
@@ -119,3 +128,12 @@ def _of_session(key: bytes, candidates: Sequence[Candidate]) -> int:
 
     order = sorted(range(len(candidates)), key=weight, reverse=True)
     return next((at for at in order if candidates[at].num_open <= most), order[0])
+
+
+def _place_of(
+    holder: Holder, places: dict[str, int], candidates: Sequence[Candidate]
+) -> int | None:
+    """Where a holder is among the candidates; None if it is not, or has lost what it held."""
+    url, epoch = holder
+    place = places.get(url)
+    return place if place is not None and candidates[place].epoch == epoch else None

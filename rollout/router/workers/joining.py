@@ -44,6 +44,7 @@ class Joining:
         what answers there may be another process."""
         worker.joined = False
         worker.epoch += 1
+        self._fleet.touch()
         self.look(worker)
 
     async def close(self) -> None:
@@ -89,6 +90,7 @@ class Joining:
         if held != worker.held:
             logger.info("%s %s", worker.url, held or "is in rotation")
         worker.held = held
+        self._fleet.touch()
 
     def _fault(self, worker: Worker) -> str:
         """Why a worker that answered may not be asked, or ""."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
@@ -12,6 +13,7 @@ from rollout.router.errors import UnknownWorker
 from rollout.router.workers.worker import Worker
 
 _MOST_WORKERS = 10_000
+_FRESH_S = 0.05
 
 
 class Fleet:
@@ -24,6 +26,8 @@ class Fleet:
     def __init__(self, *, connect_s: float) -> None:
         self._connect_s = connect_s
         self._workers: dict[str, Worker] = {}
+        self._rotation: tuple[Worker, ...] = ()
+        self._looked_at = float("-inf")
         self._changed: list[Callable[[], None]] = []
         self.version: str | None = None
         self.model = ""
@@ -38,8 +42,13 @@ class Fleet:
         """Have `call` called whenever a worker may be asked that could not before."""
         self._changed.append(call)
 
+    def touch(self) -> None:
+        """A worker may be asked that could not, or the other way round."""
+        self._looked_at = float("-inf")
+
     def changed(self) -> None:
         """Tell them."""
+        self.touch()
         for call in self._changed:
             call()
 
@@ -55,6 +64,7 @@ class Fleet:
         known = self._workers.get(url)
         if known is not None:
             known.draining = False
+            self.touch()
             return known, False
         if len(self._workers) >= _MOST_WORKERS:
             raise InvalidRequest(f"{_MOST_WORKERS} workers are registered already", field="url")
@@ -76,11 +86,19 @@ class Fleet:
         """Forget a worker."""
         if self._workers.get(worker.url) is worker:
             del self._workers[worker.url]
+            self.touch()
         worker.close()
 
-    def rotation(self) -> list[Worker]:
-        """Those that may be asked."""
-        return [worker for worker in self._workers.values() if worker.in_rotation]
+    def rotation(self) -> tuple[Worker, ...]:
+        """Those that may be asked; the same object as long as nothing was touched and no breaker's
+        time can have run out."""
+        now = time.monotonic()
+        if now - self._looked_at > _FRESH_S:
+            found = tuple(worker for worker in self._workers.values() if worker.in_rotation)
+            if found != self._rotation:
+                self._rotation = found
+            self._looked_at = now
+        return self._rotation
 
 
 def _plain(url: str) -> str:
