@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import secrets
 import time
 from collections.abc import Coroutine
@@ -56,6 +57,8 @@ class Router:
         self._places = Places()
         self._watch = Watch(self.fleet, self._joining, config)
         self._tasks: set[asyncio.Task[None]] = set()
+        # Of the system's randomness once, and not for every request.
+        self._draw = random.Random(secrets.randbits(256))
         self.fleet.on_change(self._wake_parked)
         for url in config.workers:
             self._joining.look(self.fleet.add(url)[0])
@@ -83,7 +86,9 @@ class Router:
         return None
 
     def tick(self, now: float) -> None:
-        """Once a second: who is silent, and who sends too slowly."""
+        """Once a second: who is silent, who sends too slowly, and whose time to rest is over."""
+        if self._parts.parked and self.fleet.rotation():
+            self._wake_parked()
         self._watch.tick(now)
         for connection in list(self.connections):
             connection.too_late(now, self._config.receive_timeout_s)
@@ -116,7 +121,8 @@ class Router:
             return self._begin(request, connection, ask=seen.ask, state=seen.state)
         ticket, on_reply = None, None
         if journaled and self._config.journal:
-            ticket = Ticket(secrets.randbits(62), secrets.token_hex(16), int(time.time()))
+            draw = self._draw.getrandbits
+            ticket = Ticket(draw(62), f"{draw(128):032x}", int(time.time()))
             if request.path == "/v1/responses":
                 on_reply = self._noting(f"resp_{ticket.name}")
         exchange = Exchange(

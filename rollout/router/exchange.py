@@ -227,23 +227,23 @@ class Exchange:
 
     def _message(self, worker: Worker) -> bytes:
         request, journal = self._request, self._journal
-        headers, target, body = request.headers, request.target, request.body
+        target, body = request.target, request.body
         method = "GET" if request.method == "HEAD" else request.method
+        dropped, added = {frames.HEADER}, []
         if self._parts.config.worker_api_key:
+            dropped |= {b"authorization", b"x-api-key"}
             key = b"Bearer " + self._parts.config.worker_api_key.encode()
-            dropped = (b"authorization", b"x-api-key")
-            headers = [pair for pair in headers if pair[0] not in dropped]
-            headers.append((b"authorization", key))
+            added.append((b"authorization", key))
         if journal is not None:
-            headers = [pair for pair in headers if pair[0] != frames.HEADER]
             if journal.records:
-                headers = [pair for pair in headers if pair[0] != b"content-type"]
+                dropped.add(b"content-type")
                 target, method = frames.RESUME_PATH.encode(), "POST"
                 resumed = Resumed(request.path, journal.ticket, journal.num_pieces)
                 body = frames.resume_body(resumed, journal.records, body)
                 self._parts.metrics.resumed()
             else:
-                headers.append((frames.HEADER, msgspec.json.encode(journal.ticket)))
+                added.append((frames.HEADER, msgspec.json.encode(journal.ticket)))
+        headers = [pair for pair in request.headers if pair[0] not in dropped] + added
         path = worker.prefix + target
         return request_head(method, path, worker.host, headers, len(body)) + body
 
@@ -358,7 +358,7 @@ class Exchange:
         if self._only is not None:
             why = self._why or f"{self._only.url} {self._only.state}"
             self._fail(WorkerLost(f"{why}; what the request speaks of was there", field="worker"))
-        elif self._num_losses and self._patience is None:
+        elif self._num_losses:
             # Whoever was lost may come back, and is as good as another then.
             self._tried.clear()
             parts.parked.add(self)
@@ -376,6 +376,7 @@ class Exchange:
         self._parts.parked.discard(self)
         if self._patience is not None:
             self._patience.cancel()
+            self._patience = None
 
     def _no_worker(self) -> SlipstreamError:
         told = [f"{worker.url} {worker.state}" for worker in list(self._parts.fleet)[:8]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -59,6 +60,7 @@ class FakeWorker:
     version: str = "0"
     model: str = "fake"
     refusal: str = ""
+    well: bool = True
     seen: list[Seen] = field(default_factory=list)
     url: str = ""
     server: asyncio.Server | None = None
@@ -106,7 +108,7 @@ class FakeWorker:
             line.reply(json.dumps(self._info()).encode())
             return
         if seen.target == "/health":
-            line.reply(b'{"status":"ok"}')
+            line.reply(b'{"status":"ok"}', 200 if self.well else 503)
             return
         self.seen.append(seen)
         if self.answer is None:
@@ -167,6 +169,7 @@ async def routing(*workers: FakeWorker, **options: Any) -> AsyncIterator[Routed]
     router = Router(RouterConfig(workers=urls, **options))
     loop = asyncio.get_running_loop()
     server = await loop.create_server(lambda: ClientConnection(router), "127.0.0.1", 0)
+    ticking = asyncio.create_task(_tick(router))
     url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     try:
         async with httpx.AsyncClient(base_url=url, timeout=PATIENCE_S, trust_env=False) as http:
@@ -174,10 +177,17 @@ async def routing(*workers: FakeWorker, **options: Any) -> AsyncIterator[Routed]
             await routed.until_ready(len(workers))
             yield routed
     finally:
+        ticking.cancel()
         server.close()
         await router.close(0.0)
         for worker in workers:
             await worker.stop()
+
+
+async def _tick(router: Router) -> None:
+    while True:
+        await asyncio.sleep(0.1)
+        router.tick(time.monotonic())
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:

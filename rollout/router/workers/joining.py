@@ -37,7 +37,7 @@ class Joining:
         if worker not in self._looking:
             task = asyncio.get_running_loop().create_task(self._look(worker))
             self._looking[worker] = task
-            task.add_done_callback(lambda _: self._looking.pop(worker, None))
+            task.add_done_callback(lambda task: self._ended(worker, task))
 
     def doubt(self, worker: Worker) -> None:
         """It was lost or could not be reached: it may be asked again once it has answered, since
@@ -58,6 +58,16 @@ class Joining:
         """Ask it once what it is, and judge it. Raises WorkerLost and what it refuses with."""
         facts = await call_json(worker, "GET", "/server_info", key=self._key, timeout_s=_ASK_S)
         self._take(worker, facts)
+
+    def _ended(self, worker: Worker, task: asyncio.Task[None]) -> None:
+        self._looking.pop(worker, None)
+        if task.cancelled():
+            return
+        if (error := task.exception()) is not None:
+            logger.error("looking at %s failed", worker.url, exc_info=error)
+        elif not worker.joined and worker in self._fleet:
+            # It was doubted again just when it had answered.
+            self.look(worker)
 
     async def _look(self, worker: Worker) -> None:
         wait_s, told = _FIRST_WAIT_S, False
