@@ -30,6 +30,9 @@ NOT_READ = {
     "rollout.masks.grammar.languages.gbnf.Repeated.part": "read by its place, in patterns",
     "rollout.client.Client.wait_ready": "for a program that started the server",
     "rollout.http.http_server.PatientServer.handle_exit": "for uvicorn, on a signal",
+    "rollout.router.wire.client_connection.ClientConnection.on_url": "for httptools",
+    "rollout.router.wire.client_connection.ClientConnection.pause_writing": "for its transport",
+    "rollout.router.wire.client_connection.ClientConnection.resume_writing": "for its transport",
 }
 """Members of public classes that the product does not read itself, and why."""
 
