@@ -169,9 +169,9 @@ def test_a_full_disk_of_one_process_is_one_of_all(failing: int) -> None:
         class Pair(World):
             def gather(self, items: list[Any]) -> list[Any]:
                 parts[self.rank] = items
-                meet.wait(30)
+                meet.wait(120)
                 found = parts[0] + parts[1]
-                meet.wait(30)
+                meet.wait(120)
                 return found
 
         def run(rank: int) -> str:
