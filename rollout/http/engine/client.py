@@ -35,10 +35,8 @@ logger = logging.getLogger(__name__)
 
 _TICK_S = 1.0
 _BEAT_S = 5.0
-_PART_S = 1.0
-"""For how long a part waits for the engine to have taken in the one before."""
-_START_ID = 0
-"""Of the reply by which a leader says that it is ready."""
+_PART_S = 1.0  # For which a part waits for the engine to have taken in the one before.
+_START_ID = 0  # Of the reply by which a leader says that it is ready.
 
 
 class AsyncEngine:
@@ -344,7 +342,7 @@ class AsyncEngine:
     def _answer(self, reply: Reply) -> None:
         entry = self._pending.answered(reply.id)
         if entry is None:
-            logger.warning("a reply to call %d, which nobody waits for, is ignored", reply.id)
+            logger.warning("a reply to call %d is ignored: nobody waits for it", reply.id)
             return
         self._heard.learn(entry.command, reply, starting=self._starting)
         if not entry.future.done():
