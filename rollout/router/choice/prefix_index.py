@@ -7,6 +7,7 @@ entry is a guess, which is dropped when the worker's epoch moves, or as the leas
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 BLOCK_BYTES = 256
@@ -24,7 +25,8 @@ class PrefixIndex:
 
     def __init__(self, most: int = 1 << 20) -> None:
         self._most = most
-        self._holders: dict[int, list[Holder]] = {}
+        # The first of a plain dict is found by passing over all that were deleted before it.
+        self._holders: OrderedDict[int, list[Holder]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._holders)
@@ -52,11 +54,13 @@ class PrefixIndex:
         """`holder` gets a prompt of these blocks."""
         known = self._holders
         for block in reversed(blocks):
-            holders = known.pop(block, None)
-            # At the end of the dictionary: that of its first block is the last to go.
-            known[block] = _with(holders, holder)
+            holders = known.get(block)
+            known[block] = [holder] if holders is None else _with(holders, holder)
+            if holders is not None:
+                # The first block of a prompt is the last of it to go.
+                known.move_to_end(block)
         while len(known) > self._most:
-            del known[next(iter(known))]
+            known.popitem(last=False)
 
 
 def blocks_of(prompt: bytes) -> list[int]:
@@ -70,9 +74,7 @@ def blocks_of(prompt: bytes) -> list[int]:
     return found
 
 
-def _with(holders: list[Holder] | None, holder: Holder) -> list[Holder]:
-    if holders is None:
-        return [holder]
+def _with(holders: list[Holder], holder: Holder) -> list[Holder]:
     if holders[0] != holder:
         url = holder[0]
         kept = [known for known in holders if known[0] != url]
