@@ -262,10 +262,11 @@ def test_abort_by_exact_id_looks_at_no_other_request():
     bench = Bench()
     bench.add(*(make_request(rid, range(4), max_new=9) for rid in ("a", "b")))
     requests = bench.scheduler._requests
-    bench.scheduler._requests = Unscanned(requests)
+    bench.scheduler._requests = bench.scheduler._endings._requests = Unscanned(requests)
     assert [output.rid for output in bench.scheduler.abort(rid="a")] == ["a"]
     assert bench.scheduler.abort(rid="a") == bench.scheduler.abort() == []
-    bench.scheduler._requests = dict(dict.items(bench.scheduler._requests))
+    found = dict(dict.items(bench.scheduler._requests))
+    bench.scheduler._requests = bench.scheduler._endings._requests = found
     assert set(bench.run()) == {"b"}
 
 
