@@ -43,7 +43,7 @@ class TimedExecutor:
         return self.launch(plan).result()
 
     def launch(self, plan: StepPlan) -> TimedStep:
-        self.decode_only = bool(plan.query_lens.max() == 1)
+        self.decode_only = bool(plan.query_lens.max(initial=0) == 1)
         self.num_rows = len(plan.slots)
         return TimedStep(self, self.inner.launch(plan))
 

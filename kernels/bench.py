@@ -20,6 +20,7 @@ from kernels.activation import silu_mul
 from kernels.attention import SharedTiles, paged_attention
 from kernels.backend import KernelBackend
 from kernels.kv_copy import write_kv
+from kernels.moe import run_experts
 from kernels.norm import add_rms_norm, rms_norm
 from kernels.rotary import apply_rotary
 from kernels.sampling import sample
@@ -163,8 +164,22 @@ def _sample_case(rows: int, vocab: int) -> Case:
     )
 
 
+def _experts_case(rows: int, slots: int = 32, hidden: int = 2048, inner: int = 768) -> Case:
+    """A quarter of a layer of Qwen3-30B-A3B, and a quarter of its experts of a token."""
+    gate_up, down = _randn(slots, 2 * inner, hidden), _randn(slots, hidden, inner)
+    x, weights = _randn(rows, hidden), torch.rand(rows, 2, device="cuda").to(DTYPE)
+    ids = torch.rand(rows, slots, device="cuda").argsort(-1)[:, :2].int().contiguous()
+    share = len(ids.unique()) / slots
+    return Case(
+        f"run_experts {rows}",
+        lambda b: run_experts(x, gate_up, down, ids, weights, backend=b),
+        int(share * _size(gate_up, down)) + 2 * _size(x),
+    )
+
+
 def cases() -> Iterator[Case]:
-    """Shapes of an 8B model: 32 heads over 8 kv heads of 128; built one at a time."""
+    """Shapes of an 8B model, 32 heads over 8 kv heads of 128, and of experts; built one at a
+    time."""
     yield from _dense_cases()
     yield _attention_case("decode 64 x 4096", 64, 1, 4096)
     yield _attention_case("decode 256 x 1024", 256, 1, 1024)
@@ -172,6 +187,9 @@ def cases() -> Iterator[Case]:
     yield _grouped_case("decode 16 x 16, 512 shared", 16, 16, 512, 256)
     yield _attention_case("prefill 4 x 2048", 4, 2048, 2048)
     yield _attention_case("extend 8 x 256 of 4096", 8, 256, 4096)
+    yield _experts_case(1)
+    yield _experts_case(64)
+    yield _experts_case(1024)
     yield _sample_case(64, 49152)
     yield _sample_case(256, 151936)
 

@@ -14,13 +14,14 @@ from tyro.conf import OmitArgPrefixes
 
 from engine.config import EngineConfig
 from rollout.cli.failures import ALL_FAILED, SOME_FAILED, report
-from rollout.cli.flag_ranges import check_engine, check_serve
+from rollout.cli.flag_ranges import check_engine, check_router, check_serve
 from rollout.cli.progress_bar import ProgressDisplay
 from rollout.files.jsonl import read_lines
 from rollout.http.config import ServeConfig
 from rollout.launch import launch
 from rollout.offline import FileReport, check_output, is_batch, run_file
 from rollout.replica.spawned import ProcessReplica
+from rollout.router.config import RouterConfig
 from rollout.text.tokenizer import Tokenizer, find_tokenizer
 
 logger = logging.getLogger("rollout")
@@ -107,10 +108,18 @@ def run_serve(config: ServeConfig) -> None:
     serve(config)
 
 
-def parse(argv: Sequence[str] | None = None) -> Offline | ServeConfig:
+def run_router(config: RouterConfig) -> None:
+    """`router`: route until told to stop."""
+    from rollout.router.server import route
+
+    check_router(config)
+    route(config)
+
+
+def parse(argv: Sequence[str] | None = None) -> Offline | ServeConfig | RouterConfig:
     """The command that the arguments name; exits with help or a usage error."""
-    args: Offline | ServeConfig = tyro.extras.subcommand_cli_from_dict(
-        {"offline": Offline, "serve": ServeConfig},
+    args: Offline | ServeConfig | RouterConfig = tyro.extras.subcommand_cli_from_dict(
+        {"offline": Offline, "serve": ServeConfig, "router": RouterConfig},
         args=argv,
         prog="slipstream",
         description=__doc__,
@@ -126,6 +135,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if isinstance(args, ServeConfig):
             run_serve(args)
+            return
+        if isinstance(args, RouterConfig):
+            run_router(args)
             return
         code: int | None = exit_code(run_offline(args), args.output)
     except (Exception, KeyboardInterrupt) as error:

@@ -8,7 +8,6 @@ from tests.helpers.name_uses import PACKAGES, Uses, members, read_attributes
 
 NOT_CALLED = {
     "kernels.testing": "what tests of kernels compare with",
-    "kernels.moe": "what layers with experts call",
     "kernels.collectives.reference.all_reduce_add_rms_norm": "what its kernel is compared with",
     "engine.errors.NonFiniteLogits": "known by its name, which crosses processes in a reply",
     "rollout.client.Client": "what a program that uses a server imports",
@@ -21,8 +20,6 @@ NOT_CALLED = {
 }
 """Modules and names that the product offers and does not use itself, and why."""
 NOT_READ = {
-    "kernels.moe.types.Routed.ids_TK": "what layers with experts read",
-    "kernels.moe.types.Routed.weights_TK": "what layers with experts read",
     "engine.models.config.ModelConfig.bos_token_id": "checked when a config.json is read",
     "engine.protocol.commands.ReplicaState.held_pages": "a gauge of /metrics",
     "engine.protocol.commands.ReplicaState.num_sessions": "a gauge of /metrics",
@@ -33,6 +30,9 @@ NOT_READ = {
     "rollout.masks.grammar.languages.gbnf.Repeated.part": "read by its place, in patterns",
     "rollout.client.Client.wait_ready": "for a program that started the server",
     "rollout.http.http_server.PatientServer.handle_exit": "for uvicorn, on a signal",
+    "rollout.router.wire.client_connection.ClientConnection.on_url": "for httptools",
+    "rollout.router.wire.client_connection.ClientConnection.pause_writing": "for its transport",
+    "rollout.router.wire.client_connection.ClientConnection.resume_writing": "for its transport",
 }
 """Members of public classes that the product does not read itself, and why."""
 

@@ -40,8 +40,9 @@ class Experts(nn.Module):
     def __init__(self, hidden_size: int, kind: MoeKind, *, runtime: LayerRuntime) -> None:
         super().__init__()
         self.backend = runtime.backend
+        self.num_experts = kind.routing.num_experts
         self._slots, self._inner = _shards(kind, runtime)
-        num, full, inner = kind.routing.num_experts, kind.intermediate_size, self._inner.length
+        num, full, inner = self.num_experts, kind.intermediate_size, self._inner.length
         slots, hidden, names = self._slots.length, slice(0, hidden_size), kind.names
         # In the order of elements in a tensor of all experts: gate and up of one, then of the next.
         gate_up = {
@@ -111,6 +112,7 @@ class Experts(nn.Module):
             first_slot=self._slots.start,
             added_TH=added_TH,
             residual_TH=residual_TH,
+            num_experts=self.num_experts,
             backend=self.backend,
         )
 

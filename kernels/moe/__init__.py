@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from kernels.backend import KernelBackend, unknown_backend
-from kernels.moe import reference
+from kernels.moe import reference, route_reference
 from kernels.moe.types import Routed
 from kernels.routing import RoutingRule
 
@@ -35,11 +35,11 @@ def route(
     Raises ValueError on an unknown backend.
     """
     if backend == "torch":
-        return reference.route(x_TH, gate_NH, rule, bias_N, num_rows)
+        return route_reference.route(x_TH, gate_NH, rule, bias_N, num_rows)
     if backend == "triton":
-        from kernels.moe import triton
+        from kernels.moe import route_triton
 
-        return triton.route(x_TH, gate_NH, rule, bias_N, num_rows)
+        return route_triton.route(x_TH, gate_NH, rule, bias_N, num_rows)
     raise unknown_backend(backend)
 
 
@@ -58,19 +58,18 @@ def run_experts(
 ) -> torch.Tensor:
     """Every token through its experts: the sum of `weight * down(silu(gate(x)) * up(x))`.
 
-    x_TH: float32, bfloat16 or float16, as the weights. gate_up_SJH: of an expert, the rows of gate,
-    then those of up; contiguous, as down_SHI is.
+    x_TH: float32, bfloat16 or float16, as the weights. gate_up_SJH: an expert's rows of gate, then
+    those of up; contiguous, as are down_SHI, ids_TK and weights_TK.
     ids_TK: int32. Slot s holds expert `first_slot + s`; experts that no slot holds, and ids of -1,
     add nothing and read no weight. weights_TK: float32 or the dtype of x.
-    added_TH: a shared expert's output, added to the sum; residual_TH: what that is then added to;
-    both in the dtype of x, rows may be strided.
-    num_experts: of the model, where this rank does not hold all; kernels are cut by how many tokens
-    an expert has on average.
+    added_TH: a shared expert's output, added to the sum; residual_TH: what that is added to; both
+    in the dtype of x, rows may be strided.
+    num_experts: of the model, where this rank does not hold all; it says how products are cut.
     Products are summed in float32. They are rounded to the dtype of x after gate and up, after
     silu, after the product of both, and after down; the product with a weight is rounded to the
     wider of both dtypes. The sum over a token's experts runs in float32 in the order of ids_TK and
-    is rounded once, and so is each of the two additions.
-    Returns [T, H] in the dtype of x. Raises ValueError on an unknown backend.
+    is rounded once, as each of the two additions is. Returns [T, H] in the dtype of x.
+    Raises ValueError on an unknown backend.
     """
     if backend == "torch":
         return reference.run_experts(
@@ -79,15 +78,6 @@ def run_experts(
     if backend == "triton":
         from kernels.moe import triton
 
-        return triton.run_experts(
-            x_TH,
-            gate_up_SJH,
-            down_SHI,
-            ids_TK,
-            weights_TK,
-            first_slot,
-            added_TH,
-            residual_TH,
-            num_experts,
-        )
+        args = (x_TH, gate_up_SJH, down_SHI, ids_TK, weights_TK, first_slot, added_TH, residual_TH)
+        return triton.run_experts(*args, num_experts)
     raise unknown_backend(backend)

@@ -7,6 +7,7 @@ response tokens of a branch.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,9 @@ from engine.protocol import VersionSpan
 from recipes.algorithms.advantages import advantages
 from recipes.algorithms.aggregation import token_weights
 from recipes.algorithms.presets import Algorithm
+from recipes.trainers.route_shelf import RouteShelf
 from recipes.types import Batch, BoolArray, Trajectory
+from rollout.client import routed_experts
 
 Record = Mapping[str, Any]
 
@@ -38,12 +41,18 @@ class Branch:
     kept: BoolArray
 
 
-def branches_of(record: Record, *, version_of: Callable[[str], int] = int) -> list[Branch]:
+def branches_of(
+    record: Record,
+    *,
+    version_of: Callable[[str], int] = int,
+    shelf: RouteShelf | None = None,
+) -> list[Branch]:
     """The branches of one rollout that have sampled tokens of their own, in order.
 
     Their reward is that of the call that ends them, else that of the rollout. A rollout that is
     not complete, or has no reward, gives branches that say so in `failed`. version_of: what the
-    trainer counts a version as, which the server calls by a label.
+    trainer counts a version as, which the server calls by a label. shelf: takes the routes of
+    branches that have them (`docs/routed_experts.md`), for a trainer that replays them.
     """
     rewards = {call["call"]: call["reward"] for call in record["calls"]}
     found = []
@@ -52,7 +61,8 @@ def branches_of(record: Record, *, version_of: Callable[[str], int] = int) -> li
         if any(segment["sampled"] and segment["new"] for segment in segments):
             reward = rewards.get(segments[-1]["call"])
             reward = record["reward"] if reward is None else reward
-            found.append(_branch(record, segments, reward, version_of))
+            made = _branch(record, segments, reward, version_of)
+            found.append(made if shelf is None else _routed(made, branch, shelf))
     return found
 
 
@@ -62,6 +72,7 @@ def captured_batch(
     max_new_tokens: int,
     *,
     version_of: Callable[[str], int] = int,
+    shelf: RouteShelf | None = None,
 ) -> Batch:
     """One update over rollouts, those of a group being of the same task: their rewards are compared
     by the algorithm's estimator, and each branch has the advantage of its rollout.
@@ -74,7 +85,7 @@ def captured_batch(
     branches: list[Branch] = []
     scores: list[float] = []
     for group in groups:
-        rollouts = [branches_of(record, version_of=version_of) for record in group]
+        rollouts = [branches_of(each, version_of=version_of, shelf=shelf) for each in group]
         graded = [r for r in rollouts if r and not any(b.trajectory.failed for b in r)]
         earned = [float(np.mean([b.trajectory.reward for b in rollout])) for rollout in graded]
         if len(graded) < 2:
@@ -104,6 +115,20 @@ def _whole(segments: Sequence[Record]) -> Sequence[Record]:
                 break
             end = number
     return segments[:end]
+
+
+def _routed(made: Branch, branch: Record, shelf: RouteShelf) -> Branch:
+    """A branch with its routes, as far as it is learnt from."""
+    routes = routed_experts(branch)
+    if routes is None:
+        return made
+    trajectory = made.trajectory
+    num = len(trajectory.prompt_ids) + len(trajectory.response_ids) - 1
+    # -1 of a signed dtype becomes the largest number.
+    narrow = routes.dtype.itemsize == 1
+    kept = routes[:num].astype(np.uint8) if narrow else routes[:num].astype(np.uint16)
+    held = shelf.put(kept)
+    return dataclasses.replace(made, trajectory=dataclasses.replace(trajectory, routes=held))
 
 
 def _branch(

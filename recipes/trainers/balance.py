@@ -22,9 +22,14 @@ def balance_loss(shares_TE: torch.Tensor, ids_TK: torch.Tensor) -> torch.Tensor:
     shares_TE: float32, a token's sum is 1. ids_TK: int64.
     """
     num_experts = shares_TE.shape[1]
-    load_E = torch.bincount(ids_TK.flatten(), minlength=num_experts)
-    share_E = load_E / ids_TK.numel()
+    share_E = load_of(ids_TK, num_experts) / ids_TK.numel()
     return num_experts * (share_E * shares_TE.mean(dim=0)).sum()
+
+
+def load_of(ids_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """How many of the choices each expert got, int64 [E]; the host does not wait for the device."""
+    ids = ids_TK.flatten()
+    return ids.new_zeros(num_experts).scatter_add_(0, ids, torch.ones_like(ids))
 
 
 def load_entropy(load_LE: LoadArray) -> float:

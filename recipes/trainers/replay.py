@@ -84,7 +84,8 @@ class RouteReplay:
         of those the router itself would have sent elsewhere, and how many had none."""
         absent = sum(int(rows.sum()) for rows in self._absent.values())
         num = sum(len(rows) for rows in self._absent.values())
-        return num - absent, sum(int(flips) for flips in self._flips.values()), absent
+        flips = int(torch.stack(list(self._flips.values())).sum()) if self._flips else 0
+        return num - absent, flips, absent
 
 
 def _unfit(why: str) -> InvalidRequest:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -56,23 +57,27 @@ class RouteShelf:
         if self.world.size == 1:
             return
         rank, messages = self.world.rank, []
+        # Kept until they are sent.
+        outbound: list[torch.Tensor] = []
         inbound: list[tuple[list[HeldRoutes], torch.Tensor]] = []
         for other in range(self.world.size):
             outgoing, incoming = _of(wanted[other], rank), _of(wanted[rank], other)
             if other != rank and outgoing:
-                joined = b"".join(self._own[held.key].tobytes() for held in outgoing)
-                payload = torch.frombuffer(bytearray(joined), dtype=torch.uint8)
-                messages.append(dist.isend(payload, other))
+                outbound.append(self._packed(outgoing))
+                messages.append(dist.isend(outbound[-1], other))
             if other != rank and incoming:
                 size = sum(held.num_bytes for held in incoming)
-                payload = torch.empty(size, dtype=torch.uint8)
-                inbound.append((incoming, payload))
-                messages.append(dist.irecv(payload, other))
+                inbound.append((incoming, torch.empty(size, dtype=torch.uint8)))
+                messages.append(dist.irecv(inbound[-1][1], other))
         for message in messages:
             assert message is not None
             message.wait()
         for incoming, payload in inbound:
             self._unpack(incoming, payload)
+
+    def _packed(self, outgoing: Sequence[HeldRoutes]) -> torch.Tensor:
+        arrays = [np.ascontiguousarray(self._own[held.key]) for held in outgoing]
+        return torch.from_numpy(np.concatenate([a.view(np.uint8).reshape(-1) for a in arrays]))
 
     def _unpack(self, incoming: Sequence[HeldRoutes], payload: torch.Tensor) -> None:
         start = 0

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from recipes.trainers.balance import LoadArray, balance_loss
+from recipes.trainers.balance import LoadArray, balance_loss, load_of
 from recipes.trainers.prefix_tree import PrefixTree, PromptResponse
 from recipes.trainers.replay import RouteReplay
 from recipes.trainers.route_shelf import RouteShelf
@@ -141,10 +141,7 @@ class Routing:
         """Of the pass since `begin`; None of a dense model."""
         if not self._routers:
             return None
-        loads = [
-            torch.bincount(self._chosen[router.layer].flatten(), minlength=router.num_experts)
-            for router in self._routers
-        ]
+        loads = [load_of(self._chosen[r.layer], r.num_experts) for r in self._routers]
         replayed, flips, absent = (0, 0, 0) if self._replay is None else self._replay.counts()
         return RoutingCounts(
             load=torch.stack(loads).cpu().numpy(),

@@ -10,8 +10,10 @@ from types import MappingProxyType
 from engine.config import GIB, MAX_DRAFT_TOKENS, MIB, EngineConfig
 from engine.errors import InvalidRequest
 from engine.protocol.types import INT32_MAX, INT64_MAX, MAX_SECONDS, MAX_VERSION
+from engine.protocol.urls import url_fault
 from rollout.http.config import ServeConfig
 from rollout.parsers.formats import select_format
+from rollout.router.config import RouterConfig
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Range:
     open: bool = False
     unit: int = 1
 
-    def check(self, config: EngineConfig | ServeConfig, option: str) -> None:
+    def check(self, config: EngineConfig | ServeConfig | RouterConfig, option: str) -> None:
         """Raise InvalidRequest, naming the option, for a number out of the range."""
         found = attrgetter(self.path)(config)
         if found is None:
@@ -78,6 +80,26 @@ SERVE_RANGES: Mapping[str, Range] = MappingProxyType(
 )
 
 
+ROUTER_RANGES: Mapping[str, Range] = MappingProxyType(
+    {
+        "--port": Range("port", 0, 65535),
+        "--max-body-mib": Range("max_body_bytes", 1, _TIB, unit=MIB),
+        "--max-control-body-mib": Range("max_control_body_bytes", 1, _TIB, unit=MIB),
+        "--max-held-body-mib": Range("max_held_body_bytes", 1, _TIB, unit=MIB),
+        "--receive-timeout-s": Range("receive_timeout_s", 0, 86400, open=True),
+        "--send-timeout-s": Range("send_timeout_s", 0, 86400, open=True),
+        "--silence-s": Range("silence_s", 0, 86400, open=True),
+        "--patience-s": Range("patience_s", 0, 86400),
+    }
+)
+
+
+def check_router(config: RouterConfig) -> None:
+    """Look at every number of a router's options. Raises InvalidRequest naming the option."""
+    for option, span in ROUTER_RANGES.items():
+        span.check(config, option)
+
+
 def check_engine(config: EngineConfig) -> None:
     """Look at every number that the options of an engine give. Raises InvalidRequest naming the
     option."""
@@ -88,6 +110,8 @@ def check_engine(config: EngineConfig) -> None:
 def check_serve(config: ServeConfig) -> None:
     """`check_engine`, and the numbers and names of the server itself."""
     check_engine(config.engine)
+    if config.router and (fault := url_fault(config.router)):
+        raise InvalidRequest(fault, field="--router")
     select_format(None, config.tool_parser, config.reasoning_parser)
     for option, span in SERVE_RANGES.items():
         span.check(config, option)

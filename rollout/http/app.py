@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
@@ -19,10 +19,12 @@ from rollout.http.edge import errors, unserved_routes
 from rollout.http.edge.guard import Guard
 from rollout.http.edge.routes import Routes
 from rollout.http.edge.shortcut import Shortcut
-from rollout.http.native import command_routes, session_routes
+from rollout.http.journal.door import Answer, JournalDoor
+from rollout.http.native import command_routes, phase_routes, session_routes
 from rollout.http.native import generate_routes as native_generate_routes
 from rollout.http.openai import chat_routes, completion_routes, model_routes
 from rollout.http.openai.responses import routes as response_routes
+from rollout.http.openai.responses.store import ResponseStore
 from rollout.http.scoring import classify_routes, embedding_routes, rerank_routes, score_routes
 from rollout.http.services import Services
 from rollout.http.sglang import pause_routes as sglang_pause_routes
@@ -51,7 +53,6 @@ _OTHERS = (
     health_routes,
     info_routes,
     model_routes,
-    response_routes,
     slime_routes,
     text_routes,
     session_routes,
@@ -60,6 +61,7 @@ _OTHERS = (
 
 _CONTROL = (
     command_routes,
+    phase_routes,
     sglang_weight_routes,
     sglang_pause_routes,
     vllm_weight_routes,
@@ -76,11 +78,12 @@ def build_app(services: Services) -> ASGIApp:
     and Starlette put around every route take as long as all that the route does.
     """
     routers = _Routers(services)
+    inner: Any = build_routes(services, routers)
     # As uvicorn has it, whoever a proxy of this machine speaks for is the caller.
-    routes: Any = ProxyHeadersMiddleware(
-        _routes(services, routers), os.environ.get("FORWARDED_ALLOW_IPS", "127.0.0.1")
-    )
+    trusted = os.environ.get("FORWARDED_ALLOW_IPS", "127.0.0.1")
+    routes: Any = ProxyHeadersMiddleware(inner, trusted)
     app: ASGIApp = Shortcut(routes, routers.generating)
+    app = JournalDoor(app, services, _journaled(routers.store))
     app = Guard(app, services.config, _paths(routers.control))
     if services.config.allowed_origins:
         # Outermost: it also answers what browsers ask before they send a request.
@@ -93,22 +96,22 @@ def build_app(services: Services) -> ASGIApp:
     return app
 
 
-def build_routes(services: Services) -> FastAPI:
-    """Every route of the application, with nothing before them."""
-    return _routes(services, _Routers(services))
-
-
 class _Routers:
     """The routes of a server: those that generate, those that steer the engine, and others."""
 
     def __init__(self, services: Services) -> None:
         self.generating = [module.router(services) for module in _GENERATING]
+        self.store = ResponseStore()
         self.others = [module.router(services) for module in _OTHERS]
+        self.others.append(response_routes.router(services, self.store))
         self.control = [module.router(services) for module in _CONTROL]
         self.control.append(unserved_routes.router())
 
 
-def _routes(services: Services, routers: _Routers) -> FastAPI:
+def build_routes(services: Services, routers: _Routers | None = None) -> FastAPI:
+    """Every route of the application, with nothing before them."""
+    routers = routers or _Routers(services)
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         try:
@@ -122,6 +125,25 @@ def _routes(services: Services, routers: _Routers) -> FastAPI:
     app = FastAPI(title="Slipstream", lifespan=lifespan, openapi_url=None, routes=served)
     errors.install(app, _methods(found))
     return app
+
+
+def _journaled(store: ResponseStore) -> Mapping[str, Answer]:
+    """The routes whose replies have a journal on demand."""
+
+    async def chat(seen: Services, body: bytes) -> Response:
+        return await chat_routes.reply_to_chat(seen, seen.prompts, body)
+
+    async def response(seen: Services, body: bytes) -> Response:
+        return await response_routes.reply_to_response(seen, store, body)
+
+    return {
+        "/generate": native_generate_routes.reply_to_generate,
+        "/v1/completions": completion_routes.complete,
+        "/v1/chat/completions": chat,
+        "/v1/responses": response,
+        "/v1/messages": message_routes.reply_to_messages,
+        "/inference/v1/generate": vllm_generate_routes.reply_to_tokens,
+    }
 
 
 def front_paths(services: Services) -> frozenset[str]:

@@ -52,6 +52,8 @@ class ServeConfig:
     reasoning_parser: str = ""
     """How the model writes its thinking, such as qwen3, or 'none'; by default as its chat template
     tells."""
+    router: str = ""
+    """URL of a router to register with (docs/router.md); its admin key is --admin-api-key."""
     restart: Restart = "never"
     """When the engine dies: 'never' leaves with exit code 1, 'on-failure' starts it again."""
     allowed_hosts: Annotated[UseAppendAction[tuple[str, ...]], arg(name="allowed-host")] = ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
+from typing import Protocol
 
 from engine.errors import InvalidRequest
 from rollout.http.config import ServeConfig
@@ -14,7 +15,26 @@ _PROBE_EVERY_S = 15
 _NUM_PROBES = 4
 
 
-def bind(config: ServeConfig) -> socket.socket:
+class Address(Protocol):
+    """Where to listen, and how long a client that takes nothing keeps its connection."""
+
+    @property
+    def host(self) -> str:
+        """Address to bind."""
+        ...
+
+    @property
+    def port(self) -> int:
+        """Port to bind; 0 takes a free one."""
+        ...
+
+    @property
+    def send_timeout_s(self) -> float:
+        """Seconds after which such a connection ends."""
+        ...
+
+
+def bind(config: Address) -> socket.socket:
     """A bound socket, which nobody is heard at yet: bound before the model is loaded, so that a
     port in use shows at once. Raises InvalidRequest (`--host, --port`)."""
     listener = _socket(config)
@@ -54,7 +74,7 @@ def listen(first: socket.socket, config: ServeConfig) -> list[socket.socket]:
     return sockets
 
 
-def _socket(config: ServeConfig) -> socket.socket:
+def _socket(config: Address) -> socket.socket:
     """A socket whose connections, which have its options, end once the other side has vanished or
     has taken nothing for `send_timeout_s`: TCP_USER_TIMEOUT of tcp(7) is about both."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET

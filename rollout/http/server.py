@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import logging
-import resource
 import signal
 import socket
 import tempfile
@@ -25,12 +23,14 @@ from rollout.http.edge.access import is_loopback
 from rollout.http.engine.client import AsyncEngine
 from rollout.http.engine.link import ProcessLink
 from rollout.http.engine.supervisor import Supervisor
+from rollout.http.file_limit import raise_file_limit
 from rollout.http.fronts.front_processes import FrontProcesses
 from rollout.http.fronts.news import NewsWriter
 from rollout.http.fronts.owner_door import OwnerDoor
 from rollout.http.fronts.publisher import Publisher
 from rollout.http.http_server import PatientServer, uvicorn_config
 from rollout.http.listeners import bind, listen
+from rollout.http.registration import Registration, own_url
 from rollout.http.services import Services, make_services
 from rollout.replica.spawned import ProcessReplica
 from rollout.text.tokenizer import Tokenizer, find_tokenizer
@@ -39,7 +39,6 @@ logger = logging.getLogger(__name__)
 
 _LAST_ANSWERS_S = 2.0
 """Between the engine's death and the server's: whoever calls meanwhile is told why."""
-_MAX_FILES = 65536
 _FACTORY = "engine.executor:build_executor"
 
 
@@ -52,7 +51,7 @@ def serve(config: ServeConfig, *, factory: str = _FACTORY) -> None:
     KeyboardInterrupt after SIGINT.
     """
     _leave_by_exception()
-    _raise_file_limit()
+    raise_file_limit()
     with bind(config) as listener:
         tokenizer = find_tokenizer(config.engine.model)
         engines = _Engines(config, factory)
@@ -118,6 +117,7 @@ class _Server:
         self._engines = engines
         self._tokenizer = tokenizer
         self._server: PatientServer | None = None
+        self._registration: Registration | None = None
         self.failure: EngineDead | None = None
 
     async def serve(self, listener: socket.socket) -> list[int]:
@@ -153,7 +153,10 @@ class _Server:
     async def _alone(self, services: Services, listener: socket.socket) -> list[int]:
         app = build_app(services)
         self._server = PatientServer(
-            uvicorn_config(self._config, app), services.engine, end_now=self._engines.kill
+            uvicorn_config(self._config, app),
+            services.engine,
+            end_now=self._engines.kill,
+            others=self._deregister,
         )
         self._announce(listener)
         await self._server.serve(sockets=[listener])
@@ -183,7 +186,7 @@ class _Server:
                 uvicorn_config(self._config, app, uds=str(Path(folder, "owner"))),
                 services.engine,
                 end_now=end_now,
-                others=fronts.leave,
+                others=lambda: self._deregister(fronts),
             )
             telling = asyncio.create_task(publisher.run())
             serving = asyncio.create_task(self._server.serve())
@@ -202,24 +205,26 @@ class _Server:
                 await asyncio.gather(serving, telling, return_exceptions=True)
         return self._server.signals
 
+    async def _deregister(self, fronts: FrontProcesses | None = None) -> None:
+        """Tell who sends requests here, and the fronts, that the server leaves."""
+        if self._registration is not None:
+            await self._registration.leave()
+        if fronts is not None:
+            await fronts.leave()
+
     def _announce(self, listener: socket.socket) -> None:
         config, (host, port) = self._config, listener.getsockname()[:2]
         logger.info("serving %s at http://%s:%d", config.model_name, host, port)
         if not is_loopback(config.host) and not config.admin_api_key:
             logger.warning("control routes answer 403 at %s without --admin-api-key", config.host)
+        if config.router:
+            url = own_url(config.host, port, config.router)
+            key = config.admin_api_key or config.api_key
+            self._registration = Registration(config.router, url, key=key)
+            self._registration.start()
         # What was made until here stays to the end: it need not be looked through again and again.
         gc.collect()
         gc.freeze()
-
-
-def _raise_file_limit() -> None:
-    """Room for thousands of connections: each is a file, and the usual limit is 1,024."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _MAX_FILES if hard == resource.RLIM_INFINITY else min(_MAX_FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(ValueError, OSError):
-            # A system may allow less than the limit it names.
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _leave_by_exception() -> None:

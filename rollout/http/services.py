@@ -11,6 +11,7 @@ from rollout.http.chat.prompts import ChatPrompts
 from rollout.http.config import ServeConfig
 from rollout.http.edge.access import Access
 from rollout.http.engine.client import AsyncEngine
+from rollout.http.journal.identity import Drawn, Identity
 from rollout.http.native.generator import Generator
 from rollout.http.native.sample import Sample
 from rollout.http.openai.bodies import ChatBody
@@ -48,7 +49,7 @@ class Services:
     """One server's parts; each route function takes this and nothing global.
 
     tokenizer, prompts: None for a model that is asked in ids. capture: sees the one call that these
-    are for, where it is captured.
+    are for, where it is captured. identity: where calls get their ids.
     calls: those in progress, by the ids that their replies show.
     """
 
@@ -62,6 +63,7 @@ class Services:
     tokenizer: Tokenizer | None
     prompts: ChatPrompts | None
     capture: Capture | None = None
+    identity: Identity = field(default_factory=Drawn)
     calls: WeakValueDictionary[str, NamedCall] = field(default_factory=WeakValueDictionary)
 
 

@@ -72,9 +72,8 @@ class Scheduler:
         device: str = "cpu",
         prepared: Callable[[Request], bool] = lambda request: True,
     ) -> None:
-        """experts, keeps_routes: as in `EngineFacts`. speculative: what is drafted, nothing if
-        None; device: what the ranks run on. prepared: whether a request may leave the queue; one
-        that may not waits, and others pass it."""
+        """experts, keeps_routes: as in `EngineFacts`. speculative: what is drafted; device: what
+        the ranks run on. prepared: whether a request may leave the queue, or others pass it."""
         # Every running sequence must be able to decode in one step.
         num_slots = min(config.max_running, config.max_step_tokens)
         if num_slots < 1:
@@ -190,8 +189,8 @@ class Scheduler:
     def stop(self, rid: str, num_tokens: int, matched: str) -> list[RequestOutput]:
         """End one request at `num_tokens` output tokens, a stop string having been seen.
 
-        Empty if the request is already gone, or its routes are on their way. A stream that returned
-        more tokens than that gets an empty output whose `start` is `num_tokens`.
+        Nothing if it is gone already, or its routes are on their way. A stream that returned more
+        tokens than that gets an empty output whose `start` is `num_tokens`.
         """
         sequence = self._requests.get(rid)
         if sequence is None:
@@ -238,8 +237,7 @@ class Scheduler:
         return self._running.routes.wanted
 
     def plan(self, step: int = -1) -> StepPlan | None:
-        """The next step, or None: nothing is to be computed, or a pause is on, and there are no
-        routes to read. step: its number."""
+        """The next step, or None: nothing is to be done, or a pause is on. step: its number."""
         if self.paused or not self._requests:
             return self.plan_reads(step)
         self._next_step = max(step, self._next_step)

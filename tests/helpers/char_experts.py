@@ -12,6 +12,15 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from tests.helpers.char_model import VOCAB, char_tokenizer
 
+_BOTH = [
+    *("--device", "cpu", "--dtype", "float32", "--kv-memory-gb", "0.02", "--max-new-tokens", "2"),
+    *("--eval-prompts", "256", "--eval-every", "0", "--checkpoint-every", "0"),
+]
+SFT = [*_BOTH, "--steps", "16", "--batch-size", "64", "--lr", "3e-3"]
+"""Flags of `recipes/sft.py` after which the model knows about half of the answers."""
+GRPO = [*_BOTH, "--steps", "40", "--prompts-per-step", "16", "--samples", "8", "--lr", "1e-3"]
+"""Flags of `recipes/grpo.py` that teach it most of the rest."""
+
 
 def char_experts(hidden: int = 32, layers: int = 2, *, seed: int = 0) -> Qwen3MoeForCausalLM:
     """A Qwen3-MoE with random weights: eight experts a layer, two of them a token."""

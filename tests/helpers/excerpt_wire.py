@@ -124,15 +124,15 @@ def send(
     pieces = [[piece for piece, _ in own] for own in shards]
     begin = BeginUpdate(version=0, manifest=list(manifest))
     sizes = {"bucket_bytes": 2000, "direct_bytes": 64} | sizes
-    command = plan_command(NAME, begin, pieces, timeout_s=10.0, **sizes)
+    command = plan_command(NAME, begin, pieces, timeout_s=60.0, **sizes)
     needs = [found for rank in ranks for found in rank.handle(command).excerpts]
     for sender, own in enumerate(shards):
         end: Any = WireEnd(sender, queues)
         stages = plan_sends(command, sender, needs)
-        deadline = time.monotonic() + 10.0
+        deadline = time.monotonic() + 60.0
         ExcerptSender(end, CPU).send(stages, pieces[sender], iter(own), deadline=deadline)
 
 
 def receive(rank: WeightService) -> None:
     """Take everything from the wire."""
-    rank.handle(ReceiveExcerpts(group=NAME, timeout_s=10.0))
+    rank.handle(ReceiveExcerpts(group=NAME, timeout_s=60.0))

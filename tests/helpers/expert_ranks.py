@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -19,7 +20,7 @@ from recipes.trainers.plain import Trainer
 from recipes.trainers.route_shelf import RouteShelf
 from recipes.trainers.routing import Routing
 from recipes.trainers.routing_options import RoutingOptions
-from recipes.trainers.sharded import ShardedTrainer
+from recipes.trainers.sharded import Backend, ShardedTrainer
 from recipes.types import Batch
 from recipes.world import World
 from tests.helpers.expert_families import WITH_BIAS, tiny_experts
@@ -79,10 +80,15 @@ def batches(family: str, world: World, shelf: RouteShelf) -> list[Batch]:
     return found
 
 
-def plain(family: str, options: RoutingOptions, shelf: RouteShelf) -> Trainer:
+def plain(
+    family: str,
+    options: RoutingOptions,
+    shelf: RouteShelf,
+    dtype: torch.dtype = torch.float32,
+) -> Trainer:
     made = model(family)
     routing = Routing(made, options, shelf)
-    return Trainer(made, OPTIONS, device=CPU, dtype=torch.float32, temperature=0.7, routing=routing)
+    return Trainer(made, OPTIONS, device=CPU, dtype=dtype, temperature=0.7, routing=routing)
 
 
 def learnt(trainer: Learner, given: list[Batch], world: World) -> Results:
@@ -97,28 +103,60 @@ def learnt(trainer: Learner, given: list[Batch], world: World) -> Results:
     return {"before": before, "rows": rows, "after": after}
 
 
-def expert_trainers(rank: int, size: int, folder: Path) -> Results:
-    """By back end: with routes replayed and a balance loss, and in bfloat16 with routers frozen."""
-    from recipes.trainers.deepspeed import DeepSpeedBackend
-    from recipes.trainers.fsdp import FsdpBackend
+def expert_trainers(name: str, rank: int, size: int, folder: Path) -> Results:
+    """Of one back end: with routes replayed and a balance loss, and in bfloat16 with routers
+    frozen, which is also saved and loaded."""
+    world = World(rank=rank, size=size, rollout_ranks=size)
+    shelf = RouteShelf(world=world)
+    replayed = sharded(name, world, shelf, "qwen3_moe", REPLAYED, torch.float32)
+    results = {"qwen3_moe": learnt(replayed, batches("qwen3_moe", world, shelf), world)}
+    results["qwen3_moe"]["source"] = seen(replayed.weights)
 
-    world, results = World(rank=rank, size=size, rollout_ranks=size), {}
-    builds: dict[str, Callable[..., Any]] = {
-        "zero1": lambda *args, **more: DeepSpeedBackend(*args, stage=1, **more),
-        "zero3": lambda *args, **more: DeepSpeedBackend(*args, stage=3, **more),
-        "fsdp": lambda *args, **more: FsdpBackend(*args, num_processes=size, **more),
-    }
-    for name, build in builds.items():
-        for family, routers, dtype in (
-            ("qwen3_moe", REPLAYED, torch.float32),
-            ("glm4_moe", FROZEN, torch.bfloat16),
-        ):
-            shelf, made = RouteShelf(world=world), model(family)
-            routing = Routing(made, routers, shelf)
-            backend = build(made, OPTIONS, device=CPU, dtype=dtype)
-            trainer = ShardedTrainer(backend, OPTIONS, world, temperature=0.7, routing=routing)
-            found = learnt(trainer, batches(family, world, shelf), world)
-            found["source"] = seen(trainer.weights)
-            results[f"{name} {family}"] = found
-        trainer.write_model(folder / name, torch.bfloat16)
+    def frozen() -> ShardedTrainer:
+        return sharded(name, world, shelf, "glm4_moe", FROZEN, torch.bfloat16)
+
+    trainer, given = frozen(), batches("glm4_moe", world, shelf)
+    found = results["glm4_moe"] = learnt(trainer, given, world)
+    found["source"] = seen(trainer.weights)
+    trainer.write_model(folder / "model", torch.bfloat16)
+    found["resumed"] = resumed(trainer, frozen, given[0], world, folder / "saved")
     return results
+
+
+def sharded(
+    name: str,
+    world: World,
+    shelf: RouteShelf,
+    family: str,
+    routers: RoutingOptions,
+    dtype: torch.dtype,
+) -> ShardedTrainer:
+    """A trainer of the back end "zero1", "zero3" or "fsdp"."""
+    made = model(family)
+    routing = Routing(made, routers, shelf)
+    backend: Backend
+    if name == "fsdp":
+        from recipes.trainers.fsdp import FsdpBackend
+
+        backend = FsdpBackend(made, OPTIONS, num_processes=world.size, device=CPU, dtype=dtype)
+    else:
+        from recipes.trainers.deepspeed import DeepSpeedBackend
+
+        stage = int(name.removeprefix("zero"))
+        backend = DeepSpeedBackend(made, OPTIONS, stage=stage, device=CPU, dtype=dtype)
+    return ShardedTrainer(backend, OPTIONS, world, temperature=0.7, routing=routing)
+
+
+def resumed(
+    trainer: Learner, made: Callable[[], Learner], batch: Batch, world: World, folder: Path
+) -> list[Any]:
+    """Log-probabilities of a trainer a step further, and of one that loaded it before that."""
+    folder.mkdir(exist_ok=True)
+    trainer.save(folder)
+    world.barrier()
+    other = made()
+    other.load(folder)
+    for each in (trainer, other):
+        each.accumulate(batch, LOSS, TokenMetrics())
+        each.step(1e-2)
+    return [np.concatenate(each.logprobs(batch.trajectories)) for each in (trainer, other)]

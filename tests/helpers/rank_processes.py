@@ -41,6 +41,7 @@ _IMPORTED = [
     "tests.helpers.source_ranks",
     "tests.helpers.trainer_ranks",
     "tests.helpers.critic_ranks",
+    "tests.helpers.expert_ranks",
 ]
 
 

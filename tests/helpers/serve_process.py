@@ -96,13 +96,13 @@ class ServerProcess:
     def terminate(self) -> int:
         """SIGTERM; the exit code."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(30)
+        return self.process.wait(120)
 
     def close(self) -> None:
         """Kill what is left and close the pipe."""
         if self.process.poll() is None:
             self.process.kill()
-            self.process.wait(30)
+            self.process.wait(120)
         self._reader.join(60)
         if self.process.stderr is not None:
             self.process.stderr.close()
@@ -129,7 +129,7 @@ class ServerProcess:
         self._found.set()
 
 
-def gone(pid: int, timeout_s: float = 10.0) -> bool:
+def gone(pid: int, timeout_s: float = 60.0) -> bool:
     """Whether a process has left, or leaves in time."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:

@@ -168,7 +168,7 @@ class GlooGroup:
         until(lambda: self._rank.groups.num_parked == 0)
         if self._sent is not None:
             with suppress(WeightUpdateError, AssertionError, ValueError):
-                self._sent.result(30)
+                self._sent.result(120)
         self._sender = self._sent = None
         self._whole = True
 
@@ -221,7 +221,7 @@ class Excerpts:
             until(lambda: self._rank.groups.num_parked == 0)
             for sent in self._sent:
                 with suppress(WeightUpdateError, AssertionError):
-                    sent.result(30)
+                    sent.result(120)
             self._world.close()
         self._world, self._sent, self._whole = None, [], True
 

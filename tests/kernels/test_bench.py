@@ -20,5 +20,14 @@ def test_says_that_it_needs_a_gpu(
 def test_table_has_every_op(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main() == 0
     table = capsys.readouterr().out
-    for name in ("rms_norm", "silu_mul", "apply_rotary", "write_kv", "decode", "extend", "sample"):
+    for name in (
+        "rms_norm",
+        "silu_mul",
+        "apply_rotary",
+        "write_kv",
+        "decode",
+        "extend",
+        "sample",
+        "run_experts",
+    ):
         assert f"\n{name}" in table

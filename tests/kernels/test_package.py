@@ -45,7 +45,7 @@ def test_transformers_ignores_this_package_and_imports_a_model() -> None:
 
 
 def test_importing_the_ops_leaves_triton_out() -> None:
-    ops = ["norm", "rotary", "activation", "kv_copy", "attention", "sampling"]
+    ops = ["norm", "rotary", "activation", "moe", "kv_copy", "attention", "sampling"]
     ops += ["linear", "embedding", "speculative.rows", "speculative.accept"]
     ops += ["speculative.ngram"]
     imports = "; ".join(f"import kernels.{op}" for op in ops)

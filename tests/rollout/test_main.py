@@ -15,9 +15,16 @@ import pytest
 import rollout.__main__ as cli
 from engine.config import EngineConfig
 from engine.errors import EngineDead
-from rollout.cli.flag_ranges import ENGINE_RANGES, SERVE_RANGES, check_serve
+from rollout.cli.flag_ranges import (
+    ENGINE_RANGES,
+    ROUTER_RANGES,
+    SERVE_RANGES,
+    check_router,
+    check_serve,
+)
 from rollout.http.config import ServeConfig
 from rollout.replica.base import Replica
+from rollout.router.config import RouterConfig
 from rollout.text.tokenizer import find_tokenizer
 from tests.helpers.fake_executor import expected_tokens
 from tests.helpers.replicas import inline, spawned
@@ -104,10 +111,32 @@ SERVE: dict[str, tuple[list[str], str, object]] = {
     "receive-timeout-s": (["2.5"], "receive_timeout_s", 2.5),
     "send-timeout-s": (["3.5"], "send_timeout_s", 3.5),
     "http-processes": (["4"], "http_processes", 4),
+    "router": (["http://h:1"], "router", "http://h:1"),
+}
+
+ROUTER: dict[str, tuple[list[str], str, object]] = {
+    "host": (["h"], "host", "h"),
+    "port": (["0"], "port", 0),
+    "worker": (["http://a:1", "--worker", "http://b:2"], "workers", ("http://a:1", "http://b:2")),
+    "policy": (["least_load"], "policy", "least_load"),
+    "no-journal": ([], "journal", False),
+    "api-key": (["k"], "api_key", "k"),
+    "admin-api-key": (["a"], "admin_api_key", "a"),
+    "worker-api-key": (["w"], "worker_api_key", "w"),
+    "worker-admin-api-key": (["x"], "worker_admin_api_key", "x"),
+    "allowed-host": (["a", "--allowed-host", "b"], "allowed_hosts", ("a", "b")),
+    "allowed-origin": (["a", "--allowed-origin", "b"], "allowed_origins", ("a", "b")),
+    "max-body-mib": (["1"], "max_body_bytes", 1 << 20),
+    "max-control-body-mib": (["2"], "max_control_body_bytes", 2 << 20),
+    "max-held-body-mib": (["3"], "max_held_body_bytes", 3 << 20),
+    "receive-timeout-s": (["2.5"], "receive_timeout_s", 2.5),
+    "send-timeout-s": (["3.5"], "send_timeout_s", 3.5),
+    "silence-s": (["4.5"], "silence_s", 4.5),
+    "patience-s": (["5.5"], "patience_s", 5.5),
 }
 
 
-@pytest.mark.parametrize("command", ["offline", "serve"])
+@pytest.mark.parametrize("command", ["offline", "serve", "router"])
 def test_the_options_are_these(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,10 +145,11 @@ def test_the_options_are_these(
         cli.main([command, "--help"])
     assert caught.value.code == 0
     found = set(re.findall(r"--([a-z][a-z-]*[a-z])\b(?!-)", capsys.readouterr().out))
-    own = {"offline": {"input", "output", "spawn", "served-model-name"}, "serve": set(SERVE)}[
-        command
-    ]
-    wanted = {*ENGINE, *own, "prefix-cache", "help"}
+    wanted = {
+        "offline": {*ENGINE, "prefix-cache", "input", "output", "spawn", "served-model-name"},
+        "serve": {*ENGINE, "prefix-cache", *SERVE},
+        "router": {*ROUTER, "journal"},
+    }[command] | {"help"}
     # A switch has a negative.
     assert {name for name in found if name.removeprefix("no-") not in wanted} == set()
     assert wanted <= found
@@ -145,6 +175,13 @@ def test_an_option_of_serve_sets_its_field(name: str) -> None:
     config = cli.parse(["serve", "--model", "m", f"--{name}", *words])
     plain = ServeConfig(engine=EngineConfig(model="m"))
     assert config == dataclasses.replace(plain, **{path: value}) != plain
+
+
+@pytest.mark.parametrize("name", ROUTER)
+def test_an_option_of_router_sets_its_field(name: str) -> None:
+    words, path, value = ROUTER[name]
+    config = cli.parse(["router", f"--{name}", *words])
+    assert config == dataclasses.replace(RouterConfig(), **{path: value}) != RouterConfig()
 
 
 def _with(config: EngineConfig, path: str, value: object) -> EngineConfig:
@@ -201,7 +238,9 @@ def test_every_number_has_a_range() -> None:
     """Which holds its default and what the tables above set."""
     config = ServeConfig(engine=EngineConfig(model="m"))
     check_serve(config)
-    for table, ranges in ((ENGINE, ENGINE_RANGES), (SERVE, SERVE_RANGES)):
+    check_router(RouterConfig())
+    tables = ((ENGINE, ENGINE_RANGES), (SERVE, SERVE_RANGES), (ROUTER, ROUTER_RANGES))
+    for table, ranges in tables:
         numbers = {
             f"--{name}": path
             for name, (_, path, value) in table.items()
@@ -218,6 +257,19 @@ def test_a_value_of_serve_without_a_meaning_names_its_option(
         cli.main(["serve", "--model", "m", option, value])
     assert caught.value.code == 2
     assert capsys.readouterr().err.startswith(f"InvalidRequest ({option}): is {value}")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--silence-s", "0"), ("--port", "70000"), ("--worker", "here"), ("--patience-s", "-1")],
+)
+def test_a_value_of_router_without_a_meaning_names_its_option(
+    option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["router", option, value])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith(f"InvalidRequest ({option})")
 
 
 def test_help_without_torch() -> None:

@@ -166,7 +166,7 @@ def test_a_sender_that_dies_between_buckets_leaves_the_old_version(tiny) -> None
     from trainer_bridge.adapters.base import whole_piece
 
     with make_replica(tiny[0]) as replica:
-        group = SenderGroup("dying", world_size=2, backend="gloo", timeout_s=5.0)
+        group = SenderGroup("dying", world_size=2, backend="gloo", timeout_s=60.0)
         join = JoinGroup(
             name="dying",
             address="127.0.0.1",
@@ -174,7 +174,7 @@ def test_a_sender_that_dies_between_buckets_leaves_the_old_version(tiny) -> None
             rank_offset=1,
             world_size=2,
             backend="gloo",
-            timeout_s=5.0,
+            timeout_s=60.0,
         )
         joining = threading.Thread(target=replica.send, args=(join,))
         joining.start()

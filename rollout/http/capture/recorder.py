@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
-from dataclasses import replace as replaced
 from typing import Any, ParamSpec, TypeVar
 
 from fastapi import Response
@@ -97,7 +96,7 @@ class CallRecorder:
             items = [
                 _with_routes(*pair) for pair in zip(items, reply.rollout.prefixes, strict=True)
             ]
-        return replaced(call, items=items)
+        return replace(call, items=items)
 
     def sampling(self, samples: Sequence[Sample]) -> None:
         """Keep the sequences, which have their outputs when they have finished."""

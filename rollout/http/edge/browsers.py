@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Iterable, Sequence
+from typing import Protocol
 from urllib.parse import urlsplit
 
 from engine.errors import Forbidden, InvalidRequest
-from rollout.http.config import ServeConfig
 from rollout.http.edge.access import is_loopback
 
 STATE_CHANGING_GETS = frozenset(
@@ -63,11 +63,30 @@ class Headers:
         return tuple(map(self._last.get, names))
 
 
+class Exposure(Protocol):
+    """What of a server's configuration says who may reach it."""
+
+    @property
+    def host(self) -> str:
+        """Address that it is bound to."""
+        ...
+
+    @property
+    def allowed_hosts(self) -> tuple[str, ...]:
+        """Names that the Host header may have."""
+        ...
+
+    @property
+    def allowed_origins(self) -> tuple[str, ...]:
+        """Origins whose pages may call."""
+        ...
+
+
 class BrowserRules:
     """Which requests of browsers one server takes. Programs that are no browser send neither
     Origin nor Sec-Fetch-Site, so that of these rules only Host and content type concern them."""
 
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, config: Exposure) -> None:
         self._loopback = is_loopback(config.host)
         self._host = config.host.lower()
         self._hosts = frozenset(host.lower() for host in config.allowed_hosts)

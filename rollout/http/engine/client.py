@@ -35,10 +35,10 @@ logger = logging.getLogger(__name__)
 
 _TICK_S = 1.0
 _BEAT_S = 5.0
+# For how long a part waits for the engine to have taken in the one before.
 _PART_S = 1.0
-"""For how long a part waits for the engine to have taken in the one before."""
+# Of the reply by which a leader says that it is ready.
 _START_ID = 0
-"""Of the reply by which a leader says that it is ready."""
 
 
 class AsyncEngine:

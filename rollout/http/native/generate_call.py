@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 from msgspec import Raw
 
@@ -52,8 +54,14 @@ def prompt_room(state: ReplicaState, tokenizer: Tokenizer | None) -> PromptRoom:
     )
 
 
-def parse_call(body: bytes, room: PromptRoom | None = None) -> GenerateCall:
-    """Read a body of the native dialect, the fields of `GenerateRequest`.
+DrawId = Callable[[], str]
+
+
+def parse_call(
+    body: bytes, room: PromptRoom | None = None, draw_id: DrawId = fresh_id
+) -> GenerateCall:
+    """Read a body of the native dialect, the fields of `GenerateRequest`. draw_id: the id of a call
+    that brings none.
 
     Fields that the dialect has and this engine does not serve pass while they ask for nothing
     (null, false, empty), since clients send their defaults. Raises InvalidRequest naming the
@@ -61,7 +69,7 @@ def parse_call(body: bytes, room: PromptRoom | None = None) -> GenerateCall:
     """
     plain = _plain(body, room)
     if plain is not None:
-        return _alone(plain)
+        return _alone(plain, draw_id)
     if room is not None:
         check_long_prompt(body, text_bytes=room.text_bytes, num_ids=room.num_ids)
     fields = meaningful_fields(decode_json(body, Fields))
@@ -72,11 +80,12 @@ def parse_call(body: bytes, room: PromptRoom | None = None) -> GenerateCall:
         _check_given(fields["output_ids"], room)
     prompts = _prompts(fields)
     if prompts is None:
-        return _alone(parse_fields(fields))
+        return _alone(parse_fields(fields), draw_id)
     name, values = prompts
     if room is not None:
         _check_prompts(values, room, name)
-    return _parse_batch({k: v for k, v in fields.items() if k != name}, name, values)
+    rest = {k: v for k, v in fields.items() if k != name}
+    return _parse_batch(rest, name, values, draw_id)
 
 
 def _plain(body: bytes, room: PromptRoom | None) -> GenerateRequest | None:
@@ -90,9 +99,9 @@ def _plain(body: bytes, room: PromptRoom | None) -> GenerateRequest | None:
         return None
 
 
-def _alone(wire: GenerateRequest) -> GenerateCall:
+def _alone(wire: GenerateRequest, draw_id: DrawId) -> GenerateCall:
     check_client_id(wire.rid, "rid")
-    wire, prefix = _with_rid(wire)
+    wire, prefix = _with_rid(wire, draw_id)
     return GenerateCall(items=[wire], batch=False, stream=wire.stream, prefix=prefix, decoded=True)
 
 
@@ -118,11 +127,11 @@ def _check_prompts(values: list[Raw], room: PromptRoom, name: str) -> None:
             raise in_item(error, index) from error
 
 
-def _parse_batch(fields: Fields, name: str, values: list[Raw]) -> GenerateCall:
+def _parse_batch(fields: Fields, name: str, values: list[Raw], draw_id: DrawId) -> GenerateCall:
     if not values:
         raise InvalidRequest(f"{name} is an empty batch; send at least one prompt", field=name)
     lists = _lists(fields, len(values))
-    prefix = "" if "rid" in fields else f"{fresh_id()}-"
+    prefix = "" if "rid" in fields else f"{draw_id()}-"
     common = {key: value for key, value in fields.items() if key not in lists}
     if "rid" in common:
         raise InvalidRequest("rid must be a list with one id an item in a batch", field="rid")
@@ -239,8 +248,8 @@ def _is_flat(value: Raw) -> bool:
     return inner.isdigit() or inner in (b"-", b"]")
 
 
-def _with_rid(wire: GenerateRequest) -> tuple[GenerateRequest, str]:
+def _with_rid(wire: GenerateRequest, draw_id: DrawId) -> tuple[GenerateRequest, str]:
     if wire.rid is not None:
         return wire, ""
-    rid = fresh_id()
+    rid = draw_id()
     return msgspec.structs.replace(wire, rid=rid), rid

@@ -28,15 +28,7 @@ def router(services: Services) -> Routes:
     routes = Routes()
 
     async def generate(request: Request) -> Response:
-        return await answer(request, run(await whole_body(request)))
-
-    async def run(data: bytes) -> Response:
-        room = prompt_room(services.engine.facts, services.tokenizer)
-        call = await services.generator.parsed(parse_call, data, room)
-        samples = await services.generator.samples(call)
-        if call.stream:
-            return _stream(services, samples)
-        return await _reply(services, samples)
+        return await answer(request, reply_to_generate(services, await whole_body(request)))
 
     routes.add_api_route(
         "/generate",
@@ -45,6 +37,17 @@ def router(services: Services) -> Routes:
         openapi_extra=takes(GenerateRequest, batches=True),
     )
     return routes
+
+
+async def reply_to_generate(services: Services, data: bytes) -> Response:
+    """The reply to one body. Raises the typed error that it is refused or fails with."""
+    room = prompt_room(services.engine.facts, services.tokenizer)
+    draw_id = services.identity.draw_id
+    call = await services.generator.parsed(parse_call, data, room, draw_id)
+    samples = await services.generator.samples(call)
+    if call.stream:
+        return _stream(services, samples)
+    return await _reply(services, samples)
 
 
 async def _reply(services: Services, samples: Sequence[Sample]) -> Response:

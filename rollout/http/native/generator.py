@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from itertools import count
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 import msgspec
 
-from engine.errors import InvalidRequest, SlipstreamError, by_name
+from engine.errors import EngineDead, InvalidRequest, SlipstreamError, by_name
 from engine.protocol import Request, RequestOutput, Stop
 from rollout.http.engine.client import AsyncEngine
 from rollout.http.engine.mailbox import Mailbox
 from rollout.http.native.generate_call import GenerateCall, in_item
+from rollout.http.native.hooks import Journal, Recorder
 from rollout.http.native.sample import Sample, SampleDelta
 from rollout.http.native.text_workers import TextWorkers
 from rollout.masks.grammar.check import GrammarCheck
@@ -57,18 +58,6 @@ _INLINE_CHARS = 8192
 _INLINE_IDS = 65_536
 
 
-class Recorder(Protocol):
-    """Sees the calls of a `Generator`."""
-
-    async def began(self, call: GenerateCall) -> GenerateCall:
-        """The call, with the prompts that are to be sampled from."""
-        ...
-
-    def sampling(self, samples: Sequence[Sample]) -> None:
-        """These sequences are about to be sampled; each has its output once it has finished."""
-        ...
-
-
 class Generator:
     """Expands calls into samples and drives them.
 
@@ -88,6 +77,7 @@ class Generator:
         self.grammars = GrammarCheck(tokenizer)
         self._num_expanding = 0
         self._recorder: Recorder | None = None
+        self._journal: Journal | None = None
 
     def seeded(self, seed: int) -> Generator:
         """The same, with seeds derived from `seed` and counted anew: what a call draws then depends
@@ -102,6 +92,12 @@ class Generator:
         other._recorder = recorder
         return other
 
+    def journaled(self, journal: Journal) -> Generator:
+        """The same for one call, which may have begun elsewhere."""
+        other = copy(self)
+        other._journal = journal
+        return other
+
     async def samples(self, call: GenerateCall) -> list[Sample]:
         """The sequences of a call, prompt-major. Raises InvalidRequest, naming the item of a
         batch or an id in use, EngineDead, NoVersion, QueueFull; nothing is submitted yet."""
@@ -114,6 +110,8 @@ class Generator:
         self.engine.check_ids([sample.request.rid for sample in samples])
         if self._recorder is not None:
             self._recorder.sampling(samples)
+        if self._journal is not None:
+            self._journal.sampling(samples)
         return samples
 
     async def _check_grammars(self, call: GenerateCall, samples: Sequence[Sample]) -> None:
@@ -213,44 +211,81 @@ class Generator:
         logits were not finite, after the tokens it had before; EngineDead if the server leaves
         before any sample has a token.
         """
-        open_samples, mailbox = await self._submitted(samples)
-        try:
-            while open_samples:
-                added, failure = await self._taken(open_samples, await mailbox.take())
+        open_samples = {sample.request.rid: sample for sample in samples}
+        with self._loss_noted():
+            for outputs in self._replayed():
+                added, failure = await self._taken(open_samples, outputs)
                 if added:
                     yield added
                 if failure is not None:
                     raise failure
-        finally:
-            self.engine.discard(mailbox)
+            if open_samples:
+                mailbox = await self._submitted(open_samples)
+                try:
+                    while open_samples:
+                        added, failure = await self._taken(open_samples, await self._came(mailbox))
+                        if added:
+                            yield added
+                        if failure is not None:
+                            raise failure
+                finally:
+                    self.engine.discard(mailbox)
         self._check_begun(samples)
 
     async def finish(self, samples: Sequence[Sample]) -> None:
         """Run the samples to their end. Raises what `run_together` does."""
-        open_samples, mailbox = await self._submitted(samples)
+        if self._journal is not None:
+            async with contextlib.aclosing(self.run_together(samples)) as outputs:
+                async for _ in outputs:
+                    pass
+            return
+        # As there, without a generator: this is the way of most short requests.
+        open_samples = {sample.request.rid: sample for sample in samples}
+        mailbox = await self._submitted(open_samples)
         try:
             while open_samples:
-                _, failure = await self._taken(open_samples, await mailbox.take())
+                _, failure = await self._taken(open_samples, await self._came(mailbox))
                 if failure is not None:
                     raise failure
         finally:
             self.engine.discard(mailbox)
         self._check_begun(samples)
 
-    async def _submitted(self, samples: Sequence[Sample]) -> tuple[dict[str, Sample], Mailbox]:
-        """The samples by their ids, and where what comes of them arrives."""
-        requests = [sample.request for sample in samples]
-        by_rid = {sample.request.rid: sample for sample in samples}
-        return by_rid, await self.engine.submit_all(requests)
+    @contextlib.contextmanager
+    def _loss_noted(self) -> Iterator[None]:
+        """Have the journal know that the engine is gone."""
+        try:
+            yield
+        except EngineDead as error:
+            if self._journal is not None:
+                self._journal.lost = error
+            raise
+
+    def _replayed(self) -> Iterable[list[RequestOutput]]:
+        """Outputs that the samples got elsewhere, those that came together at once."""
+        return () if self._journal is None else self._journal.replayed()
+
+    async def _submitted(self, open_samples: Mapping[str, Sample]) -> Mailbox:
+        """Where what comes of the samples arrives."""
+        samples, journal = open_samples.values(), self._journal
+        requests = [s.request if journal is None else journal.to_send(s) for s in samples]
+        return await self.engine.submit_all(requests)
+
+    async def _came(self, mailbox: Mailbox) -> list[RequestOutput]:
+        """The next outputs, one of a sample."""
+        outputs = coalesced(await mailbox.take())
+        if self._journal is not None:
+            await self._journal.record(outputs)
+        return outputs
 
     async def _taken(
-        self, open_samples: dict[str, Sample], outputs: list[RequestOutput]
+        self, open_samples: dict[str, Sample], outputs: Sequence[RequestOutput]
     ) -> tuple[list[tuple[Sample, SampleDelta]], SlipstreamError | None]:
         """What outputs add, and the error of the first sample that failed, behind which nothing is
         looked at. Takes those that finished out of `open_samples`."""
         added: list[tuple[Sample, SampleDelta]] = []
         failure = None
-        for output in coalesced(outputs):
+        for output in outputs:
             sample = open_samples[output.rid]
             stopped = sample.stop is not None
             delta = sample.take(output)

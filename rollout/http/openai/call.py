@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
@@ -20,7 +19,7 @@ from rollout.http.openai.model_routes import check_model
 from rollout.http.openai.structured import named_grammar
 from rollout.http.services import Services
 from rollout.http.updates.version_labels import VersionLabels
-from rollout.requests.sample_ids import check_client_id, fresh_id, sample_id
+from rollout.requests.sample_ids import check_client_id, sample_id
 from rollout.scheduler.routes.reply_fields import npy_routes
 
 T = TypeVar("T")
@@ -35,7 +34,7 @@ class OpenAICall:
     call: GenerateCall
     samples: list[Sample]
     object: str
-    created: int = field(default_factory=lambda: int(time.time()))
+    created: int
 
     def envelope(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         """The reply, or a frame of it, around its choices."""
@@ -107,7 +106,7 @@ async def start(
     """
     check_model(services, body.model)
     check_client_id(body.request_id, "request_id")
-    rid = body.request_id or f"{prefix}{fresh_id()}"
+    rid = body.request_id or f"{prefix}{services.identity.draw_id()}"
     named = [
         msgspec.structs.replace(item, rid=sample_id(rid, number))
         for number, item in enumerate(items)
@@ -118,7 +117,14 @@ async def start(
         if (other := services.calls.get(rid)) is not None:
             # Its samples may have other ids than these, if it has more of them.
             services.engine.check_ids([sample.request.rid for sample in other.samples])
-    found = OpenAICall(services=services, body=body, call=call, samples=samples, object=object_name)
+    found = OpenAICall(
+        services=services,
+        body=body,
+        call=call,
+        samples=samples,
+        object=object_name,
+        created=services.identity.now(),
+    )
     services.calls[rid] = found
     return found
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from fastapi import Request, Response
+from msgspec.structs import replace
 
 from engine.errors import InvalidRequest
 from engine.protocol import FloatArray

@@ -41,6 +41,7 @@ from engine.protocol.types import (
 from engine.protocol.types import Path as FolderPath
 from rollout.http.edge.access import caller
 from rollout.http.edge.errors import json_response
+from rollout.http.edge.phase import holds
 from rollout.http.edge.read_body import pieces, read_body, read_body_or_query
 from rollout.http.edge.routes import Routes
 from rollout.http.openapi import takes
@@ -178,7 +179,7 @@ class _Weights:
             layout="flat" if body.load_format == _FLAT else "tensors",
             timeout_s=body.timeout_s,
         )
-        feed = self._feed(command, body, caller(request))
+        feed = self._feed(command, body, request)
         return await callers.received(self._lifecycle, command, request, feed)
 
     async def tensors(self, request: Request) -> dict[str, Any]:
@@ -197,14 +198,18 @@ class _Weights:
                 f"{facts.num_ranks} ranks",
                 field="serialized_named_tensors",
             )
-        return await self._feed(command, body, caller(request))
+        return await self._feed(command, body, request)
 
     async def disk(self, request: Request) -> dict[str, Any]:
         body = await read_body(request, _Disk)
         path = folder(body.model_path, "model_path")
         await asyncio.to_thread(require_pulled, Path(path))
         await self._prepare(body)
-        report = await self._lifecycle.updates.load(path, body.weight_version, partial=body.partial)
+        report = await self._lifecycle.updates.load(
+            path, body.weight_version, partial=body.partial, hold=holds(request)
+        )
+        if report is None:
+            return {"message": "loaded; the update is not committed yet", "num_paused_requests": 0}
         message = f"version {report.version} from {path} serves"
         return {"message": message, "num_paused_requests": 0}
 
@@ -275,7 +280,7 @@ class _Weights:
         return json_response(reply.weights[0].values if reply.weights else None)
 
     async def _feed(
-        self, command: ReceiveBroadcast | ReceiveIpc, body: _Update, peer: str
+        self, command: ReceiveBroadcast | ReceiveIpc, body: _Update, request: Request
     ) -> dict[str, Any]:
         await self._prepare(body)
         report = await self._lifecycle.updates.feed(
@@ -283,7 +288,8 @@ class _Weights:
             body.weight_version,
             last=body.flush_cache,
             partial=body.partial,
-            peer=peer,
+            peer=caller(request),
+            hold=holds(request),
         )
         if report is None:
             return {"message": "received; the update is not committed yet"}

@@ -38,6 +38,7 @@ class TrackedUpdate:
     explicit: its caller commits it. failed: its last command failed, so that whoever wants to
     begin another may drop it. owner: what its commands name. origin: how the first tensors of an
     implicit one came. foreign: its caller speaks the protocol itself, and owns it if it said so.
+    held: it was verified where it would have been committed.
     """
 
     version: int
@@ -49,6 +50,7 @@ class TrackedUpdate:
     owner: str = ""
     origin: tuple[str, ...] = ()
     foreign: bool = False
+    held: bool = False
     began_at: float = field(default_factory=time.monotonic)
 
 

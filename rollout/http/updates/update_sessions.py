@@ -118,6 +118,7 @@ class Updates:
         last: bool = False,
         partial: bool = False,
         peer: str = "",
+        hold: bool = False,
     ) -> UpdateReport | None:
         """Feed the open update, or an implicit one opened here; the report if it was committed.
 
@@ -125,6 +126,7 @@ class Updates:
         are, which its first call has to say. A label other than that of the implicit update
         that is open belongs to another update. peer: the caller's address. Tensors that come to
         an implicit update another way than its first ones are another trainer's (UpdateOrder).
+        hold: it is verified in place of being committed, and stays open.
         """
         async with self._lock:
             self._transfers.refuse_abandoned(command)
@@ -137,7 +139,7 @@ class Updates:
                 update.num_feeds += 1
             if update.explicit or not last or await self._is_still():
                 return None
-            return await self._current.commit(update)
+            return await self._end(update, hold=hold)
 
     @as_a_whole
     async def commit(self, label: str | None = None) -> UpdateReport:
@@ -153,10 +155,10 @@ class Updates:
 
     @as_a_whole
     async def load(
-        self, path: str, label: str | None = None, *, partial: bool = False
-    ) -> UpdateReport:
-        """One update from a folder, committed at once. Raises UpdateOrder while a caller's own
-        update is open, which is left to its caller."""
+        self, path: str, label: str | None = None, *, partial: bool = False, hold: bool = False
+    ) -> UpdateReport | None:
+        """One update from a folder, committed at once; with `hold` it is verified, and stays open.
+        Raises UpdateOrder while a caller's own update is open, which is left to its caller."""
         await self.quiet("an update from a folder")
         async with self._lock:
             open_one = await self._current.alive_explicit()
@@ -169,7 +171,49 @@ class Updates:
             async with self._current.dropped_on_error(update, rest_follows=False):
                 load = LoadFromDisk(path=path, partial=partial)
                 await self._transfers.run(load, owner=update.owner)
-            return await self._current.commit(update)
+                update.num_feeds += 1
+            return await self._end(update, hold=hold)
+
+    @as_a_whole
+    async def prepare(self, *, held: bool = False, explicit: bool = False) -> int | None:
+        """Verify the update that is open, as its commit will; its version, None without one, or
+        while its tensors come. held: only one that was verified in place of being committed.
+        explicit: also one that its caller ends. Raises what its commit would be refused with: it is
+        dropped then."""
+        if self._lock.locked():
+            return None
+        async with self._lock:
+            update = self._current.update
+            if update is None or not update.num_feeds or update.foreign:
+                return None
+            if (held and not update.held) or (update.explicit and not explicit):
+                return None
+            if not update.held:
+                await self._end(update, hold=True)
+                update.held = False
+            return update.version
+
+    @as_a_whole
+    async def commit_version(self, version: int) -> int:
+        """Commit the open update of that version; nothing, if it serves already. Raises
+        UpdateOrder if it is neither."""
+        async with self._lock:
+            update = self._current.update
+            if update is not None and update.version == version:
+                await self._current.commit(update)
+            elif (serving := (await self._current.state()).version) != version:
+                raise UpdateOrder(
+                    f"version {version} is not open here, and {serving} serves", field="version"
+                )
+            return version
+
+    @as_a_whole
+    async def drop_version(self, version: int) -> None:
+        """Abort the open update of that version, if it is open."""
+        async with self._lock:
+            update = self._current.update
+            if update is not None and update.version == version:
+                await self._current.abort(update)
 
     @as_a_whole
     async def set_version(self, label: str) -> int:
@@ -249,6 +293,16 @@ class Updates:
                 raise
             self._current.note(command, reply)
             return reply
+
+    async def _end(self, update: TrackedUpdate, *, hold: bool) -> UpdateReport | None:
+        """Commit an update whose last tensors came, or with `hold` verify it."""
+        if not hold:
+            return await self._current.commit(update)
+        update.held = True
+        async with self._current.dropped_on_error(update, rest_follows=False):
+            prepare = PrepareUpdate(version=update.version, owner=update.owner)
+            await self._engine.send(prepare)
+        return None
 
     async def _abort_now(self, command: AbortUpdate) -> Reply:
         try:

@@ -84,29 +84,7 @@ def router(services: Services) -> Routes:
     routes = Routes()
 
     async def generate(request: Request) -> Response:
-        return await answer(request, named(await whole_body(request)))
-
-    async def named(data: bytes) -> Response:
-        try:
-            return await run(data)
-        except InvalidRequest as error:
-            if error.field != "prompt":
-                raise
-            # What /v1/completions calls the ids.
-            raise type(error)(error.message, field="token_ids") from error
-
-    async def run(data: bytes) -> Response:
-        facts = services.engine.facts
-        room = prompt_room(facts, services.tokenizer)
-        check_long_prompt(data, text_bytes=room.text_bytes, num_ids=room.num_ids)
-        body = await services.generator.parsed(_parse_tokens, data)
-        check_prompt(body.prompt, room, "token_ids")
-        if body.return_routed_experts is None:
-            body.return_routed_experts = facts.keeps_routes
-        item = _item(services, body, _ids(await services.generator.parsed(prompts_of, body.prompt)))
-        call = await start(services, body, [item], prefix="generate-", object_name="generate")
-        writer = _TokenChoices(call, body)
-        return EventStream(writer.frames()) if body.stream else await writer.reply()
+        return await answer(request, reply_to_tokens(services, await whole_body(request)))
 
     async def finish_session(request: Request) -> Response:
         # Nothing is held for a session: its prefix stays cached for as long as there is room.
@@ -119,6 +97,31 @@ def router(services: Services) -> Routes:
     ):
         routes.add_api_route(path, handler, methods=["POST"], openapi_extra=reads)
     return routes
+
+
+async def reply_to_tokens(services: Services, data: bytes) -> Response:
+    """The reply to one body. Raises the typed error that it is refused or fails with."""
+    try:
+        return await _reply(services, data)
+    except InvalidRequest as error:
+        if error.field != "prompt":
+            raise
+        # What /v1/completions calls the ids.
+        raise type(error)(error.message, field="token_ids") from error
+
+
+async def _reply(services: Services, data: bytes) -> Response:
+    facts = services.engine.facts
+    room = prompt_room(facts, services.tokenizer)
+    check_long_prompt(data, text_bytes=room.text_bytes, num_ids=room.num_ids)
+    body = await services.generator.parsed(_parse_tokens, data)
+    check_prompt(body.prompt, room, "token_ids")
+    if body.return_routed_experts is None:
+        body.return_routed_experts = facts.keeps_routes
+    item = _item(services, body, _ids(await services.generator.parsed(prompts_of, body.prompt)))
+    call = await start(services, body, [item], prefix="generate-", object_name="generate")
+    writer = _TokenChoices(call, body)
+    return EventStream(writer.frames()) if body.stream else await writer.reply()
 
 
 def _parse_tokens(data: bytes) -> CompletionBody:

@@ -22,6 +22,7 @@ from engine.protocol.types import (
 from engine.protocol.types import Path as FolderPath
 from rollout.http.edge.access import caller
 from rollout.http.edge.errors import json_response
+from rollout.http.edge.phase import holds
 from rollout.http.edge.read_body import pieces, read_body
 from rollout.http.edge.routes import Routes
 from rollout.http.openapi import takes
@@ -133,7 +134,7 @@ class _Transfer:
         elif body.weight_dir is not None:
             path = folder(body.weight_dir, "weight_dir")
             await asyncio.to_thread(require_pulled, Path(path))
-            await self._lifecycle.updates.load(path, partial=body.partial)
+            await self._lifecycle.updates.load(path, partial=body.partial, hold=holds(request))
         else:
             raise InvalidRequest(
                 "send update_info with names, dtype_names and shapes, or weight_dir, a folder of "
@@ -147,7 +148,7 @@ class _Transfer:
         update of its own."""
         command = self._broadcast(info)
         feed = self._lifecycle.updates.feed(
-            command, last=True, partial=partial, peer=caller(request)
+            command, last=True, partial=partial, peer=caller(request), hold=holds(request)
         )
         await callers.received(self._lifecycle, command, request, feed)
 

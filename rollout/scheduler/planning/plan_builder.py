@@ -145,16 +145,18 @@ class PlanBuilder:
             slots, columns, pages = zip(*self._page_runs, strict=True)
             sizes = [len(ids) for ids in pages]
             # Those of a run are behind each other, however many came in runs before it.
-            start = np.array(columns, np.int32) - np.cumsum([0, *sizes[:-1]], dtype=np.int32)
-            ids = np.concatenate(pages)
-            column = np.repeat(start, sizes) + np.arange(len(ids), dtype=np.int32)
+            before = np.cumsum([0, *sizes[:-1]], dtype=np.int32)
+            ids: IntArray = np.concatenate(pages)
+            start: IntArray = np.array(columns, np.int32) - before
+            column: IntArray = np.arange(len(ids), dtype=np.int32)
+            column += np.repeat(start, sizes)
             parts.append((np.repeat(np.array(slots, np.int32), sizes), column, ids))
         if len(parts) == 1:
             return parts[0]
         if not parts:
             return NO_INTS, NO_INTS, NO_INTS
-        joined = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return next(joined), next(joined), next(joined)
+        first, second, third = map(np.concatenate, zip(*parts, strict=True))
+        return first, second, third
 
     def _has_bounds(self) -> bool:
         """Whether some row drafts, or did in a step that is still in flight."""

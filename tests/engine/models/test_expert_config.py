@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from engine.allocation import num_parameters
 from engine.config import SchedulerConfig
 from engine.errors import CheckpointError, ManifestMismatch, ModelError, UnknownArchitecture
 from engine.layers.kinds import DenseMLPKind, MoeKind
+from engine.layers.runtime import LayerRuntime
 from engine.memory import StepSizes, step_bytes
+from engine.models.build import build_model
 from engine.models.config import read_config
 from engine.models.deepseek_experts import V3_DEFAULTS, v2_experts, v3_experts
 from engine.models.locate import locate
@@ -23,6 +26,7 @@ from tests.engine.models.test_model_config import with_
 from tests.helpers.load_tiny import load_path, poisoned
 from tests.helpers.tiny_models import write_tiny, write_tiny_gguf
 
+ROOT = Path(__file__).parents[3]
 QWEN3 = with_(architectures=["Qwen3MoeForCausalLM"], num_hidden_layers=6)
 QWEN2 = with_(architectures=["Qwen2MoeForCausalLM"], num_hidden_layers=6)
 MIXTRAL = with_(architectures=["MixtralForCausalLM"])
@@ -173,6 +177,16 @@ def test_random_weights_are_drawn_for_each_expert(tmp_path: Path) -> None:
     assert float(gate_up.std()) == pytest.approx(0.02, rel=0.05)
     # As transformers begins: no expert is chosen for its bias.
     assert not model.model.layers[2].mlp.gate.e_score_correction_bias.any()
+
+
+def test_a_model_of_30_billion_has_as_many_weights_as_its_files() -> None:
+    """A name for each of 128 experts' matrices in 48 layers, and for all of a layer together."""
+    files = locate(ROOT / "benchmarks/shapes/qwen3-30b-a3b.json", "random")
+    nowhere = LayerRuntime(device=torch.device("meta"), dtype=torch.bfloat16, backend="torch")
+    model = build_model(files.config, runtime=nowhere, max_position=1)
+    assert num_parameters(model) == 30_532_122_624
+    assert len(model.weight_index()) == 3 + 48 * (2 + 4 + 2 + 1 + 128 * 3)
+    assert len(model.fused()) == 48 * 2
 
 
 def test_memory_is_kept_free_for_what_goes_through_experts() -> None:

@@ -162,7 +162,7 @@ def test_broadcast_pieces_reach_every_rank(family: str, ep: bool) -> None:
                 running = [pool.submit(rank.handle, receive) for _, rank in ranks]
                 running.append(pool.submit(send, sender, [values for _, values in cuts]))
                 for each in running:
-                    each.result(30)
+                    each.result(120)
             for _, rank in ranks:
                 rank.handle(CommitUpdate(version=version))
             assert_fresh(ranks, family, ep, new)

@@ -14,6 +14,7 @@ import torch
 from engine.errors import GroupError
 from engine.protocol import BeginUpdate, JoinGroup, LeaveGroup, ReceiveBroadcast
 from tests.helpers.children import ROOT, child_environment
+from tests.helpers.peers import until
 from tests.helpers.weight_engines import fresh, join, join_command, make_rank, pieces
 from trainer_bridge.process_group import SenderGroup
 
@@ -146,9 +147,10 @@ def test_nobody_listens() -> None:
 
 def test_a_rank_that_never_joins_is_named_by_both_sides() -> None:
     _, rank = make_rank()
-    sender = SenderGroup("g", world_size=4, backend="gloo", timeout_s=2.5)
+    sender = SenderGroup("g", world_size=4, backend="gloo", timeout_s=5.0)
     with ThreadPoolExecutor(1) as pool:
-        joined = pool.submit(rank.handle, join_command(sender, 2, timeout_s=2.0))
+        joined = pool.submit(rank.handle, join_command(sender, 2, timeout_s=3.0))
+        until(lambda: sender.num_arrived() == 1 or joined.done())
         with pytest.raises(GroupError, match="rank 1, 3 of 4"):
             sender.connect()
         with pytest.raises(GroupError, match=r"rank 1, rank 3 of 4 did not join group 'g'") as late:

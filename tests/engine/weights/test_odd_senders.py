@@ -48,7 +48,7 @@ def test_a_broadcast_of_another_size_is_no_update(mode: str, layout: str, size: 
             rank.handle(command)
         sender.close()
         with suppress(WeightUpdateError, AssertionError, ValueError):
-            sent.result(30)
+            sent.result(120)
     assert all(torch.equal(before[name], live) for name, live in contents(model).items())
     rank.session.require_servable()
 
@@ -57,7 +57,7 @@ def test_a_broadcast_of_another_size_is_no_update(mode: str, layout: str, size: 
         rank.handle(BeginUpdate(version=11, mode=mode))
         sent = pool.submit(send, sender, new.values())
         rank.handle(ReceiveBroadcast(group="g", tensors=pieces(new), layout="tensors"))
-        sent.result(30)
+        sent.result(120)
     rank.handle(CommitUpdate(version=11))
     assert_holds(model, new)
     sender.close()

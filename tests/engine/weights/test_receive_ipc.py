@@ -438,7 +438,7 @@ def test_memory_of_another_process_on_the_gpu_is_mapped() -> None:
         with pytest.raises(InvalidRequest, match="CUDA IPC is for one GPU"):
             buffers.open([wrong], 5)
         print(file=process.stdin, flush=True)
-        process.wait(30)
+        process.wait(120)
     finally:
         process.kill()
         process.wait(60)

@@ -9,6 +9,8 @@ import pytest
 
 from recipes.algorithms.presets import preset
 from recipes.collecting.captured import branches_of, captured_batch
+from recipes.trainers.route_shelf import RouteShelf
+from rollout.scheduler.routes.reply_fields import encoded_routes
 
 
 def prompt(ids: list[int], call: int = 0) -> dict[str, Any]:
@@ -90,3 +92,16 @@ def test_a_batch_compares_rollouts_and_weighs_sampled_tokens() -> None:
 def test_an_algorithm_that_needs_more_is_refused() -> None:
     with pytest.raises(ValueError, match="group-relative"):
         captured_batch([], preset("ppo", 8), 10)
+
+
+def test_routes_of_a_branch_are_put_on_a_shelf_as_far_as_it_is_learnt_from() -> None:
+    broken = [*TWO_TURNS, prompt([9], 2), reply([1], 2, finish="abort")]
+    given, shelf = record(TWO_TURNS, broken), RouteShelf()
+    routes = np.arange(7 * 2, dtype=np.uint8).reshape(7, 2, 1)
+    given["branches"][1] |= encoded_routes(routes, "uint8")
+    bare, routed = branches_of(given, shelf=shelf)
+    assert bare.trajectory.routes is None
+    assert routed.trajectory.routes is not None
+    # Six tokens, of which the last has no route.
+    assert shelf.get(routed.trajectory.routes).tolist() == routes[:5].tolist()
+    assert all(b.trajectory.routes is None for b in branches_of(given))

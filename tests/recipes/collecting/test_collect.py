@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -14,6 +15,7 @@ from recipes.data.chat_style import ChatStyle
 from recipes.environments.procedural import largest
 from recipes.rewards.base import Failed, Grade, Item
 from recipes.rewards.grading import Grader
+from recipes.trainers.route_shelf import RouteShelf
 from tests.helpers.char_model import VOCAB, CharAddition, char_model, char_tokenizer
 from tests.helpers.fake_actor import FakeActor
 
@@ -130,3 +132,27 @@ def test_a_grader_sees_the_system_message_that_the_model_saw() -> None:
     score(led, problems(), pairs, grader=grader)
     system = {"role": "system", "content": "12"}
     assert [item.messages for item in seen] == [[system, *TASK.messages(p)] for p in problems()]
+
+
+def test_routes_of_samples_are_put_on_a_shelf_and_those_of_the_greedy_reply_are_not_asked() -> None:
+    given, shelf = problems(), RouteShelf()
+    pairs = rollout(
+        actor(), prompts(), given, SAMPLING, samples=2, greedy=True, seed=7, routes=True
+    )
+    asked = [request.return_routed_experts for request, _ in pairs]
+    assert asked == [True, True, False] * 3
+    told = []
+    for index, (request, output) in enumerate(pairs):
+        num = len(request.prompt_ids) + len(output.token_ids) - 1
+        routes = np.full((num, 2, 1), index, np.uint8) if asked[index] else None
+        told.append((request, msgspec.structs.replace(output, routed_experts=routes)))
+    groups = score(prompts(), given, told, greedy=True, shelf=shelf)
+    held = [t.routes for group in groups for t in group.trajectories]
+    assert [int(shelf.get(h)[0, 0, 0]) for h in held if h is not None] == [0, 1, 3, 4, 6, 7]
+    assert all(g.greedy is not None and g.greedy.routes is None for g in groups)
+    assert all(t.routes is None for g in score(prompts(), given, told) for t in g.trajectories)
+    shelf.keep(held[:1])
+    assert held[0] is not None and held[1] is not None
+    assert shelf.get(held[0]).shape == held[0].shape
+    with pytest.raises(KeyError):
+        shelf.get(held[1])

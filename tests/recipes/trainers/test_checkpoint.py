@@ -28,6 +28,7 @@ from recipes.trainers.checkpoint import (
 )
 from recipes.trainers.optimizer_options import OptimizerOptions
 from recipes.trainers.plain import Trainer
+from recipes.trainers.route_shelf import RouteShelf
 from recipes.types import Group
 from recipes.world import World
 from tests.helpers.char_model import char_model
@@ -168,9 +169,9 @@ def test_a_full_disk_of_one_process_is_one_of_all(failing: int) -> None:
         class Pair(World):
             def gather(self, items: list[Any]) -> list[Any]:
                 parts[self.rank] = items
-                meet.wait(30)
+                meet.wait(120)
                 found = parts[0] + parts[1]
-                meet.wait(30)
+                meet.wait(120)
                 return found
 
         def run(rank: int) -> str:
@@ -183,3 +184,13 @@ def test_a_full_disk_of_one_process_is_one_of_all(failing: int) -> None:
             return str(caught.value)
 
         assert list(pool.map(run, range(2))) == ["no room for it"] * 2
+
+
+def test_routes_of_surplus_groups_were_in_a_memory_that_is_gone(tmp_path: Path) -> None:
+    [group] = random_groups(1, 2, vocab=9)
+    held = RouteShelf().put(np.zeros((3, 2, 1), np.uint8))
+    routed = tuple(dataclasses.replace(t, routes=held) for t in group.trajectories)
+    surplus = [dataclasses.replace(group, trajectories=routed)]
+    saved = save_checkpoint(tmp_path, 1, write, {}, surplus=surplus)
+    _, [again] = load_checkpoint(saved, lambda _: None)
+    assert [t.routes for t in again.trajectories] == [None, None]

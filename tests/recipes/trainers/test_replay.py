@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from engine.errors import InvalidRequest
 from engine.protocol import RouteArray
@@ -22,7 +24,7 @@ from recipes.types import Batch
 from tests.helpers.expert_families import FAMILIES, tiny_experts
 from tests.helpers.expert_routes import perturbed, routes_of, with_routes
 from tests.helpers.tiny_models import tiny_hf
-from tests.helpers.trainer_ranks import LOSS
+from tests.helpers.trainer_ranks import LOSS, times
 from tests.helpers.trajectories import random_batch
 from tests.recipes.trainers.test_plain import plain_gradient, plain_logprobs
 
@@ -157,3 +159,32 @@ def test_a_dense_model_is_refused_by_name(name: str) -> None:
         Routing(tiny_hf("llama"), options, RouteShelf())
     assert refusal.value.field == name
     assert Routing(tiny_hf("llama"), RoutingOptions(), RouteShelf()).counts() is None
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_balance_loss_is_that_of_transformers_and_has_its_gradient(recompute: bool) -> None:
+    """transformers counts each of a token's K choices as a whole one, and all layers as one."""
+    batch = random_batch(1, 1, vocab=100)
+    [t] = batch.trajectories
+    ids = torch.from_numpy(np.concatenate([t.prompt_ids, t.response_ids])).long()[:-1]
+    reference = tiny_experts("qwen3_moe")
+    logits = reference(ids[None], output_router_logits=True).router_logits
+    want = torch.stack([load_balancing_loss_func((each,), 8, 2) / 2 for each in logits]).mean()
+    want.backward()
+    model, metrics = tiny_experts("qwen3_moe"), TokenMetrics()
+    trainer = Trainer(
+        model,
+        OptimizerOptions(gradient_checkpointing=recompute),
+        device=CPU,
+        dtype=torch.float32,
+        temperature=0.7,
+        routing=Routing(model, RoutingOptions(router_aux_coef=100.0), RouteShelf()),
+    )
+    trainer.accumulate(batch, functools.partial(times, 0.0), metrics)
+    assert metrics.result()["router/aux_loss"] == pytest.approx(float(want.detach()))
+    wanted = dict(reference.named_parameters())
+    for name, parameter in model.named_parameters():
+        expected = wanted[name].grad
+        found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad / 100
+        expected = torch.zeros_like(parameter) if expected is None else expected
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4, msg=name)

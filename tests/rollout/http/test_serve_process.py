@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -22,6 +21,7 @@ from rollout.http.config import ServeConfig
 from rollout.launch import launch
 from rollout.offline import expand, generate, load_tokenizer, respond
 from tests.helpers.fake_executor import expected_tokens
+from tests.helpers.peers import until
 from tests.helpers.rounding import logprob_bound
 from tests.helpers.serve_process import FAKE, ROOT, ServerProcess, gone
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
@@ -149,10 +149,9 @@ def test_a_stream_that_is_closed_is_aborted(server: ServerProcess) -> None:
             lengths = [len(next(stream).output_ids) for _ in range(3)]
         # A server that has little of the processor sends several tokens in one frame.
         assert lengths == sorted({*lengths})
-        deadline = time.monotonic() + 20
-        while (state := client.state()).num_running and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert (state.num_running, state.num_waiting) == (0, 0)
+        until(lambda: client.state().num_running == 0)
+        state = client.state()
+        assert state.num_waiting == 0
         assert state.num_output_tokens - before < 3000
 
 
@@ -180,9 +179,7 @@ def test_sigterm_ends_the_server_and_its_leader_while_requests_run(fake: ServerP
             ["curl", "-s", "-N", f"{fake.url}/generate", "-d", '{"input_ids":[1],"stream":true}'],
             stdout=subprocess.DEVNULL,
         )
-        deadline = time.monotonic() + 10
-        while client.state().num_waiting == 0 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        until(lambda: client.state().num_waiting == 1)
     assert fake.terminate() == 0
     assert gone(leader)
     waiting.wait(60)

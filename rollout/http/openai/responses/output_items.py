@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 from rollout.parsers.events import CallArguments, CallBegin, CallBroken, Content, Event, Reasoning
@@ -23,7 +22,8 @@ class OutputItems:
     `sequence_number` yet.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, draw_id: Callable[[], str]) -> None:
+        self._draw_id = draw_id
         self.items: list[dict[str, Any]] = []
         self._is_open = False
         self._pieces: list[str] = []
@@ -40,7 +40,7 @@ class OutputItems:
                 case Reasoning(text=text):
                     yield from self._text("reasoning", text)
                 case CallBegin(id=call_id, name=name):
-                    yield from self._begin(_call_item(call_id, name))
+                    yield from self._begin(self._call_item(call_id, name))
                 case CallArguments(text=text):
                     self._pieces.append(text)
                     yield self._frame("function_call_arguments.delta", delta=text)
@@ -62,7 +62,7 @@ class OutputItems:
         yield self._frame(f"{_TEXT[kind]}.delta", content_index=0, delta=text, **more)
 
     def _open_text(self, kind: TextKind) -> Frames:
-        yield from self._begin(_text_item(kind))
+        yield from self._begin(self._text_item(kind))
         part = _part(kind)
         self.items[-1]["content"].append(part)
         yield self._frame("content_part.added", content_index=0, part=_part(kind))
@@ -113,40 +113,37 @@ class OutputItems:
         place = {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1}
         return {"type": f"response.{kind}", **place, **fields}
 
-
-def _text_item(kind: TextKind) -> dict[str, Any]:
-    if kind == "reasoning":
+    def _text_item(self, kind: TextKind) -> dict[str, Any]:
+        if kind == "reasoning":
+            return {
+                "id": self._new_id("rs"),
+                "type": "reasoning",
+                "status": "in_progress",
+                "summary": [],
+                "content": [],
+            }
         return {
-            "id": _new_id("rs"),
-            "type": "reasoning",
+            "id": self._new_id("msg"),
+            "type": "message",
             "status": "in_progress",
-            "summary": [],
+            "role": "assistant",
             "content": [],
         }
-    return {
-        "id": _new_id("msg"),
-        "type": "message",
-        "status": "in_progress",
-        "role": "assistant",
-        "content": [],
-    }
+
+    def _call_item(self, call_id: str, name: str) -> dict[str, Any]:
+        return {
+            "id": self._new_id("fc"),
+            "type": "function_call",
+            "status": "in_progress",
+            "call_id": call_id,
+            "name": name,
+            "arguments": "",
+        }
+
+    def _new_id(self, kind: str) -> str:
+        return f"{kind}_{self._draw_id()}"
 
 
 def _part(kind: TextKind) -> dict[str, Any]:
     part: dict[str, Any] = {"type": _TEXT[kind], "text": ""}
     return part if kind == "reasoning" else {**part, "annotations": [], "logprobs": []}
-
-
-def _call_item(call_id: str, name: str) -> dict[str, Any]:
-    return {
-        "id": _new_id("fc"),
-        "type": "function_call",
-        "status": "in_progress",
-        "call_id": call_id,
-        "name": name,
-        "arguments": "",
-    }
-
-
-def _new_id(kind: str) -> str:
-    return f"{kind}_{uuid.uuid4().hex}"

@@ -27,7 +27,7 @@ class ResponseWriter:
         self._keep = keep
         self._call = turn.call
         self._sample = turn.call.samples[0]
-        self._output = OutputItems()
+        self._output = OutputItems(turn.call.services.identity.draw_id)
         self._writer = token_writer(turn.call, self._sample)
         self._number = 0
 

@@ -48,9 +48,9 @@ class _Retrieve(msgspec.Struct):
     starting_after: Int64 | None = None
 
 
-def router(services: Services) -> Routes:
-    """The routes. What is stored is this server's."""
-    routes, store = Routes(), ResponseStore()
+def router(services: Services, store: ResponseStore) -> Routes:
+    """The routes. store: of this server's responses."""
+    routes = Routes()
     calls = _Responses(services, store)
 
     async def create(request: Request) -> Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from recipes.rewards.reward_models.model_chat import ModelChat
 from recipes.rewards.reward_models.open_reward_model import served_tokenizer
 from recipes.rewards.reward_models.reward_server import RewardServer
 from tests.helpers.http_app import run, serving
-from tests.helpers.reward_items import items, kinds
+from tests.helpers.reward_items import items, kinds, told_by_deadline
 from tests.helpers.tiny_models import write_tiny
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
@@ -50,11 +51,11 @@ def test_a_served_classifier_grades(tmp_path: Path) -> None:
     run(test)
 
 
-def grades(answer: Any, **options: Any) -> list[Grade]:
+def grades(answer: Any, timeout_s: float = 0.5, **options: Any) -> list[Grade]:
     async def ask() -> list[Grade]:
         transport = httpx.MockTransport(answer)
         reward = RewardServer(
-            "http://host", tiny_tokenizer(), timeout_s=0.5, transport=transport, **options
+            "http://host", tiny_tokenizer(), timeout_s=timeout_s, transport=transport, **options
         )
         try:
             return await reward.grade(items(REPLIES))
@@ -80,7 +81,8 @@ def grades(answer: Any, **options: Any) -> list[Grade]:
     ],
 )
 def test_what_a_server_says_is_a_score_or_a_failure(reply: httpx.Response, kind: Any) -> None:
-    assert kinds(grades(lambda request: reply, label=1)) == [kind] * 3
+    told = told_by_deadline(partial(grades, lambda request: reply, label=1))
+    assert kinds(told) == [kind] * 3
 
 
 def test_a_server_that_is_late_or_gone_is_a_failure() -> None:
@@ -91,7 +93,7 @@ def test_a_server_that_is_late_or_gone_is_a_failure() -> None:
         raise httpx.ConnectError("gone", request=request)
 
     assert kinds(grades(late)) == ["timeout"] * 3
-    assert kinds(grades(gone)) == ["http"] * 3
+    assert kinds(told_by_deadline(partial(grades, gone))) == ["http"] * 3
 
 
 @pytest.mark.parametrize("url", ["host:30000", "ftp://host", ""])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 import pytest
 
 from recipes.rewards.base import Grade
 from recipes.rewards.services.http_reward import MAX_ITEMS, HttpReward
-from tests.helpers.reward_items import items, kinds
+from tests.helpers.reward_items import items, kinds, told_by_deadline
 from tests.helpers.stub_service import Answer, stub_service
 
 
@@ -80,9 +81,9 @@ def test_a_service_in_trouble_is_asked_again(status: int) -> None:
 
 def test_a_service_that_stays_in_trouble_or_away_is_a_failure_at_the_deadline() -> None:
     with stub_service(lambda body: Answer({}, status=500)) as stub:
-        (failed,) = grade(stub.url, ["4"], timeout_s=0.5)
+        (failed,) = told_by_deadline(partial(grade, stub.url, ["4"]))
         assert kinds([failed]) == ["http"] and "status 500" in str(failed)
-    (failed,) = grade(stub.url, ["4"], timeout_s=0.5)
+    (failed,) = told_by_deadline(partial(grade, stub.url, ["4"]))
     assert kinds([failed]) == ["http"] and "ConnectError" in str(failed)
 
 

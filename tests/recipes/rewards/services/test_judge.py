@@ -13,7 +13,7 @@ from engine.errors import InvalidRequest
 from recipes.rewards.base import Grade
 from recipes.rewards.services.judge import MOST_ASKED, Judge, parse_score, read_template
 from recipes.rewards.services.retry import Retry
-from tests.helpers.reward_items import SUM, items, kinds
+from tests.helpers.reward_items import SUM, items, kinds, told_by_deadline
 from tests.helpers.stub_service import Answer, stub_service
 
 pytest.importorskip("openai")
@@ -125,7 +125,8 @@ def test_a_mixed_batch_has_exact_counts() -> None:
 def test_a_judge_that_says_nothing_or_is_away_is_a_failure_at_the_deadline() -> None:
     with stub_service(lambda body: Answer({}, delay_s=1.5)) as stub:
         assert kinds(grade(stub.url, ["4"], timeout_s=0.3)) in (["timeout"], ["http"])
-    assert kinds(grade(stub.url, ["4"], timeout_s=0.5)) == ["http"]
+    told = told_by_deadline(lambda timeout_s: grade(stub.url, ["4"], timeout_s=timeout_s))
+    assert kinds(told) == ["http"]
 
 
 @pytest.mark.parametrize(

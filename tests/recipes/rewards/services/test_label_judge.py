@@ -15,7 +15,7 @@ from recipes.rewards.base import Grade
 from recipes.rewards.services.judge import read_template
 from recipes.rewards.services.label_judge import PROMPT, LabelJudge
 from tests.helpers.http_app import run, serving
-from tests.helpers.reward_items import items, kinds
+from tests.helpers.reward_items import items, kinds, told_by_deadline
 from tests.helpers.stub_service import Answer, stub_service
 from tests.helpers.tiny_tokenizer import ids_of, tiny_tokenizer
 
@@ -90,7 +90,9 @@ def test_a_label_of_several_tokens_is_refused() -> None:
 )
 def test_what_gives_no_probability_is_a_failure(answer: Answer, kind: str) -> None:
     with stub_service(lambda body: answer) as stub:
-        assert kinds(grade(f"{stub.url}/v1", ["4"], timeout_s=0.5)) == [kind]
+        url = f"{stub.url}/v1"
+        told = told_by_deadline(lambda timeout_s: grade(url, ["4"], timeout_s=timeout_s))
+        assert kinds(told) == [kind]
 
 
 def test_a_score_that_is_none_is_a_failure() -> None:
@@ -98,5 +100,8 @@ def test_a_score_that_is_none_is_a_failure() -> None:
         return Answer({"scores": []} if "query" in body else {"tokens": [1]})
 
     with stub_service(answer) as stub:
-        options = {"template": Template("$reply"), "timeout_s": 0.5}
-        assert kinds(grade(stub.url, ["4"], **options)) == ["unparsable"]
+        options = {"template": Template("$reply")}
+        told = told_by_deadline(
+            lambda timeout_s: grade(stub.url, ["4"], timeout_s=timeout_s, **options)
+        )
+        assert kinds(told) == ["unparsable"]

@@ -136,7 +136,7 @@ def test_everybody_is_answered_before_a_silent_engine_is_ended() -> None:
             assert server.terminate() == 0
             for asked in (generating, controlling):
                 with pytest.raises(EngineDead, match="the server is shutting down"):
-                    asked.result(30)
+                    asked.result(120)
         assert gone(leader)
 
 
@@ -154,7 +154,7 @@ def test_a_second_signal_leaves_at_once() -> None:
             server.process.send_signal(signal.SIGTERM)
             assert server.process.wait(60) == 128 + signal.SIGTERM
             assert gone(leader)
-            asked.join(30)
+            asked.join(120)
 
 
 def _ignoring_errors(client: Client) -> None:

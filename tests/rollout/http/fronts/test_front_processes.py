@@ -203,10 +203,13 @@ def test_a_front_that_ends_frees_what_it_had_and_another_takes_its_place() -> No
             again.post("/flush_cache")
             assert state_of(again)["free_pages"] == free
         # An engine that dies is gone for every front, and the next one serves all.
-        with client_of(server, "front-1") as first:
+        with client_of(server, "front-1") as first, client_of(server, "front-2") as looks:
+            looks.post("/pause_generation", json={"mode": "in_place"})
+            open_calls = [pool.submit(generate, client, [5]) for client in (first, stays)]
+            until(lambda: state_of(looks)["num_waiting"] == 2)
             os.kill(fronts["leader"], signal.SIGKILL)
-            for client in (first, stays):
-                until(lambda c=client: generate(c, [5]).status_code == 503)
+            for open_call in open_calls:
+                assert error_of(open_call.result())[:2] == (503, "EngineDead")
             for client in (first, stays):
                 until(lambda c=client: generate(c, [5]).status_code == 200)
                 assert generate(client, [5]).json()["output_ids"] == expected_tokens([5], 4)
@@ -214,10 +217,18 @@ def test_a_front_that_ends_frees_what_it_had_and_another_takes_its_place() -> No
 
 
 def test_a_front_that_ends_ends_the_server_where_nothing_is_started_again() -> None:
-    with fronts_server() as server, client_of(server, "front-2") as stays:
+    with (
+        fronts_server() as server,
+        client_of(server, "front-2") as stays,
+        client_of(server, "front-2") as looks,
+        ThreadPoolExecutor(1) as pool,
+    ):
         children = pids_of(server)
+        looks.post("/pause_generation", json={"mode": "in_place"})
+        call = pool.submit(generate, stays, [5])
+        until(lambda: state_of(looks)["num_waiting"] == 1)
         os.kill(children["front1"], signal.SIGKILL)
-        assert generate(stays, [5]).status_code == 200
+        assert error_of(call.result())[:2] == (503, "EngineDead")
         assert server.process.wait(60) == 1
         server.close()
         assert any("front-1, ended with code -9" in line for line in server.lines)

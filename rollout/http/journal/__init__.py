@@ -1,0 +1,1 @@
+"""Replies with a journal beside them, from which another server can go on."""

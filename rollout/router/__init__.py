@@ -1,0 +1,1 @@
+"""One address for several servers: which of them answers, and what happens when one dies."""

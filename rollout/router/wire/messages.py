@@ -1,0 +1,100 @@
+"""Requests and replies between their two connections, and how heads are written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from http import HTTPStatus
+
+from engine.errors import SlipstreamError
+from rollout.http.edge.errors import error_response
+
+Header = tuple[bytes, bytes]
+Pairs = Sequence[Header]
+
+# Of one connection, not of the message; a router states its own.
+_OF_CONNECTION = frozenset(
+    {
+        *(b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"upgrade"),
+        *(b"transfer-encoding", b"content-length", b"host", b"expect"),
+    }
+)
+_REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+LAST_CHUNK = b"0\r\n\r\n"
+
+
+@dataclass(slots=True)
+class ClientRequest:
+    """One request as it came. target: path and query, as the bytes that they were. path: the
+    path alone. headers: names in lower case. body: whole."""
+
+    method: str
+    target: bytes
+    path: str
+    headers: list[Header]
+    body: bytes = b""
+    keep_alive: bool = True
+    chunks: bool = True
+
+    def header(self, name: bytes) -> bytes:
+        """The first value of a header; b"" without one."""
+        for known, value in self.headers:
+            if known == name:
+                return value
+        return b""
+
+
+@dataclass(slots=True)
+class Reply:
+    """A whole reply, in memory."""
+
+    status: int
+    headers: list[Header] = field(default_factory=list)
+    body: bytes = b""
+
+
+def json_reply(body: bytes, status: int = 200) -> Reply:
+    """A reply that is JSON already."""
+    return Reply(status, [(b"content-type", b"application/json")], body)
+
+
+def error_reply(error: SlipstreamError, path: str = "") -> Reply:
+    """The error in the form of the dialect that `path` is of."""
+    return json_reply(bytes(error_response(error, path).body), error.status)
+
+
+def request_head(
+    method: str, target: bytes, host: bytes, headers: Iterable[Header], length: int
+) -> bytes:
+    """The head of a request to a worker: what the client's says, but for its connection."""
+    parts = [method.encode(), b" ", target, b" HTTP/1.1\r\nhost: ", host]
+    for name, value in headers:
+        if name not in _OF_CONNECTION:
+            parts += (b"\r\n", name, b": ", value)
+    parts.append(b"\r\ncontent-length: %d\r\n\r\n" % length)
+    return b"".join(parts)
+
+
+def reply_head(
+    status: int, headers: Iterable[Header], *, length: int | None, keep_alive: bool
+) -> bytes:
+    """The head of a reply to a client. length: of the body; None for one in chunks, or, without
+    `keep_alive`, one that ends with the connection."""
+    parts = [b"HTTP/1.1 %d " % status, _REASONS.get(status, b"")]
+    for name, value in headers:
+        if name not in _OF_CONNECTION:
+            parts += (b"\r\n", name, b": ", value)
+    if length is not None:
+        parts.append(b"\r\ncontent-length: %d" % length)
+    elif keep_alive:
+        parts.append(b"\r\ntransfer-encoding: chunked")
+    if not keep_alive:
+        parts.append(b"\r\nconnection: close")
+    parts.append(b"\r\n\r\n")
+    return b"".join(parts)
+
+
+def chunk(data: bytes) -> bytes:
+    """One chunk of a body whose length is not known beforehand."""
+    return b"%x\r\n%b\r\n" % (len(data), data)

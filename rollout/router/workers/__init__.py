@@ -1,0 +1,1 @@
+"""The servers behind a router: which there are, how each does, and whether it may be asked."""
