@@ -18,11 +18,12 @@ from engine.attention.base import AttentionBackend
 from engine.attention.spoilt import spoilt_rows
 from engine.batch import RequestTable, StepBatch, build_batch
 from engine.kv.route_pool import RoutePool
+from engine.mask_table import RowMasks
 from engine.models.build import Model
 from engine.pending import PendingStep, Sample, pack_sampled
 from engine.prompt_logprobs import PromptScorer
 from engine.prompt_pooling import Pooled, PromptPooler
-from engine.protocol import NewRow, PromptLogprobs, StepMasks, StepPlan
+from engine.protocol import NewRow, PromptLogprobs, StepPlan
 from engine.sampling import Sampler
 from engine.speculative.resolve import as_runs, resolve
 from engine.transfer import Fetch
@@ -75,7 +76,7 @@ class EagerSteps:
             return lambda _: as_runs(PendingStep(plan.step), plan, resolved.kept_R)
         computed = self._run(resolved.plan)
 
-        def sample(masks: StepMasks | None) -> PendingStep:
+        def sample(masks: RowMasks | None) -> PendingStep:
             own = None if masks is None else resolved.masks(masks, plan)
             return as_runs(self._sample(computed, own), plan, resolved.kept_R)
 
@@ -93,7 +94,7 @@ class EagerSteps:
             prompt = [_as_nan(part) if spoilt_R[part.row] else part for part in prompt]
         return _Computed(plan, batch, hidden_TH, prompt, self._pooler.pool(plan, batch, hidden_TH))
 
-    def _sample(self, computed: _Computed, masks: StepMasks | None) -> PendingStep:
+    def _sample(self, computed: _Computed, masks: RowMasks | None) -> PendingStep:
         plan, batch = computed.plan, computed.batch
         prompt, pooled = computed.prompt, computed.pooled
         slots = plan.slots[plan.samples]

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from engine.batch import RequestTable
+from engine.mask_table import RowMasks
 from engine.pending import PendingStep, Runs, pack_sampled
-from engine.protocol import StepMasks, StepPlan
+from engine.protocol import StepPlan
 from engine.sampling import Sampler
 from engine.transfer import Fetch
 from kernels.speculative.accept import accept
@@ -33,7 +34,7 @@ def draw_late(
     computed: DecodeLogits,
     sampler: Sampler,
     table: RequestTable,
-    masks: StepMasks | None,
+    masks: RowMasks | None,
 ) -> PendingStep:
     """Queue the draw of a step that drafts nothing, and append what came."""
     num_rows, device = len(plan.slots), table.device

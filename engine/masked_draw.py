@@ -8,39 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from engine.protocol import StepMasks
-from engine.transfer import Staging, to_device
-from kernels.sampling import TokenMasks
+from engine.mask_table import RowMasks
 from kernels.sampling.allowed import sample_allowed
 from kernels.sampling.masks import restrict_
 
 
-def masked_logits(logits_SV: torch.Tensor, rows_M: torch.Tensor, bits: np.ndarray) -> torch.Tensor:
-    """The logits of some rows, -inf where their bits (`StepMasks.bits`) rule a token out."""
-    found = _words(bits).view(np.int32)
-    # What came in a frame cannot be written, which torch warns of.
-    words = to_device(found if found.flags.writeable else found.copy(), logits_SV.device)
-    return restrict_(logits_SV[rows_M], words)
-
-
-def split_masks(masks: StepMasks, chosen_M: np.ndarray) -> tuple[StepMasks, StepMasks]:
-    """The masks that `chosen_M` (bool) names, and the others."""
-    if chosen_M.all():
-        # By far most steps; the bits of many rows are megabytes.
-        return masks, StepMasks(step=masks.step, rows=masks.rows[:0], bits=masks.bits[:0])
-    parts = [
-        StepMasks(step=masks.step, rows=masks.rows[own_M], bits=masks.bits[own_M])
-        for own_M in (chosen_M, ~chosen_M)
-    ]
-    return parts[0], parts[1]
-
-
-def token_masks(masks: StepMasks, num_rows: int, staging: Staging) -> TokenMasks:
-    """Masks of some of `num_rows` rows on the device, as the draw takes them; one copy."""
-    mask_S = np.full(num_rows, -1, np.int32)
-    mask_S[masks.rows] = np.arange(len(masks.rows), dtype=np.int32)
-    bits_MB, masks_S = staging.send([_words(masks.bits).view(np.int32), mask_S])
-    return TokenMasks(bits_MB, masks_S)
+def masked_logits(logits_SV: torch.Tensor, rows_M: torch.Tensor, masks: RowMasks) -> torch.Tensor:
+    """The logits of some rows, -inf where their masks rule a token out."""
+    return restrict_(logits_SV[rows_M], masks.bits())
 
 
 @dataclass(frozen=True)
@@ -61,10 +36,10 @@ Draw = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 def draw_on_cpu(
     logits_SV: torch.Tensor,
     rows: PlainRows,
-    masks: StepMasks,
+    masks: RowMasks,
     entropy_S: torch.Tensor | None,
     draw: Draw,
-) -> tuple[torch.Tensor, torch.Tensor, StepMasks]:
+) -> tuple[torch.Tensor, torch.Tensor, RowMasks]:
     """Draw rows with a mask and no filter at once from what it allows, by `sample_allowed`, and all
     others by `draw`, which fills their entropies. What each row is given does not depend on the
     others. Returns tokens, logprobs, and the masks of the rows that still have to be drawn."""
@@ -80,7 +55,7 @@ def draw_on_cpu(
         rows.temperature_S[own_M],
         rows.seed_S[own_M],
         rows.position_S[own_M],
-        _allowed(masks.bits[at_once], logits_SV.shape[1]),
+        masks.of(at_once).allowed(logits_SV.shape[1]),
         entropy_M,
     )
     token_S[own_M], logprob_S[own_M] = token_M, logprob_M
@@ -93,21 +68,4 @@ def draw_on_cpu(
     if bool(others.any()):
         rows_O = others.nonzero().squeeze(1)
         token_S[rows_O], logprob_S[rows_O] = draw(rows_O)
-    return (
-        token_S,
-        logprob_S,
-        StepMasks(step=masks.step, rows=masks.rows[left], bits=masks.bits[left]),
-    )
-
-
-def _allowed(bits: np.ndarray, vocab_size: int) -> torch.Tensor:
-    """Bits as booleans, [M, V]."""
-    packed = _words(bits).view(np.uint8)
-    flags = np.unpackbits(packed, axis=1, count=vocab_size, bitorder="little")
-    return torch.from_numpy(flags.view(np.bool_))
-
-
-def _words(bits: np.ndarray) -> np.ndarray:
-    """`StepMasks.bits`, the lowest byte of a word first; to be read only."""
-    found: np.ndarray = np.ascontiguousarray(bits, "<u4")
-    return found
+    return token_S, logprob_S, masks.of(left)

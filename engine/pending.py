@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from engine.kv.route_pool import ReadRoutes
+from engine.mask_table import MaskTable, RowMasks
 from engine.prompt_pooling import Pooled
 from engine.protocol import PromptLogprobs, StepMasks, StepResult
 from engine.sampling import Top, to_top
@@ -78,15 +79,16 @@ class PendingStep:
         )
 
 
-Sample = Callable[[StepMasks | None], PendingStep]
+Sample = Callable[[RowMasks | None], PendingStep]
 """Queues the sampling of a step whose forward pass is queued, its masked rows by these masks."""
 
 
 class MaskedStep:
-    """A step whose sampling waits for masks."""
+    """A step whose sampling waits for masks, which go into `table` first."""
 
-    def __init__(self, step: int, sample: Sample) -> None:
+    def __init__(self, step: int, sample: Sample, table: MaskTable) -> None:
         self._step = step
+        self._table = table
         self._sample: Sample | None = sample
         self._sampled: PendingStep | None = None
         self._routes: ReadRoutes | None = None
@@ -101,7 +103,7 @@ class MaskedStep:
         assert masks.step == self._step, f"masks of step {masks.step} came for {self._step}"
         sample, self._sample = self._sample, None
         assert sample is not None, f"masks of step {masks.step} came twice"
-        self._sampled = replace(sample(masks), routes=self._routes)
+        self._sampled = replace(sample(self._table.enter(masks)), routes=self._routes)
 
     def result(self) -> StepResult:
         """As `PendingStep.result`, for when the masks came."""

@@ -19,14 +19,13 @@ import torch
 from engine.batch import RequestTable
 from engine.config import KernelBackend
 from engine.logit_edits import LogitEdit, edit_logits, edit_of
+from engine.mask_table import MaskTable, RowMasks, token_masks
 from engine.masked_draw import (
     PlainRows,
     draw_on_cpu,
     masked_logits,
-    split_masks,
-    token_masks,
 )
-from engine.protocol import NewRow, StepMasks, TopLogprobs
+from engine.protocol import NewRow, TopLogprobs
 from engine.transfer import Staging, to_device
 from kernels.sampling import TokenMasks, moved_logprobs, named_logprobs, sample, top_logprobs
 
@@ -86,6 +85,7 @@ class Sampler:
         self._device = device
         self._backend = backend
         self._staging = Staging(device)
+        self.masks = MaskTable(device)
         self._temperature = torch.ones(num_slots, device=device)
         self._top_k = torch.full((num_slots,), -1, dtype=torch.int64, device=device)
         self._top_p = torch.ones(num_slots, device=device)
@@ -185,7 +185,7 @@ class Sampler:
         batch: DrawnRows,
         slots: np.ndarray,
         table: RequestTable,
-        masks: StepMasks | None = None,
+        masks: RowMasks | None = None,
     ) -> Drawn:
         """Sample one token a row. `slots` is `batch.slots_S` on the host.
 
@@ -223,9 +223,9 @@ class Sampler:
         logits_SV: torch.Tensor,
         batch: DrawnRows,
         slots: np.ndarray,
-        masks: StepMasks,
+        masks: RowMasks,
         entropy_S: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, StepMasks]:
+    ) -> tuple[torch.Tensor, torch.Tensor, RowMasks]:
         """As `draw_on_cpu`: masked rows for which one pass over the vocabulary does."""
 
         def draw(rows_O: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -255,12 +255,13 @@ class Sampler:
         logits_SV: torch.Tensor,
         batch: DrawnRows,
         slots: np.ndarray,
-        masks: StepMasks,
+        masks: RowMasks,
         entropy_S: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, StepMasks]:
+    ) -> tuple[torch.Tensor, torch.Tensor, RowMasks]:
         """Draw all rows, those that have a mask and no filter from what it allows. Returns tokens,
         logprobs, and the masks of the rows that still have to be drawn."""
-        own, left = split_masks(masks, ~self._filtered[slots[masks.rows]])
+        filtered = self._filtered[slots[masks.rows]]
+        own, left = masks.of(~filtered), masks.of(filtered)
         tokens, logprobs = self.draw_plain(
             logits_SV,
             batch.slots_S,
@@ -276,7 +277,7 @@ class Sampler:
         logits_SV: torch.Tensor,
         batch: DrawnRows,
         slots: np.ndarray,
-        masks: StepMasks,
+        masks: RowMasks,
         token_S: torch.Tensor,
         logprob_S: torch.Tensor,
     ) -> None:
@@ -284,7 +285,7 @@ class Sampler:
         masked rows drew; a logprob that is not finite stays."""
         rows_M = to_device(masks.rows.astype(np.int64), self._device)
         slots_M = batch.slots_S[rows_M]
-        logits_MV = masked_logits(logits_SV, rows_M, masks.bits)
+        logits_MV = masked_logits(logits_SV, rows_M, masks)
         # Filters are of the masked law: the k likeliest of what may come.
         options = DrawOptions(filtered=bool(self._filtered[slots[masks.rows]].any()))
         token_M, _ = self.draw_plain(logits_MV, slots_M, batch.kv_lens_S[rows_M], options)
@@ -299,19 +300,19 @@ class Sampler:
         token_S[rows_M] = token_M
 
     def _take_masked_law(
-        self, logits_SV: torch.Tensor, slots: np.ndarray, masks: StepMasks
-    ) -> StepMasks:
+        self, logits_SV: torch.Tensor, slots: np.ndarray, masks: RowMasks
+    ) -> RowMasks:
         """Make the law of the rows that ask for the masked one what it says of them, in place; the
         masks of the others."""
         asks = self._masked_law[slots[masks.rows]]
         if not asks.any():
             return masks
         rows_M = to_device(masks.rows[asks].astype(np.int64), self._device)
-        logits_MV = masked_logits(logits_SV, rows_M, masks.bits[asks])
+        logits_MV = masked_logits(logits_SV, rows_M, masks.of(asks))
         # A row that is broken has to show it.
         whole_M1 = logits_SV[rows_M].amax(-1, keepdim=True).isfinite()
         logits_SV[rows_M] = torch.where(whole_M1, logits_MV, logits_SV[rows_M])
-        return StepMasks(step=masks.step, rows=masks.rows[~asks], bits=masks.bits[~asks])
+        return masks.of(~asks)
 
     def _others(
         self, logits_TV: torch.Tensor, temperature_T: torch.Tensor, slots_T: np.ndarray

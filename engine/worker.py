@@ -253,7 +253,7 @@ class Worker:
             return self._verifier.run(plan)
         if not len(plan.masked):
             return self._eager.forward(plan)(None)
-        self._masked = MaskedStep(plan.step, self._forward(graphs, plan))
+        self._masked = MaskedStep(plan.step, self._forward(graphs, plan), self._sampler.masks)
         return self._masked
 
     def _forward(self, graphs: DecodeGraphs | None, plan: StepPlan) -> Sample:

@@ -198,18 +198,26 @@ class StepPlan(Struct, frozen=True, kw_only=True, tag="step"):
 class StepMasks(Struct, frozen=True, kw_only=True, tag="masks"):
     """Which tokens may be sampled in the rows of a step that wait for it (`StepPlan.masked`).
 
+    Every rank keeps a table of masks, which lasts from step to step, so that a mask that many rows
+    or steps have comes once. Before the draw, `bits` are written into it at `new`.
+
     rows: int32 [M], ascending, of those that `masked` names. One that is left out is sampled
         without a mask.
-    bits: uint32 [M, ceil(vocabulary / 32)], `types.BitArray`: 1 where the token may be sampled.
+    places: int32 [M], where in the table the mask of each row stands; rows may share one.
+    new: int32 [N], places that are written to, each once.
+    bits: uint32 [N, ceil(vocabulary / 32)], `types.BitArray`: 1 where the token may be sampled.
         No row is all 0, and bits beyond the vocabulary are not looked at.
 
-    further: of copies 1, 2, and so on, as in `StepPlan`; no rows where none waits.
+    further: of copies 1, 2, and so on, as in `StepPlan`, whose ranks have tables of their own; no
+    rows where none waits.
 
-    Example: with a vocabulary of 40, a row that allows tokens 1 and 33 has the bits [2, 2].
+    Example: with a vocabulary of 40, a mask that allows tokens 1 and 33 has the bits [2, 2].
     """
 
     step: Size
     rows: IntArray
+    places: IntArray
+    new: IntArray
     bits: BitArray
     further: list[StepMasks] = msgspec.field(default_factory=list)
 

@@ -13,8 +13,9 @@ import torch
 from msgspec.structs import replace as replace_struct
 
 from engine.batch import RequestTable
+from engine.mask_table import RowMasks
 from engine.pending import PendingStep, Runs
-from engine.protocol import StepMasks, StepPlan
+from engine.protocol import StepPlan
 from engine.transfer import Fetch
 
 
@@ -28,12 +29,12 @@ class Resolved:
     plan: StepPlan
     kept_R: np.ndarray
 
-    def masks(self, masks: StepMasks, original: StepPlan) -> StepMasks:
+    def masks(self, masks: RowMasks, original: StepPlan) -> RowMasks:
         """The masks of the original plan as those of this one."""
         kept_S = self.kept_R[original.samples]
         kept_M = kept_S[masks.rows]
         rows = (np.cumsum(kept_S) - 1)[masks.rows[kept_M]].astype(np.int32)
-        return replace_struct(masks, rows=rows, bits=masks.bits[kept_M])
+        return replace(masks.of(kept_M), rows=rows)
 
 
 def resolve(plan: StepPlan, table: RequestTable) -> Resolved:

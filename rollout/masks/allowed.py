@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.protocol import BitArray, Request
+from engine.protocol import Request
 from rollout.masks.base import KnownMask, MaskedRow, bits_of
 
 
@@ -13,7 +13,7 @@ class AllowedTokens:
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
-        self._packed: dict[str, tuple[Request, BitArray]] = {}
+        self._packed: dict[str, tuple[Request, KnownMask]] = {}
 
     def wants(self, request: Request) -> bool:
         """Whether it says which tokens are allowed."""
@@ -25,7 +25,7 @@ class AllowedTokens:
 
     def ask(self, rows: Sequence[MaskedRow]) -> list[KnownMask]:
         """The masks, at once."""
-        return [KnownMask(self._bits(row.request)) for row in rows]
+        return [self._mask(row.request) for row in rows]
 
     def forget(self, rid: str) -> None:
         """Drop the mask of that request."""
@@ -34,11 +34,12 @@ class AllowedTokens:
     def close(self) -> None:
         """There are no threads."""
 
-    def _bits(self, request: Request) -> BitArray:
+    def _mask(self, request: Request) -> KnownMask:
         found = self._packed.get(request.rid)
         # An id may come again, with another request, before its end was told.
         if found is None or found[0] is not request:
             assert request.allowed_token_ids is not None
-            found = request, bits_of(request.allowed_token_ids, self._vocab_size)
+            bits = bits_of(request.allowed_token_ids, self._vocab_size)
+            found = request, KnownMask(bits, sound=len(request.allowed_token_ids) > 0)
             self._packed[request.rid] = found
         return found[1]

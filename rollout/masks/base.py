@@ -13,12 +13,26 @@ from engine.protocol import BitArray, IntArray, Request
 WORD = 32
 
 
+class Course(Protocol):
+    """Where an output stands, as the source of its masks knows it."""
+
+    @property
+    def mask(self) -> KnownMask | None:
+        """What may come next, sound and not to be written; None where it has to be computed."""
+        ...
+
+    def after(self, token: int) -> Course:
+        """Where it stands behind one token more, which the mask allows."""
+        ...
+
+
 class MaskedRow(NamedTuple):
     """A row of a step that waits for its mask.
 
     row: its index among the rows of the step that sample, those of all copies of the model one
     behind the other. slot: of its sequence, on `copy`. output_ids: int32 [n], its output tokens so
-    far, those among them that came with the request; a copy.
+    far, those among them that came with the request; a copy. course: where these stand, if its
+    source has said so of the row and foreseen its tokens since.
     """
 
     row: int
@@ -26,6 +40,7 @@ class MaskedRow(NamedTuple):
     request: Request
     output_ids: IntArray
     copy: int = 0
+    course: Course | None = None
 
 
 class PendingMask(Protocol):
@@ -52,6 +67,12 @@ class PendingMasks(Protocol):
     def results(self) -> tuple[BitArray, Mapping[int, Exception]]:
         """The masks, uint32 [n, ceil(vocabulary / 32)], not to be written; by index, what stands in
         the way of some. For when they are done; may raise what stands in the way of all."""
+        ...
+
+    def courses(self) -> Sequence[Course | None]:
+        """Where the output of each row stands, if that is known: `mask` of its course is the mask
+        of the row, and its source is not asked about it again before it has to compute one. For
+        when they are done."""
         ...
 
 
@@ -109,11 +130,16 @@ class MaskSource(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KnownMask:
-    """A mask that is there."""
+    """A mask that is there.
+
+    sound: it has the right form, and allows a token of the vocabulary; nobody looks at it again. A
+    source that answers with the same one for many rows, or steps, has it sent once.
+    """
 
     bits: BitArray | None
+    sound: bool = False
 
     def done(self) -> bool:
         """It is."""

@@ -7,17 +7,26 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from engine.errors import MaskError, MaskTimeout, SlipstreamError, UnmetConstraint
-from engine.protocol import BitArray, Request, StepMasks, TokenRows
+from engine.protocol import BitArray, Request, TokenRows
 from engine.protocol.deadlines import MASK_S
-from rollout.masks.base import MaskedRow, MaskSource, PendingMask, banned_ids, bits_of
-from rollout.masks.together import Block, look_together
+from rollout.masks.base import (
+    Course,
+    KnownMask,
+    MaskedRow,
+    MaskSource,
+    PendingMask,
+    banned_ids,
+    bits_of,
+)
+from rollout.masks.together import look_together
 from rollout.scheduler.emit import StepOutput
 
 A = TypeVar("A")
@@ -28,20 +37,31 @@ logger = logging.getLogger(__name__)
 _SHORTEST_PAUSE_S = 0.00005
 _LONGEST_PAUSE_S = 0.001
 _SHARE_WAITED = 0.125
+_NOTHING: Mapping[int, KnownMask] = MappingProxyType({})
 _WHOLE_LOOK = 8
 """Of so many looks one is at every row, the first among them; the others are at the first row that
 is missing, since a step may have hundreds."""
+
+
+@dataclass(frozen=True)
+class FoundMasks:
+    """Rows of a step, ascending, those of all copies, and the mask of each. courses: where outputs
+    stand, of rows whose sources said so."""
+
+    rows: list[int]
+    masks: list[KnownMask]
+    courses: list[tuple[MaskedRow, Course]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
     """What one look found.
 
-    masks: the frame to send, once nothing is waited for any more. failed: requests that have to end
-    now, by id, and why; their rows are not in the frame.
+    masks: all of the step, once nothing is waited for any more. failed: requests that have to end
+    now, by id, and why; their rows are not among those.
     """
 
-    masks: StepMasks | None
+    masks: FoundMasks | None
     failed: list[tuple[str, SlipstreamError]] = field(default_factory=list)
 
 
@@ -52,16 +72,15 @@ class _Awaited(NamedTuple):
 
 @dataclass(kw_only=True)
 class _Open:
-    """The step that waits. found: masks that are there, by row. blocks: those of several rows.
-    num_looks: how often it was looked at."""
+    """The step that waits. found: masks that are there, by row. courses: as in
+    `FoundMasks`. num_looks: how often it was looked at."""
 
-    step: int
     since: float
     until: float
     awaited: list[_Awaited]
     failed: list[tuple[str, SlipstreamError]]
-    found: dict[int, BitArray] = field(default_factory=dict)
-    blocks: list[Block] = field(default_factory=list)
+    found: dict[int, KnownMask] = field(default_factory=dict)
+    courses: list[tuple[MaskedRow, Course]] = field(default_factory=list)
     pause_s: float = 0.0
     num_looks: int = 0
 
@@ -80,7 +99,7 @@ class MaskGate:
     ) -> None:
         """timeout_s: how long a step may wait, at most `MASK_S`. clock: seconds that only grow."""
         self._sources = sources
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         self._timeout_s = min(timeout_s, MASK_S)
         self._clock = clock
         self._open: _Open | None = None
@@ -113,20 +132,29 @@ class MaskGate:
             # What failed fails again when the mask is asked for, and ends the request then.
             return True
 
-    def open(self, step: int, rows: Sequence[MaskedRow]) -> None:
-        """`step` waits for the masks of `rows`, which are asked for now."""
+    def open(self, rows: Sequence[MaskedRow], known: Mapping[int, KnownMask] = _NOTHING) -> None:
+        """A step waits for the masks of `rows`, which are asked for now. known: those of other
+        rows, which are sound."""
         assert self._open is None, "two steps wait for masks"
-        self._asked.update(row.request.rid for row in rows)
+        self._asked.update([row.request.rid for row in rows])
         parts, failed = self._ask(rows)
+        found = dict(known)
+        awaited = []
+        for row in rows:
+            asked = parts[row.row]
+            if row.request.rid in failed:
+                continue
+            if (mask := _known(row, asked)) is not None:
+                found[row.row] = mask
+            else:
+                awaited.append(_Awaited(row, asked))
         now = self._clock()
         self._open = _Open(
-            step=step,
             since=now,
             until=now + self._timeout_s,
-            awaited=[
-                _Awaited(row, parts[row.row]) for row in rows if row.request.rid not in failed
-            ],
+            awaited=awaited,
             failed=list(failed.items()),
+            found=found,
         )
 
     def look(self, runs: Callable[[MaskedRow], bool]) -> Answer:
@@ -143,10 +171,12 @@ class MaskGate:
         awaited = [each for each in found.awaited if runs(each.row)]
         found.awaited = []
         together = look_together(awaited, self._inside)
-        found.blocks += together.blocks
-        answered = {row for block in together.blocks for row in block.rows.tolist()}
+        for answered in together.answered:
+            found.found[answered.row.row] = answered.mask
+            if answered.course is not None:
+                found.courses.append((answered.row, answered.course))
         for each in awaited:
-            if each.row.row in answered:
+            if each.row.row in found.found:
                 continue
             try:
                 if not late and not self._is_there(each, together.computed):
@@ -157,11 +187,11 @@ class MaskGate:
                 failed.append((each.row.request.rid, error))
                 continue
             if bits is not None:
-                found.found[each.row.row] = bits
+                found.found[each.row.row] = KnownMask(bits)
         if found.awaited:
             return Answer(masks=None, failed=failed)
         self._open = None
-        return Answer(masks=self._frame(found), failed=failed)
+        return Answer(masks=self._all(found), failed=failed)
 
     def _waits_still(self, awaited: list[_Awaited], runs: Callable[[MaskedRow], bool]) -> bool:
         """Whether the first that is waited for still is: the frame has them all."""
@@ -233,7 +263,7 @@ class MaskGate:
         at = len(awaited.row.output_ids)
         banned = banned_ids(request, at)
         if banned:
-            whole = whole & ~bits_of(banned, self._vocab_size)
+            whole = whole & ~bits_of(banned, self.vocab_size)
         if not (whole & self._inside).any():
             # What may be in advance has been: of a grammar only its course tells.
             kind = MaskError if request.grammar is None else UnmetConstraint
@@ -268,20 +298,16 @@ class MaskGate:
             )
         return bits
 
-    def _frame(self, found: _Open) -> StepMasks:
-        if len(found.blocks) == 1 and not found.found and (np.diff(found.blocks[0].rows) > 0).all():
-            (block,) = found.blocks
-            return StepMasks(step=found.step, rows=block.rows, bits=block.bits)
-        for block in found.blocks:
-            found.found |= zip(block.rows.tolist(), block.bits, strict=True)
+    def _all(self, found: _Open) -> FoundMasks:
         rows = sorted(found.found)
-        bits = [found.found[row] for row in rows]
-        nothing: BitArray = np.empty((0, len(self._inside)), np.uint32)
-        return StepMasks(
-            step=found.step,
-            rows=np.array(rows, np.int32),
-            bits=np.stack(bits) if bits else nothing,
-        )
+        return FoundMasks(rows, [found.found[row] for row in rows], found.courses)
+
+
+def _known(row: MaskedRow, parts: Sequence[PendingMask]) -> KnownMask | None:
+    """The mask of a row that is there, in order, and all that restricts it."""
+    if len(parts) != 1 or not isinstance(parts[0], KnownMask) or not parts[0].sound:
+        return None
+    return None if banned_ids(row.request, len(row.output_ids)) else parts[0]
 
 
 def _answers(source: MaskSource, rows: Sequence[MaskedRow]) -> Sequence[PendingMask]:

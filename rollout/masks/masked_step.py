@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable
 
 from engine.protocol import RequestOutput, StepMasks, StepPlan
+from rollout.masks.courses import Courses
 from rollout.masks.gate import MaskGate
-from rollout.masks.rows import masked_rows
+from rollout.masks.places import MaskPlaces, framed_masks
 from rollout.replica.command_replies import error_info
-from rollout.scheduler.copies.frame import split_masks
 from rollout.scheduler.copies.schedulers import ReplicaScheduler
 from rollout.scheduler.emit import StepOutput
 
@@ -31,9 +31,13 @@ class MaskedStep:
         gate: MaskGate,
         send: Callable[[StepPlan, StepMasks], None],
         emit: Callable[[list[RequestOutput]], None],
+        max_rows: int,
     ) -> None:
-        """send: hands the frame to the ranks. emit: takes the outputs of requests that end."""
+        """send: hands the frame to the ranks. emit: takes the outputs of requests that end.
+        max_rows: most of a step, on each copy."""
         self._gate = gate
+        self._courses = Courses(len(scheduler.copies), max_rows)
+        self._places = [MaskPlaces(gate.vocab_size, max_rows) for _ in scheduler.copies]
         self._scheduler = scheduler
         self._send = send
         self._emit = emit
@@ -46,8 +50,8 @@ class MaskedStep:
 
     def ask(self, plan: StepPlan) -> None:
         """`plan` was launched, and waits from now on."""
-        copies = [copy.running for copy in self._scheduler.copies]
-        self._gate.open(plan.step, masked_rows(copies, plan))
+        rows = self._courses.rows([copy.running for copy in self._scheduler.copies], plan)
+        self._gate.open(rows.unknown, rows.known)
         self._plan = plan
 
     def look(self) -> bool:
@@ -55,7 +59,10 @@ class MaskedStep:
         whose masks failed end, the others of that step go on."""
         plan = self._plan
         assert plan is not None, "no step waits"
-        time.sleep(self._gate.pause_s)
+        pause_s = self._gate.pause_s
+        if pause_s > 0:
+            # Not by nothing: even that lets every other thread of a busy machine go first.
+            time.sleep(pause_s)
         # A slot that is left goes to nobody else before the next plan.
         tables = [copy.running.table for copy in self._scheduler.copies]
         answer = self._gate.look(lambda row: bool(tables[row.copy].masked[row.slot]))
@@ -65,14 +72,18 @@ class MaskedStep:
         if answer.masks is None:
             return False
         self._plan = None
-        masks = split_masks(answer.masks, plan) if plan.further else answer.masks
-        self._send(plan, masks)
+        for row, course in answer.masks.courses:
+            self._courses.enter(row, course)
+        self._send(plan, framed_masks(self._places, plan, answer.masks.rows, answer.masks.masks))
         return True
 
     def give_up(self) -> None:
-        """Forget the step, if there is one: it failed."""
+        """Forget the step, if there is one: it failed. What the ranks have of its masks is not
+        known."""
         self._plan = None
         self._gate.close()
+        for places in self._places:
+            places.forget()
 
     def close(self) -> None:
         """End what the sources of masks have running. Idempotent."""

@@ -5,28 +5,36 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from engine.protocol import BitArray, IntArray
-from rollout.masks.base import MaskedRow, MaskOf, PendingMask, PendingMasks, banned_ids
+from engine.protocol import BitArray
+from rollout.masks.base import (
+    Course,
+    KnownMask,
+    MaskedRow,
+    MaskOf,
+    PendingMask,
+    PendingMasks,
+    banned_ids,
+)
 
 Asked = tuple[MaskedRow, Sequence[PendingMask]]
 """A row, and what was asked for it."""
 
 
 @dataclass(frozen=True)
-class Block:
-    """Masks of some rows of a step: rows int32 [n], bits uint32 [n, words]."""
+class Answered:
+    """The mask of a row, in order, which nothing else restricts; where its output stands, if that
+    is known."""
 
-    rows: IntArray
-    bits: BitArray
+    row: MaskedRow
+    mask: KnownMask
+    course: Course | None
 
 
 @dataclass(frozen=True)
 class Together:
-    """blocks: masks that are there and in order. computed: rows whose masks are being computed."""
+    """answered: masks that are there. computed: rows whose masks are being computed."""
 
-    blocks: list[Block]
+    answered: list[Answered]
     computed: set[int]
 
 
@@ -50,36 +58,37 @@ def look_together(asked: Sequence[Asked], inside: BitArray) -> Together:
             continue
         if not done:
             found.computed.update(row.row for row, _ in rows)
-        elif (block := _in_order(masks, rows, inside)) is not None:
-            found.blocks.append(block)
+        else:
+            found.answered.extend(_in_order(masks, rows, inside))
     return found
 
 
 def _in_order(
     masks: PendingMasks, asked: list[tuple[MaskedRow, int]], inside: BitArray
-) -> Block | None:
+) -> list[Answered]:
     """The masks of a job that is done, of the rows that nothing else restricts."""
-    rows = [
-        (row.row, index) for row, index in asked if not banned_ids(row.request, len(row.output_ids))
+    asked = [
+        (row, index) for row, index in asked if not banned_ids(row.request, len(row.output_ids))
     ]
-    if not rows:
-        return None
+    if not asked:
+        return []
     try:
         bits, errors = masks.results()
+        courses = masks.courses()
     except Exception:
         # A boundary, as above.
-        return None
+        return []
     if bits.dtype != inside.dtype or bits.shape[1:] != inside.shape:
-        return None
+        return []
     # The largest word is 0 where every word is; only the last has bits of no token.
     allows = (bits[:, -1] & inside[-1]) != 0
     if bits.shape[1] > 1:
         allows |= bits[:, :-1].max(axis=1) != 0
     if errors:
         allows[list(errors)] = False
-    numbers, indices = np.array(rows, np.int32).T
-    kept = allows[indices]
-    if kept.all() and len(indices) == len(bits) and (np.diff(indices) == 1).all():
-        # All of them, as they are: as in nearly every step, and so that none is copied.
-        return Block(numbers, bits)
-    return Block(numbers[kept], bits[indices[kept]])
+    return [_answered(row, bits[index], courses[index]) for row, index in asked if allows[index]]
+
+
+def _answered(row: MaskedRow, bits: BitArray, course: Course | None) -> Answered:
+    known = None if course is None else course.mask
+    return Answered(row, KnownMask(bits) if known is None else known, course)

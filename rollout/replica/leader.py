@@ -113,7 +113,11 @@ class Leader:
             executor, self._scheduler, self._readiness, drain=self._drain, emit=self._emit
         ).queue
         self._masked = MaskedStep(
-            self._scheduler, gate=gate, send=self._send_masks, emit=self._emit
+            self._scheduler,
+            gate=gate,
+            send=self._send_masks,
+            emit=self._emit,
+            max_rows=config.scheduler.max_running,
         )
         self._sessions = SessionTurns(
             self._scheduler, config.sessions, facts.context_length, emit=self._emit, clock=clock

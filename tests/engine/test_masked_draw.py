@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,7 @@ from kernels.sampling.masks import banned_tokens
 from kernels.sampling.philox import philox_uniform
 from rollout.masks.base import bits_of
 from tests.helpers.samplers import SAMPLERS
+from tests.helpers.sent_masks import one_a_row
 
 VOCAB = 101
 
@@ -78,12 +80,13 @@ class Rows:
     def draw(self, logits_SV: torch.Tensor, masks: StepMasks | None = None) -> Drawn:
         slots = list(range(self.size))
         batch = Batch(slots, [3] * self.size)
-        return self.sampler.draw(logits_SV.clone(), batch, np.array(slots), self.table, masks)
+        own = None if masks is None else self.sampler.masks.enter(masks)
+        return self.sampler.draw(logits_SV.clone(), batch, np.array(slots), self.table, own)
 
 
 def masks_of(allowed: dict[int, list[int]], vocab: int = VOCAB) -> StepMasks:
     bits = [bits_of(ids, vocab) for ids in allowed.values()]
-    return StepMasks(step=0, rows=np.array(list(allowed), np.int32), bits=np.stack(bits))
+    return one_a_row(0, list(allowed), bits)
 
 
 @pytest.mark.parametrize("vocab", [1, 31, 32, 33, 64, 77, 300])
@@ -211,7 +214,7 @@ def test_penalties_and_bias_come_before_the_mask() -> None:
 
 def test_bits_beyond_the_vocabulary_are_not_looked_at() -> None:
     masks = masks_of({0: [9]})
-    every = StepMasks(step=0, rows=masks.rows, bits=masks.bits | ~bits_of(range(VOCAB), VOCAB))
+    every = msgspec.structs.replace(masks, bits=masks.bits | ~bits_of(range(VOCAB), VOCAB))
     drawn = Rows(sampling_of()).draw(torch.zeros(1, VOCAB), every)
     assert int(drawn.token_S[0]) == 9
 

@@ -10,7 +10,6 @@ from msgspec.structs import replace
 
 from engine.protocol import StepMasks, StepPlan, StepResult
 from rollout.scheduler.copies.divided import DividedScheduler
-from rollout.scheduler.copies.frame import split_masks
 from tests.helpers.mock_executor import MockExecutor
 from tests.helpers.scheduling import Bench
 
@@ -25,8 +24,7 @@ class CopiedExecutor:
 
     def step(self, plan: StepPlan, masks: StepMasks | None = None) -> StepResult:
         """The results, as the ranks merge them."""
-        split = None if masks is None else split_masks(masks, plan)
-        own = [None] * len(self.copies) if split is None else [split, *split.further]
+        own = [None] * len(self.copies) if masks is None else [masks, *masks.further]
         plans = plan.copies()
         assert len(plans) == len(self.copies)
         first, *further = map(_step, self.copies, plans, own)

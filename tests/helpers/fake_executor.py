@@ -51,6 +51,7 @@ from engine.protocol import (
     WeightCommand,
 )
 from tests.helpers.mock_routes import EXPERTS, PagedRoutes
+from tests.helpers.sent_masks import SentMasks
 
 VOCAB_SIZE = 300
 EOS_ID = 299
@@ -183,6 +184,7 @@ class FakeExecutor:
         self._pooling: dict[int, Pooling | None] = {}
         self._shift = 0
         self._waits: FakeMasked | None = None
+        self._masks = SentMasks()
         self._open: BeginUpdate | None = None
         self._staged = 0
         self._undefined = False
@@ -250,9 +252,7 @@ class FakeExecutor:
         waits, self._waits = self._waits, None
         assert waits is not None and waits.plan.step == masks.step, "no step waits for these masks"
         assert set(masks.rows.tolist()) <= set(waits.plan.masked.tolist())
-        allowed = {
-            row: tokens_of(bits) for row, bits in zip(masks.rows.tolist(), masks.bits, strict=True)
-        }
+        allowed = {row: tokens_of(bits) for row, bits in self._masks.enter(masks).items()}
         if waits.error is None:
             waits.outcome = self._sample(waits.plan, allowed)
 

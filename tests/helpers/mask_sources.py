@@ -57,6 +57,10 @@ class CountedMasks:
             raise self.error
         return self.bits, self.errors
 
+    def courses(self) -> list[None]:
+        """None is known."""
+        return [None] * len(self.bits)
+
 
 @dataclass
 class ScriptedSource:

@@ -29,6 +29,7 @@ from engine.protocol import (
 from tests.helpers.fake_executor import tokens_of
 from tests.helpers.mock_routes import FirstReads, read_routes
 from tests.helpers.mock_sources import MockSources
+from tests.helpers.sent_masks import SentMasks
 
 MASK = (1 << 61) - 1
 EMBEDDING_SIZE = 3
@@ -171,6 +172,7 @@ class MockExecutor:
         self.kept_seeds: set[int] = set()
         """Of requests that may begin with KV of older versions than they do."""
         self._allowed: dict[int, set[int]] = {}
+        self._masks = SentMasks()
         self._kv = np.full((num_pages, page_size, 2), -1, np.int64)
         self._rows: dict[int, Row] = {}
         self._next_step = 0
@@ -326,8 +328,9 @@ class MockExecutor:
         if masks is None:
             return {}
         assert masks.step == plan.step and set(masks.rows.tolist()) <= set(plan.masked.tolist())
-        slots = plan.slots[plan.samples][masks.rows].tolist()
-        return {slot: set(tokens_of(bits)) for slot, bits in zip(slots, masks.bits, strict=True)}
+        slots = plan.slots[plan.samples].tolist()
+        found = self._masks.enter(masks).items()
+        return {slots[row]: set(tokens_of(bits)) for row, bits in found}
 
     def _draw(self, row: Row) -> tuple[int, float, int]:
         """The next token of a row, which it then knows; its logprob and prefix."""

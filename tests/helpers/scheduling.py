@@ -14,13 +14,13 @@ from engine.protocol import (
     Request,
     RequestOutput,
     SamplingParams,
-    StepMasks,
     StepPlan,
     StepResult,
 )
 from rollout.cache.manager import CacheManager
-from rollout.masks.base import bits_of, num_words
-from rollout.masks.rows import masked_rows
+from rollout.masks.base import KnownMask, bits_of
+from rollout.masks.courses import Courses
+from rollout.masks.places import MaskPlaces, framed_masks
 from rollout.replica.columns import from_columns
 from rollout.scheduler.emit import StepOutput
 from rollout.scheduler.encode import row_numbers
@@ -142,13 +142,12 @@ class Bench:
         self._late -= 1
         if self._late >= 0:
             return plan
-        rows = masked_rows([copy.running for copy in self.scheduler.copies], plan)
+        copies = [copy.running for copy in self.scheduler.copies]
+        rows = Courses(len(copies), len(copies[0].table.phase)).rows(copies, plan).unknown
         bits = [bits_of(may_come(row.request, row.output_ids.tolist()), VOCAB) for row in rows]
-        masks = StepMasks(
-            step=plan.step,
-            rows=np.array([row.row for row in rows], np.int32),
-            bits=np.array(bits, np.uint32).reshape(len(rows), num_words(VOCAB)),
-        )
+        found = [KnownMask(own) for own in bits]
+        places = [MaskPlaces(VOCAB, len(copy.table.phase)) for copy in copies]
+        masks = framed_masks(places, plan, [row.row for row in rows], found)
         self._waits = None
         self._results.append(self.executor.step(plan, masks))
         if self._depth == 0:

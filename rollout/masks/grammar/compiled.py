@@ -9,23 +9,38 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count
+from typing import NamedTuple
 
 from llguidance import LLMatcher, LLTokenizer
 
 from engine.errors import MaskError, SlipstreamError, by_name
 from engine.protocol import ErrorInfo, Grammar
 from rollout.masks.grammar.compile import compile_grammar
+from rollout.masks.grammar.languages.translate import schema_of
 from rollout.masks.grammar.stack import LEADERS_STACK_BYTES, stack_of
 from rollout.masks.grammar.starts import Start
 from rollout.masks.grammar.vocabulary import Vocabulary, llguidance_tokenizer
+from rollout.masks.states.json_text import JsonText
+from rollout.masks.states.outputs_alike import OutputsAlike
+from rollout.masks.states.states import States
+from rollout.masks.states.token_lengths import TokenLengths, token_lengths
 from rollout.replica.command_replies import error_info
 
 logger = logging.getLogger(__name__)
 
 _NUM_THREADS = 2
 _MOST_KEPT = 256
+_MOST_ENDS = 4
+"""Sets of tokens that end outputs of one grammar, of which states are kept."""
 _MOST_PENDING = 64
 """Grammars that are begun ahead; fewer than are kept, so that none is dropped before its use."""
+
+
+class Ends(NamedTuple):
+    """after_ids: tokens that a constraint begins behind. ending_ids: those that end a sequence."""
+
+    after_ids: tuple[int, ...]
+    ending_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -38,6 +53,8 @@ class CompiledGrammar:
 
     future: Future[Start | ErrorInfo]
     again: Callable[[], Future[Start | ErrorInfo]]
+    new_states: Callable[[Ends], States]
+    found: dict[Ends, States] = field(default_factory=dict)
     more: list[Future[Start | ErrorInfo]] = field(default_factory=list)
 
     def done(self) -> bool:
@@ -53,6 +70,15 @@ class CompiledGrammar:
         others = (future.result() for future in self.more if future.done())
         return [first, *(start for start in others if isinstance(start, Start))]
 
+    def states(self, ends: Ends) -> States:
+        """The states of its outputs. For when it is done. Called by one thread."""
+        states = self.found.get(ends)
+        if states is None:
+            if len(self.found) >= _MOST_ENDS:
+                self.found.pop(next(iter(self.found)))
+            states = self.found[ends] = self.new_states(ends)
+        return states
+
     def grow(self, num: int) -> None:
         """Have `num` starts, once they are compiled. Called by one thread."""
         while 1 + len(self.more) < num:
@@ -63,6 +89,8 @@ class CompiledGrammar:
 class _Compiler:
     tokenizer: LLTokenizer
     special: dict[str, int]
+    tokens: list[bytes]
+    lengths: TokenLengths
 
 
 class CompiledGrammars:
@@ -99,7 +127,9 @@ class CompiledGrammars:
                 with stack_of(LEADERS_STACK_BYTES):
                     return self._pool.submit(self._compile, grammar)
 
-            found = self._found[key] = CompiledGrammar(again(), again)
+            found = self._found[key] = CompiledGrammar(
+                again(), again, lambda ends: self._states(grammar, ends)
+            )
             self._drop_old()
         else:
             self._found.move_to_end(key)
@@ -135,12 +165,21 @@ class CompiledGrammars:
         compiler = self._loaded()
         return compile_grammar(grammar, compiler.tokenizer, compiler.special)
 
+    def _states(self, grammar: Grammar, ends: Ends) -> States:
+        loaded, schema = self._loaded(), schema_of(grammar)
+        tokens = loaded.tokens
+        reader = OutputsAlike() if schema is None else JsonText(schema, tokens, loaded.lengths)
+        return States(reader, tokens, ending_ids=ends.ending_ids, after_ids=ends.after_ids)
+
     def _loaded(self) -> _Compiler:
         with self._loading:
             if self._compiler is None:
                 vocabulary = self._load()
                 self._compiler = _Compiler(
-                    llguidance_tokenizer(vocabulary), vocabulary.special_tokens()
+                    llguidance_tokenizer(vocabulary),
+                    vocabulary.special_tokens(),
+                    vocabulary.tokens,
+                    token_lengths(vocabulary.tokens),
                 )
             return self._compiler
 

@@ -18,19 +18,24 @@ from engine.errors import UnmetConstraint
 from engine.protocol import BitArray, Request
 from rollout.masks.base import MaskedRow, MaskOf, PendingMask, num_words
 from rollout.masks.grammar.compile import told
-from rollout.masks.grammar.compiled import CompiledGrammar, CompiledGrammars
+from rollout.masks.grammar.compiled import CompiledGrammar, CompiledGrammars, Ends
 from rollout.masks.grammar.crew import Crew, Turn
 from rollout.masks.grammar.following import Following
 from rollout.masks.grammar.panics import Panic
 from rollout.masks.grammar.spread import spread
 from rollout.masks.grammar.starts import ROWS_OF_A_START, least_followed
 from rollout.masks.grammar.vocabulary import Vocabulary
+from rollout.masks.states.states import State
 
 logger = logging.getLogger(__name__)
 
 _ALL = np.uint32(0xFFFFFFFF)
 _STARTS_OF_A_THREAD = 2
 """More even out what masks of unequal cost leave to the last thread."""
+
+
+_MOST_WALKED = 4096
+"""Tokens of outputs that came with their requests, of which states are found beside one step."""
 
 
 class _Wanted(NamedTuple):
@@ -42,9 +47,11 @@ class _Wanted(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class _Masks:
-    """bits: uint32 [rows, words]. errors: of rows that have no mask, by index."""
+    """bits: uint32 [rows, words]. states: of the outputs; None where that is not known. errors: of
+    rows that have no mask, by index."""
 
     bits: BitArray
+    states: list[State | None]
     errors: dict[int, Exception] = field(default_factory=dict)
 
 
@@ -128,7 +135,7 @@ class GrammarMasks:
             logger.error("the grammar of request %s: %s", wanted[0].row.request.rid, error)
             nothing = np.zeros((1, self._vocab_size // 32 + 1), np.uint32)
             ended = UnmetConstraint(f"grammar: it cannot go on: {error}", field="grammar")
-            return _Masks(bits=nothing, errors={0: ended})
+            return _Masks(bits=nothing, states=[None], errors={0: ended})
 
     def _computed(self, wanted: list[_Wanted]) -> _Masks:
         # One token more than there are: that of a text that is whole.
@@ -153,8 +160,36 @@ class GrammarMasks:
                 whole[turn.number] = False
             elif turn.following.over:
                 whole[turn.number] = True
+        bits[:, end_word] &= np.uint32((1 << end_bit) - 1)
         self._set_ending(bits, whole, turns)
-        return _Masks(bits=bits, errors=errors)
+        states = self._learned(wanted, turns, bits, errors)
+        return _Masks(bits=bits, states=states, errors=errors)
+
+    def _learned(
+        self,
+        wanted: Sequence[_Wanted],
+        turns: Sequence[Turn],
+        bits: BitArray,
+        errors: Mapping[int, Exception],
+    ) -> list[State | None]:
+        """Remember the masks, for all outputs that will be in the same states."""
+        found: list[State | None] = [None] * len(wanted)
+        left = _MOST_WALKED
+        for turn in turns:
+            if turn.number in errors:
+                continue
+            row, grammar = wanted[turn.number]
+            state = row.course
+            states = grammar.states(_ends(turn.following))
+            if not isinstance(state, State):
+                left -= len(row.output_ids)
+                if left < 0 and left + len(row.output_ids) < _MOST_WALKED:
+                    # Others came first; it is asked about again with its next token.
+                    continue
+                state = states.walk(row.output_ids.tolist())
+            states.learn(state, bits[turn.number])
+            found[turn.number] = state
+        return found
 
     def _running_crew(self) -> Crew:
         if self._crew is None:
@@ -238,10 +273,16 @@ class GrammarMasks:
                 bits[rows[whole[rows]], word] |= bit
 
 
+def _ends(following: Following) -> Ends:
+    assert following.request.grammar is not None
+    return Ends(tuple(following.request.grammar.after_ids), following.ending_ids)
+
+
 def _joined(parts: Sequence[_Masks]) -> _Masks:
     """One of masks of a row each."""
     errors = {number: part.errors[0] for number, part in enumerate(parts) if part.errors}
-    return _Masks(bits=np.concatenate([part.bits for part in parts]), errors=errors)
+    bits = np.concatenate([part.bits for part in parts])
+    return _Masks(bits=bits, states=[part.states[0] for part in parts], errors=errors)
 
 
 @dataclass(frozen=True)
@@ -259,6 +300,10 @@ class _Job:
         """The masks, and what stands in the way of some."""
         masks = self.job.result()
         return masks.bits[:, : self.num_words], masks.errors
+
+    def courses(self) -> Sequence[State | None]:
+        """Where the outputs stand."""
+        return self.job.result().states
 
 
 class _Late:

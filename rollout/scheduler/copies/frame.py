@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import pairwise
 
 from msgspec.structs import replace
 
-from engine.protocol import StepMasks, StepPlan
+from engine.protocol import StepPlan
 from rollout.scheduler.planning.plan_builder import no_rows
 
 
@@ -16,16 +18,11 @@ def framed(plans: Sequence[StepPlan | None], step: int) -> StepPlan:
     return replace(first, further=further)
 
 
-def split_masks(masks: StepMasks, plan: StepPlan) -> StepMasks:
-    """The masks of a frame, for each copy. masks: its rows count the sampling rows of all copies,
+def rows_of_copies(rows: Sequence[int], plan: StepPlan) -> list[slice]:
+    """Which of `rows` are of each copy. rows: ascending, counting the sampling rows of all copies,
     one behind the other (`first_rows`)."""
-    starts = first_rows(plan)
-    parts = []
-    for copy, start in zip(plan.copies(), starts, strict=True):
-        own = (masks.rows >= start) & (masks.rows < start + int(copy.samples.sum()))
-        parts.append(StepMasks(step=masks.step, rows=masks.rows[own] - start, bits=masks.bits[own]))
-    first, *further = parts
-    return replace(first, further=further)
+    bounds = [*(bisect_left(rows, first) for first in first_rows(plan)), len(rows)]
+    return [slice(start, end) for start, end in pairwise(bounds)]
 
 
 def first_rows(plan: StepPlan) -> list[int]:

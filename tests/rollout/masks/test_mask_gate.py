@@ -74,20 +74,23 @@ def found(answer: Answer) -> dict[int, list[int]]:
     """The frame: tokens by row."""
     assert answer.masks is not None
     masks = answer.masks
-    assert masks.bits.shape == (len(masks.rows), num_words(VOCAB))
-    assert masks.bits.dtype == np.uint32
-    return {row: tokens_of(bits) for row, bits in zip(masks.rows.tolist(), masks.bits, strict=True)}
+    found = {}
+    for row, mask in zip(masks.rows, masks.masks, strict=True):
+        assert mask.bits is not None and mask.bits.shape == (num_words(VOCAB),)
+        assert mask.bits.dtype == np.uint32
+        found[row] = tokens_of(mask.bits)
+    return found
 
 
 def test_masks_that_are_there_are_given_at_the_first_look() -> None:
     gate = Gate(AllowedTokens(VOCAB))
-    gate.gate.open(7, rows_of(asked_of("a", [5, 69, 5]), asked_of("b", [0])))
+    gate.gate.open(rows_of(asked_of("a", [5, 69, 5]), asked_of("b", [0])))
     assert gate.gate.pause_s == 0.0
     answer = gate.look()
     assert found(answer) == {0: [5, 69], 2: [0]}
-    assert answer.masks is not None and answer.masks.step == 7
+    assert answer.masks is not None and answer.masks.courses == []
     assert answer.failed == []
-    gate.gate.open(8, [])  # The step before waits no more.
+    gate.gate.open([])  # The step before waits no more.
 
 
 def test_a_request_is_packed_once_and_another_of_its_id_anew() -> None:
@@ -106,19 +109,19 @@ def test_a_request_is_packed_once_and_another_of_its_id_anew() -> None:
 
 def test_a_row_gets_what_all_its_sources_allow() -> None:
     gate = Gate(AllowedTokens(VOCAB), scripted(lambda rid, outputs: (0, [6, 7, 8])))
-    gate.gate.open(0, rows_of(asked_of("m", [7, 8, 9]), asked_of("a", [1])))
+    gate.gate.open(rows_of(asked_of("m", [7, 8, 9]), asked_of("a", [1])))
     assert found(gate.look()) == {0: [7, 8], 2: [1]}
 
 
 def test_a_source_may_have_nothing_against_any_token() -> None:
     gate = Gate(AllowedTokens(VOCAB), scripted(lambda rid, outputs: (0, None)))
-    gate.gate.open(0, rows_of(asked_of("m1", [7]), asked_of("m2")))
+    gate.gate.open(rows_of(asked_of("m1", [7]), asked_of("m2")))
     assert found(gate.look()) == {0: [7]}
 
 
 def test_what_is_late_is_waited_for_longer_and_longer() -> None:
     gate = Gate(scripted(lambda rid, outputs: (20, [3])))
-    gate.gate.open(0, rows_of(asked_of("m")))
+    gate.gate.open(rows_of(asked_of("m")))
     pauses = []
     while (answer := gate.look()).masks is None:
         assert answer.failed == []
@@ -135,7 +138,7 @@ def test_at_the_deadline_each_late_request_ends_alone() -> None:
         return {"m1": 0, "m2": NEVER, "m3": 1}[rid], [4]
 
     gate = Gate(scripted(rule))
-    gate.gate.open(0, rows_of(asked_of("m1"), asked_of("m2"), asked_of("m3")))
+    gate.gate.open(rows_of(asked_of("m1"), asked_of("m2"), asked_of("m3")))
     for _ in range(3):
         assert gate.look() == Answer(masks=None)
         gate.clock.now += TIMEOUT_S / 3.01
@@ -148,7 +151,7 @@ def test_at_the_deadline_each_late_request_ends_alone() -> None:
 
 def test_no_configuration_waits_longer_than_a_step_may() -> None:
     gate = Gate(scripted(lambda rid, outputs: (NEVER, [4])), timeout_s=1e9)
-    gate.gate.open(0, rows_of(asked_of("m")))
+    gate.gate.open(rows_of(asked_of("m")))
     gate.clock.now += MASK_S - 0.1
     assert gate.look().masks is None
     gate.clock.now += 0.2
@@ -157,7 +160,7 @@ def test_no_configuration_waits_longer_than_a_step_may() -> None:
 
 def test_nothing_is_waited_for_on_behalf_of_who_has_ended() -> None:
     gate = Gate(scripted(lambda rid, outputs: (NEVER, [4])))
-    gate.gate.open(0, rows_of(asked_of("m1"), asked_of("m2")))
+    gate.gate.open(rows_of(asked_of("m1"), asked_of("m2")))
     assert gate.look().masks is None
     gate.ended = {"m1", "m2"}
     answer = gate.look()
@@ -170,7 +173,7 @@ def test_an_error_of_ours_stays_what_it_is_and_any_other_is_told() -> None:
         return 0, wrong.get(rid, [4])
 
     gate = Gate(scripted(rule))
-    gate.gate.open(0, rows_of(asked_of("m1"), asked_of("m2"), asked_of("m3")))
+    gate.gate.open(rows_of(asked_of("m1"), asked_of("m2"), asked_of("m3")))
     answer = gate.look()
     assert found(answer) == {4: [4]}
     (first, invalid), (second, told) = answer.failed
@@ -185,7 +188,7 @@ def test_a_source_that_breaks_when_asked_ends_those_it_was_asked_for() -> None:
             raise Broken("out of order")
 
     gate = Gate(AllowedTokens(VOCAB), Breaks(lambda rid, outputs: (0, None)))
-    gate.gate.open(0, rows_of(asked_of("m", [1]), asked_of("a", [2])))
+    gate.gate.open(rows_of(asked_of("m", [1]), asked_of("a", [2])))
     answer = gate.look()
     assert found(answer) == {2: [2]}
     assert [(rid, type(error)) for rid, error in answer.failed] == [("m", MaskError)]
@@ -205,7 +208,7 @@ def test_a_source_that_breaks_when_looked_at_ends_its_request() -> None:
         def forget(self, rid: str) -> None: ...
 
     gate = Gate(Breaks())
-    gate.gate.open(0, rows_of(asked_of("m")))
+    gate.gate.open(rows_of(asked_of("m")))
     answer = gate.look()
     assert found(answer) == {}
     assert [(rid, type(error)) for rid, error in answer.failed] == [("m", MaskError)]
@@ -246,7 +249,7 @@ class Bad(ScriptedSource):
 )
 def test_a_source_that_breaks_its_contract_ends_those_it_restricts(source: Any) -> None:
     gate = Gate(AllowedTokens(VOCAB), source)
-    gate.gate.open(0, rows_of(asked_of("m1", [1]), asked_of("a", [2]), asked_of("m2")))
+    gate.gate.open(rows_of(asked_of("m1", [1]), asked_of("a", [2]), asked_of("m2")))
     answer = gate.look()
     assert found(answer) == {2: [2]}
     assert [(rid, type(error)) for rid, error in answer.failed] == [
@@ -265,7 +268,7 @@ def test_a_mask_of_another_shape_ends_its_request(bits: Any) -> None:
             return [KnownMask(bits) for _ in rows]
 
     gate = Gate(Odd(lambda rid, outputs: (0, None)))
-    gate.gate.open(0, rows_of(asked_of("m")))
+    gate.gate.open(rows_of(asked_of("m")))
     ((rid, error),) = gate.look().failed
     assert rid == "m" and "uint32 (3,)" in error.message
 
@@ -287,7 +290,7 @@ def test_bans_count_and_a_row_that_nothing_is_left_for_ends(
 ) -> None:
     request = msgspec.structs.replace(asked_of("m", **sampling), stop_ids=[9])
     gate = Gate(scripted(lambda rid, outputs: (0, allowed)))
-    gate.gate.open(0, rows_of(request, num_outputs=num_outputs))
+    gate.gate.open(rows_of(request, num_outputs=num_outputs))
     answer = gate.look()
     assert found(answer) == ({} if left is None else {0: left})
     assert [type(error) for _, error in answer.failed] == ([MaskError] if left is None else [])
@@ -299,14 +302,14 @@ def test_a_mask_of_bits_beyond_the_vocabulary_alone_allows_nothing() -> None:
             return [KnownMask(~bits_of(range(VOCAB), VOCAB)) for _ in rows]
 
     gate = Gate(Beyond(lambda rid, outputs: (0, None)))
-    gate.gate.open(0, rows_of(asked_of("m")))
+    gate.gate.open(rows_of(asked_of("m")))
     assert [type(error) for _, error in gate.look().failed] == [MaskError]
 
 
 def test_sources_are_told_who_is_over_once() -> None:
     source = scripted(lambda rid, outputs: (0, [1]))
     gate = Gate(source)
-    gate.gate.open(0, rows_of(asked_of("m1"), asked_of("m2")))
+    gate.gate.open(rows_of(asked_of("m1"), asked_of("m2")))
     gate.look()
     going_on = msgspec.structs.replace(over("m2"), finish=None)
     outputs = [over("m1"), going_on, over("other"), over("m1")]
@@ -338,7 +341,7 @@ def test_whatever_sources_do_each_row_is_answered_by_the_deadline(
 
     gate = Gate(scripted(rule))
     requests = [asked_of(f"m{number}") for number in range(len(fates))]
-    gate.gate.open(3, rows_of(*requests))
+    gate.gate.open(rows_of(*requests))
     gate.ended = {f"m{number}" for number, (_, fate) in enumerate(fates) if fate == "ends"}
     failed: dict[str, str] = {}
     answer = Answer(masks=None)
@@ -365,7 +368,7 @@ def test_while_the_first_is_awaited_the_others_are_seldom_looked_at() -> None:
     """A step may have hundreds of rows, and is looked at until the last of their masks is there."""
     source = scripted(lambda rid, outputs: (30, [3]) if rid == "m0" else (0, [4]))
     gate = Gate(source)
-    gate.gate.open(0, rows_of(*(asked_of(f"m{row}") for row in range(50))))
+    gate.gate.open(rows_of(*(asked_of(f"m{row}") for row in range(50))))
     looked: list[str] = []
 
     def runs(row: MaskedRow) -> bool:
@@ -426,7 +429,7 @@ def test_masks_computed_together_are_answered_as_row_by_row(
     answers = []
     for kind in (Together, Apart):
         gate = Gate(kind(lambda rid, outputs: (0, None)))
-        gate.gate.open(3, rows_of(*requests))
+        gate.gate.open(rows_of(*requests))
         gate.ended = {f"m{number}" for number, fate in enumerate(fates) if fate == "ends"}
         gate.clock.now += 2 * TIMEOUT_S if job == "late" else 0
         answer = gate.look()
@@ -444,7 +447,7 @@ def test_masks_computed_together_are_not_waited_for_on_behalf_of_rows_that_ended
             return [MaskOf(masks, number) for number in range(len(rows))]
 
     gate = Gate(Never(lambda rid, outputs: (0, None)))
-    gate.gate.open(3, rows_of(*(asked_of(f"m{row}") for row in range(3))))
+    gate.gate.open(rows_of(*(asked_of(f"m{row}") for row in range(3))))
     assert gate.look().masks is None and gate.look().masks is None
     gate.ended = {"m0", "m1", "m2"}
     assert found(gate.look()) == {}

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from engine.errors import InvalidRequest, QueueFull
-from engine.protocol import ErrorInfo, StepMasks
-from rollout.scheduler.copies.frame import first_rows, split_masks
+from engine.protocol import ErrorInfo
+from rollout.scheduler.copies.frame import first_rows, rows_of_copies
 from tests.helpers.copied_bench import NUM_COPIES, CopiedBench
 from tests.helpers.scheduling import check_output, make_request
 
@@ -108,10 +108,8 @@ def test_masks_of_a_frame_are_split_among_its_copies() -> None:
     assert plan is not None and plan.waits
     assert first_rows(plan) == [0, 2, 3]
     assert [each.masked.tolist() for each in plan.copies()] == [[1], [0], []]
-    bits = np.array([[5], [6]], np.uint32)
-    first = split_masks(StepMasks(step=0, rows=np.array([1, 2], np.int32), bits=bits), plan)
-    assert [each.rows.tolist() for each in (first, *first.further)] == [[1], [0], []]
-    assert [each.bits.tolist() for each in (first, *first.further)] == [[[5]], [[6]], []]
+    rows = [1, 2]
+    assert [rows[own] for own in rows_of_copies(rows, plan)] == [[1], [2], []]
 
 
 def test_after_a_step_that_failed_the_copies_go_on_together() -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 from rollout.masks.grammar.languages.bounds import MAX_DEPTH, refuse
 
-WHITESPACE = r"[ \t\r\n]{1,64}"
+MOST_WHITESPACE = 64
+WHITESPACE = rf"[ \t\r\n]{{1,{MOST_WHITESPACE}}}"
 """What may stand where JSON allows whitespace: as much as a deep indentation takes, and not more,
 since a model that has lost its way would write it to the end of its length."""
 
