@@ -60,7 +60,8 @@ def run(replica: InlineReplica, requests: list[Request]) -> dict[str, RequestOut
 
 def check_equal(left: RequestOutput, right: RequestOutput) -> None:
     assert left.token_ids.tolist() == right.token_ids.tolist()
-    assert left.logprobs.tolist() == right.logprobs.tolist()
+    # The batches differ, and a product of two threads may order its sums by its number of rows.
+    np.testing.assert_allclose(left.logprobs, right.logprobs, rtol=0, atol=1e-5)
     assert left.finish == right.finish
 
 

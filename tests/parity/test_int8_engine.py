@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+import engine.pools
 import engine.worker
 from engine.config import CacheConfig, EngineConfig, MemoryConfig, ParallelConfig, SchedulerConfig
 from engine.errors import UnsupportedOption
+from engine.memory import Needs, plan_memory
 from engine.protocol import (
     BeginUpdate,
     CheckWeights,
@@ -139,16 +141,25 @@ def test_weights_come_back_from_sleep(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
-def test_room_is_reserved_for_full_tensors_as_they_come(tp_size: int, tmp_path: Path) -> None:
+def test_room_is_reserved_for_full_tensors_as_they_come(
+    tp_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = write_tiny(tmp_path, "llama", **SHAPE)
     config = config_of(tmp_path, tp_size, memory=MemoryConfig(reserve_shadow=True))
+    planned: list[Needs] = []
+
+    def plan(*args: Any, needs: Needs, **more: Any) -> Any:
+        planned.append(needs)
+        return plan_memory(*args, needs=needs, **more)
+
+    monkeypatch.setattr(engine.pools, "plan_memory", plan)
     executor = ThreadedExecutor(config)
     with InlineReplica(config, executor):
-        for rank in executor._ranks:
-            worker = rank._worker
-            needs = worker._needs(config, has_graphs=False)
-            assert needs.shadow == 2 * sum(p.numel() for p in model.parameters())
-            assert needs.weights == sum(p.nbytes for p in worker._model.parameters())
+        assert len(planned) == tp_size
+        full = 2 * sum(p.numel() for p in model.parameters())
+        stored = [sum(p.nbytes for p in r._worker._model.parameters()) for r in executor._ranks]
+        assert [needs.shadow for needs in planned] == [full] * tp_size
+        assert sorted(needs.weights for needs in planned) == sorted(stored)
 
 
 @pytest.mark.parametrize("scheme", ["fp8", "fp8-channel", "int4"])

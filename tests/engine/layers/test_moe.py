@@ -221,7 +221,8 @@ def test_rows_that_fill_a_graph_go_to_no_expert() -> None:
     want, routes = block(x[:5], step()), Routes()
     x[5:] = float("nan")
     got = block(x, step(torch.tensor([5], dtype=torch.int32), routes))
-    assert torch.equal(got[:5], want)
+    # Products of eight rows may order their sums as those of five do not.
+    torch.testing.assert_close(got[:5], want)
     ((layer, ids_TK),) = routes.taken
     assert layer == 5
     assert ids_TK.dtype == torch.int32
