@@ -106,7 +106,8 @@ def test_a_critic_teaches_addition_from_one_reply_a_problem(model: str, tmp_path
     last = rows[-10:]
     valued = sum(row["critic/vpred_mean"] for row in last) / len(last)
     returned = sum(row["critic/returns/mean"] for row in last) / len(last)
-    assert abs(valued - returned) < 0.15 < returned
+    # What a critic that says nothing misses by is the return, whose size depends on the processor.
+    assert returned > 0.08 and abs(valued - returned) < min(0.15, returned)
 
 
 def test_too_high_a_learning_rate_collapses(model: str, tmp_path: Path) -> None:
