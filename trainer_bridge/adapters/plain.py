@@ -19,6 +19,8 @@ class PlainSource:
     among them, so that every rank sends its own part.
     """
 
+    lasting = True
+
     def __init__(
         self,
         model: torch.nn.Module,
@@ -31,10 +33,11 @@ class PlainSource:
         self._dtype = dtype
         self._rank = rank
         self._world_size = world_size
-        self.lasting = all(
-            tensor.dtype == (wire_dtype(name, dtype) or tensor.dtype)
+        if any(
+            tensor.dtype != (wire_dtype(name, dtype) or tensor.dtype)
             for name, tensor in named_tensors(model)
-        )
+        ):
+            self.lasting = False
 
     def specs(self) -> list[TensorSpec]:
         """See `WeightSource`."""
