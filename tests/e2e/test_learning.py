@@ -99,15 +99,14 @@ def test_rewards_teach_addition(model: str, tmp_path: Path) -> None:
 
 def test_a_critic_teaches_addition_from_one_reply_a_problem(model: str, tmp_path: Path) -> None:
     """Gains of 0.17 to 0.25 were seen."""
-    summary = learn(model, tmp_path / "run", lr=5e-5, steps=60, kind=PpoOptions)
+    summary = learn(model, tmp_path / "run", lr=5e-5, steps=100, kind=PpoOptions)
     assert summary["eval_after"] >= summary["eval_before"] + 0.08
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     last = rows[-10:]
     valued = sum(row["critic/vpred_mean"] for row in last) / len(last)
     returned = sum(row["critic/returns/mean"] for row in last) / len(last)
-    # What a critic that says nothing misses by is the return, whose size depends on the processor.
-    assert returned > 0.08 and abs(valued - returned) < min(0.15, returned)
+    assert abs(valued - returned) < 0.15 < returned
 
 
 def test_too_high_a_learning_rate_collapses(model: str, tmp_path: Path) -> None:
