@@ -99,16 +99,22 @@ def test_rewards_teach_addition(model: str, tmp_path: Path) -> None:
 
 def test_a_critic_teaches_addition_from_one_reply_a_problem(model: str, tmp_path: Path) -> None:
     """Gains of 0.17 to 0.25 were seen."""
-    summary = learn(model, tmp_path / "run", lr=5e-5, steps=100, kind=PpoOptions)
+    summary = learn(model, tmp_path / "run", lr=5e-5, steps=60, kind=PpoOptions)
     assert summary["eval_after"] >= summary["eval_before"] + 0.08
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    last = rows[-10:]
-    valued = sum(row["critic/vpred_mean"] for row in last) / len(last)
-    returned = sum(row["critic/returns/mean"] for row in last) / len(last)
-    assert abs(valued - returned) < 0.15 < returned
+    early, returned = (_mean(part, "critic/returns/mean") for part in (rows[:10], rows[-10:]))
+    assert early < returned
+    # Sampled replies are right less often than the likeliest, how often is the processor's: the
+    # critic misses by less than 0.15, and by less than half of what saying nothing would.
+    valued = _mean(rows[-10:], "critic/vpred_mean")
+    assert abs(valued - returned) < min(0.15, returned / 2)
 
 
 def test_too_high_a_learning_rate_collapses(model: str, tmp_path: Path) -> None:
     summary = learn(model, tmp_path / "run", lr=3e-3, steps=20)
     assert summary["eval_after"] < summary["eval_before"] / 2
+
+
+def _mean(rows: list[dict[str, Any]], name: str) -> float:
+    return sum(row[name] for row in rows) / len(rows)
