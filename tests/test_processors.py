@@ -1,8 +1,9 @@
 """The numeric tests as other processors run them: no bound may depend on the instruction set.
 
 torch and oneDNN choose kernels by what the processor has; both can be told to leave instructions
-out, so one machine stands for older ones. What it lacks itself cannot be emulated: such a case
-repeats the best that it has.
+out, so one machine stands for older ones. What it lacks itself cannot be emulated. oneDNN then
+takes the best that there is. torch believes what it is told and dies of an illegal instruction,
+so such a case is skipped.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from tests.helpers.children import ROOT, child_environment
 
@@ -40,7 +42,7 @@ LEFT_OUT = (
     TRAINERS,
 )
 
-CAPABILITIES = ("default", "avx2", "avx512")
+CAPABILITIES = ("default", "avx2", "avx512")  # as torch ranks them
 ONEDNN_SETS = ("AVX2", "AVX512_CORE", "AVX512_CORE_BF16")
 
 
@@ -48,6 +50,9 @@ ONEDNN_SETS = ("AVX2", "AVX512_CORE", "AVX512_CORE_BF16")
     ("capability", "onednn"), list(itertools.product(CAPABILITIES, ONEDNN_SETS))
 )
 def test_numeric_tests_hold_on_an_older_processor(capability: str, onednn: str) -> None:
+    present = torch.backends.cpu.get_cpu_capability().lower()
+    if present not in CAPABILITIES or CAPABILITIES.index(capability) > CAPABILITIES.index(present):
+        pytest.skip(f"this processor has {present}, not {capability}")
     _run({"ATEN_CPU_CAPABILITY": capability, "ONEDNN_MAX_CPU_ISA": onednn})
 
 
