@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
-from engine.errors import EngineDead, InvalidRequest, SlipstreamError
+from engine.errors import InvalidRequest, SlipstreamError
 from engine.protocol import ReplicaState
 from engine.protocol.urls import address_towards
 from recipes.actors.engines import Engines, ReplicaEngines
@@ -50,47 +52,61 @@ def open_endpoints(options: RunOptions, world: World, *, device: torch.device) -
 def _open(options: RunOptions) -> tuple[Engines, str]:
     """The engines of the endpoints, and the URL of one."""
     given = options.endpoints
-    replicas = [_reach(url, given.endpoint_patience) for url in given.endpoint]
-    routers = [replica for replica in replicas if _is_router(replica)]
-    if routers and len(replicas) > 1:
-        raise InvalidRequest(
-            f"endpoint: {routers[0].url} is a router, and stands for all its workers; give it "
-            "alone",
-            field="endpoint",
-        )
-    if routers:
-        key = os.environ.get(ADMIN_API_KEY) or os.environ.get(API_KEY, "")
-        routed = RoutedEngines(routers[0], admin_key=key, patience_s=given.endpoint_patience)
-        state, there = routed.state(), routed.workers[0].url
-        _check(options, routers[0].url, state)
-        return routed, there
+    with ExitStack() as on_failure:
+        replicas = [_reach(url, given.endpoint_patience) for url in given.endpoint]
+        for replica in replicas:
+            on_failure.callback(replica.close)
+        routers = [replica for replica in replicas if _is_router(replica)]
+        if routers and len(replicas) > 1:
+            raise InvalidRequest(
+                f"endpoint: {routers[0].url} is a router, and stands for all its workers; give it "
+                "alone",
+                field="endpoint",
+            )
+        found = _routed(options, routers[0]) if routers else _alone(options, replicas)
+        on_failure.pop_all()
+    return found
+
+
+def _routed(options: RunOptions, router: HttpReplica) -> tuple[Engines, str]:
+    key = os.environ.get(ADMIN_API_KEY) or os.environ.get(API_KEY, "")
+    patience_s = options.endpoints.endpoint_patience
+    engines = RoutedEngines(router, admin_key=key, patience_s=patience_s)
+    _check(options, router.url, engines.state())
+    return engines, engines.workers[0].url
+
+
+def _alone(options: RunOptions, replicas: Sequence[HttpReplica]) -> tuple[Engines, str]:
+    given = options.endpoints
     states = [replica.state() for replica in replicas]
     for replica, state in zip(replicas, states, strict=True):
         _check(options, replica.url, state)
-    base = max(state.version for state in states) + 1
 
     def again(place: int) -> HttpReplica:
         return _reach(given.endpoint[place], given.endpoint_patience)
 
+    base = max(state.version for state in states) + 1
     return ReplicaEngines(replicas, again, base=base), replicas[0].url
 
 
 def _reach(url: str, patience_s: float) -> HttpReplica:
     """The endpoint once it is healthy. Raises EngineDead (`endpoint`) if it is not in time."""
-    try:
-        replica = HttpReplica(
-            url,
-            api_key=os.environ.get(API_KEY, ""),
-            admin_api_key=os.environ.get(ADMIN_API_KEY, ""),
-        )
-        replica.client.wait_ready(patience_s)
-    except EngineDead as error:
-        raise EngineDead(
-            f"endpoint: {error.message}, for {patience_s:g} s (--endpoint-patience)",
-            field="endpoint",
-        ) from error
-    except SlipstreamError as error:
-        raise type(error)(f"endpoint: {url}: {error.message}", field="endpoint") from error
+    replica = HttpReplica(
+        url,
+        api_key=os.environ.get(API_KEY, ""),
+        admin_api_key=os.environ.get(ADMIN_API_KEY, ""),
+    )
+    with ExitStack() as on_failure:
+        on_failure.callback(replica.close)
+        try:
+            replica.client.wait_ready(patience_s)
+        except SlipstreamError as error:
+            raise type(error)(
+                f"endpoint: {url} is not ready for {patience_s:g} s (--endpoint-patience): "
+                f"{error.message}",
+                field="endpoint",
+            ) from error
+        on_failure.pop_all()
     return replica
 
 

@@ -33,6 +33,8 @@ dither
 draft_tokens
 dtype
 dynamic_sampling
+endpoint
+endpoint_patience
 eval_every
 eval_k
 eval_prompts
@@ -76,6 +78,7 @@ overlong_buffer
 prompt_column
 prompts_per_step
 reference
+rendezvous_host
 resume
 reward
 reward_gpu
