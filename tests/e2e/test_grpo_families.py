@@ -35,6 +35,13 @@ FAMILIES = {
 # A run of each takes seconds: of the families with experts those that differ there.
 TIED = [family for family in FAMILIES if "moe" not in family and family != "mixtral"]
 WRITTEN_BEFORE = [*TIED, "mixtral"]
+# One of a kind in every run of the suite, the others among the long tests.
+FIRST = {"llama", "mixtral"}
+
+
+def rarely(family: str, *more: object) -> Any:
+    """Arguments of a test that is long for all but the first families."""
+    return pytest.param(family, *more, marks=() if family in FIRST else pytest.mark.long)
 
 
 def test_every_served_family_is_here() -> None:
@@ -79,7 +86,7 @@ def check_run(tmp_path: Path, family: str) -> None:
 
 @pytest.mark.parametrize(
     ("family", "tied"),
-    [*((family, False) for family in sorted(FAMILIES)), *((family, True) for family in TIED)],
+    [*((family, False) for family in sorted(FAMILIES)), *(rarely(family, True) for family in TIED)],
 )
 def test_two_steps_from_bfloat16(family: str, tied: bool, tmp_path: Path) -> None:
     write_model(tmp_path / "model", family, tie_word_embeddings=tied)
@@ -93,7 +100,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps({key: v for key, v in config.items() if v is not None}))
 
 
-@pytest.mark.parametrize("family", WRITTEN_BEFORE)
+@pytest.mark.parametrize("family", [rarely(family) for family in WRITTEN_BEFORE])
 def test_configurations_as_they_were_written_before(family: str, tmp_path: Path) -> None:
     """transformers 4 wrote `torch_dtype` and the parameters of the rotary embedding one by one;
     most folders on hubs are of that kind."""

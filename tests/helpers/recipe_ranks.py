@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 from recipes import grpo
+from recipes.run.run_folder import RunFolder
 from recipes.world import leave
 from tests.helpers.children import child_environment
 from tests.helpers.rank_processes import DEADLINE_S, become_rank, forked, join
@@ -65,4 +67,6 @@ def _enter(main: Main, words: list[str], rank: int, size: int, port: int, folder
         TORCHELASTIC_USE_AGENT_STORE="True",
         TORCHELASTIC_RESTART_COUNT="0",
     )
-    leave(main(words))
+    # The picture of the curves takes longer than the steps.
+    with mock.patch.object(RunFolder, "draw_plots"):
+        leave(main(words))
