@@ -2,8 +2,8 @@
 
 What others use is here by name: `generate`, `classify`, `classify_request`, `embed`,
 `embed_request`, `join_outputs`, `load_tokenizer`, `normalised_messages`, `check_variables`,
-`expand`, `respond`, the reader of lines (`files/jsonl.py`), the care for full disks (`files/disk_space.py`) and what is
-said of errors (`cli/failures.py`).
+`expand`, `respond`, the reader of lines (`files/jsonl.py`), the care for full disks
+(`files/disk_space.py`) and what is said of errors (`cli/failures.py`).
 """
 
 from __future__ import annotations

@@ -94,6 +94,7 @@ class Feeder:
         """Take all that is under way from the engines, with the tokens it has, and write down on
         the run what a checkpoint has to keep."""
         self._take(self._stream.withdraw())
+        self._group_of.clear()
         while self._grades.num_open:
             self._take([])
         self._run.surplus = self._buffer.groups()

@@ -46,8 +46,9 @@ class OpenGroup:
     def take(self, output: RequestOutput) -> None:
         """Take in the final output of one of `wanted`, or what a withdrawn one had."""
         before = self.outputs.get(output.rid)
-        joins = before is not None and len(before.token_ids) > 0
-        self.outputs[output.rid] = join_outputs([before, output]) if joins else output
+        if before is not None and len(before.token_ids):
+            output = join_outputs([before, output])
+        self.outputs[output.rid] = output
 
     @property
     def is_whole(self) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from engine.errors import UnsupportedOption
 from recipes.actors.actor import InlineActor
+from recipes.actors.fleet import FleetActor
+from recipes.asynchrony.fleet_stream import FleetStream
 from recipes.asynchrony.reply_stream import InlineStream, ReplyStream
 from recipes.run.run import Run
 
@@ -18,6 +20,8 @@ def open_stream(run: Run) -> tuple[ReplyStream, bool]:
             field="async",
         )
     given = run.options.asynchrony
+    if isinstance(run.actor, FleetActor):
+        return FleetStream(run.actor), given.max_staleness > 0
     if isinstance(run.actor, InlineActor):
         steps = given.engine_steps
         steps = max(1, run.max_new_tokens // 2) if steps is None else steps
