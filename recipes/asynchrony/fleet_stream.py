@@ -7,8 +7,7 @@ again.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import groupby
 from typing import Protocol
@@ -31,14 +30,13 @@ class Fleet(Protocol):
 
 
 class FleetStream:
-    """A `ReplyStream` over the engines of a fleet. Time is counted in seconds."""
+    """A `ReplyStream` over the engines of a fleet. What these wait is counted in seconds; what the
+    trainer does is the phase "generate" of the run's ledger."""
 
-    def __init__(self, actor: Fleet, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, actor: Fleet) -> None:
         self._actor = actor
-        self._clock = clock
         self._open: list[dict[str, Request]] = [{} for _ in actor.engines]
         self._num_losses = 0
-        self._trainer_waited = 0.0
         self._idle_s = self._engines_idle()
 
     def submit(self, requests: Sequence[Request]) -> None:
@@ -58,9 +56,20 @@ class FleetStream:
     def poll(self) -> list[RequestOutput]:
         """See `ReplyStream`. Raises the error of an engine that is lost more than `MOST_LOSSES`
         times in a step."""
-        began = self._clock()
-        outputs = self._collect()
-        self._trainer_waited += self._clock() - began
+        outputs: list[RequestOutput] = []
+        lost: list[Request] = []
+        why: EngineDead | None = None
+        for place in range(len(self._open)):
+            ended, gone, error = self._finished(place)
+            outputs += ended
+            lost += gone
+            why = error or why
+        if why is not None:
+            self._num_losses += 1
+            if self._num_losses > MOST_LOSSES:
+                raise why
+            self._actor.restore()
+            self.submit(lost)
         return outputs
 
     def during_update(self) -> list[RequestOutput]:
@@ -85,28 +94,8 @@ class FleetStream:
         pairs = zip(self._idle_s, before, strict=True)
         # One that was started again counts from its own beginning.
         idle = [now - then if now >= then else now for now, then in pairs]
-        waited, self._trainer_waited, self._num_losses = self._trainer_waited, 0.0, 0
-        return {
-            "async/trainer_wait_s": waited,
-            "async/engine_wait_s": sum(idle) / max(len(idle), 1),
-        }
-
-    def _collect(self) -> list[RequestOutput]:
-        outputs: list[RequestOutput] = []
-        lost: list[Request] = []
-        why: EngineDead | None = None
-        for place in range(len(self._open)):
-            ended, gone, error = self._finished(place)
-            outputs += ended
-            lost += gone
-            why = error or why
-        if why is not None:
-            self._num_losses += 1
-            if self._num_losses > MOST_LOSSES:
-                raise why
-            self._actor.restore()
-            self.submit(lost)
-        return outputs
+        self._num_losses = 0
+        return {"async/engine_wait_s": sum(idle) / max(len(idle), 1)}
 
     def _finished(self, place: int) -> tuple[list[RequestOutput], list[Request], EngineDead | None]:
         """Final outputs of one engine; the requests that were lost with it, and by what error."""

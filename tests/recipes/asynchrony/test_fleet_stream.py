@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -64,6 +65,20 @@ class Fleet:
     def restore(self) -> None:
         for engine in self.engines:
             engine.revive()
+
+
+class Idle:
+    """Engines that say how long they have had nothing to do, one after the other in turn."""
+
+    def __init__(self, told: list[dict[int, float]]) -> None:
+        self.told = [(place, idle) for each in told for place, idle in each.items()]
+        self.engines: Any = [self, self]
+
+    def state(self) -> Any:
+        return SimpleNamespace(idle_s=self.told.pop(0)[1])
+
+    def restore(self) -> None:
+        raise AssertionError("none was lost")
 
 
 @pytest.fixture(scope="module")
@@ -154,17 +169,9 @@ def test_what_is_taken_back_has_the_tokens_so_far(fleet: Fleet) -> None:
     assert stream.poll() == []
 
 
-def test_waits_are_counted_since_the_last_call(fleet: Fleet) -> None:
-    now = 0.0
-
-    def clock() -> float:
-        nonlocal now
-        now += 1.0
-        return now
-
-    stream = FleetStream(fleet, clock)
-    stream.submit(asked())
-    for _ in range(3):
-        stream.poll()
-    assert stream.waits() == {"async/trainer_wait_s": 3.0, "async/engine_wait_s": 0.0}
-    assert stream.waits()["async/trainer_wait_s"] == 0.0
+def test_what_engines_wait_is_counted_since_the_last_call() -> None:
+    told = [{0: 1.0, 1: 2.0}, {0: 1.5, 1: 5.0}, {0: 0.25, 1: 6.0}]
+    stream = FleetStream(Idle(told))
+    assert stream.waits() == {"async/engine_wait_s": (0.5 + 3.0) / 2}
+    # The first was started again.
+    assert stream.waits() == {"async/engine_wait_s": (0.25 + 1.0) / 2}
