@@ -175,7 +175,9 @@ class Run:
         row: dict[str, float] = {
             "step": step,
             **rollout_figures(
-                collected.sampled, seconds, compares_group=self.algorithm.compares_problem
+                collected.sampled,
+                self._sampling_seconds(seconds),
+                compares_group=self.algorithm.compares_problem,
             ),
             **figures,
             **push_figures(pushed),
@@ -199,6 +201,12 @@ class Run:
             self.tracker.log_rollouts(step, collected.sampled)
         if _due(step, self.options.checkpoint_every):
             self._checkpoint()
+
+    def _sampling_seconds(self, seconds: dict[str, float]) -> dict[str, float]:
+        """The phases of a step, with the whole step for sampling where engines go on beside it."""
+        options = self.options
+        beside = options.asynchrony.asynchronous and options.placement.rollout_gpus > 0
+        return {**seconds, "generate": sum(seconds.values())} if beside else seconds
 
     def _advise(self, row: dict[str, float]) -> None:
         """Say so, once each time it begins, when the run has nothing to learn from."""

@@ -33,19 +33,17 @@ def test_a_run_goes_on_where_it_was_cut_with_what_was_sampled(tmp_path: Path) ->
         dtype="float32",
         placement=PlacementOptions(rollout_gpus=1),
     )
-    trained: list[int] = []
     for steps in (2, STEPS):
         resume = options.out if steps == STEPS else None
         given = dataclasses.replace(options, steps=steps, resume=resume)
         actor = launch_actor(given)
         with open_char_run(given, tmp_path, actor=actor) as run:
             run.begin()
-            # Positions that are not there any more were trained.
             train(run)
             run.finish()
             assert actor.state().version == steps
         under_way = [group.position for group in (*run.surplus, *run.unfinished)]
-        trained = sorted(set(range(run.progress.position)) - set(under_way))
+        trained = set(range(run.progress.position)) - set(under_way)
         assert len(trained) == 3 * steps, "a group was lost, or trained twice"
 
     rows = untimed(run)
@@ -53,6 +51,6 @@ def test_a_run_goes_on_where_it_was_cut_with_what_was_sampled(tmp_path: Path) ->
     assert rows[0]["async/age_max"] == 0
     # Nine groups are started with the first weights: the second batch has tokens of theirs.
     assert rows[1]["async/age_max"] == 1
+    assert rows[0]["async/engine_wait_s"] > 0, "it waited for the first request at least"
     for row in rows:
-        assert row["async/engine_wait_s"] >= 0
         assert row["async/groups_in_flight"] + row["async/groups_ready"] <= 9
