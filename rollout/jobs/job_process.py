@@ -68,9 +68,8 @@ class JobProcess:
                 process = self._started()
                 if process is None:
                     return None
-                if stop.is_set():
-                    return None
-                answer = _within(process, _PATIENCE * self._limit_s, data)
+                limit_s = _PATIENCE * self._limit_s
+                answer = None if stop.is_set() else _within(process, limit_s, data)
             except JobLate:
                 self._close()
                 raise

@@ -1,8 +1,8 @@
 """Try a grammar before its request goes to the engine, where nobody could stop it.
 
-It is compiled for the model's tokens, and its first mask computed, in a process whose processor time
-and memory are bounded. What passed once, or was refused, is known from then on; what could not be
-tried in time is not.
+It is compiled for the model's tokens, and its first mask computed, in a process whose processor
+time and memory are bounded. What passed once, or was refused, is known from then on; what could
+not be tried in time is not.
 """
 
 from __future__ import annotations
