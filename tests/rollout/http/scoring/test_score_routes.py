@@ -128,10 +128,8 @@ def test_the_server_is_told_the_form_of_ranks(
         async with serving(**options) as server:
             reply = (await server.post(path, body)).json()
             assert isinstance(reply, list) == is_list
-            if is_list:
-                found = reply
-            else:
-                found = (await server.post(path, {**body, "form": "list"})).json()
+            listed = (await server.post(path, {**body, "form": "list"})).json()
+            found = reply if is_list else listed
             assert [entry["index"] for entry in found] == [1, 0]
             assert [entry["document"] for entry in found] == ["ab", "cd"]
             scores = [entry["score"] for entry in found]
