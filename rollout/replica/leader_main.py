@@ -7,7 +7,6 @@ no more than `_IDLE_S`. HUB is where front processes come in beside that one, if
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import sys
@@ -23,6 +22,7 @@ from engine.config import EngineConfig
 from engine.errors import InvalidRequest, SlipstreamError
 from engine.protocol import LeaderMessage, Reply, Request, RequestOutput, Shutdown
 from engine.protocol.deadlines import watch_s
+from rollout.collector import settle
 from rollout.ranks.ranked_executor import RankedExecutor, build_executor
 from rollout.ranks.watched_executor import WatchedExecutor
 from rollout.replica.command_replies import error_info
@@ -66,8 +66,7 @@ def main(argv: list[str]) -> int:
     door = FrontDoor(channel, Hub(hub[0], LeaderMessage) if hub else None)
     channel.send([Reply(state=leader.state())], timeout_s=_SEND_S)
     # The model stays to the end: a collection need not look through it again and again.
-    gc.collect()
-    gc.freeze()
+    settle()
     ranks = executor if isinstance(executor, RankedExecutor) else None
     pulse.start()
     alone = False
