@@ -19,6 +19,11 @@ _LOST = {"EngineDead", "WeightUpdateError", "NoVersion"}
 """Errors of a request that say nothing of it: its engine died, or holds no whole weights."""
 
 
+def died_with_engine(output: RequestOutput) -> bool:
+    """Whether a request ended because its engine was lost."""
+    return output.finish is not None and output.finish.error in _LOST
+
+
 class FleetEngine:
     """Stands for one engine whatever replica serves it now; an `UpdateTarget` of the carriers.
 
@@ -46,6 +51,14 @@ class FleetEngine:
             return False
         return state.version == version and not state.refusal
 
+    def lives(self) -> bool:
+        """Whether it answers."""
+        try:
+            self.state()
+        except EngineDead:
+            return False
+        return True
+
     def generate(
         self, requests: Sequence[Request], done: dict[str, RequestOutput]
     ) -> SlipstreamError | None:
@@ -57,14 +70,21 @@ class FleetEngine:
         lost: SlipstreamError | None = None
         try:
             for output in run(self._replica, requests, total=len(requests)):
-                finish = output.finish
-                if finish is not None and finish.error in _LOST:
-                    lost = EngineDead(finish.message or finish.error, field="engine")
-                else:
+                loss = lost_with(output)
+                if loss is None:
                     done[output.rid] = output
+                lost = loss or lost
         except (EngineDead, WeightUpdateError) as error:
             return error
         return lost
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue requests, for a caller that reads `finished`. Raises EngineDead."""
+        self._replica.submit(requests)
+
+    def finished(self) -> list[RequestOutput]:
+        """Final outputs that have come; waits a moment for the first. Raises EngineDead."""
+        return [output for output in self._replica.step() if output.finish is not None]
 
     def revive(self) -> None:
         """Start a replica that died again; one that lives is left alone.
@@ -87,3 +107,11 @@ class FleetEngine:
     def close(self) -> None:
         """Free the replica."""
         self._replica.close()
+
+
+def lost_with(output: RequestOutput) -> EngineDead | None:
+    """Why an engine is lost that ended a request so; None if the output is the request's own."""
+    finish = output.finish
+    if finish is None or finish.error not in _LOST:
+        return None
+    return EngineDead(finish.message or finish.error, field="engine")

@@ -10,8 +10,10 @@ from typing import Any, Literal
 import tyro
 
 from engine.config import Device, DType, LoadFormat
+from recipes.actors.endpoint_options import EndpointOptions
 from recipes.actors.teacher_options import TeacherOptions
 from recipes.algorithms.presets import AlgorithmOptions
+from recipes.asynchrony.async_options import AsyncOptions
 from recipes.data.data_options import DataOptions
 from recipes.evaluation.evaluation_options import EvaluationOptions
 from recipes.rewards.programs.code_options import CodeOptions
@@ -123,12 +125,14 @@ class RunOptions:
         default_factory=RewardModelOptions
     )
     placement: tyro.conf.OmitArgPrefixes[PlacementOptions] = field(default_factory=PlacementOptions)
+    endpoints: tyro.conf.OmitArgPrefixes[EndpointOptions] = field(default_factory=EndpointOptions)
     objective: tyro.conf.OmitArgPrefixes[AlgorithmOptions] = field(default_factory=AlgorithmOptions)
     evaluation: tyro.conf.OmitArgPrefixes[EvaluationOptions] = field(
         default_factory=EvaluationOptions
     )
     distillation: tyro.conf.OmitArgPrefixes[TeacherOptions] = field(default_factory=TeacherOptions)
     routing: tyro.conf.OmitArgPrefixes[RoutingOptions] = field(default_factory=RoutingOptions)
+    asynchrony: tyro.conf.OmitArgPrefixes[AsyncOptions] = field(default_factory=AsyncOptions)
 
 
 @dataclass(frozen=True, kw_only=True)

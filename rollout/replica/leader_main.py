@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,9 @@ def _serve(
             logger.error("%s", ranks.failure)
             return False
         pulse.begin(Activity.WAITING)
-        messages = door.receive_waiting(timeout_s=_wait_s(leader), max_messages=_MAX_MESSAGES)
+        began, wait_s = time.monotonic(), _wait_s(leader)
+        messages = door.receive_waiting(timeout_s=wait_s, max_messages=_MAX_MESSAGES)
+        leader.idle_s += time.monotonic() - began if wait_s else 0.0
         pulse.begin(Activity.HOST, turn_s)
         answers, leaving = _obey(leader, messages, beside)
         leader.poll()

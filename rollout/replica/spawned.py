@@ -44,7 +44,7 @@ from rollout.requests.outputs import refused
 _POLL_S = 0.1
 _LOOK_S = 0.5
 """Between looks at the leader's signs of life."""
-_LEAVE_S = 10.0
+_LEAVE_S = 15.0
 _SHOWN_LOG = 2000
 # The channel has no limit, so that only a leader that is gone takes nothing.
 _POST_S = 1.0
