@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import Literal
 
 from engine.errors import UpdateOrder
 from engine.protocol import (
@@ -29,6 +30,18 @@ UpdateCommand = (
     | CommitUpdate
     | AbortUpdate
 )
+
+EndingCall = Literal["flush", "pause"]
+"""A call that commits an implicit update if that is whole: a flush of the cache, which else leaves
+it open; a pause or the begin of another one, which else drop it."""
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """An implicit update, verified. missing: why it is not whole; "" if it is."""
+
+    version: int
+    missing: str = ""
 
 
 @dataclass(kw_only=True)

@@ -33,7 +33,9 @@ from rollout.http.engine.client import AsyncEngine
 from rollout.http.updates.current_update import CurrentUpdate
 from rollout.http.updates.operations import Operations, as_a_whole
 from rollout.http.updates.tracked_update import (
+    EndingCall,
     Feed,
+    Gathered,
     TrackedUpdate,
     UpdateCommand,
     begun_again,
@@ -194,6 +196,22 @@ class Updates:
             return update.version
 
     @as_a_whole
+    async def prepare_before(self, call: EndingCall) -> Gathered | None:
+        """Verify the implicit update that `call` will commit; None where it commits none. One that
+        is not whole, and which `call` leaves or drops, stays open."""
+        if self._lock.locked():
+            return None
+        async with self._lock:
+            update = self._current.update
+            if update is None or update.explicit or not update.num_feeds:
+                return None
+            if call == "flush" and await self._is_still():
+                return None
+            if call == "pause" and update.partial:
+                return Gathered(update.version, "its caller called it partial and did not end it")
+            return Gathered(update.version, await self._missing(update))
+
+    @as_a_whole
     async def commit_version(self, version: int) -> int:
         """Commit the open update of that version; nothing, if it serves already. Raises
         UpdateOrder if it is neither."""
@@ -261,13 +279,8 @@ class Updates:
             update = self._current.update
             if update is None or update.explicit or await self._is_still():
                 return
-            try:
-                prepare = PrepareUpdate(version=update.version, owner=update.owner)
-                await self._engine.send(prepare)
-            except EngineDead:
-                raise
-            except SlipstreamError as error:
-                logger.info("update %d is not complete at a flush: %s", update.version, error)
+            if missing := await self._missing(update):
+                logger.info("update %d is not complete at a flush: %s", update.version, missing)
                 return
             await self._current.commit(update)
 
@@ -293,6 +306,16 @@ class Updates:
                 raise
             self._current.note(command, reply)
             return reply
+
+    async def _missing(self, update: TrackedUpdate) -> str:
+        """Why an update cannot be committed yet, or "" for one that was verified."""
+        try:
+            await self._engine.send(PrepareUpdate(version=update.version, owner=update.owner))
+        except EngineDead:
+            raise
+        except SlipstreamError as error:
+            return error.message
+        return ""
 
     async def _end(self, update: TrackedUpdate, *, hold: bool) -> UpdateReport | None:
         """Commit an update whose last tensors came, or with `hold` verify it."""
