@@ -113,7 +113,10 @@ class FanOut:
         if loads:
             first = await self._all(request, workers, (phase.HEADER.encode(), b"prepare"))
         asked = {"held": loads, "explicit": request.path in _EXPLICIT}
-        verified = await self._each(workers, _PREPARE, asked)
+        # Where the call failed, what is open may be another router's.
+        verified = await self._each(
+            [one.worker for one in first if one.good] if loads else workers, _PREPARE, asked
+        )
         versions = {one.worker: _version(one) for one in verified}
         if not all(one.good or one.unknown for one in (*first, *verified)):
             await self._drop(versions)
@@ -126,7 +129,7 @@ class FanOut:
                 again = await self._all(request, [worker])
                 outcomes = [again[0] if one.worker is worker else one for one in outcomes]
             return outcomes
-        due = [worker for worker in workers if versions[worker] is not None]
+        due = [worker for worker in workers if versions.get(worker) is not None]
         outcomes = await asyncio.gather(*(self._commit(w, versions[w]) for w in due))
         self._note_folder(request, whole=all(one.good for one in outcomes))
         return first if all(one.good for one in outcomes) else outcomes

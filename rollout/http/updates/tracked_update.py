@@ -31,6 +31,8 @@ UpdateCommand = (
     | AbortUpdate
 )
 
+_MOST_HELD_S = 600.0
+"""After which the router that had an update verified is taken for gone."""
 EndingCall = Literal["flush", "pause"]
 """A call that commits an implicit update if that is whole: a flush of the cache, which else leaves
 it open; a pause or the begin of another one, which else drop it."""
@@ -51,7 +53,7 @@ class TrackedUpdate:
     explicit: its caller commits it. failed: its last command failed, so that whoever wants to
     begin another may drop it. owner: what its commands name. origin: how the first tensors of an
     implicit one came. foreign: its caller speaks the protocol itself, and owns it if it said so.
-    held: it was verified where it would have been committed.
+    held: it was verified where it would have been committed, and waits for a router's word.
     """
 
     version: int
@@ -64,7 +66,13 @@ class TrackedUpdate:
     origin: tuple[str, ...] = ()
     foreign: bool = False
     held: bool = False
+    held_at: float = 0.0
     began_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def waits(self) -> bool:
+        """Whether a router that had it verified may still say what becomes of it."""
+        return self.held and time.monotonic() - self.held_at < _MOST_HELD_S
 
 
 def origin_of(command: Feed, peer: str) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 
 from engine.errors import (
@@ -108,6 +109,7 @@ class Updates:
             open_one = await self._current.alive_explicit()
             if open_one is not None:
                 return begun_again(open_one)
+            await self._current.refuse_waiting()
             await self._current.settle()
             return (await self._current.open(label, partial=partial, explicit=True)).version
 
@@ -168,6 +170,7 @@ class Updates:
                 raise UpdateOrder(
                     f"update {open_one.version} is open; end it first", field="update"
                 )
+            await self._current.refuse_waiting()
             await self._current.settle()
             update = await self._current.open(label, partial=partial, explicit=False)
             async with self._current.dropped_on_error(update, rest_follows=False):
@@ -203,7 +206,7 @@ class Updates:
             return None
         async with self._lock:
             update = self._current.update
-            if update is None or update.explicit or not update.num_feeds:
+            if update is None or update.explicit or update.waits or not update.num_feeds:
                 return None
             if call == "flush" and await self._is_still():
                 return None
@@ -264,8 +267,9 @@ class Updates:
             return "; an update is being received, and is not committed by this"
         async with self._lock:
             self._current.failure = None
-            if self._current.update is not None and not self._current.update.explicit:
-                await self._current.commit(self._current.update)
+            update = self._current.update
+            if update is not None and not update.explicit and not update.waits:
+                await self._current.commit(update)
             return ""
 
     @as_a_whole
@@ -277,7 +281,7 @@ class Updates:
             return
         async with self._lock:
             update = self._current.update
-            if update is None or update.explicit or await self._is_still():
+            if update is None or update.explicit or update.waits or await self._is_still():
                 return
             if missing := await self._missing(update):
                 logger.info("update %d is not complete at a flush: %s", update.version, missing)
@@ -321,7 +325,7 @@ class Updates:
         """Commit an update whose last tensors came, or with `hold` verify it."""
         if not hold:
             return await self._current.commit(update)
-        update.held = True
+        update.held, update.held_at = True, time.monotonic()
         async with self._current.dropped_on_error(update, rest_follows=False):
             prepare = PrepareUpdate(version=update.version, owner=update.owner)
             await self._engine.send(prepare)
@@ -343,6 +347,7 @@ class Updates:
         self, label: str | None, partial: bool, origin: tuple[str, ...]
     ) -> TrackedUpdate:
         """The update that a call with this label feeds, whose tensors come by `origin`."""
+        await self._current.refuse_waiting()
         update = self._current.update
         if update is not None and update.explicit and update.failed:
             await self._current.abort(update)

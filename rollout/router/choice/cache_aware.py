@@ -15,6 +15,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
+from itertools import repeat
 
 from rollout.router.choice.ask import Ask, Candidate, Choice
 from rollout.router.choice.plain_policies import least
@@ -62,14 +63,14 @@ class CacheAware:
         self._workers = _Numbers()
 
     def choose(self, ask: Ask, candidates: Sequence[Candidate]) -> Choice:
+        workers = self._workers
+        workers.look(candidates)
         if ask.key:
-            return Choice(_of_session(ask.key, candidates), "session")
+            return Choice(_of_session(ask.key, workers.marks, candidates), "session")
         prompt = ask.prompt
         if not prompt:
             self._turn += 1
             return Choice(least(candidates, self._turn), "least_load")
-        workers = self._workers
-        workers.look(candidates)
         blocks = blocks_of(prompt)
         # Of all of the prompt, whose blocks are hashed already.
         group = hash((blocks[-1] if blocks else 0, prompt[len(blocks) * BLOCK_BYTES :]))
@@ -129,7 +130,8 @@ class CacheAware:
 
 
 class _Numbers:
-    """A number for each URL, which nobody else ever gets. numbers: of the candidates, by place."""
+    """A number for each URL, which nobody else ever gets. numbers, marks: of the candidates, by
+    place; a mark is the same in every router."""
 
     def __init__(self) -> None:
         self._by_url: dict[str, int] = {}
@@ -137,6 +139,7 @@ class _Numbers:
         self._next = 0
         self._candidates: Sequence[Candidate] = ()
         self.numbers: list[int] = []
+        self.marks: list[int] = []
 
     def look(self, candidates: Sequence[Candidate]) -> None:
         """Take the candidates; they are the same object until one comes or goes."""
@@ -144,6 +147,7 @@ class _Numbers:
             return
         self._candidates = candidates
         self.numbers = [self._number_of(worker.url) for worker in candidates]
+        self.marks = [_mark(worker.url.encode()) for worker in candidates]
         self._places = {number: place for place, number in enumerate(self.numbers)}
         if len(self._by_url) > _MOST_URLS:
             # What the index knows of those that are gone is void.
@@ -174,11 +178,16 @@ def _has_far_more(num_open: int, candidates: Sequence[Candidate]) -> bool:
     return num_open > 2 * loads[(len(loads) - 1) // 2] + _FAR_MORE
 
 
-def _of_session(key: bytes, candidates: Sequence[Candidate]) -> int:
+def _of_session(key: bytes, marks: Sequence[int], candidates: Sequence[Candidate]) -> int:
     most = _BOUND * sum(worker.num_open for worker in candidates) / len(candidates) + _SLACK
+    # Of whole numbers, whose hash has no seed: every router finds the same worker.
+    weights = list(map(hash, zip(repeat(_mark(key)), marks)))
+    first = weights.index(max(weights))
+    if candidates[first].num_open <= most:
+        return first
+    order = sorted(range(len(weights)), key=weights.__getitem__, reverse=True)
+    return next((at for at in order if candidates[at].num_open <= most), first)
 
-    def weight(place: int) -> bytes:
-        return blake2b(candidates[place].url.encode(), key=key[:64], digest_size=8).digest()
 
-    order = sorted(range(len(candidates)), key=weight, reverse=True)
-    return next((at for at in order if candidates[at].num_open <= most), order[0])
+def _mark(name: bytes) -> int:
+    return int.from_bytes(blake2b(name, digest_size=7).digest())

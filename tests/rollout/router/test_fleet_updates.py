@@ -216,3 +216,54 @@ def test_what_gathered_on_one_only_is_dropped_on_all(call: str) -> None:
         assert len(routed.router.fleet.rotation()) == 2
 
     fleet(2, test)
+
+
+def test_an_update_that_waits_for_one_router_is_no_other_routers() -> None:
+    async def test(routed: Routed, servers: list[Live]) -> None:
+        first, other = servers
+        async with routing() as second:
+            for server in servers:
+                await second.http.post("/workers", json={"url": server.url})
+            await second.until_ready(2)
+            # As the other router's first phase, which has come to one of them only.
+            held = await routed.http.post(
+                f"{first.url}/update_weights_from_disk",
+                json=of(7),
+                headers={"x-slipstream-phase": "prepare"},
+            )
+            assert held.status_code == 200, held.text
+            for path, body in (("/update_weights_from_disk", of(8)), (BUCKET, one("w"))):
+                reply = await second.http.post(path, json=body)
+                assert reply.status_code >= 400
+                assert first.url in reply.json()["error"]["message"]
+            for path in ("/pause_generation", "/continue_generation", "/flush_cache"):
+                assert (await second.http.post(path, json={})).status_code == 200
+            assert [commands(server, CommitUpdate) for server in servers] == [0, 0]
+            assert (await first.server.engine.state(max_age_s=0)).open_update == 7
+            assert (await other.server.engine.state(max_age_s=0)).open_update is None
+            dropped = await routed.http.post(
+                f"{first.url}/internal/drop_update", json={"version": 7}
+            )
+            assert dropped.status_code == 200
+            assert (await second.http.post("/update_weights_from_disk", json=of(8))).is_success
+
+    fleet(2, test)
+
+
+def test_two_routers_that_update_at_once_never_mix_two_versions() -> None:
+    async def test(routed: Routed, servers: list[Live]) -> None:
+        async with routing() as second:
+            for server in servers:
+                await second.http.post("/workers", json={"url": server.url})
+            await second.until_ready(2)
+            for step in range(1, 11, 2):
+                replies = await asyncio.gather(
+                    routed.http.post("/update_weights_from_disk", json=of(step)),
+                    second.http.post("/update_weights_from_disk", json=of(step + 1)),
+                )
+                serve = {(await s.server.engine.state(max_age_s=0)).version for s in servers}
+                assert len(serve) == 1, [reply.text for reply in replies]
+                for reply in replies:
+                    assert reply.status_code == 200 or "UpdateOrder" in reply.text
+
+    fleet(2, test)
