@@ -11,6 +11,7 @@ sampled again.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import tempfile
@@ -21,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import checkout
+import checkout  # noqa: F401
 import httpx
 from router_kills_calls import NUM_KINDS, call
 from router_kills_engine import LOGS, RECORD
@@ -61,8 +62,6 @@ class _Row:
 
 def write_model(folder: Path) -> Path:
     """A Llama of two layers with a byte tokenizer and a chat template."""
-    import json
-
     write_tiny(folder, "llama", vocab_size=300, max_position_embeddings=2048, eos_token_id=299)
     text = tiny_tokenizer()
     text._backend.save(str(folder / "tokenizer.json"))
@@ -149,7 +148,7 @@ def _again(killed: Path, others: list[Path], since: float) -> list[tuple[int, fl
 
 
 def measure(count: int = 500) -> dict[str, Any]:
-    """All of it. Fails where a reply is missing or says something else."""
+    """All of it; `different` counts replies that are missing or say something else."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model, logs = write_model(folder / "model"), folder / "logs"
@@ -193,11 +192,3 @@ def measure(count: int = 500) -> dict[str, Any]:
         "undisturbed_s": quiet_s,
         "killed_s": killed_s,
     }
-
-
-if __name__ == "__main__":
-    assert checkout.ROOT
-    import json
-    import sys
-
-    print(json.dumps(measure(int(sys.argv[1]) if len(sys.argv) > 1 else 500), indent=2))

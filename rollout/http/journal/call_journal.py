@@ -43,9 +43,8 @@ class VersionGone(SlipstreamError):
 
 class CallJournal:
     """records: what was sampled before, in order. num_pieces: of the reply, that the client has.
-
-    pace: of the server's sequences. write: takes a record and the version of its last token, or None without one; flush: sends what
-    was taken."""
+    pace: of the server's sequences. write: takes a record and the version of its last token, or
+    None without one; flush: sends what was taken."""
 
     def __init__(
         self,
