@@ -101,6 +101,17 @@ class FleetActor:
             raise_if_failed(output)
         return outputs
 
+    @property
+    def engines(self) -> Sequence[FleetEngine]:
+        """For a caller that feeds them itself, and calls `restore` when one is lost; none but in
+        the main process."""
+        return self._engines
+
+    def restore(self) -> None:
+        """Collective: have every engine serve the version that was pushed last. The weights must be
+        those of that push still."""
+        self._restore()
+
     def sleep(self) -> None:
         """Nothing to do: the engines share no memory with the trainer."""
 

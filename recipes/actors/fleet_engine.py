@@ -19,6 +19,11 @@ _LOST = {"EngineDead", "WeightUpdateError", "NoVersion"}
 """Errors of a request that say nothing of it: its engine died, or holds no whole weights."""
 
 
+def died_with_engine(output: RequestOutput) -> bool:
+    """Whether a request ended because its engine was lost."""
+    return output.finish is not None and output.finish.error in _LOST
+
+
 class FleetEngine:
     """Stands for one engine whatever replica serves it now; an `UpdateTarget` of the carriers.
 
@@ -65,6 +70,14 @@ class FleetEngine:
         except (EngineDead, WeightUpdateError) as error:
             return error
         return lost
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue requests, for a caller that reads `finished`. Raises EngineDead."""
+        self._replica.submit(requests)
+
+    def finished(self) -> list[RequestOutput]:
+        """Final outputs that have come; waits a moment for the first. Raises EngineDead."""
+        return [output for output in self._replica.step() if output.finish is not None]
 
     def revive(self) -> None:
         """Start a replica that died again; one that lives is left alone.

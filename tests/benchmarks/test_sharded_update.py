@@ -12,7 +12,7 @@ import pytest
 from tests.helpers.children import ROOT, child_environment
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_a_smoke_run_compares_bits_and_reports_every_case(tmp_path: Path) -> None:
     out = tmp_path / "out.json"

@@ -52,7 +52,7 @@ def test_every_part_runs(tmp_path: Path) -> None:
     assert "captured within" not in told
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_siblings_run_on_a_cpu(tmp_path: Path) -> None:
     found, told = run_script(
         "speculative_cpu.py",

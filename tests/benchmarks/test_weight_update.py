@@ -14,7 +14,11 @@ from tests.helpers.children import ROOT, child_environment
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "words", [["--transport", "cuda_ipc", "--cycles", "2"], ["--transport", "nccl"]]
+    "words",
+    [
+        pytest.param(["--transport", "cuda_ipc", "--cycles", "2"], marks=pytest.mark.long),
+        ["--transport", "nccl"],
+    ],
 )
 def test_a_smoke_run_reports_every_figure(words: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out.json"

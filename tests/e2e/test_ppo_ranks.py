@@ -65,8 +65,15 @@ def compared(row: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if not key.startswith(NOT_COMPARED)}
 
 
-@pytest.mark.parametrize("critic", ["shared", "own"])
-@pytest.mark.parametrize("trainer", ["fsdp", "deepspeed --zero 3"])
+@pytest.mark.parametrize(
+    ("trainer", "critic"),
+    [
+        ("fsdp", "shared"),
+        ("deepspeed --zero 3", "own"),
+        pytest.param("fsdp", "own", marks=pytest.mark.long),
+        pytest.param("deepspeed --zero 3", "shared", marks=pytest.mark.long),
+    ],
+)
 def test_two_processes_learn_what_one_does_and_go_on(
     folder: Path, alone: dict[str, list[dict[str, Any]]], critic: str, trainer: str
 ) -> None:

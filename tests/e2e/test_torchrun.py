@@ -192,7 +192,7 @@ def test_one_trainer_broadcasts_to_an_engine(folder: Path, reference: Path) -> N
     assert_same_run(run(folder, "broadcast", 1, "--rollout-gpus", "1"), reference)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_resumed_run_ends_like_an_unbroken_one(folder: Path, reference: Path) -> None:
     pytest.importorskip("deepspeed", exc_type=ImportError)
     words = ("--trainer", "deepspeed", "--zero", "3", "--steps", "2")

@@ -75,7 +75,9 @@ def served(
                     os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "how", [pytest.param(signal.SIGSTOP, marks=pytest.mark.long), signal.SIGKILL]
+)
 def test_a_rank_that_does_not_come_ends_the_engine_and_everybody_is_told(
     model: Path, how: signal.Signals
 ) -> None:
@@ -92,7 +94,10 @@ def test_a_rank_that_does_not_come_ends_the_engine_and_everybody_is_told(
             assert gone(pid, EXIT_S), f"the {name} was left behind"
 
 
-@pytest.mark.parametrize("num", [1, 8], ids=["no rows", "rows"])
+@pytest.mark.parametrize(
+    "num",
+    [pytest.param(1, id="no rows"), pytest.param(8, id="rows", marks=pytest.mark.long)],
+)
 def test_a_rank_of_another_copy_that_dies_ends_the_engine_and_everybody_is_told(
     model: Path, num: int
 ) -> None:
@@ -133,7 +138,11 @@ class Killing(PlainSource):
 
 @pytest.mark.parametrize(
     ("who", "transport", "dp"),
-    [("leader", "nccl", 1), ("rank", "cuda_ipc", 1), ("rank", "nccl", 2)],
+    [
+        pytest.param("leader", "nccl", 1, marks=pytest.mark.long),
+        ("rank", "cuda_ipc", 1),
+        pytest.param("rank", "nccl", 2, marks=pytest.mark.long),
+    ],
 )
 def test_an_engine_that_dies_in_an_update_fails_it_and_another_takes_the_next(
     model: Path, tmp_path: Path, who: str, transport: Any, dp: int
@@ -171,7 +180,7 @@ def expected(folder: Path) -> list[int]:
         return drain(replica)["r"].token_ids.tolist()
 
 
-@pytest.mark.parametrize(("tp", "dp"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("tp", "dp"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.long)])
 def test_a_rank_that_dies_while_it_receives_excerpts_is_told_to_every_trainer_rank(
     model: Path, tmp_path: Path, tp: int, dp: int
 ) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -65,4 +66,6 @@ def _enter(main: Main, words: list[str], rank: int, size: int, port: int, folder
         TORCHELASTIC_USE_AGENT_STORE="True",
         TORCHELASTIC_RESTART_COUNT="0",
     )
-    leave(main(words))
+    # The picture of the curves takes longer than the steps.
+    with mock.patch("recipes.run.run_folder.draw_page"):
+        leave(main(words))
