@@ -42,6 +42,10 @@ ROWS: dict[str, tuple[str, str]] = {
     ),
     "rloo": ("RLOO", "grpo.py --algorithm rloo"),
     "remax": ("ReMax", "grpo.py --algorithm remax"),
+    "async": (
+        "GRPO, two steps' groups started ahead, engine and trainer in turns",
+        "grpo.py --async --max-staleness 2",
+    ),
     "float16": ("GRPO in float16", "grpo.py --dtype float16 --steps 30"),
     "sft": ("supervised, the task's answers", "sft.py --steps 20"),
     "code": ("expressions that hit a target, run in the sandbox", "grpo.py --task expression"),

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recipes.algorithms.losses import policy_loss
+from recipes.asynchrony.async_loop import train_async
 from recipes.collecting.batching import minibatches
 from recipes.run.batches import adapt_kl, algorithm_now, prepare
 from recipes.run.command import run_recipe
@@ -33,7 +34,10 @@ from rollout.offline import derive_seed
 
 
 def train(run: Run) -> None:
-    """The loop: rollout -> reward -> advantage -> loss -> step -> push."""
+    """The loop: rollout -> reward -> advantage -> loss -> step -> push. With --async it is that of
+    `asynchrony/async_loop.py`, where rollouts do not wait for the rest."""
+    if run.options.asynchrony.asynchronous:
+        return train_async(run, update)
     while run.goes_on():
         collected = collect(run)
         with run.ledger.phase("sleep"):

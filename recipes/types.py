@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from engine.protocol import FloatArray, IntArray, SpecCounts, VersionSpan
+from engine.protocol import FloatArray, IntArray, RequestOutput, SpecCounts, VersionSpan
 
 T = TypeVar("T")
 
@@ -89,11 +89,13 @@ class Group:
 
     greedy: the likeliest reply to it, where the samples are compared with that one; it is not
         trained on.
+    position: place of the problem in the training stream, where groups do not end in that order.
     """
 
     problem: Problem
     trajectories: tuple[Trajectory, ...]
     greedy: Trajectory | None = None
+    position: int = -1
 
     @property
     def graded(self) -> tuple[Trajectory, ...]:
@@ -116,6 +118,23 @@ class Group:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class UnfinishedGroup:
+    """A group whose replies are not all whole, taken from its engine to go on later.
+
+    position: as in `Group`. seed, index: of the round that it began in, and its place there; they
+        make its requests again (`collecting.collect.requests_of`).
+    outputs: what there is of each reply that has begun, by request id. One that is over has its
+        finish; the others have the tokens so far, each with its logprob and version.
+    """
+
+    position: int
+    seed: int
+    index: int
+    problem: Problem
+    outputs: dict[str, RequestOutput]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
     """Sequences of one optimizer update.
 
@@ -127,6 +146,7 @@ class Batch:
         data, or None when this is the first and only update (old is then the current policy).
     stale: bool [N]; sequences that older weights than the current ones sampled, at least in part.
         Their tokens are compared with the policy that sampled them. None says that none is.
+    decoupled: those too are compared with `old_logprobs`.
     kept: N arrays bool [response_len]; tokens that are not kept have no part in the loss, and none
         in the averages behind `weights`. None keeps all.
     reference_logprobs: as `old_logprobs`, of the frozen reference model; None without a KL in the
@@ -147,6 +167,7 @@ class Batch:
     token_rewards: tuple[FloatArray, ...] | None = None
     values: tuple[FloatArray, ...] | None = None
     returns: tuple[FloatArray, ...] | None = None
+    decoupled: bool = False
 
     @property
     def learns(self) -> BoolArray:
@@ -172,4 +193,5 @@ class Batch:
             token_rewards=pick(self.token_rewards),
             values=pick(self.values),
             returns=pick(self.returns),
+            decoupled=self.decoupled,
         )

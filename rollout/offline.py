@@ -1,9 +1,9 @@
 """Batches without a server: lists of requests, and files of native `/generate` objects.
 
 What others use is here by name: `generate`, `classify`, `classify_request`, `embed`,
-`embed_request`, `load_tokenizer`, `normalised_messages`, `check_variables`, `expand`, `respond`,
-the reader of lines (`files/jsonl.py`), the care for full disks (`files/disk_space.py`) and what is
-said of errors (`cli/failures.py`).
+`embed_request`, `join_outputs`, `load_tokenizer`, `normalised_messages`, `check_variables`,
+`expand`, `respond`, the reader of lines (`files/jsonl.py`), the care for full disks
+(`files/disk_space.py`) and what is said of errors (`cli/failures.py`).
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ from rollout.requests.generate import (
     generate,
     run,
 )
+from rollout.requests.outputs import join_outputs
 from rollout.requests.respond import respond, to_wire
 from rollout.requests.seeds import base_seed, derive_seed
 from rollout.requests.wire import parse_request
@@ -78,6 +79,7 @@ __all__ = [
     "free_bytes",
     "generate",
     "is_batch",
+    "join_outputs",
     "load_tokenizer",
     "normalised_messages",
     "open_text",

@@ -23,6 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:5")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+PAGE = "plots.png"
 DEFAULT_MODEL = (
     Path(__file__).resolve().parent.parent / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 )
@@ -74,3 +75,10 @@ def default_model() -> str:
     if not DEFAULT_MODEL.exists():
         pytest.fail(f"{DEFAULT_MODEL} is missing; run `make setup`")
     return str(DEFAULT_MODEL)
+
+
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs leave an empty picture of their curves: to draw it takes longer than a few steps of a
+    tiny model, and has tests of its own."""
+    monkeypatch.setattr("recipes.run.run_folder.draw_page", lambda folder: (folder / PAGE).touch())

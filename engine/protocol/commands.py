@@ -250,6 +250,8 @@ class ReplicaState(Struct, frozen=True, kw_only=True, tag="state"):
     num_cached_tokens: Size = 0
     num_output_tokens: Size = 0
     num_steps: Size = 0
+    idle_s: float = 0.0
+    """Time in which there was nothing to do; of a replica in a process of its own."""
     num_verify_steps: Size = 0
     num_verified_rows: Size = 0
     num_drafted_tokens: Size = 0

@@ -73,6 +73,14 @@ class FleetEngine:
             return error
         return lost
 
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue requests, for a caller that reads `finished`. Raises EngineDead."""
+        self._replica.submit(requests)
+
+    def finished(self) -> list[RequestOutput]:
+        """Final outputs that have come; waits a moment for the first. Raises EngineDead."""
+        return [output for output in self._replica.step() if output.finish is not None]
+
     def revive(self) -> None:
         """Start a replica that died again; one that lives is left alone.
 

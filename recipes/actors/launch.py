@@ -116,9 +116,11 @@ def engine_config(options: RunOptions, *, gpu: int = 0, saver: bool = False) -> 
 
 
 def _max_running(options: RunOptions) -> int:
-    """A step's samples at once where that is reasonable: waves of fewer would leave the last
-    one half empty."""
+    """A step's samples at once, and those that are started ahead, where that is reasonable: waves
+    of fewer would leave the last one half empty."""
     wanted = options.rollout.prompts_per_step * options.rollout.samples
+    if options.asynchrony.asynchronous:
+        wanted *= 1 + options.asynchrony.max_staleness
     return min(max(wanted, SchedulerConfig().max_running), MOST_RUNNING)
 
 
@@ -126,6 +128,8 @@ def _sleeps(options: RunOptions) -> bool:
     asked = options.placement.sleep
     if asked is not None:
         return asked
+    if options.asynchrony.asynchronous:
+        return False
     return uses_gpu(options.device) and importlib.util.find_spec("torch_memory_saver") is not None
 
 

@@ -5,8 +5,9 @@ dtype, newer weights). Weighting by trainer / rollout makes the gradient that of
 policy again; capping the weight bounds its variance.
 
 Truncation: F. Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL
-Training" (2025), TIS. Masking and the sequence level: J. Liu et al., "When Speed Kills
-Stability" (2025), MIS.
+Training" (2025), TIS. Masking, the sequence level and the geometric mean: J. Liu et al., "When
+Speed Kills Stability" (2025), MIS. Weights of zero that are counted: IcePop (Ring-1T, arXiv
+2510.18855), and AReaL's cap of the behaviour weight (arXiv 2505.24298).
 
 Legend: K response tokens, N sequences.
 """
@@ -17,10 +18,11 @@ from typing import Literal
 
 import torch
 
-from recipes.algorithms.segments import segment_sum
+from recipes.algorithms.kl import k3
+from recipes.algorithms.segments import segment_mean, segment_sum
 
-ImportanceLevel = Literal["none", "token", "sequence"]
-ImportanceMode = Literal["truncate", "mask"]
+ImportanceLevel = Literal["none", "token", "sequence", "geometric"]
+ImportanceMode = Literal["truncate", "mask", "zero"]
 
 MAX_LOG_RATIO = 20.0
 """Log ratios are clamped here so that a product over a long sequence stays finite."""
@@ -33,10 +35,13 @@ def log_ratio(
     num_sequences: int,
     level: ImportanceLevel,
 ) -> torch.Tensor:
-    """log(trainer / rollout) of each token, or of its whole sequence; float32 [K], detached."""
+    """log(trainer / rollout) of each token, of its whole sequence, or the mean of its sequence's
+    tokens ("geometric"); float32 [K], detached."""
     log_ratio_K = (old_K - rollout_K).detach()
     if level == "sequence":
         log_ratio_K = segment_sum(log_ratio_K, sequence_K, num_sequences)[sequence_K]
+    elif level == "geometric":
+        log_ratio_K = segment_mean(log_ratio_K, sequence_K, num_sequences)[sequence_K]
     return log_ratio_K.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
@@ -48,18 +53,35 @@ def accepted(
     *,
     level: ImportanceLevel,
     cap: float,
+    floor: float | None = None,
 ) -> torch.Tensor:
     """Tokens that mode "mask" keeps, bool [K].
 
     The others leave the loss before it is averaged (MIS): with their weight at zero but counted in
-    the denominator (IcePop's convention), a batch that has drifted would learn more slowly only for
-    having drifted. Arguments as in `importance_weights`.
+    the denominator (mode "zero"), a batch that has drifted would learn more slowly only for having
+    drifted. Arguments as in `importance_weights`.
     """
-    return _within(log_ratio(old_K, rollout_K, sequence_K, num_sequences, level).exp(), cap)
+    ratio_K = log_ratio(old_K, rollout_K, sequence_K, num_sequences, level).exp()
+    return _within(ratio_K, 1 / cap if floor is None else floor, cap)
 
 
-def _within(ratio_K: torch.Tensor, cap: float) -> torch.Tensor:
-    return (ratio_K <= cap) & (ratio_K >= 1 / cap)
+def near(
+    old_K: torch.Tensor,
+    rollout_K: torch.Tensor,
+    sequence_K: torch.Tensor,
+    num_sequences: int,
+    *,
+    max_k3: float,
+) -> torch.Tensor:
+    """Tokens of sequences whose KL(rollout || trainer), estimated by the mean of k3 over their
+    tokens, is at most `max_k3`; bool [K]. Arguments as in `importance_weights`."""
+    ratio_K = log_ratio(old_K, rollout_K, sequence_K, num_sequences, "token")
+    k3_K = k3(torch.zeros_like(ratio_K), ratio_K)
+    return (segment_mean(k3_K, sequence_K, num_sequences) <= max_k3)[sequence_K]
+
+
+def _within(ratio_K: torch.Tensor, floor: float, cap: float) -> torch.Tensor:
+    return (ratio_K <= cap) & (ratio_K >= floor)
 
 
 def importance_weights(
@@ -71,19 +93,23 @@ def importance_weights(
     level: ImportanceLevel,
     mode: ImportanceMode,
     cap: float,
+    floor: float | None = None,
 ) -> torch.Tensor:
     """Weight of each token's loss, float32 [K], without gradient.
 
     old_K: log-probabilities of the trainer's policy when the batch was made.
-    level: "none" gives ones; "token" one ratio a token; "sequence" their product.
-    mode: "truncate" caps the ratio at `cap`; "mask" gives what lies outside [1/cap, cap] none; see
-    `accepted` for what else becomes of those tokens. Raises ValueError for another mode.
+    level: "none" gives ones; "token" one ratio a token; "sequence" their product; "geometric" their
+    geometric mean.
+    mode: "truncate" caps the ratio at `cap`; "mask" and "zero" give what lies outside [floor, cap]
+    none; see `accepted` for what else becomes of those tokens in "mask". floor: None is 1/cap in
+    "mask", and 0 in "zero". Raises ValueError for another mode.
     """
     if level == "none":
         return torch.ones_like(rollout_K)
     ratio_K = log_ratio(old_K, rollout_K, sequence_K, num_sequences, level).exp()
     if mode == "truncate":
         return ratio_K.clamp(max=cap)
-    if mode == "mask":
-        return torch.where(_within(ratio_K, cap), ratio_K, 0.0)
+    if mode in ("mask", "zero"):
+        least = floor if floor is not None else 1 / cap if mode == "mask" else 0.0
+        return torch.where(_within(ratio_K, least, cap), ratio_K, 0.0)
     raise ValueError(f"unknown importance mode {mode!r}")

@@ -14,6 +14,11 @@ from recipes.algorithms.kl import kl
 from recipes.algorithms.presets import Algorithm
 from recipes.algorithms.segments import segment_mean
 
+RATIO_CAP = 8.0
+"""Largest ratio to the policy that sampled in the loss "dppo"."""
+DPPO_KL = 1e-3
+"""Weight of the squared log ratio there."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossInputs:
@@ -94,6 +99,29 @@ def _cispo_loss(
     return -ratio_K * advantages_K * logprobs_K
 
 
+def _dppo_loss(inputs: LossInputs, clip_low: float, clip_high: float) -> torch.Tensor:
+    """-min(r, RATIO_CAP) A + DPPO_KL log^2 r, with r against the policy that sampled.
+
+    The first term is left out of tokens that `_moved_beyond` names (DPPO, arXiv 2602.04879); the
+    cap is AIPO's (LlamaRL, arXiv 2505.24034). prime-rl trains by such a sum. Returns [K].
+    """
+    log_ratio_K = inputs.logprobs - inputs.rollout
+    low_K, high_K = _moved_beyond(inputs, clip_low, clip_high)
+    gain_K = log_ratio_K.exp().clamp(max=RATIO_CAP) * inputs.advantages
+    return DPPO_KL * log_ratio_K.square() - torch.where(low_K | high_K, 0.0, gain_K)
+
+
+def _moved_beyond(
+    inputs: LossInputs, clip_low: float, clip_high: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens whose probability has gone down by more than `clip_low`, or up by more than
+    `clip_high`, since they were sampled, the way their advantage points: a bound on the total
+    variation, which one on the ratio is not. Two of bool [K]."""
+    moved_K = inputs.logprobs.detach().exp() - inputs.rollout.exp()
+    low_K = (moved_K < -clip_low) & (inputs.advantages < 0)
+    return low_K, (moved_K > clip_high) & (inputs.advantages > 0)
+
+
 def policy_loss(inputs: LossInputs, algorithm: Algorithm) -> LossOutput:
     """The loss of one micro-batch: weighted sum of token losses, plus KL where asked."""
     low, high = algorithm.clip_low, algorithm.clip_high
@@ -102,6 +130,8 @@ def policy_loss(inputs: LossInputs, algorithm: Algorithm) -> LossOutput:
         log_ratio_K = _sequence_log_ratio(log_ratio_K, inputs.sequence, inputs.num_sequences)
     if algorithm.policy_loss == "cispo":
         token_loss_K = _cispo_loss(inputs.logprobs, log_ratio_K, inputs.advantages, low, high)
+    elif algorithm.policy_loss == "dppo":
+        token_loss_K = _dppo_loss(inputs, low, high)
     else:
         token_loss_K = _clip_loss(log_ratio_K, inputs.advantages, low, high)
     importance_K = importance_weights(
@@ -112,6 +142,7 @@ def policy_loss(inputs: LossInputs, algorithm: Algorithm) -> LossOutput:
         level=algorithm.is_level,
         mode=algorithm.is_mode,
         cap=algorithm.is_cap,
+        floor=algorithm.is_floor,
     )
     token_loss_K = token_loss_K * importance_K
     kl_K = None
@@ -119,10 +150,14 @@ def policy_loss(inputs: LossInputs, algorithm: Algorithm) -> LossOutput:
         kl_K = kl(inputs.logprobs, inputs.reference, algorithm.kl_estimator)
         token_loss_K = token_loss_K + algorithm.kl_coef * kl_K
     ratio_K = log_ratio_K.detach().exp()
+    low_K = (ratio_K < 1 - low) & (inputs.advantages < 0)
+    high_K = (ratio_K > 1 + high) & (inputs.advantages > 0)
+    if algorithm.policy_loss == "dppo":
+        low_K, high_K = _moved_beyond(inputs, low, high)
     return LossOutput(
         loss=(token_loss_K * inputs.weights).sum(),
-        clipped_low=(ratio_K < 1 - low) & (inputs.advantages < 0),
-        clipped_high=(ratio_K > 1 + high) & (inputs.advantages > 0),
+        clipped_low=low_K,
+        clipped_high=high_K,
         importance=importance_K,
         kl=None if kl_K is None else kl_K.detach(),
     )

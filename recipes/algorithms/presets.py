@@ -12,7 +12,7 @@ from recipes.algorithms.controllers import KLController
 from recipes.algorithms.importance import ImportanceLevel, ImportanceMode
 from recipes.algorithms.kl import KLEstimator
 
-PolicyLoss = Literal["clip", "sequence_clip", "cispo"]
+PolicyLoss = Literal["clip", "sequence_clip", "cispo", "dppo"]
 KLPlace = Literal["loss", "reward"]
 ReferencePlace = Literal["copy", "host", "engine"]
 AlgorithmName = Literal[
@@ -26,6 +26,7 @@ AlgorithmName = Literal[
     "reinforce++-baseline",
     "remax",
     "opd",
+    "dppo",
     "ppo",
 ]
 
@@ -75,12 +76,18 @@ class AlgorithmOptions:
     kl_horizon: float = 10_000.0
     """Replies over which the adaptive controller changes the weight by a fifth, at most."""
     is_level: ImportanceLevel = "none"
-    """Correct the train/rollout mismatch by importance weights: per token or per sequence."""
+    """Correct the difference between the policy that sampled and the one that learns by importance
+    weights: of a token, of its whole reply, or the geometric mean over the reply."""
     is_mode: ImportanceMode = "truncate"
-    """What happens to a weight beyond the cap: cut to it, or its tokens leave the loss and its
-    averages."""
+    """What happens to a weight beyond the cap: cut to it ('truncate'); its tokens leave the loss
+    and its averages ('mask'); or they weigh nothing and are counted ('zero')."""
     is_cap: float = 2.0
-    """Largest importance weight (and 1/cap the smallest, for 'mask')."""
+    """Largest importance weight."""
+    is_floor: float | None = None
+    """Smallest weight of 'mask' and 'zero'; None takes 1/cap, and 0."""
+    is_max_k3: float | None = None
+    """Leave out of the loss replies whose KL between rollout and trainer, by k3 over their tokens,
+    is larger; None leaves out none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,17 +117,23 @@ class Algorithm:
     is_level: ImportanceLevel = "none"
     is_mode: ImportanceMode = "truncate"
     is_cap: float = 2.0
+    is_floor: float | None = None
+    is_max_k3: float | None = None
+    decoupled: bool = False
+    """Replies of older weights are compared with the policy before the update, and weighted by how
+    that differs from the one that sampled them; else with the one that sampled them."""
 
     @property
     def rejects(self) -> bool:
         """Whether tokens beyond the cap leave the loss altogether."""
-        return self.is_level != "none" and self.is_mode == "mask"
+        masks = self.is_level != "none" and self.is_mode == "mask"
+        return masks or self.is_max_k3 is not None
 
     @property
     def needs_old_logprobs(self) -> bool:
         """Whether the policy before the first update has to be known before the loss is."""
         several = self.num_iterations * self.num_minibatches > 1
-        return several or self.rejects or self.rewards_kl
+        return several or self.rejects or self.rewards_kl or self.decoupled
 
     @property
     def compares_group(self) -> bool:
@@ -186,6 +199,10 @@ def preset(name: AlgorithmName, max_new_tokens: int) -> Algorithm:
         return change(grpo, advantage="greedy_baseline", loss_aggregation="seq-mean-token-sum")
     if name == "opd":
         return change(grpo, advantage="teacher", loss_aggregation="token-mean")
+    if name == "dppo":
+        return change(
+            grpo, advantage="group_mean", policy_loss="dppo", loss_aggregation="token-mean"
+        )
     if name in ("reinforce++", "ppo"):
         return change(
             grpo,

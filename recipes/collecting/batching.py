@@ -14,11 +14,11 @@ import torch
 from engine.protocol import FloatArray
 from recipes.algorithms.aggregation import token_weights
 from recipes.algorithms.distillation import distillation_advantages
-from recipes.algorithms.importance import accepted
+from recipes.algorithms.importance import accepted, near
 from recipes.algorithms.normalise import Moments
 from recipes.algorithms.presets import Algorithm
 from recipes.collecting.credit import by_critic, estimated, graded, rewards_by_token, whitened
-from recipes.types import Batch, Group, Trajectory
+from recipes.types import Batch, BoolArray, Group, Trajectory
 
 PerToken = tuple[FloatArray, ...]
 
@@ -62,6 +62,7 @@ def make_batch(
         old_logprobs=old,
         reference_logprobs=reference if algorithm.kl_in == "loss" else None,
         stale=None if version is None else np.array([_is_stale(t, version) for t in trajectories]),
+        decoupled=algorithm.decoupled,
         token_rewards=rewards,
         values=values,
         returns=returns,
@@ -86,18 +87,31 @@ def without_rejected(batch: Batch, algorithm: Algorithm, max_new_tokens: int) ->
     if not algorithm.rejects or not batch.old_logprobs:
         return batch
     lengths = [len(t.response_ids) for t in batch.trajectories]
-    kept_K = accepted(
-        torch.from_numpy(np.concatenate(batch.old_logprobs)),
-        torch.from_numpy(np.concatenate([t.rollout_logprobs for t in batch.trajectories])),
-        torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
-        len(lengths),
-        level=algorithm.is_level,
-        cap=algorithm.is_cap,
-    ).numpy()
+    kept_K = _kept(batch.old_logprobs, batch.trajectories, algorithm)
     kept = tuple(np.split(kept_K, np.cumsum(lengths)[:-1]))
     batch = dataclasses.replace(batch, kept=kept)
     weights = _weights(_lengths(batch), algorithm, max_new_tokens)
     return dataclasses.replace(batch, weights=weights)
+
+
+def _kept(old: PerToken, trajectories: Sequence[Trajectory], algorithm: Algorithm) -> BoolArray:
+    """bool, of all response tokens end to end: those that no bound of the algorithm rejects."""
+    lengths = [len(t.response_ids) for t in trajectories]
+    told = (
+        torch.from_numpy(np.concatenate(old)),
+        torch.from_numpy(np.concatenate([t.rollout_logprobs for t in trajectories])),
+        torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
+        len(lengths),
+    )
+    kept_K = torch.ones(sum(lengths), dtype=torch.bool)
+    if algorithm.is_level != "none" and algorithm.is_mode == "mask":
+        kept_K &= accepted(
+            *told, level=algorithm.is_level, cap=algorithm.is_cap, floor=algorithm.is_floor
+        )
+    if algorithm.is_max_k3 is not None:
+        kept_K &= near(*told, max_k3=algorithm.is_max_k3)
+    kept: BoolArray = kept_K.numpy()
+    return kept
 
 
 def minibatches(

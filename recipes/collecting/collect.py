@@ -17,8 +17,7 @@ from recipes.types import Group, Problem, Trajectory
 from rollout.offline import derive_seed
 
 
-def rollout(
-    actor: Actor,
+def requests_of(
     prompts: Prompts,
     problems: Sequence[Problem],
     sampling: SamplingParams,
@@ -28,10 +27,10 @@ def rollout(
     seed: int,
     first: int = 0,
     routes: bool = False,
-) -> list[tuple[Request, RequestOutput]]:
-    """Sample replies to each problem; `samples` pairs a problem, in the order of the problems.
+) -> list[Request]:
+    """The requests for `samples` replies to each problem, in the order of the problems.
 
-    greedy: one pair more a problem, behind its samples: the greedy reply.
+    greedy: one more a problem, behind its samples: the greedy reply.
     seed: of this call; every sample's own is derived from it and its place. first: place of the
     first problem among those that several processes share out. routes: ask for the experts that
     the samples' tokens go to, as an engine with `return_routed_experts` tells them.
@@ -56,6 +55,32 @@ def rollout(
             rid = f"{seed:x}-{index}-greedy"
             asked = {"sampling": likeliest, "return_routed_experts": False}
             requests.append(msgspec.structs.replace(requests[-1], rid=rid, **asked))
+    return requests
+
+
+def rollout(
+    actor: Actor,
+    prompts: Prompts,
+    problems: Sequence[Problem],
+    sampling: SamplingParams,
+    *,
+    samples: int,
+    greedy: bool = False,
+    seed: int,
+    first: int = 0,
+    routes: bool = False,
+) -> list[tuple[Request, RequestOutput]]:
+    """Sample replies to each problem: the pairs of `requests_of`, which takes the same."""
+    requests = requests_of(
+        prompts,
+        problems,
+        sampling,
+        samples=samples,
+        greedy=greedy,
+        seed=seed,
+        first=first,
+        routes=routes,
+    )
     return list(zip(requests, actor.generate(requests), strict=True))
 
 

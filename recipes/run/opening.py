@@ -241,6 +241,8 @@ def assemble(
 
 def _algorithm(options: RunOptions, max_new_tokens: int) -> Algorithm:
     algorithm = resolve(options.objective, max_new_tokens)
+    if options.asynchrony.asynchronous and not options.asynchrony.bypass:
+        algorithm = dataclasses.replace(algorithm, decoupled=True)
     if isinstance(options, PpoOptions):
         gae_lambda = options.value_function.gae_lambda
         algorithm = dataclasses.replace(algorithm, gae_lambda=gae_lambda)

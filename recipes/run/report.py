@@ -29,9 +29,12 @@ def rollout_figures(
 
     compares_group: whether replies are judged by others to the same problem. Otherwise all of the
     step are judged by each other: `reward_std` is theirs, and a step has no spread or has some.
-    A step without a graded reply has no `reward`.
+    A step without a graded reply has no `reward`, and one in which no group became whole, as an
+    asynchronous run may have, only says so.
     """
     trajectories = [t for group in sampled for t in group.trajectories]
+    if not trajectories:
+        return {"perf/rollout_tokens": 0.0, "perf/rollout_tokens_per_s": 0.0}
     lengths = np.array([len(t.response_ids) for t in trajectories])
     rewards = [group.rewards for group in sampled if len(group.rewards)]
     mixed = [group.mixed for group in sampled]

@@ -32,13 +32,14 @@ from recipes.trainers.checkpoint import (
     checkpoint_bytes,
     latest_checkpoint,
     load_checkpoint,
+    load_unfinished,
     save_checkpoint,
 )
 from recipes.trainers.critic import Critic
 from recipes.trainers.model import engine_dtype
 from recipes.trainers.route_shelf import RouteShelf
 from recipes.trainers.schedule import learning_rate
-from recipes.types import Group, Problem
+from recipes.types import Group, Problem, UnfinishedGroup
 from recipes.world import World
 from rollout.offline import Tokenizer, free_bytes
 from trainer_bridge import PushReport
@@ -74,6 +75,8 @@ class Run:
     teacher: ScoringEngine | None = None
     surplus: list[Group] = field(default_factory=list)
     """Groups with spread that were sampled beyond what a step trains on, oldest first."""
+    unfinished: list[UnfinishedGroup] = field(default_factory=list)
+    """Groups that were being sampled at the last checkpoint, or when the loop stopped for it."""
     _recent: list[dict[str, float]] = field(default_factory=list)
     _advised: bool = False
 
@@ -132,6 +135,7 @@ class Run:
         checkpoint = latest_checkpoint(self.folder.checkpoints)
         if checkpoint is not None:
             progress, self.surplus = load_checkpoint(checkpoint, self._load)
+            self.unfinished = load_unfinished(checkpoint)
             self.progress = RunProgress.from_dict(progress)
             version = self.progress.step
             self.actor.push(self.trainer.weights, version, measure_memcpy=False)
@@ -153,6 +157,12 @@ class Run:
                     f"{self.folder.path}: make room, or give --checkpoint-every 0"
                 )
 
+    def pauses_after_step(self) -> bool:
+        """Whether the step under way ends with an evaluation or a checkpoint, for which nothing
+        else may be on the engine."""
+        step, options = self.progress.step + 1, self.options
+        return _due(step, options.eval_every) or _due(step, options.checkpoint_every)
+
     def finish_step(
         self, collected: Collected, figures: dict[str, float], pushed: PushReport
     ) -> None:
@@ -165,7 +175,9 @@ class Run:
         row: dict[str, float] = {
             "step": step,
             **rollout_figures(
-                collected.sampled, seconds, compares_group=self.algorithm.compares_problem
+                collected.sampled,
+                self._sampling_seconds(seconds),
+                compares_group=self.algorithm.compares_problem,
             ),
             **figures,
             **push_figures(pushed),
@@ -189,6 +201,12 @@ class Run:
             self.tracker.log_rollouts(step, collected.sampled)
         if _due(step, self.options.checkpoint_every):
             self._checkpoint()
+
+    def _sampling_seconds(self, seconds: dict[str, float]) -> dict[str, float]:
+        """The phases of a step, with the whole step for sampling where engines go on beside it."""
+        options = self.options
+        beside = options.asynchrony.asynchronous and options.placement.rollout_gpus > 0
+        return {**seconds, "generate": sum(seconds.values())} if beside else seconds
 
     def _advise(self, row: dict[str, float]) -> None:
         """Say so, once each time it begins, when the run has nothing to learn from."""
@@ -278,6 +296,7 @@ class Run:
             progress,
             self.world,
             surplus=self.surplus,
+            unfinished=self.unfinished,
             num_bytes=self._checkpoint_bytes(),
         )
         self._spend("checkpoint")

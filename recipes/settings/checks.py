@@ -14,6 +14,7 @@ from engine.config import MAX_DRAFT_TOKENS
 from engine.errors import InvalidRequest, ModelNotFound
 from engine.protocol.urls import url_fault
 from recipes.algorithms.presets import AlgorithmOptions, resolve
+from recipes.asynchrony.async_checks import check_async
 from recipes.evaluation.evaluation_options import check_evaluation
 from recipes.rewards.reward_options import check_reward_options
 from recipes.settings.idle import check_idle, check_idle_sft
@@ -50,6 +51,9 @@ LEAST: Mapping[str, int] = MappingProxyType(
         "overlong_buffer": 0,
         "kl_coef": 0,
         "is_cap": 1,
+        "is_floor": 0,
+        "max_staleness": 0,
+        "engine_steps": 0,
         "critic_warmup_steps": 0,
         "value_coef": 0,
         "batch_size": 1,
@@ -68,7 +72,7 @@ ABOVE_ZERO = frozenset(
         *("reward_timeout", "reward_memory_gb", "code_memory_gb"),
         *("eval_temperature", "teacher_kv_memory_gb"),
         "endpoint_patience",
-        *("kl_target", "kl_horizon", "critic_lr", "value_clip"),
+        *("kl_target", "kl_horizon", "critic_lr", "value_clip", "is_max_k3"),
     }
 )
 SHARES = frozenset({"max_failed_share"})
@@ -88,6 +92,7 @@ def check_options(options: RunOptions) -> None:
     check_reward_options(options.rewards)
     _check_endpoints(options)
     check_idle(options)
+    check_async(options)
     _check_common(options)
 
 
@@ -133,6 +138,12 @@ def _check_objective(options: AlgorithmOptions, rollout: RolloutOptions) -> None
             f"dynamic_sampling: {name} does not compare the replies to a problem, so equal ones "
             "are no reason to replace them; leave it out",
             field="dynamic_sampling",
+        )
+    if algorithm.policy_loss == "dppo" and options.is_level != "none":
+        raise InvalidRequest(
+            f"is_level: {name} weights every token by the ratio to the policy that sampled it "
+            "already; leave --is-level out",
+            field="is_level",
         )
     if algorithm.kl_controller == "adaptive" and algorithm.kl_coef == 0:
         raise InvalidRequest(

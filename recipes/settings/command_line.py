@@ -10,6 +10,7 @@ import dataclasses
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar, get_type_hints
 
 import msgspec
@@ -52,6 +53,9 @@ CHANGEABLE = frozenset(
     }
 )
 """Options a resumed run may be given anew: none of them changes a step that both runs take."""
+
+NAMED_OTHERWISE = MappingProxyType({"async": "asynchronous"})
+"""Flags that are words of Python, and the options that they give."""
 
 
 def parse(argv: Sequence[str], defaults: RunOptions | None = None) -> RunOptions:
@@ -125,7 +129,8 @@ def _without_repeated_sets(flat: Mapping[str, Any]) -> dict[str, Any]:
 def _read_toml(path: Path) -> dict[str, Any]:
     """The keys of a TOML file of options. Raises InvalidRequest if it cannot be read."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        found = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return {NAMED_OTHERWISE.get(key, key): value for key, value in found.items()}
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InvalidRequest(f"config: {path}: {error}", field="config") from error
 

@@ -216,14 +216,34 @@ TRAINING: tuple[Theme[RunOptions], ...] = (
         missing="where the weight of the KL is fixed: add --kl-controller adaptive",
     ),
     Theme(
-        names=("is_mode", "is_cap"),
+        names=("is_mode", "is_cap", "is_floor"),
         holds=lambda options: options.objective.is_level != "none",
         missing="where nothing is weighted: add --is-level",
+    ),
+    Theme(
+        names=("is_floor",),
+        holds=lambda options: options.objective.is_mode != "truncate",
+        missing="where weights are cut from above alone: add --is-mode mask or zero",
     ),
     Theme(
         names=("max_resamples",),
         holds=_resamples,
         missing="where groups are not replaced: add --dynamic-sampling True",
+    ),
+    Theme(
+        names=("max_staleness", "strict_age", "bypass", "stale_kv", "engine_steps"),
+        holds=lambda options: options.asynchrony.asynchronous,
+        missing="where a step waits for its own rollouts: add --async",
+    ),
+    Theme(
+        names=("strict_age", "stale_kv", "engine_steps"),
+        holds=lambda options: options.asynchrony.max_staleness > 0,
+        missing="where nothing is sampled ahead: raise --max-staleness",
+    ),
+    Theme(
+        names=("engine_steps",),
+        holds=lambda options: options.placement.rollout_gpus == 0,
+        missing="where engines have processes of their own: leave --rollout-gpus out",
     ),
     Theme(
         names=("overlong_buffer", "gamma"),

@@ -13,6 +13,7 @@ from engine.config import Device, DType, LoadFormat
 from recipes.actors.endpoint_options import EndpointOptions
 from recipes.actors.teacher_options import TeacherOptions
 from recipes.algorithms.presets import AlgorithmOptions
+from recipes.asynchrony.async_options import AsyncOptions
 from recipes.data.data_options import DataOptions
 from recipes.evaluation.evaluation_options import EvaluationOptions
 from recipes.rewards.programs.code_options import CodeOptions
@@ -131,6 +132,7 @@ class RunOptions:
     )
     distillation: tyro.conf.OmitArgPrefixes[TeacherOptions] = field(default_factory=TeacherOptions)
     routing: tyro.conf.OmitArgPrefixes[RoutingOptions] = field(default_factory=RoutingOptions)
+    asynchrony: tyro.conf.OmitArgPrefixes[AsyncOptions] = field(default_factory=AsyncOptions)
 
 
 @dataclass(frozen=True, kw_only=True)

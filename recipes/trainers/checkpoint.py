@@ -25,7 +25,7 @@ from recipes.run.saving import (
     remove_renamed,
     save_folder,
 )
-from recipes.types import Group
+from recipes.types import Group, UnfinishedGroup
 from recipes.world import World
 from rollout.offline import sync
 from trainer_bridge.adapters.base import WeightSource
@@ -34,6 +34,7 @@ PREFIX = "step_"
 RNG = "rng.pt"
 STATE = "state.json"
 SURPLUS = "surplus.msgpack"
+UNFINISHED = "unfinished.msgpack"
 
 
 def save_checkpoint(
@@ -44,13 +45,14 @@ def save_checkpoint(
     world: World | None = None,
     *,
     surplus: Sequence[Group] = (),
+    unfinished: Sequence[UnfinishedGroup] = (),
     num_bytes: int = 0,
 ) -> Path:
     """Write `folder/step_<step>` and remove the checkpoints before it; collective.
 
     save: writes the trainer into a folder (`Learner.save`). progress: what JSON can hold.
-    surplus: groups that were sampled and not yet trained on. num_bytes: an estimate of what
-    `save` writes (`checkpoint_bytes`).
+    surplus: groups that were sampled and not yet trained on. unfinished: groups that are being
+    sampled. num_bytes: an estimate of what `save` writes (`checkpoint_bytes`).
 
     Raises DiskFull in all processes, before anything is written where the estimate tells it; the
     checkpoint before is whole then, and what was begun is gone.
@@ -63,7 +65,7 @@ def save_checkpoint(
         final,
         world,
         save=save,
-        complete=lambda temporary: _complete_folder(temporary, progress, surplus),
+        complete=lambda temporary: _complete_folder(temporary, progress, surplus, unfinished),
         num_bytes=max(num_bytes, _size(latest_checkpoint(folder))),
     )
     if world.is_main:
@@ -90,10 +92,16 @@ def _size(folder: Path | None) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _complete_folder(temporary: Path, progress: dict[str, Any], surplus: Sequence[Group]) -> None:
+def _complete_folder(
+    temporary: Path,
+    progress: dict[str, Any],
+    surplus: Sequence[Group],
+    unfinished: Sequence[UnfinishedGroup],
+) -> None:
     """Add what the trainer does not know, and have everything on the disk."""
     torch.save(_torch_rng(), temporary / RNG)
     (temporary / SURPLUS).write_bytes(encode(list(surplus)))
+    (temporary / UNFINISHED).write_bytes(encode(list(unfinished)))
     state = {"progress": progress, "rng": _host_rng()}
     (temporary / STATE).write_text(json.dumps(state), encoding="utf-8")
     for path in (*sorted(temporary.rglob("*")), temporary):
@@ -125,6 +133,15 @@ def load_checkpoint(
     progress: dict[str, Any] = state["progress"]
     surplus: list[Group] = decode((checkpoint / SURPLUS).read_bytes(), list[Group])
     return progress, [_sharing_prompt(group) for group in surplus]
+
+
+def load_unfinished(checkpoint: Path) -> list[UnfinishedGroup]:
+    """The groups that were being sampled; none of a checkpoint that has no such file."""
+    path = checkpoint / UNFINISHED
+    if not path.exists():
+        return []
+    unfinished: list[UnfinishedGroup] = decode(path.read_bytes(), list[UnfinishedGroup])
+    return unfinished
 
 
 def _sharing_prompt(group: Group) -> Group:

@@ -90,7 +90,7 @@ def loss_inputs(batch: Batch, logprobs_K: torch.Tensor, device: torch.device) ->
     fresh_K = torch.ones_like(old_K, dtype=torch.bool)
     if batch.stale is not None:
         fresh_K = tokens(~np.repeat(batch.stale, lengths_N))
-        old_K = torch.where(fresh_K, old_K, rollout_K)
+        old_K = old_K if batch.decoupled else torch.where(fresh_K, old_K, rollout_K)
     return LossInputs(
         logprobs=logprobs_K,
         old=old_K,

@@ -11,6 +11,7 @@ from engine.config import MIB, EngineConfig, bytes_option
 from engine.protocol.deadlines import REPLY_S, START_S
 
 Restart = Literal["never", "on-failure"]
+RerankForm = Literal["results", "list"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,9 @@ class ServeConfig:
     reasoning_parser: str = ""
     """How the model writes its thinking, such as qwen3, or 'none'; by default as its chat template
     tells."""
+    rerank_form: RerankForm = "results"
+    """What /rerank and /v1/rerank reply: 'results', the object of Jina and Cohere, or 'list', the
+    bare list of SGLang's server; a body may say so by its `form`."""
     router: str = ""
     """URL of a router to register with (docs/router.md); its admin key is --admin-api-key."""
     restart: Restart = "never"

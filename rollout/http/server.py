@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import signal
 import socket
@@ -17,6 +16,7 @@ import uvloop
 
 from engine.config import EngineConfig
 from engine.errors import EngineDead
+from rollout.collector import settle
 from rollout.http.app import build_app
 from rollout.http.config import ServeConfig
 from rollout.http.edge.access import is_loopback
@@ -223,8 +223,7 @@ class _Server:
             self._registration = Registration(config.router, url, key=key)
             self._registration.start()
         # What was made until here stays to the end: it need not be looked through again and again.
-        gc.collect()
-        gc.freeze()
+        settle()
 
 
 def _leave_by_exception() -> None:

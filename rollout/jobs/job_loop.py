@@ -1,12 +1,12 @@
 """The process of `job_process.JobProcess`: a greeting, then jobs until its input ends.
 
-Whatever a job does stays in here: memory has a limit, and a job that runs on after its time is
-ended by the alarm, also when nobody is left who could kill this process.
+Whatever a job does stays in here: memory has a limit, and a job that has used up its time is ended
+by a timer of the kernel, also when nobody is left who could kill this process. The timer counts
+processor time, so that what a job may do does not depend on what else the machine does.
 """
 
 from __future__ import annotations
 
-import math
 import resource
 import signal
 import sys
@@ -29,9 +29,9 @@ def serve_jobs(start: Callable[[bytes], Answer], argv: list[str]) -> None:
     answer = start(greeting)
     _write(b"")
     while (data := _read(sys.stdin.buffer)) is not None:
-        signal.alarm(math.ceil(limit_s) + 1)
+        signal.setitimer(signal.ITIMER_PROF, limit_s)
         found = answer(data)
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
         _write(found)
 
 

@@ -56,7 +56,7 @@ from rollout.replica.command_replies import command_name, reply_of
 
 logger = logging.getLogger(__name__)
 
-_LEAVE_S = 4.0
+_LEAVE_S = 8.0
 """For ranks to leave: less than whoever waits for the leader gives it, so that one that is
 stopped is ended by the leader."""
 _LAST_WORDS_S = 5.0

@@ -50,12 +50,13 @@ class WatchedExecutor:
 
     def launch(self, plan: StepPlan) -> WatchedStep:
         """Queue one step."""
-        kind = self._kinds.of(plan)
-        builds = self._always_new or self._kinds.is_new(kind)
+        kind = None if self._always_new else self._kinds.of(plan)
+        builds = kind is None or self._kinds.is_new(kind)
         self._launching = self._building if builds else self._stepping
         self._pulse.begin(*self._launching)
         pending = self._executor.launch(plan)
-        self._kinds.launched(kind)
+        if kind is not None:
+            self._kinds.launched(kind)
         # The launch of another copy's step is part of what its result takes.
         _, limit_s = self._launching if self.facts.dp_size > 1 else self._stepping
         return WatchedStep(pending, self._pulse, limit_s)

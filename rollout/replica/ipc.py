@@ -101,7 +101,7 @@ class Channel:
     def receive(self, *, timeout_s: float) -> list[Any]:
         """The next frame's structs; empty if none comes in time. Raises EngineDead on bytes
         that are not the protocol."""
-        if not self._socket.poll(timeout_s * 1000, PollEvent.POLLIN):
+        if not self._has_frame(timeout_s):
             return []
         data = self._socket.recv(Flag.NOBLOCK)
         try:
@@ -118,12 +118,17 @@ class Channel:
         messages cannot keep its reader for ever.
         """
         messages: list[Any] = []
-        while len(messages) < max_messages and self._socket.poll(
-            timeout_s * 1000, PollEvent.POLLIN
-        ):
+        while len(messages) < max_messages and self._has_frame(timeout_s):
             messages += self._reader.read(self._socket.recv(Flag.NOBLOCK))
             timeout_s = 0.0
         return messages
+
+    def _has_frame(self, timeout_s: float) -> bool:
+        """Whether a frame is there, or comes in time."""
+        # A poller is as long in the making as a frame is in the reading.
+        if self._socket.get(SocketOption.EVENTS) & PollEvent.POLLIN:
+            return True
+        return bool(timeout_s and self._socket.poll(timeout_s * 1000, PollEvent.POLLIN))
 
     def fileno(self) -> int:
         """A descriptor that turns readable when something may have arrived, for an event loop.

@@ -129,6 +129,7 @@ class Leader:
         self._outputs: list[StepOutput] = []
         self._num_empty_plans = 0
         self._num_failures = 0
+        self.idle_s = 0.0
 
     def submit(self, requests: Sequence[Request], *, decoded: bool = False) -> None:
         """Queue requests; one that is refused comes back from `step` as an abort. decoded: as in
@@ -243,6 +244,7 @@ class Leader:
             **_said(self._config.scheduler, "max_waiting max_samples"),
             max_running=self._config.scheduler.max_running * self._config.parallel.dp_size,
             receiving=self._weights.in_progress,
+            idle_s=self.idle_s,
             copies=loads(self._scheduler.copies),
         )
 

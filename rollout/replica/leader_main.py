@@ -7,10 +7,10 @@ no more than `_IDLE_S`. HUB is where front processes come in beside that one, if
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import sys
+import time
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from engine.config import EngineConfig
 from engine.errors import InvalidRequest, SlipstreamError
 from engine.protocol import LeaderMessage, Reply, Request, RequestOutput, Shutdown
 from engine.protocol.deadlines import watch_s
+from rollout.collector import settle
 from rollout.ranks.ranked_executor import RankedExecutor, build_executor
 from rollout.ranks.watched_executor import WatchedExecutor
 from rollout.replica.command_replies import error_info
@@ -65,8 +66,7 @@ def main(argv: list[str]) -> int:
     door = FrontDoor(channel, Hub(hub[0], LeaderMessage) if hub else None)
     channel.send([Reply(state=leader.state())], timeout_s=_SEND_S)
     # The model stays to the end: a collection need not look through it again and again.
-    gc.collect()
-    gc.freeze()
+    settle()
     ranks = executor if isinstance(executor, RankedExecutor) else None
     pulse.start()
     alone = False
@@ -101,7 +101,9 @@ def _serve(
             logger.error("%s", ranks.failure)
             return False
         pulse.begin(Activity.WAITING)
-        messages = door.receive_waiting(timeout_s=_wait_s(leader), max_messages=_MAX_MESSAGES)
+        began, wait_s = time.monotonic(), _wait_s(leader)
+        messages = door.receive_waiting(timeout_s=wait_s, max_messages=_MAX_MESSAGES)
+        leader.idle_s += time.monotonic() - began if wait_s else 0.0
         pulse.begin(Activity.HOST, turn_s)
         answers, leaving = _obey(leader, messages, beside)
         leader.poll()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import sys
@@ -13,20 +14,22 @@ _FAILED = 1
 
 
 def run_and_leave(main: Callable[[list[str]], int], arguments: Sequence[str]) -> NoReturn:
-    """Exit with what `main` returns; with 1 and a traceback if it raises.
+    """Exit with what `main` returns; with 1 and a traceback if it raises. `main` must have closed
+    what it opened and sent its last messages.
 
-    After a failure, or with a thread left that waits for a peer, the interpreter is not torn
-    down: what it would destruct, such as a process group whose other ranks are gone, may still be
-    in use by threads that cannot be stopped, and would replace the exit code by a crash. So
-    `main` must have sent its last messages, and finalizers that run at exit do not.
+    The interpreter is not torn down: with torch in it that takes a second of a processor, which
+    whoever waits for a group of ranks would wait for. What is registered to run at exit does, but
+    after a failure, or with a thread left that waits for a peer: what it would destruct, such as a
+    process group whose other ranks are gone, may still be in use by threads that cannot be
+    stopped, and would replace the exit code by a crash.
     """
     code = _FAILED
     try:
         code = main(list(arguments))
     finally:
-        if code != 0 or _is_stuck():
-            leave_at_once(code)
-    sys.exit(0)
+        if code == 0 and not _is_stuck():
+            atexit._run_exitfuncs()
+        leave_at_once(code)
 
 
 def _is_stuck() -> bool:

@@ -44,7 +44,7 @@ from rollout.requests.outputs import refused
 _POLL_S = 0.1
 _LOOK_S = 0.5
 """Between looks at the leader's signs of life."""
-_LEAVE_S = 10.0
+_LEAVE_S = 15.0
 _SHOWN_LOG = 2000
 # The channel has no limit, so that only a leader that is gone takes nothing.
 _POST_S = 1.0
@@ -251,18 +251,18 @@ class ProcessReplica:
     def _take(self, timeout_s: float) -> list[RequestOutput | Reply]:
         """What arrives within `timeout_s`; notices a leader that left."""
         self._require_alive()
-        # Asked before receiving: what a dying leader sent last is still delivered.
-        exit_code = self._process.poll()
-        received = self._channel.receive(timeout_s=timeout_s if exit_code is None else 0.0)
-        messages = from_columns(received)
-        if messages:
+        received = self._channel.receive(timeout_s=timeout_s)
+        if not received and (exit_code := self._process.poll()) is not None:
+            # What a leader sent last, before it left, is still delivered.
+            received = self._channel.receive(timeout_s=0.0)
+            if not received:
+                raise self._die(_exit_text(exit_code))
+        if received:
             self._heard_at = time.monotonic()
             self._ready = True
-        elif exit_code is not None:
-            raise self._die(_exit_text(exit_code))
         else:
             self._look()
-        return messages
+        return from_columns(received)
 
     def _look(self) -> None:
         """Every `_LOOK_S`, see whether the leader is alive and comes along."""

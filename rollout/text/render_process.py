@@ -33,7 +33,7 @@ class RenderJob:
 class RenderProcess:
     """At most one process, which renders one job after the other.
 
-    limit_s: time of a job. memory_bytes: address space that jobs may take.
+    limit_s: processor time of a job. memory_bytes: address space that jobs may take.
     """
 
     def __init__(self, *, limit_s: float = 5.0, memory_bytes: int = _MEMORY_BYTES) -> None:
@@ -48,7 +48,7 @@ class RenderProcess:
         job by.
 
         Raises InvalidRequest naming `messages` or `chat_template`, also for a job that takes
-        more time or memory than it may.
+        more time or memory than it may; JobLate for one that did not get that time.
         """
         data = self._process.run(_encode(job), stop)
         if data is None:

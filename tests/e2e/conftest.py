@@ -1,13 +1,10 @@
-"""Runs from flags to folder, without the picture of their curves, which takes longer than their
-steps (tests/recipes/test_grpo.py has it drawn)."""
+"""Runs from flags to folder, all without a picture."""
 
 from __future__ import annotations
 
 import pytest
 
-from recipes.run.run_folder import RunFolder
-
 
 @pytest.fixture(autouse=True)
-def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RunFolder, "draw_plots", lambda self: None)
+def runs_draw_nothing(no_plots: None) -> None:
+    """See `no_plots`."""

@@ -18,6 +18,9 @@ def start(greeting: bytes) -> Answer:
         match data:
             case b"sleep":
                 time.sleep(1000)
+            case b"spin":
+                while True:
+                    pass
             case b"exit":
                 os._exit(4)
             case b"raise":

@@ -14,7 +14,6 @@ from unittest import mock
 import torch
 
 from recipes import grpo
-from recipes.run.run_folder import RunFolder
 from recipes.world import leave
 from tests.helpers.children import child_environment
 from tests.helpers.rank_processes import DEADLINE_S, become_rank, forked, join
@@ -68,5 +67,5 @@ def _enter(main: Main, words: list[str], rank: int, size: int, port: int, folder
         TORCHELASTIC_RESTART_COUNT="0",
     )
     # The picture of the curves takes longer than the steps.
-    with mock.patch.object(RunFolder, "draw_plots"):
+    with mock.patch("recipes.run.run_folder.draw_page"):
         leave(main(words))

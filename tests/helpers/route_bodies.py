@@ -29,6 +29,7 @@ _WORKING: dict[tuple[str, int], dict[str, Any]] = {
     ("/v1/responses", 0): {"input": "a", "max_output_tokens": 2},
     ("/v1/messages", 0): {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2},
     ("/v1/embeddings", 0): {"input": ["a", "b"], "dimensions": 2},
+    ("/v1/embeddings", 1): {"messages": [{"role": "user", "content": "a"}]},
     ("/encode", 0): {"text": "a"},
     ("/v1/score", 0): {"text_1": "a", "text_2": ["b", "c"]},
     ("/v1/score", 1): {"query": [5], "items": [[6]], "label_token_ids": [7]},

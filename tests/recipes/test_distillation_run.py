@@ -27,7 +27,7 @@ from tests.helpers.engines import make_replica
 from tests.helpers.fake_actor import FakeActor
 from tests.helpers.tiny_models import write_tiny
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_plots")]
 
 
 class Silent(CharAddition):

@@ -21,7 +21,7 @@ from recipes.trainers.optimizer_options import OptimizerOptions
 from rollout.offline import load_tokenizer
 from tests.helpers.char_model import CharAddition, char_model, write_char_model
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_plots")]
 
 # Cold enough that a random model repeats itself.
 ROLLOUT = RolloutOptions(

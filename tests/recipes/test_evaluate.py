@@ -11,7 +11,7 @@ import torch
 from recipes.evaluate import main
 from tests.helpers.char_model import char_model, write_char_model
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_plots")]
 
 WORDS = ["--device", "cpu", "--dtype", "float32", "--kv-memory-gb", "0.01"]
 

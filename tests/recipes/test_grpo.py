@@ -34,7 +34,7 @@ from tests.helpers.char_model import CharAddition, char_model, char_tokenizer, w
 from tests.helpers.engines import make_replica
 from tests.helpers.fake_actor import FakeActor
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_plots")]
 
 
 class LeadingDigit(CharAddition):

@@ -37,7 +37,7 @@ from tests.helpers.fake_actor import FakeActor
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 from tests.helpers.trajectories import per_token, random_groups
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_plots")]
 WARMUP = 2
 
 

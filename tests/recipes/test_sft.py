@@ -34,6 +34,8 @@ from tests.helpers.char_model import (
 )
 from tests.helpers.fake_actor import FakeActor
 
+pytestmark = pytest.mark.usefixtures("no_plots")
+
 FLAGS = """
 batch_size beta1 beta2 chat_template_kwargs checkpoint_every completion_column config device dither
 dtype epochs eval_every eval_prompts eval_task freeze_router gradient_checkpointing heldout

@@ -99,6 +99,7 @@ SERVE: dict[str, tuple[list[str], str, object]] = {
     "incremental-streaming-output": ([], "incremental_streaming_output", True),
     "tool-parser": (["hermes"], "tool_parser", "hermes"),
     "reasoning-parser": (["none"], "reasoning_parser", "none"),
+    "rerank-form": (["list"], "rerank_form", "list"),
     "max-body-mib": (["1"], "max_body_bytes", 1 << 20),
     "max-control-body-mib": (["2"], "max_control_body_bytes", 2 << 20),
     "max-held-body-mib": (["3"], "max_held_body_bytes", 3 << 20),

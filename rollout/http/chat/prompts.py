@@ -58,19 +58,23 @@ class ChatPrompts:
         ContextTooLong for text beyond the context, UnsupportedOption for a `reasoning_effort` that
         the template does not know.
         """
+        text = await self.text(body, num_bytes)
+        check_text(text, self.tokenizer, self._facts.context_length, field="messages")
+        ids = await self._generator.encoded(text)
+        if not ids:
+            raise InvalidRequest("the chat template wrote nothing", field="messages")
+        return ChatPrompt(text=text, ids=ids)
+
+    async def text(self, body: ChatBody, num_bytes: int) -> str:
+        """A conversation as the template writes it. Arguments and errors as in `prompt`."""
         own = body.chat_template in (None, self.tokenizer.chat_template)
-        text = await self._renderer.render(
+        return await self._renderer.render(
             body.messages,
             self.variables(body),
             source=None if own else body.chat_template,
             num_bytes=num_bytes,
             max_chars=self._max_chars(),
         )
-        check_text(text, self.tokenizer, self._facts.context_length, field="messages")
-        ids = await self._generator.encoded(text)
-        if not ids:
-            raise InvalidRequest("the chat template wrote nothing", field="messages")
-        return ChatPrompt(text=text, ids=ids)
 
     def reply_format(self, body: ChatBody, *, forced: bool) -> ReplyFormat:
         """How the replies to a conversation write calls and reasoning: as the model's own template

@@ -12,6 +12,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from engine.errors import SlipstreamError
 from rollout.http.edge.departure import Departure
 from rollout.http.edge.errors import error_body
+from rollout.http.edge.joined_writes import JoinedWrites
 
 _MAX_HEAD_BYTES = 64 << 10
 """Most bytes that may come without a byte of a body: headers, and what follows a chunked body."""
@@ -53,6 +54,7 @@ class PatientProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected; it has to say what it wants."""
         super().connection_made(transport)
+        self._joined = JoinedWrites(transport, self.loop)
         self._arm()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -90,8 +92,11 @@ class PatientProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """The request begins to be handled."""
-        self._in_head = False
+        self._in_head, before = False, self.cycle
         super().on_headers_complete()
+        if self.cycle is not before:
+            # Its handler has not begun yet.
+            self.cycle.transport = cast(asyncio.Transport, self._joined)
 
     def on_body(self, body: bytes) -> None:
         """A part of the body."""

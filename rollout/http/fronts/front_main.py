@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import os
 import socket
@@ -18,6 +17,7 @@ import httpx
 import msgspec
 import uvloop
 
+from rollout.collector import settle
 from rollout.http.app import build_app, front_paths
 from rollout.http.config import ServeConfig
 from rollout.http.engine.client import AsyncEngine
@@ -110,8 +110,7 @@ async def _serve(spec: FrontSpec, listener: socket.socket) -> None:
         front=spec.name,
     )
     app = FrontApp(build_app(services), front_paths(services), reader, owner)
-    gc.collect()
-    gc.freeze()
+    settle()
     headers = [("x-served-by", spec.name)]
     server = PatientServer(uvicorn_config(config, app, headers=headers), engine)
     tasks = [

@@ -120,13 +120,20 @@ def parse_openai(data: bytes, kind: type[T]) -> T:
     if isinstance(body, StructuredFields):
         for field in StructuredFields.__struct_fields__:
             check_depth(getattr(body, field) or [], field)
-    if isinstance(body, ChatBody):
-        for field in ("messages", "tools", "tool_choice", "chat_template_kwargs"):
-            check_depth(getattr(body, field) or [], field)
-        given = body.chat_template_kwargs or {}
-        body.chat_template_kwargs = {k: v for k, v in given.items() if v is not None}
-        check_variables(body.chat_template_kwargs)
+    if "messages" in kind.__struct_fields__:
+        _check_conversation(body)
     return body
+
+
+def _check_conversation(body: Any) -> None:
+    """Bound what chat templates recurse into, and drop variables that are null. body: `ChatBody`,
+    or the body of another route that has `messages`."""
+    for field in ("messages", "tools", "tool_choice", "chat_template_kwargs"):
+        if field in body.__struct_fields__:
+            check_depth(getattr(body, field) or [], field)
+    given = body.chat_template_kwargs or {}
+    body.chat_template_kwargs = {k: v for k, v in given.items() if v is not None}
+    check_variables(body.chat_template_kwargs)
 
 
 def prompts_of(prompt: msgspec.Raw, field: str = "prompt") -> list[str] | list[list[int]]:

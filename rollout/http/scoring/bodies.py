@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
 from engine.protocol import ClassifyRequest, Pooling
 from engine.protocol.types import ClientId, Int32, Int64, Message, Salt, TokenIds
+from rollout.http.config import RerankForm
 
 
 class _Common(msgspec.Struct, kw_only=True):
@@ -26,19 +27,35 @@ class _Common(msgspec.Struct, kw_only=True):
     request_id: ClientId | None = None
 
 
-class EmbeddingBody(_Common, kw_only=True):
-    """POST /v1/embeddings: a text, a list of texts, ids, or a list of lists of ids.
+class EmbeddingOptions(_Common, kw_only=True):
+    """What /v1/embeddings takes beside its prompts.
 
     dimensions: the first so many numbers of each embedding. normalize: to length 1, behind that
     cut; vLLM calls it `use_activation`, which decides where it is given. pooling: as in `Request`.
     """
 
-    input: msgspec.Raw
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Int32 | None = None
     normalize: bool = True
     use_activation: bool | None = None
     pooling: Pooling = "last"
+
+
+class EmbeddingBody(EmbeddingOptions, kw_only=True):
+    """POST /v1/embeddings: a text, a list of texts, ids, or a list of lists of ids."""
+
+    input: msgspec.Raw
+
+
+class EmbeddingChatBody(EmbeddingOptions, kw_only=True):
+    """POST /v1/embeddings in vLLM's form for conversations: `messages` as the chat template writes
+    them are the one prompt. Fields as in chat; the template writes special tokens by itself."""
+
+    messages: list[dict[str, Any]]
+    add_special_tokens: bool = False
+    add_generation_prompt: bool = False
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class EncodeRequest(ClassifyRequest, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -85,13 +102,15 @@ class RerankDocument(msgspec.Struct):
 
 
 class RerankBody(_Common, kw_only=True):
-    """POST /v1/rerank in the forms of Jina and Cohere: the `top_n` documents that fit the query
-    best, all for null and 0. The rest as in `PairBody`, of the query and each document."""
+    """POST /v1/rerank in the forms of Jina, Cohere and SGLang: the `top_n` documents that fit the
+    query best, all for null and 0. form: of the reply, the server's for null. The rest as in
+    `PairBody`, of the query and each document."""
 
     query: str
     documents: list[str | RerankDocument]
     top_n: Int32 | None = None
     return_documents: bool = True
+    form: RerankForm | None = None
     use_activation: bool = True
     pooling: Pooling = "last"
 
@@ -107,4 +126,17 @@ class ClassifyBody(_Common, kw_only=True):
     use_activation: bool = True
 
 
-Body = EmbeddingBody | PairBody | LabelBody | RerankBody | ClassifyBody
+class ClassifyChatBody(_Common, kw_only=True):
+    """POST /classify in vLLM's form for conversations: `messages` as in `EmbeddingChatBody`,
+    use_activation as in `ClassifyBody`."""
+
+    messages: list[dict[str, Any]]
+    add_special_tokens: bool = False
+    add_generation_prompt: bool = False
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    use_activation: bool = True
+
+
+ChatForm = EmbeddingChatBody | ClassifyChatBody
+Body = EmbeddingBody | PairBody | LabelBody | RerankBody | ClassifyBody | ChatForm

@@ -1,6 +1,7 @@
 """POST /classify and /v1/classify: scores of sequence classifiers, such as reward models.
 
-SGLang's form has `text` or `input_ids` and gives raw scores; vLLM's has `input` and gives labels.
+SGLang's form has `text` or `input_ids` and gives raw scores; vLLM's has `input` or `messages` and
+gives labels.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from rollout.http.edge.read_body import whole_body
 from rollout.http.edge.routes import Routes
 from rollout.http.edge.sse import answer
 from rollout.http.native.generate_call import prompt_room
-from rollout.http.openai.bodies import parse_openai
 from rollout.http.openapi import takes
-from rollout.http.scoring.bodies import ClassifyBody
+from rollout.http.scoring.bodies import ClassifyBody, ClassifyChatBody
 from rollout.http.scoring.call import require, run_prompts
+from rollout.http.scoring.inputs import parse_either, prompts_of_either
 from rollout.http.scoring.native_form import native_reply, parse_native
-from rollout.http.scoring.prompts import encoded, inputs, places
+from rollout.http.scoring.prompts import encoded, places
 from rollout.http.scoring.vectors import probabilities
 from rollout.http.services import Services
 from rollout.requests.json_types import decode_json
@@ -40,7 +41,7 @@ def router(services: Services) -> Routes:
             return await _labels(services, data)
         return await _scores(services, data)
 
-    reads = takes((ClassifyRequest, ClassifyBody), batches=True)
+    reads = takes((ClassifyRequest, ClassifyBody, ClassifyChatBody), batches=True)
     routes.add_api_route("/classify", classify, methods=["POST", "PUT"], openapi_extra=reads)
     routes.add_api_route("/v1/classify", classify, methods=["POST"], openapi_extra=reads)
     return routes
@@ -49,7 +50,7 @@ def router(services: Services) -> Routes:
 def _is_labelled(data: bytes) -> bool:
     """Whether a body is of vLLM's form."""
     found: dict[str, Raw] = decode_json(data, dict[str, Raw])
-    return not {"text", "input_ids"} & found.keys() and "input" in found
+    return not {"text", "input_ids"} & found.keys() and bool({"input", "messages"} & found.keys())
 
 
 async def _scores(services: Services, data: bytes) -> Response:
@@ -64,16 +65,18 @@ async def _scores(services: Services, data: bytes) -> Response:
 
 
 async def _labels(services: Services, data: bytes) -> Response:
-    body = await services.generator.parsed(parse_openai, data, ClassifyBody)
+    body = await services.generator.parsed(
+        parse_either, data, ClassifyBody, ClassifyChatBody, services.prompts
+    )
     require(services, body, "classify")
-    prompts = await inputs(services, body.input, "input")
+    prompts, field = await prompts_of_either(services, body, len(data))
     call = await run_prompts(
         services,
         body,
-        await encoded(services, prompts, body, field="input"),
+        await encoded(services, prompts, body, field=field),
         task="classify",
         prefix="classify",
-        places=places("input", len(prompts)),
+        places=places(field, len(prompts)),
     )
     labels, data_ = services.engine.facts.labels, []
     for index, (logits, version) in enumerate(zip(call.values(), call.versions(), strict=True)):

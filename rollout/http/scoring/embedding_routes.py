@@ -16,12 +16,17 @@ from rollout.http.edge.routes import Routes
 from rollout.http.edge.sse import answer
 from rollout.http.native.generate_call import prompt_room
 from rollout.http.native.long_prompts import check_long_prompt
-from rollout.http.openai.bodies import parse_openai
 from rollout.http.openapi import takes
-from rollout.http.scoring.bodies import EmbeddingBody, EncodeRequest
+from rollout.http.scoring.bodies import (
+    EmbeddingBody,
+    EmbeddingChatBody,
+    EmbeddingOptions,
+    EncodeRequest,
+)
 from rollout.http.scoring.call import ScoringCall, require, run_prompts
+from rollout.http.scoring.inputs import parse_either, prompts_of_either
 from rollout.http.scoring.native_form import native_reply, parse_native
-from rollout.http.scoring.prompts import encoded, inputs, places
+from rollout.http.scoring.prompts import encoded, places
 from rollout.http.scoring.vectors import as_base64, shaped
 from rollout.http.services import Services
 
@@ -39,7 +44,10 @@ def router(services: Services) -> Routes:
         return await answer(request, _encode(services, await whole_body(request)))
 
     routes.add_api_route(
-        "/v1/embeddings", embeddings, methods=["POST"], openapi_extra=takes(EmbeddingBody)
+        "/v1/embeddings",
+        embeddings,
+        methods=["POST"],
+        openapi_extra=takes((EmbeddingBody, EmbeddingChatBody)),
     )
     routes.add_api_route(
         "/encode",
@@ -55,18 +63,20 @@ async def embed(services: Services, data: bytes) -> Response:
     with."""
     room = prompt_room(services.engine.facts, services.tokenizer)
     check_long_prompt(data, text_bytes=room.text_bytes, num_ids=room.num_ids)
-    body = await services.generator.parsed(parse_openai, data, EmbeddingBody)
+    body = await services.generator.parsed(
+        parse_either, data, EmbeddingBody, EmbeddingChatBody, services.prompts
+    )
     require(services, body, "embed")
     check_dimensions(services, body.dimensions)
-    prompts = await inputs(services, body.input, "input")
+    prompts, field = await prompts_of_either(services, body, len(data))
     call = await run_prompts(
         services,
         body,
-        await encoded(services, prompts, body, field="input"),
+        await encoded(services, prompts, body, field=field),
         task="embed",
         pooling=body.pooling,
         prefix="embd",
-        places=places("input", len(prompts)),
+        places=places(field, len(prompts)),
     )
     vectors = call.values()
     if sum(map(len, vectors)) <= _INLINE_NUMBERS:
@@ -84,7 +94,7 @@ def check_dimensions(services: Services, dimensions: int | None) -> None:
         )
 
 
-def _reply(body: EmbeddingBody, call: ScoringCall, vectors: Sequence[FloatArray]) -> Response:
+def _reply(body: EmbeddingOptions, call: ScoringCall, vectors: Sequence[FloatArray]) -> Response:
     normalize = body.normalize if body.use_activation is None else body.use_activation
     data: list[dict[str, Any]] = []
     for index, (vector, version) in enumerate(zip(vectors, call.versions(), strict=True)):

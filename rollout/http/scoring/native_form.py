@@ -42,9 +42,15 @@ def parse_native(
 
 def native_reply(services: Services, sample: Sample, vector: FloatArray | None) -> dict[str, Any]:
     """The reply to one prompt. vector: what came of it; None where it was aborted."""
+    embedding = [] if vector is None else vector.tolist()
+    return {"embedding": embedding, "meta_info": native_meta(services, sample)}
+
+
+def native_meta(services: Services, sample: Sample) -> dict[str, Any]:
+    """What SGLang's replies say of one prompt beside what came of it."""
     meta = sample.response().meta_info
     told = {key: meta[key] for key in _META if key in meta}
     services.labels.relabel(told)
     if told.get("kv_versions"):
         told["weight_version"] = told["kv_versions"][-1]["version"]
-    return {"embedding": [] if vector is None else vector.tolist(), "meta_info": told}
+    return told

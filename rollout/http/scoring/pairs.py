@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.errors import InvalidRequest
+from rollout.http.native.sample import Sample
 from rollout.http.scoring.bodies import PairBody, RerankBody
 from rollout.http.scoring.call import ScoringCall, require, run_prompts
 from rollout.http.scoring.prompts import encoded, places
@@ -30,10 +31,20 @@ class Pairs:
         return list(zip(firsts, self.seconds, strict=True))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """Pairs with their scores. call: what gave them. samples: for each pair, the prompt that has
+    its second text."""
+
+    scores: list[float]
+    call: ScoringCall
+    samples: list[Sample]
+
+
 async def score_pairs(
     services: Services, body: PairBody | RerankBody, pairs: Pairs, *, prefix: str
-) -> tuple[list[float], ScoringCall]:
-    """A score for each pair, and the call that gave them.
+) -> Scored:
+    """A score for each pair.
 
     A sequence classifier of one label reads both texts as one, joined as its tokenizer joins pairs
     (a cross-encoder: Nogueira and Cho, arXiv 1901.04085). Any other model embeds each text, once if
@@ -60,12 +71,13 @@ async def score_pairs(
         places=places(second, len(joined)),
     )
     logits = [float(values[0]) for values in call.values()]
-    return [sigmoid(logit) if body.use_activation else logit for logit in logits], call
+    scores = [sigmoid(logit) if body.use_activation else logit for logit in logits]
+    return Scored(scores=scores, call=call, samples=call.samples)
 
 
 async def _cosines(
     services: Services, body: PairBody | RerankBody, pairs: Pairs, prefix: str
-) -> tuple[list[float], ScoringCall]:
+) -> Scored:
     require(services, body, "embed")
     asked: dict[str, tuple[list[int], str]] = {}
     for texts, name in zip((pairs.firsts, pairs.seconds), pairs.names, strict=True):
@@ -82,4 +94,9 @@ async def _cosines(
         places=[place for _, place in asked.values()],
     )
     vectors = dict(zip(asked, map(unit, call.values()), strict=True))
-    return [float(np.dot(vectors[one], vectors[two])) for one, two in pairs.joined()], call
+    samples = dict(zip(asked, call.samples, strict=True))
+    return Scored(
+        scores=[float(np.dot(vectors[one], vectors[two])) for one, two in pairs.joined()],
+        call=call,
+        samples=[samples[two] for _, two in pairs.joined()],
+    )

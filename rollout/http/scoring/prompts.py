@@ -6,11 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import msgspec
-
 from engine.errors import InvalidRequest
-from rollout.http.native.generate_call import check_prompt, prompt_room
-from rollout.http.openai.bodies import prompts_of
 from rollout.http.scoring.bodies import Body
 from rollout.http.services import Services
 from rollout.requests.expand import check_text, check_total
@@ -108,13 +104,6 @@ async def encoded(
     if sum(map(_num_chars, prompts)) <= _INLINE_CHARS:
         return encoder.all(prompts)
     return await services.generator.workers.run(encoder.all, prompts)
-
-
-async def inputs(services: Services, raw: msgspec.Raw, field: str) -> list[str] | list[list[int]]:
-    """A text, a list of texts, ids, or a list of lists of ids, as a list of prompts. Raises
-    InvalidRequest (`field`)."""
-    check_prompt(raw, prompt_room(services.engine.facts, services.tokenizer), field)
-    return await services.generator.parsed(prompts_of, raw, field)
 
 
 def _most(asked: int | None, context_length: int) -> int | None:

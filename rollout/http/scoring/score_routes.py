@@ -34,12 +34,12 @@ def router(services: Services) -> Routes:
         body = await services.generator.parsed(_parse, data)
         if isinstance(body, LabelBody):
             return await score_labels(services, body)
-        scores, call = await score_pairs(services, body, _pairs(body), prefix="score")
+        found = await score_pairs(services, body, _pairs(body), prefix="score")
         data_ = [
-            {"index": index, "object": "score", "score": found}
-            for index, found in enumerate(scores)
+            {"index": index, "object": "score", "score": score}
+            for index, score in enumerate(found.scores)
         ]
-        return json_response(call.reply(data_))
+        return json_response(found.call.reply(data_))
 
     for path in PATHS:
         routes.add_api_route(

@@ -1,7 +1,8 @@
 """Try a grammar before its request goes to the engine, where nobody could stop it.
 
-It is compiled for the model's tokens, and its first mask computed, in a process whose time and
-memory are bounded. What passed once, or was refused, is known from then on.
+It is compiled for the model's tokens, and its first mask computed, in a process whose processor
+time and memory are bounded. What passed once, or was refused, is known from then on; what could
+not be tried in time is not.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _MOST_KNOWN = 4096
 class GrammarCheck:
     """At most one process, which the first grammar starts. From any thread.
 
-    tokenizer: of the model; None where it has none. limit_s: time of one grammar.
+    tokenizer: of the model; None where it has none. limit_s: processor time of one grammar.
     """
 
     def __init__(
@@ -59,7 +60,8 @@ class GrammarCheck:
 
     def check(self, grammar: Grammar, vocab_size: int) -> None:
         """Raise InvalidRequest (`grammar`), naming the place, unless the model can be held to it.
-        vocab_size: width of the model's logits. Blocks."""
+        vocab_size: width of the model's logits. Blocks. Raises JobLate where that was not found
+        out in time."""
         digest = _digest(grammar)
         with self._lock:
             info = self._known.get(digest)

@@ -123,3 +123,48 @@ def test_on_policy_gradient_is_advantage_times_score() -> None:
     (gradient,) = torch.autograd.grad(policy_loss(given, preset("grpo", 8)).loss, given.logprobs)
     expected = [-w * a for w, a in zip(WEIGHTS, ADVANTAGES, strict=True)]
     assert gradient.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "cap", "expected"), [(1.0, 5.0, -1.61983), (-1.0, 5.0, 1.64872), (1.0, 1.3, 0.0)]
+)
+def test_a_decoupled_loss_by_hand(advantage: float, cap: float, expected: float) -> None:
+    """lp -1, proximal -1.2, behaviour -1.5: w = e^.3 = 1.34986 beside a ratio of e^.2 = 1.22140,
+    clipped at 1.2. Beyond the cap of w the token is out, and its weight in the average stays."""
+    algorithm = dataclasses.replace(
+        preset("grpo", 8), is_level="token", is_mode="zero", is_cap=cap, decoupled=True
+    )
+    given = LossInputs(
+        logprobs=torch.tensor([-1.0], requires_grad=True),
+        old=torch.tensor([-1.2]),
+        rollout=torch.tensor([-1.5]),
+        advantages=torch.tensor([advantage]),
+        weights=torch.ones(1),
+        sequence=torch.zeros(1, dtype=torch.int64),
+        num_sequences=1,
+    )
+    assert float(policy_loss(given, algorithm).loss.detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_dppo_by_hand() -> None:
+    """Behaviour (.5, .5, .5, .01), now (.6, .8, .2, .5): moved by .1, .3, -.3 and .49."""
+    now, then = [0.6, 0.8, 0.2, 0.5], [0.5, 0.5, 0.5, 0.01]
+    advantages = [1.0, 1.0, -1.0, -1.0]
+    given = LossInputs(
+        logprobs=torch.tensor(now).log().requires_grad_(),
+        old=torch.tensor(now).log(),
+        rollout=torch.tensor(then).log(),
+        advantages=torch.tensor(advantages),
+        weights=torch.ones(4),
+        sequence=torch.zeros(4, dtype=torch.int64),
+        num_sequences=1,
+    )
+    got = policy_loss(given, preset("dppo", 8))
+    # The second and third are beyond their side's 0.2; the last has a ratio of 50, cut to 8.
+    squares = sum(math.log(a / b) ** 2 for a, b in zip(now, then, strict=True))
+    assert float(got.loss.detach()) == pytest.approx(-1.2 + 8.0 + 1e-3 * squares, rel=1e-5)
+    assert got.clipped_high.tolist() == [False, True, False, False]
+    assert got.clipped_low.tolist() == [False, False, True, False]
+    (gradient,) = torch.autograd.grad(got.loss, given.logprobs)
+    pull = [2e-3 * math.log(a / b) for a, b in zip(now, then, strict=True)]
+    assert gradient.tolist() == pytest.approx([pull[0] - 1.2, pull[1], pull[2], pull[3]], rel=1e-4)

@@ -16,6 +16,7 @@ from recipes.trainers.microbatch import loss_inputs
 from recipes.types import Group, Trajectory
 from tests.helpers.trajectories import random_groups
 
+CPU = torch.device("cpu")
 GROUPS = random_groups(5, 4, vocab=9)
 
 
@@ -151,3 +152,19 @@ def test_a_step_without_a_grade_is_a_batch_of_nothing() -> None:
     batch = make_batch(failed, algorithm, 8, version=0, old=(), reference=())
     assert batch.trajectories == () and not batch.learns.any()
     assert minibatches(batch, algorithm, 8, seed=0) == []
+
+
+def test_a_decoupled_batch_compares_stale_sequences_with_the_policy_before_the_update() -> None:
+    algorithm = dataclasses.replace(preset("grpo", 8), decoupled=True)
+    assert algorithm.needs_old_logprobs
+    old = tuple(t.rollout_logprobs - 0.5 for group in GROUPS for t in group.trajectories)
+    batch = make_batch(GROUPS, algorithm, 8, old=old)
+    batch = dataclasses.replace(batch, stale=np.ones(len(old), dtype=bool))
+    total = sum(map(len, old))
+    inputs = loss_inputs(batch.select([0, 1]), torch.zeros(len(old[0]) + len(old[1])), CPU)
+    assert inputs.old.tolist() == pytest.approx(np.concatenate(old[:2]).tolist())
+    far = dataclasses.replace(algorithm, is_max_k3=0.05, loss_aggregation="token-mean")
+    # k3 of a log weight of -.5 is .10653: all are out, unless as many nats are allowed.
+    assert sum(map(np.sum, make_batch(GROUPS, far, 8, old=old).kept or ())) == 0
+    near = dataclasses.replace(far, is_max_k3=0.11)
+    assert sum(map(np.sum, make_batch(GROUPS, near, 8, old=old).kept or ())) == total

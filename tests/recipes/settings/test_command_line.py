@@ -11,15 +11,17 @@ import pytest
 
 from engine.errors import InvalidRequest, ModelNotFound
 from recipes.settings import checks
-from recipes.settings.command_line import flatten, parse, recipe_of
+from recipes.settings.command_line import NAMED_OTHERWISE, flatten, parse, recipe_of
 from recipes.settings.options import DEFAULT_MODEL, PpoOptions, RunOptions
 
 FLAGS = """
 algorithm
 answer_column
 answer_pattern
+asynchronous
 beta1
 beta2
+bypass
 chat_template_kwargs
 checkpoint_every
 clip_high
@@ -35,6 +37,7 @@ dtype
 dynamic_sampling
 endpoint
 endpoint_patience
+engine_steps
 eval_every
 eval_k
 eval_prompts
@@ -46,7 +49,9 @@ gamma
 gradient_checkpointing
 heldout
 is_cap
+is_floor
 is_level
+is_max_k3
 is_mode
 judge_labels
 judge_model
@@ -68,6 +73,7 @@ max_failed_share
 max_grad_norm
 max_new_tokens
 max_resamples
+max_staleness
 max_tokens_per_microbatch
 minutes
 model
@@ -99,7 +105,9 @@ seed
 skip_long_prompts
 sleep
 speculative
+stale_kv
 steps
+strict_age
 system_prompt
 task
 teacher
@@ -144,7 +152,8 @@ def test_help_explains_every_flag(defaults: RunOptions, capsys: pytest.CaptureFi
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert recipe_of(defaults) in text
-    for flag in flatten(defaults):
+    words = {option: word for word, option in NAMED_OTHERWISE.items()}
+    for flag in (words.get(name, name) for name in flatten(defaults)):
         assert re.search(f"--{flag.replace('_', '-')}[ ,]", text), flag
 
 

@@ -122,6 +122,7 @@ IDLE: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"kl_target": 1.0}, {"kl_coef": 0.1, "kl_controller": "adaptive"}),
     ({"is_mode": "mask"}, {"is_level": "token"}),
     ({"is_cap": 3.0}, {"is_level": "token"}),
+    ({"is_floor": 0.5}, {"is_level": "token", "is_mode": "zero"}),
 ]
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from rollout.jobs.job_process import JobProcess
+from rollout.jobs import job_process
+from rollout.jobs.job_process import JobLate, JobProcess
 from tests.helpers.peers import until
 
 MODULE = "tests.helpers.odd_jobs"
@@ -35,10 +36,25 @@ def test_a_process_that_ends_gives_no_answer_and_the_next_job_has_another(
     assert process.run(b"you") == b"hello you"
 
 
-def test_a_job_that_takes_too_long_is_ended() -> None:
+def test_a_job_that_uses_up_its_processor_time_is_ended() -> None:
     made = JobProcess(MODULE, limit_s=0.1, memory_bytes=1 << 30)
     try:
-        assert made.run(b"sleep") is None
+        assert made.run(b"spin") is None
+        assert made.run(b"you") == b"you"
+    finally:
+        made.close()
+
+
+def test_a_job_that_does_not_get_its_processor_time_is_late_and_not_at_fault(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(job_process, "_PATIENCE", 0.01)
+    made = JobProcess(MODULE, limit_s=10.0, memory_bytes=1 << 30)
+    try:
+        with pytest.raises(JobLate, match="send it again"):
+            made.run(b"sleep")
+        monkeypatch.undo()
+        assert made.run(b"you") == b"you"
     finally:
         made.close()
 

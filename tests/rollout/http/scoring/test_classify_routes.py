@@ -146,6 +146,11 @@ def test_an_input_gets_a_label(path: str, classifier: tuple[Path, Any]) -> None:
             raw = (await server.post(path, {"input": "ab", "use_activation": False})).json()
             np.testing.assert_allclose(raw["data"][0]["probs"], wanted(model, ids[0]), atol=1e-4)
             assert raw["usage"]["total_tokens"] == len(ids[0])
+            chat = [{"role": "user", "content": "ab"}]
+            written = tiny_tokenizer().apply_chat_template(chat, add_generation_prompt=False)
+            reply = (await server.post(path, {"messages": chat, "use_activation": False})).json()
+            found = reply["data"][0]["probs"]
+            np.testing.assert_allclose(found, wanted(model, written), atol=1e-4)
 
     run(test)
 

@@ -74,6 +74,64 @@ def test_length_dimensions_pooling_and_encoding() -> None:
     run(test)
 
 
+CHAT = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
+
+
+def test_a_conversation_is_embedded_as_the_template_writes_it() -> None:
+    tokenizer = tiny_tokenizer(add_bos=True)
+    written = tokenizer.apply_chat_template(CHAT, add_generation_prompt=False)
+    asking = tokenizer.apply_chat_template(CHAT)
+
+    async def test() -> None:
+        async with serving(tokenizer=tokenizer) as server:
+            for options, wanted in (
+                ({}, written),
+                ({"add_special_tokens": True}, [BOS_ID, *written]),
+                ({"add_generation_prompt": True}, asking),
+                ({"truncate_prompt_tokens": 6, "truncation_side": "left"}, written[-6:]),
+                ({"input": None, "chat_template_kwargs": {"tone": None}}, written),
+            ):
+                reply = await server.post(PATH, {"messages": CHAT, "model": "fake", **options})
+                assert reply.status_code == 200, reply.text
+                assert server.link.requests[-1].prompt_ids.tolist() == wanted
+                (entry,) = reply.json()["data"]
+                close(entry["embedding"], unit(expected_embedding(wanted)))
+                assert reply.json()["usage"]["prompt_tokens"] == len(wanted)
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    "body, field",
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": "ab"}, "messages"),
+        ({"messages": CHAT, "input": "a"}, "messages"),
+        ({"messages": [{"role": "user", "content": "b" * 600}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
+        ({"messages": CHAT, "chat_template": "{{ 1 }}"}, "chat_template"),
+        (
+            {"messages": CHAT, "chat_template_kwargs": {"messages": 1}},
+            "chat_template_kwargs.messages",
+        ),
+        ({"messages": CHAT, "continue_final_message": True}, "continue_final_message"),
+        ({"input": "a", "add_generation_prompt": True}, "add_generation_prompt"),
+    ],
+)
+def test_a_conversation_that_does_not_fit_is_refused_by_name(
+    body: dict[str, Any], field: str
+) -> None:
+    async def test() -> None:
+        async with serving(
+            tokenizer=tiny_tokenizer(template="{{ messages[0].content }}")
+        ) as server:
+            reply = await server.post(PATH, body)
+            assert reply.status_code == 400, reply.text
+            assert reply.json()["error"]["param"].startswith(field), reply.text
+
+    run(test)
+
+
 def test_a_long_prompt_is_cut_where_that_is_asked_for() -> None:
     long = "abcdefgh" * 100
     ids = ids_of(long)
@@ -184,7 +242,8 @@ def test_a_model_without_text_embeds_ids() -> None:
     async def test() -> None:
         async with serving(ids_only=True) as server:
             assert (await server.post(PATH, {"input": [EOS_ID, 5]})).status_code == 200
-            reply = await server.post(PATH, {"input": "a"})
-            assert (reply.status_code, reply.json()["error"]["param"]) == (400, "input")
+            for name, value in (("input", "a"), ("messages", CHAT)):
+                reply = await server.post(PATH, {name: value})
+                assert (reply.status_code, reply.json()["error"]["param"]) == (400, name)
 
     run(test)

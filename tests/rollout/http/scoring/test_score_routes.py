@@ -111,8 +111,46 @@ def test_documents_come_best_first(path: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "path, options, is_list",
+    [
+        ("/v1/rerank", {"rerank_form": "list"}, True),
+        ("/rerank", {"rerank_form": "list"}, True),
+        ("/v2/rerank", {"rerank_form": "list"}, False),
+        ("/v1/rerank", {}, False),
+    ],
+)
+def test_the_server_is_told_the_form_of_ranks(
+    path: str, options: dict[str, Any], is_list: bool
+) -> None:
+    body: dict[str, Any] = {"query": "ab", "documents": ["cd", "ab", "cd"], "top_n": 2}
+
+    async def test() -> None:
+        async with serving(**options) as server:
+            reply = (await server.post(path, body)).json()
+            assert isinstance(reply, list) == is_list
+            listed = (await server.post(path, {**body, "form": "list"})).json()
+            found = reply if is_list else listed
+            assert [entry["index"] for entry in found] == [1, 0]
+            assert [entry["document"] for entry in found] == ["ab", "cd"]
+            scores = [entry["score"] for entry in found]
+            assert scores == pytest.approx([1.0, cosine("ab", "cd")], abs=1e-6)
+            for entry in found:
+                assert entry["meta_info"]["prompt_tokens"] == 2
+                assert entry["meta_info"]["weight_version"] == "0"
+            plain = {**body, "form": "results", "return_documents": False}
+            assert len((await server.post(path, plain)).json()["results"]) == 2
+            bare = await server.post(path, {**plain, "form": "list"})
+            assert set(bare.json()[0]) == {"score", "index", "meta_info"}
+
+    run(test)
+
+
+@pytest.mark.parametrize(
     "path, body, field",
     [
+        ("/rerank", {"query": "a", "documents": ["b"], "form": "table"}, "form"),
+        ("/v1/rerank", {"query": "a", "documents": ["b"], "instruct": "c"}, "instruct"),
+        ("/v1/score", {"messages": [{"role": "user", "content": "a"}]}, "messages"),
         ("/v1/score", {}, "text_1"),
         ("/v1/score", {"text_1": "a"}, "text_2"),
         ("/v1/score", {"text_1": ["a", "b"], "text_2": "c"}, "text_2"),

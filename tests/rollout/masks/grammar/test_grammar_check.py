@@ -11,7 +11,7 @@ import pytest
 
 from engine.errors import InvalidRequest
 from engine.protocol import Grammar
-from rollout.jobs.job_process import JobProcess
+from rollout.jobs.job_process import JobLate, JobProcess
 from rollout.masks.grammar.check import GrammarCheck
 from rollout.masks.grammar.stack import LEADERS_STACK_BYTES, TRIALS_STACK_BYTES
 from tests.helpers.children import ROOT, child_environment
@@ -77,6 +77,21 @@ def test_a_process_that_gives_no_answer_is_over_its_limits(monkeypatch: pytest.M
     with pytest.raises(InvalidRequest, match="longer than 7 s to compile, more than 1 MiB"):
         made.check(Grammar(kind="regex", source="a"), VOCAB_SIZE)
     made.close()
+
+
+def test_a_grammar_that_could_not_be_tried_in_time_is_not_held_to_be_bad(
+    check: GrammarCheck, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grammar = Grammar(kind="regex", source="late")
+
+    def late(*_: object) -> bytes:
+        raise JobLate("the machine is busy")
+
+    monkeypatch.setattr(JobProcess, "run", late)
+    with pytest.raises(JobLate):
+        check.check(grammar, VOCAB_SIZE)
+    monkeypatch.undo()
+    check.check(grammar, VOCAB_SIZE)
 
 
 def test_a_grammar_is_tried_once(check: GrammarCheck, monkeypatch: pytest.MonkeyPatch) -> None:
