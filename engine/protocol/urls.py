@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from urllib.parse import urlsplit
 
 _SHOWN = 200
@@ -33,3 +34,18 @@ def _fault(url: str) -> str:
     except ValueError as error:
         return str(error)
     return "it has a query or a fragment" if parts.query or parts.fragment else ""
+
+
+def address_towards(url: str) -> str:
+    """This machine's address on the way to the server at `url`; nothing is sent. "" if there is no
+    way, or nobody knows the server's name."""
+    parts = urlsplit(url)
+    try:
+        found = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)
+        family, kind, _, _, address = found[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)
+            own: str = probe.getsockname()[0]
+            return own
+    except OSError:
+        return ""

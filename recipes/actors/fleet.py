@@ -1,8 +1,8 @@
-"""Engines in processes of their own, which all trainer processes publish to.
+"""Engines in processes of their own, here or elsewhere, which all trainer processes publish to.
 
-An engine that dies is started again, takes the version that the others serve, and the requests
-that died with it are asked again: nothing is lost but time. Their tokens are the same, since
-they depend on a request's seed and not on the engine.
+An engine that is lost comes back or is left out, takes the version that the others serve, and the
+requests that were lost with it are asked again: nothing is lost but time. Their tokens are the
+same, since they depend on a request's seed and not on the engine.
 """
 
 from __future__ import annotations
@@ -10,25 +10,24 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
+from typing import TypeVar
 
 import torch
+from msgspec.structs import replace
 
-from engine.errors import EngineDead, FleetDivided, SlipstreamError
+from engine.errors import EngineDead, SlipstreamError, UpdateOrder
 from engine.protocol import (
     BeginUpdate,
-    FlushCache,
     ReplicaState,
     Request,
     RequestOutput,
     UpdateReport,
+    VersionSpan,
 )
 from recipes.actors.actor import Watcher, Weights, raise_if_failed
-from recipes.actors.fleet_engine import FleetEngine
+from recipes.actors.engines import Engines
 from recipes.world import World
-from rollout.replica.base import Replica
 from trainer_bridge import PushReport
 from trainer_bridge.adapters.base import WeightSource
 from trainer_bridge.adapters.plain import PlainSource
@@ -38,6 +37,8 @@ from trainer_bridge.transports.sharded import ShardedCarrier
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 MOST_LOSSES = 3
 """Engines lost in one call of `generate` or `push`, before it gives up."""
 
@@ -45,46 +46,44 @@ MOST_LOSSES = 3
 class FleetActor:
     """An `Actor` whose engines the main process speaks with; the others only send weights.
 
-    replicas: empty but in the main process. device: where the trainer's tensors are. launch:
-    starts the engine of a place again; without it a dead engine ends the run. Every trainer
-    process broadcasts the shards that it holds, one alone all tensors.
+    engines: None but in the main process. device: where the trainer's tensors are. address: at
+    which the engines reach this process. group: what they call the group that brings weights.
+    Every trainer process broadcasts the shards that it holds, one alone all tensors.
     """
 
     def __init__(
         self,
-        replicas: Sequence[Replica],
+        engines: Engines | None,
         world: World,
         *,
         device: torch.device,
-        launch: Callable[[int], Replica] | None = None,
+        address: str = "127.0.0.1",
+        group: str = "slipstream",
     ) -> None:
         """Collective."""
         self._world = world
-        self._engines = [
-            FleetEngine(place, replica, None if launch is None else partial(launch, place))
-            for place, replica in enumerate(replicas)
-        ]
-        initial = world.from_main(replicas[0].state() if replicas else None)
-        assert initial is not None, "the main process has an engine"
-        self._initial: ReplicaState = initial
-        self._version = initial.version
+        self._engines = engines
+        found = world.from_main(None if engines is None else (engines.state(), engines.base))
+        assert found is not None, "the main process has an engine"
+        self._initial, self._base = found
+        self._version = max(self._initial.version - self._base, 0)
         self._source: WeightSource | None = None
+        targets = () if engines is None else engines.targets
         self._sharded: ShardedCarrier | None = None
         self._single: NcclCarrier | None = None
         if world.size > 1:
-            self._sharded = ShardedCarrier(self._engines, device=device)
+            self._sharded = ShardedCarrier(targets, device=device, address=address, name=group)
         else:
-            self._single = NcclCarrier(self._engines, device=device)
+            self._single = NcclCarrier(targets, device=device, address=address, name=group)
 
     def watch(self, watcher: Watcher) -> None:
         """Several engines at once are not watched."""
 
     def generate(self, requests: Sequence[Request]) -> list[RequestOutput]:
-        """See `Actor`; collective, since an engine that was started again needs the weights of
+        """See `Actor`; collective, since an engine that comes back needs the weights of
         all trainer processes: they must be those of the last `push` still.
 
-        Groups are dealt out, each whole: its samples share their prompt's KV. Raises the error
-        of an engine that is lost more than `MOST_LOSSES` times, in every process.
+        Raises the error of an engine that is lost more than `MOST_LOSSES` times, in every process.
         """
         done: dict[str, RequestOutput] = {}
         lost: SlipstreamError | None = None
@@ -116,7 +115,7 @@ class FleetActor:
         """Nothing to do: the engines share no memory with the trainer."""
 
     def push(self, model: Weights, version: int, *, measure_memcpy: bool) -> PushReport:
-        """See `Actor`. An engine that dies meanwhile is started again and takes part."""
+        """See `Actor`. An engine that is lost meanwhile and comes back takes part."""
         self._source = PlainSource(model) if isinstance(model, torch.nn.Module) else model
         started = time.perf_counter()
         report = self._publish(version)
@@ -129,79 +128,107 @@ class FleetActor:
         )
 
     def flush(self) -> None:
-        """See `Actor`. An engine that is gone has nothing to forget."""
-        for engine in self._engines:
-            with suppress(EngineDead):
-                engine.send(FlushCache())
+        """See `Actor`."""
+        if self._engines is not None:
+            self._engines.flush()
 
     def state(self) -> ReplicaState:
         """See `Actor`: the first engine's; in other processes, and while that is gone, as it was
         at the start."""
+        found = self._initial
         with suppress(EngineDead):
-            return self._engines[0].state() if self._engines else self._initial
-        return self._initial
+            found = found if self._engines is None else self._engines.state()
+        return replace(found, version=max(found.version - self._base, 0))
 
     def close(self) -> None:
         """See `Actor`."""
         for carrier in (self._sharded, self._single):
             if carrier is not None:
                 carrier.close()
-        for engine in self._engines:
-            engine.close()
+        if self._engines is not None:
+            self._engines.close()
 
     def _run(
         self, requests: Sequence[Request], done: dict[str, RequestOutput]
     ) -> SlipstreamError | None:
-        """Deal requests out and run them to their end; the first error by which an engine was
-        lost. Its requests are not in `done` then."""
-        if not self._engines or not requests:
+        """Run requests to their end; the first error by which an engine was lost. Its requests
+        are not in `done` then."""
+        if self._engines is None or not requests:
             return None
-        parts = _deal(requests, len(self._engines))
-        with ThreadPoolExecutor(len(parts)) as pool:
-            futures = [
-                pool.submit(engine.generate, part, done)
-                for engine, part in zip(self._engines, parts, strict=True)
-                if part
-            ]
-        return next((lost for future in futures if (lost := future.result()) is not None), None)
+        found: dict[str, RequestOutput] = {}
+        oldest = self._version
+        lost = self._engines.generate(requests, found)
+        for rid, output in found.items():
+            try:
+                done[rid] = self._counted(output, oldest)
+            except SlipstreamError as error:
+                lost = lost or error
+        return lost
+
+    def _counted(self, output: RequestOutput, oldest: int) -> RequestOutput:
+        """The output with versions as the run counts them. Raises EngineDead for tokens of weights
+        before `oldest`, which an engine has that was started again, and UpdateOrder for those of
+        weights that this run did not publish."""
+        spans = [self._span(span) for span in output.spans]
+        for span in spans:
+            if span.version < oldest:
+                raise EngineDead(
+                    f"an engine sampled with weights that were replaced: {span.version} in place "
+                    f"of {oldest}",
+                    field="engine",
+                )
+            if span.version > self._version:
+                raise another_trainer(span.version + self._base)
+        kv_spans = [self._span(span) for span in output.kv_spans]
+        return replace(output, spans=spans, kv_spans=kv_spans) if self._base else output
+
+    def _span(self, span: VersionSpan) -> VersionSpan:
+        return VersionSpan(span.version - self._base, span.start, span.end)
 
     def _restore(self) -> None:
         """Collective: have every engine serve the version that was pushed last."""
-        behind = [e.place for e in self._engines if not e.serves(self._version)]
-        if not self._world.from_main(behind):
+        behind = self._on_main(lambda engines: engines.behind(self._base + self._version))
+        if not behind:
             return
         if self._source is None:
             # Nothing was pushed: what the engines load is what they serve.
-            self._revive()
+            self._on_main(lambda engines: engines.revive())
             return
         logger.warning("engines %s take version %d again", behind, self._version)
         self._publish(self._version)
 
-    def _revive(self) -> None:
-        """Collective: start the engines that died again; every process raises if one fails."""
+    def _on_main(self, act: Callable[[Engines], T]) -> T:
+        """Collective: what the main process makes of its engines; every process raises if it
+        fails."""
+        result: T | None = None
         failure: SlipstreamError | None = None
-        try:
-            for engine in self._engines:
-                engine.revive()
-        except SlipstreamError as error:
-            failure = error
-        failure = self._world.from_main(failure)
+        if self._engines is not None:
+            try:
+                result = act(self._engines)
+            except SlipstreamError as error:
+                failure = error
+        result, failure = self._world.from_main((result, failure))
         if failure is not None:
             raise failure
+        return result  # type: ignore[return-value]
 
     def _publish(self, version: int) -> UpdateReport:
         """Collective: one update of all engines that do not serve `version`, tried again while
         it is engines that fail."""
         for losses in range(MOST_LOSSES + 1):
-            self._revive()
+            self._on_main(lambda engines: engines.revive())
             try:
-                return self._publish_once(version)
+                return self._publish_once(self._base + version)
             except SlipstreamError as error:
                 is_loss = self._is_loss(error)
-                if losses == MOST_LOSSES or not self._world.from_main(is_loss):
+                if losses == MOST_LOSSES or not is_loss:
                     raise
                 logger.warning("version %d is pushed again: %s", version, error)
         raise AssertionError("the last try returns or raises")
+
+    def _is_loss(self, error: SlipstreamError) -> bool:
+        """Collective: whether an update failed for an engine that was lost."""
+        return self._on_main(lambda engines: engines.is_loss(error))
 
     def _publish_once(self, version: int) -> UpdateReport:
         assert self._source is not None, "publish before the first push"
@@ -211,26 +238,11 @@ class FleetActor:
         assert self._single is not None
         return publish(self._single, begin, self._source)
 
-    def _is_loss(self, error: SlipstreamError) -> bool:
-        """Whether an update failed because an engine died, not for what it brought."""
-        if isinstance(error, EngineDead | FleetDivided):
-            return True
-        return not all(_lives(engine) for engine in self._engines)
 
-
-def _lives(engine: FleetEngine) -> bool:
-    try:
-        engine.state()
-    except EngineDead:
-        return False
-    return True
-
-
-def _deal(requests: Sequence[Request], num: int) -> list[list[Request]]:
-    """Requests in `num` parts, every other group to the next part."""
-    parts: list[list[Request]] = [[] for _ in range(num)]
-    places: dict[str, int] = {}
-    for request in requests:
-        place = places.setdefault(request.group or request.rid, len(places) % num)
-        parts[place].append(request)
-    return parts
+def another_trainer(version: int) -> UpdateOrder:
+    """The error for engines that serve what this run has not published."""
+    return UpdateOrder(
+        f"endpoint: version {version} is served there, which this run did not publish: another "
+        "trainer publishes to the same engines; give each run its own",
+        field="endpoint",
+    )

@@ -51,6 +51,14 @@ class FleetEngine:
             return False
         return state.version == version and not state.refusal
 
+    def lives(self) -> bool:
+        """Whether it answers."""
+        try:
+            self.state()
+        except EngineDead:
+            return False
+        return True
+
     def generate(
         self, requests: Sequence[Request], done: dict[str, RequestOutput]
     ) -> SlipstreamError | None:
@@ -62,11 +70,10 @@ class FleetEngine:
         lost: SlipstreamError | None = None
         try:
             for output in run(self._replica, requests, total=len(requests)):
-                finish = output.finish
-                if finish is not None and finish.error in _LOST:
-                    lost = EngineDead(finish.message or finish.error, field="engine")
-                else:
+                loss = lost_with(output)
+                if loss is None:
                     done[output.rid] = output
+                lost = loss or lost
         except (EngineDead, WeightUpdateError) as error:
             return error
         return lost
@@ -100,3 +107,11 @@ class FleetEngine:
     def close(self) -> None:
         """Free the replica."""
         self._replica.close()
+
+
+def lost_with(output: RequestOutput) -> EngineDead | None:
+    """Why an engine is lost that ended a request so; None if the output is the request's own."""
+    finish = output.finish
+    if finish is None or finish.error not in _LOST:
+        return None
+    return EngineDead(finish.message or finish.error, field="engine")

@@ -16,6 +16,8 @@ from engine.config import (
 )
 from engine.errors import InvalidRequest
 from recipes.actors.actor import Actor, InlineActor
+from recipes.actors.endpoints import open_endpoints
+from recipes.actors.engines import Engines, ReplicaEngines
 from recipes.actors.fleet import FleetActor
 from recipes.actors.scorer import ScoringEngine, scoring_config
 from recipes.settings.options import RunOptions
@@ -29,8 +31,11 @@ MOST_RUNNING = 1024
 
 def launch_actor(options: RunOptions, world: World | None = None) -> Actor:
     """Start this process's engine, or, with `rollout_gpus`, those that the main process
-    speaks with; collective. Raises InvalidRequest when there are too few GPUs."""
+    speaks with, or, with `endpoint`, speak with those that are there; collective. Raises
+    InvalidRequest when there are too few GPUs; what `open_endpoints` raises."""
     world = world or World()
+    if options.endpoints.endpoint:
+        return open_endpoints(options, world, device=_device(options, world))
     num_engines = options.placement.rollout_gpus
     if num_engines == 0:
         sleeps = _sleeps(options)
@@ -43,9 +48,22 @@ def launch_actor(options: RunOptions, world: World | None = None) -> Actor:
         config = engine_config(options, gpu=first + place if on_gpu else 0)
         return launch(config, process=True)
 
-    replicas = [launch_place(place) for place in range(num_engines)] if world.is_main else []
-    device = torch.device("cuda", world.local_rank) if on_gpu else torch.device("cpu")
-    return FleetActor(replicas, world, device=device, launch=launch_place)
+    engines: Engines | None = None
+    if world.is_main:
+        replicas = [launch_place(place) for place in range(num_engines)]
+        engines = ReplicaEngines(replicas, launch_place)
+    return FleetActor(engines, world, device=_device(options, world))
+
+
+def has_own_engine(options: RunOptions) -> bool:
+    """Whether every trainer process rolls out too, with an engine of its own."""
+    return options.placement.rollout_gpus == 0 and not options.endpoints.endpoint
+
+
+def _device(options: RunOptions, world: World) -> torch.device:
+    """Where the tensors of this process's trainer are."""
+    on_gpu = uses_gpu(options.device)
+    return torch.device("cuda", world.local_rank) if on_gpu else torch.device("cpu")
 
 
 def launch_reference(options: RunOptions, world: World | None = None) -> ScoringEngine | None:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from engine.protocol import SamplingParams
 from recipes.actors.actor import Actor
-from recipes.actors.launch import launch_actor, launch_reference
+from recipes.actors.launch import has_own_engine, launch_actor, launch_reference
 from recipes.actors.scorer import ScoringEngine
 from recipes.actors.teacher import check_teacher, launch_teacher
 from recipes.algorithms.presets import Algorithm, resolve
@@ -65,7 +65,7 @@ def open_run(options: RunOptions, ledger: Ledger) -> Run:
         world = open_world(
             device=options.device,
             needs_group=placement.trainer != "plain",
-            colocated=placement.rollout_gpus == 0,
+            colocated=has_own_engine(options),
         )
         on_failure.callback(world.close)
         grading = open_grading(
@@ -91,6 +91,9 @@ def open_run(options: RunOptions, ledger: Ledger) -> Run:
             check_pool(each, actor.state(), _max_new_tokens(options, each.environment))
         shelf = RouteShelf(world=world)
         trainer = load_trainer(options, actor, world, shelf)
+        if options.endpoints.endpoint:
+            # What they serve is somebody's, whoever that was.
+            actor.push(trainer.weights, 0, measure_memcpy=False)
         run = assemble(
             options,
             ledger,

@@ -12,6 +12,7 @@ from typing import Any
 
 from engine.config import MAX_DRAFT_TOKENS
 from engine.errors import InvalidRequest, ModelNotFound
+from engine.protocol.urls import url_fault
 from recipes.algorithms.presets import AlgorithmOptions, resolve
 from recipes.asynchrony.async_checks import check_async
 from recipes.evaluation.evaluation_options import check_evaluation
@@ -69,6 +70,7 @@ ABOVE_ZERO = frozenset(
         *("minutes", "epochs", "temperature", "kv_memory_gb", "lr", "max_grad_norm"),
         *("reward_timeout", "reward_memory_gb", "code_memory_gb"),
         *("eval_temperature", "teacher_kv_memory_gb"),
+        "endpoint_patience",
         *("kl_target", "kl_horizon", "critic_lr", "value_clip", "is_max_k3"),
     }
 )
@@ -87,6 +89,7 @@ def check_options(options: RunOptions) -> None:
     _check_teacher(options)
     check_evaluation(options.evaluation)
     check_reward_options(options.rewards)
+    _check_endpoints(options)
     check_idle(options)
     check_async(options)
     _check_common(options)
@@ -146,6 +149,22 @@ def _check_objective(options: AlgorithmOptions, rollout: RolloutOptions) -> None
             "kl_controller: adaptive changes a weight that is above 0; add --kl-coef, 0.1 for "
             "example, or leave --kl-controller out",
             field="kl_controller",
+        )
+
+
+def _check_endpoints(options: RunOptions) -> None:
+    """Endpoints are URLs, of different servers, and the only ones that roll out."""
+    endpoint, num_gpus = options.endpoints.endpoint, options.placement.rollout_gpus
+    for url in endpoint:
+        if fault := url_fault(url):
+            raise InvalidRequest(f"endpoint: {fault}", field="endpoint")
+    if len({url.rstrip("/") for url in endpoint}) < len(endpoint):
+        raise InvalidRequest("endpoint: a URL is given twice; leave one out", field="endpoint")
+    if endpoint and num_gpus:
+        raise InvalidRequest(
+            f"rollout_gpus: {num_gpus} engines of the run's own beside those of --endpoint; leave "
+            "one of the two out",
+            field="rollout_gpus",
         )
 
 

@@ -41,6 +41,9 @@ CHANGEABLE = frozenset(
         "kv_memory_gb",
         "teacher_kv_memory_gb",
         "rollout_gpus",
+        "endpoint",
+        "endpoint_patience",
+        "rendezvous_host",
         "sleep",
         "max_failed_share",
         "reward_gpu",
@@ -88,7 +91,7 @@ def _parse(argv: Sequence[str], defaults: Options) -> Options:
     toml = _peek(argv, "--config")
     if toml is not None:
         defaults = with_values(defaults, _read_toml(Path(toml)))
-    args = joined(argv, "--reward")
+    args = joined(joined(argv, "--reward"), "--endpoint")
     options = tyro.cli(kind, default=defaults, args=args, prog=recipe_of(defaults))
     if saved is not None:
         options = with_values(options, _without_repeated_sets(flatten(options)))

@@ -60,6 +60,7 @@ def check_idle(options: RunOptions) -> None:
     given = _given(options, type(options)())
     _refuse(options, given, GRADING)
     _refuse(options, given, TRAINING)
+    _refuse(options, given, ROLLING_OUT)
     _refuse(options, given, PLACING)
 
 
@@ -251,6 +252,20 @@ TRAINING: tuple[Theme[RunOptions], ...] = (
     ),
 )
 """Of a run that learns from what it samples."""
+
+ROLLING_OUT: tuple[Theme[RunOptions], ...] = (
+    Theme(
+        names=("endpoint_patience", "rendezvous_host"),
+        holds=lambda options: bool(options.endpoints.endpoint),
+        missing="where the run has its own engines: add --endpoint URL",
+    ),
+    Theme(
+        names=("speculative", "rollout_quantization", "sleep", "trainer_memory_gb"),
+        holds=lambda options: not options.endpoints.endpoint,
+        missing="where others' engines roll out: give it to the servers of --endpoint",
+    ),
+)
+"""Of a run with rollouts."""
 
 TUNING: tuple[Theme[SftOptions], ...] = (
     Theme(

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import tyro
 
 from engine.config import Device, DType, LoadFormat
+from recipes.actors.endpoint_options import EndpointOptions
 from recipes.actors.teacher_options import TeacherOptions
 from recipes.algorithms.presets import AlgorithmOptions
 from recipes.asynchrony.async_options import AsyncOptions
@@ -124,6 +125,7 @@ class RunOptions:
         default_factory=RewardModelOptions
     )
     placement: tyro.conf.OmitArgPrefixes[PlacementOptions] = field(default_factory=PlacementOptions)
+    endpoints: tyro.conf.OmitArgPrefixes[EndpointOptions] = field(default_factory=EndpointOptions)
     objective: tyro.conf.OmitArgPrefixes[AlgorithmOptions] = field(default_factory=AlgorithmOptions)
     evaluation: tyro.conf.OmitArgPrefixes[EvaluationOptions] = field(
         default_factory=EvaluationOptions

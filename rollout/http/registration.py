@@ -8,11 +8,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
 from urllib.parse import quote, urlsplit
 
 import httpx
 
+from engine.protocol.urls import address_towards
 from rollout.http.edge.access import is_loopback
 
 logger = logging.getLogger(__name__)
@@ -87,17 +87,5 @@ def own_url(host: str, port: int, router: str) -> str:
     router from."""
     there = urlsplit(router).hostname or ""
     if host in _EVERYWHERE or (is_loopback(host) and not is_loopback(there)):
-        host = _address_towards(there, urlsplit(router).port or 80) or host
+        host = address_towards(router) or host
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _address_towards(host: str, port: int) -> str:
-    """This machine's address on the way to `host`; nothing is sent."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.connect(address)
-            found: str = probe.getsockname()[0]
-            return found
-    except OSError:
-        return ""

@@ -64,7 +64,7 @@ def expand(
     if not decoded:
         check_ranges(sampling)
         check_ranges(wire, skip=("input_ids", "sampling_params"))
-    _check_count(sampling.n, state)
+    check_count(sampling.n, state)
     _check_turn(wire)
     prompt_ids = _prompt_ids(wire, tokenizer, state, task, decoded=decoded)
     given = _given(wire, state)
@@ -177,8 +177,9 @@ def _continued(
     return found
 
 
-def _check_count(count: int, state: ReplicaState) -> None:
-    """Before anything is made `count` times."""
+def check_count(count: int, state: ReplicaState) -> None:
+    """Before anything is made `count` times, or room kept for as many. Raises InvalidRequest
+    (`n`)."""
     if count < 1:
         raise InvalidRequest(f"n is {count}; it must be at least 1", field="n")
     if count > state.max_samples:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import secrets
+from collections.abc import Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +20,16 @@ def _splitmix64(state: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
     return z ^ (z >> 31)
+
+
+def _unmix(z: int) -> int:
+    """The state of which `_splitmix64` made `z`: each of its steps can be undone."""
+    z ^= (z >> 31) ^ (z >> 62)
+    z = (z * pow(0x94D049BB133111EB, -1, 1 << 64)) & _MASK
+    z ^= (z >> 27) ^ (z >> 54)
+    z = (z * pow(0xBF58476D1CE4E5B9, -1, 1 << 64)) & _MASK
+    z ^= (z >> 30) ^ (z >> 60)
+    return (z - _GOLDEN) & _MASK
 
 
 def _word(part: int | str) -> int:
@@ -54,3 +65,21 @@ def derive_seed(base: int, *parts: int | str) -> int:
         # The multiplier keeps base and part apart: f(a, b) must not be f(b, a).
         state = _splitmix64((state * _MULTIPLIER + _splitmix64(_word(part))) & _MASK)
     return state >> 1
+
+
+def common_base(seeds: Sequence[int]) -> int | None:
+    """The base, in [-2**63, 2**63), whose children 0, 1, ... have these seeds: `derive_seed(base,
+    i)` is `seeds[i]`. One seed always has one; of more, those that were not derived so have none.
+
+    What a caller over HTTP states as `sampling_seed` to have the samples that these seeds draw.
+
+    >>> common_base([derive_seed(7, 0), derive_seed(7, 1)]) == 7
+    True
+    """
+    for lost_bit in (0, 1):
+        state = _unmix(seeds[0] << 1 | lost_bit)
+        inverse = pow(_MULTIPLIER, -1, 1 << 64)
+        base = _unmix(((state - _splitmix64(0)) * inverse) & _MASK)
+        if all(derive_seed(base, place) == seed for place, seed in enumerate(seeds)):
+            return base - (1 << 64) if base >> 63 else base
+    return None

@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import Coroutine
 from typing import Any
+from urllib.parse import unquote
 
 from engine.errors import SlipstreamError
 from rollout.http.edge.body_limits import BodyBudget
@@ -23,7 +24,7 @@ from rollout.router.exchange import Exchange, OnReply, Parts
 from rollout.router.fan_out import FanOut
 from rollout.router.metrics import RouterMetrics
 from rollout.router.places import Places, named_in
-from rollout.router.routes import Kind, kind_of, steers
+from rollout.router.routes import Kind, kind_of, named_worker, steers
 from rollout.router.wire.client_connection import ClientConnection, Handler
 from rollout.router.wire.messages import ClientRequest, Reply, error_reply, json_reply
 from rollout.router.worker_routes import WorkerRoutes
@@ -83,6 +84,10 @@ class Router:
         if kind is Kind.CONTROL:
             return self._in_task(request, connection, self._fan_out.run(request))
         try:
+            if named := named_worker(request.path):
+                worker = self.fleet.find(unquote(named[0]))
+                call = self._fan_out.one(request, worker, named[1])
+                return self._in_task(request, connection, call)
             connection.reply(self._own(request))
         except SlipstreamError as error:
             connection.reply(error_reply(error, request.path))

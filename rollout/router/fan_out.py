@@ -3,6 +3,8 @@
 A call that would commit an update is made in two phases: every worker verifies what it has, and
 only if all did, they commit. A commit whose answer was lost is asked for again. A worker that has
 not the version of the others then is out of rotation, until that version was published to it.
+
+A trainer that speaks with each worker by itself, in two phases of its own, names the worker.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from engine.errors import ManifestMismatch, SlipstreamError
+from engine.errors import EngineDead, ManifestMismatch, SlipstreamError
 from rollout.http.edge import phase
 from rollout.http.updates.tracked_update import EndingCall
 from rollout.router.config import RouterConfig
@@ -25,7 +27,7 @@ from rollout.router.metrics import RouterMetrics
 from rollout.router.outcomes import Outcome, together
 from rollout.router.wire.messages import ClientRequest, Header, Reply, json_reply
 from rollout.router.workers.call import call
-from rollout.router.workers.joining import Joining, model_of
+from rollout.router.workers.joining import Joining
 from rollout.router.workers.registry import Fleet
 from rollout.router.workers.worker import Worker
 
@@ -64,10 +66,19 @@ is dropped by the others."""
 _PREPARE, _COMMIT = "/internal/prepare_update", "/internal/commit_update"
 _DROP = "/internal/drop_update"
 _RENAMING = frozenset({"/update_weight_version", "/command"})
+_NAMING_COMMANDS = frozenset({"commit_update", "set_version"})
+"""Commands of the protocol after which an engine serves another version than before."""
+
+
+class _Kind(msgspec.Struct):
+    """What a command of the protocol is, whatever else it says."""
+
+    type: str = ""
 
 
 class FanOut:
-    """Makes control calls of all workers that have joined, in rotation or not."""
+    """Makes control calls of all workers that have joined, in rotation or not; not of one that
+    serves another model."""
 
     def __init__(
         self, config: RouterConfig, fleet: Fleet, joining: Joining, metrics: RouterMetrics
@@ -82,7 +93,7 @@ class FanOut:
 
     async def run(self, request: ClientRequest) -> Reply:
         """The answer to one control call. Raises NoWorker, InvalidRequest."""
-        workers = [worker for worker in self._fleet if worker.joined]
+        workers = [worker for worker in self._fleet if worker.joined and worker.alike]
         if not workers:
             raise NoWorker(
                 "no worker has joined, so that nobody takes a control call", field="workers"
@@ -102,9 +113,26 @@ class FanOut:
         else:
             outcomes = await self._all(request, workers)
             if path in _RENAMING and request.method == "POST":
-                await self._note_versions(workers)
+                await self._note_versions(workers, counts=_renames(path, request.body))
         self._metrics.fanned_out(whole=all(outcome.good for outcome in outcomes))
         return together(path, outcomes, self._out(), dropped=dropped)
+
+    async def one(self, request: ClientRequest, worker: Worker, path: str) -> Reply:
+        """The answer of one worker, as it gave it, to a control call that names it.
+
+        path: of the call on the worker. Raises EngineDead if it does not answer: whether the call
+        took effect is not known.
+        """
+        query = request.target.decode("latin-1").partition("?")[2]
+        target = f"{path}?{query}" if query else path
+        headers = self._passed_on(request)
+        outcome = await self._one(worker, request.method, target, request.body, headers)
+        if request.method == "POST" and worker.joined:
+            await self._note_versions([worker], counts=_renames(path, request.body))
+        self._metrics.fanned_out(whole=outcome.good)
+        if outcome.reply is None:
+            raise EngineDead(f"{worker.url} does not answer: {outcome.error}", field="worker")
+        return outcome.reply
 
     async def _in_phases(self, request: ClientRequest, workers: Sequence[Worker]) -> list[Outcome]:
         """What became of a call that may commit."""
@@ -185,9 +213,9 @@ class FanOut:
             body = msgspec.json.decode(request.body)
             self._folder = None if body.get("partial") else body
 
-    async def _note_versions(self, workers: Sequence[Worker]) -> None:
-        """Learn what each serves now. Most that changed to is the fleet's; whoever has another is
-        out of rotation."""
+    async def _note_versions(self, workers: Sequence[Worker], *, counts: bool = True) -> None:
+        """Learn what each serves now. What most of them changed to is the fleet's, if the call that
+        was made `counts` as one that changes it; whoever has another is out of rotation."""
         before = {worker: worker.version for worker in workers}
         found = await asyncio.gather(
             *(self._joining.refresh(worker) for worker in workers), return_exceptions=True
@@ -198,7 +226,7 @@ class FanOut:
             elif error is not None:
                 raise error
         changed = Counter(w.version for w in workers if w.joined and w.version != before[w])
-        if changed:
+        if changed and counts:
             self._fleet.version = changed.most_common(1)[0][0]
         for worker in workers:
             if worker.joined:
@@ -207,8 +235,7 @@ class FanOut:
 
     async def _republish(self, worker: Worker) -> bool:
         """Give a worker that was held the fleet's weights, from the folder of the last update."""
-        alike = model_of(worker) == self._fleet.model
-        if self._folder is None or self._fleet.version is None or not alike:
+        if self._folder is None or self._fleet.version is None or not worker.alike:
             return False
         async with self._committing:
             body = {**self._folder, "weight_version": self._fleet.version}
@@ -223,9 +250,7 @@ class FanOut:
         self, request: ClientRequest, workers: Sequence[Worker], *more: Header
     ) -> list[Outcome]:
         """The call itself, of each worker at once."""
-        headers = [pair for pair in request.headers if pair[0] == b"content-type"]
-        if not self._key:
-            headers += [pair for pair in request.headers if pair[0] == b"authorization"]
+        headers = self._passed_on(request)
         target = request.target.decode("latin-1")
         sent = bodies(request.path, request.body, workers)
         return await asyncio.gather(
@@ -234,6 +259,11 @@ class FanOut:
                 for worker, body in zip(workers, sent, strict=True)
             )
         )
+
+    def _passed_on(self, request: ClientRequest) -> list[Header]:
+        """The headers of a client's call that its workers get."""
+        names = {b"content-type"} if self._key else {b"content-type", b"authorization"}
+        return [pair for pair in request.headers if pair[0] in names]
 
     async def _each(
         self, workers: Sequence[Worker], target: str, body: dict[str, Any]
@@ -270,10 +300,6 @@ class FanOut:
         return {worker.url: worker.state for worker in self._fleet if not worker.in_rotation}
 
 
-class _Command(msgspec.Struct):
-    type: str = ""
-
-
 def _ends_by(request: ClientRequest) -> EndingCall | None:
     """As what a call ends a gathered update; None where it ends none."""
     if request.path in _FLUSHING:
@@ -281,11 +307,23 @@ def _ends_by(request: ClientRequest) -> EndingCall | None:
     if request.path != "/command":
         return "pause" if request.path in _SETTLING else None
     try:
-        kind = msgspec.json.decode(request.body, type=_Command).type
+        kind = msgspec.json.decode(request.body, type=_Kind).type
     except msgspec.DecodeError:
         # A worker names the field.
         return None
     return "pause" if kind in ("pause", "begin_update") else None
+
+
+def _renames(path: str, body: bytes) -> bool:
+    """Whether a call gives what an engine serves another version."""
+    if path != "/command":
+        return path in _LOADING or path in _ENDING or path in _RENAMING
+    try:
+        kind = msgspec.json.decode(body, type=_Kind).type
+    except msgspec.DecodeError:
+        # The worker has refused it.
+        return False
+    return kind in _NAMING_COMMANDS
 
 
 def _version(outcome: Outcome, name: str = "version") -> int | None:

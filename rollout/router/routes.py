@@ -74,6 +74,14 @@ def kind_of(path: str) -> Kind:
     return Kind.STATEFUL if path.startswith(_STATEFUL) else Kind.ANY
 
 
+def named_worker(path: str) -> tuple[str, str] | None:
+    """(name of a worker, path on it) of "/workers/NAME/ROUTE", where ROUTE is one that is otherwise
+    called on all workers; None of any other path. The name is as it was written, in quotes."""
+    name, slash, route = path.removeprefix("/workers/").partition("/")
+    is_named = path.startswith("/workers/") and bool(name and slash)
+    return (name, f"/{route}") if is_named and f"/{route}" in CONTROLS | STATES else None
+
+
 def steers(path: str) -> bool:
     """Whether a path takes the admin key."""
     return path in CONTROLS or path in REGISTRATION or path.startswith("/workers/")

@@ -135,5 +135,9 @@ def _told(worker: Worker) -> dict[str, Any]:
         "is_healthy": worker.in_rotation,
         "load": worker.num_open,
         "connection_mode": "http",
-        "metadata": {"weight_version": worker.version, "state": worker.state},
+        "metadata": {
+            "weight_version": worker.version,
+            "state": worker.state,
+            "takes_weights": worker.takes_weights,
+        },
     }

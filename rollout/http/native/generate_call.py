@@ -10,6 +10,7 @@ from msgspec import Raw
 from engine.errors import ContextTooLong, InvalidRequest
 from engine.protocol import GenerateRequest, Pooling, ReplicaState, Task
 from rollout.http.native.long_prompts import check_long_prompt
+from rollout.requests.expand import check_count
 from rollout.requests.json_types import decode_json
 from rollout.requests.sample_ids import check_client_id, fresh_id
 from rollout.requests.wire import Fields, meaningful_fields, parse_fields
@@ -168,6 +169,19 @@ def _parse_item(item: Fields, index: int) -> GenerateRequest:
 def in_item(error: InvalidRequest, index: int) -> InvalidRequest:
     """The error as one of item `index` of a batch."""
     return type(error)(f"item {index}: {error.message}", field=f"[{index}].{error.field}")
+
+
+def num_sequences(call: GenerateCall, state: ReplicaState) -> int:
+    """How many sequences a call asks for. Raises InvalidRequest (`n`), naming the item of a batch,
+    for more samples of a prompt than there may be: room must not be kept for what is refused."""
+    for number, item in enumerate(call.items):
+        try:
+            check_count(item.sampling_params.n, state)
+        except InvalidRequest as error:
+            if not call.batch:
+                raise
+            raise in_item(error, number) from error
+    return sum(item.sampling_params.n for item in call.items)
 
 
 def check_prompt(raw: Raw, room: PromptRoom, field: str) -> None:

@@ -14,7 +14,7 @@ from engine.errors import EngineDead, InvalidRequest, SlipstreamError, by_name
 from engine.protocol import Request, RequestOutput, Stop
 from rollout.http.engine.client import AsyncEngine
 from rollout.http.engine.mailbox import Mailbox
-from rollout.http.native.generate_call import GenerateCall, in_item
+from rollout.http.native.generate_call import GenerateCall, in_item, num_sequences
 from rollout.http.native.hooks import Journal, Recorder
 from rollout.http.native.sample import Sample, SampleDelta
 from rollout.http.native.text_workers import TextWorkers
@@ -134,14 +134,13 @@ class Generator:
 
     async def _expanded(self, call: GenerateCall) -> list[Sample]:
         """The sequences; of a large call made beside the event loop."""
-        count = sum(max(item.sampling_params.n, 0) for item in call.items)
         facts = self.engine.facts
+        count = num_sequences(call, facts)
         if len(call.items) > 1:
             many = any(item.sampling_params.n > 1 for item in call.items)
             name = "text" if call.items[0].input_ids is None else "input_ids"
             check_total(count, facts, field="n" if many else name)
-        if count <= facts.max_waiting:
-            self.engine.check_room(count + self._num_expanding)
+        self.engine.check_room(count + self._num_expanding)
         num_ids = num_chars = 0
         for item in call.items:
             num_ids += len(item.input_ids or ())

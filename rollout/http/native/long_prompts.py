@@ -15,7 +15,9 @@ _HEAD_BYTES = 4096
 _WINDOW_BYTES = 1 << 20
 
 # A quote within text is escaped, so what stands after a brace or a comma is a key.
-_PROMPT = re.compile(rb'[{,]\s*"(text|input_ids|prompt|token_ids|input)"\s*:\s*(?:(")|\[\s*[-\d])')
+_PROMPT = re.compile(
+    rb'[{,]\s*"(text|input_ids|prompt|token_ids|input|tokens)"\s*:\s*(?:(")|\[\s*[-\d])'
+)
 
 
 def check_long_prompt(body: bytes, *, text_bytes: int, num_ids: int) -> None:

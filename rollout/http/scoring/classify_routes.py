@@ -65,7 +65,9 @@ async def _scores(services: Services, data: bytes) -> Response:
 
 
 async def _labels(services: Services, data: bytes) -> Response:
-    body = await services.generator.parsed(parse_either, data, ClassifyBody, ClassifyChatBody)
+    body = await services.generator.parsed(
+        parse_either, data, ClassifyBody, ClassifyChatBody, services.prompts
+    )
     require(services, body, "classify")
     prompts, field = await prompts_of_either(services, body, len(data))
     call = await run_prompts(

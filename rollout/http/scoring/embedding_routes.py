@@ -63,7 +63,9 @@ async def embed(services: Services, data: bytes) -> Response:
     with."""
     room = prompt_room(services.engine.facts, services.tokenizer)
     check_long_prompt(data, text_bytes=room.text_bytes, num_ids=room.num_ids)
-    body = await services.generator.parsed(parse_either, data, EmbeddingBody, EmbeddingChatBody)
+    body = await services.generator.parsed(
+        parse_either, data, EmbeddingBody, EmbeddingChatBody, services.prompts
+    )
     require(services, body, "embed")
     check_dimensions(services, body.dimensions)
     prompts, field = await prompts_of_either(services, body, len(data))

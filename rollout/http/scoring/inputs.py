@@ -8,6 +8,7 @@ from typing import TypeVar
 from msgspec import Raw
 
 from engine.errors import InvalidRequest
+from rollout.http.chat.prompts import ChatPrompts
 from rollout.http.native.generate_call import check_prompt, prompt_room
 from rollout.http.openai.bodies import ChatBody, parse_openai, prompts_of
 from rollout.http.scoring.bodies import (
@@ -25,13 +26,23 @@ T = TypeVar("T", EmbeddingBody, ClassifyBody)
 C = TypeVar("C", EmbeddingChatBody, ClassifyChatBody)
 
 
-def parse_either(data: bytes, kind: type[T], chat_kind: type[C]) -> T | C:
-    """The body, of the kind whose prompts it has. Raises InvalidRequest, also for both."""
+def parse_either(
+    data: bytes, kind: type[T], chat_kind: type[C], prompts: ChatPrompts | None
+) -> T | C:
+    """The body, of the kind whose prompts it has. prompts: bounds the size of a conversation,
+    before it is decoded. Raises InvalidRequest, also for both kinds at once."""
     fields: dict[str, Raw] = decode_json(data or b"{}", dict[str, Raw])
     given = {name for name in ("input", "messages") if bytes(fields.get(name, b"null")) != b"null"}
     if len(given) == 2:
         raise InvalidRequest("send either input or messages; both came", field="messages")
-    return parse_openai(data, chat_kind if "messages" in given else kind)
+    if "messages" not in given:
+        return parse_openai(data, kind)
+    if prompts is None:
+        raise InvalidRequest(
+            "this model came without a tokenizer; send ids as input", field="messages"
+        )
+    prompts.check_size(len(data))
+    return parse_openai(data, chat_kind)
 
 
 async def prompts_of_either(
@@ -50,11 +61,7 @@ async def prompts_of_either(
 
 
 async def _conversation(services: Services, body: ChatForm, num_bytes: int) -> str:
-    if services.prompts is None:
-        raise InvalidRequest(
-            "this model came without a tokenizer; send ids as input", field="messages"
-        )
-    services.prompts.check_size(num_bytes)
+    assert services.prompts is not None, "a body with messages was parsed with their bounds"
     chat = ChatBody(
         messages=body.messages,
         add_generation_prompt=body.add_generation_prompt,

@@ -15,9 +15,10 @@ from engine.protocol.types import Count, Message
 from rollout.http.chat.prompts import ChatPrompts
 from rollout.http.chat.tool_choice import tool_choice
 from rollout.http.edge.errors import json_response
-from rollout.http.edge.read_body import read_body
 from rollout.http.edge.routes import Routes
 from rollout.http.edge.sse import answer
+from rollout.http.native.generate_call import prompt_room
+from rollout.http.native.long_prompts import check_long_prompt
 from rollout.http.openai.bodies import ChatBody, parse_openai
 from rollout.http.openai.model_routes import check_model
 from rollout.http.openai.structured import grammar_of_body
@@ -78,6 +79,11 @@ class Detokenize(msgspec.Struct, kw_only=True):
     model: Message | None = None
 
 
+def _read_detokenize(data: bytes) -> Detokenize:
+    body: Detokenize = decode_json(data or b"{}", Detokenize, strict=False)
+    return body
+
+
 class _Text:
     """The handlers."""
 
@@ -89,7 +95,12 @@ class _Text:
     async def tokenize(self, request: Request) -> Response:
         return await answer(request, self._tokenize(await request.body()))
 
+    def _check_long(self, data: bytes) -> None:
+        room = prompt_room(self._services.engine.facts, self._tokenizer)
+        check_long_prompt(data, text_bytes=room.text_bytes, num_ids=room.num_ids)
+
     async def _tokenize(self, data: bytes) -> Response:
+        self._check_long(data)
         fields: dict[str, msgspec.Raw] = decode_json(data or b"{}", dict[str, msgspec.Raw])
         fields = {name: value for name, value in fields.items() if bytes(value) != b"null"}
         if "messages" in fields:
@@ -115,11 +126,12 @@ class _Text:
         return self._lists(found, strings) if several else self._ids(found[0], strings=strings)
 
     async def detokenize(self, request: Request) -> Response:
-        body = await read_body(request, Detokenize)
-        check_model(self._services, body.model or "")
-        return await answer(request, self._detokenize(body))
+        return await answer(request, self._detokenize(await request.body()))
 
-    async def _detokenize(self, body: Detokenize) -> Response:
+    async def _detokenize(self, data: bytes) -> Response:
+        self._check_long(data)
+        body = await self._services.generator.parsed(_read_detokenize, data)
+        check_model(self._services, body.model or "")
         workers = self._services.generator.workers
         lists = await workers.run(self._id_lists, body.tokens)
         found = [

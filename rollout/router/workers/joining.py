@@ -116,7 +116,8 @@ class Joining:
         """Why a worker that answered may not be asked, or ""."""
         model = model_of(worker)
         self._fleet.model = self._fleet.model or model
-        if model != self._fleet.model:
+        worker.alike = model == self._fleet.model
+        if not worker.alike:
             return f"serves the model {model!r}, and the fleet {self._fleet.model!r}"
         states = worker.facts.get("internal_states") or [{}]
         refusal = states[0].get("refusal", "") if isinstance(states[0], dict) else ""

@@ -21,9 +21,9 @@ Taken = Callable[[WorkerConnection | None, str], None]
 class Worker:
     """A server behind the router, named by its URL.
 
-    id: by which the API calls it. joined: what it is was looked up. held: why it may not be asked,
-    until its weights are published again; "". why: what came of it when it was last asked what it
-    is; "". draining: it gets nothing new. facts: what its
+    id: by which the API calls it. joined: what it is was looked up. alike: it serves the fleet's
+    model. held: why it may not be asked, until its weights are published again; "". why: what came
+    of it when it was last asked what it is; "". draining: it gets nothing new. facts: what its
     `/server_info` says. version: of its weights, as it calls it. epoch: counts what its prefix
     cache did not survive. num_open: sequences on it. num_bytes: of their prompts. num_controls:
     control calls on it; while there are any, silence means nothing.
@@ -33,6 +33,7 @@ class Worker:
         self.url = url
         self.id = worker_id
         self.joined = False
+        self.alike = True
         self.held = ""
         self.why = ""
         self.draining = False
@@ -62,6 +63,11 @@ class Worker:
     def in_rotation(self) -> bool:
         """Whether it may be given requests."""
         return self.joined and not (self.held or self.draining or self.breaker.is_open)
+
+    @property
+    def takes_weights(self) -> bool:
+        """Whether an update of the fleet is for it too, in rotation or not."""
+        return self.joined and self.alike and not self.draining
 
     @property
     def state(self) -> str:

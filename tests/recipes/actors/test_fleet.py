@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.errors import ContextTooLong, EngineDead, ManifestMismatch
+from engine.errors import ContextTooLong, EngineDead, ManifestMismatch, UpdateOrder
 from engine.protocol import (
     BeginUpdate,
     CommitUpdate,
@@ -24,7 +24,8 @@ from engine.protocol import (
     RequestOutput,
 )
 from recipes.actors import fleet_engine
-from recipes.actors.fleet import FleetActor, _deal
+from recipes.actors.engines import ReplicaEngines, deal
+from recipes.actors.fleet import FleetActor
 from recipes.world import World
 from tests.helpers.char_model import char_model
 from tests.helpers.engines import make_replica, request
@@ -84,15 +85,16 @@ def requests(groups: int, samples: int) -> list[Request]:
 
 def fleet(num: int) -> tuple[FleetActor, list[FakeReplica]]:
     replicas = [FakeReplica() for _ in range(num)]
-    return FleetActor(replicas, World(), device=torch.device("cpu")), replicas  # type: ignore
+    engines = ReplicaEngines(replicas)  # type: ignore
+    return FleetActor(engines, World(), device=torch.device("cpu")), replicas
 
 
 def test_groups_stay_whole_and_are_dealt_evenly() -> None:
-    parts = _deal(requests(5, 3), 2)
+    parts = deal(requests(5, 3), 2)
     assert [sorted({r.group for r in part}) for part in parts] == [["0", "2", "4"], ["1", "3"]]
     assert sum(map(len, parts)) == 15
     alone = [request(str(i), [1]) for i in range(4)]
-    assert [len(part) for part in _deal(alone, 2)] == [2, 2]
+    assert [len(part) for part in deal(alone, 2)] == [2, 2]
 
 
 def test_outputs_come_in_the_order_of_the_requests() -> None:
@@ -157,7 +159,8 @@ def launching(num: int) -> tuple[FleetActor, list[FakeReplica], list[FakeReplica
         started.append(FakeReplica())
         return started[-1]
 
-    actor = FleetActor(replicas, World(), device=torch.device("cpu"), launch=launch)  # type: ignore
+    engines = ReplicaEngines(replicas, launch)  # type: ignore
+    actor = FleetActor(engines, World(), device=torch.device("cpu"))
     return actor, replicas, started
 
 
@@ -184,7 +187,7 @@ def test_an_engine_that_keeps_dying_ends_the_call_with_its_error() -> None:
         started[-1].dies_at = 0
         return started[-1]
 
-    actor._engines[0]._launch = launch
+    actor._engines.targets[0]._launch = launch
     with pytest.raises(EngineDead, match="the leader was killed"):
         actor.generate(requests(2, 2))
     assert len(started) == 3
@@ -242,7 +245,8 @@ def mortals(tiny: Path) -> Iterator[tuple[FleetActor, list[Mortal]]]:
         replicas.append(Mortal(tiny))
         return replicas[-1]
 
-    actor = FleetActor(replicas[:2], World(), device=torch.device("cpu"), launch=launch)  # type: ignore
+    engines = ReplicaEngines(replicas[:2], launch)  # type: ignore
+    actor = FleetActor(engines, World(), device=torch.device("cpu"))
     yield actor, replicas
     actor.close()
 
@@ -297,3 +301,20 @@ def test_an_update_that_is_wrong_is_not_tried_again(mortals) -> None:
         actor.push(tiny_hf("llama", num_hidden_layers=1), 4, measure_memcpy=False)
     assert len(replicas) == 2
     assert {version for _, versions in replies(actor) for version in versions} == {0}
+
+
+def test_versions_are_counted_from_the_beginning_of_the_run(tiny: Path) -> None:
+    replica = make_replica(tiny)
+    engines = ReplicaEngines([replica], base=7)
+    actor = FleetActor(engines, World(), device=torch.device("cpu"))
+    model = tiny_hf("llama", seed=1)
+    for version in (0, 1):
+        actor.push(model, version, measure_memcpy=False)
+        assert (replica.state().version, actor.state().version) == (7 + version, version)
+        assert {version for _, versions in replies(actor) for version in versions} == {version}
+    # Another run, which has seen what this one published.
+    other = FleetActor(ReplicaEngines([replica], base=9), World(), device=torch.device("cpu"))
+    other.push(model, 0, measure_memcpy=False)
+    with pytest.raises(UpdateOrder, match="does not go forward"):
+        replies(actor)
+    actor.close()

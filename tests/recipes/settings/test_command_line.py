@@ -35,6 +35,8 @@ dither
 draft_tokens
 dtype
 dynamic_sampling
+endpoint
+endpoint_patience
 engine_steps
 eval_every
 eval_k
@@ -82,6 +84,7 @@ overlong_buffer
 prompt_column
 prompts_per_step
 reference
+rendezvous_host
 resume
 reward
 reward_gpu

@@ -144,12 +144,28 @@ def test_what_would_be_ignored_is_refused_by_name(
         ({"algorithm": "grpo", "max_resamples": 1}, "max_resamples"),
         ({"algorithm": "opd", "teacher": __file__, "gamma": 0.9}, "gamma"),
         ({"trainer_memory_gb": 1.0, "rollout_gpus": 1}, "trainer_memory_gb"),
+        ({"rendezvous_host": "10.0.0.1"}, "rendezvous_host"),
+        ({"endpoint": ("http://a:1",), "speculative": "ngram"}, "speculative"),
         ({"reward": (f"model:{__file__}",), "reward_gpu": 1, "device": "cpu"}, "reward_gpu"),
     ],
 )
 def test_what_others_switch_off_is_refused_by_name(values: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidRequest, match=rf"^{field}: .* says nothing here, "):
         check_options(with_values(RunOptions(model=__file__), values))
+
+
+@pytest.mark.parametrize(
+    "values,field",
+    [
+        ({"endpoint": ("a:1",)}, "endpoint"),
+        ({"endpoint": ("http://a:1", "http://a:1/")}, "endpoint"),
+        ({"endpoint": ("http://a:1",), "rollout_gpus": 1}, "rollout_gpus"),
+    ],
+)
+def test_endpoints_are_urls_and_alone(values: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidRequest, match=rf"^{field}: ") as caught:
+        check_options(with_values(RunOptions(model=__file__), values))
+    assert caught.value.field == field
 
 
 def test_the_weight_of_a_value_loss_that_stands_alone_is_refused_by_name() -> None:

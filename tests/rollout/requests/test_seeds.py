@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pytest import LogCaptureFixture
 
-from rollout.requests.seeds import base_seed, derive_seed
+from rollout.requests.seeds import base_seed, common_base, derive_seed
 
 
 def test_values_are_fixed_for_ever() -> None:
@@ -45,3 +45,24 @@ def test_a_seed_is_used_as_it_is_unless_replicas_are_set_apart() -> None:
     assert base_seed(7) == 7
     assert base_seed(7, "a") == base_seed(7, "a")
     assert len({base_seed(7), base_seed(7, "a"), base_seed(7, "b"), base_seed(8, "a")}) == 4
+
+
+@given(st.integers(0, 2**63 - 1))
+def test_every_seed_has_a_base_that_fits_into_a_signed_word(seed: int) -> None:
+    base = common_base([seed])
+    assert base is not None and -(2**63) <= base < 2**63
+    assert derive_seed(base, 0) == seed
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(2, 9))
+def test_children_of_one_base_have_it_in_common(base: int, count: int) -> None:
+    seeds = [derive_seed(base, place) for place in range(count)]
+    found = common_base(seeds)
+    assert found is not None
+    assert [derive_seed(found, place) for place in range(count)] == seeds
+    assert common_base(seeds[::-1]) is None
+
+
+def test_children_of_a_child_have_a_base_too() -> None:
+    found = common_base([derive_seed(3, "rollout", 5, place) for place in range(4)])
+    assert found is not None and derive_seed(found, 3) == derive_seed(3, "rollout", 5, 3)

@@ -113,6 +113,26 @@ def test_others_are_served_while_a_large_call_is_taken_in() -> None:
     run(test)
 
 
+@pytest.mark.parametrize("count", [2000, 5000, 2**31 - 1])
+def test_a_count_that_is_refused_keeps_no_room_from_others(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def parted(*_: object, **__: object) -> None:
+        raise AssertionError("it was to be expanded beside the event loop, others kept out")
+
+    async def test() -> None:
+        async with serving(engine=fake_config(max_waiting=4000)) as server:
+            monkeypatch.setattr(server.services.generator.workers, "run", parted)
+            body = {"input_ids": [1, 2], "sampling_params": {"n": count}}
+            reply = await server.post("/generate", body)
+            assert (reply.status_code, reply.json()["error"]["field"]) == (400, "n")
+            both = {"input_ids": [[1], [2]], "sampling_params": [{"n": 1}, {"n": count}]}
+            reply = await server.post("/generate", both)
+            assert (reply.status_code, reply.json()["error"]["field"]) == (400, "[1].n")
+
+    run(test)
+
+
 @pytest.mark.parametrize("how", ["leaves", "aborted", "dead"])
 def test_a_large_call_that_ends_while_it_is_taken_in_leaves_nothing(how: str) -> None:
     async def test() -> None:
@@ -222,8 +242,16 @@ def test_a_body_far_beyond_the_context_is_refused_before_it_is_decoded() -> None
                 body = b'{"%s": "' % name.encode() + b"\xff" * (2 << 20) + b'"}'
                 error = (await server.http.post(path, content=body)).json()["error"]
                 assert (error["type"], error["field"]) == ("ContextTooLong", name)
-            reply = await server.http.post(CHAT_PATH, content=b"[" * (2 << 20))
-            assert reply.json()["error"]["type"] == "ContextTooLong"
+            for path in (CHAT_PATH, "/v1/responses"):
+                reply = await server.http.post(path, content=b"[" * (2 << 20))
+                assert reply.json()["error"]["type"] == "ContextTooLong"
+            ids = b'{"tokens": [7,' + b"\xff," * (1 << 20)
+            error = (await server.http.post("/detokenize", content=ids)).json()["error"]
+            assert (error["type"], error["field"]) == ("ContextTooLong", "tokens")
+            # Whatever messages are, the decoder of their type does not see so many bytes of them.
+            body = b'{"messages": [1, "%s"]}' % (b"a" * (2 << 20))
+            error = (await server.http.post("/v1/embeddings", content=body)).json()["error"]
+            assert (error["type"], error["field"]) == ("ContextTooLong", "messages")
 
     run(test)
 

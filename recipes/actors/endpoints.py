@@ -1,0 +1,152 @@
+"""The servers of `--endpoint`, looked at before a run uses them."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from engine.errors import InvalidRequest, SlipstreamError
+from engine.protocol import ReplicaState
+from engine.protocol.urls import address_towards
+from recipes.actors.engines import Engines, ReplicaEngines
+from recipes.actors.fleet import FleetActor
+from recipes.actors.routed import RoutedEngines
+from recipes.settings.options import RunOptions
+from recipes.world import World
+from rollout.launch import read_checkpoint
+from rollout.replica.remote.http_replica import HttpReplica
+
+API_KEY, ADMIN_API_KEY = "SLIPSTREAM_API_KEY", "SLIPSTREAM_ADMIN_API_KEY"
+"""Variables of the environment with the keys of endpoints; a command line ends up in a run's
+files."""
+
+
+def open_endpoints(options: RunOptions, world: World, *, device: torch.device) -> FleetActor:
+    """The actor over the endpoints that the options name; collective.
+
+    device: where the trainer's tensors are. Raises InvalidRequest (`endpoint`, `dtype`,
+    `routing_replay`) for endpoints that do not serve what is trained, EngineDead (`endpoint`) for
+    one that does not answer within `endpoint_patience`, Unauthorized and Forbidden.
+    """
+    engines: Engines | None = None
+    failure: SlipstreamError | None = None
+    reached: tuple[str, str] = ("", "")
+    if world.is_main:
+        try:
+            engines, there = _open(options)
+            reached = (there, f"run-{uuid.uuid4().hex}")
+        except SlipstreamError as error:
+            failure = error
+    failure, (there, group) = world.from_main((failure, reached))
+    if failure is not None:
+        raise failure
+    address = options.endpoints.rendezvous_host or address_towards(there) or "127.0.0.1"
+    return FleetActor(engines, world, device=device, address=address, group=group)
+
+
+def _open(options: RunOptions) -> tuple[Engines, str]:
+    """The engines of the endpoints, and the URL of one."""
+    given = options.endpoints
+    with ExitStack() as on_failure:
+        replicas = [_reach(url, given.endpoint_patience) for url in given.endpoint]
+        for replica in replicas:
+            on_failure.callback(replica.close)
+        routers = [replica for replica in replicas if _is_router(replica)]
+        if routers and len(replicas) > 1:
+            raise InvalidRequest(
+                f"endpoint: {routers[0].url} is a router, and stands for all its workers; give it "
+                "alone",
+                field="endpoint",
+            )
+        found = _routed(options, routers[0]) if routers else _alone(options, replicas)
+        on_failure.pop_all()
+    return found
+
+
+def _routed(options: RunOptions, router: HttpReplica) -> tuple[Engines, str]:
+    key = os.environ.get(ADMIN_API_KEY) or os.environ.get(API_KEY, "")
+    patience_s = options.endpoints.endpoint_patience
+    engines = RoutedEngines(router, admin_key=key, patience_s=patience_s)
+    _check(options, router.url, engines.state())
+    return engines, engines.workers[0].url
+
+
+def _alone(options: RunOptions, replicas: Sequence[HttpReplica]) -> tuple[Engines, str]:
+    given = options.endpoints
+    states = [replica.state() for replica in replicas]
+    for replica, state in zip(replicas, states, strict=True):
+        _check(options, replica.url, state)
+
+    def again(place: int) -> HttpReplica:
+        return _reach(given.endpoint[place], given.endpoint_patience)
+
+    base = max(state.version for state in states) + 1
+    return ReplicaEngines(replicas, again, base=base), replicas[0].url
+
+
+def _reach(url: str, patience_s: float) -> HttpReplica:
+    """The endpoint once it is healthy. Raises EngineDead (`endpoint`) if it is not in time."""
+    replica = HttpReplica(
+        url,
+        api_key=os.environ.get(API_KEY, ""),
+        admin_api_key=os.environ.get(ADMIN_API_KEY, ""),
+    )
+    with ExitStack() as on_failure:
+        on_failure.callback(replica.close)
+        try:
+            replica.client.wait_ready(patience_s)
+        except SlipstreamError as error:
+            raise type(error)(
+                f"endpoint: {url} is not ready for {patience_s:g} s (--endpoint-patience): "
+                f"{error.message}",
+                field="endpoint",
+            ) from error
+        on_failure.pop_all()
+    return replica
+
+
+def _is_router(replica: HttpReplica) -> bool:
+    """Whether the endpoint has workers; a server has no such route."""
+    try:
+        found: Any = replica.client.call("/workers")
+    except SlipstreamError as error:
+        if error.status in (401, 403):
+            raise type(error)(f"endpoint: {error.message}", field="endpoint") from error
+        return False
+    return isinstance(found, dict) and "workers" in found
+
+
+def _check(options: RunOptions, url: str, state: ReplicaState) -> None:
+    """Raise for an endpoint that does not serve the model that is trained, as it is trained."""
+    config = read_checkpoint(options.model, options.load_format, options.seed).hf_config
+    for what, ours, theirs in (
+        ("class", (config.get("architectures") or [""])[0], state.architecture),
+        ("vocab_size", config.get("vocab_size", 0), state.vocab_size),
+        ("hidden_size", config.get("hidden_size", 0), state.hidden_size),
+    ):
+        if ours and theirs and ours != theirs:
+            raise InvalidRequest(
+                f"endpoint: {url} serves a model with {what} {theirs} ({state.model}), and --model "
+                f"{options.model} has {ours}; serve the model that is trained",
+                field="endpoint",
+            )
+    if options.dtype not in ("auto", state.dtype.removeprefix("torch.")):
+        raise InvalidRequest(
+            f"dtype: {url} serves in {state.dtype}, and --dtype says {options.dtype}; start it "
+            f"with --dtype {options.dtype}, or leave it out here",
+            field="dtype",
+        )
+    if options.routing.routing_replay and not state.keeps_routes:
+        raise InvalidRequest(
+            f"routing_replay: {url} keeps no routes; start it with --enable-return-routed-experts",
+            field="routing_replay",
+        )
+    if state.paused:
+        raise InvalidRequest(
+            f"endpoint: {url} is paused; POST /continue_generation to it first", field="endpoint"
+        )

@@ -1,0 +1,1 @@
+"""A server, or a router, as a replica: requests and commands over HTTP."""
