@@ -9,6 +9,7 @@ requests: 512 ids in, two workers that cost next to nothing (`router_upstreams.p
     Sides take turns: direct, router with its journal, without, and beside.
 latency: the same with one connection: what the router adds to a reply.
 choices: see `router_choices.py`.
+kills: see `router_kills.py`. Not of `--only` by default.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ from typing import Any, Literal
 
 import checkout
 import router_choices
+import router_kills
 import tyro
 from machine import describe
 from over_http_children import Child
 from process_times import between, seconds_by_role
 
-Part = Literal["requests", "latency", "choices"]
+Part = Literal["requests", "latency", "choices", "kills"]
 NUM_IDS = 512
 
 
@@ -138,12 +140,22 @@ def serve(options: Options, part: str) -> dict[str, Any]:
     }
 
 
+def _measure(options: Options, part: Part) -> dict[str, Any]:
+    if part == "kills":
+        return router_kills.measure()
+    return router_choices.measure() if part == "choices" else serve(options, part)
+
+
 def main() -> None:
     """Measure and print."""
     options = tyro.cli(Options, description=__doc__)
-    report: dict[str, Any] = {"machine": describe(), "cores": len(os.sched_getaffinity(0))}
+    report: dict[str, Any] = {}
+    if options.json is not None and options.json.exists():
+        # What is not measured now stays.
+        report = json.loads(options.json.read_text())
+    report |= {"machine": describe(), "cores": len(os.sched_getaffinity(0))}
     for part in options.only:
-        report[part] = router_choices.measure() if part == "choices" else serve(options, part)
+        report[part] = _measure(options, part)
         print(part, json.dumps(report[part], indent=2), flush=True)
     if options.json is not None:
         options.json.write_text(json.dumps(report, indent=2) + "\n")

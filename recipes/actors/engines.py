@@ -17,14 +17,17 @@ from trainer_bridge.update_target import UpdateTarget
 
 
 class Engines(Protocol):
-    """Who rolls out and takes weights.
+    """Who rolls out and takes weights."""
 
-    targets: who takes updates, one list that changes in place. base: what their versions are
-    counted from; a run's version v is theirs `base + v`.
-    """
+    @property
+    def targets(self) -> Sequence[UpdateTarget]:
+        """Who takes updates: one list, which changes in place."""
+        ...
 
-    targets: Sequence[UpdateTarget]
-    base: int
+    @property
+    def base(self) -> int:
+        """What their versions are counted from; a run's version v is theirs `base + v`."""
+        ...
 
     def generate(
         self, requests: Sequence[Request], done: dict[str, RequestOutput]

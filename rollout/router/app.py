@@ -19,7 +19,7 @@ from rollout.router.choice.cache_aware import CacheAware
 from rollout.router.choice.peek import peek
 from rollout.router.choice.plain_policies import LeastLoad, RoundRobin
 from rollout.router.config import RouterConfig
-from rollout.router.errors import NoWorker
+from rollout.router.errors import NotAWorker, NoWorker
 from rollout.router.exchange import Exchange, OnReply, Parts
 from rollout.router.fan_out import FanOut
 from rollout.router.metrics import RouterMetrics
@@ -28,7 +28,7 @@ from rollout.router.routes import Kind, kind_of, named_worker, steers
 from rollout.router.wire.client_connection import ClientConnection, Handler
 from rollout.router.wire.messages import ClientRequest, Reply, error_reply, json_reply
 from rollout.router.worker_routes import WorkerRoutes
-from rollout.router.workers.joining import Joining
+from rollout.router.workers.joining import ASKED_BY_ROUTER, Joining
 from rollout.router.workers.registry import Fleet
 from rollout.router.workers.watch import Watch
 
@@ -73,6 +73,9 @@ class Router:
     def handle(self, request: ClientRequest, connection: ClientConnection) -> Handler | None:
         """See `Front`."""
         kind = kind_of(request.path)
+        if request.header(ASKED_BY_ROUTER):
+            connection.reply(error_reply(_is_router(), request.path))
+            return None
         if kind is Kind.GENERATE or kind is Kind.SCORE:
             return self._generate(request, connection, journaled=kind is Kind.GENERATE)
         if kind is Kind.STATEFUL or kind is Kind.ANY:
@@ -196,6 +199,12 @@ class Router:
     def _wake_parked(self) -> None:
         for exchange in list(self._parts.parked):
             exchange.wake()
+
+
+def _is_router() -> NotAWorker:
+    return NotAWorker(
+        "this is a router, and no worker of one: register its servers themselves", field="url"
+    )
 
 
 def _policy(config: RouterConfig) -> Policy:

@@ -25,6 +25,13 @@ class WorkerLies(SlipstreamError):
     status = 409
 
 
+class NotAWorker(SlipstreamError):
+    """A router was asked, by a router, to be its worker: requests would go round, and an update
+    would reach one of its servers only. Register its servers themselves."""
+
+    status = 409
+
+
 class UnknownWorker(SlipstreamError):
     """No worker of that id or URL is registered."""
 

@@ -262,6 +262,8 @@ class Exchange:
             journal.version = payload.decode()
         elif kind == frames.END:
             self._in.ended = True
+        elif kind == frames.TICKET and payload != journal.ticket.name.encode():
+            raise BadFrames(f"answered another request, {payload[:64].decode(errors='replace')!r}")
         elif kind == frames.LOST:
             raise BadFrames(f"gave it up: {payload.decode(errors='replace')}")
 

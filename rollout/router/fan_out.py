@@ -17,8 +17,9 @@ from typing import Any
 
 import msgspec
 
-from engine.errors import EngineDead, SlipstreamError
+from engine.errors import EngineDead, ManifestMismatch, SlipstreamError
 from rollout.http.edge import phase
+from rollout.http.updates.tracked_update import EndingCall
 from rollout.router.config import RouterConfig
 from rollout.router.errors import NoWorker
 from rollout.router.group_ranks import bodies, num_ranks
@@ -53,6 +54,15 @@ _ENDING = frozenset(
 """Calls that commit an update that is open."""
 _EXPLICIT = frozenset({"/end_weight_update", "/finish_weight_update"})
 """Those of callers that opened it themselves."""
+_FLUSHING = frozenset({"/flush_cache", "/reset_prefix_cache"})
+_SETTLING = frozenset(
+    {
+        *("/pause_generation", "/pause", "/sleep", "/begin_weight_update"),
+        *("/start_weight_update", "/update_weights_from_disk"),
+    }
+)
+"""These two commit an update that is implicit and whole. One that is not stays open at a flush, and
+is dropped by the others."""
 _PREPARE, _COMMIT = "/internal/prepare_update", "/internal/commit_update"
 _DROP = "/internal/drop_update"
 _RENAMING = frozenset({"/update_weight_version", "/command"})
@@ -92,6 +102,10 @@ class FanOut:
         if path == "/get_world_size":
             total = sum(num_ranks(worker) for worker in workers)
             return json_reply(msgspec.json.encode({"world_size": total}))
+        refused, dropped = await self._end_gathered(request, workers)
+        if refused:
+            self._metrics.fanned_out(whole=False)
+            return together(path, refused, self._out())
         if path in _LOADING or path in _ENDING:
             async with self._committing:
                 outcomes = await self._in_phases(request, workers)
@@ -101,7 +115,7 @@ class FanOut:
             if path in _RENAMING and request.method == "POST":
                 await self._note_versions(workers, counts=_renames(path, request.body))
         self._metrics.fanned_out(whole=all(outcome.good for outcome in outcomes))
-        return together(path, outcomes, self._out())
+        return together(path, outcomes, self._out(), dropped=dropped)
 
     async def one(self, request: ClientRequest, worker: Worker, path: str) -> Reply:
         """The answer of one worker, as it gave it, to a control call that names it.
@@ -127,7 +141,10 @@ class FanOut:
         if loads:
             first = await self._all(request, workers, (phase.HEADER.encode(), b"prepare"))
         asked = {"held": loads, "explicit": request.path in _EXPLICIT}
-        verified = await self._each(workers, _PREPARE, asked)
+        # Where the call failed, what is open may be another router's.
+        verified = await self._each(
+            [one.worker for one in first if one.good] if loads else workers, _PREPARE, asked
+        )
         versions = {one.worker: _version(one) for one in verified}
         if not all(one.good or one.unknown for one in (*first, *verified)):
             await self._drop(versions)
@@ -140,10 +157,39 @@ class FanOut:
                 again = await self._all(request, [worker])
                 outcomes = [again[0] if one.worker is worker else one for one in outcomes]
             return outcomes
-        due = [worker for worker in workers if versions[worker] is not None]
+        due = [worker for worker in workers if versions.get(worker) is not None]
         outcomes = await asyncio.gather(*(self._commit(w, versions[w]) for w in due))
         self._note_folder(request, whole=all(one.good for one in outcomes))
         return first if all(one.good for one in outcomes) else outcomes
+
+    async def _end_gathered(
+        self, request: ClientRequest, workers: Sequence[Worker]
+    ) -> tuple[Sequence[Outcome], str]:
+        """Before a call that commits what implicit updates gathered: commit it on all workers, or
+        drop it on all where it is whole on some only. (What refuses the call, why one was dropped);
+        most often nothing."""
+        before = _ends_by(request)
+        if before is None or self._committing.locked():
+            # What is being committed now is no gathered update any more.
+            return [], ""
+        async with self._committing:
+            verified = await self._each(workers, _PREPARE, {"before": before})
+            versions = {one.worker: _version(one) for one in verified}
+            short = {one.worker: one for one in verified if _missing(one)}
+            due = [worker for worker, version in versions.items() if version is not None]
+            if not due:
+                return [], ""
+            if not short:
+                done = await asyncio.gather(*(self._commit(w, versions[w]) for w in due))
+                await self._note_versions(workers)
+                return ([] if all(one.good for one in done) else done), ""
+            error = _not_whole(short)
+            await self._drop(versions)
+            if before == "pause":
+                # Which drops the others, and says so.
+                return [], error.message
+            await self._drop({worker: _version(one, "gathers") for worker, one in short.items()})
+            return [Outcome(worker, error=error) for worker in short], ""
 
     async def _commit(self, worker: Worker, version: int | None) -> Outcome:
         """Commit on one worker, and again while the answer is lost."""
@@ -258,15 +304,41 @@ def _renames(path: str, body: bytes) -> bool:
     """Whether a call gives what an engine serves another version."""
     if path != "/command":
         return path in _LOADING or path in _ENDING or path in _RENAMING
+    return _kind(body) in _NAMING_COMMANDS
+
+
+def _ends_by(request: ClientRequest) -> EndingCall | None:
+    """As what a call ends a gathered update; None where it ends none."""
+    if request.path in _FLUSHING:
+        return "flush"
+    if request.path != "/command":
+        return "pause" if request.path in _SETTLING else None
+    return "pause" if _kind(request.body) in ("pause", "begin_update") else None
+
+
+def _kind(body: bytes) -> str:
+    """That of a command; "" where there is none, which the worker refuses."""
     try:
-        kind = msgspec.json.decode(body, type=_Kind).type
+        return msgspec.json.decode(body, type=_Kind).type
     except msgspec.DecodeError:
-        # The worker has refused it.
-        return False
-    return kind in _NAMING_COMMANDS
+        return ""
 
 
-def _version(outcome: Outcome) -> int | None:
+def _version(outcome: Outcome, name: str = "version") -> int | None:
     body = outcome.body
-    found = body.get("version") if outcome.good and isinstance(body, dict) else None
+    found = body.get(name) if outcome.good and isinstance(body, dict) else None
     return found if isinstance(found, int) else None
+
+
+def _missing(outcome: Outcome) -> str:
+    body = outcome.body
+    return str(body.get("missing", "")) if outcome.good and isinstance(body, dict) else ""
+
+
+def _not_whole(short: Mapping[Worker, Outcome]) -> ManifestMismatch:
+    told = "; ".join(f"{worker.url}: {_missing(one)}" for worker, one in short.items())
+    return ManifestMismatch(
+        f"the update is whole on some workers only, and was dropped on all; what served before "
+        f"serves ({told}). Send the update again",
+        field="update",
+    )

@@ -57,10 +57,15 @@ class Outcome:
         return str(error.get("message", error) if isinstance(error, dict) else body)[:1000]
 
 
-def together(path: str, outcomes: Sequence[Outcome], out: Mapping[str, str]) -> Reply:
+def together(
+    path: str, outcomes: Sequence[Outcome], out: Mapping[str, str], *, dropped: str = ""
+) -> Reply:
     """One answer of all: the first worker's, with what each said below `workers`; if one did not
-    take the call, an error that names all that did not. out: who is out of rotation, and why."""
+    take the call, an error that names all that did not. out: who is out of rotation, and why.
+    dropped: why an update was."""
     more: dict[str, Any] = {"workers": {one.worker.url: one.told() for one in outcomes}}
+    if dropped:
+        more["dropped"] = dropped
     if out:
         more["out_of_rotation"] = dict(out)
     if all(outcome.good for outcome in outcomes):

@@ -7,6 +7,7 @@ engine gets them with their tokens (`Request.output_ids`), as sequences that wer
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 
@@ -16,14 +17,15 @@ import numpy as np
 from engine.errors import EngineDead, SlipstreamError
 from engine.protocol import Request, RequestOutput
 from rollout.http.engine.client import AsyncEngine
+from rollout.http.journal.pace import Pace
 from rollout.http.journal.records import decoded, encoded
 from rollout.http.native.sample import Sample
 from rollout.scheduler.continued import ended_with
 
 _EVERY_S = 0.025
 _EVERY_TOKENS = 4
-"""Of a reply that is no stream: what the engine keeps back between two outputs is drawn again if
-its worker is lost."""
+"""Of a reply that is no stream, at most, and as many as come in `_EVERY_S`: what the engine keeps
+back between two outputs is drawn again if its worker is lost."""
 
 
 class WorkerBehind(SlipstreamError):
@@ -41,8 +43,8 @@ class VersionGone(SlipstreamError):
 
 class CallJournal:
     """records: what was sampled before, in order. num_pieces: of the reply, that the client has.
-    write: takes a record and the version of its last token, or None without one; flush: sends what
-    was taken."""
+    pace: of the server's sequences. write: takes a record and the version of its last token, or
+    None without one; flush: sends what was taken."""
 
     def __init__(
         self,
@@ -50,12 +52,17 @@ class CallJournal:
         records: Sequence[bytes],
         *,
         num_pieces: int,
+        pace: Pace,
         write: Callable[[bytes, int | None], None],
         flush: Callable[[], Awaitable[None]],
     ) -> None:
         self._engine = engine
         self._records = list(records)
         self._num_pieces = num_pieces
+        self._pace = pace
+        self._came_at: dict[str, float] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._flushing: asyncio.Task[None] | None = None
         self._write = write
         self._flush = flush
         self._flushed_at = time.monotonic()
@@ -75,10 +82,11 @@ class CallJournal:
         for output in (output for outputs in self._replayed for output in outputs):
             self._told.setdefault(output.rid, []).append(output)
         self._check_version()
+        every = self._pace.tokens_within(_EVERY_S, _EVERY_TOKENS)
         for sample in samples:
             if _may_come_early(sample.request):
                 sample.request = msgspec.structs.replace(
-                    sample.request, stream=True, stream_every=_EVERY_TOKENS
+                    sample.request, stream=True, stream_every=every
                 )
 
     def replayed(self) -> Iterator[list[RequestOutput]]:
@@ -106,9 +114,35 @@ class CallJournal:
             raise leaving.copy()
         self._write(encoded([(self._places[o.rid], o) for o in outputs]), _version(outputs))
         now = time.monotonic()
+        self._measure(outputs, now)
         if now - self._flushed_at > _EVERY_S:
             self._flushed_at = now
             await self._flush()
+        elif self._timer is None:
+            # What follows may be long in coming, and this worker may be lost before.
+            wait_s = self._flushed_at + _EVERY_S - now
+            self._timer = asyncio.get_running_loop().call_later(wait_s, self._flush_late)
+
+    def close(self) -> None:
+        """The reply has ended: nothing is left to be flushed later."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._flushing is not None:
+            self._flushing.cancel()
+
+    def _flush_late(self) -> None:
+        self._timer, self._flushed_at = None, time.monotonic()
+        self._flushing = asyncio.get_running_loop().create_task(self._flush_now())
+
+    async def _flush_now(self) -> None:
+        await self._flush()
+
+    def _measure(self, outputs: Sequence[RequestOutput], now: float) -> None:
+        for output in outputs:
+            before = self._came_at.get(output.rid)
+            if before is not None and len(output.token_ids):
+                self._pace.note(len(output.token_ids), now - before)
+            self._came_at[output.rid] = now
 
     def _check_version(self) -> None:
         version = _version([output for outputs in self._replayed for output in outputs])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from rollout.http.journal import frames
 from rollout.http.journal.call_journal import CallJournal
 from rollout.http.journal.frames import BadFrames, Head, Resumed, Ticket
 from rollout.http.journal.identity import Given
+from rollout.http.journal.pace import Pace
 from rollout.http.services import Services
 from rollout.requests.json_types import decode_json
 
@@ -32,6 +34,7 @@ class JournalDoor:
         self._app = app
         self._services = services
         self._answers = answers
+        self._pace = Pace()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One connection of the ASGI protocol."""
@@ -70,11 +73,12 @@ class JournalDoor:
         request: Request,
         send: Send,
     ) -> None:
-        services, out = self._services, _FramedReply(send, resumed.num_pieces)
+        services, out = self._services, _FramedReply(send, resumed)
         journal = CallJournal(
             services.engine,
             records,
             num_pieces=resumed.num_pieces,
+            pace=self._pace,
             write=lambda record, version: out.write(
                 record, "" if version is None else services.labels.text(version)
             ),
@@ -88,22 +92,27 @@ class JournalDoor:
             out.lose(error)
         except SlipstreamError as error:
             reply = error_response(error, resumed.path)
-        if out.lost is None:
-            out.watch(journal)
-            await reply(request.scope, request.receive, out)
+        try:
+            if out.lost is None:
+                out.watch(journal)
+                await reply(request.scope, request.receive, out)
+        finally:
+            journal.close()
         await out.end()
 
 
 class _FramedReply:
-    """The `send` of one reply: what it is given becomes frames, the first `skip` pieces of the body
-    none. lost: why nothing more is to be said."""
+    """The `send` of one reply: what it is given becomes frames, but for the pieces of the body that
+    the client has; the first one says whose reply it is. lost: why nothing more is to be said."""
 
-    def __init__(self, send: Send, skip: int) -> None:
+    def __init__(self, send: Send, resumed: Resumed) -> None:
         self._send = send
-        self._skip = skip
-        self._parts: list[bytes] = []
+        self._skip = resumed.num_pieces
+        self._parts = [frames.frame(frames.TICKET, resumed.ticket.name.encode())]
         self._version = ""
         self._begun = False
+        # A flush of its own comes between the pieces of the reply.
+        self._sending = asyncio.Lock()
         self._journal: CallJournal | None = None
         self.lost: EngineDead | None = None
 
@@ -156,6 +165,10 @@ class _FramedReply:
         await self._out(more=False)
 
     async def _out(self, *, more: bool) -> None:
+        async with self._sending:
+            await self._send_parts(more=more)
+
+    async def _send_parts(self, *, more: bool) -> None:
         if not self._begun:
             self._begun = True
             headers = [(b"content-type", frames.CONTENT_TYPE)]

@@ -1,9 +1,9 @@
 """The body of a journaled reply: frames of a kind, a length and a payload.
 
-HEAD: status and headers of the reply, as JSON. RECORD: what was sampled (`records`). VERSION: label
-of the weights that sampled what follows. PIECE: a piece of the reply's body. END: the reply is
-whole. LOST: it never will be here; ask another server. A body without one of the last two was
-cut.
+TICKET: name of the ticket that it answers. HEAD: status and headers of the reply, as JSON.
+RECORD: what was sampled (`records`). VERSION: label of the weights that sampled what follows.
+PIECE: a piece of the reply's body. END: the reply is whole. LOST: it never will be here; ask
+another server. A body without one of the last two was cut.
 """
 
 from __future__ import annotations

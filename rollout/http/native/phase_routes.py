@@ -13,15 +13,18 @@ from engine.protocol.types import Version
 from rollout.http.edge.errors import json_response
 from rollout.http.openapi import takes
 from rollout.http.services import Services
+from rollout.http.updates.tracked_update import EndingCall
 from rollout.requests.json_types import decode_json
 
 
 class PrepareBody(Struct, kw_only=True, forbid_unknown_fields=True):
     """held: only an update that was verified in place of being committed. explicit: also one that
-    its caller ends."""
+    its caller ends. before: only an implicit one that this call commits, and which stays open
+    where it is not whole: the reply has `gathers` and `missing` then."""
 
     held: bool = False
     explicit: bool = False
+    before: EndingCall | None = None
 
 
 class VersionBody(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -36,6 +39,12 @@ def router(services: Services) -> APIRouter:
 
     async def prepare(request: Request) -> Response:
         body = decode_json(await request.body() or b"{}", PrepareBody)
+        if body.before is not None:
+            found = await updates.prepare_before(body.before)
+            if found is not None and found.missing:
+                told = {"version": None, "gathers": found.version, "missing": found.missing}
+                return json_response(told)
+            return json_response({"version": None if found is None else found.version})
         return json_response(
             {"version": await updates.prepare(held=body.held, explicit=body.explicit)}
         )

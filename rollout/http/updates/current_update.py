@@ -134,7 +134,7 @@ class CurrentUpdate:
         """Commit the implicit update if it covers the model, else drop it and say why."""
         self.failure = None
         update = self.update
-        if update is None or update.explicit:
+        if update is None or update.explicit or update.waits:
             return ""
         why = "its caller called it partial and did not end it"
         if update.partial:
@@ -150,6 +150,21 @@ class CurrentUpdate:
         dropped = f"update {update.version}, which nobody ended, was dropped: {why}"
         logger.warning("%s", dropped)
         return f"; {dropped}"
+
+    async def refuse_waiting(self) -> None:
+        """Raise UpdateOrder for another update while one was verified for a router, which has not
+        said yet whether it serves: two routers must not commit a part of each."""
+        update = self.update
+        if update is None or not update.waits:
+            return
+        if (await self.state()).open_update != update.version:
+            self.update = None
+            return
+        raise UpdateOrder(
+            f"update {update.version} was verified for a router that has not said yet whether it "
+            "serves; send this one again once that has ended",
+            field="update",
+        )
 
     async def make_room(self, begin: BeginUpdate) -> None:
         """Before a caller's own begin: settle an implicit update, drop one that failed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import Literal
 
 from engine.errors import UpdateOrder
 from engine.protocol import (
@@ -30,6 +31,20 @@ UpdateCommand = (
     | AbortUpdate
 )
 
+_MOST_HELD_S = 600.0
+"""After which the router that had an update verified is taken for gone."""
+EndingCall = Literal["flush", "pause"]
+"""A call that commits an implicit update if that is whole: a flush of the cache, which else leaves
+it open; a pause or the begin of another one, which else drop it."""
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """An implicit update, verified. missing: why it is not whole; "" if it is."""
+
+    version: int
+    missing: str = ""
+
 
 @dataclass(kw_only=True)
 class TrackedUpdate:
@@ -38,7 +53,7 @@ class TrackedUpdate:
     explicit: its caller commits it. failed: its last command failed, so that whoever wants to
     begin another may drop it. owner: what its commands name. origin: how the first tensors of an
     implicit one came. foreign: its caller speaks the protocol itself, and owns it if it said so.
-    held: it was verified where it would have been committed.
+    held: it was verified where it would have been committed, and waits for a router's word.
     """
 
     version: int
@@ -51,7 +66,13 @@ class TrackedUpdate:
     origin: tuple[str, ...] = ()
     foreign: bool = False
     held: bool = False
+    held_at: float = 0.0
     began_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def waits(self) -> bool:
+        """Whether a router that had it verified may still say what becomes of it."""
+        return self.held and time.monotonic() - self.held_at < _MOST_HELD_S
 
 
 def origin_of(command: Feed, peer: str) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 
 from engine.errors import (
@@ -33,7 +34,9 @@ from rollout.http.engine.client import AsyncEngine
 from rollout.http.updates.current_update import CurrentUpdate
 from rollout.http.updates.operations import Operations, as_a_whole
 from rollout.http.updates.tracked_update import (
+    EndingCall,
     Feed,
+    Gathered,
     TrackedUpdate,
     UpdateCommand,
     begun_again,
@@ -106,6 +109,7 @@ class Updates:
             open_one = await self._current.alive_explicit()
             if open_one is not None:
                 return begun_again(open_one)
+            await self._current.refuse_waiting()
             await self._current.settle()
             return (await self._current.open(label, partial=partial, explicit=True)).version
 
@@ -166,6 +170,7 @@ class Updates:
                 raise UpdateOrder(
                     f"update {open_one.version} is open; end it first", field="update"
                 )
+            await self._current.refuse_waiting()
             await self._current.settle()
             update = await self._current.open(label, partial=partial, explicit=False)
             async with self._current.dropped_on_error(update, rest_follows=False):
@@ -192,6 +197,22 @@ class Updates:
                 await self._end(update, hold=True)
                 update.held = False
             return update.version
+
+    @as_a_whole
+    async def prepare_before(self, call: EndingCall) -> Gathered | None:
+        """Verify the implicit update that `call` will commit; None where it commits none. One that
+        is not whole, and which `call` leaves or drops, stays open."""
+        if self._lock.locked():
+            return None
+        async with self._lock:
+            update = self._current.update
+            if update is None or update.explicit or update.waits or not update.num_feeds:
+                return None
+            if call == "flush" and await self._is_still():
+                return None
+            if call == "pause" and update.partial:
+                return Gathered(update.version, "its caller called it partial and did not end it")
+            return Gathered(update.version, await self._missing(update))
 
     @as_a_whole
     async def commit_version(self, version: int) -> int:
@@ -246,8 +267,9 @@ class Updates:
             return "; an update is being received, and is not committed by this"
         async with self._lock:
             self._current.failure = None
-            if self._current.update is not None and not self._current.update.explicit:
-                await self._current.commit(self._current.update)
+            update = self._current.update
+            if update is not None and not update.explicit and not update.waits:
+                await self._current.commit(update)
             return ""
 
     @as_a_whole
@@ -259,15 +281,10 @@ class Updates:
             return
         async with self._lock:
             update = self._current.update
-            if update is None or update.explicit or await self._is_still():
+            if update is None or update.explicit or update.waits or await self._is_still():
                 return
-            try:
-                prepare = PrepareUpdate(version=update.version, owner=update.owner)
-                await self._engine.send(prepare)
-            except EngineDead:
-                raise
-            except SlipstreamError as error:
-                logger.info("update %d is not complete at a flush: %s", update.version, error)
+            if missing := await self._missing(update):
+                logger.info("update %d is not complete at a flush: %s", update.version, missing)
                 return
             await self._current.commit(update)
 
@@ -294,11 +311,21 @@ class Updates:
             self._current.note(command, reply)
             return reply
 
+    async def _missing(self, update: TrackedUpdate) -> str:
+        """Why an update cannot be committed yet, or "" for one that was verified."""
+        try:
+            await self._engine.send(PrepareUpdate(version=update.version, owner=update.owner))
+        except EngineDead:
+            raise
+        except SlipstreamError as error:
+            return error.message
+        return ""
+
     async def _end(self, update: TrackedUpdate, *, hold: bool) -> UpdateReport | None:
         """Commit an update whose last tensors came, or with `hold` verify it."""
         if not hold:
             return await self._current.commit(update)
-        update.held = True
+        update.held, update.held_at = True, time.monotonic()
         async with self._current.dropped_on_error(update, rest_follows=False):
             prepare = PrepareUpdate(version=update.version, owner=update.owner)
             await self._engine.send(prepare)
@@ -320,6 +347,7 @@ class Updates:
         self, label: str | None, partial: bool, origin: tuple[str, ...]
     ) -> TrackedUpdate:
         """The update that a call with this label feeds, whose tensors come by `origin`."""
+        await self._current.refuse_waiting()
         update = self._current.update
         if update is not None and update.explicit and update.failed:
             await self._current.abort(update)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -213,4 +213,4 @@ def _routes(meta: dict[str, Any]) -> RouteArray | None:
     found = decoded_routes(meta)
     if found is not None and found.dtype.kind != "u":
         raise ValueError(f"routes of {found.dtype}")
-    return found
+    return cast("RouteArray | None", found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 
 class Candidate(Protocol):
@@ -33,8 +33,7 @@ class Ask:
 NOTHING = Ask()
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """place: of the worker among the candidates. reason: in a word, for the metrics. num_hit: bytes
     of the prompt that it should have cached."""
 

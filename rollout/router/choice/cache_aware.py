@@ -15,10 +15,17 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
+from itertools import repeat
 
 from rollout.router.choice.ask import Ask, Candidate, Choice
 from rollout.router.choice.plain_policies import least
-from rollout.router.choice.prefix_index import BLOCK_BYTES, Holder, PrefixIndex, blocks_of
+from rollout.router.choice.prefix_index import (
+    BLOCK_BYTES,
+    PrefixIndex,
+    blocks_of,
+    holder_of,
+    number_of,
+)
 
 GROUP_S = 2.0
 """Equal prompts that come within this time are a group."""
@@ -29,10 +36,13 @@ _OPEN_BYTES = 2048
 _BOUND = 1.25
 _SLACK = 4.0
 _MOST_GROUPS = 4096
+_MOST_URLS = 1 << 16
+_FAR_MORE = 64
 
 
 class CacheAware:
-    """See the module. clock: seconds."""
+    """See the module. clock: seconds. num_drawn: others that are looked at beside holders, where
+    there are more than 16 workers. group_s: within which equal prompts are a group; 0 for none."""
 
     def __init__(
         self,
@@ -40,100 +50,144 @@ class CacheAware:
         seed: int | None = None,
         clock: Callable[[], float] = time.monotonic,
         most_blocks: int = 1 << 20,
+        num_drawn: int = _NUM_DRAWN,
+        group_s: float = GROUP_S,
     ) -> None:
         self.index = PrefixIndex(most_blocks)
-        self._random = random.Random(seed)
+        self._random = random.Random(seed).random
         self._clock = clock
-        self._groups: OrderedDict[int, tuple[Holder, float]] = OrderedDict()
+        self._num_drawn = num_drawn
+        self._group_s = group_s
+        self._groups: OrderedDict[int, tuple[int, float]] = OrderedDict()
         self._turn = 0
-        self._candidates: Sequence[Candidate] = ()
-        self._places: dict[str, int] = {}
+        self._workers = _Numbers()
 
     def choose(self, ask: Ask, candidates: Sequence[Candidate]) -> Choice:
+        workers = self._workers
+        workers.look(candidates)
         if ask.key:
-            return Choice(_of_session(ask.key, candidates), "session")
-        if not ask.prompt:
+            return Choice(_of_session(ask.key, workers.marks, candidates), "session")
+        prompt = ask.prompt
+        if not prompt:
             self._turn += 1
             return Choice(least(candidates, self._turn), "least_load")
-        places = self._places_of(candidates)
-        group = hash(ask.prompt)
-        place = self._of_group(group, places, candidates)
-        if place is not None:
-            return Choice(place, "group", num_hit=len(ask.prompt))
-        blocks = blocks_of(ask.prompt)
-        hits: dict[int, int] = {}
-        for holder, count in self.index.longest(blocks):
-            place = _place_of(holder, places, candidates)
+        blocks = blocks_of(prompt)
+        # Of all of the prompt, whose blocks are hashed already.
+        group = hash((blocks[-1] if blocks else 0, prompt[len(blocks) * BLOCK_BYTES :]))
+        if group in self._groups:
+            place = self._of_group(group, candidates)
             if place is not None:
-                hits[place] = count
-        place = self._cheapest(len(ask.prompt), hits, candidates)
-        chosen = candidates[place]
-        holder = (chosen.url, chosen.epoch)
-        self.index.insert(blocks, holder)
-        self._note(group, holder)
-        num_hit = hits.get(place, 0) * BLOCK_BYTES
+                return Choice(place, "group", num_hit=len(prompt))
+        num_known = self.index.num_known(blocks)
+        hits: dict[int, int] = {}
+        for holder, count in self.index.longest(blocks, num_known).items():
+            place = workers.place_of(holder)
+            if place is not None:
+                hits[place] = count * BLOCK_BYTES
+        place = self._cheapest(hits, candidates)
+        holder = holder_of(workers.numbers[place], candidates[place].epoch)
+        self.index.insert(blocks, num_known, holder)
+        if self._group_s:
+            self._note(group, holder)
+        num_hit = hits.get(place, 0)
         return Choice(place, "prefix" if num_hit else "least_load", num_hit=num_hit)
 
-    def _cheapest(self, size: int, hits: dict[int, int], candidates: Sequence[Candidate]) -> int:
+    def _cheapest(self, hits: dict[int, int], candidates: Sequence[Candidate]) -> int:
+        """The place with the least work before it. hits: cached bytes by place."""
         count = len(candidates)
         if count <= _ALL_UP_TO:
-            self._turn += 1
-            places = [(at + self._turn) % count for at in range(count)]
-        else:
-            places = [*hits, *(self._random.randrange(count) for _ in range(_NUM_DRAWN))]
-
-        def cost(place: int) -> int:
+            costs = [worker.num_bytes + worker.num_open * _OPEN_BYTES for worker in candidates]
+            for place, cached in hits.items():
+                costs[place] -= cached
+            # Those that cost the same take turns.
+            first = self._turn = (self._turn + 1) % count
+            costs = costs[first:] + costs[:first]
+            return (costs.index(min(costs)) + first) % count
+        draw = self._random
+        best, least_cost = 0, float("inf")
+        for place in (*hits, *[int(draw() * count) for _ in range(self._num_drawn)]):
             worker = candidates[place]
-            new = size - hits.get(place, 0) * BLOCK_BYTES
-            return new + worker.num_bytes + worker.num_open * _OPEN_BYTES
+            cost = worker.num_bytes + worker.num_open * _OPEN_BYTES - hits.get(place, 0)
+            if cost < least_cost:
+                best, least_cost = place, cost
+        return best
 
-        return min(places, key=cost)
-
-    def _of_group(
-        self, group: int, places: dict[str, int], candidates: Sequence[Candidate]
-    ) -> int | None:
+    def _of_group(self, group: int, candidates: Sequence[Candidate]) -> int | None:
         """Where the prompt went a moment ago, unless that worker has far more than others."""
-        found = self._groups.get(group)
-        if found is None or self._clock() - found[1] > GROUP_S:
+        holder, since = self._groups[group]
+        now = self._clock()
+        place = self._workers.place_of(holder) if now - since <= self._group_s else None
+        if place is None or _has_far_more(candidates[place].num_open, candidates):
             return None
-        place = _place_of(found[0], places, candidates)
-        if place is None:
-            return None
-        loads = sorted(worker.num_open for worker in candidates)
-        median = loads[(len(loads) - 1) // 2]
-        if candidates[place].num_open > 2 * median + 64:
-            return None
-        self._groups[group] = (found[0], self._clock())
+        self._groups[group] = (holder, now)
         return place
 
-    def _places_of(self, candidates: Sequence[Candidate]) -> dict[str, int]:
-        """The candidates' places by URL; they are the same object until one comes or goes."""
-        if candidates is not self._candidates:
-            self._candidates = candidates
-            self._places = {worker.url: at for at, worker in enumerate(candidates)}
-        return self._places
-
-    def _note(self, group: int, holder: Holder) -> None:
+    def _note(self, group: int, holder: int) -> None:
         self._groups[group] = (holder, self._clock())
         self._groups.move_to_end(group)
         while len(self._groups) > _MOST_GROUPS:
             self._groups.popitem(last=False)
 
 
-def _of_session(key: bytes, candidates: Sequence[Candidate]) -> int:
+class _Numbers:
+    """A number for each URL, which nobody else ever gets. numbers, marks: of the candidates, by
+    place; a mark is the same in every router."""
+
+    def __init__(self) -> None:
+        self._by_url: dict[str, int] = {}
+        self._places: dict[int, int] = {}
+        self._next = 0
+        self._candidates: Sequence[Candidate] = ()
+        self.numbers: list[int] = []
+        self.marks: list[int] = []
+
+    def look(self, candidates: Sequence[Candidate]) -> None:
+        """Take the candidates; they are the same object until one comes or goes."""
+        if candidates is self._candidates:
+            return
+        self._candidates = candidates
+        self.numbers = [self._number_of(worker.url) for worker in candidates]
+        self.marks = [_mark(worker.url.encode()) for worker in candidates]
+        self._places = {number: place for place, number in enumerate(self.numbers)}
+        if len(self._by_url) > _MOST_URLS:
+            # What the index knows of those that are gone is void.
+            urls = [worker.url for worker in candidates]
+            self._by_url = dict(zip(urls, self.numbers, strict=True))
+
+    def place_of(self, holder: int) -> int | None:
+        """Where a holder is among the candidates; None if it is not, or has lost what it held."""
+        number = number_of(holder)
+        place = self._places.get(number)
+        if place is None or holder_of(number, self._candidates[place].epoch) != holder:
+            return None
+        return place
+
+    def _number_of(self, url: str) -> int:
+        found = self._by_url.get(url)
+        if found is None:
+            found = self._by_url[url] = self._next
+            self._next += 1
+        return found
+
+
+def _has_far_more(num_open: int, candidates: Sequence[Candidate]) -> bool:
+    """Whether so many sequences are far more than the median worker's."""
+    if num_open <= _FAR_MORE:
+        return False
+    loads = sorted(worker.num_open for worker in candidates)
+    return num_open > 2 * loads[(len(loads) - 1) // 2] + _FAR_MORE
+
+
+def _of_session(key: bytes, marks: Sequence[int], candidates: Sequence[Candidate]) -> int:
     most = _BOUND * sum(worker.num_open for worker in candidates) / len(candidates) + _SLACK
+    # Of whole numbers, whose hash has no seed: every router finds the same worker.
+    weights = list(map(hash, zip(repeat(_mark(key)), marks)))
+    first = weights.index(max(weights))
+    if candidates[first].num_open <= most:
+        return first
+    order = sorted(range(len(weights)), key=weights.__getitem__, reverse=True)
+    return next((at for at in order if candidates[at].num_open <= most), first)
 
-    def weight(place: int) -> bytes:
-        return blake2b(candidates[place].url.encode(), key=key[:64], digest_size=8).digest()
 
-    order = sorted(range(len(candidates)), key=weight, reverse=True)
-    return next((at for at in order if candidates[at].num_open <= most), order[0])
-
-
-def _place_of(
-    holder: Holder, places: dict[str, int], candidates: Sequence[Candidate]
-) -> int | None:
-    """Where a holder is among the candidates; None if it is not, or has lost what it held."""
-    url, epoch = holder
-    place = places.get(url)
-    return place if place is not None and candidates[place].epoch == epoch else None
+def _mark(name: bytes) -> int:
+    return int.from_bytes(blake2b(name, digest_size=7).digest())

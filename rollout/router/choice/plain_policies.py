@@ -33,6 +33,9 @@ class LeastLoad:
 
 def least(candidates: Sequence[Candidate], first: int) -> int:
     """Place of the least loaded candidate, looked for from place `first` on, round the list."""
+    opened = [worker.num_open for worker in candidates]
+    fewest = min(opened)
     count = len(candidates)
-    order = (place % count for place in range(first, first + count))
-    return min(order, key=lambda place: (candidates[place].num_open, candidates[place].num_bytes))
+    alike = [place for place in range(count) if opened[place] == fewest]
+    first %= count
+    return min(alike, key=lambda place: (candidates[place].num_bytes, (place - first) % count))

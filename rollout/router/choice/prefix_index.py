@@ -3,12 +3,17 @@
 A prompt is the bytes of its JSON, in blocks; a block is known by the hash of all bytes up to its
 end, so that one dictionary holds every prefix. What a worker forgets by itself is not seen here: an
 entry is a guess, which is dropped when the worker's epoch moves, or as the least recently used.
+
+Holders are numbers, so that a million entries give Python's collector of cycles nothing to walk.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import accumulate
+from operator import xor
+from struct import Struct
 
 BLOCK_BYTES = 256
 """Some 50 to 64 ids."""
@@ -16,8 +21,18 @@ MOST_HOLDERS = 4
 MOST_BLOCKS = 256
 """Of one prompt, which are looked at: what is longer is told apart by its first 64 KiB."""
 
-Holder = tuple[str, int]
-"""URL and epoch of a worker."""
+_EPOCH_BITS = 32
+_BLOCK = Struct(f"{BLOCK_BYTES}s")
+
+
+def holder_of(number: int, epoch: int) -> int:
+    """The worker of that number, with the cache that it has in that epoch."""
+    return number << _EPOCH_BITS | epoch & (1 << _EPOCH_BITS) - 1
+
+
+def number_of(holder: int) -> int:
+    """The worker's number."""
+    return holder >> _EPOCH_BITS
 
 
 class PrefixIndex:
@@ -25,58 +40,64 @@ class PrefixIndex:
 
     def __init__(self, most: int = 1 << 20) -> None:
         self._most = most
-        # The first of a plain dict is found by passing over all that were deleted before it.
-        self._holders: OrderedDict[int, list[Holder]] = OrderedDict()
+        # The first of a plain dict is found by passing over all that were deleted before it. One
+        # holder stands for itself, several are a tuple, the latest first.
+        self._holders: OrderedDict[int, int | tuple[int, ...]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._holders)
 
-    def longest(self, blocks: Sequence[int]) -> list[tuple[Holder, int]]:
-        """Holders of prefixes and how many blocks each has, most first; at most `MOST_HOLDERS`."""
-        found: dict[Holder, int] = {}
-        known = self._holders
-        # The number of blocks that anybody has, by bisection: who has a block has those before it.
-        low, high = 0, len(blocks)
+    def num_known(self, blocks: Sequence[int]) -> int:
+        """How many of the blocks anybody has; by bisection, since who has one has those before."""
+        known, low, high = self._holders, 0, len(blocks)
         while low < high:
             middle = (low + high + 1) // 2
             if blocks[middle - 1] in known:
                 low = middle
             else:
                 high = middle - 1
-        while low and len(found) < MOST_HOLDERS:
-            for holder in known.get(blocks[low - 1], ()):
-                found.setdefault(holder, low)
-            # Whoever has less is found further up, in steps that halve.
-            low //= 2
-        return sorted(found.items(), key=lambda item: -item[1])[:MOST_HOLDERS]
+        return low
 
-    def insert(self, blocks: Sequence[int], holder: Holder) -> None:
-        """`holder` gets a prompt of these blocks."""
+    def longest(self, blocks: Sequence[int], num_known: int) -> dict[int, int]:
+        """Holders of prefixes and how many blocks each has, most first; at most `MOST_HOLDERS`."""
+        known, found = self._holders, dict[int, int]()
+        while num_known and len(found) < MOST_HOLDERS:
+            holders = known.get(blocks[num_known - 1], ())
+            for holder in (holders,) if isinstance(holders, int) else holders:
+                if len(found) < MOST_HOLDERS:
+                    found.setdefault(holder, num_known)
+            # Whoever has less is found further up, in steps that halve.
+            num_known //= 2
+        return found
+
+    def insert(self, blocks: Sequence[int], num_known: int, holder: int) -> None:
+        """`holder` gets a prompt of these blocks, of which somebody has the first `num_known`."""
         known = self._holders
-        for block in reversed(blocks):
-            holders = known.get(block)
-            known[block] = [holder] if holders is None else _with(holders, holder)
-            if holders is not None:
-                # The first block of a prompt is the last of it to go.
-                known.move_to_end(block)
+        # The first block of a prompt is the last of it to go.
+        if num_known < len(blocks):
+            known.update(dict.fromkeys(reversed(blocks[num_known:]), holder))
+        for block in reversed(blocks[:num_known]):
+            holders = known.get(block, holder)
+            if holders != holder:
+                known[block] = _with(holders, holder)
+            known.move_to_end(block)
         while len(known) > self._most:
             known.popitem(last=False)
 
 
 def blocks_of(prompt: bytes) -> list[int]:
-    """The hash of the prompt up to the end of each whole block."""
-    found: list[int] = []
-    state = 0
-    end = min(len(prompt), MOST_BLOCKS * BLOCK_BYTES)
-    for at in range(0, end - BLOCK_BYTES + 1, BLOCK_BYTES):
-        state = hash((state, prompt[at : at + BLOCK_BYTES]))
-        found.append(state)
-    return found
+    """What stands for the prompt up to the end of each whole block: the hashes of all blocks until
+    there, each with its number, by exclusive or. They are keyed, anew in each process."""
+    count = min(len(prompt) // BLOCK_BYTES, MOST_BLOCKS)
+    blocks = _BLOCK.iter_unpack(memoryview(prompt)[: count * BLOCK_BYTES])
+    return list(accumulate(map(hash, enumerate(blocks)), xor))
 
 
-def _with(holders: list[Holder], holder: Holder) -> list[Holder]:
-    if holders[0] != holder:
-        url = holder[0]
-        kept = [known for known in holders if known[0] != url]
-        return [holder, *kept[: MOST_HOLDERS - 1]]
-    return holders
+def _with(holders: int | tuple[int, ...], holder: int) -> int | tuple[int, ...]:
+    """The holders of a block after `holder` got it too, in place of the same worker before."""
+    several = (holders,) if isinstance(holders, int) else holders
+    if several[0] == holder:
+        return holders
+    number = holder >> _EPOCH_BITS
+    kept = [known for known in several if known >> _EPOCH_BITS != number]
+    return (holder, *kept[: MOST_HOLDERS - 1]) if kept else holder

@@ -15,6 +15,8 @@ from rollout.router.workers.worker import Worker
 
 logger = logging.getLogger(__name__)
 
+ASKED_BY_ROUTER = b"x-slipstream-router"
+"""On the call that asks a worker what it is: who passes it on is none."""
 _FIRST_WAIT_S = 0.05
 _MOST_WAIT_S = 2.0
 _ASK_S = 10.0
@@ -56,7 +58,14 @@ class Joining:
 
     async def refresh(self, worker: Worker) -> None:
         """Ask it once what it is, and judge it. Raises WorkerLost and what it refuses with."""
-        facts = await call_json(worker, "GET", "/server_info", key=self._key, timeout_s=_ASK_S)
+        facts = await call_json(
+            worker,
+            "GET",
+            "/server_info",
+            headers=[(ASKED_BY_ROUTER, b"1")],
+            key=self._key,
+            timeout_s=_ASK_S,
+        )
         self._take(worker, facts)
 
     def _ended(self, worker: Worker, task: asyncio.Task[None]) -> None:
@@ -75,6 +84,7 @@ class Joining:
             try:
                 await self.refresh(worker)
             except SlipstreamError as error:
+                worker.why = error.message
                 if not told:
                     logger.info("%s", error)
                     told = True
@@ -87,7 +97,7 @@ class Joining:
             self._fleet.changed()
 
     def _take(self, worker: Worker, facts: dict[str, Any]) -> None:
-        worker.facts, worker.joined = facts, True
+        worker.facts, worker.joined, worker.why = facts, True, ""
         worker.heard_at = time.monotonic()
         version = str(facts.get("weight_version", ""))
         if version != worker.version:

@@ -22,8 +22,8 @@ class Worker:
     """A server behind the router, named by its URL.
 
     id: by which the API calls it. joined: what it is was looked up. alike: it serves the fleet's
-    model. held: why it may not be asked,
-    until its weights are published again; "". draining: it gets nothing new. facts: what its
+    model. held: why it may not be asked, until its weights are published again; "". why: what came
+    of it when it was last asked what it is; "". draining: it gets nothing new. facts: what its
     `/server_info` says. version: of its weights, as it calls it. epoch: counts what its prefix
     cache did not survive. num_open: sequences on it. num_bytes: of their prompts. num_controls:
     control calls on it; while there are any, silence means nothing.
@@ -35,6 +35,7 @@ class Worker:
         self.joined = False
         self.alike = True
         self.held = ""
+        self.why = ""
         self.draining = False
         self.facts: dict[str, Any] = {}
         self.version = ""
@@ -74,7 +75,7 @@ class Worker:
         if self.draining:
             return f"drains, {self.num_open} requests left"
         if not self.joined:
-            return "has not answered yet"
+            return f"has not answered yet{': ' if self.why else ''}{self.why[:500]}"
         if self.held:
             return self.held
         return "does not answer" if self.breaker.is_open else "ready"

@@ -36,7 +36,7 @@ def expected(folder: Path) -> list[int]:
         return drain(replica)["r"].token_ids.tolist()
 
 
-@pytest.mark.parametrize("flag", ["--tp", "--dp"])
+@pytest.mark.parametrize("flag", ["--tp", pytest.param("--dp", marks=pytest.mark.long)])
 def test_two_ranks_serve_update_and_die_as_one(tmp_path: Path, flag: str) -> None:
     write_tiny(tmp_path / "old", "qwen3", seed=0)
     write_tiny(tmp_path / "new", "qwen3", seed=5)

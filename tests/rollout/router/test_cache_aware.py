@@ -5,7 +5,13 @@ from dataclasses import dataclass
 from rollout.router.choice.ask import Ask, Choice
 from rollout.router.choice.cache_aware import GROUP_S, CacheAware
 from rollout.router.choice.plain_policies import LeastLoad, RoundRobin, least
-from rollout.router.choice.prefix_index import BLOCK_BYTES, PrefixIndex, blocks_of
+from rollout.router.choice.prefix_index import (
+    BLOCK_BYTES,
+    PrefixIndex,
+    blocks_of,
+    holder_of,
+    number_of,
+)
 
 
 @dataclass
@@ -35,6 +41,16 @@ def policy() -> tuple[CacheAware, Clock]:
 
 def prompt(name: str, blocks: int) -> bytes:
     return b"".join((f"{name}{number:05}" * 64).encode()[:BLOCK_BYTES] for number in range(blocks))
+
+
+def insert(index: PrefixIndex, text: bytes, holder: int) -> None:
+    blocks = blocks_of(text)
+    index.insert(blocks, index.num_known(blocks), holder)
+
+
+def longest(index: PrefixIndex, text: bytes) -> dict[int, int]:
+    blocks = blocks_of(text)
+    return index.longest(blocks, index.num_known(blocks))
 
 
 def place(found: Choice) -> int:
@@ -121,22 +137,56 @@ def test_round_robin_goes_round() -> None:
 
 def test_the_index_finds_the_longest_prefix_against_a_plain_search() -> None:
     index = PrefixIndex()
-    known = [(prompt("a", 3), ("x", 0)), (prompt("a", 6), ("y", 0)), (prompt("b", 5), ("x", 0))]
+    x, y = holder_of(0, 0), holder_of(1, 0)
+    known = [(prompt("a", 3), x), (prompt("a", 6), y), (prompt("b", 5), x)]
     for text, holder in known:
-        index.insert(blocks_of(text), holder)
+        insert(index, text, holder)
     for text in (prompt("a", 9), prompt("a", 5), prompt("b", 2), prompt("c", 4)):
-        found = index.longest(blocks_of(text))
+        found = longest(index, text)
         wanted = max(
             (min(len(blocks_of(text)), len(blocks_of(other))) if other[:9] == text[:9] else 0)
             for other, _ in known
         )
-        assert max((count for _, count in found), default=0) == wanted
+        assert max(found.values(), default=0) == wanted
 
 
 def test_the_index_is_bounded_and_forgets_what_nobody_asked_for() -> None:
     index = PrefixIndex(most=40)
     for number in range(100):
-        index.insert(blocks_of(prompt(f"p{number}", 4)), ("x", 0))
+        insert(index, prompt(f"p{number}", 4), holder_of(0, 0))
         assert len(index) <= 40
-    assert index.longest(blocks_of(prompt("p0", 4))) == []
-    assert index.longest(blocks_of(prompt("p99", 4))) == [(("x", 0), 4)]
+    assert longest(index, prompt("p0", 4)) == {}
+    assert longest(index, prompt("p99", 4)) == {holder_of(0, 0): 4}
+
+
+def test_of_many_holders_the_latest_are_known_each_once_and_in_its_last_epoch() -> None:
+    index = PrefixIndex()
+    for number in range(6):
+        insert(index, prompt("a", 2), holder_of(number, 0))
+    assert set(longest(index, prompt("a", 2))) == {holder_of(n, 0) for n in (2, 3, 4, 5)}
+    insert(index, prompt("a", 2), holder_of(4, 1))
+    found = longest(index, prompt("a", 2))
+    assert {number_of(holder) for holder in found} == {2, 3, 4, 5}
+    assert holder_of(4, 1) in found and holder_of(4, 0) not in found
+
+
+def test_blocks_that_change_places_are_another_prefix() -> None:
+    first, second = b"x" * BLOCK_BYTES, b"y" * BLOCK_BYTES
+    one, other = blocks_of(first + second), blocks_of(second + first)
+    assert one[0] != other[0] and one[1] != other[1]
+    assert len({*blocks_of(first * 5)}) == 5
+    assert blocks_of(first + second + b"rest") == one
+
+
+def test_workers_that_come_and_go_for_ever_leave_nothing_behind() -> None:
+    chosen, clock = policy()
+    stays = Load("http://stays")
+    for turn in range(20):
+        others = (Load(f"http://w{turn}-{number}") for number in range(5000))
+        workers = (stays, *others) if turn else (stays,)
+        stays.num_open = 0 if turn % 2 == 0 else 1000
+        clock.now += 10 * GROUP_S
+        found = chosen.choose(Ask(prompt("a", 8)), workers)
+        assert len(chosen._workers._by_url) <= (1 << 16) + 5001
+        if turn and turn % 2 == 0:
+            assert (found.place, found.num_hit) == (0, 8 * BLOCK_BYTES)

@@ -5,8 +5,11 @@ from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Any
 
+import pytest
+
 from engine.errors import ManifestMismatch
 from engine.protocol import CommitUpdate, LoadFromDisk, PrepareUpdate, Reply
+from tests.helpers.control_calls import WholeModel, one
 from tests.helpers.fake_executor import expected_tokens
 from tests.helpers.live_servers import Live, live
 from tests.helpers.routers import Routed, routing, run
@@ -155,5 +158,112 @@ def test_sessions_stay_where_they_were_opened() -> None:
                 assert reply.status_code == 200, reply.text
             assert (await routed.http.get(f"/sessions/{name}")).json()["num_turns"] == 2
             assert (await routed.http.delete(f"/sessions/{name}")).status_code == 200
+
+    fleet(2, test)
+
+
+BUCKET = "/update_weights_from_distributed"
+
+
+async def gather(routed: Routed, *names: str) -> None:
+    """Buckets of an update that nobody ends, while requests run."""
+    for name in names:
+        reply = await routed.http.post(BUCKET, json=one(name, flush_cache=False))
+        assert reply.status_code == 200, reply.text
+
+
+@pytest.mark.parametrize("call", ["/flush_cache", "/reset_prefix_cache", "/pause_generation"])
+def test_what_gathered_is_committed_on_all_by_the_call_that_ends_it(call: str) -> None:
+    async def test(routed: Routed, servers: list[Live]) -> None:
+        models = [WholeModel(server.server, "a", "b") for server in servers]
+        await gather(routed, "a")
+        if call != "/pause_generation":
+            # Not whole anywhere: it stays open.
+            assert (await routed.http.post(call, json={})).status_code == 200
+            await gather(routed, "b")
+            assert [model.committed for model in models] == [[], []]
+        else:
+            await gather(routed, "b")
+        assert (await routed.http.post(call, json={})).status_code == 200
+        assert [model.committed for model in models] == [[["a", "b"]], [["a", "b"]]]
+        assert routed.router.fleet.version == "1"
+        assert len(routed.router.fleet.rotation()) == 2
+
+    fleet(2, test)
+
+
+@pytest.mark.parametrize("call", ["/flush_cache", "/pause_generation", "/begin_weight_update"])
+def test_what_gathered_on_one_only_is_dropped_on_all(call: str) -> None:
+    async def test(routed: Routed, servers: list[Live]) -> None:
+        first = WholeModel(servers[0].server, "a", "b")
+        other = WholeModel(servers[1].server, "a", "b", "c")
+        await gather(routed, "a", "b")
+        reply = await routed.http.post(call, json={})
+        told = reply.json()
+        if call == "/flush_cache":
+            assert reply.status_code >= 400
+            why = told["error"]["message"]
+        else:
+            assert reply.status_code == 200, reply.text
+            why = told["dropped"]
+        assert servers[1].url in why and "c missing" in why
+        assert servers[0].url not in why.partition("c missing")[2]
+        assert (first.committed, other.committed) == ([], [])
+        for server in servers:
+            state = await server.server.engine.state(max_age_s=0)
+            assert state.open_update is None or call == "/begin_weight_update"
+            assert state.version == 0
+        assert len(routed.router.fleet.rotation()) == 2
+
+    fleet(2, test)
+
+
+def test_an_update_that_waits_for_one_router_is_no_other_routers() -> None:
+    async def test(routed: Routed, servers: list[Live]) -> None:
+        first, other = servers
+        async with routing() as second:
+            for server in servers:
+                await second.http.post("/workers", json={"url": server.url})
+            await second.until_ready(2)
+            # As the other router's first phase, which has come to one of them only.
+            held = await routed.http.post(
+                f"{first.url}/update_weights_from_disk",
+                json=of(7),
+                headers={"x-slipstream-phase": "prepare"},
+            )
+            assert held.status_code == 200, held.text
+            for path, body in (("/update_weights_from_disk", of(8)), (BUCKET, one("w"))):
+                reply = await second.http.post(path, json=body)
+                assert reply.status_code >= 400
+                assert first.url in reply.json()["error"]["message"]
+            for path in ("/pause_generation", "/continue_generation", "/flush_cache"):
+                assert (await second.http.post(path, json={})).status_code == 200
+            assert [commands(server, CommitUpdate) for server in servers] == [0, 0]
+            assert (await first.server.engine.state(max_age_s=0)).open_update == 7
+            assert (await other.server.engine.state(max_age_s=0)).open_update is None
+            dropped = await routed.http.post(
+                f"{first.url}/internal/drop_update", json={"version": 7}
+            )
+            assert dropped.status_code == 200
+            assert (await second.http.post("/update_weights_from_disk", json=of(8))).is_success
+
+    fleet(2, test)
+
+
+def test_two_routers_that_update_at_once_never_mix_two_versions() -> None:
+    async def test(routed: Routed, servers: list[Live]) -> None:
+        async with routing() as second:
+            for server in servers:
+                await second.http.post("/workers", json={"url": server.url})
+            await second.until_ready(2)
+            for step in range(1, 11, 2):
+                replies = await asyncio.gather(
+                    routed.http.post("/update_weights_from_disk", json=of(step)),
+                    second.http.post("/update_weights_from_disk", json=of(step + 1)),
+                )
+                serve = {(await s.server.engine.state(max_age_s=0)).version for s in servers}
+                assert len(serve) == 1, [reply.text for reply in replies]
+                for reply in replies:
+                    assert reply.status_code == 200 or "UpdateOrder" in reply.text
 
     fleet(2, test)
