@@ -27,6 +27,7 @@ from engine.protocol import (
 )
 from recipes.actors.actor import Watcher, Weights, raise_if_failed
 from recipes.actors.engines import Engines
+from recipes.actors.fleet_engine import FleetEngine
 from recipes.world import World
 from trainer_bridge import PushReport
 from trainer_bridge.adapters.base import WeightSource
@@ -102,9 +103,10 @@ class FleetActor:
 
     @property
     def engines(self) -> Sequence[FleetEngine]:
-        """For a caller that feeds them itself, and calls `restore` when one is lost; none but in
-        the main process."""
-        return self._engines
+        """Those that are replicas of the run's own, for a caller that feeds them itself, and calls
+        `restore` when one is lost; none but in the main process."""
+        targets = () if self._engines is None else self._engines.targets
+        return [engine for engine in targets if isinstance(engine, FleetEngine)]
 
     def restore(self) -> None:
         """Collective: have every engine serve the version that was pushed last. The weights must be

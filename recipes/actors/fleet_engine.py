@@ -19,11 +19,6 @@ _LOST = {"EngineDead", "WeightUpdateError", "NoVersion"}
 """Errors of a request that say nothing of it: its engine died, or holds no whole weights."""
 
 
-def died_with_engine(output: RequestOutput) -> bool:
-    """Whether a request ended because its engine was lost."""
-    return output.finish is not None and output.finish.error in _LOST
-
-
 class FleetEngine:
     """Stands for one engine whatever replica serves it now; an `UpdateTarget` of the carriers.
 

@@ -26,6 +26,12 @@ def check_async(options: RunOptions) -> None:
             "--max-staleness 0, or leave --routing-replay out",
             field="routing_replay",
         )
+    if options.endpoints.endpoint:
+        raise InvalidRequest(
+            "endpoint: servers elsewhere are asked for a step's replies at once; take engines of "
+            "the run's own (--rollout-gpus), or leave --async out",
+            field="endpoint",
+        )
     if options.placement.sleep:
         raise InvalidRequest(
             "sleep: an engine that samples on cannot give its memory to the trainer; leave --sleep "

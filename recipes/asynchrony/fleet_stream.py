@@ -15,7 +15,7 @@ from typing import Protocol
 from engine.errors import EngineDead
 from engine.protocol import Abort, Request, RequestOutput
 from recipes.actors.fleet import MOST_LOSSES
-from recipes.actors.fleet_engine import FleetEngine, died_with_engine
+from recipes.actors.fleet_engine import FleetEngine, lost_with
 
 
 class Fleet(Protocol):
@@ -109,10 +109,10 @@ class FleetStream:
             opened.clear()
             return [], gone, error
         mine = [(opened.pop(o.rid), o) for o in found if o.rid in opened]
-        gone = [request for request, output in mine if died_with_engine(output)]
-        why = EngineDead(f"engine {place} holds no whole weights", field="engine")
-        ended = [output for _, output in mine if not died_with_engine(output)]
-        return ended, gone, why if gone else None
+        losses = [(request, loss) for request, output in mine if (loss := lost_with(output))]
+        ended = [output for _, output in mine if lost_with(output) is None]
+        gone = [request for request, _ in losses]
+        return ended, gone, losses[0][1] if losses else None
 
     def _engines_idle(self) -> list[float]:
         """Seconds in which each engine had nothing to do, so far; 0 of one that is gone."""

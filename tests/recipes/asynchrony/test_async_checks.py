@@ -23,6 +23,7 @@ MODEL = ["--model", __file__]
         (["--algorithm", "dppo", "--is-level", "token"], "is_level"),
         (["--routing-replay"], "routing_replay"),
         (["--sleep", "True"], "sleep"),
+        (["--endpoint", "http://127.0.0.1:1"], "endpoint"),
         (["--engine-steps", "-1"], "engine_steps"),
         (["--engine-steps", "4", "--rollout-gpus", "1"], "engine_steps"),
         (["--strict-age", "--max-staleness", "0"], "strict_age"),
