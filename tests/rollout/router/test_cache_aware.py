@@ -5,15 +5,10 @@ from dataclasses import dataclass
 import pytest
 
 from rollout.router.choice.ask import Ask, Choice
+from rollout.router.choice.blocks import BLOCK_BYTES, blocks_of
 from rollout.router.choice.cache_aware import GROUP_S, CacheAware
 from rollout.router.choice.plain_policies import LeastLoad, RoundRobin, least
-from rollout.router.choice.prefix_index import (
-    BLOCK_BYTES,
-    PrefixIndex,
-    blocks_of,
-    holder_of,
-    number_of,
-)
+from rollout.router.choice.prefix_index import PrefixIndex, holder_of, number_of
 
 
 @dataclass
@@ -183,7 +178,7 @@ def test_blocks_that_change_places_are_another_prefix() -> None:
 def test_workers_that_come_and_go_for_ever_leave_nothing_behind(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("rollout.router.choice.cache_aware._MOST_URLS", 100)
+    monkeypatch.setattr("rollout.router.choice.numbers._MOST_URLS", 100)
     chosen, clock = policy()
     stays = Load("http://stays")
     for turn in range(20):
