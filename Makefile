@@ -55,7 +55,7 @@ test-fast: setup ## the suite without the slow tests
 gpu-test: setup  ## tests that need a GPU; skipped without one
 	$(BIN)/python -m pytest -m "gpu or multi_gpu" -rs
 
-clients-test: $(CLIENTS)/.installed ## TRL, openai, langchain-openai and lm-eval against a server
+clients-test: $(CLIENTS)/.installed ## TRL, openai, langchain-openai and lm-eval against a server, a fleet on Ray
 	$(CLIENTS)/bin/python -m pytest tests/clients tests/rollout/http/vllm/test_trl_client.py -W default
 
 $(CLIENTS)/.installed: pyproject.toml constraints/clients.txt scripts/make_venv.sh

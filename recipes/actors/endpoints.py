@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -26,19 +26,23 @@ API_KEY, ADMIN_API_KEY = "SLIPSTREAM_API_KEY", "SLIPSTREAM_ADMIN_API_KEY"
 files."""
 
 
-def open_endpoints(options: RunOptions, world: World, *, device: torch.device) -> FleetActor:
-    """The actor over the endpoints that the options name; collective.
+Opened = Callable[[RunOptions], tuple[Engines, str]]
+"""Has the engines of a run there; they, and the URL of one. Called in the main process."""
 
-    device: where the trainer's tensors are. Raises InvalidRequest (`endpoint`, `dtype`,
-    `routing_replay`) for endpoints that do not serve what is trained, EngineDead (`endpoint`) for
-    one that does not answer within `endpoint_patience`, Unauthorized and Forbidden.
+
+def open_fleet(
+    opened: Opened, options: RunOptions, world: World, *, device: torch.device
+) -> FleetActor:
+    """The actor over what `opened` gives; collective. Every process raises what it raises.
+
+    device: where the trainer's tensors are.
     """
     engines: Engines | None = None
     failure: SlipstreamError | None = None
     reached: tuple[str, str] = ("", "")
     if world.is_main:
         try:
-            engines, there = _open(options)
+            engines, there = opened(options)
             reached = (there, f"run-{uuid.uuid4().hex}")
         except SlipstreamError as error:
             failure = error
@@ -49,8 +53,13 @@ def open_endpoints(options: RunOptions, world: World, *, device: torch.device) -
     return FleetActor(engines, world, device=device, address=address, group=group)
 
 
-def _open(options: RunOptions) -> tuple[Engines, str]:
-    """The engines of the endpoints, and the URL of one."""
+def open_endpoints(options: RunOptions) -> tuple[Engines, str]:
+    """The engines of the endpoints, and the URL of one.
+
+    Raises InvalidRequest (`endpoint`, `dtype`, `routing_replay`) for endpoints that do not serve
+    what is trained, EngineDead (`endpoint`) for one that does not answer within
+    `endpoint_patience`, Unauthorized and Forbidden.
+    """
     given = options.endpoints
     with ExitStack() as on_failure:
         replicas = [_reach(url, given.endpoint_patience) for url in given.endpoint]

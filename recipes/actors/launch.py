@@ -16,9 +16,10 @@ from engine.config import (
 )
 from engine.errors import InvalidRequest
 from recipes.actors.actor import Actor, InlineActor
-from recipes.actors.endpoints import open_endpoints
+from recipes.actors.endpoints import open_endpoints, open_fleet
 from recipes.actors.engines import Engines, ReplicaEngines
 from recipes.actors.fleet import FleetActor
+from recipes.actors.on_ray import open_on_ray
 from recipes.actors.scorer import ScoringEngine, scoring_config
 from recipes.settings.options import RunOptions
 from recipes.world import World, uses_gpu
@@ -35,7 +36,9 @@ def launch_actor(options: RunOptions, world: World | None = None) -> Actor:
     InvalidRequest when there are too few GPUs; what `open_endpoints` raises."""
     world = world or World()
     if options.endpoints.endpoint:
-        return open_endpoints(options, world, device=_device(options, world))
+        return open_fleet(open_endpoints, options, world, device=_device(options, world))
+    if options.endpoints.launch == "ray":
+        return open_fleet(open_on_ray, options, world, device=_device(options, world))
     num_engines = options.placement.rollout_gpus
     if num_engines == 0:
         sleeps = _sleeps(options)
@@ -58,6 +61,11 @@ def launch_actor(options: RunOptions, world: World | None = None) -> Actor:
 def has_own_engine(options: RunOptions) -> bool:
     """Whether every trainer process rolls out too, with an engine of its own."""
     return options.placement.rollout_gpus == 0 and not options.endpoints.endpoint
+
+
+def needs_first_push(options: RunOptions) -> bool:
+    """Whether the engines may have other weights, or other versions, than a run begins with."""
+    return bool(options.endpoints.endpoint) or options.endpoints.launch == "ray"
 
 
 def _device(options: RunOptions, world: World) -> torch.device:

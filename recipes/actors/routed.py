@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import TypeVar
 
 import msgspec
@@ -47,17 +48,21 @@ class RoutedEngines:
     """The workers of a router, as `Engines`: who takes weights is looked up before each update.
 
     replica: the router. admin_key: of its control routes. patience_s: most that is waited for it,
-    or for a worker to join, before EngineDead (`endpoint`) is raised.
+    or for a worker to join, before EngineDead (`endpoint`) is raised. count: workers that are
+    waited for at first. at_end: what `close` ends too.
     """
 
-    def __init__(self, replica: HttpReplica, *, admin_key: str, patience_s: float) -> None:
+    def __init__(
+        self, replica: HttpReplica, *, admin_key: str, patience_s: float, count: int = 1
+    ) -> None:
+        self.at_end = ExitStack()
         self._replica = replica
         self._admin_key = admin_key
         self._patience_s = patience_s
         self.workers: list[RoutedWorker] = []
         self.targets: list[HttpTarget] = []
         self.base = 0
-        self.revive()
+        self._wait_for(count)
         found = [state.version for state in self._states() if state is not None]
         self._newest = max(found, default=0)
         # The first push of a run has the number 0.
@@ -97,14 +102,18 @@ class RoutedEngines:
 
     def revive(self) -> None:
         """See `Engines`: wait until there is a worker; who is there takes the next update."""
+        self._wait_for(1)
+
+    def _wait_for(self, count: int) -> None:
         deadline = time.monotonic() + self._patience_s
         told = False
         while True:
             try:
                 self._look()
-                if self.targets:
+                if len(self.targets) >= count:
                     return
-                why = "it has no worker that could take weights"
+                few = f"{len(self.targets)} of {count} workers" if self.targets else "no worker"
+                why = f"it has {few} that could take weights"
             except EngineDead as error:
                 why = error.message
             if time.monotonic() > deadline:
@@ -142,8 +151,9 @@ class RoutedEngines:
         return next(state for state in self._states() if state is not None)
 
     def close(self) -> None:
-        """See `Engines`: they go on without this run."""
+        """See `Engines`: those that others started go on without this run."""
         self._replica.close()
+        self.at_end.close()
 
     def _look(self) -> None:
         """Look up who there is."""

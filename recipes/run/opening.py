@@ -12,7 +12,12 @@ from rich.console import Console
 
 from engine.protocol import SamplingParams
 from recipes.actors.actor import Actor
-from recipes.actors.launch import has_own_engine, launch_actor, launch_reference
+from recipes.actors.launch import (
+    has_own_engine,
+    launch_actor,
+    launch_reference,
+    needs_first_push,
+)
 from recipes.actors.scorer import ScoringEngine
 from recipes.actors.teacher import check_teacher, launch_teacher
 from recipes.algorithms.presets import Algorithm, resolve
@@ -91,8 +96,8 @@ def open_run(options: RunOptions, ledger: Ledger) -> Run:
             check_pool(each, actor.state(), _max_new_tokens(options, each.environment))
         shelf = RouteShelf(world=world)
         trainer = load_trainer(options, actor, world, shelf)
-        if options.endpoints.endpoint:
-            # What they serve is somebody's, whoever that was.
+        if needs_first_push(options):
+            # What they serve may be somebody's, whoever that was.
             actor.push(trainer.weights, 0, measure_memcpy=False)
         run = assemble(
             options,

@@ -39,6 +39,7 @@ LEAST: Mapping[str, int] = MappingProxyType(
         "samples": 1,
         "max_new_tokens": 1,
         "rollout_gpus": 0,
+        "rollout_tp": 1,
         "warmup_steps": 0,
         "weight_decay": 0,
         "max_tokens_per_microbatch": 1,
@@ -164,6 +165,21 @@ def _check_endpoints(options: RunOptions) -> None:
         raise InvalidRequest(
             f"rollout_gpus: {num_gpus} engines of the run's own beside those of --endpoint; leave "
             "one of the two out",
+            field="rollout_gpus",
+        )
+    _check_ray(options)
+
+
+def _check_ray(options: RunOptions) -> None:
+    """A cluster is told how many engines there are, of as many GPUs each."""
+    num_gpus, tp = options.placement.rollout_gpus, options.endpoints.rollout_tp
+    if options.endpoints.launch != "ray":
+        return
+    _check_extra("launch", "--launch ray", "ray")
+    if num_gpus == 0 or num_gpus % tp:
+        raise InvalidRequest(
+            f"rollout_gpus: --launch ray places engines of {tp} GPUs (--rollout-tp) each, and "
+            f"{num_gpus} are asked for; give a multiple of {tp} above 0",
             field="rollout_gpus",
         )
 

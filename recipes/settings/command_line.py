@@ -43,6 +43,8 @@ CHANGEABLE = frozenset(
         "rollout_gpus",
         "endpoint",
         "endpoint_patience",
+        "launch",
+        "rollout_tp",
         "rendezvous_host",
         "sleep",
         "max_failed_share",

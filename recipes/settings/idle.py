@@ -256,8 +256,13 @@ TRAINING: tuple[Theme[RunOptions], ...] = (
 ROLLING_OUT: tuple[Theme[RunOptions], ...] = (
     Theme(
         names=("endpoint_patience", "rendezvous_host"),
-        holds=lambda options: bool(options.endpoints.endpoint),
-        missing="where the run has its own engines: add --endpoint URL",
+        holds=lambda options: bool(options.endpoints.endpoint) or options.endpoints.launch == "ray",
+        missing="where the run's engines are here: add --endpoint URL",
+    ),
+    Theme(
+        names=("rollout_tp",),
+        holds=lambda options: options.endpoints.launch == "ray",
+        missing="where engines have a GPU each: add --launch ray",
     ),
     Theme(
         names=("speculative", "rollout_quantization", "sleep", "trainer_memory_gb"),

@@ -27,7 +27,7 @@ os.environ |= {
     "WANDB_MODE": "disabled",
     "TOKENIZERS_PARALLELISM": "false",
 }
-PACKAGES = ("trl", "openai", "anthropic", "langchain_openai", "lm_eval")
+PACKAGES = ("ray", "trl", "openai", "anthropic", "langchain_openai", "lm_eval")
 MODEL_NAME = "tiny"
 CONTEXT = 2048
 # A turn with tools: calls are written as Hermes does, results follow in the role "tool".

@@ -44,12 +44,24 @@ def serve(model: str, router: str) -> list[str]:
     return [*words, "--kv-memory", "0.02", "--router", router]
 
 
+def launched(words: list[str], rank: int, size: int) -> ServerProcess:
+    """A server that torchrun, or srun with its variables, starts beside others: it is none of a
+    group of processes, whatever they say."""
+    with pytest.MonkeyPatch.context() as patch:
+        told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": 9}
+        for name, value in {**told, "MASTER_ADDR": "127.0.0.1", "SLURM_PROCID": rank}.items():
+            patch.setenv(name, str(value))
+        return ServerProcess(words)
+
+
 @contextmanager
 def fleet(model: str, count: int) -> Iterator[tuple[ServerProcess, list[ServerProcess]]]:
     with ExitStack() as stack:
         router = stack.enter_context(router_process("policy='least_load'"))
-        words = serve(model, router.url)
-        workers = [stack.enter_context(ServerProcess(words)) for _ in range(count)]
+        workers = [
+            stack.enter_context(launched(serve(model, router.url), rank, count))
+            for rank in range(count)
+        ]
         wait_for(router.url, count)
         yield router, workers
 
@@ -129,6 +141,9 @@ def test_a_worker_that_is_killed_changes_nothing_of_a_run(
             assert main(flags(model, tmp_path / "next", *at, steps=0)) == 0
             assert state_of(router.url, other.url) == "ready"
             assert version_of(workers[0]) == version_of(other) == 4
+            assert workers[0].terminate() == 0
+            left = httpx.get(f"{router.url}/list_workers", trust_env=False).json()["urls"]
+            assert workers[0].url not in left and other.url in left
     assert (torn / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
     assert len(rows(torn)) == 2
     for ours, theirs in zip(rows(torn), rows(whole), strict=True):

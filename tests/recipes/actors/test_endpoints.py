@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine.errors import EngineDead, InvalidRequest, SlipstreamError
-from recipes.actors.endpoints import ADMIN_API_KEY, API_KEY, open_endpoints
+from recipes.actors.endpoints import ADMIN_API_KEY, API_KEY, open_endpoints, open_fleet
 from recipes.settings.command_line import with_values
 from recipes.settings.options import RunOptions
 from recipes.world import World
@@ -33,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def opened(model: str, **values: Any) -> SlipstreamError:
     options = with_values(RunOptions(model=model), {"endpoint_patience": 0.2, **values})
     with pytest.raises(SlipstreamError) as caught:
-        open_endpoints(options, World(), device=torch.device("cpu"))
+        open_fleet(open_endpoints, options, World(), device=torch.device("cpu"))
     return caught.value
 
 

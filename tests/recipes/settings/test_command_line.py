@@ -65,6 +65,7 @@ kl_horizon
 kl_in
 kl_target
 kv_memory_gb
+launch
 load_format
 loss_aggregation
 lr
@@ -94,6 +95,7 @@ reward_timeout
 reward_tokenizer
 rollout_gpus
 rollout_quantization
+rollout_tp
 router_aux_coef
 routing_replay
 samples

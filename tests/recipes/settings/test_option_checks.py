@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -145,6 +146,7 @@ def test_what_would_be_ignored_is_refused_by_name(
         ({"algorithm": "opd", "teacher": __file__, "gamma": 0.9}, "gamma"),
         ({"trainer_memory_gb": 1.0, "rollout_gpus": 1}, "trainer_memory_gb"),
         ({"rendezvous_host": "10.0.0.1"}, "rendezvous_host"),
+        ({"rollout_gpus": 2, "rollout_tp": 2}, "rollout_tp"),
         ({"endpoint": ("http://a:1",), "speculative": "ngram"}, "speculative"),
         ({"reward": (f"model:{__file__}",), "reward_gpu": 1, "device": "cpu"}, "reward_gpu"),
     ],
@@ -193,3 +195,23 @@ def test_what_a_supervised_run_would_ignore_is_refused_by_name(
 @pytest.mark.parametrize("task", [{"task": "chats.jsonl", "eval_task": "addition"}, {}])
 def test_the_longest_answer_is_one_to_a_task(task: dict[str, Any]) -> None:
     check_sft(with_values(SftOptions(model=__file__), {"max_new_tokens": 8, **task}))
+
+
+@pytest.mark.parametrize("num_gpus", [0, 3])
+def test_a_cluster_is_asked_for_whole_engines(
+    num_gpus: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recipes.settings.checks.find_spec", lambda name: name)
+    values = {"launch": "ray", "rollout_gpus": num_gpus, "rollout_tp": 2}
+    with pytest.raises(InvalidRequest, match=r"^rollout_gpus: .* engines of 2 GPUs") as caught:
+        check_options(with_values(RunOptions(model=__file__), values))
+    assert caught.value.field == "rollout_gpus"
+    check_options(with_values(RunOptions(model=__file__), {**values, "rollout_gpus": 4}))
+
+
+def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recipes.settings.checks.find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
+    with pytest.raises(InvalidRequest, match=r"pip install -e '\.\[ray\]'") as caught:
+        check_options(with_values(RunOptions(model=__file__), {"launch": "ray", "rollout_gpus": 1}))
+    assert caught.value.field == "launch"
