@@ -132,7 +132,9 @@ def serve(options: Options, part: str) -> dict[str, Any]:
                 if number:  # the first round warms all of them up
                     found[name].append(figures)
     finally:
-        for child in (load, upstreams, *sides.values()):
+        for side in sides.values():
+            side.close()
+        for child in (load, upstreams):
             child.close()
     return {
         name: {key: statistics.median(one[key] for one in each) for key in each[0]}

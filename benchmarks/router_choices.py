@@ -15,9 +15,10 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from rollout.router.choice.ask import Ask, Policy
+from rollout.router.choice.blocks import BLOCK_BYTES, blocks_of
 from rollout.router.choice.cache_aware import CacheAware
 from rollout.router.choice.plain_policies import RoundRobin
-from rollout.router.choice.prefix_index import BLOCK_BYTES, blocks_of, holder_of
+from rollout.router.choice.prefix_index import holder_of
 
 
 @dataclass

@@ -2,10 +2,10 @@
 
 A tiny random model on this processor in float32, three servers behind the router, requests of 13
 kinds (`router_kills_calls.py`): n = 4, penalties, stops, lengths, structured output, streams and
-whole replies, all dialects. First undisturbed, then with one server and its engine killed once a
-fifth of the replies have come. Every reply has to be there and to say the same; of the sequences
-that another worker went on with, the figures say how much of what the killed one had sampled was
-sampled again.
+whole replies, all dialects. First undisturbed, then with one server and its engine killed once it
+has sampled a fifth of what it would. Every reply has to be there and to say the same; of the
+sequences that another worker went on with, the figures say how much of what the killed one had
+sampled was sampled again.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import os
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -34,6 +35,8 @@ from tests.helpers.tiny_tokenizer import TEMPLATE, tiny_tokenizer
 
 NUM_WORKERS = 3
 _PATIENCE_S = 540.0
+_TOKENS = 12
+"""That the one which is killed samples before, for each request: of some 60."""
 _SERVE = """
 import logging
 from engine.config import CacheConfig, EngineConfig, SchedulerConfig
@@ -89,8 +92,8 @@ async def _ask(http: httpx.AsyncClient, number: int) -> Any:
     return one.same(reply.content)
 
 
-async def _all(url: str, count: int, kill: Any = None) -> tuple[dict[int, Any], float]:
-    """What came of each request, and the seconds; `kill` is called after a fifth of them."""
+async def _all(url: str, count: int) -> tuple[dict[int, Any], float]:
+    """What came of each request, and the seconds."""
     found: dict[int, Any] = {}
     limits = httpx.Limits(max_connections=None)
     start = time.perf_counter()
@@ -101,14 +104,17 @@ async def _all(url: str, count: int, kill: Any = None) -> tuple[dict[int, Any], 
         async def one(number: int) -> None:
             found[number] = await _ask(http, number)
 
-        async def killing() -> None:
-            while len(found) < count // 5:
-                await asyncio.sleep(0.005)
-            kill()
-
-        tasks = [one(number) for number in range(1, count + 1)]
-        await asyncio.gather(*tasks, *([killing()] if kill else []))
+        await asyncio.gather(*(one(number) for number in range(1, count + 1)))
     return found, time.perf_counter() - start
+
+
+def _kill(log: Path, num_tokens: int, *pids: int) -> None:
+    """kill -9 once an engine has sampled so many more tokens."""
+    enough = log.stat().st_size + RECORD.size * num_tokens
+    while log.stat().st_size < enough:
+        time.sleep(0.002)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
 
 
 def _counter(url: str, name: str) -> int:
@@ -164,11 +170,12 @@ def measure(count: int = 500) -> dict[str, Any]:
             mine = next(pid for pid in victim.children() if pid in engines)
             since = time.time()
 
-            def kill() -> None:
-                for pid in (mine, victim.process.pid):
-                    os.kill(pid, signal.SIGKILL)
-
-            found, killed_s = asyncio.run(_all(router.url, count, kill))
+            killing = threading.Thread(
+                target=_kill, args=(logs / str(mine), _TOKENS * count, mine, victim.process.pid)
+            )
+            killing.start()
+            found, killed_s = asyncio.run(_all(router.url, count))
+            killing.join()
             lost, resumed = _counter(router.url, "lost"), _counter(router.url, "resumed")
         others = [logs / str(pid) for pid in engines if pid != mine]
         again = _again(logs / str(mine), others, since)

@@ -48,9 +48,9 @@ class TellingExecutor:
 
     def _note(self, plan: StepPlan) -> None:
         now, found = time.time(), []
-        for row in plan.new_rows:
-            self._rows[row.slot] = [row.sampling.seed, len(row.token_ids)]
-            found.append(RECORD.pack(row.sampling.seed, len(row.token_ids), now))
+        for new in plan.new_rows:
+            self._rows[new.slot] = [new.sampling.seed, len(new.token_ids)]
+            found.append(RECORD.pack(new.sampling.seed, len(new.token_ids), now))
         for slot in np.asarray(plan.slots)[np.asarray(plan.samples)].tolist():
             row = self._rows[slot]
             found.append(RECORD.pack(row[0], -1 - row[1], now))

@@ -1,7 +1,5 @@
-"""Register a server with a router, and keep it registered.
-
-The calls are sglang-router's (`rollout.router.worker_routes`), so that its router may be named too.
-"""
+"""Register a server with a router, and keep it registered, by sglang-router's calls
+(`rollout.router.worker_routes`): its router may be named too."""
 
 from __future__ import annotations
 

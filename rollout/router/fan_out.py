@@ -300,28 +300,30 @@ class FanOut:
         return {worker.url: worker.state for worker in self._fleet if not worker.in_rotation}
 
 
-def _renames(path: str, body: bytes) -> bool:
-    """Whether a call gives what an engine serves another version."""
-    if path != "/command":
-        return path in _LOADING or path in _ENDING or path in _RENAMING
-    return _kind(body) in _NAMING_COMMANDS
-
-
 def _ends_by(request: ClientRequest) -> EndingCall | None:
     """As what a call ends a gathered update; None where it ends none."""
     if request.path in _FLUSHING:
         return "flush"
     if request.path != "/command":
         return "pause" if request.path in _SETTLING else None
-    return "pause" if _kind(request.body) in ("pause", "begin_update") else None
-
-
-def _kind(body: bytes) -> str:
-    """That of a command; "" where there is none, which the worker refuses."""
     try:
-        return msgspec.json.decode(body, type=_Kind).type
+        kind = msgspec.json.decode(request.body, type=_Kind).type
     except msgspec.DecodeError:
-        return ""
+        # A worker names the field.
+        return None
+    return "pause" if kind in ("pause", "begin_update") else None
+
+
+def _renames(path: str, body: bytes) -> bool:
+    """Whether a call gives what an engine serves another version."""
+    if path != "/command":
+        return path in _LOADING or path in _ENDING or path in _RENAMING
+    try:
+        kind = msgspec.json.decode(body, type=_Kind).type
+    except msgspec.DecodeError:
+        # The worker has refused it.
+        return False
+    return kind in _NAMING_COMMANDS
 
 
 def _version(outcome: Outcome, name: str = "version") -> int | None:

@@ -60,14 +60,11 @@ class Outcome:
 def together(
     path: str, outcomes: Sequence[Outcome], out: Mapping[str, str], *, dropped: str = ""
 ) -> Reply:
-    """One answer of all: the first worker's, with what each said below `workers`; if one did not
-    take the call, an error that names all that did not. out: who is out of rotation, and why.
-    dropped: why an update was."""
+    """One answer of all: the first worker's, with what each said below `workers`, or an error that
+    names all that did not take it. out: who is out of rotation, and why. dropped: why an update."""
     more: dict[str, Any] = {"workers": {one.worker.url: one.told() for one in outcomes}}
-    if dropped:
-        more["dropped"] = dropped
-    if out:
-        more["out_of_rotation"] = dict(out)
+    more |= {"dropped": dropped} if dropped else {}
+    more |= {"out_of_rotation": dict(out)} if out else {}
     if all(outcome.good for outcome in outcomes):
         found = outcomes[0].body
         if not isinstance(found, dict):

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from rollout.router.choice.ask import Policy
 from rollout.router.choice.cache_aware import CacheAware
 from rollout.router.choice.plain_policies import LeastLoad, RoundRobin
-
-if TYPE_CHECKING:
-    from benchmarks.fleet_sim_fleet import Result
 
 ROOT = Path(__file__).resolve().parents[2]
 POLICIES: dict[str, Callable[[Any], Policy]] = {
@@ -45,15 +42,14 @@ def job(number: int, **changes: Any) -> Any:
 
 def simulated(
     jobs: Iterator[Any], replicas: int, policy: str = "cache_aware", **options: Any
-) -> Result:
+) -> Any:
     from fleet_sim_fleet import Fleet
 
     given = options.pop("costs", None) or costs()
-    result: Result = Fleet(given, replicas, POLICIES[policy], **options).run(jobs)
-    return result
+    return Fleet(given, replicas, POLICIES[policy], **options).run(jobs)
 
 
-def of_load(policy: str, replicas: int, *, events: Any = None, **load: Any) -> Result:
+def of_load(policy: str, replicas: int, *, events: Any = None, **load: Any) -> Any:
     from fleet_sim_load import Load, Requests
 
     given = load.pop("costs", None)
@@ -123,7 +119,7 @@ def test_a_seed_says_everything() -> None:
 
 
 def test_what_is_cached_is_found_by_the_policy_that_looks_for_it() -> None:
-    load = {"count": 800, "rate": 20.0, "out_tokens": 20, "turns": 8, "prompt_tokens": 800}
+    load = {"count": 400, "rate": 20.0, "out_tokens": 20, "turns": 8, "prompt_tokens": 800}
     load |= {"systems": 8, "system_tokens": 64}
     shares = {
         name: of_load(name, 8, costs=costs(kv_tokens=60_000), **load).figures()["hit_share"]

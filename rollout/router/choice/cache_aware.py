@@ -2,10 +2,7 @@
 
 Cost is predicted work: the bytes of prompts that a worker has to compute, plus a share for every
 sequence that it decodes already. Among the holders of the longest prefixes and a few others, drawn
-at random, the least wins: the power of d choices (Mitzenmacher, 2001). A session's worker is that
-of the greatest hash of key and worker (rendezvous hashing: Thaler and Ravishankar, 1998), passed
-over while it has more than 1.25 times the mean load (bounded loads: Mirrokni, Thorup and
-Zadimoghaddam, 2018).
+at random, the least wins: the power of d choices (Mitzenmacher, 2001).
 """
 
 from __future__ import annotations
@@ -14,18 +11,13 @@ import random
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from hashlib import blake2b
-from itertools import repeat
 
 from rollout.router.choice.ask import Ask, Candidate, Choice
+from rollout.router.choice.blocks import BLOCK_BYTES, blocks_of
+from rollout.router.choice.numbers import Numbers
 from rollout.router.choice.plain_policies import least
-from rollout.router.choice.prefix_index import (
-    BLOCK_BYTES,
-    PrefixIndex,
-    blocks_of,
-    holder_of,
-    number_of,
-)
+from rollout.router.choice.prefix_index import PrefixIndex, holder_of
+from rollout.router.choice.sessions import of_session
 
 GROUP_S = 2.0
 """Equal prompts that come within this time are a group."""
@@ -33,10 +25,7 @@ _NUM_DRAWN = 4
 _ALL_UP_TO = 16
 _OPEN_BYTES = 2048
 """What a running sequence counts for, in bytes of a prompt that is computed."""
-_BOUND = 1.25
-_SLACK = 4.0
 _MOST_GROUPS = 4096
-_MOST_URLS = 1 << 16
 _FAR_MORE = 64
 
 
@@ -60,13 +49,13 @@ class CacheAware:
         self._group_s = group_s
         self._groups: OrderedDict[int, tuple[int, float]] = OrderedDict()
         self._turn = 0
-        self._workers = _Numbers()
+        self._workers = Numbers()
 
     def choose(self, ask: Ask, candidates: Sequence[Candidate]) -> Choice:
         workers = self._workers
         workers.look(candidates)
         if ask.key:
-            return Choice(_of_session(ask.key, workers.marks, candidates), "session")
+            return Choice(of_session(ask.key, workers.marks, candidates), "session")
         prompt = ask.prompt
         if not prompt:
             self._turn += 1
@@ -129,65 +118,9 @@ class CacheAware:
             self._groups.popitem(last=False)
 
 
-class _Numbers:
-    """A number for each URL, which nobody else ever gets. numbers, marks: of the candidates, by
-    place; a mark is the same in every router."""
-
-    def __init__(self) -> None:
-        self._by_url: dict[str, int] = {}
-        self._places: dict[int, int] = {}
-        self._next = 0
-        self._candidates: Sequence[Candidate] = ()
-        self.numbers: list[int] = []
-        self.marks: list[int] = []
-
-    def look(self, candidates: Sequence[Candidate]) -> None:
-        """Take the candidates; they are the same object until one comes or goes."""
-        if candidates is self._candidates:
-            return
-        self._candidates = candidates
-        self.numbers = [self._number_of(worker.url) for worker in candidates]
-        self.marks = [_mark(worker.url.encode()) for worker in candidates]
-        self._places = {number: place for place, number in enumerate(self.numbers)}
-        if len(self._by_url) > _MOST_URLS:
-            # What the index knows of those that are gone is void.
-            urls = [worker.url for worker in candidates]
-            self._by_url = dict(zip(urls, self.numbers, strict=True))
-
-    def place_of(self, holder: int) -> int | None:
-        """Where a holder is among the candidates; None if it is not, or has lost what it held."""
-        number = number_of(holder)
-        place = self._places.get(number)
-        if place is None or holder_of(number, self._candidates[place].epoch) != holder:
-            return None
-        return place
-
-    def _number_of(self, url: str) -> int:
-        found = self._by_url.get(url)
-        if found is None:
-            found = self._by_url[url] = self._next
-            self._next += 1
-        return found
-
-
 def _has_far_more(num_open: int, candidates: Sequence[Candidate]) -> bool:
     """Whether so many sequences are far more than the median worker's."""
     if num_open <= _FAR_MORE:
         return False
     loads = sorted(worker.num_open for worker in candidates)
     return num_open > 2 * loads[(len(loads) - 1) // 2] + _FAR_MORE
-
-
-def _of_session(key: bytes, marks: Sequence[int], candidates: Sequence[Candidate]) -> int:
-    most = _BOUND * sum(worker.num_open for worker in candidates) / len(candidates) + _SLACK
-    # Of whole numbers, whose hash has no seed: every router finds the same worker.
-    weights = list(map(hash, zip(repeat(_mark(key)), marks)))
-    first = weights.index(max(weights))
-    if candidates[first].num_open <= most:
-        return first
-    order = sorted(range(len(weights)), key=weights.__getitem__, reverse=True)
-    return next((at for at in order if candidates[at].num_open <= most), first)
-
-
-def _mark(name: bytes) -> int:
-    return int.from_bytes(blake2b(name, digest_size=7).digest())

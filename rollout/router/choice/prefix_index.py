@@ -11,18 +11,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from itertools import accumulate
-from operator import xor
-from struct import Struct
 
-BLOCK_BYTES = 256
-"""Some 50 to 64 ids."""
 MOST_HOLDERS = 4
-MOST_BLOCKS = 256
-"""Of one prompt, which are looked at: what is longer is told apart by its first 64 KiB."""
 
 _EPOCH_BITS = 32
-_BLOCK = Struct(f"{BLOCK_BYTES}s")
 
 
 def holder_of(number: int, epoch: int) -> int:
@@ -83,14 +75,6 @@ class PrefixIndex:
             known.move_to_end(block)
         while len(known) > self._most:
             known.popitem(last=False)
-
-
-def blocks_of(prompt: bytes) -> list[int]:
-    """What stands for the prompt up to the end of each whole block: the hashes of all blocks until
-    there, each with its number, by exclusive or. They are keyed, anew in each process."""
-    count = min(len(prompt) // BLOCK_BYTES, MOST_BLOCKS)
-    blocks = _BLOCK.iter_unpack(memoryview(prompt)[: count * BLOCK_BYTES])
-    return list(accumulate(map(hash, enumerate(blocks)), xor))
 
 
 def _with(holders: int | tuple[int, ...], holder: int) -> int | tuple[int, ...]:

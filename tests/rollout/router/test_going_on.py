@@ -220,3 +220,32 @@ def test_a_worker_that_is_silent_and_not_well_loses_its_requests() -> None:
             assert (await waiting).text == "onetwo"
 
     run(test)
+
+
+def test_a_session_whose_worker_died_is_not_sent_to_it_again_and_again() -> None:
+    async def test() -> None:
+        workers = [FakeWorker(whole_reply) for _ in range(3)]
+        async with routing(*workers, policy="cache_aware") as routed:
+            headers = {"content-type": "application/json", "x-smg-routing-key": "a-session"}
+
+            async def turn() -> str:
+                return (await routed.http.post("/generate", content=BODY, headers=headers)).text
+
+            for _ in range(3):
+                assert await turn() == "onetwo"
+            (home,) = [worker for worker in workers if worker.seen]
+            assert len(home.seen) == 3
+            home.answer = one_piece()
+            assert await turn() == "onetwo"
+            await home.stop()
+            assert [await turn() for _ in range(6)] == ["onetwo"] * 6
+            # All of them at one of the others, and home again once it is back.
+            assert sorted(len(worker.seen) for worker in workers if worker is not home) == [0, 7]
+            home.answer = whole_reply
+            await home.start(home.port)
+            await routed.until_ready(3)
+            before = len(home.seen)
+            assert await turn() == "onetwo"
+            assert len(home.seen) == before + 1
+
+    run(test)
