@@ -12,14 +12,17 @@ import subprocess
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from recipes.actors.serve_command import Command
 from rollout.replica.python_child import child_command, child_environment
+
+if TYPE_CHECKING:
+    # Not in the actors, which would read every option of a run.
+    from recipes.actors.serve_command import Command
 
 logger = logging.getLogger(__name__)
 
