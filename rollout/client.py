@@ -21,6 +21,11 @@ from engine.protocol import (
 from engine.protocol.urls import url_fault
 from rollout.scheduler.routes.reply_fields import Ids, decoded_routes
 
+# Made while this module is imported: msgspec looks a type up at its first use, and crashes the
+# interpreter where two threads are the first at once.
+_REPLY = msgspec.json.Decoder(Reply)
+_RESPONSE = msgspec.json.Decoder(GenerateResponse)
+_RESPONSES = msgspec.json.Decoder(list[GenerateResponse])
 _POLL_S = 0.1
 _CONNECT_S = 10.0
 
@@ -67,8 +72,8 @@ class Client:
             body = _batch_body(list(requests))
         data = self._post("/generate", body, self._key, self._generate_s)
         if data.lstrip().startswith(b"["):
-            return msgspec.json.decode(data, type=list[GenerateResponse])
-        return [msgspec.json.decode(data, type=GenerateResponse)]
+            return _RESPONSES.decode(data)
+        return [_RESPONSE.decode(data)]
 
     def stream(self, request: GenerateRequest) -> Iterator[GenerateResponse]:
         """Replies as the output grows; each holds everything so far unless the server streams
@@ -93,7 +98,7 @@ class Client:
         """Run a control command of the protocol."""
         body = msgspec.json.encode(command)
         data = self._post("/command", body, self._admin_key, self._control_s)
-        return msgspec.json.decode(data, type=Reply)
+        return _REPLY.decode(data)
 
     def state(self) -> ReplicaState:
         """What the engine is and does right now."""
@@ -192,7 +197,7 @@ def _replies(lines: Iterator[str]) -> Iterator[GenerateResponse]:
             return
         if data.startswith('{"error"'):
             raise _error(data.encode(), 500)
-        yield msgspec.json.decode(data, type=GenerateResponse)
+        yield _RESPONSE.decode(data)
 
 
 def _error(data: bytes, status: int) -> SlipstreamError:

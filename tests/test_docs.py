@@ -32,7 +32,15 @@ FOLDERS = (
 
 WALKS = [ROOT / "docs" / name for name in ("request.md", "weight_update.md", "state.md")]
 # Flags in the documents that are other programs': torchrun's, pytest's, curl's.
-FOREIGN_FLAGS = {"nproc-per-node", "noconftest", "json"}
+FOREIGN_FLAGS = {
+    "nproc-per-node",
+    "nnodes",
+    "rdzv-endpoint",
+    "no-python",
+    "ntasks-per-node",
+    "noconftest",
+    "json",
+}
 
 _SYMBOL = re.compile(r"`([\w/.-]+\.py)::([\w.]+)`")
 _PLACE = re.compile(r"`([\w./{},-]+(?:\.py|/))(?:::[\w.]+)?`")

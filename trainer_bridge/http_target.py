@@ -13,6 +13,10 @@ from engine.protocol import Command, Reply
 from engine.protocol.deadlines import deadlines
 from engine.protocol.urls import url_fault
 
+# Made while this module is imported: msgspec looks a type up at its first use, and crashes the
+# interpreter where two threads are the first at once.
+_REPLY = msgspec.json.Decoder(Reply)
+
 
 class HttpTarget:
     """Sends control commands to `POST {url}/command`, each once and on a connection of its own.
@@ -48,7 +52,7 @@ class HttpTarget:
             why = str(error) or type(error).__name__
             raise EngineDead(f"{self.url} does not answer: {why}", field="url") from error
         try:
-            return msgspec.json.decode(body, type=Reply)
+            return _REPLY.decode(body)
         except msgspec.DecodeError as error:
             raise SlipstreamError(
                 f"{self.url} is no server of ours: it answered {_text(body)}", field="url"

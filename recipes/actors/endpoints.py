@@ -11,14 +11,13 @@ from typing import Any
 import torch
 
 from engine.errors import InvalidRequest, SlipstreamError
-from engine.protocol import ReplicaState
 from engine.protocol.urls import address_towards
+from recipes.actors.endpoint_check import check_served
 from recipes.actors.engines import Engines, ReplicaEngines
 from recipes.actors.fleet import FleetActor
 from recipes.actors.routed import RoutedEngines
 from recipes.settings.options import RunOptions
 from recipes.world import World
-from rollout.launch import read_checkpoint
 from rollout.replica.remote.http_replica import HttpReplica
 
 API_KEY, ADMIN_API_KEY = "SLIPSTREAM_API_KEY", "SLIPSTREAM_ADMIN_API_KEY"
@@ -81,7 +80,7 @@ def _routed(options: RunOptions, router: HttpReplica) -> tuple[Engines, str]:
     key = os.environ.get(ADMIN_API_KEY) or os.environ.get(API_KEY, "")
     patience_s = options.endpoints.endpoint_patience
     engines = RoutedEngines(router, admin_key=key, patience_s=patience_s)
-    _check(options, router.url, engines.state())
+    check_served(options, router.url, engines.state())
     return engines, engines.workers[0].url
 
 
@@ -89,7 +88,7 @@ def _alone(options: RunOptions, replicas: Sequence[HttpReplica]) -> tuple[Engine
     given = options.endpoints
     states = [replica.state() for replica in replicas]
     for replica, state in zip(replicas, states, strict=True):
-        _check(options, replica.url, state)
+        check_served(options, replica.url, state)
 
     def again(place: int) -> HttpReplica:
         return _reach(given.endpoint[place], given.endpoint_patience)
@@ -128,34 +127,3 @@ def _is_router(replica: HttpReplica) -> bool:
             raise type(error)(f"endpoint: {error.message}", field="endpoint") from error
         return False
     return isinstance(found, dict) and "workers" in found
-
-
-def _check(options: RunOptions, url: str, state: ReplicaState) -> None:
-    """Raise for an endpoint that does not serve the model that is trained, as it is trained."""
-    config = read_checkpoint(options.model, options.load_format, options.seed).hf_config
-    for what, ours, theirs in (
-        ("class", (config.get("architectures") or [""])[0], state.architecture),
-        ("vocab_size", config.get("vocab_size", 0), state.vocab_size),
-        ("hidden_size", config.get("hidden_size", 0), state.hidden_size),
-    ):
-        if ours and theirs and ours != theirs:
-            raise InvalidRequest(
-                f"endpoint: {url} serves a model with {what} {theirs} ({state.model}), and --model "
-                f"{options.model} has {ours}; serve the model that is trained",
-                field="endpoint",
-            )
-    if options.dtype not in ("auto", state.dtype.removeprefix("torch.")):
-        raise InvalidRequest(
-            f"dtype: {url} serves in {state.dtype}, and --dtype says {options.dtype}; start it "
-            f"with --dtype {options.dtype}, or leave it out here",
-            field="dtype",
-        )
-    if options.routing.routing_replay and not state.keeps_routes:
-        raise InvalidRequest(
-            f"routing_replay: {url} keeps no routes; start it with --enable-return-routed-experts",
-            field="routing_replay",
-        )
-    if state.paused:
-        raise InvalidRequest(
-            f"endpoint: {url} is paused; POST /continue_generation to it first", field="endpoint"
-        )

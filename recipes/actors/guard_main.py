@@ -4,6 +4,7 @@ holds the other end of this process's stdin, such as an actor of Ray, which may 
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import subprocess
 import sys
@@ -29,7 +30,9 @@ def main(words: Sequence[str]) -> int:
 
 
 def _end_with_stdin(process: subprocess.Popen[bytes]) -> None:
-    sys.stdin.buffer.read()
+    # Not `sys.stdin`, whose lock Python cannot take from a reader at its end.
+    while os.read(0, 4096):
+        pass
     process.terminate()
     try:
         process.wait(_GRACE_S)

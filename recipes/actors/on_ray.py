@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import secrets
-import sys
-from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
 
 from engine.errors import InvalidRequest
 from recipes.actors.engines import Engines
 from recipes.actors.routed import RoutedEngines
 from recipes.actors.router_child import RouterChild
+from recipes.actors.serve_command import serve_command
 from recipes.settings.options import RunOptions
 from recipes.world import uses_gpu
 from rollout.replica.remote.http_replica import HttpReplica
-
-if TYPE_CHECKING:
-    from recipes.actors.ray_fleet import Command
 
 
 def open_on_ray(options: RunOptions) -> tuple[Engines, str]:
@@ -52,33 +47,3 @@ def open_on_ray(options: RunOptions) -> tuple[Engines, str]:
         )
         engines.at_end = at_end.pop_all()
     return engines, engines.workers[0].url
-
-
-def serve_command(options: RunOptions, *, router: str, trainer: str, admin_key: str) -> Command:
-    """From a node's address to the command of a server there, as the options name its engine.
-    trainer: the address at which engines meet the trainer."""
-    rollout = options.rollout
-    words = {
-        "model": options.model,
-        "load-format": options.load_format,
-        "device": options.device,
-        "dtype": options.dtype,
-        "seed": str(options.seed),
-        "tp": str(options.endpoints.rollout_tp),
-        "kv-memory": str(rollout.kv_memory_gb),
-        "quantization": rollout.rollout_quantization,
-        "speculative": rollout.speculative,
-        "draft-tokens": str(rollout.draft_tokens),
-        "router": router,
-        "rendezvous-host": options.endpoints.rendezvous_host or trainer,
-        "admin-api-key": admin_key,
-        "port": "0",
-    }
-    flags = [word for name, value in words.items() for word in (f"--{name}", value)]
-    if options.routing.routing_replay:
-        flags.append("--enable-return-routed-experts")
-
-    def command(node: str) -> Sequence[str]:
-        return [sys.executable, "-P", "-m", "rollout", "serve", "--host", node, *flags]
-
-    return command

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,10 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from recipes.actors.serve_command import Command
 from rollout.replica.python_child import child_command, child_environment
 
 logger = logging.getLogger(__name__)
-
-Command = Callable[[str], Sequence[str]]
-"""From the address of the node that it runs on to the command of a server."""
 
 _LOOK_S = 0.5
 # The index of a GPU differs between a node and what one of its processes sees; its UUID does not.

@@ -1,7 +1,6 @@
 """POST /classify and /v1/classify: scores of sequence classifiers, such as reward models.
 
-SGLang's form has `text` or `input_ids` and gives raw scores; vLLM's has `input` or `messages` and
-gives labels.
+SGLang's form, `text` or `input_ids`, gives raw scores; vLLM's, `input` or `messages`, labels.
 """
 
 from __future__ import annotations
@@ -58,8 +57,7 @@ async def _scores(services: Services, data: bytes) -> Response:
     call, _ = await services.generator.parsed(
         parse_native, data, room, ClassifyRequest, "classify", "/classify"
     )
-    samples = await services.generator.samples(call)
-    await services.generator.finish(samples)
+    await services.generator.finish(samples := await services.generator.samples(call))
     found = [native_reply(services, sample, sample.output.scores) for sample in samples]
     return json_response(found if call.batch else found[0])
 

@@ -69,6 +69,10 @@ class _Meta(msgspec.Struct):
     synthetic: bool = False
 
 
+# Has msgspec look the type up while this module is imported, and not in several threads at once.
+_META = msgspec.json.Decoder(_Meta)
+
+
 def generate_calls(requests: Sequence[Request], state: ReplicaState) -> list[GenerateCall]:
     """The calls that ask for what `requests` do, none of which has a `refusal`. state: of an engine
     that is to answer them."""
