@@ -143,7 +143,7 @@ def fleets(options: Options) -> list[dict[str, Any]]:
         for replicas in (10, 100):
             # At 85% of what they can do, with an update and the death of one replica on the way.
             most = capacity(few, 4, load) / 4 * replicas
-            paced = replace(load, rate=0.85 * most / load.turns, count=2_000 * replicas // 4)
+            paced = replace(load, rate=0.85 * most / load.turns, count=1_000 + 100 * replicas)
             lasts = paced.count / most
             events = Events(
                 commits=(lasts / 2,), commit_s=0.5, deaths=((lasts / 4, 1),), down_s=lasts / 4

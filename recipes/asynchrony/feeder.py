@@ -15,7 +15,8 @@ import msgspec
 
 from engine.protocol import Request, RequestOutput
 from recipes.actors.actor import raise_if_failed
-from recipes.asynchrony.grade_queue import BackgroundGrades, GradeQueue, InlineGrades
+from recipes.asynchrony.background_grades import BackgroundGrades
+from recipes.asynchrony.grade_queue import GradeQueue, InlineGrades
 from recipes.asynchrony.open_group import OpenGroup, was_withdrawn
 from recipes.asynchrony.pacing import Pacing
 from recipes.asynchrony.reply_stream import ReplyStream

@@ -6,7 +6,8 @@ from engine.errors import UnsupportedOption
 from recipes.actors.actor import InlineActor
 from recipes.actors.fleet import FleetActor
 from recipes.asynchrony.fleet_stream import FleetStream
-from recipes.asynchrony.reply_stream import InlineStream, ReplyStream
+from recipes.asynchrony.inline_stream import InlineStream
+from recipes.asynchrony.reply_stream import ReplyStream
 from recipes.run.run import Run
 
 

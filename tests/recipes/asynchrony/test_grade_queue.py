@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from engine.errors import GradingFailed
-from recipes.asynchrony.grade_queue import BackgroundGrades, GradeQueue, InlineGrades
+from recipes.asynchrony.background_grades import BackgroundGrades
+from recipes.asynchrony.grade_queue import GradeQueue, InlineGrades
 from recipes.asynchrony.open_group import OpenGroup
 from recipes.types import Group, Problem
 
