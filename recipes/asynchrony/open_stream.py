@@ -5,6 +5,7 @@ from __future__ import annotations
 from engine.errors import UnsupportedOption
 from recipes.actors.actor import InlineActor
 from recipes.actors.fleet import FleetActor
+from recipes.actors.launch import needs_first_push
 from recipes.asynchrony.fleet_stream import FleetStream
 from recipes.asynchrony.inline_stream import InlineStream
 from recipes.asynchrony.reply_stream import ReplyStream
@@ -21,6 +22,12 @@ def open_stream(run: Run) -> tuple[ReplyStream, bool]:
             field="async",
         )
     given = run.options.asynchrony
+    if isinstance(run.actor, FleetActor) and needs_first_push(run.options):
+        raise UnsupportedOption(
+            "async: the engines of --endpoint and --launch ray are not fed while the trainer "
+            "computes yet; leave --async out",
+            field="async",
+        )
     if isinstance(run.actor, FleetActor):
         return FleetStream(run.actor), given.max_staleness > 0
     if isinstance(run.actor, InlineActor):
