@@ -51,6 +51,7 @@ EXTRAS: Mapping[str, str] = MappingProxyType(
         "openai": "judge",
         "pyarrow": "data",
         "reasoning_gym": "gym",
+        "ray": "ray",
         "zstandard": "delta",
         "xxhash": "delta",
     }
