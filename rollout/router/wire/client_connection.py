@@ -75,6 +75,7 @@ class ClientConnection(asyncio.Protocol):
         self._num_body = 0
         self._limit = 0
         self._deaf = False
+        self._chunked = False
         self._since = 0.0
 
     # The transport's calls.
@@ -140,14 +141,18 @@ class ClientConnection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         method = self._parser.get_method().decode("latin-1")
-        path = self._url.partition(b"?")[0]
+        authority, target = messages.origin_form(self._url)
+        headers = self._headers
+        if authority:
+            headers = [pair for pair in headers if pair[0] != b"host"] + [(b"host", authority)]
+        path = target.partition(b"?")[0]
         plain = (unquote_to_bytes(path) if b"%" in path else path).decode("latin-1")
         http11 = self._parser.get_http_version() == "1.1"
         request = ClientRequest(
             method=method,
-            target=self._url,
+            target=target,
             path=plain,
-            headers=self._headers,
+            headers=headers,
             keep_alive=self._parser.should_keep_alive(),
             chunks=http11,
         )
@@ -203,21 +208,22 @@ class ClientConnection(asyncio.Protocol):
         request = self._busy
         if request is not None:
             request.keep_alive = request.keep_alive and request.chunks
-            keep = request.keep_alive
+            # As it begins so it goes on, whatever becomes of the connection meanwhile.
+            self._chunked = keep = request.keep_alive
             self._write(messages.reply_head(status, headers, length=None, keep_alive=keep))
 
     def send_piece(self, data: bytes) -> None:
         """A piece of it."""
         request = self._busy
         if request is not None and data:
-            self._write(messages.chunk(data) if request.keep_alive else data)
+            self._write(messages.chunk(data) if self._chunked else data)
 
     def end_stream(self) -> None:
         """No more pieces come."""
         request = self._busy
         if request is None:
             return
-        if request.keep_alive:
+        if self._chunked:
             self._write(messages.LAST_CHUNK)
         self._done()
 

@@ -9,6 +9,8 @@ import httptools
 
 from rollout.router.wire.messages import Header
 
+_LENGTHS = frozenset({b"content-length", b"transfer-encoding"})
+
 
 class Listener(Protocol):
     """Who waits for the reply to one request."""
@@ -56,6 +58,7 @@ class WorkerConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._listener: Listener | None = None
         self._headers: list[Header] = []
+        self._until_close = False
         self.used = False
         self.answering = False
 
@@ -66,7 +69,7 @@ class WorkerConnection(asyncio.Protocol):
         self._transport = None
         self._home.gone(self)
         # A reply without a length ends with its connection.
-        if self.answering and exc is None and self._ends_by_close():
+        if self.answering and exc is None and self._until_close:
             self._end()
         self._lose("the connection ended" if exc is None else str(exc) or type(exc).__name__)
 
@@ -118,6 +121,7 @@ class WorkerConnection(asyncio.Protocol):
         headers, self._headers = self._headers, []
         if status >= 200 and self._listener is not None:
             self.answering = True
+            self._until_close = not any(name in _LENGTHS for name, _ in headers)
             self._listener.reply_begins(status, headers)
 
     def on_body(self, body: bytes) -> None:
@@ -127,9 +131,6 @@ class WorkerConnection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         if self.answering:
             self._end()
-
-    def _ends_by_close(self) -> bool:
-        return not self._parser.should_keep_alive()
 
     def _end(self) -> None:
         keep = self._parser.should_keep_alive()

@@ -74,7 +74,7 @@ class Fleet:
 
     def find(self, name: str) -> Worker:
         """The worker of that id or URL. Raises UnknownWorker."""
-        found = self._workers.get(_plain(name))
+        found = None if url_fault(name) else self._workers.get(_plain(name))
         for worker in self._workers.values():
             if worker.id == name:
                 found = worker
@@ -102,5 +102,6 @@ class Fleet:
 
 
 def _plain(url: str) -> str:
+    """One way of writing it; a path means what it says, upper case too."""
     parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}".lower()
+    return f"{parts.scheme}://{parts.netloc.lower()}{parts.path.rstrip('/')}"
