@@ -76,6 +76,7 @@ class ClientConnection(asyncio.Protocol):
         self._limit = 0
         self._deaf = False
         self._chunked = False
+        self._awaited = False
         self._since = 0.0
 
     # The transport's calls.
@@ -110,7 +111,6 @@ class ClientConnection(asyncio.Protocol):
             return
         if self._reading is None:
             self._num_head += len(data)
-            self._since = self._since or time.monotonic()
         try:
             self._parser.feed_data(data)
             if self._reading is None and self._num_head > _MAX_HEAD_BYTES:
@@ -129,6 +129,9 @@ class ClientConnection(asyncio.Protocol):
             self._refuse(error)
 
     # The parser's calls.
+
+    def on_message_begin(self) -> None:
+        self._since = time.monotonic()
 
     def on_url(self, url: bytes) -> None:
         self._url += url
@@ -162,11 +165,13 @@ class ClientConnection(asyncio.Protocol):
         announced = request.header(b"content-length")
         if announced.isdigit() and int(announced[:18]) > self._limit:
             raise self._too_large(int(announced[:18]))
-        if request.header(b"expect").lower() == b"100-continue" and not self._busy:
-            self._write(messages.CONTINUE)
+        if http11 and request.header(b"expect").lower() == b"100-continue":
+            # Behind the reply that is on its way, if there is one.
+            self._awaited = True
+            self._ask_for_body()
 
     def on_body(self, body: bytes) -> None:
-        count = len(body)
+        count, self._awaited = len(body), False
         if self._num_body + count > self._limit:
             raise self._too_large(self._num_body + count)
         self._front.budget.check(count, small=self._num_body + count <= 1 << 20)
@@ -248,6 +253,11 @@ class ClientConnection(asyncio.Protocol):
         elif self._transport is not None:
             self._transport.close()
 
+    def _ask_for_body(self) -> None:
+        if self._awaited and self._busy is None:
+            self._awaited = False
+            self._write(messages.CONTINUE)
+
     def _handle(self, request: ClientRequest) -> None:
         self._busy = request
         self._handler = None
@@ -276,6 +286,10 @@ class ClientConnection(asyncio.Protocol):
             self._transport.resume_reading()
             asyncio.get_running_loop().call_soon(self._handle, following)
             self._busy = following
+        elif self._since:
+            # What follows has its time from now on.
+            self._since = time.monotonic()
+            self._ask_for_body()
 
     def _refuse(self, error: SlipstreamError) -> None:
         """Answer what cannot be read any further, and close."""

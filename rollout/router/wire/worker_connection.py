@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Any, Protocol, cast
 
 import httptools
 
 from rollout.router.wire.messages import Header
 
+_PROBES = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 _LENGTHS = frozenset({b"content-length", b"transfer-encoding"})
 
 
@@ -64,6 +66,7 @@ class WorkerConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        _keep_alive(transport.get_extra_info("socket"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
@@ -149,3 +152,13 @@ class WorkerConnection(asyncio.Protocol):
         listener, self._listener = self._listener, None
         if listener is not None:
             listener.reply_lost(why)
+
+
+def _keep_alive(opened: socket.socket) -> None:
+    """Have the system ask whether the connection is still there. A machine that was started again
+    answers that it is not, where its new server would say that it is well."""
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _PROBES.items():
+        # Systems differ in which of them they have.
+        if hasattr(socket, name):
+            opened.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -10,13 +10,10 @@ from rollout.http.edge import unserved_routes
 from rollout.router.routes import Kind, kind_of, steers
 from tests.helpers.routers import PATIENCE_S, FakeWorker, Line, Routed, Seen, routing, run
 
-UNAUTHORIZED, REFUSED = 401, 400
-
 
 async def said(routed: Routed, head: str) -> bytes:
     """What a raw request gets, the connection closed behind it."""
-    host, _, port = routed.url.removeprefix("http://").partition(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
+    reader, writer = await opened(routed)
     writer.write(f"{head}\r\nconnection: close\r\ncontent-length: 0\r\n\r\n".encode())
     async with asyncio.timeout(PATIENCE_S):
         found = await reader.read()
@@ -143,3 +140,46 @@ def test_a_client_that_leaves_the_one_try_leaves_the_worker_another() -> None:
             assert not known.breaker.half_open
 
     run(test)
+
+
+def test_half_a_head_behind_a_whole_request_has_its_time_too() -> None:
+    async def test() -> None:
+        async with routing(FakeWorker(), receive_timeout_s=0.2) as routed:
+            reader, writer = await opened(routed)
+            writer.write(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\nGET /hea")
+            async with asyncio.timeout(PATIENCE_S):
+                found = await reader.read()
+            assert (found.count(b"HTTP/1.1 200 "), found.count(b"HTTP/1.1 408 ")) == (1, 1)
+            writer.close()
+
+    run(test)
+
+
+def test_a_body_that_waits_to_be_asked_for_is_asked_for_in_its_turn() -> None:
+    async def test() -> None:
+        release = asyncio.Event()
+
+        async def held(seen: Seen, line: Line) -> None:
+            await release.wait()
+            line.reply(seen.body)
+
+        worker = FakeWorker(held)
+        async with routing(worker) as routed:
+            reader, writer = await opened(routed)
+            head = b"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: 2\r\n"
+            writer.write(head + b"\r\n{}" + head + b"expect: 100-continue\r\n\r\n")
+            await routed.until(lambda: worker.seen)
+            release.set()
+            async with asyncio.timeout(PATIENCE_S):
+                assert (await reader.readuntil(b"{}")).startswith(b"HTTP/1.1 200 ")
+                assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 100 ")
+                writer.write(b"[]")
+                assert (await reader.readuntil(b"[]")).startswith(b"HTTP/1.1 200 ")
+            writer.close()
+
+    run(test)
+
+
+async def opened(routed: Routed) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    host, _, port = routed.url.removeprefix("http://").partition(":")
+    return await asyncio.open_connection(host, int(port))
