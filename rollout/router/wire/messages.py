@@ -57,7 +57,8 @@ class Reply:
 def origin_form(target: bytes) -> tuple[bytes, bytes]:
     """(address, path and query) of a request's target. A server answers what is sent to a proxy by
     its path (RFC 9112, 3.2.2), so that is what a router goes by too; address: of such a target,
-    which takes the place of the header Host; else b"".
+    which takes the place of the header Host; else b"". A slash at the end of a path says nothing,
+    where a worker would send its client to its own address for it.
 
     Raises InvalidRequest (`target`) for one that names no path, or has a fragment.
     """
@@ -73,7 +74,8 @@ def origin_form(target: bytes) -> tuple[bytes, bytes]:
             "as /generate",
             field="target",
         )
-    return authority, target
+    path, mark, query = target.partition(b"?")
+    return authority, (path.rstrip(b"/") or b"/") + mark + query
 
 
 def json_reply(body: bytes, status: int = 200) -> Reply:

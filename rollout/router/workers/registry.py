@@ -20,7 +20,8 @@ class Fleet:
     """Workers by URL, in the order in which they came.
 
     version: label of the weights that the fleet serves, once an update went through this router;
-    None before, when every worker is taken as it is. model: name of what its first worker serves.
+    None before, when every worker is taken as it is. model: name of what its first worker serves,
+    until none is left.
     """
 
     def __init__(self, *, connect_s: float) -> None:
@@ -86,6 +87,8 @@ class Fleet:
         """Forget a worker."""
         if self._workers.get(worker.url) is worker:
             del self._workers[worker.url]
+            # Who comes to an empty fleet is its first.
+            self.model = self.model if self._workers else ""
             self.touch()
         worker.close()
 

@@ -58,6 +58,19 @@ def test_a_target_with_an_address_is_answered_by_its_path() -> None:
     run(test)
 
 
+def test_a_slash_at_the_end_says_nothing() -> None:
+    async def test() -> None:
+        first, second = FakeWorker(), FakeWorker()
+        async with routing(first, second) as routed:
+            assert (await routed.http.post("/flush_cache/?a=/", json={})).status_code == 200
+            for worker in (first, second):
+                assert [seen.target for seen in worker.calls("/flush_cache")] == [
+                    "/flush_cache?a=/"
+                ]
+
+    run(test)
+
+
 def test_all_that_takes_the_admin_key_at_a_server_takes_it_here() -> None:
     services = MagicMock()
     routers = [module.router(services) for module in app._CONTROL]
