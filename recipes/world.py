@@ -6,7 +6,6 @@ so that only rollouts and gradients are divided. One process alone is a world of
 
 from __future__ import annotations
 
-import atexit
 import os
 import sys
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from engine.config import Device
 from engine.errors import InvalidRequest
 from engine.protocol.deadlines import RES_OPTIONS
 from kernels.torch_compat import HashStore
+from rollout.replica.leave import leave_at_once, run_what_is_registered
 
 T = TypeVar("T")
 
@@ -88,10 +88,8 @@ def leave(code: int) -> NoReturn:
     """
     if "RANK" not in os.environ:
         sys.exit(code)
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    run_what_is_registered()
+    leave_at_once(code)
 
 
 def launched_rank() -> int:

@@ -28,13 +28,18 @@ def run_and_leave(main: Callable[[list[str]], int], arguments: Sequence[str]) ->
         code = main(list(arguments))
     finally:
         if code == 0 and not _is_stuck():
-            atexit._run_exitfuncs()
+            run_what_is_registered()
         leave_at_once(code)
 
 
 def _is_stuck() -> bool:
     """Whether a thread waits for somebody outside, in a call that nobody can end."""
     return any(thread.name.startswith("weights-") for thread in threading.enumerate())
+
+
+def run_what_is_registered() -> None:
+    """What `atexit` runs at the end of an interpreter, for one that is not torn down."""
+    atexit._run_exitfuncs()
 
 
 def leave_at_once(code: int) -> NoReturn:

@@ -32,7 +32,7 @@ OF_OTHERS = {
     # Of transformers: which modules a model must not be split inside.
     ("recipes/trainers/fsdp.py", "_no_split_modules"),
     # Of the interpreter: what a process that leaves without tearing down has yet to run.
-    ("recipes/world.py", "_run_exitfuncs"),
+    ("rollout/replica/leave.py", "_run_exitfuncs"),
 }
 
 
