@@ -149,7 +149,9 @@ class RoutedEngines:
     def state(self) -> ReplicaState:
         """See `Engines`. Raises what the first says where none of them tells."""
         found = next((state for state in self._states() if state is not None), None)
-        return self.targets[0].send(GetState()).state if found is None else found
+        found = found or self.targets[0].send(GetState()).state
+        assert found is not None, "a state is what answers GetState"
+        return found
 
     def close(self) -> None:
         """See `Engines`: those that others started go on without this run."""
