@@ -123,7 +123,7 @@ def _is_router(replica: HttpReplica) -> bool:
     try:
         found: Any = replica.client.call("/workers")
     except SlipstreamError as error:
-        if error.status in (401, 403):
+        if error.status in (401, 403, 503):
             raise type(error)(f"endpoint: {error.message}", field="endpoint") from error
         return False
     return isinstance(found, dict) and "workers" in found

@@ -147,8 +147,11 @@ class RoutedEngines:
         self._on_each(forget)
 
     def state(self) -> ReplicaState:
-        """See `Engines`."""
-        return next(state for state in self._states() if state is not None)
+        """See `Engines`. Raises what the first says where none of them tells."""
+        found = next((state for state in self._states() if state is not None), None)
+        found = found or self.targets[0].send(GetState()).state
+        assert found is not None, "a state is what answers GetState"
+        return found
 
     def close(self) -> None:
         """See `Engines`: those that others started go on without this run."""

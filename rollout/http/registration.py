@@ -9,9 +9,12 @@ import logging
 from urllib.parse import quote, urlsplit
 
 import httpx
+import msgspec
 
+from engine.errors import InvalidRequest
 from engine.protocol.urls import address_towards
 from rollout.http.edge.access import is_loopback
+from rollout.requests.json_types import decode_json
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +22,10 @@ _CALL_S = 5.0
 _AGAIN_S = 1.0
 _LOOK_S = 5.0
 _EVERYWHERE = frozenset({"0.0.0.0", "::", ""})
+
+
+class _Registered(msgspec.Struct):
+    worker_id: str = ""
 
 
 class Registration:
@@ -56,7 +63,7 @@ class Registration:
                 try:
                     await self._register(client)
                     told = False
-                except httpx.HTTPError as error:
+                except (httpx.HTTPError, InvalidRequest) as error:
                     if not told:
                         logger.warning("%s takes no registration yet: %s", self._router, error)
                         told = True
@@ -71,7 +78,8 @@ class Registration:
         body = {"url": self.url, "worker_type": "regular"}
         reply = await client.post(f"{self._router}/workers", json=body)
         reply.raise_for_status()
-        self._name = str(reply.json().get("worker_id") or self.url)
+        told: _Registered = decode_json(reply.content, _Registered, what="what it answers")
+        self._name = told.worker_id or self.url
         logger.info("registered %s with %s", self.url, self._router)
 
     def _client(self) -> httpx.AsyncClient:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import secrets
 import time
@@ -19,7 +20,7 @@ from rollout.router.choice.cache_aware import CacheAware
 from rollout.router.choice.peek import peek
 from rollout.router.choice.plain_policies import LeastLoad, RoundRobin
 from rollout.router.config import RouterConfig
-from rollout.router.errors import NotAWorker, NoWorker
+from rollout.router.errors import NotAWorker, NoWorker, PrivateRoute
 from rollout.router.exchange import Exchange, OnReply, Parts
 from rollout.router.fan_out import FanOut
 from rollout.router.metrics import RouterMetrics
@@ -31,6 +32,8 @@ from rollout.router.worker_routes import WorkerRoutes
 from rollout.router.workers.joining import ASKED_BY_ROUTER, Joining
 from rollout.router.workers.registry import Fleet
 from rollout.router.workers.watch import Watch
+
+logger = logging.getLogger(__name__)
 
 
 class Router:
@@ -84,6 +87,8 @@ class Router:
         if kind is Kind.CONTROL:
             return self._in_task(request, connection, self._fan_out.run(request))
         try:
+            if kind is Kind.PRIVATE:
+                raise PrivateRoute(f"{request.path[:200]} is no client's to call", field="path")
             if named := named_worker(request.path):
                 worker = self.fleet.find(unquote(named[0]))
                 call = self._fan_out.one(request, worker, named[1])
@@ -177,9 +182,16 @@ class Router:
                 reply = error_reply(error, request.path)
             connection.reply(reply)
 
+        def ended(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            if not task.cancelled() and (error := task.exception()) is not None:
+                # A fault of ours: whoever waits for the answer must not wait for ever.
+                logger.error("%s failed", request.path[:200], exc_info=error)
+                connection.abort()
+
         task = asyncio.get_running_loop().create_task(run())
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(ended)
         return None
 
     def _own(self, request: ClientRequest) -> Reply:

@@ -32,6 +32,12 @@ class NotAWorker(SlipstreamError):
     status = 409
 
 
+class PrivateRoute(SlipstreamError):
+    """A route that routers alone ask of their workers: no client's call is passed on to it."""
+
+    status = 404
+
+
 class UnknownWorker(SlipstreamError):
     """No worker of that id or URL is registered."""
 

@@ -17,15 +17,17 @@ from engine.errors import SlipstreamError
 from rollout.http.edge.errors import error_body
 from rollout.http.edge.sse import NAMED, frame
 from rollout.http.journal import frames
-from rollout.http.journal.frames import BadFrames, FrameReader, Head, Resumed, Ticket
+from rollout.http.journal.frames import BadFrames, Head, Resumed, Ticket
 from rollout.router.choice.ask import Ask, Policy
 from rollout.router.config import RouterConfig
 from rollout.router.errors import NoWorker, WorkerLost
 from rollout.router.metrics import RouterMetrics
 from rollout.router.wire.client_connection import ClientConnection
+from rollout.router.wire.framed_reply import FramedReply
 from rollout.router.wire.messages import ClientRequest, Header, Reply, error_reply, request_head
 from rollout.router.wire.worker_connection import WorkerConnection
 from rollout.router.workers.breaker import RetryBudget
+from rollout.router.workers.call import refusal
 from rollout.router.workers.joining import Joining
 from rollout.router.workers.registry import Fleet
 from rollout.router.workers.worker import Worker
@@ -34,7 +36,6 @@ _MOST_LOSSES = 3
 """Workers that one request may lose: one that ends whoever serves it must not end a fleet."""
 _NAMED_PATHS = ("/v1/messages", "/v1/responses")
 _SAFE = frozenset({"GET", "HEAD", "PUT", "DELETE", "OPTIONS"})
-
 
 OnReply = Callable[[Worker, Reply], None]
 
@@ -70,8 +71,7 @@ class _Incoming:
     head: Head | None = None
     parts: list[bytes] = field(default_factory=list)
     streams: bool = False
-    reader: FrameReader | None = None
-    ended: bool = False
+    reader: FramedReply | None = None
     began: bool = False
 
 
@@ -110,6 +110,8 @@ class Exchange:
         self._num_losses = 0
         self._sent_head = False
         self._over = False
+        self._slow = False
+        self._tries = False
         self._why = ""
         self._patience: asyncio.TimerHandle | None = None
 
@@ -133,6 +135,7 @@ class Exchange:
         self._release()
 
     def client_slow(self, *, slow: bool) -> None:
+        self._slow = slow
         if self._connection is not None:
             self._connection.pause(paused=slow)
 
@@ -143,7 +146,7 @@ class Exchange:
         found = dict(headers)
         kind = found.get(b"content-type", b"")
         if kind == frames.CONTENT_TYPE and self._journal is not None:
-            self._in.reader = FrameReader()
+            self._in.reader = FramedReply(self._journal.ticket.name)
             return
         names = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
         self._take_head(Head(status, names))
@@ -153,16 +156,16 @@ class Exchange:
             self._take_piece(data)
             return
         try:
-            for kind, payload in self._in.reader.feed(data):
-                self._take_frame(kind, payload)
-        except (BadFrames, msgspec.DecodeError) as error:
+            for kind, value in self._in.reader.feed(data):
+                self._take_frame(kind, value)
+        except BadFrames as error:
             connection = self._connection
             if connection is not None:
                 connection.abort()
             self._lost(f"sent bytes outside the protocol: {error}")
 
     def reply_ends(self) -> None:
-        if self._in.reader is not None and not self._in.ended:
+        if self._in.reader is not None and not self._in.reader.ended:
             self._lost("cut its reply")
             return
         worker = self._worker
@@ -188,6 +191,7 @@ class Exchange:
         worker.num_open += self._ask.num_samples
         worker.num_bytes += len(self._ask.prompt)
         if worker.breaker.half_open:
+            self._tries = True
             worker.breaker.begin_try()
             self._parts.fleet.touch()
         worker.take(self._connected, fresh=not self._repeatable)
@@ -224,6 +228,7 @@ class Exchange:
             return
         self._connection = connection
         connection.send(self._message(worker), self)
+        connection.pause(paused=self._slow)
 
     def _message(self, worker: Worker) -> bytes:
         request, journal = self._request, self._journal
@@ -247,25 +252,19 @@ class Exchange:
         path = worker.prefix + target
         return request_head(method, path, worker.host, headers, len(body)) + body
 
-    def _take_frame(self, kind: bytes, payload: bytes) -> None:
+    def _take_frame(self, kind: bytes, value: bytes | Head) -> None:
         journal = self._journal
         assert journal is not None, "only what is journaled comes in frames"
-        if kind == frames.RECORD:
-            journal.records.append(payload)
-            self._parts.metrics.noted(len(payload))
+        if isinstance(value, Head):
+            self._take_head(value)
+        elif kind == frames.RECORD:
+            journal.records.append(value)
+            self._parts.metrics.noted(len(value))
         elif kind == frames.PIECE:
-            self._take_piece(payload)
+            self._take_piece(value)
             journal.num_pieces += self._in.streams
-        elif kind == frames.HEAD:
-            self._take_head(msgspec.json.decode(payload, type=Head))
         elif kind == frames.VERSION:
-            journal.version = payload.decode()
-        elif kind == frames.END:
-            self._in.ended = True
-        elif kind == frames.TICKET and payload != journal.ticket.name.encode():
-            raise BadFrames(f"answered another request, {payload[:64].decode(errors='replace')!r}")
-        elif kind == frames.LOST:
-            raise BadFrames(f"gave it up: {payload.decode(errors='replace')}")
+            journal.version = value.decode(errors="replace")
 
     def _take_head(self, head: Head) -> None:
         self._in.head = head
@@ -295,13 +294,9 @@ class Exchange:
             self._client.end_stream()
         elif self._sent_head:
             # It began as a stream, and nobody could go on: the error is its last event.
-            self._end_with(reply.body)
+            self._end_by(refusal(worker, reply))
         else:
             self._client.reply(reply)
-
-    def _end_with(self, body: bytes) -> None:
-        self._client.send_piece(b"data: " + body + b"\n\n")
-        self._client.end_stream()
 
     def _refused(self, worker: Worker) -> bool:
         """Whether another worker is asked in place of one that takes nothing now."""
@@ -354,6 +349,9 @@ class Exchange:
         if worker is not None:
             worker.num_open -= self._ask.num_samples
             worker.num_bytes -= len(self._ask.prompt)
+            if self._tries:
+                self._tries = False
+                worker.breaker.undecided()
 
     def _without_worker(self) -> None:
         parts = self._parts
@@ -389,12 +387,14 @@ class Exchange:
     def _fail(self, error: SlipstreamError) -> None:
         """Answer by an error; in a stream that has begun as its last event."""
         self._over = True
-        path = self._request.path
         self._parts.metrics.answered(error.status)
-        if not self._sent_head:
-            self._client.reply(error_reply(error, path))
-            return
-        named = path.startswith(_NAMED_PATHS)
+        if self._sent_head:
+            self._end_by(error)
+        else:
+            self._client.reply(error_reply(error, self._request.path))
+
+    def _end_by(self, error: SlipstreamError) -> None:
+        named = self._request.path.startswith(_NAMED_PATHS)
         event = NAMED.frame(NAMED.error(error)) if named else frame(error_body(error))
         self._client.send_piece(event)
         self._client.end_stream()

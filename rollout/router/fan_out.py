@@ -22,7 +22,7 @@ from rollout.http.edge import phase
 from rollout.http.updates.tracked_update import EndingCall
 from rollout.router.config import RouterConfig
 from rollout.router.errors import NoWorker
-from rollout.router.group_ranks import bodies, num_ranks
+from rollout.router.group_ranks import bodies
 from rollout.router.metrics import RouterMetrics
 from rollout.router.outcomes import Outcome, together
 from rollout.router.wire.messages import ClientRequest, Header, Reply, json_reply
@@ -100,7 +100,7 @@ class FanOut:
             )
         path = request.path
         if path == "/get_world_size":
-            total = sum(num_ranks(worker) for worker in workers)
+            total = sum(worker.facts.num_ranks for worker in workers)
             return json_reply(msgspec.json.encode({"world_size": total}))
         refused, dropped = await self._end_gathered(request, workers)
         if refused:
@@ -228,7 +228,8 @@ class FanOut:
         changed = Counter(w.version for w in workers if w.joined and w.version != before[w])
         if changed and counts:
             self._fleet.version = changed.most_common(1)[0][0]
-        for worker in workers:
+        # Who joined meanwhile was judged by what the fleet served before.
+        for worker in self._fleet:
             if worker.joined:
                 self._joining.judge(worker)
         self._fleet.changed()

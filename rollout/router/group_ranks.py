@@ -18,12 +18,6 @@ from rollout.router.workers.worker import Worker
 _JOINS = frozenset({"/init_weights_update_group", "/init_weight_transfer_engine", "/command"})
 
 
-def num_ranks(worker: Worker) -> int:
-    """Ranks of a worker's engine, as it says."""
-    found = worker.facts.get("num_gpus") or worker.facts.get("tp_size") or 1
-    return int(found)
-
-
 def bodies(path: str, body: bytes, workers: Sequence[Worker]) -> list[bytes]:
     """What each worker gets of a call: the same, but for the first rank of one that joins a group.
 
@@ -42,7 +36,7 @@ def bodies(path: str, body: bytes, workers: Sequence[Worker]) -> list[bytes]:
     if not isinstance(base, int) or not isinstance(size, int):
         # A worker names the field.
         return [body] * len(workers)
-    wanted = base + sum(num_ranks(worker) for worker in workers)
+    wanted = base + sum(worker.facts.num_ranks for worker in workers)
     if size != wanted:
         raise InvalidRequest(
             f"world_size is {size}, and {base} ranks of the trainer and those of {len(workers)} "
@@ -54,5 +48,5 @@ def bodies(path: str, body: bytes, workers: Sequence[Worker]) -> list[bytes]:
         changed = {**inner, "rank_offset": base}
         sent = changed if inner is whole else {**whole, "init_info": changed}
         found.append(msgspec.json.encode(sent))
-        base += num_ranks(worker)
+        base += worker.facts.num_ranks
     return found

@@ -8,7 +8,8 @@ from enum import Enum
 class Kind(Enum):
     """What is done with a request. GENERATE: to one worker, with a journal. SCORE: to one worker;
     whoever it is, the answer is the same. STATEFUL: to the worker that has what it speaks of. ANY:
-    to one worker. CONTROL: to all workers. OWN: the router's."""
+    to one worker. CONTROL: to all workers. OWN: the router's. PRIVATE: what routers alone ask of
+    workers; no client's."""
 
     GENERATE = "generate"
     SCORE = "score"
@@ -16,6 +17,7 @@ class Kind(Enum):
     ANY = "any"
     CONTROL = "control"
     OWN = "own"
+    PRIVATE = "private"
 
 
 GENERATING = frozenset(
@@ -58,6 +60,7 @@ OPEN_PATHS = frozenset({"/health", "/liveness", "/ping"})
 
 REGISTRATION = frozenset({"/workers", "/add_worker", "/remove_worker", "/list_workers"})
 _OWN = OPEN_PATHS | REGISTRATION | {"/ready", "/readiness", "/metrics"}
+_PRIVATE = "/internal/"
 _STATEFUL = ("/sessions", "/rollouts", "/open_session", "/close_session", "/v1/responses/")
 
 
@@ -71,6 +74,8 @@ def kind_of(path: str) -> Kind:
         return Kind.OWN
     if path in CONTROLS or path in STATES:
         return Kind.CONTROL
+    if path.startswith(_PRIVATE):
+        return Kind.PRIVATE
     return Kind.STATEFUL if path.startswith(_STATEFUL) else Kind.ANY
 
 
@@ -84,4 +89,4 @@ def named_worker(path: str) -> tuple[str, str] | None:
 
 def steers(path: str) -> bool:
     """Whether a path takes the admin key."""
-    return path in CONTROLS or path in REGISTRATION or path.startswith("/workers/")
+    return path in CONTROLS | STATES | REGISTRATION or path.startswith("/workers/")

@@ -16,7 +16,7 @@ from engine.errors import InvalidRequest, UnsupportedOption
 from rollout.requests.json_types import decode_json
 from rollout.router.errors import UnknownWorker
 from rollout.router.wire.messages import ClientRequest, Reply, json_reply
-from rollout.router.workers.joining import Joining, model_of
+from rollout.router.workers.joining import Joining
 from rollout.router.workers.registry import Fleet
 from rollout.router.workers.worker import Worker
 
@@ -114,7 +114,7 @@ class WorkerRoutes:
             "stats": {
                 "total_workers": len(workers),
                 "healthy_workers": sum(worker.in_rotation for worker in workers),
-                "total_models": len({model_of(w) for w in workers if w.joined}),
+                "total_models": len({w.facts.model for w in workers if w.joined}),
                 "total_load": sum(worker.num_open for worker in workers),
                 "by_type": {"regular": len(workers), "prefill": 0, "decode": 0},
             },
@@ -128,7 +128,7 @@ def _told(worker: Worker) -> dict[str, Any]:
     return {
         "id": worker.id,
         "url": worker.url,
-        "model_id": model_of(worker) or "unknown",
+        "model_id": worker.facts.model or "unknown",
         "priority": _PRIORITY,
         "cost": _COST,
         "worker_type": "regular",

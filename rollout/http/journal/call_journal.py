@@ -14,13 +14,13 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 import msgspec
 import numpy as np
 
-from engine.errors import EngineDead, SlipstreamError
+from engine.errors import EngineDead, InvalidRequest, SlipstreamError
 from engine.protocol import Request, RequestOutput
 from rollout.http.engine.client import AsyncEngine
 from rollout.http.journal.pace import Pace
 from rollout.http.journal.records import decoded, encoded
 from rollout.http.native.sample import Sample
-from rollout.scheduler.continued import ended_with
+from rollout.scheduler.continued import ended_with, num_given
 
 _EVERY_S = 0.025
 _EVERY_TOKENS = 4
@@ -79,7 +79,15 @@ class CallJournal:
         rids = [sample.request.rid for sample in samples]
         self._places = {rid: place for place, rid in enumerate(rids)}
         self._replayed = [decoded(record, rids) for record in self._records]
+        counts = {s.request.rid: num_given(s.request) for s in samples}
         for output in (output for outputs in self._replayed for output in outputs):
+            if output.start != counts[output.rid]:
+                raise InvalidRequest(
+                    f"a record begins at token {output.start}, and those before it end at "
+                    f"{counts[output.rid]}",
+                    field="journal",
+                )
+            counts[output.rid] += len(output.token_ids)
             self._told.setdefault(output.rid, []).append(output)
         self._check_version()
         every = self._pace.tokens_within(_EVERY_S, _EVERY_TOKENS)

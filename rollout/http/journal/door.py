@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -23,6 +23,7 @@ from rollout.http.journal.pace import Pace
 from rollout.http.services import Services
 from rollout.requests.json_types import decode_json
 
+T = TypeVar("T")
 Answer = Callable[[Services, bytes], Coroutine[Any, Any, Response]]
 
 
@@ -48,7 +49,7 @@ class JournalDoor:
             return
         request = Request(scope, receive)
         try:
-            resumed = Resumed(path, decode_json(ticket, Ticket, what="the ticket"), 0)
+            resumed = Resumed(path, _ticket(ticket, Ticket), 0)
         except SlipstreamError as error:
             await error_response(error, path)(scope, receive, send)
             return
@@ -190,8 +191,17 @@ def _read_resume(data: bytes) -> tuple[Resumed, list[bytes], bytes]:
             raise BadFrames("frames of another kind")
     except ValueError as error:
         raise InvalidRequest(f"this is no request to go on: {error}", field="journal") from error
-    resumed = decode_json(ticket, Resumed, what="the ticket")
+    resumed = _ticket(ticket, Resumed)
     return resumed, [record for _, record in middle], body
+
+
+def _ticket(data: bytes, kind: type[T]) -> T:
+    """A ticket, or what it is in. Raises InvalidRequest."""
+    try:
+        found: T = decode_json(data, kind, what="it")
+    except InvalidRequest as error:
+        raise InvalidRequest(f"this is no ticket: {error.message}", field="journal") from error
+    return found
 
 
 def _header(scope: Scope, name: bytes) -> bytes:

@@ -9,8 +9,10 @@ another server. A body without one of the last two was cut.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 HEADER = b"x-slipstream-journal"
 """A request with this header gets a journaled reply. Its value is a `Ticket`."""
@@ -31,9 +33,9 @@ class Ticket(msgspec.Struct, frozen=True, array_like=True):
     """What makes a call the same wherever it runs. seed: base of the seeds of its samples, where it
     brings none. name: what its ids are made of. created: seconds since 1970, as replies show it."""
 
-    seed: int
-    name: str
-    created: int
+    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+    name: Annotated[str, Meta(pattern=r"^[0-9A-Za-z_-]{1,128}\Z")]
+    created: Annotated[int, Meta(ge=0, lt=1 << 53)]
 
 
 class Resumed(msgspec.Struct, frozen=True, array_like=True):
@@ -41,7 +43,7 @@ class Resumed(msgspec.Struct, frozen=True, array_like=True):
 
     path: str
     ticket: Ticket
-    num_pieces: int
+    num_pieces: Annotated[int, Meta(ge=0)]
 
 
 class Head(msgspec.Struct, frozen=True, array_like=True):

@@ -84,13 +84,15 @@ def _row(place: int, output: RequestOutput) -> Row | None:
 def _output(row: Row | Whole, rid: str) -> RequestOutput:
     if isinstance(row, Whole):
         return msgspec.structs.replace(row.output, rid=rid)
-    ids = np.frombuffer(row.ids, np.int32)
+    ids, logprobs = np.frombuffer(row.ids, np.int32), np.frombuffer(row.logprobs, np.float32)
+    if len(ids) != len(logprobs):
+        raise ValueError(f"{len(ids)} tokens have {len(logprobs)} logprobs")
     span = VersionSpan(row.version, row.start, row.start + len(ids))
     return RequestOutput(
         rid=rid,
         start=row.start,
         token_ids=ids,
-        logprobs=np.frombuffer(row.logprobs, np.float32),
+        logprobs=logprobs,
         prompt_tokens=row.prompt_tokens,
         cached_tokens=row.cached_tokens,
         num_retractions=row.num_retractions,

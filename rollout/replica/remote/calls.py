@@ -178,7 +178,10 @@ def _dtype(state: ReplicaState) -> RouteDType:
 
 def _output(request: Request, reply: GenerateResponse) -> RequestOutput:
     meta = msgspec.convert(reply.meta_info, _Meta)
-    entropies = meta.output_token_entropy
+    entropies, count = meta.output_token_entropy, len(reply.output_ids)
+    told = [len(meta.output_token_logprobs), count if entropies is None else len(entropies)]
+    if told != [count, count]:
+        raise ValueError(f"{count} ids with {told[0]} logprobs and {told[1]} entropies")
     return RequestOutput(
         rid=request.rid,
         start=meta.output_start,

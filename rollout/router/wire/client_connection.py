@@ -75,6 +75,8 @@ class ClientConnection(asyncio.Protocol):
         self._num_body = 0
         self._limit = 0
         self._deaf = False
+        self._chunked = False
+        self._awaited = False
         self._since = 0.0
 
     # The transport's calls.
@@ -109,7 +111,6 @@ class ClientConnection(asyncio.Protocol):
             return
         if self._reading is None:
             self._num_head += len(data)
-            self._since = self._since or time.monotonic()
         try:
             self._parser.feed_data(data)
             if self._reading is None and self._num_head > _MAX_HEAD_BYTES:
@@ -129,6 +130,9 @@ class ClientConnection(asyncio.Protocol):
 
     # The parser's calls.
 
+    def on_message_begin(self) -> None:
+        self._since = time.monotonic()
+
     def on_url(self, url: bytes) -> None:
         self._url += url
 
@@ -140,14 +144,18 @@ class ClientConnection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         method = self._parser.get_method().decode("latin-1")
-        path = self._url.partition(b"?")[0]
+        authority, target = messages.origin_form(self._url)
+        headers = self._headers
+        if authority:
+            headers = [pair for pair in headers if pair[0] != b"host"] + [(b"host", authority)]
+        path = target.partition(b"?")[0]
         plain = (unquote_to_bytes(path) if b"%" in path else path).decode("latin-1")
         http11 = self._parser.get_http_version() == "1.1"
         request = ClientRequest(
             method=method,
-            target=self._url,
+            target=target,
             path=plain,
-            headers=self._headers,
+            headers=headers,
             keep_alive=self._parser.should_keep_alive(),
             chunks=http11,
         )
@@ -157,11 +165,13 @@ class ClientConnection(asyncio.Protocol):
         announced = request.header(b"content-length")
         if announced.isdigit() and int(announced[:18]) > self._limit:
             raise self._too_large(int(announced[:18]))
-        if request.header(b"expect").lower() == b"100-continue" and not self._busy:
-            self._write(messages.CONTINUE)
+        if http11 and request.header(b"expect").lower() == b"100-continue":
+            # Behind the reply that is on its way, if there is one.
+            self._awaited = True
+            self._ask_for_body()
 
     def on_body(self, body: bytes) -> None:
-        count = len(body)
+        count, self._awaited = len(body), False
         if self._num_body + count > self._limit:
             raise self._too_large(self._num_body + count)
         self._front.budget.check(count, small=self._num_body + count <= 1 << 20)
@@ -203,21 +213,22 @@ class ClientConnection(asyncio.Protocol):
         request = self._busy
         if request is not None:
             request.keep_alive = request.keep_alive and request.chunks
-            keep = request.keep_alive
+            # As it begins so it goes on, whatever becomes of the connection meanwhile.
+            self._chunked = keep = request.keep_alive
             self._write(messages.reply_head(status, headers, length=None, keep_alive=keep))
 
     def send_piece(self, data: bytes) -> None:
         """A piece of it."""
         request = self._busy
         if request is not None and data:
-            self._write(messages.chunk(data) if request.keep_alive else data)
+            self._write(messages.chunk(data) if self._chunked else data)
 
     def end_stream(self) -> None:
         """No more pieces come."""
         request = self._busy
         if request is None:
             return
-        if request.keep_alive:
+        if self._chunked:
             self._write(messages.LAST_CHUNK)
         self._done()
 
@@ -241,6 +252,11 @@ class ClientConnection(asyncio.Protocol):
             self._busy.keep_alive = False
         elif self._transport is not None:
             self._transport.close()
+
+    def _ask_for_body(self) -> None:
+        if self._awaited and self._busy is None:
+            self._awaited = False
+            self._write(messages.CONTINUE)
 
     def _handle(self, request: ClientRequest) -> None:
         self._busy = request
@@ -270,6 +286,10 @@ class ClientConnection(asyncio.Protocol):
             self._transport.resume_reading()
             asyncio.get_running_loop().call_soon(self._handle, following)
             self._busy = following
+        elif self._since:
+            # What follows has its time from now on.
+            self._since = time.monotonic()
+            self._ask_for_body()
 
     def _refuse(self, error: SlipstreamError) -> None:
         """Answer what cannot be read any further, and close."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 
-from engine.errors import SlipstreamError
+from engine.errors import InvalidRequest, SlipstreamError
 from rollout.http.edge.errors import error_response
 
 Header = tuple[bytes, bytes]
@@ -52,6 +52,30 @@ class Reply:
     status: int
     headers: list[Header] = field(default_factory=list)
     body: bytes = b""
+
+
+def origin_form(target: bytes) -> tuple[bytes, bytes]:
+    """(address, path and query) of a request's target. A server answers what is sent to a proxy by
+    its path (RFC 9112, 3.2.2), so that is what a router goes by too; address: of such a target,
+    which takes the place of the header Host; else b"". A slash at the end of a path says nothing,
+    where a worker would send its client to its own address for it.
+
+    Raises InvalidRequest (`target`) for one that names no path, or has a fragment.
+    """
+    authority = b""
+    scheme, mark, rest = target.partition(b"://")
+    if mark and scheme.lower() in (b"http", b"https"):
+        end = min(at for at in (rest.find(b"/"), rest.find(b"?"), len(rest)) if at >= 0)
+        authority, target = rest[:end], rest[end:]
+        target = target if target.startswith(b"/") else b"/" + target
+    if not target.startswith(b"/") or b"#" in target:
+        raise InvalidRequest(
+            f"{target[:200].decode('latin-1')!r} names no path of this router; ask for one such "
+            "as /generate",
+            field="target",
+        )
+    path, mark, query = target.partition(b"?")
+    return authority, (path.rstrip(b"/") or b"/") + mark + query
 
 
 def json_reply(body: bytes, status: int = 200) -> Reply:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Any, Protocol, cast
 
 import httptools
 
 from rollout.router.wire.messages import Header
+
+_PROBES = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
+_LENGTHS = frozenset({b"content-length", b"transfer-encoding"})
 
 
 class Listener(Protocol):
@@ -56,17 +60,19 @@ class WorkerConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._listener: Listener | None = None
         self._headers: list[Header] = []
+        self._until_close = False
         self.used = False
         self.answering = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        _keep_alive(transport.get_extra_info("socket"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         self._home.gone(self)
         # A reply without a length ends with its connection.
-        if self.answering and exc is None and self._ends_by_close():
+        if self.answering and exc is None and self._until_close:
             self._end()
         self._lose("the connection ended" if exc is None else str(exc) or type(exc).__name__)
 
@@ -118,6 +124,7 @@ class WorkerConnection(asyncio.Protocol):
         headers, self._headers = self._headers, []
         if status >= 200 and self._listener is not None:
             self.answering = True
+            self._until_close = not any(name in _LENGTHS for name, _ in headers)
             self._listener.reply_begins(status, headers)
 
     def on_body(self, body: bytes) -> None:
@@ -127,9 +134,6 @@ class WorkerConnection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         if self.answering:
             self._end()
-
-    def _ends_by_close(self) -> bool:
-        return not self._parser.should_keep_alive()
 
     def _end(self) -> None:
         keep = self._parser.should_keep_alive()
@@ -148,3 +152,13 @@ class WorkerConnection(asyncio.Protocol):
         listener, self._listener = self._listener, None
         if listener is not None:
             listener.reply_lost(why)
+
+
+def _keep_alive(opened: socket.socket) -> None:
+    """Have the system ask whether the connection is still there. A machine that was started again
+    answers that it is not, where its new server would say that it is well."""
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _PROBES.items():
+        # Systems differ in which of them they have.
+        if hasattr(socket, name):
+            opened.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -38,6 +38,10 @@ class Breaker:
         """That try is on its way: nobody else tries."""
         self._trying = True
 
+    def undecided(self) -> None:
+        """That try has ended. If it showed nothing, since whoever asked has left, another may."""
+        self._trying = False
+
     def succeeded(self) -> None:
         """The worker answered."""
         if self._open_until or self._failures:

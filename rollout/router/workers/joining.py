@@ -6,10 +6,10 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 from engine.errors import SlipstreamError
 from rollout.router.workers.call import call_json
+from rollout.router.workers.facts import Facts, facts_of
 from rollout.router.workers.registry import Fleet
 from rollout.router.workers.worker import Worker
 
@@ -66,7 +66,7 @@ class Joining:
             key=self._key,
             timeout_s=_ASK_S,
         )
-        self._take(worker, facts)
+        self._take(worker, facts_of(worker.url, facts))
 
     def _ended(self, worker: Worker, task: asyncio.Task[None]) -> None:
         self._looking.pop(worker, None)
@@ -96,12 +96,11 @@ class Joining:
         if worker.in_rotation:
             self._fleet.changed()
 
-    def _take(self, worker: Worker, facts: dict[str, Any]) -> None:
+    def _take(self, worker: Worker, facts: Facts) -> None:
         worker.facts, worker.joined, worker.why = facts, True, ""
         worker.heard_at = time.monotonic()
-        version = str(facts.get("weight_version", ""))
-        if version != worker.version:
-            worker.version, worker.epoch = version, worker.epoch + 1
+        if facts.version != worker.version:
+            worker.version, worker.epoch = facts.version, worker.epoch + 1
         self.judge(worker)
 
     def judge(self, worker: Worker) -> None:
@@ -114,14 +113,12 @@ class Joining:
 
     def _fault(self, worker: Worker) -> str:
         """Why a worker that answered may not be asked, or ""."""
-        model = model_of(worker)
+        model = worker.facts.model
         self._fleet.model = self._fleet.model or model
         worker.alike = model == self._fleet.model
         if not worker.alike:
             return f"serves the model {model!r}, and the fleet {self._fleet.model!r}"
-        states = worker.facts.get("internal_states") or [{}]
-        refusal = states[0].get("refusal", "") if isinstance(states[0], dict) else ""
-        if refusal:
+        if refusal := worker.facts.refusal:
             return f"waits to be published to: {refusal}"
         wanted = self._fleet.version
         if wanted is not None and worker.version != wanted:
@@ -130,8 +127,3 @@ class Joining:
                 f"{wanted!r} to it"
             )
         return ""
-
-
-def model_of(worker: Worker) -> str:
-    """The name of the model that a worker serves."""
-    return str(worker.facts.get("served_model_name") or worker.facts.get("model_path") or "")

@@ -20,7 +20,8 @@ class Fleet:
     """Workers by URL, in the order in which they came.
 
     version: label of the weights that the fleet serves, once an update went through this router;
-    None before, when every worker is taken as it is. model: name of what its first worker serves.
+    None before, when every worker is taken as it is. model: name of what its first worker serves,
+    until none is left.
     """
 
     def __init__(self, *, connect_s: float) -> None:
@@ -74,7 +75,7 @@ class Fleet:
 
     def find(self, name: str) -> Worker:
         """The worker of that id or URL. Raises UnknownWorker."""
-        found = self._workers.get(_plain(name))
+        found = None if url_fault(name) else self._workers.get(_plain(name))
         for worker in self._workers.values():
             if worker.id == name:
                 found = worker
@@ -86,6 +87,8 @@ class Fleet:
         """Forget a worker."""
         if self._workers.get(worker.url) is worker:
             del self._workers[worker.url]
+            # Who comes to an empty fleet is its first.
+            self.model = self.model if self._workers else ""
             self.touch()
         worker.close()
 
@@ -102,5 +105,6 @@ class Fleet:
 
 
 def _plain(url: str) -> str:
+    """One way of writing it; a path means what it says, upper case too."""
     parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}".lower()
+    return f"{parts.scheme}://{parts.netloc.lower()}{parts.path.rstrip('/')}"

@@ -6,11 +6,11 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 from urllib.parse import urlsplit
 
 from rollout.router.wire.worker_connection import WorkerConnection
 from rollout.router.workers.breaker import Breaker
+from rollout.router.workers.facts import Facts
 
 _IDLE_S = 60.0
 _MOST_IDLE = 1024
@@ -37,7 +37,7 @@ class Worker:
         self.held = ""
         self.why = ""
         self.draining = False
-        self.facts: dict[str, Any] = {}
+        self.facts = Facts()
         self.version = ""
         self.epoch = 0
         self.num_open = 0

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from engine.errors import EngineDead, InvalidRequest, SlipstreamError
-from recipes.actors.endpoints import ADMIN_API_KEY, API_KEY, open_endpoints, open_fleet
+from engine.errors import EngineDead, Forbidden, InvalidRequest, SlipstreamError, Unauthorized
+from recipes.actors.endpoints import ADMIN_API_KEY, API_KEY, _is_router, open_endpoints, open_fleet
 from recipes.settings.command_line import with_values
 from recipes.settings.options import RunOptions
 from recipes.world import World
@@ -63,3 +64,16 @@ def test_nobody_at_the_endpoint_is_told_after_the_patience(model: str, tmp_path:
     error = opened(model, endpoint=("http://127.0.0.1:9",))
     assert isinstance(error, EngineDead) and error.field == "endpoint"
     assert error.message.startswith("endpoint: http://127.0.0.1:9 is not ready for 0.2 s")
+
+
+@pytest.mark.parametrize("error", [EngineDead("gone"), Unauthorized("a key"), Forbidden("open")])
+def test_who_does_not_say_whether_it_is_a_router_is_not_taken_for_a_server(
+    error: SlipstreamError,
+) -> None:
+    def call(path: str) -> Any:
+        raise error
+
+    replica: Any = SimpleNamespace(client=SimpleNamespace(call=call))
+    with pytest.raises(type(error), match=error.message) as caught:
+        _is_router(replica)
+    assert caught.value.field == "endpoint"

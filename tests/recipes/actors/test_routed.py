@@ -7,13 +7,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from engine.errors import EngineDead, FleetDivided, ManifestMismatch, UpdateOrder
+from engine.errors import EngineDead, FleetDivided, ManifestMismatch, SlipstreamError, UpdateOrder
 from engine.protocol import GetState, RequestOutput, SetVersion
 from recipes.actors.routed import RoutedEngines
 from rollout.replica.remote.http_replica import HttpReplica
 from tests.helpers.engines import request
 from tests.helpers.live_fleet import LiveFleet, live_fleet
 from tests.helpers.live_servers import live
+from trainer_bridge.http_target import HttpTarget
 
 
 def engines_of(fleet: LiveFleet, patience_s: float = 20.0) -> RoutedEngines:
@@ -106,6 +107,13 @@ def test_a_router_without_a_worker_is_waited_for_and_named() -> None:
     told = f"{found.url} cannot be used for 0.2 s: no answer"
     with HttpReplica(found.url) as replica, pytest.raises(EngineDead, match=told):
         RoutedEngines(replica, admin_key="", patience_s=0.2)
+
+
+def test_where_no_worker_says_what_it_is_its_refusal_is_told(fleet) -> None:
+    found, engines = fleet
+    engines.targets[:] = [HttpTarget(f"{found.url}/workers/nobody")]
+    with pytest.raises(SlipstreamError, match="no worker 'nobody' is registered"):
+        engines.state()
 
 
 def test_a_named_call_is_the_workers_own(fleet) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from engine.errors import InvalidRequest
-from rollout.router.group_ranks import bodies, num_ranks
+from rollout.router.group_ranks import bodies
+from rollout.router.workers.facts import Facts
 from rollout.router.workers.worker import Worker
 
 
@@ -14,7 +15,7 @@ def workers(*sizes: int) -> list[Worker]:
     found = []
     for number, size in enumerate(sizes):
         worker = Worker(f"http://w{number}:1", str(number), connect_s=1.0)
-        worker.facts = {"num_gpus": size}
+        worker.facts = Facts(num_gpus=size)
         found.append(worker)
     return found
 
@@ -28,7 +29,7 @@ def test_each_worker_begins_behind_the_ranks_of_those_before_it() -> None:
     found = sent("/init_weights_update_group", body, 2, 4, 1)
     assert [one["rank_offset"] for one in found] == [1, 3, 7]
     assert all({**one, "rank_offset": 1} == body for one in found)
-    assert sum(num_ranks(worker) for worker in workers(2, 4, 1)) == 7
+    assert sum(worker.facts.num_ranks for worker in workers(2, 4, 1)) == 7
 
 
 def test_so_it_is_in_the_other_dialects() -> None:

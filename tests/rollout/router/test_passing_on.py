@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 
 import httpx
 import pytest
@@ -283,5 +284,19 @@ def test_metrics_count_replies_and_show_workers() -> None:
             text = (await routed.http.get("/metrics")).text
             assert 'slipstream_router_replies_total{status="200"} 1.0' in text
             assert f'slipstream_router_worker_in_rotation{{worker="{worker.url}"}} 1.0' in text
+
+    run(test)
+
+
+def test_connections_to_workers_end_when_their_machine_was_started_again() -> None:
+    async def test() -> None:
+        worker = FakeWorker()
+        async with routing(worker) as routed:
+            await post(routed)
+            (known,) = routed.router.fleet
+            (connection,) = known._all
+            opened = connection._transport.get_extra_info("socket")
+            # Without a request on its way nothing else would tell that nobody is there.
+            assert opened.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
 
     run(test)

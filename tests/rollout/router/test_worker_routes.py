@@ -143,3 +143,28 @@ def test_a_worker_may_register_before_it_answers() -> None:
         await worker.stop()
 
     run(test)
+
+
+def test_the_first_worker_of_an_empty_fleet_says_which_model_it_has() -> None:
+    async def test() -> None:
+        mistaken, right = FakeWorker(model="other"), FakeWorker()
+        async with routing(mistaken) as routed:
+            await right.start()
+            assert (await routed.http.delete(f"/workers/{mistaken.url}")).status_code == 202
+            await routed.http.post("/workers", json={"url": right.url})
+            await routed.until_ready(1)
+            await right.stop()
+
+    run(test)
+
+
+def test_a_path_before_a_workers_routes_keeps_its_case() -> None:
+    async def test() -> None:
+        async with routing() as routed:
+            body = {"url": "HTTP://Host:1/Path/"}
+            reply = await routed.http.post("/workers", json=body)
+            assert reply.status_code == REFUSED
+            reply = await routed.http.post("/workers", json={"url": "http://Host:1/Path/"})
+            assert reply.json()["url"] == "http://host:1/Path"
+
+    run(test)

@@ -133,6 +133,22 @@ def test_an_output_is_the_same_behind_its_reply(state: ReplicaState) -> None:
             assert ours == theirs, name
 
 
+@pytest.mark.parametrize("field", ["output_token_logprobs", "output_token_entropy"])
+def test_a_reply_with_fewer_figures_than_ids_is_none(field: str, state: ReplicaState) -> None:
+    (call,) = generate_calls(group("a", 1), state)
+    meta: dict[str, Any] = {
+        "finish_reason": {"type": "stop"},
+        "output_token_logprobs": [[-0.5, 1, None], [-0.5, 2, None]],
+        "output_token_entropy": [0.5, 0.5],
+        "weight_versions": [],
+        "prompt_tokens": 3,
+    }
+    outputs_of(call, [GenerateResponse(output_ids=[1, 2], meta_info=meta)])
+    short = {**meta, field: meta[field][:1]}
+    with pytest.raises(SlipstreamError, match="no reply of /generate"):
+        outputs_of(call, [GenerateResponse(output_ids=[1, 2], meta_info=short)])
+
+
 @pytest.mark.parametrize(
     "meta", [{}, {"finish_reason": {"type": "stop"}, "output_token_logprobs": 3}]
 )
