@@ -3,11 +3,15 @@
 import asyncio
 from unittest.mock import MagicMock
 
+import httpx
 import pytest
 
 from rollout.http import app
 from rollout.http.edge import unserved_routes
+from rollout.router.choice.ask import NOTHING
+from rollout.router.exchange import Exchange
 from rollout.router.routes import Kind, kind_of, steers
+from rollout.router.wire.messages import ClientRequest
 from tests.helpers.routers import PATIENCE_S, FakeWorker, Line, Routed, Seen, routing, run
 
 
@@ -189,6 +193,31 @@ def test_a_body_that_waits_to_be_asked_for_is_asked_for_in_its_turn() -> None:
                 writer.write(b"[]")
                 assert (await reader.readuntil(b"[]")).startswith(b"HTTP/1.1 200 ")
             writer.close()
+
+    run(test)
+
+
+def test_a_client_that_reads_nothing_stops_the_next_worker_too() -> None:
+    parts, connection = MagicMock(), MagicMock()
+    parts.config.worker_api_key = ""
+    request = ClientRequest("POST", b"/generate", "/generate", [])
+    exchange = Exchange(parts, request, MagicMock(), ask=NOTHING)
+    exchange._worker = MagicMock(prefix=b"", host=b"h")
+    exchange.client_slow(slow=True)
+    exchange._connected(connection, "")
+    connection.pause.assert_called_once_with(paused=True)
+
+
+def test_a_fault_of_the_routers_own_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        async def fails(request: ClientRequest) -> None:
+            raise RuntimeError("a fault")
+
+        async with routing(FakeWorker()) as routed:
+            monkeypatch.setattr(routed.router._fan_out, "run", fails)
+            with pytest.raises(httpx.RemoteProtocolError):
+                await routed.http.post("/flush_cache", json={})
+            assert (await routed.http.post("/generate", json={})).status_code == 200
 
     run(test)
 
