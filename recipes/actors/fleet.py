@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from msgspec.structs import replace
@@ -212,7 +212,7 @@ class FleetActor:
         result, failure = self._world.from_main((result, failure))
         if failure is not None:
             raise failure
-        return result  # type: ignore[return-value]
+        return cast(T, result)
 
     def _publish(self, version: int) -> UpdateReport:
         """Collective: one update of all engines that do not serve `version`, tried again while

@@ -196,20 +196,20 @@ class Exchange:
             self._parts.fleet.touch()
         worker.take(self._connected, fresh=not self._repeatable)
 
+    def _able(self) -> Sequence[Worker]:
+        """Who may be asked and has not been."""
+        able: Sequence[Worker] = self._parts.fleet.rotation()
+        if (only := self._only) is not None:
+            able = [only] if only.in_rotation or (only.draining and only.joined) else []
+        return [worker for worker in able if worker not in self._tried] if self._tried else able
+
     def _choose(self) -> Worker | None:
-        parts = self._parts
-        if self._only is not None:
-            usable = self._only.in_rotation or (self._only.draining and self._only.joined)
-            return self._only if usable and self._only not in self._tried else None
-        able: Sequence[Worker] = parts.fleet.rotation()
-        if self._tried:
-            able = [worker for worker in able if worker not in self._tried]
-        journal = self._journal
+        parts, journal, able = self._parts, self._journal, self._able()
+        if self._only is not None or not able:
+            return able[0] if able else None
         if journal is not None and journal.records and journal.version:
             # With the weights that sampled its last token it goes on as if nothing had been.
             able = [worker for worker in able if worker.version == journal.version] or able
-        if not able:
-            return None
         choice = parts.policy.choose(self._ask, able)
         parts.metrics.chose(choice.reason, num_hit=choice.num_hit, size=len(self._ask.prompt))
         return able[choice.place]
@@ -302,7 +302,7 @@ class Exchange:
         """Whether another worker is asked in place of one that takes nothing now."""
         self._tried.add(worker)
         self._parts.joining.look(worker)
-        others = self._only is None and self._choose() is not None
+        others = self._only is None and bool(self._able())
         if not (others and self._repeatable and self._parts.budget.spend()):
             return False
         self._parts.metrics.retried()

@@ -307,24 +307,22 @@ def _ends_by(request: ClientRequest) -> EndingCall | None:
         return "flush"
     if request.path != "/command":
         return "pause" if request.path in _SETTLING else None
-    try:
-        kind = msgspec.json.decode(request.body, type=_Kind).type
-    except msgspec.DecodeError:
-        # A worker names the field.
-        return None
-    return "pause" if kind in ("pause", "begin_update") else None
+    return "pause" if _kind(request.body) in ("pause", "begin_update") else None
 
 
 def _renames(path: str, body: bytes) -> bool:
     """Whether a call gives what an engine serves another version."""
     if path != "/command":
         return path in _LOADING or path in _ENDING or path in _RENAMING
+    return _kind(body) in _NAMING_COMMANDS
+
+
+def _kind(body: bytes) -> str:
+    """What a command is; "" for what is none, whose field the worker names."""
     try:
-        kind = msgspec.json.decode(body, type=_Kind).type
+        return msgspec.json.decode(body, type=_Kind).type
     except msgspec.DecodeError:
-        # The worker has refused it.
-        return False
-    return kind in _NAMING_COMMANDS
+        return ""
 
 
 def _version(outcome: Outcome, name: str = "version") -> int | None:

@@ -71,8 +71,6 @@ def open_char_run(options: RunOptions, folder: Path, *, actor: Actor | None = No
             temperature=options.rollout.temperature,
         ),
     )
-    # Drawing would be most of what these runs take.
-    run.folder.draw_plots = lambda: None  # type: ignore[method-assign]
     return run
 
 

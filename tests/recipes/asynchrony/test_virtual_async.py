@@ -16,7 +16,7 @@ from recipes.run.run import Run
 from recipes.types import Group
 from tests.helpers.async_runs import async_options, go, untimed, weights
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_plots")]
 
 
 def same_weights(run: Run, other: Run) -> bool:
