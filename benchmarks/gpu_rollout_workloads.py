@@ -12,11 +12,12 @@ import numpy as np
 from engine.protocol import Request, SamplingParams
 from rollout.requests.seeds import derive_seed
 
-WorkloadName = Literal["group", "group8", "single", "tail", "wa", "wb_long"]
+WorkloadName = Literal["group", "group8", "moe", "single", "tail", "wa", "wb_long"]
 
 _GRIDS = {
     "group": (64, 16, 512, 1024),
     "group8": (16, 16, 512, 512),
+    "moe": (8, 16, 512, 256),
     "single": (1, 1, 512, 256),
     "wb_long": (64, 16, 1024, 1024),
 }

@@ -164,8 +164,9 @@ class GlooGroup:
         # The engine keeps its end until gloo lets go of it, so the sender's closes first.
         if self._sender is not None:
             self._sender.close()
-        # Asking has it look at once.
-        until(lambda: self._rank.groups.num_parked == 0)
+        # Asking has it look at once. The back end lets go at the latest when the message that was
+        # under way has had its time.
+        until(lambda: self._rank.groups.num_parked == 0, 2 * PATIENCE_S)
         if self._sent is not None:
             with suppress(WeightUpdateError, AssertionError, ValueError):
                 self._sent.result(120)
@@ -218,7 +219,7 @@ class Excerpts:
         if self._world is not None:
             for end in self._world.ends:
                 end.group.close()
-            until(lambda: self._rank.groups.num_parked == 0)
+            until(lambda: self._rank.groups.num_parked == 0, 2 * PATIENCE_S)
             for sent in self._sent:
                 with suppress(WeightUpdateError, AssertionError):
                     sent.result(120)
