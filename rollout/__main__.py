@@ -22,6 +22,7 @@ from rollout.launch import launch
 from rollout.offline import FileReport, check_output, is_batch, run_file
 from rollout.replica.spawned import ProcessReplica
 from rollout.router.config import RouterConfig
+from rollout.terminal_chat.chat_config import ChatConfig
 from rollout.text.tokenizer import Tokenizer, find_tokenizer
 
 logger = logging.getLogger("rollout")
@@ -49,6 +50,9 @@ class Offline:
     """Run the engine in a process of its own; batch lines always do."""
     served_model_name: str = ""
     """What the bodies of batch lines call the model; its path by default."""
+
+
+Command = Offline | ServeConfig | RouterConfig | ChatConfig
 
 
 def run_offline(args: Offline) -> FileReport:
@@ -116,10 +120,17 @@ def run_router(config: RouterConfig) -> None:
     route(config)
 
 
-def parse(argv: Sequence[str] | None = None) -> Offline | ServeConfig | RouterConfig:
+def run_chat_here(config: ChatConfig) -> int:
+    """`chat`: talk until told to leave; the exit code."""
+    from rollout.terminal_chat.chat_loop import run_chat
+
+    return run_chat(config)
+
+
+def parse(argv: Sequence[str] | None = None) -> Command:
     """The command that the arguments name; exits with help or a usage error."""
-    args: Offline | ServeConfig | RouterConfig = tyro.extras.subcommand_cli_from_dict(
-        {"offline": Offline, "serve": ServeConfig, "router": RouterConfig},
+    args: Command = tyro.extras.subcommand_cli_from_dict(
+        {"offline": Offline, "serve": ServeConfig, "router": RouterConfig, "chat": ChatConfig},
         args=argv,
         prog="slipstream",
         description=__doc__,
@@ -139,6 +150,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(args, RouterConfig):
             run_router(args)
             return
+        if isinstance(args, ChatConfig):
+            sys.exit(run_chat_here(args))
         code: int | None = exit_code(run_offline(args), args.output)
     except (Exception, KeyboardInterrupt) as error:
         code = report(error, advice=ADVICE)
