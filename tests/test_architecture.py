@@ -57,6 +57,7 @@ ALLOWED: dict[str, set[str]] = {
         "recipes",
         "trainer_bridge",
         "rollout.client",
+        "rollout.dashboard",
         "rollout.offline",
         "rollout.replica",
         "rollout.launch",
