@@ -14,7 +14,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct, structs
 
-from rollout.dashboard.figures import Live
+from rollout.dashboard.figures import Live, Snapshot
 from rollout.dashboard.source import Source
 
 PERIOD_S = 1.0
@@ -54,19 +54,15 @@ async def live(
 ) -> AsyncGenerator[Live, None]:
     """Messages for as long as somebody reads them. Rows that are there already come at once, page
     by page; after that a message is sent when it says something new."""
-    last: object = None
+    last: Snapshot | None = None
     sent_at = 0.0
     while True:
         message = await look(source, query)
         query = behind(message)
-        said = _said(message)
-        if said != last or time.monotonic() - sent_at >= _BEAT_S:
+        told = structs.replace(message.snapshot, at=0.0)
+        new = message.series.x or message.events.events or told != last
+        if new or time.monotonic() - sent_at >= _BEAT_S:
             yield message
-            last, sent_at = said, time.monotonic()
+            last, sent_at = told, time.monotonic()
         if not (message.series.more or message.events.more):
             await asyncio.sleep(period_s)
-
-
-def _said(message: Live) -> object:
-    """What of a message a reader would see: all but the time."""
-    return structs.replace(message, snapshot=structs.replace(message.snapshot, at=0.0))

@@ -22,7 +22,7 @@ from engine.protocol import (
     Request,
 )
 from engine.protocol.deadlines import REPLY_S, START_S
-from rollout.http.engine.last_heard import LastHeard
+from rollout.http.engine.last_heard import LastHeard, Listener
 from rollout.http.engine.link import EngineLink, Message
 from rollout.http.engine.mailbox import Mailbox, Mailboxes
 from rollout.http.engine.outbox import PART, Outbox, Unsent
@@ -72,7 +72,8 @@ class AsyncEngine:
         self._dead: EngineDead | None = None
         self._leaving: EngineDead | None = None
         self._starting = False
-        self._heard = LastHeard()
+        self.listeners: list[Listener] = []  # Told of every reply.
+        self._heard = LastHeard(self.listeners)
         self._watch: asyncio.Task[None] | None = None
         self._on_death: list[Callable[[EngineDead], None]] = []
         self._on_restart: list[Callable[[], None]] = []
