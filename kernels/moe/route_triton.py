@@ -9,11 +9,15 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.early_start import early_start
 from kernels.moe.plan import Logits, choose_logits
 from kernels.moe.router import logits_kernel, top_experts_kernel
 from kernels.moe.types import Routed
+from kernels.norm.triton import rms_norm
 from kernels.routing import RoutingRule
 
+_MOST_NORMED = 2
+"""Rows that every program of the product normalises again, in place of a kernel before it."""
 _TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -25,13 +29,45 @@ def route(
     num_rows: torch.Tensor | None = None,
 ) -> Routed:
     """See `kernels.moe.route`."""
+    if not len(x_TH):
+        return _choose(x_TH, x_TH.new_empty(1, 0, len(gate_NH)), rule, bias_N, num_rows)
+    parts_PTN = logits_parts(x_TH, gate_NH, choose_logits(len(x_TH)))
+    return _choose(x_TH, parts_PTN, rule, bias_N, num_rows)
+
+
+def norm_and_route(
+    total_TH: torch.Tensor,
+    norm_weight_H: torch.Tensor,
+    eps: float,
+    gate_NH: torch.Tensor,
+    rule: RoutingRule,
+    bias_N: torch.Tensor | None = None,
+    num_rows: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, Routed]:
+    """See `kernels.moe.norm_and_route`."""
+    if not 0 < len(total_TH) <= _MOST_NORMED:
+        x_TH = rms_norm(total_TH, norm_weight_H, eps)
+        return x_TH, route(x_TH, gate_NH, rule, bias_N, num_rows)
+    x_TH = torch.empty(total_TH.shape, dtype=total_TH.dtype, device=total_TH.device)
+    norm = (norm_weight_H, eps, x_TH)
+    parts_PTN = logits_parts(total_TH, gate_NH, choose_logits(len(x_TH)), norm)
+    return x_TH, _choose(x_TH, parts_PTN, rule, bias_N, num_rows)
+
+
+def _choose(
+    x_TH: torch.Tensor,
+    parts: torch.Tensor,
+    rule: RoutingRule,
+    bias_N: torch.Tensor | None,
+    num_rows: torch.Tensor | None,
+) -> Routed:
+    """The experts of every row of x by its logits, float32 [parts, T, N]."""
     rows = len(x_TH)
     ids_TK = x_TH.new_empty(rows, rule.top_k, dtype=torch.int32)
     weights_dtype = x_TH.dtype if rule.rounded_weights else torch.float32
     weights_TK = x_TH.new_empty(rows, rule.top_k, dtype=weights_dtype)
     if not rows:
         return Routed(ids_TK, weights_TK)
-    parts = logits_parts(x_TH, gate_NH, choose_logits(rows))
     grouped = rule.group_score != "none"
     groups = rule.num_groups if grouped else 1
     top_experts_kernel[(rows,)](
@@ -58,24 +94,39 @@ def route(
         BLOCK_M=triton.next_power_of_2(rule.num_experts // groups),
         BLOCK_K=triton.next_power_of_2(rule.top_k),
         num_warps=1,
+        **early_start(x_TH),
     )
     return Routed(ids_TK, weights_TK)
 
 
-def logits_parts(x_TH: torch.Tensor, gate_NH: torch.Tensor, config: Logits) -> torch.Tensor:
-    """The router's product as float32 [parts, T, N], to be added up in their order."""
+def logits_parts(
+    x_TH: torch.Tensor,
+    gate_NH: torch.Tensor,
+    config: Logits,
+    norm: tuple[torch.Tensor, float, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """The router's product as float32 [parts, T, N], to be added up in their order.
+
+    norm: weight [H] and epsilon by which the rows, all of one tile, are normalised first, and where
+    they are stored then, [T, H].
+    """
     assert x_TH.stride(1) == 1 and gate_NH.is_contiguous() and x_TH.dtype == gate_NH.dtype
     rows, hidden = x_TH.shape
     experts = len(gate_NH)
     num_parts = triton.cdiv(hidden, config.part) if config.apart else 1
     parts = x_TH.new_empty(num_parts, rows, experts, dtype=torch.float32)
     grid = (triton.cdiv(rows, config.block_t), triton.cdiv(experts, config.block_n), num_parts)
+    norm_weight_H, eps, normed_TH = norm or (x_TH, 0.0, x_TH)
+    assert norm is None or (config.apart and grid[0] == 1)
     logits_kernel[grid](
         x_TH,
         gate_NH,
         parts,
+        norm_weight_H,
+        normed_TH,
         x_TH.stride(0),
         rows,
+        eps,
         N=experts,
         H=hidden,
         PART=config.part,
@@ -83,7 +134,10 @@ def logits_parts(x_TH: torch.Tensor, gate_NH: torch.Tensor, config: Logits) -> t
         BLOCK_T=config.block_t,
         BLOCK_N=config.block_n,
         BLOCK_H=config.block_i,
+        NORMED=0 if norm is None else rows,
+        WIDTH=triton.next_power_of_2(hidden),
         num_warps=config.warps,
+        **early_start(x_TH),
     )
     return parts
 

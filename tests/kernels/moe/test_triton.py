@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels.moe import route, run_experts
+from kernels.moe import norm_and_route, route, run_experts
 from kernels.moe.plan import (
     ByPair,
     ByTile,
@@ -69,6 +69,22 @@ def test_routes_are_those_of_the_reference(name: str, rows: int) -> None:
     want = route(x, gate, rule, bias_N=bias, backend="torch")
     assert torch.equal(got.ids_TK, want.ids_TK)
     assert_close(name, got.weights_TK, want.weights_TK, torch.float32)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("hidden", [100, 1300])
+def test_a_norm_before_the_route_is_that_of_the_reference(hidden: int, rows: int) -> None:
+    rule = RULES["qwen3"]
+    total, weight = drawn(rows + 2, hidden)[1:-1], drawn(hidden, seed=3)
+    gate = drawn(rule.num_experts, hidden, seed=1) * hidden**-0.5
+    filled = torch.tensor([max(rows - 1, 1)], dtype=torch.int32, device=triton_device())
+    args = (total, weight, 1e-5, gate, rule)
+    with poisoned_allocations():
+        x, got = norm_and_route(*args, num_rows=filled, backend="triton")
+    want_x, want = norm_and_route(*args, num_rows=filled, backend="torch")
+    assert_close("x", x, want_x, torch.float32)
+    assert torch.equal(got.ids_TK, want.ids_TK)
+    assert_close("weights", got.weights_TK, want.weights_TK, torch.float32)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "deepseek v2", "deepseek v3"])
@@ -274,6 +290,38 @@ def test_few_rows_of_16_bits_are_combined_to_the_bits_of_the_reference(rounded: 
         x, gate_up, down, ids, factors, added_TH=added, residual_TH=residual, backend="torch"
     )
     assert_close("rows", got, want, torch.float16)
+
+
+def test_few_rows_get_the_same_bits_when_kernels_start_early_and_when_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Over layers one behind the other, whose buffers are taken again."""
+    if triton_device() == "cpu":
+        pytest.skip("the interpreter runs one kernel after the other")
+    gate = (drawn(128, 2048, seed=9) * 2048**-0.5).bfloat16()
+    gate_up, down = (weight.bfloat16() for weight in weights_of(32, 2048, 768))
+    norm = drawn(2048, seed=5).abs().bfloat16()
+
+    def stream(total: torch.Tensor) -> torch.Tensor:
+        for first in (0, 32, 64, 96) * 4:
+            x, routed = norm_and_route(total, norm, 1e-6, gate, QWEN, backend="triton")
+            total = run_experts(
+                x, gate_up, down, *routed, first_slot=first, residual_TH=total, backend="triton"
+            )
+        return total
+
+    for rows in (1, 2, 4):
+        start = drawn(rows, 2048, seed=rows).bfloat16()
+        graph = torch.cuda.CUDAGraph()
+        got = stream(start)
+        with torch.cuda.graph(graph):
+            replayed = stream(start)
+        for _ in range(20):
+            graph.replay()
+            assert torch.equal(replayed, got)
+        with monkeypatch.context() as patched:
+            patched.setattr("kernels.early_start.MOST_ROWS", 0)
+            assert torch.equal(stream(start), got)
 
 
 QWEN = RoutingRule(num_experts=128, top_k=8, normalised=True, rounded_weights=True)
