@@ -37,13 +37,13 @@ $(MODEL): | $(STAMP)
 	$(BIN)/python scripts/get_model.py $@
 
 grpo: setup      ## watch the default model learn by GRPO; ARGS="--task addition" passes flags on
-	$(BIN)/python recipes/grpo.py $(ARGS)
+	$(BIN)/python recipes/grpo.py --dashboard on $(ARGS)
 
 ppo: setup       ## the same by PPO, with a critic
-	$(BIN)/python recipes/ppo.py $(ARGS)
+	$(BIN)/python recipes/ppo.py --dashboard on $(ARGS)
 
 sft: setup       ## watch the default model learn a task's answers, supervised; ARGS as for grpo
-	$(BIN)/python recipes/sft.py $(ARGS)
+	$(BIN)/python recipes/sft.py --dashboard on $(ARGS)
 
 test: setup      ## the CPU suite, slow tests included
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not long"

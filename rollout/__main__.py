@@ -16,6 +16,7 @@ from engine.config import EngineConfig
 from rollout.cli.failures import ALL_FAILED, SOME_FAILED, report
 from rollout.cli.flag_ranges import check_engine, check_router, check_serve
 from rollout.cli.progress_bar import ProgressDisplay
+from rollout.cli.view import View, run_view
 from rollout.files.jsonl import read_lines
 from rollout.http.config import ServeConfig
 from rollout.launch import launch
@@ -49,6 +50,9 @@ class Offline:
     """Run the engine in a process of its own; batch lines always do."""
     served_model_name: str = ""
     """What the bodies of batch lines call the model; its path by default."""
+
+
+Command = Offline | ServeConfig | RouterConfig | View
 
 
 def run_offline(args: Offline) -> FileReport:
@@ -116,10 +120,10 @@ def run_router(config: RouterConfig) -> None:
     route(config)
 
 
-def parse(argv: Sequence[str] | None = None) -> Offline | ServeConfig | RouterConfig:
+def parse(argv: Sequence[str] | None = None) -> Command:
     """The command that the arguments name; exits with help or a usage error."""
-    args: Offline | ServeConfig | RouterConfig = tyro.extras.subcommand_cli_from_dict(
-        {"offline": Offline, "serve": ServeConfig, "router": RouterConfig},
+    args: Command = tyro.extras.subcommand_cli_from_dict(
+        {"offline": Offline, "serve": ServeConfig, "router": RouterConfig, "view": View},
         args=argv,
         prog="slipstream",
         description=__doc__,
@@ -138,6 +142,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         if isinstance(args, RouterConfig):
             run_router(args)
+            return
+        if isinstance(args, View):
+            run_view(args)
             return
         code: int | None = exit_code(run_offline(args), args.output)
     except (Exception, KeyboardInterrupt) as error:
