@@ -20,7 +20,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Clients of the server, which are large and run on the CPU only.
 CLIENTS     := .venv-clients
 
-.PHONY: setup grpo ppo sft test test-long test-fast gpu-test clients-test check format clean help
+.PHONY: serve setup grpo ppo sft test test-long test-fast gpu-test clients-test check format clean help
 
 help:            ## list these verbs
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -42,6 +42,9 @@ ppo: setup       ## the same by PPO, with a critic
 
 sft: setup       ## watch the default model learn a task's answers, supervised; ARGS as for grpo
 	$(BIN)/python recipes/sft.py $(ARGS)
+
+serve: setup     ## serve the default model at port 30000; ARGS="--model PATH --port 30001" has others
+	$(BIN)/python -m rollout serve $(if $(findstring --model,$(ARGS)),,--model $(MODEL)) $(ARGS)
 
 test: setup      ## the CPU suite, slow tests included
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not long"

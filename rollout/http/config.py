@@ -79,6 +79,14 @@ class ServeConfig:
     send_timeout_s: float = 300.0
     """Seconds after which a client that takes nothing of its reply, or that cannot be reached any
     more, loses its connection."""
+    request_timeout_s: float = 0.0
+    """Seconds that a request without a timeout_s may take; then it is answered with the tokens that
+    it has. 0 for no limit."""
+    max_request_timeout_s: float = 0.0
+    """Most seconds that any request may take, whatever its timeout_s says; 0 for no limit."""
+    drain_timeout_s: float = 30.0
+    """Seconds that requests have to finish after SIGTERM, while new ones are refused; 0 ends them
+    at once, with the tokens that they have."""
     reply_s: Suppress[float] = REPLY_S
     """Deadline for the engine to answer a command that touches no weights."""
     start_s: Suppress[float] = START_S

@@ -14,6 +14,7 @@ from rollout.http.engine.client import AsyncEngine
 from rollout.http.journal.identity import Drawn, Identity
 from rollout.http.native.generator import Generator
 from rollout.http.native.sample import Sample
+from rollout.http.native.time_limits import TimeLimits
 from rollout.http.openai.bodies import ChatBody
 from rollout.http.updates.lifecycle import Lifecycle
 from rollout.http.updates.version_labels import VersionLabels
@@ -85,7 +86,8 @@ def make_services(
     engine.on_restart(lambda: lifecycle.reset(weights_lost=bool(engine.no_version)))
     seed = base_seed(config.engine.seed, config.replica_id)
     seed = derive_seed(seed, "front", front) if front else seed
-    generator = Generator(engine, tokenizer, metrics, seed=seed)
+    limits = TimeLimits(default_s=config.request_timeout_s, most_s=config.max_request_timeout_s)
+    generator = Generator(engine, tokenizer, metrics, seed=seed, limits=limits)
     return Services(
         config=config,
         access=access,

@@ -112,7 +112,8 @@ async def _serve(spec: FrontSpec, listener: socket.socket) -> None:
     app = FrontApp(build_app(services), front_paths(services), reader, owner)
     settle()
     headers = [("x-served-by", spec.name)]
-    server = PatientServer(uvicorn_config(config, app, headers=headers), engine)
+    served = uvicorn_config(config, app, headers=headers)
+    server = PatientServer(served, engine, drain_s=config.drain_timeout_s)
     tasks = [
         asyncio.create_task(work)
         for work in (reporter.run(), _leave_orphaned(spec.parent, server), _say_ready(server))
