@@ -78,6 +78,7 @@ SERVE_RANGES: Mapping[str, Range] = MappingProxyType(
         "--request-timeout-s": Range("request_timeout_s", 0, MAX_SECONDS),
         "--max-request-timeout-s": Range("max_request_timeout_s", 0, MAX_SECONDS),
         "--drain-timeout-s": Range("drain_timeout_s", 0, 86400),
+        "--stuck-step-s": Range("stuck_step_s", 0, 86400),
         "--http-processes": Range("http_processes", 1, 256),
     }
 )

@@ -106,6 +106,7 @@ class _Engines:
             reply_s=self._config.reply_s,
             wait=wait,
             shared=self._config.http_processes > 1,
+            stuck_s=self._config.stuck_step_s,
         )
 
 

@@ -15,6 +15,7 @@ from rollout.http.journal.identity import Drawn, Identity
 from rollout.http.native.generator import Generator
 from rollout.http.native.sample import Sample
 from rollout.http.native.time_limits import TimeLimits
+from rollout.http.observing.traces import Traces
 from rollout.http.openai.bodies import ChatBody
 from rollout.http.updates.lifecycle import Lifecycle
 from rollout.http.updates.version_labels import VersionLabels
@@ -51,7 +52,8 @@ class Services:
 
     tokenizer, prompts: None for a model that is asked in ids. capture: sees the one call that these
     are for, where it is captured. identity: where calls get their ids.
-    calls: those in progress, by the ids that their replies show.
+    calls: those in progress, by the ids that their replies show. traces: where spans of requests
+    go, if anywhere.
     """
 
     config: ServeConfig
@@ -66,6 +68,7 @@ class Services:
     capture: Capture | None = None
     identity: Identity = field(default_factory=Drawn)
     calls: WeakValueDictionary[str, NamedCall] = field(default_factory=WeakValueDictionary)
+    traces: Traces | None = None
 
 
 def make_services(
@@ -98,4 +101,5 @@ def make_services(
         metrics=metrics,
         tokenizer=tokenizer,
         prompts=None if tokenizer is None else ChatPrompts(generator, tokenizer, config),
+        traces=Traces(config.model_name) if config.otel else None,
     )

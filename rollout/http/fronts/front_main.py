@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import socket
 import sys
@@ -27,6 +26,7 @@ from rollout.http.fronts.news import NewsReader, ToldLabels
 from rollout.http.fronts.owner_client import FrontReport, OwnerClient
 from rollout.http.http_server import PatientServer, uvicorn_config
 from rollout.http.services import make_services
+from rollout.logs.logging_setup import LogLevel, set_up_logging
 from rollout.metrics import FinishedSequence, Metrics
 from rollout.text.tokenizer import find_tokenizer
 
@@ -88,7 +88,10 @@ class Reporter:
 def main(data: bytes) -> None:
     """Serve until told to leave, or orphaned."""
     spec = msgspec.json.decode(data, type=FrontSpec)
-    logging.basicConfig(level=logging.WARNING, format=f"{spec.name}: %(message)s")
+    config = spec.config
+    # What goes on as it should, the owner says for all.
+    level: LogLevel = "error" if config.log_level == "error" else "warning"
+    set_up_logging(config.log_format, level, process=spec.name, access=config.access_log)
     listener = socket.socket(fileno=spec.listener)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(spec, listener))

@@ -20,6 +20,7 @@ from rollout.http.native.sample import Sample, SampleDelta
 from rollout.http.native.sample_ends import failure_of, stop_of
 from rollout.http.native.text_workers import TextWorkers
 from rollout.http.native.time_limits import TimeLimits, TimeWatch
+from rollout.http.observing.call_notes import note_samples
 from rollout.masks.grammar.check import GrammarCheck
 from rollout.masks.grammar.requested import grammar_field, in_field
 from rollout.metrics import Metrics
@@ -112,6 +113,7 @@ class Generator:
             self._recorder.sampling(samples)
         if self._journal is not None:
             self._journal.sampling(samples)
+        note_samples(samples)
         return samples
 
     async def _check_grammars(self, call: GenerateCall, samples: Sequence[Sample]) -> None:
