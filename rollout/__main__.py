@@ -20,6 +20,7 @@ from rollout.cli.view import View, run_view
 from rollout.files.jsonl import read_lines
 from rollout.http.config import ServeConfig
 from rollout.launch import launch
+from rollout.logs.logging_setup import set_up_logging
 from rollout.offline import FileReport, check_output, is_batch, run_file
 from rollout.replica.spawned import ProcessReplica
 from rollout.router.config import RouterConfig
@@ -106,9 +107,12 @@ def exit_code(done: FileReport, output: str) -> int:
 def run_serve(config: ServeConfig) -> None:
     """`serve`: load the model and serve it until told to stop."""
     # Only a server needs the HTTP stack.
+    from rollout.http.observing.traces import check_otel
     from rollout.http.server import serve
 
     check_serve(config)
+    if config.otel:
+        check_otel()
     serve(config)
 
 
@@ -135,7 +139,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one command. Exits after one line on an error that is known (`failures.explain`); if the
     engine died, the end of its log comes with it. Exits too after a file with lines that failed."""
     args = parse(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if isinstance(args, Offline):
+        set_up_logging()
+    else:
+        access = isinstance(args, ServeConfig) and args.access_log
+        set_up_logging(args.log_format, args.log_level, access=access)
     try:
         if isinstance(args, ServeConfig):
             run_serve(args)
