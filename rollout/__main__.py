@@ -24,6 +24,7 @@ from rollout.logs.logging_setup import set_up_logging
 from rollout.offline import FileReport, check_output, is_batch, run_file
 from rollout.replica.spawned import ProcessReplica
 from rollout.router.config import RouterConfig
+from rollout.terminal_chat.chat_config import ChatConfig
 from rollout.text.tokenizer import Tokenizer, find_tokenizer
 
 logger = logging.getLogger("rollout")
@@ -53,7 +54,7 @@ class Offline:
     """What the bodies of batch lines call the model; its path by default."""
 
 
-Command = Offline | ServeConfig | RouterConfig | View
+Command = Offline | ServeConfig | RouterConfig | View | ChatConfig
 
 
 def run_offline(args: Offline) -> FileReport:
@@ -124,10 +125,26 @@ def run_router(config: RouterConfig) -> None:
     route(config)
 
 
+def run_chat_here(config: ChatConfig) -> int:
+    """`chat`: talk until told to leave; the exit code."""
+    from rollout.terminal_chat.chat_loop import run_chat
+
+    return run_chat(config)
+
+
+COMMANDS = {
+    "offline": Offline,
+    "serve": ServeConfig,
+    "router": RouterConfig,
+    "view": View,
+    "chat": ChatConfig,
+}
+
+
 def parse(argv: Sequence[str] | None = None) -> Command:
     """The command that the arguments name; exits with help or a usage error."""
     args: Command = tyro.extras.subcommand_cli_from_dict(
-        {"offline": Offline, "serve": ServeConfig, "router": RouterConfig, "view": View},
+        COMMANDS,
         args=argv,
         prog="slipstream",
         description=__doc__,
@@ -154,6 +171,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(args, View):
             run_view(args)
             return
+        if isinstance(args, ChatConfig):
+            sys.exit(run_chat_here(args))
         code: int | None = exit_code(run_offline(args), args.output)
     except (Exception, KeyboardInterrupt) as error:
         code = report(error, advice=ADVICE)
