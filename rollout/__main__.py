@@ -132,19 +132,16 @@ def run_chat_here(config: ChatConfig) -> int:
     return run_chat(config)
 
 
-COMMANDS = {
-    "offline": Offline,
-    "serve": ServeConfig,
-    "router": RouterConfig,
-    "view": View,
-    "chat": ChatConfig,
-}
-
-
 def parse(argv: Sequence[str] | None = None) -> Command:
     """The command that the arguments name; exits with help or a usage error."""
     args: Command = tyro.extras.subcommand_cli_from_dict(
-        COMMANDS,
+        {
+            "offline": Offline,
+            "serve": ServeConfig,
+            "router": RouterConfig,
+            "view": View,
+            "chat": ChatConfig,
+        },
         args=argv,
         prog="slipstream",
         description=__doc__,
@@ -156,11 +153,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one command. Exits after one line on an error that is known (`failures.explain`); if the
     engine died, the end of its log comes with it. Exits too after a file with lines that failed."""
     args = parse(argv)
-    if isinstance(args, Offline):
-        set_up_logging()
-    else:
+    if isinstance(args, ServeConfig | RouterConfig):
         access = isinstance(args, ServeConfig) and args.access_log
         set_up_logging(args.log_format, args.log_level, access=access)
+    else:
+        set_up_logging()
     try:
         if isinstance(args, ServeConfig):
             run_serve(args)

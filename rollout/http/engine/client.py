@@ -50,8 +50,7 @@ class AsyncEngine:
     EngineDead, until `restart` gives another engine. outbox: holds requests back when told to.
 
     reply_s: deadline for the leader to answer, and to say anything while requests run.
-    slow_s: deadline for commands that touch weights or memory. shared: other processes send it
-    requests, too.
+    slow_s: deadline for commands that touch weights or memory. shared: by other processes, too.
     """
 
     def __init__(
