@@ -119,9 +119,9 @@ def beside_steps(options: Options, folder: Path) -> dict[str, Any]:
 
 def _summary(steps: list[dict[str, Any]]) -> dict[str, Any]:
     def median(name: str, *, is_open: bool) -> float:
-        return statistics.median(step[name] for step in steps if step["open"] is is_open)
+        return float(statistics.median(step[name] for step in steps if step["open"] is is_open))
 
-    told = {
+    told: dict[str, Any] = {
         "pairs": len(steps) // 2,
         **{f"{name}_open": round(median(name, is_open=True), 4) for name in MEASURED},
         "wall_s_shut": round(median("wall_s", is_open=False), 4),
