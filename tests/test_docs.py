@@ -31,7 +31,7 @@ FOLDERS = (
 )
 
 WALKS = [ROOT / "docs" / name for name in ("request.md", "weight_update.md", "state.md")]
-# Flags in the documents that are other programs': torchrun's, pytest's, curl's.
+# Flags in the documents that are other programs': torchrun's, pytest's, curl's, docker's.
 FOREIGN_FLAGS = {
     "nproc-per-node",
     "nnodes",
@@ -40,6 +40,8 @@ FOREIGN_FLAGS = {
     "ntasks-per-node",
     "noconftest",
     "json",
+    "publish",
+    "tag",
 }
 
 _SYMBOL = re.compile(r"`([\w/.-]+\.py)::([\w.]+)`")

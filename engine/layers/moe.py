@@ -20,7 +20,7 @@ from engine.layers.parameter import ShardedParameter, whole
 from engine.layers.runtime import LayerRuntime
 from engine.layers.summand import Partial, Summand
 from engine.layers.summand import whole as whole_summand
-from kernels.moe import Routed, route
+from kernels.moe import Routed, norm_and_route, route
 
 
 class Router(nn.Module):
@@ -46,6 +46,21 @@ class Router(nn.Module):
         """The experts of every token; num_rows: as of `StepContext`."""
         return route(
             x_TH,
+            self.weight,
+            self.rule,
+            bias_N=self.e_score_correction_bias,
+            num_rows=num_rows,
+            backend=self.backend,
+        )
+
+    def after(
+        self, norm: RMSNorm, total_TH: torch.Tensor, num_rows: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Routed]:
+        """`norm(total)` of few rows, [T, H], and the experts of its rows."""
+        return norm_and_route(
+            total_TH,
+            norm.weight,
+            norm.eps,
             self.weight,
             self.rule,
             bias_N=self.e_score_correction_bias,
@@ -101,25 +116,22 @@ class MoeBlock(nn.Module):
     def summand(self, x_TH: torch.Tensor, context: StepContext) -> Summand:
         """forward(x, context), its sum over ranks left to the norm that follows: one sum for the
         experts and the shared one."""
-        own_TH = self.experts(x_TH, self._routed(x_TH, context), added_TH=self._shared(x_TH))
+        routed: Routed = self.gate(x_TH, context.num_rows)
+        self._tell(routed, context)
+        own_TH = self.experts(x_TH, routed, added_TH=self._shared(x_TH))
         return Partial(own_TH, self.collectives) if self.is_divided else own_TH
 
     def add_to(self, total_TH: torch.Tensor, norm: RMSNorm, context: StepContext) -> torch.Tensor:
         """`total + forward(norm(total))` for the few rows of `LayerRuntime.few_rows`: [T, H]."""
-        x_TH = norm(total_TH)
-        out_TH: torch.Tensor = self.experts(
-            x_TH,
-            self._routed(x_TH, context),
-            added_TH=self._shared(x_TH),
-            residual_TH=total_TH,
-        )
+        x_TH, routed = self.gate.after(norm, total_TH, context.num_rows)
+        self._tell(routed, context)
+        added_TH = self._shared(x_TH)
+        out_TH: torch.Tensor = self.experts(x_TH, routed, added_TH=added_TH, residual_TH=total_TH)
         return out_TH
 
-    def _routed(self, x_TH: torch.Tensor, context: StepContext) -> Routed:
-        routed: Routed = self.gate(x_TH, context.num_rows)
+    def _tell(self, routed: Routed, context: StepContext) -> None:
         if context.routes is not None:
             context.routes.take(self.layer_index, routed.ids_TK)
-        return routed
 
     def _shared(self, x_TH: torch.Tensor) -> torch.Tensor | None:
         """This rank's part of the shared expert's output."""

@@ -11,9 +11,10 @@ import torch
 from kernels.backend import KernelBackend, unknown_backend
 from kernels.moe import reference, route_reference
 from kernels.moe.types import Routed
+from kernels.norm import rms_norm
 from kernels.routing import RoutingRule
 
-__all__ = ["Routed", "RoutingRule", "route", "run_experts"]
+__all__ = ["Routed", "RoutingRule", "norm_and_route", "route", "run_experts"]
 
 
 def route(
@@ -41,6 +42,32 @@ def route(
 
         return route_triton.route(x_TH, gate_NH, rule, bias_N, num_rows)
     raise unknown_backend(backend)
+
+
+def norm_and_route(
+    total_TH: torch.Tensor,
+    norm_weight_H: torch.Tensor,
+    eps: float,
+    gate_NH: torch.Tensor,
+    rule: RoutingRule,
+    *,
+    bias_N: torch.Tensor | None = None,
+    num_rows: torch.Tensor | None = None,
+    backend: KernelBackend,
+) -> tuple[torch.Tensor, Routed]:
+    """`x = rms_norm(total)`, weighted when it is rounded, and `route(x)`: both, x [T, H]. Of one
+    row or two in as many kernels as the route alone has.
+
+    norm_weight_H: in the dtype of total. The rest: see `rms_norm` and `route`.
+    """
+    if backend == "triton":
+        from kernels.moe import route_triton
+
+        args = (total_TH, norm_weight_H, eps, gate_NH, rule, bias_N, num_rows)
+        return route_triton.norm_and_route(*args)
+    x_TH = rms_norm(total_TH, norm_weight_H, eps, backend=backend)
+    routed = route(x_TH, gate_NH, rule, bias_N=bias_N, num_rows=num_rows, backend=backend)
+    return x_TH, routed
 
 
 def run_experts(

@@ -9,6 +9,35 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def weighted(down_H: tl.tensor, weight: tl.tensor) -> tl.tensor:
+    """An expert's output times its weight, rounded to the wider of both dtypes; float32."""
+    weighted_H = down_H.to(tl.float32) * weight.to(tl.float32)
+    if weight.dtype == down_H.dtype:
+        weighted_H = weighted_H.to(down_H.dtype).to(tl.float32)
+    return weighted_H
+
+
+@triton.jit
+def added_to(
+    out_H: tl.tensor,
+    added_H: tl.tensor,
+    residual_H: tl.tensor,
+    inside_H: tl.tensor,
+    ADDED: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+) -> tl.tensor:
+    """A token's sum, plus what added_H points to, plus that on what residual_H points to, rounded
+    after each."""
+    if ADDED:
+        more_H = tl.load(added_H, mask=inside_H, other=0.0)
+        out_H = (out_H.to(tl.float32) + more_H.to(tl.float32)).to(out_H.dtype)
+    if RESIDUAL:
+        base_H = tl.load(residual_H, mask=inside_H, other=0.0)
+        out_H = (base_H.to(tl.float32) + out_H.to(tl.float32)).to(out_H.dtype)
+    return out_H
+
+
 @triton.jit(do_not_specialize=["first_slot"])
 def combine_kernel(
     down_ptr: tl.tensor,
@@ -41,16 +70,13 @@ def combine_kernel(
         held = (expert >= 0) & (slot >= 0) & (slot < SLOTS)
         weight = tl.load(weights_ptr + pair, mask=held, other=0.0)
         down_H = tl.load(down_ptr + pair * H + input_H, mask=inside_H & held, other=0.0)
-        weighted_H = down_H.to(tl.float32) * weight.to(tl.float32)
-        if weights_ptr.dtype.element_ty == dtype:
-            weighted_H = weighted_H.to(dtype).to(tl.float32)
-        sum_H += weighted_H
-    out_H = sum_H.to(dtype)
-    if ADDED:
-        added_H = tl.load(added_ptr + row * added_stride + input_H, mask=inside_H, other=0.0)
-        out_H = (out_H.to(tl.float32) + added_H.to(tl.float32)).to(dtype)
-    if RESIDUAL:
-        residual_ptr += row * residual_stride
-        residual_H = tl.load(residual_ptr + input_H, mask=inside_H, other=0.0)
-        out_H = (residual_H.to(tl.float32) + out_H.to(tl.float32)).to(dtype)
+        sum_H += weighted(down_H, weight)
+    out_H = added_to(
+        sum_H.to(dtype),
+        added_ptr + row * added_stride + input_H,
+        residual_ptr + row * residual_stride + input_H,
+        inside_H,
+        ADDED,
+        RESIDUAL,
+    )
     tl.store(out_ptr + row * H + input_H, out_H, mask=inside_H)

@@ -11,7 +11,7 @@ import torch
 import triton
 
 from kernels.moe.combine import combine_kernel
-from kernels.moe.gemv import pair_kernel
+from kernels.moe.gemv import combined_kernel, pair_kernel
 from kernels.moe.plan import (
     FEW_PAIRS,
     SORT_BLOCK,
@@ -44,6 +44,11 @@ def run_experts(
     slots, hidden, inner = down_SHI.shape
     top_k = ids_TK.shape[1]
     config = choose(len(x_TH), top_k, num_experts or slots, hidden, inner)
+    if isinstance(config, ByPair) and len(x_TH):
+        inner_PI = x_TH.new_empty(ids_TK.numel(), inner)
+        _by_pair(x_TH, gate_up_SJH, ids_TK, inner_PI, first_slot, config.up, up=True)
+        routes = (ids_TK, weights_TK, first_slot)
+        return _down_combined(inner_PI, down_SHI, routes, added_TH, residual_TH, config.down)
     down_PH = products(x_TH, gate_up_SJH, down_SHI, ids_TK, first_slot, config)
     return _combine(down_PH, ids_TK, weights_TK, first_slot, slots, added_TH, residual_TH)
 
@@ -104,6 +109,48 @@ def _by_pair(
         UP=up,
         num_warps=config.warps,
     )
+
+
+def _down_combined(
+    inner_PI: torch.Tensor,
+    down_SHI: torch.Tensor,
+    routes: tuple[torch.Tensor, torch.Tensor, int],
+    added_TH: torch.Tensor | None,
+    residual_TH: torch.Tensor | None,
+    config: Gemv,
+) -> torch.Tensor:
+    """What few tokens get of their experts, [T, H]. routes: ids [T, K], weights, first slot."""
+    ids_TK, weights_TK, first_slot = routes
+    rows, top_k = ids_TK.shape
+    slots, hidden, inner = down_SHI.shape
+    assert down_SHI.is_contiguous() and ids_TK.is_contiguous() and weights_TK.is_contiguous()
+    out_TH = inner_PI.new_empty(rows, hidden)
+    added, residual = _or(added_TH, out_TH), _or(residual_TH, out_TH)
+    assert added.stride(1) == 1 and residual.stride(1) == 1
+    combined_kernel[(rows, triton.cdiv(hidden, config.block_o))](
+        inner_PI,
+        down_SHI,
+        ids_TK,
+        weights_TK,
+        added,
+        residual,
+        out_TH,
+        added.stride(0),
+        residual.stride(0),
+        first_slot,
+        SLOTS=slots,
+        OUT=hidden,
+        IN=inner,
+        TOP_K=top_k,
+        ADDED=added_TH is not None,
+        RESIDUAL=residual_TH is not None,
+        BLOCK_O=config.block_o,
+        BLOCK_I=triton.next_power_of_2(inner),
+        num_warps=config.warps,
+        # As in `_combine`.
+        enable_fp_fusion=False,
+    )
+    return out_TH
 
 
 def sort(

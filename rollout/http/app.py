@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -12,6 +13,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
+from rollout.dashboard import routes as dashboard_routes
+from rollout.dashboard.server.server_source import ServerSource
 from rollout.http import openapi
 from rollout.http.anthropic import routes as message_routes
 from rollout.http.capture import rollout_routes
@@ -22,6 +25,7 @@ from rollout.http.edge.shortcut import Shortcut
 from rollout.http.journal.door import Answer, JournalDoor
 from rollout.http.native import command_routes, phase_routes, session_routes
 from rollout.http.native import generate_routes as native_generate_routes
+from rollout.http.observing.observer import Observer
 from rollout.http.openai import chat_routes, completion_routes, model_routes
 from rollout.http.openai.responses import routes as response_routes
 from rollout.http.openai.responses.store import ResponseStore
@@ -93,7 +97,7 @@ def build_app(services: Services) -> ASGIApp:
             allow_methods=["GET", "POST", "PUT", "DELETE"],
             allow_headers=["*"],
         )
-    return app
+    return Observer(app, access=services.config.access_log, traces=services.traces)
 
 
 class _Routers:
@@ -104,6 +108,7 @@ class _Routers:
         self.store = ResponseStore()
         self.others = [module.router(services) for module in _OTHERS]
         self.others.append(response_routes.router(services, self.store))
+        self.others.append(dashboard_routes.router(ServerSource(services)))
         self.control = [module.router(services) for module in _CONTROL]
         self.control.append(unserved_routes.router())
 
@@ -118,6 +123,8 @@ def build_routes(services: Services, routers: _Routers | None = None) -> FastAPI
             yield
         finally:
             await services.engine.close()
+            if services.traces is not None:
+                await asyncio.to_thread(services.traces.close)
 
     found = [*routers.generating, *routers.others, *routers.control]
     found.append(openapi.router(services.config, found, _paths(routers.control)))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels.moe import route, run_experts
+from kernels.moe import norm_and_route, route, run_experts
 from kernels.moe.plan import (
     ByPair,
     ByTile,
@@ -69,6 +69,22 @@ def test_routes_are_those_of_the_reference(name: str, rows: int) -> None:
     want = route(x, gate, rule, bias_N=bias, backend="torch")
     assert torch.equal(got.ids_TK, want.ids_TK)
     assert_close(name, got.weights_TK, want.weights_TK, torch.float32)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("hidden", [100, 1300])
+def test_a_norm_before_the_route_is_that_of_the_reference(hidden: int, rows: int) -> None:
+    rule = RULES["qwen3"]
+    total, weight = drawn(rows + 2, hidden)[1:-1], drawn(hidden, seed=3)
+    gate = drawn(rule.num_experts, hidden, seed=1) * hidden**-0.5
+    filled = torch.tensor([max(rows - 1, 1)], dtype=torch.int32, device=triton_device())
+    args = (total, weight, 1e-5, gate, rule)
+    with poisoned_allocations():
+        x, got = norm_and_route(*args, num_rows=filled, backend="triton")
+    want_x, want = norm_and_route(*args, num_rows=filled, backend="torch")
+    assert_close("x", x, want_x, torch.float32)
+    assert torch.equal(got.ids_TK, want.ids_TK)
+    assert_close("weights", got.weights_TK, want.weights_TK, torch.float32)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "deepseek v2", "deepseek v3"])
