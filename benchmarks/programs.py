@@ -50,7 +50,7 @@ class Options:
     """Parts, in order."""
     model: str = ".models/SmolLM2-135M-Instruct.Q4_1.gguf"
     """What generates."""
-    questions: int = 4
+    questions: int = 2
     """Programs at once."""
     branches: int = 4
     """Forks of each."""
@@ -58,7 +58,7 @@ class Options:
     """Tokens of every reply."""
     words: int = 200
     """Words of every question."""
-    rounds: int = 3
+    rounds: int = 2
     """Times that each side is measured, after one that warms up."""
     json: Path | None = None
     """Write the figures to this file."""
@@ -208,8 +208,8 @@ def part(name: Part, options: Options) -> dict[str, Any]:
     executor.facts = msgspec.structs.replace(executor.facts, vocab_size=1 << 20)
     many = replace(
         options,
-        questions=8 * options.questions,
-        rounds=2 * options.rounds,
+        questions=16 * options.questions,
+        rounds=4 * options.rounds,
         tokens=128 if name == "paced" else 16,
     )
     with InlineReplica(paced, executor) as replica:
@@ -226,9 +226,9 @@ def main() -> None:
     whole = {"machine": describe(), "options": shown}
     for name in options.only:
         whole[name] = part(name, options)
+        if options.json:
+            options.json.write_text(json.dumps(whole, indent=2) + "\n")
     print(json.dumps(whole, indent=2))
-    if options.json:
-        options.json.write_text(json.dumps(whole, indent=2) + "\n")
 
 
 if __name__ == "__main__":
