@@ -57,7 +57,6 @@ ALLOWED: dict[str, set[str]] = {
         "recipes",
         "trainer_bridge",
         "rollout.client",
-        "rollout.dashboard",
         "rollout.offline",
         "rollout.replica",
         "rollout.launch",
