@@ -19,8 +19,10 @@ SIDE_BY_SIDE := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 unexport PYTHONDONTWRITEBYTECODE
 # Clients of the server, which are large and run on the CPU only.
 CLIENTS     := .venv-clients
+# What drives the system's Chromium through the dashboard.
+BROWSER     := .venv-browser
 
-.PHONY: setup grpo ppo sft test test-long test-fast gpu-test clients-test check format clean help
+.PHONY: setup grpo ppo sft test test-long test-fast gpu-test clients-test browser-test check format clean help
 
 help:            ## list these verbs
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -62,6 +64,13 @@ $(CLIENTS)/.installed: pyproject.toml constraints/clients.txt scripts/make_venv.
 	PYTHON=$(PYTHON) sh scripts/make_venv.sh $(CLIENTS) constraints/clients.txt "dev,clients"
 	@touch $@
 
+browser-test: $(BROWSER)/.installed ## the dashboard in headless Chromium, which has to be installed; SCREENSHOTS=DIR keeps pictures
+	$(BROWSER)/bin/python -m pytest tests/browser -rs
+
+$(BROWSER)/.installed: pyproject.toml constraints/browser.txt constraints/cpu.txt scripts/make_venv.sh
+	PYTHON=$(PYTHON) sh scripts/make_venv.sh $(BROWSER) constraints/browser.txt "dev,browser"
+	@touch $@
+
 check: setup     ## format, lint, types, architecture
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -73,4 +82,4 @@ format: setup    ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .
 
 clean:           ## remove the environment, the model and caches
-	rm -rf $(VENV) $(CLIENTS) .models .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(CLIENTS) $(BROWSER) .models .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -113,11 +113,13 @@ def beside_steps(options: Options, folder: Path) -> dict[str, Any]:
         reader = subprocess.Popen([sys.executable, "-c", READER, url])
         run.begin()
         run.display = turns = Turns({"page": page.pid, "reader": reader.pid}, steps)
-        train(run)
-        for pid in (page.pid, reader.pid):
-            os.kill(pid, signal.SIGCONT)
-        page.close()
-        reader.wait(30)
+        try:
+            train(run)
+        finally:
+            for pid in (page.pid, reader.pid):
+                os.kill(pid, signal.SIGCONT)
+            page.close()
+            reader.wait(30)
     return _summary(turns.steps)
 
 

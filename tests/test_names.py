@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.helpers.name_uses import PACKAGES, Uses, members, read_attributes
+from tests.helpers.name_uses import PACKAGES, Uses, members, read_attributes, read_by_scripts
 
 NOT_CALLED = {
     "kernels.testing": "what tests of kernels compare with",
@@ -28,9 +28,6 @@ NOT_READ = {
     "engine.protocol.steps.EngineFacts.load_seconds": "for a benchmark's table",
     "engine.protocol.steps.EngineFacts.num_parameters": "for a benchmark's table",
     "rollout.masks.grammar.languages.gbnf.Repeated.part": "read by its place, in patterns",
-    "rollout.dashboard.figures.Figure.tone": "for the page's scripts",
-    "rollout.dashboard.figures.Snapshot.charts": "for the page's scripts",
-    "rollout.dashboard.figures.Snapshot.tone": "for the page's scripts",
     "rollout.client.Client.wait_ready": "for a program that started the server",
     "rollout.http.http_server.PatientServer.handle_exit": "for uvicorn, on a signal",
     "rollout.router.wire.client_connection.ClientConnection.on_url": "for httptools",
@@ -58,7 +55,7 @@ def test_every_public_name_is_used_by_the_product(uses: Uses) -> None:
 @pytest.mark.slow
 def test_every_member_is_read_by_the_product(uses: Uses) -> None:
     product = [module for module in uses.modules.values() if module.package in PACKAGES]
-    read = set().union(*(read_attributes(module) for module in product))
+    read = read_by_scripts().union(*(read_attributes(module) for module in product))
     unread = {
         f"{module}.{owner}.{member}"
         for module, owner, member in members(uses.modules)

@@ -126,9 +126,7 @@ class MoeBlock(nn.Module):
         x_TH, routed = self.gate.after(norm, total_TH, context.num_rows)
         self._tell(routed, context)
         added_TH = self._shared(x_TH)
-        out_TH: torch.Tensor = self.experts(
-            x_TH, routed, added_TH=added_TH, residual_TH=total_TH
-        )
+        out_TH: torch.Tensor = self.experts(x_TH, routed, added_TH=added_TH, residual_TH=total_TH)
         return out_TH
 
     def _tell(self, routed: Routed, context: StepContext) -> None:

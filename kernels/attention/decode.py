@@ -30,7 +30,6 @@ from kernels.attention.heads import as_queries, in_order, zeros
 from kernels.attention.runs import are_many, run_states, takes_runs, takes_whole_runs
 from kernels.attention.tiles import MAX_SPLITS, MIN_SPLIT, SharedTiles, takes_whole_rows
 from kernels.attention.whole import row_height, stages_of, whole_rows
-from kernels.early_start import early_start, let_next_start, wait_for_last
 from kernels.quant.fp8_kv import KVScales
 
 _TOGETHER = 8
@@ -69,10 +68,7 @@ def _decode_split_kernel(
     LEAST: tl.constexpr,
     WINDOW: tl.constexpr,
     INDIRECT: tl.constexpr,
-    EARLY: tl.constexpr,
 ) -> None:
-    let_next_start(EARLY)
-    wait_for_last(EARLY)
     row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     query = tl.load(query_start_ptr + row).to(tl.int64)
     query_end = tl.load(query_start_ptr + row + 1)
@@ -156,10 +152,7 @@ def _decode_merge_kernel(
     WINDOW: tl.constexpr,
     Z: tl.constexpr,
     TOGETHER: tl.constexpr,
-    EARLY: tl.constexpr,
 ) -> None:
-    let_next_start(EARLY)
-    wait_for_last(EARLY)
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     query = tl.load(query_start_ptr + row).to(tl.int64)
     if tl.load(query_start_ptr + row + 1) - query != 1:
@@ -253,7 +246,6 @@ def _split_rows(call: DecodeCall, run: int = 1) -> None:
             M=row_height(call),
             num_warps=4,
             num_stages=stages_of(call),
-            **early_start(q_THD),
         )
     _decode_merge_kernel[(num_rows, q_THD.shape[1])](
         *parts,
@@ -267,5 +259,4 @@ def _split_rows(call: DecodeCall, run: int = 1) -> None:
         Z=splits,
         TOGETHER=min(splits, _TOGETHER),
         num_warps=1,
-        **early_start(q_THD),
     )

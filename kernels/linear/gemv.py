@@ -15,7 +15,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.early_start import fetch_row, let_next_start, wait_for_last
 from kernels.linear.epilogue import gate, store, with_bias
 
 
@@ -158,18 +157,10 @@ def gemv_kernel(
     NORM: tl.constexpr,
     GATED: tl.constexpr,
     RESIDUAL: tl.constexpr,
-    EARLY: tl.constexpr,
 ) -> None:
     """OUT: features of the result, half of those of a gated weight."""
-    let_next_start(EARLY)
     feature_O = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     up_ptr = weight_ptr + tl.cast(OUT, tl.int64) * IN
-    first_row = tl.cast(tl.program_id(0), tl.int64) * (BLOCK_O * IN)
-    for piece in tl.static_range(UNROLL):
-        fetch_row(weight_ptr + first_row + piece * BLOCK_I, BLOCK_I, EARLY)
-        if GATED:
-            fetch_row(up_ptr + first_row + piece * BLOCK_I, BLOCK_I, EARLY)
-    wait_for_last(EARLY)
     scales, sums, up_sums = (), (), ()
     for row in tl.static_range(ROWS):
         scales += (_scale(x_ptr + row * x_stride, eps, IN, BLOCK_I, NORM),)

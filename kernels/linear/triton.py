@@ -10,7 +10,6 @@ import torch.nn.functional as F
 import triton
 
 from kernels.activation.triton import silu_mul
-from kernels.early_start import early_start
 from kernels.linear.fusion import Options
 from kernels.linear.gemv import gemv_kernel, norm_kernel
 from kernels.linear.plan import Config, Gemv, Tiles, choose
@@ -88,7 +87,6 @@ def _gemv(
         GATED=options.gated,
         RESIDUAL=options.residual_RO is not None,
         num_warps=config.warps,
-        **early_start(x_RI),
     )
     return out_RO
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.early_start import let_next_start, wait_for_last
 from kernels.linear.epilogue import gate
 from kernels.moe.combine import added_to, weighted
 
@@ -52,12 +51,9 @@ def pair_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     UP: tl.constexpr,
-    EARLY: tl.constexpr,
 ) -> None:
     """[pairs, OUT]. UP: from the row of a token, by gate and up; else from the row of the pair, by
     down. Rows of pairs that no slot holds are not written."""
-    let_next_start(EARLY)
-    wait_for_last(EARLY)
     pair = tl.program_id(0)
     expert = tl.load(ids_ptr + pair)
     slot = expert - first_slot
@@ -98,12 +94,9 @@ def combined_kernel(
     RESIDUAL: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
-    EARLY: tl.constexpr,
 ) -> None:
     """down of `pair_kernel` and then `combine_kernel`, to the bit: a few features of one token over
     all of its experts, whose weights are in flight together."""
-    let_next_start(EARLY)
-    wait_for_last(EARLY)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     feature_O = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)

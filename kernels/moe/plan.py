@@ -5,7 +5,7 @@ H hidden width, I inner width; T tokens, P pairs of a token and an expert.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MAX_PAIR_ROWS = 4
 """Rows up to which a pair is multiplied by itself: few of them share an expert."""
@@ -77,7 +77,9 @@ def choose(rows: int, top_k: int, num_experts: int, hidden: int, inner: int) -> 
     need one: the weights, which bound the time to some thousand rows, are then read once.
     """
     if rows <= MAX_PAIR_ROWS:
-        return ByPair(up=_gemv(hidden, gated=True), down=_gemv(inner, gated=False))
+        # A program of down has a token's experts in flight together: one feature is enough.
+        down = replace(_gemv(inner, gated=False), block_o=1)
+        return ByPair(up=_gemv(hidden, gated=True), down=down)
     mean = rows * top_k / num_experts
     block_p = next((size for size in (16, 32, 64) if 1.5 * mean <= size), 128)
     return ByTile(

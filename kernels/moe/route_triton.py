@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.early_start import early_start
+from kernels.moe.normed_router import normed_logits_kernel
 from kernels.moe.plan import Logits, choose_logits
 from kernels.moe.router import logits_kernel, top_experts_kernel
 from kernels.moe.types import Routed
@@ -48,10 +48,40 @@ def norm_and_route(
     if not 0 < len(total_TH) <= _MOST_NORMED:
         x_TH = rms_norm(total_TH, norm_weight_H, eps)
         return x_TH, route(x_TH, gate_NH, rule, bias_N, num_rows)
-    x_TH = torch.empty(total_TH.shape, dtype=total_TH.dtype, device=total_TH.device)
-    norm = (norm_weight_H, eps, x_TH)
-    parts_PTN = logits_parts(total_TH, gate_NH, choose_logits(len(x_TH)), norm)
+    x_TH, parts_PTN = _normed_logits(total_TH, norm_weight_H, eps, gate_NH)
     return x_TH, _choose(x_TH, parts_PTN, rule, bias_N, num_rows)
+
+
+def _normed_logits(
+    total_TH: torch.Tensor, norm_weight_H: torch.Tensor, eps: float, gate_NH: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows normalised [T, H], and their `logits_parts`."""
+    assert total_TH.stride(1) == 1 and gate_NH.is_contiguous() and total_TH.dtype == gate_NH.dtype
+    (rows, hidden), experts = total_TH.shape, len(gate_NH)
+    config = choose_logits(rows)
+    assert config.apart and rows <= config.block_t
+    x_TH = total_TH.new_empty(rows, hidden)
+    num_parts = triton.cdiv(hidden, config.part)
+    parts_PTN = total_TH.new_empty(num_parts, rows, experts, dtype=torch.float32)
+    normed_logits_kernel[(triton.cdiv(experts, config.block_n), num_parts)](
+        total_TH,
+        gate_NH,
+        parts_PTN,
+        norm_weight_H,
+        x_TH,
+        total_TH.stride(0),
+        eps,
+        N=experts,
+        H=hidden,
+        ROWS=rows,
+        WIDTH=triton.next_power_of_2(hidden),
+        PART=config.part,
+        BLOCK_T=config.block_t,
+        BLOCK_N=config.block_n,
+        BLOCK_H=config.block_i,
+        num_warps=config.warps,
+    )
+    return x_TH, parts_PTN
 
 
 def _choose(
@@ -94,39 +124,24 @@ def _choose(
         BLOCK_M=triton.next_power_of_2(rule.num_experts // groups),
         BLOCK_K=triton.next_power_of_2(rule.top_k),
         num_warps=1,
-        **early_start(x_TH),
     )
     return Routed(ids_TK, weights_TK)
 
 
-def logits_parts(
-    x_TH: torch.Tensor,
-    gate_NH: torch.Tensor,
-    config: Logits,
-    norm: tuple[torch.Tensor, float, torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """The router's product as float32 [parts, T, N], to be added up in their order.
-
-    norm: weight [H] and epsilon by which the rows, all of one tile, are normalised first, and where
-    they are stored then, [T, H].
-    """
+def logits_parts(x_TH: torch.Tensor, gate_NH: torch.Tensor, config: Logits) -> torch.Tensor:
+    """The router's product as float32 [parts, T, N], to be added up in their order."""
     assert x_TH.stride(1) == 1 and gate_NH.is_contiguous() and x_TH.dtype == gate_NH.dtype
     rows, hidden = x_TH.shape
     experts = len(gate_NH)
     num_parts = triton.cdiv(hidden, config.part) if config.apart else 1
     parts = x_TH.new_empty(num_parts, rows, experts, dtype=torch.float32)
     grid = (triton.cdiv(rows, config.block_t), triton.cdiv(experts, config.block_n), num_parts)
-    norm_weight_H, eps, normed_TH = norm or (x_TH, 0.0, x_TH)
-    assert norm is None or (config.apart and grid[0] == 1)
     logits_kernel[grid](
         x_TH,
         gate_NH,
         parts,
-        norm_weight_H,
-        normed_TH,
         x_TH.stride(0),
         rows,
-        eps,
         N=experts,
         H=hidden,
         PART=config.part,
@@ -134,10 +149,7 @@ def logits_parts(
         BLOCK_T=config.block_t,
         BLOCK_N=config.block_n,
         BLOCK_H=config.block_i,
-        NORMED=0 if norm is None else rows,
-        WIDTH=triton.next_power_of_2(hidden),
         num_warps=config.warps,
-        **early_start(x_TH),
     )
     return parts
 

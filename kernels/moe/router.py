@@ -9,31 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.early_start import let_next_start, wait_for_last
-
 NEVER: tl.constexpr = tl.constexpr(-(1 << 63))
 """Below the key of every number."""
 _LEAST_SUM: tl.constexpr = tl.constexpr(1e-20)
-
-
-@triton.jit
-def _inverse_rms(
-    x_ptr: tl.tensor,
-    x_stride: tl.int64,
-    row_T: tl.tensor,
-    eps: tl.float32,
-    H: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-) -> tl.tensor:
-    """What `ROWS` rows are multiplied by, where they are among those of row_T."""
-    scale_T = tl.zeros(row_T.shape, tl.float32)
-    input_H = tl.arange(0, WIDTH)
-    for row in tl.static_range(ROWS):
-        x_H = tl.load(x_ptr + row * x_stride + input_H, mask=input_H < H, other=0.0).to(tl.float32)
-        scale = 1.0 / tl.sqrt(tl.sum(x_H * x_H, axis=0) / H + eps)
-        scale_T = tl.where(row_T == row, scale, scale_T)
-    return scale_T
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -41,11 +19,8 @@ def logits_kernel(
     x_ptr: tl.tensor,
     gate_ptr: tl.tensor,
     parts_ptr: tl.tensor,
-    norm_ptr: tl.tensor,
-    normed_ptr: tl.tensor,
     x_stride: tl.int64,
     rows: tl.int32,
-    eps: tl.float32,
     N: tl.constexpr,
     H: tl.constexpr,
     PART: tl.constexpr,
@@ -53,24 +28,12 @@ def logits_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    NORMED: tl.constexpr,
-    WIDTH: tl.constexpr,
-    EARLY: tl.constexpr,
 ) -> None:
-    """float32 sums [parts, T, N]; or [1, T, N], the parts added up in their order.
-
-    NORMED: x has so many rows, all in one tile, that are normalised first and stored at normed_ptr
-    as well; 0 for rows that are. WIDTH: H padded to a power of two.
-    """
-    let_next_start(EARLY)
+    """float32 sums [parts, T, N]; or [1, T, N], the parts added up in their order."""
     row_T = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     expert_N = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = tl.program_id(2)
     last = first + 1 if APART else (H + PART - 1) // PART
-    wait_for_last(EARLY)
-    scale_T = tl.zeros((BLOCK_T,), tl.float32)
-    if NORMED > 0:
-        scale_T = _inverse_rms(x_ptr, x_stride, row_T, eps, H, NORMED, WIDTH)
     sum_NT = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     for part in tl.range(first, last):
         part_NT = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
@@ -80,12 +43,6 @@ def logits_kernel(
             inside_HT = (input_H[:, None] < H) & (row_T[None, :] < rows)
             x_pointers_HT = x_ptr + row_T[None, :] * x_stride + input_H[:, None]
             x_HT = tl.load(x_pointers_HT, mask=inside_HT, other=0.0)
-            if NORMED > 0:
-                norm_H = tl.load(norm_ptr + input_H, mask=input_H < H, other=0.0).to(tl.float32)
-                wide_HT = (x_HT.to(tl.float32) * scale_T[None, :]).to(x_HT.dtype).to(tl.float32)
-                x_HT = (wide_HT * norm_H[:, None]).to(x_HT.dtype)
-                normed_HT = normed_ptr + row_T[None, :] * H + input_H[:, None]
-                tl.store(normed_HT, x_HT, mask=inside_HT & (tl.program_id(1) == 0))
             inside_NH = (expert_N[:, None] < N) & (input_H[None, :] < H)
             gate_pointers_NH = gate_ptr + expert_N[:, None] * H + input_H[None, :]
             gate_NH = tl.load(gate_pointers_NH, mask=inside_NH, other=0.0)
@@ -169,12 +126,9 @@ def top_experts_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    EARLY: tl.constexpr,
 ) -> None:
     """One token. ROUND_LOGITS: to DTYPE. FILLED: num_rows_ptr holds how many rows are tokens.
     TOP_GROUPS: 0 to choose from all experts."""
-    let_next_start(EARLY)
-    wait_for_last(EARLY)
     row = tl.program_id(0).to(tl.int64)
     place_K = tl.arange(0, BLOCK_K)
     out_K = row * TOP_K + place_K

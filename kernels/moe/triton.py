@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 import triton
 
-from kernels.early_start import early_start
 from kernels.moe.combine import combine_kernel
 from kernels.moe.gemv import combined_kernel, pair_kernel
 from kernels.moe.plan import (
@@ -109,7 +108,6 @@ def _by_pair(
         BLOCK_I=triton.next_power_of_2(ins),
         UP=up,
         num_warps=config.warps,
-        **early_start(ids_TK),
     )
 
 
@@ -151,7 +149,6 @@ def _down_combined(
         num_warps=config.warps,
         # As in `_combine`.
         enable_fp_fusion=False,
-        **early_start(ids_TK),
     )
     return out_TH
 

@@ -10,7 +10,6 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.early_start import early_start, let_next_start, wait_for_last
 from kernels.quant.fp8_kv import as_bytes
 from kernels.quant.fp8_kv_triton import codes_of, head_scale, largest_finite, stored_scale
 from kernels.rotary.types import HeadNorms, KVTarget
@@ -99,10 +98,7 @@ def _rotate_and_store_kernel(
     G: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    EARLY: tl.constexpr,
 ) -> None:
-    let_next_start(EARLY)
-    wait_for_last(EARLY)
     token = tl.program_id(0).to(tl.int64)
     head_H1 = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
     half_1E = tl.arange(0, BLOCK_E)[None, :]
@@ -225,6 +221,5 @@ def rotate_and_store(
             # A product that goes into a sum unrounded, in one variant and not in another, would
             # give queries other bits beside fp8 pages than beside others.
             enable_fp_fusion=False,
-            **early_start(qkv_TC),
         )
     return q_THD

@@ -5,10 +5,14 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
+
+from rollout.dashboard.source import Source
+from rollout.dashboard.standalone import PageConfig, page_app
 
 
 @contextmanager
@@ -26,3 +30,8 @@ def listening(app: ASGIApp, port: int = 0) -> Iterator[str]:
         finally:
             server.should_exit = server.force_exit = True
             thread.join(30)
+
+
+def serve_page(source: Source, *, port: int = 0, **config: Any) -> AbstractContextManager[str]:
+    """The page of a source; yields its address."""
+    return listening(page_app(source, PageConfig(**config)), port)

@@ -1,7 +1,7 @@
 // A chat on the weights that serve now.
 
 import { CHAT, eventsOf, reason, request } from "./net.js";
-import { inWords, make, visible } from "./text.js";
+import { cutText, inWords, make, visible } from "./text.js";
 
 const MOST_SHOWN = 100000;
 
@@ -39,7 +39,7 @@ export class Chat {
     const text = this.form.elements.text.value;
     if (!text.trim() || this.asked) return;
     this.form.elements.text.value = "";
-    this.#turn("user", "you").body.textContent = visible(text);
+    this.#turn("user", "you").body.append(cutText(text));
     const history = this.messages;
     history.push({ role: "user", content: text });
     const turn = this.#turn("assistant", this.model);
@@ -59,15 +59,17 @@ export class Chat {
     } finally {
       this.asked = null;
       this.stop.disabled = true;
+      turn.root.scrollIntoView({ block: "nearest" });
     }
   }
 
   async #stream(messages, turn, signal) {
-    const { temperature, max_tokens: most } = this.form.elements;
-    const body = {
-      model: this.model, messages, stream: true, stream_options: { include_usage: true },
-      temperature: Number(temperature.value), max_tokens: Number(most.value),
-    };
+    const body = { model: this.model, messages, stream: true, stream_options: { include_usage: true } };
+    // A field that is left empty has the server's default.
+    for (const name of ["temperature", "max_tokens"]) {
+      const { value } = this.form.elements[name];
+      if (value !== "") body[name] = Number(value);
+    }
     const began = performance.now();
     const headers = { "Content-Type": "application/json" };
     const reply = await request(CHAT, { method: "POST", headers, body: JSON.stringify(body), signal });
@@ -102,7 +104,7 @@ export class Chat {
   #turn(role, name) {
     const root = make("div", `turn ${role}`);
     const who = make("span", "who", visible(name));
-    const body = make("p", "text");
+    const body = make("div", "text");
     body.dir = "auto";
     root.append(who, body);
     this.talk.append(root);

@@ -148,7 +148,7 @@ class Pane {
     this.body.tabIndex = 0;
     this.body.setAttribute("role", "group");
     this.body.setAttribute("aria-label", `Tokens of sample ${this.sample.sample}; arrow keys go through them`);
-    this.readout = make("p", "readout");
+    this.readout = make("p", "readout", "Point at a token for its figures.");
     this.readout.setAttribute("aria-live", "polite");
     this.more = make("button", "more");
     this.more.type = "button";

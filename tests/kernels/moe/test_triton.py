@@ -292,38 +292,6 @@ def test_few_rows_of_16_bits_are_combined_to_the_bits_of_the_reference(rounded: 
     assert_close("rows", got, want, torch.float16)
 
 
-def test_few_rows_get_the_same_bits_when_kernels_start_early_and_when_not(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Over layers one behind the other, whose buffers are taken again."""
-    if triton_device() == "cpu":
-        pytest.skip("the interpreter runs one kernel after the other")
-    gate = (drawn(128, 2048, seed=9) * 2048**-0.5).bfloat16()
-    gate_up, down = (weight.bfloat16() for weight in weights_of(32, 2048, 768))
-    norm = drawn(2048, seed=5).abs().bfloat16()
-
-    def stream(total: torch.Tensor) -> torch.Tensor:
-        for first in (0, 32, 64, 96) * 4:
-            x, routed = norm_and_route(total, norm, 1e-6, gate, QWEN, backend="triton")
-            total = run_experts(
-                x, gate_up, down, *routed, first_slot=first, residual_TH=total, backend="triton"
-            )
-        return total
-
-    for rows in (1, 2, 4):
-        start = drawn(rows, 2048, seed=rows).bfloat16()
-        graph = torch.cuda.CUDAGraph()
-        got = stream(start)
-        with torch.cuda.graph(graph):
-            replayed = stream(start)
-        for _ in range(20):
-            graph.replay()
-            assert torch.equal(replayed, got)
-        with monkeypatch.context() as patched:
-            patched.setattr("kernels.early_start.MOST_ROWS", 0)
-            assert torch.equal(stream(start), got)
-
-
 QWEN = RoutingRule(num_experts=128, top_k=8, normalised=True, rounded_weights=True)
 
 
