@@ -22,7 +22,7 @@ CLIENTS     := .venv-clients
 # What drives the system's Chromium through the dashboard.
 BROWSER     := .venv-browser
 
-.PHONY: setup grpo ppo sft test test-long test-fast gpu-test clients-test browser-test check format clean help
+.PHONY: setup grpo ppo sft serve test test-long test-fast gpu-test clients-test browser-test check format clean help
 
 help:            ## list these verbs
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -44,6 +44,9 @@ ppo: setup       ## the same by PPO, with a critic
 
 sft: setup       ## watch the default model learn a task's answers, supervised; ARGS as for grpo
 	$(BIN)/python recipes/sft.py --dashboard on $(ARGS)
+
+serve: setup     ## serve the default model at port 30000; ARGS="--model PATH --port 30001" has others
+	$(BIN)/python -m rollout serve $(if $(findstring --model,$(ARGS)),,--model $(MODEL)) $(ARGS)
 
 test: setup      ## the CPU suite, slow tests included
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not long"

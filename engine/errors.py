@@ -56,11 +56,13 @@ class SlipstreamError(Exception):
     """Base of every error the project raises on purpose.
 
     `field` names what the error is about: a request field, a tensor, a rank. `status` is HTTP's;
-    `code` the word for it that clients of OpenAI's API know, where they know one.
+    `code` the word for it that clients of OpenAI's API know, where they know one. `retry_after_s`:
+    when to ask again, whole seconds; 0 where that is not known.
     """
 
     status = 500
     code = ""
+    retry_after_s = 0
 
     def __init__(self, message: str, *, field: str = "") -> None:
         super().__init__(message)

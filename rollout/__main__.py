@@ -20,9 +20,11 @@ from rollout.cli.view import View, run_view
 from rollout.files.jsonl import read_lines
 from rollout.http.config import ServeConfig
 from rollout.launch import launch
+from rollout.logs.logging_setup import set_up_logging
 from rollout.offline import FileReport, check_output, is_batch, run_file
 from rollout.replica.spawned import ProcessReplica
 from rollout.router.config import RouterConfig
+from rollout.terminal_chat.chat_config import ChatConfig
 from rollout.text.tokenizer import Tokenizer, find_tokenizer
 
 logger = logging.getLogger("rollout")
@@ -52,7 +54,7 @@ class Offline:
     """What the bodies of batch lines call the model; its path by default."""
 
 
-Command = Offline | ServeConfig | RouterConfig | View
+Command = Offline | ServeConfig | RouterConfig | View | ChatConfig
 
 
 def run_offline(args: Offline) -> FileReport:
@@ -106,9 +108,12 @@ def exit_code(done: FileReport, output: str) -> int:
 def run_serve(config: ServeConfig) -> None:
     """`serve`: load the model and serve it until told to stop."""
     # Only a server needs the HTTP stack.
+    from rollout.http.observing.traces import check_otel
     from rollout.http.server import serve
 
     check_serve(config)
+    if config.otel:
+        check_otel()
     serve(config)
 
 
@@ -120,10 +125,23 @@ def run_router(config: RouterConfig) -> None:
     route(config)
 
 
+def run_chat_here(config: ChatConfig) -> int:
+    """`chat`: talk until told to leave; the exit code."""
+    from rollout.terminal_chat.chat_loop import run_chat
+
+    return run_chat(config)
+
+
 def parse(argv: Sequence[str] | None = None) -> Command:
     """The command that the arguments name; exits with help or a usage error."""
     args: Command = tyro.extras.subcommand_cli_from_dict(
-        {"offline": Offline, "serve": ServeConfig, "router": RouterConfig, "view": View},
+        {
+            "offline": Offline,
+            "serve": ServeConfig,
+            "router": RouterConfig,
+            "view": View,
+            "chat": ChatConfig,
+        },
         args=argv,
         prog="slipstream",
         description=__doc__,
@@ -135,7 +153,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one command. Exits after one line on an error that is known (`failures.explain`); if the
     engine died, the end of its log comes with it. Exits too after a file with lines that failed."""
     args = parse(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if isinstance(args, ServeConfig | RouterConfig):
+        access = isinstance(args, ServeConfig) and args.access_log
+        set_up_logging(args.log_format, args.log_level, access=access)
+    else:
+        set_up_logging()
     try:
         if isinstance(args, ServeConfig):
             run_serve(args)
@@ -146,6 +168,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(args, View):
             run_view(args)
             return
+        if isinstance(args, ChatConfig):
+            sys.exit(run_chat_here(args))
         code: int | None = exit_code(run_offline(args), args.output)
     except (Exception, KeyboardInterrupt) as error:
         code = report(error, advice=ADVICE)

@@ -15,6 +15,7 @@ from rollout.http.vllm.metric_names import VllmNames
 from rollout.tallies import Histogram, Tally
 
 _SECONDS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_TOKEN_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2.5)
 _TOKENS = (1, 16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 _GAUGES = {
     "version": "Version of the weights that serve",
@@ -115,11 +116,13 @@ class _RequestNames(Collector):
 
 
 class FinishedSequence(msgspec.Struct, frozen=True, kw_only=True):
-    """What is counted of a sequence. latency_s: from submit to its last token. first_s, decode_s:
-    to its first token, and from there on; None if it had none."""
+    """What is counted of a sequence. latency_s: from submit to its last token. queue_s: until it
+    was first part of a step. first_s, decode_s: to its first token, and from there on; None if it
+    had none."""
 
     reason: str
     latency_s: float
+    queue_s: float
     first_s: float | None
     decode_s: float | None
     num_prompt: int
@@ -148,17 +151,31 @@ class Metrics:
         self._output = self._histogram("request_output_tokens", "Output length", _TOKENS)
         self._updates = self._histogram("update_seconds", "Begin to commit", _SECONDS)
         self._decode = self._histogram("decode_seconds", "First to last token", _SECONDS)
+        self._queue = self._histogram("queue_seconds", "Submit to the first step", _SECONDS)
+        self._prefill = self._histogram("prefill_seconds", "First step to first token", _SECONDS)
+        text = "Decode time of a sequence by its tokens behind the first"
+        self._token = self._histogram("time_per_output_token_seconds", text, _TOKEN_SECONDS)
         histograms = {
             "vllm:e2e_request_latency_seconds": self._latency,
             "vllm:time_to_first_token_seconds": self._first,
             "vllm:request_decode_time_seconds": self._decode,
+            "vllm:request_queue_time_seconds": self._queue,
+            "vllm:request_prefill_time_seconds": self._prefill,
+            "vllm:request_time_per_output_token_seconds": self._token,
             "vllm:request_prompt_tokens": self._prompt,
             "vllm:request_generation_tokens": self._output,
         }
         self._registry.register(_RequestNames(names, self._requests, histograms))
 
     def finished(
-        self, reason: str, *, started_at: float, first_at: float, num_prompt: int, num_output: int
+        self,
+        reason: str,
+        *,
+        started_at: float,
+        first_at: float,
+        queue_s: float,
+        num_prompt: int,
+        num_output: int,
     ) -> None:
         """Count a sequence. Times are of `time.monotonic`; first_at 0 if it had no token."""
         now = time.monotonic()
@@ -166,6 +183,7 @@ class Metrics:
             FinishedSequence(
                 reason=reason,
                 latency_s=now - started_at,
+                queue_s=queue_s,
                 first_s=first_at - started_at if first_at else None,
                 decode_s=now - first_at if first_at else None,
                 num_prompt=num_prompt,
@@ -177,9 +195,13 @@ class Metrics:
         """Count a sequence, of this process or of another."""
         self._requests.count(found.reason)
         self._latency.observe(found.latency_s)
+        self._queue.observe(found.queue_s)
         if found.first_s is not None and found.decode_s is not None:
             self._first.observe(found.first_s)
             self._decode.observe(found.decode_s)
+            self._prefill.observe(max(0.0, found.first_s - found.queue_s))
+            if found.num_output > 1:
+                self._token.observe(found.decode_s / (found.num_output - 1))
         self._prompt.observe(found.num_prompt)
         self._output.observe(found.num_output)
 

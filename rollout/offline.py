@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from engine.errors import InvalidRequest, SlipstreamError
+from engine.errors import InvalidRequest, SlipstreamError, UnsupportedOption
 from engine.protocol import ErrorInfo, GenerateRequest, ReplicaState, Request, RequestOutput
 from rollout.cli.failures import report
 from rollout.files.disk_space import (
@@ -211,7 +211,13 @@ def create_output(path: Path) -> FileIO:
 def _parse(line: JsonLine) -> _Line:
     try:
         check_line(line)
-        return _Line(where=line.where, wire=parse_request(line.data))
+        wire = parse_request(line.data)
+        if wire.timeout_s is not None:
+            raise UnsupportedOption(
+                "timeout_s is a server's; a file is answered to its end: leave it out",
+                field="timeout_s",
+            )
+        return _Line(where=line.where, wire=wire)
     except SlipstreamError as error:
         return _Line(where=line.where, error=error_info(error))
 

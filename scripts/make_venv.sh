@@ -22,8 +22,14 @@ if [ ! -x "$venv/bin/python" ]; then
     fi
 fi
 
-# torch first and alone: with it pinned and present, nothing later pulls another build.
-torch=$(grep '^torch==' "$constraints")
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$torch"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-    --constraint "$constraints" --editable ".[$extras]"
+# Modules are compiled when they are imported: most of what a package brings never is, and to compile
+# all of it takes longer than to unpack it.
+install() {
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile \
+        --constraint "$constraints" "$@"
+}
+
+# torch first and alone: with it pinned and present, nothing later pulls another build. What it needs
+# is pinned too, or would be installed a second time.
+install "$(grep '^torch==' "$constraints")"
+install --editable ".[$extras]"

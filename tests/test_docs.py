@@ -31,7 +31,7 @@ FOLDERS = (
 )
 
 WALKS = [ROOT / "docs" / name for name in ("request.md", "weight_update.md", "state.md")]
-# Flags in the documents that are other programs': torchrun's, pytest's, curl's.
+# Flags in the documents that are other programs': torchrun's, pytest's, curl's, docker's.
 FOREIGN_FLAGS = {
     "nproc-per-node",
     "nnodes",
@@ -40,6 +40,8 @@ FOREIGN_FLAGS = {
     "ntasks-per-node",
     "noconftest",
     "json",
+    "publish",
+    "tag",
 }
 
 _SYMBOL = re.compile(r"`([\w/.-]+\.py)::([\w.]+)`")
@@ -90,11 +92,8 @@ def strings(value: Any) -> Iterator[str]:
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=by_name)
 def test_examples_are_repeated_as_they_are(example: Path) -> None:
-    blocks = re.findall(
-        r"^```python\n(.*?)^```$",
-        (ROOT / "docs" / "external_trainers.md").read_text(),
-        flags=re.MULTILINE | re.DOTALL,
-    )
+    pages = "\n".join(page.read_text() for page in (ROOT / "docs").glob("*.md"))
+    blocks = re.findall(r"^```python\n(.*?)^```$", pages, flags=re.MULTILINE | re.DOTALL)
     assert example.read_text() in blocks
 
 

@@ -23,6 +23,7 @@ from engine.protocol.types import (
     OutputIds,
     Penalty,
     Salt,
+    Seconds,
     StopString,
     StopStrings,
     TokenIds,
@@ -103,6 +104,9 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     `meta_info`, base64 of `routed_experts_dtype` numbers [tokens - 1 - start, layers, experts of a
     token]. Layers without experts have zeros; a route that is not known has -1, or the largest
     number of an unsigned dtype.
+
+    `timeout_s`: seconds from its arrival at a server, after which it ends with the tokens that it
+    has, by the finish reason "abort"; null for the server's own limit.
     """
 
     text: str | None = None
@@ -133,6 +137,7 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     return_routed_experts: bool = False
     routed_experts_start_len: Int32 = 0
     routed_experts_dtype: RouteDType = "int32"
+    timeout_s: Seconds | None = None
 
 
 class ClassifyRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

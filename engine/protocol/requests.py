@@ -237,6 +237,8 @@ class RequestOutput(Struct, frozen=True, kw_only=True, tag="output"):
         last was sent to, in the step that sampled the token behind it. Layers without experts have
         zeros. A route that nobody knows is absent (`engine.protocol.routes`). None of a request
         that was refused or whose step failed.
+    queue_s: in the final output, seconds that it waited before it was first part of a step; 0.0 if
+        it never was.
     """
 
     rid: str
@@ -259,6 +261,7 @@ class RequestOutput(Struct, frozen=True, kw_only=True, tag="output"):
     spec: SpecCounts | None = None
     routed_experts: RouteArray | None = None
     routed_experts_start: Count = 0
+    queue_s: float = 0.0
 
 
 class TokenRows(Struct, frozen=True, kw_only=True, tag="token_rows"):

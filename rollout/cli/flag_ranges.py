@@ -75,6 +75,10 @@ SERVE_RANGES: Mapping[str, Range] = MappingProxyType(
         "--max-held-body-mib": Range("max_held_body_bytes", 1, _TIB, unit=MIB),
         "--receive-timeout-s": Range("receive_timeout_s", 0, 86400, open=True),
         "--send-timeout-s": Range("send_timeout_s", 0, 86400, open=True),
+        "--request-timeout-s": Range("request_timeout_s", 0, MAX_SECONDS),
+        "--max-request-timeout-s": Range("max_request_timeout_s", 0, MAX_SECONDS),
+        "--drain-timeout-s": Range("drain_timeout_s", 0, 86400),
+        "--stuck-step-s": Range("stuck_step_s", 0, 86400),
         "--http-processes": Range("http_processes", 1, 256),
     }
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -24,6 +25,7 @@ from rollout.http.edge.shortcut import Shortcut
 from rollout.http.journal.door import Answer, JournalDoor
 from rollout.http.native import command_routes, phase_routes, session_routes
 from rollout.http.native import generate_routes as native_generate_routes
+from rollout.http.observing.observer import Observer
 from rollout.http.openai import chat_routes, completion_routes, model_routes
 from rollout.http.openai.responses import routes as response_routes
 from rollout.http.openai.responses.store import ResponseStore
@@ -95,7 +97,7 @@ def build_app(services: Services) -> ASGIApp:
             allow_methods=["GET", "POST", "PUT", "DELETE"],
             allow_headers=["*"],
         )
-    return app
+    return Observer(app, access=services.config.access_log, traces=services.traces)
 
 
 class _Routers:
@@ -121,6 +123,8 @@ def build_routes(services: Services, routers: _Routers | None = None) -> FastAPI
             yield
         finally:
             await services.engine.close()
+            if services.traces is not None:
+                await asyncio.to_thread(services.traces.close)
 
     found = [*routers.generating, *routers.others, *routers.control]
     found.append(openapi.router(services.config, found, _paths(routers.control)))

@@ -9,6 +9,7 @@ from tyro.conf import OmitArgPrefixes, Suppress, UseAppendAction, arg
 
 from engine.config import MIB, EngineConfig, bytes_option
 from engine.protocol.deadlines import REPLY_S, START_S
+from rollout.logs.logging_setup import LogFormat, LogLevel
 
 Restart = Literal["never", "on-failure"]
 RerankForm = Literal["results", "list"]
@@ -79,6 +80,26 @@ class ServeConfig:
     send_timeout_s: float = 300.0
     """Seconds after which a client that takes nothing of its reply, or that cannot be reached any
     more, loses its connection."""
+    request_timeout_s: float = 0.0
+    """Seconds that a request without a timeout_s may take; then it is answered with the tokens that
+    it has. 0 for no limit."""
+    max_request_timeout_s: float = 0.0
+    """Most seconds that any request may take, whatever its timeout_s says; 0 for no limit."""
+    drain_timeout_s: float = 30.0
+    """Seconds that requests have to finish after SIGTERM, while new ones are refused; 0 ends them
+    at once, with the tokens that they have."""
+    stuck_step_s: float = 60.0
+    """Seconds of one step or command after which the stacks of the engine's processes are logged,
+    and written to a file that the log names; 0 for never."""
+    log_format: LogFormat = "text"
+    """Lines of the log for people, or 'json', an object a line (docs/operations.md)."""
+    log_level: LogLevel = "info"
+    """Least level of lines of the log."""
+    access_log: bool = False
+    """Log a line for each request: who, which route, how long, how many tokens."""
+    otel: bool = False
+    """A span of OpenTelemetry for each request, sent to where OTEL_EXPORTER_OTLP_ENDPOINT says;
+    needs the extra 'otel'."""
     reply_s: Suppress[float] = REPLY_S
     """Deadline for the engine to answer a command that touches no weights."""
     start_s: Suppress[float] = START_S

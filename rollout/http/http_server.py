@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import Awaitable, Callable
 from functools import partial
 from types import FrameType
@@ -25,8 +26,10 @@ PATIENCE_S = 4.0
 class PatientServer(uvicorn.Server):
     """uvicorn's server, which answers everybody before it leaves.
 
-    end_now: called on a second signal, before this process ends at once. others: is waited for
-    beside the engine once the server is told to stop. signals: those that came.
+    drain_s: how long open requests have to finish after SIGTERM, `rollout.http.engine.drain`; any
+    other end leaves them none. end_now: called on a second signal, before this process ends at
+    once. others: is called with how long requests have, and waited for, once the server is told to
+    stop. signals: those that came.
     """
 
     def __init__(
@@ -34,11 +37,13 @@ class PatientServer(uvicorn.Server):
         config: uvicorn.Config,
         engine: AsyncEngine,
         *,
+        drain_s: float = 0.0,
         end_now: Callable[[], None] = lambda: None,
-        others: Callable[[], Awaitable[None]] | None = None,
+        others: Callable[[float], Awaitable[None]] | None = None,
     ) -> None:
         super().__init__(config)
         self._engine = engine
+        self._drain_s = drain_s
         self._end_now = end_now
         self._others = others
         self._loop = asyncio.get_running_loop()
@@ -51,19 +56,23 @@ class PatientServer(uvicorn.Server):
         if len(self.signals) > 1:
             self._end_now()
             leave_at_once(128 + sig)
-        self._loop.call_soon_threadsafe(self.begin_to_leave)
+        drain_s = self._drain_s if sig == signal.SIGTERM else 0.0
+        self._loop.call_soon_threadsafe(self.begin_to_leave, drain_s)
 
-    def begin_to_leave(self) -> None:
+    def begin_to_leave(self, drain_s: float = 0.0) -> None:
         """Answer what is open, then end `serve`. Idempotent."""
         if self._task is None:
-            self._task = asyncio.create_task(self._leave())
+            self._task = asyncio.create_task(self._leave(drain_s))
 
-    async def _leave(self) -> None:
-        if self._others is None:
-            await self._engine.leave(PATIENCE_S)
-        else:
-            await asyncio.gather(self._engine.leave(PATIENCE_S), self._others())
+    async def _leave(self, drain_s: float) -> None:
+        others = [] if self._others is None else [self._others(drain_s)]
+        await asyncio.gather(self._end(drain_s), *others)
         self.should_exit = True
+
+    async def _end(self, drain_s: float) -> None:
+        if drain_s:
+            await self._engine.drain.run(self._engine, drain_s)
+        await self._engine.leave(PATIENCE_S)
 
 
 def uvicorn_config(config: ServeConfig, app: ASGIApp, **more: Any) -> uvicorn.Config:

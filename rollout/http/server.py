@@ -106,6 +106,7 @@ class _Engines:
             reply_s=self._config.reply_s,
             wait=wait,
             shared=self._config.http_processes > 1,
+            stuck_s=self._config.stuck_step_s,
         )
 
 
@@ -155,6 +156,7 @@ class _Server:
         self._server = PatientServer(
             uvicorn_config(self._config, app),
             services.engine,
+            drain_s=self._config.drain_timeout_s,
             end_now=self._engines.kill,
             others=self._deregister,
         )
@@ -185,8 +187,9 @@ class _Server:
             self._server = PatientServer(
                 uvicorn_config(self._config, app, uds=str(Path(folder, "owner"))),
                 services.engine,
+                drain_s=self._config.drain_timeout_s,
                 end_now=end_now,
-                others=lambda: self._deregister(fronts),
+                others=lambda drain_s: self._deregister(drain_s, fronts),
             )
             telling = asyncio.create_task(publisher.run())
             serving = asyncio.create_task(self._server.serve())
@@ -205,12 +208,12 @@ class _Server:
                 await asyncio.gather(serving, telling, return_exceptions=True)
         return self._server.signals
 
-    async def _deregister(self, fronts: FrontProcesses | None = None) -> None:
+    async def _deregister(self, drain_s: float, fronts: FrontProcesses | None = None) -> None:
         """Tell who sends requests here, and the fronts, that the server leaves."""
         if self._registration is not None:
             await self._registration.leave()
         if fronts is not None:
-            await fronts.leave()
+            await fronts.leave(drain_s)
 
     def _announce(self, listener: socket.socket) -> None:
         config, (host, port) = self._config, listener.getsockname()[:2]

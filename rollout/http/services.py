@@ -14,6 +14,8 @@ from rollout.http.engine.client import AsyncEngine
 from rollout.http.journal.identity import Drawn, Identity
 from rollout.http.native.generator import Generator
 from rollout.http.native.sample import Sample
+from rollout.http.native.time_limits import TimeLimits
+from rollout.http.observing.traces import Traces
 from rollout.http.openai.bodies import ChatBody
 from rollout.http.updates.lifecycle import Lifecycle
 from rollout.http.updates.version_labels import VersionLabels
@@ -50,7 +52,8 @@ class Services:
 
     tokenizer, prompts: None for a model that is asked in ids. capture: sees the one call that these
     are for, where it is captured. identity: where calls get their ids.
-    calls: those in progress, by the ids that their replies show.
+    calls: those in progress, by the ids that their replies show. traces: where spans of requests
+    go, if anywhere.
     """
 
     config: ServeConfig
@@ -65,6 +68,7 @@ class Services:
     capture: Capture | None = None
     identity: Identity = field(default_factory=Drawn)
     calls: WeakValueDictionary[str, NamedCall] = field(default_factory=WeakValueDictionary)
+    traces: Traces | None = None
 
 
 def make_services(
@@ -85,7 +89,8 @@ def make_services(
     engine.on_restart(lambda: lifecycle.reset(weights_lost=bool(engine.no_version)))
     seed = base_seed(config.engine.seed, config.replica_id)
     seed = derive_seed(seed, "front", front) if front else seed
-    generator = Generator(engine, tokenizer, metrics, seed=seed)
+    limits = TimeLimits(default_s=config.request_timeout_s, most_s=config.max_request_timeout_s)
+    generator = Generator(engine, tokenizer, metrics, seed=seed, limits=limits)
     return Services(
         config=config,
         access=access,
@@ -96,4 +101,5 @@ def make_services(
         metrics=metrics,
         tokenizer=tokenizer,
         prompts=None if tokenizer is None else ChatPrompts(generator, tokenizer, config),
+        traces=Traces(config.model_name) if config.otel else None,
     )

@@ -29,6 +29,7 @@ from engine.protocol import (
     StepMasks,
     StepPlan,
 )
+from rollout.logs.stack_dump import register_stacks
 from rollout.ranks.board import StepBoard
 from rollout.ranks.process import RankFiles, results_endpoint
 from rollout.ranks.rank_steps import RankSteps
@@ -53,6 +54,7 @@ def main(argv: list[str]) -> int:
     endpoint, folder, factory, number, parent = argv
     rank, files = int(number), RankFiles(folder=Path(folder))
     log_to_stderr(f"rank {rank}")
+    register_stacks(files.folder, f"rank {rank}")
     _leave_with(int(parent))
     channel = Channel.connect(endpoint, Call | StepPlan | StepMasks | CancelTransfers | Shutdown)
     try:

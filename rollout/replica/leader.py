@@ -58,7 +58,7 @@ from rollout.replica.weight_commands import WeightCommands
 from rollout.replica.weight_queue import Ticket
 from rollout.requests.outputs import refused
 from rollout.scheduler.copies.schedulers import build_scheduler
-from rollout.scheduler.copies.sums import loads
+from rollout.scheduler.copies.sums import loads, running_rids
 from rollout.scheduler.emit import StepOutput
 from rollout.scheduler.readiness import Readiness
 from rollout.sessions.turns_in_progress import SessionTurns
@@ -130,6 +130,7 @@ class Leader:
         self._num_empty_plans = 0
         self._num_failures = 0
         self.idle_s = 0.0
+        self.running_rids = partial(running_rids, self._scheduler.copies)
 
     def submit(self, requests: Sequence[Request], *, decoded: bool = False) -> None:
         """Queue requests; one that is refused comes back from `step` as an abort. decoded: as in
@@ -279,11 +280,8 @@ class Leader:
         self._executor.close()
 
     def _may_plan(self) -> bool:
-        if self._scheduler.wants_reads:
-            return True
-        if self._readiness.hold or not self._scheduler.has_work():
-            return False
-        return not self._scheduler.paused
+        held = bool(self._readiness.hold) or self._scheduler.paused
+        return self._scheduler.wants_reads or (not held and self._scheduler.has_work())
 
     def _plan(self, *, held: bool) -> StepPlan | None:
         """The next step; one that computes nothing where steps are `held` back."""

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import time
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from engine.errors import InvalidRequest, SlipstreamError
 from engine.protocol import LeaderMessage, Reply, Request, RequestOutput, Shutdown
 from engine.protocol.deadlines import watch_s
 from rollout.collector import settle
+from rollout.logs.stack_dump import note_rows, register_stacks
 from rollout.ranks.ranked_executor import RankedExecutor, build_executor
 from rollout.ranks.watched_executor import WatchedExecutor
 from rollout.replica.command_replies import error_info
@@ -51,6 +53,7 @@ def main(argv: list[str]) -> int:
     log_to_stderr("leader")
     channel = Channel.connect(endpoint, LeaderMessage)
     folder = Path(config_path).parent
+    register_stacks(folder, "leader")
     pulse = Pulse(pulse_path(folder))
     try:
         config = msgspec.json.decode(Path(config_path).read_bytes(), type=EngineConfig)
@@ -68,6 +71,7 @@ def main(argv: list[str]) -> int:
     # The model stays to the end: a collection need not look through it again and again.
     settle()
     ranks = executor if isinstance(executor, RankedExecutor) else None
+    pulse.on_slow = partial(_note_rows, folder, leader)
     pulse.start()
     alone = False
     try:
@@ -77,6 +81,15 @@ def main(argv: list[str]) -> int:
         leader.close()
         door.close(linger_s=0.0 if alone else _SEND_S)
     return int(ranks is not None and ranks.failure is not None)
+
+
+def _note_rows(folder: Path, leader: Leader) -> None:
+    """Of a step that has taken long, from another thread than the one that is at it."""
+    try:
+        note_rows(folder, leader.running_rids())
+    except (RuntimeError, OSError) as error:
+        # It went on meanwhile, or the disk is full: neither may end the thread that beats.
+        logger.warning("the rows of a slow step are not noted: %s", error)
 
 
 def _serve(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import mmap
 import threading
 import time
+from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
 
@@ -20,6 +21,8 @@ _BEAT_S = 0.5
 _LONGEST_LOOK_S = 5.0
 """Most time that counts between two looks: an owner that was stopped itself, or had other things
 to do, has not seen a leader being silent."""
+_SLOW_S = 1.0
+"""What takes longer has its rows noted, in case that it never ends."""
 _WARN = 4
 """A leader is late, and not yet lost, after this part of its deadline."""
 
@@ -47,11 +50,13 @@ _NAMES = {
 
 
 class Pulse:
-    """The leader's end. `start` begins to beat; `begin` is called by the main thread alone."""
+    """The leader's end. `start` begins to beat; `begin` is called by the main thread alone.
+    on_slow: called by the thread that beats, once for whatever takes long."""
 
     def __init__(self, path: Path) -> None:
         self._words = _map(path)
         self._begun = 0
+        self.on_slow: Callable[[], None] = lambda: None
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
 
@@ -76,8 +81,15 @@ class Pulse:
         words[_BEGUN] = self._begun
 
     def _beat(self) -> None:
+        begun, since, told = -1, 0.0, True
         while not self._stopped.wait(_BEAT_S):
             self._words[_BEATS] += 1
+            now = time.monotonic()
+            if self._begun != begun:
+                begun, since, told = self._begun, now, self._words[_WHAT] == Activity.WAITING
+            elif not told and now - since > _SLOW_S:
+                told = True
+                self.on_slow()
 
 
 class PulseWatch:
@@ -92,6 +104,7 @@ class PulseWatch:
         self._looked_at = time.monotonic()
         self._seen = (0, 0)
         self._silent_s = self._busy_s = 0.0
+        self._told = -1
 
     def look(self, now: float) -> str:
         """Why the leader has to be given up; "" while it does not."""
@@ -102,6 +115,17 @@ class PulseWatch:
         self._silent_s = self._silent_s + spent_s if beats and beats == old[0] else 0.0
         self._busy_s = self._busy_s + spent_s if beats and begun == old[1] else 0.0
         return self._judge(1)
+
+    def stuck(self, limit_s: float) -> str:
+        """What has taken longer than `limit_s`, as of the last look; "" if nothing has, and for
+        what was told before."""
+        _, begun = self._seen
+        working = self._words[_WHAT] != Activity.WAITING and self._busy_s > limit_s
+        if begun == self._told or not (working or self._silent_s > limit_s):
+            return ""
+        self._told = begun
+        what = _NAMES[Activity(self._words[_WHAT])]
+        return f"has been at {what} for {max(self._busy_s, self._silent_s):.0f} s"
 
     @property
     def late(self) -> str:

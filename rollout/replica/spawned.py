@@ -32,6 +32,7 @@ from engine.protocol import (
     UpdateReport,
 )
 from engine.protocol.deadlines import REPLY_S, RES_OPTIONS, SILENT_S, START_S
+from rollout.logs.stack_dump import StackDump
 from rollout.replica.columns import from_columns
 from rollout.replica.command_replies import command_name, reply_deadline_s, unless_refused
 from rollout.replica.ipc import Channel, encode_frame
@@ -58,7 +59,8 @@ class ProcessReplica:
     weight command gets `start_s`. A leader that misses one, or shows by its pulse that it hangs,
     is killed, and every later call raises the same EngineDead. wait: return once the model is
     loaded; else at once, and the first reply that `collect` gives, of id 0, says that the engine
-    is ready, or why it cannot be built. shared: front processes may join it at `hub`.
+    is ready, or why it cannot be built. shared: front processes may join it at `hub`. stuck_s: what
+    the leader takes longer for has the stacks of all its processes logged; 0.0 for never.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class ProcessReplica:
         reply_s: float = REPLY_S,
         wait: bool = True,
         shared: bool = False,
+        stuck_s: float = 0.0,
     ) -> None:
         self._start_s = start_s
         self._reply_s = reply_s
@@ -82,6 +85,8 @@ class ProcessReplica:
         self._ready = False
         self._folder = Path(tempfile.mkdtemp(prefix="slipstream-"))
         self._pulse = PulseWatch(pulse_path(self._folder), silent_s=min(SILENT_S, reply_s))
+        self._stacks = StackDump(self._folder)
+        self._stuck_s = stuck_s
         self._look_at = 0.0
         self.hub = f"ipc://{self._folder}/hub" if shared else ""
         endpoint = f"ipc://{self._folder}/leader"
@@ -269,8 +274,12 @@ class ProcessReplica:
         now = time.monotonic()
         if now >= self._look_at:
             self._look_at = now + _LOOK_S
+            if self._stacks.asked:
+                self._stacks.take(f"leader process {self._process.pid}")
             if why := self._pulse.look(now):
                 raise self._die(why)
+            if self._stuck_s and (why := self._pulse.stuck(self._stuck_s)):
+                self._stacks.ask(why)
 
     def _await_reply(self, call: int, timeout_s: float, what: str) -> Reply:
         deadline = time.monotonic() + timeout_s

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from tyro.conf import Suppress, UseAppendAction, arg
 
 from engine.config import MIB, bytes_option
+from rollout.logs.logging_setup import LogFormat, LogLevel
 
 PolicyName = Literal["cache_aware", "least_load", "round_robin"]
 
@@ -57,5 +58,9 @@ class RouterConfig:
     """Seconds without a byte from a worker that has requests, after which it is asked how it is."""
     patience_s: float = 30.0
     """Seconds that a request whose worker was lost waits for another, while there is none."""
+    log_format: LogFormat = "text"
+    """Lines of the log for people, or 'json', an object a line (docs/operations.md)."""
+    log_level: LogLevel = "info"
+    """Least level of lines of the log."""
     connect_s: Suppress[float] = 3.0
     """Deadline for a connection to a worker."""

@@ -62,6 +62,7 @@ def make_output(
         scores=sequence.scores,
         embedding=sequence.embedding,
         spec=spec_counts(sequence, stay) if drafts else None,
+        queue_s=0.0 if finish is None else sequence.queue_s,
     )
 
 

@@ -393,7 +393,7 @@ class Scheduler:
     def _admitted(self, sequence: Sequence) -> None:
         if sequence.admitted:
             return
-        sequence.admitted = True
+        sequence.leave_queue()
         cached = int(self._running.table.num_computed[sequence.slot])
         sequence.cached_tokens = min(cached, sequence.prompt_len)
         self._counters.num_prompt_tokens += sequence.prompt_len

@@ -6,6 +6,7 @@ the steps in between do not need, and everything while it waits.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -49,6 +50,8 @@ class Sequence:
     spec: steps that verified drafts of it, tokens drafted, tokens accepted; while it runs, in its
         stays before this one.
     routes: those of its tokens that were read; None unless they are wanted.
+    added_at: when it came, by `time.monotonic`. queue_s: seconds until it was first admitted to a
+        step; 0.0 before. Both are told, and decide nothing.
     """
 
     request: Request
@@ -81,6 +84,8 @@ class Sequence:
     embedding: FloatArray | None = None
     spec: tuple[int, int, int] = (0, 0, 0)
     routes: KeptRoutes | None = None
+    added_at: float = field(default_factory=time.monotonic)
+    queue_s: float = 0.0
 
     @property
     def max_new_tokens(self) -> int:
@@ -142,6 +147,11 @@ class Sequence:
         start = self.prompt_logprob_start
         return limit if start < 0 else min(limit, start - 1)
 
+    def leave_queue(self) -> None:
+        """It is admitted for the first time."""
+        self.admitted = True
+        self.queue_s = time.monotonic() - self.added_at
+
     def close_span(self, end: int, version: int) -> None:
         """Output tokens before `end` belong to the open span; later ones to `version`."""
         if end > self.span_start:
@@ -181,6 +191,8 @@ class Sequence:
             num_restarts=self.num_restarts + 1,
             spec=self.spec,
             routes=kept_routes(self.request),
+            added_at=self.added_at,
+            queue_s=self.queue_s,
         )
 
     def top_between(self, start: int, end: int) -> TopLogprobs | None:

@@ -83,7 +83,10 @@ def named_error_body(error: SlipstreamError) -> dict[str, Any]:
 
 def error_response(error: SlipstreamError, path: str = "") -> Response:
     """The error as a reply to a request of `path`."""
-    return json_response(_of_path(error_body(error), error.status, path), error.status)
+    reply = json_response(_of_path(error_body(error), error.status, path), error.status)
+    if error.retry_after_s:
+        reply.headers["retry-after"] = str(error.retry_after_s)
+    return reply
 
 
 def install(app: FastAPI, routes: Mapping[str, Sequence[str]]) -> None:

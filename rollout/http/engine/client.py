@@ -22,6 +22,7 @@ from engine.protocol import (
     Request,
 )
 from engine.protocol.deadlines import REPLY_S, START_S
+from rollout.http.engine.drain import Drain
 from rollout.http.engine.last_heard import LastHeard, Listener
 from rollout.http.engine.link import EngineLink, Message
 from rollout.http.engine.mailbox import Mailbox, Mailboxes
@@ -49,8 +50,7 @@ class AsyncEngine:
     EngineDead, until `restart` gives another engine. outbox: holds requests back when told to.
 
     reply_s: deadline for the leader to answer, and to say anything while requests run.
-    slow_s: deadline for commands that touch weights or memory. shared: other processes send it
-    requests, too.
+    slow_s: deadline for commands that touch weights or memory. shared: by other processes, too.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class AsyncEngine:
         self._pending = AwaitedReplies()
         self._last_id = _START_ID
         self.outbox = Outbox(self._post, self._part_taken)
+        self.drain = Drain()
         self._dead: EngineDead | None = None
         self._leaving: EngineDead | None = None
         self._starting = False
@@ -193,9 +194,8 @@ class AsyncEngine:
     def stalled_s(self) -> float:
         """For how long requests that may run have seen no step and no output; 0.0 if that is
         less than the deadline for the leader to say anything."""
-        if self._dead is not None or not self.num_open:
-            return 0.0
-        return self._heard.stalled_s(beyond=self._reply_s)
+        silent = self._dead is not None or not self.num_open
+        return 0.0 if silent else self._heard.stalled_s(beyond=self._reply_s)
 
     @property
     def late(self) -> str:

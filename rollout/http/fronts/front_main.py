@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import socket
 import sys
@@ -27,6 +26,7 @@ from rollout.http.fronts.news import NewsReader, ToldLabels
 from rollout.http.fronts.owner_client import FrontReport, OwnerClient
 from rollout.http.http_server import PatientServer, uvicorn_config
 from rollout.http.services import make_services
+from rollout.logs.logging_setup import LogLevel, set_up_logging
 from rollout.metrics import FinishedSequence, Metrics
 from rollout.text.tokenizer import find_tokenizer
 
@@ -88,7 +88,10 @@ class Reporter:
 def main(data: bytes) -> None:
     """Serve until told to leave, or orphaned."""
     spec = msgspec.json.decode(data, type=FrontSpec)
-    logging.basicConfig(level=logging.WARNING, format=f"{spec.name}: %(message)s")
+    config = spec.config
+    # What goes on as it should, the owner says for all.
+    level: LogLevel = "error" if config.log_level == "error" else "warning"
+    set_up_logging(config.log_format, level, process=spec.name, access=config.access_log)
     listener = socket.socket(fileno=spec.listener)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(spec, listener))
@@ -112,7 +115,8 @@ async def _serve(spec: FrontSpec, listener: socket.socket) -> None:
     app = FrontApp(build_app(services), front_paths(services), reader, owner)
     settle()
     headers = [("x-served-by", spec.name)]
-    server = PatientServer(uvicorn_config(config, app, headers=headers), engine)
+    served = uvicorn_config(config, app, headers=headers)
+    server = PatientServer(served, engine, drain_s=config.drain_timeout_s)
     tasks = [
         asyncio.create_task(work)
         for work in (reporter.run(), _leave_orphaned(spec.parent, server), _say_ready(server))

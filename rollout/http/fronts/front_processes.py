@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -98,17 +99,17 @@ class FrontProcesses:
             if front.name == report.name:
                 front.heard_at = time.monotonic()
 
-    async def leave(self) -> None:
+    async def leave(self, drain_s: float = 0.0) -> None:
         """Tell all to answer what is open and leave, and wait until they have; kill those that do
-        not. Idempotent."""
+        not. drain_s: how long requests have to finish before. Idempotent."""
         self._leaving = True
         processes = [front.process for front in self._fronts.values()]
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
-                process.terminate()
+                process.send_signal(signal.SIGTERM if drain_s else signal.SIGINT)
         waits = [asyncio.ensure_future(process.wait()) for process in processes]
         if waits:
-            await asyncio.wait(waits, timeout=_LEAVE_S)
+            await asyncio.wait(waits, timeout=_LEAVE_S + drain_s)
         self.kill()
         for watch in self._watches:
             watch.cancel()

@@ -10,14 +10,17 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 import msgspec
 
-from engine.errors import EngineDead, InvalidRequest, SlipstreamError, by_name
-from engine.protocol import Request, RequestOutput, Stop
+from engine.errors import EngineDead, InvalidRequest, SlipstreamError
+from engine.protocol import Request, RequestOutput
 from rollout.http.engine.client import AsyncEngine
 from rollout.http.engine.mailbox import Mailbox
 from rollout.http.native.generate_call import GenerateCall, in_item, num_sequences
 from rollout.http.native.hooks import Journal, Recorder
 from rollout.http.native.sample import Sample, SampleDelta
+from rollout.http.native.sample_ends import failure_of, stop_of
 from rollout.http.native.text_workers import TextWorkers
+from rollout.http.native.time_limits import TimeLimits, TimeWatch
+from rollout.http.observing.call_notes import note_samples
 from rollout.masks.grammar.check import GrammarCheck
 from rollout.masks.grammar.requested import grammar_field, in_field
 from rollout.metrics import Metrics
@@ -33,17 +36,6 @@ from rollout.requests.outputs import coalesced
 from rollout.requests.seeds import derive_seed
 from rollout.scheduler.continued import num_given
 from rollout.text.tokenizer import Tokenizer
-
-_REFUSED = frozenset(
-    {
-        *("InvalidRequest", "ContextTooLong", "UnsupportedOption", "QueueFull", "NoVersion"),
-        *("UnknownSession", "SessionBusy", "StoreFull"),
-    }
-)
-# A call with a sequence that ended by one of these is answered by the error.
-_FAILED = _REFUSED | {
-    *("NonFiniteLogits", "InternalError", "MaskError", "MaskTimeout", "UnmetConstraint"),
-}
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -62,13 +54,21 @@ class Generator:
     """Expands calls into samples and drives them.
 
     workers: where long texts are encoded, beside the event loop. grammars: where they are tried.
-    seed: requests without a `sampling_seed` get seeds derived from it and their number.
+    seed: requests without a `sampling_seed` get seeds derived from it and their number. limits: of
+    their time.
     """
 
     def __init__(
-        self, engine: AsyncEngine, tokenizer: Tokenizer | None, metrics: Metrics, *, seed: int
+        self,
+        engine: AsyncEngine,
+        tokenizer: Tokenizer | None,
+        metrics: Metrics,
+        *,
+        seed: int,
+        limits: TimeLimits,
     ) -> None:
         self.engine = engine
+        self._limits = limits
         self.tokenizer = tokenizer
         self._metrics = metrics
         self.seed = seed
@@ -103,6 +103,7 @@ class Generator:
         batch or an id in use, EngineDead, NoVersion, QueueFull; nothing is submitted yet."""
         # Everything that can be refused is, before a stream has sent its status.
         self.engine.check_open()
+        self.engine.drain.check()
         if self._recorder is not None:
             call = await self._recorder.began(call)
         samples = await self._expanded(call)
@@ -112,6 +113,7 @@ class Generator:
             self._recorder.sampling(samples)
         if self._journal is not None:
             self._journal.sampling(samples)
+        note_samples(samples)
         return samples
 
     async def _check_grammars(self, call: GenerateCall, samples: Sequence[Sample]) -> None:
@@ -220,6 +222,7 @@ class Generator:
                     raise failure
             if open_samples:
                 mailbox = await self._submitted(open_samples)
+                watch = self._limits.watch(self.engine, open_samples)
                 try:
                     while open_samples:
                         added, failure = await self._taken(open_samples, await self._came(mailbox))
@@ -228,7 +231,7 @@ class Generator:
                         if failure is not None:
                             raise failure
                 finally:
-                    self.engine.discard(mailbox)
+                    self._discard(mailbox, watch)
         self._check_begun(samples)
 
     async def finish(self, samples: Sequence[Sample]) -> None:
@@ -241,13 +244,14 @@ class Generator:
         # As there, without a generator: this is the way of most short requests.
         open_samples = {sample.request.rid: sample for sample in samples}
         mailbox = await self._submitted(open_samples)
+        watch = self._limits.watch(self.engine, open_samples)
         try:
             while open_samples:
                 _, failure = await self._taken(open_samples, await self._came(mailbox))
                 if failure is not None:
                     raise failure
         finally:
-            self.engine.discard(mailbox)
+            self._discard(mailbox, watch)
         self._check_begun(samples)
 
     @contextlib.contextmanager
@@ -269,6 +273,12 @@ class Generator:
         samples, journal = open_samples.values(), self._journal
         requests = [s.request if journal is None else journal.to_send(s) for s in samples]
         return await self.engine.submit_all(requests)
+
+    def _discard(self, mailbox: Mailbox, watch: TimeWatch | None) -> None:
+        """Nothing more of the call is wanted."""
+        if watch is not None:
+            watch.end()
+        self.engine.discard(mailbox)
 
     async def _came(self, mailbox: Mailbox) -> list[RequestOutput]:
         """The next outputs, one of a sample."""
@@ -294,7 +304,7 @@ class Generator:
                 self._count(sample)
             elif sample.stop is not None and not stopped:
                 self._post_stop(sample)
-            failure = _failure(sample)
+            failure = failure_of(sample)
             if failure is None or len(delta.output.token_ids):
                 added.append((sample, delta))
             if failure is not None:
@@ -343,13 +353,13 @@ class Generator:
         return samples
 
     def _post_stop(self, sample: Sample) -> None:
-        self.engine.post([_stop_of(sample)])
+        self.engine.post([stop_of(sample)])
 
     async def _settle(self, sample: Sample) -> None:
         """Have the engine know where a turn of a session ended, before its reply says so: it may
         have sampled beyond a stop string."""
         if sample.request.session and sample.stop is not None:
-            await self.engine.send(_stop_of(sample))
+            await self.engine.send(stop_of(sample))
 
     def _count(self, sample: Sample) -> None:
         finish = sample.output.finish
@@ -358,27 +368,10 @@ class Generator:
             finish.type,
             started_at=sample.started_at,
             first_at=sample.first_at,
+            queue_s=sample.output.queue_s,
             num_prompt=len(sample.request.prompt_ids),
             num_output=len(sample.output.token_ids),
         )
-
-
-def _stop_of(sample: Sample) -> Stop:
-    assert sample.stop is not None
-    return Stop(
-        rid=sample.request.rid,
-        num_tokens=sample.stop.num_tokens,
-        matched=sample.stop.matched,
-        session=sample.request.session,
-    )
-
-
-def _failure(sample: Sample) -> SlipstreamError | None:
-    finish = sample.finish
-    if finish is None or finish.error not in _FAILED:
-        return None
-    error = by_name(finish.error or "", finish.message or "", finish.field or "")
-    return in_field(error, grammar_field(sample.wire))
 
 
 def _num_grammar_tokens(request: Request) -> int:

@@ -20,6 +20,7 @@ from engine.protocol.types import (
     Name,
     Penalty,
     Salt,
+    Seconds,
     StopString,
     StopStrings,
     TokenIds,
@@ -75,6 +76,7 @@ class _Common(StructuredFields, kw_only=True):
     kv_policy: KvPolicy = "keep"
     return_routed_experts: bool | None = None
     routed_experts_prompt_start: Int32 | None = None
+    timeout_s: Seconds | None = None
 
     @property
     def wants_routes(self) -> bool:
@@ -217,6 +219,7 @@ def base_request(
         logprob_law=body.logprob_law,
         return_routed_experts=body.wants_routes,
         routed_experts_start_len=body.routed_experts_prompt_start or 0,
+        timeout_s=body.timeout_s,
     )
 
 

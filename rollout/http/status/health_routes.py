@@ -30,6 +30,10 @@ def router(services: Services) -> Routes:
     engine = services.engine
 
     async def health() -> Response:
+        engine.drain.check()
+        return await liveness()
+
+    async def liveness() -> Response:
         if engine.dead is not None:
             return error_response(engine.dead)
         if engine.late:
@@ -38,9 +42,10 @@ def router(services: Services) -> Routes:
         if stalled_s:
             message = f"{engine.num_open} requests wait, and no step was made for {stalled_s:.0f} s"
             return error_response(NotReady(message, field="leader"))
-        return json_response({"status": "ok"})
+        return json_response({"status": "draining" if engine.drain.began else "ok"})
 
     async def ready() -> Response:
+        engine.drain.check()
         state = await engine.state()
         if state.paused:
             return error_response(NotReady("the server is paused", field="paused"))
@@ -61,7 +66,7 @@ def router(services: Services) -> Routes:
     for path, handler in {
         "/health": health,
         "/ping": health,
-        "/liveness": health,
+        "/liveness": liveness,
         "/ready": ready,
         "/health_generate": health_generate,
         "/metrics": metrics,

@@ -159,6 +159,7 @@ class ClientConnection(asyncio.Protocol):
             keep_alive=self._parser.should_keep_alive(),
             chunks=http11,
         )
+        request.take_id()
         self._url, self._headers, self._num_head, self._num_read = b"", [], 0, 0
         self._reading = request
         self._limit = self._front.admit(request)
@@ -201,7 +202,7 @@ class ClientConnection(asyncio.Protocol):
             return
         head = messages.reply_head(
             reply.status,
-            reply.headers,
+            request.answered(reply.headers),
             length=len(reply.body),
             keep_alive=request.keep_alive and not self._deaf,
         )
@@ -215,6 +216,7 @@ class ClientConnection(asyncio.Protocol):
             request.keep_alive = request.keep_alive and request.chunks
             # As it begins so it goes on, whatever becomes of the connection meanwhile.
             self._chunked = keep = request.keep_alive
+            headers = request.answered(headers)
             self._write(messages.reply_head(status, headers, length=None, keep_alive=keep))
 
     def send_piece(self, data: bytes) -> None:

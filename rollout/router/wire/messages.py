@@ -8,6 +8,7 @@ from http import HTTPStatus
 
 from engine.errors import InvalidRequest, SlipstreamError
 from rollout.http.edge.errors import error_response
+from rollout.logs.request_id import HEADER, request_id_of
 
 Header = tuple[bytes, bytes]
 Pairs = Sequence[Header]
@@ -36,6 +37,18 @@ class ClientRequest:
     body: bytes = b""
     keep_alive: bool = True
     chunks: bool = True
+
+    def take_id(self) -> None:
+        """Have an id, the client's or one that is drawn, which the worker and the log get too."""
+        given = self.header(HEADER)
+        name = request_id_of(given).encode("ascii")
+        if name != given:
+            self.headers = [*(pair for pair in self.headers if pair[0] != HEADER), (HEADER, name)]
+
+    def answered(self, headers: Iterable[Header]) -> list[Header]:
+        """The headers of a reply, with the id of the request."""
+        own = (HEADER, self.header(HEADER))
+        return [*(pair for pair in headers if pair[0] != HEADER), own]
 
     def header(self, name: bytes) -> bytes:
         """The first value of a header; b"" without one."""

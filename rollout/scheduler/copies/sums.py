@@ -33,6 +33,11 @@ def summed(stats: Sequence[SchedulerStats], *, num_steps: int) -> SchedulerStats
     return replace(stats[0], **sums, num_steps=num_steps, draft_len=draft_len)
 
 
+def running_rids(copies: Sequence[Scheduler]) -> list[str]:
+    """Ids of the sequences that run, on any copy."""
+    return [one.request.rid for copy in copies for one in copy.running.sequences()]
+
+
 def loads(copies: Sequence[Scheduler]) -> list[CopyLoad]:
     """What each copy does; empty where there is one, whose counts are those of the replica."""
     if len(copies) == 1:

@@ -26,7 +26,7 @@ PER_TOKEN = {"token_ids", "logprobs", "entropies", "top"}
 SPANS = {"spans", "kv_spans", "routed_experts"}
 WHOLE = {"rid", "start", "finish", "prompt_tokens", "cached_tokens", "num_retractions"}
 WHOLE |= {"num_restarts", "prompt_logprobs", "prompt_top", "scores", "embedding", "spec"}
-WHOLE |= {"routed_experts_start"}
+WHOLE |= {"routed_experts_start", "queue_s"}
 PROMPT = 3
 ROUTES_FROM = 2
 

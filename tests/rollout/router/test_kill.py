@@ -110,7 +110,8 @@ async def under_load(url: str, victim: ServerProcess, sign: int) -> None:
 
 @pytest.mark.slow
 def test_a_worker_that_is_killed_or_told_to_leave_loses_no_request() -> None:
-    with fleet(3, options="policy='least_load'", factory=PACED) as (router, workers):
+    at_once, least = "drain_timeout_s=0", "policy='least_load'"
+    with fleet(3, options=least, server=at_once, factory=PACED) as (router, workers):
         asyncio.run(under_load(router.url, workers[1], signal.SIGKILL))
         assert counter(router.url, "lost") > 0
         before = counter(router.url, "resumed")

@@ -49,8 +49,8 @@ class Link(link.ProcessLink):
         for message in messages:
             tell(type(getattr(message, "command", message)).__name__)
 class Server(http_server.PatientServer):
-    def begin_to_leave(self):
-        super().begin_to_leave()
+    def begin_to_leave(self, drain_s=0.0):
+        super().begin_to_leave(drain_s)
         tell("to leave")
 link.ProcessLink, http_server.PatientServer = Link, Server
 """

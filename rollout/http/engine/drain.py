@@ -1,0 +1,73 @@
+"""The end of a server that is told to leave: nothing new, and time for what runs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from typing import Protocol
+
+from engine.errors import EngineDead, SlipstreamError
+from engine.protocol import ReplicaState
+
+logger = logging.getLogger(__name__)
+
+_LOOK_S = 0.05
+
+
+class Draining(SlipstreamError):
+    """The server is told to leave, and takes no new requests; another one may."""
+
+    status = 503
+
+
+class Engine(Protocol):
+    """What has open requests; an `AsyncEngine`."""
+
+    @property
+    def num_open(self) -> int:
+        """Sequences whose final output has not come."""
+        ...
+
+    async def state(self) -> ReplicaState:
+        """Of the engine, at most a moment old. Raises EngineDead."""
+        ...
+
+
+class Drain:
+    """Whether requests are refused because the server leaves."""
+
+    def __init__(self) -> None:
+        self._ends_at: float | None = None
+
+    @property
+    def began(self) -> bool:
+        """Whether new requests are refused."""
+        return self._ends_at is not None
+
+    def check(self) -> None:
+        """Raise Draining for a new request, with the seconds until this server is gone."""
+        if self._ends_at is None:
+            return
+        error = Draining(
+            "the server is shutting down and takes no new requests; send it to another, or again "
+            "once it is back",
+            field="server",
+        )
+        error.retry_after_s = max(1, math.ceil(self._ends_at - time.monotonic()))
+        raise error
+
+    async def run(self, engine: Engine, limit_s: float) -> None:
+        """Refuse new requests and wait until those that are open have ended, `limit_s` at most.
+        Those of an engine that is paused cannot, and are not waited for."""
+        self._ends_at = time.monotonic() + limit_s
+        if engine.num_open:
+            logger.info("draining: %d requests have %g s to finish", engine.num_open, limit_s)
+        try:
+            while engine.num_open and time.monotonic() < self._ends_at:
+                if (await engine.state()).paused:
+                    return
+                await asyncio.sleep(_LOOK_S)
+        except EngineDead:
+            return
