@@ -19,8 +19,10 @@ SIDE_BY_SIDE := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 unexport PYTHONDONTWRITEBYTECODE
 # Clients of the server, which are large and run on the CPU only.
 CLIENTS     := .venv-clients
+# What drives the system's Chromium through the dashboard.
+BROWSER     := .venv-browser
 
-.PHONY: serve setup grpo ppo sft test test-long test-fast gpu-test clients-test check format clean help
+.PHONY: setup grpo ppo sft serve test test-long test-fast gpu-test clients-test browser-test check format clean help
 
 help:            ## list these verbs
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -35,13 +37,13 @@ $(MODEL): | $(STAMP)
 	$(BIN)/python scripts/get_model.py $@
 
 grpo: setup      ## watch the default model learn by GRPO; ARGS="--task addition" passes flags on
-	$(BIN)/python recipes/grpo.py $(ARGS)
+	$(BIN)/python recipes/grpo.py --dashboard on $(ARGS)
 
 ppo: setup       ## the same by PPO, with a critic
-	$(BIN)/python recipes/ppo.py $(ARGS)
+	$(BIN)/python recipes/ppo.py --dashboard on $(ARGS)
 
 sft: setup       ## watch the default model learn a task's answers, supervised; ARGS as for grpo
-	$(BIN)/python recipes/sft.py $(ARGS)
+	$(BIN)/python recipes/sft.py --dashboard on $(ARGS)
 
 serve: setup     ## serve the default model at port 30000; ARGS="--model PATH --port 30001" has others
 	$(BIN)/python -m rollout serve $(if $(findstring --model,$(ARGS)),,--model $(MODEL)) $(ARGS)
@@ -65,6 +67,13 @@ $(CLIENTS)/.installed: pyproject.toml constraints/clients.txt scripts/make_venv.
 	PYTHON=$(PYTHON) sh scripts/make_venv.sh $(CLIENTS) constraints/clients.txt "dev,clients"
 	@touch $@
 
+browser-test: $(BROWSER)/.installed ## the dashboard in headless Chromium, which has to be installed; SCREENSHOTS=DIR keeps pictures
+	$(BROWSER)/bin/python -m pytest tests/browser -rs
+
+$(BROWSER)/.installed: pyproject.toml constraints/browser.txt constraints/cpu.txt scripts/make_venv.sh
+	PYTHON=$(PYTHON) sh scripts/make_venv.sh $(BROWSER) constraints/browser.txt "dev,browser"
+	@touch $@
+
 check: setup     ## format, lint, types, architecture
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -76,4 +85,4 @@ format: setup    ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .
 
 clean:           ## remove the environment, the model and caches
-	rm -rf $(VENV) $(CLIENTS) .models .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(CLIENTS) $(BROWSER) .models .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

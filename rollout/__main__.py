@@ -16,6 +16,7 @@ from engine.config import EngineConfig
 from rollout.cli.failures import ALL_FAILED, SOME_FAILED, report
 from rollout.cli.flag_ranges import check_engine, check_router, check_serve
 from rollout.cli.progress_bar import ProgressDisplay
+from rollout.cli.view import View, run_view
 from rollout.files.jsonl import read_lines
 from rollout.http.config import ServeConfig
 from rollout.launch import launch
@@ -23,6 +24,7 @@ from rollout.logs.logging_setup import set_up_logging
 from rollout.offline import FileReport, check_output, is_batch, run_file
 from rollout.replica.spawned import ProcessReplica
 from rollout.router.config import RouterConfig
+from rollout.terminal_chat.chat_config import ChatConfig
 from rollout.text.tokenizer import Tokenizer, find_tokenizer
 
 logger = logging.getLogger("rollout")
@@ -50,6 +52,9 @@ class Offline:
     """Run the engine in a process of its own; batch lines always do."""
     served_model_name: str = ""
     """What the bodies of batch lines call the model; its path by default."""
+
+
+Command = Offline | ServeConfig | RouterConfig | View | ChatConfig
 
 
 def run_offline(args: Offline) -> FileReport:
@@ -120,10 +125,23 @@ def run_router(config: RouterConfig) -> None:
     route(config)
 
 
-def parse(argv: Sequence[str] | None = None) -> Offline | ServeConfig | RouterConfig:
+def run_chat_here(config: ChatConfig) -> int:
+    """`chat`: talk until told to leave; the exit code."""
+    from rollout.terminal_chat.chat_loop import run_chat
+
+    return run_chat(config)
+
+
+def parse(argv: Sequence[str] | None = None) -> Command:
     """The command that the arguments name; exits with help or a usage error."""
-    args: Offline | ServeConfig | RouterConfig = tyro.extras.subcommand_cli_from_dict(
-        {"offline": Offline, "serve": ServeConfig, "router": RouterConfig},
+    args: Command = tyro.extras.subcommand_cli_from_dict(
+        {
+            "offline": Offline,
+            "serve": ServeConfig,
+            "router": RouterConfig,
+            "view": View,
+            "chat": ChatConfig,
+        },
         args=argv,
         prog="slipstream",
         description=__doc__,
@@ -135,11 +153,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one command. Exits after one line on an error that is known (`failures.explain`); if the
     engine died, the end of its log comes with it. Exits too after a file with lines that failed."""
     args = parse(argv)
-    if isinstance(args, Offline):
-        set_up_logging()
-    else:
+    if isinstance(args, ServeConfig | RouterConfig):
         access = isinstance(args, ServeConfig) and args.access_log
         set_up_logging(args.log_format, args.log_level, access=access)
+    else:
+        set_up_logging()
     try:
         if isinstance(args, ServeConfig):
             run_serve(args)
@@ -147,6 +165,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(args, RouterConfig):
             run_router(args)
             return
+        if isinstance(args, View):
+            run_view(args)
+            return
+        if isinstance(args, ChatConfig):
+            sys.exit(run_chat_here(args))
         code: int | None = exit_code(run_offline(args), args.output)
     except (Exception, KeyboardInterrupt) as error:
         code = report(error, advice=ADVICE)

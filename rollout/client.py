@@ -85,11 +85,11 @@ class Client:
                 "POST",
                 "/generate",
                 content=body,
-                headers=_headers(self._key),
+                headers=headers_of(self._key),
                 timeout=self._generate_s,
             ) as response:
                 if response.status_code != 200:
-                    raise _error(response.read(), response.status_code)
+                    raise reply_error(response.read(), response.status_code)
                 yield from _replies(response.iter_lines())
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
@@ -144,12 +144,12 @@ class Client:
     ) -> httpx.Response:
         try:
             response = self._http.request(
-                method, path, content=body, headers=_headers(key), timeout=timeout
+                method, path, content=body, headers=headers_of(key), timeout=timeout
             )
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
         if response.status_code != 200:
-            raise _error(response.content, response.status_code)
+            raise reply_error(response.content, response.status_code)
         return response
 
     def _unreachable(self, error: httpx.HTTPError) -> EngineDead:
@@ -164,7 +164,8 @@ def routed_experts(fields: Mapping[str, Any]) -> Ids | None:
     return decoded_routes(fields)
 
 
-def _headers(key: str) -> dict[bytes, bytes]:
+def headers_of(key: str) -> dict[bytes, bytes]:
+    """The headers of a call of a server that has this key; "" for none."""
     headers = {b"content-type": b"application/json"}
     # Bytes, since httpx takes a str to be ASCII.
     return {**headers, b"authorization": f"Bearer {key}".encode()} if key else headers
@@ -196,10 +197,12 @@ def _replies(lines: Iterator[str]) -> Iterator[GenerateResponse]:
         if data == "[DONE]":
             return
         if data.startswith('{"error"'):
-            raise _error(data.encode(), 500)
+            raise reply_error(data.encode(), 500)
         yield _RESPONSE.decode(data)
 
 
-def _error(data: bytes, status: int) -> SlipstreamError:
+def reply_error(data: bytes, status: int) -> SlipstreamError:
+    """What a reply of another status than 200 says, as the error of the tree that the server
+    raised."""
     told = f"status {status}: {data[:500].decode(errors='replace')}"
     return of_body(data) or SlipstreamError(told, field="server")

@@ -100,11 +100,8 @@ def strings(value: Any) -> Iterator[str]:
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=by_name)
 def test_examples_are_repeated_as_they_are(example: Path) -> None:
-    blocks = re.findall(
-        r"^```python\n(.*?)^```$",
-        (ROOT / "docs" / "external_trainers.md").read_text(),
-        flags=re.MULTILINE | re.DOTALL,
-    )
+    pages = "\n".join(page.read_text() for page in (ROOT / "docs").glob("*.md"))
+    blocks = re.findall(r"^```python\n(.*?)^```$", pages, flags=re.MULTILINE | re.DOTALL)
     assert example.read_text() in blocks
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.helpers.name_uses import PACKAGES, Uses, members, read_attributes
+from tests.helpers.name_uses import PACKAGES, Uses, members, read_attributes, read_by_scripts
 
 NOT_CALLED = {
     "kernels.testing": "what tests of kernels compare with",
@@ -16,6 +16,9 @@ NOT_CALLED = {
     "rollout.requests.generate.classify": "for a program that scores in its own process",
     "trainer_bridge.hf.load_classifier": "for a trainer of a reward model, or of a critic from one",
     "engine.models.deepseek_experts.v2_experts": "of DeepSeek-V2, whose attention is not built",
+    "rollout.dashboard.numbers.told": "for a source with rewards, which a server has not",
+    "rollout.dashboard.rollouts.HEAD_CHARS": "for a source with rollouts, which a server has not",
+    "rollout.dashboard.standalone.page_app": "for a source that is no server's",
     "rollout.requests.parts": "for a program that asks for a reply in parts, of several servers",
 }
 """Modules and names that the product offers and does not use itself, and why."""
@@ -28,8 +31,20 @@ NOT_READ = {
     "engine.protocol.steps.EngineFacts.load_seconds": "for a benchmark's table",
     "engine.protocol.steps.EngineFacts.num_parameters": "for a benchmark's table",
     "rollout.masks.grammar.languages.gbnf.Repeated.part": "read by its place, in patterns",
+    "rollout.dashboard.figures.Figure.tone": "for the page's scripts",
+    "rollout.dashboard.figures.Snapshot.charts": "for the page's scripts",
+    "rollout.dashboard.figures.Snapshot.tone": "for the page's scripts",
+    "rollout.dashboard.rollouts.RolloutQuery.descending": "for a source with rollouts",
+    "rollout.dashboard.rollouts.RolloutQuery.reward_max": "for a source with rollouts",
+    "rollout.dashboard.rollouts.RolloutQuery.reward_min": "for a source with rollouts",
     "rollout.client.Client.wait_ready": "for a program that started the server",
     "rollout.http.http_server.PatientServer.handle_exit": "for uvicorn, on a signal",
+    "rollout.programs.runner.Runner.of_replica": "for a program",
+    "rollout.programs.runner.Runner.of_server": "for a program",
+    "rollout.programs.runner.Runner.run_batch": "for a program",
+    "rollout.programs.state.State.assistant": "for a program",
+    "rollout.programs.state.State.use_tools": "for a program",
+    "rollout.programs.state.State.user": "for a program",
     "rollout.router.wire.client_connection.ClientConnection.on_url": "for httptools",
     "rollout.router.wire.client_connection.ClientConnection.pause_writing": "for its transport",
     "rollout.router.wire.client_connection.ClientConnection.resume_writing": "for its transport",
@@ -55,7 +70,7 @@ def test_every_public_name_is_used_by_the_product(uses: Uses) -> None:
 @pytest.mark.slow
 def test_every_member_is_read_by_the_product(uses: Uses) -> None:
     product = [module for module in uses.modules.values() if module.package in PACKAGES]
-    read = set().union(*(read_attributes(module) for module in product))
+    read = read_by_scripts().union(*(read_attributes(module) for module in product))
     unread = {
         f"{module}.{owner}.{member}"
         for module, owner, member in members(uses.modules)

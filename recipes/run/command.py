@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
+from recipes.run.dashboard import dashboard_beside
+from recipes.run.display import Display
 from recipes.run.failures import report_failure
 from recipes.run.ledger import Ledger
 from recipes.run.opening import open_run
@@ -22,6 +24,12 @@ class Runs(AbstractContextManager[Any], Protocol):
     """What a command needs of a run, supervised or not."""
 
     folder: RunFolder
+    display: Display
+
+    @property
+    def dashboard(self) -> str:
+        """The option of that name; "off" in processes that are not the main one."""
+        ...
 
     def begin(self) -> None:
         """Continue, or measure the model before it learns."""
@@ -54,9 +62,10 @@ def run_command(
     try:
         with opened(ledger) as run:
             folder = run.folder
-            run.begin()
-            train(run)
-            summary = run.finish()
+            with dashboard_beside(run.dashboard, folder.path, run.display.pin):
+                run.begin()
+                train(run)
+                summary = run.finish()
     except (Exception, KeyboardInterrupt) as error:
         code = report_failure(error, folder)
         if code is None:

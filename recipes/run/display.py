@@ -129,6 +129,12 @@ class Display:
         if self._live is None:
             logger.info("%s", text)
 
+    def pin(self, text: str) -> None:
+        """Say something that stays to be seen. Any thread may."""
+        self._title = f"{self._title}\n{text}"
+        if self._live is None:
+            logger.info("%s", text)
+
     def generating(self, now: Generation) -> None:
         """Show how the rollout under way goes; in a terminal only."""
         self._bar.update(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -20,6 +21,7 @@ from recipes.rewards.failed_share import FailedShare, failed_figures, tell_faile
 from recipes.rewards.grading import Grading
 from recipes.run.advice import WINDOW, advice
 from recipes.run.display import Display
+from recipes.run.kept_rollouts import rollout_lines
 from recipes.run.ledger import Ledger
 from recipes.run.progress import RunProgress
 from recipes.run.report import Collected, push_figures, rollout_figures, time_figures
@@ -79,6 +81,11 @@ class Run:
     """Groups that were being sampled at the last checkpoint, or when the loop stopped for it."""
     _recent: list[dict[str, float]] = field(default_factory=list)
     _advised: bool = False
+
+    @property
+    def dashboard(self) -> str:
+        """See `command.Runs`."""
+        return self.options.dashboard if self.world.is_main else "off"
 
     @property
     def max_new_tokens(self) -> int:
@@ -188,6 +195,7 @@ class Run:
             row |= self._evaluate()
         self.folder.append_metrics(row)
         self.folder.append_samples(step, collected.sampled)
+        self._keep_rollouts(collected.sampled)
         self.tracker.log(row)
         self.display.show(row)
         if failed := tell_failed(collected.sampled):
@@ -201,6 +209,14 @@ class Run:
             self.tracker.log_rollouts(step, collected.sampled)
         if _due(step, self.options.checkpoint_every):
             self._checkpoint()
+
+    def _keep_rollouts(self, groups: Sequence[Group]) -> None:
+        """Of the main process alone: the others write no files."""
+        num = self.options.keep_rollouts
+        if num and self.world.is_main:
+            token_bytes = self.tokenizer.added_bytes(skip_special_tokens=False)
+            lines = rollout_lines(self.progress.step, groups, token_bytes, num=num)
+            self.folder.append_rollouts(lines)
 
     def _sampling_seconds(self, seconds: dict[str, float]) -> dict[str, float]:
         """The phases of a step, with the whole step for sampling where engines go on beside it."""

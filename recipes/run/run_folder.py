@@ -5,6 +5,7 @@
     config.json       every option
     metrics.jsonl     one object a step
     samples.jsonl     a few rollouts of each step, as text
+    rollouts.jsonl    a few groups of each step, token by token
     evaluations.jsonl one object an evaluation, those before and after training included
     summary.json      the result
     plots.png         curves over steps: reward, accuracy, entropy, mismatch, length, time
@@ -24,6 +25,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from recipes.run.plots import draw_page
 from recipes.types import Group
@@ -46,6 +49,7 @@ class RunFolder:
         self._active = active
         self.metrics_path = path / "metrics.jsonl"
         self.samples_path = path / "samples.jsonl"
+        self.rollouts_path = path / "rollouts.jsonl"
         self.evaluations_path = path / "evaluations.jsonl"
         self.checkpoints = path / "checkpoints"
         self.model = path / "model"
@@ -111,6 +115,11 @@ class RunFolder:
         ]
         append_bytes(self.samples_path, _lines(rows))
 
+    def append_rollouts(self, lines: bytes) -> None:
+        """Add groups of a step, as `kept_rollouts.rollout_lines` writes them."""
+        if self._active and lines:
+            append_bytes(self.rollouts_path, lines)
+
     def read_metrics(self) -> list[dict[str, Any]]:
         """The rows of the steps so far."""
         return _read(self.metrics_path)
@@ -125,6 +134,7 @@ class RunFolder:
                 continue
             kept = [row for row in _read(path) if row["step"] <= last_step]
             replace_file(path, _lines(kept))
+        _cut(self.rollouts_path, last_step)
 
     def draw_plots(self) -> None:
         """Write plots.png from the metrics so far."""
@@ -163,3 +173,28 @@ def _read(path: Path) -> list[dict[str, Any]]:
         for line in lines
         if line.ended
     ]
+
+
+class _Step(msgspec.Struct):
+    step: int
+
+
+def _cut(path: Path, last_step: int) -> None:
+    """Drop the lines of later steps from a file that may be large, without reading what is in
+    them. It is shorter or gone then, and what is left stays where it was."""
+    if not path.exists():
+        return
+    kept = 0
+    with path.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n") or _step_of(line) > last_step:
+                break
+            kept += len(line)
+    os.truncate(path, kept)
+
+
+def _step_of(line: bytes) -> float:
+    try:
+        return msgspec.json.decode(line, type=_Step).step
+    except msgspec.DecodeError:
+        return math.inf

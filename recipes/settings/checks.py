@@ -35,6 +35,7 @@ LEAST: Mapping[str, int] = MappingProxyType(
         "eval_prompts": 1,
         "eval_samples": 0,
         "checkpoint_every": 0,
+        "keep_rollouts": 0,
         "prompts_per_step": 1,
         "samples": 1,
         "max_new_tokens": 1,
@@ -109,6 +110,7 @@ def check_sft(options: SftOptions) -> None:
 
 
 def _check_common(options: RunOptions | SftOptions) -> None:
+    _check_dashboard(options.dashboard)
     _check_placement(options.placement)
     if options.wandb != "off":
         _check_extra("wandb", f"--wandb {options.wandb}", "wandb")
@@ -117,6 +119,15 @@ def _check_common(options: RunOptions | SftOptions) -> None:
     if options.resume is None and options.out is not None and holds_a_run(Path(options.out)):
         raise taken(Path(options.out))
     check_model(options.model)
+
+
+def _check_dashboard(given: str) -> None:
+    is_port = given.isascii() and given.isdigit() and len(given) < 6 and int(given) < 1 << 16
+    if not (is_port or given in ("auto", "on", "off")):
+        raise InvalidRequest(
+            f"dashboard: {given!r} is neither a port below 65536 nor 'on', 'off' or 'auto'",
+            field="dashboard",
+        )
 
 
 def _check_objective(options: AlgorithmOptions, rollout: RolloutOptions) -> None:

@@ -37,6 +37,8 @@ CHANGEABLE = frozenset(
         "eval_temperature",
         "eval_k",
         "checkpoint_every",
+        "keep_rollouts",
+        "dashboard",
         "config",
         "kv_memory_gb",
         "teacher_kv_memory_gb",

@@ -114,6 +114,11 @@ class RunOptions:
     """Held-out problems of an evaluation."""
     checkpoint_every: int = 20
     """Steps between checkpoints; 0 writes none."""
+    keep_rollouts: int = 4
+    """Groups of replies a step that rollouts.jsonl keeps token by token."""
+    dashboard: str = "auto"
+    """Show the run in a browser while it goes on, at 127.0.0.1: a port, 'on' for a free one, 'off',
+    or 'auto', which is on in a terminal."""
     config: str | None = None
     """TOML file with defaults for these options, named as here with _ for -."""
     data: tyro.conf.OmitArgPrefixes[DataOptions] = field(default_factory=DataOptions)
@@ -144,6 +149,8 @@ class PpoOptions(RunOptions):
 
     steps: int = 60
     """Optimizer steps of the run."""
+    keep_rollouts: int = 16
+    """Groups of replies a step that rollouts.jsonl keeps token by token."""
     rollout: tyro.conf.OmitArgPrefixes[RolloutOptions] = field(
         default_factory=lambda: RolloutOptions(prompts_per_step=64, samples=1)
     )

@@ -71,6 +71,9 @@ class SftOptions:
     """Memory of the engine's KV cache, GiB."""
     checkpoint_every: int = 20
     """Steps between checkpoints; 0 writes none."""
+    dashboard: str = "auto"
+    """Show the run in a browser while it goes on, at 127.0.0.1: a port, 'on' for a free one, 'off',
+    or 'auto', which is on in a terminal."""
     config: str | None = None
     """TOML file with defaults for these options, named as here with _ for -."""
     data: tyro.conf.OmitArgPrefixes[SftDataOptions] = field(default_factory=SftDataOptions)

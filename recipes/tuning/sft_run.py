@@ -62,6 +62,11 @@ class SftRun:
         self.folder.close()
 
     @property
+    def dashboard(self) -> str:
+        """See `command.Runs`."""
+        return self.options.dashboard if self.world.is_main else "off"
+
+    @property
     def total_steps(self) -> int:
         """Steps of the whole run; the last one may have fewer examples."""
         return -(-self.task.num // self.options.batch_size)

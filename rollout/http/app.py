@@ -13,6 +13,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
+from rollout.dashboard import routes as dashboard_routes
+from rollout.dashboard.server.server_source import ServerSource
 from rollout.http import openapi
 from rollout.http.anthropic import routes as message_routes
 from rollout.http.capture import rollout_routes
@@ -106,6 +108,7 @@ class _Routers:
         self.store = ResponseStore()
         self.others = [module.router(services) for module in _OTHERS]
         self.others.append(response_routes.router(services, self.store))
+        self.others.append(dashboard_routes.router(ServerSource(services)))
         self.control = [module.router(services) for module in _CONTROL]
         self.control.append(unserved_routes.router())
 

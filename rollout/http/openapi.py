@@ -17,7 +17,7 @@ from fastapi import Response
 from engine.protocol import GenerateRequest
 from rollout.http.config import ServeConfig
 from rollout.http.edge.errors import json_response
-from rollout.http.edge.guard import OPEN_PATHS
+from rollout.http.edge.guard import is_open
 from rollout.http.edge.routes import HandlerRoute, Routes
 from rollout.http.status.facts import package_version
 
@@ -197,7 +197,7 @@ def _security(
     path: str, config: ServeConfig, control_paths: Collection[str]
 ) -> list[dict[str, list[str]]]:
     """What `guard` asks of a path, as the server is configured."""
-    if path in OPEN_PATHS:
+    if is_open(path):
         return []
     if path in control_paths and config.admin_api_key:
         return [{"adminApiKey": []}]

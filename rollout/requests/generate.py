@@ -139,7 +139,7 @@ def run(
     state = replica.state()
     if state.paused:
         raise InvalidRequest("the replica is paused; send Resume first", field="pause")
-    batch = _Batch(replica, tokenizer, state)
+    batch = OpenRequests(replica, tokenizer, state)
     source = iter(requests)
     try:
         while batch.refill(source):
@@ -150,8 +150,12 @@ def run(
         batch.abandon()
 
 
-class _Batch:
-    """The requests of one `run` that are under way: some more than may run at once."""
+class OpenRequests:
+    """Requests of one caller that are under way: some more than may run at once.
+
+    The caller alone steps the replica meanwhile. tokenizer: looks for stop strings; without it
+    requests that have any are refused.
+    """
 
     def __init__(self, replica: Replica, tokenizer: Tokenizer | None, state: ReplicaState) -> None:
         self._replica = replica
@@ -165,7 +169,8 @@ class _Batch:
         self._in_replica = False
 
     def refill(self, source: Iterator[Request]) -> bool:
-        """Submit what fits; whether anything is left to wait for."""
+        """Submit what fits of `source`; whether anything is left to wait for. An iterator that has
+        ended may have more at the next call."""
         room = self._window - len(self._open)
         accepted = [r for request in islice(source, room) if (r := self._open_one(request))]
         if accepted:
@@ -188,6 +193,13 @@ class _Batch:
     def progress(self, total: int) -> Progress:
         """How far this batch is."""
         return Progress(num_done=self._num_done, num_requests=total, num_tokens=self._num_tokens)
+
+    def drop(self, rids: Sequence[str]) -> None:
+        """Abort some of the open requests, whose outputs nobody will read; they stay open until the
+        replica has ended them. An id that is not open is no error."""
+        found = [rid for rid in rids if rid in self._open]
+        if found:
+            self._replica.send(Abort(rids=found, message="the caller left"))
 
     def abandon(self) -> None:
         """Abort what is still open; nobody will read it. A replica that has raised is asked for

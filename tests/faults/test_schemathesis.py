@@ -30,6 +30,7 @@ STATEFUL = (
     "/command|/pause.*|/sleep|/wake_up|/(release|resume)_memory_occupation|/start_weight_update"
     "|/begin_weight_update|/update_weight.*|/finish_weight_update|/end_weight_update|/pull_weights"
     "|/init_weight.*|/post_process_weights"
+    "|/dashboard/api/live"  # It ends with its reader.
 )
 FLAGS = (
     "--checks=not_a_server_error,content_type_conformance",

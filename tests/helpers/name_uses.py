@@ -24,6 +24,7 @@ architectures."""
 _LONGEST = 300
 """Characters of a text that may be more than prose."""
 _DOTTED = re.compile(r"([A-Za-z_][\w.]*)[.:](\w+)")
+_MEMBER = re.compile(r"(?:\.|\?\.|[{,]\s)([a-z]\w*)")
 
 Name = tuple[str, str]
 """(module, name at its top)."""
@@ -233,3 +234,9 @@ def read_attributes(module: Module) -> set[str]:
             case ast.MatchClass(kwd_attrs=names):
                 found.update(names)
     return found
+
+
+def read_by_scripts() -> set[str]:
+    """Names of members that the scripts of the product's page read."""
+    scripts = (ROOT / "rollout" / "dashboard" / "static").glob("*.js")
+    return {name for path in scripts for name in _MEMBER.findall(path.read_text())}

@@ -117,7 +117,15 @@ def test_the_reward_goes_up_and_the_folder_is_complete(tmp_path: Path) -> None:
     assert {"task", "seed", "steps", "seconds", "eval_before", "eval_after", "model", "device"} <= (
         on_disk.keys()
     )
-    for name in ("config.json", "metrics.jsonl", "samples.jsonl", "plots.png", "model"):
+    names = (
+        "config.json",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "rollouts.jsonl",
+        "plots.png",
+        "model",
+    )
+    for name in names:
         assert (run.folder.path / name).exists(), name
 
 
@@ -202,6 +210,8 @@ def test_killed_and_resumed_equals_unbroken(tmp_path: Path) -> None:
 
     resumed, summary = go(dataclasses.replace(options, resume=options.out))
     assert [untimed(r) for r in rows(resumed)] == [untimed(r) for r in rows(unbroken)]
+    kept = unbroken.folder.rollouts_path.read_bytes()
+    assert kept and resumed.folder.rollouts_path.read_bytes() == kept
     for key in ("steps", "eval_before", "eval_after", "best"):
         assert summary[key] == expected[key]
     for a, b in zip(

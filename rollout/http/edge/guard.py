@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Collection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.errors import EngineDead, Forbidden, SlipstreamError, Unauthorized
+from rollout.dashboard.page_files import PAGE, STATIC
 from rollout.http.config import ServeConfig
 from rollout.http.edge.access import is_loopback
 from rollout.http.edge.body_limits import BodyBudget, BodyReader
@@ -19,18 +20,24 @@ from rollout.http.edge.browsers import BrowserRules, Headers
 from rollout.http.edge.departure import departure_of
 from rollout.http.edge.errors import error_response
 
-OPEN_PATHS = frozenset({"/health", "/liveness", "/ping"})
+_OPEN_PATHS = frozenset({"/health", "/liveness", "/ping", PAGE})
+
+
+def is_open(path: str) -> bool:
+    """Whether a path takes no key: it says nothing but that the server lives, or is a file of the
+    dashboard, which is the same on every server."""
+    return path in _OPEN_PATHS or path.startswith(STATIC)
 
 
 class Guard:
     """Refuses before the body is read, where it can.
 
-    /health, /liveness and /ping take no key. A control route takes the admin key if there is
-    one, else the API key; bound to an address that others reach, it answers 403 until an admin
-    key is set. Requests that a browser sends for the page of another origin are refused
-    (`browsers`), bodies over the limit get 413, those that do not arrive in time 408, those
-    that do not fit beside others 503. A handler
-    that is cancelled because the server leaves still answers, by 503.
+    /health, /liveness, /ping and the files of the dashboard take no key. A control route takes the
+    admin key if there is one, else the API key; bound to an address that others reach, it answers
+    403 until an admin key is set. Requests that a browser sends for the page of another origin are
+    refused (`browsers`), bodies over the limit get 413, those that do not arrive in time 408, those
+    that do not fit beside others 503. A handler that is cancelled because the server leaves still
+    answers, by 503.
     """
 
     def __init__(self, app: ASGIApp, config: ServeConfig, control_paths: Collection[str]) -> None:
@@ -76,7 +83,7 @@ class Guard:
 
     def _authorize(self, path: str, headers: Headers) -> None:
         config = self._config
-        if path in OPEN_PATHS:
+        if is_open(path):
             return
         key, option = config.api_key, "--api-key"
         if path in self._control:

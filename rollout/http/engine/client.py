@@ -23,7 +23,7 @@ from engine.protocol import (
 )
 from engine.protocol.deadlines import REPLY_S, START_S
 from rollout.http.engine.drain import Drain
-from rollout.http.engine.last_heard import LastHeard
+from rollout.http.engine.last_heard import LastHeard, Listener
 from rollout.http.engine.link import EngineLink, Message
 from rollout.http.engine.mailbox import Mailbox, Mailboxes
 from rollout.http.engine.outbox import PART, Outbox, Unsent
@@ -50,8 +50,7 @@ class AsyncEngine:
     EngineDead, until `restart` gives another engine. outbox: holds requests back when told to.
 
     reply_s: deadline for the leader to answer, and to say anything while requests run.
-    slow_s: deadline for commands that touch weights or memory. shared: other processes send it
-    requests, too.
+    slow_s: deadline for commands that touch weights or memory. shared: by other processes, too.
     """
 
     def __init__(
@@ -74,7 +73,8 @@ class AsyncEngine:
         self._dead: EngineDead | None = None
         self._leaving: EngineDead | None = None
         self._starting = False
-        self._heard = LastHeard()
+        self.listeners: list[Listener] = []  # Told of every reply.
+        self._heard = LastHeard(self.listeners)
         self._watch: asyncio.Task[None] | None = None
         self._on_death: list[Callable[[EngineDead], None]] = []
         self._on_restart: list[Callable[[], None]] = []

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 
 from engine.errors import QueueFull
 from engine.protocol import Command, CommitUpdate, ReplicaState, Reply, SetVersion
+
+Listener = Callable[[Command, Reply], None]
+"""Called with every command that was answered, and the answer."""
 
 
 class LastHeard:
@@ -14,10 +18,11 @@ class LastHeard:
     state: the last one heard, at `state_at`. heard_at: when anything came. progress_at: when a
     step or an output came. version: the last one committed, or given to the weights by name.
     took_update: whether an update was committed. no_version: why what the engine loaded may not
-    serve, "" if it may.
+    serve, "" if it may. listeners: are told of every reply.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, listeners: Sequence[Listener] = ()) -> None:
+        self._listeners = listeners
         self.state: ReplicaState | None = None
         self.state_at = 0.0
         self.version = 0
@@ -64,6 +69,8 @@ class LastHeard:
 
     def learn(self, command: Command, reply: Reply, *, starting: bool) -> None:
         """Note what a reply says of the engine as a whole. starting: it is not ready yet."""
+        for listener in self._listeners:
+            listener(command, reply)
         if reply.error is None and isinstance(command, CommitUpdate | SetVersion):
             self.version = command.version
             self.took_update = self.took_update or isinstance(command, CommitUpdate)

@@ -55,3 +55,16 @@ def test_a_table_in_a_terminal() -> None:
         display.show(ROW)
     assert "my run" in out.getvalue() and "0.750" in out.getvalue()
     assert "3/5" in out.getvalue()
+
+
+def test_what_is_pinned_stays_above_the_table(caplog: pytest.LogCaptureFixture) -> None:
+    out = io.StringIO()
+    with Display("my run", 5, Console(file=out, force_terminal=True, width=200)) as display:
+        display.pin("dashboard: http://127.0.0.1:1/dashboard")
+        display.note("evaluating")
+        display.show(ROW)
+    assert "http://127.0.0.1:1/dashboard" in out.getvalue().rpartition("my run")[2]
+    console = Console(file=io.StringIO(), force_terminal=False)
+    with caplog.at_level(logging.INFO):
+        Display("run", 5, console).pin("dashboard: x")
+    assert "dashboard: x" in caplog.text

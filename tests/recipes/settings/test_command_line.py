@@ -30,6 +30,7 @@ code_memory_gb
 code_reward
 code_seconds
 config
+dashboard
 device
 dither
 draft_tokens
@@ -58,6 +59,7 @@ judge_model
 judge_prompt
 judge_schema
 judge_votes
+keep_rollouts
 kl_coef
 kl_controller
 kl_estimator

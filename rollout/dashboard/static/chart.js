@@ -1,0 +1,315 @@
+// A chart on a canvas: lines or stacked areas over time or steps, with a legend that tells values.
+
+import { clock, inWords, make, short } from "./text.js";
+import { nearest } from "./series.js";
+
+const LEFT = 46;
+const BOTTOM = 20;
+const TOP = 8;
+const COLOURS = 8;
+const TICKS = 4;
+const MOST_LINES = 12;
+
+/** A step of 1, 2, 2.5 or 5 times a power of ten, of which about `count` fill the range. */
+function niceStep(range, count) {
+  const raw = range / count;
+  const power = 10 ** Math.floor(Math.log10(raw));
+  return [1, 2, 2.5, 5, 10].find((factor) => factor * power >= raw * 0.999) * power;
+}
+
+export class Chart {
+  /** told: as the source describes it. data: the series. marks(): events to draw. speak: says a
+   * text to those who listen. */
+  constructor(told, data, { marks, kind, speak }) {
+    this.told = told;
+    this.data = data;
+    this.marks = marks;
+    this.kind = kind;
+    this.speak = speak;
+    this.from = -Infinity;
+    this.at = -1;
+    this.dirty = true;
+    this.root = make("figure", "chart");
+    this.canvas = document.createElement("canvas");
+    this.legend = make("ul", "legend");
+    this.values = [];
+    this.#build();
+  }
+
+  #build() {
+    const title = make("h3", "", this.told.title);
+    this.root.append(title);
+    if (this.told.hint) this.root.append(make("p", "hint quiet", this.told.hint));
+    for (const [i, line] of this.told.lines.entries()) {
+      const item = make("li");
+      const value = make("span");
+      item.append(make("span", `swatch k${i % COLOURS}`), document.createTextNode(`${line.label} `), value);
+      this.values.push([line, value, item]);
+      this.legend.append(item);
+    }
+    this.when = make("li", "at");
+    this.legend.append(this.when);
+    this.canvas.tabIndex = 0;
+    this.canvas.setAttribute("role", "img");
+    this.root.append(this.legend, this.canvas);
+    this.canvas.addEventListener("pointermove", (event) => this.#point(event));
+    this.canvas.addEventListener("pointerleave", () => this.#move(-1));
+    this.canvas.addEventListener("blur", () => this.#move(-1));
+    this.canvas.addEventListener("keydown", (event) => this.#key(event));
+    new ResizeObserver(() => { this.dirty = true; this.draw(); }).observe(this.canvas);
+  }
+
+  /** Whether any of its lines has a value. */
+  get alive() {
+    return this.told.lines.some((line) => this.data.has(line.name));
+  }
+
+  #point(event) {
+    const box = this.canvas.getBoundingClientRect();
+    const { low, high } = this.#range();
+    const share = (event.clientX - box.left - LEFT) / Math.max(1, box.width - LEFT - 8);
+    this.#move(nearest(this.data.x, low + share * (high - low)));
+  }
+
+  #key(event) {
+    const last = this.data.x.length - 1;
+    const now = this.at < 0 ? last : this.at;
+    const by = event.shiftKey ? 10 : 1;
+    const to = { ArrowLeft: now - by, ArrowRight: now + by, Home: this.#first(), End: last, Escape: -1 }[event.key];
+    if (to === undefined) return;
+    event.preventDefault();
+    this.#move(to < 0 ? to === -1 && event.key === "Escape" ? -1 : 0 : Math.min(last, to));
+    if (this.at >= 0) this.speak(`${this.told.title}, ${this.#moment(this.at)}: ${this.#say(this.at)}`);
+  }
+
+  #move(to) {
+    if (to === this.at) return;
+    this.at = to;
+    this.dirty = true;
+    this.draw();
+  }
+
+  #moment(index) {
+    const x = this.data.x[index];
+    return this.kind === "time" ? clock(x) : `step ${short(x)}`;
+  }
+
+  #say(index) {
+    return this.told.lines.map((line) => {
+      const value = this.data.column(line.name)[index];
+      return `${line.label} ${inWords(Number.isNaN(value) ? null : value, this.told.unit)}`;
+    }).join(", ");
+  }
+
+  #first() {
+    const x = this.data.x;
+    let low = 0;
+    let high = x.length;
+    while (low < high) {
+      const middle = (low + high) >> 1;
+      if (x[middle] < this.from) low = middle + 1; else high = middle;
+    }
+    return low;
+  }
+
+  #range() {
+    const x = this.data.x;
+    const low = x[this.#first()] ?? 0;
+    const high = x[x.length - 1] ?? 1;
+    return high > low ? { low, high } : { low: low - 0.5, high: low + 0.5 };
+  }
+
+  /** Draw if anything changed. Called once a frame at most. */
+  draw() {
+    if (!this.dirty || document.hidden) return;
+    const width = this.canvas.clientWidth;
+    const height = this.canvas.clientHeight;
+    if (!width || !height) return;
+    this.dirty = false;
+    const scale = window.devicePixelRatio || 1;
+    if (this.canvas.width !== Math.round(width * scale) || this.canvas.height !== Math.round(height * scale)) {
+      this.canvas.width = Math.round(width * scale);
+      this.canvas.height = Math.round(height * scale);
+    }
+    const pen = this.canvas.getContext("2d");
+    pen.setTransform(scale, 0, 0, scale, 0, 0);
+    pen.clearRect(0, 0, width, height);
+    this.#paint(pen, width, height);
+    this.#tell();
+  }
+
+  #tell() {
+    const index = this.at >= 0 ? this.at : this.data.x.length - 1;
+    for (const [line, value, item] of this.values) {
+      const found = this.data.column(line.name)[index];
+      value.textContent = inWords(found === undefined || Number.isNaN(found) ? null : found, this.told.unit);
+      item.hidden = !this.data.has(line.name);
+    }
+    this.when.textContent = this.at >= 0 ? this.#moment(index) : "";
+    const label = `${this.told.title}. ${index >= 0 ? this.#say(index) : "no values"}. Arrow keys go through the values.`;
+    if (this.canvas.getAttribute("aria-label") !== label) this.canvas.setAttribute("aria-label", label);
+  }
+
+  #paint(pen, width, height) {
+    const style = getComputedStyle(document.documentElement);
+    const colour = (name) => style.getPropertyValue(name).trim();
+    const first = this.#first();
+    const { low, high } = this.#range();
+    const lines = this.told.lines.map((line) => this.data.column(line.name));
+    const tops = this.told.stacked ? this.#stack(lines, first) : lines;
+    const [bottom, top] = this.#bounds(tops, first);
+    const toX = (x) => LEFT + ((x - low) / (high - low)) * (width - LEFT - 8);
+    const toY = (y) => height - BOTTOM - ((y - bottom) / (top - bottom)) * (height - BOTTOM - TOP);
+    this.#axes(pen, { width, height, low, high, bottom, top, toX, toY, ink: colour("--quiet"), grid: colour("--faint") });
+    this.#events(pen, { height, low, high, toX, ink: colour("--accent") });
+    pen.save();
+    pen.beginPath();
+    pen.rect(LEFT, 0, width - LEFT, height - BOTTOM + 1);
+    pen.clip();
+    for (let i = tops.length - 1; i >= 0; i -= 1) {
+      pen.strokeStyle = pen.fillStyle = colour(`--c${i % COLOURS}`);
+      this.#line(pen, tops[i], { first, toX, toY, base: this.told.stacked ? (i ? tops[i - 1] : null) : undefined });
+    }
+    pen.restore();
+    if (this.at >= first) {
+      pen.strokeStyle = colour("--quiet");
+      pen.beginPath();
+      pen.moveTo(toX(this.data.x[this.at]), TOP);
+      pen.lineTo(toX(this.data.x[this.at]), height - BOTTOM);
+      pen.stroke();
+    }
+  }
+
+  /** Each line with those before it added; a gap counts as nothing where another line has a value. */
+  #stack(lines, first) {
+    const sums = [];
+    for (const [i, line] of lines.entries()) {
+      const below = sums[i - 1];
+      sums.push(this.data.x.map((_, k) => {
+        if (k < first || lines.every((other) => !(other[k] === other[k]))) return NaN;
+        return (below ? below[k] : 0) + (line[k] === line[k] ? line[k] ?? 0 : 0);
+      }));
+    }
+    return sums;
+  }
+
+  #bounds(lines, first) {
+    let low = Infinity;
+    let high = -Infinity;
+    for (const line of lines) {
+      for (let i = first; i < line.length; i += 1) {
+        if (line[i] < low) low = line[i];
+        if (line[i] > high) high = line[i];
+      }
+    }
+    if (low > high) return [0, 1];
+    // From 0, unless all is far from it.
+    if (low >= 0 && (low < high * 0.6 || this.told.stacked || this.told.unit === "share")) low = 0;
+    if (this.told.unit === "share" && high <= 1 && high > 0.3) high = 1;
+    if (high === low) return low === 0 ? [0, 1] : [low - Math.abs(low) * 0.1, high + Math.abs(high) * 0.1];
+    return [low, high + (this.told.unit === "share" ? 0 : (high - low) * 0.06)];
+  }
+
+  #axes(pen, { width, height, low, high, bottom, top, toX, toY, ink, grid }) {
+    pen.font = "12px system-ui, sans-serif";
+    pen.lineWidth = 1;
+    pen.textAlign = "right";
+    pen.textBaseline = "middle";
+    const step = niceStep(top - bottom, TICKS);
+    for (let y = Math.ceil(bottom / step) * step; y <= top + step * 1e-6; y += step) {
+      pen.strokeStyle = grid;
+      pen.beginPath();
+      pen.moveTo(LEFT, Math.round(toY(y)) + 0.5);
+      pen.lineTo(width - 4, Math.round(toY(y)) + 0.5);
+      pen.stroke();
+      pen.fillStyle = ink;
+      const near0 = Math.abs(y) < step * 1e-6 ? 0 : y;
+      pen.fillText(this.told.unit === "share" ? `${short(near0 * 100)}%` : compact(near0), LEFT - 6, toY(y));
+    }
+    pen.textBaseline = "alphabetic";
+    for (const [share, align] of [[0, "left"], [0.5, "center"], [1, "right"]]) {
+      const x = low + share * (high - low);
+      pen.textAlign = align;
+      if (this.data.x.length) pen.fillText(this.kind === "time" ? clock(x) : short(Math.round(x)), toX(x), height - 5);
+    }
+  }
+
+  /** Marks of new weights: lines if they are few, else ticks at the bottom. */
+  #events(pen, { height, low, high, toX, ink }) {
+    const places = new Set(this.marks().filter((x) => x >= low && x <= high).map((x) => Math.round(toX(x)) + 0.5));
+    const top = places.size > MOST_LINES ? height - BOTTOM - 7 : TOP;
+    pen.strokeStyle = ink;
+    pen.lineWidth = 1;
+    pen.setLineDash(places.size > MOST_LINES ? [] : [2, 3]);
+    for (const at of places) {
+      pen.beginPath();
+      pen.moveTo(at, top);
+      pen.lineTo(at, height - BOTTOM);
+      pen.stroke();
+    }
+    pen.setLineDash([]);
+  }
+
+  /** One line, thinned to the pixels: of the rows on one pixel the least and the greatest. */
+  #line(pen, line, { first, toX, toY, base }) {
+    const x = this.data.x;
+    const runs = [];
+    let run = [];
+    let pixel = null;
+    const flush = () => { if (pixel) run.push(...pixel.points()); pixel = null; };
+    for (let i = first; i < line.length; i += 1) {
+      const y = line[i];
+      if (!(y === y)) { flush(); if (run.length) runs.push(run); run = []; continue; }
+      const at = Math.round(toX(x[i]));
+      if (!pixel || pixel.at !== at) { flush(); pixel = new Pixel(at); }
+      pixel.add(toX(x[i]), toY(y), base ? toY(base[i]) : toY(0));
+    }
+    flush();
+    if (run.length) runs.push(run);
+    for (const points of runs) {
+      if (base !== undefined) this.#area(pen, points);
+      pen.lineWidth = 1.8;
+      pen.lineJoin = "round";
+      pen.beginPath();
+      for (const [px, py] of points) pen.lineTo(px, py);
+      pen.stroke();
+      // A value between two gaps is a dot.
+      if (points.length === 1) { pen.beginPath(); pen.arc(points[0][0], points[0][1], 2.5, 0, 7); pen.fill(); }
+    }
+  }
+
+  #area(pen, points) {
+    pen.globalAlpha = 0.35;
+    pen.beginPath();
+    for (const [px, py] of points) pen.lineTo(px, py);
+    for (let i = points.length - 1; i >= 0; i -= 1) pen.lineTo(points[i][0], points[i][2]);
+    pen.closePath();
+    pen.fill();
+    pen.globalAlpha = 1;
+  }
+}
+
+class Pixel {
+  constructor(at) {
+    this.at = at;
+    this.all = [];
+  }
+
+  add(x, y, base) {
+    this.all.push([x, y, base]);
+  }
+
+  points() {
+    if (this.all.length <= 3) return this.all;
+    const by = [...this.all].sort((a, b) => a[1] - b[1]);
+    const kept = new Set([this.all[0], by[0], by[by.length - 1], this.all[this.all.length - 1]]);
+    return this.all.filter((point) => kept.has(point));
+  }
+}
+
+function compact(value) {
+  const size = Math.abs(value);
+  if (size >= 1e6) return `${short(value / 1e6)}M`;
+  if (size >= 1e4) return `${short(value / 1e3)}k`;
+  return short(value);
+}

@@ -1,0 +1,1 @@
+"""Prompt programs, part by part; `rollout/program.py` has what their authors import."""

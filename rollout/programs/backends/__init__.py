@@ -1,0 +1,1 @@
+"""What runs the requests of programs: a replica, or a server."""
