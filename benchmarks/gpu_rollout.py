@@ -45,6 +45,7 @@ from engine.config import (
     Quantization,
     SchedulerConfig,
 )
+from engine.protocol import BeginUpdate, TensorSpec
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -79,6 +80,9 @@ class Options:
     """Print the kernel table of one decode step."""
     logprob_cost: bool = False
     """Run each workload with and without logprobs in the reply, twice each."""
+    embedding_scale: float = 1.0
+    """Embeddings so many times as large as random weights have them. Tokens then resemble each
+    other less after some layers, and those of a mixture share fewer experts."""
     replay: tuple[int, ...] = ()
     """Batch sizes at which to compare steps with bare graph replays."""
     peer: tuple[PeerName, ...] = ()
@@ -224,9 +228,24 @@ def first_token_s(bench: Bench) -> float:
     return age
 
 
+def draw_embeddings(options: Options, bench: Bench) -> None:
+    """Random embeddings of another scale, by an update of the one tensor."""
+    config = json.loads(Path(options.model).read_text())
+    generator = torch.Generator().manual_seed(0)
+    shape = (config["vocab_size"], config["hidden_size"])
+    drawn = torch.randn(shape, generator=generator) * config["initializer_range"]
+    spec = TensorSpec(name="model.embed_tokens.weight", dtype="float32", shape=list(shape))
+    begin = BeginUpdate(version=bench.replica.state().version + 1, manifest=[spec], partial=True)
+    bench.replica.update_weights_inproc(
+        begin, [(spec.name, drawn * options.embedding_scale)], lasting=True
+    )
+
+
 def start(options: Options) -> tuple[Bench, dict[str, Any]]:
     """Bring up the engine and measure the machine; prints both."""
     bench = Bench(engine_config(options), options.shorten)
+    if options.embedding_scale != 1.0:
+        draw_embeddings(options, bench)
     first_s = first_token_s(bench)
     machine = ceilings()
     torch.cuda.empty_cache()

@@ -59,8 +59,8 @@ class TimedExecutor:
     def cancel(self, reason: str, *, group: str = "") -> None:
         self.inner.cancel(reason, group=group)
 
-    def receive(self, tensors: Iterable[tuple[str, Any]]) -> None:
-        self.inner.receive(tensors)
+    def receive(self, tensors: Iterable[tuple[str, Any]], *, lasting: bool = False) -> None:
+        self.inner.receive(tensors, lasting=lasting)
 
     def close(self) -> None:
         self.inner.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import copy
 from typing import Any, Self
 
 from engine.errors import InvalidRequest
@@ -30,7 +29,8 @@ class Context:
     def copied(self) -> Self:
         """Another one that goes on from here."""
         # Lists of tokens are never changed in place.
-        other = copy(self)
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
         other._text = list(self._text)
         other.turns = self.turns.copied()
         return other

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from copy import copy
 from typing import Any, Self
 
 from engine.errors import InvalidRequest
@@ -53,7 +52,8 @@ class Conversation:
 
     def copied(self) -> Self:
         """Another one that goes on from here."""
-        other = copy(self)
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
         other._new, other._before = list(self._new), list(self._before)
         return other
 

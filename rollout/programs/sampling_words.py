@@ -28,6 +28,14 @@ def sampling_of_words(words: Mapping[str, Any]) -> SamplingParams:
     if not words:
         return SamplingParams()
     try:
+        return msgspec.convert(dict(words), SamplingParams)
+    except msgspec.ValidationError:
+        # Said as /generate says it.
+        return _explained(words)
+
+
+def _explained(words: Mapping[str, Any]) -> SamplingParams:
+    try:
         body = msgspec.json.encode({"sampling_params": words})
         return parse_request(body).sampling_params
     except TypeError as error:

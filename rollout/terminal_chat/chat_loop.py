@@ -6,7 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest, SlipstreamError
@@ -82,6 +82,9 @@ class ChatLoop:
                     self._painter.note(told)
             elif text:
                 self._message(text[1:] if text.startswith("//") else text)
+        except KeyboardInterrupt:
+            # One that came while another was being answered.
+            self._painter.end_line()
         except SlipstreamError as error:
             self.num_failed += 1
             self._painter.end_line()
@@ -102,7 +105,8 @@ class ChatLoop:
         except KeyboardInterrupt:
             stopped = True
         self._painter.end(stopped=stopped)
-        chat.turns += [asked, {"role": "assistant", "content": "".join(pieces)}]
+        if pieces or not stopped:
+            chat.turns += [asked, {"role": "assistant", "content": "".join(pieces)}]
 
 
 def _talk(config: ChatConfig) -> Talk:
@@ -125,8 +129,9 @@ def _lines(painter: Painter, *, interactive: bool) -> Iterator[str]:
     if not interactive:
         yield from sys.stdin
         return
-    # Gives `input` its editing and history.
-    import readline  # noqa: F401
+    with suppress(ModuleNotFoundError):
+        # Gives `input` its editing and history, where Python was built with it.
+        import readline  # noqa: F401
 
     while True:
         try:

@@ -29,6 +29,7 @@ export class Chart {
     this.from = -Infinity;
     this.at = -1;
     this.dirty = true;
+    this.seen = false;
     this.root = make("figure", "chart");
     this.canvas = document.createElement("canvas");
     this.legend = make("ul", "legend");
@@ -57,6 +58,10 @@ export class Chart {
     this.canvas.addEventListener("blur", () => this.#move(-1));
     this.canvas.addEventListener("keydown", (event) => this.#key(event));
     new ResizeObserver(() => { this.dirty = true; this.draw(); }).observe(this.canvas);
+    new IntersectionObserver((entries) => {
+      this.seen = entries[entries.length - 1].isIntersecting;
+      this.draw();
+    }).observe(this.canvas);
   }
 
   /** Whether any of its lines has a value. */
@@ -119,12 +124,12 @@ export class Chart {
     return high > low ? { low, high } : { low: low - 0.5, high: low + 0.5 };
   }
 
-  /** Draw if anything changed. Called once a frame at most. */
+  /** Draw if anything changed and somebody can see it; whether it was drawn. */
   draw() {
-    if (!this.dirty || document.hidden) return;
+    if (!this.dirty || !this.seen || document.hidden) return false;
     const width = this.canvas.clientWidth;
     const height = this.canvas.clientHeight;
-    if (!width || !height) return;
+    if (!width || !height) return false;
     this.dirty = false;
     const scale = window.devicePixelRatio || 1;
     if (this.canvas.width !== Math.round(width * scale) || this.canvas.height !== Math.round(height * scale)) {
@@ -136,6 +141,7 @@ export class Chart {
     pen.clearRect(0, 0, width, height);
     this.#paint(pen, width, height);
     this.#tell();
+    return true;
   }
 
   #tell() {
@@ -182,13 +188,15 @@ export class Chart {
 
   /** Each line with those before it added; a gap counts as nothing where another line has a value. */
   #stack(lines, first) {
-    const sums = [];
-    for (const [i, line] of lines.entries()) {
-      const below = sums[i - 1];
-      sums.push(this.data.x.map((_, k) => {
-        if (k < first || lines.every((other) => !(other[k] === other[k]))) return NaN;
-        return (below ? below[k] : 0) + (line[k] === line[k] ? line[k] ?? 0 : 0);
-      }));
+    const count = this.data.x.length;
+    const sums = lines.map(() => new Array(count).fill(NaN));
+    for (let k = first; k < count; k += 1) {
+      let sum = NaN;
+      for (const line of lines) if (line[k] === line[k] && line[k] !== undefined) sum = 0;
+      for (const [i, line] of lines.entries()) {
+        if (line[k] === line[k] && line[k] !== undefined) sum += line[k];
+        sums[i][k] = sum;
+      }
     }
     return sums;
   }
@@ -236,17 +244,21 @@ export class Chart {
 
   /** Marks of new weights: lines if they are few, else ticks at the bottom. */
   #events(pen, { height, low, high, toX, ink }) {
-    const places = new Set(this.marks().filter((x) => x >= low && x <= high).map((x) => Math.round(toX(x)) + 0.5));
-    const top = places.size > MOST_LINES ? height - BOTTOM - 7 : TOP;
+    const places = [];
+    for (const x of this.marks()) {
+      const at = Math.round(toX(x)) + 0.5;
+      if (x >= low && x <= high && !(at - places[places.length - 1] < 3)) places.push(at);
+    }
+    const few = places.length <= MOST_LINES;
     pen.strokeStyle = ink;
     pen.lineWidth = 1;
-    pen.setLineDash(places.size > MOST_LINES ? [] : [2, 3]);
+    if (few) pen.setLineDash([2, 3]);
+    pen.beginPath();
     for (const at of places) {
-      pen.beginPath();
-      pen.moveTo(at, top);
+      pen.moveTo(at, few ? TOP : height - BOTTOM - 7);
       pen.lineTo(at, height - BOTTOM);
-      pen.stroke();
     }
+    pen.stroke();
     pen.setLineDash([]);
   }
 
@@ -269,7 +281,7 @@ export class Chart {
     for (const points of runs) {
       if (base !== undefined) this.#area(pen, points);
       pen.lineWidth = 1.8;
-      pen.lineJoin = "round";
+      pen.lineJoin = "bevel";
       pen.beginPath();
       for (const [px, py] of points) pen.lineTo(px, py);
       pen.stroke();
@@ -289,21 +301,23 @@ export class Chart {
   }
 }
 
+/** The points of a line on one pixel. */
 class Pixel {
   constructor(at) {
     this.at = at;
-    this.all = [];
+    this.least = null;
+    this.greatest = null;
   }
 
   add(x, y, base) {
-    this.all.push([x, y, base]);
+    const point = [x, y, base];
+    if (!this.least || y < this.least[1]) this.least = point;
+    if (!this.greatest || y >= this.greatest[1]) this.greatest = point;
   }
 
   points() {
-    if (this.all.length <= 3) return this.all;
-    const by = [...this.all].sort((a, b) => a[1] - b[1]);
-    const kept = new Set([this.all[0], by[0], by[by.length - 1], this.all[this.all.length - 1]]);
-    return this.all.filter((point) => kept.has(point));
+    if (this.least === this.greatest) return [this.least];
+    return this.least[0] <= this.greatest[0] ? [this.least, this.greatest] : [this.greatest, this.least];
   }
 }
 

@@ -71,7 +71,8 @@ class ReplicaSession:
         """See `Session`."""
         if self._error is not None:
             raise self._error
-        [request] = expand(wire, self._tokenizer, self._state, 0)
+        # Sampling parameters were looked at when they were read, and the replica looks again.
+        [request] = expand(wire, self._tokenizer, self._state, 0, decoded=True)
         future = asyncio.get_running_loop().create_future()
         self._waiting[request.rid] = future
         self._new.append(request)

@@ -153,6 +153,22 @@ def test_a_server_that_is_not_there_and_comes_back() -> None:
         run_chat(ChatConfig(url=gone.url, model="m"))
 
 
+def test_a_message_that_is_stopped_before_anything_came_is_none() -> None:
+    class Slow:
+        name = "slow"
+
+        def reply(self, turns: Any, settings: Any) -> Any:
+            raise KeyboardInterrupt
+            yield
+
+        def close(self) -> None: ...
+
+    out, notes = io.StringIO(), io.StringIO()
+    chat = Chat(SETTINGS)
+    ChatLoop(Slow(), chat, Painter(out, notes)).line("hi")
+    assert (chat.turns, out.getvalue()) == ([], "") and "[stopped, 0 tokens" in notes.getvalue()
+
+
 def test_the_options_of_chat_are_these(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["chat", "--help"])
