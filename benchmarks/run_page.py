@@ -60,6 +60,8 @@ class Options:
     """Of the run."""
     pairs: int = 6
     """Steps with the page open, and as many without."""
+    minutes: float | None = None
+    """Take fewer where so much time is over."""
     json: str | None = None
     """Write the result to this file."""
 
@@ -81,6 +83,7 @@ class Turns(Display):
         step = {name: after[name] - self._before[name] for name in MEASURED}
         if row["step"] > 1:
             self.steps.append({"open": self._open, **step})
+            print(json.dumps(self.steps[-1]), flush=True)
         self._open = not self._open
         for pid in self._pids.values():
             os.kill(pid, signal.SIGCONT if self._open else signal.SIGSTOP)
@@ -97,6 +100,7 @@ def beside_steps(options: Options, folder: Path) -> dict[str, Any]:
     run_options = RunOptions(
         model=options.model,
         steps=steps,
+        minutes=options.minutes,
         out=str(folder),
         eval_every=0,
         eval_prompts=1,
@@ -109,11 +113,13 @@ def beside_steps(options: Options, folder: Path) -> dict[str, Any]:
         reader = subprocess.Popen([sys.executable, "-c", READER, url])
         run.begin()
         run.display = turns = Turns({"page": page.pid, "reader": reader.pid}, steps)
-        train(run)
-        for pid in (page.pid, reader.pid):
-            os.kill(pid, signal.SIGCONT)
-        page.close()
-        reader.wait(30)
+        try:
+            train(run)
+        finally:
+            for pid in (page.pid, reader.pid):
+                os.kill(pid, signal.SIGCONT)
+            page.close()
+            reader.wait(30)
     return _summary(turns.steps)
 
 

@@ -16,9 +16,6 @@ NOT_CALLED = {
     "rollout.requests.generate.classify": "for a program that scores in its own process",
     "trainer_bridge.hf.load_classifier": "for a trainer of a reward model, or of a critic from one",
     "engine.models.deepseek_experts.v2_experts": "of DeepSeek-V2, whose attention is not built",
-    "rollout.dashboard.numbers.told": "for a source with rewards, which a server has not",
-    "rollout.dashboard.rollouts.HEAD_CHARS": "for a source with rollouts, which a server has not",
-    "rollout.dashboard.standalone.page_app": "for a source that is no server's",
     "rollout.requests.parts": "for a program that asks for a reply in parts, of several servers",
 }
 """Modules and names that the product offers and does not use itself, and why."""
@@ -31,12 +28,6 @@ NOT_READ = {
     "engine.protocol.steps.EngineFacts.load_seconds": "for a benchmark's table",
     "engine.protocol.steps.EngineFacts.num_parameters": "for a benchmark's table",
     "rollout.masks.grammar.languages.gbnf.Repeated.part": "read by its place, in patterns",
-    "rollout.dashboard.figures.Figure.tone": "for the page's scripts",
-    "rollout.dashboard.figures.Snapshot.charts": "for the page's scripts",
-    "rollout.dashboard.figures.Snapshot.tone": "for the page's scripts",
-    "rollout.dashboard.rollouts.RolloutQuery.descending": "for a source with rollouts",
-    "rollout.dashboard.rollouts.RolloutQuery.reward_max": "for a source with rollouts",
-    "rollout.dashboard.rollouts.RolloutQuery.reward_min": "for a source with rollouts",
     "rollout.client.Client.wait_ready": "for a program that started the server",
     "rollout.http.http_server.PatientServer.handle_exit": "for uvicorn, on a signal",
     "rollout.programs.runner.Runner.of_replica": "for a program",

@@ -61,11 +61,11 @@ class JsonFormatter(logging.Formatter):
 def set_up_logging(
     form: LogFormat = "text", level: LogLevel = "info", *, process: str = "", access: bool = False
 ) -> None:
-    """Log to stderr from now on, in place of what was set up before. process: stands in every line.
+    """Log to stderr from now on, unless logging was set up before. process: stands in every line.
     access: of each request too, whatever the level."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(process) if form == "json" else TextFormatter(process))
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.basicConfig(level=level.upper(), handlers=[handler])
     for name in _QUIET:
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
     logging.getLogger(ACCESS_LOGGER).setLevel(logging.INFO if access else logging.CRITICAL)

@@ -4,10 +4,11 @@ it; elsewhere these tests are skipped.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,27 @@ class Visit:
         while not self.page.evaluate(condition):
             assert time.monotonic() < deadline, condition
             self.page.wait_for_timeout(20)
+
+    def longest_task_ms(self, action: Callable[[], None]) -> float:
+        """Processor time of the longest task of the page's thread while `action` runs."""
+        browser = self.context.browser
+        browser.start_tracing(page=self.page, categories=["disabled-by-default-devtools.timeline"])
+        action()
+        self.page.wait_for_timeout(300)
+        events = json.loads(browser.stop_tracing())["traceEvents"]
+        pages = {
+            (event["pid"], event["tid"])
+            for event in events
+            if event.get("name") == "thread_name" and event["args"]["name"] == "CrRendererMain"
+        }
+        times = [
+            event["tdur"] / 1000
+            for event in events
+            if event.get("name") == "RunTask" and (event["pid"], event["tid"]) in pages
+            if "tdur" in event
+        ]
+        assert len(times) > 20, "the trace has no tasks"
+        return max(times)
 
     def picture(self, name: str) -> None:
         """Keep a screenshot of the whole page in $SCREENSHOTS, where that is set."""

@@ -8,11 +8,7 @@ from tests.helpers.dashboard_source import MadeUpSource
 from tests.helpers.page_server import serve_page
 
 MOST_MS = 100.0
-WATCH = """() => {
-  window.tasks = [];
-  new PerformanceObserver((list) => window.tasks.push(...list.getEntries().map((e) => e.duration)))
-    .observe({ type: "longtask", buffered: false });
-}"""
+"""Processor time of one task of the page's thread: others may use the machine, too."""
 HOSTILE = (
     '<img src=x onerror="window.pwned=1"><script>window.pwned=1</script>\u0000\u001b[31m\u202eevil',
     "<b>bold</b>\u0007 \u200bzero\ufeff <iframe src=javascript:pwned=1></iframe>",
@@ -20,25 +16,22 @@ HOSTILE = (
 
 
 def test_ten_thousand_rollouts_are_browsed_without_a_stall(visit: Any) -> None:
-    with serve_page(MadeUpSource(steps=2000, groups=1250)) as url:
+    texts = ("Prompt " * 300, " ".join(f"word{i}" for i in range(900)))
+    with serve_page(MadeUpSource(steps=2000, groups=1250, texts=texts)) as url:
         tab = visit(viewport={"width": 1280, "height": 900})
-        tab.page.goto(f"{url}/dashboard")
-        tab.page.wait_for_selector("#list .row .reply")
+
+        def open_page() -> None:
+            tab.page.goto(f"{url}/dashboard")
+            tab.page.wait_for_selector("#list .row .reply")
+            tab.until("document.querySelectorAll('.chart').length === 2")
+
+        assert tab.longest_task_ms(open_page) < MOST_MS
         assert tab.page.inner_text("#count") == "10,000 rollouts"
-        tab.page.evaluate(WATCH)
-        # The best of three, since others may use the machine.
-        longest = []
-        for turn in range(3):
-            tab.page.evaluate("window.tasks.length = 0")
-            browse(tab, turn)
-            longest.append(max(tab.page.evaluate("window.tasks"), default=0.0))
-            if longest[-1] < MOST_MS:
-                break
-        assert min(longest) < MOST_MS, longest
+        assert tab.longest_task_ms(lambda: browse(tab)) < MOST_MS
         assert tab.page.evaluate("document.querySelectorAll('#list .row').length") < 60
 
 
-def browse(tab: Any, turn: int) -> None:
+def browse(tab: Any) -> None:
     """Scroll far and near, sort, filter, and open groups."""
     page = tab.page
     page.focus("#list")
@@ -50,8 +43,8 @@ def browse(tab: Any, turn: int) -> None:
         page.keyboard.press(key)
     for _ in range(20):
         page.mouse.wheel(0, 400)
-    page.select_option("[name=sort]", "reward" if turn % 2 == 0 else "length")
-    page.fill("[name=step]", str(turn + 3))
+    page.select_option("[name=sort]", "reward")
+    page.fill("[name=step]", "3")
     tab.until("document.getElementById('count').textContent === '32 rollouts'")
     tab.open_row(1)
     tab.until("document.querySelectorAll('.sample').length === 8")
@@ -83,11 +76,11 @@ def test_a_huge_reply_is_cut_and_the_rest_comes_when_asked_for(visit: Any) -> No
         tab.page.goto(f"{url}/dashboard")
         tab.open_row(0)
         tab.until("document.querySelectorAll('.sample').length === 8")
-        tokens = tab.page.locator(".sample.chosen .tokens span")
-        assert tokens.count() == 400
+        sampled = "document.querySelectorAll('.sample.chosen .tokens span').length"
+        tab.until(f"{sampled} === 200")
         tab.page.click(".sample.chosen .more")
-        assert tokens.count() == 2400
-        assert "57,600 tokens left" in tab.page.inner_text(".sample.chosen .more")
+        tab.until(f"{sampled} === 1200")
+        assert "58,800 tokens left" in tab.page.inner_text(".sample.chosen .more")
         assert "96,000 characters left" in tab.page.inner_text(".prompt .more")
         tab.page.click(".prompt .more")
         assert "76,000 characters left" in tab.page.inner_text(".prompt .more")

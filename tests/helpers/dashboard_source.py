@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 
 from rollout.dashboard.figures import (
     Chart,
@@ -98,9 +99,8 @@ class MadeUpSource:
         return EventsPage(first=since, next=len(self.events_seen), events=found)
 
     async def rollouts(self, query: RolloutQuery) -> RolloutPage:
-        rows = [self._row(i) for i in range(self.groups * GROUP_SIZE)]
         text = query.text.lower()
-        rows = [row for row in rows if text in row.head.lower()]
+        rows = [row for row in self._rows if text in row.head.lower()]
         if query.step is not None:
             rows = [row for row in rows if row.step == query.step]
         rows = [row for row in rows if _within(row.reward, query)]
@@ -122,6 +122,10 @@ class MadeUpSource:
             answer="9",
             samples=[self._sample(number, i) for i in range(GROUP_SIZE)],
         )
+
+    @cached_property
+    def _rows(self) -> list[RolloutRow]:
+        return [self._row(i) for i in range(self.groups * GROUP_SIZE)]
 
     def _text(self, index: int) -> str:
         return self.texts[(index + 1) % len(self.texts)]

@@ -107,7 +107,7 @@ class FakeWorker:
         if seen.target == "/server_info":
             line.reply(json.dumps(self._info()).encode())
             return
-        if seen.target == "/health":
+        if seen.target == "/liveness":
             line.reply(b'{"status":"ok"}', 200 if self.well else 503)
             return
         self.seen.append(seen)

@@ -112,6 +112,14 @@ SERVE: dict[str, tuple[list[str], str, object]] = {
     "receive-timeout-s": (["2.5"], "receive_timeout_s", 2.5),
     "send-timeout-s": (["3.5"], "send_timeout_s", 3.5),
     "http-processes": (["4"], "http_processes", 4),
+    "request-timeout-s": (["5"], "request_timeout_s", 5.0),
+    "max-request-timeout-s": (["6"], "max_request_timeout_s", 6.0),
+    "drain-timeout-s": (["7"], "drain_timeout_s", 7.0),
+    "stuck-step-s": (["8"], "stuck_step_s", 8.0),
+    "log-format": (["json"], "log_format", "json"),
+    "log-level": (["debug"], "log_level", "debug"),
+    "access-log": ([], "access_log", True),
+    "otel": ([], "otel", True),
     "router": (["http://h:1"], "router", "http://h:1"),
 }
 
@@ -134,6 +142,8 @@ ROUTER: dict[str, tuple[list[str], str, object]] = {
     "send-timeout-s": (["3.5"], "send_timeout_s", 3.5),
     "silence-s": (["4.5"], "silence_s", 4.5),
     "patience-s": (["5.5"], "patience_s", 5.5),
+    "log-format": (["json"], "log_format", "json"),
+    "log-level": (["debug"], "log_level", "debug"),
 }
 
 

@@ -36,9 +36,16 @@ _FIRST = (
 _REST = (
     _chart(
         "mismatch",
-        "Train/rollout mismatch",
-        "KL of what the engine sampled from what the trainer computes: k1 and k3 estimates.",
-        {"rollout_corr/kl": "k1", "rollout_corr/k3_kl": "k3"},
+        "Train/rollout mismatch, k3",
+        "KL of what the engine samples from what the trainer computes: an estimate above 0.",
+        {"rollout_corr/k3_kl": "k3"},
+        "nats",
+    ),
+    _chart(
+        "mismatch_k1",
+        "Train/rollout mismatch, k1",
+        "Mean difference of the logprobs of engine and trainer: its sign says who is surer.",
+        {"rollout_corr/kl": "k1"},
         "nats",
     ),
     _chart(

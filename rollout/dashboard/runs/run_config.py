@@ -46,6 +46,15 @@ def require_run(folder: Path) -> None:
         )
 
 
+def config_stamp(folder: Path) -> tuple[int, int]:
+    """Another one when the options of a run were written anew."""
+    try:
+        found = os.stat(folder / CONFIG)
+    except OSError:
+        return (0, 0)
+    return (found.st_mtime_ns, found.st_size)
+
+
 def read_config(folder: Path) -> RunConfig:
     """The options of a run; of a folder without them, or half of them, its name alone."""
     values = _read(folder / CONFIG)

@@ -10,13 +10,21 @@ from pathlib import Path
 from threading import Lock
 from typing import TypeVar
 
-from rollout.dashboard.figures import Event, EventsPage, SeriesPage, Snapshot, Tone
+from msgspec import structs
+
+from rollout.dashboard.figures import Chart, Event, EventsPage, SeriesPage, Snapshot, Tone
 from rollout.dashboard.numbers import gap
 from rollout.dashboard.rollouts import RolloutGroup, RolloutPage, RolloutQuery
 from rollout.dashboard.runs.kept_rollouts import ROLLOUTS, SAMPLES
 from rollout.dashboard.runs.rollout_index import RolloutIndex
 from rollout.dashboard.runs.run_charts import charts_of, columns_of
-from rollout.dashboard.runs.run_config import is_over, is_running, read_config, require_run
+from rollout.dashboard.runs.run_config import (
+    config_stamp,
+    is_over,
+    is_running,
+    read_config,
+    require_run,
+)
 from rollout.dashboard.runs.run_events import events_of, seconds_of
 from rollout.dashboard.runs.run_figures import figures_of
 from rollout.dashboard.runs.run_rows import METRICS, RunRows
@@ -26,6 +34,10 @@ T = TypeVar("T")
 PAGE_ROWS = 2000
 _PERIOD_S = 0.25
 """Files are looked at no more often."""
+_FEW = 200
+"""Rows, or events, that are told without a thread."""
+_STATE_S = 5.0
+"""Nor whether the run goes on: the system's list of locks takes longer than all the rest."""
 
 
 class RunSource:
@@ -44,7 +56,11 @@ class RunSource:
         self._with_tokens = RolloutIndex(folder / ROLLOUTS)
         self._as_text = RolloutIndex(folder / SAMPLES)
         self._lock = Lock()
-        self._looked_at = float("-inf")
+        self._looked_at = self._state_at = float("-inf")
+        self._state: tuple[str, Tone] = ("", "plain")
+        self._charts: list[Chart] = []
+        self._snapshot_of: tuple[object, ...] = ()
+        self._last_snapshot: Snapshot | None = None
 
     @property
     def epoch(self) -> str:
@@ -57,11 +73,13 @@ class RunSource:
 
     async def series(self, since: int) -> SeriesPage:
         """See `Source`."""
-        return await self._in_thread(lambda: self._series(since))
+        few = len(self._rows.rows) - since < _FEW
+        return await self._in_thread(lambda: self._series(since), at_once=few)
 
     async def events(self, since: int) -> EventsPage:
         """See `Source`."""
-        return await self._in_thread(lambda: self._events_page(since))
+        few = len(self._events) - since < _FEW
+        return await self._in_thread(lambda: self._events_page(since), at_once=few)
 
     async def rollouts(self, query: RolloutQuery) -> RolloutPage:
         """See `Source`."""
@@ -77,8 +95,14 @@ class RunSource:
             for each in (self._rows, self._with_tokens, self._as_text):
                 each.close()
 
-    async def _in_thread(self, work: Callable[[], T]) -> T:
-        """What `work` gives, after a look at what is new."""
+    async def _in_thread(self, work: Callable[[], T], *, at_once: bool = False) -> T:
+        """What `work` gives, after a look at what is new. at_once: it takes no time, and needs no
+        thread where the files were looked at just now."""
+        if at_once and self._is_fresh() and self._lock.acquire(blocking=False):
+            try:
+                return work()
+            finally:
+                self._lock.release()
 
         def looked() -> T:
             with self._lock:
@@ -88,24 +112,29 @@ class RunSource:
         return await asyncio.to_thread(looked)
 
     def _refresh(self) -> None:
-        now = self._clock()
-        if now - self._looked_at < _PERIOD_S:
+        if self._is_fresh():
             return
-        self._looked_at = now
+        now = self._looked_at = self._clock()
         self._rows.refresh()
         self._take_in()
         self._with_tokens.refresh()
         self._as_text.refresh()
+        if now - self._state_at >= _STATE_S:
+            self._state, self._state_at = self._look_at_state(), now
+
+    def _is_fresh(self) -> bool:
+        return self._clock() - self._looked_at < _PERIOD_S
 
     def _take_in(self) -> None:
         """The columns and events of rows that are new."""
         generation, num = self._taken
         if generation != self._rows.generation:
-            self._columns, self._events, num = {}, [], 0
+            self._columns, self._events, self._charts, num = {}, [], [], 0
         rows = self._rows.rows[num:]
         for row in rows:
             self._columns.update(dict.fromkeys(row.figures))
         if rows:
+            self._charts = charts_of(self._columns)
             before = self._changed_at() - sum(map(seconds_of, rows))
             self._events += events_of(rows, before=before)
         self._taken = (self._rows.generation, len(self._rows.rows))
@@ -115,8 +144,18 @@ class RunSource:
         return self._with_tokens if len(self._with_tokens) else self._as_text
 
     def _snapshot(self) -> Snapshot:
+        """Made anew only when something is new: a page asks once a second, beside a run."""
+        of = (
+            *(self._taken, self._rows.num_unread, len(self._index()), self._state),
+            config_stamp(self._folder),
+        )
+        if self._last_snapshot is None or of != self._snapshot_of:
+            self._last_snapshot, self._snapshot_of = self._new_snapshot(), of
+        return structs.replace(self._last_snapshot, at=time.time())
+
+    def _new_snapshot(self) -> Snapshot:
         config = read_config(self._folder)
-        state, tone = self._state()
+        state, tone = self._state
         return Snapshot(
             title=config.name,
             kind="run",
@@ -126,11 +165,11 @@ class RunSource:
             model=config.model,
             x="step",
             figures=figures_of(self._rows.rows, config, self._rows.num_unread),
-            charts=charts_of(self._columns),
+            charts=self._charts,
             rollouts=self._no_rollouts(config.samples_replies),
         )
 
-    def _state(self) -> tuple[str, Tone]:
+    def _look_at_state(self) -> tuple[str, Tone]:
         if is_running(self._folder):
             return ("training", "good") if self._rows.rows else ("starting", "plain")
         return ("finished", "plain") if is_over(self._folder) else ("stopped", "warn")
@@ -146,7 +185,7 @@ class RunSource:
         rows = self._rows.rows
         first = min(since, len(rows))
         page = rows[first : first + PAGE_ROWS]
-        names = columns_of(charts_of(self._columns))
+        names = columns_of(self._charts)
         return SeriesPage(
             first=first,
             next=first + len(page),

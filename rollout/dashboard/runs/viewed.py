@@ -33,7 +33,12 @@ _HEADERS = {
 def viewed_app(folder: Path, config: PageConfig) -> tuple[ASGIApp, str]:
     """The application for a folder, and the path at which it begins. Raises InvalidRequest (`run`)
     for one that is no run's and has no run in it, (`--api-key`) for a list with a key."""
-    if folder.is_dir() and not is_run(folder) and run_names(folder):
+    try:
+        is_list = folder.is_dir() and not is_run(folder) and bool(run_names(folder))
+    except OSError as error:
+        told = f"run: cannot read {str(folder)[:200]}: {error.strerror}"
+        raise InvalidRequest(told, field="run") from error
+    if is_list:
         if config.api_key:
             raise InvalidRequest(
                 "--api-key: the list of runs has no key, and tells their names; give the folder of "

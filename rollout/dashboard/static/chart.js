@@ -3,7 +3,7 @@
 import { clock, inWords, make, short } from "./text.js";
 import { nearest } from "./series.js";
 
-const LEFT = 46;
+const LEFT = 30;
 const BOTTOM = 20;
 const TOP = 8;
 const COLOURS = 8;
@@ -29,6 +29,9 @@ export class Chart {
     this.from = -Infinity;
     this.at = -1;
     this.dirty = true;
+    this.seen = false;
+    this.drawn = false;
+    this.left = LEFT;
     this.root = make("figure", "chart");
     this.canvas = document.createElement("canvas");
     this.legend = make("ul", "legend");
@@ -57,6 +60,10 @@ export class Chart {
     this.canvas.addEventListener("blur", () => this.#move(-1));
     this.canvas.addEventListener("keydown", (event) => this.#key(event));
     new ResizeObserver(() => { this.dirty = true; this.draw(); }).observe(this.canvas);
+    new IntersectionObserver((entries) => {
+      this.seen = entries[entries.length - 1].isIntersecting;
+      this.draw();
+    }, { rootMargin: "400px" }).observe(this.canvas);
   }
 
   /** Whether any of its lines has a value. */
@@ -67,7 +74,7 @@ export class Chart {
   #point(event) {
     const box = this.canvas.getBoundingClientRect();
     const { low, high } = this.#range();
-    const share = (event.clientX - box.left - LEFT) / Math.max(1, box.width - LEFT - 8);
+    const share = (event.clientX - box.left - this.left) / Math.max(1, box.width - this.left - 8);
     this.#move(nearest(this.data.x, low + share * (high - low)));
   }
 
@@ -119,13 +126,16 @@ export class Chart {
     return high > low ? { low, high } : { low: low - 0.5, high: low + 0.5 };
   }
 
-  /** Draw if anything changed. Called once a frame at most. */
+  /** Draw if anything changed and somebody can see it; whether it was drawn. */
   draw() {
-    if (!this.dirty || document.hidden) return;
+    if (!this.dirty || document.hidden) return false;
+    // Out of sight it is drawn once, and again when it comes into sight.
+    if (!this.seen && this.drawn) return false;
     const width = this.canvas.clientWidth;
     const height = this.canvas.clientHeight;
-    if (!width || !height) return;
+    if (!width || !height) return false;
     this.dirty = false;
+    this.drawn = true;
     const scale = window.devicePixelRatio || 1;
     if (this.canvas.width !== Math.round(width * scale) || this.canvas.height !== Math.round(height * scale)) {
       this.canvas.width = Math.round(width * scale);
@@ -136,6 +146,7 @@ export class Chart {
     pen.clearRect(0, 0, width, height);
     this.#paint(pen, width, height);
     this.#tell();
+    return true;
   }
 
   #tell() {
@@ -158,13 +169,15 @@ export class Chart {
     const lines = this.told.lines.map((line) => this.data.column(line.name));
     const tops = this.told.stacked ? this.#stack(lines, first) : lines;
     const [bottom, top] = this.#bounds(tops, first);
-    const toX = (x) => LEFT + ((x - low) / (high - low)) * (width - LEFT - 8);
+    const ticks = this.#ticks(pen, bottom, top);
+    this.left = Math.max(LEFT, ...ticks.map(([, label]) => pen.measureText(label).width + 10));
+    const toX = (x) => this.left + ((x - low) / (high - low)) * (width - this.left - 8);
     const toY = (y) => height - BOTTOM - ((y - bottom) / (top - bottom)) * (height - BOTTOM - TOP);
-    this.#axes(pen, { width, height, low, high, bottom, top, toX, toY, ink: colour("--quiet"), grid: colour("--faint") });
+    this.#axes(pen, { width, height, low, high, ticks, toX, toY, ink: colour("--quiet"), grid: colour("--faint") });
     this.#events(pen, { height, low, high, toX, ink: colour("--accent") });
     pen.save();
     pen.beginPath();
-    pen.rect(LEFT, 0, width - LEFT, height - BOTTOM + 1);
+    pen.rect(this.left, 0, width - this.left, height - BOTTOM + 1);
     pen.clip();
     for (let i = tops.length - 1; i >= 0; i -= 1) {
       pen.strokeStyle = pen.fillStyle = colour(`--c${i % COLOURS}`);
@@ -182,13 +195,15 @@ export class Chart {
 
   /** Each line with those before it added; a gap counts as nothing where another line has a value. */
   #stack(lines, first) {
-    const sums = [];
-    for (const [i, line] of lines.entries()) {
-      const below = sums[i - 1];
-      sums.push(this.data.x.map((_, k) => {
-        if (k < first || lines.every((other) => !(other[k] === other[k]))) return NaN;
-        return (below ? below[k] : 0) + (line[k] === line[k] ? line[k] ?? 0 : 0);
-      }));
+    const count = this.data.x.length;
+    const sums = lines.map(() => new Array(count).fill(NaN));
+    for (let k = first; k < count; k += 1) {
+      let sum = NaN;
+      for (const line of lines) if (line[k] === line[k] && line[k] !== undefined) sum = 0;
+      for (const [i, line] of lines.entries()) {
+        if (line[k] === line[k] && line[k] !== undefined) sum += line[k];
+        sums[i][k] = sum;
+      }
     }
     return sums;
   }
@@ -210,21 +225,30 @@ export class Chart {
     return [low, high + (this.told.unit === "share" ? 0 : (high - low) * 0.06)];
   }
 
-  #axes(pen, { width, height, low, high, bottom, top, toX, toY, ink, grid }) {
+  /** Values on the y axis, and how they are written. */
+  #ticks(pen, bottom, top) {
     pen.font = "12px system-ui, sans-serif";
+    const step = niceStep(top - bottom, TICKS);
+    const found = [];
+    for (let i = Math.ceil(bottom / step); i * step <= top + step * 1e-6; i += 1) {
+      const y = Number((i * step).toPrecision(12));
+      found.push([y, this.told.unit === "share" ? `${short(Number((y * 100).toPrecision(12)))}%` : tickText(y, step)]);
+    }
+    return found;
+  }
+
+  #axes(pen, { width, height, low, high, ticks, toX, toY, ink, grid }) {
     pen.lineWidth = 1;
     pen.textAlign = "right";
     pen.textBaseline = "middle";
-    const step = niceStep(top - bottom, TICKS);
-    for (let y = Math.ceil(bottom / step) * step; y <= top + step * 1e-6; y += step) {
+    for (const [y, label] of ticks) {
       pen.strokeStyle = grid;
       pen.beginPath();
-      pen.moveTo(LEFT, Math.round(toY(y)) + 0.5);
+      pen.moveTo(this.left, Math.round(toY(y)) + 0.5);
       pen.lineTo(width - 4, Math.round(toY(y)) + 0.5);
       pen.stroke();
       pen.fillStyle = ink;
-      const near0 = Math.abs(y) < step * 1e-6 ? 0 : y;
-      pen.fillText(this.told.unit === "share" ? `${short(near0 * 100)}%` : compact(near0), LEFT - 6, toY(y));
+      pen.fillText(label, this.left - 6, toY(y));
     }
     pen.textBaseline = "alphabetic";
     for (const [share, align] of [[0, "left"], [0.5, "center"], [1, "right"]]) {
@@ -236,17 +260,21 @@ export class Chart {
 
   /** Marks of new weights: lines if they are few, else ticks at the bottom. */
   #events(pen, { height, low, high, toX, ink }) {
-    const places = new Set(this.marks().filter((x) => x >= low && x <= high).map((x) => Math.round(toX(x)) + 0.5));
-    const top = places.size > MOST_LINES ? height - BOTTOM - 7 : TOP;
+    const places = [];
+    for (const x of this.marks()) {
+      const at = Math.round(toX(x)) + 0.5;
+      if (x >= low && x <= high && !(at - places[places.length - 1] < 3)) places.push(at);
+    }
+    const few = places.length <= MOST_LINES;
     pen.strokeStyle = ink;
     pen.lineWidth = 1;
-    pen.setLineDash(places.size > MOST_LINES ? [] : [2, 3]);
+    if (few) pen.setLineDash([2, 3]);
+    pen.beginPath();
     for (const at of places) {
-      pen.beginPath();
-      pen.moveTo(at, top);
+      pen.moveTo(at, few ? TOP : height - BOTTOM - 7);
       pen.lineTo(at, height - BOTTOM);
-      pen.stroke();
     }
+    pen.stroke();
     pen.setLineDash([]);
   }
 
@@ -269,7 +297,7 @@ export class Chart {
     for (const points of runs) {
       if (base !== undefined) this.#area(pen, points);
       pen.lineWidth = 1.8;
-      pen.lineJoin = "round";
+      pen.lineJoin = "bevel";
       pen.beginPath();
       for (const [px, py] of points) pen.lineTo(px, py);
       pen.stroke();
@@ -289,27 +317,34 @@ export class Chart {
   }
 }
 
+/** The points of a line on one pixel. */
 class Pixel {
   constructor(at) {
     this.at = at;
-    this.all = [];
+    this.least = null;
+    this.greatest = null;
   }
 
   add(x, y, base) {
-    this.all.push([x, y, base]);
+    const point = [x, y, base];
+    if (!this.least || y < this.least[1]) this.least = point;
+    if (!this.greatest || y >= this.greatest[1]) this.greatest = point;
   }
 
   points() {
-    if (this.all.length <= 3) return this.all;
-    const by = [...this.all].sort((a, b) => a[1] - b[1]);
-    const kept = new Set([this.all[0], by[0], by[by.length - 1], this.all[this.all.length - 1]]);
-    return this.all.filter((point) => kept.has(point));
+    if (this.least === this.greatest) return [this.least];
+    return this.least[0] <= this.greatest[0] ? [this.least, this.greatest] : [this.greatest, this.least];
   }
 }
 
-function compact(value) {
+/** A value on an axis, with as many digits as tell it from the next one. */
+function tickText(value, step) {
   const size = Math.abs(value);
+  if (value === 0) return "0";
   if (size >= 1e6) return `${short(value / 1e6)}M`;
   if (size >= 1e4) return `${short(value / 1e3)}k`;
-  return short(value);
+  if (size < 0.001) return value.toExponential(1);
+  const digits = Math.max(0, Math.ceil(-Math.log10(step) - 1e-9));
+  const text = value.toFixed(Math.min(8, digits + 1));
+  return size >= 1000 ? short(value) : String(Number(text));
 }

@@ -3,8 +3,12 @@
 import { getJson } from "./net.js";
 import { cutText, inWords, make, short, visibleToken, whole_number } from "./text.js";
 
-const FIRST = 400;
-const MORE = 2000;
+const FIRST = 200;
+const MORE = 1000;
+const PART = 100;
+
+/** A moment for the page to draw and to answer. */
+const breathe = () => new Promise((done) => { setTimeout(done); });
 
 // Where a colour ends: a logprob of 0 has none, and so has an entropy of 0.
 const LOGPROB = [-0.1, -0.5, -1, -2, -4, -7];
@@ -68,8 +72,7 @@ export class Group {
       const pane = new Pane(sample, this, sample.sample === chosen);
       this.panes.push(pane);
       this.samples.append(pane.root);
-      // Between two samples the page may draw and answer.
-      await new Promise((done) => { setTimeout(done); });
+      await breathe();
       if (signal.aborted) return;
     }
   }
@@ -93,9 +96,17 @@ export class Group {
     field.addEventListener("change", (event) => {
       this.mode = event.target.value;
       this.#legend();
-      for (const pane of this.panes) pane.colour();
+      this.#recolour(this.mode);
     });
     return field;
+  }
+
+  async #recolour(mode) {
+    for (const pane of this.panes) {
+      pane.colour();
+      await breathe();
+      if (this.mode !== mode) return;
+    }
   }
 
   #legend() {
@@ -162,18 +173,24 @@ class Pane {
     this.body.addEventListener("keydown", (event) => this.#key(event));
   }
 
-  #grow(by) {
-    const part = document.createDocumentFragment();
-    const end = Math.min(this.tokens.texts.length, this.spans.length + by);
-    for (let i = this.spans.length; i < end; i += 1) {
-      const span = make("span", this.group.tint(this.tokens, i), visibleToken(this.tokens.texts[i]));
-      this.spans.push(span);
-      part.append(span);
+  /** Show so many more tokens, some at a time. */
+  async #grow(by) {
+    const all = this.tokens.texts.length;
+    const end = Math.min(all, this.spans.length + by);
+    this.more.hidden = end === all;
+    this.more.textContent = `Show more (${whole_number(all - end)} tokens left)`;
+    this.more.disabled = true;
+    while (this.spans.length < end) {
+      const part = document.createDocumentFragment();
+      for (let i = this.spans.length, to = Math.min(end, i + PART); i < to; i += 1) {
+        const span = make("span", this.group.tint(this.tokens, i), visibleToken(this.tokens.texts[i]));
+        this.spans.push(span);
+        part.append(span);
+      }
+      this.body.append(part);
+      if (this.spans.length < end) await breathe();
     }
-    this.body.append(part);
-    const left = this.tokens.texts.length - end;
-    this.more.hidden = left === 0;
-    this.more.textContent = `Show more (${whole_number(left)} tokens left)`;
+    this.more.disabled = false;
   }
 
   /** Colour anew, by the group's mode. */

@@ -15,6 +15,7 @@ const SPANS = {
 };
 const MOST_EVENTS = 2000;
 const SHOWN_EVENTS = 200;
+const DRAW_MS = 150;
 
 const data = new Series();
 let events = [];
@@ -25,6 +26,8 @@ let kind = "";
 let inspecting = false;
 let grew = 0;
 let linked = "";
+let drawing = false;
+let painting = false;
 
 const problem = (text) => { by("problem").textContent = text; by("problem").hidden = !text; };
 const group = new Group(problem);
@@ -39,7 +42,14 @@ function message(live) {
   cursor = { epoch: live.epoch, events: live.events?.next ?? 0 };
   present(live.snapshot);
   if (inspecting && data.next > before) grow();
-  requestAnimationFrame(draw);
+  soon();
+}
+
+/** Draw once for all that comes meanwhile: a reader that catches up gets many messages. */
+function soon() {
+  if (drawing) return;
+  drawing = true;
+  setTimeout(() => requestAnimationFrame(() => { drawing = false; draw(); }), DRAW_MS);
 }
 
 /** What was shown counted rows of something else. */
@@ -114,15 +124,22 @@ function addChart(told) {
   charts.set(told.name, chart);
 }
 
+/** Have every chart drawn anew, one a frame: all at once would hold the page up. */
 function draw() {
   const last = data.x[data.x.length - 1] ?? 0;
   for (const chart of charts.values()) {
     chart.from = last - span;
     chart.dirty = true;
     if (chart.alive && !chart.root.isConnected) place(chart);
-    chart.draw();
   }
   by("no-charts").hidden = by("charts").childElementCount > 0;
+  if (!painting) paint();
+}
+
+function paint() {
+  const next = [...charts.values()].find((chart) => chart.draw());
+  painting = Boolean(next);
+  if (painting) requestAnimationFrame(paint);
 }
 
 /** Put a chart that has values now where the source's order has it. */
@@ -138,7 +155,7 @@ function addEvents(page) {
   if (!fresh.length) return;
   events = [...events, ...fresh].slice(-MOST_EVENTS);
   const list = by("events");
-  for (const event of fresh) list.prepend(eventItem(event));
+  for (const event of fresh.slice(-SHOWN_EVENTS)) list.prepend(eventItem(event));
   while (list.childElementCount > SHOWN_EVENTS) list.lastChild.remove();
   list.hidden = false;
   by("no-events").hidden = true;
@@ -148,7 +165,7 @@ function eventItem(event) {
   const item = make("li", event.kind);
   const time = make("time", "", clock(event.at));
   time.dateTime = new Date(event.at * 1000).toISOString();
-  const took = event.seconds === null || event.seconds === undefined ? "" : `, after ${inWords(event.seconds, "s")}`;
+  const took = event.seconds === null || event.seconds === undefined ? "" : ` (${inWords(event.seconds, "s")})`;
   item.append(time, make("span", "kind", event.kind), make("span", "", visible(event.text) + took));
   return item;
 }

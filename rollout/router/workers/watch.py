@@ -63,9 +63,9 @@ class Watch:
         task.add_done_callback(lambda _: self._tasks.pop(worker, None))
 
     async def _probe(self, worker: Worker) -> None:
-        """Ask a silent worker for its health; take one that has none for dead."""
+        """Ask a silent worker whether it is well, as one that drains is; one that is not is dead."""
         try:
-            reply = await call(worker, "GET", "/health", timeout_s=_PROBE_S)
+            reply = await call(worker, "GET", "/liveness", timeout_s=_PROBE_S)
         except WorkerLost as error:
             self._end(worker, error)
             return

@@ -34,9 +34,12 @@ def test_the_mean_of_a_reward_of_ones_own_is_called_a_reward(
     words += ["--task", "addition", "--eval-prompts", "2", "--max-new-tokens", "2"]
     words += ["--device", "cpu", "--dtype", "float32", "--kv-memory-gb", "0.01"]
     words += ["--reward", reward or f"{mine}:score", "--eval-set", "sums=addition"]
+    words += ["--dashboard", "on" if reward else "auto"]
     with caplog.at_level(logging.INFO):
         assert run_recipe(train, RunOptions(), words) == 0
     value = "0.000" if reward else "-2.500"
     assert f"held-out {called} {value} -> {value} in 0 steps" in caplog.text
     assert f"heldout: {called} {value}" in caplog.text
     assert "sums: accuracy 0.000" in caplog.text
+    assert ("dashboard: http://127.0.0.1:" in caplog.text) is (reward is not None)
+    assert "the dashboard ended" not in caplog.text

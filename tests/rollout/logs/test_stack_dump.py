@@ -29,7 +29,8 @@ def test_the_stacks_of_a_step_that_hangs_are_logged_with_its_rows(
         while not caplog.records and time.monotonic() < deadline:
             replica.step()
         # It would be given its time to leave.
-        replica.kill()
+        replica._process.kill()
+        replica._process.wait()
     (record,) = caplog.records
     text = record.getMessage()
     assert re.match(r"leader process \d+ has been at .* for \d+ s\n", text)

@@ -1,0 +1,90 @@
+"""`python -m rollout view`: one run, a folder of runs, and what is neither."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import signal
+import subprocess
+from pathlib import Path
+
+import httpx
+import pytest
+
+from engine.errors import InvalidRequest
+from rollout.__main__ import parse
+from rollout.cli.view import View
+from rollout.dashboard.runs.viewed import run_names, viewed_app
+from rollout.dashboard.standalone import PageConfig
+from rollout.replica.python_child import child_command, child_environment
+from tests.helpers.run_folders import run_folder
+
+
+def get(folder: Path, *paths: str, host: str = "127.0.0.1") -> list[httpx.Response]:
+    app, _ = viewed_app(folder, PageConfig())
+
+    async def ask() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url=f"http://{host}:1") as client:
+            return [await client.get(path) for path in paths]
+
+    return asyncio.run(ask())
+
+
+def test_a_run_has_its_page(tmp_path: Path) -> None:
+    run_folder(tmp_path / "run")
+    page, now, root, group = get(
+        tmp_path / "run",
+        *("/dashboard", "/dashboard/api/now", "/", "/dashboard/api/rollouts/1-1"),
+    )
+    assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
+    assert now.json()["snapshot"]["title"] == "run"
+    assert root.headers["location"] == "/dashboard"
+    assert group.json()["samples"][0]["tokens"]["versions"][0] == "0"
+
+
+def test_a_folder_of_runs_is_a_list_with_a_page_each(tmp_path: Path) -> None:
+    for name in ("a", "b & <i>"):
+        run_folder(tmp_path / name)
+    (tmp_path / "no run").mkdir()
+    assert sorted(run_names(tmp_path)) == ["a", "b & <i>"]
+    there = f"/runs/{httpx.URL('/b & <i>').raw_path.decode()[1:]}"
+    home, page, now, gone, above = get(
+        tmp_path,
+        *("/", f"{there}/dashboard", f"{there}/dashboard/api/now", "/runs/c/dashboard"),
+        "/runs/%2e%2e/dashboard/api/now",
+    )
+    assert "b &amp; &lt;i&gt;" in home.text and "<i>" not in home.text
+    (link,) = (found for found in re.findall(r'href="([^"]+)"', home.text) if "%26" in found)
+    assert get(tmp_path, f"/{link}")[0].status_code == 200
+    assert page.status_code == 200 and now.json()["snapshot"]["title"] == "b & <i>"
+    assert gone.status_code == above.status_code == 404
+    assert "UnknownRun" in gone.text
+    assert get(tmp_path, "/", host="evil.example")[0].status_code == 403
+
+
+def test_what_is_no_run_is_refused_by_its_path(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match=re.escape(str(tmp_path))):
+        viewed_app(tmp_path, PageConfig())
+    with pytest.raises(InvalidRequest, match="run: cannot read"):
+        viewed_app(tmp_path / ("x" * 300), PageConfig())
+    run_folder(tmp_path / "run")
+    with pytest.raises(InvalidRequest, match="list of runs has no key"):
+        viewed_app(tmp_path, PageConfig(api_key="x"))
+
+
+def test_the_command_prints_its_address_and_ends_with_an_interrupt(tmp_path: Path) -> None:
+    assert parse(["view", str(tmp_path), "--port", "1"]) == View(run=str(tmp_path), port=1)
+    run_folder(tmp_path / "run")
+    words = child_command("rollout", "view", str(tmp_path / "run"))
+    with subprocess.Popen(
+        words, env=child_environment(), stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        said = process.stderr.readline()
+        found = re.search(r"http://127\.0\.0\.1:\d+/dashboard", said)
+        assert found is not None, said
+        assert httpx.get(f"{found.group()}/api/now", timeout=30).json()["snapshot"]["figures"]
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == "interrupted\n"
+    assert process.returncode == 130
