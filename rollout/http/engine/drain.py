@@ -59,14 +59,17 @@ class Drain:
         raise error
 
     async def run(self, engine: Engine, limit_s: float) -> None:
-        """Refuse new requests and wait until those that are open have ended, `limit_s` at most.
-        Those of an engine that is paused cannot, and are not waited for."""
+        """Refuse new requests and wait until those that are open have ended, `limit_s` at most, of
+        every process that the engine has some of: one that left sooner would leave its clients
+        without an answer. Those of an engine that is paused cannot end, and are not waited for."""
         self._ends_at = time.monotonic() + limit_s
         if engine.num_open:
             logger.info("draining: %d requests have %g s to finish", engine.num_open, limit_s)
         try:
-            while engine.num_open and time.monotonic() < self._ends_at:
-                if (await engine.state()).paused:
+            while time.monotonic() < self._ends_at:
+                state = await engine.state()
+                busy = engine.num_open or state.num_running or state.num_waiting
+                if state.paused or not busy:
                     return
                 await asyncio.sleep(_LOOK_S)
         except EngineDead:

@@ -102,8 +102,8 @@ class Generator:
         """The sequences of a call, prompt-major. Raises InvalidRequest, naming the item of a
         batch or an id in use, EngineDead, NoVersion, QueueFull; nothing is submitted yet."""
         # Everything that can be refused is, before a stream has sent its status.
-        self.engine.check_open()
         self.engine.drain.check()
+        self.engine.check_open()
         if self._recorder is not None:
             call = await self._recorder.began(call)
         samples = await self._expanded(call)

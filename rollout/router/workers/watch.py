@@ -63,7 +63,7 @@ class Watch:
         task.add_done_callback(lambda _: self._tasks.pop(worker, None))
 
     async def _probe(self, worker: Worker) -> None:
-        """Ask a silent worker whether it is well, as one that drains is; one that is not is dead."""
+        """Ask a silent worker whether it is well, as one that drains is; else it is lost."""
         try:
             reply = await call(worker, "GET", "/liveness", timeout_s=_PROBE_S)
         except WorkerLost as error:

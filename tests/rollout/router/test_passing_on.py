@@ -300,3 +300,18 @@ def test_connections_to_workers_end_when_their_machine_was_started_again() -> No
             assert opened.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
 
     run(test)
+
+
+@pytest.mark.parametrize("given", [b"mine-1", b"", b"a b"])
+def test_a_request_has_one_id_on_its_whole_way(given: bytes) -> None:
+    async def test() -> None:
+        worker = FakeWorker()
+        async with routing(worker) as routed:
+            reply = await routed.http.post("/generate", json={}, headers={"x-request-id": given})
+            (name,) = reply.headers.get_list("x-request-id")
+            assert worker.seen[0].headers["x-request-id"] == name
+            assert (name == given.decode()) == (given == b"mine-1")
+            health = await routed.http.get("/health", headers={"x-request-id": "h"})
+            assert health.headers["x-request-id"] == "h"
+
+    run(test)

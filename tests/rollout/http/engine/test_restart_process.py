@@ -125,7 +125,7 @@ def told(server: ServerProcess, what: str) -> None:
 
 
 def test_everybody_is_answered_before_a_silent_engine_is_ended() -> None:
-    code = TELLING + IMPATIENT + fake_server(engine='model="hang"')
+    code = TELLING + IMPATIENT + fake_server(engine='model="hang"', server="drain_timeout_s=1")
     with ServerProcess(["-c", code]) as server:
         (leader,) = server.children()
         with server.client() as first, server.client() as second, ThreadPoolExecutor(2) as pool:
