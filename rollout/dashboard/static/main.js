@@ -14,7 +14,7 @@ const SPANS = {
   step: [["all", Infinity], ["1000 steps", 1000], ["100 steps", 100], ["20 steps", 20]],
 };
 const MOST_EVENTS = 2000;
-const SHOWN_EVENTS = 200;
+const SHOWN_EVENTS = 100;
 const DRAW_MS = 150;
 
 const data = new Series();

@@ -25,7 +25,9 @@ export class Rollouts {
     this.chosen = null;
     this.asked = new AbortController();
     this.drawn = new Map();
-    this.list.addEventListener("scroll", () => this.#later(), { passive: true });
+    // Asked for elsewhere, it would have the browser lay the page out at once.
+    this.top = 0;
+    this.list.addEventListener("scroll", () => { this.top = this.list.scrollTop; this.#later(); }, { passive: true });
     this.list.addEventListener("keydown", (event) => this.#key(event));
     this.list.addEventListener("click", (event) => this.#click(event));
     this.form.addEventListener("submit", (event) => { event.preventDefault(); this.reload(); });
@@ -40,13 +42,13 @@ export class Rollouts {
     this.asked = new AbortController();
     this.pages.clear();
     this.near = 0;
-    this.list.scrollTop = 0;
+    if (this.top) this.list.scrollTop = 0;
     this.#get(0);
   }
 
   /** There are more rollouts: shown at once to a reader who is at the top. */
   grown() {
-    if (this.list.scrollTop === 0 && this.near === 0) this.reload();
+    if (this.top === 0 && this.near === 0) this.reload();
   }
 
   #soon() {
