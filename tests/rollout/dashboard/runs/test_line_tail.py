@@ -70,9 +70,7 @@ def test_a_file_that_goes_and_comes_back(path: Path) -> None:
     tail.close()
 
 
-def test_a_line_without_an_end_is_passed_over(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_line_without_an_end_is_passed_over(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(line_tail, "_BLOCK", 16)
     monkeypatch.setattr(line_tail, "LONGEST_LINE", 64)
     tail = LineTail(path)

@@ -76,8 +76,7 @@ def test_rows_come_in_the_order_asked_for(tmp_path: Path) -> None:
 def test_texts_are_searched_in_any_case_in_memory_and_in_the_file(tmp_path: Path) -> None:
     path = tmp_path / "rollouts.jsonl"
     path.write_text(
-        line(1, [0, 0], ["Straße", "other"])
-        + line(2, [0, 0], ["no", "STRASSE"], prompt="Ask ME")
+        line(1, [0, 0], ["Straße", "other"]) + line(2, [0, 0], ["no", "STRASSE"], prompt="Ask ME")
     )
     for text_chars in (1 << 20, 20, 0):
         index = opened(path, text_chars=text_chars)
