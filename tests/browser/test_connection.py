@@ -23,6 +23,11 @@ def test_the_page_asks_for_the_key_and_sends_it_in_a_header(visit: Any) -> None:
         page.fill("#key", "wrong")
         page.keyboard.press("Enter")
         page.wait_for_selector("#wrong:not([hidden])")
+        # No header can hold it.
+        page.fill("#key", "\u2603")
+        page.keyboard.press("Enter")
+        tab.until("document.getElementById('key').value === ''")
+        page.wait_for_selector("dialog[open]")
         page.fill("#key", KEY)
         page.keyboard.press("Enter")
         page.wait_for_selector("#list .row .reply")

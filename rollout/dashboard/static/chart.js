@@ -3,7 +3,7 @@
 import { clock, inWords, make, short } from "./text.js";
 import { nearest } from "./series.js";
 
-const LEFT = 46;
+const LEFT = 30;
 const BOTTOM = 20;
 const TOP = 8;
 const COLOURS = 8;
@@ -30,6 +30,8 @@ export class Chart {
     this.at = -1;
     this.dirty = true;
     this.seen = false;
+    this.drawn = false;
+    this.left = LEFT;
     this.root = make("figure", "chart");
     this.canvas = document.createElement("canvas");
     this.legend = make("ul", "legend");
@@ -61,7 +63,7 @@ export class Chart {
     new IntersectionObserver((entries) => {
       this.seen = entries[entries.length - 1].isIntersecting;
       this.draw();
-    }).observe(this.canvas);
+    }, { rootMargin: "400px" }).observe(this.canvas);
   }
 
   /** Whether any of its lines has a value. */
@@ -72,7 +74,7 @@ export class Chart {
   #point(event) {
     const box = this.canvas.getBoundingClientRect();
     const { low, high } = this.#range();
-    const share = (event.clientX - box.left - LEFT) / Math.max(1, box.width - LEFT - 8);
+    const share = (event.clientX - box.left - this.left) / Math.max(1, box.width - this.left - 8);
     this.#move(nearest(this.data.x, low + share * (high - low)));
   }
 
@@ -126,11 +128,14 @@ export class Chart {
 
   /** Draw if anything changed and somebody can see it; whether it was drawn. */
   draw() {
-    if (!this.dirty || !this.seen || document.hidden) return false;
+    if (!this.dirty || document.hidden) return false;
+    // Out of sight it is drawn once, and again when it comes into sight.
+    if (!this.seen && this.drawn) return false;
     const width = this.canvas.clientWidth;
     const height = this.canvas.clientHeight;
     if (!width || !height) return false;
     this.dirty = false;
+    this.drawn = true;
     const scale = window.devicePixelRatio || 1;
     if (this.canvas.width !== Math.round(width * scale) || this.canvas.height !== Math.round(height * scale)) {
       this.canvas.width = Math.round(width * scale);
@@ -164,13 +169,15 @@ export class Chart {
     const lines = this.told.lines.map((line) => this.data.column(line.name));
     const tops = this.told.stacked ? this.#stack(lines, first) : lines;
     const [bottom, top] = this.#bounds(tops, first);
-    const toX = (x) => LEFT + ((x - low) / (high - low)) * (width - LEFT - 8);
+    const ticks = this.#ticks(pen, bottom, top);
+    this.left = Math.max(LEFT, ...ticks.map(([, label]) => pen.measureText(label).width + 10));
+    const toX = (x) => this.left + ((x - low) / (high - low)) * (width - this.left - 8);
     const toY = (y) => height - BOTTOM - ((y - bottom) / (top - bottom)) * (height - BOTTOM - TOP);
-    this.#axes(pen, { width, height, low, high, bottom, top, toX, toY, ink: colour("--quiet"), grid: colour("--faint") });
+    this.#axes(pen, { width, height, low, high, ticks, toX, toY, ink: colour("--quiet"), grid: colour("--faint") });
     this.#events(pen, { height, low, high, toX, ink: colour("--accent") });
     pen.save();
     pen.beginPath();
-    pen.rect(LEFT, 0, width - LEFT, height - BOTTOM + 1);
+    pen.rect(this.left, 0, width - this.left, height - BOTTOM + 1);
     pen.clip();
     for (let i = tops.length - 1; i >= 0; i -= 1) {
       pen.strokeStyle = pen.fillStyle = colour(`--c${i % COLOURS}`);
@@ -218,21 +225,30 @@ export class Chart {
     return [low, high + (this.told.unit === "share" ? 0 : (high - low) * 0.06)];
   }
 
-  #axes(pen, { width, height, low, high, bottom, top, toX, toY, ink, grid }) {
+  /** Values on the y axis, and how they are written. */
+  #ticks(pen, bottom, top) {
     pen.font = "12px system-ui, sans-serif";
+    const step = niceStep(top - bottom, TICKS);
+    const found = [];
+    for (let i = Math.ceil(bottom / step); i * step <= top + step * 1e-6; i += 1) {
+      const y = Number((i * step).toPrecision(12));
+      found.push([y, this.told.unit === "share" ? `${short(Number((y * 100).toPrecision(12)))}%` : tickText(y, step)]);
+    }
+    return found;
+  }
+
+  #axes(pen, { width, height, low, high, ticks, toX, toY, ink, grid }) {
     pen.lineWidth = 1;
     pen.textAlign = "right";
     pen.textBaseline = "middle";
-    const step = niceStep(top - bottom, TICKS);
-    for (let y = Math.ceil(bottom / step) * step; y <= top + step * 1e-6; y += step) {
+    for (const [y, label] of ticks) {
       pen.strokeStyle = grid;
       pen.beginPath();
-      pen.moveTo(LEFT, Math.round(toY(y)) + 0.5);
+      pen.moveTo(this.left, Math.round(toY(y)) + 0.5);
       pen.lineTo(width - 4, Math.round(toY(y)) + 0.5);
       pen.stroke();
       pen.fillStyle = ink;
-      const near0 = Math.abs(y) < step * 1e-6 ? 0 : y;
-      pen.fillText(this.told.unit === "share" ? `${short(near0 * 100)}%` : compact(near0), LEFT - 6, toY(y));
+      pen.fillText(label, this.left - 6, toY(y));
     }
     pen.textBaseline = "alphabetic";
     for (const [share, align] of [[0, "left"], [0.5, "center"], [1, "right"]]) {
@@ -321,9 +337,14 @@ class Pixel {
   }
 }
 
-function compact(value) {
+/** A value on an axis, with as many digits as tell it from the next one. */
+function tickText(value, step) {
   const size = Math.abs(value);
+  if (value === 0) return "0";
   if (size >= 1e6) return `${short(value / 1e6)}M`;
   if (size >= 1e4) return `${short(value / 1e3)}k`;
-  return short(value);
+  if (size < 0.001) return value.toExponential(1);
+  const digits = Math.max(0, Math.ceil(-Math.log10(step) - 1e-9));
+  const text = value.toFixed(Math.min(8, digits + 1));
+  return size >= 1000 ? short(value) : String(Number(text));
 }

@@ -165,7 +165,7 @@ function eventItem(event) {
   const item = make("li", event.kind);
   const time = make("time", "", clock(event.at));
   time.dateTime = new Date(event.at * 1000).toISOString();
-  const took = event.seconds === null || event.seconds === undefined ? "" : `, after ${inWords(event.seconds, "s")}`;
+  const took = event.seconds === null || event.seconds === undefined ? "" : ` (${inWords(event.seconds, "s")})`;
   item.append(time, make("span", "kind", event.kind), make("span", "", visible(event.text) + took));
   return item;
 }

@@ -5,9 +5,16 @@ export const CHAT = new URL("../../v1/chat/completions", import.meta.url);
 const STORED = "slipstream-key";
 let asking = null;
 
+/** Headers with the key; null for a key that no header can hold. */
 function keyed(more = {}) {
+  const headers = new Headers(more);
   const key = sessionStorage.getItem(STORED);
-  return key ? { ...more, Authorization: `Bearer ${key}` } : more;
+  try {
+    if (key) headers.set("Authorization", `Bearer ${key}`);
+  } catch {
+    return null;
+  }
+  return headers;
 }
 
 /** What a refused request says. */
@@ -23,8 +30,9 @@ export async function reason(reply) {
 /** fetch with the key, which is asked for where it is missing or wrong. */
 export async function request(url, options = {}) {
   for (;;) {
-    const reply = await fetch(url, { ...options, headers: keyed(options.headers), cache: "no-store", credentials: "omit" });
-    if (reply.status !== 401) return reply;
+    const headers = keyed(options.headers);
+    const reply = headers && await fetch(url, { ...options, headers, cache: "no-store", credentials: "omit" });
+    if (reply && reply.status !== 401) return reply;
     await askKey();
   }
 }

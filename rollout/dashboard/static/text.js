@@ -74,6 +74,7 @@ export function told(value, unit = "") {
   if (value === null || value === undefined) return ["\u2013", ""];
   if (typeof value !== "number") return [visible(value), ""];
   if (unit === "share") return [`${short(Math.round(value * 1000) / 10)}%`, ""];
+  if (unit === "s" && value > 0 && value < 0.1) return [short(value * 1000), "ms"];
   if (unit === "s" && value >= 120) return [`${short(value / 60)}`, "min"];
   return [short(value), unit];
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,9 @@ from rollout.text.tokenizer import Tokenizer, load_tokenizer
 _TURNS = 3
 """Times that tasks may run between two steps while something has finished: as many as a branch
 needs from its last reply to its parent's next request."""
+_YIELD_S = 0.002
+"""Longest that steps of a replica of this process go on before other tasks, such as functions that
+a model called, have their turn."""
 
 
 class ReplicaBackend:
@@ -64,6 +68,7 @@ class ReplicaSession:
         self._left: list[str] = []
         self._driver: asyncio.Task[None] | None = None
         self._error: Exception | None = None
+        self._yielded_at = 0.0
         own = isinstance(replica, InlineReplica)
         self._thread = None if own else ThreadPoolExecutor(1, thread_name_prefix="programs")
 
@@ -108,7 +113,8 @@ class ReplicaSession:
         """Step the replica until nothing is open."""
         try:
             while await self._call() or self._new or self._left:
-                await asyncio.sleep(0)
+                if time.monotonic() > self._yielded_at + _YIELD_S:
+                    await self._yield(1)
         except Exception as error:  # whoever waits for a reply is told
             self._error = error
             self._fail(error)
@@ -127,9 +133,14 @@ class ReplicaSession:
             if future is not None and not future.done():
                 future.set_result(output)
         if finished:
-            for _ in range(_TURNS):
-                await asyncio.sleep(0)
+            await self._yield(_TURNS)
         return finished is not None
+
+    async def _yield(self, turns: int) -> None:
+        """Let other tasks run."""
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        self._yielded_at = time.monotonic()
 
     def _step(self, new: list[Request], left: list[str]) -> list[RequestOutput] | None:
         """One step with what is new and without what was left; None if nothing is open."""
