@@ -17,7 +17,6 @@ import pytest
 
 from tests.helpers.fake_executor import expected_tokens
 from tests.helpers.front_clients import client_of, fronts_server, pids_of, state_of
-from tests.helpers.peers import until
 from tests.helpers.serve_process import FAKE, ServerProcess, gone
 
 pytestmark = pytest.mark.slow
