@@ -6,8 +6,9 @@ A line is a group, for example (`rollout/dashboard/runs/kept_rollouts.py` reads 
      "failed": "", "finish": "stop", "length": 2, "tokens": ["98", "<eos>"],
      "logprobs": [-0.1213, 0.0], "entropies": [0.3712, 0.0], "spans": [[2, 0, 2]]}]}
 
-spans: [version, first token, behind the last]. entropies: where they were asked for. A step's lines have a bounded size: of long replies
-the first tokens are kept, `TOKENS_A_STEP` of all replies together, and of long texts both ends.
+spans: [version, first token, behind the last]. entropies: where they were asked for. A step's lines
+have a bounded size: of long replies the first tokens are kept, `TOKENS_A_STEP` of all replies
+together, and of long texts both ends.
 """
 
 from __future__ import annotations
