@@ -68,6 +68,8 @@ class Trajectory:
         0 and mean nothing.
     spec: what the engine drafted for it; None of one that drafts nothing.
     routes: the experts that its tokens went to, where they are to be replayed.
+    entropies: float32 [response_len], nats, of what each token was drawn from; None where nobody
+        asked.
     """
 
     prompt_ids: IntArray
@@ -81,6 +83,7 @@ class Trajectory:
     failed: str = ""
     spec: SpecCounts | None = None
     routes: HeldRoutes | None = None
+    entropies: FloatArray | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

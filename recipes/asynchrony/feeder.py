@@ -155,6 +155,7 @@ class Feeder:
             seed=seed,
             first=first,
             routes=run.options.routing.routing_replay,
+            entropy=run.options.keep_entropy,
         )
         policy = run.options.asynchrony.stale_kv
         return [msgspec.structs.replace(request, kv_policy=policy) for request in requests]

@@ -27,13 +27,15 @@ def requests_of(
     seed: int,
     first: int = 0,
     routes: bool = False,
+    entropy: bool = False,
 ) -> list[Request]:
     """The requests for `samples` replies to each problem, in the order of the problems.
 
     greedy: one more a problem, behind its samples: the greedy reply.
     seed: of this call; every sample's own is derived from it and its place. first: place of the
     first problem among those that several processes share out. routes: ask for the experts that
-    the samples' tokens go to, as an engine with `return_routed_experts` tells them.
+    the samples' tokens go to, as an engine with `return_routed_experts` tells them. entropy: ask
+    for the entropy behind every token.
     """
     likeliest = msgspec.structs.replace(sampling, temperature=0.0)
     requests: list[Request] = []
@@ -48,6 +50,7 @@ def requests_of(
                 group=f"{seed:x}-{index}",
                 stop_ids=prompts.stop_ids,
                 return_routed_experts=routes,
+                entropy=entropy,
             )
             for sample in range(samples)
         ]
@@ -69,6 +72,7 @@ def rollout(
     seed: int,
     first: int = 0,
     routes: bool = False,
+    entropy: bool = False,
 ) -> list[tuple[Request, RequestOutput]]:
     """Sample replies to each problem: the pairs of `requests_of`, which takes the same."""
     requests = requests_of(
@@ -80,6 +84,7 @@ def rollout(
         seed=seed,
         first=first,
         routes=routes,
+        entropy=entropy,
     )
     return list(zip(requests, actor.generate(requests), strict=True))
 
@@ -167,4 +172,5 @@ def _trajectory(
         failed=failed,
         spec=output.spec,
         routes=None if shelf is None or routes is None else shelf.put(routes),
+        entropies=output.entropies,
     )

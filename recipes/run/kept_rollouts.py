@@ -4,10 +4,11 @@ A line is a group, for example (`rollout/dashboard/runs/kept_rollouts.py` reads 
 
     {"step": 3, "prompt": "Which is ...", "answer": "98", "samples": [{"text": "98", "reward": 1.0,
      "failed": "", "finish": "stop", "length": 2, "tokens": ["98", "<eos>"],
-     "logprobs": [-0.1213, 0.0], "spans": [[2, 0, 2]]}]}
+     "logprobs": [-0.1213, 0.0], "entropies": [0.3712, 0.0], "spans": [[2, 0, 2]]}]}
 
-spans: [version, first token, behind the last]. A step's lines have a bounded size: of long replies
-the first tokens are kept, `TOKENS_A_STEP` of all replies together, and of long texts both ends.
+spans: [version, first token, behind the last]. entropies: where they were asked for. A step's lines
+have a bounded size: of long replies the first tokens are kept, `TOKENS_A_STEP` of all replies
+together, and of long texts both ends.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from engine.protocol import IntArray
+from engine.protocol import FloatArray, IntArray
 from recipes.types import Group, Trajectory
 
 TOKENS_A_STEP = 16_384
@@ -50,21 +51,27 @@ def _group(step: int, group: Group, token_bytes: Mapping[int, bytes], most: int)
 
 
 def _reply(reply: Trajectory, token_bytes: Mapping[int, bytes], most: int) -> dict[str, Any]:
-    logprobs = reply.rollout_logprobs[:most].astype(np.float64).round(4)
-    return {
+    entropies = {} if reply.entropies is None else {"entropies": _short(reply.entropies[:most])}
+    return entropies | {
         "text": shortened(reply.text),
         "reward": None if reply.failed else reply.reward,
         "failed": reply.failed,
         "finish": "length" if reply.truncated else "stop",
         "length": len(reply.response_ids),
         "tokens": pieces(reply.response_ids[:most], token_bytes),
-        "logprobs": logprobs.tolist(),
+        "logprobs": _short(reply.rollout_logprobs[:most]),
         "spans": [
             (span.version, span.start, min(span.end, most))
             for span in reply.spans
             if span.start < most
         ],
     }
+
+
+def _short(nats: FloatArray) -> list[float]:
+    """To four places: a line of JSON has them as text."""
+    found: list[float] = nats.astype(np.float64).round(4).tolist()
+    return found
 
 
 def pieces(ids: IntArray, token_bytes: Mapping[int, bytes]) -> list[str]:

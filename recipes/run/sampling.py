@@ -25,6 +25,7 @@ def sample_groups(run: Run) -> list[Group]:
             seed=seed,
             first=first,
             routes=run.options.routing.routing_replay,
+            entropy=run.options.keep_entropy,
         )
         run.world.barrier()
     with run.ledger.phase("score"):

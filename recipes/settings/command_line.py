@@ -38,6 +38,7 @@ CHANGEABLE = frozenset(
         "eval_k",
         "checkpoint_every",
         "keep_rollouts",
+        "keep_entropy",
         "dashboard",
         "config",
         "kv_memory_gb",

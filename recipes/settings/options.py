@@ -116,6 +116,8 @@ class RunOptions:
     """Steps between checkpoints; 0 writes none."""
     keep_rollouts: int = 4
     """Groups of replies a step that rollouts.jsonl keeps token by token."""
+    keep_entropy: bool = False
+    """Have the engine compute the entropy behind every token, which rollouts.jsonl then has too."""
     dashboard: str = "auto"
     """Show the run in a browser while it goes on, at 127.0.0.1: a port, 'on' for a free one, 'off',
     or 'auto', which is on in a terminal."""

@@ -44,6 +44,7 @@ class _TokenReply(KeptReply, kw_only=True):
 
     tokens: list[str] = []
     logprobs: list[Any] = []
+    entropies: list[Any] = []
     spans: list[tuple[int, int, int]] = []
 
 
@@ -120,13 +121,18 @@ def _sample(number: int, reply: KeptReply) -> Sample:
 
 def _tokens(reply: _TokenReply) -> Tokens:
     num = len(reply.tokens)
-    logprobs = [gap(number_of(value)) for value in reply.logprobs]
     versions = [""] * num
     for version, first, end in reply.spans:
         for place in range(max(first, 0), min(end, num)):
             versions[place] = str(version)
     return Tokens(
         texts=reply.tokens,
-        logprobs=logprobs if len(logprobs) == num else None,
+        logprobs=_nats(reply.logprobs, num),
+        entropies=_nats(reply.entropies, num),
         versions=versions if reply.spans else None,
     )
+
+
+def _nats(values: list[Any], num: int) -> list[float | None] | None:
+    """A number a token; None where there is not one for each."""
+    return [gap(number_of(value)) for value in values] if len(values) == num else None

@@ -156,3 +156,20 @@ def test_routes_of_samples_are_put_on_a_shelf_and_those_of_the_greedy_reply_are_
     assert shelf.get(held[0]).shape == held[0].shape
     with pytest.raises(KeyError):
         shelf.get(held[1])
+
+
+def test_entropies_are_asked_for_and_stay_with_their_reply() -> None:
+    given = problems()
+    pairs = rollout(actor(), prompts(), given, SAMPLING, samples=2, seed=7, entropy=True)
+    assert all(request.entropy for request, _ in pairs)
+    told = [
+        (request, msgspec.structs.replace(output, entropies=np.float32(output.logprobs) ** 2))
+        for request, output in pairs
+    ]
+    replies = [t for group in score(prompts(), given, told) for t in group.trajectories]
+    for reply, (_, output) in zip(replies, told, strict=True):
+        assert reply.entropies is output.entropies
+    assert not any(
+        request.entropy
+        for request, _ in rollout(actor(), prompts(), given, SAMPLING, samples=1, seed=7)
+    )

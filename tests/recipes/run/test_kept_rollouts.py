@@ -13,6 +13,7 @@ from engine.protocol import VersionSpan
 from recipes.run import kept_rollouts
 from recipes.run.kept_rollouts import pieces, rollout_lines, shortened
 from recipes.types import Group
+from rollout.dashboard.runs.kept_rollouts import read_tokens
 from tests.helpers.run_folders import BYTES, groups_of, logprobs_of
 
 
@@ -49,6 +50,23 @@ def test_long_replies_keep_their_first_tokens(monkeypatch: pytest.MonkeyPatch) -
     assert sample["tokens"] == ["<eos>", "one ", "two ", "<eos>"]
     assert sample["spans"] == [[6, 0, 2], [7, 2, 4]]
     assert sample["text"] == "01234\n[... 90 characters ...]\n56789"
+
+
+def test_entropies_are_kept_where_there_are_some_and_shown() -> None:
+    (group,) = groups_of(7, num=1, samples=2)
+    first, second = group.trajectories
+    nats = np.linspace(0.0, 1.0, len(first.response_ids), dtype=np.float32)
+    group = dataclasses.replace(
+        group, trajectories=(dataclasses.replace(first, entropies=nats), second)
+    )
+    kept = lines([group], 1)[0]["samples"]
+    assert kept[0]["entropies"] == [round(float(value), 4) for value in nats]
+    assert "entropies" not in kept[1]
+    shown = read_tokens(rollout_lines(7, [group], BYTES, num=1), "7-0")
+    assert shown is not None
+    tokens = [sample.tokens for sample in shown.samples]
+    assert tokens[0] is not None and tokens[0].entropies == kept[0]["entropies"]
+    assert tokens[1] is not None and tokens[1].entropies is None
 
 
 def test_a_character_of_several_tokens_is_with_the_last_of_them() -> None:

@@ -59,6 +59,7 @@ judge_model
 judge_prompt
 judge_schema
 judge_votes
+keep_entropy
 keep_rollouts
 kl_coef
 kl_controller
