@@ -64,14 +64,14 @@ clients-test: $(CLIENTS)/.installed ## TRL, openai, langchain-openai and lm-eval
 	$(CLIENTS)/bin/python -m pytest tests/clients tests/rollout/http/vllm/test_trl_client.py -W default
 
 $(CLIENTS)/.installed: pyproject.toml constraints/clients.txt scripts/make_venv.sh
-	PYTHON=$(PYTHON) sh scripts/make_venv.sh $(CLIENTS) constraints/clients.txt "dev,clients"
+	NO_COMPILE=1 PYTHON=$(PYTHON) sh scripts/make_venv.sh $(CLIENTS) constraints/clients.txt "dev,clients"
 	@touch $@
 
 browser-test: $(BROWSER)/.installed ## the dashboard in headless Chromium, which has to be installed; SCREENSHOTS=DIR keeps pictures
 	$(BROWSER)/bin/python -m pytest tests/browser -rs
 
 $(BROWSER)/.installed: pyproject.toml constraints/browser.txt constraints/cpu.txt scripts/make_venv.sh
-	PYTHON=$(PYTHON) sh scripts/make_venv.sh $(BROWSER) constraints/browser.txt "dev,browser"
+	NO_COMPILE=1 PYTHON=$(PYTHON) sh scripts/make_venv.sh $(BROWSER) constraints/browser.txt "dev,browser"
 	@touch $@
 
 check: setup     ## format, lint, types, architecture

@@ -1,5 +1,7 @@
 #!/bin/sh
-# make_venv.sh VENV CONSTRAINTS EXTRAS: an environment with the project installed, pinned.
+# make_venv.sh VENV CONSTRAINTS EXTRAS: an environment with the project installed, pinned. With
+# NO_COMPILE=1 modules are compiled when they are imported, which installs in half the time; where
+# compiled modules are not to be written, each process would then compile torch again.
 set -eu
 venv=$1
 constraints=$2
@@ -22,11 +24,9 @@ if [ ! -x "$venv/bin/python" ]; then
     fi
 fi
 
-# Modules are compiled when they are imported: most of what a package brings never is, and to compile
-# all of it takes longer than to unpack it.
 install() {
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile \
-        --constraint "$constraints" "$@"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+        ${NO_COMPILE:+--no-compile} --constraint "$constraints" "$@"
 }
 
 # torch first and alone: with it pinned and present, nothing later pulls another build. What it needs

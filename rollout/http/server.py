@@ -230,10 +230,16 @@ class _Server:
 
 
 def _leave_by_exception() -> None:
-    """SIGTERM unwinds the stack, also while the model loads, so that the engine is ended."""
+    """SIGTERM unwinds the stack, also while the model loads, so that the engine is ended. SIGHUP,
+    of a terminal that closes, is as SIGTERM, unless `nohup` or the like has it ignored."""
 
     def leave(_: int, __: FrameType | None) -> None:
         raise SystemExit(0)
 
+    def hang_up(_: int, __: FrameType | None) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, leave)
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+            signal.signal(signal.SIGHUP, hang_up)

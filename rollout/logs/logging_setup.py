@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -20,9 +21,17 @@ _QUIET = ("httpx", "httpcore", "opentelemetry")
 """Libraries that write a line for each of their own calls."""
 
 
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""What moves a terminal's cursor, ends a line in another way than newline, or cannot be encoded."""
+
+
 class TextFormatter(logging.Formatter):
     """The message, for people, with the name of a process and the id of a request where there are
-    any."""
+    any.
+
+    What clients sent may be in it: what would steer a terminal is escaped, and further lines are
+    indented, so that none passes for a line of the log.
+    """
 
     def __init__(self, process: str) -> None:
         super().__init__(f"{process}: %(message)s" if process else "%(message)s")
@@ -30,8 +39,10 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """One record; a traceback follows it."""
         text, name = super().format(record), REQUEST_ID.get()
-        first, mark, rest = text.partition("\n")
-        return f"{first} [{name}]{mark}{rest}" if name else text
+        text = _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+        first, *more = text.split("\n")
+        first = f"{first} [{name}]" if name else first
+        return "\n  ".join([first, *more])
 
 
 class JsonFormatter(logging.Formatter):
@@ -55,7 +66,8 @@ class JsonFormatter(logging.Formatter):
         found |= getattr(record, "fields", {})
         if record.exc_info:
             found["exception"] = self.formatException(record.exc_info)
-        return json.dumps(found, ensure_ascii=False, default=str)
+        # In ASCII any stream takes it, half a surrogate pair too.
+        return json.dumps(found, default=str)
 
 
 def set_up_logging(

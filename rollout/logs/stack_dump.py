@@ -12,6 +12,7 @@ import faulthandler
 import logging
 import os
 import signal
+import stat
 import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -35,7 +36,7 @@ def note_rows(folder: Path, rids: Sequence[str]) -> None:
     """Note which sequences a step is for, which has taken long already."""
     more = f" and {len(rids) - _MOST_ROWS} more" if len(rids) > _MOST_ROWS else ""
     text = f"{len(rids)} sequences: {', '.join(rids[:_MOST_ROWS])}{more}"
-    (folder / _ROWS).write_text(text)
+    (folder / _ROWS).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 class StackDump:
@@ -68,15 +69,19 @@ class StackDump:
             parts.append(f"--- {name}, process {_pid_of(path)}\n{written.rstrip()}")
         self._why, self._sizes = "", {}
         text = "\n".join(part for part in parts if part)
-        kept = _keep(text)
-        logger.error("%s\nThis is in %s too.", text, kept)
+        try:
+            where = f"This is in {_keep(text)} too."
+        except OSError as error:
+            # The engine it is about may still come along: what cannot be kept is no end of it.
+            where = f"This could not be kept in a file: {error}"
+        logger.error("%s\n%s", text, where)
 
     def _files(self) -> list[Path]:
         return sorted(self._folder.glob(f"{_PREFIX}*"))
 
     def _rows(self) -> str:
         with contextlib.suppress(FileNotFoundError):
-            return (self._folder / _ROWS).read_text()
+            return (self._folder / _ROWS).read_text(encoding="utf-8")
         return ""
 
 
@@ -85,10 +90,14 @@ def _pid_of(path: Path) -> int:
 
 
 def _keep(text: str) -> Path:
-    """Write the text to a new file that only this user reads."""
+    """Write the text to a new file that only this user reads. Raises OSError."""
     folder = Path(tempfile.gettempdir(), f"slipstream-stacks-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
+    seen = folder.lstat()
+    if not stat.S_ISDIR(seen.st_mode) or seen.st_uid != os.getuid() or seen.st_mode & 0o077:
+        # Everybody may make a folder of this name there, or a link, and would read along.
+        folder = Path(tempfile.mkdtemp(prefix="slipstream-stacks-"))
     name = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
     path = folder / f"{name}.txt"
-    path.write_text(text + "\n")
+    path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
     return path

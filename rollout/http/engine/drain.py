@@ -14,6 +14,8 @@ from engine.protocol import ReplicaState
 logger = logging.getLogger(__name__)
 
 _LOOK_S = 0.05
+_PAUSED_S = 5.0
+"""A trainer that pauses for an update has begun it by then, or goes on."""
 
 
 class Draining(SlipstreamError):
@@ -61,15 +63,20 @@ class Drain:
     async def run(self, engine: Engine, limit_s: float) -> None:
         """Refuse new requests and wait until those that are open have ended, `limit_s` at most, of
         every process that the engine has some of: one that left sooner would leave its clients
-        without an answer. Those of an engine that is paused cannot end, and are not waited for."""
+        without an answer. Those of an engine that stays paused, `_PAUSED_S` long without an update
+        to come of it, cannot end, and are not waited for."""
         self._ends_at = time.monotonic() + limit_s
         if engine.num_open:
             logger.info("draining: %d requests have %g s to finish", engine.num_open, limit_s)
+        went_at = time.monotonic()
         try:
-            while time.monotonic() < self._ends_at:
+            while (now := time.monotonic()) < self._ends_at:
                 state = await engine.state()
-                busy = engine.num_open or state.num_running or state.num_waiting
-                if state.paused or not busy:
+                if not (engine.num_open or state.num_running or state.num_waiting):
+                    return
+                if not state.paused or state.open_update is not None:
+                    went_at = now
+                elif now - went_at > _PAUSED_S:
                     return
                 await asyncio.sleep(_LOOK_S)
         except EngineDead:

@@ -15,7 +15,8 @@ class Publisher:
     """Writes the news of one server: at once when requests are held back, a version gets a name,
     or the engine dies or is followed by another; and within a moment whatever else changes.
 
-    hub: where the engine that runs is joined.
+    hub: where the engine that runs is joined. That the server leaves is no news: fronts are told by
+    a signal, and end what they have open with the engine's answers, which outlives them.
     """
 
     def __init__(self, writer: NewsWriter, services: Services, hub: Callable[[], str]) -> None:
@@ -32,7 +33,7 @@ class Publisher:
     def tell(self) -> None:
         """Write what is so now."""
         engine = self._services.engine
-        dead = engine.dead
+        dead = None if engine.dead is engine.leaving else engine.dead
         self._writer.write(
             News(
                 hub=self._hub() if dead is None else "",

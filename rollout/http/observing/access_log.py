@@ -9,6 +9,7 @@ import logging
 import time
 from collections import Counter
 from typing import Any
+from urllib.parse import quote
 
 from rollout.http.observing.call_notes import CallNotes
 from rollout.logs.logging_setup import ACCESS_LOGGER
@@ -17,6 +18,8 @@ logger = logging.getLogger(ACCESS_LOGGER)
 
 _MOST_IDS = 16
 """Sequences of one request that a line names."""
+_MOST_PATH = 512
+"""Characters of a path in a line."""
 
 
 def log_access(notes: CallNotes) -> None:
@@ -38,7 +41,7 @@ def access_fields(notes: CallNotes) -> dict[str, Any]:
     found: dict[str, Any] = {
         "client": notes.client or "-",
         "method": notes.method,
-        "path": notes.path,
+        "path": _shown(notes.path),
         "status": notes.status,
         "seconds": round(time.monotonic() - notes.began, 6),
     }
@@ -57,3 +60,9 @@ def access_fields(notes: CallNotes) -> dict[str, Any]:
     if first.finish is not None:
         found["queue_s"] = round(first.output.queue_s, 6)
     return found
+
+
+def _shown(path: str) -> str:
+    """A path as it stands in a URL, where neither blanks nor line ends are."""
+    more = "..." if len(path) > _MOST_PATH else ""
+    return quote(path[:_MOST_PATH], safe="/:@!$&'()*+,;=~") + more

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import tempfile
 import time
 from pathlib import Path
 
@@ -72,3 +74,28 @@ def test_rows_are_named_up_to_a_number(tmp_path: Path, caplog: pytest.LogCapture
     text = caplog.records[0].getMessage()
     assert "100 sequences: r0, r1" in text and "r63 and 36 more" in text
     Path(text.rpartition("This is in ")[2].removesuffix(" too.")).unlink()
+
+
+def test_a_folder_that_others_made_is_not_written_to(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / f"slipstream-stacks-{os.getuid()}").symlink_to(elsewhere)
+    with caplog.at_level(logging.ERROR):
+        StackDump(tmp_path).take("it")
+    kept = Path(caplog.records[0].getMessage().rpartition("This is in ")[2].removesuffix(" too."))
+    assert not list(elsewhere.iterdir())
+    assert kept.exists() and kept.parent.stat().st_mode & 0o077 == 0
+
+
+def test_stacks_that_cannot_be_kept_are_logged_all_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    note_rows(tmp_path, ["wörd-\udc80"])
+    with caplog.at_level(logging.ERROR):
+        StackDump(tmp_path).take("it")
+    text = caplog.records[0].getMessage()
+    assert "wörd-" in text and "could not be kept in a file" in text

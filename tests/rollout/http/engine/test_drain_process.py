@@ -55,14 +55,24 @@ async def _refused(http: httpx.AsyncClient) -> httpx.Response:
         await asyncio.sleep(0.01)
 
 
-def test_sigint_does_not_wait_and_its_code_is_its_own() -> None:
-    code = fake_server(server="drain_timeout_s=600", factory=PACED)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigint_does_not_wait_and_its_code_is_its_own(processes: int) -> None:
+    code = fake_server(server=f"drain_timeout_s=600, http_processes={processes}", factory=PACED)
     with ServerProcess(["-c", code]) as server:
         asyncio.run(_cut(server))
         assert server.process.wait(60) != 0
 
 
-async def _cut(server: ServerProcess) -> None:
+def test_a_terminal_that_closes_is_as_sigterm() -> None:
+    code = fake_server(server="drain_timeout_s=0.3", factory=PACED)
+    with ServerProcess(["-c", code]) as server:
+        children = server.children()
+        asyncio.run(_cut(server, signal.SIGHUP))
+        assert server.process.wait(60) == 0
+        assert all(gone(pid) for pid in children)
+
+
+async def _cut(server: ServerProcess, sent: signal.Signals = signal.SIGINT) -> None:
     body = {"input_ids": [4], "sampling_params": {"max_new_tokens": 400, "ignore_eos": True}}
     async with (
         httpx.AsyncClient(base_url=server.url, timeout=60) as http,
@@ -70,6 +80,6 @@ async def _cut(server: ServerProcess) -> None:
     ):
         lines = reply.aiter_lines()
         await anext(lines)
-        server.process.send_signal(signal.SIGINT)
+        server.process.send_signal(sent)
         last = [line async for line in lines if line.startswith("data: {")][-1]
     assert '"type":"abort"' in last

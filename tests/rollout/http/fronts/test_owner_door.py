@@ -180,7 +180,13 @@ def test_a_report_is_no_request(tmp_path: Path) -> None:
     async def test() -> None:
         async with setting(tmp_path) as here:
             found = FinishedSequence(
-                reason="stop", latency_s=2.0, first_s=1.0, decode_s=1.0, num_prompt=3, num_output=4
+                reason="stop",
+                latency_s=2.0,
+                first_s=1.0,
+                decode_s=1.0,
+                queue_s=0.5,
+                num_prompt=3,
+                num_output=4,
             )
             report = FrontReport(name="front-1", finished=[found])
             await here.client.report(report)

@@ -133,8 +133,31 @@ def test_for_people_it_stands_behind_the_first_line() -> None:
     async def test() -> None:
         async with serving() as server:
             record = logging.LogRecord("a", logging.INFO, "", 1, "one\ntwo", (), None)
-            assert TextFormatter("front-1").format(record) == "front-1: one\ntwo"
+            assert TextFormatter("front-1").format(record) == "front-1: one\n  two"
             await server.get("/health", headers={"x-request-id": "r8"})
-            assert TextFormatter("").format(record) == "one [r8]\ntwo"
+            assert TextFormatter("").format(record) == "one [r8]\n  two"
 
     run(test)
+
+
+def test_what_a_client_sends_begins_no_line_and_steers_no_terminal(log: Lines) -> None:
+    async def test() -> None:
+        async with serving(access_log=True) as server:
+            await server.get("/a%0A127.0.0.1%20POST%20/forged%1b[31m?key=hidden")
+            await server.get("/" + "long" * 1000)
+
+    run(test)
+    first, second = log.of(ACCESS_LOGGER)
+    assert first["path"] == "/a%0A127.0.0.1%20POST%20/forged%1B%5B31m"
+    assert first["message"].count("\n") == 0
+    assert len(second["path"]) < 600
+
+
+def test_a_message_of_a_request_that_steers_a_terminal_is_shown_escaped() -> None:
+    told = "request \x1b[31mred\r\x85\u2028\udc80\ninfo: forged"
+    record = logging.LogRecord("a", logging.INFO, "", 1, told, (), None)
+    shown = TextFormatter("").format(record)
+    assert shown == "request \\x1b[31mred\\r\\x85\\u2028\\udc80\n  info: forged"
+    line = JsonFormatter("").format(record)
+    assert json.loads(line)["message"] == told
+    assert line.isascii() and len(line.splitlines()) == 1
