@@ -57,7 +57,7 @@ class _PageGuard:
 
     def __init__(self, app: ASGIApp, config: PageConfig) -> None:
         self._app = app
-        self._key = config.api_key.encode()
+        self._key = config.api_key.encode(errors="surrogateescape")
         self._browsers = BrowserRules(config)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

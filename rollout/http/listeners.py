@@ -40,13 +40,13 @@ def bind(config: Address) -> socket.socket:
     listener = _socket(config)
     try:
         listener.bind((config.host, config.port))
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         listener.close()
         raise InvalidRequest(
             f"cannot bind {config.host}:{config.port}: {error}; "
             + (
                 "another server is there: end it, or give another --port (0 takes a free one)"
-                if error.errno == errno.EADDRINUSE
+                if isinstance(error, OSError) and error.errno == errno.EADDRINUSE
                 else "give an address of this machine, and a port that you may bind"
             ),
             field="--host, --port",

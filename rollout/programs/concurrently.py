@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+import inspect
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
+
+from engine.errors import InvalidRequest
 
 T = TypeVar("T")
 OnError = Callable[[int, BaseException], BaseException]
+
+
+async def awaited(function: Callable[..., Awaitable[T]], *args: Any, **named: Any) -> T:
+    """What an async function of a program returns. Raises InvalidRequest (its name) for one that
+    is not async."""
+    found: Any = function(*args, **named)
+    if not inspect.isawaitable(found):
+        name = getattr(function, "__name__", "the program")
+        raise InvalidRequest(
+            f"{name} is no async function: it returned {type(found).__name__}", field=name
+        )
+    result: T = await found
+    return result
 
 
 async def together(
@@ -25,8 +41,12 @@ async def together(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+    # Those that were cancelled beside an error were so by this function.
     for place, task in enumerate(tasks):
         if not task.cancelled() and (error := task.exception()) is not None:
             told = on_error(place, error)
             raise told from (None if told is error else error)
+    for place, task in enumerate(tasks):
+        if task.cancelled():
+            raise on_error(place, asyncio.CancelledError("it cancelled itself"))
     return [task.result() for task in tasks]

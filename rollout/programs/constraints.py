@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -43,18 +43,36 @@ def grammar_of_words(
         case []:
             return None
         case ["choices"]:
-            return Grammar(kind="choice", source=json.dumps(list(choices or ())))
+            return Grammar(kind="choice", source=json.dumps(texts_of(choices)))
         case ["returns"]:
             return Grammar(kind="json_schema", source=json.dumps(schema_of(returns)))
         case ["json_schema"]:
-            told = json_schema if isinstance(json_schema, str) else json.dumps(json_schema)
-            return Grammar(kind="json_schema", source=told)
+            return Grammar(kind="json_schema", source=_schema_text(json_schema))
         case ["regex"]:
             return Grammar(kind="regex", source=regex or "")
         case ["ebnf"]:
             return Grammar(kind="ebnf", source=ebnf or "")
         case _:
             return grammar
+
+
+def texts_of(choices: Any) -> list[str]:
+    """The texts of some choices. Raises InvalidRequest (`choices`) for anything else, such as one
+    text, whose characters nobody means."""
+    found = list(choices) if isinstance(choices, Iterable) else []
+    if isinstance(choices, str) or not found or not all(isinstance(each, str) for each in found):
+        raise InvalidRequest(
+            f"choices is {repr(choices)[:100]}; give a list of one text or more", field="choices"
+        )
+    return found
+
+
+def _schema_text(schema: Any) -> str:
+    """A JSON Schema as text. Raises InvalidRequest (`json_schema`) for what JSON cannot say."""
+    try:
+        return schema if isinstance(schema, str) else json.dumps(schema)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequest(f"json_schema is no JSON: {error}", field="json_schema") from error
 
 
 def schema_of(kind: Any) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 from engine.errors import InvalidRequest, SlipstreamError
-from rollout.programs.concurrently import together
+from rollout.programs.concurrently import awaited, together
 from rollout.programs.errors import BranchFailed
 
 S = TypeVar("S")
@@ -31,7 +31,7 @@ class Forks(Generic[S]):
     def __iter__(self) -> Iterator[S]:
         return iter(self._branches)
 
-    async def run(self, step: Callable[..., Awaitable[T]], *columns: Sequence[Any]) -> list[T]:
+    async def run(self, step: Callable[..., Awaitable[T]], *columns: Iterable[Any]) -> list[T]:
         """`step(branch, ...)` of every branch, with its own item of each of `columns`; the results
         in order.
 
@@ -39,13 +39,14 @@ class Forks(Generic[S]):
         others were ended and their requests aborted; other errors are raised as they are, with a
         note. Raises InvalidRequest (`columns`) for a column of another length.
         """
-        for column in columns:
+        listed = [list(column) for column in columns]
+        for column in listed:
             if len(column) != len(self):
                 raise InvalidRequest(
                     f"a column has {len(column)} items for {len(self)} branches", field="columns"
                 )
-        rows = zip(self._branches, *columns, strict=True)
-        return await together([_awaited(step, row) for row in rows], self._told)
+        rows = zip(self._branches, *listed, strict=True)
+        return await together([awaited(step, *row) for row in rows], self._told)
 
     def _told(self, place: int, error: BaseException) -> BaseException:
         named = f"branch {place} of {self._where}"
@@ -55,7 +56,3 @@ class Forks(Generic[S]):
         field = f" ({error.field})" if error.field else ""
         kind = "" if isinstance(error, BranchFailed) else f"{type(error).__name__}{field}: "
         return BranchFailed(f"{named}: {kind}{error.message}", field=named)
-
-
-async def _awaited(step: Callable[..., Awaitable[T]], row: Sequence[Any]) -> T:
-    return await step(*row)

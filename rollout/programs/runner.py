@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from rollout.programs.backends.base import Backend, Session
 from rollout.programs.backends.replica_backend import ReplicaBackend
 from rollout.programs.backends.server_backend import ServerBackend
-from rollout.programs.concurrently import together
+from rollout.programs.concurrently import awaited, together
 from rollout.programs.context import Context
 from rollout.programs.state import State
 from rollout.replica.base import Replica
@@ -66,7 +66,9 @@ class Runner:
     ) -> T:
         """As `run`. Cancelling it aborts the program's requests."""
         async with self._backend.open() as session:
-            return await program(self._state(session, seed, 0, "the program"), *args, **named)
+            return await awaited(
+                program, self._state(session, seed, 0, "the program"), *args, **named
+            )
 
     def run_batch(
         self,
@@ -116,11 +118,19 @@ async def _call(
     program: Program[Any], state: State, named: Mapping[str, Any], return_exceptions: bool
 ) -> Any:
     if not return_exceptions:
-        return await program(state, **named)
+        return await awaited(program, state, **named)
+    # In a task of its own: whether it cancelled itself, or the batch was, is then told apart.
+    running = asyncio.ensure_future(_call(program, state, named, return_exceptions=False))
     try:
-        return await program(state, **named)
-    except Exception as error:  # the caller asked for errors in the place of results
-        return error
+        await asyncio.wait([running])
+    except asyncio.CancelledError:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        raise
+    if running.cancelled():
+        return asyncio.CancelledError("it cancelled itself")
+    error = running.exception()
+    return error if isinstance(error, Exception) else running.result()
 
 
 def _in_program(place: int, error: BaseException) -> BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,15 +30,18 @@ def sampling_of_words(words: Mapping[str, Any]) -> SamplingParams:
         return SamplingParams()
     try:
         return msgspec.convert(dict(words), SamplingParams)
-    except msgspec.ValidationError:
-        # Said as /generate says it.
-        return _explained(words)
+    except msgspec.ValidationError as error:
+        # Said as /generate says it, but for what JSON has no word for.
+        _explain(words)
+        raise InvalidRequest(f"sampling_params: {error}", field="sampling_params") from error
 
 
-def _explained(words: Mapping[str, Any]) -> SamplingParams:
+def _explain(words: Mapping[str, Any]) -> None:
+    for name, value in words.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InvalidRequest(f"{name} is {value}; give a finite number", field=name)
     try:
-        body = msgspec.json.encode({"sampling_params": words})
-        return parse_request(body).sampling_params
+        parse_request(msgspec.json.encode({"sampling_params": words}))
     except TypeError as error:
         raise InvalidRequest(f"sampling_params: {error}", field="sampling_params") from error
     except InvalidRequest as error:

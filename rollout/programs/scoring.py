@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from engine.errors import InvalidRequest
 from engine.protocol import GenerateRequest, SamplingParams
@@ -38,9 +38,9 @@ class Score:
 async def score(
     session: Session, tokenizer: Tokenizer, prompt: list[int], choices: Sequence[str]
 ) -> list[Score]:
-    """The score of every choice behind `prompt`. Raises InvalidRequest (`choices`) for none, for
-    two that are equal and for an empty one."""
-    if not choices or len(set(choices)) < len(choices) or not all(choices):
+    """The score of every choice behind `prompt`. Raises InvalidRequest (`choices`) for two that are
+    equal and for an empty one."""
+    if len(set(choices)) < len(choices) or not all(choices):
         raise InvalidRequest("choices must be texts that differ, none empty", field="choices")
     encoded = [tokenizer.encode(choice, add_special_tokens=False) for choice in choices]
     return await together([_score(session, prompt, ids) for ids in encoded])
@@ -66,7 +66,13 @@ async def _score(session: Session, prompt: list[int], ids: list[int]) -> Score:
 def likeliest(
     name: str, choices: Sequence[str], scores: Sequence[Score], normalise: Normalise
 ) -> Selected:
-    """The choice with the best score; of two that are alike, the first."""
+    """The choice with the best score; of two that are alike, the first. Raises InvalidRequest
+    (`normalise`)."""
+    if normalise not in get_args(Normalise):
+        raise InvalidRequest(
+            f"normalise is {normalise!r}; give one of {', '.join(get_args(Normalise))}",
+            field="normalise",
+        )
     totals = [sum(found.logprobs) for found in scores]
     sizes = [len(found.logprobs) if normalise == "tokens" else 1 for found in scores]
     index = max(range(len(totals)), key=lambda place: totals[place] / sizes[place])

@@ -12,7 +12,7 @@ import msgspec
 from engine.errors import InvalidRequest
 from engine.protocol import GenerateRequest, Grammar
 from rollout.programs.backends.base import Session
-from rollout.programs.constraints import grammar_of_words, value_of
+from rollout.programs.constraints import grammar_of_words, texts_of, value_of
 from rollout.programs.context import Context
 from rollout.programs.conversation import Conversation
 from rollout.programs.errors import naming
@@ -21,6 +21,7 @@ from rollout.programs.generated import Generated, Selected, Variable, read_reply
 from rollout.programs.sampling_words import sampling_of_words
 from rollout.programs.scoring import Normalise, likeliest, score
 from rollout.programs.tools import Tool
+from rollout.requests.message_ranges import check_ranges
 from rollout.requests.seeds import derive_seed
 from rollout.text.tokenizer import Tokenizer
 
@@ -78,8 +79,13 @@ class State:
         for piece in pieces:
             if isinstance(piece, str):
                 self._context.add_text(piece)
-            else:
+            elif isinstance(piece, Generated | Selected):
                 self._context.add_variable(piece)
+            else:
+                raise InvalidRequest(
+                    f"add takes texts and variables of a state, not {repr(piece)[:100]}",
+                    field="add",
+                )
 
     def system(self, content: str) -> None:
         """A turn of the system."""
@@ -160,11 +166,12 @@ class State:
                 grammar=grammar,
             )
             drawn = self._next_seed() if seed is None else seed
+            params = msgspec.structs.replace(sampling_of_words(sampling), sampling_seed=drawn)
+            # Whoever read the words has not seen the seed.
+            check_ranges(params)
             wire = GenerateRequest(
                 input_ids=_begun(context),
-                sampling_params=msgspec.structs.replace(
-                    sampling_of_words(sampling), sampling_seed=drawn
-                ),
+                sampling_params=params,
                 grammar=held,
                 return_logprob=True,
             )
@@ -185,8 +192,9 @@ class State:
         texts of which one begins with another or is much longer. Raises as `gen`.
         """
         with self._step(name) as context, naming(name):
-            scores = await score(self._session, self.tokenizer, _begun(context), choices)
-            found = likeliest(name, choices, scores, normalise)
+            texts = texts_of(choices)
+            scores = await score(self._session, self.tokenizer, _begun(context), texts)
+            found = likeliest(name, texts, scores, normalise)
             context.add_variable(found)
         self._variables[name] = found
         return found
@@ -195,8 +203,10 @@ class State:
         """`count` states that go on from here, each with seeds of its own and a copy of the
         variables. What is not encoded yet is encoded now, once."""
         self._settled("fork")
-        if count < 1:
-            raise InvalidRequest(f"fork makes {count} branches; give at least 1", field="fork")
+        if not isinstance(count, int) or count < 1:
+            raise InvalidRequest(
+                f"fork makes {count!r} branches; give a count, at least 1", field="fork"
+            )
         self._context.ids()
         number, self._num_forks = self._num_forks, self._num_forks + 1
         branches = [self._branch(derive_seed(self._seed, "fork", number, i)) for i in range(count)]

@@ -58,8 +58,10 @@ async def answer(
     max_rounds: most replies. sampling: as in `State.gen`.
 
     Raises ToolFailed for a function that raised, and for a model that still calls in the last
-    round; InvalidRequest (`tools`) for tools that the state was not told of.
+    round; InvalidRequest (`tools`) for tools that the state was not told of, (`max_rounds`).
     """
+    if max_rounds < 1:
+        raise InvalidRequest(f"max_rounds is {max_rounds}; give at least 1", field="max_rounds")
     by_name = _told(state, tools)
     replies: list[Generated] = []
     results: list[ToolResult] = []

@@ -44,12 +44,13 @@ class Tool:
         function raises anything but ToolRefused."""
         try:
             given = msgspec.json.decode(arguments or "{}", type=self.arguments)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
             return f"error: {error}"
         try:
             found = self.function(**msgspec.structs.asdict(given))
             if inspect.isawaitable(found):
                 found = await found
+            return found if isinstance(found, str) else json.dumps(msgspec.to_builtins(found))
         except ToolRefused as error:
             return f"error: {error}"
         except Exception as error:  # whatever a program's own function raises
@@ -57,7 +58,6 @@ class Tool:
                 f"{self.name}({arguments[:200]}) raised {type(error).__name__}: {error}",
                 field=self.name,
             ) from error
-        return found if isinstance(found, str) else json.dumps(msgspec.to_builtins(found))
 
 
 def tool(function: Callable[..., Any]) -> Tool:

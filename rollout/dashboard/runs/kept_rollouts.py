@@ -122,9 +122,13 @@ def _sample(number: int, reply: KeptReply) -> Sample:
 def _tokens(reply: _TokenReply) -> Tokens:
     num = len(reply.tokens)
     versions = [""] * num
+    behind = 0
     for version, first, end in reply.spans:
-        for place in range(max(first, 0), min(end, num)):
-            versions[place] = str(version)
+        # They follow each other: of one that overlaps, what lies behind the one before.
+        first, end = max(first, behind), min(end, num)
+        if first < end:
+            versions[first:end] = [str(version)] * (end - first)
+            behind = end
     return Tokens(
         texts=reply.tokens,
         logprobs=_nats(reply.logprobs, num),

@@ -11,6 +11,8 @@ from rollout.dashboard.figures import Event
 from rollout.dashboard.runs.run_rows import Row
 
 _TOOK = ("timing_s/step", "timing_s/eval")
+_LAST_MOMENT = 253402300799.0
+"""The end of the year 9999, in Unix seconds."""
 
 
 def events_of(rows: list[Row], *, before: float) -> list[Event]:
@@ -19,7 +21,8 @@ def events_of(rows: list[Row], *, before: float) -> list[Event]:
     at = before
     for row in rows:
         at += seconds_of(row)
-        events += _of_row(row, at)
+        # The page writes moments as dates, of which there is a last one.
+        events += _of_row(row, min(max(at, 0.0), _LAST_MOMENT))
     return events
 
 

@@ -7,7 +7,9 @@ a step that has no row of its own, as the one before training, have a row by the
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from pathlib import Path
 
 from rollout.dashboard.runs.lenient_json import number_of, read_object
@@ -37,7 +39,9 @@ class RunRows:
         self.num_unread = 0
         self._metrics = LineTail(folder / METRICS)
         self._evaluations = LineTail(folder / EVALUATIONS)
-        self._held: list[Row] = []
+        # A heap: of a long run all evaluations are here before its first step is.
+        self._held: list[tuple[float, int, Row]] = []
+        self._num_held = 0
 
     def refresh(self) -> None:
         """Take in what is new. Raises InvalidRequest (`run`) for a file that cannot be read."""
@@ -46,7 +50,9 @@ class RunRows:
         if metrics.anew or evaluations.anew:
             self._begin_anew()
             metrics, evaluations = self._metrics.look(), self._evaluations.look()
-        self._held += self._read(evaluations.lines, taken=False)
+        for evaluation in self._read(evaluations.lines, taken=False):
+            self._num_held += 1
+            heappush(self._held, (evaluation.step, self._num_held, evaluation))
         for row in self._read(metrics.lines, taken=True):
             self._take(row)
         self._take_late_evaluations()
@@ -73,13 +79,17 @@ class RunRows:
         if (self.rows and row.step < self.rows[-1].step) or self._is_taken(row.step):
             self.rows = [earlier for earlier in self.rows if earlier.step < row.step]
             self.generation += 1
-        for evaluation in [held for held in self._held if held.step <= row.step]:
-            self._held.remove(evaluation)
+        for evaluation in self._held_until(row.step):
             if evaluation.step == row.step:
                 row = Row(step=row.step, figures=evaluation.figures | row.figures, taken=True)
             elif not self.rows or evaluation.step >= self.rows[-1].step:
                 self.rows.append(evaluation)
         self.rows.append(row)
+
+    def _held_until(self, step: float) -> Iterator[Row]:
+        """Evaluations up to a step, which are held no longer."""
+        while self._held and self._held[0][0] <= step:
+            yield heappop(self._held)[2]
 
     def _is_taken(self, step: float) -> bool:
         return bool(self.rows) and self.rows[-1].taken and self.rows[-1].step == step
@@ -88,8 +98,7 @@ class RunRows:
         """Those of the last step, whose row is there already, and the one before training. The
         evaluation of a later step waits for the row of that step."""
         last = self.rows[-1].step if self.rows else 0.0
-        for evaluation in [held for held in self._held if held.step <= last]:
-            self._held.remove(evaluation)
+        for evaluation in self._held_until(last):
             known = self.rows[-1].figures if self.rows else {}
             if evaluation.step == last and not evaluation.figures.keys() <= known.keys():
                 self.rows.append(evaluation)

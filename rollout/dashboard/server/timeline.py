@@ -27,6 +27,7 @@ from rollout.dashboard.ring import Ring
 
 _KEPT = 2000
 _PAGE = 1000
+_MOST_CHARS = 500
 _Named = BeginUpdate | CommitUpdate | AbortUpdate | Pause | Resume | ReleaseMemory | ResumeMemory
 
 
@@ -102,6 +103,7 @@ class Timeline:
     ) -> None:
         now = self._clock()
         took = None if since is None else max(0.0, now - since)
+        text, version = _cut(text), _cut(version)
         self._events.add(Event(at=now, x=now, kind=kind, text=text, seconds=took, version=version))
 
 
@@ -114,6 +116,11 @@ _WORDS: dict[type, str] = {
     ReleaseMemory: "a release of memory",
     ResumeMemory: "taking memory back",
 }
+
+
+def _cut(text: str) -> str:
+    """A text that may quote what was sent, which is kept for long."""
+    return text if len(text) <= _MOST_CHARS else f"{text[:_MOST_CHARS]}..."
 
 
 def _tags(tags: list[MemoryTag]) -> str:

@@ -52,7 +52,10 @@ class ServerBackend:
         if self._given is not None:
             return self._given
         with Client(self.url, api_key=self._key) as client:
-            model = str(client.call("/model_info")["tokenizer_path"])
+            told = client.call("/model_info")
+        model = str(told.get("tokenizer_path", "")) if isinstance(told, dict) else ""
+        if not model:
+            raise EngineDead(f"{self.url} is no server of a model", field="server")
         if not Path(model).exists():
             raise InvalidRequest(
                 f"the server at {self.url} loaded {model}, which is not on this machine; pass "
@@ -92,7 +95,18 @@ class ServerSession:
                 raise self._lost(error) from error
         if response.status_code != 200:
             raise reply_error(response.content, response.status_code)
-        return _RESPONSE.decode(response.content)
+        try:
+            found = _RESPONSE.decode(response.content)
+        except msgspec.DecodeError as error:
+            raise self._no_reply(response.content) from error
+        if not isinstance(found.meta_info.get("finish_reason"), dict):
+            raise self._no_reply(response.content)
+        return found
+
+    def _no_reply(self, body: bytes) -> EngineDead:
+        shown = body[:200].decode(errors="replace")
+        told = f"what came from {self._http.base_url} is no reply to /generate: {shown}"
+        return EngineDead(told, field="server")
 
     async def _post(self, body: bytes) -> httpx.Response:
         return await self._http.post("/generate", content=body, headers=self._headers)

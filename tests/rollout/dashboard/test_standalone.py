@@ -136,3 +136,13 @@ def test_beyond_loopback_a_key_is_needed() -> None:
     with pytest.raises(InvalidRequest, match="--api-key"):
         PageConfig(host="0.0.0.0")
     PageConfig(host="0.0.0.0", api_key="sesame")
+
+
+def test_a_key_of_the_command_line_that_is_no_utf8_is_the_bytes_that_were_given() -> None:
+    async def test(client: httpx.AsyncClient) -> None:
+        for key, status in ((b"\xff", 200), (b"?", 401)):
+            headers = {b"authorization": b"Bearer " + key}
+            reply = await client.get("/dashboard/api/now", headers=headers)
+            assert reply.status_code == status
+
+    ask(test, api_key="\udcff")

@@ -74,3 +74,9 @@ def test_a_connection_ends_whose_client_takes_nothing(closing: ExitStack) -> Non
             server.sendall(bytes(1 << 20))
     assert str(caught.value) != "timed out", "the system ended the connection, not this test"
     assert client.fileno() >= 0
+
+
+def test_a_port_that_there_cannot_be_is_refused_by_its_flag() -> None:
+    with pytest.raises(InvalidRequest, match="port must be 0-65535") as caught:
+        bind(replace(ONE, port=99999))
+    assert caught.value.field == "--host, --port"

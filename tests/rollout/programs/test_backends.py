@@ -199,3 +199,62 @@ def test_a_request_that_comes_while_the_last_step_ends_is_not_forgotten() -> Non
     with spawned() as replica:
         arguments = [{"number": number} for number in range(3)]
         Runner.of_replica(replica, TOKENIZER).run_batch(many, arguments)
+
+
+def test_a_program_that_cancels_itself_takes_no_other_with_it() -> None:
+    async def cancels(s: State, number: int) -> int:
+        s.add("text")
+        if number == 1:
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+        return len((await s.gen("x", max_new_tokens=3)).token_ids)
+
+    arguments = [{"number": number} for number in range(3)]
+    with seeded_replica() as replica:
+        runner = Runner.of_replica(replica, TOKENIZER)
+        first, second, third = runner.run_batch(cancels, arguments, return_exceptions=True)
+        assert (first, third) == (3, 3) and isinstance(second, asyncio.CancelledError)
+        with pytest.raises(asyncio.CancelledError) as caught:
+            runner.run_batch(cancels, arguments)
+        assert caught.value.__notes__ == ["in program 1 of the batch"]
+
+        async def left() -> None:
+            batch = runner.run_batch_async(endless, [{}, {}], return_exceptions=True)
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(batch, 0.05)
+
+        asyncio.run(left())
+        state = replica.state()
+        assert state.num_running == state.num_waiting == 0
+
+
+def test_arguments_that_are_no_names_stand_in_the_place_of_their_result() -> None:
+    async def size(s: State, number: int) -> int:
+        return number
+
+    with seeded_replica() as replica:
+        runner = Runner.of_replica(replica, TOKENIZER)
+        found = runner.run_batch(size, [{"number": 1}, "x", {"size": 2}], return_exceptions=True)
+    assert found[0] == 1 and [type(each) for each in found[1:]] == [TypeError] * 2
+
+
+@pytest.mark.parametrize("body", ["[1]", "{}", '"text"'])
+def test_what_answers_is_no_server_of_a_model(body: str) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        writer.write(f"{head}\r\nConnection: close\r\n\r\n{body}".encode())
+        writer.close()
+
+    async def ask() -> None:
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            url = f"http://127.0.0.1:{port}"
+            runner = Runner.of_server(url, tokenizer=TOKENIZER)
+            with pytest.raises(EngineDead, match="is no reply to /generate"):
+                await runner.run_async(endless)
+            with pytest.raises(EngineDead, match="is no server of a model"):
+                await asyncio.to_thread(_without_tokenizer, Runner.of_server(url))
+
+    asyncio.run(ask())

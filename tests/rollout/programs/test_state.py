@@ -1,6 +1,7 @@
 """States of prompt programs on an engine of this process: text, turns, forks, choices."""
 
 import asyncio
+import math
 from typing import Any
 
 import msgspec
@@ -380,3 +381,58 @@ def test_a_template_that_tells_no_bridge_is_refused_by_name() -> None:
         Runner.of_replica(replica, tokenizer).run(program)
     assert caught.value.field == "b.messages"
     assert IM_END_ID not in ids_of("q")
+
+
+@pytest.mark.parametrize(
+    ("words", "field"),
+    [
+        ({"choices": "yes"}, "choices"),
+        ({"choices": [1, 2]}, "choices"),
+        ({"choices": 5}, "choices"),
+        ({"json_schema": {"a": object()}}, "json_schema"),
+        ({"seed": "a"}, "sampling_seed"),
+        ({"seed": 1.5}, "sampling_seed"),
+        ({"seed": 1 << 70}, "sampling_seed"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"top_p": -math.inf}, "top_p"),
+        ({"regex": 5}, "grammar.source"),
+    ],
+)
+def test_words_of_other_types_are_refused_by_their_field(words: dict[str, Any], field: str) -> None:
+    async def program(s: State) -> None:
+        s.add("text")
+        with pytest.raises(InvalidRequest) as caught:
+            await s.gen("x", max_new_tokens=2, **words)
+        assert caught.value.field == f"x.{field}"
+        assert len((await s.gen("x", max_new_tokens=2)).token_ids) == 2
+
+    run(program)
+
+
+def test_steps_take_what_they_say_and_name_what_they_do_not() -> None:
+    async def program(s: State) -> None:
+        s.add("text")
+        for wrong, field in [
+            (lambda: s.add(5), "add"),
+            (lambda: s.fork("3"), "fork"),
+            (lambda: s.fork(1.5), "fork"),
+        ]:
+            with pytest.raises(InvalidRequest) as caught:
+                wrong()
+            assert caught.value.field == field
+        for choices in ("yes", None, [1]):
+            with pytest.raises(InvalidRequest, match="give a list of one text") as caught:
+                await s.select("x", choices)
+            assert caught.value.field == "x.choices"
+        with pytest.raises(InvalidRequest, match="one of none, tokens"):
+            await s.select("x", ["a", "b"], normalise="mean")
+        assert (await s.select("x", (c for c in "ab"))).text in ("a", "b")
+        with pytest.raises(BranchFailed, match="grow is no async function: it returned int"):
+            await s.fork(1).run(grow, (n for n in range(1)))
+
+    def grow(branch: State, number: int) -> int:
+        return number
+
+    run(program)
+    with pytest.raises(InvalidRequest, match="grow is no async function"):
+        run(grow, 1)

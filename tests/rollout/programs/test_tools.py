@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -147,3 +147,36 @@ def test_tools_are_told_at_the_beginning() -> None:
         Runner(ScriptedBackend("a")).run(late)
     with pytest.raises(InvalidRequest, match="use_tools with them first"):
         Runner(ScriptedBackend()).run(untold)
+
+
+@tool
+def odd() -> object:
+    """Returns what JSON has no word for."""
+    return object()
+
+
+@tool
+def deep(tree: list[Any]) -> str:
+    """Takes anything."""
+    return "seen"
+
+
+def test_a_result_that_cannot_be_told_and_rounds_that_are_none() -> None:
+    with pytest.raises(ToolFailed, match="odd") as caught:
+        Runner(ScriptedBackend(call_of("odd"))).run(ask, [odd])
+    assert caught.value.field == "odd"
+    for rounds in (0, -1):
+        with pytest.raises(InvalidRequest, match="give at least 1") as refused:
+            Runner(ScriptedBackend()).run(ask, [half], max_rounds=rounds)
+        assert refused.value.field == "max_rounds"
+
+
+@pytest.mark.parametrize("arguments", ['{"tree": ' + "[" * 5000, '{"tree": ["\\ud800"]}', "\ud800"])
+def test_arguments_that_no_decoder_takes_are_told_to_the_model(arguments: str) -> None:
+    assert asyncio.run(deep.call(arguments)).startswith("error: ")
+
+
+def test_a_call_of_a_function_that_there_is_not() -> None:
+    backend = ScriptedBackend(call_of("third"), "done")
+    found = Runner(backend).run(ask, [half])
+    assert found.text in ("done", call_of("third"))

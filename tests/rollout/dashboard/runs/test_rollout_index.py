@@ -147,3 +147,14 @@ def test_nesting_as_deep_as_json_reads_is_a_line_that_is_passed_over(tmp_path: P
     deep = '{"step": 1, "prompt": NaN, "a": ' + "[" * 600 + "]" * 600 + "}\n"
     path.write_text(deep + line(2, [1.0], ["good"]))
     assert heads(opened(path)) == ["good"]
+
+
+def test_spans_of_versions_that_overlap_are_each_shown_behind_the_one_before(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "rollouts.jsonl"
+    spans = [[1, -5, 2], [2, 1, 4], [3, 0, 4], [4, 3, 10**18], *[[5, 0, 20_000]] * 20_000]
+    reply = {"text": "x", "tokens": ["a"] * 6, "logprobs": [0] * 6, "spans": spans}
+    path.write_text(json.dumps({"step": 1, "prompt": "p", "samples": [reply]}) + "\n")
+    tokens = opened(path).group("1-1").samples[0].tokens
+    assert tokens is not None and tokens.versions == ["1", "1", "2", "2", "4", "4"]

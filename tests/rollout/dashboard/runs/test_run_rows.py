@@ -6,7 +6,11 @@ import json
 import math
 from pathlib import Path
 
-from rollout.dashboard.runs.run_rows import RunRows
+import pytest
+
+from rollout.dashboard.runs import run_rows
+from rollout.dashboard.runs.run_events import events_of
+from rollout.dashboard.runs.run_rows import Row, RunRows
 
 
 def write(path: Path, *rows: object) -> None:
@@ -84,3 +88,31 @@ def test_steps_that_are_taken_again_replace_those_they_follow(tmp_path: Path) ->
     assert [(r.step, r.figures["reward"]) for r in rows.rows] == [(1, 5.0)]
     assert rows.generation == 3
     rows.close()
+
+
+def test_moments_are_dates_whatever_steps_say_they_took() -> None:
+    took = {"timing_s/step": 9e8, "weight_version": 1.0}
+    rows = [Row(step=float(n), figures=took, taken=True) for n in range(20_000)]
+    for before in (-1e13, 1e9):
+        moments = [event.at for event in events_of(rows, before=before)]
+        assert min(moments) >= 0 and max(moments) < 8.64e12, "JavaScript's last date"
+
+
+def test_a_step_looks_at_its_own_evaluations_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = 0
+
+    class Counted(float):
+        def __le__(self, other: float) -> bool:
+            nonlocal compared
+            compared += 1
+            return float(self) <= other
+
+    monkeypatch.setattr(run_rows, "number_of", Counted)
+    write(tmp_path / "evaluations.jsonl", *({"step": n, "eval/accuracy": 1} for n in range(300)))
+    write(tmp_path / "metrics.jsonl", *({"step": n, "reward": 1} for n in range(300)))
+    rows = RunRows(tmp_path)
+    rows.refresh()
+    assert len(rows.rows) == 300 and rows.rows[-1].figures.keys() == {"reward", "eval/accuracy"}
+    assert compared < 5 * 300

@@ -5,6 +5,7 @@ from __future__ import annotations
 from engine.protocol import (
     BeginUpdate,
     CommitUpdate,
+    ErrorInfo,
     GetState,
     Pause,
     ReleaseMemory,
@@ -62,3 +63,13 @@ def test_sleep_and_a_new_engine() -> None:
         "took back all memory",
         "the engine was started again",
     ]
+
+
+def test_what_callers_say_at_length_is_cut() -> None:
+    timeline = Timeline({3: "v" * 100_000}.__getitem__, Clock())
+    error = ErrorInfo(kind="InvalidRequest", message="m" * 100_000)
+    timeline.note(Pause(), Reply(error=error))
+    timeline.note(CommitUpdate(version=3), Reply())
+    failed, committed = timeline.page(0).events
+    assert failed.text.startswith("a pause failed: m") and committed.version.startswith("v")
+    assert max(len(failed.text), len(committed.text), len(committed.version)) < 600
