@@ -90,7 +90,7 @@ class Client:
             ) as response:
                 if response.status_code != 200:
                     raise reply_error(response.read(), response.status_code)
-                yield from _replies(response.iter_lines())
+                yield from _replies(event_data(response))
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
 
@@ -165,10 +165,16 @@ def routed_experts(fields: Mapping[str, Any]) -> Ids | None:
 
 
 def headers_of(key: str) -> dict[bytes, bytes]:
-    """The headers of a call of a server that has this key; "" for none."""
+    """The headers of a call of a server that has this key; "" for none. Raises InvalidRequest
+    (`api_key`) for a key that no header can hold."""
     headers = {b"content-type": b"application/json"}
+    if any(char < " " or char == "\x7f" for char in key):
+        raise InvalidRequest(
+            "api_key: the key has a line break or another control character", field="api_key"
+        )
     # Bytes, since httpx takes a str to be ASCII.
-    return {**headers, b"authorization": f"Bearer {key}".encode()} if key else headers
+    value = b"Bearer " + key.encode(errors="surrogateescape")
+    return {**headers, b"authorization": value} if key else headers
 
 
 def _batch_body(requests: list[GenerateRequest]) -> bytes:
@@ -189,15 +195,25 @@ def _batch_body(requests: list[GenerateRequest]) -> bytes:
     return msgspec.json.encode(body)
 
 
-def _replies(lines: Iterator[str]) -> Iterator[GenerateResponse]:
-    for line in lines:
-        data = line.removeprefix("data: ")
-        if not data:
-            continue
-        if data == "[DONE]":
+def event_data(response: httpx.Response) -> Iterator[bytes]:
+    """The data of server-sent events, a line each. httpx's own lines end at every character that
+    Unicode takes for an end, such as U+2028, which JSON has within its texts."""
+    parts: list[bytes] = []
+    for piece in response.iter_bytes():
+        first, *rest = piece.split(b"\n")
+        parts.append(first)
+        for begun in rest:
+            line, parts = b"".join(parts), [begun]
+            if line.startswith(b"data:") and (data := line.removeprefix(b"data:").strip()):
+                yield data
+
+
+def _replies(events: Iterator[bytes]) -> Iterator[GenerateResponse]:
+    for data in events:
+        if data == b"[DONE]":
             return
-        if data.startswith('{"error"'):
-            raise reply_error(data.encode(), 500)
+        if data.startswith(b'{"error"'):
+            raise reply_error(data, 500)
         yield _RESPONSE.decode(data)
 
 

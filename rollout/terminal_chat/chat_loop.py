@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -32,8 +33,15 @@ def run_chat(config: ChatConfig) -> int:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace" if stream is sys.stdin else "backslashreplace")
+    if sys.stdin is None or sys.stdout is None or sys.stderr is None:
+        raise InvalidRequest("chat needs an input and an output; one is closed", field="stdin")
+    if config.temperature is not None and not 0 <= config.temperature < math.inf:
+        raise InvalidRequest(
+            f"--temperature is {config.temperature}; give 0 or more", field="--temperature"
+        )
     settings = Settings(
-        system=config.system,
+        # A word of the command line that is no UTF-8 has halves of surrogate pairs.
+        system=config.system.encode(errors="replace").decode(),
         temperature=config.temperature,
         seed=config.seed,
         max_tokens=config.max_tokens,
@@ -45,10 +53,15 @@ def run_chat(config: ChatConfig) -> int:
         loop = ChatLoop(talk, Chat(settings), painter)
         if interactive:
             loop.greet()
-        for line in _lines(painter, interactive=interactive):
-            loop.line(line)
-            if loop.over:
-                break
+        try:
+            for line in _lines(painter, interactive=interactive):
+                loop.line(line)
+                if loop.over:
+                    break
+        except BrokenPipeError:
+            # Whoever read the replies has left, as `head` does. Python writes what is left at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
     return 0 if interactive or not loop.num_failed else 1
 
 

@@ -4,20 +4,65 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import httpx
 import msgspec
+from msgspec import Meta, Struct
 
 from engine.errors import EngineDead, InvalidRequest
 from engine.protocol.urls import url_fault
-from rollout.client import headers_of, reply_error
+from rollout.client import event_data, headers_of, reply_error
 from rollout.terminal_chat.chat_config import Settings
 from rollout.terminal_chat.talk import Piece, Turn
 
 _CONNECT_S = 10.0
 _SILENT_S = 600.0
 """Longest wait for the next bytes of a reply."""
+
+T = TypeVar("T")
+
+
+class _Model(Struct):
+    id: str
+
+
+class _Models(Struct):
+    """What /v1/models says."""
+
+    data: Annotated[list[_Model], Meta(min_length=1)]
+
+
+class _Delta(Struct):
+    content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+
+class _Token(Struct):
+    token: str
+    logprob: float
+
+
+class _Logprobs(Struct):
+    content: list[_Token] | None = None
+
+
+class _Choice(Struct):
+    delta: _Delta | None = None
+    logprobs: _Logprobs | None = None
+
+
+class _Usage(Struct):
+    completion_tokens: int
+
+
+class _Chunk(Struct):
+    """One chunk of a stream, as far as it is shown."""
+
+    choices: list[_Choice] | None = None
+    usage: _Usage | None = None
+    error: Any = None
 
 
 class ServerTalk:
@@ -50,11 +95,8 @@ class ServerTalk:
             if response.status_code != 200:
                 raise reply_error(response.read(), response.status_code)
             num_tokens, ended = 0, False
-            for line in response.iter_lines():
-                data = line.removeprefix("data:").strip()
-                if not data or line.startswith(":"):
-                    continue
-                if ended := data == "[DONE]":
+            for data in event_data(response):
+                if ended := data == b"[DONE]":
                     break
                 for piece in _pieces(data, num_tokens):
                     num_tokens = piece.num_tokens
@@ -88,7 +130,7 @@ class ServerTalk:
                 response = self._http.get("/v1/models", headers=self._headers)
             if response.status_code != 200:
                 raise reply_error(response.content, response.status_code)
-            self._model = str(_decoded(response.content)["data"][0]["id"])
+            self._model = _decoded(response.content, _Models).data[0].id
         return self._model
 
     @contextmanager
@@ -100,31 +142,30 @@ class ServerTalk:
             raise EngineDead(f"no answer from {self._url}: {reason}", field="server") from error
 
 
-def _pieces(data: str, num_tokens: int) -> Iterator[Piece]:
+def _pieces(data: bytes, num_tokens: int) -> Iterator[Piece]:
     """The pieces of one chunk of a stream, behind `num_tokens` tokens. Raises the error that came
     in its place."""
-    chunk = _decoded(data.encode())
-    if "error" in chunk:
-        raise reply_error(data.encode(), 500)
-    usage = chunk.get("usage")
-    for choice in chunk.get("choices") or ():
-        delta = choice.get("delta") or {}
-        entries = (choice.get("logprobs") or {}).get("content") or ()
-        tokens = tuple((str(entry["token"]), float(entry["logprob"])) for entry in entries)
-        thought = delta.get("reasoning_content") or delta.get("reasoning") or ""
-        answer = delta.get("content") or ""
+    chunk = _decoded(data, _Chunk)
+    if chunk.error is not None:
+        raise reply_error(data, 500)
+    for choice in chunk.choices or ():
+        delta = choice.delta or _Delta()
+        entries = (choice.logprobs.content if choice.logprobs else None) or ()
+        tokens = tuple((entry.token, entry.logprob) for entry in entries)
+        thought = delta.reasoning_content or delta.reasoning or ""
+        answer = delta.content or ""
         num_tokens += len(tokens) or bool(thought or answer)
         if thought:
             yield Piece(text=thought, kind="thought", num_tokens=num_tokens)
         if answer or not thought:
             yield Piece(text=answer, tokens=tokens, num_tokens=num_tokens)
-    if usage:
-        yield Piece(text="", num_tokens=int(usage["completion_tokens"]))
+    if chunk.usage is not None:
+        yield Piece(text="", num_tokens=chunk.usage.completion_tokens)
 
 
-def _decoded(data: bytes) -> Any:
+def _decoded(data: bytes, kind: type[T]) -> T:
     try:
-        return msgspec.json.decode(data)
-    except msgspec.DecodeError as error:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         shown = data[:200].decode(errors="replace")
         raise EngineDead(f"what came is no reply of a server: {shown}", field="server") from error

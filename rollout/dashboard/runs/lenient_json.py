@@ -19,9 +19,10 @@ def read_object(line: bytes) -> dict[str, Any] | None:
     """The object of a line; None for what is none. Texts hold no half of a surrogate pair."""
     try:
         value = json.loads(line)
+        # Deep nesting that `json` reads may be too deep for what comes behind it.
+        return _clean(value) if isinstance(value, dict) else None
     except (ValueError, RecursionError):
         return None
-    return _clean(value) if isinstance(value, dict) else None
 
 
 def read_as(line: bytes, kind: type[T]) -> T | None:
@@ -50,9 +51,15 @@ def number_of(value: object) -> float | None:
         return math.inf if value > 0 else -math.inf
 
 
+def whole_text(text: str) -> str:
+    """The text with a sign in place of every half of a surrogate pair, such as Python writes in
+    names of files that are no UTF-8."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def _clean(value: Any) -> Any:
     if isinstance(value, str):
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return whole_text(value)
     if isinstance(value, list):
         return [_clean(item) for item in value]
     if isinstance(value, dict):

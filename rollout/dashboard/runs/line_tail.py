@@ -18,14 +18,17 @@ _BLOCK = 8 << 20
 LONGEST_LINE = 64 << 20
 """A line of more bytes is passed over."""
 _ANCHOR = 64
+_PIECE = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NewLines:
     """What a look found. anew: the file is another than that of the look before, and these are its
-    first lines. starts: where each line begins in the file. lines: without their ends."""
+    first lines. starts: where each line begins in the file. lines: without their ends. more: there
+    are others, which the next look brings."""
 
     anew: bool
+    more: bool
     starts: list[int]
     lines: list[bytes]
 
@@ -44,29 +47,35 @@ class LineTail:
         self._seen: tuple[int, int] = (-1, -1)
         self._passing_over = False
 
-    def look(self) -> NewLines:
-        """The lines that became whole since the last look."""
+    def look(self, most_bytes: int | None = None) -> NewLines:
+        """The lines that became whole since the last look. most_bytes: leaves the others to the
+        next look once there are so many."""
         anew = self._follow_replacement()
         starts: list[int] = []
         lines: list[bytes] = []
+        begin, more = self._offset, False
         if self._descriptor is not None:
-            while data := self._whole_lines():
+            while not more and (data := self._whole_lines()):
                 self._split(data, starts, lines)
                 self._offset += len(data)
                 self._anchor = data[-_ANCHOR:]
-        return NewLines(anew=anew, starts=starts, lines=lines)
+                more = most_bytes is not None and self._offset - begin >= most_bytes
+        return NewLines(anew=anew, more=more, starts=starts, lines=lines)
 
     def read_at(self, start: int) -> bytes | None:
         """The line that begins at `start`, of the file of the last look; None past its end."""
         if self._descriptor is None or start >= self._offset:
             return None
-        data = b""
-        while b"\n" not in data and len(data) <= LONGEST_LINE:
-            more = os.pread(self._descriptor, 1 << 16, start + len(data))
+        data = bytearray()
+        while len(data) <= LONGEST_LINE:
+            more = os.pread(self._descriptor, _PIECE, start + len(data))
             if not more:
                 return None
-            data += more
-        return data.partition(b"\n")[0]
+            piece, end, _ = more.partition(b"\n")
+            data += piece
+            if end:
+                break
+        return bytes(data)
 
     def restart(self) -> None:
         """Have the next look begin at the beginning."""
@@ -86,7 +95,7 @@ class LineTail:
             if self._descriptor is not None and self._is_another(there):
                 self.restart()
             if self._descriptor is None:
-                self._descriptor = self._open()
+                self._descriptor = open_regular(self.path)
                 return had_read
         except FileNotFoundError:
             self.restart()
@@ -96,13 +105,6 @@ class LineTail:
                 f"run: cannot read {self.path}: {error.strerror}", field="run"
             ) from error
         return False
-
-    def _open(self) -> int:
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            os.close(descriptor)
-            raise InvalidRequest(f"run: {self.path} is no regular file", field="run")
-        return descriptor
 
     def _is_another(self, there: os.stat_result) -> bool:
         assert self._descriptor is not None
@@ -142,3 +144,13 @@ class LineTail:
                 starts.append(start)
                 lines.append(line)
             start += len(line) + 1
+
+
+def open_regular(path: Path) -> int:
+    """A descriptor to read a file by. Raises InvalidRequest (`run`) for what is no regular file,
+    which could keep its reader waiting for good, and OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise InvalidRequest(f"run: {path} is no regular file", field="run")
+    return descriptor

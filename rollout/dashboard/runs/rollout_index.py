@@ -26,6 +26,8 @@ from rollout.dashboard.runs.line_tail import LineTail
 from rollout.dashboard.source import UnknownGroup
 
 _TEXT_CHARS = 64 << 20
+_AT_ONCE = 16 << 20
+"""Bytes of lines that are in memory beside each other: a long run writes gigabytes of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,13 +63,16 @@ class RolloutIndex:
 
     def refresh(self) -> None:
         """Take in the groups that are new. Raises InvalidRequest (`run`)."""
-        found = self._tail.look()
-        if found.anew:
-            self._empty()
-        for start, line in zip(found.starts, found.lines, strict=True):
-            group = read_group(line)
-            if group is not None:
-                self._add(start, group)
+        more = True
+        while more:
+            found = self._tail.look(most_bytes=_AT_ONCE)
+            more = found.more
+            if found.anew:
+                self._empty()
+            for start, line in zip(found.starts, found.lines, strict=True):
+                group = read_group(line)
+                if group is not None:
+                    self._add(start, group)
 
     def page(self, query: RolloutQuery) -> RolloutPage:
         """The replies that match, in the order asked for."""

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import InvalidRequest
-from rollout.dashboard.runs.lenient_json import read_object
+from rollout.dashboard.runs.lenient_json import read_object, whole_text
+from rollout.dashboard.runs.line_tail import open_regular
 
 CONFIG = "config.json"
 _SUMMARY = "summary.json"
 _LOCK = ".lock"
 _METRICS = "metrics.jsonl"
 _LOCKS = Path("/proc/locks")
+_MOST_BYTES = 16 << 20
+"""Of the options: a file of more is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +63,9 @@ def read_config(folder: Path) -> RunConfig:
     values = _read(folder / CONFIG)
     steps, model = values.get("steps"), values.get("model")
     return RunConfig(
-        name=folder.resolve().name,
+        name=whole_text(folder.resolve().name),
         model=Path(model).name if isinstance(model, str) else "",
-        steps=steps if isinstance(steps, int) else 0,
+        steps=steps if isinstance(steps, int) and not isinstance(steps, bool) else 0,
         # Only supervised runs have it.
         samples_replies="train_on" not in values,
     )
@@ -91,6 +94,7 @@ def is_over(folder: Path) -> bool:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return read_object(path.read_bytes()) or {}
-    except OSError:
+        with open(open_regular(path), "rb") as file:
+            return read_object(file.read(_MOST_BYTES)) or {}
+    except (OSError, InvalidRequest):
         return {}

@@ -6,15 +6,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+from contextlib import suppress
 from html import escape
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, unquote, unquote_to_bytes
 
 from starlette.responses import HTMLResponse, RedirectResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engine.errors import InvalidRequest, SlipstreamError
 from rollout.dashboard.page_files import PAGE
+from rollout.dashboard.runs.lenient_json import whole_text
 from rollout.dashboard.runs.run_config import is_run, require_run
 from rollout.dashboard.runs.run_source import RunSource
 from rollout.dashboard.standalone import PageConfig, page_app
@@ -52,8 +56,13 @@ def viewed_app(folder: Path, config: PageConfig) -> tuple[ASGIApp, str]:
 
 def run_names(folder: Path) -> list[str]:
     """Folders of runs in a folder, the one that was written to last first."""
-    found = [path for path in folder.iterdir() if path.is_dir() and is_run(path)]
-    return [path.name for path in sorted(found, key=lambda p: p.stat().st_mtime, reverse=True)]
+    found: list[tuple[float, str]] = []
+    for path in folder.iterdir():
+        # One that cannot be looked into, or goes meanwhile, hides none of the others.
+        with suppress(OSError):
+            if path.is_dir() and is_run(path):
+                found.append((path.stat().st_mtime, path.name))
+    return [name for _, name in sorted(found, reverse=True)]
 
 
 class RunList:
@@ -71,40 +80,59 @@ class RunList:
         if scope["type"] != "http":
             return
         try:
-            await self._app(scope)(scope, receive, send)
+            # Before all else: whose pages may ask decides who is told names.
+            headers, path = Headers(scope["headers"]), scope["path"]
+            self._browsers.check(scope["method"], path, headers, control=False)
+            app = await self._app(scope)
+            await app(scope, receive, send)
         except SlipstreamError as error:
             await error_response(error, scope["path"])(scope, receive, send)
 
-    def _app(self, scope: Scope) -> ASGIApp:
+    async def _app(self, scope: Scope) -> ASGIApp:
         """What answers; the path becomes that of the page that it is for."""
-        path: str = scope["path"]
-        if path == "/":
-            self._browsers.check(scope["method"], path, Headers(scope["headers"]), control=False)
-            return HTMLResponse(self._list(), headers=_HEADERS)
-        name, slash, rest = path.removeprefix(_RUNS).partition("/")
-        if not path.startswith(_RUNS) or not slash:
+        if scope["path"] == "/":
+            return HTMLResponse(_list(self._folder, await self._names()), headers=_HEADERS)
+        # Of the bytes that were sent: a name may be no UTF-8, and may have a slash in its place.
+        path: bytes = scope["raw_path"]
+        name, slash, rest = path.removeprefix(_RUNS.encode()).partition(b"/")
+        if not path.startswith(_RUNS.encode()) or not slash:
             raise UnknownRun("the list of runs is at /", field="run")
-        app = self._page(name)
-        scope["path"] = f"/{rest}"
-        scope["raw_path"] = scope["path"].encode()
+        app = await self._page(os.fsdecode(unquote_to_bytes(name)))
+        scope["raw_path"] = b"/" + rest
+        scope["path"] = unquote(scope["raw_path"])
         return app
 
-    def _page(self, name: str) -> ASGIApp:
+    async def _page(self, name: str) -> ASGIApp:
         if name not in self._pages:
-            if name not in run_names(self._folder):
-                raise UnknownRun(f"{self._folder} has no run {name[:100]!r}", field="run")
+            if name not in await self._names():
+                raise UnknownRun(f"there is no run {name[:100]!r} in the folder", field="run")
             self._pages[name] = page_app(RunSource(self._folder / name), self._config)
         return self._pages[name]
 
-    def _list(self) -> str:
-        names = run_names(self._folder)
-        links = [f'<li><a href="{_RUNS[1:]}{quote(n)}{PAGE}">{escape(n)}</a></li>' for n in names]
-        title = escape(self._folder.resolve().name)
-        return (
-            '<!doctype html><html lang="en"><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width">'
-            f"<title>{title}</title><h1>{title}</h1><ul>{''.join(links)}</ul></html>"
-        )
+    async def _names(self) -> list[str]:
+        """Raises InvalidRequest (`run`) for a folder that cannot be read any more."""
+        try:
+            return await asyncio.to_thread(run_names, self._folder)
+        except OSError as error:
+            raise InvalidRequest(
+                f"run: cannot read the folder of runs: {error.strerror}", field="run"
+            ) from error
+
+
+def _list(folder: Path, names: list[str]) -> str:
+    links = [_link(name) for name in names]
+    title = escape(whole_text(folder.resolve().name))
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
+        f"<title>{title}</title><h1>{title}</h1><ul>{''.join(links)}</ul></html>"
+    )
+
+
+def _link(name: str) -> str:
+    shown = escape(whole_text(name))
+    # A name may hold marks of direction, which are to turn nothing but itself.
+    return f'<li><a href="{_RUNS[1:]}{quote(os.fsencode(name))}{PAGE}"><bdi>{shown}</bdi></a></li>'
 
 
 class UnknownRun(InvalidRequest):

@@ -161,6 +161,8 @@ def _body(kind: str, message: str, field: str, code: int | str) -> dict[str, Any
 
 def _short(text: str) -> str:
     """A text that may quote what a client sent, its middle left out if it is long."""
+    # Such as the path of a file whose name is no UTF-8.
+    text = text.encode(errors="backslashreplace").decode()
     if len(text) <= MAX_MESSAGE_CHARS:
         return text
     half = MAX_MESSAGE_CHARS // 2

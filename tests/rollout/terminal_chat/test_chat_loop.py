@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -203,3 +204,59 @@ def test_a_pipe_is_answered_line_by_line_and_an_interrupt_stops_the_reply_alone(
         {"role": "assistant", "content": "begun"},
         {"role": "user", "content": "tw\ufffdo"},
     ]
+
+
+def test_a_text_with_line_ends_of_unicode_is_one_piece() -> None:
+    text = "a\u2028b\u2029c\x85d"
+    frame = json.dumps({"choices": [{"delta": {"content": text}}]}, ensure_ascii=False)
+    with ChatServer([frame, "[DONE]"]) as server:
+        out, _, loop = talk_to(server, "hi")
+    assert (out, loop.num_failed) == ("a\\u2028b\\u2029c\\x85d\n", 0)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        "[1]",
+        '"x"',
+        '{"choices": 5}',
+        '{"choices": [{"delta": {"content": 5}}]}',
+        '{"choices": [{"logprobs": {"content": [{"token": "a"}]}}]}',
+        '{"usage": {}}',
+        "[" * 5000,
+    ],
+)
+def test_a_reply_of_another_form_is_a_line(frame: str) -> None:
+    with ChatServer([frame], HELLO) as server:
+        out, notes, loop = talk_to(server, "hi", "again")
+    assert (out, loop.num_failed) == ("Hello\n", 1)
+    assert notes.startswith("EngineDead (server): what came is no reply of a server")
+
+
+def test_what_chat_cannot_do_is_said_by_its_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InvalidRequest, match="--temperature is nan"):
+        run_chat(ChatConfig(temperature=math.nan))
+    with pytest.raises(InvalidRequest, match="control character") as caught:
+        run_chat(ChatConfig(api_key="sesame\n"))
+    assert "sesame" not in str(caught.value) and caught.value.field == "api_key"
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(InvalidRequest, match="one is closed"):
+        run_chat(ChatConfig())
+
+
+def test_a_reader_that_leaves_ends_the_chat_without_a_word() -> None:
+    with ChatServer(HELLO, HELLO) as server:
+        chat = subprocess.Popen(
+            [sys.executable, "-m", "rollout", "chat", "--url", server.url, "--system", b"\xff"],
+            cwd=ROOT,
+            env=child_environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        assert chat.stdout
+        chat.stdout.close()
+        chat.stdout = None
+        _, notes = chat.communicate(b"one\ntwo\n", timeout=60)
+    assert (chat.returncode, notes) == (1, b"")
+    assert server.bodies[0]["messages"][0] == {"role": "system", "content": "?"}

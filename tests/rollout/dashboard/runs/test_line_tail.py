@@ -95,3 +95,16 @@ def test_what_is_no_file_is_refused_by_its_path(path: Path) -> None:
     with pytest.raises(InvalidRequest, match=r"lines is no regular file") as caught:
         LineTail(path).look()
     assert caught.value.field == "run"
+
+
+def test_a_long_file_comes_in_looks_of_some_bytes(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(line_tail, "_BLOCK", 16)
+    path.write_bytes(b"".join(b"%03d\n" % n for n in range(20)))
+    tail, lines, looks = LineTail(path), [], []
+    while not looks or looks[-1].more:
+        looks.append(tail.look(most_bytes=32))
+        lines += looks[-1].lines
+    assert lines == [b"%03d" % n for n in range(20)]
+    assert max(len(found.lines) for found in looks) == 8

@@ -11,6 +11,8 @@ import pytest
 
 from recipes.run.run_folder import RunFolder
 from rollout.dashboard.rollouts import RolloutQuery
+from rollout.dashboard.runs import line_tail, rollout_index
+from rollout.dashboard.runs.line_tail import LineTail, NewLines
 from rollout.dashboard.runs.rollout_index import RolloutIndex
 from rollout.dashboard.source import UnknownGroup
 from tests.helpers.run_folders import BYTES, groups_of, logprobs_of, run_folder, write_steps
@@ -116,3 +118,32 @@ def test_samples_of_a_run_without_tokens_are_shown_as_text(tmp_path: Path) -> No
     assert shown.prompt == "<b>\ufffd</b>\x00" and shown.samples[0].text == "\ufffdx"
     assert [s.reward for s in shown.samples] == ["NaN", None]
     assert shown.samples[1].note == "not graded: raised: x" and shown.samples[0].tokens is None
+
+
+def test_a_file_of_gigabytes_is_never_in_memory_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rollouts.jsonl"
+    texts = ["x" * 200]
+    path.write_text("".join(line(step, [1.0], texts) for step in range(50)))
+    most = []
+    look = LineTail.look
+
+    def looked(self: LineTail, most_bytes: int | None = None) -> NewLines:
+        found = look(self, most_bytes)
+        most.append(sum(map(len, found.lines)))
+        return found
+
+    monkeypatch.setattr(line_tail, "_BLOCK", 1000)
+    monkeypatch.setattr(rollout_index, "_AT_ONCE", 2000)
+    monkeypatch.setattr(LineTail, "look", looked)
+    index = opened(path)
+    assert len(index) == 50 and max(most) < 3000
+    assert len(heads(index, text="XXX")) == 50
+
+
+def test_nesting_as_deep_as_json_reads_is_a_line_that_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "rollouts.jsonl"
+    deep = '{"step": 1, "prompt": NaN, "a": ' + "[" * 600 + "]" * 600 + "}\n"
+    path.write_text(deep + line(2, [1.0], ["good"]))
+    assert heads(opened(path)) == ["good"]

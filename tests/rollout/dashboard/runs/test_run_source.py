@@ -158,3 +158,10 @@ def test_charts_draw_what_there_is() -> None:
         "staleness": ["token, mean"],
         "lags": ["2 behind", "10 behind"],
     }
+
+
+def test_options_that_are_no_file_keep_nobody_waiting(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path).path
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    assert snapshot(folder).title == folder.name

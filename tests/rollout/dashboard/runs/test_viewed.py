@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 from engine.errors import InvalidRequest
 from rollout.__main__ import parse
 from rollout.cli.view import View
+from rollout.dashboard.runs import viewed
 from rollout.dashboard.runs.viewed import run_names, viewed_app
 from rollout.dashboard.standalone import PageConfig
 from rollout.replica.python_child import child_command, child_environment
@@ -88,3 +91,51 @@ def test_the_command_prints_its_address_and_ends_with_an_interrupt(tmp_path: Pat
         process.send_signal(signal.SIGINT)
         assert process.stderr.read() == "interrupted\n"
     assert process.returncode == 130
+
+
+def test_a_page_of_another_host_is_told_no_name(tmp_path: Path) -> None:
+    run_folder(tmp_path / "secret")
+    paths = ("/", "/runs/secret/dashboard", "/runs/other/dashboard", "/x")
+    for reply in get(tmp_path, *paths, host="evil.example"):
+        assert reply.status_code == 403 and str(tmp_path) not in reply.text
+
+
+def test_names_that_are_no_utf8_and_turn_the_page(tmp_path: Path) -> None:
+    name = os.fsdecode(b"a\xff\xe2\x80\xae")
+    run_folder(tmp_path / name)
+    (home,) = get(tmp_path, "/")
+    (link,) = re.findall(r'href="([^"]+)"', home.text)
+    (now,) = get(tmp_path, f"/{link}/api/now")
+    title = now.json()["snapshot"]["title"]
+    assert title == "a\ufffd\u202e" and f"<bdi>{title}</bdi>" in home.text
+    assert get(tmp_path / name, "/dashboard/api/now")[0].status_code == 200
+
+
+def test_a_run_that_cannot_be_looked_into_hides_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        run_folder(tmp_path / name)
+
+    def closed(folder: Path) -> bool:
+        if folder.name == "a":
+            raise PermissionError(13, "Permission denied")
+        return True
+
+    monkeypatch.setattr(viewed, "is_run", closed)
+    assert run_names(tmp_path) == ["b"]
+
+
+def test_a_folder_that_goes_while_it_is_looked_at(tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    run_folder(folder / "a")
+    app, _ = viewed_app(folder, PageConfig())
+    shutil.rmtree(folder)
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            return await client.get("/")
+
+    reply = asyncio.run(ask())
+    assert reply.status_code == 400 and reply.json()["error"]["field"] == "run"
