@@ -21,7 +21,8 @@ from tests.helpers.shared_server import SharedServer
 pytestmark = pytest.mark.slow
 
 ROUTES = list(route_bodies())
-QUERIES = list(query_routes())
+# A stream that ends with its reader takes the query of /dashboard/api/now, which is here.
+QUERIES = [query for query in query_routes() if query[1] != "/dashboard/api/live"]
 seeded = settings(
     max_examples=20,
     phases=(Phase.explicit, Phase.generate),
