@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from tyro.conf import OmitArgPrefixes
 from engine.config import EngineConfig
 from rollout.cli.failures import ALL_FAILED, SOME_FAILED, report
 from rollout.cli.flag_ranges import check_engine, check_router, check_serve
+from rollout.cli.keys import with_keys
 from rollout.cli.progress_bar import ProgressDisplay
 from rollout.cli.view import View, run_view
 from rollout.files.jsonl import read_lines
@@ -160,10 +162,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         set_up_logging()
     try:
         if isinstance(args, ServeConfig):
-            run_serve(args)
+            run_serve(with_keys(args, os.environ))
             return
         if isinstance(args, RouterConfig):
-            run_router(args)
+            run_router(with_keys(args, os.environ))
             return
         if isinstance(args, View):
             run_view(args)

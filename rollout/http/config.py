@@ -28,9 +28,11 @@ class ServeConfig:
     served_model_name: str = ""
     """Name that /v1/models gives; by default the model's path."""
     api_key: str = ""
-    """Bearer key of every route but /health."""
+    """Bearer key of every route but /health; by default SLIPSTREAM_API_KEY of the environment,
+    which no list of processes shows."""
     admin_api_key: str = ""
-    """Bearer key of the control routes, in place of --api-key."""
+    """Bearer key of the control routes, in place of --api-key; by default
+    SLIPSTREAM_ADMIN_API_KEY of the environment."""
     max_body_bytes: Annotated[int, arg(name="max-body-mib"), bytes_option(MIB, int)] = 64 * MIB
     """Largest request body, MiB."""
     max_control_body_bytes: Annotated[

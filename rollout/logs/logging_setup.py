@@ -17,7 +17,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 ACCESS_LOGGER = "rollout.access"
 """Of a line for each request, which `--access-log` asks for."""
 
-_QUIET = ("httpx", "httpcore", "opentelemetry")
+_QUIET = ("httpx", "httpcore", "urllib3", "opentelemetry")
 """Libraries that write a line for each of their own calls."""
 
 

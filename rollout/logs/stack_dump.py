@@ -35,7 +35,8 @@ def register_stacks(folder: Path, name: str) -> None:
 def note_rows(folder: Path, rids: Sequence[str]) -> None:
     """Note which sequences a step is for, which has taken long already."""
     more = f" and {len(rids) - _MOST_ROWS} more" if len(rids) > _MOST_ROWS else ""
-    text = f"{len(rids)} sequences: {', '.join(rids[:_MOST_ROWS])}{more}"
+    names = f": {', '.join(rids[:_MOST_ROWS])}{more}" if rids else ""
+    text = f"{len(rids)} sequences{names}"
     (folder / _ROWS).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 

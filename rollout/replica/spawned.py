@@ -83,7 +83,7 @@ class ProcessReplica:
         self._dead: EngineDead | None = None
         self._closed = False
         self._ready = False
-        self._folder = Path(tempfile.mkdtemp(prefix="slipstream-"))
+        self._folder = _own_folder()
         self._pulse = PulseWatch(pulse_path(self._folder), silent_s=min(SILENT_S, reply_s))
         self._stacks = StackDump(self._folder)
         self._stuck_s = stuck_s
@@ -308,6 +308,15 @@ class ProcessReplica:
 
     def _log_path(self) -> Path:
         return self._folder / "leader.log"
+
+
+def _own_folder() -> Path:
+    """A new folder for sockets, the log and stacks. Raises InvalidRequest (`TMPDIR`)."""
+    try:
+        return Path(tempfile.mkdtemp(prefix="slipstream-"))
+    except OSError as error:
+        why = f"no temporary files can be written: {error}; name a folder by TMPDIR"
+        raise InvalidRequest(why, field="TMPDIR") from error
 
 
 def _remove(process: subprocess.Popen[bytes], folder: Path) -> None:

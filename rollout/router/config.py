@@ -28,13 +28,16 @@ class RouterConfig:
     journal: bool = True
     """Keep what was sampled of open requests, so that another worker goes on if one dies."""
     api_key: str = ""
-    """Bearer key of every route but /health."""
+    """Bearer key of every route but /health; by default SLIPSTREAM_API_KEY of the environment,
+    which no list of processes shows."""
     admin_api_key: str = ""
-    """Bearer key of control routes and registration, in place of --api-key."""
+    """Bearer key of control routes and registration, in place of --api-key; by default
+    SLIPSTREAM_ADMIN_API_KEY of the environment."""
     worker_api_key: str = ""
-    """The workers' --api-key; by default clients' own keys are passed on."""
+    """The workers' --api-key, by default SLIPSTREAM_WORKER_API_KEY; without any, clients' own keys
+    are passed on."""
     worker_admin_api_key: str = ""
-    """The workers' --admin-api-key, likewise."""
+    """The workers' --admin-api-key, by default SLIPSTREAM_WORKER_ADMIN_API_KEY, likewise."""
     allowed_hosts: Annotated[UseAppendAction[tuple[str, ...]], arg(name="allowed-host")] = ()
     """A name that the Host header may have; on loopback, this machine's own always may."""
     allowed_origins: Annotated[UseAppendAction[tuple[str, ...]], arg(name="allowed-origin")] = ()

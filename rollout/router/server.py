@@ -26,7 +26,8 @@ _DRAIN_S = 30.0
 
 
 def route(config: RouterConfig) -> None:
-    """Route until SIGTERM or SIGINT; what is open is answered first, a second signal ends it.
+    """Route until SIGTERM, SIGHUP or SIGINT; what is open is answered first, a
+    second signal ends it.
 
     Raises InvalidRequest if the address cannot be bound or a worker has no URL, KeyboardInterrupt
     after SIGINT.
@@ -49,7 +50,11 @@ async def _serve(config: RouterConfig, listener: socket.socket) -> list[int]:
         signals.append(number)
         stop.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    ends = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        # A terminal that closes; `nohup` has it ignored.
+        ends.append(signal.SIGHUP)
+    for number in ends:
         loop.add_signal_handler(number, told, number)
     router = Router(config)
     server = await loop.create_server(

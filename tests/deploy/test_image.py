@@ -136,3 +136,15 @@ def test_units_and_images_give_requests_the_time_they_are_told() -> None:
     command = " ".join(re.findall(r"^ExecStart=.*$", text, re.MULTILINE))
     assert set(_FLAG.findall(command)) <= fields
     assert set(_FLAG.findall(of("ENTRYPOINT")[0])) <= fields
+
+
+def test_the_units_user_has_a_home_to_keep_kernels_in() -> None:
+    text = UNIT.read_text()
+    state = re.search(r"^StateDirectory=(.+)$", text, re.MULTILINE)
+    home = re.search(r"^Environment=HOME=(.+)$", text, re.MULTILINE)
+    assert state and home and home[1] == f"/var/lib/{state[1]}"
+
+
+@pytest.mark.parametrize("path", [DOCKERFILE, UNIT], ids=lambda path: path.name)
+def test_no_key_stands_on_a_command_line(path: Path) -> None:
+    assert "api-key" not in path.read_text() and "SLIPSTREAM_ADMIN_API_KEY" in path.read_text()

@@ -36,6 +36,8 @@ _OPERATIONS: Mapping[str, str] = MappingProxyType(
 """`gen_ai.operation.name` by path."""
 _MOST_SAMPLES = 16
 """Sequences of one request whose phases are events."""
+_BAGGAGE = b"baggage"
+"""A header that no span needs, and of which OpenTelemetry logs, as it came, what it cannot read."""
 _NEEDED = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
 
 
@@ -91,7 +93,9 @@ class Traces:
         if operation is None:
             return
         carrier = {
-            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
+            name.decode("latin-1"): value.decode("latin-1")
+            for name, value in scope["headers"]
+            if name != _BAGGAGE
         }
         span = self._tracer.start_span(
             f"{operation} {self._model_name}",

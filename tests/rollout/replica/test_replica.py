@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -337,3 +338,12 @@ def test_an_inline_replica_is_a_replica() -> None:
         return replica
 
     assert isinstance(takes(inline()), InlineReplica)
+
+
+def test_a_machine_without_temporary_files_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(InvalidRequest, match="no temporary files can be written") as caught:
+        ProcessReplica(fake_config())
+    assert caught.value.field == "TMPDIR"

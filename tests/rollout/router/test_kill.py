@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.helpers.fake_executor import expected_tokens
-from tests.helpers.router_process import fleet
+from tests.helpers.router_process import fleet, router_process
 from tests.helpers.serve_process import ServerProcess
 
 NUM_TOKENS = 100
@@ -119,3 +119,10 @@ def test_a_worker_that_is_killed_or_told_to_leave_loses_no_request() -> None:
         # A server that is told to leave gives what it has to the others, too.
         asyncio.run(under_load(router.url, workers[0], signal.SIGTERM))
         assert counter(router.url, "resumed") > before
+
+
+@pytest.mark.slow
+def test_a_terminal_that_closes_ends_a_router_as_sigterm_does() -> None:
+    with router_process() as router:
+        router.process.send_signal(signal.SIGHUP)
+        assert router.process.wait(60) == 0

@@ -107,3 +107,15 @@ def test_an_exporter_that_is_not_served_is_refused(
     with pytest.raises(InvalidRequest, match=value) as found:
         check_otel()
     assert found.value.field == "--otel"
+
+
+@needs_sdk
+def test_what_else_a_client_says_of_its_trace_is_not_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    odd = {"traceparent": PARENT, "baggage": "secret==;;,k=v", "tracestate": "a=b,,,=;"}
+    (span,) = spans(("/generate", BODY, odd))
+    assert format(span.parent.span_id, "016x") == "b7ad6b7169203331"
+    (other,) = spans(("/generate", BODY, {**odd, "traceparent": "00-zz"}))
+    assert other.parent is None
+    assert "secret" not in caplog.text
