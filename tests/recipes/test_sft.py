@@ -37,12 +37,12 @@ from tests.helpers.fake_actor import FakeActor
 pytestmark = pytest.mark.usefixtures("no_plots")
 
 FLAGS = """
-batch_size beta1 beta2 chat_template_kwargs checkpoint_every completion_column config device dither
-dtype epochs eval_every eval_prompts eval_task freeze_router gradient_checkpointing heldout
-kv_memory_gb load_format lr max_grad_norm max_new_tokens max_tokens_per_microbatch minutes model
-out prompt_column resume rollout_gpus router_aux_coef schedule seed skip_long_prompts sleep steps
-system_prompt task train_on train_split trainer trainer_memory_gb wandb warmup_steps weight_decay
-zero
+batch_size beta1 beta2 chat_template_kwargs checkpoint_every completion_column config dashboard
+device dither dtype epochs eval_every eval_prompts eval_task freeze_router gradient_checkpointing
+heldout kv_memory_gb load_format lr max_grad_norm max_new_tokens max_tokens_per_microbatch minutes
+model out prompt_column resume rollout_gpus router_aux_coef schedule seed skip_long_prompts sleep
+steps system_prompt task train_on train_split trainer trainer_memory_gb wandb warmup_steps
+weight_decay zero
 """
 
 
