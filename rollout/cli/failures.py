@@ -52,6 +52,7 @@ EXTRAS: Mapping[str, str] = MappingProxyType(
         "pyarrow": "data",
         "reasoning_gym": "gym",
         "ray": "ray",
+        "opentelemetry": "otel",
         "zstandard": "delta",
         "xxhash": "delta",
     }

@@ -91,7 +91,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 def test_the_extras_are_those_of_the_project() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert {*EXTRAS.values(), "dev", "clients"} == set(project["optional-dependencies"])
+    assert {*EXTRAS.values(), "dev", "clients", "browser"} == set(project["optional-dependencies"])
 
 
 @pytest.mark.parametrize("module", EXTRAS)

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -80,8 +81,10 @@ def test_the_command_prints_its_address_and_ends_with_an_interrupt(tmp_path: Pat
     assert parse(["view", str(tmp_path), "--port", "1"]) == View(run=str(tmp_path), port=1)
     run_folder(tmp_path / "run")
     words = child_command("rollout", "view", str(tmp_path / "run"))
+    # As in a terminal: what a shell starts in the background has interrupts ignored.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(
-        words, env=child_environment(), stderr=subprocess.PIPE, text=True
+        words, env=child_environment(), stderr=subprocess.PIPE, text=True, preexec_fn=heed
     ) as process:
         assert process.stderr is not None
         said = process.stderr.readline()
