@@ -21,7 +21,7 @@ from rollout.terminal_chat.painter import Painter
 from rollout.terminal_chat.safe_text import safe
 from rollout.terminal_chat.server_talk import ServerTalk
 from tests.helpers.chat_servers import USAGE, ChatServer, chunk
-from tests.helpers.children import ROOT, child_environment
+from tests.helpers.children import ROOT, child_environment, heed_interrupts
 
 SETTINGS = Settings(system="", temperature=None, seed=None, max_tokens=9, logprobs=False)
 HELLO = [chunk("Hel"), chunk("lo"), USAGE, "[DONE]"]
@@ -188,6 +188,7 @@ def test_a_pipe_is_answered_line_by_line_and_an_interrupt_stops_the_reply_alone(
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             bufsize=0,
+            preexec_fn=heed_interrupts,
         )
         assert chat.stdin and chat.stdout and chat.stderr
         chat.stdin.write(b"one\n")

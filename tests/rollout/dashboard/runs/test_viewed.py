@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-from functools import partial
 from pathlib import Path
 
 import httpx
@@ -21,6 +20,7 @@ from rollout.dashboard.runs import viewed
 from rollout.dashboard.runs.viewed import run_names, viewed_app
 from rollout.dashboard.standalone import PageConfig
 from rollout.replica.python_child import child_command, child_environment
+from tests.helpers.children import heed_interrupts
 from tests.helpers.run_folders import run_folder
 
 
@@ -81,10 +81,12 @@ def test_the_command_prints_its_address_and_ends_with_an_interrupt(tmp_path: Pat
     assert parse(["view", str(tmp_path), "--port", "1"]) == View(run=str(tmp_path), port=1)
     run_folder(tmp_path / "run")
     words = child_command("rollout", "view", str(tmp_path / "run"))
-    # As in a terminal: what a shell starts in the background has interrupts ignored.
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(
-        words, env=child_environment(), stderr=subprocess.PIPE, text=True, preexec_fn=heed
+        words,
+        env=child_environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,
     ) as process:
         assert process.stderr is not None
         said = process.stderr.readline()
