@@ -87,6 +87,7 @@ def test_what_is_copied_is_all_that_the_entry_point_needs(tmp_path: Path) -> Non
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_every_step_from_the_registry(tmp_path: Path) -> None:
     venv = tried(tmp_path, installs=True)
     done = subprocess.run(
