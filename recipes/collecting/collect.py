@@ -56,7 +56,7 @@ def requests_of(
         ]
         if greedy:
             rid = f"{seed:x}-{index}-greedy"
-            asked = {"sampling": likeliest, "return_routed_experts": False}
+            asked = {"sampling": likeliest, "return_routed_experts": False, "entropy": False}
             requests.append(msgspec.structs.replace(requests[-1], rid=rid, **asked))
     return requests
 

@@ -26,8 +26,8 @@ _DRAIN_S = 30.0
 
 
 def route(config: RouterConfig) -> None:
-    """Route until SIGTERM, SIGHUP or SIGINT; what is open is answered first, a
-    second signal ends it.
+    """Route until SIGTERM, SIGHUP or SIGINT; what is open is answered first, a second signal ends
+    it.
 
     Raises InvalidRequest if the address cannot be bound or a worker has no URL, KeyboardInterrupt
     after SIGINT.
